@@ -1,0 +1,41 @@
+# Everything that a fresh clone needs.  `make demo` runs the whole job on real data, `make test` all checks.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO ?= runs/demo
+
+.PHONY: help setup demo test lint types clean
+
+help:
+	@echo "make demo   set up, then train, sample, evaluate and report on scikit-learn's digits (into $(DEMO))"
+	@echo "make test   set up, then lint, types and all tests"
+	@echo "make setup  a virtual environment in $(VENV) with the pinned versions of constraints.txt"
+
+setup: $(STAMP)
+
+# Pinned versions come from constraints.txt.  torch goes first and alone: on machines that have a CPU wheel on the disk
+# pip then takes that, and nothing later pulls in CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dpsyngen needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/dpsyngen demo --out $(DEMO)
+
+lint: setup
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+
+types: setup
+	$(BIN)/mypy
+
+# pytest last: its summary line ends the output.
+test: lint types
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,5 @@
+"""``python -m dpsyngen``."""
+
+from dpsyngen.cli import main
+
+main()

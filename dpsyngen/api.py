@@ -1,0 +1,226 @@
+"""The library's front door: train, evaluate, report.  The command line is a thin layer over these."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpsyngen.config import Config, load_config
+from dpsyngen.data import ImageDataset, load_images
+from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.files import require_absent_or_empty, write_text
+from dpsyngen.training.pipeline import Training, resume, shape_of, start
+from dpsyngen.training.public import Progress
+from dpsyngen.training.run import Run
+
+PathLike = str | os.PathLike[str]
+Source = PathLike | ImageDataset | tuple[np.ndarray, np.ndarray | None]
+
+
+def load_private(source: Source, config: Config) -> ImageDataset:
+    """The private images as `config` asks for them: size, colour, with or without classes."""
+    d = config.data
+    if isinstance(source, ImageDataset):
+        return source
+    return load_images(
+        source, resolution=d.resolution, channels=d.channels, labels=d.labels, skip_bad=d.skip_bad
+    )
+
+
+def prepare(config: Config, out: PathLike, data: Source | None = None, device: str = "cpu") -> Training:
+    """Read the images, check everything, and make the run directory; nothing is spent yet.
+
+    Args:
+        config: all settings.
+        out: a folder that does not exist or is empty.
+        data: the private images; None: what ``config.data.source`` names.
+        device: "cpu", "cuda", …
+
+    Raises:
+        ConfigError, DataError, RunError: see their messages.
+    """
+    require_absent_or_empty(Path(out), "--out")
+    check_device(device)
+    source = config.data.source if data is None else data
+    if isinstance(source, str) and not source:
+        raise ConfigError("no images were given: use --data with a folder, a file or a named set.")
+    return start(config, load_private(source, config), Path(out), device)
+
+
+def prepare_resume(out: PathLike, data: Source | None = None, device: str = "cpu") -> Training:
+    """Go on with the interrupted run in `out`, by default with the images it was started with."""
+    check_device(device)
+    run = Run(Path(out))
+    config = run.config
+    source = data if data is not None else config.data.source
+    if isinstance(source, str) and not source:
+        raise ConfigError("the run was started from arrays in memory: give the same images again as data.")
+    return resume(run, load_private(source, config), device)
+
+
+def train(
+    data: Source,
+    *,
+    out: PathLike,
+    epsilon: float,
+    preset: str | None = None,
+    settings: dict[str, Any] | None = None,
+    device: str = "cpu",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Run:
+    """Train a generator on private images with (ε, δ)-differential privacy.
+
+    Args:
+        data: a folder, file or named set; an :class:`ImageDataset`; or (images, labels) arrays.
+        out: the run directory to make.
+        epsilon: ε > 0 for one image, add/remove adjacency; ``math.inf`` trains without privacy, for reference.
+        preset: see :func:`dpsyngen.config.preset_names`.
+        settings: nested overrides of the preset, such as ``{"private": {"steps": 500}}``.
+        device: where to compute.
+        on_progress: called after each step.
+
+    Returns:
+        the finished run; ``run.release`` is safe to publish.
+
+    Raises:
+        ConfigError, DataError, RunError: before anything is spent.
+    """
+    settings = dict(settings or {})
+    settings["privacy"] = {**settings.get("privacy", {}), "epsilon": epsilon}
+    if isinstance(data, (str, os.PathLike)):
+        settings["data"] = {**settings.get("data", {}), "source": os.fspath(data)}
+    config = load_config(settings, preset=preset)
+    training = prepare(config, out, data, device)
+    with training.run.lock():
+        for progress in training.steps():
+            if on_progress:
+                on_progress(progress)
+    return training.run
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError if PyTorch cannot compute on `device`."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device is {device!r}, which this machine cannot use ({str(error).splitlines()[0]}).  Choose cpu"
+            f"{', cuda' if torch.cuda.is_available() else ''}."
+        ) from None
+
+
+def _as_run(run: Run | PathLike) -> Run:
+    return run if isinstance(run, Run) else Run(Path(run))
+
+
+def evaluate(
+    run: Run | PathLike,
+    *,
+    data: Source | None = None,
+    test: Source | None = None,
+    images: int = 10_000,
+    features: Sequence[str] = ("pixels-pca",),
+    classifiers: Sequence[str] = ("logreg", "mlp", "cnn"),
+    inception_weights: PathLike | None = None,
+    sampling: dict[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    on_progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a run against real images.  Every figure is private: it lands in ``private/metrics.json`` only.
+
+    Args:
+        run: a finished run.
+        data: the real training images; None: those the run was trained on.
+        test: real test images with labels, for the classification accuracy score; None: no such score.
+        images: how many images to generate.
+        features: names of feature extractors for the Fréchet distance.
+        classifiers: names of classifiers for the classification accuracy score.
+        inception_weights: weights file for the feature extractor "inception".
+        sampling: settings of the sampler, as for :meth:`Generator.settings`.
+        seed: seed of the generated images and of the classifiers.
+        device: where to compute.
+        on_progress: called with a line about what is being done.
+
+    Returns:
+        the figures and the protocol of each, as written to the file.
+    """
+    from dpsyngen.evaluation import evaluate_images
+    from dpsyngen.generator import Generator
+    from dpsyngen.privacy.ledger import Ledger
+
+    run = _as_run(run)
+    run.require_complete()
+    check_device(device)
+    tell = on_progress or (lambda line: None)
+    config = run.config
+    source = config.data.source if data is None else data
+    if isinstance(source, str) and not source:
+        raise ConfigError("the run was trained on arrays in memory: give the images as data.")
+    generator = Generator(run.release, device)
+    wanted = config.model_copy(
+        update={
+            "data": config.data.model_copy(
+                update={
+                    "resolution": generator.resolution,
+                    "channels": "grey" if generator.channels == 1 else "rgb",
+                    "labels": bool(generator.class_names),
+                }
+            )
+        }
+    )
+    reference = load_private(source, wanted)
+    held_out = None if test is None else load_private(test, wanted)
+    for name, dataset in (("data", reference), ("test", held_out)):
+        if dataset is not None and dataset.class_names != generator.class_names:
+            raise DataError(
+                f"the {name} images have the classes {', '.join(dataset.class_names) or '(none)'}, but the generator "
+                f"has {', '.join(generator.class_names) or '(none)'}.  Give images with the same class folders."
+            )
+    tell(f"generating {images:,} images")
+    chosen = {"seed": seed, **(sampling or {})}
+    samples = generator.sample(images, **chosen)
+    with run.lock():
+        Ledger(run.ledger_path).note_private_access(
+            "evaluation against real images; the figures stay in the private half",
+            features=list(features),
+            classifiers=list(classifiers) if held_out is not None else [],
+        )
+    result = evaluate_images(
+        samples.images,
+        samples.labels,
+        reference=reference,
+        test=held_out,
+        features=_feature_specs(features, inception_weights),
+        classifiers=tuple(classifiers),
+        seed=seed,
+        device=device,
+        on_progress=tell,
+    )
+    result["sampling"] = samples.settings
+    write_text(run.private / "metrics.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n", 0o600)
+    return result
+
+
+def report(run: Run | PathLike) -> tuple[Path, Path]:
+    """Write the report of a finished run, twice: the full one into ``private/``, the publishable into ``release/``.
+
+    Returns:
+        paths of the private and of the public report.
+    """
+    from dpsyngen.report.html import write_reports
+
+    run = _as_run(run)
+    run.require_complete()
+    with run.lock():
+        return write_reports(run)
+
+
+__all__ = ["evaluate", "prepare", "prepare_resume", "report", "shape_of", "train"]

@@ -1,0 +1,249 @@
+"""One typed, validated configuration.  Presets are YAML files in ``presets/``; options override them.
+
+Everything here is public: it is chosen without looking at the private images, and all of it but the path of the data
+is released with the generator.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpsyngen.errors import ConfigError
+
+DEFAULT_PRESET = "cpu-small"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """The private images."""
+
+    source: str = Field("", description="folder, .npz, .npy or IDX file, or a named set")
+    resolution: int | None = Field(None, ge=8, le=256, description="pixels; None: what the source has")
+    channels: Literal["auto", "grey", "rgb"] = "auto"
+    labels: bool = Field(True, description="train class-conditionally where the images have classes")
+    skip_bad: bool = Field(False, description="leave out unreadable images instead of stopping")
+    records: int | None = Field(None, ge=1, description="declared number of records n, public; None: the number found")
+
+
+class PrivacyConfig(_Section):
+    """The guarantee."""
+
+    epsilon: float = Field(1.0, gt=0, allow_inf_nan=True, description="ε; inf trains without privacy, for reference")
+    delta: float | None = Field(None, gt=0, lt=1, description="δ; None: the largest power of ten below 1/n")
+    clipping_norm: float = Field(1.0, gt=0, description="C, bound on one image's gradient (L2)")
+    insecure_seed: int | None = Field(None, description="reproducible noise: NOT PRIVATE, for tests")
+
+
+class StagesConfig(_Section):
+    """Who trains what; see :func:`dpsyngen.diffusion.stages.stage_map`."""
+
+    variant: Literal["dpdm", "finetune", "cleaning", "coarse", "both"] = "both"
+    tau_cleaning: float = Field(-3.0, description="log σ")
+    tau_coarse: float = Field(2.0, description="log σ")
+    networks: Literal["experts", "shared"] = "experts"
+    pretrain: bool | None = Field(None, description="start from programmatic images; None: what the variant says")
+
+
+class NetworkConfig(_Section):
+    """The denoiser."""
+
+    size: str = Field("tiny", description="a preset of dpsyngen.diffusion.unet.SIZES")
+    sigma_data: float = Field(math.sqrt(1 / 3), gt=0, description="σ_d; never measured on private images")
+    noise_mean: float = Field(-1.2, description="P_mean of log σ")
+    noise_std: float = Field(1.2, gt=0, description="P_std of log σ")
+    label_dropout: float = Field(0.1, ge=0, lt=1)
+    seed: int = Field(0, ge=0, description="public seed of the initial weights")
+
+
+class ProgramConfig(_Section):
+    """The programmatic images."""
+
+    name: str = "dead-leaves"
+    seed: int = Field(0, ge=0, description="public")
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class PublicConfig(_Section):
+    """Training on programmatic images; the number of steps is for each public network."""
+
+    steps: int = Field(400, ge=1)
+    batch: int = Field(64, ge=1)
+    copies: int = Field(2, ge=1, description="K")
+    learning_rate: float = Field(4e-4, gt=0)
+    warmup: int = Field(50, ge=0)
+    ema: float = Field(0.999, ge=0, lt=1)
+
+
+class PrivateConfig(_Section):
+    """DP-SGD on private images."""
+
+    steps: int = Field(300, ge=1)
+    batch: int = Field(512, ge=1, description="expected batch; Poisson sampling at rate batch/records")
+    copies: int = Field(4, ge=1, description="K, noise multiplicity")
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    ema: float = Field(0.98, ge=0, lt=1)
+    physical_batch: int = Field(32, ge=1, description="images in memory at a time; no effect on the guarantee")
+    checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints")
+
+
+class SamplingConfig(_Section):
+    """Defaults for drawing images."""
+
+    sampler: Literal["ddim", "heun", "dpmpp"] = "ddim"
+    steps: int = Field(50, ge=1)
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+    rho: float = Field(7.0, gt=0)
+    churn: float = Field(0.0, ge=0)
+    guidance: float = Field(1.0, ge=0)
+
+
+class Config(_Section):
+    """All settings of a run."""
+
+    preset: str = DEFAULT_PRESET
+    data: DataConfig = DataConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    stages: StagesConfig = StagesConfig()
+    network: NetworkConfig = NetworkConfig()
+    program: ProgramConfig = ProgramConfig()
+    public: PublicConfig = PublicConfig()
+    private: PrivateConfig = PrivateConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        s = self.stages
+        if s.tau_cleaning >= s.tau_coarse:
+            raise ValueError(
+                f"stages.tau_cleaning = {s.tau_cleaning} must be below stages.tau_coarse = {s.tau_coarse}: between "
+                "them lies the stage that private images train"
+            )
+        if self.sampling.sigma_min >= self.sampling.sigma_max:
+            raise ValueError("sampling.sigma_min must be below sampling.sigma_max")
+        if self.sampling.churn and self.sampling.sampler != "heun":
+            raise ValueError("sampling.churn needs sampling.sampler = heun")
+        if self.privacy.epsilon != self.privacy.epsilon:
+            raise ValueError("privacy.epsilon is not a number")
+        if self.private.warmup >= self.private.steps and self.private.warmup:
+            raise ValueError(
+                f"private.warmup = {self.private.warmup} leaves none of the {self.private.steps} private steps at the "
+                "full learning rate"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """All settings as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("dpsyngen") / "presets"
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        below = out.get(key)
+        out[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return out
+
+
+def _read_yaml(text: str, name: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{name} must hold a mapping of sections ({', '.join(Config.model_fields)}).")
+    return loaded
+
+
+def _numbers(value: Any) -> Any:
+    """YAML and JSON have no agreed word for infinity; take the usual ones."""
+    if isinstance(value, str) and value.strip().lower() in ("inf", "infinity", "∞", "+inf"):
+        return math.inf
+    return value
+
+
+def load_config(
+    overrides: dict[str, Any] | None = None, *, preset: str | None = None, file: Path | None = None
+) -> Config:
+    """The configuration from, in rising order of precedence: defaults, preset, file, overrides.
+
+    Args:
+        overrides: nested mapping such as ``{"privacy": {"epsilon": 3}}``.
+        preset: a name from :func:`preset_names`; None: what the file names, else ``DEFAULT_PRESET``.
+        file: a YAML file with any of the sections.
+
+    Raises:
+        ConfigError: unknown preset, unknown key, or a value that is not allowed; all problems at once.
+    """
+    given: dict[str, Any] = {}
+    if file is not None:
+        try:
+            given = _read_yaml(file.read_text(encoding="utf-8"), str(file))
+        except OSError as error:
+            raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"the configuration {file} is not UTF-8 text.") from None
+    name = preset or given.get("preset") or DEFAULT_PRESET
+    if name not in preset_names():
+        raise ConfigError(f"preset is {name!r}, but must be one of {', '.join(preset_names())}.")
+    text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    merged = _merge(_merge(_read_yaml(text, f"preset {name}"), given), overrides or {})
+    merged["preset"] = name
+    return validate(merged)
+
+
+def validate(values: dict[str, Any]) -> Config:
+    """Turn a nested mapping into a Config, or raise ConfigError that lists every problem."""
+    privacy = values.get("privacy")
+    if isinstance(privacy, dict) and "epsilon" in privacy:
+        values = values | {"privacy": privacy | {"epsilon": _numbers(privacy["epsilon"])}}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(p) for p in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{place}: there is no such setting{_did_you_mean(problem['loc'])}")
+        elif place:
+            lines.append(f"{place} is {problem['input']!r}: {message[0].lower() + message[1:]}")
+        else:
+            lines.append(message)
+    return "; ".join(lines) + "."
+
+
+def _did_you_mean(location: tuple[int | str, ...]) -> str:
+    from difflib import get_close_matches
+
+    section: Any = Config
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        section = field.annotation if field else None
+    names = list(getattr(section, "model_fields", {}))
+    close = get_close_matches(str(location[-1]), names, 1)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(names)})" if names else ""

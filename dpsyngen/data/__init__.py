@@ -1,0 +1,20 @@
+"""Readers of the user's PRIVATE images.
+
+Everything returned by this package is private: it goes to :mod:`dpsyngen.privacy` and nowhere else.  Three
+facts about it are treated as **public** and printed freely: the image shape (size, grey or RGB), the class
+names and the number of images.  Users to whom one of these is a secret must fix it beforehand (name the
+resolution and channels, make the class folders by a public list).  One image is taken to be one record of one
+person.
+
+>>> from dpsyngen.data import load_images
+>>> digits = load_images("digits")
+>>> len(digits), digits.images.shape[1:], digits.num_classes
+(1437, (1, 8, 8), 10)
+"""
+
+from __future__ import annotations
+
+from dpsyngen.data.dataset import ImageDataset
+from dpsyngen.data.load import load_images
+
+__all__ = ["ImageDataset", "load_images"]

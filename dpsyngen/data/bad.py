@@ -1,0 +1,47 @@
+"""Bad images: list them all in one error, or leave them out and keep the list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from dpsyngen.errors import DataError
+
+SHOWN = 20
+
+
+def printable(text: object) -> str:
+    """``text`` on one line, with characters that no terminal can show written as escapes (odd file names)."""
+    safe = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in safe)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names in quotes, the first 20 of them, for a message."""
+    texts = [repr(printable(name)) for name in names]
+    return (", ".join(texts[:SHOWN]) + (", …" if len(texts) > SHOWN else "")) or "none"
+
+
+def settle_bad(bad: Sequence[tuple[str, str]], *, where: str, skip_bad: bool) -> tuple[str, ...]:
+    """Raise for bad images, or return them as the record of what was skipped.
+
+    Args:
+        bad: (which, why) of every bad file or array entry.
+        where: the source that was asked for.
+        skip_bad: leave them out instead of raising.
+
+    Returns:
+        ``"which: why"`` for each, when ``skip_bad``.
+
+    Raises:
+        DataError: there are bad images and ``skip_bad`` is False.  One error for all; the first 20 are shown.
+    """
+    lines = tuple(f"{printable(which)}: {printable(why)}" for which, why in bad)
+    if not lines or skip_bad:
+        return lines
+    shown = "".join(f"\n  {line}" for line in lines[:SHOWN])
+    more = f"\n  … and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    count = "1 item" if len(lines) == 1 else f"{len(lines)} items"
+    raise DataError(
+        f"{printable(where)}: {count} cannot be used:{shown}{more}\n"
+        "Mend or remove them, or leave them out with --skip-bad (from Python: skip_bad=True)."
+    )

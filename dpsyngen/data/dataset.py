@@ -1,0 +1,137 @@
+"""What every reader returns: images, labels and class names in one fixed form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dpsyngen.errors import DataError
+
+_HASH_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Private images with their labels.
+
+    The shape ``[C, H, W]``, the class names and the number of images are treated as public; all else is
+    private.
+
+    Attributes:
+        images: uint8 ``[N, C, H, W]``, C = 1 (grey) or 3 (RGB), H = W.  May be a read-only memory map or
+            view.
+        labels: int64 ``[N]``, values in ``0 .. len(class_names) - 1``; None for unlabelled images.
+        class_names: one name per class, in label order; ``()`` exactly when ``labels`` is None.
+        source: how the images were asked for, in words a person can read.
+        skipped: what was left out under ``skip_bad=True``, each as ``"where: why"``.  Private (it holds file
+            names).
+
+    Raises:
+        DataError: the fields do not fit together as above.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    class_names: tuple[str, ...]
+    source: str
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise DataError(
+                f"images must be uint8 [N, C, H, W] with C = 1 or 3, not {images.dtype} "
+                f"{list(images.shape)}. "
+                "Use load_images, which converts."
+            )
+        if images.shape[2] != images.shape[3]:
+            raise DataError(
+                f"images must be square, not {images.shape[2]}×{images.shape[3]}. Use load_images, which crops."
+            )
+        if (labels is None) != (self.class_names == ()):
+            raise DataError("class_names must be () exactly when labels is None. Give both, or neither.")
+        if len(set(self.class_names)) != len(self.class_names):
+            raise DataError(f"class names must differ from each other: {list(self.class_names)}.")
+        if labels is None:
+            return
+        if labels.dtype != np.int64 or labels.shape != (len(images),):
+            raise DataError(
+                f"labels must be int64 [{len(images)}], one per image, not {labels.dtype} {list(labels.shape)}."
+            )
+        if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.class_names)):
+            raise DataError(
+                f"labels must lie in 0..{len(self.class_names) - 1} ({len(self.class_names)} class names), "
+                f"but go from {labels.min()} to {labels.max()}."
+            )
+
+    def __len__(self) -> int:
+        """Number of images N (one image = one record)."""
+        return len(self.images)
+
+    @property
+    def resolution(self) -> int:
+        """Height and width in pixels."""
+        return int(self.images.shape[2])
+
+    @property
+    def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
+        return int(self.images.shape[1])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for unlabelled images."""
+        return len(self.class_names)
+
+    def subset(self, indices: np.ndarray | Sequence[int]) -> ImageDataset:
+        """The images at ``indices`` (int ``[M]``, any order, or a bool mask ``[N]``), copied; classes stay
+        the same.
+
+        Raises:
+            IndexError: an index is not in ``-N .. N - 1``.
+        """
+        index = _as_index(indices)
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, images=self.batch(index), labels=labels)
+
+    def batch(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+        """The images at ``indices`` as a fresh, contiguous, writable uint8 array ``[B, C, H, W]``.
+
+        B = 0 is legal: Poisson sampling draws empty batches.
+
+        Raises:
+            IndexError: an index is not in ``-N .. N - 1``.
+        """
+        # np.asarray drops the memmap subclass, so that the copy is plain memory.
+        return np.ascontiguousarray(np.asarray(self.images)[_as_index(indices)])
+
+    def fingerprint(self) -> str:
+        """SHA-256 (64 hex digits) over the shape, the images, the labels and the class names.
+
+        It serves to recognise the same data in a resumed run.  **The digest is derived from private data**:
+        someone who guesses the whole data set can confirm the guess, so it belongs in the private half of a
+        run.
+        """
+        header = {
+            "format": "dpsyngen-images-1",
+            "shape": list(self.images.shape),
+            "labelled": self.labels is not None,
+            "class_names": list(self.class_names),
+        }
+        digest = hashlib.sha256(json.dumps(header).encode("ascii"))
+        per_chunk = max(1, _HASH_CHUNK_BYTES // max(1, int(np.prod(self.images.shape[1:]))))
+        for start in range(0, len(self), per_chunk):
+            digest.update(np.ascontiguousarray(self.images[start : start + per_chunk]).tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def _as_index(indices: np.ndarray | Sequence[int]) -> np.ndarray:
+    index = np.asarray(indices)
+    # An empty list would become float64, which numpy refuses as an index.
+    return index if index.size else index.astype(np.int64)

@@ -1,0 +1,83 @@
+"""The Denoiser contract, and EDM's preconditioned network as one."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+UNIFORM_PRIOR_SIGMA = math.sqrt(1 / 3)
+"""σ_d of DPDM: the standard deviation of a uniform distribution on [-1, 1].  Not measured on any data."""
+
+
+class Denoiser(Protocol):
+    """All that the samplers see: an estimate of E[x₀ | x₀ + σ·n = x, label]."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Estimate the clean image.
+
+        Args:
+            x: noisy images, [N, C, H, W], x₀ in [-1, 1] plus noise of standard deviation σ.
+            sigma: noise levels, [N], > 0.
+            labels: [N] classes in 0..num_classes-1, or None where there is no condition.
+
+        Returns:
+            [N, C, H, W].
+        """
+        ...
+
+
+class PreconditionedDenoiser(nn.Module):
+    """D = c_skip·x + c_out·F(c_in·x, c_noise), EDM eq. 7 with the coefficients of its table 1.
+
+    Args:
+        network: F(input [N, C, H, W], c_noise [N], classes [N] or None) -> [N, C, H, W].
+        num_classes: 0 for an unconditional network, which ignores labels.
+        sigma_data: σ_d; √(1/3) unless a measurement was paid for.
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int, sigma_data: float = UNIFORM_PRIOR_SIGMA) -> None:
+        super().__init__()
+        self.network, self.num_classes, self.sigma_data = network, num_classes, sigma_data
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """See :class:`Denoiser`.  A label equal to ``num_classes``, or None, means "no class"."""
+        s = sigma.to(x.dtype).view(-1, 1, 1, 1)
+        total = s.square() + self.sigma_data**2
+        c_skip = self.sigma_data**2 / total
+        c_out = s * self.sigma_data / total.sqrt()
+        c_in = total.rsqrt()
+        c_noise = sigma.to(x.dtype).log() / 4
+        classes = None
+        if self.num_classes:
+            if labels is None:
+                classes = torch.full((len(x),), self.num_classes, dtype=torch.long, device=x.device)
+            else:
+                classes = labels
+        return c_skip * x + c_out * self.network(c_in * x, c_noise, classes)
+
+
+def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """λ(σ) = (σ² + σ_d²) / (σ·σ_d)², EDM table 1: makes the loss of each σ start at 1."""
+    return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
+
+
+class GuidedDenoiser:
+    """Classifier-free guidance (Ho & Salimans 2022): D = D(∅) + w·(D(y) - D(∅)).
+
+    Args:
+        denoiser: a conditional denoiser trained with label dropout.
+        weight: w; 1 is no guidance, more than 1 sharpens classes.
+    """
+
+    def __init__(self, denoiser: Denoiser, weight: float) -> None:
+        self.denoiser, self.weight = denoiser, weight
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        conditional = self.denoiser(x, sigma, labels)
+        if labels is None or self.weight == 1:
+            return conditional
+        unconditional = self.denoiser(x, sigma, None)
+        return unconditional + self.weight * (conditional - unconditional)

@@ -1,0 +1,72 @@
+"""The EDM training loss of each row, with the copies of an example next to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpsyngen.diffusion.denoiser import PreconditionedDenoiser, loss_weight
+from dpsyngen.diffusion.noise_levels import NoiseLevels
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """Rows ready for the denoiser: ``examples * copies`` of them, the copies of an example adjacent.
+
+    Attributes:
+        clean: x₀, [rows, C, H, W] in [-1, 1].
+        noisy: x = x₀ + σ·n.
+        sigma: σ, [rows].
+        labels: class of each row, ``num_classes`` where dropped, or None for an unconditional network.
+    """
+
+    clean: Tensor
+    noisy: Tensor
+    sigma: Tensor
+    labels: Tensor | None
+
+
+def make_noisy(
+    images: Tensor,
+    labels: Tensor | None,
+    levels: NoiseLevels,
+    *,
+    copies: int,
+    num_classes: int,
+    label_dropout: float,
+    generator: torch.Generator,
+) -> NoisyBatch:
+    """Repeat each image `copies` times, each at its own noise level, and drop labels at random.
+
+    Args:
+        images: [examples, C, H, W] in [-1, 1].
+        labels: [examples], or None: no class.
+        levels: density of σ.
+        copies: K >= 1 (noise multiplicity of DPDM).
+        num_classes: 0 for an unconditional network.
+        label_dropout: probability of replacing a row's label by "no class".
+        generator: source of σ, n and the dropout.
+    """
+    examples = len(images)
+    device = images.device
+    sigma = levels.sample(examples, copies, generator).reshape(-1).to(device)
+    clean = images.repeat_interleave(copies, 0)
+    noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(device)
+    classes: Tensor | None = None
+    if num_classes:
+        no_class = torch.full((examples * copies,), num_classes, dtype=torch.long, device=device)
+        if labels is None:
+            classes = no_class
+        else:
+            kept = torch.rand(examples * copies, generator=generator, device=generator.device) >= label_dropout
+            classes = torch.where(kept.to(device), labels.repeat_interleave(copies, 0), no_class)
+    return NoisyBatch(clean, clean + sigma.view(-1, 1, 1, 1) * noise, sigma, classes)
+
+
+def denoising_loss(denoiser: PreconditionedDenoiser, batch: NoisyBatch) -> Tensor:
+    """λ(σ)·‖D(x; σ) - x₀‖² of each row, averaged over its pixels, [rows] (EDM eq. 2 and table 1)."""
+    denoised = denoiser(batch.noisy, batch.sigma, batch.labels)
+    squared = (denoised - batch.clean).square().flatten(1).mean(1)
+    return loss_weight(batch.sigma, denoiser.sigma_data) * squared

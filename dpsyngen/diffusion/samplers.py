@@ -1,0 +1,193 @@
+"""Samplers: from noise at σ_max down to an image, through any Denoiser.
+
+All follow the probability-flow ODE dx/dσ = (x - D(x; σ))/σ (EDM eq. 3) on EDM's steps (eq. 5); their randomness
+is the starting noise, and the churn of the stochastic one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpsyngen.diffusion.denoiser import Denoiser
+from dpsyngen.errors import ConfigError
+
+
+def karras_steps(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Noise levels of `steps` steps and the final 0, [steps + 1] in fp64 (EDM eq. 5)."""
+    if steps < 1 or not 0 < sigma_min < sigma_max:
+        raise ConfigError(
+            f"a sampler needs steps >= 1 and 0 < sigma_min < sigma_max; given steps={steps}, sigma_min={sigma_min}, "
+            f"sigma_max={sigma_max}."
+        )
+    if steps == 1:
+        return torch.tensor([sigma_max, 0.0], dtype=torch.float64)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def _level(value: float, x: Tensor) -> Tensor:
+    return torch.full((len(x),), value, dtype=torch.float64, device=x.device)
+
+
+def ddim(denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Deterministic DDIM, which is Euler's method on the ODE (Song et al. 2021; EDM §3).
+
+    Args:
+        denoiser: the model.
+        x: starting noise of standard deviation ``sigmas[0]``, [N, C, H, W].
+        sigmas: descending noise levels, ending in 0.
+        labels: [N], or None.
+    """
+    levels = sigmas.tolist()
+    for now, after in itertools.pairwise(levels):
+        slope = (x - denoiser(x, _level(now, x), labels)) / now
+        x = x + (after - now) * slope
+    return x
+
+
+def heun(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    labels: Tensor | None = None,
+    *,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = math.inf,
+    churn_noise: float = 1.0,
+    draw: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """EDM's second-order sampler; with ``churn`` > 0 its stochastic one (EDM algorithms 1 and 2).
+
+    Args:
+        denoiser, x, sigmas, labels: as for :func:`ddim`.
+        churn: S_churn >= 0, how much noise is added and removed again over all steps.
+        churn_min: S_tmin, lowest σ with churn.
+        churn_max: S_tmax, highest σ with churn.
+        churn_noise: S_noise, standard deviation of the added noise.
+        draw: returns standard normal noise of the shape of `x`; None: from PyTorch's global generator.
+    """
+    levels = sigmas.tolist()
+    count = len(levels) - 1
+    for now, after in itertools.pairwise(levels):
+        gamma = min(churn / count, math.sqrt(2) - 1) if churn_min <= now <= churn_max else 0.0
+        raised = now * (1 + gamma)
+        if gamma > 0:
+            noise = torch.randn_like(x) if draw is None else draw()
+            x = x + math.sqrt(raised**2 - now**2) * churn_noise * noise
+        slope = (x - denoiser(x, _level(raised, x), labels)) / raised
+        euler = x + (after - raised) * slope
+        if after > 0:
+            slope_after = (euler - denoiser(euler, _level(after, euler), labels)) / after
+            x = x + (after - raised) * (slope + slope_after) / 2
+        else:
+            x = euler
+    return x
+
+
+def dpm_solver_pp(denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1, λ = -log σ.
+
+    One network call a step, second order through the previous step's estimate.
+    """
+    levels = sigmas.tolist()
+    previous: Tensor | None = None
+    h_previous = 0.0
+    for now, after in itertools.pairwise(levels):
+        denoised = denoiser(x, _level(now, x), labels)
+        if after == 0:
+            # λ is infinite at σ = 0: the step goes to the estimate itself.
+            return denoised
+        h = math.log(now / after)
+        estimate = denoised
+        if previous is not None:
+            r = h_previous / h
+            estimate = (1 + 1 / (2 * r)) * denoised - previous / (2 * r)
+        x = (after / now) * x - math.expm1(-h) * estimate
+        previous, h_previous = denoised, h
+    return x
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddim": ddim, "heun": heun, "dpmpp": dpm_solver_pp}
+
+
+@torch.no_grad()
+def sample_batches(
+    denoiser: Denoiser,
+    labels: Tensor | None,
+    count: int,
+    shape: tuple[int, int, int],
+    *,
+    sampler: str = "ddim",
+    steps: int = 50,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> Iterator[Tensor]:
+    """Draw `count` images in batches.
+
+    Image i depends on (seed, i) only, not on the batch size (up to the rounding of sums): each image has a
+    generator of its own, for its starting noise and its churn.
+
+    Args:
+        denoiser: the model.
+        labels: [count] classes, or None.
+        count: how many, >= 1.
+        shape: (C, H, W).
+        sampler: a name in ``SAMPLERS``.
+        steps, sigma_min, sigma_max, rho: see :func:`karras_steps`.
+        seed: public seed; sampling is post-processing, so it need not be secret.
+        batch_size: images at a time, >= 1.
+        device: where to compute.
+        options: options of the sampler, such as ``churn``.
+
+    Yields:
+        uint8 [n, C, H, W] on the CPU.
+    """
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sampler is {sampler!r}, but must be one of {', '.join(SAMPLERS)}.")
+    if count < 1 or batch_size < 1:
+        raise ConfigError(f"count={count} and batch_size={batch_size} must be at least 1.")
+    if options and sampler != "heun":
+        raise ConfigError(f"{', '.join(options)}: only the 'heun' sampler has churn; given sampler {sampler!r}.")
+    sigmas = karras_steps(steps, sigma_min, sigma_max, rho)
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+        generators = [torch.Generator().manual_seed(_mix(seed, i)) for i in range(start, stop)]
+
+        def draw(generators: list[torch.Generator] = generators) -> Tensor:
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+        y = None if labels is None else labels[start:stop].to(device)
+        extra = options | {"draw": draw} if sampler == "heun" else options
+        images = SAMPLERS[sampler](denoiser, draw() * sigmas[0].item(), sigmas, y, **extra)
+        yield to_uint8(images).cpu()
+
+
+def _mix(seed: int, index: int) -> int:
+    """A 63-bit seed for (seed, index); splitmix64's finaliser spreads neighbouring values apart."""
+    z = (seed * 0x9E3779B97F4A7C15 + index + 0x632BE59BD9B4E019) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) >> 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] float -> 0..255 uint8, rounded to nearest; values outside are clamped, NaN becomes 0."""
+    return torch.nan_to_num((images + 1) * 127.5, nan=0.0).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """0..255 uint8 -> [-1, 1] float."""
+    return images.float() / 127.5 - 1

@@ -1,0 +1,37 @@
+"""Errors that a user can act on.
+
+Every message says what was given, what is allowed and what to do.  The command line prints the message alone
+(no traceback) and exits with ``exit_code``; from Python they are ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+
+class DpsyngenError(Exception):
+    """Base of all errors that are the user's to mend."""
+
+    exit_code = 2
+
+
+class ConfigError(DpsyngenError, ValueError):
+    """An option has a value that is not allowed, or two options contradict each other."""
+
+
+class DataError(DpsyngenError, ValueError):
+    """Images or labels could not be read as asked."""
+
+
+class RunError(DpsyngenError, RuntimeError):
+    """A run directory is in the wrong state (exists already, unfinished, other version, other data)."""
+
+
+class BudgetExceeded(DpsyngenError, RuntimeError):
+    """An access to private data was refused because it would exceed the run's (ε, δ)."""
+
+    exit_code = 3
+
+
+class LedgerError(DpsyngenError, RuntimeError):
+    """The ledger file was edited, truncated or reordered, so ε cannot be computed from it."""
+
+    exit_code = 3

@@ -1,0 +1,279 @@
+"""A trained generator: everything it needs is in the release half of a run, so a copy of that folder is enough."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.samplers import SAMPLERS, sample_batches
+from dpsyngen.diffusion.stages import Stage, StagedDenoiser, StageMap
+from dpsyngen.diffusion.unet import UNet
+from dpsyngen.errors import ConfigError, RunError
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How images are drawn; enough, with the labels, to draw the same ones again.
+
+    Attributes:
+        sampler: "ddim", "heun" or "dpmpp".
+        steps: sampler steps, >= 1.
+        sigma_min, sigma_max, rho: EDM's noise levels.
+        guidance: weight of classifier-free guidance, >= 0; 1 is none.
+        churn: S_churn of the stochastic "heun", >= 0.
+        seed: public; image i depends on (seed, i, its label).
+
+    Raises:
+        ConfigError: a value that is not allowed.
+    """
+
+    sampler: str
+    steps: int
+    sigma_min: float
+    sigma_max: float
+    rho: float
+    guidance: float
+    churn: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(f"sampler is {self.sampler!r}, but must be one of {', '.join(SAMPLERS)}.")
+        if self.steps < 1:
+            raise ConfigError(f"the number of sampler steps is {self.steps}, but must be at least 1.")
+        if not 0 <= self.guidance < math.inf:
+            raise ConfigError(f"guidance is {self.guidance}, but must be 0 or more (1 is none).")
+        if not 0 <= self.churn < math.inf:
+            raise ConfigError(f"churn is {self.churn}, but must be 0 or more.")
+        if self.churn and self.sampler != "heun":
+            raise ConfigError(f"churn needs the sampler 'heun'; given {self.sampler!r}.")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], or None.
+        class_names: names of the classes.
+        settings: sampler, steps, seed, guidance: enough to draw them again.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+class Generator:
+    """Draws images.
+
+    Args:
+        release: the ``release`` folder of a run, or a copy of it.
+        device: where to compute.
+
+    Raises:
+        RunError: not a finished release, or damaged.
+
+    Attributes:
+        class_names: () if unconditional.
+        stages: who answers at which noise level.
+        networks: the denoiser of each network.
+    """
+
+    def __init__(self, release: Path, device: str = "cpu") -> None:
+        self.device = device
+        try:
+            about = json.loads((release / "generator.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{release} holds no generator ({error}).  Is the training finished?") from None
+        try:
+            self.resolution, self.channels = int(about["resolution"]), int(about["channels"])
+            self.class_names: tuple[str, ...] = tuple(about["class_names"])
+            self.stages = _stages(about["stages"])
+            self.defaults: dict[str, Any] = about["sampling"]
+            self.private = bool(about["private"])
+            conditional, network = about["conditional"], about["network"]
+            self.networks: dict[str, PreconditionedDenoiser] = {}
+            for name in self.stages.networks:
+                classes = len(self.class_names) if conditional[name] else 0
+                unet = UNet(network["size"], self.resolution, self.channels, classes)
+                denoiser = PreconditionedDenoiser(unet, classes, network["sigma_data"])
+                denoiser.load_state_dict(load_file(release / "weights" / f"{name}.safetensors"))
+                self.networks[name] = denoiser.to(device).eval()
+        except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+            raise RunError(f"the generator in {release} is damaged: {error}") from None
+
+    def denoiser(self, guidance: float = 1.0) -> StagedDenoiser:
+        """The staged denoiser, with classifier-free guidance of the private stage if asked for."""
+        private: Denoiser = self.networks[self.stages.private.network]
+        return StagedDenoiser(
+            self.stages,
+            self.networks,
+            private=GuidedDenoiser(private, guidance) if self.class_names and guidance != 1 else None,
+        )
+
+    def labels(self, count: int, classes: Sequence[int | str] | None = None) -> NDArray[np.int64] | None:
+        """Labels for `count` images: all classes (or those given, by name or number) in turn; None if unconditional."""
+        if not self.class_names:
+            if classes is not None:
+                raise ConfigError("this generator has no classes, so none can be chosen.")
+            return None
+        chosen = range(len(self.class_names)) if classes is None else [self._class(c) for c in classes]
+        if not chosen:
+            raise ConfigError("no class was given.")
+        return np.array([chosen[i % len(chosen)] for i in range(count)], dtype=np.int64)
+
+    def _class(self, given: int | str) -> int:
+        if isinstance(given, str) and given in self.class_names:
+            return self.class_names.index(given)
+        try:
+            number = int(given)
+        except ValueError:
+            number = -1
+        if not 0 <= number < len(self.class_names):
+            raise ConfigError(
+                f"there is no class {given!r}; the classes are {', '.join(self.class_names)} (or 0 to "
+                f"{len(self.class_names) - 1})."
+            )
+        return number
+
+    def settings(
+        self,
+        *,
+        seed: int = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        churn: float | None = None,
+    ) -> SamplingSettings:
+        """How to draw: the run's own settings where None is given; see :class:`SamplingSettings`.
+
+        Raises:
+            ConfigError: a value that is not allowed.
+        """
+        d = self.defaults
+        name = sampler or d["sampler"]
+        if churn is None:
+            # A churn set for the run belongs to its sampler; asking for another sampler drops it.
+            churn = d["churn"] if name == d["sampler"] else 0.0
+        return SamplingSettings(
+            sampler=name,
+            steps=d["steps"] if steps is None else steps,
+            sigma_min=d["sigma_min"],
+            sigma_max=d["sigma_max"],
+            rho=d["rho"],
+            guidance=d["guidance"] if guidance is None else guidance,
+            churn=churn,
+            seed=seed,
+        )
+
+    def stream(
+        self,
+        count: int,
+        settings: SamplingSettings | None = None,
+        *,
+        labels: NDArray[np.int64] | None = None,
+        batch_size: int = 256,
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Draw `count` images batch by batch, so that any number fits in memory.
+
+        Args:
+            count: how many.
+            settings: from :meth:`settings`; None: the run's.
+            labels: [count] a class for each image; None: no class is asked for.
+            batch_size: images at a time.
+
+        Yields:
+            uint8 [n, C, H, W].
+
+        Raises:
+            ConfigError: a value that is not allowed.
+        """
+        s = settings or self.settings()
+        if count < 1:
+            raise ConfigError(f"the number of images is {count}, but must be at least 1.")
+        if labels is not None:
+            if len(labels) != count:
+                raise ConfigError(f"{len(labels)} labels were given for {count} images.")
+            if labels.min() < 0 or labels.max() >= len(self.class_names):
+                raise ConfigError(f"labels must lie in 0 to {len(self.class_names) - 1}.")
+        options: dict[str, Any] = {"churn": s.churn} if s.churn else {}
+        for batch in sample_batches(
+            self.denoiser(s.guidance),
+            None if labels is None else torch.from_numpy(labels),
+            count,
+            (self.channels, self.resolution, self.resolution),
+            sampler=s.sampler,
+            steps=s.steps,
+            sigma_min=s.sigma_min,
+            sigma_max=s.sigma_max,
+            rho=s.rho,
+            seed=s.seed,
+            batch_size=batch_size,
+            device=self.device,
+            **options,
+        ):
+            yield batch.numpy()
+
+    def sample(
+        self,
+        count: int,
+        *,
+        labels: NDArray[np.int64] | None = None,
+        classes: Sequence[int | str] | None = None,
+        batch_size: int = 256,
+        on_progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> Samples:
+        """Draw `count` images into memory; free of privacy cost, however many.
+
+        Args:
+            count: how many.
+            labels: [count] a class for each image; None: `classes` in turn, balanced.
+            classes: which classes, by name or number; None: all.
+            batch_size: images at a time.
+            on_progress: called with (images done, images in all).
+            settings: ``seed``, ``sampler``, ``steps``, ``guidance``, ``churn``, as for :meth:`settings`.
+
+        Raises:
+            ConfigError: a value that is not allowed.
+        """
+        chosen = self.settings(**settings)
+        if labels is None:
+            labels = self.labels(max(count, 0), classes)
+        out = []
+        done = 0
+        for batch in self.stream(count, chosen, labels=labels, batch_size=batch_size):
+            out.append(batch)
+            done += len(batch)
+            if on_progress:
+                on_progress(done, count)
+        return Samples(np.concatenate(out), labels, self.class_names, asdict(chosen))
+
+
+def _stages(described: list[dict[str, Any]]) -> StageMap:
+    return StageMap(
+        tuple(
+            Stage(
+                s["name"],
+                -math.inf if s["log_sigma_low"] is None else float(s["log_sigma_low"]),
+                math.inf if s["log_sigma_high"] is None else float(s["log_sigma_high"]),
+                s["trained_by"],
+                s["network"],
+            )
+            for s in described
+        )
+    )

@@ -1,0 +1,205 @@
+"""What a set of mechanisms costs: (ε, δ) from events, and the noise that a target ε needs.
+
+All figures come from dp-accounting: the privacy loss distribution (PLD) accountant, whose result is an upper bound
+up to its discretisation, with Rényi DP (RDP) as a looser cross-check.  No central-limit approximation anywhere.
+Adjacency is add/remove one record, with the sampling rate and the normaliser fixed as public constants by the
+*declared* number of records; the subsampled Gaussian mechanism costs the same under zero-out adjacency.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+Accountant = Literal["pld", "rdp"]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """`count` runs of a (Poisson-subsampled) Gaussian mechanism.
+
+    Attributes:
+        sampling_rate: q in (0, 1]; 1 means that every record is used.
+        noise_multiplier: noise standard deviation over L2 sensitivity, > 0.
+        count: number of runs, >= 1.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"sampling_rate is {self.sampling_rate}, but must be in (0, 1].")
+        if not self.noise_multiplier >= 0:
+            raise ValueError(f"noise_multiplier is {self.noise_multiplier}, but must be >= 0.")
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}, but must be >= 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def merge(mechanisms: Iterable[Mechanism]) -> tuple[Mechanism, ...]:
+    """The same composition with equal mechanisms counted together, in a fixed order."""
+    counts: dict[tuple[float, float], int] = {}
+    for m in mechanisms:
+        key = (m.sampling_rate, m.noise_multiplier)
+        counts[key] = counts.get(key, 0) + m.count
+    return tuple(Mechanism(q, z, n) for (q, z), n in sorted(counts.items()))
+
+
+def _compose(accountant: Any, mechanisms: Sequence[Mechanism]) -> Any:
+    import dp_accounting as dp
+
+    for m in mechanisms:
+        event: Any = dp.GaussianDpEvent(m.noise_multiplier)
+        if m.sampling_rate < 1:
+            event = dp.PoissonSampledDpEvent(m.sampling_rate, event)
+        accountant.compose(event, m.count)
+    return accountant
+
+
+def _accountant(kind: Accountant, interval: float) -> Any:
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    adjacency = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    if kind == "rdp":
+        return RdpAccountant(neighboring_relation=adjacency)
+    return PLDAccountant(adjacency, value_discretization_interval=interval)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """dp-accounting warns for each Rényi order that it leaves out; the bound holds with the orders that remain."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@lru_cache(maxsize=256)
+def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, kind: Accountant) -> float:
+    if not mechanisms:
+        return 0.0
+    if any(m.noise_multiplier == 0 for m in mechanisms):
+        return math.inf
+    # The loss of one step shrinks as the steps grow; the grid must stay fine beside it, or rounding up each step's
+    # loss adds up.  1e-4 is dp-accounting's own choice and right for hundreds of steps.
+    steps = sum(m.count for m in mechanisms)
+    interval = 1e-4 if steps <= 300 else 2e-5 if steps <= 5000 else 5e-6
+    if kind == "pld":
+        # Huge losses make a fine grid needlessly long: at a large ε a coarser one has the same relative error.
+        rough = _epsilon(mechanisms, delta, "rdp")
+        interval *= max(1.0, min(rough, 100.0))
+    with _quiet():
+        return float(_compose(_accountant(kind, interval), mechanisms).get_epsilon(delta))
+
+
+def epsilon(mechanisms: Iterable[Mechanism], delta: float, accountant: Accountant = "pld") -> float:
+    """An upper bound on ε at `delta` of running all `mechanisms` on the same data.
+
+    Args:
+        mechanisms: what was run, adaptively, in any order.
+        delta: δ in (0, 1).
+        accountant: "pld" (tight) or "rdp" (looser, a cross-check).
+    """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta is {delta}, but must be in (0, 1).")
+    return _epsilon(merge(mechanisms), delta, accountant)
+
+
+def calibrate_noise(
+    target_epsilon: float,
+    delta: float,
+    *,
+    sampling_rate: float,
+    steps: int,
+    spent: Iterable[Mechanism] = (),
+    accountant: Accountant = "pld",
+    tolerance: float = 3e-4,
+) -> float:
+    """The smallest noise multiplier (to `tolerance`, relative) whose total cost is at most `target_epsilon`.
+
+    RDP is an upper bound that takes milliseconds, so it gives the first guess; PLD then takes a few evaluations.
+
+    Args:
+        target_epsilon: ε > 0.
+        delta: δ in (0, 1).
+        sampling_rate: q in (0, 1].
+        steps: number of steps, >= 1.
+        spent: earlier mechanisms on the same data, which the total includes.
+        accountant: which bound to calibrate.
+        tolerance: how far below the target the total may end, relative; it never ends above.
+
+    Raises:
+        ValueError: the earlier mechanisms alone already exceed the target.
+    """
+    if not target_epsilon > 0:
+        raise ValueError(f"target_epsilon is {target_epsilon}, but must be positive.")
+    spent = merge(spent)
+    already = epsilon(spent, delta, accountant)
+    if already >= target_epsilon:
+        raise ValueError(f"ε = {already:.4g} is already spent, which leaves nothing of {target_epsilon:.4g}.")
+
+    def cost(noise: float, kind: Accountant) -> float:
+        return epsilon((*spent, Mechanism(sampling_rate, noise, steps)), delta, kind)
+
+    # RDP first: bisection is cheap there.  Its answer is a little too high for PLD.
+    high = 1.0
+    while cost(high, "rdp") > target_epsilon and high < 1e7:
+        high *= 2
+    low = high / 2
+    while low > 0.01 and cost(low, "rdp") <= target_epsilon:
+        low, high = low / 2, low
+    while high / low > 1 + tolerance:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if cost(middle, "rdp") > target_epsilon else (low, middle)
+    if accountant == "rdp":
+        if cost(high, "rdp") > target_epsilon:
+            raise ValueError(f"no noise multiplier below 1e7 reaches ε = {target_epsilon:.4g}.")
+        return high
+    return _refine(lambda noise: cost(noise, "pld"), target_epsilon, high, tolerance)
+
+
+def _refine(cost: Callable[[float], float], target: float, start: float, tolerance: float) -> float:
+    """The smallest noise at which a falling, costly `cost` meets `target`, from a guess, in few evaluations.
+
+    log ε is almost a straight line in log z near the answer, so each guess is taken from the secant of the last two.
+    The result always satisfies cost(result) <= target.
+    """
+    z, e = start, cost(start)
+    fits: float | None = z if e <= target else None
+    slope = -1.2
+    for _ in range(40):
+        if fits is not None and target * (1 - tolerance) <= cost(fits):
+            return fits
+        # Aim a little below the target, so that the guess fits when the line is right.
+        guess = z * math.exp((math.log(target * (1 - tolerance / 3)) - math.log(e)) / slope)
+        guess = min(max(guess, z / 2), z * 2)
+        e_guess = cost(guess)
+        if guess != z and e_guess != e:
+            slope = min(math.log(e_guess / e) / math.log(guess / z), -0.1)
+        z, e = guess, e_guess
+        if e <= target and (fits is None or z < fits):
+            fits = z
+    if fits is None:
+        raise ValueError(f"no noise multiplier was found that reaches ε = {target:.4g}.")
+    return fits
+
+
+def default_delta(records: int) -> float:
+    """The largest power of ten below 1/records (Fashion-MNIST's 60,000: 1e-5)."""
+    exponent = math.floor(-math.log10(records))
+    delta = 10.0**exponent
+    return delta if delta < 1 / records else delta / 10

@@ -1,0 +1,77 @@
+"""What a privacy budget buys: a table to look at before anything is spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from dpsyngen.errors import ConfigError
+from dpsyngen.privacy import accounting
+from dpsyngen.privacy.accounting import Accountant, Mechanism, calibrate_noise, default_delta
+
+
+def budget_table(
+    records: int,
+    batch: int,
+    steps: int,
+    *,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+    delta: float | None = None,
+) -> Iterator[str]:
+    """Lines, one by one as they are computed, that say what training costs, or what noise a budget needs, and how neighbouring plans compare.
+
+    Args:
+        records: number of private images n.
+        batch: expected batch, at most n.
+        steps: DP-SGD steps.
+        epsilon: target ε; exactly one of this and `noise_multiplier`.
+        noise_multiplier: z.
+        delta: δ; None: :func:`default_delta`.
+
+    Raises:
+        ConfigError: a value that is not allowed.
+    """
+    if (epsilon is None) == (noise_multiplier is None):
+        raise ConfigError("give one of --epsilon (how much noise does it need?) and --noise (what does it cost?).")
+    if records < 1 or steps < 1 or batch < 1:
+        raise ConfigError(f"records={records}, batch={batch} and steps={steps} must be at least 1.")
+    if batch > records:
+        raise ConfigError(f"the batch is {batch}, but there are only {records:,} records.")
+    delta = default_delta(records) if delta is None else delta
+    if not 0 < delta < 1 / records:
+        raise ConfigError(f"delta is {delta:.3g}, but must be above 0 and below 1/records = {1 / records:.3g}.")
+    if epsilon is not None and not 0 < epsilon < math.inf:
+        raise ConfigError(f"epsilon is {epsilon}, but must be a positive number.")
+    if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
+        raise ConfigError(f"the noise multiplier is {noise_multiplier}, but must be a positive number.")
+
+    yield from (
+        f"{records:,} records, one image = one record, add/remove; δ = {delta:.3g}",
+        "Poisson-subsampled Gaussian mechanism; ε by PLD (upper bound), beside it by Rényi DP",
+        "",
+        f"{'steps':>8} {'batch':>8} {'rate':>9} {'epochs':>8} {'noise z':>9} {'ε PLD':>9} {'ε RDP':>9} {'noise a step':>13}",
+    )
+    plans = [(steps, batch)]
+    plans += [(max(1, steps // 2), batch), (steps * 2, batch)]
+    plans += [(steps, b) for b in (max(1, batch // 2), batch * 2) if b <= records]
+    for number, (t, b) in enumerate(dict.fromkeys(plans)):
+        q = b / records
+        z = noise_multiplier
+        if z is None:
+            assert epsilon is not None
+            z = calibrate_noise(epsilon, delta, sampling_rate=q, steps=t)
+        m = Mechanism(q, z, t)
+        yield (
+            f"{t:>8,} {b:>8,} {q:>9.5f} {q * t:>8.1f} {z:>9.4f} {_eps(m, delta, 'pld'):>9.4f} "
+            f"{_eps(m, delta, 'rdp'):>9.4f} {z / b:>11.6f} C{'  <- asked' if number == 0 else ''}"
+        )
+    yield from (
+        "",
+        "epochs: how often an image is used on average.  noise a step: standard deviation of the noise in each",
+        "coordinate of the mean gradient, in units of the clipping norm C; lower is better for the same steps.",
+    )
+
+
+def _eps(mechanism: Mechanism, delta: float, accountant: Accountant) -> float:
+    return accounting.epsilon([mechanism], delta, accountant)

@@ -1,0 +1,98 @@
+"""Where unpredictable numbers come from: one secret key a run, and an independent stream for each purpose and step.
+
+A stream is AES-256 in counter mode under a key derived by BLAKE2b from (master key, purpose, step).  The same step
+always gets the same stream, so a run that was killed repeats a step *exactly* instead of drawing fresh noise for the
+same data (which would let an average of the attempts cancel the noise), and nothing but the step number has to be
+saved.  Whoever learns the master key can subtract the noise: it stays in the private half of the run and is never
+released or logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.errors import RunError
+
+Purpose = Literal["sampling", "noise", "augmentation", "tag"]
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """All random numbers of a private training run.
+
+    Attributes:
+        insecure_seed: None when the key came from the operating system; otherwise the seed that anyone can repeat,
+            which voids the guarantee: such a run is stamped NOT PRIVATE.
+    """
+
+    _key: bytes = field(repr=False)
+    insecure_seed: int | None = None
+
+    @classmethod
+    def from_system(cls) -> Randomness:
+        """A fresh key from the operating system's entropy."""
+        return cls(os.urandom(_KEY_BYTES))
+
+    @classmethod
+    def from_insecure_seed(cls, seed: int) -> Randomness:
+        """A reproducible key, for tests and benchmarks only."""
+        return cls(hashlib.blake2b(f"dpsyngen insecure seed {seed}".encode(), digest_size=_KEY_BYTES).digest(), seed)
+
+    @property
+    def secure(self) -> bool:
+        """Whether the key is unpredictable."""
+        return self.insecure_seed is None
+
+    def _stream_key(self, purpose: Purpose, step: int, part: int) -> bytes:
+        message = f"{purpose}/{step}/{part}".encode()
+        return hashlib.blake2b(message, key=self._key, digest_size=_KEY_BYTES).digest()
+
+    def words(self, purpose: Purpose, step: int, count: int, part: int = 0) -> NDArray[np.uint64]:
+        """`count` independent uniform 64-bit words, the same ones for the same (purpose, step, part)."""
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        cipher = Cipher(algorithms.AES(self._stream_key(purpose, step, part)), modes.CTR(bytes(16)))
+        stream = cipher.encryptor().update(bytes(8 * count))
+        return np.frombuffer(stream, dtype="<u8").astype(np.uint64, copy=False)
+
+    def seed(self, purpose: Purpose, step: int, part: int = 0) -> int:
+        """A 63-bit seed for a fast generator, for randomness that the guarantee does not rest on."""
+        return int.from_bytes(self._stream_key(purpose, step, part)[:8], "little") >> 1
+
+    def tag(self, text: str) -> str:
+        """A keyed digest of `text`: equal for equal texts, useless to anyone without the key."""
+        return hashlib.blake2b(text.encode(), key=self._stream_key("tag", 0, 0), digest_size=32).hexdigest()
+
+    # ------------------------------------------------------------------------------------------- storage
+
+    def save(self, path: Path) -> None:
+        """Write the key to `path`, readable by its owner only."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "w") as f:
+            json.dump({"key": self._key.hex(), "insecure_seed": self.insecure_seed}, f)
+            f.flush()
+            os.fsync(f.fileno())
+
+    @classmethod
+    def load(cls, path: Path) -> Randomness:
+        """Read what :meth:`save` wrote.  Raises :class:`RunError` if it is missing or damaged."""
+        try:
+            stored = json.loads(path.read_text())
+            key = bytes.fromhex(stored["key"])
+            if len(key) != _KEY_BYTES:
+                raise ValueError("wrong key length")
+            return cls(key, stored["insecure_seed"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"the run's random state ({path.name}) cannot be read: {error}.  Without it the run cannot be "
+                "continued privately (noise might be repeated): start a new run in another folder."
+            ) from None

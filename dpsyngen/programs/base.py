@@ -1,0 +1,155 @@
+"""What every image program is: an endless, reproducible sequence of public images."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, SupportsIndex
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dpsyngen.errors import ConfigError
+
+MAX_RESOLUTION = 2048  # keeps the 32-bit block counter of one image (`counter_rng`) from wrapping
+_MAX_INDEX = 2**63 - 1
+
+
+def as_integer(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int in [low, high]; ConfigError, naming the option, if it is anything else."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{name}={value!r} is not an integer: give one from {low} to {high}.") from None
+    if not low <= number <= high:
+        raise ConfigError(f"{name}={number} is out of range: give an integer from {low} to {high}.")
+    return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program(ABC):
+    """A family of images drawn by a program, with its parameters fixed: an infinite dataset without a disk.
+
+    Image i is a pure function of (family, parameters, `seed`, i): the same on every machine, in any order,
+    and for any batch size or number of threads or processes.  Programs compare, hash and pickle by value.
+
+    `seed` is **public**.  It goes into configurations and releases, and must be unrelated to the random state
+    of the privacy mechanism: anyone may redraw these images, since they contain nobody's data.
+
+    Attributes:
+        name: registered name of the family (set by `register`).
+        prior_tier: how much the family assumes about the private images.  0: agnostic, nothing; 1: generic
+            shape, e.g. that they show strokes or blobs; 2: domain simulator, e.g. that they are X-rays.
+        resolution: height and width of an image in pixels, 1 to 2048.
+        channels: 1 (grey) or 3 (red, green, blue).
+        seed: 0 to 2⁶⁴ − 1.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    name: ClassVar[str]
+    prior_tier: ClassVar[int]
+
+    resolution: int
+    channels: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Stored as plain ints, so that config() is JSON-able whatever integer type was given.
+        object.__setattr__(self, "resolution", as_integer("resolution", self.resolution, 1, MAX_RESOLUTION))
+        object.__setattr__(self, "seed", as_integer("seed", self.seed, 0, 2**64 - 1))
+        object.__setattr__(self, "channels", as_integer("channels", self.channels, 1, 3))
+        if self.channels == 2:
+            raise ConfigError("channels=2 is not allowed: give 1 (grey) or 3 (RGB).")
+
+    @abstractmethod
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        """Write image ``indices[n]`` to ``out[n]``, every pixel.  Several threads may call this."""
+
+    def __call__(self, index: SupportsIndex) -> NDArray[np.uint8]:
+        """Image `index`, uint8 [C, H, W], values 0 to 255.
+
+        Raises:
+            IndexError: `index` is negative or above 2⁶³ − 1.
+            TypeError: `index` is not an integer.
+        """
+        number = operator.index(index)
+        if not 0 <= number <= _MAX_INDEX:
+            raise IndexError(f"Image index {number} is out of range: give an integer from 0 to 2⁶³ − 1.")
+        return self.batch([number])[0]
+
+    def __getitem__(self, index: SupportsIndex) -> NDArray[np.uint8]:
+        """The same as calling; there is no ``len``, so iteration never ends.  For slices use `batch`."""
+        return self(index)
+
+    def batch(self, indices: ArrayLike | Iterable[int], *, threads: int = 1) -> NDArray[np.uint8]:
+        """Images `indices` in that order, uint8 [N, C, H, W], values 0 to 255; repeats and N = 0 are allowed.
+
+        `threads` changes the speed, never the images.
+
+        Raises:
+            IndexError: an index is negative or above 2⁶³ − 1.
+            TypeError: the indices are not integers.
+            ConfigError: `threads` is not a positive integer, or the indices are not one-dimensional.
+        """
+        threads = as_integer("threads", threads, 1, 4096)
+        chosen = as_indices(indices)
+        out = np.empty((len(chosen), self.channels, self.resolution, self.resolution), dtype=np.uint8)
+        if threads == 1 or len(chosen) < 2:
+            if len(chosen):
+                self._draw(chosen, out)
+            return out
+        # A few chunks a thread: images differ in cost, so one chunk a thread would wait for the slowest.
+        bounds = np.linspace(0, len(chosen), min(len(chosen), 4 * threads) + 1).astype(int)
+        with ThreadPoolExecutor(threads) as pool:
+            jobs = [pool.submit(self._draw, chosen[a:b], out[a:b]) for a, b in itertools.pairwise(bounds)]
+            for job in jobs:
+                job.result()
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """Name and all parameters, JSON-able: ``make_program(**program.config()) == program``."""
+        return {"name": self.name, **asdict(self)}
+
+
+def as_indices(indices: ArrayLike | Iterable[int]) -> NDArray[np.uint64]:
+    if not hasattr(indices, "__array__") and isinstance(indices, set | frozenset | Iterator):
+        indices = list(indices)  # numpy would take these for one object
+    array = np.asarray(indices)
+    if array.ndim != 1:
+        raise ConfigError(f"indices has shape {array.shape}: give a one-dimensional list of integers.")
+    if array.size == 0:
+        return np.empty(0, dtype=np.uint64)
+    if array.dtype.kind not in "iu":
+        if array.dtype.kind == "O" and all(isinstance(i, int) for i in array):  # Python ints beyond 64 bits
+            raise IndexError("An image index is out of range: give integers from 0 to 2⁶³ − 1.")
+        raise TypeError(f"Image indices have type {array.dtype}: give integers.")
+    if int(array.min()) < 0 or int(array.max()) > _MAX_INDEX:
+        raise IndexError(f"Image indices run from {array.min()} to {array.max()}: give integers from 0 to 2⁶³ − 1.")
+    return array.astype(np.uint64)
+
+
+def stream(program: Program, batch_size: int, *, start: int = 0, threads: int = 1) -> Iterator[NDArray[np.uint8]]:
+    """Endless consecutive batches, uint8 [batch_size, C, H, W], beginning with image `start`.
+
+    To resume after b batches, pass ``start=start + b * batch_size``.
+
+    Raises:
+        ConfigError: `batch_size` is not positive, `start` is negative, or either is no integer.
+    """
+    size = as_integer("batch_size", batch_size, 1, 2**31)
+    first = as_integer("start", start, 0, _MAX_INDEX)
+    return _batches(program, size, first, threads)
+
+
+def _batches(program: Program, size: int, first: int, threads: int) -> Iterator[NDArray[np.uint8]]:
+    while True:
+        yield program.batch(range(first, first + size), threads=threads)
+        first += size

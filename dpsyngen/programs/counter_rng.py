@@ -1,0 +1,87 @@
+"""Random numbers as a pure function of (seed, stream, index, block): Philox4x32-10.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (the Random123
+paper).  Exact integer arithmetic, so the numbers are the same on every machine.  Never for the privacy
+mechanism: its seed here is public, and Philox is not cryptographic.
+
+How its 128-bit counter and 64-bit key are used here::
+
+    key     = seed                       (64 bits)
+    counter = block | stream | index     (32, 32 and 64 bits)
+
+`index` is the image, `block` counts within the image, and `stream` is a constant of the family, so that
+families with one seed stay independent.  A block yields two 64-bit words.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dpsyngen.programs.compiled import compiled
+
+# Everything is uint64: numba, like numpy, turns uint64 with a signed integer into a float.
+_LOW = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+_11 = np.uint64(11)
+_MULTIPLIER_0 = np.uint64(0xD2511F53)
+_MULTIPLIER_1 = np.uint64(0xCD9E8D57)
+_WEYL_0 = np.uint64(0x9E3779B9)  # golden ratio
+_WEYL_1 = np.uint64(0xBB67AE85)  # √3 − 1
+_ONE = np.uint64(1)
+_ROUNDS = 10
+_ULP = 2.0**-53
+
+
+@compiled
+def philox4x32(
+    c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64
+) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    """Ten rounds of Philox4x32 on counter (c0, c1, c2, c3) with key (k0, k1).
+
+    All six arguments and the four results are uint64 that hold 32-bit values.
+    """
+    for _ in range(_ROUNDS):
+        product_0 = _MULTIPLIER_0 * c0  # 32 × 32 bits: cannot overflow
+        product_1 = _MULTIPLIER_1 * c2
+        c0 = (product_1 >> _32) ^ c1 ^ k0
+        c1 = product_1 & _LOW
+        c2 = (product_0 >> _32) ^ c3 ^ k1
+        c3 = product_0 & _LOW
+        k0 = (k0 + _WEYL_0) & _LOW
+        k1 = (k1 + _WEYL_1) & _LOW
+    return c0, c1, c2, c3
+
+
+@compiled
+def words(seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64) -> tuple[np.uint64, np.uint64]:
+    """Two uniform 64-bit words; `stream` and `block` are below 2³²."""
+    a, b, c, d = philox4x32(block, stream, index & _LOW, index >> _32, seed & _LOW, seed >> _32)
+    return a | (b << _32), c | (d << _32)
+
+
+@compiled
+def to_unit(word: np.uint64) -> float:
+    """The top 53 bits of a word as a double uniform on {0, 1, …, 2⁵³ − 1} / 2⁵³, so in [0, 1)."""
+    return float(word >> _11) * _ULP
+
+
+@compiled
+def unit_vector(
+    seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64
+) -> tuple[float, float, np.uint64]:
+    """A uniform direction (cos θ, sin θ), and the first block not used.
+
+    By rejection from the square to the disc, which needs only √ and ÷ and is therefore exact everywhere; the
+    libraries' cos and sin are not.  Uses 4/π blocks on average.
+    """
+    while True:
+        word_x, word_y = words(seed, stream, index, block)
+        block = block + _ONE
+        x = 2.0 * to_unit(word_x) - 1.0
+        y = 2.0 * to_unit(word_y) - 1.0
+        square = x * x + y * y
+        if 0.0 < square <= 1.0:
+            length = math.sqrt(square)
+            return x / length, y / length, block

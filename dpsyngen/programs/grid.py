@@ -1,0 +1,85 @@
+"""Looking at pictures: many images side by side in one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.errors import ConfigError
+from dpsyngen.programs.base import Program, as_integer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_GAP_LEVEL = 128  # neither black nor white: both occur at the border of images
+
+
+def image_grid(images: NDArray[np.uint8], columns: int, *, scale: int = 1, pad: int = 1) -> Image.Image:
+    """Images in reading order, `columns` to a row, as one Pillow image (mode "L" or "RGB").
+
+    Args:
+        images: uint8 [N, C, H, W], N ≥ 1, C is 1 or 3.
+        columns: images to a row; fewer are used when N is smaller.
+        scale: side of the square of output pixels that shows one pixel.
+        pad: width of the grey gaps and frame in output pixels.
+
+    Raises:
+        ConfigError: an argument has a wrong shape, type or range.
+    """
+    from PIL import Image
+
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise ConfigError(
+            f"images is {images.dtype} of shape {images.shape}: give uint8 [N, C, H, W] with N ≥ 1 and C 1 or 3."
+        )
+    scale = as_integer("scale", scale, 1, 1024)
+    pad = as_integer("pad", pad, 0, 1024)
+    columns = min(as_integer("columns", columns, 1, 2**31), len(images))
+    rows = -(-len(images) // columns)
+    count, channels, height, width = images.shape
+    height, width = scale * height, scale * width
+    sheet = np.full((channels, rows * (height + pad) + pad, columns * (width + pad) + pad), _GAP_LEVEL, dtype=np.uint8)
+    for n in range(count):
+        top = pad + (n // columns) * (height + pad)
+        left = pad + (n % columns) * (width + pad)
+        sheet[:, top : top + height, left : left + width] = images[n].repeat(scale, 1).repeat(scale, 2)
+    return Image.fromarray(sheet[0] if channels == 1 else np.ascontiguousarray(sheet.transpose(1, 2, 0)))
+
+
+def save_grid(
+    program: Program,
+    path: str | os.PathLike[str],
+    *,
+    count: int = 64,
+    columns: int = 8,
+    scale: int = 3,
+    overwrite: bool = False,
+) -> Path:
+    """Write images 0 … count − 1 of `program` as one PNG file, whole or not at all; returns its path.
+
+    Raises:
+        ConfigError: `path` does not end in .png, its folder does not exist, or it exists and `overwrite` is
+            false; or `count`, `columns` or `scale` is not a positive integer.
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise ConfigError(f"{target} does not end in .png: grids are written as PNG; choose such a name.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent} is not a folder: create it, or write somewhere else.")
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise ConfigError(f"{target} exists already: choose another name, remove it, or pass overwrite.")
+    count = as_integer("count", count, 1, 2**20)
+    grid = image_grid(program.batch(range(count)), columns, scale=scale)
+    # A temporary file in the same folder, as os.replace is atomic only within a file system.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            grid.save(file, format="PNG")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,130 @@
+"""Writing generated images: PNGs in class folders with a metadata.csv, or one .npz."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.errors import RunError
+from dpsyngen.files import require_absent_or_empty, write_atomically, write_text
+
+
+def check_target(out: Path) -> None:
+    """Raise RunError if writing to `out` would overwrite anything."""
+    if out.suffix == ".npz":
+        if out.exists():
+            raise RunError(f"--out {out} exists already.  Choose another path or move it away.")
+        return
+    require_absent_or_empty(out, "--out")
+
+
+def folder_names(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """A folder name for each class: the class name where that is a safe and distinct file name."""
+    out: list[str] = []
+    for number, name in enumerate(class_names):
+        safe = re.sub(r"[^\w .+-]", "_", name).strip(" .")[:100]
+        out.append(safe if safe and safe not in out else f"{number}_{safe}".rstrip("_"))
+    return tuple(out)
+
+
+def write_samples(
+    out: Path,
+    batches: Iterable[NDArray[np.uint8]],
+    labels: NDArray[np.int64] | None,
+    class_names: tuple[str, ...],
+    about: dict[str, Any],
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write images to `out`: a ``.npz`` file, or else a folder that appears whole or not at all.
+
+    Args:
+        out: must not exist (or be an empty folder).
+        batches: uint8 [n, C, H, W] each.
+        labels: class of each image, or None.
+        class_names: names of the classes.
+        about: provenance, written beside the images (``about.json``, or the key ``about``).
+        on_progress: called with the number of images written so far.
+    """
+    check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        _write_npz(out, batches, labels, class_names, about, on_progress)
+    else:
+        _write_folder(out, batches, labels, class_names, about, on_progress)
+
+
+def _write_npz(
+    out: Path,
+    batches: Iterable[NDArray[np.uint8]],
+    labels: NDArray[np.int64] | None,
+    class_names: tuple[str, ...],
+    about: dict[str, Any],
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    collected: list[NDArray[np.uint8]] = []
+    for batch in batches:
+        collected.append(batch)
+        if on_progress:
+            on_progress(sum(map(len, collected)))
+    arrays: dict[str, Any] = {"images": np.concatenate(collected), "about": json.dumps(about)}
+    if labels is not None:
+        arrays |= {"labels": labels, "class_names": np.array(class_names)}
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as f:
+            np.savez_compressed(f, **arrays)
+
+    write_atomically(out, write)
+
+
+def _write_folder(
+    out: Path,
+    batches: Iterable[NDArray[np.uint8]],
+    labels: NDArray[np.int64] | None,
+    class_names: tuple[str, ...],
+    about: dict[str, Any],
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    from PIL import Image
+
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        folders = folder_names(class_names)
+        for folder in folders:
+            (partial / folder).mkdir()
+        number = 0
+        with open(partial / "metadata.csv", "w", newline="", encoding="utf-8") as f:
+            table = csv.writer(f)
+            table.writerow(["file_name", *(["label", "class_name"] if labels is not None else [])])
+            for batch in batches:
+                for pixels in batch:
+                    name = f"{number:07d}.png"
+                    row: list[Any] = [name]
+                    if labels is not None:
+                        label = int(labels[number])
+                        name = f"{folders[label]}/{name}"
+                        row = [name, label, class_names[label]]
+                    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))
+                    image.save(partial / name)
+                    table.writerow(row)
+                    number += 1
+                if on_progress:
+                    on_progress(number)
+        write_text(partial / "about.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        if out.is_dir():
+            out.rmdir()  # empty, as checked
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

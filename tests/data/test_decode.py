@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpsyngen.data.decode import BadImage, check_resolution, default_resolution, read_header, read_image
+from dpsyngen.errors import ConfigError
+
+
+def read(path: Path, colour: Any = "rgb", resolution: int = 8) -> np.ndarray:
+    return read_image(path, resolution=resolution, colour=colour)
+
+
+def save(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_pixels_are_kept_when_nothing_changes(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    path = save(Image.fromarray(pixels), tmp_path / "a.png")
+    assert np.array_equal(read(path), pixels.transpose(2, 0, 1))
+    assert read(path, "grey").shape == (1, 8, 8)
+
+
+def test_16_bit_is_scaled_not_clipped(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    path = save(Image.fromarray(ramp), tmp_path / "a.png")
+    assert read_header(path).is_grey
+    assert np.array_equal(read(path, "grey")[0], np.rint(ramp / 257).astype(np.uint8))
+    tiff = save(Image.fromarray(ramp), tmp_path / "a.tif")
+    assert np.array_equal(read(tiff, "grey"), read(path, "grey"))
+
+
+@pytest.mark.parametrize("pixels", [np.ones((8, 8), dtype=np.float32), np.full((8, 8), 70000, dtype=np.int32)])
+def test_pixels_without_a_defined_white_are_bad(tmp_path: Path, pixels: np.ndarray) -> None:
+    with pytest.raises(BadImage, match="8 or 16 bits"):
+        read(save(Image.fromarray(pixels), tmp_path / "a.tif"))
+
+
+def test_palette_with_transparency(tmp_path: Path) -> None:
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((0, 0), 1)
+    path = save(image, tmp_path / "a.png", transparency=1)
+    pixels = read(path)
+    assert not read_header(path).is_grey
+    assert pixels[:, 1, 1].tolist() == [255, 0, 0]
+    assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_composited_on_white(tmp_path: Path, mode: str) -> None:
+    image = Image.new(mode, (8, 8), (0,) * (len(mode) - 1) + (0,))
+    image.putpixel((3, 3), (0,) * (len(mode) - 1) + (255,))
+    image.putpixel((4, 4), (0,) * (len(mode) - 1) + (128,))
+    pixels = read(save(image, tmp_path / "a.png"), "grey")[0]
+    assert (pixels[0, 0], pixels[3, 3]) == (255, 0)
+    assert 126 <= pixels[4, 4] <= 128
+
+
+def test_hidden_colour_does_not_bleed_into_a_resized_image(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    assert read(save(image, tmp_path / "a.png")).min() == 255
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    path = save(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "a.jpg", quality=100)
+    red, green, blue = read(path)[:, 4, 4].tolist()
+    assert red > 240
+    assert max(green, blue) < 20
+
+
+def test_one_bit(tmp_path: Path) -> None:
+    path = save(Image.new("1", (8, 8), 1), tmp_path / "a.png")
+    assert read_header(path).is_grey
+    assert read(path, "grey").min() == 255
+
+
+def test_exif_rotation(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8), dtype=np.uint8)
+    pixels[:4] = 255  # bright top half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: has to be turned 90° clockwise to be upright
+    path = save(Image.fromarray(pixels), tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read(path, "grey")[0], np.rot90(pixels, -1))
+
+
+def test_resize_is_centred_and_antialiased(tmp_path: Path) -> None:
+    pixels = np.zeros((64, 128), dtype=np.uint8)
+    pixels[:, 32:96] = np.indices((64, 64)).sum(axis=0) % 2 * 255  # a checkerboard in the middle, black beside it
+    result = read(save(Image.fromarray(pixels), tmp_path / "a.png"), "grey")[0]
+    assert result.shape == (8, 8)
+    assert 110 < result.min() <= result.max() < 145
+
+
+def test_large_jpeg_is_resized_like_png(tmp_path: Path) -> None:
+    x = np.mgrid[0:600, 0:400][1]
+    image = Image.fromarray((x * 255 // 400).astype(np.uint8))
+    jpeg = read(save(image, tmp_path / "a.jpg", quality=95), "grey", 16)
+    png = read(save(image, tmp_path / "a.png"), "grey", 16)
+    assert np.abs(jpeg.astype(int) - png).max() <= 4
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_animations_are_bad(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    path = save(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(BadImage, match="2 frames"):
+        read_header(path)
+
+
+def test_multi_picture_jpeg_is_a_photo(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    frames[0].save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    assert read(tmp_path / "a.jpg").min() > 250
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif"])
+def test_truncated(tmp_path: Path, suffix: str, rng: np.random.Generator) -> None:
+    path = save(Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)), tmp_path / f"a.{suffix}")
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BadImage):
+            read(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bomb(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    for side in (10_000, 30_000):  # Pillow warns of the first, and refuses the second
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        (tmp_path / "a.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+        )
+        with pytest.raises(BadImage, match="bomb"):
+            read(tmp_path / "a.png")
+
+
+def test_unwanted_decoders_are_out_of_reach(tmp_path: Path) -> None:
+    save(Image.new("L", (8, 8)), tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(BadImage, match="not an image"):
+        read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("value", [7, 257, 32.0, "32", True, -1])
+def test_resolution_out_of_range(value: Any) -> None:
+    with pytest.raises(ConfigError, match="8 to 256"):
+        check_resolution(value)
+
+
+def test_resolution() -> None:
+    assert check_resolution(None) is None
+    assert check_resolution(np.int64(28)) == 28  # type: ignore[arg-type]
+    assert default_resolution({(28, 28)}) == 28
+    assert [default_resolution(s) for s in ({(65, 65)}, {(28, 27)}, {(28, 28), (32, 32)}, {(4, 4)}, set())] == [32] * 5

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpsyngen.data import load_images, named
+from dpsyngen.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty DPSYNGEN_DATA on a machine with no other data and no network."""
+
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network in tests")
+
+    root = tmp_path / "root"
+    root.mkdir()
+    monkeypatch.setenv("DPSYNGEN_DATA", str(root))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(named, "_SYSTEM_FOLDERS", (tmp_path / "system",))
+    monkeypatch.setattr("pooch.retrieve", offline)
+    return root
+
+
+def write_fashion_test(folder: Path, first: tuple[int, ...] = (9, 2, 1, 1, 6, 1, 4, 6, 5, 7)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = bytes(first) + bytes(10)
+    images = bytes((0, 0, 8, 3)) + struct.pack(">3I", 20, 28, 28) + bytes(20 * 28 * 28)
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(bytes((0, 0, 8, 1)) + struct.pack(">I", 20) + labels)
+    )
+
+
+def test_digits_split_is_fixed_and_stratified() -> None:
+    train, test, both = (load_images(f"digits:{split}") for split in ("train", "test", "all"))
+    assert (len(train), len(test), len(both)) == (1437, 360, 1797)
+    assert test.labels is not None
+    assert both.labels is not None
+    assert np.bincount(test.labels).min() >= 34
+    assert np.abs(np.bincount(test.labels) - np.bincount(both.labels) * 360 / 1797).max() < 1
+    assert (both.images.min(), both.images.max(), both.images.shape[1:]) == (0, 255, (1, 8, 8))
+    assert load_images("digits").fingerprint() == train.fingerprint()
+    # Pinned: published numbers depend on the split.
+    assert test.fingerprint() == "d16eec4aa89bc74c02368afeb82875a123a3875495336b411583334285fbdb6e"
+    as_rows = both.images.reshape(1797, -1)
+    parts = np.concatenate([train.images, test.images]).reshape(1797, -1)
+    assert np.array_equal(np.sort(as_rows.sum(1)), np.sort(parts.sum(1)))
+
+
+def test_names() -> None:
+    assert named.parse_name("FashionMNIST:test") == ("fashion-mnist", "test")
+    assert named.parse_name("CIFAR-10") == ("cifar10", "train")
+    assert named.parse_name("./digits") is None
+    assert named.parse_name("photos") is None
+    for split in ("digits:", "digits:valid"):
+        with pytest.raises(ConfigError, match="train, test, all"):
+            named.parse_name(split)
+
+
+def test_name_wins_over_a_path_unless_it_has_a_separator(class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_folder.rename(class_folder.parent / "digits")
+    monkeypatch.chdir(class_folder.parent)
+    assert len(load_images("digits")) == 1437
+    assert len(load_images("./digits")) == 6
+    assert len(load_images(Path("digits"))) == 6
+
+
+def test_unknown_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Did you mean 'fashion-mnist'"):
+        load_images("fashion-mnits")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match=r"Did you mean .*photos"):
+        load_images(tmp_path / "photo")
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="unpack"):
+        load_images(tmp_path / "a.zip")
+    with pytest.raises(DataError, match=r"cannot be a path|neither"):
+        load_images("a\0b")
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ConfigError, match="channels"):
+        load_images("digits", channels="colour")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="resolution"):
+        load_images("digits", resolution=4)
+
+
+def test_fashion_mnist(fashion_root: Path) -> None:
+    test = load_images("fashion-mnist:test")
+    assert test.images.shape == (10000, 1, 28, 28)
+    assert test.labels is not None
+    assert np.bincount(test.labels).tolist() == [1000] * 10
+    assert test.class_names[9] == "Ankle boot"
+    assert len(load_images("fashion-mnist")) == 60000
+
+
+@pytest.mark.parametrize(
+    "folder", ["root/fashion-mnist", "root/FashionMNIST/raw", "root", "system/dataset-fashion-mnist"]
+)
+def test_places(data_root: Path, folder: str) -> None:
+    write_fashion_test(data_root.parent / folder)
+    assert len(load_images("fashion-mnist:test")) == 20
+
+
+def test_the_cache_is_looked_in(data_root: Path) -> None:
+    write_fashion_test(data_root.parent / "home/.cache/dpsyngen/fashion-mnist")
+    assert len(load_images("fashion-mnist:test", labels=False)) == 20
+
+
+def test_one_set_is_not_taken_for_another(data_root: Path) -> None:
+    write_fashion_test(data_root)
+    with pytest.raises(DataError, match="do not begin like mnist"):
+        load_images("mnist:test")
+
+
+def test_download_failure_says_where_it_looked(data_root: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_images("mnist")
+    message = str(caught.value)
+    for text in (str(data_root / "mnist"), ".cache/dpsyngen", "no network in tests", "By hand", "train-images"):
+        assert text in message
+    assert "t10k" not in message
+
+
+def test_download_uses_the_next_mirror(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def retrieve(url: str, known_hash: str, fname: str, path: Path) -> None:
+        asked.append((url, known_hash))
+        if "googleusercontent" in url or "s3-website" in url:
+            raise OSError("mirror down")
+        write_fashion_test(path)
+
+    monkeypatch.setattr("pooch.retrieve", retrieve)
+    assert len(load_images("fashion-mnist:test")) == 20
+    assert [url.rpartition("/")[2][:11] for url, _ in asked] == ["t10k-images"] * 2 + ["t10k-labels"] * 2
+    assert all(known_hash.startswith("md5:") for _, known_hash in asked)
+
+
+def cifar_file(label: int = 3) -> bytes:
+    records = np.zeros((10_000, 3073), dtype=np.uint8)
+    records[:, 0] = label
+    records[:, 1:1025] = 200  # red
+    return records.tobytes()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_cifar10_archive_and_files(data_root: Path) -> None:
+    folder = data_root / "cifar10"
+    write_tar(
+        folder / "cifar-10-binary.tar.gz",
+        {"../../evil.txt": b"x", "cifar-10-batches-bin/test_batch.bin": cifar_file()},
+    )
+    data = load_images("cifar10:test")
+    assert data.images.shape == (10_000, 3, 32, 32)
+    assert data.images[0].max(axis=(1, 2)).tolist() == [200, 0, 0]
+    assert data.labels is not None
+    assert set(data.labels.tolist()) == {3}
+    assert data.class_names[3] == "cat"
+    assert [path.name for path in folder.iterdir()] == ["cifar-10-binary.tar.gz"]
+    with pytest.raises(DataError, match="lacks data_batch_1"):
+        load_images("cifar10")
+    (folder / "cifar-10-batches-bin").mkdir()
+    (folder / "cifar-10-batches-bin" / "test_batch.bin").write_bytes(cifar_file(4))
+    assert load_images("cifar10:test").fingerprint() != data.fingerprint()
+
+
+@pytest.mark.parametrize(("content", "match"), [(b"short", "5 bytes"), (cifar_file(11), "labels over 9")])
+def test_cifar10_broken(data_root: Path, content: bytes, match: str) -> None:
+    archive = data_root / "cifar10" / "cifar-10-binary.tar.gz"
+    write_tar(archive, {"test_batch.bin": content})
+    with pytest.raises(DataError, match=match):
+        load_images("cifar10:test")
+    archive.write_bytes(archive.read_bytes()[:50])
+    with pytest.raises(DataError, match="broken"):
+        load_images("cifar10:test")
+
+
+def test_cifar10_pickles_are_not_read(data_root: Path) -> None:
+    (data_root / "cifar10" / "cifar-10-batches-py").mkdir(parents=True)
+    with pytest.raises(DataError, match="pickles"):
+        load_images("cifar10")
+
+
+@pytest.mark.network
+def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DPSYNGEN_DATA", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(named, "_SYSTEM_FOLDERS", ())
+    try:
+        data = load_images("mnist:test")  # 1.6 MB
+    except DataError as error:
+        pytest.skip(str(error).splitlines()[0])
+    assert data.images.shape == (10_000, 1, 28, 28)
