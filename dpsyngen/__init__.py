@@ -4,7 +4,7 @@
 >>> run = dpsyngen.train("photos/", epsilon=3, out="runs/a")              # doctest: +SKIP
 >>> images = dpsyngen.Generator(run.release).sample(100).images           # doctest: +SKIP
 >>> dpsyngen.evaluate(run, data="photos/", test="photos-test/")           # doctest: +SKIP
->>> dpsyngen.report(run)                                                  # doctest: +SKIP
+>>> dpsyngen.write_report(run)                                               # doctest: +SKIP
 
 Names are loaded when they are first used, so ``import dpsyngen`` is cheap.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
-    from dpsyngen.api import evaluate, report, train
+    from dpsyngen.api import evaluate, train, write_report
     from dpsyngen.config import Config, load_config
     from dpsyngen.data import ImageDataset, load_images
     from dpsyngen.generator import Generator
@@ -34,8 +34,8 @@ __all__ = [
     "load_config",
     "load_images",
     "make_program",
-    "report",
     "train",
+    "write_report",
     "write_samples",
 ]
 
@@ -48,8 +48,8 @@ _HOME = {
     "load_config": "dpsyngen.config",
     "load_images": "dpsyngen.data",
     "make_program": "dpsyngen.programs",
-    "report": "dpsyngen.api",
     "train": "dpsyngen.api",
+    "write_report": "dpsyngen.api",
     "write_samples": "dpsyngen.samples",
 }
 

@@ -27,9 +27,7 @@ def load_private(source: Source, config: Config) -> ImageDataset:
     d = config.data
     if isinstance(source, ImageDataset):
         return source
-    return load_images(
-        source, resolution=d.resolution, channels=d.channels, labels=d.labels, skip_bad=d.skip_bad
-    )
+    return load_images(source, resolution=d.resolution, channels=d.channels, labels=d.labels, skip_bad=d.skip_bad)
 
 
 def prepare(config: Config, out: PathLike, data: Source | None = None, device: str = "cpu") -> Training:
@@ -152,13 +150,19 @@ def evaluate(
     Returns:
         the figures and the protocol of each, as written to the file.
     """
-    from dpsyngen.evaluation import evaluate_images
+    from dpsyngen.evaluation import FeatureSpec, evaluate_images
+    from dpsyngen.evaluation.cas import NAMES
     from dpsyngen.generator import Generator
     from dpsyngen.privacy.ledger import Ledger
 
     run = _as_run(run)
     run.require_complete()
     check_device(device)
+    weights = None if inception_weights is None else Path(inception_weights)
+    specs = [FeatureSpec(name, weights if name == "inception" else None) for name in features]
+    unknown = [name for name in classifiers if name not in NAMES]
+    if unknown:
+        raise ConfigError(f"classifiers are {', '.join(map(repr, unknown))}, but must be among {', '.join(NAMES)}.")
     tell = on_progress or (lambda line: None)
     config = run.config
     source = config.data.source if data is None else data
@@ -198,7 +202,7 @@ def evaluate(
         samples.labels,
         reference=reference,
         test=held_out,
-        features=_feature_specs(features, inception_weights),
+        features=specs,
         classifiers=tuple(classifiers),
         seed=seed,
         device=device,
@@ -209,7 +213,7 @@ def evaluate(
     return result
 
 
-def report(run: Run | PathLike) -> tuple[Path, Path]:
+def write_report(run: Run | PathLike) -> tuple[Path, Path]:
     """Write the report of a finished run, twice: the full one into ``private/``, the publishable into ``release/``.
 
     Returns:
@@ -223,4 +227,4 @@ def report(run: Run | PathLike) -> tuple[Path, Path]:
         return write_reports(run)
 
 
-__all__ = ["evaluate", "prepare", "prepare_resume", "report", "shape_of", "train"]
+__all__ = ["evaluate", "prepare", "prepare_resume", "shape_of", "train", "write_report"]

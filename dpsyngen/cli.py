@@ -250,7 +250,9 @@ def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or a copy of its release folder")],
     out: Annotated[Path, typer.Option(help="folder for PNGs and metadata.csv, or a .npz file")],
     count: Annotated[int, typer.Option("-n", "--count", help="number of images")] = 1000,
-    classes: Annotated[str | None, typer.Option(help="comma-separated names or numbers; default: all, balanced")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="comma-separated names or numbers; default: all, balanced")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")] = None,
     steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")] = None,
@@ -355,7 +357,7 @@ def report(run: RunArgument, quiet: Quiet = False) -> None:
     from dpsyngen.console import Console
 
     console = Console(quiet)
-    private, public = api.report(run)
+    private, public = api.write_report(run)
     console.line(f"full report, PRIVATE: {private}")
     console.line(f"publishable report:   {public}")
 
@@ -394,7 +396,8 @@ def programs(
     count: Annotated[int, typer.Option("-n", "--count", help="images in the grid")] = 64,
     seed: Annotated[int, typer.Option(help="public seed")] = 0,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="parameter of the program, such as shape=disc")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="parameter of the program, such as shape=disc"),
     ] = None,
 ) -> None:
     """Look at the programmatic images."""

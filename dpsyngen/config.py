@@ -81,6 +81,7 @@ class PublicConfig(_Section):
     learning_rate: float = Field(4e-4, gt=0)
     warmup: int = Field(50, ge=0)
     ema: float = Field(0.999, ge=0, lt=1)
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
 
 
 class PrivateConfig(_Section):

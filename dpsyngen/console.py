@@ -64,7 +64,9 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None and self.done:
-            print(f"{self.title}: {self.done:,} {self.unit} in {_clock(time.monotonic() - self._begun)}", file=sys.stderr)
+            print(
+                f"{self.title}: {self.done:,} {self.unit} in {_clock(time.monotonic() - self._begun)}", file=sys.stderr
+            )
 
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` units are done in all."""
@@ -124,6 +126,4 @@ class _Bar(Progress):
         super().__exit__(kind, error, trace)
 
     def _show(self) -> None:
-        self._bar.update(
-            self._task, completed=self.done, rate=f"{self.rate():.2f} {self.unit}/s", note=self._last_note
-        )
+        self._bar.update(self._task, completed=self.done, rate=f"{self.rate():.2f} {self.unit}/s", note=self._last_note)

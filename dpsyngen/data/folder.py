@@ -1,6 +1,7 @@
 """A folder of image files: its sub-folders are the classes, or it is flat and has no labels.
 
-Left out without a word: dot files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``.  Everything else that is not
+Left out without a word: dot files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``, and the ``metadata.csv`` and
+``about.json`` that this tool writes beside generated images.  Everything else that is not
 a PNG, JPEG, WebP, BMP, TIFF or still GIF file is *odd* and listed as bad, because a data set with surprises
 in it should be looked at once.  Symbolic links are not followed: one that leaves the folder reads files that
 nobody named, and one that stays counts an image twice, while the guarantee says one image = one record.
@@ -25,7 +26,8 @@ from dpsyngen.errors import DataError
 
 Progress = Callable[[int, int], None]
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-_IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+# The last two are what `dpsyngen sample` writes beside its class folders, so that its output can be read back.
+_IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx", "metadata.csv", "about.json"})
 _SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _BLOCK = 1024  # files handed to the pool at a time, so that a million files do not queue a million futures
 

@@ -1,4 +1,6 @@
-"""Diffusion models in the notation of EDM (Karras et al. 2022, arXiv 2206.00364): x = x₀ + σ·n, D(x; σ, y) ≈ E[x₀ | x, y].
+"""Diffusion models in the notation of EDM (Karras et al. 2022, arXiv 2206.00364).
+
+x = x₀ + σ·n with n ~ N(0, I), and D(x; σ, y) ≈ E[x₀ | x, y].
 
 σ is the one notion of time everywhere.  Nothing in this package knows of privacy.
 """

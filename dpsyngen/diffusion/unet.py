@@ -49,7 +49,7 @@ class UNetSize:
 # Parameters at one channel and ten classes are in the comments; tests hold the presets to them.
 SIZES: dict[str, UNetSize] = {
     "nano": UNetSize(16, (1, 2), 1, (), 64),  # 0.10 M
-    "tiny": UNetSize(24, (1, 2), 1, None, 64, patch=2),  # 0.24 M
+    "tiny": UNetSize(16, (1, 2), 1, None, 64, patch=2),  # 0.11 M
     "small": UNetSize(24, (1, 2, 2), 1, None, 96),  # 0.38 M
     "base": UNetSize(40, (1, 2, 2), 2),  # 1.9 M
     "large": UNetSize(72, (1, 2, 2), 2),  # 6 M

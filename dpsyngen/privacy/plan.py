@@ -19,7 +19,7 @@ def budget_table(
     noise_multiplier: float | None = None,
     delta: float | None = None,
 ) -> Iterator[str]:
-    """Lines, one by one as they are computed, that say what training costs, or what noise a budget needs, and how neighbouring plans compare.
+    """Yield lines that say what training costs, or what noise a budget needs, and how neighbouring plans compare.
 
     Args:
         records: number of private images n.
@@ -50,7 +50,8 @@ def budget_table(
         f"{records:,} records, one image = one record, add/remove; δ = {delta:.3g}",
         "Poisson-subsampled Gaussian mechanism; ε by PLD (upper bound), beside it by Rényi DP",
         "",
-        f"{'steps':>8} {'batch':>8} {'rate':>9} {'epochs':>8} {'noise z':>9} {'ε PLD':>9} {'ε RDP':>9} {'noise a step':>13}",
+        f"{'steps':>8} {'batch':>8} {'rate':>9} {'epochs':>8} {'noise z':>9} {'ε PLD':>9} {'ε RDP':>9} "
+        f"{'noise a step':>13}",
     )
     plans = [(steps, batch)]
     plans += [(max(1, steps // 2), batch), (steps * 2, batch)]

@@ -60,7 +60,9 @@ def stage_diagram(stages: list[dict[str, Any]], mean: float, std: float, sigma_m
         axes.axvspan(a, b, color=colour, alpha=0.12, lw=0)
         axes.fill_between(x[inside], density[inside], color=colour, alpha=0.45, lw=0)
         who = "private images, DP-SGD" if stage["trained_by"] == "private" else "programs, no privacy cost"
-        axes.text((a + b) / 2, 1.12, stage["name"], ha="center", va="bottom", fontsize=10, fontweight="bold", color=colour)
+        axes.text(
+            (a + b) / 2, 1.12, stage["name"], ha="center", va="bottom", fontsize=10, fontweight="bold", color=colour
+        )
         wide = b - a > 3.2
         axes.text(
             (a + b) / 2,

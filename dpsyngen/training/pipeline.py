@@ -218,7 +218,7 @@ class Training:
         optimizer = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
         state = TrainState(denoiser, Ema(denoiser, self.config.public.ema), {"public": optimizer})
         progress = train_public(stage.name, state, self._public_step(stage, index))
-        yield from self._checkpointed(stage.name, state, progress, self.public_log, every=200)
+        yield from self._checkpointed(stage.name, state, progress, self.public_log, self.config.public.checkpoint_every)
         if not self.stop_requested:
             self._save_weights(stage.network, state)
 
@@ -250,7 +250,7 @@ class Training:
         public = [self._public_step(stage, index) for index, stage in enumerate(shared, 1)]
         name = plan.stages.private.name
         progress = train_private(name, state, take, self.ledger, public)
-        yield from self._checkpointed(name, state, progress, self.private_log, every=c.checkpoint_every)
+        yield from self._checkpointed(name, state, progress, self.private_log, c.checkpoint_every)
         if self.stop_requested and state.step < c.steps:
             return
         if charged_steps(self.ledger) != state.step:

@@ -66,7 +66,7 @@ def privacy_statement(
                 "reason": e.reason,
                 "kind": e.kind,
                 **(e.mechanism.to_dict() if e.mechanism else {}),
-                **{k: v for k, v in e.details.items() if k in ("l2_sensitivity", "expected_batch", "steps")},
+                **{k: e.details[k] for k in ("l2_sensitivity", "expected_batch", "steps") if k in e.details},
             }
             for e in _merged(ledger)
         ],
@@ -138,9 +138,9 @@ def plain_words(statement: dict[str, Any]) -> str:
             f"The files in this folder are the output of a mechanism that is **({e:.4g}, {delta:.3g})-differentially "
             f"private** for each one of the {n:,} images it was trained on.",
             "",
-            "What this means: whatever someone learns from these files, they would have learned almost as well had any "
-            f"one image been left out.  The odds of any conclusion about that image change by a factor of at most e^ε = "
-            f"{factor:.3g}, except with probability at most δ = {delta:.3g}.",
+            "What this means: whatever someone learns from these files, they would have learned almost as well had "
+            "any one image been left out.  The odds of any conclusion about that image change by a factor of at most "
+            f"e^ε = {factor:.3g}, except with probability at most δ = {delta:.3g}.",
             "",
             "Anything made from these files (more images, a fine-tuned model, statistics) has the same guarantee.",
             "",
@@ -165,7 +165,8 @@ def plain_words(statement: dict[str, Any]) -> str:
     lines += [
         "",
         f"Assumed public: that there are {n:,} images, the image size and the class names.  Images drawn by a program "
-        f"({p['name']}, {p['prior_tier_meaning']}) cost no privacy, because no private image was looked at to choose it.",
+        f"({p['name']}, {p['prior_tier_meaning']}) cost no privacy, because no private image was looked at to choose "
+        "it.",
         "",
         f"Adjacency: {statement['adjacency']}.",
         "",

@@ -1,0 +1,18 @@
+"""Metrics of generated images.  Whatever compares with private images is private itself."""
+
+from __future__ import annotations
+
+from dpsyngen.evaluation.cas import ClassifierResult, best_by_validation, classification_accuracy
+from dpsyngen.evaluation.features import FeatureSpec
+from dpsyngen.evaluation.frechet import FeatureStatistics, frechet_distance
+from dpsyngen.evaluation.metrics import evaluate_images
+
+__all__ = [
+    "ClassifierResult",
+    "FeatureSpec",
+    "FeatureStatistics",
+    "best_by_validation",
+    "classification_accuracy",
+    "evaluate_images",
+    "frechet_distance",
+]

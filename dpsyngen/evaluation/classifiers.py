@@ -1,0 +1,126 @@
+"""The classifiers of the classification accuracy score: logistic regression, MLP and the CNN of DPDM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Candidate(Protocol):
+    """A trained classifier that may be chosen, such as the state after an epoch."""
+
+    label: str
+
+    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """uint8 [N, C, H, W] -> classes [N]."""
+        ...
+
+
+class LinearCandidate:
+    """Multinomial logistic regression on pixels in [0, 1] with inverse regularisation `c` (scikit-learn)."""
+
+    def __init__(self, c: float, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        from sklearn.linear_model import LogisticRegression
+
+        self.label = f"C = {c:g}"
+        # 100 iterations of L-BFGS do not always converge; the candidates are compared as they are.
+        self._model = LogisticRegression(C=c, max_iter=100)
+        import warnings
+
+        from sklearn.exceptions import ConvergenceWarning
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self._model.fit(_flat(images), labels)
+
+    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+        predicted: NDArray[np.int64] = self._model.predict(_flat(images))
+        return predicted
+
+
+def _flat(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.divide(images.reshape(len(images), -1), 255, dtype=np.float32)
+
+
+def make_mlp(channels: int, resolution: int, classes: int) -> nn.Module:
+    """One hidden layer of 100, as in DPDM's evaluation."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * resolution**2, 100), nn.ReLU(), nn.Linear(100, classes))
+
+
+def make_cnn(channels: int, resolution: int, classes: int) -> nn.Module:
+    """DPDM's CNN: convolutions of 32, 64 and 128 channels, two max pools, a hidden layer of 128, dropout ½.
+
+    Its convolutions are unpadded, which images below 22 pixels do not survive: those are padded by one pixel.
+    """
+    p = 1 if resolution < 22 else 0
+    convolutions = nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=p),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(32, 64, 3, padding=p),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(64, 128, 3, padding=p),
+        nn.ReLU(),
+        nn.Flatten(),
+    )
+    with torch.no_grad():
+        width = convolutions(torch.zeros(1, channels, resolution, resolution)).shape[1]
+    return nn.Sequential(convolutions, nn.Linear(width, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes))
+
+
+class NetworkCandidate:
+    """The state of a network after an epoch."""
+
+    def __init__(self, label: str, network: nn.Module, device: str) -> None:
+        self.label, self._network, self._device = label, network, device
+
+    @torch.no_grad()
+    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+        self._network.eval()
+        parts = [
+            self._network(_scaled(torch.from_numpy(images[i : i + 1000]).to(self._device))).argmax(1).cpu()
+            for i in range(0, len(images), 1000)
+        ]
+        self._network.train()
+        return torch.cat(parts).numpy()
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def train_network(
+    network: nn.Module,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    generator: torch.Generator,
+    device: str,
+) -> Iterator[NetworkCandidate]:
+    """Train with Adam on cross-entropy, yielding a candidate after each epoch.
+
+    A candidate is the live network: judge it before asking for the next one.
+    """
+    network.to(device).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+    for epoch in range(1, epochs + 1):
+        order = torch.randperm(len(x), generator=generator)
+        for rows in order.split(batch_size):
+            loss = F.cross_entropy(network(_scaled(x[rows].to(device))), y[rows].to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        yield NetworkCandidate(f"epoch {epoch}", network, device)

@@ -1,0 +1,44 @@
+"""Small data, small settings and one-thread defaults that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors run faster on one thread, and other work on the machine cannot stall them."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def tiny_arrays(seed: int = 0, n: int = 60, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """n random 8x8 grey images with labels."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, 8, 8), dtype=np.uint8), (np.arange(n) % classes).astype(np.int64)
+
+
+TINY_SETTINGS = {
+    "network": {"size": "nano"},
+    "public": {"steps": 3, "batch": 4, "copies": 1},
+    "private": {"steps": 6, "batch": 12, "copies": 2, "physical_batch": 5, "checkpoint_every": 2},
+    "sampling": {"steps": 3},
+}
+
+
+@pytest.fixture
+def tiny_settings() -> dict:
+    """Settings of a run that takes about a second."""
+    return {k: dict(v) for k, v in TINY_SETTINGS.items()}
+
+
+@pytest.fixture
+def tiny_images():
+    """Makes small data sets: ``tiny_images(seed)``."""
+    return tiny_arrays
