@@ -149,7 +149,7 @@ def test_written_samples_can_be_read_as_data(call, data, tmp_path) -> None:
     ],
 )
 def test_bad_options_of_train(call, data, tmp_path, arguments, message) -> None:
-    code, out, err = call("train", "--data", data, "--out", tmp_path / "r", *SMALL, *arguments)
+    code, _, err = call("train", "--data", data, "--out", tmp_path / "r", *SMALL, *arguments)
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1, err

@@ -52,6 +52,7 @@ SIZES: dict[str, UNetSize] = {
     "tiny": UNetSize(16, (1, 2), 1, None, 64, patch=2),  # 0.11 M
     "small": UNetSize(24, (1, 2, 2), 1, None, 96),  # 0.38 M
     "base": UNetSize(40, (1, 2, 2), 2),  # 1.9 M
+    "paper-32": UNetSize(40, (1, 2, 2), 2, (16,)),  # 1.9 M, attention at 16x16 as published for CIFAR-10
     "large": UNetSize(72, (1, 2, 2), 2),  # 6 M
     "huge": UNetSize(96, (1, 2, 2, 2), 3),  # 22 M
 }

@@ -22,7 +22,7 @@ from dpsyngen.generator import Generator
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.pipeline import Training, resume, start
 from dpsyngen.training.private import charged_steps
-from dpsyngen.training.run import Run
+from dpsyngen.training.run import JsonLines, Run
 
 
 def merged(settings: dict, **sections: dict) -> dict:
@@ -100,7 +100,9 @@ def test_shared_network_is_trained_by_both_kinds_of_steps(tmp_path, tiny_setting
 
 def test_public_experts_do_not_depend_on_the_private_images(tmp_path, tiny_settings, tiny_images) -> None:
     runs = [
-        finish(begin(tiny_settings, tiny_images(seed), tmp_path / str(seed), stages={"variant": "both", "pretrain": True}))
+        finish(
+            begin(tiny_settings, tiny_images(seed), tmp_path / str(seed), stages={"variant": "both", "pretrain": True})
+        )
         for seed in (1, 2)
     ]
     for network in ("pretrain", "cleaning", "coarse"):
@@ -119,9 +121,7 @@ def test_interrupted_run_gives_the_same_weights(stages, asked, tmp_path, tiny_se
     data = tiny_images()
     whole = finish(begin(tiny_settings, data, tmp_path / "whole", stages=stages))
     expected = bytes_of(whole.run.release)
-    total = sum(1 for _ in open(whole.run.private / "training.jsonl")) + sum(
-        1 for _ in (open(whole.public_log.path) if whole.public_log.path.exists() else ())
-    )
+    total = len(whole.private_log.read()) + len(whole.public_log.read())
     assert total >= 6
     out = tmp_path / "pieces"
     training = begin(tiny_settings, data, out, stages=stages)
@@ -139,9 +139,7 @@ def test_interrupted_run_gives_the_same_weights(stages, asked, tmp_path, tiny_se
     ledger = Ledger(Run(out).ledger_path)
     assert charged_steps(ledger) == tiny_settings["private"]["steps"]
     assert ledger.epsilon() == whole.ledger.epsilon()
-    assert [v["loss"] for v in training.private_log.read()] == [
-        v["loss"] for v in whole.private_log.read()
-    ]
+    assert [v["loss"] for v in training.private_log.read()] == [v["loss"] for v in whole.private_log.read()]
 
 
 def test_resume_repeats_steps_exactly_so_noise_is_never_fresh_for_charged_steps(
@@ -214,7 +212,7 @@ def test_resume_refuses_other_images_and_finished_or_foreign_runs(tmp_path, tiny
     (tmp_path / "r" / "run.json").write_text('{"format": 99, "dpsyngen": "9.9"}')
     with pytest.raises(RunError, match="format 99"):
         Run(tmp_path / "r")
-    with pytest.raises(RunError, match="no readable run.json"):
+    with pytest.raises(RunError, match="no readable run"):
         Run(tmp_path)
 
 
@@ -240,7 +238,7 @@ def test_one_process_at_a_time(tmp_path, tiny_settings, tiny_images) -> None:
 def test_release_depends_on_the_data_through_the_mechanism_alone(
     tmp_path, tiny_settings, tiny_images, monkeypatch
 ) -> None:
-    """Taint test: with the mechanism's outputs held equal, wholly different images give the same release, byte for byte.
+    """Taint test: with the mechanism's outputs held equal, different images give the same release, byte for byte.
 
     The mechanism's output is replaced by its noise; everything else (losses, norms, numbers of examples, paths) still
     differs between the two runs, so any other way from the images to the release would show.
@@ -289,7 +287,9 @@ def test_release_depends_on_the_data_through_the_mechanism_alone(
 def test_without_the_patch_the_release_does_depend_on_the_data(tmp_path, tiny_settings, tiny_images) -> None:
     """The taint test above can fail: the mechanism's real output differs."""
     releases = [
-        bytes_of(finish(begin(tiny_settings, tiny_images(s), tmp_path / str(s), stages={"variant": "dpdm"})).run.release)
+        bytes_of(
+            finish(begin(tiny_settings, tiny_images(s), tmp_path / str(s), stages={"variant": "dpdm"})).run.release
+        )
         for s in (1, 2)
     ]
     assert releases[0] != releases[1]
@@ -309,7 +309,8 @@ def test_files_of_the_release_are_those_we_know(tmp_path, tiny_settings, tiny_im
         "weights/coarse.safetensors",
         "weights/context.safetensors",
     }
-    assert {line["phase"] for line in map(json.loads, open(run.release / "public_training.jsonl"))} == {"cleaning", "coarse"}
+    public = JsonLines(run.release / "public_training.jsonl", 0o644).read()
+    assert {line["phase"] for line in public} == {"cleaning", "coarse"}
 
 
 def test_file_modes(tmp_path, tiny_settings, tiny_images) -> None:
@@ -374,7 +375,7 @@ def test_report_of_the_release_has_nothing_private_and_escapes_names(tmp_path, t
         assert "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
             "http://creativecommons.org", ""
         )
-        assert "src=\"http" not in text
+        assert 'src="http' not in text
         assert "<link" not in text
 
 
@@ -388,12 +389,10 @@ def test_training_refuses_to_exceed_the_target(tmp_path, tiny_settings, tiny_ima
     m = training.plan.mechanism
     # As if the noise had been set by hand to half of what the target needs.
     training.plan = replace(training.plan, mechanism=replace(m, noise_multiplier=m.noise_multiplier / 2))
-    taken = 0
     with pytest.raises(BudgetExceeded, match="refused"):
-        for _ in training.steps():
-            taken += 1
+        finish(training)
     ledger = Ledger(training.run.ledger_path)
-    assert taken == charged_steps(ledger) < 6
+    assert len(training.private_log.read()) == charged_steps(ledger) < 6
     assert ledger.epsilon() <= 8
 
 
@@ -434,7 +433,9 @@ def test_batches_are_divided_by_the_expected_size_and_may_be_empty(
     assert len(sizes) == 12
 
 
-def test_physical_batch_does_not_change_the_sum_that_is_released(tiny_settings, tiny_images, tmp_path, monkeypatch) -> None:
+def test_physical_batch_does_not_change_the_sum_that_is_released(
+    tiny_settings, tiny_images, tmp_path, monkeypatch
+) -> None:
     """One logical batch in pieces of 5 or whole: the same number of examples, each used once."""
     counts = []
     real = private_module.noisy_mean
@@ -483,7 +484,12 @@ def test_resolution_and_single_class_are_refused(tmp_path, tiny_settings, tiny_i
     with pytest.raises(ConfigError, match="--unconditional"):
         begin(tiny_settings, (one, np.zeros(60, dtype=np.int64)), tmp_path / "r")
     config = load_config(
-        merged(tiny_settings, privacy={"epsilon": 8, "insecure_seed": 1}, data={"labels": False}, stages={"variant": "dpdm"})
+        merged(
+            tiny_settings,
+            privacy={"epsilon": 8, "insecure_seed": 1},
+            data={"labels": False},
+            stages={"variant": "dpdm"},
+        )
     )
     training = finish(api.prepare(config, tmp_path / "u", (one, None)))
     samples = Generator(training.run.release).sample(3)
