@@ -31,7 +31,7 @@ from dpsyngen.generator import Generator
 
 VARIANTS = ("dpdm", "finetune", "cleaning", "coarse", "both")
 FEATURES = ("pixels-pca", "efficientnet-lite0")
-IMAGES = 5000
+IMAGES = 3000
 
 
 class Real:
@@ -69,7 +69,7 @@ def job(real: Real, variant: str, seed: int, args: argparse.Namespace, folder: P
         if p.step % 50 == 0:
             print(f"{variant} seed {seed} {p.phase} {p.step}/{p.steps} {time.time() - begun:.0f} s", flush=True)
     trained = time.time()
-    samples = Generator(training.run.release).sample(IMAGES, seed=seed, sampler="dpmpp", steps=20)
+    samples = Generator(training.run.release).sample(IMAGES, seed=seed, sampler="dpmpp", steps=15)
     sampled = time.time()
     assert samples.labels is not None
     assert real.test.labels is not None

@@ -79,7 +79,7 @@ def classification_accuracy(
         num_classes: number of classes.
         classifiers: names among "logreg", "mlp", "cnn".
         seed: of the split, the initial weights and the order of images.
-        epochs: passes over the training part for the networks; None: as many as make 300,000 images, 5 to 50 (DPDM
+        epochs: passes over the training part for the networks; None: as many as make 200,000 images, 5 to 50 (DPDM
             makes 50 of 60,000).
         device: where to compute.
         on_progress: called with a line for each classifier.
@@ -92,7 +92,7 @@ def classification_accuracy(
     if len(train) < 2 or len(validation) < 1 or len(np.unique(train_labels[train])) < 2:
         raise ConfigError(f"{len(train_images)} generated images are too few to train a classifier; generate more.")
     if epochs is None:
-        epochs = int(np.clip(300_000 // len(train), 5, 50))
+        epochs = int(np.clip(200_000 // len(train), 5, 50))
     out: dict[str, ClassifierResult] = {}
     for name in classifiers:
         if on_progress:
@@ -100,18 +100,18 @@ def classification_accuracy(
         candidates = _candidates(
             name, train_images[train], train_labels[train], num_classes, seed=seed, epochs=epochs, device=device
         )
-        best, chosen, predicted = -1.0, "", np.zeros(0, dtype=np.int64)
+        best, chosen = -1.0, None
         for candidate in candidates:
             score = float((candidate.predict(train_images[validation]) == train_labels[validation]).mean())
             if score > best:
-                # The state is live, so the test images are classified now; which prediction counts is decided on
-                # generated images alone.
-                best, chosen, predicted = score, candidate.label, candidate.predict(test_images)
+                best, chosen = score, candidate.keep()
+        assert chosen is not None
+        predicted = chosen.predict(test_images)
         right = predicted == test_labels
         out[name] = ClassifierResult(
             float(right.mean()),
             best,
-            chosen,
+            chosen.label,
             [
                 float(right[test_labels == c].mean()) if (test_labels == c).any() else float("nan")
                 for c in range(num_classes)

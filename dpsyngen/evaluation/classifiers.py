@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -21,6 +22,10 @@ class Candidate(Protocol):
         """uint8 [N, C, H, W] -> classes [N]."""
         ...
 
+    def keep(self) -> Candidate:
+        """The candidate in a form that later training does not change."""
+        ...
+
 
 class LinearCandidate:
     """Multinomial logistic regression on pixels in [0, 1] with inverse regularisation `c` (scikit-learn)."""
@@ -38,6 +43,10 @@ class LinearCandidate:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             self._model.fit(_flat(images), labels)
+
+    def keep(self) -> LinearCandidate:
+        """Itself: it does not change."""
+        return self
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
         predicted: NDArray[np.int64] = self._model.predict(_flat(images))
@@ -83,11 +92,15 @@ class NetworkCandidate:
     def __init__(self, label: str, network: nn.Module, device: str) -> None:
         self.label, self._network, self._device = label, network, device
 
+    def keep(self) -> NetworkCandidate:
+        """A copy that stays as it is while the live network trains on."""
+        return NetworkCandidate(self.label, copy.deepcopy(self._network), self._device)
+
     @torch.no_grad()
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
         self._network.eval()
         parts = [
-            self._network(_scaled(torch.from_numpy(images[i : i + 1000]).to(self._device))).argmax(1).cpu()
+            self._network(_scaled(torch.from_numpy(images[i : i + 1000].copy()).to(self._device))).argmax(1).cpu()
             for i in range(0, len(images), 1000)
         ]
         self._network.train()
@@ -111,7 +124,7 @@ def train_network(
 ) -> Iterator[NetworkCandidate]:
     """Train with Adam on cross-entropy, yielding a candidate after each epoch.
 
-    A candidate is the live network: judge it before asking for the next one.
+    A candidate is the live network: judge it, or `keep` it, before asking for the next one.
     """
     network.to(device).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
