@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from dpsyngen.errors import DpsyngenError
 from dpsyngen.privacy.rules import RULES
 
 
-class UnsupportedLayer(TypeError):
-    """The model uses a parameter in a way whose per-example gradient is not known, or mixes examples."""
+class UnsupportedLayer(DpsyngenError, RuntimeError):
+    """The model uses a parameter in a way whose per-example gradient is not known, or mixes examples.
+
+    Not a TypeError: Python's arithmetic operators swallow those.
+    """
 
 
 @dataclass(frozen=True)

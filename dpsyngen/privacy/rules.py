@@ -309,7 +309,7 @@ class _GroupNorm(torch.autograd.Function):
     ) -> Tensor:
         x = x.contiguous()
         rows, channels = x.shape[:2]
-        positions = x[0, 0].numel()
+        positions = x[0, 0].numel()  # 1 for inputs [N, C]
         out, mean, rstd = torch.native_group_norm(x, weight, bias, rows, channels, positions, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.tape, ctx.bias, ctx.groups = tape, bias, groups
@@ -322,10 +322,10 @@ class _GroupNorm(torch.autograd.Function):
         rows, channels = x.shape[:2]
         positions = x[0, 0].numel()
         g = g.contiguous()
-        sum_g = g.flatten(2).sum(2)
+        sum_g = g.reshape(rows, channels, -1).sum(2)
         if weight is not None and tape.tracks(weight):
             # d out / d weight = (x - mean) rstd, with one mean and rstd for each group of channels.
-            sum_gx = (g * x).flatten(2).sum(2)
+            sum_gx = (g * x).reshape(rows, channels, -1).sum(2)
             each = channels // ctx.groups
             centred = sum_gx - sum_g * mean.repeat_interleave(each, 1)
             tape.add(weight, _sum_copies(centred * rstd.repeat_interleave(each, 1), tape))
