@@ -1,0 +1,142 @@
+"""Stages: which network answers at which noise level."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dpsyngen.diffusion.samplers import SAMPLERS, karras_steps
+from dpsyngen.diffusion.stages import VARIANTS, Stage, StagedDenoiser, StageMap, stage_map
+from dpsyngen.errors import ConfigError
+
+PUBLIC = {
+    "dpdm": set(),
+    "finetune": set(),
+    "cleaning": {"cleaning"},
+    "coarse": {"coarse"},
+    "both": {"cleaning", "coarse"},
+}
+
+
+def expected_stage(variant: str, log_sigma: float) -> str:
+    if log_sigma < -3 and "cleaning" in PUBLIC[variant]:
+        return "cleaning"
+    if log_sigma > 2 and "coarse" in PUBLIC[variant]:
+        return "coarse"
+    return "context"
+
+
+@pytest.mark.parametrize("networks", ["experts", "shared"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_values(variant, networks) -> None:
+    stages = stage_map(variant, networks=networks)
+    assert {s.name for s in stages.public} == PUBLIC[variant]
+    assert stages.private.name == "context"
+    assert stages.pretrain is (variant == "finetune")
+    assert stage_map(variant, networks=networks, pretrain=True).pretrain
+    assert stages.shared is (networks == "shared" and bool(PUBLIC[variant]))
+    assert stages.networks == (("shared",) if networks == "shared" else (*sorted(PUBLIC[variant]), "context"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_owner_at_and_beside_the_thresholds(variant) -> None:
+    stages = stage_map(variant)
+    for tau in (-3.0, 2.0):
+        for log_sigma in (math.nextafter(tau, -9), tau, math.nextafter(tau, 9)):
+            assert stages.owner(log_sigma).name == expected_stage(variant, log_sigma), log_sigma
+    for log_sigma in (-math.inf, -50, -1, 0, 50, math.inf):
+        assert stages.owner(log_sigma).name == expected_stage(variant, log_sigma), log_sigma
+    # The thresholds themselves belong to the private stage.
+    assert stages.owner(-3.0).trainer == "private"
+    assert stages.owner(2.0).trainer == "private"
+    with pytest.raises(ValueError, match="not a number"):
+        stages.owner(math.nan)
+
+
+class Fake:
+    """A denoiser that remembers which log σ and labels it was asked for."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.log_sigmas, self.labels = value, [], []
+
+    def __call__(self, x, sigma, labels=None):
+        self.log_sigmas += sigma.log().tolist()
+        self.labels += [None] * len(x) if labels is None else labels.tolist()
+        return torch.full_like(x, self.value)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_which_network_answers_during_sampling(variant, sampler) -> None:
+    stages = stage_map(variant)
+    fakes = {n: Fake(0.1) for n in stages.networks}
+    staged = StagedDenoiser(stages, fakes)
+    sigmas = karras_steps(30)
+    SAMPLERS[sampler](staged, torch.randn(2, 1, 4, 4) * 80, sigmas, torch.tensor([4, 5]))
+    asked = 0
+    for name, fake in fakes.items():
+        assert fake.log_sigmas, f"{name} was never asked"
+        assert {expected_stage(variant, x) for x in fake.log_sigmas} == {name}
+        asked += len(fake.log_sigmas)
+        # Labels reach the private stage only.
+        assert set(fake.labels) == ({4, 5} if name == "context" else {None})
+    assert asked == 2 * (30 if sampler != "heun" else 59)
+
+
+@pytest.mark.parametrize("networks", ["experts", "shared"])
+def test_rows_of_a_mixed_batch_go_to_their_owners(networks) -> None:
+    stages = stage_map("both", networks=networks)
+    fakes = {n: Fake(float(i)) for i, n in enumerate(stages.networks)}
+    log_sigma = torch.tensor([3.0, -5.0, 0.0, 2.5, -3.1, 2.0], dtype=torch.float64)
+    labels = torch.arange(6)
+    private = Fake(9.0)
+    out = StagedDenoiser(stages, fakes, private)(torch.zeros(6, 1, 2, 2), log_sigma.exp(), labels)
+    # The private stage's rows are 0.0 and 2.0 (log σ), answered by the denoiser given for it.
+    assert private.labels == [2, 5]
+    assert out[[2, 5]].unique().item() == 9.0
+    if networks == "experts":
+        assert out[[0, 3]].unique().item() == stages.networks.index("coarse")
+        assert out[[1, 4]].unique().item() == stages.networks.index("cleaning")
+        assert fakes["context"].labels == []
+    else:
+        assert fakes["shared"].labels == [None] * 4
+
+
+def test_thresholds_move_the_stages() -> None:
+    stages = stage_map("both", tau_cleaning=-1.0, tau_coarse=0.5)
+    assert [(s.low, s.high) for s in stages.stages] == [(-math.inf, -1.0), (-1.0, 0.5), (0.5, math.inf)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variant": "sideways"},
+        {"variant": "both", "tau_cleaning": 2.0},
+        {"variant": "both", "tau_cleaning": 3.0},
+        {"variant": "both", "tau_coarse": math.inf},
+        {"variant": "cleaning", "tau_cleaning": math.nan},
+        {"variant": "both", "networks": "many"},
+        {"variant": "finetune", "pretrain": False},
+    ],
+)
+def test_bad_options(options) -> None:
+    with pytest.raises(ConfigError):
+        stage_map(**options)
+
+
+def test_invariants_of_a_map() -> None:
+    inf = math.inf
+    for pieces in (
+        (),
+        (Stage("a", -inf, 0, "private", "n"),),
+        (Stage("a", -inf, 0, "private", "n"), Stage("b", 1, inf, "public", "m")),
+        (Stage("a", -inf, 0, "private", "n"), Stage("b", 0, inf, "private", "m")),
+        (Stage("a", -inf, 0, "public", "n"), Stage("b", 0, inf, "public", "m")),
+        (Stage("a", -inf, 0, "private", "n"), Stage("a", 0, inf, "public", "m")),
+    ):
+        with pytest.raises(ConfigError):
+            StageMap(pieces)
+    with pytest.raises(ConfigError, match="no denoiser for"):
+        StagedDenoiser(stage_map("both"), {"context": Fake(0.0)})
