@@ -176,21 +176,33 @@ def _refine(cost: Callable[[float], float], target: float, start: float, toleran
     """The smallest noise at which a falling, costly `cost` meets `target`, from a guess, in few evaluations.
 
     log ε is almost a straight line in log z near the answer, so each guess is taken from the secant of the last two.
+    Where δ alone pays for a lot of noise ε drops to 0 and there is no such line: then the interval is halved.
     The result always satisfies cost(result) <= target.
     """
     z, e = start, cost(start)
     fits: float | None = z if e <= target else None
+    fails: float | None = None if e <= target else z
     slope = -1.2
     for _ in range(40):
         if fits is not None and target * (1 - tolerance) <= cost(fits):
             return fits
-        # Aim a little below the target, so that the guess fits when the line is right.
-        guess = z * math.exp((math.log(target * (1 - tolerance / 3)) - math.log(e)) / slope)
-        guess = min(max(guess, z / 2), z * 2)
+        if 0 < e < math.inf:
+            # Aim a little below the target, so that the guess fits when the line is right.
+            guess = z * math.exp((math.log(target * (1 - tolerance / 3)) - math.log(e)) / slope)
+            guess = min(max(guess, z / 2), z * 2)
+        else:
+            guess = z / 2 if e == 0 else z * 2
+        if fits is not None and fails is not None:
+            if fits / fails <= 1 + tolerance / 100:
+                return fits
+            if not fails < guess < fits:
+                guess = math.sqrt(fails * fits)
         e_guess = cost(guess)
-        if guess != z and e_guess != e:
+        if guess != z and 0 < e < math.inf and 0 < e_guess < math.inf and e_guess != e:
             slope = min(math.log(e_guess / e) / math.log(guess / z), -0.1)
         z, e = guess, e_guess
+        if e > target and (fails is None or z > fails):
+            fails = z
         if e <= target and (fits is None or z < fits):
             fits = z
     if fits is None:

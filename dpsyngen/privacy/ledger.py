@@ -107,40 +107,45 @@ class Ledger:
 
     def _read(self) -> None:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            data = self.path.read_bytes()
         except OSError as error:
             raise LedgerError(f"the ledger {self.path} cannot be read: {error.strerror}.") from None
-        lines = text.split("\n")
+        lines = data.split(b"\n")
         # A crash while a line was being written leaves a piece without its newline: its access never happened,
         # because charge() returns only after the whole line is on the disk.
-        self._partial = lines.pop()
+        # Bytes, because the piece may end within a character.
+        partial = lines.pop()
+        self._end, self._size = len(data) - len(partial), len(data)
         if not lines:
             raise LedgerError(f"the ledger {self.path} is empty.")
         previous = _GENESIS
         for number, line in enumerate(lines, 1):
             try:
-                body = json.loads(line)
+                body = json.loads(line.decode())
                 found = body.pop("previous")
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise LedgerError(f"line {number} of the ledger {self.path} is not a ledger entry.") from None
             if found != previous:
                 raise LedgerError(
                     f"line {number} of the ledger {self.path} does not follow from the line before it: the file was "
                     "edited, truncated or reordered, so no ε can be stated for this run."
                 )
-            previous = _digest(line)
+            previous = _digest(line.decode())
             if number == 1:
                 self._header(body)
             else:
-                mechanism = body.get("mechanism")
-                self.entries.append(
-                    LedgerEntry(
-                        body["kind"],
-                        body["reason"],
-                        None if mechanism is None else Mechanism(**mechanism),
-                        body["details"],
+                try:
+                    mechanism = body.get("mechanism")
+                    self.entries.append(
+                        LedgerEntry(
+                            body["kind"],
+                            body["reason"],
+                            None if mechanism is None else Mechanism(**mechanism),
+                            body["details"],
+                        )
                     )
-                )
+                except (ValueError, KeyError, TypeError) as error:
+                    raise LedgerError(f"line {number} of the ledger {self.path} is damaged: {error}.") from None
         self._last = previous
 
     def _header(self, body: dict[str, Any]) -> None:
@@ -181,7 +186,7 @@ class Ledger:
         if math.isinf(self.target_epsilon):
             return
         total = epsilon((*self.mechanisms, mechanism), self.delta)
-        if total > self.target_epsilon:
+        if not total <= self.target_epsilon:  # also where either is not a number
             raise BudgetExceeded(
                 f"refused: {mechanism.count} more step(s) at sampling rate {mechanism.sampling_rate:.4g} and noise "
                 f"multiplier {mechanism.noise_multiplier:.4g} would bring the total to ε = {total:.4f} at "
@@ -204,8 +209,14 @@ class Ledger:
         # Without buffering: what a failed flush (a full disk) left behind is cut off, so that no half line can
         # swallow the next entry.
         with open(self.path, "r+b", buffering=0) as f:
-            end = f.seek(0, os.SEEK_END) - len(self._partial.encode())
+            if f.seek(0, os.SEEK_END) != self._size:
+                raise LedgerError(
+                    f"the ledger {self.path} has changed since it was read, so another process may be charging the same "
+                    "budget; nothing was charged.  Let the other one end, then start again."
+                )
+            end = self._end
             f.truncate(end)
+            self._size = end
             f.seek(end)
             data = (line + "\n").encode()
             try:
@@ -215,6 +226,6 @@ class Ledger:
             except OSError:
                 f.truncate(end)
                 raise
-        self._partial = ""
+        self._end = self._size = end + len(data)
         self.entries.append(entry)
         self._last = _digest(line)

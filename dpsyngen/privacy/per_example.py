@@ -139,7 +139,21 @@ def _refuse_batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         )
 
 
-_MIXING: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], None]] = {F.batch_norm: _refuse_batch_norm}
+def _refuse_running_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
+    if running is not None and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
+        raise UnsupportedLayer(
+            "instance normalisation with track_running_stats=True keeps statistics of the private examples, which "
+            "would be released with the weights and without noise.  Turn track_running_stats off, or use GroupNorm."
+        )
+
+
+_MIXING: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], None]] = {
+    F.batch_norm: _refuse_batch_norm,
+    torch.batch_norm: _refuse_batch_norm,
+    torch.native_batch_norm: _refuse_batch_norm,
+    F.instance_norm: _refuse_running_statistics,
+}
 
 
 class PerExampleGradients:
@@ -242,7 +256,10 @@ def clip_and_sum(gradients: list[Tensor], clipping_norm: float) -> ClippedGradie
         slack = 1.0 - 4.0 * torch.finfo(flat[0].dtype).eps
         tiny = torch.finfo(wide).tiny  # a norm of zero stays unclipped
         factors = (clipping_norm * slack / norms.clamp_min(tiny)).clamp_max(1.0)
-        factors = torch.where(finite, factors, torch.zeros_like(factors))
+        # Below the smallest normal number a factor has few digits and may round up by far more than the slack; an
+        # example that large contributes nothing.
+        usable = finite & (factors >= torch.finfo(flat[0].dtype).tiny)
+        factors = torch.where(usable, factors, torch.zeros_like(factors))
         bad = int((~finite).sum())
         if bad:
             # 0 * NaN is NaN, so such rows are blanked as well as weighted by zero.

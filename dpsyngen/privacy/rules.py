@@ -59,12 +59,26 @@ def rule(function: Callable[..., Any], *parameters: str) -> Callable[[Callable[.
 
         def apply(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = dict(zip(parameters, args, strict=False)) | kwargs
+            for name, value in bound.items():
+                # Rules give weights and biases a gradient only through the tape, and all else only through autograd.
+                if isinstance(value, Tensor) and value.requires_grad:
+                    if tape.tracks(value) != (name in ("weight", "bias")):
+                        _refuse_argument(function.__name__, name)
             return body(tape, **(defaults | bound))
 
         RULES[function] = apply
         return body
 
     return decorate
+
+
+def _refuse_argument(function: str, argument: str) -> None:
+    from dpsyngen.privacy.per_example import UnsupportedLayer
+
+    raise UnsupportedLayer(
+        f"{function} got as its {argument} a tensor whose gradient would be lost or left unclipped: weights and biases "
+        "must be trainable parameters of the module (or frozen), and its input must not be one."
+    )
 
 
 def _pair(value: int | tuple[int, ...] | list[int], dims: int) -> list[int]:
@@ -446,4 +460,6 @@ def _embedding(
             "an Embedding with max_norm or scale_grad_by_freq cannot be trained privately: turn both options off."
         )
     tape.check_rows("embedding", input)
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
     return _Embedding.apply(input, weight, padding_idx, tape)

@@ -1,0 +1,103 @@
+"""Classification accuracy score: right, repeatable, and chosen without the real test images."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dpsyngen.data import load_images
+from dpsyngen.errors import ConfigError
+from dpsyngen.evaluation import best_by_validation, classification_accuracy
+from dpsyngen.evaluation.cas import split_generated
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images("digits"), load_images("digits:test")
+
+
+def score(train, test, *, labels=None, test_labels=None, classifiers=("logreg", "cnn"), epochs=12, **options):
+    return classification_accuracy(
+        train.images,
+        train.labels if labels is None else labels,
+        test.images,
+        test.labels if test_labels is None else test_labels,
+        num_classes=10,
+        classifiers=classifiers,
+        epochs=epochs,
+        **options,
+    )
+
+
+def test_real_images_score_high_and_shuffled_labels_at_chance(digits) -> None:
+    train, test = digits
+    good = score(train, test, classifiers=("logreg", "mlp", "cnn"))
+    assert all(r.accuracy > 0.9 for r in good.values())
+    assert good["cnn"].n_train + good["cnn"].n_validation == len(train)
+    assert good["cnn"].n_test == len(test)
+    weights = np.bincount(test.labels) / len(test)
+    assert weights @ np.array(good["cnn"].per_class_accuracy) == pytest.approx(good["cnn"].accuracy)
+    bad = score(train, test, labels=np.random.default_rng(0).permutation(train.labels), classifiers=("logreg",))
+    assert bad["logreg"].accuracy < 0.3
+    json.dumps(good["cnn"].to_dict())
+    assert best_by_validation(good) in good
+
+
+def test_test_labels_have_no_say_in_the_choice(digits) -> None:
+    train, test = digits
+    honest = score(train, test, epochs=5)
+    lying = score(train, test, epochs=5, test_labels=np.random.default_rng(1).permutation(test.labels))
+    for name in honest:
+        assert honest[name].chosen == lying[name].chosen
+        assert honest[name].validation_accuracy == lying[name].validation_accuracy
+        assert lying[name].accuracy < honest[name].accuracy
+    assert best_by_validation(honest) == best_by_validation(lying)
+
+
+def test_same_seed_same_score_whatever_the_global_random_state(digits) -> None:
+    train, test = digits
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a = score(train, test, classifiers=("cnn",), epochs=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    b = score(train, test, classifiers=("cnn",), epochs=2)
+    c = score(train, test, classifiers=("cnn",), epochs=2, seed=1)
+    assert a == b
+    assert a != c
+
+
+def test_split_is_stratified_and_disjoint() -> None:
+    labels = np.repeat([0, 1, 2], [100, 50, 10])
+    train, validation = split_generated(labels, 0.1, 0)
+    assert np.bincount(labels[validation]).tolist() == [10, 5, 1]
+    assert not set(train) & set(validation)
+    assert len(train) + len(validation) == 160
+
+
+def test_class_that_was_never_generated_is_no_crash(digits) -> None:
+    train, test = digits
+    kept = train.labels != 3
+    results = classification_accuracy(
+        train.images[kept], train.labels[kept], test.images, test.labels, num_classes=10, epochs=2
+    )
+    assert all(r.per_class_accuracy[3] == 0 for r in results.values())
+
+
+def test_bad_input(digits) -> None:
+    train, test = digits
+    with pytest.raises(ConfigError, match="logreg, mlp, cnn"):
+        score(train, test, classifiers=("oracle",))
+    with pytest.raises(ConfigError, match="logreg, mlp, cnn"):
+        score(train, test, classifiers=())
+    with pytest.raises(ConfigError, match="same size"):
+        classification_accuracy(train.images, train.labels, test.images[:, :, :4], test.labels, num_classes=10)
+    with pytest.raises(ConfigError, match="must be 0 to 4"):
+        classification_accuracy(train.images, train.labels, test.images, test.labels, num_classes=5)
+    with pytest.raises(ConfigError, match="one for each"):
+        classification_accuracy(train.images, train.labels[:5], test.images, test.labels, num_classes=10)
+    with pytest.raises(ConfigError, match="too few"):
+        classification_accuracy(train.images[:3], train.labels[:3], test.images, test.labels, num_classes=10)

@@ -1,0 +1,54 @@
+"""Fréchet distance against closed forms and scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import linalg
+
+from dpsyngen.errors import ConfigError
+from dpsyngen.evaluation import FeatureStatistics, frechet_distance
+
+
+def gaussian(mean, covariance, n=100) -> FeatureStatistics:
+    return FeatureStatistics(np.asarray(mean, float), np.asarray(covariance, float), n)
+
+
+def test_identical_shifted_and_scaled() -> None:
+    rng = np.random.default_rng(0)
+    a = FeatureStatistics.of(rng.normal(size=(500, 8)))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    shifted = FeatureStatistics(a.mean + 2.0, a.covariance, a.count)
+    assert frechet_distance(a, shifted) == pytest.approx(8 * 4.0)
+    # Diagonal covariances: sum of squared differences of standard deviations.
+    x, y = gaussian([0, 0, 0], np.diag([1.0, 4.0, 9.0])), gaussian([1, 0, 0], np.diag([4.0, 4.0, 0.0]))
+    assert frechet_distance(x, y) == pytest.approx(1 + 1 + 0 + 9)
+    assert frechet_distance(y, x) == pytest.approx(11)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_against_scipys_square_root(seed) -> None:
+    rng = np.random.default_rng(seed)
+    a = FeatureStatistics.of(rng.normal(size=(60, 12)) @ rng.normal(size=(12, 12)))
+    b = FeatureStatistics.of(rng.normal(size=(40, 12)) @ rng.normal(size=(12, 12)) + 1)
+    root = linalg.sqrtm(a.covariance @ b.covariance).real
+    expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 4))
+    s = FeatureStatistics.of(x)
+    np.testing.assert_allclose(s.covariance, np.cov(x.T), atol=1e-12)
+    assert s.full_rank
+    assert not FeatureStatistics.of(x[:4]).full_rank
+
+
+def test_bad_features() -> None:
+    with pytest.raises(ConfigError, match="NaN"):
+        FeatureStatistics.of(np.array([[1.0, np.nan], [0, 1]]))
+    with pytest.raises(ConfigError, match="at least 2"):
+        FeatureStatistics.of(np.zeros((1, 3)))
+    with pytest.raises(ConfigError, match="cannot be compared"):
+        frechet_distance(gaussian([0], [[1]]), gaussian([0, 0], np.eye(2)))
