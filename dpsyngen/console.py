@@ -64,9 +64,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None and self.done:
-            print(
-                f"{self.title}: {self.done:,} {self.unit} in {_clock(time.monotonic() - self._begun)}", file=sys.stderr
-            )
+            mine = self.done - (self._first or 0)
+            print(f"{self.title}: {mine:,} {self.unit} in {_clock(time.monotonic() - self._begun)}", file=sys.stderr)
 
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` units are done in all."""

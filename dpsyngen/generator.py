@@ -20,6 +20,7 @@ from dpsyngen.diffusion.samplers import SAMPLERS, sample_batches
 from dpsyngen.diffusion.stages import Stage, StagedDenoiser, StageMap
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.version import FORMAT, __version__
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,12 @@ class Generator:
             about = json.loads((release / "generator.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{release} holds no generator ({error}).  Is the training finished?") from None
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            found = about.get("format") if isinstance(about, dict) else None
+            raise RunError(
+                f"the generator in {release} is of format {found}, but this is dpsyngen {__version__}, which reads "
+                f"format {FORMAT}.  Use the version that made it."
+            )
         try:
             self.resolution, self.channels = int(about["resolution"]), int(about["channels"])
             self.class_names: tuple[str, ...] = tuple(about["class_names"])

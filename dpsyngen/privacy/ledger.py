@@ -211,8 +211,8 @@ class Ledger:
         with open(self.path, "r+b", buffering=0) as f:
             if f.seek(0, os.SEEK_END) != self._size:
                 raise LedgerError(
-                    f"the ledger {self.path} has changed since it was read, so another process may be charging the same "
-                    "budget; nothing was charged.  Let the other one end, then start again."
+                    f"the ledger {self.path} has changed since it was read, so another process may be charging the "
+                    "same budget; nothing was charged.  Let the other one end, then start again."
                 )
             end = self._end
             f.truncate(end)

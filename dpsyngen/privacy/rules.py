@@ -61,9 +61,9 @@ def rule(function: Callable[..., Any], *parameters: str) -> Callable[[Callable[.
             bound = dict(zip(parameters, args, strict=False)) | kwargs
             for name, value in bound.items():
                 # Rules give weights and biases a gradient only through the tape, and all else only through autograd.
-                if isinstance(value, Tensor) and value.requires_grad:
-                    if tape.tracks(value) != (name in ("weight", "bias")):
-                        _refuse_argument(function.__name__, name)
+                own = name in ("weight", "bias")
+                if isinstance(value, Tensor) and value.requires_grad and tape.tracks(value) != own:
+                    _refuse_argument(function.__name__, name)
             return body(tape, **(defaults | bound))
 
         RULES[function] = apply

@@ -21,8 +21,9 @@ from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.errors import RunError
 from dpsyngen.privacy.accounting import Mechanism
-from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
@@ -168,8 +169,19 @@ def charge_ahead(ledger: Ledger, mechanism: DpSgd, step: int) -> None:
 
     Raises:
         BudgetExceeded: the block would exceed the target ε.
+        RunError: earlier steps were charged at another sampling rate or noise, so settings were changed in between
+            and steps that are charged already would not be the ones that are taken.
     """
     c = mechanism.config
+    one = mechanism.mechanism(1)
+    for entry in _entries(ledger):
+        m = entry.mechanism
+        if m is not None and (m.sampling_rate, m.noise_multiplier) != (one.sampling_rate, one.noise_multiplier):
+            raise RunError(
+                f"the ledger has DP-SGD steps at sampling rate {m.sampling_rate:.6g} and noise multiplier "
+                f"{m.noise_multiplier:.6g}, but the run would go on at {one.sampling_rate:.6g} and "
+                f"{one.noise_multiplier:.6g}: its configuration was changed.  Undo the change, or start a new run."
+            )
     if step < charged_steps(ledger):
         return
     block = min(c.checkpoint_every, c.steps - step)
@@ -188,7 +200,11 @@ def charge_ahead(ledger: Ledger, mechanism: DpSgd, step: int) -> None:
 
 def charged_steps(ledger: Ledger) -> int:
     """DP-SGD steps that the ledger has."""
-    return sum(int(e.details["steps"]) for e in ledger.entries if e.details.get("query") == QUERY)
+    return sum(int(e.details["steps"]) for e in _entries(ledger))
+
+
+def _entries(ledger: Ledger) -> list[LedgerEntry]:
+    return [e for e in ledger.entries if e.details.get("query") == QUERY]
 
 
 def train_private(

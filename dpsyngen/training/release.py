@@ -13,8 +13,8 @@ from dpsyngen.files import write_text
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
-from dpsyngen.training.run import FORMAT, Run
-from dpsyngen.version import __version__
+from dpsyngen.training.run import Run
+from dpsyngen.version import FORMAT, __version__
 
 if TYPE_CHECKING:
     from dpsyngen.training.pipeline import Plan

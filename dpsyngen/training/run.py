@@ -22,9 +22,7 @@ import yaml
 from dpsyngen.config import Config, validate
 from dpsyngen.errors import RunError
 from dpsyngen.files import require_absent_or_empty, write_text
-from dpsyngen.version import __version__
-
-FORMAT = 1
+from dpsyngen.version import FORMAT, __version__
 
 
 class Run:

@@ -216,6 +216,40 @@ def test_resume_refuses_other_images_and_finished_or_foreign_runs(tmp_path, tiny
         Run(tmp_path)
 
 
+@pytest.mark.parametrize("change", [("batch: 12", "batch: 24"), ("steps: 6", "steps: 40")])
+def test_changed_settings_cannot_ride_on_steps_that_are_charged(change, tmp_path, tiny_settings, tiny_images) -> None:
+    training = begin(tiny_settings, tiny_images(), tmp_path / "r", stages={"variant": "dpdm"})
+    next(training.steps())  # two steps are charged, one is taken
+    path = training.run.private / "config.yaml"
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises((RunError, BudgetExceeded)):
+        finish(resume(Run(tmp_path / "r"), load_images(tiny_images())))
+    assert Ledger(training.run.ledger_path).epsilon() <= 8
+    assert not training.run.complete
+
+
+def test_generator_of_another_version_or_damaged(tmp_path, tiny_settings, tiny_images) -> None:
+    run = finish(begin(tiny_settings, tiny_images(), tmp_path / "r", stages={"variant": "dpdm"})).run
+    path = run.release / "generator.json"
+    good = path.read_text()
+    for text, message in (
+        (good.replace('"format": 1', '"format": 2'), "format 2"),
+        ("[]", "format None"),
+        ("{", "holds no generator"),
+        (good.replace('"resolution": 8', '"resolution": "eight"'), "damaged"),
+        (good.replace('"nano"', '"tiny"'), "damaged"),
+    ):
+        path.write_text(text)
+        with pytest.raises(RunError, match=message):
+            Generator(run.release)
+    path.write_text(good)
+    weights = run.weights("context")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RunError, match="damaged"):
+        Generator(run.release)
+
+
 def test_lost_random_state_is_never_replaced(tmp_path, tiny_settings, tiny_images) -> None:
     training = begin(tiny_settings, tiny_images(), tmp_path / "r", stages={"variant": "dpdm"})
     next(training.steps())

@@ -1,0 +1,115 @@
+"""The accountant over a grid of settings: always an upper bound, calibration always on the safe side."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate, optimize, stats
+from scipy.special import log_ndtr
+
+from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, epsilon, merge
+
+
+def gaussian_epsilon(z: float, delta: float) -> float:
+    """Balle & Wang 2018, theorem 8, in logarithms so that a tiny δ keeps its digits."""
+
+    def gap(e: float) -> float:
+        return math.exp(log_ndtr(0.5 / z - e * z)) - math.exp(e + log_ndtr(-0.5 / z - e * z)) - delta
+
+    return float(optimize.brentq(gap, 0, 200))
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-8, 1e-12, 1e-14])
+@pytest.mark.parametrize("count", [1, 400, 6000])
+def test_tiny_delta_is_still_an_upper_bound(delta, count) -> None:
+    exact = gaussian_epsilon(2.0, delta)
+    bound = epsilon([Mechanism(1.0, 2.0 * math.sqrt(count), count)], delta)
+    assert exact * (1 - 1e-6) <= bound <= exact * 1.01
+
+
+@pytest.mark.parametrize(("q", "z"), [(0.1, 0.6), (0.5, 1.0), (0.02, 0.4), (0.9, 3.0)])
+@pytest.mark.parametrize("delta", [1e-2, 1e-5])
+def test_one_subsampled_step_equals_numerical_integration(q, z, delta) -> None:
+    """Both directions of add/remove, from the densities, with no accountant in between."""
+
+    def without(x: float) -> float:
+        return float(stats.norm.pdf(x, 0, z))
+
+    def with_it(x: float) -> float:
+        return (1 - q) * without(x) + q * float(stats.norm.pdf(x, 1, z))
+
+    def needed(e: float, p, r) -> float:
+        return integrate.quad(lambda x: max(p(x) - math.exp(e) * r(x), 0.0), -12 * z, 1 + 12 * z, limit=400)[0]
+
+    def gap(e: float) -> float:
+        return max(needed(e, with_it, without), needed(e, without, with_it)) - delta
+
+    exact = 0.0 if gap(0) <= 0 else float(optimize.brentq(gap, 0, 60, xtol=1e-5))
+    bound = epsilon([Mechanism(q, z)], delta)
+    assert exact - 2e-3 <= bound <= exact + 0.01 * exact + 2e-3
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    q=st.floats(0.005, 1.0),
+    z=st.floats(0.5, 20.0),
+    steps=st.integers(1, 3000),
+    delta=st.sampled_from([1e-4, 1e-6]),
+)
+def test_pld_is_never_looser_than_rdp_nor_below_one_step(q, z, steps, delta) -> None:
+    pld = epsilon([Mechanism(q, z, steps)], delta)
+    assert 0 <= pld <= epsilon([Mechanism(q, z, steps)], delta, "rdp") * (1 + 1e-3) + 1e-3
+    assert pld >= epsilon([Mechanism(q, z, 1)], delta) * (1 - 1e-3) - 1e-3
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    target=st.floats(0.1, 20.0),
+    q=st.floats(0.01, 1.0),
+    steps=st.integers(1, 300),
+    delta=st.sampled_from([1e-4, 1e-6]),
+)
+def test_calibrated_noise_never_exceeds_the_target(target, q, steps, delta) -> None:
+    noise = calibrate_noise(target, delta, sampling_rate=q, steps=steps)
+    assert epsilon([Mechanism(q, noise, steps)], delta) <= target
+    # A little less noise would not do: the calibration wastes nothing.
+    assert epsilon([Mechanism(q, noise * 0.995, steps)], delta) > target
+
+
+def test_calibration_where_delta_alone_pays() -> None:
+    """ε falls to 0 at a finite noise when δ is large; the search must not trip over its logarithm."""
+    for target, delta, q, steps in ((0.01, 0.1, 0.5, 1), (0.01, 0.1, 1.0, 1)):
+        noise = calibrate_noise(target, delta, sampling_rate=q, steps=steps)
+        assert epsilon([Mechanism(q, noise, steps)], delta) <= target
+        assert epsilon([Mechanism(q, noise * 0.98, steps)], delta) > target
+
+
+def test_calibration_includes_what_was_spent() -> None:
+    spent = (Mechanism(1.0, 8.0), Mechanism(0.1, 3.0, 20))
+    alone = calibrate_noise(2.0, 1e-5, sampling_rate=0.05, steps=100)
+    beside = calibrate_noise(2.0, 1e-5, sampling_rate=0.05, steps=100, spent=spent)
+    assert beside > alone
+    assert 1.99 < epsilon([*spent, Mechanism(0.05, beside, 100)], 1e-5) <= 2.0
+
+
+def test_subsampling_amplifies_and_rate_one_is_the_plain_gaussian() -> None:
+    plain = epsilon([Mechanism(1.0, 2.0, 10)], 1e-5)
+    almost = epsilon([Mechanism(1 - 1e-9, 2.0, 10)], 1e-5)
+    assert almost == pytest.approx(plain, rel=1e-3)
+    assert epsilon([Mechanism(0.5, 2.0, 10)], 1e-5) < plain
+
+
+def test_order_and_grouping_do_not_matter() -> None:
+    a, b = Mechanism(0.1, 2.0, 3), Mechanism(1.0, 9.0)
+    assert epsilon([a, b], 1e-5) == epsilon([b, a], 1e-5) == epsilon([Mechanism(0.1, 2.0)] * 3 + [b], 1e-5)
+    assert sum(m.count for m in merge([a, b, a])) == 7
+    # Mechanisms that differ in the last digit are not lumped together.
+    assert len(merge([a, Mechanism(0.1, math.nextafter(2.0, 3.0), 3)])) == 2
+
+
+def test_one_step_without_noise_spoils_everything() -> None:
+    for kind in ("pld", "rdp"):
+        assert math.isinf(epsilon([Mechanism(0.1, 5.0, 100), Mechanism(1e-6, 0.0)], 1e-5, kind))

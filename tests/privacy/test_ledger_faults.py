@@ -1,0 +1,172 @@
+"""The ledger when things go wrong: crashes, full disks, two writers, damaged last lines."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import math
+import os
+
+import pytest
+
+from dpsyngen.errors import BudgetExceeded, LedgerError
+from dpsyngen.privacy.accounting import Mechanism, epsilon
+from dpsyngen.privacy.ledger import Ledger
+
+STEP = Mechanism(0.1, 2.0, 10)
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Ledger:
+    ledger = Ledger.create(tmp_path / "ledger.jsonl", target_epsilon=3.0, delta=1e-5, records=1000)
+    ledger.charge(STEP, "one")
+    return ledger
+
+
+def append(ledger: Ledger, data: bytes) -> None:
+    with open(ledger.path, "ab") as f:
+        f.write(data)
+
+
+def reasons(ledger: Ledger) -> list[str]:
+    return [e.reason for e in Ledger(ledger.path).entries]
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_crash_anywhere_within_a_line(ledger, cut) -> None:
+    """The reason starts with letters of several bytes, so that the cut also falls within a letter."""
+    before = ledger.path.read_bytes()
+    ledger.charge(STEP, "\u03b5\u03b4\u03c3\u03c4 " * 4, path="b\u00fccher/\u56fe")
+    new = ledger.path.read_bytes()[len(before) :]
+    middle = new.index("\u03b5".encode()) - 5 + cut
+    ledger.path.write_bytes(before + new[:middle])
+    again = Ledger(ledger.path)
+    assert again.mechanisms == (STEP,)
+    again.charge(STEP, "two")
+    assert reasons(ledger) == ["one", "two"]
+
+
+def test_full_disk_after_a_crash_does_not_eat_the_entry_before(ledger, monkeypatch) -> None:
+    append(ledger, b'{"kind": "dp", "details": {"half": "wri')
+    again = Ledger(ledger.path)
+
+    def full(fd: int) -> None:
+        raise FULL
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space"):
+                again.charge(STEP, "no")
+    again.charge(STEP, "two")
+    assert reasons(ledger) == ["one", "two"]
+
+
+@pytest.mark.parametrize("written", [0, 1, 25])
+def test_disk_that_takes_part_of_a_line(ledger, monkeypatch, written) -> None:
+    before = ledger.path.read_bytes()
+    real = builtins.open
+
+    class Short(io.FileIO):
+        def write(self, data) -> int:
+            return super().write(bytes(data)[:written])
+
+    with monkeypatch.context() as m:
+        m.setattr(
+            builtins,
+            "open",
+            lambda path, mode="r", **k: Short(path, "r+") if mode == "r+b" else real(path, mode, **k),
+        )
+        with pytest.raises(OSError, match="No space"):
+            ledger.charge(STEP, "no")
+    assert ledger.path.read_bytes() == before
+    assert ledger.mechanisms == (STEP,)
+    ledger.charge(STEP, "two")
+    assert reasons(ledger) == ["one", "two"]
+
+
+def test_second_writer_neither_overspends_nor_breaks_the_file(ledger) -> None:
+    """A ledger read before another one charged knows too little to check the budget."""
+    stale = Ledger(ledger.path)
+    ledger.charge(STEP, "two")
+    with pytest.raises(LedgerError, match="changed since"):
+        stale.charge(STEP, "three")
+    with pytest.raises(LedgerError, match="changed since"):
+        stale.note_private_access("look")
+    assert reasons(ledger) == ["one", "two"]
+    assert stale.mechanisms == (STEP,)
+    Ledger(ledger.path).charge(STEP, "three")
+    assert reasons(ledger) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe\n", b"[1]\n", b"1\n", b"null\n", b"{}\n", b"\n", b'{"previous": "x"}\n', b"\x00" * 50 + b"\n"]
+)
+def test_foreign_lines_are_ledger_errors(ledger, line) -> None:
+    append(ledger, line)
+    with pytest.raises(LedgerError):
+        Ledger(ledger.path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"reason"', '"raison"'), ('"kind"', '"kin"'), ("2.0", "-2.0"), ("0.1", "NaN"), ('"count"', '"number"')],
+)
+def test_last_line_that_makes_no_sense_is_a_ledger_error(ledger, old, new) -> None:
+    lines = ledger.path.read_text().split("\n")
+    assert old in lines[-2]
+    ledger.path.write_text("\n".join([*lines[:-2], lines[-2].replace(old, new), ""]))
+    with pytest.raises(LedgerError, match="damaged"):
+        Ledger(ledger.path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 1', b"{}\n", b'{"previous": "%s"}\n' % (b"0" * 64)])
+def test_damaged_header(tmp_path, content) -> None:
+    (tmp_path / "l").write_bytes(content)
+    with pytest.raises(LedgerError):
+        Ledger(tmp_path / "l")
+
+
+def test_target_that_is_no_number_permits_nothing(tmp_path) -> None:
+    ledger = Ledger.create(tmp_path / "l", target_epsilon=math.nan, delta=1e-5, records=10)
+    with pytest.raises(BudgetExceeded):
+        ledger.charge(STEP, "steps")
+
+
+def test_every_line_carries_the_digest_of_the_one_before(ledger) -> None:
+    import hashlib
+
+    ledger.charge(STEP, "two")
+    ledger.note_private_access("look")
+    lines = ledger.path.read_bytes().split(b"\n")[:-1]
+    assert json.loads(lines[0])["previous"] == "0" * 64
+    for a, b in zip(lines, lines[1:], strict=False):
+        assert json.loads(b)["previous"] == hashlib.sha256(a).hexdigest()
+
+
+def test_file_of_the_ledger_is_the_owners(ledger) -> None:
+    assert ledger.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_non_private_access_stays_infinite_whatever_follows(tmp_path) -> None:
+    ledger = Ledger.create(tmp_path / "l", target_epsilon=math.inf, delta=1e-5, records=10)
+    ledger.charge(STEP, "private steps")
+    assert ledger.epsilon() == epsilon([STEP], 1e-5)
+    ledger.charge(Mechanism(0.1, 0.0, 1), "one step without noise")
+    ledger.charge(STEP, "private steps")
+    assert math.isinf(Ledger(ledger.path).epsilon())
+    assert math.isinf(Ledger(ledger.path).epsilon(1e-3, "rdp"))
+
+
+def test_earlier_accesses_beyond_the_budget_are_refused(tmp_path) -> None:
+    with pytest.raises(BudgetExceeded):
+        Ledger.create(tmp_path / "l", target_epsilon=1.0, delta=1e-5, records=10, earlier=(Mechanism(1.0, 1.0),))
+
+
+def test_charges_pile_up_over_reopened_ledgers(ledger) -> None:
+    """ε after resumes is that of all the steps, never of the last session's."""
+    for _ in range(3):
+        Ledger(ledger.path).charge(STEP, "steps")
+    assert Ledger(ledger.path).epsilon() == epsilon([Mechanism(0.1, 2.0, 40)], 1e-5)

@@ -1,0 +1,60 @@
+"""The budget table: its figures are those of the accountant."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpsyngen.errors import ConfigError
+from dpsyngen.privacy.accounting import Mechanism, epsilon
+from dpsyngen.privacy.plan import budget_table
+
+
+def rows(lines: list[str]) -> list[list[str]]:
+    return [line.replace(",", "").split() for line in lines if " C" in line and line.strip()[0].isdigit()][0:]
+
+
+def test_noise_for_a_budget() -> None:
+    lines = list(budget_table(1000, 50, 40, epsilon=2.0))
+    plans = [r for r in rows(lines) if len(r) > 8]
+    assert "<- asked" in next(line for line in lines if "asked" in line)
+    assert [int(r[0]) for r in plans] == [40, 20, 80, 40, 40]
+    assert [int(r[1]) for r in plans] == [50, 50, 50, 25, 100]
+    for steps, batch, _, epochs, noise, pld, rdp, per_step, *_ in plans:
+        assert 1.99 < float(pld) <= 2.0 < float(rdp)
+        actual = epsilon([Mechanism(int(batch) / 1000, float(noise), int(steps))], 1e-4)
+        assert actual == pytest.approx(float(pld), rel=2e-3)
+        assert float(epochs) == pytest.approx(int(batch) * int(steps) / 1000)
+        assert float(per_step) == pytest.approx(float(noise) / int(batch), abs=1e-6)
+
+
+def test_cost_of_a_noise() -> None:
+    lines = list(budget_table(1000, 1000, 2, noise_multiplier=5.0, delta=1e-5))
+    assert "δ = 1e-05" in lines[0]
+    assert "one image = one record" in lines[0]
+    first = next(r for r in rows(lines) if "asked" in r)
+    assert float(first[5]) == pytest.approx(epsilon([Mechanism(1.0, 5.0, 2)], 1e-5), abs=1e-4)
+    # A batch above the number of records is not proposed.
+    assert all(int(r[1]) <= 1000 for r in rows(lines) if len(r) > 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epsilon": 1.0, "noise_multiplier": 1.0},
+        {"epsilon": None},
+        {"epsilon": 0.0},
+        {"epsilon": float("inf")},
+        {"epsilon": float("nan")},
+        {"epsilon": None, "noise_multiplier": 0.0},
+        {"records": 0},
+        {"steps": 0},
+        {"batch": 0},
+        {"batch": 101},
+        {"delta": 0.0},
+        {"delta": 0.01},
+    ],
+)
+def test_bad_plans_are_refused(change) -> None:
+    settings = {"records": 100, "batch": 10, "steps": 5, "epsilon": 1.0, "noise_multiplier": None} | change
+    with pytest.raises(ConfigError):
+        list(budget_table(**settings))
