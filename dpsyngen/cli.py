@@ -221,7 +221,8 @@ def _run_training(training: Any, console: Any, resumed: bool) -> None:
                     if current:
                         current[1].__exit__(None, None, None)
                     what = "DP-SGD on private images" if p.phase == private_phase else "programmatic images"
-                    current = (p.phase, console.progress(f"{p.phase}: {what}", p.steps, "steps").__enter__())
+                    progress = console.progress(f"{p.phase}: {what}", p.steps, "steps", start=p.step - 1)
+                    current = (p.phase, progress.__enter__())
                     for name in training.checkpoints.damaged:
                         console.note(f"  a damaged checkpoint was passed over: {name}")
                 note = f"loss {p.values['loss']:.3f}" + (" (private)" if p.phase == private_phase else "")

@@ -27,9 +27,9 @@ class Console:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def progress(self, title: str, total: int, unit: str) -> Progress:
-        """Progress of `total` units of work."""
-        return _Bar(title, total, unit) if self.live else Progress(title, total, unit, self.quiet)
+    def progress(self, title: str, total: int, unit: str, start: int = 0) -> Progress:
+        """Progress of `total` units of work, `start` of which were done before."""
+        return _Bar(title, total, unit, start) if self.live else Progress(title, total, unit, start, self.quiet)
 
 
 def _clock(seconds: float) -> str:
@@ -45,15 +45,15 @@ class Progress:
         title: what is being done.
         total: units of work.
         unit: name of a unit, in the plural.
+        start: units that were done before, in a resumed run.
         quiet: only the last line.
     """
 
     every = 10.0
 
-    def __init__(self, title: str, total: int, unit: str, quiet: bool = False) -> None:
+    def __init__(self, title: str, total: int, unit: str, start: int = 0, quiet: bool = False) -> None:
         self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
-        self.done = 0
-        self._first: int | None = None
+        self.start = self.done = start
         self._begun = self._told = time.monotonic()
         self._last_note = ""
 
@@ -63,21 +63,19 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self.done:
-            mine = self.done - (self._first or 0)
+        mine = self.done - self.start
+        if kind is None and mine:
             print(f"{self.title}: {mine:,} {self.unit} in {_clock(time.monotonic() - self._begun)}", file=sys.stderr)
 
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` units are done in all."""
-        if self._first is None:
-            self._first = done - 1  # a resumed run does not start at 0; its rate counts from here
         self.done, self._last_note = done, note
         self._show()
 
     def rate(self) -> float:
         """Units a second since the start."""
         elapsed = max(time.monotonic() - self._begun, 1e-9)
-        return (self.done - (self._first or 0)) / elapsed
+        return (self.done - self.start) / elapsed
 
     def _show(self) -> None:
         now = time.monotonic()
@@ -96,8 +94,8 @@ class Progress:
 class _Bar(Progress):
     """A live bar, drawn by rich."""
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        super().__init__(title, total, unit)
+    def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
+        super().__init__(title, total, unit, start)
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
@@ -112,7 +110,7 @@ class _Bar(Progress):
             console=RichConsole(stderr=True),
             transient=True,
         )
-        self._task = self._bar.add_task(title, total=total, rate="", note="")
+        self._task = self._bar.add_task(title, total=total, completed=start, rate="", note="")
 
     def __enter__(self) -> Progress:
         self._bar.start()

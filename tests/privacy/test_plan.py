@@ -10,21 +10,21 @@ from dpsyngen.privacy.plan import budget_table
 
 
 def rows(lines: list[str]) -> list[list[str]]:
-    return [line.replace(",", "").split() for line in lines if " C" in line and line.strip()[0].isdigit()][0:]
+    return [line.replace(",", "").split() for line in lines if " C" in line and line.strip()[0].isdigit()]
 
 
 def test_noise_for_a_budget() -> None:
-    lines = list(budget_table(1000, 50, 40, epsilon=2.0))
-    plans = [r for r in rows(lines) if len(r) > 8]
+    lines = list(budget_table(100, 100, 1, epsilon=2.0))
+    plans = rows(lines)
     assert "<- asked" in next(line for line in lines if "asked" in line)
-    assert [int(r[0]) for r in plans] == [40, 20, 80, 40, 40]
-    assert [int(r[1]) for r in plans] == [50, 50, 50, 25, 100]
+    assert [int(r[0]) for r in plans] == [1, 2, 1]
+    assert [int(r[1]) for r in plans] == [100, 100, 50]
     for steps, batch, _, epochs, noise, pld, rdp, per_step, *_ in plans:
         assert 1.99 < float(pld) <= 2.0 < float(rdp)
-        actual = epsilon([Mechanism(int(batch) / 1000, float(noise), int(steps))], 1e-4)
+        actual = epsilon([Mechanism(int(batch) / 100, float(noise), int(steps))], 1e-3)
         assert actual == pytest.approx(float(pld), rel=2e-3)
-        assert float(epochs) == pytest.approx(int(batch) * int(steps) / 1000)
-        assert float(per_step) == pytest.approx(float(noise) / int(batch), abs=1e-6)
+        assert float(epochs) == pytest.approx(int(batch) * int(steps) / 100)
+        assert float(per_step) == pytest.approx(float(noise) / int(batch), abs=2e-6)
 
 
 def test_cost_of_a_noise() -> None:
@@ -34,7 +34,7 @@ def test_cost_of_a_noise() -> None:
     first = next(r for r in rows(lines) if "asked" in r)
     assert float(first[5]) == pytest.approx(epsilon([Mechanism(1.0, 5.0, 2)], 1e-5), abs=1e-4)
     # A batch above the number of records is not proposed.
-    assert all(int(r[1]) <= 1000 for r in rows(lines) if len(r) > 8)
+    assert all(int(r[1]) <= 1000 for r in rows(lines))
 
 
 @pytest.mark.parametrize(

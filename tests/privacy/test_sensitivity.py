@@ -175,7 +175,7 @@ def test_attack_on_a_worst_case_record_stays_within_epsilon_and_comes_close(q, z
 
     Half the noise, or a sum that is not clipped, breaks the bound; that the attack comes close shows that it is one.
     """
-    trials, delta = 3000, 0.02
+    trials, delta = 2000, 0.02
     bound = epsilon([Mechanism(q, z, 1)], delta)
     with_it = canary_scores(True, q, z, trials, Randomness.from_insecure_seed(1))
     without = canary_scores(False, q, z, trials, Randomness.from_insecure_seed(2))

@@ -1,0 +1,60 @@
+"""Progress on a terminal and off it."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpsyngen import console as console_module
+from dpsyngen.console import Console, Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_plain_lines_have_rate_and_time_left(clock, capsys) -> None:
+    with Progress("work", 100, "things") as p:
+        for i in range(1, 101):
+            clock[0] += 1.0
+            p.update(i, "note")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "work: 10/100 things, 1.00/s, 1:30 left  note"
+    assert len(lines) == 10  # every ten seconds, and the end
+    assert lines[-1] == "work: 100 things in 1:40"
+
+
+def test_resumed_work_counts_its_own_part(clock, capsys) -> None:
+    with Progress("work", 100, "things", start=80) as p:
+        clock[0] += 10.0
+        p.update(90)
+        assert p.rate() == 1.0
+    assert capsys.readouterr().err.splitlines()[-1] == "work: 10 things in 0:10"
+
+
+def test_quiet_has_only_the_end_and_errors_have_none(clock, capsys) -> None:
+    with Console(quiet=True).progress("work", 10, "things") as p:
+        for i in range(1, 11):
+            clock[0] += 60.0
+            p.update(i)
+    assert capsys.readouterr().err.splitlines() == ["work: 10 things in 10:00"]
+    with pytest.raises(RuntimeError), Progress("work", 10, "things") as p:
+        p.update(1)
+        raise RuntimeError
+    assert capsys.readouterr().err == ""
+
+
+def test_bar_is_drawn_on_a_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    console = Console()
+    assert console.live
+    with console.progress("work", 3, "things") as p:
+        assert type(p) is not Progress
+        p.update(3, "done")
+    assert "work: 3 things" in capsys.readouterr().err
+
+
+def test_hours() -> None:
+    assert console_module._clock(3725) == "1:02:05"
