@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from dpsyngen.errors import DataError
 
-SHOWN = 20
+SHOWN = 20  # names inside a sentence
+LISTED = 1000  # lines of a list: whoever mends the files needs all of them
 
 
 def printable(text: object) -> str:
@@ -33,13 +34,13 @@ def settle_bad(bad: Sequence[tuple[str, str]], *, where: str, skip_bad: bool) ->
         ``"which: why"`` for each, when ``skip_bad``.
 
     Raises:
-        DataError: there are bad images and ``skip_bad`` is False.  One error for all; the first 20 are shown.
+        DataError: there are bad images and ``skip_bad`` is False.  One error that lists them all (the first 1,000).
     """
     lines = tuple(f"{printable(which)}: {printable(why)}" for which, why in bad)
     if not lines or skip_bad:
         return lines
-    shown = "".join(f"\n  {line}" for line in lines[:SHOWN])
-    more = f"\n  … and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    shown = "".join(f"\n  {line}" for line in lines[:LISTED])
+    more = f"\n  … and {len(lines) - LISTED:,} more" if len(lines) > LISTED else ""
     count = "1 item" if len(lines) == 1 else f"{len(lines)} items"
     raise DataError(
         f"{printable(where)}: {count} cannot be used:{shown}{more}\n"
