@@ -6,6 +6,8 @@ Real test images are looked at once, by the chosen candidate: choosing on them w
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +18,9 @@ from numpy.typing import NDArray
 from dpsyngen.errors import ConfigError
 
 NAMES = ("logreg", "mlp", "cnn")
+HELD_OUT = 0.1
+"""Share of the generated images that chooses and is not trained on (METHOD.md: 90/10)."""
+_PRESENTATIONS = 200_000
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,12 @@ class ClassifierResult:
     Attributes:
         accuracy: share of the real test images classified rightly.
         validation_accuracy: the same of the held-out generated images, which made the choice.
-        chosen: the epoch or setting that was chosen.
+        chosen: the epoch or setting that was chosen, in words.
         per_class_accuracy: accuracy on the real test images of each class; NaN where a class has none.
         n_train, n_validation, n_test: numbers of images.
+        chosen_epoch: the epoch that was chosen, from 1; None for logistic regression, which has none.
+        epochs: how many there were to choose from; None likewise.
+        missing_classes: classes without a generated image, which count as errors in `accuracy`.
     """
 
     accuracy: float
@@ -37,9 +45,16 @@ class ClassifierResult:
     n_train: int
     n_validation: int
     n_test: int
+    chosen_epoch: int | None = None
+    epochs: int | None = None
+    missing_classes: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-able: NaN, which JSON does not know, becomes None."""
+        out = asdict(self)
+        out["per_class_accuracy"] = [None if math.isnan(a) else a for a in self.per_class_accuracy]
+        out["missing_classes"] = list(self.missing_classes)
+        return out
 
 
 def split_generated(
@@ -66,10 +81,14 @@ def classification_accuracy(
     classifiers: Sequence[str] = NAMES,
     seed: int = 0,
     epochs: int | None = None,
+    batch_size: int = 128,
     device: str = "cpu",
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, ClassifierResult]:
-    """Train each classifier on generated images and score it on real ones.
+    """Train each classifier on generated images and score it on real ones (Ravuri & Vinyals 2019, arXiv 1905.10887).
+
+    Deterministic for a given seed on a CPU, whatever the global random state.  The result is private: it is computed
+    from real test images.
 
     Args:
         train_images: generated, uint8 [N, C, H, W].
@@ -81,24 +100,54 @@ def classification_accuracy(
         seed: of the split, the initial weights and the order of images.
         epochs: passes over the training part for the networks; None: as many as make 200,000 images, 5 to 50 (DPDM
             makes 50 of 60,000).
+        batch_size: images in a training step of the networks.
         device: where to compute.
         on_progress: called with a line for each classifier.
 
     Raises:
-        ConfigError: unknown classifier, shapes that differ, labels out of range, or too few images.
+        ConfigError: unknown classifier, shapes that differ, labels out of range, or too few images or classes.
+
+    Warns:
+        UserWarning: a class has no generated image, so no classifier can know it.
     """
     _check(train_images, train_labels, test_images, test_labels, num_classes, classifiers)
-    train, validation = split_generated(train_labels, 0.1, seed)
-    if len(train) < 2 or len(validation) < 1 or len(np.unique(train_labels[train])) < 2:
-        raise ConfigError(f"{len(train_images)} generated images are too few to train a classifier; generate more.")
+    if (epochs is not None and epochs < 1) or batch_size < 1:
+        raise ConfigError(f"epochs is {epochs} and batch_size {batch_size}, but both must be at least 1.")
+    train_labels, test_labels = train_labels.astype(np.int64), test_labels.astype(np.int64)
+    train, validation = split_generated(train_labels, HELD_OUT, seed)
+    if len(train) < 2 or len(validation) < 1:
+        raise ConfigError(
+            f"{len(train_images)} generated images are too few to train a classifier: at least one class needs 6, "
+            "of which one is held out; generate more."
+        )
+    present = np.unique(train_labels)
+    if len(present) < 2:
+        raise ConfigError(
+            f"all {len(train_images)} generated images are of class {present[0]}, but a classifier needs at least two "
+            "classes; generate images of the others."
+        )
+    missing = tuple(c for c in range(num_classes) if c not in set(present.tolist()))
+    if missing:
+        warnings.warn(
+            f"no image of class {', '.join(map(str, missing))} was generated: no classifier can know it, and its test "
+            "images count as errors.",
+            stacklevel=2,
+        )
     if epochs is None:
-        epochs = int(np.clip(200_000 // len(train), 5, 50))
+        epochs = int(np.clip(_PRESENTATIONS // len(train), 5, 50))
     out: dict[str, ClassifierResult] = {}
     for name in classifiers:
         if on_progress:
             on_progress(f"training the classifier {name} on {len(train):,} generated images")
         candidates = _candidates(
-            name, train_images[train], train_labels[train], num_classes, seed=seed, epochs=epochs, device=device
+            name,
+            train_images[train],
+            train_labels[train],
+            num_classes,
+            seed=seed,
+            epochs=epochs,
+            batch_size=batch_size,
+            device=device,
         )
         best, chosen = -1.0, None
         for candidate in candidates:
@@ -113,18 +162,29 @@ def classification_accuracy(
             best,
             chosen.label,
             [
-                float(right[test_labels == c].mean()) if (test_labels == c).any() else float("nan")
+                float(right[test_labels == c].mean()) if (test_labels == c).any() else math.nan
                 for c in range(num_classes)
             ],
             len(train),
             len(validation),
             len(test_images),
+            chosen_epoch=chosen.epoch,
+            epochs=None if chosen.epoch is None else epochs,
+            missing_classes=missing,
         )
     return out
 
 
 def best_by_validation(results: dict[str, ClassifierResult]) -> str:
-    """The classifier that does best on held-out *generated* images: the one to quote when one is asked for."""
+    """The classifier that does best on held-out *generated* images: the one to quote when one is asked for.
+
+    The real test images have no say (METHOD.md, item 6).  Of equals, the first.
+
+    Raises:
+        ConfigError: there is no result to choose from.
+    """
+    if not results:
+        raise ConfigError("there is no classifier to choose from: classification_accuracy returned none.")
     return max(results, key=lambda name: results[name].validation_accuracy)
 
 
@@ -136,6 +196,7 @@ def _candidates(
     *,
     seed: int,
     epochs: int,
+    batch_size: int,
     device: str,
 ) -> Iterable[Any]:
     import torch
@@ -144,37 +205,49 @@ def _candidates(
 
     if name == "logreg":
         return (LinearCandidate(c, images, labels) for c in (0.01, 0.1, 1.0))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=_cuda_devices(device)):
         torch.manual_seed(seed)
         make = make_mlp if name == "mlp" else make_cnn
-        network = make(images.shape[1], images.shape[2], num_classes)
+        network = make(images.shape[1:], num_classes)
     candidates = train_network(
         network,
         images,
         labels,
         epochs=epochs,
         learning_rate=1e-3,
-        batch_size=128,
+        batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
         device=device,
     )
-    return _with_own_dropout(candidates, seed)
+    return _with_own_dropout(candidates, seed, device)
 
 
-def _with_own_dropout(candidates: Iterable[Any], seed: int) -> Iterable[Any]:
+def _cuda_devices(device: str) -> list[Any]:
+    """The devices, beside the CPU, whose global random state dropout draws from."""
+    import torch
+
+    return [torch.device(device)] if torch.device(device).type == "cuda" else []
+
+
+def _with_own_dropout(candidates: Iterable[Any], seed: int, device: str) -> Iterable[Any]:
     """Run the training with its own global random state, which dropout draws from."""
     import torch
 
+    cuda = _cuda_devices(device)
     state = torch.Generator().manual_seed(seed + 1).get_state()
+    cuda_states = [torch.Generator(d).manual_seed(seed + 1).get_state() for d in cuda]
     iterator = iter(candidates)
     while True:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=cuda):
             torch.set_rng_state(state)
+            for d, cuda_state in zip(cuda, cuda_states, strict=True):
+                torch.cuda.set_rng_state(cuda_state, d)
             try:
                 candidate = next(iterator)
             except StopIteration:
                 return
             state = torch.get_rng_state()
+            cuda_states = [torch.cuda.get_rng_state(d) for d in cuda]
         yield candidate
 
 
@@ -189,6 +262,13 @@ def _check(
     unknown = [c for c in classifiers if c not in NAMES]
     if unknown or not classifiers:
         raise ConfigError(f"classifiers are {', '.join(map(repr, classifiers))}, but must be among {', '.join(NAMES)}.")
+    if num_classes < 2:
+        raise ConfigError(f"num_classes is {num_classes}, but classification needs at least 2 classes.")
+    for what, images, labels in (("generated", train_images, train_labels), ("test", test_images, test_labels)):
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ConfigError(f"{what} images are {images.dtype} {images.shape}, but must be uint8 [N, C, H, W].")
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise ConfigError(f"{what} labels are {labels.dtype} {labels.shape}, but must be integers [N].")
     if train_images.shape[1:] != test_images.shape[1:]:
         raise ConfigError(
             f"generated images are {train_images.shape[1:]}, but the test images {test_images.shape[1:]}: give test "

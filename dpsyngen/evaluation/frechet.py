@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean [d], covariance [d, d] (fp64, unbiased) and number of a set of features."""
+    """Mean [d], covariance [d, d] (fp64, unbiased) and number of a set of features.
+
+    Statistics of private images are private: keep a saved file in the private half.
+    """
 
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
@@ -39,15 +44,64 @@ class FeatureStatistics:
         """Whether there were more images than dimensions; if not, the distance is biased upwards."""
         return self.count > len(self.mean)
 
+    def save(self, path: Path) -> None:
+        """Write to a ``.npz`` file, replacing what is there.
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½), >= 0.
+        Raises:
+            ConfigError: the name does not end in ``.npz`` (NumPy would add it and the file would be elsewhere).
+        """
+        if Path(path).suffix != ".npz":
+            raise ConfigError(f"feature statistics are written to an .npz file, not to {str(path)!r}.")
+        np.savez(path, mean=self.mean, covariance=self.covariance, count=np.int64(self.count))
+
+    @classmethod
+    def load(cls, path: Path) -> FeatureStatistics:
+        """Read what :meth:`save` wrote; no pickled code is run.
+
+        Raises:
+            DataError: the file is missing, unreadable or not such a file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mean, covariance = file["mean"].astype(np.float64), file["covariance"].astype(np.float64)
+                count = int(file["count"])
+            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count < 2:
+                raise ValueError(f"mean {mean.shape}, covariance {covariance.shape} and count {count} do not fit")
+            if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+                raise ValueError("it holds NaN or infinite values")
+        except Exception as error:  # np.load raises many kinds
+            raise DataError(
+                f"{path} does not hold feature statistics: {error}.  Compute and save them again."
+            ) from None
+        return cls(mean, covariance, count)
+
+
+def frechet_distance(a: FeatureStatistics | NDArray[np.floating], b: FeatureStatistics | NDArray[np.floating]) -> float:
+    """‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½), >= 0, in squared units of the features.
 
     The trace of the square root is that of the symmetric (Σ_a^½ Σ_b Σ_a^½)^½, by eigenvalues: no complex numbers, no
     failure on singular covariances.
+
+    Args:
+        a: features [N, d] or their statistics.
+        b: features [M, d] or their statistics.
+
+    Raises:
+        ConfigError: different d, fewer than two images, or features that are not finite.
+
+    Warns:
+        UserWarning: no more images than dimensions, N <= d: the covariance is singular and the distance too large.
     """
+    a = a if isinstance(a, FeatureStatistics) else FeatureStatistics.of(a)
+    b = b if isinstance(b, FeatureStatistics) else FeatureStatistics.of(b)
     if a.mean.shape != b.mean.shape:
         raise ConfigError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared.")
+    if not (a.full_rank and b.full_rank):
+        warnings.warn(
+            f"a Fréchet distance in {len(a.mean)} dimensions from {min(a.count, b.count)} images is biased upwards: "
+            "take more images than dimensions, or features of fewer dimensions.",
+            stacklevel=2,
+        )
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     inner = root @ b.covariance @ root

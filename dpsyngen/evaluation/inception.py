@@ -19,6 +19,7 @@ WEIGHTS_URL = (
 )
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _SIDE = 299
+_WIDTHS = (32, 16, 8, 4, 2)  # channels of the first convolution: the real network's, and narrower for tests
 
 
 class _Conv(nn.Module):
@@ -191,6 +192,8 @@ def load_inception(weights: Path) -> FidInception:
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         stem = state["Conv2d_1a_3x3.conv.weight"]
+        if stem.ndim != 4 or stem.shape[0] not in _WIDTHS:
+            raise ValueError(f"Conv2d_1a_3x3.conv.weight is {tuple(stem.shape)}, not (32, 3, 3, 3)")
         network = FidInception(32 // stem.shape[0])
         wanted = network.state_dict()
         # The published file has a classifier that FID does not use, and no counters of batches seen.
@@ -198,6 +201,13 @@ def load_inception(weights: Path) -> FidInception:
         missing = [k for k in wanted if k not in kept and not k.endswith("num_batches_tracked")]
         if missing:
             raise KeyError(f"{len(missing)} tensors are missing, {missing[0]} among them")
+        wrong = [k for k in wanted if k in kept and kept[k].shape != wanted[k].shape]
+        if wrong:
+            k = wrong[0]
+            raise ValueError(
+                f"{len(wrong)} tensors have another shape, {k} among them: {tuple(kept[k].shape)}, "
+                f"not {tuple(wanted[k].shape)}"
+            )
         network.load_state_dict(kept, strict=False)
     except Exception as error:  # torch.load raises many kinds
         raise DataError(

@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 Accountant = Literal["pld", "rdp"]
 
+SMALLEST_EPSILON = 1e-3
+"""The least ε that noise is calibrated to."""
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -143,10 +146,15 @@ def calibrate_noise(
         tolerance: how far below the target the total may end, relative; it never ends above.
 
     Raises:
-        ValueError: the earlier mechanisms alone already exceed the target.
+        ValueError: the target is below ``SMALLEST_EPSILON``, or the earlier mechanisms alone exceed it.
     """
     if not target_epsilon > 0:
         raise ValueError(f"target_epsilon is {target_epsilon}, but must be positive.")
+    if target_epsilon < SMALLEST_EPSILON:
+        raise ValueError(
+            f"target_epsilon is {target_epsilon:.3g}, below {SMALLEST_EPSILON}: so little lets nothing be learned, and "
+            "the loss distribution is too fine to be computed."
+        )
     spent = merge(spent)
     already = epsilon(spent, delta, accountant)
     if already >= target_epsilon:

@@ -41,8 +41,10 @@ def budget_table(
     delta = default_delta(records) if delta is None else delta
     if not 0 < delta < 1 / records:
         raise ConfigError(f"delta is {delta:.3g}, but must be above 0 and below 1/records = {1 / records:.3g}.")
-    if epsilon is not None and not 0 < epsilon < math.inf:
-        raise ConfigError(f"epsilon is {epsilon}, but must be a positive number.")
+    if epsilon is not None and not accounting.SMALLEST_EPSILON <= epsilon < math.inf:
+        raise ConfigError(
+            f"epsilon is {epsilon}, but must be a positive number, {accounting.SMALLEST_EPSILON} at least."
+        )
     if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
         raise ConfigError(f"the noise multiplier is {noise_multiplier}, but must be a positive number.")
 

@@ -10,8 +10,9 @@ import torch
 
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError
-from dpsyngen.evaluation import best_by_validation, classification_accuracy
+from dpsyngen.evaluation import ClassifierResult, best_by_validation, classification_accuracy
 from dpsyngen.evaluation.cas import split_generated
+from dpsyngen.evaluation.classifiers import make_cnn, make_mlp
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,9 @@ def test_real_images_score_high_and_shuffled_labels_at_chance(digits) -> None:
     bad = score(train, test, labels=np.random.default_rng(0).permutation(train.labels), classifiers=("logreg",))
     assert bad["logreg"].accuracy < 0.3
     json.dumps(good["cnn"].to_dict())
+    assert 1 <= good["cnn"].chosen_epoch <= good["cnn"].epochs == 12
+    assert good["cnn"].chosen == f"epoch {good['cnn'].chosen_epoch}"
+    assert good["logreg"].chosen_epoch is good["logreg"].epochs is None
     assert best_by_validation(good) in good
 
 
@@ -52,6 +56,7 @@ def test_test_labels_have_no_say_in_the_choice(digits) -> None:
     lying = score(train, test, epochs=5, test_labels=np.random.default_rng(1).permutation(test.labels))
     for name in honest:
         assert honest[name].chosen == lying[name].chosen
+        assert honest[name].chosen_epoch == lying[name].chosen_epoch
         assert honest[name].validation_accuracy == lying[name].validation_accuracy
         assert lying[name].accuracy < honest[name].accuracy
     assert best_by_validation(honest) == best_by_validation(lying)
@@ -81,9 +86,11 @@ def test_split_is_stratified_and_disjoint() -> None:
 def test_class_that_was_never_generated_is_no_crash(digits) -> None:
     train, test = digits
     kept = train.labels != 3
-    results = classification_accuracy(
-        train.images[kept], train.labels[kept], test.images, test.labels, num_classes=10, epochs=2
-    )
+    with pytest.warns(UserWarning, match="class 3"):
+        results = classification_accuracy(
+            train.images[kept], train.labels[kept], test.images, test.labels, num_classes=10, epochs=2
+        )
+    assert all(r.missing_classes == (3,) for r in results.values())
     assert all(r.per_class_accuracy[3] == 0 for r in results.values())
 
 
@@ -101,3 +108,45 @@ def test_bad_input(digits) -> None:
         classification_accuracy(train.images, train.labels[:5], test.images, test.labels, num_classes=10)
     with pytest.raises(ConfigError, match="too few"):
         classification_accuracy(train.images[:3], train.labels[:3], test.images, test.labels, num_classes=10)
+    with pytest.raises(ConfigError, match="all 40 generated images are of class 0"):
+        classification_accuracy(train.images[:40], np.zeros(40, int), test.images, test.labels, num_classes=10)
+    with pytest.raises(ConfigError, match="uint8"):
+        classification_accuracy(train.images / 255, train.labels, test.images, test.labels, num_classes=10)
+    with pytest.raises(ConfigError, match="must be integers"):
+        score(train, test, labels=train.labels / 1)
+    with pytest.raises(ConfigError, match="at least 1"):
+        score(train, test, epochs=0)
+    with pytest.raises(ConfigError, match="at least 1"):
+        score(train, test, batch_size=0)
+    with pytest.raises(ConfigError, match="no classifier"):
+        best_by_validation({})
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 4), (1, 8, 8), (3, 17, 17), (3, 22, 22), (1, 28, 28), (3, 32, 32), (3, 64, 64)]
+)
+def test_networks_take_every_size(shape) -> None:
+    for make in (make_mlp, make_cnn):
+        assert make(shape, 7).eval()(torch.zeros(2, *shape)).shape == (2, 7)
+    with pytest.raises(ConfigError, match="4 at least"):
+        make_cnn((1, 3, 3), 7)
+
+
+def test_cnn_is_dpdms_at_28_pixels() -> None:
+    shapes = [tuple(p.shape) for p in make_cnn((1, 28, 28), 10).parameters() if p.ndim > 1]
+    assert shapes == [(32, 1, 3, 3), (64, 32, 3, 3), (128, 64, 3, 3), (128, 1152), (10, 128)]
+
+
+def test_the_choice_goes_by_held_out_images() -> None:
+    def result(accuracy: float, validation: float) -> ClassifierResult:
+        return ClassifierResult(accuracy, validation, "", [], 1, 1, 1)
+
+    assert best_by_validation({"a": result(0.9, 0.5), "b": result(0.1, 0.6)}) == "b"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_scoring_on_a_gpu_leaves_its_random_state_alone(digits) -> None:
+    before = torch.cuda.get_rng_state()
+    score(*digits, classifiers=("cnn",), epochs=1, device="cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), before)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.evaluation import FeatureSpec, evaluate_images
+from dpsyngen.evaluation import FeatureSpec, make_extractor
 from dpsyngen.evaluation.inception import FidInception, load_inception, tf1_resize
 
 
@@ -107,9 +108,17 @@ def test_wrong_weights_files(stand_in, tmp_path) -> None:
     state = torch.load(stand_in / "w.pth", weights_only=True)
     state.pop("Mixed_7c.branch_pool.conv.weight")
     torch.save(state, tmp_path / "piece.pth")
-    for name in ("text.pth", "other.pth", "piece.pth", "missing.pth"):
+    state["Mixed_7c.branch_pool.conv.weight"] = torch.zeros(3, 5, 1, 1)
+    torch.save(state, tmp_path / "shape.pth")
+    state["Conv2d_1a_3x3.conv.weight"] = torch.zeros(64, 3, 7, 7)  # the stem of a ResNet
+    torch.save(state, tmp_path / "stem.pth")
+    for name in ("text.pth", "other.pth", "piece.pth", "missing.pth", "shape.pth", "stem.pth"):
         with pytest.raises(DataError, match="does not hold the weights"):
             load_inception(tmp_path / name)
+    with pytest.raises(DataError, match=r"Mixed_7c.branch_pool.conv.weight.*\(3, 5, 1, 1\), not \(12, 128, 1, 1\)"):
+        load_inception(tmp_path / "shape.pth")
+    with pytest.raises(DataError, match=r"\(64, 3, 7, 7\)"):
+        load_inception(tmp_path / "stem.pth")
 
 
 class Evil:
@@ -147,37 +156,59 @@ def test_unknown_names() -> None:
         FeatureSpec("vibes")
     with pytest.raises(ConfigError, match="only"):
         FeatureSpec("pixels-pca", weights="x")
+    with pytest.raises(ConfigError, match="pixels-pca, efficientnet-lite0, inception"):
+        make_extractor("vibes")
+    with pytest.raises(ConfigError, match="take components, not side"):
+        make_extractor("pixels-pca", side=96)
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        make_extractor("efficientnet-lite0", side=100)
+    with pytest.raises(ConfigError, match="at least 1"):
+        make_extractor("pixels-pca", components=0)
 
 
-def test_all_figures_carry_their_protocol() -> None:
-    train, test = load_images("digits"), load_images("digits:test")
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (300, 1, 8, 8), dtype=np.uint8)
-    labels = np.arange(300) % 10
-    specs = [FeatureSpec("pixels-pca")]
-    bad = evaluate_images(noise, labels, reference=train, test=test, features=specs, classifiers=("logreg",))
-    good = evaluate_images(
-        train.images[:300], train.labels[:300], reference=train, test=test, features=specs, classifiers=("logreg",)
+@pytest.mark.parametrize("name", ["pixels-pca", "efficientnet-lite0", "inception"])
+def test_batches_change_nothing_and_dim_is_told(name, stand_in, images) -> None:
+    options = {"inception": {"weights": stand_in / "w.pth"}, "efficientnet-lite0": {"side": 32}}.get(name, {})
+    extractor = make_extractor(name, **options)
+    extractor.fit(images)
+    few, lines = images[:5], []
+    features = extractor(few, batch_size=5)
+    assert features.dtype == np.float32
+    assert features.shape == (5, extractor.dim)
+    assert extractor.config()["dimensions"] == extractor.dim
+    assert extractor.config()["name"] == extractor.name == name
+    scale = np.abs(features).max()
+    np.testing.assert_allclose(
+        extractor(few, batch_size=2, on_progress=lines.append) / scale, features / scale, atol=1e-4
     )
-    json.dumps(bad)
-    distance = "frechet"
-    assert good[distance]["pixels-pca"]["distance"] < 0.2 * bad[distance]["pixels-pca"]["distance"]
-    assert good["cas"]["logreg"]["accuracy"] > 0.8 > 0.4 > bad["cas"]["logreg"]["accuracy"]
-    figure = bad[distance]["pixels-pca"]
-    assert figure["generated_images"] == 300
-    assert figure["real_images"] == len(train)
-    assert figure["floor_images"] == len(test)
-    assert figure["floor"] < figure["distance"]
-    assert figure["enough_images"]
-    assert bad["cas_chosen"] == "logreg"
-    assert bad["protocol"] == {
-        "generated_images": 300,
-        "real_train_images": len(train),
-        "real_test_images": len(test),
-        "seed": 0,
-    }
-    without = evaluate_images(noise, None, reference=train, test=None, features=specs)
-    assert without["cas"] == {}
-    assert "floor" not in without[distance]["pixels-pca"]
-    with pytest.raises(ConfigError, match="same size"):
-        evaluate_images(noise[:, :, :4, :4], None, reference=train, test=None)
+    assert lines == ["features of 5 of 5 images"]
+    for wrong in (few.astype(np.float32), few[0], few.repeat(2, 1), few[:0]):
+        with pytest.raises(ConfigError, match="must be uint8"):
+            extractor(wrong)
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        extractor(few, batch_size=0)
+
+
+@pytest.mark.parametrize("n", [40, 400])
+def test_pca_axes_are_those_of_the_covariance_with_few_and_with_many_images(n) -> None:
+    rng = np.random.default_rng(0)
+    spread = rng.normal(size=(12, 12)) * np.geomspace(60, 1, 12)
+    pixels = np.clip(128 + rng.normal(size=(n, 12)) @ spread.T, 0, 255).astype(np.uint8)
+    images = np.concatenate([pixels, np.zeros((n, 52), np.uint8)], 1).reshape(n, 1, 8, 8)  # 40 images < 64 pixels
+    extractor = make_extractor("pixels-pca", components=5)
+    with pytest.raises(ConfigError, match="fitted"):
+        _ = extractor.dim
+    extractor.fit(images)
+    expected = np.linalg.eigvalsh(np.cov(pixels.T / 255.0))[::-1][:5]
+    np.testing.assert_allclose(extractor(images).var(0, ddof=1), expected, rtol=1e-4)
+    # Axes have unit length: no projection is longer than the image.
+    assert (np.linalg.norm(extractor(images[::-1]), axis=1) <= 8).all()
+
+
+def test_importing_evaluation_is_light() -> None:
+    code = (
+        "import sys, dpsyngen.evaluation\n"
+        "heavy = {'torch', 'sklearn', 'scipy', 'pooch'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

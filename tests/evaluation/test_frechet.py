@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureStatistics, frechet_distance
 
 
@@ -52,3 +52,46 @@ def test_bad_features() -> None:
         FeatureStatistics.of(np.zeros((1, 3)))
     with pytest.raises(ConfigError, match="cannot be compared"):
         frechet_distance(gaussian([0], [[1]]), gaussian([0, 0], np.eye(2)))
+
+
+def test_features_and_their_statistics_give_the_same() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 4)).astype(np.float32), rng.normal(size=(60, 4)).astype(np.float32)
+    assert frechet_distance(x, y) == frechet_distance(FeatureStatistics.of(x), FeatureStatistics.of(y))
+
+
+def test_large_sample_of_gaussians_nears_the_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0, 1, (50_000, 3)), rng.normal(1, 3, (50_000, 3))
+    assert frechet_distance(x, y) == pytest.approx(3 * (1 + 4), rel=0.02)
+
+
+def test_no_more_images_than_dimensions_is_warned_of() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 8)), rng.normal(size=(500, 8))
+    with pytest.warns(UserWarning, match="8 dimensions from 8 images"):
+        frechet_distance(x, y)
+    with pytest.warns(UserWarning, match="biased upwards"):
+        frechet_distance(y, x)
+
+
+def test_statistics_survive_a_file(tmp_path) -> None:
+    s = FeatureStatistics.of(np.random.default_rng(0).normal(size=(30, 4)))
+    s.save(tmp_path / "s.npz")
+    t = FeatureStatistics.load(tmp_path / "s.npz")
+    np.testing.assert_array_equal(s.mean, t.mean)
+    np.testing.assert_array_equal(s.covariance, t.covariance)
+    assert s.count == t.count
+    with pytest.raises(ConfigError, match="npz"):
+        s.save(tmp_path / "s.dat")
+
+
+def test_wrong_statistics_files(tmp_path) -> None:
+    (tmp_path / "text.npz").write_text("no statistics")
+    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
+    np.savez(tmp_path / "shape.npz", mean=np.zeros(3), covariance=np.eye(2), count=9)
+    np.savez(tmp_path / "nan.npz", mean=np.full(2, np.nan), covariance=np.eye(2), count=9)
+    np.savez(tmp_path / "pickle.npz", mean=np.array([{}], dtype=object), covariance=np.eye(1), count=9)
+    for name in ("text", "other", "shape", "nan", "pickle", "missing"):
+        with pytest.raises(DataError, match="does not hold feature statistics"):
+            FeatureStatistics.load(tmp_path / f"{name}.npz")

@@ -169,13 +169,14 @@ def canary_scores(present: bool, q: float, z: float, trials: int, key: Randomnes
     return scores
 
 
-@pytest.mark.parametrize(("q", "z"), [(1.0, 1.0), (0.5, 0.7)])
+@pytest.mark.parametrize(("q", "z"), [(1.0, 2.0), (0.5, 1.0)])
 def test_attack_on_a_worst_case_record_stays_within_epsilon_and_comes_close(q, z) -> None:
-    """P(S | with) <= e^ε P(S | without) + δ and the reverse, for thresholds S, up to 5 standard errors.
+    """P(S | with) <= e^ε P(S | without) + δ and the reverse, for thresholds S, up to 4 standard errors.
 
-    Half the noise, or a sum that is not clipped, breaks the bound; that the attack comes close shows that it is one.
+    Noise of 0.6 times what it should be, or a sum that is not clipped, breaks the bound; that the attack comes close
+    shows that it is one.  The seeds are fixed, so the outcome is too.
     """
-    trials, delta = 2000, 0.02
+    trials, delta = 2500, 0.02
     bound = epsilon([Mechanism(q, z, 1)], delta)
     with_it = canary_scores(True, q, z, trials, Randomness.from_insecure_seed(1))
     without = canary_scores(False, q, z, trials, Randomness.from_insecure_seed(2))
@@ -183,8 +184,8 @@ def test_attack_on_a_worst_case_record_stays_within_epsilon_and_comes_close(q, z
     for threshold in np.linspace(-1.0, 3.0, 41):
         for a, b in ((with_it > threshold, without > threshold), (without <= threshold, with_it <= threshold)):
             pa, pb = a.mean(), b.mean()
-            error = math.sqrt(pa * (1 - pa) / trials) + math.exp(bound) * math.sqrt(pb * (1 - pb) / trials)
-            assert pa <= math.exp(bound) * pb + delta + 5 * error + 5 * math.exp(bound) / trials
+            error = math.sqrt((pa * (1 - pa) + math.exp(2 * bound) * pb * (1 - pb) + 1 / trials) / trials)
+            assert pa <= math.exp(bound) * pb + delta + 4 * error
             if pb > 0.02 and pa > delta:
                 measured = max(measured, math.log((pa - delta) / pb))
     assert measured > 0.6 * bound
