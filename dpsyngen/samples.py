@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from dpsyngen.errors import RunError
 from dpsyngen.files import require_absent_or_empty, write_atomically, write_text
 
+_TAKEN = ("metadata.csv", "about.json")  # files beside the class folders
+_LONGEST = 200  # bytes of a folder name; file systems allow 255
+
 
 def check_target(out: Path) -> None:
     """Raise RunError if writing to `out` would overwrite anything."""
@@ -24,14 +27,19 @@ def check_target(out: Path) -> None:
             raise RunError(f"--out {out} exists already.  Choose another path or move it away.")
         return
     require_absent_or_empty(out, "--out")
+    if not out.name:
+        raise RunError(f"--out {out} has no name of its own, so it cannot appear whole.  Give a new folder in it.")
 
 
 def folder_names(class_names: tuple[str, ...]) -> tuple[str, ...]:
     """A folder name for each class: the class name where that is a safe and distinct file name."""
     out: list[str] = []
     for number, name in enumerate(class_names):
-        safe = re.sub(r"[^\w .+-]", "_", name).strip(" .")[:100]
-        out.append(safe if safe and safe not in out else f"{number}_{safe}".rstrip("_"))
+        safe = re.sub(r"[^\w .+-]", "_", name).strip(" .")
+        safe = safe.encode()[:_LONGEST].decode(errors="ignore").strip(" .")
+        while not safe or safe in out or safe.lower() in _TAKEN:
+            safe = f"{number}_{safe}".rstrip("_")
+        out.append(safe)
     return tuple(out)
 
 
@@ -101,8 +109,9 @@ def _write_folder(
     partial.mkdir()
     try:
         folders = folder_names(class_names)
-        for folder in folders:
-            (partial / folder).mkdir()
+        # Only those with images: a folder without any is refused when the samples are read back.
+        for present in () if labels is None else np.unique(labels).tolist():
+            (partial / folders[present]).mkdir()
         number = 0
         with open(partial / "metadata.csv", "w", newline="", encoding="utf-8") as f:
             table = csv.writer(f)

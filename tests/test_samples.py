@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dpsyngen.data import load_images
 from dpsyngen.errors import RunError
@@ -85,3 +86,91 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path, name) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_samples(tmp_path / name, broken(), LABELS, ("a", "b", "c"), {})
     assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("b", "2_b", "b"),  # the way out of one clash is taken too
+        ("", "0", ""),
+        ("a/b", "a:b", "a_b", "a?b"),
+        ("metadata.csv", "about.json", "Metadata.csv"),  # files that lie beside the folders
+        ("日" * 300, "日" * 299, "x" * 300),  # a file name has 255 bytes at most
+        (".", "..", "...", ". ."),
+        ("/", "/etc/passwd", "..\\x", "~"),
+        (".hidden", " spaced ", "line\nbreak"),
+    ],
+)
+def test_every_class_has_a_folder_of_its_own(tmp_path, names) -> None:
+    folders = folder_names(names)
+    assert len(set(folders)) == len(names)
+    assert not any("/" in f or f.startswith(".") or len(f.encode()) > 255 for f in folders)
+    n = len(names)
+    images = np.random.default_rng(1).integers(0, 256, (2 * n, 1, 8, 8), dtype=np.uint8)
+    write_samples(tmp_path / "sub" / "out", iter([images]), np.arange(2 * n) % n, names, {})
+    assert [p.name for p in tmp_path.rglob("*") if p.name == "passwd"] == []
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["out"]
+    with open(tmp_path / "sub" / "out" / "metadata.csv", encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    # The name itself, whatever it holds, stands in the table, and each file where the table says.
+    assert [r["class_name"] for r in rows] == list(names) * 2
+    for row, image in zip(rows, images, strict=True):
+        with Image.open(tmp_path / "sub" / "out" / row["file_name"]) as stored:
+            assert np.array_equal(np.asarray(stored), image[0])
+    back = load_images(tmp_path / "sub" / "out")
+    assert set(back.class_names) == set(folders)
+    assert len(back) == 2 * n
+
+
+def test_classes_without_an_image_have_no_folder_so_that_the_rest_can_be_read(tmp_path) -> None:
+    write_samples(tmp_path / "some", batches(), np.full(6, 1), ("cat", "dog", "emu"), {})
+    assert load_images(tmp_path / "some").class_names == ("dog",)
+    write_samples(tmp_path / "none", batches(), None, ("cat", "dog", "emu"), {})
+    assert load_images(tmp_path / "none").labels is None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_what_was_written_is_read_back_with_its_labels(tmp_path, name, channels) -> None:
+    images = np.random.default_rng(2).integers(0, 256, (9, channels, 8, 8), dtype=np.uint8)
+    labels = np.array([2, 0, 1, 1, 0, 2, 2, 0, 1])
+    write_samples(tmp_path / name, iter([images[:5], images[5:]]), labels, ("a", "b", "c"), {"seed": 1})
+    back = load_images(tmp_path / name)
+    assert back.channels == channels
+    assert {(x.tobytes(), int(y)) for x, y in zip(back.images, back.labels, strict=True)} == {
+        (x.tobytes(), int(y)) for x, y in zip(images, labels, strict=True)
+    }
+
+
+def test_failure_spares_an_empty_target_and_what_lies_beside(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.txt").write_text("mine")
+
+    def broken():
+        yield IMAGES[:4]
+        raise ValueError("out of memory")
+
+    with pytest.raises(ValueError, match="out of memory"):
+        write_samples(tmp_path / "empty", broken(), LABELS, ("a", "b", "c"), {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "other.txt"]
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_nothing_is_drawn_for_a_target_that_exists(tmp_path) -> None:
+    def never():
+        raise AssertionError("images were drawn")
+        yield
+
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(RunError, match="exists already"):
+            write_samples(tmp_path / name, never(), None, (), {})
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_working_folder_itself_is_refused_with_a_way_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="new folder in it"):
+        write_samples(Path("."), batches(), None, (), {})
+    assert list(tmp_path.iterdir()) == []

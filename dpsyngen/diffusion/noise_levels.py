@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROUNDING = 2.0**-53  # of fp64 below 1
+_SMALLEST = 1e-300  # the probability beyond 37 standard deviations
+
 
 def _normal_cdf(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2))
@@ -45,16 +48,13 @@ class NoiseLevels:
     def quantile(self, u: Tensor) -> Tensor:
         """σ at probabilities `u` in [0, 1], by the inverse CDF: no rejection, so K levels are always K levels."""
         a, b = ((e - self.mean) / self.std for e in (self.low, self.high))
-        u = u.double()
         # Work in the tail where the interval lies: close to 1 the CDF has no digits left.
-        if a > 0:
-            tail = _normal_cdf(-a) + u * (_normal_cdf(-b) - _normal_cdf(-a))
-            z = -torch.special.ndtri(tail)
-        else:
-            z = torch.special.ndtri(_normal_cdf(a) + u * (_normal_cdf(b) - _normal_cdf(a)))
-        # Beyond 8 standard deviations nothing is ever drawn; u = 0 or 1 would give infinity.
-        z = z.clamp(max(a, -8.0) if a < 8 else a, min(b, 8.0) if b > -8 else b)
-        return (self.mean + self.std * z).exp().float()
+        sign, first, last = (-1, -a, -b) if a > 0 else (1, a, b)
+        # u or a probability of 0 or 1 would give infinity: stop one rounding short of either.
+        u = u.double().clamp(_ROUNDING, 1 - _ROUNDING)
+        p = _normal_cdf(first) + u * (_normal_cdf(last) - _normal_cdf(first))
+        z = sign * torch.special.ndtri(p.clamp(_SMALLEST, 1 - _ROUNDING))
+        return (self.mean + self.std * z.clamp(a, b)).exp().float()
 
     def sample(self, examples: int, copies: int, generator: torch.Generator) -> Tensor:
         """Noise levels of `copies` copies of each example, [examples, copies].

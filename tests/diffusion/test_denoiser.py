@@ -142,3 +142,116 @@ def test_ema_formula_and_memory() -> None:
         assert ema.average["weight"].item() == pytest.approx(expected, abs=1e-5)
     assert expected > 0.999
     assert model.weight.item() == 1.0
+
+
+def test_a_network_of_zeros_leaves_the_skip() -> None:
+    sd = 0.7
+    out = PreconditionedDenoiser(Recorder(0.0), 0, sigma_data=sd)(X, SIGMA)
+    for i, s in enumerate(SIGMA.tolist()):
+        torch.testing.assert_close(out[i], sd**2 / (s**2 + sd**2) * X[i])
+
+
+def test_ends_of_the_axis() -> None:
+    """σ → 0: D is the identity; σ → ∞: D is what the network says, scaled by σ_d."""
+    network = Recorder(1.0)
+    low, high = PreconditionedDenoiser(network, 0)(X[:2], torch.tensor([1e-6, 1e6], dtype=torch.float64))
+    torch.testing.assert_close(low, X[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(high, torch.full_like(X[1], math.sqrt(1 / 3)), atol=1e-5, rtol=0)
+
+
+def test_unconditional_denoiser_ignores_labels() -> None:
+    denoiser = PreconditionedDenoiser(Recorder(0.5), 0)
+    assert torch.equal(denoiser(X, SIGMA, torch.tensor([1, 2, 3])), denoiser(X, SIGMA, None))
+
+
+def test_precision_of_the_image_decides() -> None:
+    network = Recorder()
+    out = PreconditionedDenoiser(network, 0)(X.float(), SIGMA)
+    assert out.dtype == network.seen[0].dtype == network.seen[1].dtype == torch.float32
+
+
+def test_loss_weight_over_the_whole_axis() -> None:
+    sigma = torch.logspace(-2.7, 1.9, 30, dtype=torch.float64)
+    sd = math.sqrt(1 / 3)
+    scale = sigma * sd / (sigma**2 + sd**2).sqrt()
+    torch.testing.assert_close(loss_weight(sigma, sd) * scale**2, torch.ones_like(sigma))
+
+
+@pytest.mark.parametrize("log_sigma", [-5.0, -1.2, 3.0])
+def test_loss_of_a_start_near_zero_is_near_one(log_sigma) -> None:
+    """On data of standard deviation σ_d, F = 0 has a loss of 1 at every σ: what λ is for."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randn(500, 1, 6, 6, generator=g) * math.sqrt(1 / 3)
+    levels = NoiseLevels(low=log_sigma - 0.01, high=log_sigma + 0.01)
+    batch = make_noisy(images, None, levels, copies=1, num_classes=0, label_dropout=0.0, generator=g)
+    assert denoising_loss(PreconditionedDenoiser(Recorder(0.0), 0), batch).mean().item() == pytest.approx(1, abs=0.05)
+
+
+def test_labels_of_copies_drop_on_their_own() -> None:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.zeros(2000, dtype=torch.long)
+    batch = make_noisy(
+        torch.zeros(2000, 1, 1, 1), labels, NoiseLevels(), copies=2, num_classes=3, label_dropout=0.3, generator=g
+    )
+    dropped = (batch.labels == 3).double().view(2000, 2)
+    assert dropped.prod(1).mean().item() == pytest.approx(0.09, abs=0.03)
+    for rate in (0.0, 1.0):
+        batch = make_noisy(
+            torch.zeros(50, 1, 1, 1),
+            labels[:50],
+            NoiseLevels(),
+            copies=2,
+            num_classes=3,
+            label_dropout=rate,
+            generator=g,
+        )
+        assert (batch.labels == 3).double().mean().item() == rate
+
+
+def test_levels_of_a_batch_lie_in_their_stage() -> None:
+    g = torch.Generator().manual_seed(0)
+    levels = NoiseLevels(low=2.0)
+    batch = make_noisy(torch.zeros(300, 1, 2, 2), None, levels, copies=3, num_classes=0, label_dropout=0.0, generator=g)
+    assert batch.sigma.double().log().min() >= 2 - 1e-6
+    # The noise has the standard deviation that the denoiser is told.
+    assert (batch.noisy.view(900, 4) / batch.sigma[:, None]).std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_no_images_is_a_legal_batch() -> None:
+    batch = make_noisy(
+        torch.zeros(0, 1, 4, 4),
+        torch.zeros(0, dtype=torch.long),
+        NoiseLevels(),
+        copies=3,
+        num_classes=2,
+        label_dropout=0.1,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert batch.noisy.shape == (0, 1, 4, 4)
+    assert batch.sigma.shape == batch.labels.shape == (0,)
+
+
+def test_ema_in_the_long_run_forgets_at_its_decay() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    ema = Ema(model, 0.95)
+    for _ in range(500):  # past the warm-up, which ends where (1 + t)/(10 + t) = 0.95
+        ema.update(model)
+    model.weight.data.fill_(0.0)
+    for _ in range(20):
+        ema.update(model)
+    assert ema.average["weight"].item() == pytest.approx(0.95**20, rel=1e-3)
+    # The first step already replaces most of the random start: m = 2/11.
+    short = Ema(nn.Linear(1, 1, bias=False), 0.999)
+    start = short.average["weight"].item()
+    short.update(model)
+    assert short.average["weight"].item() == pytest.approx(start * 2 / 11, abs=1e-6)
+
+
+def test_ema_copies_what_is_no_number_to_average() -> None:
+    model = nn.BatchNorm1d(2)
+    ema = Ema(model, 0.9)
+    model(torch.randn(4, 2))
+    ema.update(model)
+    assert ema.average["num_batches_tracked"].item() == 1
+    assert set(ema.average) == set(model.state_dict())

@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
+from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
 from dpsyngen.diffusion.samplers import SAMPLERS, karras_steps, sample_batches, to_float, to_uint8
+from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError
 
 S = 0.4  # x₀ ~ N(0, S²)
@@ -47,6 +50,11 @@ def test_karras_steps() -> None:
     for i in range(18):
         expected = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         assert sigmas[i].item() == pytest.approx(expected)
+    assert sigmas[0].item() == pytest.approx(80)
+    assert sigmas[17].item() == pytest.approx(0.002)
+    assert (sigmas.diff() < 0).all()
+    assert sigmas.dtype == torch.float64
+    assert karras_steps(3, 1.0, 9.0, rho=1.0).tolist() == pytest.approx([9, 5, 1, 0])
     assert karras_steps(1).tolist() == [80, 0]
     for bad in ({"steps": 0}, {"steps": 5, "sigma_min": 90.0}, {"steps": 5, "sigma_min": 0.0}):
         with pytest.raises(ConfigError):
@@ -80,6 +88,110 @@ def test_image_depends_on_seed_and_index_alone(options) -> None:
     assert (a[:7].int() - b.int()).abs().max() <= 1
     assert not torch.equal(a, draw(10, seed=2, **options))
     assert len(a.flatten(1).unique(dim=0)) == 10
+
+
+def test_no_two_images_of_many_share_their_noise() -> None:
+    # With 32 bits of seed, as PyTorch's CPU generator has, a pair among 100,000 would be expected.
+    starts = []
+
+    def denoiser(x, sigma, labels=None):
+        starts.append(x[:, 0, 0, :2].clone())
+        return x * 0
+
+    for _ in sample_batches(denoiser, None, 100_000, (1, 2, 2), steps=1, batch_size=20_000, seed=0):
+        pass
+    assert len(torch.cat(starts).unique(dim=0)) == 100_000
+
+
+def starts(seed: int, count: int = 200) -> torch.Tensor:
+    seen = []
+
+    def denoiser(x, sigma, labels=None):
+        seen.append(x.clone())
+        return x * 0
+
+    list(sample_batches(denoiser, None, count, (1, 8, 8), steps=1, seed=seed, sigma_max=80.0))
+    return torch.cat(seen) / 80
+
+
+def test_starting_noise_is_standard_normal_and_unlike_other_seeds() -> None:
+    a = starts(0)
+    assert stats.kstest(a.flatten().numpy(), "norm").pvalue > 1e-4
+    # Pixels, images and seeds are uncorrelated, neighbouring ones too.
+    for b in (starts(1), starts(2**32), starts(-1)):
+        assert not torch.equal(a, b)
+        assert abs((a * b).mean().item()) < 0.05
+        assert abs((a[1:] * b[:-1]).mean().item()) < 0.05
+    assert abs((a[1:] * a[:-1]).mean().item()) < 0.05
+
+
+def test_image_of_a_network_is_the_same_in_any_batch() -> None:
+    torch.manual_seed(0)
+    network = UNet("nano", 8, 3, 2)
+    for p in network.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    denoiser = PreconditionedDenoiser(network, 2)
+    labels = torch.arange(9) % 2
+
+    def images(batch_size: int, count: int = 9, seed: int = 3) -> torch.Tensor:
+        return torch.cat(
+            list(sample_batches(denoiser, labels[:count], count, (3, 8, 8), steps=6, batch_size=batch_size, seed=seed))
+        )
+
+    whole = images(9)
+    assert whole.int().float().std() > 10
+    for batch_size, count in ((1, 9), (2, 9), (4, 5), (256, 7)):
+        assert (images(batch_size, count).int() - whole[:count].int()).abs().max() <= 1
+    assert (images(9, seed=4).int() - whole.int()).abs().float().mean() > 10
+
+
+def test_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    a = draw(4, sampler="heun", churn=20.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(draw(4, sampler="heun", churn=20.0), a)
+
+
+def test_churn_only_within_its_bounds_and_raised_levels() -> None:
+    def levels(**options) -> list[float]:
+        seen = []
+
+        def denoiser(x, sigma, labels=None):
+            seen.append(sigma[0].item())
+            return gaussian(x, sigma)
+
+        x = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+        SAMPLERS["heun"](denoiser, x, karras_steps(10), draw=lambda: torch.zeros_like(x), **options)
+        return seen[::2]  # the first call of each step
+
+    plain = karras_steps(10).tolist()[:-1]
+    assert levels() == pytest.approx(plain)
+    raised = levels(churn=2.0, churn_min=0.05, churn_max=50.0)
+    assert raised == pytest.approx([s * 1.2 if 0.05 <= s <= 50 else s for s in plain])
+    # γ is capped at √2 - 1 (EDM algorithm 2).
+    assert levels(churn=1e6) == pytest.approx([s * math.sqrt(2) for s in plain])
+
+
+def test_one_step_goes_to_the_estimate() -> None:
+    x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    for sampler in SAMPLERS.values():
+        torch.testing.assert_close(sampler(gaussian, x, karras_steps(1)), gaussian(x, torch.full((3,), 80.0)))
+
+
+def test_network_calls() -> None:
+    for sampler, calls in (("ddim", 12), ("heun", 23), ("dpmpp", 12)):
+        seen = []
+
+        def denoiser(x, sigma, labels=None, seen=seen):
+            assert sigma.shape == (len(x),)
+            seen.append(sigma[0].item())
+            return gaussian(x, sigma)
+
+        SAMPLERS[sampler](denoiser, torch.ones(2, 1, 2, 2), karras_steps(12))
+        assert len(seen) == calls
+        assert min(seen) == pytest.approx(0.002)  # never at σ = 0, where log σ has no value
 
 
 def test_labels_reach_the_denoiser_in_order() -> None:

@@ -140,3 +140,75 @@ def test_invariants_of_a_map() -> None:
             StageMap(pieces)
     with pytest.raises(ConfigError, match="no denoiser for"):
         StagedDenoiser(stage_map("both"), {"context": Fake(0.0)})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_shared_network_answers_everywhere_with_labels_in_the_middle(variant) -> None:
+    stages = stage_map(variant, networks="shared")
+    shared, guided = Fake(0.1), Fake(0.2)
+    staged = StagedDenoiser(stages, {"shared": shared}, private=guided)
+    SAMPLERS["ddim"](staged, torch.randn(1, 1, 4, 4) * 80, karras_steps(30), torch.tensor([6]))
+    asked = karras_steps(30)[:-1].log().tolist()
+    assert sorted(shared.log_sigmas + guided.log_sigmas, reverse=True) == pytest.approx(asked)
+    assert all(expected_stage(variant, x) == "context" for x in guided.log_sigmas)
+    assert all(expected_stage(variant, x) != "context" for x in shared.log_sigmas)
+    assert set(guided.labels) == {6}
+    assert set(shared.labels) <= {None}
+    assert bool(shared.log_sigmas) is bool(PUBLIC[variant])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("networks", ["experts", "shared"])
+def test_without_a_denoiser_of_its_own_the_private_stage_uses_its_network(variant, networks) -> None:
+    stages = stage_map(variant, networks=networks)
+    fakes = {n: Fake(float(i)) for i, n in enumerate(stages.networks)}
+    log_sigmas = [-7.0, -3.0, 0.0, 2.0, 4.3]
+    sigma = torch.tensor(log_sigmas, dtype=torch.float64).exp()
+    # exp and log of a threshold may round to its other side; set these rows right at it.
+    sigma[1], sigma[3] = math.exp(-3) * (1 + 1e-12), math.exp(2) * (1 - 1e-12)
+    out = StagedDenoiser(stages, fakes)(torch.zeros(5, 1, 1, 1), sigma, torch.arange(5)).flatten().tolist()
+    for value, x in zip(out, log_sigmas, strict=True):
+        stage = expected_stage(variant, x)
+        assert value == stages.networks.index("shared" if networks == "shared" else stage)
+
+
+def test_an_answer_depends_on_its_own_row_alone() -> None:
+    stages = stage_map("both")
+    scales = {"coarse": 2.0, "context": 3.0, "cleaning": 5.0}
+    staged = StagedDenoiser(
+        stages, {n: lambda x, s, y=None, k=k: x * k + s.view(-1, 1, 1, 1) for n, k in scales.items()}
+    )
+    x = torch.randn(8, 2, 3, 3, dtype=torch.float64)
+    sigma = torch.tensor([3.0, -5, 0, 4, -4, 1, -1, 2.5], dtype=torch.float64).exp()
+    whole = staged(x, sigma)
+    for i in range(8):
+        assert torch.equal(staged(x[i : i + 1], sigma[i : i + 1]), whole[i : i + 1])
+    order = torch.tensor([7, 3, 0, 1, 6, 2, 5, 4])
+    assert torch.equal(staged(x[order], sigma[order]), whole[order])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stage_map_is_a_partition(variant) -> None:
+    stages = stage_map(variant, tau_cleaning=-2.5, tau_coarse=1.5)
+    for log_sigma in torch.linspace(-9, 6, 301).tolist():
+        owner = stages.owner(log_sigma)
+        assert owner in stages.stages
+        assert owner.low <= log_sigma <= owner.high
+    assert stages.networks[-1] == stages.private.network
+    assert len(stages.public) == len(stages.stages) - 1
+
+
+def test_one_threshold_alone_may_lie_anywhere() -> None:
+    # τ_coarse means nothing to Cleaning, so the two need no order there.
+    assert stage_map("cleaning", tau_cleaning=3.0).private.low == 3.0
+    assert stage_map("coarse", tau_coarse=-4.0).private.high == -4.0
+    assert stage_map("dpdm", tau_cleaning=3.0).private.low == -math.inf
+
+
+def test_errors_say_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="dpdm, finetune, cleaning, coarse, both"):
+        stage_map("sideways")
+    with pytest.raises(ConfigError, match=r"tau_cleaning = 3.0 must be below tau_coarse = 2.0"):
+        stage_map("both", tau_cleaning=3.0)
+    with pytest.raises(ConfigError, match="no denoiser for cleaning, coarse; given: context"):
+        StagedDenoiser(stage_map("both"), {"context": Fake(0.0)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from dpsyngen.diffusion.unet import SIZES, UNet, UNetSize, count_parameters, named_size
 from dpsyngen.errors import ConfigError
@@ -15,6 +16,47 @@ from dpsyngen.errors import ConfigError
 )
 def test_sizes_are_as_documented(name, millions) -> None:
     assert count_parameters(UNet(name, 32, 1, 10)) / 1e6 == pytest.approx(millions, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("nano", 0.10), ("tiny", 0.11), ("small", 0.38), ("base", 1.9)])
+def test_sizes_at_28_pixels(name, millions) -> None:
+    assert count_parameters(UNet(name, 28, 1, 10)) / 1e6 == pytest.approx(millions, rel=0.1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("resolution", [8, 12, 16, 20, 28, 32, 48, 64])
+@pytest.mark.parametrize("name", ["nano", "tiny", "small"])
+def test_output_has_the_shape_of_the_input(name, resolution, channels) -> None:
+    with torch.no_grad():
+        out = UNet(name, resolution, channels)(torch.zeros(1, channels, resolution, resolution), torch.zeros(1))
+    assert out.shape == (1, channels, resolution, resolution)
+
+
+def test_every_size_runs_at_its_smallest_resolution() -> None:
+    for size in SIZES.values():
+        side = size.divisor
+        with torch.no_grad():
+            out = UNet(size, side, 1, 2)(torch.zeros(2, 1, side, side), torch.zeros(2), torch.tensor([0, 2]))
+        assert out.shape == (2, 1, side, side)
+        with pytest.raises(ConfigError, match=f"multiple of {side}"):
+            UNet(size, side - 1, 1)
+
+
+def attended(network: UNet) -> list[int]:
+    """Resolutions, in pixels of the network's grid, at which some block of the way down attends."""
+    size = network.size
+    grid = network.resolution // size.patch
+    return [
+        grid >> (i // size.blocks)
+        for i, block in enumerate(network.down)
+        if not isinstance(block.attention, nn.Identity)
+    ]
+
+
+def test_attention_is_where_the_published_networks_have_it() -> None:
+    assert attended(UNet("base", 28, 1)) == [7, 7]
+    assert attended(UNet("paper-32", 32, 3)) == [16, 16]
+    assert attended(UNet("nano", 32, 3)) == []
 
 
 def test_every_size_is_tested() -> None:

@@ -150,3 +150,75 @@ def test_scoring_on_a_gpu_leaves_its_random_state_alone(digits) -> None:
     before = torch.cuda.get_rng_state()
     score(*digits, classifiers=("cnn",), epochs=1, device="cuda")
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_networks_learn_nothing_from_shuffled_labels(digits) -> None:
+    train, test = digits
+    shuffled = np.random.default_rng(0).permutation(train.labels)
+    results = score(train, test, labels=shuffled, classifiers=("mlp", "cnn"), epochs=4)
+    # Chance is 0.1; 359 test images leave a standard deviation of 0.016.
+    assert all(r.accuracy < 0.25 for r in results.values())
+    assert all(r.validation_accuracy < 0.3 for r in results.values())
+
+
+def test_a_score_depends_neither_on_the_other_classifiers_nor_on_global_state(digits) -> None:
+    train, test = digits
+    np.random.seed(3)  # noqa: NPY002 - the global state is what this test is about
+    alone = score(train, test, classifiers=("cnn",), epochs=2)
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002
+    assert np.array_equal(state, np.random.get_state()[1])  # noqa: NPY002
+    torch.manual_seed(99)
+    assert score(train, test, classifiers=("mlp", "cnn"), epochs=2)["cnn"] == alone["cnn"]
+
+
+def test_the_chosen_epoch_is_the_one_that_was_scored(digits) -> None:
+    """The kept candidate is a copy: training on after it changes nothing."""
+    train, test = digits
+    long = score(train, test, classifiers=("mlp",), epochs=8)["mlp"]
+    again = score(train, test, classifiers=("mlp",), epochs=long.chosen_epoch)["mlp"]
+    assert again.chosen_epoch == long.chosen_epoch
+    assert again.accuracy == long.accuracy
+    assert again.validation_accuracy == long.validation_accuracy
+
+
+def test_order_of_test_images_changes_nothing(digits) -> None:
+    train, test = digits
+    order = np.random.default_rng(0).permutation(len(test))
+    a = score(train, test, classifiers=("logreg",))["logreg"]
+    b = classification_accuracy(
+        train.images, train.labels, test.images[order], test.labels[order], num_classes=10, classifiers=("logreg",)
+    )["logreg"]
+    assert a == b
+
+
+def test_inputs_are_left_as_they_are(digits) -> None:
+    train, test = digits
+    images, labels = train.images.copy(), train.labels.astype(np.uint8)
+    images.flags.writeable = labels.flags.writeable = False
+    results = classification_accuracy(
+        images,
+        labels,
+        test.images,
+        test.labels.astype(np.int32),
+        num_classes=10,
+        classifiers=("logreg", "mlp"),
+        epochs=1,
+    )
+    assert set(results) == {"logreg", "mlp"}
+    assert np.array_equal(images, train.images)
+
+
+def test_split_is_the_same_for_a_seed_and_another_for_another() -> None:
+    labels = np.arange(200) % 4
+    a, b, c = (split_generated(labels, 0.1, s)[1] for s in (0, 0, 1))
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_progress_names_each_classifier(digits) -> None:
+    lines: list[str] = []
+    score(*digits, classifiers=("logreg", "mlp"), epochs=1, on_progress=lines.append)
+    assert len(lines) == 2
+    assert "logreg" in lines[0]
+    assert "mlp" in lines[1]

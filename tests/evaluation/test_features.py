@@ -212,3 +212,97 @@ def test_importing_evaluation_is_light() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pca_axes_are_orthonormal(images) -> None:
+    extractor = make_extractor("pixels-pca", components=20)
+    extractor.fit(images)
+    # Of an image with one white pixel, the features less those of black are that pixel's row of the axes.
+    basis = (255 * np.eye(64)).astype(np.uint8).reshape(64, 1, 8, 8)
+    axes = (extractor(basis) - extractor(np.zeros_like(basis))).astype(np.float64)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(20), atol=1e-5)
+    assert abs(extractor(images).mean(0)).max() < 1e-5  # centred on the reference images
+
+
+def test_pca_is_fitted_to_the_reference_and_not_to_what_it_measures(images) -> None:
+    extractor = make_extractor("pixels-pca", components=8)
+    extractor.fit(images[:500])
+    before = extractor(images[:3])
+    extractor(255 - images[500:])
+    assert np.array_equal(extractor(images[:3]), before)
+
+
+def test_efficientnet_of_each_image_alone(images) -> None:
+    extractor = make_extractor("efficientnet-lite0", side=64)
+    both = extractor(images[[0, 1, 2]])
+    np.testing.assert_allclose(extractor(images[[2, 0, 1]]), both[[2, 0, 1]], rtol=1e-4, atol=1e-4)
+    assert np.isfinite(both).all()
+    assert extractor.config()["resized_to"] == 64
+    # Weights from ImageNet are loaded, not drawn: another instance says the same.
+    np.testing.assert_allclose(make_extractor("efficientnet-lite0", side=64)(images[:3]), both, rtol=1e-5)
+
+
+def test_wrong_safetensors_files(stand_in, tmp_path) -> None:
+    (tmp_path / "text.safetensors").write_text("no weights")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("text.safetensors", "other.safetensors", "missing.safetensors"):
+        with pytest.raises(DataError, match=r"pt_inception-2015-12-05-6726825d\.pth"):
+            FeatureSpec("inception", tmp_path / name).make()
+
+
+def test_every_published_tensor_is_used(images) -> None:
+    """Each layer changes the features, so none is defined and then left out."""
+    torch.manual_seed(0)
+    network = FidInception(narrow=16).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)  # keeps the signal alive through all layers
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.bias.data.fill_(0.1)
+    network(torch.tensor(images[:2]).expand(-1, 3, -1, -1)).square().sum().backward()
+    silent = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in network.modules()) == 94
+
+
+def test_the_three_differences_from_the_usual_inception() -> None:
+    from dpsyngen.evaluation.inception import _mean3
+
+    # Average pools leave out the padding: the mean of ones is one at the border too.
+    assert torch.equal(_mean3(torch.ones(1, 1, 4, 4)), torch.ones(1, 1, 4, 4))
+    network = FidInception(narrow=16)
+    assert not network.Mixed_7b.max_pool
+    assert network.Mixed_7c.max_pool
+    assert not [name for name in network.state_dict() if name.startswith(("AuxLogits", "fc."))]
+
+
+def test_the_shape_of_an_image_does_not_change_that_of_its_features() -> None:
+    network = FidInception(narrow=16).eval()
+    with torch.inference_mode():
+        for side in (8, 32):
+            assert network(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape == (1, 128)
+    assert network.dim == 128
+
+
+def test_resizing_down_and_of_oblongs() -> None:
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    # Rows at 0 and 1.5, columns at 0 and 2.
+    assert tf1_resize(x, 2)[0, 0].tolist() == [[0, 2], [6, 8]]
+    # 299 of 28: position i·28/299.
+    row = torch.arange(28.0).view(1, 1, 1, 28).expand(1, 1, 28, 28)
+    expected = (torch.arange(299.0) * 28 / 299).clamp(max=27)
+    torch.testing.assert_close(tf1_resize(row, 299)[0, 0, 5], expected, atol=1e-4, rtol=0)
+
+
+def test_a_download_that_fails_in_any_way_is_told_the_same(monkeypatch) -> None:
+    import pooch
+
+    for error in (ValueError("hash of downloaded file does not match"), ConnectionError("reset")):
+
+        def refuse(*args: object, error: Exception = error, **kwargs: object) -> None:
+            assert kwargs["known_hash"].startswith("sha256:6726825d")
+            raise error
+
+        monkeypatch.setattr(pooch, "retrieve", refuse)
+        with pytest.raises(DataError, match="efficientnet-lite0, which work offline"):
+            make_extractor("inception")

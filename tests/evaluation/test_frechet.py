@@ -95,3 +95,51 @@ def test_wrong_statistics_files(tmp_path) -> None:
     for name in ("text", "other", "shape", "nan", "pickle", "missing"):
         with pytest.raises(DataError, match="does not hold feature statistics"):
             FeatureStatistics.load(tmp_path / f"{name}.npz")
+
+
+def random_statistics(seed: int, d: int = 6) -> FeatureStatistics:
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(d, d))
+    return gaussian(rng.normal(size=d), root @ root.T)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_symmetric_and_unchanged_by_rotation_and_shift(seed) -> None:
+    a, b = random_statistics(seed), random_statistics(seed + 100)
+    q = linalg.qr(np.random.default_rng(seed).normal(size=(6, 6)))[0]
+
+    def moved(s: FeatureStatistics) -> FeatureStatistics:
+        return gaussian(q @ s.mean + 3, q @ s.covariance @ q.T)
+
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+    assert frechet_distance(moved(a), moved(b)) == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    # In squared units: features twice as long, four times the distance.
+    twice = [gaussian(2 * s.mean, 4 * s.covariance) for s in (a, b)]
+    assert frechet_distance(*twice) == pytest.approx(4 * frechet_distance(a, b), rel=1e-9)
+
+
+def test_singular_covariances() -> None:
+    one, other = np.diag([1.0, 0, 0]), np.diag([0, 4.0, 0])
+    # Nothing is shared: tr(Σ_a) + tr(Σ_b).
+    assert frechet_distance(gaussian([0, 0, 0], one), gaussian([0, 0, 0], other)) == pytest.approx(5)
+    zero = gaussian([1, 2, 2], np.zeros((3, 3)))
+    assert frechet_distance(zero, gaussian([0, 0, 0], np.zeros((3, 3)))) == pytest.approx(9)
+    # Far fewer images than dimensions, against itself: no complex numbers, no NaN, about 0.
+    x = np.random.default_rng(0).normal(size=(10, 200))
+    with pytest.warns(UserWarning, match="biased upwards"):
+        distance = frechet_distance(x, x)
+    assert 0 <= distance < 1e-3
+
+
+def test_rank_flag_counts_images_against_dimensions() -> None:
+    x = np.random.default_rng(0).normal(size=(10, 9))
+    assert FeatureStatistics.of(x).full_rank
+    assert not FeatureStatistics.of(x[:9]).full_rank
+    assert np.linalg.matrix_rank(FeatureStatistics.of(x[:9]).covariance) == 8
+
+
+def test_infinite_features_and_wrong_dimensions_are_refused() -> None:
+    with pytest.raises(ConfigError, match="infinite"):
+        FeatureStatistics.of(np.array([[1.0, np.inf], [0, 1]]))
+    with pytest.raises(ConfigError, match="at least 2"):
+        FeatureStatistics.of(np.zeros(3))

@@ -10,7 +10,7 @@ import pytest
 
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError
-from dpsyngen.evaluation import FeatureSpec, evaluate_images
+from dpsyngen.evaluation import FeatureSpec, evaluate_images, frechet_distance, make_extractor
 
 
 def test_all_figures_carry_their_protocol() -> None:
@@ -80,3 +80,66 @@ def test_figures_are_strict_json_where_a_class_has_no_test_image() -> None:
     out = evaluate_images(train.images, train.labels, reference=train, test=part, features=(), classifiers=("logreg",))
     json.dumps(out, allow_nan=False)
     assert out["cas"]["logreg"]["per_class_accuracy"][9] is None
+
+
+def test_distances_and_floor_are_those_of_the_parts() -> None:
+    train, test = load_images("digits"), load_images("digits:test")
+    made = 255 - train.images[:400]
+    out = evaluate_images(made, None, reference=train, test=test)["frechet"]["pixels-pca"]
+    extractor = make_extractor("pixels-pca")
+    extractor.fit(train.images)
+    real = extractor(train.images)
+    assert out["distance"] == pytest.approx(frechet_distance(extractor(made), real), rel=1e-9)
+    assert out["floor"] == pytest.approx(frechet_distance(extractor(test.images), real), rel=1e-9)
+    # The training images themselves are at no distance; that is memorisation, and lies below the floor.
+    copied = evaluate_images(train.images, None, reference=train, test=test)["frechet"]["pixels-pca"]
+    assert copied["distance"] < 1e-6 < copied["floor"]
+
+
+def test_no_test_images_or_no_labels_no_accuracy() -> None:
+    train, test = load_images("digits"), load_images("digits:test")
+    unlabelled = type(test)(test.images, None, (), test.source)
+    for options in (
+        {"labels": train.labels, "test": None},
+        {"labels": None, "test": test},
+        {"labels": train.labels, "test": unlabelled},
+        {"labels": train.labels, "test": test, "classifiers": ()},
+    ):
+        out = evaluate_images(train.images, reference=train, features=(), **options)
+        assert out["cas"] == {}
+        assert "cas_chosen" not in out
+        assert "cas" not in out["protocol"]
+        json.dumps(out, allow_nan=False)
+
+
+def test_each_figure_says_that_it_is_private_and_of_which_features() -> None:
+    train, test = load_images("digits"), load_images("digits:test")
+    lines: list[str] = []
+    out = evaluate_images(
+        train.images[:40],
+        train.labels[:40],
+        reference=train,
+        test=test,
+        features=("pixels-pca", "efficientnet-lite0"),
+        classifiers=("logreg", "mlp"),
+        max_images=12,
+        seed=5,
+        on_progress=lines.append,
+    )
+    json.dumps(out, allow_nan=False)
+    assert "private" in out["private"]
+    assert set(out["frechet"]) == {"pixels-pca", "efficientnet-lite0"}
+    assert out["frechet"]["efficientnet-lite0"]["features"]["dimensions"] == 1280
+    assert not out["frechet"]["efficientnet-lite0"]["enough_images"]
+    assert all(f["subset_seed"] == 5 and "floor" in f for f in out["frechet"].values())
+    assert out["cas_chosen"] in out["cas"]
+    best = max(r["validation_accuracy"] for r in out["cas"].values())
+    assert out["cas"][out["cas_chosen"]]["validation_accuracy"] == best
+    assert [line.split()[0] for line in lines] == ["Fréchet", "Fréchet", "training", "training"]
+
+
+def test_test_images_of_another_size_are_refused() -> None:
+    train = load_images("digits")
+    other = load_images("digits:test", resolution=16)
+    with pytest.raises(ConfigError, match="test images are"):
+        evaluate_images(train.images, None, reference=train, test=other)
