@@ -164,6 +164,9 @@ class PerExampleGradients:
             GroupNorm, LayerNorm, Embedding; attention built from them).
         clipping_norm: C > 0, the bound on the L2 norm of one example's gradient over all parameters together.
 
+    The model must treat the rows of a batch independently.  Layers known to mix them are refused, but ordinary
+    arithmetic that does (``h - h.mean(0)``) cannot be seen from here, and would void the sensitivity.
+
     Example:
         >>> import torch
         >>> from dpsyngen.privacy.per_example import PerExampleGradients
