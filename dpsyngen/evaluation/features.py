@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def _principal_axes(centred: NDArray[np.float64], d: int) -> NDArray[np.float64]
     return axes
 
 
-class _Network:
+class _Network(ABC):
     """Features from a pretrained network, batch by batch."""
 
     name: str
@@ -153,11 +154,12 @@ class _Network:
     def __init__(self, device: str, batch_size: int) -> None:
         self.device, self.batch_size = device, batch_size
 
-    def fit(self, reference: NDArray[np.uint8]) -> None:
+    def fit(self, reference: NDArray[np.uint8]) -> None:  # noqa: B027  (nothing to override it with)
         """Nothing to fit."""
 
+    @abstractmethod
     def _features(self, images: Any) -> Any:
-        raise NotImplementedError
+        """Features [n, d] of a batch of RGB images, uint8 tensor [n, 3, H, W]."""
 
     def __call__(
         self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
