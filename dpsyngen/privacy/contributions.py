@@ -1,0 +1,286 @@
+"""What one layer call contributes to the gradients of a batch: norms of each example, and weighted sums.
+
+A contribution knows the gradient of one parameter for each of B examples, in whatever form is cheapest to keep.
+Clipping needs just two things of it: the squared norm of each example's gradient, and the sum of the gradients
+with one factor each.  ``Dense`` keeps the gradients themselves; the others keep the two tensors whose product they
+are (the "ghost norm" of Goodfellow 2015 and Li et al. 2022), which costs less where an example has few positions.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_PIECE = 4096  # values that fp32 adds up before fp64 takes over
+
+
+class Contribution(Protocol):
+    """Gradients of one parameter, for each of B examples."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sums."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        ...
+
+    def squared_norms(self, wide: bool = False) -> Tensor:
+        """[B], fp64 where the device has it, never negative; NaN or inf where a gradient is not finite.
+
+        Args:
+            wide: square in fp64 too, for gradients whose squares leave the range of fp32.
+        """
+        ...
+
+    def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Sum over examples of factor times gradient, in the parameter's shape, at least fp32.
+
+        Args:
+            factors: [B].
+            kept: [B] booleans; examples where it is False contribute exactly zero, NaN or not.  None: all.
+        """
+        ...
+
+    def dense(self) -> Tensor:
+        """The gradients themselves, [B, *parameter.shape]."""
+        ...
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """fp64, or fp32 on a device without it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """The tensor without its graph, in fp32 if it has half precision: norms and sums are never taken in less.
+
+    Without its graph, because that leads back to the tape that holds the contribution: a cycle that no collector sees.
+    """
+    tensor = tensor.detach()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def squared_row_norms(gradients: Tensor, wide: bool = False) -> Tensor:
+    """[B] squared norms of tensors [B, *shape], added up in fp64.
+
+    fp32 sums at most a few thousand squares at a time, so its rounding stays near 1e-7 however large the tensors are;
+    only with `wide` are the squares fp64 too, which is several times slower.
+    """
+    dtype = wide_dtype(gradients)
+    rows = len(gradients)
+    if gradients.dtype == torch.float64 or wide:
+        return torch.linalg.vector_norm(gradients.reshape(rows, -1), dim=1, dtype=dtype).square()
+    if gradients.dim() > 2 and gradients[0, 0].numel() <= _PIECE:  # a weight: one piece for each output
+        return torch.linalg.vector_norm(gradients.flatten(2), dim=2).to(dtype).square().sum(1)
+    flat = gradients.reshape(rows, -1)
+    n = flat.shape[1]
+    whole = n - n % _PIECE
+    total = torch.zeros(rows, dtype=dtype, device=flat.device)
+    if whole:
+        total += torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, _PIECE)), dim=2).to(dtype).square().sum(1)
+    if n > whole:
+        total += torch.linalg.vector_norm(flat[:, whole:], dim=1).to(dtype).square()
+    return total
+
+
+def _blanked(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    """Zeros in the rows (examples) that are not kept; 0 * NaN would still be NaN."""
+    if kept is None:
+        return tensor
+    return torch.where(kept.view(-1, *[1] * (tensor.dim() - 1)), tensor, torch.zeros_like(tensor))
+
+
+class _Like:
+    """dtype and device of a tensor that is kept."""
+
+    def __init__(self, reference: Tensor) -> None:
+        self.dtype, self.device = reference.dtype, reference.device
+
+
+class Dense(_Like):
+    """Gradients that are kept as they are, [B, *shape]."""
+
+    def __init__(self, gradients: Tensor) -> None:
+        self.gradients = at_least_fp32(gradients)
+        super().__init__(self.gradients)
+
+    @property
+    def flat(self) -> Tensor:
+        """[B, size]."""
+        return self.gradients.reshape(len(self.gradients), -1)
+
+    @property
+    def size(self) -> int:
+        """Numbers an example."""
+        return self.flat.shape[1]
+
+    def squared_norms(self, wide: bool = False) -> Tensor:
+        """See :class:`Contribution`."""
+        return squared_row_norms(self.gradients, wide)
+
+    def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
+        """See :class:`Contribution`."""
+        flat = self.flat
+        if kept is not None:
+            flat[~kept] = 0.0
+        return torch.mv(flat.t(), factors.to(flat.dtype)).view(self.gradients.shape[1:])
+
+    def dense(self) -> Tensor:
+        """See :class:`Contribution`."""
+        return self.gradients
+
+
+class Pieces(_Like):
+    """Gradients of a few examples at a time, in separate tensors: nothing is copied together.
+
+    Args:
+        pieces: tensors [b, *shape]; their norms are taken at once, while they are in the processor's cache.
+        permuted: whether shape is that of the parameter with its second axis moved to the end.
+    """
+
+    def __init__(self, permuted: bool = False) -> None:
+        self.pieces: list[Tensor] = []
+        self.permuted = permuted
+        self._squares: list[Tensor] = []
+
+    def append(self, piece: Tensor) -> None:
+        """The gradients of the next examples."""
+        piece = at_least_fp32(piece)
+        if not self.pieces:
+            super().__init__(piece)
+        self.pieces.append(piece)
+        self._squares.append(squared_row_norms(piece))
+
+    def squared_norms(self, wide: bool = False) -> Tensor:
+        """See :class:`Contribution`."""
+        return torch.cat([squared_row_norms(p, True) for p in self.pieces] if wide else self._squares)
+
+    def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
+        """See :class:`Contribution`."""
+        factors = factors.to(self.dtype)
+        out = torch.zeros_like(self.pieces[0][0]).view(-1)
+        start = 0
+        for piece in self.pieces:
+            flat = piece.view(len(piece), -1)
+            span = slice(start, start + len(piece))
+            if kept is not None:
+                flat[~kept[span]] = 0.0
+            out.addmv_(flat.t(), factors[span])
+            start = span.stop
+        return self._in_place(out.view(self.pieces[0].shape[1:]), 1)
+
+    def dense(self) -> Tensor:
+        """See :class:`Contribution`."""
+        return self._in_place(torch.cat(self.pieces), 2)
+
+    def _in_place(self, tensor: Tensor, axis: int) -> Tensor:
+        return tensor.movedim(-1, axis) if self.permuted else tensor
+
+
+def ghost_norms(product: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
+    """Squared norms that came out of Gram matrices, made safe.
+
+    Args:
+        product: [B] the squared norms as computed, in fp64; rounding may have made them negative.
+        bound: [B] squared norm if no terms cancelled.
+        dtype: in which the gradient itself is computed.
+
+    The gradient's own rounding error is of the order eps * sqrt(bound), which can exceed its norm if almost all
+    of it cancels.  The norm is therefore never taken to be less than a multiple of that error.
+    """
+    floor = (1e3 * torch.finfo(dtype).eps) ** 2 * bound
+    return torch.maximum(product.clamp_min(0.0), floor)
+
+
+class Outer(_Like):
+    """Gradients of a matrix that are sums over time of outer products: g_bᵀ x_b.
+
+    Args:
+        g: gradients of the outputs, [B, T, out].
+        x: inputs, [B, T, in].
+    """
+
+    def __init__(self, g: Tensor, x: Tensor) -> None:
+        self.g, self.x = at_least_fp32(g), at_least_fp32(x)
+        super().__init__(self.g)
+
+    @staticmethod
+    def pays(time: int, outputs: int, inputs: int) -> bool:
+        """Whether the two Gram matrices cost less than the gradients themselves would."""
+        return 2 * time * (outputs + inputs) < outputs * inputs
+
+    def squared_norms(self, wide: bool = False) -> Tensor:
+        """See :class:`Contribution`."""
+        dtype = wide_dtype(self.g)
+        g, x = self.g.to(dtype), self.x.to(dtype)
+        bound = g.square().sum((1, 2)) * x.square().sum((1, 2))
+        if g.shape[1] == 1:
+            return bound
+        product = (torch.bmm(g, g.transpose(1, 2)) * torch.bmm(x, x.transpose(1, 2))).sum((1, 2))
+        return ghost_norms(product, bound, self.g.dtype)
+
+    def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
+        """See :class:`Contribution`."""
+        g, x = _blanked(self.g, kept), _blanked(self.x, kept)
+        weighted = g * factors.to(g.dtype)[:, None, None]
+        return weighted.flatten(0, 1).t() @ x.flatten(0, 1)
+
+    def dense(self) -> Tensor:
+        """See :class:`Contribution`."""
+        return torch.bmm(self.g.transpose(1, 2), self.x)
+
+
+class Rows(_Like):
+    """Gradients of a table of which each example touched a few rows (an embedding).
+
+    Args:
+        indices: [B, T] rows.
+        g: [B, T, width] gradients of the values read; zero where none is wanted.
+        rows: rows of the table.
+    """
+
+    def __init__(self, indices: Tensor, g: Tensor, rows: int) -> None:
+        self.indices, self.g, self.rows = indices, at_least_fp32(g), rows
+        super().__init__(self.g)
+
+    @staticmethod
+    def pays(time: int, rows: int) -> bool:
+        """Whether keeping the rows that were read is cheaper than whole tables."""
+        return time * time <= 16 * rows
+
+    def squared_norms(self, wide: bool = False) -> Tensor:
+        """See :class:`Contribution`."""
+        g = self.g.to(wide_dtype(self.g))
+        bound = g.square().sum((1, 2))
+        if g.shape[1] == 1:
+            return bound
+        same = self.indices[:, :, None] == self.indices[:, None, :]
+        gram = torch.bmm(g, g.transpose(1, 2))
+        # Not `gram * same`: infinity times zero would spoil what is unrelated.
+        product = torch.where(same, gram, torch.zeros_like(gram)).sum((1, 2))
+        return ghost_norms(product, bound, self.g.dtype)
+
+    def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
+        """See :class:`Contribution`."""
+        g = _blanked(self.g, kept) * factors.to(self.g.dtype)[:, None, None]
+        out = g.new_zeros(self.rows, g.shape[2])
+        return out.index_add_(0, self.indices.flatten(), g.flatten(0, 1))
+
+    def dense(self) -> Tensor:
+        """See :class:`Contribution`."""
+        out = self.g.new_zeros(len(self.g), self.rows, self.g.shape[2])
+        return out.scatter_add_(1, self.indices[..., None].expand_as(self.g), self.g)
+
+
+def merged(a: Contribution, b: Contribution) -> Contribution:
+    """The contribution of a parameter that was used twice: gradients add up *before* their norm is taken."""
+    if isinstance(a, Outer) and isinstance(b, Outer):
+        time = a.g.shape[1] + b.g.shape[1]
+        if a.g.dtype == b.g.dtype and Outer.pays(time, a.g.shape[2], a.x.shape[2]):
+            return Outer(torch.cat([a.g, b.g], 1), torch.cat([a.x, b.x], 1))
+    return Dense(a.dense() + b.dense())

@@ -1,0 +1,411 @@
+"""Ways to get the weight gradient of a convolution for each example, and the choice among them.
+
+Which one is fastest depends on channels, positions, copies, threads and library; the spread is more than twofold
+either way.  So the engine measures the candidates the first time it meets a layer, remembers what won, and shows it
+(``KernelChoices``).  All of them compute the same sums, in other orders: results agree to rounding.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dpsyngen.errors import ConfigError
+from dpsyngen.privacy.contributions import Contribution, Dense, Pieces, at_least_fp32, ghost_norms, wide_dtype
+
+_convolution_backward = torch.ops.aten.convolution_backward
+_ONLY_WEIGHT = [False, True, False]
+
+
+def each_axis(value: int | tuple[int, ...] | list[int], dims: int) -> list[int]:
+    """A setting for each of `dims` axes."""
+    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The settings of a convolution besides its tensors, as ATen wants them."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    transposed: bool = False
+    output_padding: list[int] = field(default_factory=lambda: [0, 0])
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+        return torch.convolution(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+
+    def backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]) -> Any:
+        """Gradients of (input, weight, bias) as `mask` asks."""
+        return _convolution_backward(
+            g,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            groups,
+            mask,
+        )
+
+    @property
+    def dense_steps(self) -> bool:
+        """Whether it is an ordinary convolution with stride, dilation and groups 1."""
+        return (
+            not self.transposed
+            and self.groups == 1
+            and all(s == 1 for s in self.stride)
+            and all(d == 1 for d in self.dilation)
+        )
+
+
+@dataclass(frozen=True)
+class ConvolutionCall:
+    """One backward pass through a convolution.
+
+    Attributes:
+        g: gradient of the output, [examples*copies, C_out, *spatial].
+        x: input, [examples*copies, C_in, *spatial].
+        weight: the layer's weight; only its shape matters here.
+        settings: stride, padding, …
+        examples: B.
+        copies: K.
+    """
+
+    g: Tensor
+    x: Tensor
+    weight: Tensor
+    settings: Convolution
+    examples: int
+    copies: int
+
+    def signature(self) -> str:
+        """What the speed depends on, but for the number of examples."""
+        s = self.settings
+
+        def size(values: Any) -> str:
+            return "x".join(str(v) for v in values)
+
+        return (
+            f"{'transposed ' if s.transposed else ''}{size(self.weight.shape)} on {size(self.x.shape[2:])}"
+            f" stride {size(s.stride)} padding {size(s.padding)} dilation {size(s.dilation)} groups {s.groups}"
+            f" copies {self.copies} {str(self.g.dtype).removeprefix('torch.')} {self.g.device.type}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+
+def _grouped(g: Tensor, x: Tensor, call: ConvolutionCall) -> Tensor:
+    """One call for the examples in `g`: they become groups of channels, the copies become the batch."""
+    copies, weight, groups = call.copies, call.weight, call.settings.groups
+    examples = len(g) // copies
+    if examples == 1:
+        return call.settings.backward(g, x, weight, groups, _ONLY_WEIGHT)[1][None]
+
+    def to_channels(t: Tensor) -> Tensor:
+        if copies == 1:
+            return t.reshape(1, examples * t.shape[1], *t.shape[2:])
+        split = t.reshape(examples, copies, *t.shape[1:])
+        return split.transpose(0, 1).reshape(copies, examples * t.shape[1], *t.shape[2:])
+
+    # Only the shape of the repeated weight matters, so no memory is spent on its values.
+    repeated = weight.new_empty(()).expand(examples * weight.shape[0], *weight.shape[1:])
+    out = call.settings.backward(to_channels(g), to_channels(x), repeated, groups * examples, _ONLY_WEIGHT)[1]
+    return out.view(examples, *weight.shape)
+
+
+def _few_at_a_time(examples: int) -> Callable[[ConvolutionCall], Contribution]:
+    """The library's weight gradient, called once for every few examples, whose data then stay in the cache."""
+
+    def run(call: ConvolutionCall) -> Contribution:
+        rows = examples * call.copies
+        out = Pieces()
+        for g, x in zip(call.g.split(rows), call.x.split(rows), strict=True):
+            out.append(_grouped(g, x, call))
+        return out
+
+    return run
+
+
+def _groups(call: ConvolutionCall) -> Contribution:
+    """One call for all examples."""
+    return Dense(_grouped(call.g, call.x, call))
+
+
+def _each_channels_last(call: ConvolutionCall) -> Contribution:
+    """Example by example with the channels innermost, which some libraries handle better on small images."""
+    form = torch.channels_last
+    weight = call.weight.contiguous(memory_format=form)
+    out = Pieces(permuted=True)
+    pairs = zip(
+        call.g.contiguous(memory_format=form).split(call.copies),
+        call.x.contiguous(memory_format=form).split(call.copies),
+        strict=True,
+    )
+    for g, x in pairs:
+        gradient = call.settings.backward(g, x, weight, call.settings.groups, _ONLY_WEIGHT)[1]
+        out.append(gradient.movedim(1, -1).contiguous()[None])
+    return out
+
+
+def _pointwise(call: ConvolutionCall) -> Contribution:
+    """A 1x1 convolution is a matrix product of each row."""
+    per_row = torch.bmm(call.g.flatten(2), call.x.flatten(2).transpose(1, 2))
+    if call.copies > 1:
+        per_row = per_row.view(call.examples, call.copies, *per_row.shape[1:]).sum(1)
+    return Dense(per_row.view(call.examples, *call.weight.shape))
+
+
+def _unfold(call: ConvolutionCall) -> Contribution:
+    """Matrix products with the unfolded input: much memory, but one call."""
+    s, (_, inputs, *kernel) = call.settings, call.weight.shape
+    columns = F.unfold(call.x, kernel, s.dilation, s.padding, s.stride)
+    rows = columns.view(call.examples, call.copies, *columns.shape[1:]).transpose(1, 2).flatten(2, 3)
+    g = call.g.flatten(2).view(call.examples, call.copies, call.g.shape[1], -1).transpose(1, 2).flatten(2)
+    return Dense(torch.bmm(g, rows.transpose(1, 2)).view(call.examples, -1, inputs, *kernel))
+
+
+def _dot(call: ConvolutionCall) -> Contribution:
+    """Our own dot products (CPU)."""
+    from dpsyngen.privacy.dot_kernel import dot_products
+
+    return Dense(dot_products(call.g, call.x, call.examples, call.copies))
+
+
+class _Ghost:
+    """Norms from Gram matrices, the sum from one weight gradient of the whole batch with weighted rows."""
+
+    def __init__(self, call: ConvolutionCall) -> None:
+        self.call = replace(call, g=call.g.detach(), x=call.x.detach(), weight=call.weight.detach())
+        self.dtype, self.device = at_least_fp32(call.g[:0]).dtype, call.g.device
+
+    def squared_norms(self, wide: bool = False) -> Tensor:
+        """‖Σ_t g_t x_{t+τ}ᵀ‖², summed over taps τ, is Σ_{t,s} <g_t, g_s> Σ_τ <x_{t+τ}, x_{s+τ}>."""
+        call = self.call
+        dtype = wide_dtype(call.g)
+        height, width = call.weight.shape[2:]
+        out_h, out_w = call.g.shape[2:]
+
+        def gram(t: Tensor) -> Tensor:
+            """[B, K, h, w, K, h, w] inner products over channels of all pairs of positions."""
+            k, (h, w) = call.copies, t.shape[2:]
+            flat = t.to(dtype).view(call.examples, k, -1, h * w).transpose(1, 2).flatten(2)
+            return torch.bmm(flat.transpose(1, 2), flat).view(call.examples, k, h, w, k, h, w)
+
+        g, x = gram(call.g), gram(call.x)
+        top, left = call.settings.padding
+        x = F.pad(x, (left, left, top, top, 0, 0, left, left, top, top))
+        taps = torch.zeros_like(g)
+        for i in range(height):
+            for j in range(width):
+                rows, columns = slice(i, i + out_h), slice(j, j + out_w)
+                taps += x[:, :, rows, columns][..., rows, columns]
+        count = g[0].numel()
+        side = int(round(count**0.5))
+        bound = torch.ones((), dtype=dtype, device=g.device)
+        for each in (g, taps):
+            bound = bound * each.reshape(-1, side, side).diagonal(dim1=1, dim2=2).sum(1)
+        return ghost_norms((g * taps).flatten(1).sum(1), bound, at_least_fp32(call.g).dtype)
+
+    def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
+        """See :class:`Contribution`."""
+        call = self.call
+        k = call.copies
+        g, x = at_least_fp32(call.g), at_least_fp32(call.x)
+        if kept is not None:
+            rows = kept.repeat_interleave(k).view(-1, 1, 1, 1)
+            g, x = torch.where(rows, g, torch.zeros_like(g)), torch.where(rows, x, torch.zeros_like(x))
+        weighted = g * factors.to(g.dtype).repeat_interleave(k).view(-1, 1, 1, 1)
+        out: Tensor = call.settings.backward(weighted, x, call.weight.to(g.dtype), 1, _ONLY_WEIGHT)[1]
+        return out
+
+    def dense(self) -> Tensor:
+        """See :class:`Contribution`."""
+        return Dense(_grouped(self.call.g, self.call.x, self.call)).dense()
+
+
+# ------------------------------------------------------------------------------------------ which may be used
+
+
+def _is_pointwise(call: ConvolutionCall) -> bool:
+    s = call.settings
+    return s.dense_steps and all(k == 1 for k in call.weight.shape[2:]) and all(p == 0 for p in s.padding)
+
+
+def _may_dot(call: ConvolutionCall) -> bool:
+    return (
+        call.settings.dense_steps
+        and tuple(call.weight.shape[2:]) == (3, 3)
+        and call.settings.padding == [1, 1]
+        and call.g.device.type == "cpu"
+        and call.g.dtype == call.x.dtype == torch.float32
+    )
+
+
+def _may_ghost(call: ConvolutionCall) -> bool:
+    """Possible, and not absurdly more work than the gradients themselves."""
+    if not call.settings.dense_steps or call.weight.dim() != 4 or call.g.device.type == "mps":
+        return False
+    time_, (outputs, inputs, *kernel) = call.copies * call.g[0, 0].numel(), call.weight.shape
+    return 2 * time_ * (outputs + inputs) < outputs * inputs * kernel[0] * kernel[1]
+
+
+def _may_unfold(call: ConvolutionCall) -> bool:
+    s = call.settings
+    return call.weight.dim() == 4 and s.groups == 1 and not s.transposed
+
+
+def _positions(call: ConvolutionCall) -> int:
+    return call.copies * call.g[0, 0].numel()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to compute, and where it is possible."""
+
+    name: str
+    run: Callable[[ConvolutionCall], Contribution]
+    possible: Callable[[ConvolutionCall], bool]
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("pointwise", _pointwise, _is_pointwise),
+        Kernel("dot", _dot, _may_dot),
+        Kernel("each", _few_at_a_time(1), lambda call: True),
+        Kernel("each-channels-last", _each_channels_last, lambda call: call.weight.dim() == 4),
+        Kernel("by-2", _few_at_a_time(2), lambda call: call.examples > 2),
+        Kernel("by-4", _few_at_a_time(4), lambda call: call.examples > 4),
+        Kernel("by-8", _few_at_a_time(8), lambda call: call.examples > 8),
+        Kernel("groups", _groups, lambda call: True),
+        Kernel("unfold", _unfold, _may_unfold),
+        Kernel("ghost", _Ghost, _may_ghost),
+    )
+}
+
+
+def fixed_choice(call: ConvolutionCall) -> str:
+    """What is usually best, from shapes alone: the same on every machine and in every run."""
+    if _is_pointwise(call):
+        return "pointwise"
+    if call.g.device.type != "cpu":
+        return "groups"
+    positions = call.g[0, 0].numel()
+    if _may_dot(call) and call.copies == 1 and positions >= 512:
+        return "dot"
+    return "each" if _positions(call) >= 512 else "groups"
+
+
+_SLOW_ON_CPU = {"unfold"}  # 2 to 13 times the plain weight gradient wherever it was measured
+
+
+class KernelChoices:
+    """Which kernel each layer uses, and what was measured.
+
+    Args:
+        measure: measure on first use; otherwise :func:`fixed_choice`.
+        chosen: choices of an earlier process, from ``chosen``, which are kept: a resumed run then adds in the same
+            order and repeats a step bit for bit.
+
+    Attributes:
+        chosen: kernel for each layer signature.
+        milliseconds: for each signature, what each candidate took.
+
+    Raises:
+        ConfigError: `chosen` names a kernel that does not exist.
+    """
+
+    def __init__(self, measure: bool = True, chosen: dict[str, str] | None = None) -> None:
+        self.measure = measure
+        self.chosen: dict[str, str] = dict(chosen or {})
+        self.milliseconds: dict[str, dict[str, float]] = {}
+        self._lock = threading.Lock()
+        unknown = set(self.chosen.values()) - set(KERNELS)
+        if unknown:
+            raise ConfigError(f"kernels {sorted(unknown)} do not exist; there are {', '.join(KERNELS)}.")
+
+    def run(self, call: ConvolutionCall) -> Contribution:
+        """The weight gradients of the examples, by the kernel chosen for such layers."""
+        signature = call.signature()
+        name = self.chosen.get(signature)
+        if name is None:
+            with self._lock:
+                name = self.chosen.get(signature)
+                if name is None:
+                    name = self._measured(signature, call) if self.measure else fixed_choice(call)
+                    self.chosen[signature] = name
+        kernel = KERNELS[name]
+        if not kernel.possible(call):  # a shorter batch, or a choice made elsewhere
+            kernel = KERNELS[fixed_choice(call)]
+        return kernel.run(call)
+
+    def _measured(self, signature: str, call: ConvolutionCall) -> str:
+        """The fastest candidate on random numbers of the same shapes; the real tensors are not looked at."""
+        generator = torch.Generator(call.g.device).manual_seed(0)
+
+        def like(t: Tensor) -> Tensor:
+            return torch.empty_like(t).normal_(generator=generator)
+
+        trial = ConvolutionCall(like(call.g), like(call.x), call.weight, call.settings, call.examples, call.copies)
+        factors = torch.ones(call.examples, device=call.g.device)
+        on_cpu = call.g.device.type == "cpu"
+        candidates = [k for k in KERNELS.values() if k.possible(call) and not (on_cpu and k.name in _SLOW_ON_CPU)]
+
+        def seconds(kernel: Kernel) -> float:
+            begin = _now(call.g.device)
+            contribution = kernel.run(trial)
+            contribution.squared_norms()
+            contribution.weighted_sum(factors)
+            return _now(call.g.device) - begin
+
+        with torch.no_grad():
+            first = {k.name: min(seconds(k), seconds(k)) for k in candidates}
+            best = min(first.values())
+            close = [k for k in candidates if first[k.name] < 2 * best]
+            times = {k.name: [first[k.name]] for k in close}
+            for _ in range(4):
+                for k in close:
+                    times[k.name].append(seconds(k))
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        self.milliseconds[signature] = {n: 1e3 * medians.get(n, t) for n, t in first.items()}
+        return min(medians, key=lambda n: medians[n])
+
+    def table(self) -> str:
+        """One line for each layer shape: what was chosen, and how long each candidate took."""
+        lines = []
+        for signature, name in self.chosen.items():
+            times = self.milliseconds.get(signature, {})
+            measured = ", ".join(f"{n} {t:.2f} ms" for n, t in sorted(times.items(), key=lambda item: item[1]))
+            lines.append(f"{signature}: {name}" + (f"  ({measured})" if measured else ""))
+        return "\n".join(lines)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

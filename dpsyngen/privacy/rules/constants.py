@@ -1,0 +1,161 @@
+"""Parameters that are used without a layer: learned constants, scales, class tokens, reparametrised weights.
+
+Two things happen to such a parameter.  A function of parameters alone (a view, ``exp``, ``p.t()``, a normalised
+weight) gives a *derived* parameter: its own per-example gradients are collected like any other's, and after the
+pass they are sent back through the function, example by example.  Where a parameter meets the rows of the batch (a
+sum, a product, a concatenation), each row gets its own copy to take its gradient with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dpsyngen.privacy.contributions import Dense
+from dpsyngen.privacy.rules.linear import linear
+from dpsyngen.privacy.rules.registry import RULES, Rule, Tape, UnsupportedLayer, per_example
+
+
+class DerivingTape(Tape, Protocol):
+    """A tape that can also follow functions of parameters alone."""
+
+    def derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function's value as a derived parameter, or as several."""
+        ...
+
+    def expanded_from(self, value: Tensor) -> Tensor | None:
+        """The parameter that `value` repeats along new or single axes, or None if it is not such a repetition."""
+        ...
+
+    def is_constant(self, value: Tensor) -> bool:
+        """Whether `value` is a parameter, derived from some, or a buffer or frozen parameter of the module."""
+        ...
+
+
+class _ForEachRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, dims: int, tape: Tape) -> Tensor:
+        ctx.tape, ctx.parameter = tape, parameter
+        shape = parameter.shape[1:] if parameter.dim() == dims else parameter.shape
+        rows = tape.examples * tape.copies
+        padded = parameter.reshape(1, *[1] * (dims - 1 - len(shape)), *shape)
+        return padded.expand(rows, *padded.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        tape: Tape = ctx.tape
+        parameter: Tensor = ctx.parameter
+        tape.add(parameter, Dense(per_example(g, tape).reshape(tape.examples, *parameter.shape)))
+        return None, None, None
+
+
+def _for_each_row(tape: DerivingTape, parameter: Tensor, dims: int, function: str) -> Tensor:
+    """The parameter with a leading axis of rows, in `dims` axes; broadcasting does the rest."""
+    if parameter.dim() == dims and parameter.shape[0] != 1:
+        base = tape.expanded_from(parameter)
+        if base is None or parameter.shape[0] != tape.examples * tape.copies:
+            raise UnsupportedLayer(
+                f"{function} uses a parameter of shape {tuple(parameter.shape)} with one entry for each row of the "
+                "batch, or along its first axis: a parameter cannot depend on the place of an example in the batch.  "
+                "Give it a first dimension of 1, or expand it to the batch."
+            )
+        if base.dim() == dims and base.shape[0] != 1:
+            raise UnsupportedLayer(f"{function}: a parameter of shape {tuple(base.shape)} spans the batch axis.")
+        out: Tensor = _ForEachRow.apply(base, dims, tape)
+        return out.expand(parameter.shape)
+    if parameter.dim() > dims:
+        raise UnsupportedLayer(
+            f"{function} combines a parameter of shape {tuple(parameter.shape)} with rows that have {dims} axes, so the "
+            "first axis of the result is no longer the batch.  Keep the batch first."
+        )
+    rows: Tensor = _ForEachRow.apply(parameter, dims, tape)
+    return rows
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Any]:
+    """Everything in nested lists, tuples and dictionaries."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
+        else:
+            yield value
+
+
+def _elementwise(
+    tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A function that pairs entries by broadcasting, so that rows stay apart."""
+    name = getattr(func, "__name__", "a function")
+    others = [v for v in tensors_in((args, kwargs)) if isinstance(v, Tensor) and not tape.is_constant(v)]
+    lead = max(others, key=lambda v: v.dim())
+    tape.check_rows(name, lead)
+
+    def swap(value: Any) -> Any:
+        return _for_each_row(tape, value, lead.dim(), name) if tape.tracks(value) else value
+
+    out = func(*(swap(v) for v in args), **{k: swap(v) for k, v in kwargs.items()})
+    tape.check_rows(name, out)
+    return out
+
+
+def _concatenate(
+    tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A parameter that was expanded to the batch, beside the batch's own rows."""
+    parts = list(kwargs.get("tensors", args[0] if args else ()))
+    axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    dims = parts[0].dim()
+    if axis % dims == 0:
+        raise UnsupportedLayer(
+            f"{func.__name__} joins a parameter to the batch axis, where it would pass for another example."
+        )
+    for part in parts:
+        tape.check_rows(func.__name__, part)
+    return func([_for_each_row(tape, p, dims, func.__name__) if tape.tracks(p) else p for p in parts], axis)
+
+
+def _matrix_product(
+    tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Rows times a matrix of parameters is a linear layer without a bias."""
+    x, matrix = (*args, *kwargs.values())[:2]
+    if tape.tracks(x) or matrix.dim() != 2 or x.dim() < 2:
+        raise UnsupportedLayer(
+            f"{func.__name__} takes a parameter only as its second factor, of shape [in, out], and the rows of the "
+            f"batch as its first; given were {tuple(x.shape)} and {tuple(matrix.shape)}."
+        )
+    return linear(tape, x, tape.derive(torch.t, (matrix,), {}), None)
+
+
+def _expand_as(
+    tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Only the shape of the batch is used."""
+    parameter, like = (*args, *kwargs.values())[:2]
+    return tape.derive(Tensor.expand, (parameter, like.shape), {})
+
+
+def _table() -> dict[Callable[..., Any], Rule]:
+    names: dict[str, Any] = {}
+    for word in ("add", "sub", "mul", "truediv", "pow"):
+        names |= {f"__{p}{word}__": _elementwise for p in ("", "r", "i")}
+    for word in ("add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow"):
+        names |= {word: _elementwise, word + "_": _elementwise}
+    names |= {w: _elementwise for w in ("addcmul", "addcmul_", "lerp", "lerp_", "where", "maximum", "minimum")}
+    names |= {w: _concatenate for w in ("cat", "concat", "concatenate")}
+    names["expand_as"] = _expand_as
+    names |= {w: _matrix_product for w in ("matmul", "__matmul__", "mm")}
+    out: dict[Callable[..., Any], Rule] = {}
+    for name, body in names.items():
+        for owner in (torch, Tensor):
+            if hasattr(owner, name):
+                out[getattr(owner, name)] = body
+    return out
+
+
+RULES |= _table()

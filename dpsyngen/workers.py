@@ -1,0 +1,105 @@
+"""Passes over parts of a batch, side by side on the cores of one machine.
+
+PyTorch splits each *operation* over the cores, which for images of this size leaves them waiting for one another
+many hundred times a pass.  Splitting the *batch* instead, one thread with its own part and undivided operations,
+needs them to meet once.  PyTorch releases Python's lock inside its operations, so threads suffice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+_MOST = 8  # beyond that, Python's lock costs more than finer parts gain: operations are split as well
+
+
+class Workers:
+    """A fixed number of threads that share the cores.
+
+    Args:
+        count: how many; None: one for each of PyTorch's threads (``torch.get_num_threads()``), at most 8.
+
+    With one worker everything runs in the calling thread, with PyTorch's threads as they are.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        if count is not None and count < 1:
+            raise ValueError(f"count is {count}, but there must be at least one worker.")
+        self.cores = torch.get_num_threads()
+        self.count = min(self.cores, _MOST) if count is None else count
+        self._each = max(1, self.cores // self.count)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def map(self, function: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
+        """``[function(i) for i in items]``, in order, with the caller's autocast and gradient modes.
+
+        The first exception is raised after the items that run already have ended.
+        """
+        if self.count == 1 or len(items) <= 1:
+            return [function(item) for item in items]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.count, "dpsyngen-worker", self._start)
+        modes = _Modes()
+
+        def run(item: _In) -> _Out:
+            with modes.applied():
+                return function(item)
+
+        # Some libraries take their number of threads from a global setting, others from a thread's own.
+        with _threads(self._each):
+            futures = [self._pool.submit(run, item) for item in items]
+            try:
+                return [future.result() for future in futures]
+            finally:
+                for future in futures:
+                    future.cancel()
+                for future in futures:
+                    if not future.cancelled():
+                        future.exception()
+
+    def _start(self) -> None:
+        torch.get_num_threads()  # a thread's first use of PyTorch resets its setting; get that over with
+        torch.set_num_threads(self._each)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+_changing = threading.Lock()
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    with _changing:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+class _Modes:
+    """The calling thread's modes, which new threads do not inherit."""
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._autocast = {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self._grad))
+            for device, dtype in self._autocast.items():
+                stack.enter_context(torch.autocast(device, dtype=dtype))
+            yield
