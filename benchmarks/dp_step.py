@@ -6,6 +6,7 @@ norm (the median of the examples' norms, so that about half of them are clipped)
 ours before it is timed: a row whose sums differ is flagged, and the script then ends with status 1.
 
     plain             ordinary autograd without clipping, in the faster of two memory formats: the baseline
+    plain, shared     the same with the batch shared by threads as our engine shares it, which PyTorch does not do
     ours              dpsyngen.privacy.per_example
     opacus-hooks      GradSampleModule, with its copies added up layer by layer (Opacus itself has no copies)
     opacus-functorch  the same with force_functorch, each layer's gradients as one function of an example's K rows
@@ -45,7 +46,20 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from dp_step_rivals import INSTALL, OPACUS, RIVALS, Method, Task, Unavailable, build, missing, our_engine, ours, quiet
+from dp_step_rivals import (
+    INSTALL,
+    OPACUS,
+    RIVALS,
+    Method,
+    Task,
+    Unavailable,
+    build,
+    missing,
+    our_engine,
+    ours,
+    plain_shared,
+    quiet,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,6 +70,7 @@ from dpsyngen.diffusion.unet import SIZES, UNet, count_parameters
 
 BEGUN = time.perf_counter() - time.process_time()  # about when the process started
 PLAIN = ("plain contiguous", "plain channels-last")
+SHARED = "plain, shared batch"
 DEFAULT_NETWORKS = ("small@28", "base@28", "small@32", "paper-32@32", "diffusers")
 CHANNELS = {28: 1, 32: 3}
 CLASSES = 10
@@ -197,6 +212,8 @@ class Row:
             with quiet():
                 if name == "ours":
                     method = ours(self.engine, self.task)
+                elif name == SHARED:
+                    method = plain_shared(self.task)
                 else:
                     method = build(name, self.task, self.clipping_norm)
                 method.clear()
@@ -209,7 +226,7 @@ class Row:
                         method.clear()
                 elif name == "ours":
                     self._sums = sums
-                else:
+                elif name != SHARED:
                     result.difference = _difference(sums, self._sums)
                     if not result.difference < TOLERANCE:
                         self.flagged.append(name)
@@ -217,7 +234,7 @@ class Row:
                     sums = self._checked(method, autocast=True)
                     if name == "ours":
                         self._autocast_sums = sums
-                    elif name not in PLAIN:
+                    elif name not in (*PLAIN, SHARED):
                         result.difference_autocast = _difference(sums, self._autocast_sums)
                         if not result.difference_autocast < TOLERANCE_AUTOCAST and name not in self.flagged:
                             self.flagged.append(name)
@@ -342,7 +359,7 @@ def measure(rows: list[Row], rounds: int, deadline: float = math.inf) -> None:
     With a deadline, rivals sit out where the remaining rounds of plain and ours need the time.
     """
     entries = [(row, name) for row in rows for name in row.methods]
-    core = [e for e in entries if e[1] in PLAIN or e[1] == "ours"]
+    core = [e for e in entries if e[1] in (*PLAIN, SHARED, "ours")]
     rivals = [e for e in entries if e not in core]
     latest: dict[tuple[Row, str], float] = {}
     turns = dict.fromkeys(rivals, 0)
@@ -464,7 +481,7 @@ def full(args: argparse.Namespace, device: torch.device, matrix_gflops: float) -
             continue
         for copies in args.copies:
             row = Row(network, make_task(network, max(1, (args.rows or 32) // copies), copies, device), args.autocast)
-            for name in ("ours", *PLAIN, *args.rivals):
+            for name in ("ours", *PLAIN, SHARED, *args.rivals):
                 row.add(name)
             for name in row.methods:
                 with quiet():
@@ -485,7 +502,7 @@ def quick(args: argparse.Namespace, device: torch.device, matrix_gflops: float) 
     """
     network, count = args.presets[0], args.rows or 16
     first = Row(network, make_task(network, count, 1, device), args.autocast)
-    for name in ("ours", *PLAIN):
+    for name in ("ours", *PLAIN, SHARED):
         first.add(name)
     tries = {n: statistics.median(first.run(n) for _ in range(2)) for n in PLAIN}
     print("plain: " + ", ".join(f"{n.removeprefix('plain ')} {s:.4f} s" for n, s in tries.items()), flush=True)

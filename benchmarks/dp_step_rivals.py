@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients
+from dpsyngen.training.plain import summed_gradients
+from dpsyngen.workers import Workers
 
 OPACUS = ("opacus-hooks", "opacus-functorch", "opacus-ghost", "opacus-fast")
 RIVALS = (*OPACUS, "vmap")
@@ -115,10 +117,29 @@ def plain(task: Task, memory_format: torch.memory_format) -> Method:
     return Method(step, _no_gradients(module))
 
 
+def plain_shared(task: Task) -> Method:
+    """Ordinary autograd with the batch shared by threads, as our engine shares it: what remains is the cost of privacy.
+
+    PyTorch does not do this by itself, so it is not the baseline.
+    """
+    module, workers = copy.deepcopy(task.module), Workers()
+    parameters = list(module.parameters())
+
+    def step() -> list[Tensor]:
+        gradients, _ = summed_gradients(parameters, lambda part: task.losses_of(module, part), task.examples, workers)
+        return [g / task.copies for g in gradients]
+
+    return Method(step, _no_gradients(module))
+
+
 def _ours(engine: PerExampleGradients, task: Task) -> ClippedGradient:
     """The one place that calls the engine."""
-    whole = slice(0, task.examples)
-    return engine(lambda: task.losses_of(engine.module, whole), examples=task.examples, copies=task.copies)
+    return engine.sum(
+        lambda part: task.losses_of(engine.module, part),
+        task.examples,
+        copies=task.copies,
+        physical_batch=task.examples,
+    )
 
 
 def our_engine(task: Task) -> tuple[PerExampleGradients, Tensor]:

@@ -116,7 +116,7 @@ def train(
     copies: Annotated[int | None, typer.Option("-k", "--copies", help="K, noise levels for each image")] = None,
     clip: Annotated[float | None, typer.Option(help="C, clipping norm")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr")] = None,
-    physical_batch: Annotated[int | None, typer.Option(help="images in memory at a time")] = None,
+    physical_batch: Annotated[int | None, typer.Option(help="images in memory at a time; default: what fits")] = None,
     resolution: Annotated[int | None, typer.Option(help="pixels; images are resized and centre-cropped")] = None,
     channels: Annotated[str | None, typer.Option(help="auto, grey or rgb")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="ignore classes")] = False,

@@ -97,7 +97,12 @@ class PrivateConfig(_Section):
     beta2: float = Field(0.999, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     ema: float = Field(0.98, ge=0, lt=1)
-    physical_batch: int = Field(32, ge=1, description="images in memory at a time; no effect on the guarantee")
+    clipping: Literal["flat", "per-layer", "automatic"] = Field(
+        "flat", description="how one image's gradient is bounded; the sensitivity is privacy.clipping_norm in each"
+    )
+    physical_batch: int | None = Field(
+        None, ge=1, description="images in memory at a time; None: what fits; no effect on the guarantee"
+    )
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints")
 
 

@@ -27,6 +27,24 @@ class NoisyBatch:
     sigma: Tensor
     labels: Tensor | None
 
+    def rows(self, part: slice) -> NoisyBatch:
+        """Some of the rows."""
+        labels = None if self.labels is None else self.labels[part]
+        return NoisyBatch(self.clean[part], self.noisy[part], self.sigma[part], labels)
+
+    @classmethod
+    def joined(cls, parts: list[NoisyBatch]) -> NoisyBatch:
+        """The rows of all parts, in order; all with labels or all without."""
+        if len(parts) == 1:
+            return parts[0]
+        labels = [p.labels for p in parts if p.labels is not None]
+        return cls(
+            torch.cat([p.clean for p in parts]),
+            torch.cat([p.noisy for p in parts]),
+            torch.cat([p.sigma for p in parts]),
+            torch.cat(labels) if labels else None,
+        )
+
 
 def make_noisy(
     images: Tensor,

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dpsyngen.privacy.contributions import Contribution, Dense, wide_dtype
+from dpsyngen.privacy.contributions import Contribution, Dense
 
 ClippingStyle = Literal["flat", "per-layer", "automatic"]
 STYLES: tuple[ClippingStyle, ...] = get_args(ClippingStyle)

@@ -150,7 +150,7 @@ class Pieces(_Like):
 
     def append(self, piece: Tensor) -> None:
         """The gradients of the next examples."""
-        piece = at_least_fp32(piece)
+        piece = at_least_fp32(piece).contiguous()
         if not self.pieces:
             super().__init__(piece)
         self.pieces.append(piece)

@@ -102,6 +102,12 @@ class ConvolutionCall:
     examples: int
     copies: int
 
+    def key(self) -> tuple[Any, ...]:
+        """What :meth:`signature` says, quicker to make."""
+        s = self.settings
+        settings = (*s.stride, *s.padding, *s.dilation, s.groups, s.transposed)
+        return self.weight.shape, self.x.shape[2:], settings, self.copies, self.g.dtype, self.g.device.type
+
     def signature(self) -> str:
         """What the speed depends on, but for the number of examples."""
         s = self.settings
@@ -135,7 +141,7 @@ def _grouped(g: Tensor, x: Tensor, call: ConvolutionCall) -> Tensor:
     # Only the shape of the repeated weight matters, so no memory is spent on its values.
     repeated = weight.new_empty(()).expand(examples * weight.shape[0], *weight.shape[1:])
     out = call.settings.backward(to_channels(g), to_channels(x), repeated, groups * examples, _ONLY_WEIGHT)[1]
-    return out.view(examples, *weight.shape)
+    return out.reshape(examples, *weight.shape)
 
 
 def _few_at_a_time(examples: int) -> Callable[[ConvolutionCall], Contribution]:
@@ -183,9 +189,9 @@ def _pointwise(call: ConvolutionCall) -> Contribution:
 def _unfold(call: ConvolutionCall) -> Contribution:
     """Matrix products with the unfolded input: much memory, but one call."""
     s, (_, inputs, *kernel) = call.settings, call.weight.shape
-    columns = F.unfold(call.x, kernel, s.dilation, s.padding, s.stride)
-    rows = columns.view(call.examples, call.copies, *columns.shape[1:]).transpose(1, 2).flatten(2, 3)
-    g = call.g.flatten(2).view(call.examples, call.copies, call.g.shape[1], -1).transpose(1, 2).flatten(2)
+    columns = F.unfold(call.x, tuple(kernel), tuple(s.dilation), tuple(s.padding), tuple(s.stride))
+    rows = columns.reshape(call.examples, call.copies, *columns.shape[1:]).transpose(1, 2).flatten(2, 3)
+    g = call.g.flatten(2).reshape(call.examples, call.copies, call.g.shape[1], -1).transpose(1, 2).flatten(2)
     return Dense(torch.bmm(g, rows.transpose(1, 2)).view(call.examples, -1, inputs, *kernel))
 
 
@@ -213,7 +219,7 @@ class _Ghost:
         def gram(t: Tensor) -> Tensor:
             """[B, K, h, w, K, h, w] inner products over channels of all pairs of positions."""
             k, (h, w) = call.copies, t.shape[2:]
-            flat = t.to(dtype).view(call.examples, k, -1, h * w).transpose(1, 2).flatten(2)
+            flat = t.to(dtype).reshape(call.examples, k, -1, h * w).transpose(1, 2).flatten(2)
             return torch.bmm(flat.transpose(1, 2), flat).view(call.examples, k, h, w, k, h, w)
 
         g, x = gram(call.g), gram(call.x)
@@ -225,7 +231,7 @@ class _Ghost:
                 rows, columns = slice(i, i + out_h), slice(j, j + out_w)
                 taps += x[:, :, rows, columns][..., rows, columns]
         count = g[0].numel()
-        side = int(round(count**0.5))
+        side = round(count**0.5)
         bound = torch.ones((), dtype=dtype, device=g.device)
         for each in (g, taps):
             bound = bound * each.reshape(-1, side, side).diagonal(dim1=1, dim2=2).sum(1)
@@ -344,6 +350,7 @@ class KernelChoices:
         self.measure = measure
         self.chosen: dict[str, str] = dict(chosen or {})
         self.milliseconds: dict[str, dict[str, float]] = {}
+        self._by_key: dict[tuple[Any, ...], str] = {}
         self._lock = threading.Lock()
         unknown = set(self.chosen.values()) - set(KERNELS)
         if unknown:
@@ -351,14 +358,16 @@ class KernelChoices:
 
     def run(self, call: ConvolutionCall) -> Contribution:
         """The weight gradients of the examples, by the kernel chosen for such layers."""
-        signature = call.signature()
-        name = self.chosen.get(signature)
+        key = call.key()
+        name = self._by_key.get(key)
         if name is None:
+            signature = call.signature()
             with self._lock:
                 name = self.chosen.get(signature)
                 if name is None:
                     name = self._measured(signature, call) if self.measure else fixed_choice(call)
                     self.chosen[signature] = name
+                self._by_key[key] = name
         kernel = KERNELS[name]
         if not kernel.possible(call):  # a shorter batch, or a choice made elsewhere
             kernel = KERNELS[fixed_choice(call)]

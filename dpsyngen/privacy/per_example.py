@@ -136,9 +136,11 @@ class _Recorder(TorchFunctionMode):
         tape = self._tape
         if not tape.any_tracked(args) and not (kwargs and tape.any_tracked(kwargs.values())):
             return func(*args, **kwargs)
+        if func in _LAYERS:
+            return RULES[func](tape, func, args, kwargs)
         values = [v for v in tensors_in((args, kwargs)) if isinstance(v, Tensor)]
         tracked = [v for v in values if tape.tracks(v)]
-        if all(tape.is_constant(v) for v in values) and func not in _LAYERS:
+        if all(tape.is_constant(v) for v in values):
             return tape.derive(func, args, kwargs)
         known = RULES.get(func)
         if known is not None:
@@ -155,8 +157,17 @@ class _Recorder(TorchFunctionMode):
         return out
 
 
-# Layers whose input could be a constant of the module too; their rules say what is allowed.
-_LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.group_norm, F.layer_norm, F.embedding}
+# Straight to their rules, which say what is allowed even where the input is a constant of the module.
+_LAYERS = {
+    F.linear,
+    F.conv1d,
+    F.conv2d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.group_norm,
+    F.layer_norm,
+    F.embedding,
+}
 
 
 def _refuse_batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -196,8 +207,8 @@ class PerExampleGradients:
         style: "flat", "per-layer" or "automatic"; see :func:`dpsyngen.privacy.clipping.clip`.  The sensitivity of
             the result is C in each.
         kernels: how convolutions compute; None: measure on first use (:class:`KernelChoices`).
-        workers: how many threads share a batch in :meth:`sum`; None: one for each of PyTorch's threads, at most 8
-            (one on a GPU).
+        workers: how many threads share a batch in :meth:`sum`, or the threads themselves; None: one for each of
+            PyTorch's threads, at most 8 (one on a GPU).
 
     The model must treat the rows of a batch independently.  Layers known to mix them are refused, but ordinary
     arithmetic that does (``h - h.mean(0)``) cannot be seen from here, and would void the sensitivity.
@@ -216,8 +227,13 @@ class PerExampleGradients:
         >>> randomness = Randomness.from_system()
         >>> for step in range(3):
         ...     chosen = torch.from_numpy(poisson_sample(randomness, step, records=100, sampling_rate=0.2))
-        ...     clipped = engine.sum(lambda part: (model(x[chosen[part]]) - y[chosen[part]]).square().sum(1), len(chosen))
-        ...     noisy = noisy_mean(clipped, noise_multiplier=1.0, expected_examples=20, randomness=randomness, step=step)
+        ...     def loss(part):  # of the examples chosen[part], one number each
+        ...         rows = chosen[part]
+        ...         return (model(x[rows]) - y[rows]).square().sum(1)
+        ...     clipped = engine.sum(loss, len(chosen))
+        ...     noisy = noisy_mean(
+        ...         clipped, noise_multiplier=1.0, expected_examples=20, randomness=randomness, step=step
+        ...     )
         ...     for parameter, gradient in zip(engine.parameters, noisy, strict=True):
         ...         parameter.grad = gradient
         ...     optimizer.step()
@@ -235,7 +251,7 @@ class PerExampleGradients:
         *,
         style: ClippingStyle = "flat",
         kernels: KernelChoices | None = None,
-        workers: int | None = None,
+        workers: Workers | int | None = None,
     ) -> None:
         check_clipping(clipping_norm, style)
         self.module, self.style = module, style
@@ -249,7 +265,9 @@ class PerExampleGradients:
         self.constants = {id(t) for t in (*frozen, *module.buffers())}
         self.kernels = kernels or KernelChoices()
         on_gpu = self.parameters[0].device.type != "cpu"
-        self.workers = Workers(1 if workers is None and on_gpu else workers)
+        self.workers = (
+            workers if isinstance(workers, Workers) else Workers(1 if workers is None and on_gpu else workers)
+        )
         modules = [n.rpartition(".")[0] for n in self.names]
         numbers = {name: i for i, name in enumerate(dict.fromkeys(modules))}
         self._layers = [numbers[m] for m in modules]
@@ -336,7 +354,8 @@ class PerExampleGradients:
         """
         if physical_batch < 1 or examples < 0 or copies < 1:
             raise ValueError(
-                f"physical_batch={physical_batch} and copies={copies} must be at least 1, examples={examples} at least 0."
+                f"physical_batch={physical_batch} and copies={copies} must be at least 1, examples={examples} at "
+                "least 0."
             )
         # Parts of nearly equal size, a multiple of the workers of them, so that none waits long for the others.
         count = self.workers.count
@@ -346,13 +365,18 @@ class PerExampleGradients:
         def one(part: slice) -> ClippedGradient:
             return self(lambda: loss(part), part.stop - part.start, copies)
 
-        total = self.zero()
-        norms = [total.norms]
+        sums: list[Tensor] | None = None
+        norms: list[Tensor] = []
         bad = 0
         for i in range(0, parts, count):
             slices = [slice(a, b) for a, b in zip(edges[i : i + count], edges[i + 1 : i + count + 1], strict=False)]
             for clipped in self.workers.map(one, [s for s in slices if s.stop > s.start]):
-                torch._foreach_add_(total.sums, clipped.sums)
-                norms.append(clipped.norms.to(total.norms.dtype))
+                if sums is None:
+                    sums = clipped.sums
+                else:
+                    torch._foreach_add_(sums, clipped.sums)
+                norms.append(clipped.norms)
                 bad += clipped.not_finite
-        return ClippedGradient(total.sums, self.clipping_norm, examples, torch.cat(norms), bad)
+        if sums is None:
+            return self.zero()
+        return ClippedGradient(sums, self.clipping_norm, examples, torch.cat(norms), bad)

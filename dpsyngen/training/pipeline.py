@@ -17,25 +17,32 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
 from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.stages import Stage, StageMap, stage_map
 from dpsyngen.diffusion.unet import UNet, check_resolution, count_parameters, named_size
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import write_atomically, write_text
 from dpsyngen.privacy.accounting import calibrate_noise, default_delta
+from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.per_example import PerExampleGradients
+from dpsyngen.privacy.physical_batch import find_physical_batch
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program, make_program
 from dpsyngen.training.checkpoint import Checkpoints, TrainState
+from dpsyngen.training.engine_settings import EngineSettings
 from dpsyngen.training.private import DpSgd, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import Progress, PublicStep, public_randomness, train_public
 from dpsyngen.training.release import write_release
 from dpsyngen.training.run import JsonLines, Run
+from dpsyngen.workers import Workers
 
 PRETRAIN = "pretrain"
 
@@ -164,6 +171,7 @@ class Training:
         self.private_log = JsonLines(run.private / "training.jsonl", 0o600)
         self.public_log = JsonLines(run.release / "public_training.jsonl", 0o644)
         self.stop_requested = False
+        self.workers = Workers(None if device == "cpu" else 1)
         self.program: Program = make_program(
             config.program.name,
             resolution=plan.shape.resolution,
@@ -208,7 +216,34 @@ class Training:
     def _public_step(self, stage: Stage, index: int) -> PublicStep:
         # Each network has its own images: a thousand million are more than any phase draws.
         offset = index * 10**9
-        return PublicStep(self.program, self._levels(stage), self.config.public, public_randomness(self.config), offset)
+        return PublicStep(
+            self.program,
+            self._levels(stage),
+            self.config.public,
+            public_randomness(self.config),
+            offset,
+            self.workers,
+        )
+
+    def _fitting_batch(self, denoiser: PreconditionedDenoiser) -> int:
+        """Images that fit into memory at a time, found with random numbers instead of images."""
+        n, copies = self.config.network, self.config.private.copies
+        shape = self.plan.shape
+        batch = make_noisy(
+            torch.zeros(2, shape.channels, shape.resolution, shape.resolution, device=self.device),
+            None,
+            NoiseLevels(n.noise_mean, n.noise_std),
+            copies=copies,
+            num_classes=denoiser.num_classes,
+            label_dropout=0.0,
+            generator=torch.Generator().manual_seed(0),
+        )
+        engine = PerExampleGradients(denoiser, 1.0, kernels=KernelChoices(measure=False), workers=1)
+
+        def loss(part: slice) -> Tensor:
+            return denoising_loss(denoiser, batch.rows(slice(part.start * copies, part.stop * copies)))
+
+        return find_physical_batch(engine, loss, copies=copies)
 
     def _public(self, stage: Stage, conditional: bool, index: int) -> Iterator[Progress]:
         """Train a network on programmatic images and release its weights; nothing to do if that was done before."""
@@ -240,16 +275,21 @@ class Training:
         if shared:
             optimizers["public"] = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
         state = TrainState(denoiser, Ema(denoiser, c.ema), optimizers)
+        engine = EngineSettings.of(self.run, self.config)
         take = PrivateStep(
             self.dataset,
             self._levels(plan.stages.private),
             self.config.network.label_dropout,
             plan.mechanism,
             self.randomness,
+            physical_batch=engine.physical_batch or self._fitting_batch(denoiser),
+            kernels=engine.kernels,
+            workers=self.workers,
         )
+        engine.physical_batch = take.physical_batch
         public = [self._public_step(stage, index) for index, stage in enumerate(shared, 1)]
         name = plan.stages.private.name
-        progress = train_private(name, state, take, self.ledger, public)
+        progress = engine.saved_after_each(train_private(name, state, take, self.ledger, public))
         yield from self._checkpointed(name, state, progress, self.private_log, c.checkpoint_every)
         if self.stop_requested and state.step < c.steps:
             return

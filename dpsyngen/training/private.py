@@ -23,13 +23,16 @@ from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.privacy.sampling import poisson_sample
 from dpsyngen.training.checkpoint import TrainState
+from dpsyngen.training.plain import summed_gradients
 from dpsyngen.training.public import Progress, PublicStep, set_learning_rate
+from dpsyngen.workers import Workers
 
 QUERY = "dp-sgd"
 
@@ -60,6 +63,11 @@ class DpSgd:
         return Mechanism(self.sampling_rate, self.noise_multiplier, steps)
 
 
+# Images whose noise is drawn together.  Fixed, so that the noise of a step does not depend on how the batch is divided
+# among memory and cores: a step that is repeated after a crash is the same step.
+_BLOCK = 16
+
+
 class PrivateStep:
     """Takes one DP-SGD step at a time.
 
@@ -69,6 +77,9 @@ class PrivateStep:
         label_dropout: probability of training a row without its class.
         mechanism: the constants.
         randomness: the run's secret streams.
+        physical_batch: images in memory at a time.
+        kernels: how convolutions compute; None: measured on first use.
+        workers: threads that share a batch; None: the calling one alone.
     """
 
     def __init__(
@@ -78,9 +89,24 @@ class PrivateStep:
         label_dropout: float,
         mechanism: DpSgd,
         randomness: Randomness,
+        *,
+        physical_batch: int,
+        kernels: KernelChoices | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.dataset, self.levels, self.label_dropout = dataset, levels, label_dropout
-        self.mechanism, self.randomness = mechanism, randomness
+        self.mechanism, self.randomness, self.physical_batch = mechanism, randomness, physical_batch
+        self.kernels, self.workers = kernels or KernelChoices(), workers or Workers(1)
+        self._engine: PerExampleGradients | None = None
+
+    def engine(self, denoiser: PreconditionedDenoiser) -> PerExampleGradients:
+        """The engine for this network, kept from step to step."""
+        if self._engine is None or self._engine.module is not denoiser:
+            m = self.mechanism
+            self._engine = PerExampleGradients(
+                denoiser, m.clipping_norm, style=m.config.clipping, kernels=self.kernels, workers=self.workers
+            )
+        return self._engine
 
     def __call__(
         self, denoiser: PreconditionedDenoiser, optimizer: torch.optim.Optimizer, step: int
@@ -88,24 +114,19 @@ class PrivateStep:
         """Take step number `step` (from 0); returns private figures about it."""
         m, c = self.mechanism, self.mechanism.config
         private = m.noise_multiplier > 0
-        engine = PerExampleGradients(denoiser, m.clipping_norm)
-        total, losses = engine.zero(), 0.0
+        engine = self.engine(denoiser)
         chosen = poisson_sample(self.randomness, step, len(self.dataset), m.sampling_rate)
-        for part, start in enumerate(range(0, len(chosen), c.physical_batch)):
-            rows = chosen[start : start + c.physical_batch]
-            batch = self._noisy(rows, denoiser, step, part)
-            seen: list[Tensor] = []
+        seen: dict[int, float] = {}
 
-            def loss(batch: NoisyBatch = batch, seen: list[Tensor] = seen) -> Tensor:
-                value = denoising_loss(denoiser, batch)
-                seen.append(value.detach())
-                return value
+        def loss(part: slice) -> Tensor:
+            value = denoising_loss(denoiser, self._noisy(chosen, part, denoiser, step))
+            seen[part.start] = float(value.detach().sum())
+            return value
 
-            if private:
-                total = total + engine(loss, examples=len(rows), copies=c.copies)
-            else:
-                total = total + _plain(engine, loss, len(rows), c.copies)
-            losses += float(seen[0].sum()) / c.copies
+        if private:
+            total = engine.sum(loss, len(chosen), copies=c.copies, physical_batch=self.physical_batch)
+        else:
+            total = self._plain(engine, loss, len(chosen))
         gradients = noisy_mean(
             total,
             noise_multiplier=m.noise_multiplier,
@@ -120,20 +141,43 @@ class PrivateStep:
         count = max(total.examples, 1)
         finite = total.norms[torch.isfinite(total.norms)]
         return {
-            "loss": losses / count,
+            "loss": sum(seen[start] for start in sorted(seen)) / c.copies / count,
             "examples": total.examples,
             "clipped": float((finite > m.clipping_norm).double().mean()) if private and len(finite) else 0.0,
             "median_norm": float(finite.median()) if len(finite) else 0.0,
             "not_finite": total.not_finite,
         }
 
-    def _noisy(self, rows: NDArray[np.int64], denoiser: PreconditionedDenoiser, step: int, part: int) -> NoisyBatch:
+    def _plain(self, engine: PerExampleGradients, loss: Callable[[slice], Tensor], examples: int) -> ClippedGradient:
+        """The unclipped sum of gradients, for the non-private reference; its sensitivity is infinite."""
+        sums = engine.zero().sums
+        for start in range(0, examples, self.physical_batch):
+            piece = slice(start, min(start + self.physical_batch, examples))
+
+            def of_piece(part: slice, start: int = start) -> Tensor:
+                return loss(slice(start + part.start, start + part.stop))
+
+            gradients, _ = summed_gradients(engine.parameters, of_piece, piece.stop - start, self.workers)
+            torch._foreach_add_(sums, gradients, alpha=1 / self.mechanism.config.copies)
+        return ClippedGradient(sums, math.inf, examples, sums[0].new_zeros(0), 0)
+
+    def _noisy(self, chosen: NDArray[np.int64], part: slice, denoiser: PreconditionedDenoiser, step: int) -> NoisyBatch:
+        """Noisy rows of the examples ``chosen[part]``."""
+        first = part.start // _BLOCK
+        blocks = range(first, -(-part.stop // _BLOCK))
+        whole = [self._block(chosen[i * _BLOCK : (i + 1) * _BLOCK], denoiser, step, i) for i in blocks]
+        copies, skip = self.mechanism.config.copies, part.start - first * _BLOCK
+        return NoisyBatch.joined(whole).rows(slice(skip * copies, (skip + part.stop - part.start) * copies))
+
+    def _block(
+        self, records: NDArray[np.int64], denoiser: PreconditionedDenoiser, step: int, number: int
+    ) -> NoisyBatch:
         device = next(denoiser.parameters()).device
-        images = to_float(torch.from_numpy(self.dataset.batch(rows)).to(device))
+        images = to_float(torch.from_numpy(self.dataset.batch(records)).to(device))
         labels = None
         if denoiser.num_classes:
             assert self.dataset.labels is not None
-            labels = torch.from_numpy(self.dataset.labels[rows]).to(device)
+            labels = torch.from_numpy(self.dataset.labels[records]).to(device)
         return make_noisy(
             images,
             labels,
@@ -141,7 +185,7 @@ class PrivateStep:
             copies=self.mechanism.config.copies,
             num_classes=denoiser.num_classes,
             label_dropout=self.label_dropout,
-            generator=torch.Generator().manual_seed(self.randomness.seed("augmentation", step, part)),
+            generator=torch.Generator().manual_seed(self.randomness.seed("augmentation", step, number)),
         )
 
     def _rate(self, step: int) -> float:
@@ -150,15 +194,6 @@ class PrivateStep:
         if c.schedule == "constant":
             return warm
         return warm * 0.5 * (1 + math.cos(math.pi * step / c.steps))
-
-
-def _plain(engine: PerExampleGradients, loss: Callable[[], Tensor], examples: int, copies: int) -> ClippedGradient:
-    """The unclipped sum of gradients, for the non-private reference; its sensitivity is infinite."""
-    for p in engine.parameters:
-        p.grad = None
-    (loss().sum() / copies).backward()
-    sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in engine.parameters]
-    return ClippedGradient(sums, math.inf, examples, sums[0].new_zeros(0), 0)
 
 
 def charge_ahead(ledger: Ledger, mechanism: DpSgd, step: int) -> None:

@@ -19,6 +19,8 @@ from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
 from dpsyngen.training.checkpoint import TrainState
+from dpsyngen.training.plain import summed_gradients
+from dpsyngen.workers import Workers
 
 
 class Progress(NamedTuple):
@@ -46,6 +48,7 @@ class PublicStep:
         config: batch, K, learning rate, warm-up.
         randomness: *public* streams; see :func:`public_randomness`.
         offset: first image of the program to use, so that networks see different images.
+        workers: threads that share a batch; None: the calling one alone.
     """
 
     def __init__(
@@ -55,9 +58,11 @@ class PublicStep:
         config: PublicConfig,
         randomness: Randomness,
         offset: int = 0,
+        workers: Workers | None = None,
     ) -> None:
         self.program, self.levels, self.config = program, levels, config
         self.randomness, self.offset = randomness, offset
+        self.workers = workers or Workers(1)
 
     def __call__(self, denoiser: PreconditionedDenoiser, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Take step number `step` (from 0) and return its loss."""
@@ -75,12 +80,19 @@ class PublicStep:
             label_dropout=0.0,
             generator=generator,
         )
-        loss = denoising_loss(denoiser, batch).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parameters = list(denoiser.parameters())
+        gradients, total = summed_gradients(
+            parameters,
+            lambda part: denoising_loss(denoiser, batch.rows(slice(part.start * c.copies, part.stop * c.copies))),
+            c.batch,
+            self.workers,
+        )
+        rows = c.batch * c.copies
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient / rows
         set_learning_rate(optimizer, c.learning_rate * min(1.0, (step + 1) / (c.warmup + 1)))
         optimizer.step()
-        return float(loss.detach())
+        return float(total) / rows
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -95,6 +95,10 @@ class Run:
     def data_path(self) -> Path:
         return self.private / "data.json"
 
+    @property
+    def engine_path(self) -> Path:
+        return self.private / "engine.json"
+
     def weights(self, network: str) -> Path:
         """Where the released weights of `network` are."""
         return self.release / "weights" / f"{network}.safetensors"

@@ -101,7 +101,11 @@ def test_every_kernel_was_put_to_the_test(kernel) -> None:
 def test_nan_stays_in_its_example(kernel) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 16, 3, padding=1), nn.GroupNorm(1, 16), nn.SiLU(), nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 2, 1)
+        nn.Conv2d(2, 16, 3, padding=1),
+        nn.GroupNorm(1, 16),
+        nn.SiLU(),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.Conv2d(24, 2, 1),
     )
     x = torch.randn(6, 2, 3, 3)
     engine = PerExampleGradients(model, 1.0, kernels=Only(kernel), workers=1)

@@ -13,10 +13,11 @@ ROOT = Path(dpsyngen.__file__).parent
 ALLOWED = {
     "programs": {"programs", "errors"},
     "data": {"data", "errors"},
-    "privacy": {"privacy", "errors"},
+    "privacy": {"privacy", "errors", "workers"},
     "diffusion": {"diffusion", "errors"},
     "evaluation": {"evaluation", "data", "errors"},
-    "training": {"training", "data", "privacy", "diffusion", "programs", "config", "files", "errors", "version"},
+    "training": {"training", "data", "privacy", "diffusion", "programs"}
+    | {"config", "files", "errors", "version", "workers"},
 }
 
 

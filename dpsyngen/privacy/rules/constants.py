@@ -68,8 +68,8 @@ def _for_each_row(tape: DerivingTape, parameter: Tensor, dims: int, function: st
         return out.expand(parameter.shape)
     if parameter.dim() > dims:
         raise UnsupportedLayer(
-            f"{function} combines a parameter of shape {tuple(parameter.shape)} with rows that have {dims} axes, so the "
-            "first axis of the result is no longer the batch.  Keep the batch first."
+            f"{function} combines a parameter of shape {tuple(parameter.shape)} with rows that have {dims} axes, so "
+            "the first axis of the result is no longer the batch.  Keep the batch first."
         )
     rows: Tensor = _ForEachRow.apply(parameter, dims, tape)
     return rows
@@ -86,9 +86,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def _elementwise(
-    tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _elementwise(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function that pairs entries by broadcasting, so that rows stay apart."""
     name = getattr(func, "__name__", "a function")
     others = [v for v in tensors_in((args, kwargs)) if isinstance(v, Tensor) and not tape.is_constant(v)]
@@ -103,9 +101,7 @@ def _elementwise(
     return out
 
 
-def _concatenate(
-    tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _concatenate(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A parameter that was expanded to the batch, beside the batch's own rows."""
     parts = list(kwargs.get("tensors", args[0] if args else ()))
     axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
@@ -119,9 +115,7 @@ def _concatenate(
     return func([_for_each_row(tape, p, dims, func.__name__) if tape.tracks(p) else p for p in parts], axis)
 
 
-def _matrix_product(
-    tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _matrix_product(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows times a matrix of parameters is a linear layer without a bias."""
     x, matrix = (*args, *kwargs.values())[:2]
     if tape.tracks(x) or matrix.dim() != 2 or x.dim() < 2:
@@ -132,9 +126,7 @@ def _matrix_product(
     return linear(tape, x, tape.derive(torch.t, (matrix,), {}), None)
 
 
-def _expand_as(
-    tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _expand_as(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Only the shape of the batch is used."""
     parameter, like = (*args, *kwargs.values())[:2]
     return tape.derive(Tensor.expand, (parameter, like.shape), {})
@@ -146,10 +138,10 @@ def _table() -> dict[Callable[..., Any], Rule]:
         names |= {f"__{p}{word}__": _elementwise for p in ("", "r", "i")}
     for word in ("add", "sub", "rsub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow"):
         names |= {word: _elementwise, word + "_": _elementwise}
-    names |= {w: _elementwise for w in ("addcmul", "addcmul_", "lerp", "lerp_", "where", "maximum", "minimum")}
-    names |= {w: _concatenate for w in ("cat", "concat", "concatenate")}
+    names |= dict.fromkeys(("addcmul", "addcmul_", "lerp", "lerp_", "where", "maximum", "minimum"), _elementwise)
+    names |= dict.fromkeys(("cat", "concat", "concatenate"), _concatenate)
     names["expand_as"] = _expand_as
-    names |= {w: _matrix_product for w in ("matmul", "__matmul__", "mm")}
+    names |= dict.fromkeys(("matmul", "__matmul__", "mm"), _matrix_product)
     out: dict[Callable[..., Any], Rule] = {}
     for name, body in names.items():
         for owner in (torch, Tensor):

@@ -15,11 +15,10 @@ from dpsyngen.privacy.rules.registry import Tape, low_precision, per_example, ru
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Convolution, tape: Tape
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Convolution, tape: Tape) -> Tensor:
         x_used, weight_used, bias_used = low_precision(x, weight, bias)
-        assert x_used is not None and weight_used is not None
+        assert x_used is not None
+        assert weight_used is not None
         ctx.save_for_backward(x_used, weight_used)
         ctx.tape, ctx.weight, ctx.bias, ctx.settings, ctx.input_dtype = tape, weight, bias, settings, x.dtype
         return settings.forward(x_used, weight_used, bias_used)
@@ -68,10 +67,12 @@ def _conv(
                 x = F.pad(x, ends)
             padding = [r // 2 for r in reach]
     settings = Convolution(
-        *(each_axis(v, dims) for v in (stride, padding, dilation)),
-        groups,
-        transposed,
-        each_axis(output_padding, dims),
+        stride=each_axis(stride, dims),
+        padding=each_axis(padding, dims),
+        dilation=each_axis(dilation, dims),
+        groups=groups,
+        transposed=transposed,
+        output_padding=each_axis(output_padding, dims),
     )
     out: Tensor = _Conv.apply(x, weight, bias, settings, tape)
     return out
@@ -125,7 +126,7 @@ def _register_transposed(function: Any, dims: int) -> None:
         )
 
 
-for _dims, _function in enumerate((F.conv1d, F.conv2d), 1):
-    _register(_function, _dims)
-for _dims, _function in enumerate((F.conv_transpose1d, F.conv_transpose2d), 1):
-    _register_transposed(_function, _dims)
+_register(F.conv1d, 1)
+_register(F.conv2d, 2)
+_register_transposed(F.conv_transpose1d, 1)
+_register_transposed(F.conv_transpose2d, 2)

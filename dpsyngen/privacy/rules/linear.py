@@ -16,6 +16,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tape: Tape) -> Tensor:
         x_used, weight_used, bias_used = low_precision(x, weight, bias)
+        assert x_used is not None
+        assert weight_used is not None
         ctx.save_for_backward(x_used, weight_used)
         ctx.tape, ctx.weight, ctx.bias, ctx.input_dtype = tape, weight, bias, x.dtype
         return F.linear(x_used, weight_used, bias_used)
