@@ -500,7 +500,7 @@ def quick(args: argparse.Namespace, device: torch.device, matrix_gflops: float) 
     The plain step of all three is the same work, the same number of rows through the same network, so one is timed
     for all of them, in the same rounds.
     """
-    network, count = args.presets[0], args.rows or 16
+    network, count = args.presets[0], args.rows or 24
     first = Row(network, make_task(network, count, 1, device), args.autocast)
     for name in ("ours", *PLAIN, SHARED):
         first.add(name)

@@ -100,6 +100,9 @@ class PrivateConfig(_Section):
     clipping: Literal["flat", "per-layer", "automatic"] = Field(
         "flat", description="how one image's gradient is bounded; the sensitivity is privacy.clipping_norm in each"
     )
+    noise: Literal["gaussian", "discrete"] = Field(
+        "gaussian", description="discrete: whole numbers, hardened against floating-point attacks, slower"
+    )
     physical_batch: int | None = Field(
         None, ge=1, description="images in memory at a time; None: what fits; no effect on the guarantee"
     )
@@ -145,6 +148,10 @@ class Config(_Section):
             raise ValueError("sampling.churn needs sampling.sampler = heun")
         if self.privacy.epsilon != self.privacy.epsilon:
             raise ValueError("privacy.epsilon is not a number")
+        if self.private.noise == "discrete" and self.private.clipping != "flat":
+            raise ValueError(
+                f"private.noise = discrete knows only private.clipping = flat, but that is {self.private.clipping}"
+            )
         if self.private.warmup >= self.private.steps and self.private.warmup:
             raise ValueError(
                 f"private.warmup = {self.private.warmup} leaves none of the {self.private.steps} private steps at the "

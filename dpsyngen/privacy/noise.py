@@ -1,9 +1,15 @@
 """Gaussian noise from a cryptographically secure stream.
 
-Box-Muller on 53-bit uniforms, and each sample is the scaled sum of four such Gaussians (Holohan & Braghin,
-"Secure Random Sampling in Differential Privacy", 2021), which makes it infeasible to invert the sampler and read
-off which floating-point numbers it can and cannot produce.  That protects the *sampler*; the addition of noise to a
-floating-point sum is not hardened against attacks on rounding (Mironov 2012 is about this step for Laplace noise).
+What is hardened, and what is not:
+
+- The stream cannot be predicted without the run's key (AES-256 in counter mode, see ``randomness``).
+- The *sampler*: Box-Muller in floating point reaches only some numbers, and which ones can betray its inputs (Mironov,
+  "On significance of the least significant bits for differential privacy", CCS 2012).  Each sample here is the
+  scaled sum of four such Gaussians, which makes it infeasible to invert it (Holohan & Braghin, "Secure random sampling
+  in differential privacy", ESORICS 2021).
+- The *addition* of noise to a floating-point sum, and the rounding inside that sum, are not hardened: which results
+  are reachable still depends, in the last bits, on the sum.  ``dpsyngen.privacy.exact`` computes in whole numbers
+  instead.
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ from dpsyngen.privacy.per_example import ClippedGradient
 from dpsyngen.privacy.randomness import Purpose, Randomness
 
 _SUMMED = 4
-_CHUNK = 1 << 18  # samples at a time: keeps the temporary arrays within the cache and the memory bounded
+_CHUNK = 1 << 15  # samples at a time: the temporary arrays stay within the cache
+_UNIT = 2.0**-53
 
 
 def standard_normal(randomness: Randomness, step: int, count: int, purpose: Purpose = "noise") -> NDArray[np.float32]:
@@ -26,12 +33,19 @@ def standard_normal(randomness: Randomness, step: int, count: int, purpose: Purp
     out = np.empty(count, dtype=np.float32)
     for part, start in enumerate(range(0, count, _CHUNK)):
         n = min(_CHUNK, count - start)
-        words = randomness.words(purpose, step, _SUMMED * n, part).reshape(_SUMMED // 2, 2, n)
-        # u in (0, 1] so that log(u) is finite; v in [0, 1).
-        u = ((words[:, 0] >> np.uint64(11)).astype(np.float64) + 1.0) * 2.0**-53
-        v = (words[:, 1] >> np.uint64(11)).astype(np.float64) * (2.0 * np.pi * 2.0**-53)
-        radius = np.sqrt(-2.0 * np.log(u))
-        out[start : start + n] = (radius * (np.cos(v) + np.sin(v))).sum(0) / np.sqrt(_SUMMED)
+        # Half as many pairs of uniforms as Gaussians: each gives radius * cos and radius * sin of one angle, whose sum
+        # is sqrt(2) * radius * cos(angle - pi/4); and that angle is uniform, too.
+        words = randomness.words(purpose, step, _SUMMED * n, part).reshape(2, _SUMMED // 2, n) >> np.uint64(11)
+        radius, angle = words.astype(np.float64)
+        radius += 1.0  # in (0, 1], so that its logarithm is finite
+        radius *= _UNIT
+        np.log(radius, out=radius)
+        radius *= -2.0 * (2.0 / _SUMMED)  # sqrt(2) and the division by sqrt(4), before the root
+        np.sqrt(radius, out=radius)
+        angle *= 2.0 * np.pi * _UNIT
+        np.cos(angle, out=angle)
+        radius *= angle
+        out[start : start + n] = radius.sum(0)
     return out
 
 

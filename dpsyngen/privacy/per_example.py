@@ -7,193 +7,26 @@ reused: each pass has its own tape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from dpsyngen.privacy.clipping import ClippedGradient, ClippingStyle, check_clipping, clip, clip_and_sum
-from dpsyngen.privacy.contributions import Contribution, Dense, merged
+from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.privacy.rules import RULES, UnsupportedLayer
-from dpsyngen.privacy.rules.constants import tensors_in
+from dpsyngen.privacy.recording import Recorder, Tape
+from dpsyngen.privacy.rules import UnsupportedLayer
 from dpsyngen.workers import Workers
 
+if TYPE_CHECKING:
+    from dpsyngen.privacy.exact import GridGradient
+
 __all__ = ["ClippedGradient", "PerExampleGradients", "UnsupportedLayer", "clip_and_sum"]
-
-
-class _Tape:
-    """What one pass records: contributions to the gradient of each parameter, example by example."""
-
-    def __init__(self, engine: PerExampleGradients, examples: int, copies: int) -> None:
-        self.examples, self.copies, self.kernels = examples, copies, engine.kernels
-        self._names = engine.names
-        self._constants = engine.constants
-        self._position = {id(p): i for i, p in enumerate(engine.parameters)}
-        self.recorded: dict[int, Contribution] = {}
-        # Derived parameters: (leaf that the model goes on with, the same value with its graph, what it came from).
-        self._derived: list[tuple[Tensor, Tensor, list[Tensor], Callable[..., Any]]] = []
-
-    def tracks(self, value: object) -> bool:
-        return id(value) in self._position
-
-    def any_tracked(self, values: Iterable[Any]) -> bool:
-        """Whether one of them, or of what lists among them hold, is tracked.  On the path of every function call."""
-        position = self._position
-        for value in values:
-            if id(value) in position:
-                return True
-            if isinstance(value, (list, tuple)) and self.any_tracked(value):
-                return True
-        return False
-
-    def is_constant(self, value: Tensor) -> bool:
-        return self.tracks(value) or id(value) in self._constants
-
-    def name_of(self, value: object) -> str:
-        """The name of a parameter, or of the one that it is derived from."""
-        position = self._position[id(value)]
-        while position >= len(self._names):
-            position = self._position[id(self._derived[position - len(self._names)][2][0])]
-        return self._names[position]
-
-    def add(self, parameter: Tensor, contribution: Contribution) -> None:
-        position = self._position[id(parameter)]
-        before = self.recorded.get(position)
-        self.recorded[position] = contribution if before is None else merged(before, contribution)
-
-    def check_rows(self, layer: str, value: Tensor) -> None:
-        rows = self.examples * self.copies
-        if value.dim() == 0 or value.shape[0] != rows:
-            raise UnsupportedLayer(
-                f"{layer} got an input of shape {tuple(value.shape)}, but the first dimension must be the "
-                f"{rows} rows of the batch ({self.examples} examples x {self.copies} copies), so that each "
-                "example's gradient can be told apart.  Keep the batch first in every layer with parameters."
-            )
-
-    # ------------------------------------------------------------------------------- derived parameters
-
-    def derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A function of parameters alone: its value becomes a parameter of this pass."""
-        origins = [v for v in tensors_in((args, kwargs)) if self.tracks(v)]
-
-        def follow(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return type(value)(follow(v) for v in value)
-            if not isinstance(value, Tensor) or not value.requires_grad or self.tracks(value):
-                return value
-            leaf = value.detach().requires_grad_()
-            self._position[id(leaf)] = len(self._names) + len(self._derived)
-            self._derived.append((leaf, value, origins, func))
-            return leaf
-
-        return follow(func(*args, **kwargs))
-
-    def expanded_from(self, value: Tensor) -> Tensor | None:
-        """See :class:`rules.constants.DerivingTape`."""
-        position = self._position[id(value)]
-        if position < len(self._names):
-            return None
-        _, _, origins, func = self._derived[position - len(self._names)]
-        if getattr(func, "__name__", "") not in ("expand", "expand_as", "broadcast_to", "repeat"):
-            return None
-        base = origins[0]
-        # `repeat` also tiles axes that have entries of their own; only those of length one repeat like `expand`.
-        aligned = (1,) * (value.dim() - base.dim()) + tuple(base.shape)
-        return base if all(a in (1, v) for a, v in zip(aligned, value.shape, strict=True)) else None
-
-    def send_back(self) -> None:
-        """Gradients of derived parameters become gradients of what they came from, the last ones first."""
-        for i in reversed(range(len(self._derived))):
-            contribution = self.recorded.pop(len(self._names) + i, None)
-            if contribution is None:
-                continue
-            _, value, origins, _ = self._derived[i]
-            gradients = torch.autograd.grad(
-                value, origins, contribution.dense(), retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-            for origin, gradient in zip(origins, gradients, strict=True):
-                if gradient is not None:
-                    self.add(origin, Dense(gradient))
-
-
-class _Recorder(TorchFunctionMode):
-    """Sends each function call that involves a tracked parameter through its rule; refuses the rest."""
-
-    def __init__(self, tape: _Tape) -> None:
-        super().__init__()
-        self._tape = tape
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _MIXING:
-            _MIXING[func](args, kwargs)
-        tape = self._tape
-        if not tape.any_tracked(args) and not (kwargs and tape.any_tracked(kwargs.values())):
-            return func(*args, **kwargs)
-        if func in _LAYERS:
-            return RULES[func](tape, func, args, kwargs)
-        values = [v for v in tensors_in((args, kwargs)) if isinstance(v, Tensor)]
-        tracked = [v for v in values if tape.tracks(v)]
-        if all(tape.is_constant(v) for v in values):
-            return tape.derive(func, args, kwargs)
-        known = RULES.get(func)
-        if known is not None:
-            return known(tape, func, args, kwargs)
-        out = func(*args, **kwargs)
-        # Looking at a parameter (its shape, its dtype) is fine; computing with it is not.
-        if any(isinstance(o, Tensor) and o.requires_grad and not tape.tracks(o) for o in tensors_in((out,))):
-            name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
-            raise UnsupportedLayer(
-                f"parameter {tape.name_of(tracked[0])!r} is used by {name} together with the batch, which has no "
-                f"per-example rule.  Known: {', '.join(sorted({f.__name__ for f in RULES}))}.  Freeze the parameter "
-                "(requires_grad=False), replace the layer, or add a rule in dpsyngen.privacy.rules."
-            )
-        return out
-
-
-# Straight to their rules, which say what is allowed even where the input is a constant of the module.
-_LAYERS = {
-    F.linear,
-    F.conv1d,
-    F.conv2d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.group_norm,
-    F.layer_norm,
-    F.embedding,
-}
-
-
-def _refuse_batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    training = kwargs.get("training", args[5] if len(args) > 5 else False)
-    if training:
-        raise UnsupportedLayer(
-            "batch normalisation mixes the examples of a batch, so one example's gradient cannot be bounded.  "
-            "Use GroupNorm instead, or put the layer in eval mode with fixed public statistics."
-        )
-
-
-def _refuse_running_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
-    if running is not None and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
-        raise UnsupportedLayer(
-            "instance normalisation with track_running_stats=True keeps statistics of the private examples, which "
-            "would be released with the weights and without noise.  Turn track_running_stats off, or use GroupNorm."
-        )
-
-
-_MIXING: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], None]] = {
-    F.batch_norm: _refuse_batch_norm,
-    torch.batch_norm: _refuse_batch_norm,
-    torch.native_batch_norm: _refuse_batch_norm,
-    F.instance_norm: _refuse_running_statistics,
-}
 
 
 class PerExampleGradients:
@@ -210,8 +43,9 @@ class PerExampleGradients:
         workers: how many threads share a batch in :meth:`sum`, or the threads themselves; None: one for each of
             PyTorch's threads, at most 8 (one on a GPU).
 
-    The model must treat the rows of a batch independently.  Layers known to mix them are refused, but ordinary
-    arithmetic that does (``h - h.mean(0)``) cannot be seen from here, and would void the sensitivity.
+    The model must treat the rows of a batch independently.  Layers known to mix them are refused; ordinary arithmetic
+    that does (``h - h.mean(0)``) would void the sensitivity and cannot be seen in a single pass:
+    :meth:`verify` finds it.
 
     Example: DP-SGD without our trainer.
 
@@ -288,9 +122,10 @@ class PerExampleGradients:
 
         Args and errors: as :meth:`per_example`.
         """
-        tape = _Tape(self, examples, copies)
+        parameters = dict(zip(self.names, self.parameters, strict=True))
+        tape = Tape(parameters, self.constants, self.kernels, examples, copies)
         with torch.enable_grad():
-            with _Recorder(tape):
+            with Recorder(tape):
                 rows = loss()
             if rows.shape != (examples * copies,):
                 raise ValueError(
@@ -352,15 +187,6 @@ class PerExampleGradients:
         Returns:
             the sum, added up in the order of the examples: for given settings it is the same each time.
         """
-        if physical_batch < 1 or examples < 0 or copies < 1:
-            raise ValueError(
-                f"physical_batch={physical_batch} and copies={copies} must be at least 1, examples={examples} at "
-                "least 0."
-            )
-        # Parts of nearly equal size, a multiple of the workers of them, so that none waits long for the others.
-        count = self.workers.count
-        parts = min(max(examples, 1), -(-examples // physical_batch) * count)
-        edges = [i * examples // max(parts, 1) for i in range(parts + 1)]
 
         def one(part: slice) -> ClippedGradient:
             return self(lambda: loss(part), part.stop - part.start, copies)
@@ -368,9 +194,8 @@ class PerExampleGradients:
         sums: list[Tensor] | None = None
         norms: list[Tensor] = []
         bad = 0
-        for i in range(0, parts, count):
-            slices = [slice(a, b) for a, b in zip(edges[i : i + count], edges[i + 1 : i + count + 1], strict=False)]
-            for clipped in self.workers.map(one, [s for s in slices if s.stop > s.start]):
+        for parts in self._partition(examples, copies, physical_batch):
+            for clipped in self.workers.map(one, parts):
                 if sums is None:
                     sums = clipped.sums
                 else:
@@ -380,3 +205,79 @@ class PerExampleGradients:
         if sums is None:
             return self.zero()
         return ClippedGradient(sums, self.clipping_norm, examples, torch.cat(norms), bad)
+
+    def sum_on_grid(
+        self,
+        loss: Callable[[slice], Tensor],
+        examples: int,
+        *,
+        grid: float,
+        copies: int = 1,
+        physical_batch: int = 32,
+    ) -> GridGradient:
+        """Like :meth:`sum`, in multiples of `grid` and exact; see :mod:`dpsyngen.privacy.exact`.  Flat clipping only.
+
+        Args:
+            grid: a power of two; see :func:`dpsyngen.privacy.exact.default_grid`.
+            loss, examples, copies, physical_batch: as :meth:`sum`.
+        """
+        from dpsyngen.privacy.exact import clip_to_grid, empty_on_grid
+
+        if self.style != "flat":
+            raise ValueError(f"clipping style is {self.style!r}, but sums on a grid know only 'flat'.")
+
+        def one(part: slice) -> GridGradient:
+            gradients = self.per_example(lambda: loss(part), part.stop - part.start, copies)
+            return clip_to_grid(gradients, self.clipping_norm, grid)
+
+        total = empty_on_grid(self.parameters, self.clipping_norm, grid)
+        for parts in self._partition(examples, copies, physical_batch):
+            for clipped in self.workers.map(one, parts):
+                total = total + clipped
+        return total
+
+    def verify(self, loss: Callable[[slice], Tensor], examples: int, copies: int = 1, tolerance: float = 1e-3) -> None:
+        """Check on some examples that the gradient of each does not depend on the others.
+
+        Worth doing once for a model of your own, on random numbers in place of private data.  Dropout and other random
+        layers must be off.
+
+        Args:
+            loss: as in :meth:`sum`.
+            examples: at least 2.
+            copies: K.
+            tolerance: allowed difference, relative to the norm of the example's gradient.
+
+        Raises:
+            UnsupportedLayer: an example's gradient alone differs from its gradient in the batch.
+        """
+        if examples < 2:
+            raise ValueError(f"examples is {examples}, but it takes at least 2 to see whether they mix.")
+        together = self.per_example(lambda: loss(slice(0, examples)), examples, copies)
+        for b in range(examples):
+            alone = self.per_example(partial(loss, slice(b, b + 1)), 1, copies)
+            differences = [float((t[b] - a[0]).norm()) for t, a in zip(together, alone, strict=True)]
+            norm = math.hypot(*(float(a.norm()) for a in alone))
+            worst = max(range(len(differences)), key=lambda i: differences[i])
+            if not math.hypot(*differences) <= tolerance * norm:
+                raise UnsupportedLayer(
+                    f"the gradient of example {b} depends on the other examples of its batch (most of all that of "
+                    f"{self.names[worst]!r}), so one example cannot be bounded by clipping.  Something in the model "
+                    "mixes the batch, or is random: means over the batch axis, batch statistics, dropout."
+                )
+
+    def _partition(self, examples: int, copies: int, physical_batch: int) -> Iterator[list[slice]]:
+        """Slices of the examples, as many at a time as there are workers, at most `physical_batch` examples in all."""
+        if physical_batch < 1 or examples < 0 or copies < 1:
+            raise ValueError(
+                f"physical_batch={physical_batch} and copies={copies} must be at least 1, examples={examples} at "
+                "least 0."
+            )
+        # Parts of nearly equal size, a multiple of the workers of them, so that none waits long for the others.
+        count = self.workers.count
+        parts = min(examples, -(-examples // physical_batch) * count)
+        edges = [i * examples // max(parts, 1) for i in range(parts + 1)]
+        step = min(count, physical_batch)
+        for i in range(0, parts, step):
+            ends = edges[i : i + step + 1]
+            yield [slice(a, b) for a, b in pairwise(ends)]

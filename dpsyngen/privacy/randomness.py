@@ -61,7 +61,7 @@ class Randomness:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
         cipher = Cipher(algorithms.AES(self._stream_key(purpose, step, part)), modes.CTR(bytes(16)))
-        stream = cipher.encryptor().update(bytes(8 * count))
+        stream = cipher.encryptor().update(bytes(8 * count))  # the key stream, xor-ed with zeros
         return np.frombuffer(stream, dtype="<u8").astype(np.uint64, copy=False)
 
     def seed(self, purpose: Purpose, step: int, part: int = 0) -> int:

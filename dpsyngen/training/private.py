@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.privacy.exact import GridGradient, default_grid, exact_noisy_mean
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.noise import noisy_mean
@@ -123,17 +125,17 @@ class PrivateStep:
             seen[part.start] = float(value.detach().sum())
             return value
 
-        if private:
-            total = engine.sum(loss, len(chosen), copies=c.copies, physical_batch=self.physical_batch)
-        else:
+        total: ClippedGradient | GridGradient
+        if not private:
             total = self._plain(engine, loss, len(chosen))
-        gradients = noisy_mean(
-            total,
-            noise_multiplier=m.noise_multiplier,
-            expected_examples=m.sampling_rate * m.records,
-            randomness=self.randomness,
-            step=step,
-        )
+        elif c.noise == "discrete":
+            grid = default_grid(m.clipping_norm, sum(p.numel() for p in engine.parameters))
+            total = engine.sum_on_grid(
+                loss, len(chosen), grid=grid, copies=c.copies, physical_batch=self.physical_batch
+            )
+        else:
+            total = engine.sum(loss, len(chosen), copies=c.copies, physical_batch=self.physical_batch)
+        gradients = self._released(total, step)
         for parameter, gradient in zip(engine.parameters, gradients, strict=True):
             parameter.grad = gradient
         set_learning_rate(optimizer, c.learning_rate * self._rate(step))
@@ -147,6 +149,19 @@ class PrivateStep:
             "median_norm": float(finite.median()) if len(finite) else 0.0,
             "not_finite": total.not_finite,
         }
+
+    def _released(self, total: ClippedGradient | GridGradient, step: int) -> list[Tensor]:
+        """The mechanism: from here on everything is public."""
+        m = self.mechanism
+        constants: dict[str, Any] = {
+            "noise_multiplier": m.noise_multiplier,
+            "expected_examples": m.sampling_rate * m.records,
+            "randomness": self.randomness,
+            "step": step,
+        }
+        if isinstance(total, GridGradient):
+            return exact_noisy_mean(total, **constants)
+        return noisy_mean(total, **constants)
 
     def _plain(self, engine: PerExampleGradients, loss: Callable[[slice], Tensor], examples: int) -> ClippedGradient:
         """The unclipped sum of gradients, for the non-private reference; its sensitivity is infinite."""
@@ -229,6 +244,8 @@ def charge_ahead(ledger: Ledger, mechanism: DpSgd, step: int) -> None:
         first_step=step,
         steps=block,
         l2_sensitivity=mechanism.clipping_norm if mechanism.noise_multiplier else "unbounded",
+        clipping=c.clipping,
+        noise=c.noise,
         expected_batch=c.batch,
     )
 

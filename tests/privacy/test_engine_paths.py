@@ -182,3 +182,22 @@ def test_number_of_rows_must_be_examples_times_copies(rows) -> None:
     model = nn.Linear(3, 1)
     with pytest.raises((UnsupportedLayer, ValueError)):
         PerExampleGradients(model, 1.0)(lambda: model(torch.randn(rows, 3)).sum(1), 2, 2)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_mixing_by_arithmetic_is_found_by_comparing_batches(copies) -> None:
+    """What no single pass can see: the gradient of an example changes with the company it is in."""
+    torch.manual_seed(0)
+    x = torch.randn(4 * copies, 3)
+    honest = Wrap(lambda m, h: m.o(torch.tanh(m.l(h))))
+    mixing = Wrap(lambda m, h: m.o(torch.tanh(m.l(h)) - 0.1 * torch.tanh(m.l(h)).mean(0)))
+
+    def verify(model: nn.Module) -> None:
+        rows = lambda part: x[part.start * copies : part.stop * copies]  # noqa: E731
+        PerExampleGradients(model, 1.0).verify(lambda part: weighted(model(rows(part))), 4, copies)
+
+    verify(honest)
+    with pytest.raises(UnsupportedLayer, match="depends on the other examples"):
+        verify(mixing)
+    with pytest.raises(ValueError, match="at least 2"):
+        PerExampleGradients(honest, 1.0).verify(lambda part: weighted(honest(x[part])), 1)
