@@ -24,7 +24,7 @@ from dpsyngen.workers import Workers
 
 OPACUS = ("opacus-hooks", "opacus-functorch", "opacus-ghost", "opacus-fast")
 RIVALS = (*OPACUS, "vmap")
-INSTALL = {"opacus": "pip install 'opacus>=1.5'", "diffusers": "pip install diffusers"}
+INSTALL = {library: "pip install -c constraints.txt -e '.[bench]'" for library in ("opacus", "diffusers")}
 
 
 class Unavailable(Exception):

@@ -26,7 +26,7 @@ class Workers:
     Args:
         count: how many; None: one for each of PyTorch's threads (``torch.get_num_threads()``), at most 8.
 
-    With one worker everything runs in the calling thread, with PyTorch's threads as they are.
+    With one worker, or inside of a worker, everything runs in the calling thread.
     """
 
     def __init__(self, count: int | None = None) -> None:
@@ -42,7 +42,7 @@ class Workers:
 
         The first exception is raised after the items that run already have ended.
         """
-        if self.count == 1 or len(items) <= 1:
+        if self.count == 1 or len(items) <= 1 or getattr(_worker, "inside", False):
             return [function(item) for item in items]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.count, "dpsyngen-worker", self._start)
@@ -65,6 +65,7 @@ class Workers:
                         future.exception()
 
     def _start(self) -> None:
+        _worker.inside = True
         torch.get_num_threads()  # a thread's first use of PyTorch resets its setting; get that over with
         torch.set_num_threads(self._each)
 
@@ -76,6 +77,7 @@ class Workers:
 
 
 _changing = threading.Lock()
+_worker = threading.local()  # has `inside` in the threads of any pool, which do not share their parts any further
 
 
 @contextlib.contextmanager
