@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dpsyngen.privacy.clipping import AUTOMATIC_GAMMA, STYLES, clip
-from dpsyngen.privacy.contributions import Dense, Outer, Rows
+from dpsyngen.privacy.contributions import Dense, Outer, Pieces, Rows
 from dpsyngen.privacy.per_example import PerExampleGradients
 
 NORM = 0.7
@@ -119,3 +119,32 @@ def test_factors_never_understate_a_norm(seed, time, outputs, inputs, cancel, sc
     rows = Rows(indices, g, 4)
     exact = rows.dense().double().flatten(1).norm(dim=1)
     assert (exact <= rows.squared_norms().sqrt() * (1 + 2e-3)).all()
+
+
+@pytest.mark.parametrize("kind", ["dense", "pieces", "outer", "rows"])
+@pytest.mark.parametrize("where", ["g", "x"])
+def test_examples_that_are_not_kept_add_exactly_zero_whatever_they_hold(kind, where) -> None:
+    torch.manual_seed(0)
+    g, x = torch.randn(4, 2, 5), torch.randn(4, 2, 6)
+    kept = torch.tensor([True, False, True, True])
+
+    def contribution(g: Tensor, x: Tensor) -> Dense | Pieces | Outer | Rows:
+        if kind == "outer":
+            return Outer(g.clone(), x.clone())
+        if kind == "rows":
+            return Rows(torch.tensor([[0, 1], [1, 1], [2, 0], [2, 2]])[: len(g)], g.clone(), 3)
+        if kind == "dense":
+            return Dense(torch.bmm(g.transpose(1, 2), x))
+        pieces = Pieces()
+        for part in torch.bmm(g.transpose(1, 2), x).split(3):
+            pieces.append(part.clone())
+        return pieces
+
+    factors = torch.tensor([0.5, 0.0, 1.0, 0.25])
+    expected = contribution(g, x).weighted_sum(factors)
+    (g if where == "g" or kind == "rows" else x)[1] = float("nan")
+    broken = contribution(g, x)
+    norms = broken.squared_norms()
+    assert torch.isnan(norms[1])
+    assert torch.isfinite(norms[kept]).all()
+    torch.testing.assert_close(broken.weighted_sum(factors, kept), expected)
