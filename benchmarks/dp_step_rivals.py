@@ -24,7 +24,7 @@ from dpsyngen.workers import Workers
 
 OPACUS = ("opacus-hooks", "opacus-functorch", "opacus-ghost", "opacus-fast")
 RIVALS = (*OPACUS, "vmap")
-INSTALL = {library: "pip install -c constraints.txt -e '.[bench]'" for library in ("opacus", "diffusers")}
+INSTALL = dict.fromkeys(("opacus", "diffusers"), "pip install -c constraints.txt -e '.[bench]'")
 
 
 class Unavailable(Exception):
