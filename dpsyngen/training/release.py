@@ -10,7 +10,7 @@ import yaml
 
 from dpsyngen.config import Config
 from dpsyngen.files import write_text
-from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
 from dpsyngen.training.run import Run
@@ -60,13 +60,13 @@ def privacy_statement(
         },
         "mechanisms": [
             {
-                "mechanism": "Poisson-subsampled Gaussian"
-                if e.mechanism and e.mechanism.sampling_rate < 1
-                else "Gaussian",
+                "mechanism": _mechanism_name(e),
                 "reason": e.reason,
                 "kind": e.kind,
                 **(e.mechanism.to_dict() if e.mechanism else {}),
-                **{k: e.details[k] for k in ("l2_sensitivity", "expected_batch", "steps") if k in e.details},
+                **{
+                    k: e.details[k] for k in ("l2_sensitivity", "clipping", "expected_batch", "steps") if k in e.details
+                },
             }
             for e in _merged(ledger)
         ],
@@ -93,6 +93,15 @@ def privacy_statement(
             "side channels such as the time that training took",
         ],
     }
+
+
+_STATED = ("l2_sensitivity", "clipping", "expected_batch", "steps")
+
+
+def _mechanism_name(entry: LedgerEntry) -> str:
+    noise = "discrete Gaussian" if entry.details.get("noise") == "discrete" else "Gaussian"
+    sampled = entry.mechanism is not None and entry.mechanism.sampling_rate < 1
+    return f"Poisson-subsampled {noise}" if sampled else noise
 
 
 def _merged(ledger: Ledger) -> list[Any]:

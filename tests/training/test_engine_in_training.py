@@ -54,6 +54,9 @@ def test_discrete_noise_is_used_and_said(tiny_settings, tiny_images, tmp_path, m
     assert torch.isfinite(weights(tmp_path / "d")).all()
     entries = Ledger(tmp_path / "d" / "private" / "ledger.jsonl").entries
     assert {e.details["noise"] for e in entries if "noise" in e.details} == {"discrete"}
+    statement = json.loads((tmp_path / "d" / "release" / "privacy.json").read_text())
+    assert [m["mechanism"] for m in statement["mechanisms"]] == ["Poisson-subsampled discrete Gaussian"]
+    assert "discrete Gaussian" in (tmp_path / "d" / "release" / "PRIVACY.md").read_text()
     # The same clipped sums and a noise of the same size; the numbers of the noise differ.
     finish(begin(tiny_settings, tiny_images(), tmp_path / "g"))
     assert not torch.equal(weights(tmp_path / "d"), weights(tmp_path / "g"))
