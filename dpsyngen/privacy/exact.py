@@ -85,10 +85,10 @@ def _sensitivity(clipping_norm: float, grid: float) -> int:
     if not grid > 0 or math.frexp(grid)[0] != 0.5:
         raise ConfigError(f"the grid is {grid}, but must be a power of two, so that multiples of it are exact.")
     bound = math.floor(clipping_norm / grid)
-    if not 1 <= bound <= _LARGEST:
+    if not 1 <= bound < _LARGEST:  # strictly, so that a number clamped to it is seen to be too large
         raise ConfigError(
             f"clipping norm {clipping_norm} is {clipping_norm / grid:.3g} steps of the grid {grid}, but must be "
-            f"between 1 and {_LARGEST}: choose a {'finer' if bound < 1 else 'coarser'} grid (see default_grid)."
+            f"at least 1 and below {_LARGEST}: choose a {'finer' if bound < 1 else 'coarser'} grid (see default_grid)."
         )
     return bound
 
@@ -105,7 +105,7 @@ def clip_to_grid(gradients: list[Tensor], clipping_norm: float, grid: float) -> 
 
     Args:
         gradients: per-example tensors [B, ...]; examples with a NaN or an infinity contribute zero.
-        clipping_norm: C > 0, at most 2^31 steps of the grid.
+        clipping_norm: C > 0, fewer than 2^31 steps of the grid.
         grid: a power of two.
 
     Raises:

@@ -123,6 +123,8 @@ def test_bad_grids_are_refused() -> None:
     for grid, message in ((0.3, "power of two"), (0.0, "power of two"), (4.0, "finer"), (2.0**-40, "coarser")):
         with pytest.raises(ConfigError, match=message):
             clip_to_grid(one, 1.0, grid)
+    with pytest.raises(ConfigError, match="coarser"):
+        clip_to_grid(one, 2.0**31, 1.0)  # squares of larger numbers would not fit
     a, b = (clip_to_grid(one, 1.0, g) for g in (GRID, GRID / 2))
     with pytest.raises(ValueError, match="cannot be added"):
         a + b
