@@ -5,7 +5,7 @@
 >>> leaves.batch(range(64)).shape
 (64, 1, 28, 28)
 
-To add a family, add one file to this folder with a `Program` subclass decorated by ``@register("its-name")``.
+To add a family, add one file to ``families/`` with a `Program` subclass decorated by ``@register("its-name")``.
 No code in this package reads private data, and its seeds are public (see `Program`).
 Importing this package is cheap: the families, and the compiler some of them use, load on first use.
 """

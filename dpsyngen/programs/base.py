@@ -7,29 +7,17 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, SupportsIndex
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from dpsyngen.errors import ConfigError
+from dpsyngen.programs.checks import as_integer
 
 MAX_RESOLUTION = 2048  # keeps the 32-bit block counter of one image (`counter_rng`) from wrapping
 _MAX_INDEX = 2**63 - 1
-
-
-def as_integer(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int in [low, high]; ConfigError, naming the option, if it is anything else."""
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigError(f"{name}={value!r} is not an integer: give one from {low} to {high}.") from None
-    if not low <= number <= high:
-        raise ConfigError(f"{name}={number} is out of range: give an integer from {low} to {high}.")
-    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +61,23 @@ class Program(ABC):
     def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
         """Write image ``indices[n]`` to ``out[n]``, every pixel.  Several threads may call this."""
 
+    def _params(self, index: int) -> dict[str, Any]:
+        """What was drawn at random for image `index`, besides pixel noise; families override this."""
+        return {}
+
+    def params(self, index: SupportsIndex) -> dict[str, Any]:
+        """What was drawn at random to make image `index`: numbers, strings, lists and arrays by name.
+
+        Enough to tell images apart and to group them, such as the shape, the slope of a spectrum or the leaves; the
+        family's class says which there are.
+
+        Raises:
+            IndexError: `index` is negative or above 2⁶³ − 1.
+            TypeError: `index` is not an integer.
+        """
+        number = _as_index(index)
+        return {"index": number, **self._params(number)}
+
     def __call__(self, index: SupportsIndex) -> NDArray[np.uint8]:
         """Image `index`, uint8 [C, H, W], values 0 to 255.
 
@@ -80,25 +85,34 @@ class Program(ABC):
             IndexError: `index` is negative or above 2⁶³ − 1.
             TypeError: `index` is not an integer.
         """
-        number = operator.index(index)
-        if not 0 <= number <= _MAX_INDEX:
-            raise IndexError(f"Image index {number} is out of range: give an integer from 0 to 2⁶³ − 1.")
-        return self.batch([number])[0]
+        return self.batch([_as_index(index)])[0]
 
     def __getitem__(self, index: SupportsIndex) -> NDArray[np.uint8]:
         """The same as calling; there is no ``len``, so iteration never ends.  For slices use `batch`."""
         return self(index)
 
-    def batch(self, indices: ArrayLike | Iterable[int], *, threads: int = 1) -> NDArray[np.uint8]:
-        """Images `indices` in that order, uint8 [N, C, H, W], values 0 to 255; repeats and N = 0 are allowed.
+    def batch(
+        self, indices: ArrayLike | Iterable[int], *, threads: int = 1, dtype: DTypeLike = np.uint8
+    ) -> NDArray[Any]:
+        """Images `indices` in that order, [N, C, H, W]; repeats and N = 0 are allowed.
 
-        `threads` changes the speed, never the images.
+        Args:
+            indices: integers from 0 to 2⁶³ − 1.
+            threads: changes the speed, never the images.
+            dtype: uint8 for values 0 to 255, or float32 for the same divided by 127.5, less 1: from −1 to 1.
 
         Raises:
             IndexError: an index is negative or above 2⁶³ − 1.
             TypeError: the indices are not integers.
-            ConfigError: `threads` is not a positive integer, or the indices are not one-dimensional.
+            ConfigError: `threads` is not a positive integer, `dtype` is neither of the two, or the indices are not
+                one-dimensional.
         """
+        if np.dtype(dtype) not in (np.uint8, np.float32):
+            raise ConfigError(f"dtype={dtype!r} is not allowed: give uint8 (0 to 255) or float32 (−1 to 1).")
+        images = self._images(indices, threads)
+        return images if np.dtype(dtype) == np.uint8 else as_float(images)
+
+    def _images(self, indices: ArrayLike | Iterable[int], threads: int) -> NDArray[np.uint8]:
         threads = as_integer("threads", threads, 1, 4096)
         chosen = as_indices(indices)
         out = np.empty((len(chosen), self.channels, self.resolution, self.resolution), dtype=np.uint8)
@@ -116,7 +130,26 @@ class Program(ABC):
 
     def config(self) -> dict[str, Any]:
         """Name and all parameters, JSON-able: ``make_program(**program.config()) == program``."""
-        return {"name": self.name, **asdict(self)}
+        return {"name": self.name, **{field.name: _plain(getattr(self, field.name)) for field in fields(self)}}
+
+
+def _plain(value: Any) -> Any:
+    """A parameter as JSON has it: a program inside another is its configuration without what the outer one gives it."""
+    if isinstance(value, Program):
+        return {k: v for k, v in value.config().items() if k not in ("resolution", "channels", "seed")}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def as_float(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 values 0 to 255 as float32 from −1 to 1."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def _as_index(index: SupportsIndex) -> int:
+    number = operator.index(index)
+    if not 0 <= number <= _MAX_INDEX:
+        raise IndexError(f"Image index {number} is out of range: give an integer from 0 to 2⁶³ − 1.")
+    return number
 
 
 def as_indices(indices: ArrayLike | Iterable[int]) -> NDArray[np.uint64]:

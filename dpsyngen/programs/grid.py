@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import Program, as_integer
+from dpsyngen.programs.base import Program
+from dpsyngen.programs.checks import as_integer
 
 if TYPE_CHECKING:
     from PIL import Image

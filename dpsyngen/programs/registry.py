@@ -1,6 +1,6 @@
 """Programs by name.
 
-A family is one file of this package whose class carries ``@register("its-name")``; nothing else lists it.
+A family is one file in ``families/`` whose class carries ``@register("its-name")``; nothing else lists it.
 The files are imported on the first question asked here, not with `dpsyngen.programs`, as many import numba.
 """
 
@@ -47,10 +47,10 @@ def register(name: str) -> Callable[[_P], _P]:
 
 
 def _discover() -> None:
-    """Import every module beside this one; imports are cached, so the second call costs microseconds."""
-    package = importlib.import_module(__package__)
+    """Import every module of ``families/``; imports are cached, so the second call costs microseconds."""
+    package = importlib.import_module(f"{__package__}.families")
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{__package__}.{module.name}")
+        importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def program_names() -> list[str]:

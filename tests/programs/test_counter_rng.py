@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpsyngen.programs.counter_rng import philox4x32, to_unit, unit_vector, words
+from dpsyngen.programs.drawing.counter_rng import philox4x32, to_unit, unit_vector, words
 
 # Random123 1.x, file kat_vectors: counter, key, answer.
 KNOWN_ANSWERS = [

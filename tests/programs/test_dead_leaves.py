@@ -1,4 +1,4 @@
-"""Dead leaves: purity, coverage, the radius and colour laws, the spectrum, and refusal of bad parameters."""
+"""Dead leaves as published (reference mode): purity, coverage, laws of radius and colour, spectrum, bad parameters."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from scipy import stats
 
 from dpsyngen.errors import ConfigError
 from dpsyngen.programs import Program, make_program
-from dpsyngen.programs.dead_leaves import SHAPES, DeadLeaves, _cover, leaf_radius
-from dpsyngen.programs.scanline import EMPTY, fill_convex, fill_disc, fill_rectangle
+from dpsyngen.programs.drawing.reference_leaves import leaf_radius, paint_over
+from dpsyngen.programs.drawing.scanline import EMPTY, fill_convex, fill_disc, fill_rectangle
+from dpsyngen.programs.families.dead_leaves import SHAPES, DeadLeaves
 
 # SHA-256 of images 0…7 at seed 7: what other machines and later versions must draw too.
 GOLDEN: dict[tuple[str, str, int], str] = {
@@ -36,8 +37,8 @@ GOLDEN: dict[tuple[str, str, int], str] = {
 }
 
 
-def _leaves(resolution: int = 16, channels: int = 3, **params: Any) -> Program:
-    return make_program("dead-leaves", resolution=resolution, channels=channels, **params)
+def _leaves(resolution: int = 16, channels: int = 3, mode: str = "reference", **params: Any) -> Program:
+    return make_program("dead-leaves", resolution=resolution, channels=channels, mode=mode, **params)
 
 
 def _sha(images: NDArray[np.uint8]) -> str:
@@ -54,7 +55,8 @@ def test_compiled_code_computes_what_plain_python_does() -> None:
     """No contraction to fused multiply-add, no inexact library call, no integer wrap-around, no stale cache."""
     code = (
         "import hashlib, dpsyngen.programs as p;"
-        "x = p.make_program('dead-leaves', resolution=6, channels=3, seed=1, r_min=0.15).batch(range(3));"
+        "x = p.make_program('dead-leaves', resolution=6, channels=3, seed=1, r_min=0.15, mode='reference');"
+        "x = x.batch(range(3));"
         "print(hashlib.sha256(x.tobytes()).hexdigest())"
     )
     plain = subprocess.run(
@@ -92,7 +94,8 @@ def test_indices_seeds_and_shapes_give_different_images() -> None:
 def test_every_pixel_is_covered(resolution: int, shape: int, seed: int, r_min: float, width: float) -> None:
     canvas = np.full((resolution, resolution), EMPTY, dtype=np.int32)
     corners = np.empty(4), np.empty(4)
-    _cover(canvas, np.uint64(seed), np.uint64(5), shape, 1, r_min, r_min + width, *corners)
+    shares, only = np.arange(1.0, 7.0) / 6, shape if shape < 6 else -1
+    paint_over(canvas, np.uint64(seed), np.uint64(5), shares, only, 1, False, r_min, r_min + width, *corners)
     assert canvas.min() >= 0  # an unpainted pixel is EMPTY = −1
     assert canvas.max() <= 0xFFFFFF
 

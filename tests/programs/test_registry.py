@@ -45,6 +45,11 @@ def test_config_rebuilds_the_program() -> None:
         "colour": "grey",
         "r_min": 0.25,
         "r_max": 1.0,
+        "exponent": 3.0,
+        "mode": "exact",
+        "weights": None,
+        "supersample": 1,
+        "texture": None,
     }
     assert make_program(**config) == program
     assert pickle.loads(pickle.dumps(program)) == program

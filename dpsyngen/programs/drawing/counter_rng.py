@@ -18,8 +18,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dpsyngen.programs.compiled import compiled
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.portable import normal_pair
 
 # Everything is uint64: numba, like numpy, turns uint64 with a signed integer into a float.
 _LOW = np.uint64(0xFFFFFFFF)
@@ -32,6 +34,7 @@ _WEYL_1 = np.uint64(0xBB67AE85)  # √3 − 1
 _ONE = np.uint64(1)
 _ROUNDS = 10
 _ULP = 2.0**-53
+_ULP32 = 2.0**-32
 
 
 @compiled
@@ -59,6 +62,65 @@ def words(seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64
     """Two uniform 64-bit words; `stream` and `block` are below 2³²."""
     a, b, c, d = philox4x32(block, stream, index & _LOW, index >> _32, seed & _LOW, seed >> _32)
     return a | (b << _32), c | (d << _32)
+
+
+@compiled
+def words32(
+    seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64
+) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    """The same block as four uniform 32-bit words, each in a uint64."""
+    return philox4x32(block, stream, index & _LOW, index >> _32, seed & _LOW, seed >> _32)
+
+
+@compiled
+def unit32(word: np.uint64) -> float:
+    """A 32-bit word as a double uniform on {½, 1½, …, 2³² − ½} / 2³², so inside (0, 1)."""
+    return (float(word) + 0.5) * _ULP32
+
+
+@compiled
+def fill_uniform(
+    seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64, out: NDArray[np.float64]
+) -> np.uint64:
+    """Fill the flat array `out` with uniforms in (0, 1), four to a block; returns the first block not used."""
+    n = 0
+    while n < out.shape[0]:
+        a, b, c, d = words32(seed, stream, index, block)
+        block = block + _ONE
+        out[n] = unit32(a)
+        if n + 3 < out.shape[0]:
+            out[n + 1] = unit32(b)
+            out[n + 2] = unit32(c)
+            out[n + 3] = unit32(d)
+        else:
+            if n + 1 < out.shape[0]:
+                out[n + 1] = unit32(b)
+            if n + 2 < out.shape[0]:
+                out[n + 2] = unit32(c)
+        n += 4
+    return block
+
+
+@compiled
+def fill_normal(
+    seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64, out: NDArray[np.float64]
+) -> np.uint64:
+    """Fill the flat array `out` with standard normals, four to a block; returns the first block not used."""
+    n = 0
+    while n < out.shape[0]:
+        a, b, c, d = words32(seed, stream, index, block)
+        block = block + _ONE
+        x, y = normal_pair(unit32(a), unit32(b))
+        out[n] = x
+        if n + 1 < out.shape[0]:
+            out[n + 1] = y
+        if n + 2 < out.shape[0]:
+            x, y = normal_pair(unit32(c), unit32(d))
+            out[n + 2] = x
+            if n + 3 < out.shape[0]:
+                out[n + 3] = y
+        n += 4
+    return block
 
 
 @compiled

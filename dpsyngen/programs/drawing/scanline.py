@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.programs.compiled import compiled
+from dpsyngen.programs.drawing.compiled import compiled
 
 EMPTY = -1
 

@@ -1,0 +1,313 @@
+"""Exact dead leaves: the picture seen from below, drawn by coupling from the past.
+
+Leaves fall on the plane forever, as a Poisson process in time, place and radius, and what one sees of them at any one
+time is a dead-leaves image.  Looking at the fall backwards in time, each leaf lies *under* those placed before it here,
+and once every pixel is covered nothing further back can be seen: the picture so far is an exact sample.  (Kendall and
+Thönnes, "Perfect simulation in stochastic geometry", Pattern Recognition 32, 1999.  Painting forward and stopping at
+coverage is not: it favours the large leaves that end the painting.)
+
+Two ways to list the leaves still to come, both exact, because leaves that change nothing may be left out of a Poisson
+process without changing the rest:
+
+* while much is uncovered: all that could touch the canvas, radius density ∝ r^−α·(S + 2r)² and centre uniform in
+  [−r, S + r]²;
+* at the end: only those whose circumscribed disc holds an uncovered pixel.  Pick such a pixel evenly, a radius from the
+  density ∝ r^−α·r², a centre uniform in the disc around it, and keep the leaf with probability 1/k where k counts
+  the uncovered pixels in its disc, as it could have been proposed by each of them.
+
+The second takes over when it proposes fewer leaves for the same stretch of time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.programs.drawing.colours import GREY, PALETTE, colour_of, draw_palette
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.counter_rng import unit32, words32
+from dpsyngen.programs.drawing.portable import cos_sin
+from dpsyngen.programs.drawing.power_law import inverse, mass, padded_masses, padded_radius
+from dpsyngen.programs.drawing.shapes import DISC, leaf_spans
+
+UNCOVERED = -1
+RECORDED = 7  # x, y, radius, kind, colour, 1 if from the second list, pixels that stay visible
+
+_STREAM = np.uint64(0x65786163)  # "exac"
+_ONE = np.uint64(1)
+_TWO = np.uint64(2)
+_8 = np.uint64(8)
+_32 = np.uint64(32)
+_LOW_24 = np.uint64(0xFFFFFF)
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_PI = 3.141592653589793
+
+
+@compiled
+def paint_under(
+    canvas: NDArray[np.int32],
+    covered: NDArray[np.uint64],
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    first: int,
+    stop: int,
+    value: int,
+) -> int:
+    """Give `value` to the uncovered pixels of the spans; returns how many there were.
+
+    Bit j of ``covered[row, w]`` says that pixel (row, 64·w + j) is covered: most spans fall on covered ground, and are
+    dismissed by one comparison.
+    """
+    fresh = 0
+    for row in range(first, stop):
+        a = starts[row]
+        b = stops[row]
+        if a >= b:
+            continue
+        for w in range(a >> 6, ((b - 1) >> 6) + 1):
+            low = max(a - (w << 6), 0)
+            high = min(b - (w << 6), 64)
+            mask = (_ALL << np.uint64(low)) & (_ALL >> np.uint64(64 - high))
+            if mask & ~covered[row, w] != np.uint64(0):
+                covered[row, w] |= mask
+                line = canvas[row, (w << 6) + low : (w << 6) + high]
+                new = 0
+                for j in range(line.shape[0]):
+                    empty = line[j] < 0
+                    new += empty
+                    line[j] = value if empty else line[j]
+                fresh += new
+    return fresh
+
+
+@compiled
+def kind_of(word: np.uint64, shares: NDArray[np.float64]) -> int:
+    """A shape from a random word; `shares` are the cumulative weights of the shapes, ending in 1."""
+    u = unit32(word)
+    kind = 0
+    while kind < shares.shape[0] - 1 and u >= shares[kind]:
+        kind += 1
+    return kind
+
+
+@compiled
+def cover(
+    canvas: NDArray[np.int32],
+    covered: NDArray[np.uint64],
+    seed: np.uint64,
+    index: np.uint64,
+    shares: NDArray[np.float64],
+    only: int,
+    colour: int,
+    grey: bool,
+    exponent: float,
+    r_min: float,
+    r_max: float,
+    number: bool,
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    waiting: NDArray[np.int32],
+    record: NDArray[np.float64],
+) -> int:
+    """Draw one image; returns the number of leaves that were placed, those that stay hidden among them.
+
+    Args:
+        canvas: int32 [S, S], receives colours, or the leaf's number if `number`.
+        covered: working space, uint64 [S, ⌈S/64⌉].
+        shares: cumulative weights of the six shapes; unless `only` ≥ 0, the one shape there is.
+        colour: a law of `colours`; `grey` makes palettes grey.
+        exponent, r_min, r_max: radius law in pixels.
+        starts, stops, waiting: working space, int64 [S] twice and int32 [S·S].
+        record: receives a row of `RECORDED` numbers for each leaf while it has room.
+    """
+    size = canvas.shape[0]
+    canvas[:] = UNCOVERED
+    covered[:] = np.uint64(0)
+    xs = np.empty(4)
+    ys = np.empty(4)
+    palette = np.empty(8, dtype=np.int64)
+    colours = draw_palette(seed, index, grey, palette) if colour == PALETTE else 0
+    masses = np.empty(3)
+    everywhere = padded_masses(exponent, r_min, r_max, float(size), masses)
+    at_pixel = _PI * mass(exponent - 2.0, r_min, r_max)
+    left = size * size
+    leaves = 0
+    block = np.uint64(0)
+    angles = np.uint64(0)
+    word_shape = np.uint64(0)
+    word_angle = np.uint64(0)
+
+    while left > 0 and left * at_pixel > everywhere:
+        word_x, word_y, word_r, word_c = words32(seed, _STREAM, index, block)
+        block += _ONE
+        if only != DISC:
+            word_shape, word_angle, low, high = words32(seed, _STREAM, index, block)
+            block += _ONE
+            angles = low | (high << _32)
+        radius = padded_radius(unit32(word_r), exponent, r_min, r_max, masses)
+        x = unit32(word_x) * (size + 2.0 * radius) - radius
+        y = unit32(word_y) * (size + 2.0 * radius) - radius
+        kind = only if only >= 0 else kind_of(word_shape, shares)
+        first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, xs, ys, starts, stops)
+        value = colour_of(word_c & _LOW_24, colour, palette, colours)
+        fresh = paint_under(canvas, covered, starts, stops, first, stop, leaves if number else value)
+        left -= fresh
+        if leaves < record.shape[0]:
+            _write(record[leaves], x, y, radius, kind, value, 0, fresh)
+        leaves += 1
+
+    count = 0
+    if left > 0:
+        for row in range(size):
+            for column in range(size):
+                waiting[count] = row * size + column
+                count += canvas[row, column] < 0
+    while left > 0:
+        word_pixel, word_keep, word_r, word_c = words32(seed, _STREAM, index, block)
+        word_d, word_turn, word_shape, word_angle = words32(seed, _STREAM, index, block + _ONE)
+        block += _TWO
+        place = int((word_pixel * np.uint64(count)) >> _32)
+        pixel = waiting[place]
+        row = pixel // size
+        column = pixel - row * size
+        if canvas[row, column] >= 0:  # covered since the list was made: an even choice among the rest stays even
+            count -= 1
+            waiting[place] = waiting[count]
+            continue
+        radius = inverse(unit32(word_r), exponent - 2.0, r_min, r_max)
+        distance = radius * math.sqrt(unit32(word_d))
+        cos, sin = cos_sin(unit32(word_turn))
+        x = column + 0.5 + distance * cos
+        y = row + 0.5 + distance * sin
+        if unit32(word_keep) * _uncovered_within(canvas, waiting, count, x, y, radius) > 1.0:
+            continue
+        if only < 0 or only > DISC:
+            low, high, _, _ = words32(seed, _STREAM, index, block)
+            block += _ONE
+            angles = low | (high << _32)
+        kind = only if only >= 0 else kind_of(word_shape, shares)
+        first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, xs, ys, starts, stops)
+        value = colour_of(word_c & _LOW_24, colour, palette, colours)
+        fresh = paint_under(canvas, covered, starts, stops, first, stop, leaves if number else value)
+        left -= fresh
+        if leaves < record.shape[0]:
+            _write(record[leaves], x, y, radius, kind, value, 1, fresh)
+        leaves += 1
+    return leaves
+
+
+@compiled
+def _write(
+    row: NDArray[np.float64], x: float, y: float, radius: float, kind: int, value: int, late: int, fresh: int
+) -> None:
+    row[0] = x
+    row[1] = y
+    row[2] = radius
+    row[3] = kind
+    row[4] = value
+    row[5] = late
+    row[6] = fresh
+
+
+@compiled
+def _uncovered_within(
+    canvas: NDArray[np.int32], waiting: NDArray[np.int32], count: int, x: float, y: float, radius: float
+) -> int:
+    """Uncovered pixels whose centres lie in a disc; at least 1, as the disc was drawn around one of them.
+
+    Looks at the pixels of the disc or at the list of those waiting, whichever is shorter.
+    """
+    size = canvas.shape[0]
+    found = 0
+    square = radius * radius
+    if 4.0 * square < count:
+        for row in range(max(0, math.floor(y - radius)), min(size, math.ceil(y + radius) + 1)):
+            for column in range(max(0, math.floor(x - radius)), min(size, math.ceil(x + radius) + 1)):
+                dx = column + 0.5 - x
+                dy = row + 0.5 - y
+                found += canvas[row, column] < 0 and dx * dx + dy * dy <= square
+    else:
+        for n in range(count):
+            row = waiting[n] // size
+            column = waiting[n] - row * size
+            dx = column + 0.5 - x
+            dy = row + 0.5 - y
+            if dx * dx + dy * dy <= square:
+                found += canvas[row, column] < 0
+    return max(found, 1)
+
+
+@compiled
+def unpack(canvas: NDArray[np.int32], out: NDArray[np.uint8]) -> None:
+    """Colours to planes: canvas int32 [S, S] to out uint8 [C, S, S]."""
+    for c in range(out.shape[0]):
+        for i in range(canvas.shape[0]):
+            for j in range(canvas.shape[1]):
+                out[c, i, j] = (canvas[i, j] >> (8 * c)) & 0xFF
+
+
+@compiled
+def unpack_smaller(canvas: NDArray[np.int32], factor: int, out: NDArray[np.uint8]) -> None:
+    """The same with each `factor` × `factor` pixels of the canvas averaged, halves rounded up."""
+    area = factor * factor
+    for c in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                total = 0
+                for di in range(factor):
+                    for dj in range(factor):
+                        total += (canvas[i * factor + di, j * factor + dj] >> (8 * c)) & 0xFF
+                out[c, i, j] = (2 * total + area) // (2 * area)
+
+
+@compiled
+def draw_exact(
+    indices: NDArray[np.uint64],
+    seed: np.uint64,
+    shares: NDArray[np.float64],
+    only: int,
+    colour: int,
+    exponent: float,
+    r_min: float,
+    r_max: float,
+    factor: int,
+    out: NDArray[np.uint8],
+    leaves: NDArray[np.int64],
+) -> None:
+    """Draw image ``indices[n]`` into ``out[n]``, [C, H, W], and its number of leaves into ``leaves[n]``.
+
+    Radii are in pixels of the canvas, whose side is `factor` times the image's.
+    """
+    size = out.shape[2] * factor
+    canvas = np.empty((size, size), dtype=np.int32)
+    covered = np.empty((size, (size + 63) // 64), dtype=np.uint64)
+    starts = np.empty(size, dtype=np.int64)
+    stops = np.empty(size, dtype=np.int64)
+    waiting = np.empty(size * size, dtype=np.int32)
+    record = np.empty((0, RECORDED))
+    grey = out.shape[1] == 1 or colour == GREY
+    for n in range(indices.shape[0]):
+        leaves[n] = cover(
+            canvas,
+            covered,
+            seed,
+            indices[n],
+            shares,
+            only,
+            colour,
+            grey,
+            exponent,
+            r_min,
+            r_max,
+            False,
+            starts,
+            stops,
+            waiting,
+            record,
+        )
+        if factor == 1:
+            unpack(canvas, out[n])
+        else:
+            unpack_smaller(canvas, factor, out[n])

@@ -1,0 +1,209 @@
+"""Dead leaves as published: painted forward, each leaf over the earlier ones, until nothing of the ground shows.
+
+Source: the radius law, the shapes and the order of painting of Baradad et al., "Learning to See by Looking at Noise",
+arXiv 2106.05963, as used by Choi et al., arXiv 2412.09842.  Written from those descriptions.  Centres are uniform in
+the canvas only and painting stops at coverage, so this is not a sample of the dead-leaves model: see `exact_leaves`.
+
+Where we differ from the published programs: radii and centres are continuous (theirs are rounded to whole pixels), and
+there is no cap on the number of leaves, so no image has holes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.programs.drawing.colours import GREY, PALETTE, colour_of, draw_palette
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.counter_rng import to_unit, unit_vector, words
+from dpsyngen.programs.drawing.exact_leaves import kind_of, unpack, unpack_smaller
+from dpsyngen.programs.drawing.scanline import EMPTY, fill_convex, fill_disc, fill_pixel_at, fill_rectangle
+from dpsyngen.programs.drawing.shapes import DISC, ORIENTED_SQUARE, RECTANGLE, SQUARE, TRIANGLE
+
+_STREAM = np.uint64(0x6C656166)  # "leaf"
+_ZERO = np.uint64(0)
+_ONE = np.uint64(1)
+_32 = np.uint64(32)
+_COLOUR_BITS = np.uint64(0xFFFFFF)
+_ROOT_HALF = 0.7071067811865476
+_SMALL_STEP = 1e-9
+
+
+@compiled
+def leaf_radius(v: float, r_min: float, r_max: float) -> float:
+    """The radius that a share v of leaves exceeds: inverse of 1 − CDF of the density ∝ r⁻³ − r_max⁻³.
+
+    v is in [0, 1], and the result runs from r_max at v = 0 down to r_min at v = 1.
+
+    With t = r_max/r − 1 the law 1 − CDF = v reads t²(t + 3) / (1 + t) = d, where d is v times its left side
+    at r_min.  Newton's method on the cubic t²(t + 3) − d(1 + t), which is convex for t ≥ 0, from the lower of
+    two upper bounds of its root (by (t + 3)/(1 + t) ≥ 1, and by rewriting the law as
+    (1 + t)² = d + 3 − 2/(1 + t)), so t only falls.  The steps stop when the next, of square size, would be
+    below rounding.  No table, and IEEE operations only.
+    """
+    top = r_max / r_min - 1.0
+    d = v * (top * top * (top + 3.0) / (1.0 + top))
+    if d <= 0.0:
+        return r_max
+    t = min(math.sqrt(d), math.sqrt(d + 3.0) - 1.0)
+    step = t
+    while step > _SMALL_STEP * t:
+        step = (t * t * (t + 3.0) - d * (1.0 + t)) / (3.0 * t * t + 6.0 * t - d)
+        t -= step
+    return max(r_min, r_max / (1.0 + t))
+
+
+@compiled
+def _corner_angle(x: float, y: float) -> float:
+    """Increases with the angle of (x, y), from 0 to 4; exact where arctan is not."""
+    share = y / (abs(x) + abs(y))
+    if x < 0.0:
+        return 2.0 - share
+    return share if y >= 0.0 else 4.0 + share
+
+
+@compiled
+def _corners_on_circle(
+    seed: np.uint64,
+    index: np.uint64,
+    block: np.uint64,
+    xs: NDArray[np.float64],
+    ys: NDArray[np.float64],
+    corners: int,
+) -> np.uint64:
+    """Fill xs, ys with 3 or 4 uniform directions in cyclic order; returns the first block not used."""
+    for k in range(corners):
+        xs[k], ys[k], block = unit_vector(seed, _STREAM, index, block)
+    if corners == 4:  # any order of three is cyclic
+        for k in range(1, 4):
+            x, y = xs[k], ys[k]
+            angle = _corner_angle(x, y)
+            place = k
+            while place > 0 and _corner_angle(xs[place - 1], ys[place - 1]) > angle:
+                xs[place] = xs[place - 1]
+                ys[place] = ys[place - 1]
+                place -= 1
+            xs[place] = x
+            ys[place] = y
+    return block
+
+
+@compiled
+def _paint_polygon(
+    canvas: NDArray[np.int32],
+    x: float,
+    y: float,
+    radius: float,
+    xs: NDArray[np.float64],
+    ys: NDArray[np.float64],
+    corners: int,
+    value: int,
+) -> tuple[int, int]:
+    """Paint the polygon with corners (x, y) + radius·(xs, ys), which are moved there.
+
+    A sliver that misses every pixel centre gets the pixel under the mean of its corners.
+    """
+    middle_x = 0.0
+    middle_y = 0.0
+    for k in range(corners):
+        xs[k] = x + radius * xs[k]
+        ys[k] = y + radius * ys[k]
+        middle_x += xs[k] / corners
+        middle_y += ys[k] / corners
+    painted, fresh = fill_convex(canvas, xs, ys, corners, value)
+    if painted == 0:
+        painted, fresh = fill_pixel_at(canvas, middle_x, middle_y, value)
+    return painted, fresh
+
+
+@compiled
+def paint_over(
+    canvas: NDArray[np.int32],
+    seed: np.uint64,
+    index: np.uint64,
+    shares: NDArray[np.float64],
+    only: int,
+    colour: int,
+    grey: bool,
+    r_min: float,
+    r_max: float,
+    xs: NDArray[np.float64],
+    ys: NDArray[np.float64],
+) -> int:
+    """Paint leaves, later over earlier, until no pixel is empty; returns their number.
+
+    Ends with probability 1, and soon: a leaf never vanishes (one too small or thin to hold a pixel centre
+    paints the pixel under its middle), and every pixel has a chance with each leaf.
+    """
+    size = canvas.shape[0]
+    palette = np.empty(8, dtype=np.int64)
+    colours = draw_palette(seed, index, grey, palette) if colour == PALETTE else 0
+    canvas[:] = EMPTY
+    empty = size * size
+    leaves = 0
+    block = _ZERO
+    while empty > 0:
+        word_x, word_y = words(seed, _STREAM, index, block)
+        word_radius, word_kind = words(seed, _STREAM, index, block + _ONE)
+        block = block + _ONE + _ONE
+        x = to_unit(word_x) * size
+        y = to_unit(word_y) * size
+        radius = leaf_radius(to_unit(word_radius), r_min, r_max) * size
+        value = colour_of(word_kind & _COLOUR_BITS, colour, palette, colours)
+        kind = only if only >= 0 else kind_of(word_kind >> _32, shares)
+
+        painted, fresh = 0, 0
+        if kind == DISC:
+            painted, fresh = fill_disc(canvas, x, y, radius, value)
+        elif kind == SQUARE:
+            half = radius * _ROOT_HALF
+            painted, fresh = fill_rectangle(canvas, x, y, half, half, value)
+        elif kind == RECTANGLE:
+            cos, sin, block = unit_vector(seed, _STREAM, index, block)
+            painted, fresh = fill_rectangle(canvas, x, y, radius * abs(cos), radius * abs(sin), value)
+        elif kind == ORIENTED_SQUARE:
+            cos, sin, block = unit_vector(seed, _STREAM, index, block)
+            xs[0], xs[1], xs[2], xs[3] = cos, -sin, -cos, sin
+            ys[0], ys[1], ys[2], ys[3] = sin, cos, -sin, -cos
+            painted, fresh = _paint_polygon(canvas, x, y, radius, xs, ys, 4, value)
+        else:
+            corners = 3 if kind == TRIANGLE else 4
+            block = _corners_on_circle(seed, index, block, xs, ys, corners)
+            painted, fresh = _paint_polygon(canvas, x, y, radius, xs, ys, corners, value)
+        if painted == 0 and kind in (DISC, SQUARE, RECTANGLE):
+            painted, fresh = fill_pixel_at(canvas, x, y, value)
+        empty -= fresh
+        leaves += 1
+    return leaves
+
+
+@compiled
+def draw_reference(
+    indices: NDArray[np.uint64],
+    seed: np.uint64,
+    shares: NDArray[np.float64],
+    only: int,
+    colour: int,
+    r_min: float,
+    r_max: float,
+    factor: int,
+    out: NDArray[np.uint8],
+    leaves: NDArray[np.int64],
+) -> None:
+    """Draw image ``indices[n]`` into ``out[n]``, [C, H, W], and its number of leaves into ``leaves[n]``.
+
+    Radii are fractions of the canvas, whose side is `factor` times the image's.
+    """
+    size = out.shape[2] * factor
+    canvas = np.empty((size, size), dtype=np.int32)
+    xs = np.empty(4, dtype=np.float64)
+    ys = np.empty(4, dtype=np.float64)
+    grey = out.shape[1] == 1 or colour == GREY
+    for n in range(indices.shape[0]):
+        leaves[n] = paint_over(canvas, seed, indices[n], shares, only, colour, grey, r_min, r_max, xs, ys)
+        if factor == 1:
+            unpack(canvas, out[n])
+        else:
+            unpack_smaller(canvas, factor, out[n])

@@ -1,0 +1,155 @@
+"""Simple shapes as one span of pixels to a row.
+
+A pixel (row i, column j) belongs to a shape when its centre (x, y) = (j + ½, i + ½) does.  Each function here writes,
+for every row it returns, the pixels ``starts[row] ≤ column < stops[row]``, clipped to a canvas of `size` × `size`, and
+returns the rows as (first, stop).  Rows of a convex shape have one span; it may be empty.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.portable import cos_sin
+
+DISC, SQUARE, ORIENTED_SQUARE, RECTANGLE, TRIANGLE, QUADRILATERAL = range(6)
+KINDS = ("disc", "square", "oriented-square", "rectangle", "triangle", "quadrilateral")
+
+_ROOT_HALF = 0.7071067811865476
+_PER_TURN_16 = 2.0**-16
+_16 = np.uint64(16)
+_LOW_16 = np.uint64(0xFFFF)
+
+
+@compiled
+def disc_spans(
+    size: int, x: float, y: float, radius: float, starts: NDArray[np.int64], stops: NDArray[np.int64]
+) -> tuple[int, int]:
+    """The disc of centre (x, y)."""
+    first = max(0, math.ceil(y - radius - 0.5))
+    stop = min(size, math.ceil(y + radius - 0.5))
+    square = radius * radius
+    left = x - 0.5
+    for row in range(first, stop):
+        height = row + 0.5 - y
+        half = math.sqrt(max(0.0, square - height * height))
+        starts[row] = max(0, math.ceil(left - half))
+        stops[row] = min(size, math.ceil(left + half))
+    return first, stop
+
+
+@compiled
+def rectangle_spans(
+    size: int,
+    x: float,
+    y: float,
+    half_width: float,
+    half_height: float,
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+) -> tuple[int, int]:
+    """The axis-aligned rectangle of centre (x, y)."""
+    first = max(0, math.ceil(y - half_height - 0.5))
+    stop = min(size, math.ceil(y + half_height - 0.5))
+    a = max(0, math.ceil(x - half_width - 0.5))
+    b = min(size, math.ceil(x + half_width - 0.5))
+    for row in range(first, stop):
+        starts[row] = a
+        stops[row] = b
+    return first, stop
+
+
+@compiled
+def convex_spans(
+    size: int,
+    xs: NDArray[np.float64],
+    ys: NDArray[np.float64],
+    corners: int,
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+) -> tuple[int, int]:
+    """The convex polygon whose first `corners` vertices (xs, ys) are in cyclic order."""
+    low = ys[0]
+    high = ys[0]
+    for k in range(1, corners):
+        low = min(low, ys[k])
+        high = max(high, ys[k])
+    first = max(0, math.ceil(low - 0.5))
+    stop = min(size, math.ceil(high - 0.5))
+    for row in range(first, stop):
+        starts[row] = size
+        stops[row] = 0
+    x_end = xs[corners - 1]
+    y_end = ys[corners - 1]
+    for k in range(corners):
+        x_start, y_start = x_end, y_end
+        x_end, y_end = xs[k], ys[k]
+        if y_start < y_end:
+            x_a, y_a, x_b, y_b = x_start, y_start, x_end, y_end
+        else:
+            x_a, y_a, x_b, y_b = x_end, y_end, x_start, y_start
+        a = max(0, math.ceil(y_a - 0.5))
+        b = min(size, math.ceil(y_b - 0.5))
+        if a >= b:
+            continue
+        slope = (x_b - x_a) / (y_b - y_a)
+        offset = x_a - 0.5
+        for row in range(a, b):
+            column = min(size, max(0, math.ceil(offset + (row + 0.5 - y_a) * slope)))
+            starts[row] = min(starts[row], column)
+            stops[row] = max(stops[row], column)
+    return first, stop
+
+
+@compiled
+def leaf_spans(
+    size: int,
+    kind: int,
+    x: float,
+    y: float,
+    radius: float,
+    angle: np.uint64,
+    angles: np.uint64,
+    xs: NDArray[np.float64],
+    ys: NDArray[np.float64],
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+) -> tuple[int, int]:
+    """A shape of `KINDS` whose circumscribed circle has centre (x, y) and the given radius.
+
+    `angle` holds 32 random bits that turn an oriented square or make a rectangle; `angles` holds four times 16, the
+    corners of a triangle or quadrilateral.  `xs` and `ys` are working space of length 4.
+    """
+    if kind == DISC:
+        return disc_spans(size, x, y, radius, starts, stops)
+    if kind == SQUARE:
+        half = radius * _ROOT_HALF
+        return rectangle_spans(size, x, y, half, half, starts, stops)
+    if kind == RECTANGLE:
+        cos, sin = cos_sin((float(angle) + 0.5) * 2.0**-34)  # a quarter turn
+        return rectangle_spans(size, x, y, radius * cos, radius * sin, starts, stops)
+    if kind == ORIENTED_SQUARE:
+        cos, sin = cos_sin((float(angle) + 0.5) * 2.0**-32)
+        xs[0], xs[1], xs[2], xs[3] = x + radius * cos, x - radius * sin, x - radius * cos, x + radius * sin
+        ys[0], ys[1], ys[2], ys[3] = y + radius * sin, y + radius * cos, y - radius * sin, y - radius * cos
+        return convex_spans(size, xs, ys, 4, starts, stops)
+    corners = 3 if kind == TRIANGLE else 4
+    a0 = angles & _LOW_16
+    a1 = (angles >> _16) & _LOW_16
+    a2 = (angles >> _16 >> _16) & _LOW_16
+    a3 = angles >> _16 >> _16 >> _16
+    if corners == 4:  # in cyclic order; any order of three is
+        a0, a1 = min(a0, a1), max(a0, a1)
+        a2, a3 = min(a2, a3), max(a2, a3)
+        a0, a2 = min(a0, a2), max(a0, a2)
+        a1, a3 = min(a1, a3), max(a1, a3)
+        a1, a2 = min(a1, a2), max(a1, a2)
+    for k in range(corners):
+        turn = a0 if k == 0 else a1 if k == 1 else a2 if k == 2 else a3
+        cos, sin = cos_sin((float(turn) + 0.5) * _PER_TURN_16)
+        xs[k] = x + radius * cos
+        ys[k] = y + radius * sin
+    return convex_spans(size, xs, ys, corners, starts, stops)
