@@ -66,6 +66,14 @@ def as_range(name: str, value: Any, low: float, high: float) -> tuple[float, flo
     return a, b
 
 
+def as_counts(name: str, value: Any, low: int, high: int) -> tuple[int, int]:
+    """`value` as a pair of whole numbers, low ≤ a ≤ b ≤ high; one number stands for both."""
+    a, b = as_range(name, value, low, high)
+    if a != int(a) or b != int(b):
+        raise ConfigError(f"{name}={[a, b]} are not whole numbers: give two from {low} to {high}.")
+    return int(a), int(b)
+
+
 def as_weights(name: str, value: Any, keys: Sequence[str]) -> tuple[tuple[str, float], ...]:
     """Weights of named choices as ((key, weight), …), from a mapping or from such pairs; one at least is positive."""
     items = list(value.items()) if isinstance(value, dict) else value

@@ -5,11 +5,13 @@ A colour is an int: red | green << 8 | blue << 16, each 0 to 255.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.counter_rng import words32
+from dpsyngen.programs.drawing.counter_rng import below, words32
 
 LAWS = ("grey", "rgb", "black-white", "palette")
 GREY, RGB, BLACK_WHITE, PALETTE = range(4)
@@ -39,7 +41,79 @@ def draw_palette(seed: np.uint64, index: np.uint64, grey: bool, palette: NDArray
     for k in range(MAX_PALETTE):
         a, b, _, _ = words32(seed, _STREAM, index, np.uint64(k))
         if k == 0:
-            count = 2 + int((b * np.uint64(MAX_PALETTE - 1)) >> np.uint64(32))
+            count = 2 + below(b, MAX_PALETTE - 1)
         packed = int(a & _LOW_24)
         palette[k] = (packed & 0xFF) * 0x010101 if grey else packed
     return count
+
+
+@compiled
+def uniform_colour(a: float, b: float, c: float, grey: bool, out: NDArray[np.float64]) -> None:
+    """Levels 0 to 255 from three uniforms in [0, 1); one level for all channels if `grey`."""
+    out[0] = math.floor(256.0 * a)
+    out[1] = out[0] if grey else math.floor(256.0 * b)
+    out[2] = out[0] if grey else math.floor(256.0 * c)
+
+
+MIX_COLOURS = 22
+MIX_VALUES = 1 + 4 * MIX_COLOURS  # uniforms that `colour_mix` reads
+
+
+@compiled
+def colour_mix(
+    u: NDArray[np.float64], colours: NDArray[np.float64], weights: NDArray[np.float64], root: NDArray[np.float64]
+) -> int:
+    """A random palette with weights, and what makes white noise vary like it.
+
+    3 to 22 colours, uniform in the RGB cube, with weights ∝ 0.001 + U (Baradad et al., arXiv 2106.05963).  No colour
+    was measured on photographs.
+
+    Args:
+        u: `MIX_VALUES` uniforms.
+        colours, weights: receive the palette, float64 [22, 3] in [0, 1] and [22].
+        root: receives the lower triangular R, float64 [3, 3], with R·Rᵀ the covariance of the weighted palette.
+
+    Returns:
+        How many colours there are.
+    """
+    count = 3 + min(MIX_COLOURS - 3, math.floor(u[0] * (MIX_COLOURS - 2)))
+    total = 0.0
+    for k in range(count):
+        weights[k] = 0.001 + u[1 + 4 * k]
+        total += weights[k]
+        for c in range(3):
+            colours[k, c] = u[2 + 4 * k + c]
+    mean = np.zeros(3)
+    for k in range(count):
+        weights[k] /= total
+        for c in range(3):
+            mean[c] += weights[k] * colours[k, c]
+    covariance = np.zeros((3, 3))
+    for k in range(count):
+        for i in range(3):
+            for j in range(3):
+                covariance[i, j] += weights[k] * (colours[k, i] - mean[i]) * (colours[k, j] - mean[j])
+    root[:] = 0.0
+    for i in range(3):  # Cholesky
+        for j in range(i + 1):
+            left = covariance[i, j]
+            for k in range(j):
+                left -= root[i, k] * root[j, k]
+            if i == j:
+                root[i, i] = math.sqrt(max(left, 1e-12))
+            else:
+                root[i, j] = left / root[j, j]
+    return count
+
+
+@compiled
+def mix_channels(fields: NDArray[np.float64], root: NDArray[np.float64]) -> None:
+    """Replace three fields, [3, H, W], by their linear combinations R·field at each pixel."""
+    for i in range(fields.shape[1]):
+        for j in range(fields.shape[2]):
+            a = fields[0, i, j]
+            b = fields[1, i, j]
+            c = fields[2, i, j]
+            fields[0, i, j] = root[0, 0] * a
+            fields[1, i, j] = root[1, 0] * a + root[1, 1] * b
+            fields[2, i, j] = root[2, 0] * a + root[2, 1] * b + root[2, 2] * c

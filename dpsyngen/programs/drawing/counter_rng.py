@@ -79,6 +79,12 @@ def unit32(word: np.uint64) -> float:
 
 
 @compiled
+def below(word: np.uint64, count: int) -> int:
+    """A 32-bit word as an integer from 0 to count − 1, evenly to 1 part in 2³²/count; `count` is below 2³²."""
+    return np.int64((word * np.uint64(count)) >> _32)
+
+
+@compiled
 def fill_uniform(
     seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64, out: NDArray[np.float64]
 ) -> np.uint64:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.programs.drawing.colours import GREY, PALETTE, colour_of, draw_palette
 from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.counter_rng import unit32, words32
+from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
 from dpsyngen.programs.drawing.portable import cos_sin
 from dpsyngen.programs.drawing.power_law import inverse, mass, padded_masses, padded_radius
 from dpsyngen.programs.drawing.shapes import DISC, leaf_spans
@@ -168,7 +168,7 @@ def cover(
         word_pixel, word_keep, word_r, word_c = words32(seed, _STREAM, index, block)
         word_d, word_turn, word_shape, word_angle = words32(seed, _STREAM, index, block + _ONE)
         block += _TWO
-        place = int((word_pixel * np.uint64(count)) >> _32)
+        place = below(word_pixel, count)
         pixel = waiting[place]
         row = pixel // size
         column = pixel - row * size

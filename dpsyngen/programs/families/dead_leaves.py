@@ -35,7 +35,7 @@ from dpsyngen.programs.base import Program, as_indices
 from dpsyngen.programs.checks import as_choice, as_integer, as_number, as_weights
 from dpsyngen.programs.drawing.colours import GREY, LAWS
 from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.counter_rng import words32
+from dpsyngen.programs.drawing.counter_rng import below, words32
 from dpsyngen.programs.drawing.exact_leaves import RECORDED, cover, draw_exact, unpack_smaller
 from dpsyngen.programs.drawing.reference_leaves import draw_reference
 from dpsyngen.programs.drawing.shapes import KINDS
@@ -244,9 +244,9 @@ def fill_leaves(
     for i in range(fine):
         for j in range(fine):
             a, b, c, _ = words32(seed, _STREAM, index, np.uint64(canvas[i, j]))
-            texture = int((a * np.uint64(textures.shape[0])) >> np.uint64(32))
-            y = (i // factor + int((b * np.uint64(2 * size)) >> np.uint64(32))) % (2 * size)
-            x = (j // factor + int((c * np.uint64(2 * size)) >> np.uint64(32))) % (2 * size)
+            texture = below(a, textures.shape[0])
+            y = (i // factor + below(b, 2 * size)) % (2 * size)
+            x = (j // factor + below(c, 2 * size)) % (2 * size)
             y = min(y, 2 * size - 1 - y)
             x = min(x, 2 * size - 1 - x)
             value = 0

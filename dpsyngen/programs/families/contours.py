@@ -1,0 +1,278 @@
+"""Contours: single closed figures on plain ground, which have a border, an inside and an outside, and no meaning.
+
+Sources: radial harmonics are the figures of RCDB in Kataoka et al., "Replacing labeled real-image datasets with
+auto-generated contours", CVPR 2022; superellipses are Lamé's; the others are our own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.programs.base import Program
+from dpsyngen.programs.checks import as_choice, as_counts, as_flag, as_number, as_range
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.counter_rng import below, fill_uniform, unit32, words32
+from dpsyngen.programs.drawing.grounds import GROUNDS, ground_colour, ink_colour
+from dpsyngen.programs.drawing.portable import cos_sin, exp2, power
+from dpsyngen.programs.drawing.raster import add_segment, blend, blend_gradient, fill_polygon, plain, to_levels
+from dpsyngen.programs.registry import register
+
+SHAPES = ("polygon", "superellipse", "mirrored", "harmonics", "mixed")
+POLYGON, SUPERELLIPSE, MIRRORED, HARMONICS, MIXED = range(5)
+MAX_FIGURES = 8
+POINTS = 96  # of an outline
+
+_VALUES = 32
+_LAW = np.uint64(0x636F6E74)  # "cont"
+_PER_FIGURE = 16  # blocks
+
+
+@register("contours")
+@dataclass(frozen=True, kw_only=True)
+class Contours(Program):
+    """One or a few figures, each filled with one colour or a gradient, or drawn as an outline; anti-aliased.
+
+    =============  ====================================================================================
+    polygon        3 to 9 corners at sorted uniform angles, at 30 to 100 % of the radius
+    superellipse   |x/a|ᵐ + |y/b|ᵐ = 1 with m from ½ to 8, log-uniform, and a, b from 25 to 100 % of it
+    mirrored       a smooth outline through 8 random points, and its mirror image: like vases and leaves
+    harmonics      r(φ) = 1 + Σ aₖ·cos(kφ + φₖ), k = 2 to 7, with aₖ uniform below roughness/k
+    mixed          each figure one of these, evenly
+    =============  ====================================================================================
+
+    `params` gives ``shapes``, ``outlines`` (whether only the outline is drawn) and ``points`` [figures, 96, 2], (x, y)
+    in pixels.
+
+    Attributes:
+        shape: one of the above.
+        figures: range of their number, 1 to 8, evenly; later ones lie over earlier ones.
+        radius: range of the radius as a fraction of the resolution, uniform; 0.02 to 1.
+        roughness: of the harmonics; 0 to 1.
+        outline: probability that a figure is drawn as an outline; 0 to 1.
+        gradient: probability that a filled figure has a gradient of two colours; 0 to 1.
+        upright: do not turn figures: mirrored ones get a vertical axis.
+        ground: "black", "white" or "random"; figures stand out from it by 64 levels or more.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    prior_tier: ClassVar[int] = 1
+
+    shape: str = "mixed"
+    figures: Any = (1, 3)
+    radius: Any = (0.15, 0.45)
+    roughness: float = 0.6
+    outline: float = 0.25
+    gradient: float = 0.25
+    upright: bool = False
+    ground: str = "black"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fix = object.__setattr__
+        as_choice("shape", self.shape, SHAPES, "a shape")
+        fix(self, "figures", as_counts("figures", self.figures, 1, MAX_FIGURES))
+        fix(self, "radius", as_range("radius", self.radius, 0.02, 1.0))
+        fix(self, "upright", as_flag("upright", self.upright))
+        for key in ("roughness", "outline", "gradient"):
+            fix(self, key, as_number(key, getattr(self, key), 0.0, 1.0))
+        as_choice("ground", self.ground, GROUNDS, "a ground")
+
+    def _law(self) -> tuple[int, float, float, float, float, bool]:
+        return SHAPES.index(self.shape), *self.radius, self.roughness, self.outline, self.upright
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        seed, ground = np.uint64(self.seed), GROUNDS.index(self.ground)
+        draw(indices, seed, *self.figures, *self._law(), self.gradient, ground, out)
+
+    def _params(self, index: int) -> dict[str, Any]:
+        seed, number = np.uint64(self.seed), np.uint64(index)
+        count = figure_count(seed, number, *self.figures)
+        points = np.empty((count, POINTS, 2))
+        u = np.empty(_VALUES)
+        drawn = []
+        for k in range(count):
+            xs, ys = np.empty(POINTS), np.empty(POINTS)
+            drawn.append(draw_figure(seed, number, k, *self._law(), self.resolution, u, xs, ys))
+            points[k] = np.stack([xs, ys], 1)
+        return {"shapes": [SHAPES[s] for s, _ in drawn], "outlines": [bool(o) for _, o in drawn], "points": points}
+
+
+@compiled
+def figure_count(seed: np.uint64, index: np.uint64, low: int, high: int) -> int:
+    """How many figures image `index` has."""
+    w, _, _, _ = words32(seed, _LAW, index, np.uint64(0))
+    return low + below(w, high - low + 1)
+
+
+@compiled
+def _polygon(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.float64]) -> None:
+    corners = 3 + min(6, int(7.0 * u[0]))
+    angles = np.sort(u[1 : 1 + corners])
+    per = POINTS // corners
+    k = 0
+    for corner in range(corners):
+        after = (corner + 1) % corners
+        ca, sa = cos_sin(angles[corner])
+        cb, sb = cos_sin(angles[after])
+        ra = 0.3 + 0.7 * u[12 + corner]
+        rb = 0.3 + 0.7 * u[12 + after]
+        steps = per if corner < corners - 1 else POINTS - k
+        for step in range(steps):
+            t = step / steps
+            xs[k] = ra * ca + t * (rb * cb - ra * ca)
+            ys[k] = ra * sa + t * (rb * sb - ra * sa)
+            k += 1
+
+
+@compiled
+def _superellipse(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.float64]) -> None:
+    exponent = 2.0 / exp2(4.0 * u[0] - 1.0)
+    a = 0.25 + 0.75 * u[1]
+    b = 0.25 + 0.75 * u[2]
+    for k in range(POINTS):
+        cos, sin = cos_sin(k / POINTS)
+        x = a * power(abs(cos), exponent)
+        y = b * power(abs(sin), exponent)
+        xs[k] = x if cos >= 0.0 else -x
+        ys[k] = y if sin >= 0.0 else -y
+
+
+@compiled
+def _mirrored(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.float64]) -> None:
+    half = POINTS // 2
+    knots = 8
+    for k in range(half):
+        t = (k + 0.5) / half * (knots - 1)
+        i = min(knots - 2, int(t))
+        t -= i
+        # Catmull and Rom's cubic through the widths at the knots
+        p0 = u[max(0, i - 1)]
+        p1 = u[i]
+        p2 = u[i + 1]
+        p3 = u[min(knots - 1, i + 2)]
+        value = p1 + 0.5 * t * (p2 - p0 + t * (2.0 * p0 - 5.0 * p1 + 4.0 * p2 - p3 + t * (3.0 * (p1 - p2) + p3 - p0)))
+        width = 0.08 + 0.8 * max(0.0, value) * (0.4 + 0.6 * u[knots])
+        height = -1.0 + 2.0 * k / (half - 1)
+        xs[k] = width
+        ys[k] = height
+        xs[POINTS - 1 - k] = -width
+        ys[POINTS - 1 - k] = height
+
+
+@compiled
+def _harmonics(u: NDArray[np.float64], roughness: float, xs: NDArray[np.float64], ys: NDArray[np.float64]) -> None:
+    largest = 0.0
+    for k in range(POINTS):
+        cos, sin = cos_sin(k / POINTS)
+        r = 1.0
+        for wave in range(2, 8):
+            ripple, _ = cos_sin(wave * k / POINTS + u[2 * wave])
+            r += roughness / wave * u[2 * wave + 1] * ripple
+        r = max(0.05, r)
+        largest = max(largest, r)
+        xs[k] = r * cos
+        ys[k] = r * sin
+    for k in range(POINTS):
+        xs[k] /= largest
+        ys[k] /= largest
+
+
+@compiled
+def draw_figure(
+    seed: np.uint64,
+    index: np.uint64,
+    number: int,
+    shape: int,
+    small: float,
+    large: float,
+    roughness: float,
+    outline: float,
+    upright: bool,
+    size: int,
+    u: NDArray[np.float64],
+    xs: NDArray[np.float64],
+    ys: NDArray[np.float64],
+) -> tuple[int, bool]:
+    """Fill xs, ys with the outline of a figure in pixels; returns its shape, and whether only its outline is drawn."""
+    block = np.uint64(1 + _PER_FIGURE * number)
+    a, b, c, d = words32(seed, _LAW, index, block)
+    e, f, _, _ = words32(seed, _LAW, index, block + np.uint64(1))
+    fill_uniform(seed, _LAW, index, block + np.uint64(2), u)
+    if shape == MIXED:
+        shape = below(a, 4)
+    if shape == POLYGON:
+        _polygon(u, xs, ys)
+    elif shape == SUPERELLIPSE:
+        _superellipse(u, xs, ys)
+    elif shape == MIRRORED:
+        _mirrored(u, xs, ys)
+    else:
+        _harmonics(u, roughness, xs, ys)
+    radius = size * (small + unit32(b) * (large - small))
+    cos, sin = cos_sin(0.0 if upright else unit32(c))
+    # The centre is where the figure fits into the image, or in the middle if it cannot.
+    room = max(0.0, size - 2.0 * radius)
+    x = 0.5 * size + (unit32(d) - 0.5) * room
+    y = 0.5 * size + (unit32(e) - 0.5) * room
+    for k in range(POINTS):
+        xs[k], ys[k] = x + radius * (cos * xs[k] - sin * ys[k]), y + radius * (sin * xs[k] + cos * ys[k])
+    return shape, unit32(f) < outline
+
+
+@compiled
+def draw(
+    indices: NDArray[np.uint64],
+    seed: np.uint64,
+    low: int,
+    high: int,
+    shape: int,
+    small: float,
+    large: float,
+    roughness: float,
+    outline: float,
+    upright: bool,
+    gradient: float,
+    ground: int,
+    out: NDArray[np.uint8],
+) -> None:
+    """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
+    size = out.shape[2]
+    grey = out.shape[1] == 1
+    canvas = np.empty((out.shape[1], size, size))
+    cover = np.empty((size, size))
+    area = np.zeros((size, size + 1))
+    u = np.empty(_VALUES)
+    xs = np.empty(POINTS)
+    ys = np.empty(POINTS)
+    behind = np.empty(3)
+    ink = np.empty(3)
+    other = np.empty(3)
+    for n in range(indices.shape[0]):
+        index = indices[n]
+        ground_colour(seed, index, ground, grey, behind)
+        plain(canvas, behind)
+        for k in range(figure_count(seed, index, low, high)):
+            _, hollow = draw_figure(seed, index, k, shape, small, large, roughness, outline, upright, size, u, xs, ys)
+            ink_colour(seed, index, 2 * k, grey, behind, ink)
+            a, b, c, _ = words32(seed, _LAW, index, np.uint64(_PER_FIGURE * (k + 1)))
+            if hollow:
+                cover[:] = 0.0
+                half = size * (0.01 + 0.03 * unit32(a))
+                for p in range(POINTS):
+                    q = (p + 1) % POINTS
+                    add_segment(cover, xs[p], ys[p], xs[q], ys[q], half, half)
+            else:
+                fill_polygon(xs, ys, POINTS, area, cover)
+            if not hollow and unit32(b) < gradient:
+                ink_colour(seed, index, 2 * k + 1, grey, behind, other)
+                cos, sin = cos_sin(unit32(c))
+                blend_gradient(canvas, cover, ink, other, cos, sin)
+            else:
+                blend(canvas, cover, ink)
+        to_levels(canvas, out[n])

@@ -1,0 +1,398 @@
+"""Images from untrained convolutional generators: what a network of StyleGAN's build draws before it has seen anything.
+
+Source: the StyleGAN models of Baradad et al., "Learning to See by Looking at Noise", arXiv 2106.05963, after Karras
+et al., "Analyzing and improving the image quality of StyleGAN", CVPR 2020.  Written from those descriptions, at a size that
+suits small images.  A constant of 4 × 4 is doubled until it covers the image.  At each size two 3 × 3 convolutions,
+whose weights are multiplied by a style for each input channel and normalised for each output channel, are followed by
+noise, a bias and a leaky ReLU; a 1 × 1 convolution adds the channels of each size to the picture.
+
+================  =========================================================================================
+random            weights normal, noise white and weak
+high-frequency    the same with strong noise of spectrum 1/f^α, α uniform on [½, 2]: detail at all scales
+sparse            each 3 × 3 filter is one of 9 wavelets with a normal factor; biases uniform on ±0.2
+oriented          sparse, with one wavelet for each input channel, the same for all output channels, and the
+                  same noise for all convolutions of a size: lines that go on over the picture
+mixed             each image one of these, evenly
+================  =========================================================================================
+
+Differences from the published images: every image has fresh weights (theirs share them in groups of 400), and its mean
+and contrast are drawn from uniform ranges (theirs are matched to statistics of photographs, which we never use).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.programs.base import Program
+from dpsyngen.programs.checks import as_choice, as_integer, as_range
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.counter_rng import below, fill_normal, fill_uniform, unit32, words32
+from dpsyngen.programs.drawing.fourier import inverse_2d, power_of_two, roots
+from dpsyngen.programs.drawing.portable import cos_sin, power
+from dpsyngen.programs.drawing.raster import to_levels
+from dpsyngen.programs.registry import register
+
+KINDS = ("random", "high-frequency", "sparse", "oriented", "mixed")
+RANDOM, HIGH_FREQUENCY, SPARSE, ORIENTED, MIXED = range(5)
+MIN_CHANNELS = 4
+FULL_WIDTH_UP_TO = 16  # pixels; each further doubling halves the channels
+
+_LAW = np.uint64(0x6E65746C)  # "netl"
+_WEIGHTS = np.uint64(0x6E657477)  # "netw"
+_NOISE = np.uint64(0x6E65746E)  # "netn"
+_PINK = np.uint64(0x6E657470)  # "netp"
+_SLOPE = np.float32(0.2)
+_FADE = np.float32(0.7)  # of the picture at each doubling: the finest size shows most
+
+# Products of a low pass and first and second differences along rows and columns.
+_ONE_SIDED = np.array([[0.5, 1.0, 0.5], [-1.0, 0.0, 1.0], [-0.5, 1.0, -0.5]])
+WAVELETS = np.array([np.outer(a, b) for a in _ONE_SIDED for b in _ONE_SIDED]) / 1.5
+
+
+@register("random-network")
+@dataclass(frozen=True, kw_only=True)
+class RandomNetwork(Program):
+    """Pictures of random generators; see the module.
+
+    `params` gives ``kind``, ``noise`` (strength), ``alpha`` of the noise's spectrum, and ``mean`` and ``contrast``
+    (levels, before they are cut off at 0 and 255).
+
+    Attributes:
+        kind: "random", "high-frequency", "sparse", "oriented" or "mixed".
+        width: channels up to 16 pixels, 4 to 64; half as many at each further doubling, 4 at least.
+        contrast: range of the standard deviation of an image in levels, uniform; 1 to 127.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    prior_tier: ClassVar[int] = 0
+
+    kind: str = "oriented"
+    width: int = 16
+    contrast: Any = (35.0, 75.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_choice("kind", self.kind, KINDS, "a kind of network")
+        object.__setattr__(self, "width", as_integer("width", self.width, MIN_CHANNELS, 64))
+        object.__setattr__(self, "contrast", as_range("contrast", self.contrast, 1.0, 127.0))
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        side = max(8, power_of_two(self.resolution))
+        draw(indices, np.uint64(self.seed), KINDS.index(self.kind), self.width, *self.contrast, side, out)
+
+    def _params(self, index: int) -> dict[str, Any]:
+        kind, noise, alpha, mean, contrast = law(
+            np.uint64(self.seed), np.uint64(index), KINDS.index(self.kind), *self.contrast
+        )
+        return {"kind": KINDS[int(kind)], "noise": noise, "alpha": alpha, "mean": mean, "contrast": contrast}
+
+
+@compiled
+def law(
+    seed: np.uint64, index: np.uint64, kind: int, low: float, high: float
+) -> tuple[int, float, float, float, float]:
+    """Kind, strength and exponent of the noise, mean and contrast of an image."""
+    a, b, c, d = words32(seed, _LAW, index, np.uint64(0))
+    e, _, _, _ = words32(seed, _LAW, index, np.uint64(1))
+    if kind == MIXED:
+        kind = below(a, 4)
+    noise = 0.1 * unit32(b)
+    alpha = 0.0
+    if kind == HIGH_FREQUENCY:
+        noise = 0.5 + unit32(b)
+        alpha = 0.5 + 1.5 * unit32(c)
+    elif kind != RANDOM:
+        noise = 0.3 * unit32(b)
+    return kind, noise, alpha, 64.0 + 128.0 * unit32(d), low + unit32(e) * (high - low)
+
+
+@compiled
+def channels_at(size: int, width: int) -> int:
+    """Channels of the feature maps of a size."""
+    while size > FULL_WIDTH_UP_TO and width > MIN_CHANNELS:
+        width //= 2
+        size //= 2
+    return max(MIN_CHANNELS, width)
+
+
+@compiled
+def draw_filters(
+    seed: np.uint64,
+    index: np.uint64,
+    block: np.uint64,
+    kind: int,
+    inputs: int,
+    outputs: int,
+    filters: NDArray[np.float32],
+    biases: NDArray[np.float32],
+) -> np.uint64:
+    """Fill filters [outputs, inputs, 3, 3], styled and normalised, and biases [outputs]; returns the next block."""
+    styles = np.empty(inputs)
+    block = fill_normal(seed, _WEIGHTS, index, block, styles)
+    if kind < SPARSE:
+        normals = np.empty(outputs * inputs * 9)
+        block = fill_normal(seed, _WEIGHTS, index, block, normals)
+        for o in range(outputs):
+            biases[o] = np.float32(0.0)
+            for i in range(inputs):
+                for k in range(9):
+                    filters[o, i, k // 3, k % 3] = (1.0 + styles[i]) * normals[(o * inputs + i) * 9 + k]
+    else:
+        normals = np.empty(outputs * inputs)
+        picks = np.empty(outputs * inputs)
+        shifts = np.empty(outputs)
+        block = fill_normal(seed, _WEIGHTS, index, block, normals)
+        block = fill_uniform(seed, _WEIGHTS, index, block, picks)
+        block = fill_uniform(seed, _WEIGHTS, index, block, shifts)
+        for o in range(outputs):
+            biases[o] = 0.4 * shifts[o] - 0.2
+            for i in range(inputs):
+                pick = picks[i] if kind == ORIENTED else picks[o * inputs + i]
+                wavelet = WAVELETS[min(8, int(9.0 * pick))]
+                factor = (1.0 + styles[i]) * normals[o * inputs + i]
+                for k in range(9):
+                    filters[o, i, k // 3, k % 3] = factor * wavelet[k // 3, k % 3]
+    for o in range(outputs):
+        square = 0.0
+        for i in range(inputs):
+            for k in range(9):
+                w = float(filters[o, i, k // 3, k % 3])
+                square += w * w
+        scale = np.float32(1.4 / math.sqrt(square + 1e-8))  # keeps the mean square through a leaky ReLU
+        for i in range(inputs):
+            for k in range(9):
+                filters[o, i, k // 3, k % 3] *= scale
+    return block
+
+
+@compiled
+def convolve(
+    maps: NDArray[np.float32],
+    inputs: int,
+    size: int,
+    filters: NDArray[np.float32],
+    biases: NDArray[np.float32],
+    strengths: NDArray[np.float32],
+    noise: NDArray[np.float32],
+    outputs: int,
+    out: NDArray[np.float32],
+) -> None:
+    """A 3 × 3 convolution, noise, bias and leaky ReLU.
+
+    `maps` [inputs, size + 2, ≥ size + 2] has a frame, which is filled here by repeating the border; so has `out`.
+    """
+    for i in range(inputs):
+        for y in range(1, size + 1):
+            maps[i, y, 0] = maps[i, y, 1]
+            maps[i, y, size + 1] = maps[i, y, size]
+        for x in range(size + 2):
+            maps[i, 0, x] = maps[i, 1, x]
+            maps[i, size + 1, x] = maps[i, size, x]
+    for o in range(outputs):
+        for y in range(size):
+            line = out[o, y + 1, 1 : size + 1]
+            grain = noise[y, :size]
+            for x in range(size):
+                line[x] = biases[o] + strengths[o] * grain[x]
+            for i in range(inputs):
+                for ky in range(3):
+                    a = filters[o, i, ky, 0]
+                    b = filters[o, i, ky, 1]
+                    c = filters[o, i, ky, 2]
+                    left = maps[i, y + ky, 0:size]
+                    middle = maps[i, y + ky, 1 : size + 1]
+                    right = maps[i, y + ky, 2 : size + 2]
+                    for x in range(size):
+                        line[x] += a * left[x] + b * middle[x] + c * right[x]
+            for x in range(size):
+                line[x] = line[x] if line[x] > np.float32(0.0) else _SLOPE * line[x]
+
+
+@compiled
+def enlarge(maps: NDArray[np.float32], count: int, size: int, frame: int, out: NDArray[np.float32]) -> None:
+    """Double the size of the maps by linear interpolation; `frame` is the width of the frame in both arrays."""
+    near = np.float32(0.75)
+    far = np.float32(0.25)
+    for k in range(count):
+        for y in range(2 * size):
+            i = y // 2
+            other = min(size - 1, max(0, i - 1 if y % 2 == 0 else i + 1))
+            for x in range(2 * size):
+                j = x // 2
+                beside = min(size - 1, max(0, j - 1 if x % 2 == 0 else j + 1))
+                a = near * maps[k, i + frame, j + frame] + far * maps[k, i + frame, beside + frame]
+                b = near * maps[k, other + frame, j + frame] + far * maps[k, other + frame, beside + frame]
+                out[k, y + frame, x + frame] = near * a + far * b
+
+
+@compiled
+def pink_noise(
+    seed: np.uint64,
+    index: np.uint64,
+    alpha: float,
+    cos: NDArray[np.float64],
+    sin: NDArray[np.float64],
+    re: NDArray[np.float64],
+    im: NDArray[np.float64],
+) -> None:
+    """A field with amplitudes 1/f^α in `re`, [n, n], of variance 1."""
+    n = re.shape[0]
+    total = 0.0
+    for i in range(n):
+        for j in range(n):
+            fy = float(min(i, n - i))
+            fx = float(min(j, n - j))
+            square = fy * fy + fx * fx
+            a, _, _, _ = words32(seed, _PINK, index, np.uint64(i * n + j))
+            amplitude = power(square, -0.5 * alpha) if square > 0.0 else 0.0
+            c, s = cos_sin(unit32(a))
+            re[i, j] = amplitude * c
+            im[i, j] = amplitude * s
+            total += amplitude * amplitude
+    # The real part of a complex field is real; it has half of the power.
+    inverse_2d(re, im, cos, sin)
+    scale = 1.0 / math.sqrt(0.5 * total)
+    for i in range(n):
+        for j in range(n):
+            re[i, j] *= scale
+
+
+@compiled
+def fill_noise(
+    seed: np.uint64,
+    index: np.uint64,
+    number: int,
+    pink: bool,
+    size: int,
+    field: NDArray[np.float64],
+    out: NDArray[np.float32],
+) -> None:
+    """Noise map `number` of an image, [size, size]: white, or a shifted piece of the pink field."""
+    if pink:
+        n = field.shape[0]
+        a, b, _, _ = words32(seed, _NOISE, index, np.uint64(number) << np.uint64(24))
+        top = below(a, n)
+        left = below(b, n)
+        for i in range(size):
+            for j in range(size):
+                out[i, j] = field[(top + i) % n, (left + j) % n]
+        return
+    for i in range(size):
+        for j in range(0, size, 4):
+            block = (np.uint64(number) << np.uint64(24)) + np.uint64((i * size + j) >> 2)
+            a, b, c, d = words32(seed, _NOISE, index, block)
+            # Uniform with variance 1: cheaper than normal, and sums of many look the same.
+            out[i, j] = 3.4641016 * (unit32(a) - 0.5)
+            out[i, j + 1] = 3.4641016 * (unit32(b) - 0.5)
+            out[i, j + 2] = 3.4641016 * (unit32(c) - 0.5)
+            out[i, j + 3] = 3.4641016 * (unit32(d) - 0.5)
+
+
+@compiled
+def draw(
+    indices: NDArray[np.uint64],
+    seed: np.uint64,
+    kind: int,
+    width: int,
+    low: float,
+    high: float,
+    side: int,
+    out: NDArray[np.uint8],
+) -> None:
+    """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
+    channels = out.shape[1]
+    size = out.shape[2]
+    maps = np.zeros((width, side + 2, side + 2), dtype=np.float32)
+    next_maps = np.zeros((width, side + 2, side + 2), dtype=np.float32)
+    picture = np.zeros((channels, side, side), dtype=np.float32)
+    next_picture = np.zeros((channels, side, side), dtype=np.float32)
+    noise = np.zeros((side, side), dtype=np.float32)
+    filters = np.empty((width, width, 3, 3), dtype=np.float32)
+    biases = np.empty(width, dtype=np.float32)
+    strengths = np.empty(width, dtype=np.float32)
+    cos = np.empty(side // 2)
+    sin = np.empty(side // 2)
+    roots(cos, sin)
+    re = np.empty((side, side))
+    im = np.empty((side, side))
+    start = np.empty(width * 16)
+    scales = np.empty(width)
+    last = np.empty(channels * width)
+    canvas = np.empty((channels, size, size))
+    for n in range(indices.shape[0]):
+        index = indices[n]
+        chosen, strength, alpha, mean, contrast = law(seed, index, kind, low, high)
+        if chosen == HIGH_FREQUENCY:
+            pink_noise(seed, index, alpha, cos, sin, re, im)
+        block = np.uint64(0)
+        inputs = channels_at(4, width)
+        block = fill_normal(seed, _WEIGHTS, index, block, start)
+        for i in range(inputs):
+            for k in range(16):
+                maps[i, 1 + k // 4, 1 + k % 4] = start[i * 16 + k]
+        picture[:] = np.float32(0.0)
+        here = 4
+        layer = 0
+        while True:
+            outputs = channels_at(here, width)
+            for part in range(2):
+                if part == 0 or chosen != ORIENTED:
+                    fill_noise(seed, index, layer, chosen == HIGH_FREQUENCY, here, re, noise)
+                layer += 1
+                block = draw_filters(seed, index, block, chosen, inputs, outputs, filters, biases)
+                block = fill_normal(seed, _WEIGHTS, index, block, scales)
+                for o in range(outputs):
+                    strengths[o] = strength * scales[o]
+                convolve(maps, inputs, here, filters, biases, strengths, noise, outputs, next_maps)
+                maps, next_maps = next_maps, maps
+                inputs = outputs
+            block = fill_normal(seed, _WEIGHTS, index, block, last)
+            for c in range(channels):
+                for i in range(inputs):
+                    w = np.float32(last[c * width + i] / math.sqrt(inputs))
+                    for y in range(here):
+                        for x in range(here):
+                            picture[c, y, x] += w * maps[i, y + 1, x + 1]
+            if here >= side:
+                break
+            enlarge(maps, inputs, here, 1, next_maps)
+            maps, next_maps = next_maps, maps
+            enlarge(picture, channels, here, 0, next_picture)
+            picture, next_picture = next_picture, picture
+            for c in range(channels):
+                for y in range(2 * here):
+                    for x in range(2 * here):
+                        picture[c, y, x] *= _FADE
+            here *= 2
+        _level(picture, mean, contrast, canvas)
+        to_levels(canvas, out[n])
+
+
+@compiled
+def _level(picture: NDArray[np.float32], mean: float, contrast: float, canvas: NDArray[np.float64]) -> None:
+    """The top left corner of the picture, brought to a mean and a standard deviation over all its channels."""
+    total = 0.0
+    square = 0.0
+    count = canvas.shape[0] * canvas.shape[1] * canvas.shape[2]
+    for c in range(canvas.shape[0]):
+        for i in range(canvas.shape[1]):
+            for j in range(canvas.shape[2]):
+                canvas[c, i, j] = picture[c, i, j]
+                total += canvas[c, i, j]
+    centre = total / count
+    for c in range(canvas.shape[0]):
+        for i in range(canvas.shape[1]):
+            for j in range(canvas.shape[2]):
+                square += (canvas[c, i, j] - centre) * (canvas[c, i, j] - centre)
+    scale = contrast / math.sqrt(square / count + 1e-12)
+    for c in range(canvas.shape[0]):
+        for i in range(canvas.shape[1]):
+            for j in range(canvas.shape[2]):
+                canvas[c, i, j] = mean + scale * (canvas[c, i, j] - centre)

@@ -1,0 +1,180 @@
+"""Perlin noise: smooth random slopes, summed over octaves.
+
+Sources: Perlin, "An image synthesizer", SIGGRAPH 1985, with the fifth-degree blend of "Improving noise", 2002; ridges
+as in Musgrave's multifractals (Ebert et al., "Texturing and Modeling", 2003).  Written here, as no kept library draws
+the gradients from a counter, which "image i is the same everywhere" needs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.programs.base import Program
+from dpsyngen.programs.checks import as_choice, as_integer, as_range
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
+from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields
+from dpsyngen.programs.drawing.portable import cos_sin, exp2, log2
+from dpsyngen.programs.registry import register
+
+KINDS = ("perlin", "ridged", "mixed")
+
+_LAW = np.uint64(0x6E6C6177)  # "nlaw"
+_SLOPES = np.uint64(0x736C6F70)  # "slop"
+_OFFSETS = np.uint64(0x6E6F6666)  # "noff"
+
+
+@register("smooth-noise")
+@dataclass(frozen=True, kw_only=True)
+class SmoothNoise(Program):
+    """Sums of Perlin noise over octaves, each twice as fine as the one before and `persistence` times as strong.
+
+    Octaves finer than two pixels to a cell are left out.  `params` gives ``kind``, ``cells`` across the image in the
+    first octave, ``persistence`` and ``octaves``.
+
+    Attributes:
+        kind: "perlin", "ridged" (1 − |noise|: sharp crests) or "mixed" (each image one of them, evenly).
+        cells: range of the cells across an image, log-uniform; 0.5 to 256.
+        octaves: largest number of octaves, 1 to 10; an image has 1 to that many, evenly.
+        persistence: range, uniform; 0 to 1.
+        colour: as in "spectrum": "grey", "rotation" or "palette".
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    prior_tier: ClassVar[int] = 0
+
+    kind: str = "mixed"
+    cells: Any = (1.0, 8.0)
+    octaves: int = 5
+    persistence: Any = (0.3, 0.8)
+    colour: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fix = object.__setattr__
+        as_choice("kind", self.kind, KINDS, "a kind of noise")
+        fix(self, "cells", as_range("cells", self.cells, 0.5, 256.0))
+        fix(self, "octaves", as_integer("octaves", self.octaves, 1, 10))
+        fix(self, "persistence", as_range("persistence", self.persistence, 0.0, 1.0))
+        fix(self, "colour", field_colour(self.colour, self.channels))
+
+    def _law(self) -> tuple[int, float, float, int, float, float]:
+        return KINDS.index(self.kind), *self.cells, self.octaves, *self.persistence
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        draw(indices, np.uint64(self.seed), *self._law(), COLOURS.index(self.colour or ""), out)
+
+    def _params(self, index: int) -> dict[str, Any]:
+        kind, cells, octaves, persistence = law(np.uint64(self.seed), np.uint64(index), *self._law())
+        return {"kind": KINDS[kind], "cells": cells, "octaves": octaves, "persistence": persistence}
+
+
+@compiled
+def law(
+    seed: np.uint64,
+    index: np.uint64,
+    kind: int,
+    cells_low: float,
+    cells_high: float,
+    octaves: int,
+    persistence_low: float,
+    persistence_high: float,
+) -> tuple[int, float, int, float]:
+    """Kind, cells, octaves and persistence of an image."""
+    a, b, c, d = words32(seed, _LAW, index, np.uint64(0))
+    if kind == 2:
+        kind = below(a, 2)
+    cells = cells_low * exp2(unit32(b) * log2(cells_high / cells_low))
+    count = 1 + below(c, octaves)
+    return kind, cells, count, persistence_low + unit32(d) * (persistence_high - persistence_low)
+
+
+@compiled
+def add_octave(
+    seed: np.uint64,
+    index: np.uint64,
+    octave: int,
+    cells: float,
+    strength: float,
+    ridged: bool,
+    field: NDArray[np.float64],
+) -> None:
+    """Add `strength` times one octave of noise to `field`, [S, S]; `octave` numbers those of the image."""
+    size = field.shape[0]
+    a, b, _, _ = words32(seed, _OFFSETS, index, np.uint64(octave))
+    left = unit32(a)
+    top = unit32(b)
+    nodes = math.floor(cells) + 3
+    xs = np.empty((nodes, nodes))
+    ys = np.empty((nodes, nodes))
+    for p in range(nodes):
+        for q in range(0, nodes, 4):
+            block = np.uint64((octave << 20) | (p << 8) | (q >> 2))
+            w0, w1, w2, w3 = words32(seed, _SLOPES, index, block)
+            xs[p, q], ys[p, q] = cos_sin(unit32(w0))
+            if q + 1 < nodes:
+                xs[p, q + 1], ys[p, q + 1] = cos_sin(unit32(w1))
+            if q + 2 < nodes:
+                xs[p, q + 2], ys[p, q + 2] = cos_sin(unit32(w2))
+            if q + 3 < nodes:
+                xs[p, q + 3], ys[p, q + 3] = cos_sin(unit32(w3))
+    step = cells / size
+    for i in range(size):
+        y = top + (i + 0.5) * step
+        p = math.floor(y)
+        y -= p
+        fade_y = y * y * y * (y * (y * 6.0 - 15.0) + 10.0)
+        for j in range(size):
+            x = left + (j + 0.5) * step
+            q = math.floor(x)
+            x -= q
+            fade_x = x * x * x * (x * (x * 6.0 - 15.0) + 10.0)
+            a00 = xs[p, q] * x + ys[p, q] * y
+            a01 = xs[p, q + 1] * (x - 1.0) + ys[p, q + 1] * y
+            a10 = xs[p + 1, q] * x + ys[p + 1, q] * (y - 1.0)
+            a11 = xs[p + 1, q + 1] * (x - 1.0) + ys[p + 1, q + 1] * (y - 1.0)
+            upper = a00 + fade_x * (a01 - a00)
+            lower = a10 + fade_x * (a11 - a10)
+            noise = upper + fade_y * (lower - upper)
+            field[i, j] += strength * (0.5 - abs(noise) if ridged else noise)
+
+
+@compiled
+def draw(
+    indices: NDArray[np.uint64],
+    seed: np.uint64,
+    kind: int,
+    cells_low: float,
+    cells_high: float,
+    octaves: int,
+    persistence_low: float,
+    persistence_high: float,
+    colour: int,
+    out: NDArray[np.uint8],
+) -> None:
+    """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
+    size = out.shape[2]
+    fields = np.empty((3, size, size))
+    for n in range(indices.shape[0]):
+        index = indices[n]
+        chosen, first, count, persistence = law(
+            seed, index, kind, cells_low, cells_high, octaves, persistence_low, persistence_high
+        )
+        for k in range(3 if colour == ROTATION else 1):
+            fields[k] = 0.0
+            strength = 1.0
+            cells = first
+            for octave in range(count):
+                if octave > 0 and 2.0 * cells > size:
+                    break
+                add_octave(seed, index, 16 * k + octave, min(cells, 256.0), strength, chosen == 1, fields[k])
+                strength *= persistence
+                cells *= 2.0
+        paint_fields(seed, index, fields, colour, out[n])

@@ -1,0 +1,197 @@
+"""Random fields with a 1/f spectrum: the power of natural images at each frequency, and nothing else of them.
+
+Source: the spectrum model of Baradad et al., "Learning to See by Looking at Noise", arXiv 2106.05963, written from its
+description: amplitude 1/(|u|^a + |v|^b) with random exponents, random phases, and colours of a random palette.
+Ours has its axes turned by a random angle, and no colour was measured on photographs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.programs.base import Program
+from dpsyngen.programs.checks import as_flag, as_number, as_range
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.counter_rng import unit32, words32
+from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields
+from dpsyngen.programs.drawing.fourier import inverse_2d, power_of_two, roots
+from dpsyngen.programs.drawing.portable import cos_sin, normal_pair, power
+from dpsyngen.programs.registry import register
+
+_LAW = np.uint64(0x73706563)  # "spec"
+_PHASES = np.uint64(0x70686173)  # "phas"
+_ZERO = np.uint64(0)
+
+
+@register("spectrum")
+@dataclass(frozen=True, kw_only=True)
+class Spectrum(Program):
+    """Gaussian-like fields whose amplitude falls as 1/(|u|^(s + d) + |v|^(s − d)), with u, v turned frequency axes.
+
+    The field is drawn on the next power of two and cut, so it does not wrap around at sizes in between.  `params` gives
+    ``slope`` s, ``difference`` d and ``angle`` in radians.
+
+    Attributes:
+        slope: range of s, uniform; 0 to 6.  One number fixes it.
+        difference: standard deviation of d, normal; 0 to 1.
+        turn: turn the axes by a uniform angle; else they are those of the image.
+        colour: "grey": one field; "rotation": three fields mixed so that colours vary like a random palette of 3 to 22
+            colours; "palette": one field, cut into levels so that each colour of such a palette covers its share.  The
+            last two need channels=3.  None, the default, means "grey" for 1 channel and "rotation" for 3.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    prior_tier: ClassVar[int] = 0
+
+    slope: Any = (0.5, 3.5)
+    difference: float = 0.05
+    turn: bool = True
+    colour: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fix = object.__setattr__
+        fix(self, "slope", as_range("slope", self.slope, 0.0, 6.0))
+        fix(self, "difference", as_number("difference", self.difference, 0.0, 1.0))
+        fix(self, "turn", as_flag("turn", self.turn))
+        fix(self, "colour", field_colour(self.colour, self.channels))
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        size = power_of_two(self.resolution)
+        cos, sin = np.empty(size // 2), np.empty(size // 2)
+        roots(cos, sin)
+        how = COLOURS.index(self.colour or "")
+        _draw(indices, np.uint64(self.seed), *self.slope, self.difference, self.turn, how, cos, sin, out)
+
+    def _params(self, index: int) -> dict[str, Any]:
+        slope, difference, turns = _law(np.uint64(self.seed), np.uint64(index), *self.slope, self.difference, self.turn)
+        return {"slope": slope, "difference": difference, "angle": 2 * math.pi * turns}
+
+
+@compiled
+def _law(
+    seed: np.uint64, index: np.uint64, low: float, high: float, spread: float, turn: bool
+) -> tuple[float, float, float]:
+    a, b, c, d = words32(seed, _LAW, index, _ZERO)
+    normal, _ = normal_pair(unit32(b), unit32(c))
+    turns = unit32(d) if turn else 0.0
+    return low + unit32(a) * (high - low), spread * normal, turns
+
+
+@compiled
+def _amplitudes(slope: float, difference: float, turns: float, out: NDArray[np.float64]) -> None:
+    """Amplitude at frequency (i, j) of an n × n field, equal at opposite frequencies, 0 at the origin; [n, n]."""
+    n = out.shape[0]
+    cos, sin = cos_sin(turns)
+    for i in range(n // 2 + 1):
+        for j in range(n):
+            fy = i / n
+            fx = (j if 2 * j <= n else j - n) / n
+            u = abs(fx * cos + fy * sin)
+            v = abs(fy * cos - fx * sin)
+            below = power(u, slope + difference) + power(v, slope - difference)
+            out[i, j] = 1.0 / below if below > 0.0 else 0.0
+            if i > 0:
+                out[n - i, n - j if j > 0 else 0] = out[i, j]
+    for j in range(1, n // 2):  # rows 0 and n/2 hold their own opposites
+        out[0, n - j] = out[0, j]
+        if n > 1:
+            out[n // 2, n - j] = out[n // 2, j]
+    out[0, 0] = 0.0
+
+
+@compiled
+def _phase(
+    re: NDArray[np.float64],
+    im: NDArray[np.float64],
+    amplitude: float,
+    turns: float,
+    second: bool,
+    i: int,
+    j: int,
+) -> None:
+    """Add one real wave: at (i, j) and its opposite; a second field goes into the imaginary part of the result."""
+    n = re.shape[0]
+    cos, sin = cos_sin(turns)
+    x = amplitude * cos
+    y = amplitude * sin
+    p = n - i if i > 0 else 0
+    q = n - j if j > 0 else 0
+    if p == i and q == j:  # its own opposite: real
+        x = amplitude if cos >= 0.0 else -amplitude
+        if second:
+            im[i, j] += x
+        else:
+            re[i, j] += x
+    elif second:  # i·(x + iy) = −y + ix, and i·(x − iy) = y + ix
+        re[i, j] -= y
+        im[i, j] += x
+        re[p, q] += y
+        im[p, q] += x
+    else:
+        re[i, j] += x
+        im[i, j] += y
+        re[p, q] += x
+        im[p, q] -= y
+
+
+@compiled
+def _two_fields(
+    seed: np.uint64,
+    index: np.uint64,
+    pair: int,
+    both: bool,
+    amplitudes: NDArray[np.float64],
+    cos: NDArray[np.float64],
+    sin: NDArray[np.float64],
+    re: NDArray[np.float64],
+    im: NDArray[np.float64],
+) -> None:
+    """Two fields at the price of one transform: in the real part, and if `both` in the imaginary part."""
+    n = re.shape[0]
+    re[:] = 0.0
+    im[:] = 0.0
+    for i in range(n // 2 + 1):
+        for j in range(n):
+            # Each pair of opposite frequencies once.
+            if (2 * i == n or i == 0) and 2 * j > n:
+                continue
+            block = np.uint64((pair * n + i) * n + j)
+            a, b, _, _ = words32(seed, _PHASES, index, block)
+            _phase(re, im, amplitudes[i, j], unit32(a), False, i, j)
+            if both:
+                _phase(re, im, amplitudes[i, j], unit32(b), True, i, j)
+    inverse_2d(re, im, cos, sin)
+
+
+@compiled
+def _draw(
+    indices: NDArray[np.uint64],
+    seed: np.uint64,
+    low: float,
+    high: float,
+    spread: float,
+    turn: bool,
+    colour: int,
+    cos: NDArray[np.float64],
+    sin: NDArray[np.float64],
+    out: NDArray[np.uint8],
+) -> None:
+    n = max(1, 2 * cos.shape[0])
+    amplitudes = np.empty((n, n))
+    fields = np.empty((4, n, n))
+    for k in range(indices.shape[0]):
+        index = indices[k]
+        slope, difference, turns = _law(seed, index, low, high, spread, turn)
+        _amplitudes(slope, difference, turns, amplitudes)
+        _two_fields(seed, index, 0, colour == ROTATION, amplitudes, cos, sin, fields[0], fields[1])
+        if colour == ROTATION:
+            _two_fields(seed, index, 1, False, amplitudes, cos, sin, fields[2], fields[3])
+        paint_fields(seed, index, fields, colour, out[k])

@@ -1,0 +1,141 @@
+"""Strokes: a few curved lines on plain ground, like those of a pen that knows no alphabet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.programs.base import Program
+from dpsyngen.programs.checks import as_choice, as_counts, as_number, as_range
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.counter_rng import below, fill_uniform, words32
+from dpsyngen.programs.drawing.grounds import GROUNDS, ground_colour, ink_colour
+from dpsyngen.programs.drawing.portable import exp2, log2
+from dpsyngen.programs.drawing.raster import add_segment, blend, plain, to_levels
+from dpsyngen.programs.registry import register
+
+MAX_STROKES = 16
+_VALUES = 10  # four points, half-widths at both ends
+_PIECES = 20  # straight pieces to a curve
+
+_LAW = np.uint64(0x7374726F)  # "stro"
+
+
+@register("strokes")
+@dataclass(frozen=True, kw_only=True)
+class Strokes(Program):
+    """Cubic Bézier curves with round ends and a width that changes along them, anti-aliased, in one ink.
+
+    `params` gives the ``points`` of the curves, [strokes, 4, 2] (x, y) in pixels, and the ``widths`` at their ends,
+    [strokes, 2] in pixels.
+
+    Attributes:
+        strokes: range of their number, 1 to 16, evenly.
+        width: range of the width as a fraction of the resolution, log-uniform; 0.005 to 0.5.
+        margin: the control points are uniform in the image less this margin, a fraction of the resolution; 0 to 0.45.
+        ground: "black", "white" or "random"; the ink stands out from it by 64 levels or more.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    prior_tier: ClassVar[int] = 1
+
+    strokes: Any = (1, 4)
+    width: Any = (0.04, 0.14)
+    margin: float = 0.1
+    ground: str = "black"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fix = object.__setattr__
+        fix(self, "strokes", as_counts("strokes", self.strokes, 1, MAX_STROKES))
+        fix(self, "width", as_range("width", self.width, 0.005, 0.5))
+        fix(self, "margin", as_number("margin", self.margin, 0.0, 0.45))
+        as_choice("ground", self.ground, GROUNDS, "a ground")
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        law = *self.strokes, *self.width, self.margin
+        draw(indices, np.uint64(self.seed), *law, GROUNDS.index(self.ground), out)
+
+    def _params(self, index: int) -> dict[str, Any]:
+        values = np.empty((MAX_STROKES, _VALUES))
+        law = *self.strokes, *self.width, self.margin
+        count = draw_curves(np.uint64(self.seed), np.uint64(index), *law, self.resolution, values)
+        return {"points": values[:count, :8].reshape(count, 4, 2), "widths": 2 * values[:count, 8:]}
+
+
+@compiled
+def draw_curves(
+    seed: np.uint64,
+    index: np.uint64,
+    low: int,
+    high: int,
+    thin: float,
+    thick: float,
+    margin: float,
+    size: int,
+    values: NDArray[np.float64],
+) -> int:
+    """Fill rows of `values` with (x, y) four times and two half-widths, in pixels; returns the number of strokes."""
+    w, _, _, _ = words32(seed, _LAW, index, np.uint64(0))
+    count = low + below(w, high - low + 1)
+    ratio = log2(thick / thin)
+    for k in range(count):
+        row = values[k]
+        fill_uniform(seed, _LAW, index, np.uint64(1 + 3 * k), row)
+        for p in range(8):
+            row[p] = size * (margin + (1.0 - 2.0 * margin) * row[p])
+        for p in range(8, 10):
+            row[p] = 0.5 * size * thin * exp2(row[p] * ratio)
+    return count
+
+
+@compiled
+def add_curve(cover: NDArray[np.float64], row: NDArray[np.float64]) -> None:
+    """Add one stroke to a cover."""
+    x, y, half = row[0], row[1], row[8]
+    for piece in range(1, _PIECES + 1):
+        t = piece / _PIECES
+        s = 1.0 - t
+        a, b, c, d = s * s * s, 3.0 * s * s * t, 3.0 * s * t * t, t * t * t
+        x_next = a * row[0] + b * row[2] + c * row[4] + d * row[6]
+        y_next = a * row[1] + b * row[3] + c * row[5] + d * row[7]
+        half_next = row[8] + t * (row[9] - row[8])
+        add_segment(cover, x, y, x_next, y_next, half, half_next)
+        x, y, half = x_next, y_next, half_next
+
+
+@compiled
+def draw(
+    indices: NDArray[np.uint64],
+    seed: np.uint64,
+    low: int,
+    high: int,
+    thin: float,
+    thick: float,
+    margin: float,
+    ground: int,
+    out: NDArray[np.uint8],
+) -> None:
+    """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
+    size = out.shape[2]
+    grey = out.shape[1] == 1
+    canvas = np.empty((out.shape[1], size, size))
+    cover = np.empty((size, size))
+    values = np.empty((MAX_STROKES, _VALUES))
+    behind = np.empty(3)
+    ink = np.empty(3)
+    for n in range(indices.shape[0]):
+        count = draw_curves(seed, indices[n], low, high, thin, thick, margin, size, values)
+        ground_colour(seed, indices[n], ground, grey, behind)
+        ink_colour(seed, indices[n], 0, grey, behind, ink)
+        plain(canvas, behind)
+        cover[:] = 0.0
+        for k in range(count):
+            add_curve(cover, values[k])
+        blend(canvas, cover, ink)
+        to_levels(canvas, out[n])
