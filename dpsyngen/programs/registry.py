@@ -37,7 +37,8 @@ def register(name: str) -> Callable[[_P], _P]:
         # The same class again is a reload, not a clash.
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"Two programs are named {name!r}: {taken.__module__} and {cls.__module__}.")
-        if getattr(cls, "prior_tier", None) not in (0, 1, 2):
+        tier = getattr(cls, "prior_tier", None)
+        if tier not in (0, 1, 2) and not isinstance(tier, property):  # programs that hold others take theirs from them
             raise ValueError(f"{cls.__qualname__} needs a class attribute prior_tier of 0, 1 or 2.")
         cls.name = name
         _registered[name] = cls

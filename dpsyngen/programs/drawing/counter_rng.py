@@ -81,7 +81,7 @@ def unit32(word: np.uint64) -> float:
 @compiled
 def below(word: np.uint64, count: int) -> int:
     """A 32-bit word as an integer from 0 to count − 1, evenly to 1 part in 2³²/count; `count` is below 2³²."""
-    return np.int64((word * np.uint64(count)) >> _32)
+    return np.int64((word * np.uint64(count)) >> _32)  # type: ignore[return-value]  # int() would stay unsigned in numba
 
 
 @compiled

@@ -25,7 +25,7 @@ same at the border as in the middle.  ``mode="reference"`` is what published cod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,7 +39,7 @@ from dpsyngen.programs.drawing.counter_rng import below, words32
 from dpsyngen.programs.drawing.exact_leaves import RECORDED, cover, draw_exact, unpack_smaller
 from dpsyngen.programs.drawing.reference_leaves import draw_reference
 from dpsyngen.programs.drawing.shapes import KINDS
-from dpsyngen.programs.nested import inner_program
+from dpsyngen.programs.nested import inner_program, tier_of
 from dpsyngen.programs.registry import register
 
 SHAPES = (*KINDS, "mixed")
@@ -78,8 +78,6 @@ class DeadLeaves(Program):
     Raises:
         ConfigError: a parameter is not allowed.
     """
-
-    prior_tier: ClassVar[int] = 0
 
     shape: str = "mixed"
     colour: str | None = None
@@ -132,6 +130,11 @@ class DeadLeaves(Program):
             )
         if self.texture is not None:
             fix(self, "texture", inner_program(self, "texture", self.texture))
+
+    @property
+    def prior_tier(self) -> int:  # type: ignore[override]
+        """0, or that of the texture."""
+        return tier_of(0, self.texture)
 
     def _shares(self) -> tuple[NDArray[np.float64], int]:
         """Cumulative weights of the shapes, and the one shape there is or −1."""

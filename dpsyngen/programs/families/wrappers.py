@@ -1,0 +1,356 @@
+"""Programs that change the images of another program: affine maps, blur, inversion, fewer levels, crops.
+
+Image i of a wrapper is made from image i of its source, whose prior tier it has.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.errors import ConfigError
+from dpsyngen.programs.base import MAX_RESOLUTION, Program
+from dpsyngen.programs.checks import as_choice, as_counts, as_integer, as_number, as_range
+from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
+from dpsyngen.programs.drawing.portable import cos_sin, exp2, log2
+from dpsyngen.programs.nested import inner_program
+from dpsyngen.programs.registry import register
+
+BORDERS = ("reflect", "edge", "black")
+
+_AFFINE = np.uint64(0x61666669)  # "affi"
+_BLUR = np.uint64(0x626C7572)  # "blur"
+_INVERT = np.uint64(0x696E7665)  # "inve"
+_QUANTISE = np.uint64(0x7175616E)  # "quan"
+_CROP = np.uint64(0x63726F70)  # "crop"
+_PER_LN2 = 1.4426950408889634
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper(Program):
+    """What all wrappers share.
+
+    Attributes:
+        source: the program whose images are changed: a name, or a mapping with name and parameters.
+    """
+
+    source: Any
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "source", inner_program(self, "source", self.source))
+
+    @property
+    def prior_tier(self) -> int:  # type: ignore[override]
+        """That of the source."""
+        return int(self.source.prior_tier)
+
+    def _changes(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _params(self, index: int) -> dict[str, Any]:
+        return {**self._changes(index), "source": self.source.params(index)}
+
+
+@register("affine")
+@dataclass(frozen=True, kw_only=True)
+class Affine(Wrapper):
+    """Turned, scaled, sheared and shifted about the centre, with linear interpolation.
+
+    `params` gives ``turn`` (degrees), ``scale``, ``shear``, ``shift`` (right, down, in resolutions) and ``source``.
+
+    Attributes:
+        turn: largest turn in degrees, uniform to both sides; 0 to 180.
+        scale: range of the magnification, log-uniform; 0.1 to 10.
+        shear: largest shear, uniform to both sides; 0 to 1.
+        shift: largest shift as a fraction of the resolution, uniform to all sides; 0 to 1.
+        border: what lies outside the source: "reflect" (its mirror image), "edge" (its border goes on) or "black".
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    turn: float = 180.0
+    scale: Any = (0.7, 1.4)
+    shear: float = 0.2
+    shift: float = 0.1
+    border: str = "reflect"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fix = object.__setattr__
+        fix(self, "turn", as_number("turn", self.turn, 0.0, 180.0))
+        fix(self, "scale", as_range("scale", self.scale, 0.1, 10.0))
+        fix(self, "shear", as_number("shear", self.shear, 0.0, 1.0))
+        fix(self, "shift", as_number("shift", self.shift, 0.0, 1.0))
+        as_choice("border", self.border, BORDERS, "a border")
+
+    def _law(self) -> tuple[float, float, float, float, float]:
+        return self.turn / 360.0, *self.scale, self.shear, self.shift
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        images = self.source.batch(indices)
+        draw_affine(indices, np.uint64(self.seed), images, *self._law(), BORDERS.index(self.border), out)
+
+    def _changes(self, index: int) -> dict[str, Any]:
+        turns, scale, shear, right, down = affine_law(np.uint64(self.seed), np.uint64(index), *self._law())
+        return {"turn": 360.0 * turns, "scale": scale, "shear": shear, "shift": (right, down)}
+
+
+@compiled
+def affine_law(
+    seed: np.uint64, index: np.uint64, turn: float, low: float, high: float, shear: float, shift: float
+) -> tuple[float, float, float, float, float]:
+    """Turns, scale, shear and the two shifts of an image."""
+    a, b, c, d = words32(seed, _AFFINE, index, np.uint64(0))
+    e, _, _, _ = words32(seed, _AFFINE, index, np.uint64(1))
+    return (
+        turn * (2.0 * unit32(a) - 1.0),
+        low * exp2(unit32(b) * log2(high / low)),
+        shear * (2.0 * unit32(c) - 1.0),
+        shift * (2.0 * unit32(d) - 1.0),
+        shift * (2.0 * unit32(e) - 1.0),
+    )
+
+
+@compiled
+def _at(image: NDArray[np.uint8], y: int, x: int, border: int) -> float:
+    """A pixel, also outside the image."""
+    size = image.shape[0]
+    if border == 2:
+        return float(image[y, x]) if 0 <= y < size and 0 <= x < size else 0.0
+    if border == 1:
+        return float(image[min(size - 1, max(0, y)), min(size - 1, max(0, x))])
+    y %= 2 * size
+    x %= 2 * size
+    return float(image[min(y, 2 * size - 1 - y), min(x, 2 * size - 1 - x)])
+
+
+@compiled
+def draw_affine(
+    indices: NDArray[np.uint64],
+    seed: np.uint64,
+    images: NDArray[np.uint8],
+    turn: float,
+    low: float,
+    high: float,
+    shear: float,
+    shift: float,
+    border: int,
+    out: NDArray[np.uint8],
+) -> None:
+    """Write the changed ``images[n]`` to ``out[n]``, both [C, S, S]."""
+    size = out.shape[2]
+    middle = 0.5 * size
+    for n in range(indices.shape[0]):
+        turns, scale, slant, right, down = affine_law(seed, indices[n], turn, low, high, shear, shift)
+        cos, sin = cos_sin(turns)
+        for i in range(size):
+            for j in range(size):
+                # From a pixel of the result back to its place in the source.
+                x = (j + 0.5 - middle - right * size) / scale
+                y = (i + 0.5 - middle - down * size) / scale
+                x, y = cos * x + sin * y, cos * y - sin * x
+                x = x - slant * y + middle - 0.5
+                y = y + middle - 0.5
+                q = math.floor(x)
+                p = math.floor(y)
+                x -= q
+                y -= p
+                for c in range(out.shape[1]):
+                    image = images[n, c]
+                    upper = (1.0 - x) * _at(image, p, q, border) + x * _at(image, p, q + 1, border)
+                    lower = (1.0 - x) * _at(image, p + 1, q, border) + x * _at(image, p + 1, q + 1, border)
+                    out[n, c, i, j] = np.uint8(math.floor((1.0 - y) * upper + y * lower + 0.5))
+
+
+@register("blur")
+@dataclass(frozen=True, kw_only=True)
+class Blur(Wrapper):
+    """Blurred by a Gaussian, with mirrored borders.  `params` gives ``deviation`` in pixels and ``source``.
+
+    Attributes:
+        deviation: range of the Gaussian's standard deviation in pixels, uniform; 0 to 64.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    deviation: Any = (0.0, 2.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "deviation", as_range("deviation", self.deviation, 0.0, 64.0))
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        draw_blur(indices, np.uint64(self.seed), self.source.batch(indices), *self.deviation, out)
+
+    def _changes(self, index: int) -> dict[str, Any]:
+        return {"deviation": uniform_law(np.uint64(self.seed), _BLUR, np.uint64(index), *self.deviation)}
+
+
+@compiled
+def uniform_law(seed: np.uint64, stream: np.uint64, index: np.uint64, low: float, high: float) -> float:
+    """One uniform number of an image."""
+    a, _, _, _ = words32(seed, stream, index, np.uint64(0))
+    return low + unit32(a) * (high - low)
+
+
+@compiled
+def draw_blur(
+    indices: NDArray[np.uint64],
+    seed: np.uint64,
+    images: NDArray[np.uint8],
+    low: float,
+    high: float,
+    out: NDArray[np.uint8],
+) -> None:
+    """Write the blurred ``images[n]`` to ``out[n]``, both [C, S, S]; the Gaussian is cut off at 4 deviations."""
+    size = out.shape[2]
+    rows = np.empty((size, size))
+    for n in range(indices.shape[0]):
+        deviation = uniform_law(seed, _BLUR, indices[n], low, high)
+        reach = math.ceil(4.0 * deviation)
+        weights = np.empty(reach + 1)
+        total = 0.0
+        for k in range(reach + 1):
+            weights[k] = exp2(-0.5 * _PER_LN2 * (k / deviation) * (k / deviation)) if k > 0 else 1.0
+            total += weights[k] if k == 0 else 2.0 * weights[k]
+        for c in range(out.shape[1]):
+            for i in range(size):
+                for j in range(size):
+                    value = weights[0] * images[n, c, i, j]
+                    for k in range(1, reach + 1):
+                        before = _at(images[n, c], i, j - k, 0)
+                        value += weights[k] * (before + _at(images[n, c], i, j + k, 0))
+                    rows[i, j] = value / total
+            for i in range(size):
+                for j in range(size):
+                    value = weights[0] * rows[i, j]
+                    for k in range(1, reach + 1):
+                        up = (i - k) % (2 * size)
+                        down = (i + k) % (2 * size)
+                        value += weights[k] * (
+                            rows[min(up, 2 * size - 1 - up), j] + rows[min(down, 2 * size - 1 - down), j]
+                        )
+                    out[n, c, i, j] = np.uint8(min(255.0, math.floor(value / total + 0.5)))
+
+
+@register("invert")
+@dataclass(frozen=True, kw_only=True)
+class Invert(Wrapper):
+    """Each level v replaced by 255 − v, in a share of the images.  `params` gives ``inverted`` and ``source``.
+
+    Attributes:
+        probability: of inverting an image; 0 to 1.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "probability", as_number("probability", self.probability, 0.0, 1.0))
+
+    def _inverted(self, indices: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        seed = np.uint64(self.seed)
+        return np.array([uniform_law(seed, _INVERT, i, 0.0, 1.0) < self.probability for i in indices], dtype=bool)
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        out[:] = self.source.batch(indices)
+        inverted = self._inverted(indices)
+        out[inverted] = 255 - out[inverted]
+
+    def _changes(self, index: int) -> dict[str, Any]:
+        return {"inverted": bool(self._inverted(np.array([index], dtype=np.uint64))[0])}
+
+
+@register("quantise")
+@dataclass(frozen=True, kw_only=True)
+class Quantise(Wrapper):
+    """Fewer levels: each value moves to the nearest of m levels spread evenly from 0 to 255.
+
+    `params` gives ``levels`` m and ``source``.
+
+    Attributes:
+        levels: range of m, 2 to 256, evenly.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    levels: Any = (2, 8)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "levels", as_counts("levels", self.levels, 2, 256))
+
+    def _count(self, index: int) -> int:
+        low, high = self.levels
+        return int(count_law(np.uint64(self.seed), _QUANTISE, np.uint64(index), low, high))
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        images = self.source.batch(indices)
+        for n, index in enumerate(indices):
+            steps = self._count(int(index)) - 1
+            values = np.arange(256)
+            nearest = (2 * values * steps + 255) // 510  # round(v·steps / 255)
+            out[n] = ((2 * nearest * 255 + steps) // (2 * steps)).astype(np.uint8)[images[n]]
+
+    def _changes(self, index: int) -> dict[str, Any]:
+        return {"levels": self._count(index)}
+
+
+@compiled
+def count_law(seed: np.uint64, stream: np.uint64, index: np.uint64, low: int, high: int) -> int:
+    """One whole number of an image, low to high."""
+    a, _, _, _ = words32(seed, stream, index, np.uint64(0))
+    return low + below(a, high - low + 1)
+
+
+@register("crop")
+@dataclass(frozen=True, kw_only=True)
+class Crop(Wrapper):
+    """A window at a random place in larger images.  `params` gives ``corner`` (down, right) in pixels and ``source``.
+
+    Attributes:
+        source_resolution: of the images that are cropped, from the resolution to 2048.  None: twice the resolution.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    source_resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        Program.__post_init__(self)
+        if self.source_resolution is None:
+            object.__setattr__(self, "source_resolution", min(MAX_RESOLUTION, 2 * self.resolution))
+        size = as_integer("source_resolution", self.source_resolution, 1, MAX_RESOLUTION)
+        if size < self.resolution:
+            raise ConfigError(
+                f"source_resolution={size} is smaller than resolution={self.resolution}: "
+                "nothing can be cropped; give a larger one."
+            )
+        object.__setattr__(self, "source", inner_program(self, "source", self.source, resolution=size))
+
+    def _corner(self, index: int) -> tuple[int, int]:
+        room = self.source.resolution - self.resolution + 1
+        a, b, _, _ = words32(np.uint64(self.seed), _CROP, np.uint64(index), np.uint64(0))
+        return int(below(a, room)), int(below(b, room))
+
+    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+        size = self.resolution
+        for n, index in enumerate(indices):  # one by one, as the sources can be large
+            i, j = self._corner(int(index))
+            out[n] = self.source.batch([index])[0, :, i : i + size, j : j + size]
+
+    def _changes(self, index: int) -> dict[str, Any]:
+        return {"corner": self._corner(index)}
