@@ -2,7 +2,7 @@
 
 A font is known by its full name and by the hash of its file, so that a configuration says exactly which outlines it
 draws, whatever is installed elsewhere.  Searched are the folders of the XDG standard and matplotlib's own (which holds
-DejaVu); the environment variable ``DPSYNGEN_FONTS`` replaces the former by other folders.
+DejaVu), or instead of these the folders that the environment variable ``DPSYNGEN_FONTS`` lists.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def choose_fonts(wanted: Any, characters: str) -> tuple[str, ...]:
     """Keys of the fonts that are wanted and have all characters.
 
     Args:
-        wanted: None for all that are found, or a name ("DejaVu Sans"), a key ("DejaVu Sans@7da195a74c55"), or a list.
+        wanted: None for all that are found, or a name ("DejaVu Sans"), a key ("DejaVu Sans@3fdf69cabf06"), or a list.
         characters: what must be drawable.
 
     Raises:
@@ -135,7 +135,7 @@ def choose_fonts(wanted: Any, characters: str) -> tuple[str, ...]:
     """
     fonts = find_fonts()
     places = ", ".join(map(str, font_folders()))
-    help_ = f"searched: {places}.  Install one (Debian: fonts-dejavu-core), or list folders with free fonts in DPSYNGEN_FONTS"
+    help_ = f"searched: {places}.  Install one (Debian: fonts-dejavu-core), or name folders in DPSYNGEN_FONTS"
     if not fonts:
         raise ConfigError(f"No freely licensed font found; {help_}.")
     if wanted is None:

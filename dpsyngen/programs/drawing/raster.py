@@ -35,11 +35,23 @@ def add_edge(area: NDArray[np.float64], x0: float, y0: float, x1: float, y1: flo
         top = max(y0, float(row))
         bottom = min(y1, row + 1.0)
         d = sign * (bottom - top)
-        # Left of the canvas an edge fills all of the row, right of it nothing: moving it to the border changes neither.
-        a = min(width, max(0.0, x0 + (top - y0) * slope))
-        b = min(width, max(0.0, x0 + (bottom - y0) * slope))
+        a = x0 + (top - y0) * slope
+        b = x0 + (bottom - y0) * slope
         if a > b:
             a, b = b, a
+        # Left of the canvas an edge fills all of the row, right of it nothing.
+        if b <= 0.0:
+            area[row, 0] += d
+            continue
+        if a >= width:
+            continue
+        if a < 0.0 or b > width:
+            per_x = d / (b - a)
+            if a < 0.0:
+                area[row, 0] -= a * per_x
+                a = 0.0
+            b = min(b, width)
+            d = (b - a) * per_x
         first = math.floor(a)
         last = math.floor(b)
         if first == last:

@@ -6,6 +6,7 @@ auto-generated contours", CVPR 2022; superellipses are Lamé's; the others are o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,11 +39,13 @@ class Contours(Program):
 
     =============  ====================================================================================
     polygon        3 to 9 corners at sorted uniform angles, at 30 to 100 % of the radius
-    superellipse   |x/a|ᵐ + |y/b|ᵐ = 1 with m from ½ to 8, log-uniform, and a, b from 25 to 100 % of it
+    superellipse   |x/a|ᵐ + |y/b|ᵐ = 1 with m from ½ to 8, log-uniform, and a : b from ¼ to 4
     mirrored       a smooth outline through 8 random points, and its mirror image: like vases and leaves
     harmonics      r(φ) = 1 + Σ aₖ·cos(kφ + φₖ), k = 2 to 7, with aₖ uniform below roughness/k
     mixed          each figure one of these, evenly
     =============  ====================================================================================
+
+    Superellipses, mirrored figures and harmonics are scaled to touch the circle of their radius; no figure leaves it.
 
     `params` gives ``shapes``, ``outlines`` (whether only the outline is drawn) and ``points`` [figures, 96, 2], (x, y)
     in pixels.
@@ -167,7 +170,6 @@ def _mirrored(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.fl
 
 @compiled
 def _harmonics(u: NDArray[np.float64], roughness: float, xs: NDArray[np.float64], ys: NDArray[np.float64]) -> None:
-    largest = 0.0
     for k in range(POINTS):
         cos, sin = cos_sin(k / POINTS)
         r = 1.0
@@ -175,12 +177,8 @@ def _harmonics(u: NDArray[np.float64], roughness: float, xs: NDArray[np.float64]
             ripple, _ = cos_sin(wave * k / POINTS + u[2 * wave])
             r += roughness / wave * u[2 * wave + 1] * ripple
         r = max(0.05, r)
-        largest = max(largest, r)
         xs[k] = r * cos
         ys[k] = r * sin
-    for k in range(POINTS):
-        xs[k] /= largest
-        ys[k] /= largest
 
 
 @compiled
@@ -215,6 +213,13 @@ def draw_figure(
     else:
         _harmonics(u, roughness, xs, ys)
     radius = size * (small + unit32(b) * (large - small))
+    largest = 1.0 if shape == POLYGON else 0.0
+    for k in range(POINTS):
+        largest = max(largest, xs[k] * xs[k] + ys[k] * ys[k])
+    largest = math.sqrt(largest)
+    for k in range(POINTS):
+        xs[k] /= largest
+        ys[k] /= largest
     cos, sin = cos_sin(0.0 if upright else unit32(c))
     # The centre is where the figure fits into the image, or in the middle if it cannot.
     room = max(0.0, size - 2.0 * radius)

@@ -2,9 +2,9 @@
 
 Source: the StyleGAN models of Baradad et al., "Learning to See by Looking at Noise", arXiv 2106.05963, after Karras et
 al., "Analyzing and improving the image quality of StyleGAN", CVPR 2020.  Written from those descriptions, at a size
-that suits small images.  A constant of 4 × 4 is doubled until it covers the image.  At each size two convolutions of
-3 × 3, whose weights are multiplied by a style for each input channel and normalised for each output channel, are followed by
-noise, a bias and a leaky ReLU; a 1 × 1 convolution adds the channels of each size to the picture.
+for small images.  A constant of 4 × 4 is doubled until it covers the image.  At each size two convolutions of 3 × 3,
+whose weights are multiplied by a style for each input channel and normalised for each output channel, are followed by
+noise, a bias and a leaky ReLU; one of 1 × 1 adds the channels of each size to the picture.
 
 ================  =========================================================================================
 random            weights normal, noise white and weak

@@ -1,0 +1,221 @@
+"""What every family promises: purity, reproducible bits, configurations, parameters, sizes, and clear refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpsyngen.errors import ConfigError
+from dpsyngen.programs import Program, make_program, program_names
+from tests.programs.examples import EXAMPLES
+
+GOLDEN_FILE = Path(__file__).with_name("golden.json")
+GOLDEN: dict[str, str] = json.loads(GOLDEN_FILE.read_text())
+
+
+def make(example: str, resolution: int = 8, channels: int = 3, **more: Any) -> Program:
+    name, params = EXAMPLES[example]
+    return make_program(name, resolution=resolution, channels=channels, **{"seed": 7, **params, **more})
+
+
+def sha(example: str) -> str:
+    """Of eight images at 20 pixels, which is no power of two."""
+    return hashlib.sha256(make(example, 20).batch(range(8)).tobytes()).hexdigest()
+
+
+def test_every_family_has_an_example_and_a_golden_hash() -> None:
+    assert {name for name, _ in EXAMPLES.values()} == set(program_names())
+    assert GOLDEN.keys() == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_golden_images(example: str) -> None:
+    """The same on every machine and in every later version; a new law gets a new name or a new default."""
+    if example == "glyphs" and make("glyphs").config()["fonts"] != GOLDEN_FONTS:
+        pytest.skip("matplotlib ships other versions of the DejaVu fonts than when the hash was taken")
+    assert sha(example) == GOLDEN[example]
+
+
+GOLDEN_FONTS = ["DejaVu Sans@3fdf69cabf06", "DejaVu Serif@107244956e99"]
+
+
+def test_compiled_code_computes_what_plain_python_does() -> None:
+    """No contraction to fused multiply-add, no inexact library call, no integer wrap-around, no stale cache."""
+    code = (
+        "import hashlib, sys; sys.path.insert(0, '.')\n"
+        "from tests.programs.test_families import make\n"
+        "from tests.programs.examples import EXAMPLES\n"
+        "for e in EXAMPLES: print(e, hashlib.sha256(make(e, 7).batch([3, 2**40]).tobytes()).hexdigest())"
+    )
+    root = Path(__file__).parents[2]
+    plain = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert plain.returncode == 0, plain.stderr
+    for line in plain.stdout.splitlines():
+        example, digest = line.split()
+        compiled = hashlib.sha256(make(example, 7).batch([3, 2**40]).tobytes()).hexdigest()
+        assert digest == compiled, example
+    assert len(plain.stdout.splitlines()) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=6), st.integers(1, 3))
+@settings(max_examples=5, deadline=None)
+def test_image_depends_on_nothing_but_its_index(example: str, indices: list[int], threads: int) -> None:
+    program = make(example)
+    alone = np.stack([program(i) for i in indices])
+    assert np.array_equal(program.batch(indices, threads=threads), alone)
+    assert np.array_equal(program.batch(indices[::-1]), alone[::-1])
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_images_differ_by_index_and_seed_and_vary(example: str) -> None:
+    images = make(example, 16).batch(range(40))
+    other = make(example, 16, seed=8).batch(range(40))
+    assert len({image.tobytes() for image in [*images, *other]}) > 70
+    assert images.std() > 20
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_config_rebuilds_the_program(example: str) -> None:
+    program = make(example)
+    again = make_program(**json.loads(json.dumps(program.config())))
+    assert again == program
+    assert hash(again) == hash(program)
+    assert pickle.loads(pickle.dumps(program)) == program
+    assert np.array_equal(again.batch([4, 9]), program.batch([4, 9]))
+    assert program.prior_tier in (0, 1, 2)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize(("resolution", "channels"), [(1, 1), (2, 3), (9, 1), (33, 3)])
+def test_any_size(example: str, resolution: int, channels: int) -> None:
+    name, params = EXAMPLES[example]
+    if "palette" in params.values() and channels == 1 and name != "dead-leaves":
+        pytest.skip("needs colours")
+    images = make_program(name, resolution=resolution, channels=channels, seed=1, **params).batch(range(6))
+    assert images.shape == (6, channels, resolution, resolution)
+    assert images.dtype == np.uint8
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_params_say_what_was_drawn(example: str) -> None:
+    program = make(example, 16)
+    first, second = program.params(3), program.params(np.int64(4))
+    assert first["index"] == 3
+    assert repr(program.params(3)) == repr(first)
+    assert repr({**second, "index": 3}) != repr(first)
+    with pytest.raises(IndexError):
+        program.params(-1)
+
+
+def test_float_images_are_the_same_from_minus_one_to_one() -> None:
+    program = make("dead-leaves", 16, colour="black-white")
+    floats = program.batch(range(5), dtype=np.float32)
+    assert floats.dtype == np.float32
+    assert (floats.min(), floats.max()) == (-1.0, 1.0)
+    assert np.array_equal(np.rint((floats + 1) * 127.5).astype(np.uint8), program.batch(range(5)))
+    with pytest.raises(ConfigError, match=r"float64.*float32"):
+        program.batch([0], dtype=np.float64)
+
+
+def test_tiers() -> None:
+    tiers = {example: make(example).prior_tier for example in EXAMPLES}
+    assert {e for e, tier in tiers.items() if tier == 2} == {
+        "glyphs", "garments", "faces", "mixture", "affine", "crop",
+    }  # fmt: skip
+    assert tiers["strokes"] == tiers["contours"] == tiers["blur"] == tiers["dead-leaves-textured"] == 1
+    assert tiers["dead-leaves"] == tiers["spectrum"] == tiers["fractal"] == tiers["random-network"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("spectrum", {"slope": [3, 1]}, "slope=.*is empty"),
+        ("spectrum", {"slope": "steep"}, "slope='steep' is not a range"),
+        ("spectrum", {"slope": [1, 2, 3]}, "two numbers"),
+        ("spectrum", {"colour": "rotation", "channels": 1}, "channels=3"),
+        ("spectrum", {"turn": "yes"}, "true or false"),
+        ("wavelet-marginal", {"tails": [0.1, 1]}, "from 0.2 to 4"),
+        ("smooth-noise", {"kind": "simplex"}, "perlin, ridged"),
+        ("smooth-noise", {"octaves": 0}, "octaves=0"),
+        ("smooth-noise", {"cells": [0, 4]}, "cells=0"),
+        ("random-network", {"kind": "trained"}, "sparse, oriented"),
+        ("random-network", {"width": 2}, "width=2"),
+        ("fractal", {"maps": [1, 3]}, "from 2 to 8"),
+        ("fractal", {"maps": [2.5, 3]}, "whole numbers"),
+        ("fractal", {"ground": "grey"}, "black, white, random"),
+        ("strokes", {"width": [0.1, 2]}, "width=2.0"),
+        ("strokes", {"strokes": 40}, "strokes=40"),
+        ("contours", {"shape": "star"}, "polygon, superellipse"),
+        ("contours", {"outline": 1.5}, "outline=1.5"),
+        ("glyphs", {"characters": ""}, "visible characters"),
+        ("glyphs", {"characters": "a b"}, "visible characters"),
+        ("glyphs", {"fonts": ["Helvetica of Nowhere"]}, "no font 'Helvetica of Nowhere'.*DPSYNGEN_FONTS"),
+        ("glyphs", {"fonts": "DejaVu Sans", "characters": "a漢"}, "lacks '漢'"),
+        ("glyphs", {"fonts": "DejaVu Sans@000000000000"}, "no font"),
+        ("glyphs", {"fonts": 3}, "list of names"),
+        ("garments", {"kind": "hat"}, "trousers"),
+        ("faces", {"turn": 2}, "turn=2"),
+        ("mixture", {"programs": []}, "1 to 64"),
+        ("mixture", {"programs": ["strokes"], "weights": [1, 2]}, "does not fit 1"),
+        ("mixture", {"programs": ["strokes"], "weights": [0]}, "all 0"),
+        ("mixture", {"programs": ["strokes", {"name": "faces", "resolution": 8}]}, r"programs\[1\] sets resolution"),
+        ("mixture", {}, "needs a value for programs"),
+        ("blur", {"source": {"name": "strokes", "stroke": 3}}, "no parameter 'stroke'"),
+        ("blur", {"source": "strokes", "deviation": [0, 100]}, "deviation=100"),
+        ("affine", {"source": "strokes", "scale": 0}, "scale=0"),
+        ("affine", {"source": "strokes", "border": "wrap"}, "reflect, edge, black"),
+        ("quantise", {"source": "strokes", "levels": 1}, "levels=1"),
+        ("crop", {"source": "strokes", "source_resolution": 4}, "smaller than resolution=8"),
+        ("invert", {"source": "strokes", "probability": None}, "probability=None"),
+    ],
+)
+def test_bad_parameters(name: str, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_program(name, **{"resolution": 8, "channels": 3, **bad})
+
+
+def test_no_font_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken.ttf").write_bytes(b"not a font")
+    monkeypatch.setenv("DPSYNGEN_FONTS", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"No freely licensed font found; searched: .*fonts-dejavu-core"):
+        make_program("glyphs", resolution=8, channels=1)
+
+
+def test_fonts_without_a_free_licence_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fontTools.ttLib import TTFont
+
+    from dpsyngen.programs.drawing.fonts import find_fonts
+
+    free = next(font for font in find_fonts() if font.name == "DejaVu Sans")
+    with TTFont(free.path) as font:
+        for record in font["name"].names:
+            if record.nameID in (0, 13, 14):
+                record.string = "All rights reserved"
+        font.save(tmp_path / "closed.ttf")
+    (tmp_path / "free.ttf").write_bytes(free.path.read_bytes())
+    monkeypatch.setenv("DPSYNGEN_FONTS", str(tmp_path))
+    assert [font.key for font in find_fonts()] == [free.key]
+
+
+def test_fallback_fonts_that_show_one_box_for_all_letters_are_left_out() -> None:
+    from dpsyngen.programs.drawing.fonts import find_fonts
+
+    assert not any("Last Resort" in font.name for font in find_fonts())
