@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dpsyngen.assignments import assignments
+from dpsyngen.cli_programs import app as programs_app
 from dpsyngen.errors import ConfigError, DpsyngenError
 from dpsyngen.version import __version__
 
@@ -20,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(programs_app, name="programs")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, made by `dpsyngen train --out`")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
@@ -61,28 +65,6 @@ def _sections(**values: Any) -> dict[str, Any]:
     return out
 
 
-def _assignments(given: list[str]) -> dict[str, Any]:
-    """``private.beta2=0.99`` -> ``{"private": {"beta2": 0.99}}``."""
-    import yaml
-
-    out: dict[str, Any] = {}
-    for text in given:
-        path, equals, value = text.partition("=")
-        parts = path.split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"--set {text!r} must read section.name=value, such as private.beta2=0.99.")
-        inner = out
-        for part in parts[:-1]:
-            inner = inner.setdefault(part, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"--set {text!r} goes below a value that is set already.")
-        try:
-            inner[parts[-1]] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {text!r}: {value!r} is not a valid value.") from None
-    return out
-
-
 def _merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     out = dict(a)
     for key, value in b.items():
@@ -109,7 +91,7 @@ def train(
         bool | None, typer.Option("--pretrain/--no-pretrain", help="start from programmatic images")
     ] = None,
     network: Annotated[str | None, typer.Option(help="size: nano, tiny, small, base, large, huge")] = None,
-    program: Annotated[str | None, typer.Option(help="programmatic images; see `dpsyngen programs`")] = None,
+    program: Annotated[str | None, typer.Option(help="programmatic images; see `dpsyngen programs list`")] = None,
     public_steps: Annotated[int | None, typer.Option(help="steps on programs for each public network")] = None,
     steps: Annotated[int | None, typer.Option(help="DP-SGD steps")] = None,
     batch: Annotated[int | None, typer.Option(help="expected batch of private images")] = None,
@@ -161,7 +143,7 @@ def train(
         private__learning_rate=learning_rate,
         private__physical_batch=physical_batch,
     )
-    given = _merge(given, _assignments(settings or []))
+    given = _merge(given, assignments(settings or []))
     if resume:
         extra = [k for k in given if k != "data"] + [k for k in given.get("data", {}) if k != "source"]
         if extra or preset or config:
@@ -383,48 +365,6 @@ def plan(
     target = None if epsilon is None else _epsilon(epsilon)
     for line in budget_table(records, batch, steps, epsilon=target, noise_multiplier=noise, delta=delta):
         console.line(line)
-
-
-# --------------------------------------------------------------------------------------------- programs
-
-
-@app.command()
-def programs(
-    name: Annotated[str | None, typer.Option(help="which program; without it the names are listed")] = None,
-    out: Annotated[Path | None, typer.Option(help="PNG file for a grid of its images")] = None,
-    resolution: Annotated[int, typer.Option(help="pixels")] = 32,
-    channels: Annotated[str, typer.Option(help="grey or rgb")] = "grey",
-    count: Annotated[int, typer.Option("-n", "--count", help="images in the grid")] = 64,
-    seed: Annotated[int, typer.Option(help="public seed")] = 0,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="parameter of the program, such as shape=disc"),
-    ] = None,
-) -> None:
-    """Look at the programmatic images."""
-    from dpsyngen.console import Console
-    from dpsyngen.programs import make_program, program_names, save_grid
-
-    console = Console()
-    if name is None:
-        if out is not None:
-            raise ConfigError(f"--out needs --name; the programs are {', '.join(program_names())}.")
-        for known in program_names():
-            console.line(known)
-        return
-    if channels not in ("grey", "rgb"):
-        raise ConfigError(f"--channels is {channels!r}, but must be grey or rgb.")
-    if out is None:
-        raise ConfigError("--out is missing: a PNG file for the grid.")
-    program = make_program(
-        name,
-        resolution=resolution,
-        channels=1 if channels == "grey" else 3,
-        seed=seed,
-        **_assignments(settings or []),
-    )
-    save_grid(program, out, count=count)
-    console.line(f"{count} images of {name} in {out}")
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -70,6 +70,9 @@ class ProgramConfig(_Section):
     name: str = "dead-leaves"
     seed: int = Field(0, ge=0, description="public")
     params: dict[str, Any] = Field(default_factory=dict)
+    prior_tier: Literal[0, 1, 2] | None = Field(
+        None, description="how much the program assumes about private images; None: filled in when the run begins"
+    )
 
 
 class PublicConfig(_Section):

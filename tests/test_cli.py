@@ -244,26 +244,6 @@ def test_plan_states_both_ways(call) -> None:
     assert float(asked[5]) == pytest.approx(1.0, abs=0.001)
 
 
-def test_programs(call, tmp_path) -> None:
-    code, out, _ = call("programs")
-    assert code == 0
-    assert "dead-leaves" in out
-    code, _, _ = call("programs", "--name", "dead-leaves", "--set", "shape=disc", "--out", tmp_path / "g.png", "-n", 4)
-    assert code == 0
-    assert (tmp_path / "g.png").stat().st_size > 100
-    for arguments, message in (
-        (["--name", "dead-leaves"], "--out is missing"),
-        (["--name", "live-leaves", "--out", tmp_path / "h.png"], "live-leaves"),
-        (["--name", "dead-leaves", "--out", tmp_path / "g.png"], "exists"),
-        (["--name", "dead-leaves", "--out", tmp_path / "h.png", "--set", "shape=heart"], "heart"),
-        (["--name", "dead-leaves", "--out", tmp_path / "h.png", "--channels", "blue"], "grey or rgb"),
-        (["--out", tmp_path / "h.png"], "--out needs --name"),
-    ):
-        code, _, err = call("programs", *arguments)
-        assert code == 2
-        assert message in err
-
-
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_process_resumes_to_the_same_weights(kind, call, data, tmp_path) -> None:
     """A real process, really interrupted in the middle of DP-SGD, then `--resume`."""

@@ -27,13 +27,14 @@ class LedgerEntry:
     Attributes:
         kind: "dp" for a mechanism whose result may be released; "private" for a look whose result stays in the
             private half (evaluation), which costs nothing but is written down; "non-private" for training without
-            noise (ε = ∞).
+            noise (ε = ∞); "public" for a choice that looks at no private image and that the guarantee rests on, such
+            as which program draws the public images.
         reason: what for, in plain words.
         mechanism: the mechanism, for kind "dp".
         details: sensitivity, first step and whatever else a reader needs to trace it.
     """
 
-    kind: Literal["dp", "private", "non-private"]
+    kind: Literal["dp", "private", "non-private", "public"]
     reason: str
     mechanism: Mechanism | None
     details: dict[str, Any]
@@ -197,6 +198,10 @@ class Ledger:
     def note_private_access(self, reason: str, **details: Any) -> None:
         """Write down a look at private images whose result stays in the private half."""
         self._append(LedgerEntry("private", reason, None, details))
+
+    def note_public_choice(self, reason: str, **details: Any) -> None:
+        """Write down a choice that was made without looking at private images."""
+        self._append(LedgerEntry("public", reason, None, details))
 
     def _append(self, entry: LedgerEntry) -> None:
         body = {

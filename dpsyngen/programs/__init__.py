@@ -14,6 +14,6 @@ from __future__ import annotations
 
 from dpsyngen.programs.base import Program, stream
 from dpsyngen.programs.grid import image_grid, save_grid
-from dpsyngen.programs.registry import make_program, program_names, register
+from dpsyngen.programs.registry import TIERS, make_program, program_names, register
 
-__all__ = ["Program", "image_grid", "make_program", "program_names", "register", "save_grid", "stream"]
+__all__ = ["TIERS", "Program", "image_grid", "make_program", "program_names", "register", "save_grid", "stream"]

@@ -17,7 +17,7 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.programs.checks import as_integer
 
 MAX_RESOLUTION = 2048  # keeps the 32-bit block counter of one image (`counter_rng`) from wrapping
-_MAX_INDEX = 2**63 - 1
+MAX_INDEX = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def as_float(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _as_index(index: SupportsIndex) -> int:
     number = operator.index(index)
-    if not 0 <= number <= _MAX_INDEX:
+    if not 0 <= number <= MAX_INDEX:
         raise IndexError(f"Image index {number} is out of range: give an integer from 0 to 2⁶³ − 1.")
     return number
 
@@ -164,7 +164,7 @@ def as_indices(indices: ArrayLike | Iterable[int]) -> NDArray[np.uint64]:
         if array.dtype.kind == "O" and all(isinstance(i, int) for i in array):  # Python ints beyond 64 bits
             raise IndexError("An image index is out of range: give integers from 0 to 2⁶³ − 1.")
         raise TypeError(f"Image indices have type {array.dtype}: give integers.")
-    if int(array.min()) < 0 or int(array.max()) > _MAX_INDEX:
+    if int(array.min()) < 0 or int(array.max()) > MAX_INDEX:
         raise IndexError(f"Image indices run from {array.min()} to {array.max()}: give integers from 0 to 2⁶³ − 1.")
     return array.astype(np.uint64)
 
@@ -178,7 +178,7 @@ def stream(program: Program, batch_size: int, *, start: int = 0, threads: int = 
         ConfigError: `batch_size` is not positive, `start` is negative, or either is no integer.
     """
     size = as_integer("batch_size", batch_size, 1, 2**31)
-    first = as_integer("start", start, 0, _MAX_INDEX)
+    first = as_integer("start", start, 0, MAX_INDEX)
     return _batches(program, size, first, threads)
 
 

@@ -18,6 +18,13 @@ from dpsyngen.programs.base import Program
 
 _P = TypeVar("_P", bound=type[Program])
 
+# What a prior tier means, in the words of configurations, releases and reports.
+TIERS = {
+    0: "agnostic (no knowledge of the domain)",
+    1: "generic shape (no knowledge of the domain)",
+    2: "domain simulator (prior knowledge of the domain)",
+}
+
 _registered: dict[str, type[Program]] = {}
 
 

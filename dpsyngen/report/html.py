@@ -7,8 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
+from dpsyngen.errors import ConfigError
 from dpsyngen.files import write_text
 from dpsyngen.generator import Generator
 from dpsyngen.privacy.ledger import Ledger
@@ -63,14 +66,7 @@ def _public_part(release: Path) -> dict[str, Any]:
             rows.append({"name": name, "picture": png_data(images[labels == number], _PER_CLASS, scale)})
     else:
         rows.append({"name": "", "picture": png_data(generator.sample(48).images, _PER_CLASS, scale)})
-    program_config = config["program"]
-    program = make_program(
-        program_config["name"],
-        resolution=generator.resolution,
-        channels=generator.channels,
-        seed=program_config["seed"],
-        **program_config["params"],
-    )
+    drawn = _drawn_by_program(config["program"], generator)
     noise = config["network"]
     curves = _curves(JsonLines(release / "public_training.jsonl", 0o644).read())
     epsilon = statement["epsilon"]
@@ -83,7 +79,7 @@ def _public_part(release: Path) -> dict[str, Any]:
         "samples": rows,
         "omitted_classes": len(generator.class_names) - len(shown),
         "sampling": settings,
-        "programs": png_data(program.batch(range(24)), _PER_CLASS, scale),
+        "programs": None if drawn is None else png_data(drawn, _PER_CLASS, scale),
         "stage_diagram": stage_diagram(
             statement["stages"],
             noise["noise_mean"],
@@ -98,6 +94,21 @@ def _public_part(release: Path) -> dict[str, Any]:
         "private_summary": None,
         "protocol": None,
     }
+
+
+def _drawn_by_program(config: dict[str, Any], generator: Generator) -> NDArray[np.uint8] | None:
+    """Some of the public images; None where they cannot be drawn, as for lack of the fonts that the run had."""
+    try:
+        program = make_program(
+            config["name"],
+            resolution=generator.resolution,
+            channels=generator.channels,
+            seed=config["seed"],
+            **config["params"],
+        )
+    except ConfigError:
+        return None
+    return program.batch(range(24))
 
 
 def _private_part(run: Run) -> dict[str, Any]:

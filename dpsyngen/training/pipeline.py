@@ -35,7 +35,7 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.physical_batch import find_physical_batch
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.programs import Program, make_program
+from dpsyngen.programs import TIERS, Program, make_program
 from dpsyngen.training.checkpoint import Checkpoints, TrainState
 from dpsyngen.training.engine_settings import EngineSettings
 from dpsyngen.training.private import DpSgd, PrivateStep, charged_steps, train_private
@@ -172,15 +172,9 @@ class Training:
         self.public_log = JsonLines(run.release / "public_training.jsonl", 0o644)
         self.stop_requested = False
         self.workers = Workers(None if device == "cpu" else 1)
-        self.program: Program = make_program(
-            config.program.name,
-            resolution=plan.shape.resolution,
-            channels=plan.shape.channels,
-            seed=config.program.seed,
-            **config.program.params,
-        )
+        self.program = _program(config, plan.shape)
         self.randomness = _randomness_of(run, config)
-        self.ledger = _ledger_of(run, config, plan)
+        self.ledger = _ledger_of(run, config, plan, self.program)
         _pin_data(run, dataset, self.randomness, plan)
 
     @property
@@ -333,15 +327,51 @@ def _randomness_of(run: Run, config: Config) -> Randomness:
     return fresh
 
 
-def _ledger_of(run: Run, config: Config, plan: Plan) -> Ledger:
+def _program(config: Config, shape: Shape) -> Program:
+    """The program that draws the public images, at the size of the private ones.
+
+    Raises:
+        ConfigError: it cannot be built, or has another prior tier than the configuration says.
+    """
+    c = config.program
+    program = make_program(c.name, resolution=shape.resolution, channels=shape.channels, seed=c.seed, **c.params)
+    if c.prior_tier not in (None, program.prior_tier):
+        raise ConfigError(
+            f"program.prior_tier={c.prior_tier}, but {c.name} has prior tier {program.prior_tier} "
+            f"({TIERS[program.prior_tier]}): correct it, or leave it out."
+        )
+    return program
+
+
+def _with_whole_program(config: Config, program: Program) -> Config:
+    """The configuration with every parameter of the program, so that it draws the same wherever the run goes on.
+
+    A default may depend on what is there, such as the fonts of a system.
+    """
+    params = {k: v for k, v in program.config().items() if k not in ("name", "resolution", "channels", "seed")}
+    section = config.program.model_copy(update={"params": params, "prior_tier": program.prior_tier})
+    return config.model_copy(update={"program": section})
+
+
+def _ledger_of(run: Run, config: Config, plan: Plan, program: Program) -> Ledger:
     if run.ledger_path.exists():
-        return Ledger(run.ledger_path)
-    return Ledger.create(
-        run.ledger_path,
-        target_epsilon=config.privacy.epsilon,
-        delta=plan.delta,
-        records=plan.shape.records,
-    )
+        ledger = Ledger(run.ledger_path)
+    else:
+        ledger = Ledger.create(
+            run.ledger_path,
+            target_epsilon=config.privacy.epsilon,
+            delta=plan.delta,
+            records=plan.shape.records,
+        )
+    used = plan.stages.public or plan.stages.pretrain
+    if used and not ledger.entries:
+        ledger.note_public_choice(
+            "public images are drawn by this program; it was chosen without looking at private images",
+            program=program.config(),
+            prior_tier=program.prior_tier,
+            prior_tier_meaning=TIERS[program.prior_tier],
+        )
+    return ledger
 
 
 def _pin_data(run: Run, dataset: ImageDataset, randomness: Randomness, plan: Plan) -> None:
@@ -374,13 +404,7 @@ def start(config: Config, dataset: ImageDataset, out: Path, device: str = "cpu")
     shape = shape_of(dataset, config)
     plan = make_plan(config, shape)
     # A program that cannot draw such images must say so before the directory is made.
-    make_program(
-        config.program.name,
-        resolution=shape.resolution,
-        channels=shape.channels,
-        seed=config.program.seed,
-        **config.program.params,
-    )
+    config = _with_whole_program(config, _program(config, shape))
     return Training(Run.create(out, config), config, dataset, plan, device)
 
 

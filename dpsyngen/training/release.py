@@ -12,18 +12,12 @@ from dpsyngen.config import Config
 from dpsyngen.files import write_text
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.programs import Program
+from dpsyngen.programs import TIERS, Program
 from dpsyngen.training.run import Run
 from dpsyngen.version import FORMAT, __version__
 
 if TYPE_CHECKING:
     from dpsyngen.training.pipeline import Plan
-
-TIERS = {
-    0: "agnostic (no knowledge of the domain)",
-    1: "generic shape (no knowledge of the domain)",
-    2: "domain simulator (prior knowledge of the domain)",
-}
 
 
 def privacy_statement(
@@ -112,7 +106,7 @@ def _merged(ledger: Ledger) -> list[Any]:
 
     out: list[Any] = []
     for e in ledger.entries:
-        if e.kind == "private":
+        if e.kind in ("private", "public"):
             continue
         last = out[-1] if out else None
         if last and last.mechanism and e.mechanism and last.reason == e.reason:

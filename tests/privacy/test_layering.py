@@ -11,7 +11,7 @@ import dpsyngen
 
 ROOT = Path(dpsyngen.__file__).parent
 ALLOWED = {
-    "programs": {"programs", "errors"},
+    "programs": {"programs", "errors", "files", "version"},
     "data": {"data", "errors"},
     "privacy": {"privacy", "errors", "workers"},
     "diffusion": {"diffusion", "errors"},

@@ -1,0 +1,29 @@
+"""Settings given on the command line as section.name=value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpsyngen.errors import ConfigError
+
+
+def assignments(given: list[str], example: str = "private.beta2=0.99") -> dict[str, Any]:
+    """``private.beta2=0.99`` -> ``{"private": {"beta2": 0.99}}``."""
+    import yaml
+
+    out: dict[str, Any] = {}
+    for text in given:
+        path, equals, value = text.partition("=")
+        parts = path.split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"--set {text!r} must read name=value, such as {example}.")
+        inner = out
+        for part in parts[:-1]:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--set {text!r} goes below a value that is set already.")
+        try:
+            inner[parts[-1]] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {text!r}: {value!r} is not a valid value.") from None
+    return out

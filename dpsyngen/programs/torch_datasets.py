@@ -1,0 +1,185 @@
+"""Programs as PyTorch data sets: one with a length, and one without end that is sharded and resumable.
+
+>>> from torch.utils.data import DataLoader
+>>> from dpsyngen.programs import make_program
+>>> from dpsyngen.programs.torch_datasets import ProgramDataset, ProgramStream
+>>> leaves = make_program("dead-leaves", resolution=32, channels=3)
+>>> len(ProgramDataset(leaves, length=105_000))
+105000
+>>> batches = iter(DataLoader(ProgramStream(leaves, batch_size=64), batch_size=None))
+>>> next(batches).shape
+torch.Size([64, 3, 32, 32])
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from dpsyngen.errors import ConfigError
+from dpsyngen.programs.base import MAX_INDEX, Program, as_float
+from dpsyngen.programs.checks import as_integer
+
+Values = Literal["float", "uint8"]
+Transform = Callable[[torch.Tensor], Any]
+
+
+def _check_values(values: str) -> None:
+    if values not in ("float", "uint8"):
+        raise ConfigError(f"values={values!r} is not allowed: give 'float' (−1 to 1) or 'uint8' (0 to 255).")
+
+
+def _tensor(program: Program, indices: Sequence[int], values: str, threads: int = 1) -> torch.Tensor:
+    images = program.batch(indices, threads=threads)
+    return torch.from_numpy(images if values == "uint8" else as_float(images))
+
+
+class ProgramDataset(Dataset[Any]):
+    """Images `start` to start + length − 1 of a program, each [C, H, W]; works with any sampler and DataLoader.
+
+    Args:
+        program: what draws the images.
+        length: how many there are.
+        start: index of the first.
+        values: "float" for float32 from −1 to 1, or "uint8" for 0 to 255.
+        transform: called with each image.
+
+    Raises:
+        ConfigError: a wrong length, start or kind of values.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        length: int,
+        *,
+        start: int = 0,
+        values: Values = "float",
+        transform: Transform | None = None,
+    ) -> None:
+        self.program = program
+        self.start = as_integer("start", start, 0, MAX_INDEX)
+        self.length = as_integer("length", length, 1, MAX_INDEX - self.start + 1)
+        _check_values(values)
+        self.values, self.transform = values, transform
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Several at once, which is how a DataLoader asks; much faster than one by one."""
+        places = []
+        for index in indices:
+            place = int(index) + (self.length if index < 0 else 0)
+            if not 0 <= place < self.length:
+                raise IndexError(f"Image {index} is out of range: there are {self.length}.")
+            places.append(self.start + place)
+        images = list(_tensor(self.program, places, self.values))
+        return images if self.transform is None else [self.transform(image) for image in images]
+
+
+class ProgramStream(IterableDataset[Any]):
+    """Endless batches of consecutive images, [batch_size, C, H, W], shared out over ranks and workers.
+
+    Global step t takes the next world_size · batch_size images, and rank r the r-th batch of these, so ranks never
+    overlap.  With a ``DataLoader(stream, batch_size=None, num_workers=W)`` worker w draws steps w, w + W, …, and the
+    loader delivers them in order: what a rank sees does not depend on W.
+
+    To resume, keep ``stream.state_dict(batches)`` where `batches` counts those taken from a DataLoader by this rank
+    since the stream began or was loaded (without workers it may be left out), and give it to ``load_state_dict`` of a
+    new stream before iterating.  The number of workers may change in between; so may the ranks, when all had taken
+    equally many.  Loaders that keep the state of data sets inside their workers (torchdata's StatefulDataLoader) find
+    what they need in the same two methods.
+
+    Args:
+        program: what draws the images.
+        batch_size: images of a batch.
+        start: index of the first image.
+        rank, world_size: this process among all; default: those of torch.distributed or, before it is initialised,
+            of the environment that torchrun sets; else 0 of 1.
+        values: "float" for float32 from −1 to 1, or "uint8" for 0 to 255.
+        transform: called with each batch.
+        threads: to draw a batch with.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        batch_size: int,
+        *,
+        start: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        values: Values = "float",
+        transform: Transform | None = None,
+        threads: int = 1,
+    ) -> None:
+        self.program = program
+        self.batch_size = as_integer("batch_size", batch_size, 1, 2**31)
+        self.first = as_integer("start", start, 0, MAX_INDEX)
+        if (rank is None) != (world_size is None):
+            raise ConfigError("rank and world_size belong together: give both or none.")
+        if rank is None or world_size is None:
+            rank, world_size = _ranks()
+        self.world_size = as_integer("world_size", world_size, 1, 2**20)
+        self.rank = as_integer("rank", rank, 0, self.world_size - 1)
+        _check_values(values)
+        self.values, self.transform = values, transform
+        self.threads = as_integer("threads", threads, 1, 4096)
+        self._done = 0  # batches since `first`, by this copy of the stream
+        self._worker: tuple[int, int] | None = None  # that loaded a worker's state
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        if self._worker not in (None, (worker, workers)):
+            raise ConfigError(
+                f"This stream's state is of worker {self._worker}, and worker {(worker, workers)} was to go on: use "
+                " as many workers as before, or a state taken outside the workers."
+            )
+        while True:
+            step = worker + self._done * workers
+            begin = self.first + (step * self.world_size + self.rank) * self.batch_size
+            batch = _tensor(self.program, range(begin, begin + self.batch_size), self.values, self.threads)
+            self._done += 1
+            yield batch if self.transform is None else self.transform(batch)
+
+    def state_dict(self, batches: int | None = None) -> dict[str, Any]:
+        """Where the stream stands, after `batches` batches or, without a number, as many as this copy has given."""
+        info = get_worker_info()
+        if info is not None:
+            return {"first": self.first, "done": self._done, "worker": [info.id, info.num_workers]}
+        done = self._done if batches is None else as_integer("batches", batches, 0, MAX_INDEX)
+        return {"first": self.first + done * self.world_size * self.batch_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ConfigError: `state` is not one that `state_dict` made.
+        """
+        if not isinstance(state, dict) or not state.keys() <= {"first", "done", "worker"} or "first" not in state:
+            raise ConfigError(f"{state!r} is not the state of a ProgramStream: give what state_dict() returned.")
+        self.first = as_integer("first", state["first"], 0, MAX_INDEX)
+        self._done = as_integer("done", state.get("done", 0), 0, MAX_INDEX)
+        worker = state.get("worker")
+        self._worker = None if worker is None else (int(worker[0]), int(worker[1]))
+
+
+def _ranks() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise ConfigError("RANK or WORLD_SIZE in the environment is no number: unset them, or give rank=.") from None

@@ -1,0 +1,294 @@
+"""Saved images: every layout holds the program's pixels, jobs resume after any interruption, and nothing is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.programs import Program, formats, make_program, saving
+from dpsyngen.programs.saving import save_images
+
+
+def program(channels: int = 3) -> Program:
+    return make_program("contours", resolution=12, channels=channels, seed=4)
+
+
+def pixels(data: bytes) -> NDArray[np.uint8]:
+    array = np.asarray(Image.open(io.BytesIO(data)))
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def read(out: Path, layout: str) -> dict[int, NDArray[np.uint8]]:
+    """Images by index."""
+    if layout == "folder":
+        return {int(p.stem): pixels(p.read_bytes()) for p in (out / "images").glob("*.png")}
+    if layout == "zip":
+        with zipfile.ZipFile(out / "images.zip") as archive:
+            assert archive.testzip() is None
+            return {int(name[:-4]): pixels(archive.read(name)) for name in archive.namelist()}
+    if layout == "webdataset":
+        found = {}
+        for path in sorted(out.glob("*.tar")):
+            with tarfile.open(path) as archive:
+                names = archive.getnames()
+                assert [n[:-4] for n in names[::2]] == [n[:-5] for n in names[1::2]]  # pairs, together
+                for name in names[::2]:
+                    index = json.loads(archive.extractfile(name.replace(".png", ".json")).read())["index"]  # type: ignore[union-attr]
+                    assert index == int(name[:-4])
+                    found[index] = pixels(archive.extractfile(name).read())  # type: ignore[union-attr]
+        return found
+    if layout == "parquet":
+        import pyarrow.parquet as pq
+
+        found = {}
+        for path in sorted((out / "data").glob("*.parquet")):
+            table = pq.read_table(path)
+            features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+            assert features["image"] == {"_type": "Image"}
+            for row in table.to_pylist():
+                assert row["image"]["path"] == f"{row['index']:08}.png"
+                found[row["index"]] = pixels(row["image"]["bytes"])
+        return found
+    whole = np.load(out / "images.npy")
+    start = json.loads((out / "manifest.json").read_text())["start"]
+    return {start + k: x[None] if x.ndim == 2 else x.transpose(2, 0, 1) for k, x in enumerate(whole)}
+
+
+@pytest.mark.parametrize("layout", formats.LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_layout_holds_the_images(layout: str, channels: int, tmp_path: Path) -> None:
+    p = program(channels)
+    done: list[int] = []
+    manifest = save_images(p, tmp_path / "o", 25, format=layout, start=3, shard_size=10, on_progress=done.append)
+    found = read(tmp_path / "o", layout)
+    assert sorted(found) == list(range(3, 28))
+    assert np.array_equal(np.stack([found[i] for i in range(3, 28)]), p.batch(range(3, 28)))
+    assert done == [0, 10, 20, 25]
+
+    about = json.loads(manifest.read_text())
+    assert about["complete"] is True
+    assert make_program(**about["program"]) == p
+    assert (about["prior_tier"], about["count"], about["start"]) == (1, 25, 3)
+    parts = [p.batch(range(a, min(a + 10, 28))).tobytes() for a in (3, 13, 23)]
+    hashes = [hashlib.sha256(part).hexdigest() for part in parts]
+    assert about["shard_sha256"] == hashes
+    assert about["sha256"] == hashlib.sha256("".join(hashes).encode()).hexdigest()
+    # The files that the manifest names are those that are there, and no working files are left.
+    there = {str(f.relative_to(tmp_path / "o")) for f in (tmp_path / "o").rglob("*") if f.is_file()} - {"manifest.json"}
+    assert there == {str(f.relative_to(tmp_path / "o")) for name in about["files"] for f in (tmp_path / "o").glob(name)}
+
+
+@pytest.mark.parametrize("layout", ["zip", "webdataset", "parquet", "npy"])
+def test_processes_write_the_same_bytes(layout: str, tmp_path: Path) -> None:
+    for name, workers in (("one", 1), ("two", 2)):
+        save_images(program(), tmp_path / name, 40, format=layout, shard_size=9, workers=workers)
+    one, two = (
+        {f.relative_to(tmp_path / n): f.read_bytes() for f in (tmp_path / n).rglob("*") if f.is_file()}
+        for n in ("one", "two")
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize("layout", formats.LAYOUTS)
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
+def test_resume_after_an_interruption(layout: str, stop_after: int, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int) -> None:
+        if done >= 10 * stop_after:
+            raise Stop
+
+    out = tmp_path / "o"
+    with pytest.raises(Stop):
+        save_images(program(), out, 30, format=layout, shard_size=10, on_progress=stop)
+    # As a crash could leave it: the last line of the journal is cut off, and files are half written.
+    journal = out / ".progress.jsonl"
+    if journal.exists():
+        journal.write_bytes(journal.read_bytes()[:-7])
+    assert json.loads((out / "manifest.json").read_text())["complete"] is False
+    done: list[int] = []
+    save_images(program(), out, 30, format=layout, shard_size=10, resume=True, on_progress=done.append)
+    assert done[-1] == 30
+    assert done[0] == max(0, 10 * (stop_after - 1))  # the shard whose line was cut off is drawn again
+    save_images(program(), tmp_path / "whole", 30, format=layout, shard_size=10)
+    assert read(out, layout).keys() == read(tmp_path / "whole", layout).keys()
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(read(out, layout).values(), read(tmp_path / "whole", layout).values(), strict=True)
+    )
+    assert (out / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
+
+
+def test_a_crash_while_the_zip_was_put_together_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the finished zip and the finished manifest, too."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "o"
+    with monkeypatch.context() as m:
+        m.setattr(formats.zipfile.ZipFile, "infolist", fail)
+        with pytest.raises(OSError, match="No space"):
+            save_images(program(), out, 30, format="zip", shard_size=10)
+    assert not (out / "images.zip").exists()
+    with monkeypatch.context() as m:
+        finish = formats.Zip.finish
+        m.setattr(formats.Zip, "finish", lambda self: (finish(self), fail()))
+        with pytest.raises(OSError, match="No space"):
+            save_images(program(), out, 30, format="zip", shard_size=10, resume=True)
+    save_images(program(), out, 30, format="zip", shard_size=10, resume=True)
+    assert len(read(out, "zip")) == 30
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_process_resumes(kind: signal.Signals, tmp_path: Path) -> None:
+    """A real command with two workers, really interrupted."""
+    out = tmp_path / "o"
+    command = [
+        *(sys.executable, "-m", "dpsyngen", "programs", "save", "fractal", "--out", str(out), "-n", "3000"),
+        *("--format", "webdataset", "--shard-size", "50", "--resolution", "24", "--workers", "2", "--set", "points=20"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    journal = out / ".progress.jsonl"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(kind)
+    told, _ = process.communicate()
+    if kind == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Continue with the same command and --resume" in told
+    assert json.loads((out / "manifest.json").read_text())["complete"] is False
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    about = json.loads((out / "manifest.json").read_text())
+    whole = make_program(**about["program"])
+    for shard in (0, 7, 59):
+        digest = hashlib.sha256(whole.batch(range(50 * shard, 50 * shard + 50)).tobytes()).hexdigest()
+        assert about["shard_sha256"][shard] == digest
+    assert len(list(out.glob("*.tar"))) == 60
+
+
+def test_workers_end_when_the_first_process_is_killed(tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    command = [sys.executable, "-m", "dpsyngen", "programs", "save", "fractal", "--out", str(out), "-n", "100000"]
+    process = subprocess.Popen([*command, "--workers", "2", "--shard-size", "100"], stderr=subprocess.DEVNULL)
+    while not (out / "images" / "00000000.png").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [c for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(_alive(int(w)) for w in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_nothing_is_overwritten_and_settings_must_agree(tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    save_images(program(), out, 5)
+    before = {f: f.read_bytes() for f in out.rglob("*.*") if f.is_file()}
+    with pytest.raises(RunError, match="not an empty folder"):
+        save_images(program(), out, 5)
+    with pytest.raises(RunError, match="finished already"):
+        save_images(program(), out, 5, resume=True)
+    with pytest.raises(RunError, match="no manifest"):
+        save_images(program(), tmp_path / "none", 5, resume=True)
+    assert {f: f.read_bytes() for f in out.rglob("*.*") if f.is_file()} == before
+    (out / "manifest.json").write_text(
+        json.dumps({**json.loads((out / "manifest.json").read_text()), "complete": False})
+    )
+    with pytest.raises(RunError, match=r"another program, count.*count: 5"):
+        save_images(program(1), out, 6, resume=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="exists already"):
+        save_images(program(), tmp_path / "file", 5)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    class Nested(Exception):
+        pass
+
+    def again(done: int) -> None:
+        save_images(program(), tmp_path / "o", 30, shard_size=10, resume=True)
+
+    with pytest.raises(RunError, match="another process is saving"):
+        save_images(program(), tmp_path / "o", 30, shard_size=10, on_progress=again)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"format": "jpeg"}, "'jpeg'.*folder, zip, webdataset, parquet, npy"),
+        ({"count": 0}, "count=0"),
+        ({"count": 2**63, "start": 5}, "count="),
+        ({"start": -1}, "start=-1"),
+        ({"workers": 0}, "workers=0"),
+        ({"shard_size": 0}, "shard_size=0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    bad: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        save_images(program(), tmp_path / "o", **{"count": 5, **bad})
+    assert not (tmp_path / "o").exists()
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ConfigError, match=r"dpsyngen\[parquet\]"):
+        save_images(program(), tmp_path / "o", 5, format="parquet")
+    assert not (tmp_path / "o").exists()
+
+
+def test_saved_images_are_a_private_source_too(tmp_path: Path) -> None:
+    """Our own readers open what was saved: a stand-in for private images, for trying things out."""
+    from dpsyngen.data import load_images
+
+    save_images(program(), tmp_path / "folder", 20)
+    save_images(program(), tmp_path / "npy", 20, format="npy")
+    for source in (tmp_path / "folder" / "images", tmp_path / "npy" / "images.npy"):
+        data = load_images(str(source))
+        assert len(data) == 20
+
+
+def test_full_disk_is_said_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    done: list[int] = []
+    with pytest.raises(OSError, match="No space"):
+        save_images(program(), tmp_path / "o", 20, format="npy", on_progress=done.append)
+    assert done == []
+    assert saving.MANIFEST in os.listdir(tmp_path / "o")
