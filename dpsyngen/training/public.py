@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dpsyngen.config import Config, PublicConfig
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
@@ -64,12 +65,17 @@ class PublicStep:
         self.randomness, self.offset = randomness, offset
         self.workers = workers or Workers(1)
 
+    def images(self, step: int) -> Tensor:
+        """The images of step number `step`, uint8 [N, C, H, W]; drawing is a few per cent of a step."""
+        first = self.offset + step * self.config.batch
+        drawn = self.program.batch(range(first, first + self.config.batch), threads=self.workers.count)
+        return torch.from_numpy(drawn)
+
     def __call__(self, denoiser: PreconditionedDenoiser, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Take step number `step` (from 0) and return its loss."""
         c = self.config
         device = next(denoiser.parameters()).device
-        first = self.offset + step * c.batch
-        images = to_float(torch.from_numpy(self.program.batch(range(first, first + c.batch))).to(device))
+        images = to_float(self.images(step).to(device))
         generator = torch.Generator().manual_seed(self.randomness.seed("augmentation", step, self.offset))
         batch = make_noisy(
             images,

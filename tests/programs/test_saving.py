@@ -163,9 +163,16 @@ def test_stopped_process_resumes(kind: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "o"
     command = [
         *(sys.executable, "-m", "dpsyngen", "programs", "save", "fractal", "--out", str(out), "-n", "3000"),
-        *("--format", "webdataset", "--shard-size", "50", "--resolution", "24", "--workers", "2", "--set", "points=20"),
+        *("--format", "webdataset", "--shard-size", "50", "--resolution", "24", "--workers", "2", "--set", "points=40"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell started in the background have inherited "ignore".
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     journal = out / ".progress.jsonl"
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
         assert process.poll() is None, process.communicate()

@@ -46,6 +46,19 @@ _PI = 3.141592653589793
 
 
 @compiled
+def ones(word: np.uint64) -> int:
+    """How many bits are set."""
+    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    # Add up the bytes without the overflow that multiplying would need.
+    word += word >> np.uint64(8)
+    word += word >> np.uint64(16)
+    word += word >> np.uint64(32)
+    return np.int64(word & np.uint64(0x7F))  # type: ignore[return-value]
+
+
+@compiled
 def paint_under(
     canvas: NDArray[np.int32],
     covered: NDArray[np.uint64],
@@ -70,15 +83,13 @@ def paint_under(
             low = max(a - (w << 6), 0)
             high = min(b - (w << 6), 64)
             mask = (_ALL << np.uint64(low)) & (_ALL >> np.uint64(64 - high))
-            if mask & ~covered[row, w] != np.uint64(0):
+            new = mask & ~covered[row, w]
+            if new != np.uint64(0):
                 covered[row, w] |= mask
                 line = canvas[row, (w << 6) + low : (w << 6) + high]
-                new = 0
                 for j in range(line.shape[0]):
-                    empty = line[j] < 0
-                    new += empty
-                    line[j] = value if empty else line[j]
-                fresh += new
+                    line[j] = value if line[j] < 0 else line[j]
+                fresh += ones(new)
     return fresh
 
 
