@@ -24,7 +24,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the command line does: threads that spin while they wait slow down those that draw.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,35 +148,40 @@ def family_rate(name: str, params: dict[str, Any], resolution: int, seconds: flo
     return count / elapsed
 
 
-def training_share(preset: str, name: str, resolution: int, channels: int, steps: int = 4) -> tuple[float, float]:
-    """Seconds of a step of training on a program, and of drawing its images; medians."""
-    import math
-
+def training_share(preset: str, name: str, resolution: int, channels: int, most: int = 100) -> tuple[float, float]:
+    """Seconds of a step of training on a program, and of drawing within it; means over the preset's steps or `most`."""
     import torch
 
     from dpsyngen.config import load_config
     from dpsyngen.diffusion.noise_levels import NoiseLevels
     from dpsyngen.training.pipeline import Shape, make_denoiser
     from dpsyngen.training.public import PublicStep, public_randomness
+    from dpsyngen.training.public_images import PublicImages
     from dpsyngen.workers import Workers
 
+    drawing: list[float] = []
+
+    class Timed(PublicImages):
+        def __call__(self, step: int, device: torch.device) -> torch.Tensor:
+            begun = time.perf_counter()
+            images = super().__call__(step, device)
+            drawing.append(time.perf_counter() - begun)
+            return images
+
     config = load_config({}, preset=preset)
-    shape = Shape(resolution, channels, (), 1000)
-    denoiser = make_denoiser(config, shape, False, 0)
+    denoiser = make_denoiser(config, Shape(resolution, channels, (), 1000), False, 0)
     program = make_program(name, resolution=resolution, channels=channels)
-    levels = NoiseLevels(config.network.noise_mean, config.network.noise_std, -math.inf, math.inf)
-    workers = Workers(None)
-    take = PublicStep(program, levels, config.public, public_randomness(config), 0, workers)
+    levels = NoiseLevels(config.network.noise_mean, config.network.noise_std)
+    randomness, workers = public_randomness(config), Workers(None)
+    take = PublicStep(program, levels, config.public, randomness, 0, workers)
+    take.images = Timed(program, config.public.batch, 0, config.public.distinct, randomness, workers.count)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-4)
-    whole, drawing = [], []
-    for step in range(steps + 1):
+    whole = []
+    for step in range(min(most, config.public.steps)):
         begun = time.perf_counter()
         take(denoiser, optimizer, step)
         whole.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
-        take.images(step + 100)
-        drawing.append(time.perf_counter() - begun)
-    return float(np.median(whole[1:])), float(np.median(drawing[1:]))
+    return float(np.mean(whole[1:])), float(np.mean(drawing[1:]))
 
 
 def main() -> None:
@@ -198,6 +204,8 @@ def main() -> None:
             flush=True,
         )
     if not quick:
+        import torch
+
         print("two threads against one: times as fast")
         for resolution, images in ((32, 6000), (128, 1500)):
             program = make_program("dead-leaves", resolution=resolution, channels=3)
@@ -207,7 +215,7 @@ def main() -> None:
         for label, (name, params) in families.items():
             rates = [family_rate(name, params, resolution, 1.0) for resolution in (32, 64, 128)]
             print(f"  {label:34}" + "".join(f"{r:10.0f}" for r in rates), flush=True)
-        print("drawing within a step of training on programs")
+        print(f"a step of training on programs, {torch.get_num_threads()} threads")
         for preset, name, resolution, channels in (
             ("demo", "dead-leaves", 8, 1),
             ("cpu-small", "dead-leaves", 28, 1),
@@ -216,8 +224,8 @@ def main() -> None:
         ):
             step, drawing = training_share(preset, name, resolution, channels)
             print(
-                f"  {preset:10} {name:15} {resolution:3} px  step {1e3 * step:7.1f} ms  "
-                f"drawing {1e3 * drawing:6.2f} ms  {100 * drawing / step:5.2f} %",
+                f"  {preset:10} {name:15} {resolution:3} px  step {1e3 * step:7.1f} ms, "
+                f"drawing {1e3 * drawing:6.2f} ms of it: {100 * drawing / step:5.2f} %",
                 flush=True,
             )
     print(json.dumps(ratios))

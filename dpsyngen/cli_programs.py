@@ -182,3 +182,15 @@ def save(
         )
         raise typer.Exit(130) from None
     console.line(f"{count:,} images of {name} in {out}; how they were drawn is in {manifest}")
+
+
+@app.command()
+def gallery(
+    out: Annotated[Path, typer.Option(help="folder that gets gallery.md and the folder gallery/")],
+) -> None:
+    """Write a page with pictures of every program."""
+    from dpsyngen.console import Console
+    from dpsyngen.programs.gallery import write_gallery
+
+    page = write_gallery(out)
+    Console().line(f"The gallery is {page}")

@@ -81,6 +81,9 @@ class PublicConfig(_Section):
     steps: int = Field(400, ge=1)
     batch: int = Field(64, ge=1)
     copies: int = Field(2, ge=1, description="K")
+    distinct: int | None = Field(
+        None, ge=1, le=10**9, description="different images for each network, kept in memory; None: all are fresh"
+    )
     learning_rate: float = Field(4e-4, gt=0)
     warmup: int = Field(50, ge=0)
     ema: float = Field(0.999, ge=0, lt=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from dpsyngen.programs.checks import as_integer
 
 MAX_RESOLUTION = 2048  # keeps the 32-bit block counter of one image (`counter_rng`) from wrapping
 MAX_INDEX = 2**63 - 1
+_LEAST_CHUNK = 32  # images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +122,29 @@ class Program(ABC):
             if len(chosen):
                 self._draw(chosen, out)
             return out
-        # A few chunks a thread: images differ in cost, so one chunk a thread would wait for the slowest.
-        bounds = np.linspace(0, len(chosen), min(len(chosen), 4 * threads) + 1).astype(int)
-        with ThreadPoolExecutor(threads) as pool:
-            jobs = [pool.submit(self._draw, chosen[a:b], out[a:b]) for a, b in itertools.pairwise(bounds)]
-            for job in jobs:
-                job.result()
+        # A few chunks a thread, as images differ in cost; but not so many that handing them out costs more.
+        chunks = max(threads, min(4 * threads, len(chosen) // _LEAST_CHUNK))
+        bounds = np.linspace(0, len(chosen), min(len(chosen), chunks) + 1).astype(int)
+        pool = _pool(threads)
+        jobs = [pool.submit(self._draw, chosen[a:b], out[a:b]) for a, b in itertools.pairwise(bounds)]
+        for job in jobs:
+            job.result()
         return out
 
     def config(self) -> dict[str, Any]:
         """Name and all parameters, JSON-able: ``make_program(**program.config()) == program``."""
         return {"name": self.name, **{field.name: _plain(getattr(self, field.name)) for field in fields(self)}}
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_pools.clear)  # a forked process has none of the threads
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: starting them anew takes as long as drawing some twenty images."""
+    if threads not in _pools:
+        _pools[threads] = ThreadPoolExecutor(threads, f"dpsyngen-programs-{threads}")
+    return _pools[threads]
 
 
 def _plain(value: Any) -> Any:

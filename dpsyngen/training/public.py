@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dpsyngen.config import Config, PublicConfig
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
@@ -21,6 +20,7 @@ from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
 from dpsyngen.training.checkpoint import TrainState
 from dpsyngen.training.plain import summed_gradients
+from dpsyngen.training.public_images import PublicImages
 from dpsyngen.workers import Workers
 
 
@@ -61,21 +61,16 @@ class PublicStep:
         offset: int = 0,
         workers: Workers | None = None,
     ) -> None:
-        self.program, self.levels, self.config = program, levels, config
+        self.levels, self.config = levels, config
         self.randomness, self.offset = randomness, offset
         self.workers = workers or Workers(1)
-
-    def images(self, step: int) -> Tensor:
-        """The images of step number `step`, uint8 [N, C, H, W]; drawing is a few per cent of a step."""
-        first = self.offset + step * self.config.batch
-        drawn = self.program.batch(range(first, first + self.config.batch), threads=self.workers.count)
-        return torch.from_numpy(drawn)
+        self.images = PublicImages(program, config.batch, offset, config.distinct, randomness, self.workers.count)
 
     def __call__(self, denoiser: PreconditionedDenoiser, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Take step number `step` (from 0) and return its loss."""
         c = self.config
         device = next(denoiser.parameters()).device
-        images = to_float(self.images(step).to(device))
+        images = to_float(self.images(step, device))
         generator = torch.Generator().manual_seed(self.randomness.seed("augmentation", step, self.offset))
         batch = make_noisy(
             images,

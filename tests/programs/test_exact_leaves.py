@@ -20,16 +20,16 @@ from dpsyngen.programs.families.dead_leaves import SHAPES, DeadLeaves
 
 # SHA-256 of images 0…7 at seed 7.
 GOLDEN: dict[tuple[str, str, int], str] = {
-    ("disc", "black-white", 1): "b53c1fb429740574a3afc86f4c44fa99799372af97f01eb3d7bfd23789034e91",
-    ("square", "black-white", 1): "5143497ea40d64a1628608eeea86b25fb7823e7ba4f2824e1f6dc693c5f186f5",
-    ("oriented-square", "black-white", 1): "a8e0d13ab3ba08fdcd45467e2cf1e75de755b2c5e316d041b24f9dac3eefefae",
-    ("rectangle", "black-white", 1): "99d7e9efd0eae20bcd721dd58262520c5f9fd1e921ca9af34bbb8c4c0a873d2a",
-    ("triangle", "black-white", 1): "eeb713a93f422d8c5f92e2dcbd26e9e1acdf173e57d1cbcf7a16e2a3fea00a9b",
-    ("quadrilateral", "black-white", 1): "61facfe74e1e23a781d8fb50146cf568117353ee314f2d0ef92967516574be88",
-    ("mixed", "black-white", 1): "19d9c1ab202ba03ead7d0ff08ec0de1e0d6b805a675ec46e104d1d1bf471c4f7",
-    ("mixed", "grey", 1): "deaed40037266a8e1366f43b64acb344543b532ed23d9ef159fa85372e53ed9e",
-    ("mixed", "rgb", 3): "a484dd668943175958701373018f7488c220eb42d8be1c9e3723fe0bb9f0969c",
-    ("mixed", "palette", 3): "0b31ed8290c92be8844d60b77d306e5654a3fe2b39a2ed737490c149ea2d0675",
+    ("disc", "black-white", 1): "ed1c7860d9fe73374e43357a076719778fca139a25b1e64f346efb5f5aad31d0",
+    ("square", "black-white", 1): "e1054e3b9f4484584d2dd234a5ea24f6c54cea2c42a8e84f8cf7882077ca5d62",
+    ("oriented-square", "black-white", 1): "14c2fd0ef7fe2d14839b7b689e7adbac9f7fab18f2399a4002d9f07097155fa7",
+    ("rectangle", "black-white", 1): "a4d0395a000eeb921e037e6be40700ae65100dbc7d7ba92b8566e38df8a0b4c7",
+    ("triangle", "black-white", 1): "f64ce147f7d99b2c07c15e21a0ce8ac19a8990519ed57e732fdeafcde41ad616",
+    ("quadrilateral", "black-white", 1): "71a3707886ea395ab3d758ce6c0b4c9c2935d77967589294b018b7943eb3aa8f",
+    ("mixed", "black-white", 1): "5d382071dc586c8db557752cdfbafe4c6bc2ece34afba989c53d1eb6dc60d5f9",
+    ("mixed", "grey", 1): "fb3ef283f15e47fea34b0148e68ffe79f8079ebf423364656521f566116c65d5",
+    ("mixed", "rgb", 3): "2162dd159f1bb70e72a83f2aa0855ad2353f5ced2db744124b1c41dc6202c4c9",
+    ("mixed", "palette", 3): "6625b068c140b56ba3a8ab21f5d85af89493bc4358d1808ca86d891292b732b4",
 }
 
 

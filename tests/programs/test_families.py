@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,19 @@ def test_fallback_fonts_that_show_one_box_for_all_letters_are_left_out() -> None
     from dpsyngen.programs.drawing.fonts import find_fonts
 
     assert not any("Last Resort" in font.name for font in find_fonts())
+
+
+def test_threads_survive_a_fork() -> None:
+    """The threads that draw stay for the next batch, but a forked process has none of them."""
+    program = make("contours", 16)
+    before = program.batch(range(200), threads=2)
+    child = os.fork()
+    if child == 0:
+        same = np.array_equal(program.batch(range(200), threads=2), before)
+        os._exit(0 if same else 1)
+    deadline = time.monotonic() + 60
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+        time.sleep(0.01)
+    assert done[1] == 0

@@ -74,7 +74,7 @@ class RandomNetwork(Program):
     prior_tier: ClassVar[int] = 0
 
     kind: str = "oriented"
-    width: int = 16
+    width: int = 12
     contrast: Any = (35.0, 75.0)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,124 @@
+"""A page with pictures of every program, made from the programs themselves."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpsyngen.errors import RunError
+from dpsyngen.files import write_atomically, write_text
+from dpsyngen.programs.base import Program
+from dpsyngen.programs.grid import image_grid
+from dpsyngen.programs.registry import TIERS, make_program
+
+PAGE = "gallery.md"
+PICTURES = "gallery"
+COLUMNS, ROWS, RESOLUTION = 12, 2, 48
+
+# What is shown: a title, a program, its parameters.  The order is that of the page.
+SHOWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("Dead leaves, mixed shapes", "dead-leaves", {}),
+    ("Dead leaves, discs", "dead-leaves", {"shape": "disc", "r_min": 0.06}),
+    ("Dead leaves, squares", "dead-leaves", {"shape": "square", "r_min": 0.06}),
+    ("Dead leaves, oriented squares", "dead-leaves", {"shape": "oriented-square", "r_min": 0.06, "supersample": 4}),
+    ("Dead leaves, rectangles", "dead-leaves", {"shape": "rectangle", "r_min": 0.06}),
+    ("Dead leaves, triangles", "dead-leaves", {"shape": "triangle", "r_min": 0.06, "supersample": 4}),
+    ("Dead leaves, quadrilaterals of few colours", "dead-leaves", {"shape": "quadrilateral", "colour": "palette"}),
+    ("Dead leaves, black and white discs", "dead-leaves", {"shape": "disc", "colour": "black-white", "r_min": 0.06}),
+    ("Dead leaves, textured", "dead-leaves", {"texture": "spectrum", "r_min": 0.15, "supersample": 2}),
+    ("Dead leaves, as published", "dead-leaves", {"mode": "reference"}),
+    ("Spectrum", "spectrum", {}),
+    ("Spectrum with a palette", "spectrum", {"colour": "palette"}),
+    ("Wavelet marginals", "wavelet-marginal", {}),
+    ("Smooth noise", "smooth-noise", {}),
+    ("Smooth noise with a palette", "smooth-noise", {"colour": "palette", "kind": "ridged"}),
+    ("Random networks", "random-network", {"kind": "random"}),
+    ("Random networks, high frequencies", "random-network", {"kind": "high-frequency"}),
+    ("Random networks, sparse", "random-network", {"kind": "sparse"}),
+    ("Random networks, oriented", "random-network", {"kind": "oriented"}),
+    ("Fractals", "fractal", {}),
+    ("Strokes", "strokes", {}),
+    ("Contours: polygons", "contours", {"shape": "polygon"}),
+    ("Contours: superellipses", "contours", {"shape": "superellipse", "ground": "white"}),
+    ("Contours: mirrored figures", "contours", {"shape": "mirrored", "figures": 1, "upright": True, "radius": 0.45}),
+    ("Contours: radial harmonics", "contours", {"shape": "harmonics", "ground": "random"}),
+    ("Glyphs", "glyphs", {"fonts": ["DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono Oblique"]}),
+    ("Garments", "garments", {}),
+    ("Faces", "faces", {}),
+    ("Mixture", "mixture", {"programs": ["dead-leaves", "fractal", "contours"], "weights": [2, 1, 1]}),
+    ("Affine", "affine", {"source": {"name": "garments", "striped": 1}, "border": "edge"}),
+    ("Blur", "blur", {"source": "dead-leaves", "deviation": [0, 4]}),
+    ("Invert", "invert", {"source": "strokes", "probability": 0.5}),
+    ("Quantise", "quantise", {"source": "smooth-noise"}),
+    ("Crop", "crop", {"source": "faces"}),
+)
+
+
+def write_gallery(folder: Path) -> Path:
+    """Write ``gallery.md`` and a folder of pictures to `folder`; returns the path of the page.
+
+    Raises:
+        RunError: one of them exists already, or the folder does not.
+    """
+    page, pictures = folder / PAGE, folder / PICTURES
+    if not folder.is_dir():
+        raise RunError(f"{folder} is not a folder: make it, or write somewhere else.")
+    for path in (page, pictures):
+        if path.exists() or path.is_symlink():
+            raise RunError(f"{path} exists already.  Choose another folder or move it away.")
+    pictures.mkdir()
+    lines = [
+        "# What the programs draw",
+        "",
+        "Made by `dpsyngen programs gallery`; every picture shows images 0 to "
+        f"{COLUMNS * ROWS - 1} at {RESOLUTION} pixels, in colour, with seed 0. Not one of them holds a photograph, or "
+        "anything measured on one. [How to use them](programs.md).",
+        "",
+    ]
+    for title, name, params in SHOWN:
+        program = make_program(name, resolution=RESOLUTION, channels=3, **params)
+        file = re.sub(r"[^a-z]+", "-", title.lower()) + ".png"
+        sheet = image_grid(program.batch(range(COLUMNS * ROWS)), COLUMNS)
+        write_atomically(pictures / file, partial(sheet.save, format="PNG", optimize=True))
+        lines += [
+            f"## {title}",
+            "",
+            f"![{title}]({PICTURES}/{file})",
+            "",
+            f"Tier {program.prior_tier}: {TIERS[program.prior_tier]}. {_source(program)}",
+            "",
+            "```",
+            _command(name, params),
+            "```",
+            "",
+        ]
+    write_text(page, "\n".join(lines))
+    return page
+
+
+def _source(program: Program) -> str:
+    """The sentence of the module's documentation that names its source, up to the next blank line."""
+    text = inspect.getdoc(sys.modules[type(program).__module__]) or ""
+    found = re.search(r"^Sources?: (?:.|\n)*?(?=\n\n|\Z)", text, re.MULTILINE)
+    return " ".join(found.group().split()) if found else "Our own."
+
+
+def _command(name: str, params: dict[str, Any]) -> str:
+    settings = "".join(f" --set {_quoted(f'{key}={_yaml(value)}')}" for key, value in params.items())
+    return f"dpsyngen programs show {name} --channels rgb --resolution {RESOLUTION}{settings} --out {name}.png"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'" if re.search(r"[^\w=.,:/-]", text) else text
