@@ -7,7 +7,7 @@ from typing import Any
 from dpsyngen.errors import ConfigError
 
 
-def assignments(given: list[str], example: str = "private.beta2=0.99") -> dict[str, Any]:
+def assignments(given: list[str], example: str = "section.name=value, such as private.beta2=0.99") -> dict[str, Any]:
     """``private.beta2=0.99`` -> ``{"private": {"beta2": 0.99}}``."""
     import yaml
 
@@ -16,7 +16,7 @@ def assignments(given: list[str], example: str = "private.beta2=0.99") -> dict[s
         path, equals, value = text.partition("=")
         parts = path.split(".")
         if not equals or not all(parts):
-            raise ConfigError(f"--set {text!r} must read name=value, such as {example}.")
+            raise ConfigError(f"--set {text!r} must read {example}.")
         inner = out
         for part in parts[:-1]:
             inner = inner.setdefault(part, {})

@@ -37,7 +37,7 @@ def _make(name: str, resolution: int, channels: str, seed: int, settings: list[s
 
     if channels not in ("grey", "rgb"):
         raise ConfigError(f"--channels is {channels!r}, but must be grey or rgb.")
-    params = assignments(settings or [], "shape=disc")
+    params = assignments(settings or [], "name=value, such as shape=disc")
     taken = sorted(params.keys() & {"name", "resolution", "channels", "seed"})
     if taken:
         raise ConfigError(f"--set {taken[0]}=… is not a parameter of the program: use --{taken[0]}.")

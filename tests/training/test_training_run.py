@@ -552,5 +552,5 @@ def test_python_api_in_a_few_lines(tmp_path, tiny_settings, tiny_images) -> None
     assert private.parent == run.private
     assert public.parent == run.release
     kinds = [e.kind for e in Ledger(run.ledger_path).entries]
-    assert kinds == ["dp", "dp", "dp", "private"]
+    assert kinds == ["public", "dp", "dp", "dp", "private"]
     assert Ledger(run.ledger_path).epsilon() <= 5
