@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,8 +95,9 @@ class Generator:
         networks: the denoiser of each network.
     """
 
-    def __init__(self, release: Path, device: str = "cpu") -> None:
+    def __init__(self, release: str | os.PathLike[str], device: str = "cpu") -> None:
         self.device = device
+        release = Path(release)
         try:
             about = json.loads((release / "generator.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -366,7 +366,7 @@ def _ledger_of(run: Run, config: Config, plan: Plan, program: Program) -> Ledger
     used = plan.stages.public or plan.stages.pretrain
     if used and not ledger.entries:
         ledger.note_public_choice(
-            "public images are drawn by this program; it was chosen without looking at private images",
+            "public images are drawn by this program; ε holds if it was chosen without looking at private images",
             program=program.config(),
             prior_tier=program.prior_tier,
             prior_tier_meaning=TIERS[program.prior_tier],

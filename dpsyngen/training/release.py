@@ -168,8 +168,8 @@ def plain_words(statement: dict[str, Any]) -> str:
     lines += [
         "",
         f"Assumed public: that there are {n:,} images, the image size and the class names.  Images drawn by a program "
-        f"({p['name']}, {p['prior_tier_meaning']}) cost no privacy, because no private image was looked at to choose "
-        "it.",
+        f"({p['name']}, prior tier {p['prior_tier']}: {p['prior_tier_meaning']}) cost no privacy, provided that no "
+        "private image was looked at to choose it.",
         "",
         f"Adjacency: {statement['adjacency']}.",
         "",

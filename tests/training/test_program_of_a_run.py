@@ -66,3 +66,4 @@ def test_a_wrong_tier_is_refused_before_anything_is_made(tmp_path, tiny_settings
 def test_other_programs_train_too(program, tmp_path, tiny_settings, tiny_images) -> None:
     run = train(tmp_path / "r", tiny_settings, tiny_images(), name=program)
     assert run.complete
+    assert len(dpsyngen.Generator(str(run.release)).sample(3).images) == 3  # a path as text will do
