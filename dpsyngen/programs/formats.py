@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -31,7 +32,7 @@ def png(image: Images) -> bytes:
     return buffer.getvalue()
 
 
-class Layout:
+class Layout(ABC):
     """A way to keep images; `write` may be called in any order and again for the same shard, in other processes.
 
     Args:
@@ -50,23 +51,23 @@ class Layout:
         self.shards = -(-count // shard_size)
         self.digits = max(8, len(str(first + count - 1)))
 
-    @classmethod
+    @classmethod  # noqa: B027 (optional)
     def require(cls) -> None:
         """Raise ConfigError if something this layout needs is not installed."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 (optional)
         """Make what must exist before the first shard."""
 
+    @abstractmethod
     def write(self, shard: int, start: int, images: Images) -> None:
         """Write one shard, whose first image has index `start`; images are [N, C, H, W]."""
-        raise NotImplementedError
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 (optional)
         """Bring the shards together once all are written."""
 
+    @abstractmethod
     def files(self) -> list[str]:
         """Names of the files, relative to the folder; for a folder of images a pattern."""
-        raise NotImplementedError
 
     def _named(self, start: int, images: Images) -> Iterator[tuple[str, bytes]]:
         for k, image in enumerate(images):

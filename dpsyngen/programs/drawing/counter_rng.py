@@ -85,6 +85,16 @@ def below(word: np.uint64, count: int) -> int:
 
 
 @compiled
+def pick(word: np.uint64, shares: NDArray[np.float64]) -> int:
+    """One of several choices by a 32-bit word; `shares` are their cumulative weights, ending in 1."""
+    u = unit32(word)
+    choice = 0
+    while choice < shares.shape[0] - 1 and u >= shares[choice]:
+        choice += 1
+    return choice
+
+
+@compiled
 def fill_uniform(
     seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64, out: NDArray[np.float64]
 ) -> np.uint64:

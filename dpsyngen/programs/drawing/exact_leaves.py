@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.programs.drawing.colours import GREY, PALETTE, colour_of, draw_palette
 from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
+from dpsyngen.programs.drawing.counter_rng import below, pick, unit32, words32
 from dpsyngen.programs.drawing.portable import cos_sin
 from dpsyngen.programs.drawing.power_law import inverse, mass, padded_masses, padded_radius
 from dpsyngen.programs.drawing.shapes import DISC, leaf_spans
@@ -110,16 +110,6 @@ def may_show(covered: NDArray[np.uint64], size: int, x: float, y: float, radius:
 
 
 @compiled
-def kind_of(word: np.uint64, shares: NDArray[np.float64]) -> int:
-    """A shape from a random word; `shares` are the cumulative weights of the shapes, ending in 1."""
-    u = unit32(word)
-    kind = 0
-    while kind < shares.shape[0] - 1 and u >= shares[kind]:
-        kind += 1
-    return kind
-
-
-@compiled
 def cover(
     canvas: NDArray[np.int32],
     covered: NDArray[np.uint64],
@@ -179,7 +169,7 @@ def cover(
             if only != DISC:
                 word_shape, word_angle, low, high = words32(seed, _STREAM, index, block)
                 angles = low | (high << _32)
-            kind = only if only >= 0 else kind_of(word_shape, shares)
+            kind = only if only >= 0 else pick(word_shape, shares)
             first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, xs, ys, starts, stops)
             value = colour_of(word_c & _LOW_24, colour, palette, colours)
             fresh = paint_under(canvas, covered, starts, stops, first, stop, leaves if number else value)
@@ -219,7 +209,7 @@ def cover(
             low, high, _, _ = words32(seed, _STREAM, index, block)
             block += _ONE
             angles = low | (high << _32)
-        kind = only if only >= 0 else kind_of(word_shape, shares)
+        kind = only if only >= 0 else pick(word_shape, shares)
         first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, xs, ys, starts, stops)
         value = colour_of(word_c & _LOW_24, colour, palette, colours)
         fresh = paint_under(canvas, covered, starts, stops, first, stop, leaves if number else value)

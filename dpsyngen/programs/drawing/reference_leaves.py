@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from dpsyngen.programs.drawing.colours import GREY, PALETTE, colour_of, draw_palette
 from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.counter_rng import to_unit, unit_vector, words
-from dpsyngen.programs.drawing.exact_leaves import kind_of, unpack, unpack_smaller
+from dpsyngen.programs.drawing.counter_rng import pick, to_unit, unit_vector, words
+from dpsyngen.programs.drawing.exact_leaves import unpack, unpack_smaller
 from dpsyngen.programs.drawing.scanline import EMPTY, fill_convex, fill_disc, fill_pixel_at, fill_rectangle
 from dpsyngen.programs.drawing.shapes import DISC, ORIENTED_SQUARE, RECTANGLE, SQUARE, TRIANGLE
 
@@ -152,7 +152,7 @@ def paint_over(
         y = to_unit(word_y) * size
         radius = leaf_radius(to_unit(word_radius), r_min, r_max) * size
         value = colour_of(word_kind & _COLOUR_BITS, colour, palette, colours)
-        kind = only if only >= 0 else kind_of(word_kind >> _32, shares)
+        kind = only if only >= 0 else pick(word_kind >> _32, shares)
 
         painted, fresh = 0, 0
         if kind == DISC:

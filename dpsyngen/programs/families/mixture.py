@@ -12,7 +12,7 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.programs.base import Program
 from dpsyngen.programs.checks import as_number
 from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.counter_rng import unit32, words32
+from dpsyngen.programs.drawing.counter_rng import pick, words32
 from dpsyngen.programs.nested import inner_program, tier_of
 from dpsyngen.programs.registry import register
 
@@ -87,8 +87,4 @@ def choose(
     """Which program draws image ``indices[n]``, to ``choices[n]``; `shares` are cumulative and end in 1."""
     for n in range(indices.shape[0]):
         w, _, _, _ = words32(seed, _STREAM, indices[n], np.uint64(0))
-        u = unit32(w)
-        k = 0
-        while k < shares.shape[0] - 1 and u >= shares[k]:
-            k += 1
-        choices[n] = k
+        choices[n] = pick(w, shares)

@@ -6,6 +6,7 @@ Image i of a wrapper is made from image i of its source, whose prior tier it has
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,9 @@ class Wrapper(Program):
         """That of the source."""
         return int(self.source.prior_tier)
 
+    @abstractmethod
     def _changes(self, index: int) -> dict[str, Any]:
-        raise NotImplementedError
+        """What was drawn at random to change image `index` of the source."""
 
     def _params(self, index: int) -> dict[str, Any]:
         return {**self._changes(index), "source": self.source.params(index)}
