@@ -1,6 +1,6 @@
 """How fast programs draw: dead leaves against the published loop, all families, threads, and the share of training.
 
-    python benchmarks/programs.py            # everything, about four minutes
+    python benchmarks/programs.py            # everything, about six minutes
     python benchmarks/programs.py --quick    # four ratios in less than 50 seconds; the last line is JSON
 
 The published loop (Baradad et al., arXiv 2106.05963, as used by Choi et al., arXiv 2412.09842) is written anew here
@@ -16,12 +16,14 @@ Needs ``pip install 'dpsyngen[bench]'``.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import random
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 # As the command line does: threads that spin while they wait slow down those that draw.
@@ -148,8 +150,13 @@ def family_rate(name: str, params: dict[str, Any], resolution: int, seconds: flo
     return count / elapsed
 
 
-def training_share(preset: str, name: str, resolution: int, channels: int, most: int = 100) -> tuple[float, float]:
-    """Seconds of a step of training on a program, and of drawing within it; means over the preset's steps or `most`."""
+def training_share(
+    preset: str, name: str, resolution: int, channels: int, distinct: int | None = None
+) -> tuple[float, float]:
+    """Seconds of a step of training on a program, and of drawing within it: means over all public steps of the preset.
+
+    `distinct` replaces the preset's ``public.distinct`` if given.
+    """
     import torch
 
     from dpsyngen.config import load_config
@@ -168,7 +175,7 @@ def training_share(preset: str, name: str, resolution: int, channels: int, most:
             drawing.append(time.perf_counter() - begun)
             return images
 
-    config = load_config({}, preset=preset)
+    config = load_config({} if distinct is None else {"public": {"distinct": distinct}}, preset=preset)
     denoiser = make_denoiser(config, Shape(resolution, channels, (), 1000), False, 0)
     program = make_program(name, resolution=resolution, channels=channels)
     levels = NoiseLevels(config.network.noise_mean, config.network.noise_std)
@@ -177,58 +184,91 @@ def training_share(preset: str, name: str, resolution: int, channels: int, most:
     take.images = Timed(program, config.public.batch, 0, config.public.distinct, randomness, workers.count)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-4)
     whole = []
-    for step in range(min(most, config.public.steps)):
+    for step in range(config.public.steps):
         begun = time.perf_counter()
         take(denoiser, optimizer, step)
         whole.append(time.perf_counter() - begun)
     return float(np.mean(whole[1:])), float(np.mean(drawing[1:]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only the four ratios, in less than 50 seconds")
-    quick = parser.parse_args().quick
-    import cv2
+TRAINING: tuple[tuple[str, str, int, int, int | None], ...] = (
+    ("demo", "dead-leaves", 8, 1, None),
+    ("cpu-small", "dead-leaves", 28, 1, None),
+    ("cpu-small", "dead-leaves", 32, 3, None),
+    ("cpu-small", "random-network", 32, 3, None),
+    ("cpu-small", "random-network", 32, 3, 6400),
+)
 
-    cv2.setNumThreads(1)
-    random.seed(0)
-    np.random.seed(0)
+
+def measure_dead_leaves(quick: bool) -> dict[str, dict[str, float]]:
     print("dead leaves, RGB, one thread: images a second")
-    ratios = {}
+    out = {}
     for key, (shape, resolution) in CASES.items():
-        found = compare(shape, resolution, *((9.0, 3) if quick else (30.0, 6)))
-        ratios[key] = round(found["ratio"], 1)
+        found = out[key] = compare(shape, resolution, *((9.0, 3) if quick else (30.0, 6)))
         print(
             f"  {key:10} published {found['published']:8.2f} ({found['published_images']:.0f} images)   "
             f"ours {found['ours']:9.0f}   ratio {found['ratio']:7.0f}",
             flush=True,
         )
-    if not quick:
-        import torch
+    return out
 
-        print("two threads against one: times as fast")
-        for resolution, images in ((32, 6000), (128, 1500)):
-            program = make_program("dead-leaves", resolution=resolution, channels=3)
-            print(f"  dead-leaves {resolution:4} px  {thread_scaling(program, images):.2f}", flush=True)
-        print("all families, RGB, one thread: images a second at 32, 64 and 128 px")
-        families = {**{name: (name, GIVEN.get(name, {})) for name in program_names()}, **MORE}
-        for label, (name, params) in families.items():
-            rates = [family_rate(name, params, resolution, 1.0) for resolution in (32, 64, 128)]
-            print(f"  {label:34}" + "".join(f"{r:10.0f}" for r in rates), flush=True)
-        print(f"a step of training on programs, {torch.get_num_threads()} threads")
-        for preset, name, resolution, channels in (
-            ("demo", "dead-leaves", 8, 1),
-            ("cpu-small", "dead-leaves", 28, 1),
-            ("cpu-small", "dead-leaves", 32, 3),
-            ("cpu-small", "random-network", 32, 3),
-        ):
-            step, drawing = training_share(preset, name, resolution, channels)
-            print(
-                f"  {preset:10} {name:15} {resolution:3} px  step {1e3 * step:7.1f} ms, "
-                f"drawing {1e3 * drawing:6.2f} ms of it: {100 * drawing / step:5.2f} %",
-                flush=True,
-            )
-    print(json.dumps(ratios))
+
+def measure_threads() -> dict[str, float]:
+    print("two threads against one: times as fast")
+    out = {}
+    for key, (shape, resolution) in CASES.items():
+        program = make_program("dead-leaves", resolution=resolution, channels=3, shape=shape)
+        out[key] = thread_scaling(program, 6000 if resolution <= 32 else 1500)
+        print(f"  {key:10} {out[key]:.2f}", flush=True)
+    return out
+
+
+def measure_families() -> dict[str, dict[str, float]]:
+    print("all families, RGB, one thread: images a second at 32, 64 and 128 px")
+    families = {**{name: (name, GIVEN.get(name, {})) for name in program_names()}, **MORE}
+    out = {}
+    for label, (name, params) in families.items():
+        out[label] = {str(size): family_rate(name, params, size, 1.0) for size in (32, 64, 128)}
+        print(f"  {label:34}" + "".join(f"{r:10.0f}" for r in out[label].values()), flush=True)
+    return out
+
+
+def measure_training() -> list[dict[str, Any]]:
+    import torch
+
+    print(f"public training, {torch.get_num_threads()} threads")
+    out = []
+    for preset, name, resolution, channels, distinct in TRAINING:
+        step, drawing = training_share(preset, name, resolution, channels, distinct)
+        out.append({"preset": preset, "program": name, "resolution": resolution, "distinct": distinct})
+        out[-1] |= {"step_ms": 1e3 * step, "drawing_ms": 1e3 * drawing, "share": drawing / step}
+        print(
+            f"  {preset:10} {name:15} {resolution:3} px{'' if distinct is None else f', {distinct} distinct'}: "
+            f"step {1e3 * step:7.1f} ms, drawing {1e3 * drawing:6.2f} ms of it: {100 * drawing / step:5.2f} %",
+            flush=True,
+        )
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only the four ratios, in less than 50 seconds")
+    parser.add_argument("--json", type=Path, help="also write everything that was measured to this file")
+    arguments = parser.parse_args()
+    import cv2
+
+    cv2.setNumThreads(1)
+    random.seed(0)
+    np.random.seed(0)
+    found: dict[str, Any] = {"cores": os.cpu_count(), "date": datetime.date.today().isoformat()}
+    found["dead_leaves"] = measure_dead_leaves(arguments.quick)
+    if not arguments.quick:
+        found["two_threads"] = measure_threads()
+        found["families"] = measure_families()
+        found["training"] = measure_training()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({key: round(case["ratio"], 1) for key, case in found["dead_leaves"].items()}))
 
 
 if __name__ == "__main__":

@@ -108,8 +108,6 @@ def test_config_rebuilds_the_program(example: str) -> None:
 @pytest.mark.parametrize(("resolution", "channels"), [(1, 1), (2, 3), (9, 1), (33, 3)])
 def test_any_size(example: str, resolution: int, channels: int) -> None:
     name, params = EXAMPLES[example]
-    if "palette" in params.values() and channels == 1 and name != "dead-leaves":
-        pytest.skip("needs colours")
     images = make_program(name, resolution=resolution, channels=channels, seed=1, **params).batch(range(6))
     assert images.shape == (6, channels, resolution, resolution)
     assert images.dtype == np.uint8
