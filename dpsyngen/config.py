@@ -41,6 +41,8 @@ class PrivacyConfig(_Section):
     delta: float | None = Field(None, gt=0, lt=1, description="δ; None: the largest power of ten below 1/n")
     clipping_norm: float = Field(1.0, gt=0, description="C, bound on one image's gradient (L2)")
     insecure_seed: int | None = Field(None, description="reproducible noise: NOT PRIVATE, for tests")
+    group_size: int = Field(1, ge=1, le=1000, description="g: ε is for up to g images of one person together")
+    budget: str | None = Field(None, description="budget file that all runs on these images share; never released")
 
 
 class StagesConfig(_Section):
@@ -154,6 +156,13 @@ class Config(_Section):
             raise ValueError("sampling.churn needs sampling.sampler = heun")
         if self.privacy.epsilon != self.privacy.epsilon:
             raise ValueError("privacy.epsilon is not a number")
+        if self.privacy.budget is not None and (
+            math.isinf(self.privacy.epsilon) or self.privacy.insecure_seed is not None
+        ):
+            raise ValueError(
+                "privacy.budget goes with runs that are private; without privacy (epsilon = inf) or with "
+                "privacy.insecure_seed train without a budget, and never release the result"
+            )
         if self.private.noise == "discrete" and self.private.clipping != "flat":
             raise ValueError(
                 f"private.noise = discrete knows only private.clipping = flat, but that is {self.private.clipping}"

@@ -35,3 +35,9 @@ class LedgerError(DpsyngenError, RuntimeError):
     """The ledger file was edited, truncated or reordered, so ε cannot be computed from it."""
 
     exit_code = 3
+
+
+class ReleaseError(DpsyngenError, ValueError):
+    """A release, a bundle or a certificate is not what it says it is."""
+
+    exit_code = 6

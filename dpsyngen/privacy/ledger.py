@@ -1,23 +1,23 @@
 """The ledger: every access to the private images, written down before its result is used.
 
-One JSON object a line, append-only, each carrying the SHA-256 of the line before it, flushed to the disk before
+One JSON object a line, append-only, hash-chained (:mod:`dpsyngen.privacy.chain`), flushed to the disk before
 :meth:`Ledger.charge` returns.  ε is always computed from the file; there is no counter to forget or to pass by hand.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dpsyngen.errors import BudgetExceeded, LedgerError
-from dpsyngen.privacy.accounting import Accountant, Mechanism, epsilon
+from dpsyngen.privacy.accounting import Accountant, Mechanism, check_group_size, epsilon, merge
+from dpsyngen.privacy.chain import HashChain, Head
 
-_GENESIS = "0" * 64
+FORMAT = 2
+Kind = Literal["dp", "private", "non-private", "public"]
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,79 @@ class LedgerEntry:
         details: sensitivity, first step and whatever else a reader needs to trace it.
     """
 
-    kind: Literal["dp", "private", "non-private", "public"]
+    kind: Kind
     reason: str
     mechanism: Mechanism | None
     details: dict[str, Any]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {
+            "kind": self.kind,
+            "reason": self.reason,
+            "mechanism": self.mechanism and self.mechanism.to_dict(),
+            "details": self.details,
+        }
 
-def _digest(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> LedgerEntry:
+        """The inverse.  Raises ValueError, KeyError or TypeError if something does not fit."""
+        mechanism = body["mechanism"]
+        entry = cls(
+            body["kind"],
+            str(body["reason"]),
+            None if mechanism is None else Mechanism(**mechanism),
+            dict(body["details"]),
+        )
+        if entry.kind not in get_args(Kind):
+            raise ValueError(f"kind {entry.kind!r}")
+        if (entry.kind == "dp") != (entry.mechanism is not None):
+            raise ValueError(f"an entry of kind {entry.kind!r} {'without' if entry.kind == 'dp' else 'with'} mechanism")
+        return entry
+
+
+def check_affordable(mechanisms: Iterable[Mechanism], target: float, delta: float, group_size: int, whose: str) -> None:
+    """Raise BudgetExceeded if all `mechanisms` together cost more than `target` at `delta`."""
+    total = epsilon(mechanisms, delta, group_size=group_size)
+    if not total <= target:  # also where either is not a number
+        group = f" for {group_size} images together" if group_size > 1 else ""
+        raise BudgetExceeded(
+            f"refused: the total would come to ε = {total:.4f} at δ = {delta:.3g}{group}, above the {whose} "
+            f"ε = {target:.4g}.  Take fewer steps, add noise, or raise the target if your policy allows it."
+        )
 
 
 class Ledger:
     """The accesses to one data set by one run, and the budget that they may not exceed.
 
     Args:
-        path: the ledger file; it need not exist yet (see :meth:`create`).
+        path: an existing ledger file (see :meth:`create`).
+
+    Attributes:
+        entries: the accesses, in order.
+        target_epsilon: ε that the total may not exceed; ``math.inf`` for a non-private reference.
+        delta: δ at which ε is stated.
+        records: declared number of records n.
+        group_size: g; ε is for up to g records together.
+        run: a name of the run that nobody can choose, derived from its secret key.
+        secure: False if the noise came from a reproducible seed, so that ε is not a guarantee.
 
     Raises:
-        LedgerError: the file was edited, truncated in the middle or reordered.
+        LedgerError: the file was edited, truncated or reordered.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last = _GENESIS
+        self._chain = HashChain(path, "ledger")
+        self._affordable: list[dict[tuple[float, float], int]] = []
+        header, *records = self._chain.records
+        self._header(header)
         self.entries: list[LedgerEntry] = []
-        self._read()
+        for number, body in enumerate(records, 2):
+            try:
+                self.entries.append(LedgerEntry.from_dict(body))
+            except (ValueError, KeyError, TypeError) as error:
+                raise LedgerError(f"line {number} of the ledger {path} is damaged: {error}.") from None
 
     @classmethod
     def create(
@@ -68,107 +116,85 @@ class Ledger:
         target_epsilon: float,
         delta: float,
         records: int,
+        group_size: int = 1,
+        run: str = "",
+        secure: bool = True,
         earlier: tuple[Mechanism, ...] = (),
     ) -> Ledger:
         """Start a ledger with its budget.
 
         Args:
             path: a file that does not exist yet.
-            target_epsilon: ε that the total may not exceed; ``math.inf`` for a non-private reference.
-            delta: δ at which ε is stated.
-            records: declared number of records n, a public constant.
+            target_epsilon, delta, records, group_size, run, secure: see the attributes.
             earlier: mechanisms already run on the same data elsewhere; they count towards the total.
         """
-        if path.exists():
-            raise LedgerError(f"{path} exists already; a ledger is never started twice.")
-        line = cls._line(
-            {
-                "format": 1,
-                "target_epsilon": "inf" if math.isinf(target_epsilon) else target_epsilon,
-                "delta": delta,
-                "records": records,
-                "unit": "one image",
-                "adjacency": "add or remove one record; sampling rate and normaliser are public constants",
-            },
-            _GENESIS,
-        )
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "w") as f:
-            f.write(line + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        check_group_size(group_size)
+        header = {
+            "format": FORMAT,
+            "target_epsilon": "inf" if math.isinf(target_epsilon) else target_epsilon,
+            "delta": delta,
+            "records": records,
+            "unit": "one image" if group_size == 1 else f"up to {group_size} images together",
+            "group_size": group_size,
+            "adjacency": "add or remove records; sampling rate and normaliser are public constants",
+            "run": run,
+            "randomness": "operating system" if secure else "reproducible seed",
+        }
+        HashChain.create(path, "ledger", header)
         ledger = cls(path)
         for mechanism in earlier:
             ledger.charge(mechanism, "earlier access to the same data, declared by the user")
         return ledger
 
-    @staticmethod
-    def _line(body: dict[str, Any], previous: str) -> str:
-        return json.dumps({**body, "previous": previous}, sort_keys=True, ensure_ascii=False)
-
-    def _read(self) -> None:
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise LedgerError(f"the ledger {self.path} cannot be read: {error.strerror}.") from None
-        lines = data.split(b"\n")
-        # A crash while a line was being written leaves a piece without its newline: its access never happened,
-        # because charge() returns only after the whole line is on the disk.
-        # Bytes, because the piece may end within a character.
-        partial = lines.pop()
-        self._end, self._size = len(data) - len(partial), len(data)
-        if not lines:
-            raise LedgerError(f"the ledger {self.path} is empty.")
-        previous = _GENESIS
-        for number, line in enumerate(lines, 1):
-            try:
-                body = json.loads(line.decode())
-                found = body.pop("previous")
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise LedgerError(f"line {number} of the ledger {self.path} is not a ledger entry.") from None
-            if found != previous:
-                raise LedgerError(
-                    f"line {number} of the ledger {self.path} does not follow from the line before it: the file was "
-                    "edited, truncated or reordered, so no ε can be stated for this run."
-                )
-            previous = _digest(line.decode())
-            if number == 1:
-                self._header(body)
-            else:
-                try:
-                    mechanism = body.get("mechanism")
-                    self.entries.append(
-                        LedgerEntry(
-                            body["kind"],
-                            body["reason"],
-                            None if mechanism is None else Mechanism(**mechanism),
-                            body["details"],
-                        )
-                    )
-                except (ValueError, KeyError, TypeError) as error:
-                    raise LedgerError(f"line {number} of the ledger {self.path} is damaged: {error}.") from None
-        self._last = previous
-
     def _header(self, body: dict[str, Any]) -> None:
+        if body.get("format") != FORMAT:
+            raise LedgerError(
+                f"the ledger {self.path} is of format {body.get('format')!r}, but this version reads format {FORMAT}.  "
+                "Use the version of dpsyngen that made it."
+            )
         try:
             self.target_epsilon = float(body["target_epsilon"])
             self.delta = float(body["delta"])
             self.records = int(body["records"])
+            self.group_size = body["group_size"]
+            check_group_size(self.group_size)
+            self.run = str(body["run"])
+            self.secure = body["randomness"] == "operating system"
         except (KeyError, TypeError, ValueError) as error:
             raise LedgerError(f"the first line of the ledger {self.path} is damaged: {error}.") from None
 
     # ------------------------------------------------------------------------------------------ reading
 
     @property
+    def head(self) -> Head:
+        """Length and last digest: what to keep elsewhere as proof that the ledger was not changed since."""
+        return self._chain.head
+
+    def has_been(self, head: Head) -> bool:
+        """Whether everything up to `head`, kept elsewhere, is still as it was then."""
+        return self._chain.has_been(head)
+
+    @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
         """All mechanisms charged so far."""
         return tuple(e.mechanism for e in self.entries if e.mechanism is not None)
 
-    def epsilon(self, delta: float | None = None, accountant: Accountant = "pld") -> float:
-        """Total ε of everything in the ledger, at the ledger's δ or another; infinite after a non-private access."""
-        if any(e.kind == "non-private" for e in self.entries):
+    @property
+    def non_private(self) -> bool:
+        """Whether private images were used without noise, so that ε is infinite."""
+        return any(e.kind == "non-private" for e in self.entries)
+
+    def epsilon(
+        self, delta: float | None = None, accountant: Accountant = "pld", group_size: int | None = None
+    ) -> float:
+        """Total ε of everything in the ledger, at the ledger's δ and group size or others.
+
+        Infinite after a non-private access.
+        """
+        if self.non_private:
             return math.inf
-        return epsilon(self.mechanisms, self.delta if delta is None else delta, accountant)
+        g = self.group_size if group_size is None else group_size
+        return epsilon(self.mechanisms, self.delta if delta is None else delta, accountant, g)
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -179,21 +205,22 @@ class Ledger:
             BudgetExceeded: the total would exceed the target.  Nothing was written and nothing may be run.
         """
         self.require(mechanism)
-        kind: Literal["dp", "non-private"] = "dp" if mechanism.noise_multiplier > 0 else "non-private"
+        kind: Kind = "dp" if mechanism.noise_multiplier > 0 else "non-private"
         self._append(LedgerEntry(kind, reason, mechanism if kind == "dp" else None, details))
 
     def require(self, mechanism: Mechanism) -> None:
-        """Raise :class:`BudgetExceeded` if `mechanism` on top of what is charged would exceed the target."""
+        """Raise :class:`BudgetExceeded` if `mechanism` on top of what is charged would exceed the target.
+
+        Asking for all the steps of a run at once makes the blocks that are charged later free of computation.
+        """
         if math.isinf(self.target_epsilon):
             return
-        total = epsilon((*self.mechanisms, mechanism), self.delta)
-        if not total <= self.target_epsilon:  # also where either is not a number
-            raise BudgetExceeded(
-                f"refused: {mechanism.count} more step(s) at sampling rate {mechanism.sampling_rate:.4g} and noise "
-                f"multiplier {mechanism.noise_multiplier:.4g} would bring the total to ε = {total:.4f} at "
-                f"δ = {self.delta:.3g}, above the target ε = {self.target_epsilon:.4g}.  Take fewer steps, add noise, "
-                "or raise the target if your policy allows it (in a new run)."
-            )
+        total = merge((*self.mechanisms, mechanism))
+        counts = {(m.sampling_rate, m.noise_multiplier): m.count for m in total}
+        if any(all(counts[k] <= known.get(k, 0) for k in counts) for known in self._affordable):
+            return
+        check_affordable(total, self.target_epsilon, self.delta, self.group_size, "target")
+        self._affordable.append(counts)
 
     def note_private_access(self, reason: str, **details: Any) -> None:
         """Write down a look at private images whose result stays in the private half."""
@@ -204,33 +231,5 @@ class Ledger:
         self._append(LedgerEntry("public", reason, None, details))
 
     def _append(self, entry: LedgerEntry) -> None:
-        body = {
-            "kind": entry.kind,
-            "reason": entry.reason,
-            "mechanism": entry.mechanism and entry.mechanism.to_dict(),
-            "details": entry.details,
-        }
-        line = self._line(body, self._last)
-        # Without buffering: what a failed flush (a full disk) left behind is cut off, so that no half line can
-        # swallow the next entry.
-        with open(self.path, "r+b", buffering=0) as f:
-            if f.seek(0, os.SEEK_END) != self._size:
-                raise LedgerError(
-                    f"the ledger {self.path} has changed since it was read, so another process may be charging the "
-                    "same budget; nothing was charged.  Let the other one end, then start again."
-                )
-            end = self._end
-            f.truncate(end)
-            self._size = end
-            f.seek(end)
-            data = (line + "\n").encode()
-            try:
-                if f.write(data) != len(data):
-                    raise OSError(28, "No space left on device")
-                os.fsync(f.fileno())
-            except OSError:
-                f.truncate(end)
-                raise
-        self._end = self._size = end + len(data)
+        self._chain.append(entry.to_dict())
         self.entries.append(entry)
-        self._last = _digest(line)

@@ -10,13 +10,16 @@ import contextlib
 import hmac
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.config import Config
@@ -30,15 +33,16 @@ from dpsyngen.diffusion.unet import UNet, check_resolution, count_parameters, na
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import write_atomically, write_text
 from dpsyngen.privacy.accounting import calibrate_noise, default_delta
+from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.physical_batch import find_physical_batch
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import TIERS, Program, make_program
-from dpsyngen.training.checkpoint import Checkpoints, TrainState
+from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints, save_file
 from dpsyngen.training.engine_settings import EngineSettings
-from dpsyngen.training.private import DpSgd, PrivateStep, charged_steps, train_private
+from dpsyngen.training.private import DpSgd, Observer, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import Progress, PublicStep, public_randomness, train_public
 from dpsyngen.training.release import write_release
 from dpsyngen.training.run import JsonLines, Run
@@ -126,7 +130,13 @@ def make_plan(config: Config, shape: Shape) -> Plan:
         noise = 0.0
     else:
         try:
-            noise = calibrate_noise(config.privacy.epsilon, delta, sampling_rate=batch / n, steps=config.private.steps)
+            noise = calibrate_noise(
+                config.privacy.epsilon,
+                delta,
+                sampling_rate=batch / n,
+                steps=config.private.steps,
+                group_size=config.privacy.group_size,
+            )
         except ValueError as error:
             raise ConfigError(
                 f"no noise level gives ε = {config.privacy.epsilon} at δ = {delta:.3g} with {config.private.steps} "
@@ -134,6 +144,11 @@ def make_plan(config: Config, shape: Shape) -> Plan:
             ) from None
     mechanism = DpSgd(n, noise, config.privacy.clipping_norm, config.private)
     return Plan(shape, stages, delta, mechanism)
+
+
+def _budget_of(config: Config) -> Budget | None:
+    path = config.privacy.budget
+    return None if path is None else Budget(Path(path))
 
 
 def shape_of(dataset: ImageDataset, config: Config) -> Shape:
@@ -167,15 +182,26 @@ class Training:
 
     def __init__(self, run: Run, config: Config, dataset: ImageDataset, plan: Plan, device: str = "cpu") -> None:
         self.run, self.config, self.dataset, self.plan, self.device = run, config, dataset, plan, device
-        self.checkpoints = Checkpoints(run.private)
+        # Before anything is read that another process could be changing.
+        run.open_for_writing()
         self.private_log = JsonLines(run.private / "training.jsonl", 0o600)
         self.public_log = JsonLines(run.release / "public_training.jsonl", 0o644)
         self.stop_requested = False
+        self.observer: Observer | None = None  # for audits
         self.workers = Workers(None if device == "cpu" else 1)
         self.program = _program(config, plan.shape)
         self.randomness = _randomness_of(run, config)
-        self.ledger = _ledger_of(run, config, plan, self.program)
-        _pin_data(run, dataset, self.randomness, plan)
+        self.ledger = _ledger_of(run, config, plan, self.program, self.randomness)
+        _pin_data(run, config, dataset, self.randomness, self.ledger, plan)
+        self.checkpoints = Checkpoints(run.private, self.ledger)
+        self.budget = _budget_of(config)
+        if self.budget is not None:
+            self.budget.reserve(
+                self.ledger.run, run.path.name, plan.mechanism.mechanism(config.private.steps), dataset.fingerprint()
+            )
+        left = config.private.steps - charged_steps(self.ledger)
+        if left > 0:
+            self.ledger.require(plan.mechanism.mechanism(left))
 
     @property
     def parameters(self) -> int:
@@ -185,8 +211,16 @@ class Training:
     def steps(self) -> Iterator[Progress]:
         """Run what is left, yielding after each step; the release is written at the end.
 
-        Setting ``stop_requested`` ends it after the current step with a checkpoint.
+        Setting ``stop_requested`` ends it after the current step with a checkpoint.  The run directory is locked until
+        the end of the iteration, whichever way it ends.
+
+        Raises:
+            RunError: another process works on the run, or its files do not fit together.
         """
+        with self.run.lock():
+            yield from self._phases()
+
+    def _phases(self) -> Iterator[Progress]:
         public = self.plan.stages.public
         expert_stages = [s for s in public if s.network != self.plan.stages.private.network]
         if self.plan.stages.pretrain:
@@ -256,7 +290,7 @@ class Training:
         network = plan.stages.private.network
         denoiser = self._denoiser(conditional=True, index=0)
         if plan.stages.pretrain:
-            denoiser.load_state_dict(load_file(self.run.weights(PRETRAIN)))
+            _load_weights(self.run.weights(PRETRAIN), denoiser)
         optimizers: dict[str, torch.optim.Optimizer] = {
             "private": torch.optim.Adam(
                 denoiser.parameters(),
@@ -279,18 +313,21 @@ class Training:
             physical_batch=engine.physical_batch or self._fitting_batch(denoiser),
             kernels=engine.kernels,
             workers=self.workers,
+            observer=self.observer,
         )
         engine.physical_batch = take.physical_batch
+        # What was measured must be known before noise is used: a step that is repeated has to sum in the same order.
+        take.before_release = engine.save
         public = [self._public_step(stage, index) for index, stage in enumerate(shared, 1)]
         name = plan.stages.private.name
-        progress = engine.saved_after_each(train_private(name, state, take, self.ledger, public))
+        progress = train_private(name, state, take, self.ledger, public)
         yield from self._checkpointed(name, state, progress, self.private_log, c.checkpoint_every)
         if self.stop_requested and state.step < c.steps:
             return
         if charged_steps(self.ledger) != state.step:
             raise AssertionError(f"{state.step} steps taken, {charged_steps(self.ledger)} in the ledger")
         self._save_weights(network, state)
-        write_release(self.run, self.config, plan, self.ledger, self.randomness, self.program)
+        write_release(self.run, self.config, plan, self.ledger, self.randomness, self.program, self.budget)
         self.checkpoints.clear()
 
     def _checkpointed(
@@ -298,12 +335,17 @@ class Training:
     ) -> Iterator[Progress]:
         """Pass `progress` on, with a checkpoint every so many steps and when asked to stop."""
         # `progress` has not started, so it goes on from what is restored here.
-        self.checkpoints.load(phase, state)
+        private = phase == self.plan.stages.private.name
+        steps, charged = (
+            (self.config.private.steps, charged_steps(self.ledger)) if private else (self.config.public.steps, None)
+        )
+        self.checkpoints.load(phase, state, steps, charged)
         log.cut(phase, state.step + 1)
         for report in progress:
             log.append(phase=report.phase, step=report.step, **report.values)
             yield report
             if report.step % every == 0 or self.stop_requested:
+                log.sync()
                 self.checkpoints.save(phase, state)
             if self.stop_requested:
                 return
@@ -313,11 +355,30 @@ class Training:
         write_atomically(self.run.weights(network), lambda p: save_file(average, p))
 
 
+def _load_weights(path: Path, denoiser: PreconditionedDenoiser) -> None:
+    try:
+        denoiser.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise RunError(
+            f"{path} is damaged: {str(error).splitlines()[0]}.  Remove it and resume: it is trained again, to the same "
+            "weights."
+        ) from None
+
+
 def _randomness_of(run: Run, config: Config) -> Randomness:
+    """The key of the run; a new one only where nothing can have used the old one."""
+    # All of these are made after the key.
+    later = (run.ledger_path, run.ledger_path.with_name(run.ledger_path.name + ".head"), run.data_path)
+    begun = any(p.exists() for p in (*later, run.engine_path))
     if run.randomness_path.exists():
-        return Randomness.load(run.randomness_path)
-    if run.ledger_path.exists():
-        # The ledger is made after the random state, so it was lost: fresh noise for charged steps would be wrong.
+        try:
+            return Randomness.load(run.randomness_path)
+        except RunError:
+            if begun:
+                raise
+        run.randomness_path.unlink()
+    elif begun:
+        # Fresh noise for charged steps would be wrong.
         raise RunError(
             f"{run.randomness_path} is missing: without it the run cannot be continued privately.  Start a new run."
         )
@@ -353,15 +414,30 @@ def _with_whole_program(config: Config, program: Program) -> Config:
     return config.model_copy(update={"program": section})
 
 
-def _ledger_of(run: Run, config: Config, plan: Plan, program: Program) -> Ledger:
+def _ledger_of(run: Run, config: Config, plan: Plan, program: Program, randomness: Randomness) -> Ledger:
+    name = randomness.tag("name of the run")[:32]
     if run.ledger_path.exists():
         ledger = Ledger(run.ledger_path)
+        if ledger.run != name:
+            raise RunError(
+                f"{run.randomness_path} is not the random state with which {run.ledger_path} was begun: steps that are "
+                "charged would get other noise.  Put back the files of this run, or start a new one."
+            )
+    elif run.data_path.exists() or run.engine_path.exists():
+        # Both are made after the ledger.
+        raise RunError(
+            f"{run.ledger_path} is missing, though the run had begun: what it charged is no longer known.  Put it back "
+            "from a backup, or start a new run."
+        )
     else:
         ledger = Ledger.create(
             run.ledger_path,
             target_epsilon=config.privacy.epsilon,
             delta=plan.delta,
             records=plan.shape.records,
+            group_size=config.privacy.group_size,
+            run=name,
+            secure=randomness.secure,
         )
     used = plan.stages.public or plan.stages.pretrain
     if used and not ledger.entries:
@@ -374,25 +450,82 @@ def _ledger_of(run: Run, config: Config, plan: Plan, program: Program) -> Ledger
     return ledger
 
 
-def _pin_data(run: Run, dataset: ImageDataset, randomness: Randomness, plan: Plan) -> None:
-    """Remember which images the run is of; refuse to resume with others, which would repeat noise on new data."""
-    fingerprint = randomness.tag(dataset.fingerprint())
-    if run.data_path.exists():
-        before = json.loads(run.data_path.read_text())["fingerprint"]
-        if not hmac.compare_digest(before, fingerprint):
+def _pin_data(
+    run: Run, config: Config, dataset: ImageDataset, randomness: Randomness, ledger: Ledger, plan: Plan
+) -> None:
+    """Remember which images and settings the run is of; refuse to resume with others, which would repeat noise on new
+    data.
+    """
+    fingerprint, settings = randomness.tag(dataset.fingerprint()), _fixed_settings(config)
+    pinned = _pinned(run)
+    if pinned is not None:
+        if not hmac.compare_digest(pinned["fingerprint"], fingerprint):
             raise RunError(
                 f"the images are not those that {run.path} was started with.  Continuing would add the same noise to "
                 "different data, which can reveal both.  Give the same --data, or start a new run."
             )
+        before = pinned["settings"]
+        changed = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
+        if changed:
+            raise RunError(
+                f"{run.private / 'config.yaml'} was changed since the run was started ({', '.join(changed[:5])}).  "
+                "Continuing would add the same noise to different sums, which can reveal both.  Undo the change, or "
+                "start a new run."
+            )
         return
+    if ledger.mechanisms or ledger.non_private:
+        raise RunError(
+            f"{run.data_path} is missing, though private steps were charged: nothing says any more that the images are "
+            "the same.  Put it back from a backup, or start a new run."
+        )
     about: dict[str, Any] = {
         "fingerprint": fingerprint,
         "records": len(dataset),
         "source": dataset.source,
         "skipped": list(dataset.skipped),
         "noise_multiplier": plan.mechanism.noise_multiplier,
+        "settings": settings,
     }
     write_text(run.data_path, json.dumps(about, indent=1) + "\n", 0o600)
+
+
+def _pinned(run: Run) -> dict[str, Any] | None:
+    """What :func:`_pin_data` wrote; None if it did not come to that yet."""
+    if not run.data_path.exists():
+        return None
+    try:
+        about = json.loads(run.data_path.read_text(encoding="utf-8"))
+        return {
+            "fingerprint": str(about["fingerprint"]),
+            "noise_multiplier": float(about["noise_multiplier"]),
+            "settings": dict(about["settings"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{run.data_path}, which says what images the run is of, cannot be read: {error!r}.  Put it back from a "
+            "backup, or start a new run."
+        ) from None
+
+
+# What may change between two sessions of a run: it decides neither what a step is nor what is made of the steps.
+_FREE = {
+    "data": {"source"},
+    "privacy": {"budget"},
+    "private": {"physical_batch", "checkpoint_every"},
+    "public": {"checkpoint_every"},
+}
+
+
+def _fixed_settings(config: Config) -> dict[str, Any]:
+    """All settings that a resumed run must share with its beginning, by their full names, as JSON has them."""
+    sections = config.model_dump(mode="json", exclude={"sampling"})
+    out: dict[str, Any] = {}
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            out[section] = values
+            continue
+        out |= {f"{section}.{k}": v for k, v in values.items() if k not in _FREE.get(section, ())}
+    return dict(json.loads(json.dumps(out)))
 
 
 def start(config: Config, dataset: ImageDataset, out: Path, device: str = "cpu") -> Training:
@@ -405,35 +538,67 @@ def start(config: Config, dataset: ImageDataset, out: Path, device: str = "cpu")
     plan = make_plan(config, shape)
     # A program that cannot draw such images must say so before the directory is made.
     config = _with_whole_program(config, _program(config, shape))
+    if config.privacy.budget is not None:
+        config = config.model_copy(
+            update={"privacy": config.privacy.model_copy(update={"budget": str(Path(config.privacy.budget).resolve())})}
+        )
+    budget = _budget_of(config)
+    if budget is not None:
+        # Training reserves it again under the file's lock; here it is refused while there is no run directory yet.
+        budget.require_data(dataset.fingerprint())
+        budget.require(plan.mechanism.mechanism(config.private.steps))
     return Training(Run.create(out, config), config, dataset, plan, device)
 
 
 def resume(run: Run, dataset: ImageDataset, device: str = "cpu") -> Training:
     """Go on with an interrupted run."""
-    if run.complete:
-        raise RunError(f"{run.path} is finished already; there is nothing to resume.")
+    require_unfinished(run)
+    run.open_for_writing()
     config = run.config
     plan = make_plan(config, shape_of(dataset, config))
-    if run.data_path.exists():
+    pinned = _pinned(run)
+    if pinned is not None:
         # Calibrating again could differ in the last digits with another version of the accountant.
-        noise = float(json.loads(run.data_path.read_text())["noise_multiplier"])
         m = plan.mechanism
-        plan = Plan(plan.shape, plan.stages, plan.delta, DpSgd(m.records, noise, m.clipping_norm, m.config))
+        mechanism = DpSgd(m.records, pinned["noise_multiplier"], m.clipping_norm, m.config)
+        plan = Plan(plan.shape, plan.stages, plan.delta, mechanism)
     return Training(run, config, dataset, plan, device)
+
+
+def require_unfinished(run: Run) -> None:
+    """Raise RunError if the run is finished."""
+    if run.complete:
+        # Its last act, which a crash may have cut off.
+        with contextlib.suppress(RunError, OSError), run.lock():
+            remove_checkpoints(run.private)
+        raise RunError(f"{run.path} is finished already; there is nothing to resume.")
 
 
 @contextlib.contextmanager
 def stop_on_signals(training: Training, tell: Callable[[str], None]) -> Iterator[None]:
-    """Ctrl-C (and SIGTERM) end the run after the current step, with a checkpoint; a second Ctrl-C ends it at once."""
+    """Ctrl-C, SIGTERM and a closed terminal end the run after the current step, with a checkpoint; a second one ends it
+    at once.
+    """
     import signal
 
     def handler(number: int, frame: object) -> None:
         if training.stop_requested:
             raise KeyboardInterrupt
         training.stop_requested = True
-        tell("stopping after this step (Ctrl-C again to stop at once) …")
+        try:
+            tell("stopping after this step (Ctrl-C again to stop at once) …")
+        except OSError:
+            # The terminal is gone, and with it every place to write to: what is said from now on must not end the step.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for output in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(nowhere, output.fileno())
+            os.close(nowhere)
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    chosen = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        chosen.append(signal.SIGHUP)
+    before = {s: signal.signal(s, handler) for s in chosen}
     try:
         yield
     finally:

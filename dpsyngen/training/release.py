@@ -1,15 +1,27 @@
-"""What is published: weights, generator description, configuration without paths, privacy statement."""
+"""What is published: weights, generator description, configuration without paths, privacy certificate."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 
+from dpsyngen.certificate import (
+    Assumptions,
+    BudgetPart,
+    Certificate,
+    LedgerPart,
+    MechanismPart,
+    StagePart,
+    plain_words,
+)
 from dpsyngen.config import Config
 from dpsyngen.files import write_text
+from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import TIERS, Program
@@ -20,91 +32,105 @@ if TYPE_CHECKING:
     from dpsyngen.training.pipeline import Plan
 
 
-def privacy_statement(
-    config: Config, plan: Plan, ledger: Ledger, randomness: Randomness, program: Program
-) -> dict[str, Any]:
-    """The claim and everything needed to check it, JSON-able.  ε is computed from the ledger, not from a setting."""
-    epsilon = ledger.epsilon()
+def certify(
+    config: Config, plan: Plan, ledger: Ledger, randomness: Randomness, program: Program, budget: Budget | None
+) -> Certificate:
+    """The claim and everything needed to check it.  ε is computed from the ledger, not from a setting."""
+    epsilon, by_rdp = ledger.epsilon(), ledger.epsilon(accountant="rdp")
     reasons = []
     if math.isinf(epsilon):
         reasons.append("trained without privacy (ε = ∞), as a reference")
-    if not randomness.secure:
+    if not (randomness.secure and ledger.secure):
         reasons.append("the noise came from a reproducible seed, so anyone who knows the seed can subtract it")
-    return {
-        "format": 1,
-        "dpsyngen": __version__,
-        "preset": config.preset,
-        "variant": config.stages.variant,
-        "private": not reasons,
-        "not_private_because": reasons,
-        "epsilon": "inf" if math.isinf(epsilon) else epsilon,
-        "epsilon_by_rdp": "inf" if math.isinf(epsilon) else ledger.epsilon(accountant="rdp"),
-        "delta": ledger.delta,
-        "accountant": "privacy loss distribution (upper bound), dp-accounting",
-        "unit": "one image",
-        "adjacency": (
-            "add or remove one record; sampling rate and normaliser are public constants fixed by the declared number "
-            "of records (replacing an image by nothing, zero-out adjacency, costs the same)"
+    g = ledger.group_size
+    not_covered = [
+        "several images of one person: the guarantee is for one image at a time"
+        if g == 1
+        else f"people with more than {g} images",
+        "settings that were tuned by looking at private metrics of earlier runs on the same images",
+        "side channels such as the time that training took",
+    ]
+    return Certificate(
+        dpsyngen=__version__,
+        preset=config.preset,
+        variant=config.stages.variant,
+        private=not reasons,
+        not_private_because=reasons,
+        epsilon="inf" if math.isinf(epsilon) else epsilon,
+        epsilon_by_rdp="inf" if math.isinf(by_rdp) else by_rdp,
+        delta=ledger.delta,
+        group_size=g,
+        accountant="privacy loss distribution (upper bound), dp-accounting",
+        unit="one image" if g == 1 else f"up to {g} images together",
+        adjacency=(
+            f"add or remove {'one record' if g == 1 else f'up to {g} records'}; sampling rate and normaliser are "
+            "public constants fixed by the declared number of records (replacing an image by nothing, zero-out "
+            "adjacency, costs the same)"
         ),
-        "public_assumptions": {
-            "records": plan.shape.records,
-            "class_names": list(plan.shape.class_names),
-            "resolution": plan.shape.resolution,
-            "channels": plan.shape.channels,
-        },
-        "mechanisms": [
-            {
-                "mechanism": _mechanism_name(e),
-                "reason": e.reason,
-                "kind": e.kind,
-                **(e.mechanism.to_dict() if e.mechanism else {}),
-                **{
-                    k: e.details[k] for k in ("l2_sensitivity", "clipping", "expected_batch", "steps") if k in e.details
-                },
-            }
-            for e in _merged(ledger)
-        ],
-        "programmatic_images": {
+        randomness=(
+            "the operating system's entropy, through AES-256 under a key that is kept secret"
+            if ledger.secure
+            else "a reproducible seed, which is no secret"
+        ),
+        public_assumptions=Assumptions(
+            records=plan.shape.records,
+            class_names=list(plan.shape.class_names),
+            resolution=plan.shape.resolution,
+            channels=cast(Literal[1, 3], plan.shape.channels),
+        ),
+        mechanisms=[_mechanism(e) for e in _merged(ledger)],
+        programmatic_images={
             **program.config(),
             "prior_tier": program.prior_tier,
             "prior_tier_meaning": TIERS[program.prior_tier],
         },
-        "stages": [
-            {
-                "name": s.name,
-                "log_sigma_low": None if math.isinf(s.low) else s.low,
-                "log_sigma_high": None if math.isinf(s.high) else s.high,
-                "trained_by": s.trainer,
-                "network": s.network,
-            }
+        stages=[
+            StagePart(
+                name=s.name,
+                log_sigma_low=None if math.isinf(s.low) else s.low,
+                log_sigma_high=None if math.isinf(s.high) else s.high,
+                trained_by=s.trainer,
+                network=s.network,
+            )
             for s in plan.stages.stages
         ],
-        "pretrained_on_programmatic_images": plan.stages.pretrain,
-        "programs_used": bool(plan.stages.public) or plan.stages.pretrain,
-        "not_covered": [
-            "several images of one person: the guarantee is for one image at a time",
-            "settings that were tuned by looking at private metrics of earlier runs on the same images",
-            "side channels such as the time that training took",
-        ],
-    }
+        pretrained_on_programmatic_images=plan.stages.pretrain,
+        programs_used=bool(plan.stages.public) or plan.stages.pretrain,
+        budget=None
+        if budget is None
+        else BudgetPart(
+            epsilon=budget.epsilon_limit,
+            delta=budget.delta,
+            group_size=budget.group_size,
+            reserved_epsilon=budget.epsilon(),
+            runs=len(budget.charges),
+        ),
+        ledger=LedgerPart(lines=ledger.head.lines, digest=ledger.head.digest),
+        not_covered=not_covered,
+    )
 
 
-_STATED = ("l2_sensitivity", "clipping", "expected_batch", "steps")
-
-
-def _mechanism_name(entry: LedgerEntry) -> str:
+def _mechanism(entry: LedgerEntry) -> MechanismPart:
     noise = "discrete Gaussian" if entry.details.get("noise") == "discrete" else "Gaussian"
-    sampled = entry.mechanism is not None and entry.mechanism.sampling_rate < 1
-    return f"Poisson-subsampled {noise}" if sampled else noise
+    m, d = entry.mechanism, entry.details
+    sensitivity, batch = d.get("l2_sensitivity"), d.get("expected_batch")
+    return MechanismPart(
+        mechanism=f"Poisson-subsampled {noise}" if m is not None and m.sampling_rate < 1 else noise,
+        reason=entry.reason,
+        kind="dp" if m else "non-private",
+        sampling_rate=None if m is None else float(m.sampling_rate),
+        noise_multiplier=None if m is None else float(m.noise_multiplier),
+        count=None if m is None else m.count,
+        l2_sensitivity=float(sensitivity) if isinstance(sensitivity, int | float) else sensitivity,
+        clipping=d.get("clipping"),
+        expected_batch=None if batch is None else float(batch),
+        steps=d.get("steps"),
+    )
 
 
-def _merged(ledger: Ledger) -> list[Any]:
+def _merged(ledger: Ledger) -> list[LedgerEntry]:
     """Entries whose results are released, with equal mechanisms counted together (blocks of DP-SGD steps)."""
-    from dataclasses import replace
-
-    from dpsyngen.privacy.accounting import Mechanism
-
-    out: list[Any] = []
+    out: list[LedgerEntry] = []
     for e in ledger.entries:
         if e.kind in ("private", "public"):
             continue
@@ -123,78 +149,27 @@ def _merged(ledger: Ledger) -> list[Any]:
     return out
 
 
-def plain_words(statement: dict[str, Any]) -> str:
-    """The statement as Markdown, for people who know no differential privacy."""
-    n = statement["public_assumptions"]["records"]
-    lines = ["# Privacy statement", ""]
-    if not statement["private"]:
-        lines += [f"**NOT PRIVATE**: {'; '.join(statement['not_private_because'])}.", ""]
-    if statement["epsilon"] == "inf":
-        lines += [
-            "This generator carries no privacy guarantee.  Do not publish it if its images are private.",
-            "",
-        ]
-    else:
-        e, delta = statement["epsilon"], statement["delta"]
-        factor = math.exp(min(e, 700))
-        lines += [
-            f"The files in this folder are the output of a mechanism that is **({e:.4g}, {delta:.3g})-differentially "
-            f"private** for each one of the {n:,} images it was trained on.",
-            "",
-            "What this means: whatever someone learns from these files, they would have learned almost as well had "
-            "any one image been left out.  The odds of any conclusion about that image change by a factor of at most "
-            f"e^ε = {factor:.3g}, except with probability at most δ = {delta:.3g}.",
-            "",
-            "Anything made from these files (more images, a fine-tuned model, statistics) has the same guarantee.",
-            "",
-        ]
-    lines += ["How the number comes about:", ""]
-    for m in statement["mechanisms"]:
-        if m["kind"] == "dp":
-            lines.append(
-                f"- {m['reason']}: {m['mechanism']} mechanism, {m['count']} times, sampling rate "
-                f"{m['sampling_rate']:.5g}, noise multiplier {m['noise_multiplier']:.5g}, sensitivity "
-                f"{m.get('l2_sensitivity', '?')}."
-            )
-        else:
-            lines.append(f"- {m['reason']}: without noise.")
-    if statement["epsilon"] != "inf":
-        lines += [
-            "",
-            f"Total by {statement['accountant']}: ε = {statement['epsilon']:.4f}; cross-check by Rényi DP (looser): "
-            f"ε = {statement['epsilon_by_rdp']:.4f}.",
-        ]
-    p = statement["programmatic_images"]
-    lines += [
-        "",
-        f"Assumed public: that there are {n:,} images, the image size and the class names.  Images drawn by a program "
-        f"({p['name']}, prior tier {p['prior_tier']}: {p['prior_tier_meaning']}) cost no privacy, provided that no "
-        "private image was looked at to choose it.",
-        "",
-        f"Adjacency: {statement['adjacency']}.",
-        "",
-        "Not covered:",
-        "",
-        *(f"- {text}." for text in statement["not_covered"]),
-        "",
-    ]
-    return "\n".join(lines)
-
-
 def public_config(config: Config) -> dict[str, Any]:
-    """The configuration without what is private about the holder: where the images lie."""
+    """The configuration without what is private about the holder: where the images and the budget lie."""
     values = config.model_dump(mode="json")
     values["data"].pop("source")
+    values["privacy"].pop("budget")
     return values
 
 
 def write_release(
-    run: Run, config: Config, plan: Plan, ledger: Ledger, randomness: Randomness, program: Program
+    run: Run,
+    config: Config,
+    plan: Plan,
+    ledger: Ledger,
+    randomness: Randomness,
+    program: Program,
+    budget: Budget | None = None,
 ) -> None:
     """Write the release half, ``generator.json`` last: with it the run is complete."""
-    statement = privacy_statement(config, plan, ledger, randomness, program)
-    write_text(run.release / "privacy.json", json.dumps(statement, indent=1, ensure_ascii=False) + "\n")
-    write_text(run.release / "PRIVACY.md", plain_words(statement))
+    certificate = certify(config, plan, ledger, randomness, program, budget)
+    write_text(run.release / "privacy.json", certificate.to_json())
+    write_text(run.release / "PRIVACY.md", plain_words(certificate))
     write_text(
         run.release / "config.yaml",
         yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True),
@@ -205,10 +180,10 @@ def write_release(
         "resolution": plan.shape.resolution,
         "channels": plan.shape.channels,
         "class_names": list(plan.shape.class_names),
-        "stages": statement["stages"],
+        "stages": [s.model_dump() for s in certificate.stages],
         "network": {"size": config.network.size, "sigma_data": config.network.sigma_data},
         "conditional": {n: n == plan.stages.private.network for n in plan.stages.networks},
         "sampling": config.sampling.model_dump(mode="json"),
-        "private": statement["private"],
+        "private": certificate.private,
     }
     write_text(run.release / "generator.json", json.dumps(generator, indent=1, ensure_ascii=False) + "\n")

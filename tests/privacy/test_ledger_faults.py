@@ -9,9 +9,12 @@ import json
 import math
 import os
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+import dpsyngen.files as files_module
+import dpsyngen.privacy.chain as chain_module
 from dpsyngen.errors import BudgetExceeded, LedgerError
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.ledger import Ledger
@@ -32,6 +35,16 @@ def append(ledger: Ledger, data: bytes) -> None:
         f.write(data)
 
 
+def head_of(ledger: Ledger) -> Path:
+    return ledger.path.with_name(ledger.path.name + ".head")
+
+
+def forge_head(ledger: Ledger) -> None:
+    """As someone would who edits the ledger and knows of the head."""
+    lines = ledger.path.read_bytes().split(b"\n")[:-1]
+    head_of(ledger).write_text(json.dumps({"lines": len(lines), "digest": hashlib.sha256(lines[-1]).hexdigest()}))
+
+
 def reasons(ledger: Ledger) -> list[str]:
     return [e.reason for e in Ledger(ledger.path).entries]
 
@@ -39,11 +52,12 @@ def reasons(ledger: Ledger) -> list[str]:
 @pytest.mark.parametrize("cut", [*range(1, 12), 40, 100, -2, -1])
 def test_crash_anywhere_within_a_line(ledger, cut) -> None:
     """Some letters take several bytes, so that the cut also falls within a letter; -1 leaves out only the newline."""
-    before = ledger.path.read_bytes()
+    before, head = ledger.path.read_bytes(), head_of(ledger).read_bytes()
     ledger.charge(STEP, "\u03b5\u03b4\u03c3\u03c4 " * 4, path="b\u00fccher/\u56fe")
     new = ledger.path.read_bytes()[len(before) :]
     start = new.index("b\u00fc".encode())
     ledger.path.write_bytes(before + new[: start + cut if cut > 0 else cut])
+    head_of(ledger).write_bytes(head)  # written after the line, so a crash within the line leaves the old one
     again = Ledger(ledger.path)
     assert again.mechanisms == (STEP,)
     again.charge(STEP, "two")
@@ -120,8 +134,115 @@ def test_last_line_that_makes_no_sense_is_a_ledger_error(ledger, old, new) -> No
     lines = ledger.path.read_text().split("\n")
     assert old in lines[-2]
     ledger.path.write_text("\n".join([*lines[:-2], lines[-2].replace(old, new), ""]))
+    forge_head(ledger)
     with pytest.raises(LedgerError, match="damaged"):
         Ledger(ledger.path)
+
+
+def test_lines_cut_off_the_end_are_missed(ledger) -> None:
+    """The chain alone cannot see it: what is left is a whole chain."""
+    for name in ("two", "three"):
+        ledger.charge(STEP, name)
+    lines = ledger.path.read_bytes().split(b"\n")
+    for kept in (1, 2, 3):
+        ledger.path.write_bytes(b"\n".join(lines[:kept]) + b"\n")
+        with pytest.raises(LedgerError, match="cut off"):
+            Ledger(ledger.path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{}", b"[]", b"{", b'{"lines": "2", "digest": "x"}', b'{"lines": 2}', b"[" * 5000, b"\xff\xfe"],
+)
+def test_without_its_head_a_ledger_states_nothing(ledger, content) -> None:
+    head_of(ledger).unlink()
+    if content is not None:
+        head_of(ledger).write_bytes(content)
+    with pytest.raises(LedgerError, match="no ε can be stated"):
+        Ledger(ledger.path)
+
+
+def test_crash_between_a_line_and_its_head_keeps_the_charge(ledger) -> None:
+    head = head_of(ledger).read_bytes()
+    ledger.charge(STEP, "two")
+    head_of(ledger).write_bytes(head)
+    again = Ledger(ledger.path)
+    assert again.mechanisms == (STEP, STEP)
+    again.charge(STEP, "three")
+    assert reasons(ledger) == ["one", "two", "three"]
+    head_of(ledger).write_bytes(head)  # two lines more than it knows of: no crash does that
+    with pytest.raises(LedgerError, match="lines more than"):
+        Ledger(ledger.path)
+
+
+def test_head_that_cannot_be_written_leaves_the_ledger_as_it_was(ledger, monkeypatch) -> None:
+    before = ledger.path.read_bytes(), head_of(ledger).read_bytes()
+
+    def full(path, write, mode) -> None:
+        raise FULL
+
+    with monkeypatch.context() as m:
+        m.setattr(files_module, "write_atomically", full)
+        with pytest.raises(OSError, match="No space"):
+            ledger.charge(STEP, "no")
+    assert (ledger.path.read_bytes(), head_of(ledger).read_bytes()) == before
+    ledger.charge(STEP, "two")
+    assert reasons(ledger) == ["one", "two"]
+
+
+def test_head_that_got_through_although_its_writer_failed_keeps_the_charge(ledger, monkeypatch) -> None:
+    """The folder's flush comes after the rename, so it can fail when the new head is there."""
+    real = files_module.write_atomically
+
+    def late(path, write, mode) -> None:
+        real(path, write, mode)
+        raise FULL
+
+    with monkeypatch.context() as m:
+        m.setattr(files_module, "write_atomically", late)
+        with pytest.raises(OSError, match="No space"):
+            ledger.charge(STEP, "two")
+    assert reasons(ledger) == ["one", "two"]
+
+
+def test_lost_ledger_is_not_started_again(ledger) -> None:
+    ledger.path.unlink()
+    with pytest.raises(LedgerError, match="is gone"):
+        Ledger.create(ledger.path, target_epsilon=3.0, delta=1e-5, records=1000)
+
+
+def test_crash_while_a_ledger_is_made_does_not_block_it(tmp_path, monkeypatch) -> None:
+    """Killed after the head, before the ledger."""
+    with monkeypatch.context() as m:
+        m.setattr(chain_module, "write_text", _only_the_first(chain_module.write_text))
+        with pytest.raises(KeyboardInterrupt):
+            Ledger.create(tmp_path / "l", target_epsilon=3.0, delta=1e-5, records=1000)
+    assert not (tmp_path / "l").exists()
+    assert (tmp_path / "l.head").exists()
+    Ledger.create(tmp_path / "l", target_epsilon=2.0, delta=1e-5, records=1000).charge(STEP, "one")
+
+
+def _only_the_first(real):
+    calls = []
+
+    def write(*args) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(args)
+        real(*args)
+
+    return write
+
+
+def test_a_head_kept_elsewhere_shows_a_ledger_that_was_forged_whole(ledger) -> None:
+    ledger.charge(STEP, "two")
+    kept = ledger.head
+    ledger.charge(STEP, "three")
+    assert Ledger(ledger.path).has_been(kept)
+    lines = ledger.path.read_bytes().split(b"\n")[:-1]
+    ledger.path.write_bytes(b"\n".join(lines[:2]) + b"\n")
+    forge_head(ledger)
+    assert not Ledger(ledger.path).has_been(kept)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format": 1', b"{}\n", b'{"previous": "%s"}\n' % (b"0" * 64)])

@@ -1,0 +1,238 @@
+"""One budget for all runs on a data set: a file that every run charges before it begins, and that refuses the rest.
+
+The file is a hash chain like a run's ledger.  A run *reserves* the whole of what it plans before its first step, so
+that two runs cannot find out half-way that both do not fit.  A run that was given up can be *settled*: then only the
+steps that its ledger has count, and it can never be resumed.
+
+The file belongs with the private images: it holds a keyed digest of them (and the key).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError
+from dpsyngen.privacy.accounting import Accountant, Mechanism, check_group_size, epsilon, merge
+from dpsyngen.privacy.chain import HashChain
+from dpsyngen.privacy.ledger import check_affordable
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What one run takes from the budget.
+
+    Attributes:
+        run: the run's own name (:attr:`dpsyngen.privacy.ledger.Ledger.run`).
+        name: what the run was called by whoever started it.
+        mechanisms: what it may do, or after settling, what it did.
+        settled: whether it was given up.
+    """
+
+    run: str
+    name: str
+    mechanisms: tuple[Mechanism, ...]
+    settled: bool
+
+
+class Budget:
+    """The budget of a data set.
+
+    Args:
+        path: an existing budget file (see :meth:`create`).
+
+    Attributes:
+        epsilon_limit, delta: what all runs together may spend.
+        group_size: g; the limit is for up to g records together.
+        growing: whether runs may be on changed images.
+        charges: by run, in the order in which they began.
+
+    Raises:
+        LedgerError: the file is missing, or was edited, truncated or reordered.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._chain = HashChain(path, "budget file")
+        header, *records = self._chain.records
+        if header.get("format") != FORMAT or header.get("kind") != "budget":
+            raise LedgerError(f"{path} is not a budget file of format {FORMAT}.  Make one with `dpsyngen budget new`.")
+        try:
+            self.epsilon_limit, self.delta = float(header["epsilon"]), float(header["delta"])
+            self.group_size, self.growing = header["group_size"], bool(header["growing"])
+            check_group_size(self.group_size)
+            self._salt = bytes.fromhex(header["salt"])
+            self.charges: dict[str, Charge] = {}
+            self._data: str | None = None
+            for body in records:
+                self._take(body)
+        except (KeyError, TypeError, ValueError) as error:
+            raise LedgerError(f"the budget file {path} is damaged: {error!r}.") from None
+
+    @classmethod
+    def create(
+        cls, path: Path, *, epsilon_limit: float, delta: float, group_size: int = 1, growing: bool = False
+    ) -> Budget:
+        """Start a budget.
+
+        Args:
+            path: a file that does not exist yet, in an existing folder.
+            epsilon_limit: ε > 0, finite, that all runs together may not exceed.
+            delta: δ in (0, 1) for it.
+            group_size: g >= 1.
+            growing: allow runs on images that changed since the first run.
+
+        Raises:
+            ConfigError: a value that is not allowed, or no such folder.
+            LedgerError: the file exists.
+        """
+        if not 0 < epsilon_limit < float("inf"):
+            raise ConfigError(f"the budget is ε = {epsilon_limit}, but must be a positive number.")
+        if not 0 < delta < 1:
+            raise ConfigError(f"delta is {delta}, but must be between 0 and 1.")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path.parent} is not a folder: a budget file is made in an existing one.")
+        try:
+            check_group_size(group_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        header = {
+            "format": FORMAT,
+            "kind": "budget",
+            "epsilon": epsilon_limit,
+            "delta": delta,
+            "group_size": group_size,
+            "growing": growing,
+            "salt": os.urandom(32).hex(),
+        }
+        HashChain.create(path, "budget file", header)
+        return cls(path)
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def mechanisms(self, without: str | None = None) -> tuple[Mechanism, ...]:
+        """All that is reserved or spent, leaving out the run `without`."""
+        return merge(m for c in self.charges.values() if c.run != without for m in c.mechanisms)
+
+    def epsilon(self, accountant: Accountant = "pld") -> float:
+        """ε of all runs together, reservations included."""
+        return epsilon(self.mechanisms(), self.delta, accountant, self.group_size)
+
+    def require(self, mechanism: Mechanism, run: str | None = None) -> None:
+        """Raise :class:`BudgetExceeded` if `mechanism` does not fit beside the other runs."""
+        if mechanism.noise_multiplier == 0:
+            raise BudgetExceeded(
+                "refused: training without noise (ε = ∞) exceeds any budget.  Train the reference without --budget, "
+                "and never release it."
+            )
+        check_affordable(
+            (*self.mechanisms(without=run), mechanism),
+            self.epsilon_limit,
+            self.delta,
+            self.group_size,
+            f"budget of {self.path},",
+        )
+
+    def require_data(self, fingerprint: str) -> None:
+        """Raise ConfigError if the budget is of other images."""
+        if self._data is not None and not self.growing and not hmac.compare_digest(self._data, self._tag(fingerprint)):
+            raise ConfigError(
+                f"{self.path} is the budget of other images: its first run was on a different data set.  Give the "
+                "budget of these images, or make one with `dpsyngen budget new`.  For images that grow between runs "
+                "make it with --growing."
+            )
+
+    # ------------------------------------------------------------------------------------------ writing
+
+    def reserve(self, run: str, name: str, mechanism: Mechanism, fingerprint: str) -> None:
+        """Take what a run plans, before it begins; nothing happens if it was taken already.
+
+        Args:
+            run: the run's own name.
+            name: what people call it.
+            mechanism: all steps of the run.
+            fingerprint: :meth:`dpsyngen.data.ImageDataset.fingerprint` of its images.
+
+        Raises:
+            BudgetExceeded: it does not fit, or the run was settled; nothing was written.
+            ConfigError: the budget is of other images.
+            LedgerError: the run reserved something else before.
+        """
+        with self._alone():
+            known = self.charges.get(run)
+            if known and known.settled:
+                raise BudgetExceeded(
+                    f"refused: this run was settled in {self.path} as given up, so what it had not used may be spent "
+                    "already.  Start a new run."
+                )
+            self.require_data(fingerprint)
+            if known:
+                if known.mechanisms != (mechanism,):
+                    raise LedgerError(
+                        f"this run reserved other steps in {self.path} than it would take now: its configuration was "
+                        "changed.  Undo the change, or start a new run."
+                    )
+                return
+            self.require(mechanism, run)
+            self._append(run, name, (mechanism,), False, self._tag(fingerprint))
+
+    def settle(self, run: str, spent: Iterable[Mechanism]) -> None:
+        """Give a run up: from now on it counts with `spent`, what its ledger has, and it cannot go on.
+
+        Raises:
+            LedgerError: the budget knows no such run, or it was settled before.
+        """
+        with self._alone():
+            known = self.charges.get(run)
+            if known is None or known.settled:
+                raise LedgerError(
+                    f"{self.path} {'knows no such run' if known is None else 'has this run settled already'}; nothing "
+                    "was changed."
+                )
+            self._append(run, known.name, merge(spent), True, None)
+
+    def _append(self, run: str, name: str, mechanisms: tuple[Mechanism, ...], settled: bool, data: str | None) -> None:
+        body: dict[str, Any] = {
+            "run": run,
+            "name": name,
+            "mechanisms": [m.to_dict() for m in mechanisms],
+            "settled": settled,
+            "data": data,
+        }
+        self._chain.append(body)
+        self._take(body)
+
+    def _take(self, body: dict[str, Any]) -> None:
+        charge = Charge(
+            str(body["run"]),
+            str(body["name"]),
+            tuple(Mechanism(**m) for m in body["mechanisms"]),
+            bool(body["settled"]),
+        )
+        if (charge.run in self.charges) != charge.settled:
+            raise ValueError(f"run {charge.run}")
+        self.charges[charge.run] = charge
+        self._data = self._data or body["data"]
+
+    def _tag(self, fingerprint: str) -> str:
+        return hashlib.blake2b(fingerprint.encode(), key=self._salt, digest_size=32).hexdigest()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the file, and know all that other processes wrote into it before."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            self.__init__(self.path)  # type: ignore[misc]
+            yield
+        finally:
+            os.close(handle)

@@ -1,0 +1,137 @@
+"""The budget of a data set: charged before a run begins, shared by runs, never exceeded."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError
+from dpsyngen.privacy.accounting import Mechanism, epsilon
+from dpsyngen.privacy.budget import Budget
+
+RUN = Mechanism(0.1, 2.0, 20)
+IMAGES = "ab" * 32
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    Budget.create(tmp_path / "budget.jsonl", epsilon_limit=3.0, delta=1e-5)
+    return tmp_path / "budget.jsonl"
+
+
+def test_runs_add_up_and_the_limit_holds(path) -> None:
+    taken = 0
+    while epsilon([Mechanism(0.1, 2.0, 20 * (taken + 1))], 1e-5) <= 3.0:
+        Budget(path).reserve(f"run{taken}", "r", RUN, IMAGES)
+        taken += 1
+    assert taken > 1
+    before = path.read_bytes()
+    with pytest.raises(BudgetExceeded, match=r"above the budget of .*budget\.jsonl, ε = 3"):
+        Budget(path).reserve("last", "r", RUN, IMAGES)
+    assert path.read_bytes() == before
+    budget = Budget(path)
+    assert budget.epsilon() == epsilon([Mechanism(0.1, 2.0, 20 * taken)], 1e-5) <= 3.0
+    assert budget.epsilon("rdp") > budget.epsilon()
+
+
+def test_a_run_is_charged_once_however_often_it_is_resumed(path) -> None:
+    for _ in range(3):
+        Budget(path).reserve("one", "r", RUN, IMAGES)
+    assert Budget(path).mechanisms() == (RUN,)
+    with pytest.raises(LedgerError, match="configuration was changed"):
+        Budget(path).reserve("one", "r", Mechanism(0.1, 2.0, 21), IMAGES)
+    assert Budget(path).mechanisms() == (RUN,)
+
+
+def test_settled_run_counts_with_what_it_did_and_never_goes_on(path) -> None:
+    Budget(path).reserve("one", "r", RUN, IMAGES)
+    Budget(path).reserve("two", "r", RUN, IMAGES)
+    Budget(path).settle("one", [Mechanism(0.1, 2.0, 2), Mechanism(0.1, 2.0, 3)])
+    assert Budget(path).mechanisms() == (Mechanism(0.1, 2.0, 25),)
+    with pytest.raises(BudgetExceeded, match="given up"):
+        Budget(path).reserve("one", "r", RUN, IMAGES)
+    with pytest.raises(LedgerError, match="settled already"):
+        Budget(path).settle("one", [])
+    with pytest.raises(LedgerError, match="no such run"):
+        Budget(path).settle("three", [])
+    Budget(path).settle("two", [])  # it had not taken a step
+    assert Budget(path).mechanisms() == (Mechanism(0.1, 2.0, 5),)
+
+
+def test_runs_that_start_at_once_do_not_overspend(path) -> None:
+    """Each reads the file again under its lock before it decides."""
+    budgets = [Budget(path) for _ in range(12)]
+
+    def reserve(i: int) -> bool:
+        try:
+            budgets[i].reserve(f"run{i}", "r", RUN, IMAGES)
+        except BudgetExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(12) as pool:
+        taken = sum(pool.map(reserve, range(12)))
+    assert 1 < taken < 12
+    budget = Budget(path)
+    assert len(budget.charges) == taken
+    assert budget.epsilon() <= 3.0
+
+
+def test_other_images_are_refused_unless_the_set_may_grow(tmp_path, path) -> None:
+    Budget(path).reserve("one", "r", RUN, IMAGES)
+    with pytest.raises(ConfigError, match="other images"):
+        Budget(path).reserve("two", "r", RUN, "cd" * 32)
+    growing = Budget.create(tmp_path / "g", epsilon_limit=9.0, delta=1e-5, growing=True)
+    growing.reserve("one", "r", RUN, IMAGES)
+    growing.reserve("two", "r", RUN, "cd" * 32)
+    assert growing.mechanisms() == (Mechanism(0.1, 2.0, 40),)
+
+
+def test_the_file_does_not_hold_the_fingerprint_itself(path) -> None:
+    Budget(path).reserve("one", "r", RUN, IMAGES)
+    assert IMAGES not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_group_budget_costs_more(tmp_path) -> None:
+    budget = Budget.create(tmp_path / "b", epsilon_limit=9.0, delta=1e-5, group_size=3)
+    budget.reserve("one", "r", RUN, IMAGES)
+    assert Budget(budget.path).epsilon() == epsilon([RUN], 1e-5, group_size=3) > 3 * epsilon([RUN], 1e-5)
+
+
+def test_training_without_noise_is_refused(path) -> None:
+    with pytest.raises(BudgetExceeded, match="without noise"):
+        Budget(path).reserve("one", "r", Mechanism(0.1, 0.0, 1), IMAGES)
+
+
+@pytest.mark.parametrize(
+    "values", [{"epsilon_limit": 0}, {"epsilon_limit": float("inf")}, {"delta": 1}, {"group_size": 0}]
+)
+def test_bad_values(values, tmp_path) -> None:
+    with pytest.raises(ConfigError):
+        Budget.create(tmp_path / "b", **{"epsilon_limit": 1.0, "delta": 1e-5, **values})
+    assert not (tmp_path / "b").exists()
+
+
+def test_edited_and_foreign_files(path, tmp_path) -> None:
+    Budget(path).reserve("one", "r", RUN, IMAGES)
+    text = path.read_text()
+    path.write_text(text.replace('"count": 20', '"count": 2'))
+    with pytest.raises(LedgerError):
+        Budget(path)
+    path.write_text(text.split("\n")[0] + "\n")
+    with pytest.raises(LedgerError, match="cut off"):
+        Budget(path)
+    with pytest.raises(LedgerError, match="cannot be read"):
+        Budget(tmp_path / "none")
+    with pytest.raises(LedgerError, match="exists already"):
+        Budget.create(path, epsilon_limit=1.0, delta=1e-5)
+    from dpsyngen.privacy.ledger import Ledger
+
+    Ledger.create(tmp_path / "ledger", target_epsilon=1.0, delta=1e-5, records=10)
+    with pytest.raises(LedgerError, match="not a budget file"):
+        Budget(tmp_path / "ledger")
+    assert json.loads((tmp_path / "ledger").read_text())["format"] == 2
