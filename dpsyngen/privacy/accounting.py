@@ -67,37 +67,44 @@ def merge(mechanisms: Iterable[Mechanism]) -> tuple[Mechanism, ...]:
     return tuple(Mechanism(q, z, n) for (q, z), n in sorted(counts.items()))
 
 
-def _compose(accountant: Any, mechanisms: Sequence[Mechanism], group_size: int = 1) -> Any:
+def _compose(accountant: Any, mechanisms: Sequence[Mechanism]) -> Any:
     import dp_accounting as dp
 
     for m in mechanisms:
-        event: Any
-        if group_size > 1:
-            event = _group_event(m, group_size)
-        else:
-            event = dp.GaussianDpEvent(m.noise_multiplier)
-            if m.sampling_rate < 1:
-                event = dp.PoissonSampledDpEvent(m.sampling_rate, event)
+        event: Any = dp.GaussianDpEvent(m.noise_multiplier)
+        if m.sampling_rate < 1:
+            event = dp.PoissonSampledDpEvent(m.sampling_rate, event)
         accountant.compose(event, m.count)
     return accountant
 
 
-def _group_event(mechanism: Mechanism, group_size: int) -> Any:
-    """What adding or removing `group_size` records at once is to one run of the mechanism."""
+def _group_epsilon(accountant: Any, mechanisms: Sequence[Mechanism], delta: float, group_size: int) -> float:
+    """ε by PLD for adding or removing `group_size` records at once.
+
+    More than J of them in one step, for a J so large that this happens in none of the steps but with probability
+    η = 10⁻⁶ δ, is left to δ.  Otherwise the mechanism P with the group is P₁, which has at most J in each step:
+    P(S) <= P₁(S) + η, and P₁(S) <= P(S)/(1 - η).  So ε(δ - η) of P₁ plus -log(1 - η) holds for P.
+    """
     import dp_accounting as dp
     from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
     from scipy.stats import binom
 
-    q, z = mechanism.sampling_rate, mechanism.noise_multiplier
-    if q == 1:
-        return dp.GaussianDpEvent(z / group_size)
-    number = list(range(group_size + 1))
-    chances = [float(p) for p in binom.pmf(number, group_size, q)]
-    # Those that are as good as impossible are counted as if all of the group were in: larger shifts cost more.
-    kept = [(j, p) for j, p in zip(number, chances, strict=True) if p > 1e-30 or j == group_size]
-    chances = [p for _, p in kept]
-    chances[-1] += max(0.0, 1.0 - math.fsum(chances))
-    return MixtureOfGaussiansDpEvent(z, [float(j) for j, _ in kept], chances)
+    eta = 1e-6 * delta
+    for m in mechanisms:
+        q, z = m.sampling_rate, m.noise_multiplier
+        if q == 1:
+            accountant.compose(dp.GaussianDpEvent(z / group_size), m.count)
+            continue
+        most = group_size
+        while most > 1 and binom.sf(most - 1, group_size, q) * m.count * len(mechanisms) <= eta:
+            most -= 1
+        number = range(most + 1)
+        chances = binom.pmf(number, group_size, q)
+        chances /= chances.sum()
+        accountant.compose(
+            MixtureOfGaussiansDpEvent(z, [float(j) for j in number], [float(p) for p in chances]), m.count
+        )
+    return float(accountant.get_epsilon(delta - eta)) - math.log1p(-eta)
 
 
 def _accountant(kind: Accountant, interval: float) -> Any:
@@ -140,7 +147,10 @@ def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, kind: Accountant, 
         rough = group_size * _epsilon(mechanisms, delta, "rdp")
         interval *= max(1.0, min(rough, 100.0))
     with _quiet():
-        return float(_compose(_accountant(kind, interval), mechanisms, group_size).get_epsilon(delta))
+        accountant = _accountant(kind, interval)
+        if group_size > 1:
+            return _group_epsilon(accountant, mechanisms, delta, group_size)
+        return float(_compose(accountant, mechanisms).get_epsilon(delta))
 
 
 def _group_lemma(epsilon_at: Callable[[float], float], delta: float, group_size: int) -> float:
