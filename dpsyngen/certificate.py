@@ -183,8 +183,8 @@ def schema_text() -> str:
 
 def number(value: float, digits: int = 4, up: bool = False) -> str:
     """A number for people, to `digits` significant digits; with `up` never rounded down, as bounds must not be."""
-    if value == 0:
-        return "0"
+    if value == 0 or math.isinf(value):
+        return "0" if value == 0 else "∞"
     exact = Decimal(str(value))  # as it is printed: 0.01 is no more than 0.01
     step = Decimal(1).scaleb(exact.adjusted() - digits + 1)
     rounded = exact.quantize(step, ROUND_CEILING if up else ROUND_HALF_EVEN)

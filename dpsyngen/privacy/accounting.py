@@ -146,6 +146,9 @@ def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, kind: Accountant, 
         # Huge losses make a fine grid needlessly long: at a large ε a coarser one has the same relative error.
         rough = group_size * _epsilon(mechanisms, delta, "rdp")
         interval *= max(1.0, min(rough, 100.0))
+    if group_size > 1:
+        # Mixtures take ten times as long; this adds 0.02 % to ε at most where it was measured, and stays a bound.
+        interval *= 8
     with _quiet():
         accountant = _accountant(kind, interval)
         if group_size > 1:

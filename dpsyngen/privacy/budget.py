@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError
-from dpsyngen.privacy.accounting import Accountant, Mechanism, check_group_size, epsilon, merge
+from dpsyngen.privacy.accounting import (
+    Accountant,
+    Mechanism,
+    calibrate_noise,
+    check_group_size,
+    epsilon,
+    merge,
+)
 from dpsyngen.privacy.chain import HashChain
 from dpsyngen.privacy.ledger import check_affordable
 
@@ -134,13 +141,31 @@ class Budget:
                 "refused: training without noise (ε = ∞) exceeds any budget.  Train the reference without --budget, "
                 "and never release it."
             )
-        check_affordable(
-            (*self.mechanisms(without=run), mechanism),
-            self.epsilon_limit,
-            self.delta,
-            self.group_size,
-            f"budget of {self.path},",
-        )
+        others = self.mechanisms(without=run)
+        whose = f"budget of {self.path},"
+        try:
+            check_affordable((*others, mechanism), self.epsilon_limit, self.delta, self.group_size, whose)
+        except BudgetExceeded as refusal:
+            raise BudgetExceeded(f"{refusal}  {self._advice(others, mechanism)}") from None
+
+    def _advice(self, others: tuple[Mechanism, ...], mechanism: Mechanism) -> str:
+        """What would fit, for a run of as many steps at the same sampling rate."""
+        q, steps = mechanism.sampling_rate, mechanism.count
+        try:
+            noise = calibrate_noise(
+                self.epsilon_limit,
+                self.delta,
+                sampling_rate=q,
+                steps=steps,
+                spent=others,
+                tolerance=1e-2,
+                group_size=self.group_size,
+            )
+        except ValueError:
+            return "Nothing of it is left."
+        alone = epsilon([Mechanism(q, noise, steps)], self.delta, group_size=self.group_size)
+        unit = "" if self.group_size == 1 else f" for {self.group_size} images together"
+        return f"With these steps and this batch a run of ε = {alone:.3g}{unit} on its own would fit."
 
     def require_data(self, fingerprint: str) -> None:
         """Raise ConfigError if the budget is of other images."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError
-from dpsyngen.privacy.accounting import Mechanism, epsilon
+from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, epsilon
 from dpsyngen.privacy.budget import Budget
 
 RUN = Mechanism(0.1, 2.0, 20)
@@ -35,6 +36,20 @@ def test_runs_add_up_and_the_limit_holds(path) -> None:
     budget = Budget(path)
     assert budget.epsilon() == epsilon([Mechanism(0.1, 2.0, 20 * taken)], 1e-5) <= 3.0
     assert budget.epsilon("rdp") > budget.epsilon()
+
+
+def test_a_refusal_says_what_would_fit(path) -> None:
+    Budget(path).reserve("one", "r", RUN, IMAGES)
+    with pytest.raises(BudgetExceeded, match=r"a run of ε = [0-9.]+ on its own would fit") as refused:
+        Budget(path).reserve("two", "r", Mechanism(0.1, 0.9, 20), IMAGES)
+    fits = float(re.findall(r"ε = ([0-9.]+) on its own", str(refused.value))[0])
+    noise = calibrate_noise(fits * 0.99, 1e-5, sampling_rate=0.1, steps=20)
+    Budget(path).reserve("two", "r", Mechanism(0.1, noise, 20), IMAGES)
+    assert 2.8 < Budget(path).epsilon() <= 3.0
+    full = Budget.create(path.with_name("full"), epsilon_limit=epsilon([RUN], 1e-5), delta=1e-5)
+    full.reserve("one", "r", RUN, IMAGES)
+    with pytest.raises(BudgetExceeded, match="Nothing of it is left"):
+        full.reserve("two", "r", RUN, IMAGES)
 
 
 def test_a_run_is_charged_once_however_often_it_is_resumed(path) -> None:
