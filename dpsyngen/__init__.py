@@ -5,6 +5,7 @@
 >>> images = dpsyngen.Generator(run.release).sample(100).images           # doctest: +SKIP
 >>> dpsyngen.evaluate(run, data="photos/", test="photos-test/")           # doctest: +SKIP
 >>> dpsyngen.write_report(run)                                               # doctest: +SKIP
+>>> dpsyngen.pack(run, Path("bundle.zip"))                                   # doctest: +SKIP
 
 Names are loaded when they are first used, so ``import dpsyngen`` is cheap.
 """
@@ -17,10 +18,14 @@ from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
     from dpsyngen.api import evaluate, train, write_report
+    from dpsyngen.checks import check_memorisation
     from dpsyngen.config import Config, load_config
     from dpsyngen.data import ImageDataset, load_images
+    from dpsyngen.doctor import diagnose
     from dpsyngen.generator import Generator
     from dpsyngen.programs import make_program
+    from dpsyngen.report.bundle import pack
+    from dpsyngen.report.verify import verify
     from dpsyngen.samples import write_samples
     from dpsyngen.training.run import Run
 
@@ -30,11 +35,15 @@ __all__ = [
     "ImageDataset",
     "Run",
     "__version__",
+    "check_memorisation",
+    "diagnose",
     "evaluate",
     "load_config",
     "load_images",
     "make_program",
+    "pack",
     "train",
+    "verify",
     "write_report",
     "write_samples",
 ]
@@ -44,11 +53,15 @@ _HOME = {
     "Generator": "dpsyngen.generator",
     "ImageDataset": "dpsyngen.data",
     "Run": "dpsyngen.training.run",
+    "check_memorisation": "dpsyngen.checks",
+    "diagnose": "dpsyngen.doctor",
     "evaluate": "dpsyngen.api",
     "load_config": "dpsyngen.config",
     "load_images": "dpsyngen.data",
     "make_program": "dpsyngen.programs",
+    "pack": "dpsyngen.report.bundle",
     "train": "dpsyngen.api",
+    "verify": "dpsyngen.report.verify",
     "write_report": "dpsyngen.api",
     "write_samples": "dpsyngen.samples",
 }

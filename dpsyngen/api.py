@@ -13,8 +13,9 @@ import numpy as np
 from dpsyngen.config import Config, load_config
 from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.files import require_absent_or_empty, write_text
-from dpsyngen.training.pipeline import Training, resume, shape_of, start
+from dpsyngen.files import write_text
+from dpsyngen.training.new_run import require_new
+from dpsyngen.training.pipeline import Training, require_unfinished, resume, shape_of, start
 from dpsyngen.training.public import Progress
 from dpsyngen.training.run import Run
 
@@ -35,14 +36,14 @@ def prepare(config: Config, out: PathLike, data: Source | None = None, device: s
 
     Args:
         config: all settings.
-        out: a folder that does not exist or is empty.
+        out: a folder that does not exist or is empty.  The training that is returned holds its lock.
         data: the private images; None: what ``config.data.source`` names.
         device: "cpu", "cuda", …
 
     Raises:
         ConfigError, DataError, RunError: see their messages.
     """
-    require_absent_or_empty(Path(out), "--out")
+    require_new(Path(out))
     check_device(device)
     source = config.data.source if data is None else data
     if isinstance(source, str) and not source:
@@ -54,6 +55,9 @@ def prepare_resume(out: PathLike, data: Source | None = None, device: str = "cpu
     """Go on with the interrupted run in `out`, by default with the images it was started with."""
     check_device(device)
     run = Run(Path(out))
+    require_unfinished(run)
+    # Before the images are read, which can take long.
+    run.open_for_writing()
     config = run.config
     source = data if data is not None else config.data.source
     if isinstance(source, str) and not source:
@@ -83,7 +87,7 @@ def train(
         on_progress: called after each step.
 
     Returns:
-        the finished run; ``run.release`` is safe to publish.
+        the finished run; ``run.release`` is safe to publish.  ``run.private / "health.json"`` says what looks wrong.
 
     Raises:
         ConfigError, DataError, RunError: before anything is spent.
@@ -92,12 +96,15 @@ def train(
     settings["privacy"] = {**settings.get("privacy", {}), "epsilon": epsilon}
     if isinstance(data, (str, os.PathLike)):
         settings["data"] = {**settings.get("data", {}), "source": os.fspath(data)}
+    from dpsyngen.doctor import write_health
+
     config = load_config(settings, preset=preset)
     training = prepare(config, out, data, device)
     with training.run.lock():
         for progress in training.steps():
             if on_progress:
                 on_progress(progress)
+        write_health(training.run, device)
     return training.run
 
 
@@ -153,7 +160,6 @@ def evaluate(
     from dpsyngen.evaluation import FeatureSpec, evaluate_images
     from dpsyngen.evaluation.cas import NAMES
     from dpsyngen.generator import Generator
-    from dpsyngen.privacy.ledger import Ledger
 
     run = _as_run(run)
     run.require_complete()
@@ -188,28 +194,30 @@ def evaluate(
                 f"the {name} images have the classes {', '.join(dataset.class_names) or '(none)'}, but the generator "
                 f"has {', '.join(generator.class_names) or '(none)'}.  Give images with the same class folders."
             )
-    tell(f"generating {images:,} images")
-    chosen = {"seed": seed, **(sampling or {})}
-    samples = generator.sample(images, **chosen)
+    # All the while, so that it cannot be refused after an hour's work.
     with run.lock():
-        Ledger(run.ledger_path).note_private_access(
+        ledger = run.finished_ledger()
+        tell(f"generating {images:,} images")
+        chosen = {"seed": seed, **(sampling or {})}
+        samples = generator.sample(images, **chosen)
+        ledger.note_private_access(
             "evaluation against real images; the figures stay in the private half",
             features=list(features),
             classifiers=list(classifiers) if held_out is not None else [],
         )
-    result = evaluate_images(
-        samples.images,
-        samples.labels,
-        reference=reference,
-        test=held_out,
-        features=specs,
-        classifiers=tuple(classifiers),
-        seed=seed,
-        device=device,
-        on_progress=tell,
-    )
-    result["sampling"] = samples.settings
-    write_text(run.private / "metrics.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n", 0o600)
+        result = evaluate_images(
+            samples.images,
+            samples.labels,
+            reference=reference,
+            test=held_out,
+            features=specs,
+            classifiers=tuple(classifiers),
+            seed=seed,
+            device=device,
+            on_progress=tell,
+        )
+        result["sampling"] = samples.settings
+        write_text(run.private / "metrics.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n", 0o600)
     return result
 
 
@@ -224,6 +232,7 @@ def write_report(run: Run | PathLike) -> tuple[Path, Path]:
     run = _as_run(run)
     run.require_complete()
     with run.lock():
+        run.finished_ledger()
         return write_reports(run)
 
 

@@ -1,8 +1,8 @@
 """The privacy certificate of a release: its fields, its JSON Schema, and the same in plain words.
 
 ``release/privacy.json`` is a :class:`Certificate`; ``release/PRIVACY.md`` is :func:`plain_words` of it, so the page
-cannot say anything that the numbers do not.  The schema is published as ``docs/certificate.schema.json`` and is in every
-bundle.
+cannot say anything that the numbers do not.  The schema is published as ``docs/certificate.schema.json`` and is in
+every bundle.
 Everything here is public: it follows from settings and from the ledger, never from the private images.
 """
 
@@ -18,9 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dpsyngen.errors import ReleaseError
 from dpsyngen.privacy.accounting import LARGEST_GROUP, Accountant, Mechanism, epsilon
+from dpsyngen.shown import printable
 
 FORMAT = 2
 """Of the certificate; the schema names it, too."""
+
+MOST = 10**12
+"""Largest number of anything: far beyond real ones, and far below what overflows."""
 
 UTILITY = (
     "Utility was not checked by a private mechanism: nothing here says how good the images are.  Figures that compare "
@@ -42,11 +46,11 @@ class MechanismPart(_Part):
     noise_multiplier: float | None = Field(
         None, gt=0, description="z: standard deviation of the noise over sensitivity"
     )
-    count: int | None = Field(None, ge=1, description="how often it ran")
+    count: int | None = Field(None, ge=1, le=MOST, description="how often it ran")
     l2_sensitivity: float | Literal["unbounded"] | None = Field(None, description="C: how far one record moves a sum")
     clipping: str | None = Field(None, max_length=50)
-    expected_batch: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, ge=1)
+    expected_batch: float | None = Field(None, gt=0, le=MOST)
+    steps: int | None = Field(None, ge=1, le=MOST)
 
     @model_validator(mode="after")
     def _whole(self) -> MechanismPart:
@@ -58,9 +62,9 @@ class MechanismPart(_Part):
 class Assumptions(_Part):
     """What is treated as known to everybody."""
 
-    records: int = Field(ge=1, description="n, declared number of images")
-    class_names: list[str]
-    resolution: int = Field(ge=1)
+    records: int = Field(ge=1, le=MOST, description="n, declared number of images")
+    class_names: list[str] = Field(max_length=1_000_000)
+    resolution: int = Field(ge=1, le=100_000)
     channels: Literal[1, 3]
 
 
@@ -81,13 +85,13 @@ class BudgetPart(_Part):
     delta: float = Field(gt=0, lt=1)
     group_size: int = Field(ge=1, le=LARGEST_GROUP)
     reserved_epsilon: float = Field(ge=0, description="ε of all runs together when this one was released")
-    runs: int = Field(ge=1, description="number of runs until then")
+    runs: int = Field(ge=1, le=MOST, description="number of runs until then")
 
 
 class LedgerPart(_Part):
     """How the run's ledger ended at the release, so that a later change of it shows."""
 
-    lines: int = Field(ge=1)
+    lines: int = Field(ge=1, le=MOST)
     digest: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of its last line")
 
 
@@ -109,7 +113,7 @@ class Certificate(_Part):
     adjacency: str = Field(max_length=1000)
     randomness: str = Field(max_length=200, description="where the noise came from")
     public_assumptions: Assumptions
-    mechanisms: list[MechanismPart]
+    mechanisms: list[MechanismPart] = Field(max_length=10_000)
     programmatic_images: dict[str, Any] = Field(description="the program, all its parameters, its prior tier")
     programs_used: bool
     pretrained_on_programmatic_images: bool
@@ -158,7 +162,8 @@ class Certificate(_Part):
             return cls.model_validate_json(text)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, p['loc'])) or 'the whole'}: {p['msg'][:200]}" for p in error.errors()[:5]
+                f"{printable('.'.join(map(str, p['loc'])) or 'the whole', 100)}: {printable(p['msg'], 200)}"
+                for p in error.errors()[:5]
             )
             raise ReleaseError(f"{where} is no privacy certificate of format {FORMAT}: {problems}.") from None
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dpsyngen import cli_audit, cli_checks, cli_release
 from dpsyngen.assignments import assignments
 from dpsyngen.cli_programs import app as programs_app
 from dpsyngen.errors import ConfigError, DpsyngenError
@@ -24,6 +25,14 @@ app = typer.Typer(
 )
 
 app.add_typer(programs_app, name="programs")
+app.add_typer(cli_release.budget_app, name="budget")
+app.command()(cli_release.ledger)
+app.command()(cli_audit.audit)
+app.command()(cli_release.release)
+app.command()(cli_release.verify)
+app.command()(cli_release.key)
+app.command()(cli_checks.memorisation)
+app.command()(cli_checks.doctor)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, made by `dpsyngen train --out`")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
@@ -104,6 +113,12 @@ def train(
     unconditional: Annotated[bool, typer.Option("--unconditional", help="ignore classes")] = False,
     records: Annotated[int | None, typer.Option(help="declared number of images, public; default: as found")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out unreadable images")] = False,
+    group_size: Annotated[
+        int | None, typer.Option(help="images of one person at most: ε is then for all of them together")
+    ] = None,
+    budget: Annotated[
+        Path | None, typer.Option(help="budget file of these images, charged by all runs; see `dpsyngen budget`")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.NAME=VALUE", help="any other setting")
     ] = None,
@@ -129,6 +144,8 @@ def train(
         privacy__delta=delta,
         privacy__clipping_norm=clip,
         privacy__insecure_seed=insecure_seed,
+        privacy__group_size=group_size,
+        privacy__budget=None if budget is None else str(budget),
         stages__variant=variant,
         stages__tau_cleaning=tau_cleaning,
         stages__tau_coarse=tau_coarse,
@@ -171,6 +188,7 @@ def train(
 def _run_training(training: Any, console: Any, resumed: bool) -> None:
     import math
 
+    from dpsyngen.doctor import write_health
     from dpsyngen.training.pipeline import stop_on_signals
 
     plan, config = training.plan, training.config
@@ -187,8 +205,10 @@ def _run_training(training: Any, console: Any, resumed: bool) -> None:
     if math.isinf(config.privacy.epsilon):
         console.note("NOT PRIVATE: ε = ∞, no clipping, no noise")
     else:
+        g = config.privacy.group_size
+        unit = "one image" if g == 1 else f"up to {g} images of one person together"
         console.note(
-            f"target ε = {config.privacy.epsilon:g} at δ = {plan.delta:.3g} for one image (add/remove), "
+            f"target ε = {config.privacy.epsilon:g} at δ = {plan.delta:.3g} for {unit} (add/remove), "
             f"n = {m.records:,} public: {m.config.steps} steps at sampling rate {m.sampling_rate:.4g}, "
             f"noise multiplier {m.noise_multiplier:.4g}"
         )
@@ -222,6 +242,8 @@ def _run_training(training: Any, console: Any, resumed: bool) -> None:
         spent = f"ε = {ledger.epsilon():.4f} at δ = {ledger.delta:.3g}"
         if not training.randomness.secure:
             spent = f"NOT PRIVATE (reproducible noise); it would be {spent}"
+    for line in cli_checks.health_lines(write_health(training.run, training.device)):
+        console.line(line)
     console.line(f"{spent}: the generator is in {training.run.release} ({training.run.release / 'PRIVACY.md'})")
 
 
@@ -356,6 +378,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="expected batch")] = 512,
     steps: Annotated[int, typer.Option(help="DP-SGD steps")] = 300,
     delta: Annotated[float | None, typer.Option(help="δ; default: the largest power of ten below 1/records")] = None,
+    group_size: Annotated[int, typer.Option(help="images of one person at most: ε is for all of them together")] = 1,
 ) -> None:
     """What a budget buys, before spending it."""
     from dpsyngen.console import Console
@@ -363,7 +386,8 @@ def plan(
 
     console = Console()
     target = None if epsilon is None else _epsilon(epsilon)
-    for line in budget_table(records, batch, steps, epsilon=target, noise_multiplier=noise, delta=delta):
+    options: dict[str, Any] = {"noise_multiplier": noise, "delta": delta, "group_size": group_size}
+    for line in budget_table(records, batch, steps, epsilon=target, **options):
         console.line(line)
 
 
@@ -385,10 +409,10 @@ def main() -> None:
     except OSError as error:
         import errno
 
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(
-                "dpsyngen: the disk is full.  Nothing that was finished is lost: free some space, then continue "
-                "(training: --resume).",
+                f"dpsyngen: the disk is full{f', at {error.filename}' if error.filename else ''}.  Nothing that was "
+                "finished is lost: free some space, then continue (training: --resume).",
                 file=sys.stderr,
             )
         elif error.errno == errno.EPIPE:

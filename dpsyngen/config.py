@@ -2,6 +2,9 @@
 
 Everything here is public: it is chosen without looking at the private images, and all of it but the path of the data
 is released with the generator.
+
+Every number has bounds.  They are far from anything useful; they keep a slip of the pen (steps = 10^18) or a hostile
+file from running for years, or from failing only after ε was spent.
 """
 
 from __future__ import annotations
@@ -9,29 +12,44 @@ from __future__ import annotations
 import math
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dpsyngen.errors import ConfigError
+from dpsyngen.plain_yaml import MAX_DEPTH, MAX_VALUES, read_yaml, read_yaml_file
+from dpsyngen.shown import printable, shown
 
 DEFAULT_PRESET = "cpu-small"
+MAX_EPSILON = 10_000.0  # finite; calibrating the noise takes the longer the larger ε is
+_MOST_PROBLEMS = 20  # in one message
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes True for 1, so ``steps: yes`` would train a single step."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("yes/no (true/false, on/off) is not allowed here; put text in quotes")
+        return value
+
 
 class DataConfig(_Section):
     """The private images."""
 
-    source: str = Field("", description="folder, .npz, .npy or IDX file, or a named set")
+    source: str = Field("", max_length=4096, description="folder, .npz, .npy or IDX file, or a named set")
     resolution: int | None = Field(None, ge=8, le=256, description="pixels; None: what the source has")
     channels: Literal["auto", "grey", "rgb"] = "auto"
     labels: bool = Field(True, description="train class-conditionally where the images have classes")
     skip_bad: bool = Field(False, description="leave out unreadable images instead of stopping")
-    records: int | None = Field(None, ge=1, description="declared number of records n, public; None: the number found")
+    records: int | None = Field(
+        None, ge=1, le=10**12, description="declared number of records n, public; None: the number found"
+    )
 
 
 class PrivacyConfig(_Section):
@@ -39,8 +57,10 @@ class PrivacyConfig(_Section):
 
     epsilon: float = Field(1.0, gt=0, allow_inf_nan=True, description="ε; inf trains without privacy, for reference")
     delta: float | None = Field(None, gt=0, lt=1, description="δ; None: the largest power of ten below 1/n")
-    clipping_norm: float = Field(1.0, gt=0, description="C, bound on one image's gradient (L2)")
-    insecure_seed: int | None = Field(None, description="reproducible noise: NOT PRIVATE, for tests")
+    clipping_norm: float = Field(1.0, ge=1e-9, le=1e9, description="C, bound on one image's gradient (L2)")
+    insecure_seed: int | None = Field(
+        None, ge=-(2**63), lt=2**64, description="reproducible noise: NOT PRIVATE, for tests"
+    )
     group_size: int = Field(1, ge=1, le=1000, description="g: ε is for up to g images of one person together")
     budget: str | None = Field(None, description="budget file that all runs on these images share; never released")
 
@@ -49,8 +69,8 @@ class StagesConfig(_Section):
     """Who trains what; see :func:`dpsyngen.diffusion.stages.stage_map`."""
 
     variant: Literal["dpdm", "finetune", "cleaning", "coarse", "both"] = "both"
-    tau_cleaning: float = Field(-3.0, description="log σ")
-    tau_coarse: float = Field(2.0, description="log σ")
+    tau_cleaning: float = Field(-3.0, ge=-100, le=100, description="log σ")
+    tau_coarse: float = Field(2.0, ge=-100, le=100, description="log σ")
     networks: Literal["experts", "shared"] = "experts"
     pretrain: bool | None = Field(None, description="start from programmatic images; None: what the variant says")
 
@@ -58,52 +78,74 @@ class StagesConfig(_Section):
 class NetworkConfig(_Section):
     """The denoiser."""
 
-    size: str = Field("tiny", description="a preset of dpsyngen.diffusion.unet.SIZES")
-    sigma_data: float = Field(math.sqrt(1 / 3), gt=0, description="σ_d; never measured on private images")
-    noise_mean: float = Field(-1.2, description="P_mean of log σ")
-    noise_std: float = Field(1.2, gt=0, description="P_std of log σ")
+    size: str = Field("tiny", max_length=100, description="a preset of dpsyngen.diffusion.unet.SIZES")
+    sigma_data: float = Field(math.sqrt(1 / 3), ge=1e-3, le=1e3, description="σ_d; never measured on private images")
+    noise_mean: float = Field(-1.2, ge=-100, le=100, description="P_mean of log σ")
+    noise_std: float = Field(1.2, ge=1e-3, le=100, description="P_std of log σ")
     label_dropout: float = Field(0.1, ge=0, lt=1)
-    seed: int = Field(0, ge=0, description="public seed of the initial weights")
+    seed: int = Field(0, ge=0, lt=2**63, description="public seed of the initial weights")
 
 
 class ProgramConfig(_Section):
     """The programmatic images."""
 
-    name: str = "dead-leaves"
-    seed: int = Field(0, ge=0, description="public")
+    name: str = Field("dead-leaves", max_length=100)
+    seed: int = Field(0, ge=0, lt=2**64, description="public")
     params: dict[str, Any] = Field(default_factory=dict)
     prior_tier: Literal[0, 1, 2] | None = Field(
         None, description="how much the program assumes about private images; None: filled in when the run begins"
     )
 
+    @field_validator("params", mode="before")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        _count_values(value, 0, 0)
+        return value
+
+
+def _count_values(value: Any, depth: int, before: int) -> int:
+    """Number of values in nested containers, shared ones counted each time; ValueError if there are too many.
+
+    Infinity and NaN are refused on the way: JSON has no word for them, so they would come back as null.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a parameter is infinite or not a number")
+    count = before + 1
+    if depth > MAX_DEPTH or count > MAX_VALUES:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep, or more than {MAX_VALUES:,} values")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for item in inner:
+        count = _count_values(item, depth + 1, count)
+    return count
+
 
 class PublicConfig(_Section):
     """Training on programmatic images; the number of steps is for each public network."""
 
-    steps: int = Field(400, ge=1)
-    batch: int = Field(64, ge=1)
-    copies: int = Field(2, ge=1, description="K")
+    steps: int = Field(400, ge=1, le=10**8)
+    batch: int = Field(64, ge=1, le=10**6)
+    copies: int = Field(2, ge=1, le=10_000, description="K")
     distinct: int | None = Field(
         None, ge=1, le=10**9, description="different images for each network, kept in memory; None: all are fresh"
     )
-    learning_rate: float = Field(4e-4, gt=0)
-    warmup: int = Field(50, ge=0)
+    learning_rate: float = Field(4e-4, gt=0, le=1e3)
+    warmup: int = Field(50, ge=0, le=10**8)
     ema: float = Field(0.999, ge=0, lt=1)
-    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    checkpoint_every: int = Field(200, ge=1, le=10**8, description="steps between checkpoints")
 
 
 class PrivateConfig(_Section):
     """DP-SGD on private images."""
 
-    steps: int = Field(300, ge=1)
-    batch: int = Field(512, ge=1, description="expected batch; Poisson sampling at rate batch/records")
-    copies: int = Field(4, ge=1, description="K, noise multiplicity")
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup: int = Field(0, ge=0)
+    steps: int = Field(300, ge=1, le=10**6)
+    batch: int = Field(512, ge=1, le=10**9, description="expected batch; Poisson sampling at rate batch/records")
+    copies: int = Field(4, ge=1, le=10_000, description="K, noise multiplicity")
+    learning_rate: float = Field(1e-3, gt=0, le=1e3)
+    warmup: int = Field(0, ge=0, le=10**6)
     schedule: Literal["constant", "cosine"] = "constant"
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1e3)
     ema: float = Field(0.98, ge=0, lt=1)
     clipping: Literal["flat", "per-layer", "automatic"] = Field(
         "flat", description="how one image's gradient is bounded; the sensitivity is privacy.clipping_norm in each"
@@ -112,27 +154,27 @@ class PrivateConfig(_Section):
         "gaussian", description="discrete: whole numbers, hardened against floating-point attacks, slower"
     )
     physical_batch: int | None = Field(
-        None, ge=1, description="images in memory at a time; None: what fits; no effect on the guarantee"
+        None, ge=1, le=10**9, description="images in memory at a time; None: what fits; no effect on the guarantee"
     )
-    checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints")
+    checkpoint_every: int = Field(25, ge=1, le=10**6, description="steps between checkpoints")
 
 
 class SamplingConfig(_Section):
     """Defaults for drawing images."""
 
     sampler: Literal["ddim", "heun", "dpmpp"] = "ddim"
-    steps: int = Field(50, ge=1)
-    sigma_min: float = Field(0.002, gt=0)
-    sigma_max: float = Field(80.0, gt=0)
-    rho: float = Field(7.0, gt=0)
-    churn: float = Field(0.0, ge=0)
-    guidance: float = Field(1.0, ge=0)
+    steps: int = Field(50, ge=1, le=10_000)
+    sigma_min: float = Field(0.002, ge=1e-6, le=1e6)
+    sigma_max: float = Field(80.0, ge=1e-6, le=1e6)
+    rho: float = Field(7.0, ge=0.1, le=1e3)
+    churn: float = Field(0.0, ge=0, le=1e6)
+    guidance: float = Field(1.0, ge=0, le=1e6)
 
 
 class Config(_Section):
     """All settings of a run."""
 
-    preset: str = DEFAULT_PRESET
+    preset: str = Field(DEFAULT_PRESET, max_length=100)
     data: DataConfig = DataConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     stages: StagesConfig = StagesConfig()
@@ -156,6 +198,11 @@ class Config(_Section):
             raise ValueError("sampling.churn needs sampling.sampler = heun")
         if self.privacy.epsilon != self.privacy.epsilon:
             raise ValueError("privacy.epsilon is not a number")
+        if MAX_EPSILON < self.privacy.epsilon < math.inf:
+            raise ValueError(
+                f"privacy.epsilon = {self.privacy.epsilon:g} is above {MAX_EPSILON:g}, which protects nobody; say inf "
+                "to train without privacy"
+            )
         if self.privacy.budget is not None and (
             math.isinf(self.privacy.epsilon) or self.privacy.insecure_seed is not None
         ):
@@ -193,13 +240,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _read_yaml(text: str, name: str) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from None
+def _sections(loaded: Any, name: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{name} must hold a mapping of sections ({', '.join(Config.model_fields)}).")
+        raise ConfigError(f"{printable(name)} must hold a mapping of sections ({', '.join(Config.model_fields)}).")
     return loaded
 
 
@@ -217,7 +260,7 @@ def load_config(
 
     Args:
         overrides: nested mapping such as ``{"privacy": {"epsilon": 3}}``.
-        preset: a name from :func:`preset_names`; None: what the file names, else ``DEFAULT_PRESET``.
+        preset: a name from :func:`preset_names`; None: what the overrides or the file name, else ``DEFAULT_PRESET``.
         file: a YAML file with any of the sections.
 
     Raises:
@@ -225,23 +268,19 @@ def load_config(
     """
     given: dict[str, Any] = {}
     if file is not None:
-        try:
-            given = _read_yaml(file.read_text(encoding="utf-8"), str(file))
-        except OSError as error:
-            raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}.") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"the configuration {file} is not UTF-8 text.") from None
-    name = preset or given.get("preset") or DEFAULT_PRESET
+        given = _sections(read_yaml_file(file, "the configuration"), str(file))
+    name = preset or (overrides or {}).get("preset") or given.get("preset") or DEFAULT_PRESET
     if name not in preset_names():
-        raise ConfigError(f"preset is {name!r}, but must be one of {', '.join(preset_names())}.")
+        raise ConfigError(f"preset is {shown(name)}, but must be one of {', '.join(preset_names())}.")
     text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    merged = _merge(_merge(_read_yaml(text, f"preset {name}"), given), overrides or {})
+    merged = _merge(_merge(_sections(read_yaml(text, f"preset {name}"), name), given), overrides or {})
     merged["preset"] = name
     return validate(merged)
 
 
 def validate(values: dict[str, Any]) -> Config:
-    """Turn a nested mapping into a Config, or raise ConfigError that lists every problem."""
+    """Turn a nested mapping into a Config, or raise ConfigError that lists every problem (the first 20)."""
+    values = _sections(values, "the configuration")
     privacy = values.get("privacy")
     if isinstance(privacy, dict) and "epsilon" in privacy:
         values = values | {"privacy": privacy | {"epsilon": _numbers(privacy["epsilon"])}}
@@ -253,16 +292,18 @@ def validate(values: dict[str, Any]) -> Config:
 
 def _explain(error: ValidationError) -> str:
     lines = []
-    for problem in error.errors():
-        place = ".".join(str(p) for p in problem["loc"])
+    problems = error.errors()
+    for problem in problems[:_MOST_PROBLEMS]:
+        place = printable(".".join(str(p) for p in problem["loc"]), 200)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             lines.append(f"{place}: there is no such setting{_did_you_mean(problem['loc'])}")
         elif place:
-            lines.append(f"{place} is {problem['input']!r}: {message[0].lower() + message[1:]}")
+            lines.append(f"{place} is {shown(problem['input'])}: {message[0].lower() + message[1:]}")
         else:
             lines.append(message)
-    return "; ".join(lines) + "."
+    more = f"; and {len(problems) - len(lines)} more" if len(problems) > len(lines) else ""
+    return "; ".join(lines) + more + "."
 
 
 def _did_you_mean(location: tuple[int | str, ...]) -> str:
@@ -273,5 +314,5 @@ def _did_you_mean(location: tuple[int | str, ...]) -> str:
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
         section = field.annotation if field else None
     names = list(getattr(section, "model_fields", {}))
-    close = get_close_matches(str(location[-1]), names, 1)
+    close = get_close_matches(str(location[-1])[:100], names, 1)
     return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(names)})" if names else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.samplers import SAMPLERS, sample_batches
-from dpsyngen.diffusion.stages import Stage, StagedDenoiser, StageMap
+from dpsyngen.diffusion.stages import StagedDenoiser
 from dpsyngen.diffusion.unet import UNet
-from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.version import FORMAT, __version__
+from dpsyngen.errors import ConfigError
+from dpsyngen.generator_file import load_weights, read_description
+from dpsyngen.shown import listed, shown
+
+
+def _is_number(value: object, kind: type = float) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole or (kind is float and isinstance(value, float | np.floating))
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,25 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise ConfigError(f"sampler is {self.sampler!r}, but must be one of {', '.join(SAMPLERS)}.")
-        if self.steps < 1:
-            raise ConfigError(f"the number of sampler steps is {self.steps}, but must be at least 1.")
-        if not 0 <= self.guidance < math.inf:
-            raise ConfigError(f"guidance is {self.guidance}, but must be 0 or more (1 is none).")
-        if not 0 <= self.churn < math.inf:
-            raise ConfigError(f"churn is {self.churn}, but must be 0 or more.")
+            raise ConfigError(f"sampler is {shown(self.sampler)}, but must be one of {', '.join(SAMPLERS)}.")
+        if not _is_number(self.steps, int) or self.steps < 1:
+            raise ConfigError(f"the number of sampler steps is {shown(self.steps)}, but must be at least 1.")
+        if not _is_number(self.seed, int):
+            raise ConfigError(f"the seed is {shown(self.seed)}, but must be a whole number.")
+        for name in ("sigma_min", "sigma_max", "rho"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {shown(value)}, but must be a number above 0.")
+        if not _is_number(self.guidance) or not 0 <= self.guidance < math.inf:
+            raise ConfigError(f"guidance is {shown(self.guidance)}, but must be 0 or more (1 is none).")
+        if not _is_number(self.churn) or not 0 <= self.churn < math.inf:
+            raise ConfigError(f"churn is {shown(self.churn)}, but must be 0 or more.")
         if self.churn and self.sampler != "heun":
             raise ConfigError(f"churn needs the sampler 'heun'; given {self.sampler!r}.")
+        for field in ("steps", "seed"):
+            object.__setattr__(self, field, int(getattr(self, field)))
+        for field in ("sigma_min", "sigma_max", "rho", "guidance", "churn"):
+            object.__setattr__(self, field, float(getattr(self, field)))  # numpy's numbers cannot be written as JSON
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,8 @@ class Generator:
     """Draws images.
 
     Args:
-        release: the ``release`` folder of a run, or a copy of it.
+        release: the ``release`` folder of a run, or a copy of it.  It may come from a stranger: nothing in it is run,
+            and it is checked before memory is taken for it (see :mod:`dpsyngen.generator_file`).
         device: where to compute.
 
     Raises:
@@ -98,32 +112,25 @@ class Generator:
     def __init__(self, release: str | os.PathLike[str], device: str = "cpu") -> None:
         self.device = device
         release = Path(release)
-        try:
-            about = json.loads((release / "generator.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{release} holds no generator ({error}).  Is the training finished?") from None
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
-            found = about.get("format") if isinstance(about, dict) else None
-            raise RunError(
-                f"the generator in {release} is of format {found}, but this is dpsyngen {__version__}, which reads "
-                f"format {FORMAT}.  Use the version that made it."
-            )
-        try:
-            self.resolution, self.channels = int(about["resolution"]), int(about["channels"])
-            self.class_names: tuple[str, ...] = tuple(about["class_names"])
-            self.stages = _stages(about["stages"])
-            self.defaults: dict[str, Any] = about["sampling"]
-            self.private = bool(about["private"])
-            conditional, network = about["conditional"], about["network"]
-            self.networks: dict[str, PreconditionedDenoiser] = {}
-            for name in self.stages.networks:
-                classes = len(self.class_names) if conditional[name] else 0
-                unet = UNet(network["size"], self.resolution, self.channels, classes)
-                denoiser = PreconditionedDenoiser(unet, classes, network["sigma_data"])
-                denoiser.load_state_dict(load_file(release / "weights" / f"{name}.safetensors"))
-                self.networks[name] = denoiser.to(device).eval()
-        except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-            raise RunError(f"the generator in {release} is damaged: {error}") from None
+        about, self.stages = read_description(release)
+        self.resolution, self.channels = about.resolution, about.channels
+        self.class_names: tuple[str, ...] = tuple(about.class_names)
+        self.defaults: dict[str, Any] = about.sampling.model_dump()
+        self.private = about.private
+        self.networks: dict[str, PreconditionedDenoiser] = {}
+        for name in self.stages.networks:
+            classes = len(self.class_names) if about.conditional[name] else 0
+
+            def make(classes: int = classes) -> PreconditionedDenoiser:
+                unet = UNet(about.network.size, about.resolution, about.channels, classes)
+                return PreconditionedDenoiser(unet, classes, about.network.sigma_data)
+
+            with torch.device("meta"):
+                shapes = make()
+            weights = load_weights(release / "weights" / f"{name}.safetensors", shapes)
+            denoiser = make()
+            denoiser.load_state_dict(weights)
+            self.networks[name] = denoiser.to(device).eval()
 
     def denoiser(self, guidance: float = 1.0) -> StagedDenoiser:
         """The staged denoiser, with classifier-free guidance of the private stage if asked for."""
@@ -150,11 +157,11 @@ class Generator:
             return self.class_names.index(given)
         try:
             number = int(given)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             number = -1
         if not 0 <= number < len(self.class_names):
             raise ConfigError(
-                f"there is no class {given!r}; the classes are {', '.join(self.class_names)} (or 0 to "
+                f"there is no class {shown(given)}; the classes are {listed(self.class_names)} (or 0 to "
                 f"{len(self.class_names) - 1})."
             )
         return number
@@ -271,18 +278,3 @@ class Generator:
             if on_progress:
                 on_progress(done, count)
         return Samples(np.concatenate(out), labels, self.class_names, asdict(chosen))
-
-
-def _stages(described: list[dict[str, Any]]) -> StageMap:
-    return StageMap(
-        tuple(
-            Stage(
-                s["name"],
-                -math.inf if s["log_sigma_low"] is None else float(s["log_sigma_low"]),
-                math.inf if s["log_sigma_high"] is None else float(s["log_sigma_high"]),
-                s["trained_by"],
-                s["network"],
-            )
-            for s in described
-        )
-    )

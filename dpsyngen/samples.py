@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,24 @@ def check_target(out: Path) -> None:
 
 
 def folder_names(class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """A folder name for each class: the class name where that is a safe and distinct file name."""
+    """A folder name for each class: the class name where that is a safe file name, distinct on any file system.
+
+    Some file systems take "A" and "a", or two spellings of one accent, for the same.
+    """
     out: list[str] = []
+    taken = set(_TAKEN)
     for number, name in enumerate(class_names):
         safe = re.sub(r"[^\w .+-]", "_", name).strip(" .")
         safe = safe.encode()[:_LONGEST].decode(errors="ignore").strip(" .")
-        while not safe or safe in out or safe.lower() in _TAKEN:
+        while not safe or _folded(safe) in taken:
             safe = f"{number}_{safe}".rstrip("_")
         out.append(safe)
+        taken.add(_folded(safe))
     return tuple(out)
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def write_samples(

@@ -6,19 +6,23 @@ floating point in [0, 1] (multiplied by 255 and rounded).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 
-from dpsyngen.data.bad import listed, settle_bad
+from dpsyngen.data.bad import settle_bad
+from dpsyngen.data.class_names import MAX_NAME_BYTES, check_class_count, check_class_names
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import array_to_image, default_resolution, image_to_array, resize_square
+from dpsyngen.data.decode import MAX_PIXELS, array_to_image, default_resolution, image_to_array, resize_square
 from dpsyngen.data.memory import check_fits
 from dpsyngen.errors import DataError
+from dpsyngen.shown import listed, printable
 
 Channels = Literal["auto", "grey", "rgb"]
 _CHUNK_VALUES = 4 * 2**20
+_MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
 
 
 def dataset_from_arrays(
@@ -38,6 +42,7 @@ def dataset_from_arrays(
         labels: whole numbers or strings ``[N]`` (or ``[N, 1]``), or None.
         class_names: names in label order (labels are then 0, 1, …).  Without them, the distinct label values,
             sorted, are the classes, and their text is their name: which values occur is then taken as public.
+            Names of bytes are read as UTF-8.
         source: shown in messages and kept in the data set.
         resolution: None keeps the size of square images of 8..64 pixels, else 32.
         channels: ``"auto"`` keeps what is there.
@@ -64,6 +69,8 @@ def dataset_from_arrays(
 
 def _to_nchw(images: np.ndarray, source: str) -> np.ndarray:
     shape = list(images.shape)
+    if isinstance(images, np.ma.MaskedArray):
+        raise DataError(f"{source}: masked images; the mask would be lost. Fill it first: images.filled(255).")
     if images.dtype.hasobject:
         raise DataError(f"{source}: the images are Python objects, perhaps of several sizes. Make one array: np.stack.")
     if images.dtype != np.uint8 and images.dtype.kind != "f":
@@ -71,6 +78,19 @@ def _to_nchw(images: np.ndarray, source: str) -> np.ndarray:
             f"{source}: images of type {images.dtype}; uint8 (0..255) or floating point (0..1) is allowed. "
             "If the values are 0..255, save images.astype('uint8')."
         )
+    result = _arrange(images, shape, source)
+    height, width = result.shape[2:]
+    if 0 in (height, width) and len(result):
+        raise DataError(f"{source}: images of {height}×{width} pixels are empty.")
+    if max(height, width) > _MAX_SIDE or height * width > MAX_PIXELS:
+        raise DataError(
+            f"{source}: images of {height}×{width} pixels; at most {_MAX_SIDE:,} a side and {MAX_PIXELS:,} in all "
+            "are allowed. Cut them into smaller ones."
+        )
+    return result
+
+
+def _arrange(images: np.ndarray, shape: list[int], source: str) -> np.ndarray:
     if images.ndim == 3 and not (shape[-1] in (1, 3) and shape[0] != 0):
         return images[:, None]
     if images.ndim == 4:
@@ -106,6 +126,13 @@ def _to_labels(
         raise DataError(f"{source}: labels of shape {list(labels.shape)}; [N] is allowed. For one-hot rows: argmax(1).")
     if len(labels) != count:
         raise DataError(f"{source}: {count} images but {len(labels)} labels. Give one label per image.")
+    if labels.dtype.kind in "US" and _length(labels.dtype) > 4 * MAX_NAME_BYTES:
+        raise DataError(
+            f"{source}: labels that are texts of {_length(labels.dtype):,} characters; class names have at most "
+            f"{MAX_NAME_BYTES} bytes. Use short names, or numbers with class_names."
+        )
+    if class_names is not None:
+        check_class_names(class_names, source)
     if labels.dtype.kind not in "iuUS":
         raise DataError(
             f"{source}: labels of type {labels.dtype}; whole numbers or strings are allowed. "
@@ -121,15 +148,37 @@ def _to_labels(
                     "Number the classes from 0."
                 )
             return labels.astype(np.int64), tuple(class_names)
-    elif class_names is not None:
-        order = {name: i for i, name in enumerate(class_names)}
-        values = labels.astype(str).tolist()
-        unknown = sorted(set(values) - set(order))
-        if unknown:
-            raise DataError(f"{source}: labels {listed(unknown)} are not among the class names {listed(order)}.")
-        return np.array([order[value] for value in values], dtype=np.int64), tuple(class_names)
     distinct, index = np.unique(labels, return_inverse=True)
-    return index.astype(np.int64), tuple(str(value) for value in distinct.astype(str))
+    check_class_count(len(distinct), source)
+    texts = to_text(distinct, f"{source}: labels")
+    if class_names is None:
+        return index.astype(np.int64), texts
+    order = {name: i for i, name in enumerate(class_names)}
+    unknown = sorted(set(texts) - set(order))
+    if unknown:
+        raise DataError(f"{source}: labels {listed(unknown)} are not among the class names {listed(order)}.")
+    return np.array([order[text] for text in texts], dtype=np.int64)[index], tuple(class_names)
+
+
+def to_text(values: np.ndarray, what: str) -> tuple[str, ...]:
+    """Whole numbers, texts or bytes (UTF-8) of an array ``[N]`` as strings.
+
+    Raises:
+        DataError: they are not valid Unicode.
+    """
+    try:
+        if values.dtype.kind == "U" and values.dtype.itemsize and len(values):
+            codes = np.ascontiguousarray(values).view(values.dtype.byteorder + "u4")
+            if codes.max() > sys.maxunicode:  # numpy would make broken strings of them, which crash Python later
+                raise ValueError(f"code point {codes.max():#x}")
+        return tuple(v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values.tolist())
+    except ValueError as error:
+        raise DataError(f"{what} are not valid Unicode ({printable(error)}). Save them as UTF-8 text.") from error
+
+
+def _length(dtype: np.dtype) -> int:
+    """Characters of a text type."""
+    return dtype.itemsize // (4 if dtype.kind == "U" else 1)
 
 
 def _from_float(pixels: np.ndarray, source: str, skip_bad: bool) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -179,8 +228,6 @@ def _to_resolution(pixels: np.ndarray, resolution: int, source: str) -> np.ndarr
     count, channels, height, width = pixels.shape
     if height == width == resolution:
         return pixels
-    if 0 in (height, width):
-        raise DataError(f"{source}: images of {height}×{width} pixels are empty.")
     check_fits(count * channels * resolution**2, what=f"{source} at resolution {resolution}")
     result = np.empty((count, channels, resolution, resolution), dtype=np.uint8)
     for i in range(count):

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dpsyngen.errors import DataError
+from dpsyngen.shown import printable
 
-SHOWN = 20  # names inside a sentence
 LISTED = 1000  # lines of a list: whoever mends the files needs all of them
-
-
-def printable(text: object) -> str:
-    """``text`` on one line, with characters that no terminal can show written as escapes (odd file names)."""
-    safe = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in safe)
-
-
-def listed(names: Iterable[object]) -> str:
-    """Names in quotes, the first 20 of them, for a message."""
-    texts = [repr(printable(name)) for name in names]
-    return (", ".join(texts[:SHOWN]) + (", …" if len(texts) > SHOWN else "")) or "none"
 
 
 def settle_bad(bad: Sequence[tuple[str, str]], *, where: str, skip_bad: bool) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dpsyngen.data.class_names import check_class_names
 from dpsyngen.errors import DataError
 
 _HASH_CHUNK_BYTES = 16 * 2**20
@@ -25,7 +26,8 @@ class ImageDataset:
         images: uint8 ``[N, C, H, W]``, C = 1 (grey) or 3 (RGB), H = W.  May be a read-only memory map or
             view.
         labels: int64 ``[N]``, values in ``0 .. len(class_names) - 1``; None for unlabelled images.
-        class_names: one name per class, in label order; ``()`` exactly when ``labels`` is None.
+        class_names: one name per class, in label order; ``()`` exactly when ``labels`` is None.  What they may be:
+            :mod:`dpsyngen.data.class_names`.
         source: how the images were asked for, in words a person can read.
         skipped: what was left out under ``skip_bad=True``, each as ``"where: why"``.  Private (it holds file
             names).
@@ -54,8 +56,7 @@ class ImageDataset:
             )
         if (labels is None) != (self.class_names == ()):
             raise DataError("class_names must be () exactly when labels is None. Give both, or neither.")
-        if len(set(self.class_names)) != len(self.class_names):
-            raise DataError(f"class names must differ from each other: {list(self.class_names)}.")
+        check_class_names(self.class_names, self.source)
         if labels is None:
             return
         if labels.dtype != np.int64 or labels.shape != (len(images),):

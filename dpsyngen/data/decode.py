@@ -14,17 +14,25 @@ The choices, made once for all readers:
   antialiasing leaves patterns that DP training would spend its budget on learning.
 * **Animations** are refused: which frame was meant is not ours to guess, and frames of one person are many
   records. Multi-picture JPEGs of phones (MPO) count as still: their first picture is the photo.
+* **Sizes**: at most 2²⁶ pixels (8192×8192) and 256 MiB an image.  All threads together decode no more than 2²⁶ pixels
+  at a time, which keeps hostile files within about 1 GiB, however many there are.
+* **Links and pipes** are not opened, also when one takes the place of a file after the folder was listed.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from dpsyngen.data.pixel_budget import PixelBudget
 from dpsyngen.errors import ConfigError
+from dpsyngen.plain_file import NotPlainError, open_plain
+from dpsyngen.shown import shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +40,10 @@ if TYPE_CHECKING:
 Colour = Literal["grey", "rgb"]
 DEFAULT_RESOLUTION = 32
 MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
+
+MAX_PIXELS = 2**26
+MAX_FILE_BYTES = 2**28
+_budget = PixelBudget(MAX_PIXELS)
 
 # Only these decoders are reachable: the others are little used and have had more security faults (EPS runs a
 # program).
@@ -65,7 +77,7 @@ def check_resolution(resolution: int | None) -> int | None:
     if not whole or not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
         raise ConfigError(
             f"resolution must be a whole number from {MIN_RESOLUTION} to {MAX_RESOLUTION}, not "
-            f"{resolution!r}. "
+            f"{shown(resolution)}. "
             "Use 28, 32 or 64, or leave it out to keep the size of small square images."
         )
     return int(resolution)
@@ -98,14 +110,21 @@ def read_image(path: str | os.PathLike[str], *, resolution: int, colour: Colour)
     """
     with _open_checked(path) as image:
         try:
+            whole = image.width * image.height
             # JPEG can decode at 1/2, 1/4 or 1/8 size at a fraction of the cost; a margin of 4× leaves LANCZOS its
             # say.
             image.draft(None, (4 * resolution, 4 * resolution))
-            return decode_image(image, resolution=resolution, colour=colour)
+            # A progressive JPEG is held whole, whatever size is asked for.
+            pixels = whole if image.info.get("progressive") else image.width * image.height
+            with _budget.spend(pixels):
+                try:
+                    return decode_image(image, resolution=resolution, colour=colour)
+                finally:
+                    image.close()  # its pixels go before the next image comes
         except BadImage:
             raise
         except Exception as error:  # broken files make Pillow raise nearly anything: OSError, SyntaxError, struct.error
-            raise BadImage(f"broken or truncated ({error})") from error
+            raise BadImage(f"broken or truncated ({_reason(error)})") from error
 
 
 def decode_image(image: Image.Image, *, resolution: int, colour: Colour) -> np.ndarray:
@@ -115,11 +134,33 @@ def decode_image(image: Image.Image, *, resolution: int, colour: Colour) -> np.n
         BadImage: its pixels have no defined range (floating point), or more than 16 bits.
         OSError: the file is truncated.  Pillow raises other types as well for broken files.
     """
-    from PIL import ImageOps
-
-    upright = ImageOps.exif_transpose(image)
-    plain = _plain(upright).convert("L" if colour == "grey" else "RGB")
+    mode = "L" if colour == "grey" else "RGB"
+    plain = _plain(_upright(image))
+    if plain.mode != mode:
+        plain = plain.convert(mode)
     return image_to_array(resize_square(plain, resolution))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; unlike Pillow's own function this makes no copy where none is
+    needed and does not write the EXIF data anew, which fails for data that can be read."""
+    from PIL import Image
+
+    turn = Image.Transpose
+    turns = (
+        turn.FLIP_LEFT_RIGHT,
+        turn.ROTATE_180,
+        turn.FLIP_TOP_BOTTOM,
+        turn.TRANSPOSE,
+        turn.ROTATE_270,
+        turn.TRANSVERSE,
+        turn.ROTATE_90,
+    )
+    image.load()  # PNG may have its EXIF data behind the pixels
+    orientation = image.getexif().get(0x0112)
+    if isinstance(orientation, int) and 2 <= orientation <= 8:
+        return image.transpose(turns[orientation - 2])
+    return image
 
 
 def resize_square(image: Image.Image, resolution: int) -> Image.Image:
@@ -148,34 +189,45 @@ def array_to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))
 
 
-def _open_checked(path: str | os.PathLike[str]) -> Image.Image:
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def _open_checked(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """The opened image, whose pixels are not decoded yet."""
     from PIL import Image
 
     try:
-        image = Image.open(path, formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"far too many pixels, perhaps a decompression bomb ({error})") from error
-    except Image.UnidentifiedImageError as error:
-        size = os.path.getsize(path)
-        raise BadImage("empty file" if size == 0 else "not an image that can be read") from error
-    except Exception as error:
-        raise BadImage(f"cannot be opened ({error})") from error
+        # Given by its path, Pillow would follow links and map the file, and a file that shrinks while it is mapped ends
+        # the process.
+        file = open_plain(path, MAX_FILE_BYTES)
+    except NotPlainError as error:
+        raise BadImage(str(error)) from error
+    with file:
+        try:
+            image = Image.open(file, formats=_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise BadImage(f"far too many pixels, perhaps a decompression bomb ({error})") from error
+        except Image.UnidentifiedImageError as error:
+            empty = os.fstat(file.fileno()).st_size == 0
+            raise BadImage("empty file" if empty else "not an image that can be read") from error
+        except Exception as error:
+            raise BadImage(f"cannot be opened ({_reason(error)})") from error
+        with image:
+            _check_size_and_frames(image)
+            yield image
+
+
+def _check_size_and_frames(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"{image.width}×{image.height} pixels: over the limit of {MAX_PIXELS:,} (decompression bomb?)")
     try:
-        # Between 1× and 2× its limit Pillow only warns; here it is an error, as nobody reads warnings of a
-        # thread pool.
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise BadImage(f"{image.width}×{image.height} pixels: over the limit of {limit:,} (decompression bomb?)")
         frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":
-            raise BadImage(f"animated or of several pages ({frames} frames); save the one that is meant")
-    except BadImage:
-        image.close()
-        raise
     except Exception as error:  # counting frames parses the file
-        image.close()
-        raise BadImage(f"broken or truncated ({error})") from error
-    return image
+        raise BadImage(f"broken or truncated ({_reason(error)})") from error
+    if frames > 1 and image.format != "MPO":
+        raise BadImage(f"animated or of several pages ({frames} frames); save the one that is meant")
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -187,21 +239,38 @@ def _plain(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if image.mode in _HIDDEN_IN_RGB or image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
+        return _on_white(image)
     if image.mode in ("1", "L", "RGB"):
         return image
     return image.convert("RGB")  # P, CMYK, YCbCr, HSV; through RGB also for grey, as CMYK → L differs
 
 
+def _on_white(image: Image.Image) -> Image.Image:
+    """The image laid on white, as RGB; in strips, as all of it at a time would take thrice the memory."""
+    from PIL import Image
+
+    result = Image.new("RGB", image.size)
+    rows = max(1, 2**20 // max(1, image.width))
+    for top in range(0, image.height, rows):
+        strip = (0, top, image.width, min(top + rows, image.height))
+        layer = image.crop(strip).convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(white, layer).convert("RGB"), strip)
+    return result
+
+
 def _from_16_bit(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise BadImage("more than 16 bits a channel, so white is not defined; save it with 8 or 16 bits")
+    table = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        values = np.where(values == transparent, 65535, values)
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if isinstance(transparent, int) and 0 <= transparent <= 65535:
+        table[transparent] = 255
+    grey = np.empty(values.shape, dtype=np.uint8)
+    rows = max(1, 2**20 // max(1, values.shape[1]))
+    for start in range(0, len(values), rows):  # in parts, as an index takes 8 bytes a pixel
+        grey[start : start + rows] = table[values[start : start + rows]]
+    return Image.fromarray(grey)

@@ -10,7 +10,6 @@ nobody named, and one that stays counts an image twice, while the guarantee says
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +17,14 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from dpsyngen.data.bad import SHOWN, printable, settle_bad
+from dpsyngen.data.bad import settle_bad
+from dpsyngen.data.class_names import check_class_names
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import BadImage, Colour, ImageHeader, default_resolution, read_header, read_image
 from dpsyngen.data.memory import check_fits
+from dpsyngen.data.quiet import quiet_decoders
 from dpsyngen.errors import DataError
+from dpsyngen.shown import listed, printable
 
 Progress = Callable[[int, int], None]
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -65,7 +67,8 @@ def read_folder(
     try:
         files, classes, class_names = _list_files(root, labels=labels, bad=bad)
     except OSError as error:
-        raise DataError(f"{printable(root)}: cannot be listed ({error.strerror}). Check its permissions.") from error
+        where = printable(error.filename or root)
+        raise DataError(f"{where}: cannot be listed ({error.strerror}). Check its permissions.") from error
     empty = sorted(set(range(len(class_names))) - set(classes))
     if (empty or not files) and (skip_bad or not bad):
         _raise_empty(root, [class_names[c] for c in empty], bad)
@@ -109,7 +112,7 @@ def read_folder(
     if empty or not len(images):
         _raise_empty(root, [class_names[c] for c in empty], bad)
     images.flags.writeable = False
-    return ImageDataset(images, labels_array if class_names else None, class_names, str(root), skipped)
+    return ImageDataset(images, labels_array if class_names else None, class_names, printable(root), skipped)
 
 
 def _list_files(root: Path, *, labels: bool, bad: _Bad) -> tuple[list[Path], list[int], tuple[str, ...]]:
@@ -134,6 +137,7 @@ def _list_files(root: Path, *, labels: bool, bad: _Bad) -> tuple[list[Path], lis
         files += images
         classes += [index] * len(images)
     names = tuple(folder.name for folder in folders)
+    check_class_names(names, str(root))
     if nested and _SPLIT_NAMES.issuperset(name.lower() for name in names):
         raise DataError(
             f"{printable(root)} holds the splits {', '.join(map(printable, names))}, not classes. "
@@ -181,17 +185,14 @@ def _in_pool(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterat
     from PIL import Image
 
     Image.init()  # registers the decoders once, so that the first files do not race to do it
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        # Pillow's warnings (bombs, odd EXIF) name no file; what matters of them is raised as BadImage.
-        warnings.simplefilter("ignore")
+    with quiet_decoders(), ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), _BLOCK):
             yield from pool.map(work, items[start : start + _BLOCK])
 
 
 def _raise_empty(root: Path, names: Sequence[str], bad: Sequence[tuple[str, str]]) -> None:
     if names:
-        shown = ", ".join(repr(printable(name)) for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-        what = f"class folder{'s' if len(names) > 1 else ''} without a usable image: {shown}"
+        what = f"class folder{'s' if len(names) > 1 else ''} without a usable image: {listed(names)}"
         todo = "Add images, or remove the folder if the class does not exist."
     else:
         what = "no usable image in this folder"

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dpsyngen.data.bad import printable
 from dpsyngen.data.memory import check_fits
 from dpsyngen.errors import DataError
+from dpsyngen.shown import printable
 
 _UBYTE = 0x08
+_READ_BYTES = 2**22
 _TRAIN_IMAGES = ("train-images-idx3-ubyte", "train-images.idx3-ubyte")
 
 
@@ -103,15 +104,18 @@ def _read(path: Path, *, dims: int, what: str) -> np.ndarray:
             shape = _shape(stream.read(4 + 4 * dims), path, dims, what)
             expected = math.prod(shape)
             check_fits(expected, what=str(path))
-            # One byte more than declared is enough to see that there is too much: a gzip bomb is never
-            # inflated.
-            data = stream.read(expected + 1)
+            # Into memory that is taken once; one byte more is enough to see that there is too much, so a gzip bomb is
+            # never inflated.
+            data = np.empty(expected, dtype=np.uint8)
+            done = 0
+            while count := stream.readinto(data.data[done : done + _READ_BYTES]):
+                done += count
+            too_long = bool(stream.read(1))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{printable(path)} is broken or truncated ({error}). Copy or download it again.") from error
-    if len(data) != expected:
+    if done != expected or too_long:
         raise _wrong_size(path, shape)
-    array: np.ndarray = np.frombuffer(data, dtype=np.uint8).reshape(shape)
-    return array
+    return data.reshape(shape)
 
 
 def _read_plain(path: Path, dims: int, what: str) -> np.ndarray:

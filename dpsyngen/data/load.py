@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 
 from dpsyngen.data.arrays import dataset_from_arrays
-from dpsyngen.data.bad import printable
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import check_resolution
 from dpsyngen.data.folder import read_folder
@@ -19,6 +18,7 @@ from dpsyngen.data.idx import find_train_images, is_idx, read_idx_pair
 from dpsyngen.data.named import parse_name, read_named, suggest
 from dpsyngen.data.npz import read_npy, read_npz
 from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.shown import printable
 
 _KINDS = "a folder of images, a .npz or .npy file, an IDX file (-idx3-ubyte, .gz too) or a named set"
 
@@ -85,18 +85,20 @@ def load_images(
             return dataset_from_arrays(images, None, None, source=":".join(named), **options)
         return dataset_from_arrays(images, values, names, source=":".join(named), **options)
 
-    path = Path(text).expanduser()
     try:
+        path = Path(os.fsdecode(text)).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
-    except ValueError as error:  # a null byte in the text
-        raise DataError(f"{printable(text)!r} cannot be a path. Give {_KINDS}.") from error
+    except OSError as error:  # too long, or below a folder that may not be entered
+        raise DataError(f"{printable(text)} cannot be read ({error.strerror}). Give {_KINDS}.") from error
+    except (ValueError, RuntimeError) as error:  # a null byte in the text, or ~ of nobody
+        raise DataError(f"{printable(text)} cannot be a path ({printable(error)}). Give {_KINDS}.") from error
     if is_folder:
         train_images = find_train_images(path)
         if train_images is None:
             return read_folder(path, labels=labels, on_progress=on_progress, **options)
         path = train_images
     elif not is_file:
-        raise DataError(_not_found(path, text))
+        raise DataError(_not_found(path, os.fsdecode(text)))
     return _from_file(path, labels, options)
 
 
@@ -119,11 +121,11 @@ def _from_pair(pair: tuple[Any, ...], labels: bool, options: dict[str, Any]) -> 
     if len(pair) != 2:
         raise ConfigError(f"arrays must come as a pair (images, labels or None), not {len(pair)} items.")
     try:
-        images = np.asarray(pair[0])
+        images = pair[0] if isinstance(pair[0], np.ma.MaskedArray) else np.asarray(pair[0])
         values = np.asarray(pair[1]) if labels and pair[1] is not None else None
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"arrays: images or labels do not form an array ({error}). Use np.stack on equal sizes."
+            f"arrays: images or labels do not form an array ({printable(error)}). Use np.stack on equal sizes."
         ) from error
     return dataset_from_arrays(images, values, None, source=f"arrays of shape {list(images.shape)}", **options)
 

@@ -69,6 +69,7 @@ class HashChain:
         self.head_path = _head_path(path)
         self.records: list[dict[str, Any]] = []
         self._digests: list[str] = []
+        self._known: Head | None = None  # what the head file says
         self._end = self._size = 0  # bytes up to the end of the last whole line, and in all
         self._read()
 
@@ -101,6 +102,12 @@ class HashChain:
     def has_been(self, head: Head) -> bool:
         """Whether the chain had this head at some time: everything up to it is as it was then."""
         return 1 <= head.lines <= len(self._digests) and self._digests[head.lines - 1] == head.digest
+
+    def catch_up(self) -> None:
+        """Write the head again if a crash left it a line behind, so that this line cannot be cut off unseen."""
+        if self._known != self.head:
+            _write_head(self.path, self.head)
+            self._known = self.head
 
     def append(self, body: dict[str, Any]) -> None:
         """Add a line; returns once it is on the disk.
@@ -138,6 +145,7 @@ class HashChain:
         self.records.append(json.loads(line))
         self.records[-1].pop("previous")
         self._digests.append(_digest(line))
+        self._known = self.head
 
     def _read(self) -> None:
         try:
@@ -165,7 +173,7 @@ class HashChain:
             previous = _digest(line)
             self._digests.append(previous)
             self.records.append(body)
-        head = _read_head(self.path, self.what)
+        self._known = head = _read_head(self.path, self.what)
         if not self.has_been(head):
             raise LedgerError(
                 f"the {self.what} {self.path} has {len(lines)} lines that do not fit {self.head_path.name}, which "

@@ -115,8 +115,9 @@ def clip_to_grid(gradients: list[Tensor], clipping_norm: float, grid: float) -> 
     total = empty_on_grid([g[0] for g in gradients], clipping_norm, grid)
     norms, bad = [], 0
     for b in range(len(gradients[0])):
-        # Alone and in fp64: the clipped gradient is the clipped sum of one example.
-        one = clip([Dense(g[b : b + 1].double()) for g in gradients], [0] * len(gradients), clipping_norm, "flat")
+        # Alone and in fp64: the clipped gradient is the clipped sum of one example.  To whole steps of the grid: a
+        # gradient of few coordinates loses almost nothing to truncation, and would else exceed the bound.
+        one = clip([Dense(g[b : b + 1].double()) for g in gradients], [0] * len(gradients), bound * grid, "flat")
         norms.append(one.norms.double().cpu())
         bad += one.not_finite
         # Dividing by a power of two is exact; truncation never makes a number larger.

@@ -198,6 +198,10 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------ writing
 
+    def catch_up(self) -> None:
+        """After a crash: make sure that the last line is known to the head; only for the process that may write."""
+        self._chain.catch_up()
+
     def charge(self, mechanism: Mechanism, reason: str, **details: Any) -> None:
         """Write down a mechanism that is about to run; returns once the line is on the disk.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from dpsyngen.errors import ConfigError
 from dpsyngen.privacy import accounting
-from dpsyngen.privacy.accounting import Accountant, Mechanism, calibrate_noise, default_delta
+from dpsyngen.privacy.accounting import Accountant, Mechanism, calibrate_noise, check_group_size, default_delta
 
 
 def budget_table(
@@ -18,6 +18,7 @@ def budget_table(
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
     delta: float | None = None,
+    group_size: int = 1,
 ) -> Iterator[str]:
     """Yield lines that say what training costs, or what noise a budget needs, and how neighbouring plans compare.
 
@@ -28,6 +29,7 @@ def budget_table(
         epsilon: target ε; exactly one of this and `noise_multiplier`.
         noise_multiplier: z.
         delta: δ; None: :func:`default_delta`.
+        group_size: g; ε is for up to g records together.
 
     Raises:
         ConfigError: a value that is not allowed.
@@ -47,9 +49,14 @@ def budget_table(
         )
     if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
         raise ConfigError(f"the noise multiplier is {noise_multiplier}, but must be a positive number.")
+    try:
+        check_group_size(group_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
+    unit = "one image = one record" if group_size == 1 else f"up to {group_size} images of one person together"
     yield from (
-        f"{records:,} records, one image = one record, add/remove; δ = {delta:.3g}",
+        f"{records:,} records, {unit}, add/remove; δ = {delta:.3g}",
         "Poisson-subsampled Gaussian mechanism; ε by PLD (upper bound), beside it by Rényi DP",
         "",
         f"{'steps':>8} {'batch':>8} {'rate':>9} {'epochs':>8} {'noise z':>9} {'ε PLD':>9} {'ε RDP':>9} "
@@ -63,11 +70,11 @@ def budget_table(
         z = noise_multiplier
         if z is None:
             assert epsilon is not None
-            z = calibrate_noise(epsilon, delta, sampling_rate=q, steps=t)
+            z = calibrate_noise(epsilon, delta, sampling_rate=q, steps=t, group_size=group_size)
         m = Mechanism(q, z, t)
         yield (
-            f"{t:>8,} {b:>8,} {q:>9.5f} {q * t:>8.1f} {z:>9.4f} {_eps(m, delta, 'pld'):>9.4f} "
-            f"{_eps(m, delta, 'rdp'):>9.4f} {z / b:>11.6f} C{'  <- asked' if number == 0 else ''}"
+            f"{t:>8,} {b:>8,} {q:>9.5f} {q * t:>8.1f} {z:>9.4f} {_eps(m, delta, 'pld', group_size):>9.4f} "
+            f"{_eps(m, delta, 'rdp', group_size):>9.4f} {z / b:>11.6f} C{'  <- asked' if number == 0 else ''}"
         )
     yield from (
         "",
@@ -76,5 +83,5 @@ def budget_table(
     )
 
 
-def _eps(mechanism: Mechanism, delta: float, accountant: Accountant) -> float:
-    return accounting.epsilon([mechanism], delta, accountant)
+def _eps(mechanism: Mechanism, delta: float, accountant: Accountant, group_size: int) -> float:
+    return accounting.epsilon([mechanism], delta, accountant, group_size)

@@ -9,6 +9,7 @@ released or logged.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import RunError
+from dpsyngen.files import write_text
 
 Purpose = Literal["sampling", "noise", "augmentation", "tag"]
 _KEY_BYTES = 32
@@ -72,26 +74,34 @@ class Randomness:
         """A keyed digest of `text`: equal for equal texts, useless to anyone without the key."""
         return hashlib.blake2b(text.encode(), key=self._stream_key("tag", 0, 0), digest_size=32).hexdigest()
 
+    def key_forms(self) -> tuple[bytes, bytes]:
+        """The key in bytes and in hexadecimal digits, to search for it in what is about to be published."""
+        return self._key, self._key.hex().encode()
+
     # ------------------------------------------------------------------------------------------- storage
 
     def save(self, path: Path) -> None:
-        """Write the key to `path`, readable by its owner only."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "w") as f:
-            json.dump({"key": self._key.hex(), "insecure_seed": self.insecure_seed}, f)
-            f.flush()
-            os.fsync(f.fileno())
+        """Write the key to `path`, readable by its owner only.  It appears whole or not at all.
+
+        Raises:
+            FileExistsError: there is a key already; it is never written over.
+        """
+        if path.exists() or path.is_symlink():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        write_text(path, json.dumps({"key": self._key.hex(), "insecure_seed": self.insecure_seed}), 0o600)
 
     @classmethod
     def load(cls, path: Path) -> Randomness:
         """Read what :meth:`save` wrote.  Raises :class:`RunError` if it is missing or damaged."""
         try:
-            stored = json.loads(path.read_text())
-            key = bytes.fromhex(stored["key"])
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            key, seed = bytes.fromhex(stored["key"]), stored["insecure_seed"]
             if len(key) != _KEY_BYTES:
                 raise ValueError("wrong key length")
-            return cls(key, stored["insecure_seed"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if seed is not None and (type(seed) is not int or cls.from_insecure_seed(seed)._key != key):
+                raise ValueError("the key is not that of its seed")
+            return cls(key, seed)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(
                 f"the run's random state ({path.name}) cannot be read: {error}.  Without it the run cannot be "
                 "continued privately (noise might be repeated): start a new run in another folder."

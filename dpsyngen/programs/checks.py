@@ -33,7 +33,7 @@ def as_number(name: str, value: Any, low: float, high: float, *, above: bool = F
         if isinstance(value, bool | str):
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name}={value!r} is not a number: {allowed}") from None
     if not low <= number <= high or (above and number == low) or math.isnan(number):
         raise ConfigError(f"{name}={number} is out of range: {allowed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -11,13 +12,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import write_text
 from dpsyngen.generator import Generator
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
 from dpsyngen.report.plots import COLOURS, loss_curve, png_data, stage_diagram
-from dpsyngen.report.tables import metric_rows
+from dpsyngen.report.tables import memorisation_rows, metric_rows
 from dpsyngen.training.run import JsonLines, Run
 from dpsyngen.version import __version__
 
@@ -93,6 +94,8 @@ def _public_part(release: Path) -> dict[str, Any]:
         "private_curve": None,
         "private_summary": None,
         "protocol": None,
+        "memorisation": None,
+        "health": None,
     }
 
 
@@ -115,10 +118,7 @@ def _private_part(run: Run) -> dict[str, Any]:
     ledger = Ledger(run.ledger_path)
     log = JsonLines(run.private / "training.jsonl", 0o600).read()
     curves = _curves(log)
-    metrics: dict[str, Any] | None = None
-    path = run.private / "metrics.json"
-    if path.exists():
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics, health = _kept(run.private / "metrics.json"), _kept(run.private / "health.json")
     summary = None
     if log:
         last = log[-max(1, len(log) // 10) :]
@@ -142,7 +142,45 @@ def _private_part(run: Run) -> dict[str, Any]:
         "private_summary": summary,
         "metrics": metric_rows(metrics) if metrics else None,
         "protocol": json.dumps(metrics, indent=1, ensure_ascii=False) if metrics else None,
+        "memorisation": _memorisation(run),
+        "health": None if health is None else health["findings"],
     }
+
+
+def _memorisation(run: Run) -> dict[str, Any] | None:
+    """The figures and the picture of the last memorisation check; None if there was none."""
+    figures, picture = _kept(run.private / "memorisation.json"), run.private / "memorisation.png"
+    if figures is None:
+        return None
+    shown = base64.b64encode(picture.read_bytes()).decode() if picture.exists() else None
+    by_class = [
+        (name, f"{100 * s['share']:.1f} %", f"{100 * s['expected']:.1f} %", f"{s['p_permutation']:.2g}", s["images"])
+        for name, s in figures["by_class"].items()
+    ]
+    return {
+        "conclusion": figures["conclusion"],
+        "flagged": figures["flagged"],
+        "rows": memorisation_rows(figures),
+        "by_class": by_class,
+        "picture": shown and f"data:image/png;base64,{shown}",
+    }
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """What a command left in the private half; None if it was not run.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}).  Remove it, or run the command that made it again.") from None
+    return values
 
 
 def _curves(log: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

@@ -43,6 +43,8 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     figure, axes = plt.subplots(figsize=(width, height))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color("#888")  # seen on white and on black
     return figure, axes
 
 

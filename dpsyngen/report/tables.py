@@ -1,4 +1,4 @@
-"""Rows of the metric table, shared by the terminal and the report."""
+"""Rows of the tables of figures, shared by the terminal and the report."""
 
 from __future__ import annotations
 
@@ -22,3 +22,70 @@ def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         note = f"{f['generated_images']:,} generated against {f['real_images']:,} real training images{floor}{few}"
         rows.append((f"Fréchet distance, {name}", f"{f['distance']:.3f}", note))
     return rows
+
+
+def memorisation_rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value, protocol) for each figure of :func:`dpsyngen.checks.check_memorisation`."""
+    rows: list[tuple[str, str, str]] = []
+    for name, space in figures["spaces"].items():
+        unit = space["features"]["unit"]
+        everything, few, equal = space["everything"], space["nearest_few"], space["equal"]
+        if everything is not None:
+            sizes = f"{space['features']['private_images']:,} training and {space['features']['held_out_images']:,}"
+            rows.append(
+                (
+                    f"nearest to a training image, {name}",
+                    _share(everything),
+                    f"{100 * everything['expected']:.1f} % if not memorised; {sizes} held-out images; permutation test "
+                    f"p = {everything['p_permutation']:.2g}",
+                )
+            )
+            rows.append(
+                (
+                    f"the same for the {few['images']:,} nearest images, {name}",
+                    _share(few),
+                    f"{100 * few['expected']:.1f} % if not memorised; permutation test p = {few['p_permutation']:.2g}",
+                )
+            )
+            rows.append(
+                (
+                    f"the same with sets of equal size, {name}",
+                    _share(equal),
+                    f"50 % if not memorised; {space['size']:,} images each, 95 % interval {100 * equal['low']:.1f} to "
+                    f"{100 * equal['high']:.1f} %; p = {equal['p_binomial']:.2g} of these sets (binomial, two-sided), "
+                    f"p = {equal['p_permutation']:.2g} of sets like these (permutation)",
+                )
+            )
+            rows.append(
+                (
+                    f"distance to training over held-out images, {name}",
+                    "–" if space["ratio"] is None else f"{space['ratio']:.3f}",
+                    f"1 if not memorised; medians {space['median_private']:.3g} and {space['median_held_out']:.3g}, "
+                    f"sets of equal size; {unit}",
+                )
+            )
+        else:
+            note = f"nothing to compare it with: there are no held-out images; {unit}"
+            rows.append((f"median distance to a training image, {name}", f"{space['median_private']:.3g}", note))
+        real = "held-out" if everything is not None else "training"
+        rows.append(
+            (
+                f"closer than real images are, {name}",
+                f"{100 * space['closer']:.1f} %",
+                f"nearer to a training image than 99 % of the {real} images are to another ({space['threshold']:.3g}); "
+                f"95 % interval {100 * space['closer_low']:.1f} to {100 * space['closer_high']:.1f} %",
+            )
+        )
+    held_out = figures["duplicates_held_out"]
+    note = "generated images that equal a training image in every pixel"
+    if held_out is not None:
+        note += f"; {held_out:,} equal a held-out image"
+    rows.append(("exact copies", f"{figures['duplicates']:,}", note))
+    if figures["held_out_in_training"]:
+        note = "no control, and counted for neither side"
+        rows.append(("held-out images that are training images", f"{figures['held_out_in_training']:,}", note))
+    return rows
+
+
+def _share(share: dict[str, Any]) -> str:
+    return f"{100 * share['share']:.1f} %"

@@ -14,17 +14,17 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dpsyngen.certificate import Certificate, number, plain_words, schema_text
 from dpsyngen.config import Config, validate
 from dpsyngen.errors import DpsyngenError, ReleaseError
 from dpsyngen.generator import Generator
+from dpsyngen.plain_yaml import read_yaml
 from dpsyngen.report.bundle import (
     FORMAT,
     MANIFEST,
@@ -38,10 +38,13 @@ from dpsyngen.report.bundle import (
 )
 from dpsyngen.report.safe_zip import SafeZip, open_zip
 from dpsyngen.report.signing import check_signature, fingerprint, read_public_key
+from dpsyngen.shown import printable
 
 _NAMES = frozenset({*REQUIRED, *OPTIONAL, README, SCHEMA, MANIFEST, SIGNATURE})
 _REDRAWN = 16
 _MOST_STEPS = 1000
+_LEAST_NOISE = 0.03  # an ε of thousands, which would take minutes to compute
+_LONGEST = 2000
 _SAME = 2.0  # grey levels, on average: machines differ in the last bits
 _TOLERANCE = 1e-3  # relative, between versions of the accountant
 
@@ -102,9 +105,10 @@ def verify(path: Path, public_key: Path | None = None, all_samples: bool = False
         steps = _Verification(path, Path(scratch), None if trusted is None else fingerprint(trusted), all_samples)
         try:
             for check in steps.checks():
-                verdict.checks.append(check)
+                # What a stranger wrote may hold anything, and is on its way to a terminal.
+                verdict.checks.append(replace(check, text=printable(check.text, _LONGEST)))
         except DpsyngenError as error:
-            verdict.checks.append(Check(steps.current, False, str(error)))
+            verdict.checks.append(Check(steps.current, False, printable(error, _LONGEST)))
         verdict.certificate = steps.certificate
     return verdict
 
@@ -191,7 +195,7 @@ class _Verification:
                     digest.update(chunk)
                     f.write(chunk)
             if not isinstance(entry, dict) or entry != {"bytes": bundle.sizes[name], "sha256": digest.hexdigest()}:
-                raise ReleaseError(f"{ascii(name)} is not what the manifest says: it was changed or damaged")
+                raise ReleaseError(f"{name!a} is not what the manifest says: it was changed or damaged")
         return True, f"all {len(self.manifest['files']):,} files are as they were packed (SHA-256)"
 
     # ----------------------------------------------------------------------------------------- the claim
@@ -218,7 +222,13 @@ class _Verification:
         return True, f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)}, for {c.unit}"
 
     def _cost(self, c: Certificate) -> tuple[bool, str]:
-        by_pld, by_rdp = c.recompute("pld"), c.recompute("rdp")
+        least = min((m.noise_multiplier for m in c.mechanisms if m.noise_multiplier is not None), default=1.0)
+        if least < _LEAST_NOISE:
+            return False, f"a noise multiplier of {number(least)} is as good as none: ε is beyond all measure"
+        try:
+            by_pld, by_rdp = c.recompute("pld"), c.recompute("rdp")
+        except (ValueError, ArithmeticError, MemoryError) as error:
+            return False, f"ε cannot be computed from these mechanisms: {error}"
         text = f"computed again: ε ≤ {number(by_pld, up=True)} by PLD, ε ≤ {number(by_rdp, up=True)} by Rényi DP"
         if math.isinf(by_rdp):
             text = f"computed again: ε ≤ {number(by_pld, up=True)} by PLD" if math.isfinite(by_pld) else "no bound"
@@ -236,10 +246,7 @@ class _Verification:
 
     def _config(self) -> Config:
         self.current = "settings"
-        try:
-            loaded = yaml.safe_load(self._text("config.yaml"))
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise ReleaseError(f"config.yaml is not YAML: {str(error)[:200]}") from None
+        loaded = read_yaml(self._text("config.yaml"), "config.yaml")
         if not isinstance(loaded, dict):
             raise ReleaseError("config.yaml holds no settings")
         return validate(loaded)
@@ -398,25 +405,27 @@ def _picture(path: Path, generator: Generator) -> np.ndarray:
     """uint8 [C, H, W] of a PNG that holds pixels and nothing else."""
     from PIL import Image
 
-    _check_chunks(path)
+    _check_chunks(path, generator)
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            wanted = ("L" if generator.channels == 1 else "RGB", (generator.resolution, generator.resolution))
-            if (image.mode, image.size) != wanted or getattr(image, "n_frames", 1) != 1:
-                raise ReleaseError(f"{path.name} is not an image of this generator")
             pixels = np.asarray(image, dtype=np.uint8)
-    except ReleaseError:
-        raise
     except Exception as error:  # Pillow raises nearly anything for broken files
         raise ReleaseError(f"{path.name} is broken: {error}") from None
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _check_chunks(path: Path) -> None:
-    """Refuse a PNG with anything but its header, its pixels and its end."""
+def _check_chunks(path: Path, generator: Generator) -> None:
+    """Refuse a PNG with anything but its header, its pixels and its end, or of another form than the generator's.
+
+    Before Pillow sees it, which takes a large size in the header at its word.
+    """
     data, at, kinds = path.read_bytes(), 8, []
     while at + 8 <= len(data):
         kinds.append(data[at + 4 : at + 8])
         at += 12 + int.from_bytes(data[at : at + 4], "big")
     if at != len(data) or kinds[:1] != [b"IHDR"] or kinds[-1:] != [b"IEND"] or set(kinds[1:-1]) != {b"IDAT"}:
         raise ReleaseError(f"{path.name} holds more than pixels, or is broken")
+    # Width, height, 8 bits, grey or RGB, and the only values of compression, filter and interlacing that we write.
+    side = generator.resolution.to_bytes(4, "big")
+    if data[16:29] != side + side + bytes((8, 0 if generator.channels == 1 else 2, 0, 0, 0)):
+        raise ReleaseError(f"{path.name} is not an image of this generator")

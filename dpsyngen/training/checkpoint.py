@@ -5,18 +5,22 @@ No random state is saved but the step number: all randomness is keyed by step (s
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpsyngen.diffusion.ema import Ema
 from dpsyngen.errors import RunError
 from dpsyngen.files import write_atomically
+from dpsyngen.privacy.chain import Head
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.training.tensor_file import save_file
 
 
 @dataclass
@@ -49,8 +53,28 @@ class TrainState:
                     out[f"optimizer/{name}/{i}/{key}"] = torch.as_tensor(value)
         return {k: v.detach().contiguous() for k, v in out.items()}
 
+    def misfit(self, tensors: dict[str, Tensor]) -> str | None:
+        """Why `tensors` cannot be those of this network and its optimizers; None if they can be."""
+        wanted = {f"model/{k}": v for k, v in self.module.state_dict().items()}
+        wanted |= {f"ema/{k}": v for k, v in self.ema.average.items()}
+        for name in self.optimizers:
+            prefix = f"optimizer/{name}/"
+            entries = {k.removeprefix(prefix).partition("/")[2] for k in tensors if k.startswith(prefix)}
+            # Either the optimizer has taken no step yet, or it has the same entries for each parameter.
+            for i, p in enumerate(self._parameters):
+                for entry in entries:
+                    wanted[f"{prefix}{i}/{entry}"] = torch.empty((), dtype=torch.float32) if entry == "step" else p
+        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+        if missing or extra:
+            return "; ".join(f"{what} {n[0]!r}" for what, n in (("it lacks", missing), ("it has", extra)) if n)
+        for name, want in wanted.items():
+            have = tensors[name]
+            if (have.shape, have.dtype) != (want.shape, want.dtype):
+                return f"{name!r} is {list(have.shape)} {have.dtype}, but must be {list(want.shape)} {want.dtype}"
+        return None
+
     def restore(self, tensors: dict[str, Tensor], step: int, ema_steps: int) -> None:
-        """The inverse of :meth:`tensors`."""
+        """The inverse of :meth:`tensors`, for tensors without :meth:`misfit`."""
         self.step, self.ema.steps = step, ema_steps
         self.module.load_state_dict(_under(tensors, "model/"))
         device = self._parameters[0].device
@@ -66,56 +90,167 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A checkpoint as read from a file that is whole."""
+
+    path: Path
+    phase: str
+    step: int
+    ema_steps: int
+    ledger: Head
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> _Stored:
+        """Raises SafetensorError, OSError, KeyError, TypeError or ValueError if it is damaged."""
+        with safe_open(path, framework="pt") as f:
+            text, digest = f.metadata()["dpsyngen"], f.metadata()["digest"]
+            # Copies: with some versions of the library the tensors are views of the file.
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
+        if _digest(text, tensors) != digest:
+            raise ValueError("its content is not what was written")
+        info = json.loads(text)
+        return cls(path, info["phase"], info["step"], info["ema_steps"], Head(**info["ledger"]), tensors)
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    h = hashlib.blake2b(text.encode(), digest_size=32)
+    for name, t in sorted(tensors.items()):
+        h.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        h.update(t.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+_NAMES = ("checkpoint.safetensors", "checkpoint-previous.safetensors")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints in a run's private folder."""
+    for name in _NAMES:
+        (folder / name).unlink(missing_ok=True)
+
+
 class Checkpoints:
     """The last two checkpoints of a run; the older one is the fallback if the newer one is damaged.
 
+    Each holds the head of the ledger at its time.  A ledger without that line has lost charges: it was put back to an
+    earlier state while the checkpoint was not.
+
     Args:
         folder: the run's private folder.
+        ledger: the run's ledger.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.newest, self.older = (
-            folder / "checkpoint.safetensors",
-            folder / "checkpoint-previous.safetensors",
-        )
+    def __init__(self, folder: Path, ledger: Ledger) -> None:
+        self.newest, self.older = (folder / name for name in _NAMES)
+        self.ledger = ledger
         self.damaged: list[str] = []
+        self._newest_is_good = False
 
     def save(self, phase: str, state: TrainState) -> None:
-        """Write the state of `phase`; the one before is kept until the next."""
-        metadata = {"dpsyngen": json.dumps({"phase": phase, "step": state.step, "ema_steps": state.ema.steps})}
-        if self.newest.exists():
-            self.newest.replace(self.older)
-        write_atomically(self.newest, lambda p: save_file(state.tensors(), p, metadata), 0o600)
+        """Write the state of `phase`; the one before is kept until the next.
 
-    def load(self, phase: str, state: TrainState) -> bool:
+        At no moment is there less than one good checkpoint, once there was one.
+        """
+        head = self.ledger.head
+        info: dict[str, Any] = {
+            "phase": phase,
+            "step": state.step,
+            "ema_steps": state.ema.steps,
+            "ledger": {"lines": head.lines, "digest": head.digest},
+        }
+        text, tensors = json.dumps(info), {k: v.cpu() for k, v in state.tensors().items()}
+        metadata = {"dpsyngen": text, "digest": _digest(text, tensors)}
+
+        def write(temporary: Path) -> None:
+            save_file(tensors, temporary, metadata)
+            # Only now that the next one is written.  A damaged one must not take the place of a good one.
+            if self._newest_is_good:
+                self.newest.replace(self.older)
+
+        write_atomically(self.newest, write, 0o600)
+        self._newest_is_good = True
+
+    def load(self, phase: str, state: TrainState, steps: int, charged: int | None = None) -> bool:
         """Restore `state` from the newest readable checkpoint of `phase`; False if there is none.
 
         A phase without a checkpoint starts at its first step, which is safe: the steps come out as they did before,
         with the same noise.  Files that cannot be read are named in ``damaged``.
 
+        Args:
+            phase: name of the phase.
+            state: the network in training.
+            steps: steps of the whole phase.
+            charged: private steps in the ledger; None for a public phase.
+
         Raises:
-            RunError: a checkpoint does not fit the network.
+            RunError: a checkpoint does not fit the network or the ledger.
         """
-        for path in (self.newest, self.older):
-            if not path.exists():
+        stored = [s for s in map(self._read, (self.newest, self.older)) if s is not None]
+        self._newest_is_good = any(s.path == self.newest for s in stored)
+        for s in stored:
+            self._require_in_ledger(s)
+        for s in stored:
+            if s.phase != phase:
                 continue
-            try:
-                with safe_open(path, framework="pt") as f:
-                    info = json.loads(f.metadata()["dpsyngen"])
-                    tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-                self.damaged.append(f"{path.name}: {error}")
-                continue
-            if info["phase"] != phase:
-                continue
-            try:
-                state.restore(tensors, info["step"], info["ema_steps"])
-            except (RuntimeError, KeyError, IndexError) as error:
-                raise RunError(f"{path} does not fit the run's network: {error}") from None
+            if not 0 <= s.step <= steps or s.ema_steps < 0:
+                raise RunError(
+                    f"{s.path} says that {s.step} steps were done, but the phase {phase!r} has {steps}: the "
+                    "configuration was changed, or the file is of another run.  Undo the change, or start a new run."
+                )
+            if charged is not None and s.step > charged:
+                raise _rolled_back(s.path, self.ledger, f"{s.step} private steps, of which the ledger has {charged}")
+            misfit = state.misfit(s.tensors)
+            if misfit is not None:
+                raise RunError(
+                    f"{s.path} does not fit the run's network: {misfit}.  The configuration was changed, or the file "
+                    "is of another run.  Undo the change, or start a new run."
+                )
+            state.restore(s.tensors, s.step, s.ema_steps)
             return True
         return False
 
     def clear(self) -> None:
         """Remove the checkpoints, at the end of the run."""
-        self.newest.unlink(missing_ok=True)
-        self.older.unlink(missing_ok=True)
+        remove_checkpoints(self.newest.parent)
+
+    def _read(self, path: Path) -> _Stored | None:
+        if not path.exists():
+            return None
+        try:
+            stored = _Stored.read(path)
+            counts = (stored.step, stored.ema_steps, stored.ledger.lines)
+            if any(type(n) is not int for n in counts) or type(stored.phase) is not str:
+                raise TypeError("its step is not a number")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            self.damaged.append(f"{path.name}: {error}")
+            return None
+        return stored
+
+    def _require_in_ledger(self, stored: _Stored) -> None:
+        if not self.ledger.has_been(stored.ledger):
+            raise _rolled_back(stored.path, self.ledger, "lines of the ledger that are not in it")
+
+
+def describe_checkpoints(folder: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
+    """What lies in a run's private folder, without a network to restore: (file, phase, step) of each readable
+    checkpoint, newest first, and what is wrong with the others.
+    """
+    good: list[tuple[str, str, int]] = []
+    bad: list[str] = []
+    for path in (folder / name for name in _NAMES):
+        if path.exists():
+            try:
+                stored = _Stored.read(path)
+                good.append((path.name, stored.phase, stored.step))
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+                bad.append(f"{path.name}: {error}")
+    return good, bad
+
+
+def _rolled_back(path: Path, ledger: Ledger, what: str) -> RunError:
+    return RunError(
+        f"{path} knows of {what}: {ledger.path} was put back to an earlier state, or the files are of different runs.  "
+        "Going on would lose charges.  Put back all of private/ as it was at one time, or start a new run."
+    )

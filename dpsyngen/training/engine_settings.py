@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from dpsyngen.config import Config
 from dpsyngen.errors import RunError
 from dpsyngen.files import write_text
 from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.training.public import Progress
 from dpsyngen.training.run import Run
 
 
@@ -52,18 +50,16 @@ class EngineSettings:
         choices = KernelChoices(measure=config.privacy.insecure_seed is None, chosen=kernels)
         return cls(run.engine_path, found if asked is None else asked, choices)
 
-    def saved_after_each(self, steps: Iterable[Progress]) -> Iterator[Progress]:
-        """Pass the steps on, saving whenever something new was found out."""
-        for step in steps:
-            text = json.dumps(
-                {
-                    "physical_batch": self.physical_batch,
-                    "kernels": self.kernels.chosen,
-                    "milliseconds": self.kernels.milliseconds,
-                },
-                indent=1,
-            )
-            if text != self._saved:
-                write_text(self.path, text + "\n", 0o600)
-                self._saved = text
-            yield step
+    def save(self) -> None:
+        """Write them down, if there is anything new."""
+        text = json.dumps(
+            {
+                "physical_batch": self.physical_batch,
+                "kernels": self.kernels.chosen,
+                "milliseconds": self.kernels.milliseconds,
+            },
+            indent=1,
+        )
+        if text != self._saved:
+            write_text(self.path, text + "\n", 0o600)
+            self._saved = text

@@ -40,12 +40,14 @@ from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.physical_batch import find_physical_batch
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import TIERS, Program, make_program
-from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints, save_file
+from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints
 from dpsyngen.training.engine_settings import EngineSettings
+from dpsyngen.training.finite import FiniteGuard, require_not_stopped
 from dpsyngen.training.private import DpSgd, Observer, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import Progress, PublicStep, public_randomness, train_public
 from dpsyngen.training.release import write_release
 from dpsyngen.training.run import JsonLines, Run
+from dpsyngen.training.tensor_file import save_file
 from dpsyngen.workers import Workers
 
 PRETRAIN = "pretrain"
@@ -187,7 +189,9 @@ class Training:
         self.private_log = JsonLines(run.private / "training.jsonl", 0o600)
         self.public_log = JsonLines(run.release / "public_training.jsonl", 0o644)
         self.stop_requested = False
-        self.observer: Observer | None = None  # for audits
+        # Audits look on, and train another network.
+        self.observer: Observer | None = None
+        self.make_denoiser = make_denoiser
         self.workers = Workers(None if device == "cpu" else 1)
         self.program = _program(config, plan.shape)
         self.randomness = _randomness_of(run, config)
@@ -218,6 +222,7 @@ class Training:
             RunError: another process works on the run, or its files do not fit together.
         """
         with self.run.lock():
+            require_not_stopped(self.run.private)
             yield from self._phases()
 
     def _phases(self) -> Iterator[Progress]:
@@ -233,7 +238,7 @@ class Training:
             yield from self._private()
 
     def _denoiser(self, conditional: bool, index: int) -> PreconditionedDenoiser:
-        return make_denoiser(self.config, self.plan.shape, conditional, self.config.network.seed + index).to(
+        return self.make_denoiser(self.config, self.plan.shape, conditional, self.config.network.seed + index).to(
             self.device
         )
 
@@ -341,14 +346,27 @@ class Training:
         )
         self.checkpoints.load(phase, state, steps, charged)
         log.cut(phase, state.step + 1)
+        guard = self._guard(phase, private)
         for report in progress:
             log.append(phase=report.phase, step=report.step, **report.values)
+            # Before a checkpoint is written: the last one stays finite.
+            saves = report.step % every == 0 or self.stop_requested
+            guard.check(state, report.step, last=saves or report.step == steps)
             yield report
             if report.step % every == 0 or self.stop_requested:
                 log.sync()
                 self.checkpoints.save(phase, state)
             if self.stop_requested:
                 return
+
+    def _guard(self, phase: str, private: bool) -> FiniteGuard:
+        rate, option = (
+            (self.config.private.learning_rate, "--lr")
+            if private
+            else (self.config.public.learning_rate, "--set public.learning_rate=…")
+        )
+        shape = (self.plan.shape.channels, self.plan.shape.resolution, self.plan.shape.resolution)
+        return FiniteGuard(self.run.private, phase, rate, option, shape)
 
     def _save_weights(self, network: str, state: TrainState) -> None:
         average = {k: v.detach().cpu().contiguous() for k, v in state.ema.average.items()}
@@ -418,6 +436,7 @@ def _ledger_of(run: Run, config: Config, plan: Plan, program: Program, randomnes
     name = randomness.tag("name of the run")[:32]
     if run.ledger_path.exists():
         ledger = Ledger(run.ledger_path)
+        ledger.catch_up()
         if ledger.run != name:
             raise RunError(
                 f"{run.randomness_path} is not the random state with which {run.ledger_path} was begun: steps that are "

@@ -24,6 +24,7 @@ from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.privacy.audit.transcript import StepRecord
 from dpsyngen.privacy.exact import GridGradient, default_grid, exact_noisy_mean
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
@@ -37,6 +38,9 @@ from dpsyngen.training.public import Progress, PublicStep, set_learning_rate
 from dpsyngen.workers import Workers
 
 QUERY = "dp-sgd"
+
+Observer = Callable[[StepRecord, PerExampleGradients], None]
+"""Looks on as steps are taken, for audits.  What it sees is private."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class PrivateStep:
         physical_batch: images in memory at a time.
         kernels: how convolutions compute; None: measured on first use.
         workers: threads that share a batch; None: the calling one alone.
+        observer: called with each step just before the optimizer uses it; None in a run that is not being audited.
     """
 
     def __init__(
@@ -95,13 +100,16 @@ class PrivateStep:
         physical_batch: int,
         kernels: KernelChoices | None = None,
         workers: Workers | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.dataset, self.levels, self.label_dropout = dataset, levels, label_dropout
         self.mechanism, self.randomness, self.physical_batch = mechanism, randomness, physical_batch
         self.kernels, self.workers = kernels or KernelChoices(), workers or Workers(1)
+        self.observer = observer
+        self.before_release: Callable[[], None] | None = None  # called when a step's sum is known, before its noise is
         self._engine: PerExampleGradients | None = None
 
-    def engine(self, denoiser: PreconditionedDenoiser) -> PerExampleGradients:
+    def engine(self, denoiser: torch.nn.Module) -> PerExampleGradients:
         """The engine for this network, kept from step to step."""
         if self._engine is None or self._engine.module is not denoiser:
             m = self.mechanism
@@ -125,17 +133,12 @@ class PrivateStep:
             seen[part.start] = float(value.detach().sum())
             return value
 
-        total: ClippedGradient | GridGradient
-        if not private:
-            total = self._plain(engine, loss, len(chosen))
-        elif c.noise == "discrete":
-            grid = default_grid(m.clipping_norm, sum(p.numel() for p in engine.parameters))
-            total = engine.sum_on_grid(
-                loss, len(chosen), grid=grid, copies=c.copies, physical_batch=self.physical_batch
-            )
-        else:
-            total = engine.sum(loss, len(chosen), copies=c.copies, physical_batch=self.physical_batch)
-        gradients = self._released(total, step)
+        total = self.summed(engine, loss, len(chosen))
+        if self.before_release is not None:
+            self.before_release()
+        gradients = self.released(total, step)
+        if self.observer is not None:
+            self.observer(StepRecord(step, chosen, in_units_of_the_gradient(total), gradients), engine)
         for parameter, gradient in zip(engine.parameters, gradients, strict=True):
             parameter.grad = gradient
         set_learning_rate(optimizer, c.learning_rate * self._rate(step))
@@ -150,7 +153,25 @@ class PrivateStep:
             "not_finite": total.not_finite,
         }
 
-    def _released(self, total: ClippedGradient | GridGradient, step: int) -> list[Tensor]:
+    def summed(
+        self, engine: PerExampleGradients, loss: Callable[[slice], Tensor], examples: int
+    ) -> ClippedGradient | GridGradient:
+        """The sum over examples of their clipped gradients, as the configuration asks for it.
+
+        Args:
+            engine: see :meth:`engine`.
+            loss: for a slice of the examples, the loss of each of their rows.
+            examples: how many there are; 0 is legal.
+        """
+        m, c = self.mechanism, self.mechanism.config
+        if m.noise_multiplier == 0:
+            return self._plain(engine, loss, examples)
+        if c.noise == "discrete":
+            grid = default_grid(m.clipping_norm, sum(p.numel() for p in engine.parameters))
+            return engine.sum_on_grid(loss, examples, grid=grid, copies=c.copies, physical_batch=self.physical_batch)
+        return engine.sum(loss, examples, copies=c.copies, physical_batch=self.physical_batch)
+
+    def released(self, total: ClippedGradient | GridGradient, step: int) -> list[Tensor]:
         """The mechanism: from here on everything is public."""
         m = self.mechanism
         constants: dict[str, Any] = {
@@ -211,6 +232,11 @@ class PrivateStep:
         return warm * 0.5 * (1 + math.cos(math.pi * step / c.steps))
 
 
+def in_units_of_the_gradient(total: ClippedGradient | GridGradient) -> list[Tensor]:
+    """The tensors of a sum, those of a sum on a grid turned into numbers (fp64)."""
+    return [s.double() * total.grid for s in total.sums] if isinstance(total, GridGradient) else total.sums
+
+
 def charge_ahead(ledger: Ledger, mechanism: DpSgd, step: int) -> None:
     """Make sure that the ledger has the step numbered `step` (from 0) before it is taken.
 
@@ -253,6 +279,11 @@ def charge_ahead(ledger: Ledger, mechanism: DpSgd, step: int) -> None:
 def charged_steps(ledger: Ledger) -> int:
     """DP-SGD steps that the ledger has."""
     return sum(int(e.details["steps"]) for e in _entries(ledger))
+
+
+def charged_mechanisms(ledger: Ledger) -> list[Mechanism]:
+    """What the ledger says that the DP-SGD steps of this run are."""
+    return [e.mechanism for e in _entries(ledger) if e.mechanism is not None]
 
 
 def _entries(ledger: Ledger) -> list[LedgerEntry]:

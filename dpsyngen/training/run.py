@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -17,11 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpsyngen.config import Config, validate
-from dpsyngen.errors import RunError
-from dpsyngen.files import require_absent_or_empty, write_text
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.files import remove_temporaries, write_text
+from dpsyngen.plain_yaml import read_yaml_file
+from dpsyngen.privacy.chain import Head
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.training.lock import Lock
+from dpsyngen.training.new_run import LOCK, clear_stages, interrupted_start, make_folders, require_new
 from dpsyngen.version import FORMAT, __version__
 
 
@@ -30,20 +32,27 @@ class Run:
 
     Args:
         path: an existing run directory (see :meth:`create`).
+        lock: its lock, if the caller holds it already.
 
     Raises:
         RunError: not a run directory, or written in another format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: Lock | None = None) -> None:
         self.path = path
         self.private, self.release = path / "private", path / "release"
+        self._lock = lock or Lock(self.private / LOCK, path)
         if not path.is_dir():
             raise RunError(f"{path} is not a folder.  Give the folder that `dpsyngen train --out` made.")
         try:
             stamp = json.loads((path / "run.json").read_text())
             found = stamp["format"]
         except (OSError, ValueError, KeyError, TypeError):
+            if interrupted_start(path):
+                raise RunError(
+                    f"{path} is not a run yet: it was stopped while it was being made, before anything was trained.  "
+                    "Start it again, without --resume."
+                ) from None
             raise RunError(
                 f"{path} is not a run directory (no readable run.json).  Give the folder that "
                 "`dpsyngen train --out` made."
@@ -56,19 +65,14 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Run:
-        """Make a run directory at `path`, which must not exist or be empty."""
-        require_absent_or_empty(path, "--out")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "private").mkdir(mode=0o700)
-            os.chmod(path / "private", 0o700)
-            (path / "release" / "weights").mkdir(parents=True)
-        except OSError as error:
-            raise RunError(f"the run directory {path} cannot be made: {error.strerror}.") from None
-        write_text(path / "private" / "config.yaml", config.to_yaml(), 0o600)
-        # Last: a folder without it is no run yet.
-        write_text(path / "run.json", json.dumps({"format": FORMAT, "dpsyngen": __version__}) + "\n")
-        return cls(path)
+        """Make a run directory at `path` and hold its lock, until the run's :meth:`lock` context or its object ends.
+
+        Raises:
+            RunError: there is something at `path` already, or it cannot be written.
+        """
+        require_new(path)
+        stamp = json.dumps({"format": FORMAT, "dpsyngen": __version__}) + "\n"
+        return cls(path, make_folders(path, stamp, config.to_yaml()))
 
     @property
     def complete(self) -> bool:
@@ -79,9 +83,9 @@ class Run:
     def config(self) -> Config:
         """The full configuration of the run."""
         try:
-            return validate(yaml.safe_load((self.private / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError, TypeError) as error:
-            raise RunError(f"the configuration of {self.path} cannot be read: {error}.") from None
+            return validate(read_yaml_file(self.private / "config.yaml", "the configuration"))
+        except ConfigError as error:
+            raise RunError(f"the configuration of {self.path} cannot be used: {error}") from None
 
     @property
     def ledger_path(self) -> Path:
@@ -111,22 +115,58 @@ class Run:
                 f"`dpsyngen train --resume --out {self.path}`."
             )
 
+    def finished_ledger(self) -> Ledger:
+        """The ledger of a finished run, which must have all that it had at the release.
+
+        Raises:
+            LedgerError: it is damaged.
+            RunError: it is of an earlier time than the release, so some charges are not in it.
+        """
+        ledger = Ledger(self.ledger_path)
+        path = self.release / "privacy.json"
+        try:
+            head = Head(**json.loads(path.read_text(encoding="utf-8"))["ledger"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RunError(f"{path} is missing or damaged: {error!r}.  Put it back from a backup.") from None
+        if not ledger.has_been(head):
+            raise RunError(
+                f"{self.ledger_path} is not the ledger with which {self.release} was released, or of an earlier time: "
+                "what it lacks was charged all the same.  Put back all of private/ as it was after the training."
+            )
+        return ledger
+
+    def open_for_writing(self) -> None:
+        """Take the lock, for as long as this object lives, and clear away what killed processes left.
+
+        Raises:
+            RunError: another process works on the run, or it cannot be written.
+        """
+        if self._lock.acquire():
+            self._tidy()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run directory alone; RunError if another process works on it."""
-        handle = os.open(self.private / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(f"another process is working on {self.path}.  Wait for it or stop it first.") from None
+        """Hold the run directory alone; contexts of one object nest.
+
+        Raises:
+            RunError: another process works on the run, or it cannot be written.
+        """
+        with self._lock.held() as fresh:
+            if fresh:
+                self._tidy()
             yield
-        finally:
-            os.close(handle)
+
+    def _tidy(self) -> None:
+        clear_stages(self.path)
+        for folder in (self.path, self.private, self.release, self.release / "weights"):
+            if folder.is_dir():
+                remove_temporaries(folder)
 
 
 class JsonLines:
-    """A log of one JSON object a line that can be cut back to a step when a run resumes.
+    """A log of one JSON object a line, each with a phase and a step, that can be cut back when a run resumes.
+
+    Nothing rests on it: what cannot be read in it is left out.
 
     Args:
         path: the file; made on the first line.
@@ -142,15 +182,31 @@ class JsonLines:
         with os.fdopen(fd, "w") as f:
             f.write(json.dumps(values) + "\n")
 
+    def sync(self) -> None:
+        """Flush the lines to the disk, so that a checkpoint never outlives the lines before it."""
+        if self.path.exists():
+            with open(self.path, "rb+") as f:
+                os.fsync(f.fileno())
+
     def read(self) -> list[dict[str, Any]]:
         """All complete lines."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        lines = (_log_line(line) for line in self.path.read_bytes().split(b"\n")[:-1])
+        return [line for line in lines if line is not None]
 
     def cut(self, phase: str, step: int) -> None:
         """Drop the lines of `phase` from `step` on: they will be written again."""
         if self.path.exists():
             kept = [v for v in self.read() if v["phase"] != phase or v["step"] < step]
             write_text(self.path, "".join(json.dumps(v) + "\n" for v in kept), self.mode)
+
+
+def _log_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(values, dict) and isinstance(values.get("phase"), str) and type(values.get("step")) is int:
+        return values
+    return None

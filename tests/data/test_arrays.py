@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 from dpsyngen.data import load_images
 from dpsyngen.data.decode import read_image
 from dpsyngen.errors import ConfigError, DataError
+from tests.fuzz.properties import zip_of
 
 
 def images(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -220,3 +222,160 @@ def test_sources_of_the_wrong_kind(source: Any) -> None:
 def test_ragged_lists() -> None:
     with pytest.raises(DataError, match=r"np\.stack"):
         load_images(([np.zeros((8, 8)), np.zeros((9, 9))], None))  # type: ignore[arg-type]
+
+
+def test_masked_images_are_refused() -> None:
+    """Taken as an array they would show what was masked."""
+    masked = np.ma.MaskedArray(np.zeros((2, 8, 8), dtype=np.uint8), mask=True)
+    with pytest.raises(DataError, match="masked"):
+        load_images((masked, None))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 8), (2, 8, 0), (10**12, 0, 8), (10**12, 0, 0), (3, 0, 8, 3)])
+def test_images_without_pixels(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    for dtype in (np.uint8, np.float32):
+        array = np.zeros(shape, dtype=dtype)
+        np.save(tmp_path / "a.npy", array)
+        for source in ((array, None), tmp_path / "a.npy"):
+            with pytest.raises(DataError, match="are empty"):
+                load_images(source)
+
+
+@pytest.mark.parametrize("shape", [(1, 65_536, 2), (1, 1, 2**31), (1, 8200, 8200), (1, 3, 2**20, 2**20)])
+def test_images_that_are_too_large(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match="at most"):
+        load_images((np.broadcast_to(np.uint8(0), shape), None))
+
+
+@pytest.mark.parametrize("values", [np.inf, -np.inf, np.nan, 65504.0])
+def test_half_precision_that_is_not_in_range(values: float) -> None:
+    x = np.zeros((2, 8, 8), dtype=np.float16)
+    x[1, 3, 3] = values
+    with pytest.raises(DataError, match="image 1"):
+        load_images((x, None))
+
+
+def test_fortran_order_and_header_versions(tmp_path: Path, rng: np.random.Generator) -> None:
+    x = images(rng, 5, 9, 9)
+    for i, version in enumerate([(1, 0), (2, 0), (3, 0)]):
+        for j, array in enumerate([x, np.asfortranarray(x)]):
+            path = tmp_path / f"{i}{j}.npy"
+            with path.open("wb") as file:
+                np.lib.format.write_array(file, array, version)
+            assert np.array_equal(load_images(path).images[:, 0], x)
+            with zipfile.ZipFile(tmp_path / f"{i}{j}.npz", "w") as archive:
+                archive.write(path, "images.npy")
+            assert np.array_equal(load_images(tmp_path / f"{i}{j}.npz").images[:, 0], x)
+
+
+def npy_header(shape: str, descr: str = "'|u1'", version: int = 1) -> bytes:
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY" + bytes((version, 0)) + len(text).to_bytes(2 if version == 1 else 4, "little") + text
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        npy_header("(-1, 8, 8)"),
+        npy_header("(-2, -8, 8)"),
+        npy_header(f"({2**62}, 8, 8)"),
+        npy_header(f"({10**30}, 8, 8)"),
+        npy_header("(2.0, 8, 8)"),
+        npy_header("(2, 8, 8)", "'|O'"),
+        npy_header("(2, 8, 8)", "[('a', '|O'), ('b', 'u1')]"),
+        npy_header("(2, 8, 8)", "[('a', 'u1'), ('b', 'u1')]"),
+        npy_header("(2, 8, 8)", "('u1', (10**9, 10**9))"),
+        npy_header("(2, 8, 8)", "__import__('os').system('true')"),
+        npy_header("(" * 3000),
+        npy_header("(2, 8, 8)", "'|u1'" + " " * 10_000),
+        npy_header("(2, 8, 8)", version=4),
+        b"\x93NUMPY\x01\x00\xff",
+        b"\x93NUMPY",
+        b"\x80\x04\x95",  # a pickle
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(header + bytes(128))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", header + bytes(128))
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(DataError) as caught:
+            load_images(tmp_path / name)
+        assert len(str(caught.value)) < 1000
+
+
+def test_members_that_are_there_twice(tmp_path: Path, rng: np.random.Generator) -> None:
+    np.save(tmp_path / "a.npy", images(rng, 2, 8, 8))
+    np.save(tmp_path / "other.npy", images(rng, 2, 9, 9))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.write(tmp_path / "a.npy", "images.npy")
+        archive.write(tmp_path / "other.npy", "images.npy")
+    with pytest.raises(DataError, match="twice"):
+        load_images(tmp_path / "a.npz")
+
+
+def test_a_member_of_almost_the_same_name_is_not_taken_for_it(tmp_path: Path, rng: np.random.Generator) -> None:
+    """numpy takes "images" and "images.npy" for one key; the size of the wrong one would then be checked."""
+    x = images(rng, 2, 8, 8)
+    np.save(tmp_path / "a.npy", x)
+    np.save(tmp_path / "other.npy", images(rng, 2, 9, 9))
+    for names in (("images", "images.npy"), ("images.npy", "images")):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            for name in names:
+                archive.write(tmp_path / ("a.npy" if name.endswith(".npy") else "other.npy"), name)
+        assert np.array_equal(load_images(tmp_path / "a.npz").images[:, 0], x)
+
+
+def test_members_with_paths_lead_nowhere(tmp_path: Path, rng: np.random.Generator) -> None:
+    np.save(tmp_path / "a.npy", images(rng, 2, 8, 8))
+    inner = tmp_path / "in"
+    inner.mkdir()
+    content = (tmp_path / "a.npy").read_bytes()
+    names = ("../../images.npy", "/images.npy", "..\\images.npy")
+    (inner / "a.npz").write_bytes(zip_of([(name, content) for name in names]))
+    with pytest.raises(DataError, match="no images"):
+        load_images(inner / "a.npz")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.npy", "a.npz", "in"]
+
+
+def test_other_compressions_and_passwords_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    np.save(tmp_path / "a.npy", images(rng, 2, 8, 8))
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
+            archive.write(tmp_path / "a.npy", "images.npy")
+        with pytest.raises(DataError, match="savez_compressed"):
+            load_images(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.write(tmp_path / "a.npy", "images.npy")
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[6] |= 1  # "encrypted", in both headers
+    content[content.rfind(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(DataError, match="password"):
+        load_images(tmp_path / "a.npz")
+
+
+def test_a_member_longer_or_shorter_than_its_header_says(tmp_path: Path) -> None:
+    for size in (127, 129):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            archive.writestr("images.npy", npy_header("(2, 8, 8)") + bytes(size))
+        with pytest.raises(DataError, match="declared"):
+            load_images(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "a/" * 3000, "~nobody-of-this-name/x", "a\x00b", "\ud800", "\x1b[2J\u202e"])
+def test_paths_that_cannot_be(text: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_images(text)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1500
+
+
+def test_paths_of_bytes(tmp_path: Path, rng: np.random.Generator) -> None:
+    np.save(tmp_path / "a.npy", images(rng, 2, 8, 8))
+
+    class Bytes(os.PathLike[Any]):
+        def __fspath__(self) -> bytes:
+            return os.fsencode(tmp_path / "a.npy")
+
+    assert len(load_images(Bytes())) == 2

@@ -37,9 +37,17 @@ def test_cost_of_a_noise() -> None:
     assert all(int(r[1]) <= 1000 for r in rows(lines))
 
 
+def test_groups() -> None:
+    lines = list(budget_table(100, 100, 1, noise_multiplier=8.0, group_size=4))
+    assert "up to 4 images of one person together" in lines[0]
+    first = next(r for r in rows(lines) if "asked" in r)
+    assert float(first[5]) == pytest.approx(epsilon([Mechanism(1.0, 2.0, 1)], 1e-3), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        {"group_size": 0},
         {"epsilon": 1.0, "noise_multiplier": 1.0},
         {"epsilon": None},
         {"epsilon": 0.0},

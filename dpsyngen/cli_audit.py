@@ -1,0 +1,47 @@
+"""``dpsyngen audit``: does a run do what it claims?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CONTRADICTED = 4
+"""Exit code where an audit contradicts the claim."""
+
+
+def audit(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
+    quick: Annotated[bool, typer.Option("--quick", help="20 seconds instead of some two minutes")] = False,
+    confidence: Annotated[
+        float, typer.Option(help="with which a correct installation passes, and lower bounds on ε hold")
+    ] = 0.999,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")] = False,
+) -> None:
+    """Attack the mechanism and check its invariants: lower bounds on ε beside the claim.
+
+    No private image is read.  Exit code 4: an audit contradicts the claim.
+    """
+    from dpsyngen.console import Console
+
+    console = Console(quiet)
+    from dpsyngen.api import check_device
+    from dpsyngen.report.audit_plot import write_audit_plot
+    from dpsyngen.training.audit.run import FULL, QUICK, audit_run
+    from dpsyngen.training.run import Run
+
+    check_device(device)
+    opened, effort = Run(run), QUICK if quick else FULL
+    folder = opened.private / "audit"
+    opened.require_complete()
+    with opened.lock():
+        report = audit_run(opened, effort=effort, confidence=confidence, device=device, on_progress=console.note)
+        if report.bounds():
+            write_audit_plot(report, folder / "audit.svg")
+    for line in report.lines():
+        console.line(line)
+    console.line(f"PRIVATE: the details are in {folder}")
+    if not report.passed:
+        raise typer.Exit(CONTRADICTED)

@@ -1,0 +1,339 @@
+"""Does a generator repeat its training images?  Nearest private neighbours, with held-out ones as the control.
+
+A distance to the training set means nothing by itself: a generator that draws plain, typical images is near to every
+real image.  Held-out images of the same source are the control: what was not trained on cannot have been memorised, so
+whatever makes generated images nearer to the training set than to them is memory, or a difference between the sets.
+
+Two comparisons are made.  *Equal sizes*: the larger set is subsampled, so that either has the nearest image with
+probability 1/2.  *All images*: no copy of a training image can be missed, and the share to expect follows from the
+sizes.  The second is also made for the few generated images that are nearest to any real one, since a generator may
+repeat some images only.  How the shares are judged is in :mod:`dpsyngen.evaluation.exchange`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.evaluation.exchange import CONFIDENCE, Share, interval, share
+from dpsyngen.evaluation.features import NAMES, FeatureSpec
+from dpsyngen.evaluation.neighbours import Neighbours, nearest
+
+PIXELS = "pixels"
+LEVEL = 0.01
+"""Chance of a false alarm, all tests of a check together, if the two real sets are exchangeable."""
+
+_TAIL, _FEWEST = 0.05, 20  # generated images nearest to any real image that are judged on their own
+_ASKING = 2_000  # real images that look for their neighbour, for the scale of real distances
+_FEATURE_IMAGES = 5_000  # of a real set, where features have to be computed: a network takes minutes for more
+
+
+@dataclass(frozen=True)
+class Space:
+    """The figures for one kind of features; None where they need held-out images and there are none.
+
+    Attributes:
+        features: what distances were taken in, the unit, and how many real images.
+        equal: real sets of equal size, the larger one subsampled.
+        size: that size.
+        everything: both real sets whole.
+        nearest_few: the same, for the generated images that are nearest to any real image.
+        median_private, median_held_out: median distance of generated images to the sets of equal size.
+        ratio: the first over the second; below 1 is nearer to the training set.
+        threshold: 1st percentile of the distances of real images to their nearest training image: of held-out images,
+            or, without any, of training images to the other training images.
+        closer: share of the generated images that are nearer than that to a training image; real ones have 1 %.
+        closer_low, closer_high: its Clopper-Pearson interval at 95 %.
+    """
+
+    features: dict[str, Any]
+    median_private: float
+    threshold: float
+    closer: float
+    closer_low: float
+    closer_high: float
+    equal: Share | None = None
+    size: int | None = None
+    everything: Share | None = None
+    nearest_few: Share | None = None
+    median_held_out: float | None = None
+    ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """What was found.  **Private**, all of it.
+
+    Attributes:
+        spaces: by name of the features.
+        by_class: real sets whole, within a class, in the first features.
+        duplicates: generated images that equal a training image in every pixel.
+        duplicates_held_out: the same for held-out images.
+        held_out_in_training: held-out images that equal a training image; as ties they count for neither side.
+        flagged: whether signs of memorisation were found; None: it cannot be told.
+        conclusion: in words.
+        protocol: numbers of images, subsets, seed.
+        to_private, to_held_out: for every generated image the row of its nearest real image, in the first features.
+        distances: to those, in the features' unit.
+    """
+
+    spaces: dict[str, Space]
+    by_class: dict[str, Share]
+    duplicates: int
+    duplicates_held_out: int | None
+    held_out_in_training: int
+    flagged: bool | None
+    conclusion: str
+    protocol: dict[str, Any]
+    to_private: NDArray[np.int64] = field(repr=False)
+    to_held_out: NDArray[np.int64] | None = field(repr=False)
+    distances: tuple[NDArray[np.float64], NDArray[np.float64] | None] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; without what belongs to single images."""
+        return {
+            "private": "computed from private images without noise: publishing these figures costs privacy",
+            "flagged": self.flagged,
+            "conclusion": self.conclusion,
+            "duplicates": self.duplicates,
+            "duplicates_held_out": self.duplicates_held_out,
+            "held_out_in_training": self.held_out_in_training,
+            "spaces": {name: asdict(space) for name, space in self.spaces.items()},
+            "by_class": {name: asdict(figures) for name, figures in self.by_class.items()},
+            "protocol": self.protocol,
+        }
+
+    def most_suspicious(self, count: int) -> NDArray[np.int64]:
+        """Generated images that are nearest to the training set, relative to the held-out set if there is one."""
+        private, held_out = self.distances
+        key = private if held_out is None else (private + 1e-12) / (held_out + 1e-12)
+        return np.argsort(key, kind="stable")[:count]
+
+
+def memorisation_check(
+    generated: NDArray[np.uint8],
+    private: NDArray[np.uint8],
+    held_out: NDArray[np.uint8] | None = None,
+    *,
+    features: Sequence[FeatureSpec | str] = (PIXELS,),
+    labels: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None,
+    class_names: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "cpu",
+    on_progress: Callable[[str], None] | None = None,
+) -> Memorisation:
+    """Compare generated images with those that were trained on and with those that were not.
+
+    The result is computed from private images and is **not** differentially private: store it in the private half.
+
+    Args:
+        generated: uint8 [Q, C, H, W], not selected in any way.
+        private: [N, C, H, W], the training images; may be a memory map.
+        held_out: [M, C, H, W], real images of the same source that were not trained on; None: no control, and then
+            nothing can be concluded but from exact copies.
+        features: "pixels" (root mean square difference of pixels in [0, 1]) or names of feature extractors.
+        labels: classes of the three sets, [Q], [N], [M], for figures by class; only used with `held_out`.
+        class_names: their names.
+        seed: of subsets and permutations.
+        device: where features are computed.
+        on_progress: called with a line about what is being done.
+
+    Raises:
+        ConfigError: shapes that differ, too few images, unknown features.
+        DataError: more than half of the held-out images are training images.
+    """
+    specs = [None if f == PIXELS else FeatureSpec(f) if isinstance(f, str) else f for f in checked_names(features)]
+    for name, images in (("private", private), ("held-out", held_out)):
+        if images is not None and images.shape[1:] != generated.shape[1:]:
+            raise ConfigError(
+                f"{name} images are {images.shape[1:]}, but generated ones {generated.shape[1:]}: give images of the "
+                "same size and number of channels."
+            )
+        if images is not None and len(images) < 2:
+            raise ConfigError(f"the number of {name} images is {len(images)}, but must be at least 2.")
+    if not len(generated):
+        raise ConfigError("there are no generated images to check.")
+    tell = on_progress or (lambda line: None)
+    rng = np.random.default_rng(seed)
+    repeated, duplicates, others = _copies(generated, private, held_out)
+    control = np.arange(0 if held_out is None else len(held_out))
+    spaces: dict[str, Space] = {}
+    by_class: dict[str, Share] = {}
+    first: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
+    x: NDArray[Any]
+    a: NDArray[Any]
+    b: NDArray[Any] | None
+    for spec in specs:
+        name = PIXELS if spec is None else spec.name
+        tell(f"nearest neighbours by {name}")
+        of_a, of_b = np.arange(len(private)), control
+        if spec is None:
+            about: dict[str, Any] = {"name": PIXELS, "unit": "root mean square difference of pixels in [0, 1]"}
+            scale = 1 / (255 * math.sqrt(generated[0].size))
+            x, a, b = generated, private, held_out
+        else:
+            of_a, of_b = _subset(of_a, _FEATURE_IMAGES, rng), _subset(of_b, _FEATURE_IMAGES, rng)
+            extractor, scale = spec.make(device), 1.0
+            images = _rows(private, of_a)
+            extractor.fit(images)
+            x, a = (extractor(i, on_progress=on_progress) for i in (generated, images))
+            b = None if held_out is None else extractor(_rows(held_out, of_b), on_progress=on_progress)
+            about = {**extractor.config(), "unit": "Euclidean distance"}
+        about |= {"private_images": len(a), "held_out_images": 0 if b is None else len(b)}
+        spaces[name], to_a, to_b = _space(x, a, b, about, scale, rng)
+        if first:
+            continue
+        first.append((of_a[to_a.index], to_a.distance * scale))
+        if to_b is not None:
+            first.append((of_b[to_b.index], to_b.distance * scale))
+        if b is not None and labels is not None:
+            by_class = _by_class((x, a, b), (labels[0], labels[1][of_a], labels[2][of_b]), class_names, rng)
+    flagged, conclusion = _verdict(spaces, duplicates, others, len(private), len(control))
+    return Memorisation(
+        spaces=spaces,
+        by_class=by_class,
+        duplicates=duplicates,
+        duplicates_held_out=others,
+        held_out_in_training=repeated,
+        flagged=flagged,
+        conclusion=conclusion,
+        protocol={
+            "generated_images": len(generated),
+            "private_images": len(private),
+            "held_out_images": len(control),
+            "seed": seed,
+            "equal_sizes": "the larger real set is subsampled at random with this seed",
+            "confidence": CONFIDENCE,
+            "false_alarms": LEVEL,
+        },
+        to_private=first[0][0],
+        to_held_out=first[1][0] if len(first) > 1 else None,
+        distances=(first[0][1], first[1][1] if len(first) > 1 else None),
+    )
+
+
+def checked_names(features: Sequence[FeatureSpec | str]) -> Sequence[FeatureSpec | str]:
+    """The features as given.  Raises ConfigError unless there are some and all are known."""
+    unknown = [f for f in features if isinstance(f, str) and f not in (PIXELS, *NAMES)]
+    if unknown or not features:
+        given = ", ".join(map(repr, unknown)) or "empty"
+        raise ConfigError(f"features are {given}, but must be among {', '.join((PIXELS, *NAMES))}.")
+    return features
+
+
+def _copies(
+    generated: NDArray[np.uint8], private: NDArray[np.uint8], held_out: NDArray[np.uint8] | None
+) -> tuple[int, int, int | None]:
+    """Held-out images that are training images, and generated images that are training or held-out images."""
+    known, made = _digests(private), _digests(generated)
+    duplicates = int(np.isin(made, known).sum())
+    if held_out is None:
+        return 0, duplicates, None
+    digests = _digests(held_out)
+    repeated = int(np.isin(digests, known).sum())
+    if 2 * repeated > len(digests):
+        raise DataError(
+            f"{repeated:,} of the {len(digests):,} held-out images are training images, so they are no control.  Give "
+            "images that were not trained on."
+        )
+    return repeated, duplicates, int(np.isin(made, digests).sum())
+
+
+def _digests(images: NDArray[np.uint8]) -> NDArray[Any]:
+    return np.array([hashlib.blake2b(np.ascontiguousarray(i).tobytes(), digest_size=16).hexdigest() for i in images])
+
+
+def _subset(rows: NDArray[np.int64], most: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    return rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False))
+
+
+def _rows(images: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
+    return images if len(rows) == len(images) else np.asarray(images[rows])
+
+
+def _space(
+    x: NDArray[Any],
+    a: NDArray[Any],
+    b: NDArray[Any] | None,
+    about: dict[str, Any],
+    unit: float,
+    rng: np.random.Generator,
+) -> tuple[Space, Neighbours, Neighbours | None]:
+    """Figures of generated `x` against training `a` and held-out `b`, and the neighbours in the whole sets."""
+    to_a = nearest(x, a)
+    asking = _subset(np.arange(len(a if b is None else b)), _ASKING, rng)
+    real = nearest(a[asking], a, skip=asking) if b is None else nearest(b[asking], a)
+    threshold = float(np.quantile(real.distance, 0.01))
+    closer = int((to_a.distance < threshold).sum())
+    low, high = interval(closer, len(x))
+    space = Space(about, float(np.median(to_a.distance)) * unit, threshold * unit, closer / len(x), low, high)
+    if b is None:
+        return space, to_a, None
+    to_b = nearest(x, b)
+    size = min(len(a), len(b))
+    near_a, near_b = (
+        whole if size == len(r) else nearest(x, r[_subset(np.arange(len(r)), size, rng)])
+        for whole, r in ((to_a, a), (to_b, b))
+    )
+    few = np.argsort(np.minimum(to_a.squared, to_b.squared), kind="stable")[: max(_FEWEST, math.ceil(_TAIL * len(x)))]
+    median_a, median_b = (float(np.median(n.distance)) * unit for n in (near_a, near_b))
+    compared = replace(
+        space,
+        median_private=median_a,
+        equal=share(near_a, near_b, size, size, rng),
+        size=size,
+        everything=share(to_a, to_b, len(a), len(b), rng),
+        nearest_few=share(to_a.take(few), to_b.take(few), len(a), len(b), rng),
+        median_held_out=median_b,
+        ratio=median_a / median_b if median_b else None,
+    )
+    return compared, to_a, to_b
+
+
+def _by_class(
+    sets: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
+    labels: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+    class_names: Sequence[str],
+    rng: np.random.Generator,
+) -> dict[str, Share]:
+    out: dict[str, Share] = {}
+    for number, name in enumerate(class_names):
+        x, a, b = (rows[of == number] for rows, of in zip(sets, labels, strict=True))
+        if min(map(len, (x, a, b))) > 1:
+            out[name] = share(nearest(x, a), nearest(x, b), len(a), len(b), rng)
+    return out
+
+
+def _verdict(
+    spaces: dict[str, Space], duplicates: int, others: int | None, n_private: int, n_held_out: int
+) -> tuple[bool | None, str]:
+    found = []
+    # Blank images and the like occur in both sets; then generated ones repeat held-out images as well.
+    if duplicates and duplicates > 2 * (others or 0) * n_private / max(n_held_out, 1):
+        found.append(f"{duplicates:,} generated images equal a training image in every pixel")
+    level = LEVEL / (2 * len(spaces))
+    for name, space in spaces.items():
+        for what, s in (("", space.everything), (" among those nearest to any real image", space.nearest_few)):
+            if s is not None and s.p_permutation <= level:
+                found.append(
+                    f"by {name}, {100 * s.share:.1f} % of the generated images{what} are nearest to a training image, "
+                    f"where {100 * s.expected:.1f} % were to be expected (p = {s.p_permutation:.2g})"
+                )
+    if found:
+        return True, "Signs of memorisation: " + "; ".join(found) + "."
+    if others is None:
+        return None, (
+            "Nothing can be concluded: there are no held-out images to compare with, so nobody can say whether these "
+            "distances are small.  No generated image equals a training image in every pixel."
+        )
+    return False, (
+        "No sign of memorisation: generated images are no nearer to the training images than to images that were not "
+        "trained on, as far as this many images can tell."
+    )

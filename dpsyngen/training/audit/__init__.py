@@ -1,0 +1,1 @@
+"""Audits of finished runs: see ``run.audit_run``."""

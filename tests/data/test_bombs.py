@@ -1,0 +1,125 @@
+"""Memory: small files that ask for a lot of it, measured in a process of their own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpsyngen.data.pixel_budget import PixelBudget
+from tests.data.test_hostile_images import blank_png
+
+_MEASURE = """
+import json, os, resource, sys
+os.cpu_count = lambda: 8  # so many threads, wherever this runs
+import numpy as np
+from PIL import Image
+from dpsyngen.data import load_images
+from dpsyngen.errors import DataError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    said = str(load_images(sys.argv[1], **json.loads(sys.argv[2])).images.shape)
+except DataError as error:
+    said = str(error)
+print(json.dumps([said, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]))
+"""
+
+
+def measured(source: Path, **options: Any) -> tuple[str, float]:
+    """What is said of a source, and the MiB that it takes at most."""
+    command = [sys.executable, "-c", _MEASURE, str(source), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    said, megabytes = json.loads(done.stdout)
+    return said, megabytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "colour", "channels"), [(8, 6, 3), (16, 0, 1)])
+def test_many_large_images_take_what_one_takes(tmp_path: Path, depth: int, colour: int, channels: int) -> None:
+    content = blank_png(8192, 8192, depth, colour)
+    assert len(content) < 2**20
+    for i in range(10):
+        (tmp_path / f"{i}.png").write_bytes(content)
+    said, megabytes = measured(tmp_path, resolution=8)
+    assert said == f"(10, {channels}, 8, 8)"
+    assert megabytes < 1024, megabytes
+
+
+def test_image_over_the_limit_takes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(blank_png(8193, 8192, 1))
+    said, megabytes = measured(tmp_path)
+    assert "bomb" in said
+    assert megabytes < 100
+
+
+def test_header_bombs(tmp_path: Path) -> None:
+    """A header of 1 GiB of spaces, which numpy would read before it looks at its length."""
+    start = b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**30)
+    with (tmp_path / "a.npy").open("wb") as file:
+        file.write(start)
+        file.truncate(2**30 + 1000)  # takes no room on the disk
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            member.write(start)
+            for _ in range(64):
+                member.write(b" " * 2**20)
+    for name in ("a.npy", "a.npz"):
+        said, megabytes = measured(tmp_path / name)
+        assert "header of 1,073,741,824 bytes is too long" in said
+        assert megabytes < 50
+
+
+def test_gzip_bomb(tmp_path: Path) -> None:
+    head = bytes((0, 0, 8, 3)) + struct.pack(">3I", 2, 8, 8)
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb", 1) as file:
+        file.write(head)
+        for _ in range(300):
+            file.write(bytes(2**20))
+    said, megabytes = measured(tmp_path / "train-images-idx3-ubyte.gz", labels=False)
+    assert "extra bytes" in said
+    assert megabytes < 50
+
+
+def test_npz_takes_its_memory_once(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((4000, 256, 256), dtype=np.uint8))
+    said, megabytes = measured(tmp_path / "a.npz", resolution=256)
+    assert said == "(4000, 1, 256, 256)"
+    assert megabytes < 250 * 1.2
+
+
+def test_pixel_budget_lets_no_more_in_than_fit() -> None:
+    budget = PixelBudget(100)
+    inside, most, lock = [0], [0], threading.Lock()
+    spent = []
+
+    def work(pixels: int) -> None:
+        with budget.spend(pixels):
+            with lock:
+                inside[0] += min(pixels, 100)
+                most[0] = max(most[0], inside[0])
+            with lock:
+                inside[0] -= min(pixels, 100)
+        spent.append(pixels)
+
+    threads = [threading.Thread(target=work, args=(30 + i % 3 * 40,)) for i in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(spent) == 30
+    assert most[0] <= 100
+    work(1000)  # more than there is: alone
+    with pytest.raises(RuntimeError), budget.spend(100):
+        raise RuntimeError
+    work(100)  # what failed gave its pixels back

@@ -1,0 +1,209 @@
+"""The memorisation check finds what was copied, and nothing where nothing was."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.evaluation import exchange
+from dpsyngen.evaluation.exchange import interval, share
+from dpsyngen.evaluation.memorisation import LEVEL, memorisation_check
+from dpsyngen.evaluation.neighbours import Neighbours
+
+
+@pytest.fixture(autouse=True)
+def _fewer_permutations(monkeypatch) -> None:
+    monkeypatch.setattr(exchange, "_PERMUTATIONS", 4_999)
+
+
+def blobs(rng: np.random.Generator, n: int) -> np.ndarray:
+    """n images of one distribution: a bright spot at a random place, of random size and brightness, on some noise."""
+    y, x = np.mgrid[:8, :8]
+    cy, cx = rng.uniform(1, 6, (2, n, 1, 1))
+    width, height = rng.uniform(1, 3, (n, 1, 1)), rng.uniform(80, 200, (n, 1, 1))
+    spot = height * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / width**2)
+    return (spot + rng.uniform(0, 30, (n, 8, 8))).clip(0, 255).astype(np.uint8)[:, None]
+
+
+def near(indices: list[int], squared: list[float]) -> Neighbours:
+    return Neighbours(np.array(indices), np.array(squared, float))
+
+
+def test_copies_are_flagged() -> None:
+    rng = np.random.default_rng(0)
+    private, held_out = blobs(rng, 400), blobs(rng, 100)
+    found = memorisation_check(private[rng.integers(0, 400, 200)], private, held_out)
+    assert found.flagged
+    assert found.duplicates == 200
+    assert found.duplicates_held_out == 0
+    space = found.spaces["pixels"]
+    assert space.everything.share == space.nearest_few.share == 1
+    assert space.everything.p_permutation < LEVEL / 2
+    assert space.closer == 1
+    assert "equal a training image" in found.conclusion
+
+
+def test_noisy_copies_of_some_images_are_flagged() -> None:
+    """One generated image in ten repeats a training image, none of them exactly."""
+    rng = np.random.default_rng(1)
+    private, held_out = blobs(rng, 500), blobs(rng, 500)
+    generated = blobs(rng, 400)
+    copies = private[rng.choice(500, 40, replace=False)].astype(int) + rng.integers(-2, 3, (40, 1, 8, 8))
+    generated[:40] = copies.clip(0, 255)
+    found = memorisation_check(generated, private, held_out)
+    assert found.flagged
+    assert found.duplicates == 0
+    assert found.spaces["pixels"].nearest_few.share > 0.9
+    assert found.spaces["pixels"].closer > 0.05
+    assert set(found.most_suspicious(20)) <= set(range(40))
+
+
+@pytest.mark.parametrize("control", [60, 200])
+def test_fresh_images_and_held_out_copies_are_not_flagged(control) -> None:
+    """False alarms are as rare as stated, whatever the sizes of the sets."""
+    alarms = copies = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        private, held_out = blobs(rng, 200), blobs(rng, control)
+        alarms += bool(memorisation_check(blobs(rng, 300), private, held_out, seed=seed).flagged)
+        if seed < 5:
+            copies += bool(memorisation_check(held_out, private, held_out, seed=seed).flagged)
+    assert copies == 0
+    # P(more than 3 of 40 at a rate of 1 %) < 0.001.
+    assert alarms <= 3
+
+
+def test_p_values_are_uniform_where_one_image_is_the_nearest_of_many() -> None:
+    """With 20 real images in a set, 300 generated ones are no 300 draws, as the binomial test takes them for."""
+    binomial, permutation = [], []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        found = memorisation_check(blobs(rng, 300), blobs(rng, 20), blobs(rng, 20), seed=seed).spaces["pixels"].equal
+        binomial.append(found.p_binomial)
+        permutation.append(found.p_permutation)
+    # P(more than 12 of 100 at a rate of 5 %) < 0.001.
+    assert sum(p < 0.05 for p in permutation) <= 12
+    assert sum(p < 0.5 for p in permutation) >= 30
+    assert sum(p < 0.05 for p in binomial) > 12
+
+
+def test_the_permutation_test_is_that_of_all_divisions() -> None:
+    """Against the enumeration of all ways to divide six real images into three and three."""
+    private, held_out = near([0, 0, 0, 1, 2], [1, 1, 1, 1, 5]), near([0, 1, 2, 0, 2], [2, 2, 2, 2, 5])
+    found = share(private, held_out, 3, 3, np.random.default_rng(0))
+    # Three generated images have private image 0 as their nearest, one has 1, one is tied between 2 and 2.
+    weights = [3, 1, 0.5, 0, 0, 0.5]
+    sums = [sum(weights[i] for i in chosen) for chosen in itertools.combinations(range(6), 3)]
+    exact = np.mean([s >= 4.5 for s in sums])
+    assert (found.nearer_private, found.nearer_held_out, found.ties) == (4, 0, 1)
+    assert found.share == 0.9
+    assert found.p_permutation == pytest.approx(exact, abs=0.03)
+
+
+def test_shares_intervals_and_ties() -> None:
+    low, high = interval(0, 10)
+    assert low == 0
+    assert high == pytest.approx(1 - 0.025 ** (1 / 10))
+    same = near([0, 1], [1, 1])
+    tied = share(same, same, 2, 2, np.random.default_rng(0))
+    assert (tied.ties, tied.share, tied.p_binomial, tied.low) == (2, 0.5, 1.0, 0.0)
+    assert tied.p_permutation == 1
+    private, held_out = near([0] * 10, [1] * 10), near([0] * 10, [2] * 10)
+    assert share(private, held_out, 20, 20, np.random.default_rng(0)).p_binomial == pytest.approx(2 * 0.5**10)
+    # Ten generated images, but one training image: no evidence beyond one draw.
+    found = share(private, held_out, 30, 10, np.random.default_rng(0))
+    assert found.expected == 0.75
+    assert found.p_permutation == pytest.approx(0.75, abs=0.03)
+
+
+def test_sets_of_equal_size_and_seed() -> None:
+    rng = np.random.default_rng(2)
+    private, held_out, generated = blobs(rng, 300), blobs(rng, 40), blobs(rng, 100)
+    one, two, other = (memorisation_check(generated, private, held_out, seed=s).to_dict() for s in (0, 0, 1))
+    assert one == two
+    assert one["spaces"]["pixels"]["size"] == 40
+    assert one["spaces"]["pixels"]["equal"]["expected"] == 0.5
+    assert one["spaces"]["pixels"]["everything"]["expected"] == pytest.approx(300 / 340)
+    assert one["spaces"]["pixels"]["equal"] != other["spaces"]["pixels"]["equal"]
+    few = memorisation_check(generated, held_out, private).spaces["pixels"]
+    assert few.size == 40
+    assert few.equal.expected == 0.5
+    json.dumps(one)
+
+
+def test_neighbours_are_rows_of_the_arrays_given() -> None:
+    rng = np.random.default_rng(3)
+    private, held_out = blobs(rng, 50), blobs(rng, 30)
+    found = memorisation_check(np.concatenate([private[[7]], held_out[[9]]]), private, held_out)
+    assert found.to_private[0] == 7
+    assert found.to_held_out[1] == 9
+    assert found.distances[0][0] == found.distances[1][1] == 0
+    # Root mean square of pixels in [0, 1].
+    other = private[found.to_private[1]].astype(float) - held_out[9]
+    assert found.distances[0][1] == pytest.approx(np.sqrt(np.mean((other / 255) ** 2)))
+
+
+def test_without_held_out_images_nothing_is_concluded() -> None:
+    rng = np.random.default_rng(4)
+    private = blobs(rng, 100)
+    found = memorisation_check(blobs(rng, 50), private)
+    assert found.flagged is None
+    assert "Nothing can be concluded" in found.conclusion
+    assert found.spaces["pixels"].equal is None
+    assert found.spaces["pixels"].threshold > 0
+    assert found.to_held_out is None
+    # Exact copies speak for themselves.
+    assert memorisation_check(private[:5], private).flagged
+
+
+def test_held_out_images_that_were_trained_on() -> None:
+    rng = np.random.default_rng(5)
+    private, held_out, generated = blobs(rng, 100), blobs(rng, 100), blobs(rng, 50)
+    with pytest.raises(DataError, match="no control"):
+        memorisation_check(generated, private, private[:50])
+    held_out[:10] = private[:10]
+    found = memorisation_check(private[:10], private, held_out)
+    assert found.held_out_in_training == 10
+    assert found.spaces["pixels"].everything.ties == 10
+    assert not found.flagged
+
+
+def test_figures_by_class() -> None:
+    rng = np.random.default_rng(6)
+    private, held_out = blobs(rng, 120), blobs(rng, 120)
+    labels = np.arange(120) % 2
+    generated = np.concatenate([private[labels == 0][:30], held_out[labels == 1][:30]])
+    made = np.repeat([0, 1], 30)
+    found = memorisation_check(
+        generated, private, held_out, labels=(made, labels, labels), class_names=("copied", "fresh", "absent")
+    )
+    assert {k: v.share for k, v in found.by_class.items()} == {"copied": 1.0, "fresh": 0.0}
+
+
+def test_features_by_name() -> None:
+    rng = np.random.default_rng(7)
+    private, held_out = blobs(rng, 80), blobs(rng, 80)
+    found = memorisation_check(private[:40], private, held_out, features=("pixels-pca", "pixels"))
+    assert list(found.spaces) == ["pixels-pca", "pixels"]
+    assert found.spaces["pixels-pca"].features["name"] == "pixels-pca"
+    assert found.spaces["pixels-pca"].everything.share == 1
+    with pytest.raises(ConfigError, match="pixels, pixels-pca, efficientnet-lite0, inception"):
+        memorisation_check(private, private, features=("vibes",))
+    with pytest.raises(ConfigError, match="empty"):
+        memorisation_check(private, private, features=())
+
+
+def test_images_that_do_not_fit_are_refused() -> None:
+    images = blobs(np.random.default_rng(8), 10)
+    with pytest.raises(ConfigError, match="same size"):
+        memorisation_check(images, images[:, :, :7])
+    with pytest.raises(ConfigError, match="same size"):
+        memorisation_check(images, images, images.repeat(3, 1))
+    with pytest.raises(ConfigError, match="at least 2"):
+        memorisation_check(images, images[:1])
+    with pytest.raises(ConfigError, match="no generated images"):
+        memorisation_check(images[:0], images)

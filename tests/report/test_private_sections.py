@@ -1,0 +1,96 @@
+"""What the report says of memorisation and health: all of it in the private copy, none of it in the public one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpsyngen import api
+from dpsyngen.checks import check_memorisation
+from dpsyngen.errors import RunError
+from dpsyngen.evaluation.memorisation import memorisation_check
+from dpsyngen.report.neighbours import neighbour_picture
+from dpsyngen.training.run import Run
+
+SETTINGS = {
+    "network": {"size": "nano"},
+    "stages": {"variant": "dpdm"},
+    "private": {"steps": 3, "batch": 12, "copies": 1, "physical_batch": 12},
+    "sampling": {"steps": 2},
+}
+EVIL = "<script>alert('class')</script>"
+
+
+def images_of(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (30, 8, 8), dtype=np.uint8), np.arange(30) % 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out: Path = tmp_path_factory.mktemp("report") / "run"
+    return api.train(images_of(0), epsilon=float("inf"), out=out, settings=SETTINGS)
+
+
+def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
+    private, public = api.write_report(run)
+    assert "Not checked yet" in private.read_text()
+    assert "Not looked at yet" in private.read_text()
+    before = public.read_bytes()
+    check_memorisation(run, data=images_of(0), held_out=images_of(1), images=12)
+    findings = [
+        {"code": "diverged", "severity": "error", "seen": f"of class {EVIL}", "why": "w", "change": "c", "basis": "x"}
+    ]
+    (run.private / "health.json").write_text(json.dumps({"findings": findings}))
+    private, public = api.write_report(run)
+    text = private.read_text()
+    picture = base64.b64encode((run.private / "memorisation.png").read_bytes()).decode()
+    assert f'src="data:image/png;base64,{picture}"' in text
+    assert "nearest to a training image, pixels" in text
+    assert "No sign of memorisation" in text
+    assert "<strong>ERROR</strong> diverged" in text
+    assert EVIL not in text
+    assert "of class &lt;script&gt;" in text
+    assert public.read_bytes() == before
+    assert "Utility was not checked" in public.read_text()
+    assert "emorisation" not in public.read_text()
+    assert private.stat().st_mode & 0o777 == 0o600
+    # A check without held-out images and a run without findings are said as such.
+    check_memorisation(run, data=images_of(0), images=12)
+    (run.private / "health.json").write_text(json.dumps({"findings": []}))
+    text = api.write_report(run)[0].read_text()
+    assert "Not to be told" in text
+    assert "Nothing found." in text
+
+
+def test_damaged_figures_are_said(run) -> None:
+    (run.private / "health.json").write_text("{")
+    with pytest.raises(RunError, match=r"health\.json is damaged"):
+        api.write_report(run)
+    (run.private / "health.json").unlink()
+
+
+@pytest.mark.parametrize(("channels", "held_out"), [(1, True), (3, True), (1, False)])
+def test_the_picture_shows_the_neighbours(channels, held_out) -> None:
+    rng = np.random.default_rng(0)
+    private, control = (rng.integers(0, 256, (40, channels, 8, 8), dtype=np.uint8) for _ in range(2))
+    generated = private[[7, 8, 9]]
+    control_or_none = control if held_out else None
+    result = memorisation_check(generated, private, control_or_none)
+    picture = neighbour_picture(result, generated, private, control_or_none, columns=10)
+    pixels = np.asarray(picture)
+    # Each generated image stands there twice a band, as itself and as its nearest private image.
+    large = generated[0].repeat(8, 1).repeat(8, 2)
+    wanted = np.broadcast_to(large, (3, 64, 64)).transpose(1, 2, 0)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (64, 64, 3))[:, :, 0]
+    corners = (windows[:, :, 0, 0] == wanted[0, 0]).all(-1) & (windows[:, :, -1, -1] == wanted[-1, -1]).all(-1)
+    found = [p for p in np.argwhere(corners) if np.array_equal(windows[tuple(p)], wanted)]
+    assert len(found) == 4
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    assert len(buffer.getvalue()) > 1000

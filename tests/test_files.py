@@ -1,0 +1,133 @@
+"""Files are whole or not there, and only what a killed process left is ever cleared away."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from dpsyngen import files
+from dpsyngen.errors import RunError
+from dpsyngen.files import is_temporary, remove_temporaries, require_absent_or_empty, write_atomically, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_content_and_mode(tmp_path, mode) -> None:
+    path = tmp_path / "ε"
+    for text in ("old", "neu ε\n"):
+        write_text(path, text, mode)
+        assert path.read_text(encoding="utf-8") == text
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert names(tmp_path) == ["ε"]
+
+
+def test_private_content_is_never_readable_by_others(tmp_path) -> None:
+    """Not even while it is being written."""
+
+    def write(temporary: Path) -> None:
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+        temporary.write_text("x")
+
+    write_atomically(tmp_path / "f", write, 0o644)
+
+
+@pytest.mark.parametrize("fault", ["write", "os.chmod", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_failure_anywhere_leaves_what_was_there(tmp_path, monkeypatch, fault, error) -> None:
+    path = tmp_path / "f"
+    write_text(path, "old")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    if fault != "write":
+        monkeypatch.setattr(os, fault.removeprefix("os."), fail)
+    with pytest.raises(type(error)) as caught:
+        write_atomically(path, fail if fault == "write" else lambda p: p.write_text("new"))
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["f"]
+    if isinstance(error, OSError):
+        # The user knows this name, not that of the temporary file.
+        assert caught.value.filename == str(path)
+        assert caught.value.errno == errno.ENOSPC
+
+
+def test_content_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def spy_fsync(fd: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        fsync(fd)
+
+    def spy_replace(a: Path, b: Path) -> None:
+        order.append("rename")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    write_text(tmp_path / "f", "x")
+    assert order == ["file", "rename", "folder"]
+
+
+def test_temporary_names_are_recognised_and_others_are_not(tmp_path, monkeypatch) -> None:
+    """What a kill leaves is found whatever the name of the file was; nothing that a person would write is."""
+    for name in ("f", "a.b.c", "ü" * 120, "x" * 255):
+        seen: list[str] = []
+        write_atomically(tmp_path / name, lambda p, seen=seen: seen.append(p.name))
+        assert is_temporary(seen[0]), seen
+    for name in ("f", ".f", ".f.tmp", ".f.abcdefgh", "f.abcdefgh.dpsyngen-tmp", ".f.ABCDEFGH.dpsyngen-tmp"):
+        assert not is_temporary(name)
+    assert not is_temporary("..dpsyngen-tmp")
+    assert not is_temporary(".f.abc.dpsyngen-tmp")
+
+
+def test_only_left_over_temporaries_are_removed(tmp_path) -> None:
+    left = ".generator.json.k3j_5h8a.dpsyngen-tmp"
+    for name in (left, ".hidden", "notes.txt", ".generator.json.k3j_5h8a", "x.dpsyngen-tmp"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".folder.abcdefgh.dpsyngen-tmp").mkdir()
+    (tmp_path / ".link.abcdefgh.dpsyngen-tmp").symlink_to(tmp_path / "notes.txt")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / left).write_text("x")
+    before = names(tmp_path)
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == [n for n in before if n != left]
+    assert (tmp_path / "sub" / left).exists()
+
+
+def test_a_killed_process_leaves_a_name_that_is_cleared_away(tmp_path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        write_atomically(tmp_path / "f", lambda p: os.kill(os.getpid(), 9))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert len(names(tmp_path)) == 1
+    assert is_temporary(names(tmp_path)[0])
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_existing_things_are_refused(tmp_path) -> None:
+    require_absent_or_empty(tmp_path / "new", "--out")
+    require_absent_or_empty(tmp_path, "--out")
+    (tmp_path / "f").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path, tmp_path / "f", tmp_path / "dangling"):
+        with pytest.raises(RunError, match="exists already"):
+            require_absent_or_empty(path, "--out")
+
+
+def test_missing_folder_is_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_text(tmp_path / "gone" / "f", "x")
+    assert caught.value.filename == str(tmp_path / "gone" / "f")
+    assert files.TEMPORARY_SUFFIX not in str(caught.value)

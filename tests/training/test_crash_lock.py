@@ -1,0 +1,416 @@
+"""One process at a time, a run directory that is whole or can be started again, and signals."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dpsyngen.config import load_config
+from dpsyngen.errors import RunError
+from dpsyngen.training import new_run
+from dpsyngen.training.lock import Lock
+from dpsyngen.training.new_run import interrupted_start
+from dpsyngen.training.run import Run
+
+CONFIG = load_config({"privacy": {"epsilon": 1}})
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def python(code: str, *arguments: object) -> subprocess.Popen:
+    """Another process; nothing heavy is imported."""
+    head = """
+        import sys, os
+        from pathlib import Path
+        from dpsyngen.config import load_config
+        from dpsyngen.errors import RunError
+        from dpsyngen.training.run import Run
+        out = Path(sys.argv[1])
+        """
+    text = textwrap.dedent(head) + textwrap.dedent(code)
+    return subprocess.Popen(
+        [sys.executable, "-c", text, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+HOLD = """
+    run = Run(out)
+    run.open_for_writing()
+    print("held", flush=True)
+    sys.stdin.read()
+    """
+
+
+# --------------------------------------------------------------------------------------------------- lock
+
+
+def test_another_process_is_refused_until_this_one_ends_even_by_a_kill(tmp_path) -> None:
+    Run.create(tmp_path / "r", CONFIG)
+    other = python(HOLD, tmp_path / "r")
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    for take in (Run(tmp_path / "r").open_for_writing, lambda: Run(tmp_path / "r").lock().__enter__()):
+        with pytest.raises(RunError, match="another process is working"):
+            take()
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait(30)
+    # The lock file is still there; a lock of a dead process is none.
+    assert (tmp_path / "r" / "private" / "lock").exists()
+    Run(tmp_path / "r").open_for_writing()
+    other.communicate()
+
+
+def test_a_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path) -> None:
+    """As a worker process would that survives the kill of its parent."""
+    Run.create(tmp_path / "r", CONFIG)
+    code = """
+        run = Run(out)
+        run.open_for_writing()
+        if os.fork() == 0:
+            print("child", os.getpid(), flush=True)
+            sys.stdin.read()
+            os._exit(0)
+        os.kill(os.getpid(), 9)
+        """
+    parent = python(code, tmp_path / "r")
+    assert parent.stdout is not None
+    assert parent.stdin is not None
+    _, pid = parent.stdout.readline().split()
+    parent.wait(30)
+    assert parent.returncode == -signal.SIGKILL
+    os.kill(int(pid), 0)  # alive
+    Run(tmp_path / "r").open_for_writing()
+    parent.stdin.close()
+    parent.stdout.read()
+
+
+def test_run_that_is_made_is_locked_from_its_first_moment(tmp_path) -> None:
+    run = Run.create(tmp_path / "r", CONFIG)
+    code = """
+        try: Run(out).open_for_writing()
+        except RunError as error: print(error)
+        """
+    assert "another process" in python(code, tmp_path / "r").communicate()[0]
+    with run.lock():
+        pass
+    assert python(code, tmp_path / "r").communicate()[0] == ""
+
+
+def test_within_a_process_an_abandoned_run_gives_its_lock_away_but_not_within_a_context(tmp_path) -> None:
+    first = Run.create(tmp_path / "r", CONFIG)
+    second = Run(tmp_path / "r")
+    second.open_for_writing()
+    with second.lock(), second.lock():
+        with pytest.raises(RunError, match="another process"):
+            first.open_for_writing()
+        code = "try: Run(out).open_for_writing()\nexcept RunError: print('refused')"
+        assert python(code, tmp_path / "r").communicate()[0] == "refused\n"
+    first.open_for_writing()
+
+
+def test_lock_goes_with_its_object(tmp_path) -> None:
+    run = Run.create(tmp_path / "r", CONFIG)
+    path = run.private / "lock"
+    del run
+    with open(path) as f:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EWOULDBLOCK, "another process is working"),
+        (errno.ENOLCK, "file system without locks"),
+        (errno.ENOSYS, "file system without locks"),
+        (errno.ENOTSUP, "file system without locks"),
+    ],
+)
+def test_file_systems_without_locks_are_not_called_busy(tmp_path, monkeypatch, number, message) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(RunError, match=message):
+        Lock(tmp_path / "lock", tmp_path).acquire()
+
+
+def test_folder_that_was_exchanged_meanwhile_is_noticed(tmp_path, monkeypatch) -> None:
+    real = fcntl.flock
+
+    def exchange(fd: int, how: int) -> None:
+        real(fd, how)
+        (tmp_path / "lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", exchange)
+    lock = Lock(tmp_path / "lock", tmp_path)
+    with pytest.raises(RunError, match="is changing"):
+        lock.acquire()
+
+
+def test_temporaries_go_when_the_run_is_opened_for_writing_and_nothing_else_does(tmp_path) -> None:
+    run = Run.create(tmp_path / "r", CONFIG)
+    run.release.joinpath("mine.txt").write_text("x")
+    left = [
+        run.path / ".run.json.abcdefgh.dpsyngen-tmp",
+        run.private / ".checkpoint.safetensors.a_cdefg1.dpsyngen-tmp",
+        run.release / ".generator.json.abcdefgh.dpsyngen-tmp",
+        run.release / "weights" / ".context.safetensors.abcdefgh.dpsyngen-tmp",
+    ]
+    with run.lock():
+        pass
+    for path in left:
+        path.write_text("x")
+    before = set(run.path.rglob("*"))
+    Run(run.path)
+    assert set(run.path.rglob("*")) == before  # opened for reading
+    with Run(run.path).lock():
+        assert set(run.path.rglob("*")) == before - set(left)
+
+
+# -------------------------------------------------------------------------------------------- new folders
+
+
+def killed_after(path: Path, renames: int, monkeypatch) -> None:
+    """What a kill leaves after so many of the moves that make a run directory, in a process of its own."""
+    pid = os.fork()
+    if pid == 0:
+        real, done = Path.rename, [0]
+
+        def rename(self: Path, target: Path) -> Path:
+            if done[0] == renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done[0] += 1
+            return real(self, target)
+
+        Path.rename = rename  # type: ignore[method-assign]
+        rmdir = Path.rmdir
+        Path.rmdir = lambda self: os.kill(os.getpid(), signal.SIGKILL) if renames == 3 else rmdir(self)  # type: ignore
+        Run.create(path, CONFIG)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_interrupted_start_is_said_and_started_again(tmp_path, monkeypatch, renames, existing) -> None:
+    path = tmp_path / "a" / "r"
+    if existing:
+        path.mkdir(parents=True)
+    killed_after(path, renames, monkeypatch)
+    assert interrupted_start(path)
+    with pytest.raises(RunError, match="Start it again, without --resume"):
+        Run(path)
+    Run.create(path, CONFIG)
+    assert names(path) == {"private", "release", "run.json"}
+    assert names(path / "private") == {"lock", "config.yaml"}
+    assert (path / "private").stat().st_mode & 0o777 == 0o700
+
+
+def test_kill_after_the_last_move_leaves_a_run(tmp_path, monkeypatch) -> None:
+    killed_after(tmp_path / "r", 3, monkeypatch)
+    assert len(names(tmp_path / "r")) == 4
+    run = Run(tmp_path / "r")
+    run.open_for_writing()
+    assert names(tmp_path / "r") == {"private", "release", "run.json"}
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "private/results.csv", "release/weights/w", "release/w", "stage/x"])
+def test_anything_else_in_an_interrupted_start_is_left_alone(tmp_path, monkeypatch, foreign) -> None:
+    path = tmp_path / "r"
+    killed_after(path, 2, monkeypatch)
+    stage = next(p.name for p in path.iterdir() if p.name.startswith("."))
+    mine = path / foreign.replace("stage", stage)
+    mine.write_text("precious")
+    with pytest.raises(RunError):
+        Run.create(path, CONFIG)
+    assert mine.read_text() == "precious"
+    mine.unlink()
+    Run.create(path, CONFIG)
+
+
+def test_folders_that_look_alike_are_not_taken_for_interrupted_starts(tmp_path) -> None:
+    """Without our stage with its run.json, `private` and `release` are somebody's folders."""
+    path = tmp_path / "r"
+    (path / "private").mkdir(parents=True)
+    assert not interrupted_start(path)
+    (path / ".new-run.abcdefgh.dpsyngen-tmp").mkdir()
+    assert not interrupted_start(path)
+    with pytest.raises(RunError, match="not an empty folder"):
+        Run.create(path, CONFIG)
+    assert names(path) == {"private", ".new-run.abcdefgh.dpsyngen-tmp"}
+
+
+def test_an_interrupted_start_of_a_living_process_is_not_cleared(tmp_path) -> None:
+    path = tmp_path / "r"
+    code = """
+        real = Path.rename
+        def rename(self, target):
+            print("moving", flush=True)
+            sys.stdin.readline()
+            return real(self, target)
+        Path.rename = rename
+        try:
+            Run.create(out, load_config({"privacy": {"epsilon": 1}}))
+            print("made")
+        except RunError as error:
+            print(error)
+        """
+    other = python(code, path)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "moving\n"
+    with pytest.raises(RunError, match="another process"):
+        Run.create(path, CONFIG)
+    assert other.communicate("\n" * 5)[0].endswith("made\n")
+    with pytest.raises(RunError, match=r"unfinished run.*--resume"):
+        Run.create(path, CONFIG)
+
+
+def test_of_two_that_start_at_once_one_makes_the_run(tmp_path) -> None:
+    code = """
+        config = load_config({"privacy": {"epsilon": 1}})
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for number in range(40):
+            try:
+                run = Run.create(out / str(number), config)
+                print("made", number, flush=True)
+            except RunError as error:
+                print("refused", number, error, flush=True)
+        """
+    both = [python(code, tmp_path) for _ in range(2)]
+    for p in both:
+        assert p.stdout is not None
+        assert p.stdout.readline() == "ready\n"
+    for p in both:
+        assert p.stdin is not None
+        p.stdin.write("\n")
+        p.stdin.flush()
+    lines = [line.split(maxsplit=2) for p in both for line in p.communicate()[0].splitlines()]
+    assert len(lines) == 80, lines
+    for number in range(40):
+        outcome = sorted(word for word, n, *_ in lines if n == str(number))
+        assert outcome in (["made", "refused"], ["refused", "refused"]), lines
+        if "made" in outcome:
+            assert names(tmp_path / str(number)) == {"private", "release", "run.json"}
+            assert Run(tmp_path / str(number)).config == CONFIG
+
+
+@pytest.mark.parametrize("fault", ["mkdir", "write", "rename"])
+def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, fault) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if fault == "write":
+        monkeypatch.setattr(new_run, "write_text", fail)
+    elif fault == "rename":
+        monkeypatch.setattr(Path, "rename", fail)
+    else:
+        monkeypatch.setattr(new_run, "tempfile", SimpleNamespace(mkdtemp=fail))
+    with pytest.raises(RunError, match=r"cannot be made: No space left on device.*start again"):
+        Run.create(tmp_path / "r", CONFIG)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_mounted_empty_folder_can_be_the_run_directory(tmp_path) -> None:
+    """Nothing may be written beside it or renamed over it."""
+    path = tmp_path / "volume"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
+    try:
+        Run.create(path, CONFIG)
+        assert names(path) == {"private", "release", "run.json"}
+        assert names(tmp_path) == {"volume"}
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.fixture
+def training():
+    return SimpleNamespace(stop_requested=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_first_signal_asks_and_second_ends(training, number) -> None:
+    from dpsyngen.training.pipeline import stop_on_signals
+
+    before = signal.getsignal(number)
+    said: list[str] = []
+    with stop_on_signals(training, said.append):
+        os.kill(os.getpid(), number)
+        assert training.stop_requested
+        assert len(said) == 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_stays_in_force(training) -> None:
+    from dpsyngen.training.pipeline import stop_on_signals
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(training, lambda line: None):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not training.stop_requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+def test_closed_terminal_ends_training_with_a_checkpoint(tmp_path, tiny_images) -> None:
+    """A real pseudo-terminal that goes away: what is written to it fails, and training must not mind."""
+    import pty
+
+    import numpy as np
+
+    images, labels = tiny_images()
+    np.savez(tmp_path / "d.npz", images=images, labels=labels)
+    out = tmp_path / "r"
+    command = [
+        *(sys.executable, "-m", "dpsyngen", "train", "--data", tmp_path / "d.npz", "--epsilon", "8", "--out", out),
+        *("--network", "nano", "--variant", "dpdm", "--steps", "3000", "--batch", "12", "-k", "1"),
+        *("--physical-batch", "8", "--set", "private.checkpoint_every=1000"),
+    ]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(Path(__file__).parents[2])
+        os.execve(sys.executable, [str(c) for c in command], os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"})
+    log = out / "private" / "training.jsonl"
+    seen = b""
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        try:
+            seen += os.read(terminal, 1000)
+        except OSError:
+            break
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), seen.decode()
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFEXITED(status), status
+    assert os.WEXITSTATUS(status) == 130, seen.decode()
+    assert (out / "private" / "checkpoint.safetensors").exists()
+    done = log.read_text().count("\n")
+    from dpsyngen.privacy.ledger import Ledger
+    from dpsyngen.training.private import charged_steps
+
+    assert 3 <= done <= charged_steps(Ledger(out / "private" / "ledger.jsonl"))
