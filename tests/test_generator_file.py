@@ -260,6 +260,7 @@ def test_a_large_network_that_is_not_there_takes_no_memory(tmp_path: Path) -> No
         {"seed": 1.5},
         {"seed": "7"},
         {"guidance": math.nan},
+        {"guidance": 10**400},
         {"guidance": "2"},
         {"churn": math.inf},
         {"sampler": "x" * 10**6},

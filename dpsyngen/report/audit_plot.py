@@ -59,9 +59,9 @@ def _bounds(panel: Any, report: AuditReport) -> None:
     for place, (_, lower, claimed, _) in zip(places, bounds, strict=True):
         panel.barh(place, lower, height=0.5, color=COLOURS["public" if lower <= claimed else "private"])
         panel.plot([claimed, claimed], [place - 0.4, place + 0.4], color="#333", lw=2)
-        panel.text(lower, place, f" {lower:.2f}", va="center", fontsize=8)
+        panel.text(max(lower, claimed), place, f"  {lower:.2f}", va="center", fontsize=8)
     panel.set_yticks(places, [what.replace(", ", ",\n") for what, *_ in bounds], fontsize=8)
-    panel.set_xlim(0, 1.15 * max(claimed for _, _, claimed, _ in bounds))
+    panel.set_xlim(0, 1.25 * max(claimed for _, _, claimed, _ in bounds))
     panel.set_xlabel(f"ε: lower bound at confidence {report.confidence:g} (bar), claimed (line)", fontsize=8)
 
 

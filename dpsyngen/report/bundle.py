@@ -154,8 +154,8 @@ def check_against_ledger(run: Run) -> Certificate:
     spent = ledger.epsilon(certificate.delta, group_size=certificate.group_size)
     if spent > stated * (1 + 1e-6):
         raise LedgerError(
-            f"the ledger of {run.path} comes to ε = {spent:.4f}, more than the ε = {stated:.4f} of its certificate: the "
-            "private images were used again after the release was written."
+            f"the ledger of {run.path} comes to ε = {spent:.4f}, more than the ε = {stated:.4f} of its certificate: "
+            "the private images were used again after the release was written."
         )
     return certificate
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from dpsyngen.certificate import number
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import write_text
 from dpsyngen.generator import Generator
@@ -48,6 +50,7 @@ def _render(values: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["bound"] = partial(number, up=True)
     return environment.get_template("report.html.j2").render(**values)
 
 

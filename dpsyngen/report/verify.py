@@ -337,7 +337,10 @@ class _Verification:
             "guidance": (int, float),
             "churn": (int, float),
         }
-        if any(isinstance(v, bool) or not isinstance(v, known[k]) for k, v in settings.items()):
+        if any(
+            isinstance(v, bool) or not isinstance(v, known[k]) or (k != "sampler" and not -(2**63) < v < 2**63)
+            for k, v in settings.items()
+        ):
             return False, "samples/about.json does not say how the images were drawn"
         if settings["steps"] > _MOST_STEPS:
             return (

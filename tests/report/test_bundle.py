@@ -237,3 +237,15 @@ def test_full_disk_while_packing(finished, tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match="No space"):
         pack(finished, tmp_path / "b.zip", samples=3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_of_a_run_for_groups_where_renyi_has_no_bound(tmp_path) -> None:
+    """Rényi DP's lemma gives nothing at a large ε, and report and certificate say so."""
+    settings = {**TINY_SETTINGS, "privacy": {"group_size": 6}}
+    run = dpsyngen.train(tiny_arrays(), epsilon=60.0, out=tmp_path / "r", settings=settings)
+    assert json.loads((run.release / "privacy.json").read_text())["epsilon_by_rdp"] == "inf"
+    assert "Rényi DP, a looser bound: no bound" in (run.release / "PRIVACY.md").read_text()
+    report = dpsyngen.write_report(run)[1].read_text()
+    assert "for up to 6 images of one person together" in report
+    assert "had any 6 of the 60 private images been left out" in report
+    assert "a looser bound: none" in report
