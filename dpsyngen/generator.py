@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +22,17 @@ from dpsyngen.generator_file import load_weights, read_description
 from dpsyngen.shown import listed, shown
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a number is one that floating point has; whole numbers can be larger."""
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 def _is_number(value: object, kind: type = float) -> bool:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     return whole or (kind is float and isinstance(value, float | np.floating))
-
-
-_LARGEST = sys.float_info.max  # a whole number can be larger, and then is no float
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,11 @@ class SamplingSettings:
             raise ConfigError(f"the seed is {shown(self.seed)}, but must be a whole number.")
         for name in ("sigma_min", "sigma_max", "rho"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value <= _LARGEST:
+            if not _is_number(value) or not _is_finite(value) or value <= 0:
                 raise ConfigError(f"{name} is {shown(value)}, but must be a number above 0.")
-        if not _is_number(self.guidance) or not 0 <= self.guidance <= _LARGEST:
+        if not _is_number(self.guidance) or not _is_finite(self.guidance) or self.guidance < 0:
             raise ConfigError(f"guidance is {shown(self.guidance)}, but must be 0 or more (1 is none).")
-        if not _is_number(self.churn) or not 0 <= self.churn <= _LARGEST:
+        if not _is_number(self.churn) or not _is_finite(self.churn) or self.churn < 0:
             raise ConfigError(f"churn is {shown(self.churn)}, but must be 0 or more.")
         if self.churn and self.sampler != "heun":
             raise ConfigError(f"churn needs the sampler 'heun'; given {self.sampler!r}.")

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from dpsyngen.class_names import MAX_CLASSES, check_class_names
 from dpsyngen.config import SamplingConfig
-from dpsyngen.data.class_names import MAX_CLASSES, check_class_names
 from dpsyngen.diffusion.stages import Stage, StageMap
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError

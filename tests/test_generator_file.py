@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from dpsyngen.data.class_names import MAX_CLASSES
+from dpsyngen.class_names import MAX_CLASSES
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.generator import Generator
 from dpsyngen.generator_file import MAX_JSON_BYTES, read_description

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from dpsyngen.class_names import MAX_NAME_BYTES, check_class_count, check_class_names
 from dpsyngen.data.bad import settle_bad
-from dpsyngen.data.class_names import MAX_NAME_BYTES, check_class_count, check_class_names
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import MAX_PIXELS, array_to_image, default_resolution, image_to_array, resize_square
 from dpsyngen.data.memory import check_fits

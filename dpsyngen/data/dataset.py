@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpsyngen.data.class_names import check_class_names
+from dpsyngen.class_names import check_class_names
 from dpsyngen.errors import DataError
 
 _HASH_CHUNK_BYTES = 16 * 2**20
@@ -27,7 +27,7 @@ class ImageDataset:
             view.
         labels: int64 ``[N]``, values in ``0 .. len(class_names) - 1``; None for unlabelled images.
         class_names: one name per class, in label order; ``()`` exactly when ``labels`` is None.  What they may be:
-            :mod:`dpsyngen.data.class_names`.
+            :mod:`dpsyngen.class_names`.
         source: how the images were asked for, in words a person can read.
         skipped: what was left out under ``skip_bad=True``, each as ``"where: why"``.  Private (it holds file
             names).

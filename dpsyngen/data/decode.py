@@ -232,7 +232,6 @@ def _check_size_and_frames(image: Image.Image) -> None:
 
 def _plain(image: Image.Image) -> Image.Image:
     """The image with 8 bits a channel and nothing transparent: mode 1, L or RGB."""
-    from PIL import Image
 
     if image.mode == "F":
         raise BadImage("floating-point pixels have no fixed white; save it with 8 or 16 bits a channel")

@@ -17,8 +17,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from dpsyngen.class_names import check_class_names
 from dpsyngen.data.bad import settle_bad
-from dpsyngen.data.class_names import check_class_names
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import BadImage, Colour, ImageHeader, default_resolution, read_header, read_image
 from dpsyngen.data.memory import check_fits

@@ -15,8 +15,8 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from dpsyngen.class_names import MAX_NAME_BYTES, check_class_count
 from dpsyngen.data.arrays import to_text
-from dpsyngen.data.class_names import MAX_NAME_BYTES, check_class_count
 from dpsyngen.data.memory import check_fits
 from dpsyngen.errors import DataError
 from dpsyngen.shown import listed, printable, shown
