@@ -11,7 +11,6 @@ import os
 import re
 import stat
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +84,9 @@ class SafeZip:
                     if left < 0:
                         raise ReleaseError(f"{name} is larger than it says.")
                     yield chunk
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        except ReleaseError:
+            raise
+        except Exception as error:  # so do decompressors
             raise ReleaseError(f"{name} is damaged: {error}.") from None
         if left:
             raise ReleaseError(f"{name} is smaller than it says.")

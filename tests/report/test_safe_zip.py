@@ -126,6 +126,16 @@ def test_bytes_that_belong_to_no_member(path, tmp_path) -> None:
             pass
 
 
+def test_member_without_a_name(tmp_path) -> None:
+    """On which zipfile itself stumbles."""
+    data = bytearray(member("x"))
+    for magic, offset in ((b"PK\x03\x04", 26), (b"PK\x01\x02", 28)):
+        data[data.rfind(magic) + offset] = 0
+    (tmp_path / "z.zip").write_bytes(data)
+    with pytest.raises(ReleaseError), open_zip(tmp_path / "z.zip"):
+        pass
+
+
 def test_comment_of_the_archive(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
         z.writestr("a", b"1")
