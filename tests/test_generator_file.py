@@ -122,7 +122,18 @@ def test_descriptions_that_are_not_allowed(release: Path, place: str, value: Any
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "null", "{", '"format"', "[" * 10**6, '{"format": ' + "9" * 5000 + "}", '{"format": 1, "format": 1}', "\x00", "NaN"],
+    [
+        "",
+        "[]",
+        "null",
+        "{",
+        '"format"',
+        "[" * 10**6,
+        '{"format": ' + "9" * 5000 + "}",
+        '{"format": 1, "format": 1}',
+        "\x00",
+        "NaN",
+    ],
 )
 def test_files_that_are_no_description(release: Path, text: str) -> None:
     (release / "generator.json").write_text(text)

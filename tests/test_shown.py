@@ -11,7 +11,7 @@ from dpsyngen.plain_file import NotPlainError, open_plain
 from dpsyngen.shown import listed, printable, shown
 
 
-@pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "\x9b1m", "\u202egnp", "\ud800", "\udcff", "\u2028", "\x00", "\u200b"])
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "\x9b1m", "\u202egnp", "\ud800", "\u2028", "\x00", "\u200b"])
 def test_what_no_terminal_should_get_is_written_as_an_escape(text: str) -> None:
     assert printable(text).isprintable()
     assert printable(text).startswith(("\\", "a\\"))
@@ -38,7 +38,17 @@ def test_everything_is_short() -> None:
         def __repr__(self) -> str:
             raise RuntimeError
 
-    for value in ("x" * 10**6, b"x" * 10**6, 10**5000, -(10**5000), shared, recursive, np.zeros(10**5), Broken(), {"x" * 10**6: 1}):
+    for value in (
+        "x" * 10**6,
+        b"x" * 10**6,
+        10**5000,
+        -(10**5000),
+        shared,
+        recursive,
+        np.zeros(10**5),
+        Broken(),
+        {"x" * 10**6: 1},
+    ):
         assert len(shown(value)) < 250
     assert len(printable("x" * 10**6)) < 450
     assert len(listed(["x" * 10**4] * 10**4)) < 2500

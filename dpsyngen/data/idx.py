@@ -125,7 +125,8 @@ def _read_plain(path: Path, dims: int, what: str) -> np.ndarray:
     if path.stat().st_size != offset + math.prod(shape):
         raise _wrong_size(path, shape)
     if 0 in shape:
-        return np.zeros(shape, dtype=np.uint8)  # an empty file cannot be mapped
+        # An empty file cannot be mapped; and other dimensions may be larger than any array's.
+        return np.zeros((0,) * dims, dtype=np.uint8)
     return np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=shape)
 
 

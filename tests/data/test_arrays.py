@@ -307,9 +307,10 @@ def test_headers_that_lie(tmp_path: Path, header: bytes) -> None:
 def test_members_that_are_there_twice(tmp_path: Path, rng: np.random.Generator) -> None:
     np.save(tmp_path / "a.npy", images(rng, 2, 8, 8))
     np.save(tmp_path / "other.npy", images(rng, 2, 9, 9))
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.write(tmp_path / "a.npy", "images.npy")
-        archive.write(tmp_path / "other.npy", "images.npy")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.write(tmp_path / "other.npy", "images.npy")
     with pytest.raises(DataError, match="twice"):
         load_images(tmp_path / "a.npz")
 
@@ -363,7 +364,9 @@ def test_a_member_longer_or_shorter_than_its_header_says(tmp_path: Path) -> None
             load_images(tmp_path / "a.npz")
 
 
-@pytest.mark.parametrize("text", ["x" * 5000, "a/" * 3000, "~nobody-of-this-name/x", "a\x00b", "\ud800", "\x1b[2J\u202e"])
+@pytest.mark.parametrize(
+    "text", ["x" * 5000, "a/" * 3000, "~nobody-of-this-name/x", "a\x00b", "\ud800", "\x1b[2J\u202e"]
+)
 def test_paths_that_cannot_be(text: str) -> None:
     with pytest.raises(DataError) as caught:
         load_images(text)

@@ -69,11 +69,13 @@ def test_header_bombs(tmp_path: Path) -> None:
     with (tmp_path / "a.npy").open("wb") as file:
         file.write(start)
         file.truncate(2**30 + 1000)  # takes no room on the disk
-    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("images.npy", "w", force_zip64=True) as member:
-            member.write(start)
-            for _ in range(64):
-                member.write(b" " * 2**20)
+    with (
+        zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("images.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(start)
+        for _ in range(64):
+            member.write(b" " * 2**20)
     for name in ("a.npy", "a.npz"):
         said, megabytes = measured(tmp_path / name)
         assert "header of 1,073,741,824 bytes is too long" in said

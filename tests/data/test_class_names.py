@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.class_names import MAX_CLASSES, check_class_names
+from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.errors import DataError
 
 X = np.zeros((2, 8, 8), dtype=np.uint8)
@@ -78,7 +78,11 @@ def test_refused_folder_names(class_folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("names", "alike"),
-    [(("a", "a"), "are the same"), (("caf\u00e9", "cafe\u0301"), "different Unicode"), (("\u212b", "\u00c5"), "different Unicode")],
+    [
+        (("a", "a"), "are the same"),
+        (("caf\u00e9", "cafe\u0301"), "different Unicode"),
+        (("\u212b", "\u00c5"), "different Unicode"),
+    ],
 )
 def test_names_that_cannot_be_told_apart(names: tuple[str, str], alike: str) -> None:
     with pytest.raises(DataError, match=alike):

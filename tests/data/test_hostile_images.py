@@ -62,9 +62,10 @@ def test_compressed_chunks_that_explode(tmp_path: Path, kind: bytes) -> None:
     chunks.insert(1, (kind, bomb))
     (tmp_path / "a.png").write_bytes(png_file(chunks))
     try:
-        assert read(tmp_path / "a.png").shape == (3, 8, 8)
+        shape, refused = read(tmp_path / "a.png").shape, ""
     except BadImage as error:
-        assert "too large" in str(error).lower()
+        shape, refused = None, str(error).lower()
+    assert shape == (3, 8, 8) or "too large" in refused
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1), (3, 7)])

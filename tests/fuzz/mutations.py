@@ -1,7 +1,7 @@
 """Ways to spoil a valid file, from single bits to its own building blocks.
 
-A random string is refused at its first bytes; only files that are nearly right reach the code behind.  Where a format has
-check sums or compression, the mutation goes inside and they are made right again.
+A random string is refused at its first bytes; only files that are nearly right reach the code behind.  Where a format
+has check sums or compression, the mutation goes inside and they are made right again.
 """
 
 from __future__ import annotations

@@ -107,10 +107,16 @@ def members() -> dict[str, tuple[bytes, ...]]:
     return {
         "images": npy(),
         "labels": tuple(
-            npy_bytes(np.array(a))
-            for a in ([0, 1, 2, 1, 0], ["a", "b", "a", "b", "é"], [[1], [0], [1], [0], [2]], [0.0, 1.0, np.nan])
-        )
-        + (npy_bytes(np.array([b"a", b"\xc3\xa9", b"c", b"c", b"a"])), npy_bytes(np.arange(5).astype(np.uint64) << 62)),
+            npy_bytes(np.asarray(a))
+            for a in (
+                [0, 1, 2, 1, 0],
+                ["a", "b", "a", "b", "é"],
+                [[1], [0], [1], [0], [2]],
+                [0.0, 1.0, np.nan],
+                [b"a", b"\xc3\xa9", b"c", b"c", b"a"],
+                np.arange(5).astype(np.uint64) << 62,
+            )
+        ),
         "class_names": (npy_bytes(np.array(["a", "b", "c"])), npy_bytes(np.array([b"a", b"b", b"\xff"]))),
     }
 

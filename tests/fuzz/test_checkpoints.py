@@ -1,4 +1,4 @@
-"""A damaged or foreign checkpoint: a resumed run goes on exactly as it was saved, or starts the phase anew, or refuses."""
+"""A damaged or foreign checkpoint: a resumed run goes on as it was saved, or starts the phase anew, or refuses."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ TEXTS = tuple(
     for text in (
         Config().to_yaml(),
         "preset: demo\nprivate: {steps: 11, batch: 22}\nprivacy: {epsilon: .inf}\n",
-        "# comment\nprogram:\n  name: mixture\n  params:\n    programs:\n      - dead-leaves\n      - {name: spectrum}\n",
+        "# comment\nprogram:\n  name: mixture\n  params:\n    programs:\n"
+        "      - dead-leaves\n      - {name: spectrum}\n",
         "a: &x [1, 2]\nb: *x\nc: !!binary aGk=\nd: !!python/name:os.system\n? [k]\n: {<<: *x}\n",
         "data: {source: 'it''s', labels: no}\nstages: {tau_cleaning: -1e-3, tau_coarse: 1_000.5}\n---\nx: |\n  t\n",
     )
@@ -65,9 +66,9 @@ def test_spoilt_text(file: Path) -> None:
 
 
 tokens = st.sampled_from(
-    ["a", "a: ", "- ", "{", "}", "[", "]", ", ", "\n", "\n  ", "&x ", "*x", "!!str ", "!", "? ", ": ", "|", ">", "'", '"', "#",
-     "%YAML 1.1\n", "---\n", "...\n", "<<: ", "0x", "0b_", "1:2:3", "2001-13-45", ".inf", ".nan", "~", "yes", "=", "\t", "\\",
-     "\x85", "\u2028", "\ufeff", "9" * 500, "1e999", "\ud7ff", "private: ", "steps: "]
+    ["a", "a: ", "- ", "{", "}", "[", "]", ", ", "\n", "\n  ", "&x ", "*x", "!!str ", "!", "? ", ": ", "|", ">", "'", '"',
+     "#", "%YAML 1.1\n", "---\n", "...\n", "<<: ", "0x", "0b_", "1:2:3", "2001-13-45", ".inf", ".nan", "~", "yes", "=",
+     "\t", "\\", "\x85", "\u2028", "\ufeff", "9" * 500, "1e999", "\ud7ff", "private: ", "steps: "]
 )  # fmt: skip
 
 
