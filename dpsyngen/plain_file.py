@@ -30,12 +30,13 @@ def open_plain(path: str | os.PathLike[str], max_bytes: int) -> BinaryIO:
         raise NotPlainError(f"cannot be opened ({why})") from None
     except ValueError:
         raise NotPlainError("cannot be opened (its name cannot be a path)") from None
-    file = os.fdopen(descriptor, "rb")
     status = os.fstat(descriptor)
+    why = ""
     if not stat.S_ISREG(status.st_mode):
-        file.close()
-        raise NotPlainError("not a plain file")
-    if status.st_size > max_bytes:
-        file.close()
-        raise NotPlainError(f"{status.st_size:,} bytes: over the limit of {max_bytes:,}")
-    return file
+        why = "not a plain file"
+    elif status.st_size > max_bytes:
+        why = f"{status.st_size:,} bytes: over the limit of {max_bytes:,}"
+    if why:
+        os.close(descriptor)
+        raise NotPlainError(why)
+    return os.fdopen(descriptor, "rb")
