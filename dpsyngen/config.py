@@ -62,7 +62,9 @@ class PrivacyConfig(_Section):
         None, ge=-(2**63), lt=2**64, description="reproducible noise: NOT PRIVATE, for tests"
     )
     group_size: int = Field(1, ge=1, le=1000, description="g: ε is for up to g images of one person together")
-    budget: str | None = Field(None, description="budget file that all runs on these images share; never released")
+    budget: str | None = Field(
+        None, max_length=4096, description="budget file that all runs on these images share; never released"
+    )
 
 
 class StagesConfig(_Section):

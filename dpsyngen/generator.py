@@ -21,6 +21,8 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.generator_file import load_weights, read_description
 from dpsyngen.shown import listed, shown
 
+MAX_STEPS = 10_000  # of a sampler, as in the configuration
+
 
 def _is_finite(value: Any) -> bool:
     """Whether a number is one that floating point has; whole numbers can be larger."""
@@ -41,7 +43,7 @@ class SamplingSettings:
 
     Attributes:
         sampler: "ddim", "heun" or "dpmpp".
-        steps: sampler steps, >= 1.
+        steps: sampler steps, 1 to 10,000.
         sigma_min, sigma_max, rho: EDM's noise levels.
         guidance: weight of classifier-free guidance, >= 0; 1 is none.
         churn: S_churn of the stochastic "heun", >= 0.
@@ -63,8 +65,10 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"sampler is {shown(self.sampler)}, but must be one of {', '.join(SAMPLERS)}.")
-        if not _is_number(self.steps, int) or self.steps < 1:
-            raise ConfigError(f"the number of sampler steps is {shown(self.steps)}, but must be at least 1.")
+        if not _is_number(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
+            raise ConfigError(
+                f"the number of sampler steps is {shown(self.steps)}, but must be at least 1 and at most {MAX_STEPS:,}."
+            )
         if not _is_number(self.seed, int):
             raise ConfigError(f"the seed is {shown(self.seed)}, but must be a whole number.")
         for name in ("sigma_min", "sigma_max", "rho"):

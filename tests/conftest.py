@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
@@ -42,3 +43,23 @@ def tiny_settings() -> dict:
 def tiny_images():
     """Makes small data sets: ``tiny_images(seed)``."""
     return tiny_arrays
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command line; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from dpsyngen.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["dpsyngen", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err + out.out
+        return code, out.out, out.err
+
+    return run

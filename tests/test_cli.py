@@ -13,32 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpsyngen import cli
-
 
 @pytest.fixture
 def data(tmp_path, tiny_images) -> Path:
     images, labels = tiny_images()
     np.savez(tmp_path / "d.npz", images=images, labels=labels)
     return tmp_path / "d.npz"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command line; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpsyngen", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err + out.out
-        return code, out.out, out.err
-
-    return run
 
 
 SMALL = [

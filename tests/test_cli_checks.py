@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dpsyngen import api, cli
+from dpsyngen import api
 from dpsyngen.checks import check_memorisation
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
@@ -51,24 +50,6 @@ def run(trained: Path, tmp_path: Path) -> Run:
     """A copy of that run, to be damaged."""
     shutil.copytree(trained / "run", tmp_path / "run")
     return Run(tmp_path / "run")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command line; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpsyngen", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err + out.out
-        return code, out.out, out.err
-
-    return run
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -251,6 +232,7 @@ def test_doctor_of_an_interrupted_run(call, tmp_path) -> None:
 def test_doctor_while_another_process_works(call, run) -> None:
     import fcntl
 
+    (run.private / "health.json").unlink()  # training wrote it
     with open(run.private / "lock", "rb+") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         _, out, _ = call("doctor", run.path)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dpsyngen
-from dpsyngen import cli
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
@@ -21,24 +19,6 @@ SMALL = [
     *("--network", "nano", "--public-steps", 2, "--steps", 4, "--batch", 12, "-k", 1, "--physical-batch", 8, "-q"),
     *("--set", "public.batch=4", "--set", "sampling.steps=3", "--delta", "1e-3"),
 ]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command line; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpsyngen", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err + out.out
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

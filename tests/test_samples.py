@@ -101,7 +101,7 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path, name) -> None:
         (".hidden", " spaced ", "line\nbreak"),
         ("Cat", "cat", "CAT", "0_cat"),  # one folder where case does not count
         ("caf\u00e9", "cafe\u0301", "Straße", "STRASSE"),
-        ("\u202egnp", "\ud800", "<script>", "=1+1"),
+        ("\u202egnp", "\u200d", "<script>", "=1+1"),
     ],
 )
 def test_every_class_has_a_folder_of_its_own(tmp_path, names) -> None:

@@ -54,6 +54,17 @@ def test_other_names(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert load_images(tmp_path / "t10k-images.idx3-ubyte").num_classes == 3
 
 
+def test_a_link_in_a_folder_is_not_followed(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    expected = load_images(pair[0]).fingerprint()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in pair:
+        (folder / path.name).symlink_to(path)
+    with pytest.raises(DataError, match="symbolic link"):
+        load_images(folder)
+    assert load_images(folder / pair[0].name).fingerprint() == expected  # named by the user
+
+
 def test_missing_labels(pair: tuple[Path, Path]) -> None:
     pair[1].unlink()
     with pytest.raises(DataError, match="no labels beside it"):

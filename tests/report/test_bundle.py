@@ -117,7 +117,8 @@ def test_taint_the_bundle_depends_on_the_images_through_the_mechanism_alone(pair
         api.evaluate(training.run, test=(images, labels), images=40, classifiers=("logreg",))
         api.write_report(training.run)
         out = pack(training.run, tmp_path / f"{number}.zip", samples=6, seed=1, not_private=True).path
-        bundles.append(out.read_bytes())
+        folder_now = {p.relative_to(training.run.release): p.read_bytes() for p in training.run.release.rglob("*.*")}
+        bundles.append((out.read_bytes(), folder_now))
         text = b"\0".join(contents(out).values())
         losses = [v["loss"] for v in training.private_log.read()]
         logs.append(losses)

@@ -269,57 +269,8 @@ def test_one_process_at_a_time(tmp_path, tiny_settings, tiny_images) -> None:
 # ----------------------------------------------------------------------------------------- private / release
 
 
-def test_release_depends_on_the_data_through_the_mechanism_alone(
-    tmp_path, tiny_settings, tiny_images, monkeypatch
-) -> None:
-    """Taint test: with the mechanism's outputs held equal, different images give the same release, byte for byte.
-
-    The mechanism's output is replaced by its noise; everything else (losses, norms, numbers of examples, paths) still
-    differs between the two runs, so any other way from the images to the release would show.
-    """
-    real = private_module.noisy_mean
-
-    def only_noise(clipped, **kwargs):
-        blank = [torch.zeros_like(s) for s in clipped.sums]
-        from dataclasses import replace
-
-        return real(replace(clipped, sums=blank), **kwargs)
-
-    monkeypatch.setattr(private_module, "noisy_mean", only_noise)
-    releases = []
-    for seed in (1, 2):
-        images, labels = tiny_images(seed)
-        folder = tmp_path / f"secret-{seed}"
-        folder.mkdir()
-        np.savez(folder / "patients.npz", images=images, labels=np.roll(labels, seed))
-        config = load_config(
-            merged(
-                tiny_settings,
-                data={"source": str(folder / "patients.npz")},
-                privacy={"epsilon": 8, "insecure_seed": 7},
-                stages={"variant": "both", "pretrain": True},
-            )
-        )
-        training = finish(api.prepare(config, tmp_path / f"run-{seed}"))
-        api.evaluate(training.run, test=(images, labels), images=40, classifiers=("logreg",))
-        api.write_report(training.run)
-        releases.append(bytes_of(training.run.release))
-        losses = {v["loss"] for v in training.private_log.read()}
-        text = b"\n".join(releases[-1].values())
-        assert b"secret-" not in text
-        assert b"patients" not in text
-        assert not any(repr(loss).encode() in text for loss in losses)
-        key = json.loads(training.run.randomness_path.read_text())["key"]
-        assert key.encode() not in text
-        assert bytes.fromhex(key) not in text
-        assert json.loads(training.run.data_path.read_text())["fingerprint"].encode() not in text
-    assert releases[0] == releases[1]
-    first, second = (bytes_of(tmp_path / f"run-{s}" / "private") for s in (1, 2))
-    assert first["training.jsonl"] != second["training.jsonl"]
-
-
 def test_without_the_patch_the_release_does_depend_on_the_data(tmp_path, tiny_settings, tiny_images) -> None:
-    """The taint test above can fail: the mechanism's real output differs."""
+    """The taint test of bundles (tests/report/test_bundle.py) can fail: the mechanism's real output differs."""
     releases = [
         bytes_of(
             finish(begin(tiny_settings, tiny_images(s), tmp_path / str(s), stages={"variant": "dpdm"})).run.release
