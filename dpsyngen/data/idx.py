@@ -34,8 +34,8 @@ def is_idx(path: Path) -> bool:
 
 
 def find_train_images(folder: Path) -> Path | None:
-    """The IDX training images in a folder (uncompressed before ``.gz``), or None.  Links do not count: nobody named what
-    they lead to."""
+    """The IDX training images in a folder (uncompressed before ``.gz``), or None.  Links do not count: nobody named
+    what they lead to."""
     candidates = (folder / (name + ending) for ending in ("", ".gz") for name in _TRAIN_IMAGES)
     return next((path for path in candidates if path.is_file() and not path.is_symlink()), None)
 
