@@ -161,7 +161,8 @@ def training_share(
 
     from dpsyngen.config import load_config
     from dpsyngen.diffusion.noise_levels import NoiseLevels
-    from dpsyngen.training.pipeline import Shape, make_denoiser
+    from dpsyngen.training.networks import make_denoiser
+    from dpsyngen.training.plan import Shape
     from dpsyngen.training.public import PublicStep, public_randomness
     from dpsyngen.training.public_images import PublicImages
     from dpsyngen.workers import Workers

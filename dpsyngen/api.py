@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +15,14 @@ from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.files import write_text
 from dpsyngen.training.new_run import require_new
-from dpsyngen.training.pipeline import Training, require_unfinished, resume, shape_of, start
+from dpsyngen.training.pipeline import Training
+from dpsyngen.training.plan import shape_of
 from dpsyngen.training.public import Progress
 from dpsyngen.training.run import Run
+from dpsyngen.training.start import require_unfinished, resume, start
+
+if TYPE_CHECKING:
+    from dpsyngen.generator import Generator
 
 PathLike = str | os.PathLike[str]
 Source = PathLike | ImageDataset | tuple[np.ndarray, np.ndarray | None]
@@ -51,8 +56,17 @@ def prepare(config: Config, out: PathLike, data: Source | None = None, device: s
     return start(config, load_private(source, config), Path(out), device)
 
 
-def prepare_resume(out: PathLike, data: Source | None = None, device: str = "cpu") -> Training:
-    """Go on with the interrupted run in `out`, by default with the images it was started with."""
+def prepare_resume(
+    out: PathLike, data: Source | None = None, device: str = "cpu", tensorboard: bool | None = None
+) -> Training:
+    """Go on with the interrupted run in `out`, by default with the images it was started with.
+
+    Args:
+        out: the run directory.
+        data: the same images, if they have moved.
+        device: where to compute.
+        tensorboard: whether this session writes files for TensorBoard; None: what the run's settings say.
+    """
     check_device(device)
     run = Run(Path(out))
     require_unfinished(run)
@@ -62,7 +76,7 @@ def prepare_resume(out: PathLike, data: Source | None = None, device: str = "cpu
     source = data if data is not None else config.data.source
     if isinstance(source, str) and not source:
         raise ConfigError("the run was started from arrays in memory: give the same images again as data.")
-    return resume(run, load_private(source, config), device)
+    return resume(run, load_private(source, config), device, tensorboard)
 
 
 def train(
@@ -132,8 +146,12 @@ def evaluate(
     test: Source | None = None,
     images: int = 10_000,
     features: Sequence[str] = ("pixels-pca",),
+    metrics: Sequence[str] | None = None,
     classifiers: Sequence[str] = ("logreg", "mlp", "cnn"),
+    bootstrap: int = 200,
+    max_images: int = 10_000,
     inception_weights: PathLike | None = None,
+    cache: bool = True,
     sampling: dict[str, Any] | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -144,11 +162,16 @@ def evaluate(
     Args:
         run: a finished run.
         data: the real training images; None: those the run was trained on.
-        test: real test images with labels, for the classification accuracy score; None: no such score.
-        images: how many images to generate.
-        features: names of feature extractors for the Fréchet distance.
+        test: real test images, with labels for the classification accuracy score, and for the floor of the other
+            figures; None: neither.
+        images: how many images to generate.  As many are drawn by the run's program, for the ceiling.
+        features: names of feature extractors, or of a user's own (``path/to/module.py:name``), which are run.
+        metrics: names of metrics, see docs/metrics.md; None: all.
         classifiers: names of classifiers for the classification accuracy score.
+        bootstrap: replicates for the 95 % intervals; 0: none.
+        max_images: of each set, for `metrics`; a random subset beyond that.
         inception_weights: weights file for the feature extractor "inception".
+        cache: keep features of real images in the run's private half, so that the next evaluation is faster.
         sampling: settings of the sampler, as for :meth:`Generator.settings`.
         seed: seed of the generated images and of the classifiers.
         device: where to compute.
@@ -159,6 +182,9 @@ def evaluate(
     """
     from dpsyngen.evaluation import FeatureSpec, evaluate_images
     from dpsyngen.evaluation.cas import NAMES
+    from dpsyngen.evaluation.figures import NAMES as METRICS
+    from dpsyngen.evaluation.figures import check_sizes, checked_metrics
+    from dpsyngen.evaluation.own_features import OwnFeatures
     from dpsyngen.generator import Generator
 
     run = _as_run(run)
@@ -166,6 +192,8 @@ def evaluate(
     check_device(device)
     weights = None if inception_weights is None else Path(inception_weights)
     specs = [FeatureSpec(name, weights if name == "inception" else None) for name in features]
+    asked = checked_metrics(METRICS if metrics is None else metrics)
+    check_sizes(bootstrap, max_images)
     unknown = [name for name in classifiers if name not in NAMES]
     if unknown:
         raise ConfigError(f"classifiers are {', '.join(map(repr, unknown))}, but must be among {', '.join(NAMES)}.")
@@ -194,6 +222,11 @@ def evaluate(
                 f"the {name} images have the classes {', '.join(dataset.class_names) or '(none)'}, but the generator "
                 f"has {', '.join(generator.class_names) or '(none)'}.  Give images with the same class folders."
             )
+    for spec in specs if asked else []:
+        # What is missing or wrong should show before images are generated and the ledger is written.
+        extractor = spec.make(device)
+        if isinstance(extractor, OwnFeatures):
+            extractor.try_out(generator.channels, generator.resolution)
     # All the while, so that it cannot be refused after an hour's work.
     with run.lock():
         ledger = run.finished_ledger()
@@ -203,6 +236,7 @@ def evaluate(
         ledger.note_private_access(
             "evaluation against real images; the figures stay in the private half",
             features=list(features),
+            metrics=list(asked),
             classifiers=list(classifiers) if held_out is not None else [],
         )
         result = evaluate_images(
@@ -210,15 +244,34 @@ def evaluate(
             samples.labels,
             reference=reference,
             test=held_out,
+            programs=_drawn_by_program(config, generator, min(images, max_images)) if asked else None,
             features=specs,
+            metrics=asked,
             classifiers=tuple(classifiers),
             seed=seed,
             device=device,
+            max_images=max_images,
+            bootstrap=bootstrap,
+            cache=run.features_path if cache else None,
             on_progress=tell,
         )
         result["sampling"] = samples.settings
         write_text(run.private / "metrics.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n", 0o600)
     return result
+
+
+def _drawn_by_program(config: Config, generator: Generator, count: int) -> np.ndarray | None:
+    """The run's public images, from the first; None where they cannot be drawn, as for lack of a font."""
+    from dpsyngen.programs import make_program
+
+    p = config.program
+    try:
+        program = make_program(
+            p.name, resolution=generator.resolution, channels=generator.channels, seed=p.seed, **p.params
+        )
+    except ConfigError:
+        return None
+    return program.batch(range(count))
 
 
 def write_report(run: Run | PathLike) -> tuple[Path, Path]:

@@ -34,8 +34,8 @@ def check_memorisation(
 ) -> Memorisation:
     """Compare a run's generated images with its training images and with held-out ones.
 
-    The figures go to ``private/memorisation.json`` and a picture to ``private/memorisation.png``.  Both are private;
-    the release half is not touched.
+    The figures go to ``private/memorisation.json``, a picture to ``private/memorisation.png``, and its images to
+    ``private/memorisation_pairs.json``, for the report.  All are private; the release half is not touched.
 
     Args:
         run: a finished run.
@@ -55,6 +55,7 @@ def check_memorisation(
     from dpsyngen.generator import Generator
     from dpsyngen.privacy.ledger import Ledger
     from dpsyngen.report.neighbours import neighbour_picture
+    from dpsyngen.report.pairs import FILE, neighbour_pairs
 
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
@@ -100,10 +101,11 @@ def check_memorisation(
             device=device,
             on_progress=on_progress,
         )
-        picture = neighbour_picture(
-            result, samples.images, private.images, None if control is None else control.images, seed=seed
-        )
+        sets = (samples.images, private.images, None if control is None else control.images)
+        picture = neighbour_picture(result, *sets, seed=seed)
         write_atomically(run.private / "memorisation.png", lambda p: picture.save(p, format="PNG"), 0o600)
+        pairs = neighbour_pairs(result, *sets, seed=seed)
+        write_text(run.private / FILE, json.dumps(pairs, ensure_ascii=False) + "\n", 0o600)
         figures = {**result.to_dict(), "sampling": samples.settings}
         write_text(run.private / "memorisation.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n", 0o600)
     return result

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen import cli_audit, cli_checks, cli_release
+from dpsyngen import cli_audit, cli_checks, cli_compare, cli_evaluate, cli_release
 from dpsyngen.assignments import assignments
+from dpsyngen.cli_options import AsJson, Device, Quiet, RunArgument
 from dpsyngen.cli_programs import app as programs_app
 from dpsyngen.errors import ConfigError, DpsyngenError
 from dpsyngen.version import __version__
+
+if TYPE_CHECKING:
+    from dpsyngen.console import Console, Progress
+    from dpsyngen.training.pipeline import Training
 
 app = typer.Typer(
     name="dpsyngen",
@@ -31,12 +36,10 @@ app.command()(cli_audit.audit)
 app.command()(cli_release.release)
 app.command()(cli_release.verify)
 app.command()(cli_release.key)
+app.command()(cli_compare.compare)
+app.command()(cli_evaluate.evaluate)
 app.command()(cli_checks.memorisation)
 app.command()(cli_checks.doctor)
-
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, made by `dpsyngen train --out`")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 
 
 def _epsilon(text: str) -> float:
@@ -126,13 +129,23 @@ def train(
         int | None, typer.Option(help="reproducible noise, for tests: stamps the run NOT PRIVATE")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run")] = False,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option("--tensorboard/--no-tensorboard", help="files for TensorBoard, in the run's private half"),
+    ] = None,
     device: Device = "cpu",
     quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_format: Annotated[
+        str, typer.Option(help="of progress and notes: text, or json for log collectors (no private figures in it)")
+    ] = "text",
 ) -> None:
     """Train a generator; the run directory gets a private and a release half."""
-    from dpsyngen.console import Console
+    from dpsyngen.console import LOG_FORMATS, Console
 
-    console = Console(quiet)
+    if log_format not in LOG_FORMATS:
+        raise ConfigError(f"--log-format is {log_format!r}, but must be text or json.")
+    console = Console(quiet, as_json, log_format)
     given = _sections(
         data__source=data,
         data__resolution=resolution,
@@ -159,6 +172,7 @@ def train(
         private__copies=copies,
         private__learning_rate=learning_rate,
         private__physical_batch=physical_batch,
+        logging__tensorboard=None if resume else tensorboard,
     )
     given = _merge(given, assignments(settings or []))
     if resume:
@@ -166,7 +180,7 @@ def train(
         if extra or preset or config:
             raise ConfigError(
                 "--resume continues with the settings that the run was started with; leave out everything but --out, "
-                "--data (only if the images have moved), --device and --quiet."
+                "--data (only if the images have moved), --device, --tensorboard and what is about output."
             )
     elif data is None and config is None:
         raise ConfigError("--data is missing: a folder of images, a .npz, .npy or IDX file, or a named set.")
@@ -177,20 +191,23 @@ def train(
     from dpsyngen.config import load_config
 
     if resume:
-        training = prepare_resume(out, data, device)
+        training = prepare_resume(out, data, device, tensorboard)
     else:
         loaded = load_config(given, preset=preset, file=config)
         training = prepare(loaded, out, device=device)
     with training.run.lock():
-        _run_training(training, console, resume)
+        _run_training(training, console)
 
 
-def _run_training(training: Any, console: Any, resumed: bool) -> None:
+def _run_training(training: Training, console: Console) -> None:
     import math
+    import time
 
     from dpsyngen.doctor import write_health
-    from dpsyngen.training.pipeline import stop_on_signals
+    from dpsyngen.training.signals import stop_on_signals
 
+    begun = time.monotonic()
+    training.warn = console.warn
     plan, config = training.plan, training.config
     m, n = plan.mechanism, plan.shape
     classes = f", {n.num_classes} classes" if n.num_classes else ", no classes"
@@ -216,7 +233,7 @@ def _run_training(training: Any, console: Any, resumed: bool) -> None:
         console.note("NOT PRIVATE: the noise comes from --insecure-seed")
     private_phase = plan.stages.private.name
     with stop_on_signals(training, console.note):
-        current: tuple[str, Any] | None = None
+        current: tuple[str, Progress] | None = None
         try:
             for p in training.steps():
                 if current is None or current[0] != p.phase:
@@ -227,24 +244,46 @@ def _run_training(training: Any, console: Any, resumed: bool) -> None:
                     current = (p.phase, progress.__enter__())
                     for name in training.checkpoints.damaged:
                         console.note(f"  a damaged checkpoint was passed over: {name}")
+                # The only private figure that is shown; Console leaves it out of what log collectors get.
                 note = f"loss {p.values['loss']:.3f}" + (" (private)" if p.phase == private_phase else "")
                 current[1].update(p.step, note)
         finally:
             if current:
                 current[1].__exit__(*sys.exc_info())
     if not training.run.complete:
-        console.line(f"interrupted; continue with: dpsyngen train --resume --out {training.run.path}")
+        text = f"interrupted; continue with: dpsyngen train --resume --out {training.run.path}"
+        console.result({"error": {"kind": "interrupted", "message": text}}, [text])
         raise typer.Exit(130)
-    ledger = training.ledger
-    if math.isinf(ledger.epsilon()):
+    ledger, release = training.ledger, training.run.release
+    epsilon, secure = ledger.epsilon(), training.randomness.secure
+    if math.isinf(epsilon):
         spent = "NOT PRIVATE (ε = ∞)"
     else:
-        spent = f"ε = {ledger.epsilon():.4f} at δ = {ledger.delta:.3g}"
-        if not training.randomness.secure:
+        spent = f"ε = {epsilon:.4f} at δ = {ledger.delta:.3g}"
+        if not secure:
             spent = f"NOT PRIVATE (reproducible noise); it would be {spent}"
-    for line in cli_checks.health_lines(write_health(training.run, training.device)):
-        console.line(line)
-    console.line(f"{spent}: the generator is in {training.run.release} ({training.run.release / 'PRIVACY.md'})")
+    findings = write_health(training.run, training.device)
+    console.result(
+        {
+            "run": training.run.path,
+            "release": release,
+            "private": secure and math.isfinite(epsilon),
+            "epsilon": epsilon,
+            "delta": ledger.delta,
+            "group_size": ledger.group_size,
+            "records": m.records,
+            "steps": m.config.steps,
+            "sampling_rate": m.sampling_rate,
+            "noise_multiplier": m.noise_multiplier,
+            "parameters": training.parameters,
+            "seconds": round(time.monotonic() - begun, 3),
+            "findings": [f.to_dict() for f in findings],
+        },
+        [
+            *cli_checks.health_lines(findings),
+            f"{spent}: the generator is in {release} ({release / 'PRIVACY.md'})",
+        ],
+    )
 
 
 # ----------------------------------------------------------------------------------------------- sample
@@ -266,12 +305,13 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="images at a time")] = 256,
     device: Device = "cpu",
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw images from a trained generator; costs no privacy, however many."""
     from dpsyngen.console import Console
     from dpsyngen.samples import check_target, write_samples
 
-    console = Console(quiet)
+    console = Console(quiet, as_json)
     check_target(out)
     if batch_size < 1:
         raise ConfigError(f"--batch-size is {batch_size}, but must be at least 1.")
@@ -300,71 +340,26 @@ def sample(
     batches = generator.stream(count, settings, labels=labels, batch_size=batch_size)
     with console.progress("sampling", count, "images") as progress:
         write_samples(out, batches, labels, generator.class_names, about, progress.update)
-    console.line(f"{count:,} images in {out}" + ("" if generator.private else "  (generator is NOT PRIVATE)"))
-
-
-# --------------------------------------------------------------------------------------------- evaluate
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-@app.command()
-def evaluate(
-    run: RunArgument,
-    data: Annotated[str | None, typer.Option(help="real training images; default: the run's")] = None,
-    test: Annotated[str | None, typer.Option(help="real test images with labels, for the accuracy score")] = None,
-    count: Annotated[int, typer.Option("-n", "--count", help="number of generated images")] = 10_000,
-    features: Annotated[
-        str, typer.Option(help="comma-separated: pixels-pca, efficientnet-lite0, inception")
-    ] = "pixels-pca,efficientnet-lite0",
-    classifiers: Annotated[str, typer.Option(help="comma-separated: logreg, mlp, cnn")] = "logreg,mlp,cnn",
-    inception_weights: Annotated[Path | None, typer.Option(help="weights file for inception")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")] = None,
-    steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the images and the classifiers")] = 0,
-    device: Device = "cpu",
-    quiet: Quiet = False,
-) -> None:
-    """Measure a run against real images.  The figures are private: do not publish them."""
-    from dpsyngen.console import Console
-
-    console = Console(quiet)
-    from dpsyngen import api
-
-    sampling = {"sampler": sampler, "steps": steps, "guidance": guidance}
-    result = api.evaluate(
-        run,
-        data=data,
-        test=test,
-        images=count,
-        features=_names(features),
-        classifiers=_names(classifiers),
-        inception_weights=inception_weights,
-        sampling={k: v for k, v in sampling.items() if v is not None},
-        seed=seed,
-        device=device,
-        on_progress=console.note,
+    console.result(
+        {"path": out, "images": count, "class_names": generator.class_names, **about},
+        [f"{count:,} images in {out}" + ("" if generator.private else "  (generator is NOT PRIVATE)")],
     )
-    from dpsyngen.report.tables import metric_rows
 
-    for name, value, note in metric_rows(result):
-        console.line(f"{name:<42} {value:>10}   {note}")
-    console.line(f"PRIVATE figures, kept in {run / 'private' / 'metrics.json'}: publishing them costs privacy")
+
+# ----------------------------------------------------------------------------------------------- report
 
 
 @app.command()
-def report(run: RunArgument, quiet: Quiet = False) -> None:
+def report(run: RunArgument, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Write the report: the full one into private/, the publishable one into release/."""
     from dpsyngen import api
     from dpsyngen.console import Console
 
-    console = Console(quiet)
     private, public = api.write_report(run)
-    console.line(f"full report, PRIVATE: {private}")
-    console.line(f"publishable report:   {public}")
+    Console(quiet, as_json).result(
+        {"private": private, "public": public},
+        [f"full report, PRIVATE: {private}", f"publishable report:   {public}"],
+    )
 
 
 # ------------------------------------------------------------------------------------------------- plan
@@ -379,16 +374,22 @@ def plan(
     steps: Annotated[int, typer.Option(help="DP-SGD steps")] = 300,
     delta: Annotated[float | None, typer.Option(help="δ; default: the largest power of ten below 1/records")] = None,
     group_size: Annotated[int, typer.Option(help="images of one person at most: ε is for all of them together")] = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a budget buys, before spending it."""
-    from dpsyngen.console import Console
-    from dpsyngen.privacy.plan import budget_table
+    from dataclasses import asdict
 
-    console = Console()
+    from dpsyngen.console import Console
+    from dpsyngen.privacy.plan import neighbouring_plans, plan_lines
+
     target = None if epsilon is None else _epsilon(epsilon)
     options: dict[str, Any] = {"noise_multiplier": noise, "delta": delta, "group_size": group_size}
-    for line in budget_table(records, batch, steps, epsilon=target, **options):
-        console.line(line)
+    delta, rows = neighbouring_plans(records, batch, steps, epsilon=target, **options)
+    Console(quiet, as_json).result(
+        {"records": records, "group_size": group_size, "delta": delta, "plans": [asdict(r) for r in rows]},
+        plan_lines(records, group_size, delta, rows),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -398,28 +399,55 @@ def main() -> None:
     """Run the command line: errors that a user can mend are one message, without a traceback."""
     # With other work on the machine, threads that spin while they wait make each other many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from dpsyngen.console import Console
+
+    console = Console.asked_for(sys.argv[1:])
     try:
-        app()
+        sys.exit(_run(console))
     except DpsyngenError as error:
-        print(f"dpsyngen: {error}", file=sys.stderr)
+        console.error(error.kind, str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("dpsyngen: stopped", file=sys.stderr)
+        console.error("interrupted", "stopped")
         sys.exit(130)
     except OSError as error:
         import errno
 
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(
-                f"dpsyngen: the disk is full{f', at {error.filename}' if error.filename else ''}.  Nothing that was "
-                "finished is lost: free some space, then continue (training: --resume).",
-                file=sys.stderr,
+            console.error(
+                "disk-full",
+                f"the disk is full{f', at {error.filename}' if error.filename else ''}.  Nothing that was finished is "
+                "lost: free some space, then continue (training: --resume).",
             )
         elif error.errno == errno.EPIPE:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            print(f"dpsyngen: {error}", file=sys.stderr)
+            console.error("system", str(error))
         sys.exit(1)
+    except Exception as error:
+        if console.as_json:
+            console.error("internal", f"{type(error).__name__}: {error}")
+        raise
+
+
+def _run(console: Console) -> int:
+    """Run the command; its exit code.  With --json, what typer says about wrong options is an error as all others."""
+    if not console.as_json:
+        app()
+        return 0
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("dpsyngen", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        # Which class it is depends on the version of typer.
+        if not hasattr(error, "format_message"):
+            raise
+        console.error("usage", error.format_message())
+        return int(getattr(error, "exit_code", 2))
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dpsyngen.cli_options import AsJson, Device, Quiet, RunArgument
 
 CONTRADICTED = 4
 """Exit code where an audit contradicts the claim."""
 
 
 def audit(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run directory")],
+    run: RunArgument,
     quick: Annotated[bool, typer.Option("--quick", help="20 seconds instead of some two minutes")] = False,
     confidence: Annotated[
         float, typer.Option(help="with which a correct installation passes, and lower bounds on ε hold")
     ] = 0.999,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")] = False,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Attack the mechanism and check its invariants: lower bounds on ε beside the claim.
 
@@ -26,7 +28,7 @@ def audit(
     """
     from dpsyngen.console import Console
 
-    console = Console(quiet)
+    console = Console(quiet, as_json)
     from dpsyngen.api import check_device
     from dpsyngen.report.audit_plot import write_audit_plot
     from dpsyngen.training.audit.run import FULL, QUICK, audit_run
@@ -40,8 +42,6 @@ def audit(
         report = audit_run(opened, effort=effort, confidence=confidence, device=device, on_progress=console.note)
         if report.bounds():
             write_audit_plot(report, folder / "audit.svg")
-    for line in report.lines():
-        console.line(line)
-    console.line(f"PRIVATE: the details are in {folder}")
+    console.result(report.to_dict() | {"folder": folder}, [*report.lines(), f"PRIVATE: the details are in {folder}"])
     if not report.passed:
         raise typer.Exit(CONTRADICTED)

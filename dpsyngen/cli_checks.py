@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpsyngen.cli_options import AsJson, Device, Quiet, RunArgument
+
 if TYPE_CHECKING:
-    from dpsyngen.console import Console
+    from dpsyngen.doctor import Diagnosis
     from dpsyngen.evaluation.memorisation import Memorisation
     from dpsyngen.training.health import Finding
-
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, made by `dpsyngen train --out`")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 
 PROBLEMS = 5
 """Exit code of `dpsyngen doctor` if there is a problem of severity error."""
@@ -35,12 +33,13 @@ def memorisation(
     seed: Annotated[int, typer.Option(help="seed of the generated images and of subsets")] = 0,
     device: Device = "cpu",
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look for training images among generated ones.  The figures and the picture are private: do not publish them."""
     from dpsyngen.checks import check_memorisation
     from dpsyngen.console import Console
 
-    console = Console(quiet)
+    console = Console(quiet, as_json)
     result = check_memorisation(
         run,
         data=data,
@@ -51,49 +50,54 @@ def memorisation(
         device=device,
         on_progress=console.note,
     )
-    _say(console, result)
     private = run / "private"
-    console.line(
-        f"PRIVATE figures and pictures of private images, kept in {private / 'memorisation.json'} and "
-        f"{private / 'memorisation.png'}: publishing them costs privacy"
+    console.result(
+        result.to_dict() | {"path": private / "memorisation.json"},
+        [
+            *_lines(result),
+            f"PRIVATE figures and pictures of private images, kept in {private / 'memorisation.json'} and "
+            f"{private / 'memorisation.png'}: publishing them costs privacy",
+        ],
     )
 
 
-def _say(console: Console, result: Memorisation) -> None:
+def _lines(result: Memorisation) -> Iterator[str]:
     from dpsyngen.report.tables import memorisation_rows
 
     for name, value, note in memorisation_rows(result.to_dict()):
-        console.line(f"{name:<52} {value:>16}   {note}")
-    console.line(result.conclusion)
+        yield f"{name:<52} {value:>16}   {note}"
+    yield result.conclusion
 
 
-def doctor(run: RunArgument, device: Device = "cpu", quiet: Quiet = False) -> None:
+def doctor(run: RunArgument, device: Device = "cpu", quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Say what is the matter with a run and what to change; exit code 5 if it is no use as it is."""
     from dpsyngen.console import Console
     from dpsyngen.doctor import diagnose
     from dpsyngen.training.run import Run
 
-    console = Console(quiet)
     found = diagnose(Run(run), device)
-    for what, how in found.state:
-        console.line(f"{what + ':':<17} {how}")
-    if not found.findings:
-        console.line("nothing found")
-    for finding in found.findings:
-        _explain(console, finding)
-    if any(f.basis == "private" for f in found.findings):
-        console.line(
-            "PRIVATE findings rest on figures of private images: do not publish them.  A setting that is changed "
-            "because of them is tuned on private images, which no ε covers: try it on public images first."
-        )
+    Console(quiet, as_json).result(
+        {"ok": found.ok, "state": dict(found.state), "findings": [f.to_dict() for f in found.findings]},
+        _diagnosis_lines(found),
+    )
     if not found.ok:
         raise typer.Exit(PROBLEMS)
 
 
-def _explain(console: Console, finding: Finding) -> None:
-    console.line(f"{finding.severity.upper():<8} {finding.code}{' (PRIVATE)' if finding.basis == 'private' else ''}")
-    for title, text in (("seen", finding.seen), ("why", finding.why), ("change", finding.change)):
-        console.line(f"  {title + ':':<8} {text}.")
+def _diagnosis_lines(found: Diagnosis) -> Iterator[str]:
+    for what, how in found.state:
+        yield f"{what + ':':<17} {how}"
+    if not found.findings:
+        yield "nothing found"
+    for finding in found.findings:
+        yield f"{finding.severity.upper():<8} {finding.code}{' (PRIVATE)' if finding.basis == 'private' else ''}"
+        for title, text in (("seen", finding.seen), ("why", finding.why), ("change", finding.change)):
+            yield f"  {title + ':':<8} {text}."
+    if any(f.basis == "private" for f in found.findings):
+        yield (
+            "PRIVATE findings rest on figures of private images: do not publish them.  A setting that is changed "
+            "because of them is tuned on private images, which no ε covers: try it on public images first."
+        )
 
 
 def health_lines(findings: list[Finding]) -> list[str]:

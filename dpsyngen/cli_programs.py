@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.assignments import assignments
+from dpsyngen.cli_options import AsJson, Quiet
 from dpsyngen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,24 +61,20 @@ def _tier(cls: type[Program]) -> int | None:
 
 
 @app.command("list")
-def list_() -> None:
+def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List the programs with their prior tier: how much each assumes about the private images."""
     from dpsyngen.console import Console
     from dpsyngen.programs import TIERS, program_names
     from dpsyngen.programs.registry import program_class
 
-    console = Console()
-    width = max(map(len, program_names()))
-    console.line(f"{'program':{width}}  tier  draws")
-    for name in program_names():
-        cls = program_class(name)
-        tier = _tier(cls)
-        console.line(f"{name:{width}}  {'–' if tier is None else tier:>4}  {_summary(cls)}")
-    console.line()
-    for number, meaning in TIERS.items():
-        console.line(f"tier {number}: {meaning}")
-    console.line("tier –: that of the programs in it")
-    console.line("More on one: dpsyngen programs show NAME")
+    classes = {name: program_class(name) for name in program_names()}
+    rows = [{"name": name, "tier": _tier(cls), "draws": _summary(cls)} for name, cls in classes.items()]
+    width = max(map(len, classes))
+    lines = [f"{'program':{width}}  tier  draws"]
+    lines += [f"{r['name']:{width}}  {'–' if r['tier'] is None else r['tier']:>4}  {r['draws']}" for r in rows]
+    lines += ["", *(f"tier {number}: {meaning}" for number, meaning in TIERS.items())]
+    lines += ["tier –: that of the programs in it", "More on one: dpsyngen programs show NAME"]
+    Console(quiet, as_json).result({"programs": rows, "tiers": TIERS}, lines)
 
 
 @app.command()
@@ -89,6 +86,8 @@ def show(
     count: Annotated[int, typer.Option("-n", "--count", help="images in the grid")] = 64,
     seed: Seed = 0,
     settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Describe a program and its parameters; with --out, draw a grid of its images."""
     from dataclasses import MISSING, fields
@@ -97,25 +96,38 @@ def show(
     from dpsyngen.programs import TIERS, Program, save_grid
     from dpsyngen.programs.registry import program_class
 
-    console = Console()
+    console = Console(quiet, as_json)
     cls = program_class(name)
     if out is not None:
         program = _make(name, resolution, channels, seed, settings)
         save_grid(program, out, count=count)
-        console.line(f"{count} images of {name} in {out}")
-        console.line(f"tier {program.prior_tier}: {TIERS[program.prior_tier]}")
+        console.result(
+            {"name": name, "tier": program.prior_tier, "path": out, "images": count, "program": program.config()},
+            [f"{count} images of {name} in {out}", f"tier {program.prior_tier}: {TIERS[program.prior_tier]}"],
+        )
         return
     if settings:
         _make(name, resolution, channels, seed, settings)  # to say what is wrong with them
-    tier = _tier(cls)
-    console.line(f"{name}, tier {'of the programs in it' if tier is None else f'{tier}: {TIERS[tier]}'}")
-    console.line()
-    console.line(inspect.getdoc(cls) or "")
-    console.line()
+    tier, text = _tier(cls), inspect.getdoc(cls) or ""
     common = {field.name for field in fields(Program)}
     own = [field for field in fields(cls) if field.name not in common]
-    console.line("Defaults: " + ", ".join(f"{f.name}={_shown(f.default, MISSING)}" for f in own))
-    console.line(f"See it: dpsyngen programs show {name} --out {name}.png" + _needed(own, MISSING))
+    console.result(
+        {
+            "name": name,
+            "tier": tier,
+            "description": text,
+            "defaults": {f.name: f.default for f in own if f.default is not MISSING},
+            "required": [f.name for f in own if f.default is MISSING],
+        },
+        [
+            f"{name}, tier {'of the programs in it' if tier is None else f'{tier}: {TIERS[tier]}'}",
+            "",
+            text,
+            "",
+            "Defaults: " + ", ".join(f"{f.name}={_shown(f.default, MISSING)}" for f in own),
+            f"See it: dpsyngen programs show {name} --out {name}.png" + _needed(own, MISSING),
+        ],
+    )
 
 
 def _shown(default: Any, missing: Any) -> str:
@@ -143,13 +155,14 @@ def save(
     workers: Annotated[int | None, typer.Option(help="processes; default: one for each core")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a job that was interrupted")] = False,
     settings: Settings = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Save many images, with a manifest.json that says how to draw them again."""
     from dpsyngen.console import Console
     from dpsyngen.programs.saving import save_images
 
-    console = Console(quiet)
+    console = Console(quiet, as_json)
     program = _make(name, resolution, channels, seed, settings)
     if workers is None:
         # A process takes a second or two to start.
@@ -177,20 +190,24 @@ def save(
                 on_progress=on_progress,
             )
     except KeyboardInterrupt:
-        console.line(
-            f"Stopped: {done or 0:,} of {count:,} images are saved.  Continue with the same command and --resume."
-        )
+        text = f"Stopped: {done or 0:,} of {count:,} images are saved.  Continue with the same command and --resume."
+        console.result({"error": {"kind": "interrupted", "message": text}}, [text])
         raise typer.Exit(130) from None
-    console.line(f"{count:,} images of {name} in {out}; how they were drawn is in {manifest}")
+    console.result(
+        {"path": out, "images": count, "manifest": manifest, "program": program.config()},
+        [f"{count:,} images of {name} in {out}; how they were drawn is in {manifest}"],
+    )
 
 
 @app.command()
 def gallery(
     out: Annotated[Path, typer.Option(help="folder that gets gallery.md and the folder gallery/")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a page with pictures of every program."""
     from dpsyngen.console import Console
     from dpsyngen.programs.gallery import write_gallery
 
     page = write_gallery(out)
-    Console().line(f"The gallery is {page}")
+    Console(quiet, as_json).result({"path": page}, [f"The gallery is {page}"])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dpsyngen.cli_options import AsJson, Quiet, RunArgument
 from dpsyngen.errors import ConfigError, RunError
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of text, for programs")]
+if TYPE_CHECKING:
+    from dpsyngen.privacy.composition import Composition
+    from dpsyngen.privacy.ledger import Ledger
+    from dpsyngen.training.run import Run
 
 budget_app = typer.Typer(
     help="One ε for all runs on a data set: `train --budget FILE` charges it.", no_args_is_help=True
@@ -33,12 +35,13 @@ def ledger(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="run directories of the same images")],
     delta: Annotated[str | None, typer.Option(help="other δ to state ε at, comma-separated")] = None,
     group_size: Annotated[str | None, typer.Option(help="images of one person, comma-separated")] = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Compute ε again from the ledgers of one or several runs; refuses one that was edited or cut."""
     from dpsyngen.console import Console
     from dpsyngen.privacy.accounting import check_group_size
-    from dpsyngen.privacy.composition import Composition, ledger_lines, what_if_lines
+    from dpsyngen.privacy.composition import Composition
     from dpsyngen.privacy.ledger import Ledger
     from dpsyngen.report.bundle import check_against_ledger
     from dpsyngen.training.run import Run
@@ -66,44 +69,49 @@ def ledger(
         if run.complete:
             check_against_ledger(run)
     total = Composition.of(ledgers)
-    console = Console()
-    if as_json:
-        console.line(
-            json.dumps(
-                {
-                    "runs": [str(r.path) for r in opened],
-                    "private": total.secure and not total.non_private,
-                    "delta": total.delta,
-                    "group_size": total.group_size,
-                    "epsilon": _finite(total.epsilon()),
-                    "epsilon_by_rdp": _finite(total.epsilon(accountant="rdp")),
-                    "mechanisms": [m.to_dict() for m in total.mechanisms],
-                    "entries": [[e.to_dict() for e in x.entries] for x in ledgers],
-                    "heads": [{"lines": x.head.lines, "digest": x.head.digest} for x in ledgers],
-                },
-                ensure_ascii=False,
-            )
-        )
-        return
-    for run, x, whole in zip(opened, ledgers, certified, strict=True):
+    Console(quiet, as_json).result(
+        {
+            "runs": [r.path for r in opened],
+            "private": total.secure and not total.non_private,
+            "delta": total.delta,
+            "group_size": total.group_size,
+            "epsilon": total.epsilon(),
+            "epsilon_by_rdp": total.epsilon(accountant="rdp"),
+            "what_if": [
+                {"delta": d, "group_size": g, "epsilon": total.epsilon(d, group_size=g)}
+                for d, g in [*((d, total.group_size) for d in deltas), *((total.delta, g) for g in groups)]
+            ],
+            "mechanisms": [m.to_dict() for m in total.mechanisms],
+            "entries": [[e.to_dict() for e in x.entries] for x in ledgers],
+            "heads": [{"lines": x.head.lines, "digest": x.head.digest} for x in ledgers],
+        },
+        _ledger_lines(opened, ledgers, certified, total, deltas, groups),
+    )
+
+
+def _ledger_lines(
+    runs: list[Run],
+    ledgers: list[Ledger],
+    certified: list[bool],
+    total: Composition,
+    deltas: list[float],
+    groups: list[int],
+) -> Iterator[str]:
+    from dpsyngen.privacy.composition import ledger_lines, what_if_lines
+
+    for run, x, whole in zip(runs, ledgers, certified, strict=True):
         anchor = "as its certificate knew it" if whole else "not finished, so there is no certificate yet"
-        console.line(f"{run.path}: {x.head.lines} lines, chain and head intact, {anchor}")
-        for line in ledger_lines(x):
-            console.line(line)
+        yield f"{run.path}: {x.head.lines} lines, chain and head intact, {anchor}"
+        yield from ledger_lines(x)
     together = f" of {len(ledgers)} runs together" if len(ledgers) > 1 else ""
     unit = "one image" if total.group_size == 1 else f"up to {total.group_size} images"
-    console.line()
-    console.line(f"total{together} for {unit}, added or removed; ε by PLD and by Rényi DP, both upper bounds")
-    for line in what_if_lines(total, deltas or [total.delta / 10], groups or [2, 5]):
-        console.line(line)
+    yield ""
+    yield f"total{together} for {unit}, added or removed; ε by PLD and by Rényi DP, both upper bounds"
+    yield from what_if_lines(total, deltas or [total.delta / 10], groups or [2, 5])
     if total.non_private:
-        console.line("NOT PRIVATE: private images were used without noise (ε = ∞)")
+        yield "NOT PRIVATE: private images were used without noise (ε = ∞)"
     if not total.secure:
-        console.line("NOT PRIVATE: the noise came from a reproducible seed")
-
-
-def _finite(value: float) -> float | str:
-    return "inf" if math.isinf(value) else value
+        yield "NOT PRIVATE: the noise came from a reproducible seed"
 
 
 # ------------------------------------------------------------------------------------------------ budget
@@ -118,44 +126,58 @@ def budget_new(
     delta: Annotated[float, typer.Option(help="δ for it; below 1/n")],
     group_size: Annotated[int, typer.Option(help="images of one person")] = 1,
     growing: Annotated[bool, typer.Option("--growing", help="allow runs on images that changed since")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a budget file; keep it with the private images."""
     from dpsyngen.console import Console
     from dpsyngen.privacy.budget import Budget
 
     Budget.create(file, epsilon_limit=epsilon, delta=delta, group_size=group_size, growing=growing)
-    Console().line(f"{file}: ε = {epsilon:g} at δ = {delta:.3g}; charge it with `dpsyngen train --budget {file} …`")
+    Console(quiet, as_json).result(
+        {"path": file, "epsilon": epsilon, "delta": delta, "group_size": group_size, "growing": growing},
+        [f"{file}: ε = {epsilon:g} at δ = {delta:.3g}; charge it with `dpsyngen train --budget {file} …`"],
+    )
 
 
 @budget_app.command("show")
-def budget_show(file: BudgetFile, as_json: AsJson = False) -> None:
+def budget_show(file: BudgetFile, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """What is spent, by whom, and what is left."""
     from dpsyngen.console import Console
     from dpsyngen.privacy.accounting import epsilon
     from dpsyngen.privacy.budget import Budget
 
-    b, console = Budget(file), Console()
+    b = Budget(file)
     by_pld, by_rdp = b.epsilon(), b.epsilon("rdp")
     alone = {c.run: epsilon(c.mechanisms, b.delta, group_size=b.group_size) for c in b.charges.values()}
-    if as_json:
-        runs = [
-            {"run": c.run, "name": c.name, "settled": c.settled, "epsilon_alone": alone[c.run]}
-            for c in b.charges.values()
-        ]
-        total = {"epsilon": b.epsilon_limit, "delta": b.delta, "group_size": b.group_size, "reserved_epsilon": by_pld}
-        console.line(json.dumps({**total, "reserved_epsilon_by_rdp": _finite(by_rdp), "runs": runs}))
-        return
+    runs = [
+        {"run": c.run, "name": c.name, "settled": c.settled, "epsilon_alone": alone[c.run]} for c in b.charges.values()
+    ]
     unit = "one image" if b.group_size == 1 else f"up to {b.group_size} images together"
-    console.line(f"budget: ε = {b.epsilon_limit:g} at δ = {b.delta:.3g} for {unit}")
+    lines = [f"budget: ε = {b.epsilon_limit:g} at δ = {b.delta:.3g} for {unit}"]
     for c in b.charges.values():
         state = "given up" if c.settled else "reserved"
-        console.line(f"  {c.name:<24} {state}  ε = {alone[c.run]:.4f} on its own  ({c.run[:12]})")
-    console.line(f"taken by all together: ε = {by_pld:.4f} by PLD, {by_rdp:.4f} by Rényi DP")
+        lines.append(f"  {c.name:<24} {state}  ε = {alone[c.run]:.4f} on its own  ({c.run[:12]})")
+    lines.append(f"taken by all together: ε = {by_pld:.4f} by PLD, {by_rdp:.4f} by Rényi DP")
+    Console(quiet, as_json).result(
+        {
+            "epsilon": b.epsilon_limit,
+            "delta": b.delta,
+            "group_size": b.group_size,
+            "reserved_epsilon": by_pld,
+            "reserved_epsilon_by_rdp": by_rdp,
+            "runs": runs,
+        },
+        lines,
+    )
 
 
 @budget_app.command("settle")
 def budget_settle(
-    file: BudgetFile, run: Annotated[Path, typer.Argument(metavar="RUN", help="a run that will never be resumed")]
+    file: BudgetFile,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run that will never be resumed")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Give back what an abandoned run had reserved and not used.  The run can never go on."""
     from dpsyngen.console import Console
@@ -171,14 +193,18 @@ def budget_settle(
         budget = Budget(file)
         before = budget.epsilon()
         budget.settle(charged.run, charged.mechanisms)
-    Console().line(f"{run} is given up: ε = {before:.4f} -> {budget.epsilon():.4f} taken of {budget.epsilon_limit:g}")
+    after, limit = budget.epsilon(), budget.epsilon_limit
+    Console(quiet, as_json).result(
+        {"path": file, "run": run, "epsilon_before": before, "epsilon_after": after, "epsilon": limit},
+        [f"{run} is given up: ε = {before:.4f} -> {after:.4f} taken of {limit:g}"],
+    )
 
 
 # ----------------------------------------------------------------------------------------------- release
 
 
 def release(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run")],
+    run: RunArgument,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE.zip", help="file to make")],
     samples: Annotated[int, typer.Option(help="generated images to put in; costs no privacy")] = 0,
     seed: Annotated[int | None, typer.Option(help="public seed of the samples; default: a random one")] = None,
@@ -189,6 +215,7 @@ def release(
         bool, typer.Option("--not-private", help="pack a run without a guarantee all the same, stamped as such")
     ] = False,
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Pack what may be published into one zip: generator, certificate, checksums, signature."""
     from dpsyngen.certificate import number
@@ -197,7 +224,7 @@ def release(
     from dpsyngen.report.html import write_reports
     from dpsyngen.training.run import Run
 
-    console, opened = Console(quiet), Run(run)
+    console, opened = Console(quiet, as_json), Run(run)
     opened.require_complete()
     with opened.lock():
         if not (opened.release / "report.html").exists():
@@ -214,54 +241,72 @@ def release(
             )
     for name in done.left_out:
         console.note(f"  left out, as it is no part of a release: {name}")
-    console.line(f"{done.path}: {done.files} files, SHA-256 {done.sha256}")
-    console.line(f"signed by the key {done.signed_by}" if done.signed_by else "not signed (--sign KEY)")
     c = done.certificate
-    if c.private and c.epsilon != "inf":
-        console.line(f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)} for {c.unit}")
-    else:
-        console.line(f"NOT PRIVATE: {'; '.join(c.not_private_because)}")
+    console.result(
+        {
+            "path": done.path,
+            "files": done.files,
+            "sha256": done.sha256,
+            "signed_by": done.signed_by,
+            "left_out": done.left_out,
+            "private": c.private,
+            "not_private_because": c.not_private_because,
+            "epsilon": c.epsilon,
+            "delta": c.delta,
+            "group_size": c.group_size,
+        },
+        [
+            f"{done.path}: {done.files} files, SHA-256 {done.sha256}",
+            f"signed by the key {done.signed_by}" if done.signed_by else "not signed (--sign KEY)",
+            f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)} for {c.unit}"
+            if c.private and c.epsilon != "inf"
+            else f"NOT PRIVATE: {'; '.join(c.not_private_because)}",
+        ],
+    )
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE.zip", help="a bundle, from anybody")],
     public_key: Annotated[Path | None, typer.Option(help="the key that must have signed it (PEM)")] = None,
     all_samples: Annotated[bool, typer.Option("--all-samples", help="draw every sample again")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a bundle with no private image at hand: checksums, signature, ε, generator."""
     from dpsyngen.console import Console
     from dpsyngen.report.verify import verify as check_bundle
 
-    console = Console()
     verdict = check_bundle(bundle, public_key, all_samples)
-    if as_json:
-        checks = [{"check": c.name, "passed": c.passed, "text": c.text} for c in verdict.checks]
-        console.line(json.dumps({"passed": verdict.passed, "checks": checks}, ensure_ascii=False))
+    marks = {True: "ok", False: "FAILED", None: "-"}
+    lines = [f"{marks[c.passed]:<7} {c.name:<13} {c.text}" for c in verdict.checks]
+    if verdict.passed:
+        lines += [
+            "",
+            "The bundle is sound: its claim follows from the mechanisms that it states.",
+            "Not to be seen from a bundle: whether the training did what it states, and how good images are.",
+        ]
     else:
-        marks = {True: "ok", False: "FAILED", None: "-"}
-        for c in verdict.checks:
-            console.line(f"{marks[c.passed]:<7} {c.name:<13} {c.text}")
-        console.line()
-        if verdict.passed:
-            console.line("The bundle is sound: its claim follows from the mechanisms that it states.")
-            console.line(
-                "Not to be seen from a bundle: whether the training did what it states, and how good images are."
-            )
-        else:
-            console.line("The bundle is NOT to be relied on.")
+        lines += ["", "The bundle is NOT to be relied on."]
+    checks = [{"check": c.name, "passed": c.passed, "text": c.text} for c in verdict.checks]
+    Console(quiet, as_json).result({"passed": verdict.passed, "checks": checks}, lines)
     if not verdict.passed:
         raise typer.Exit(6)
 
 
 def key(
     file: Annotated[Path, typer.Argument(metavar="KEY", help="private key to make; KEY.pub is the public one")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key pair for signing bundles (Ed25519); encrypted if DPSYNGEN_KEY_PASSPHRASE is set."""
     from dpsyngen.console import Console
     from dpsyngen.report.signing import make_key
 
     public, print_of_key = make_key(file)
-    console = Console()
-    console.line(f"private key: {file} (keep it secret)")
-    console.line(f"public key:  {public} (give it to those who verify), fingerprint {print_of_key}")
+    Console(quiet, as_json).result(
+        {"private_key": file, "public_key": public, "fingerprint": print_of_key},
+        [
+            f"private key: {file} (keep it secret)",
+            f"public key:  {public} (give it to those who verify), fingerprint {print_of_key}",
+        ],
+    )

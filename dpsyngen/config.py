@@ -173,6 +173,13 @@ class SamplingConfig(_Section):
     guidance: float = Field(1.0, ge=0, le=1e6)
 
 
+class LoggingConfig(_Section):
+    """What a run writes down about itself besides its logs; see docs/logging.md.  Never released."""
+
+    tensorboard: bool = Field(False, description="event files for TensorBoard, in the private half")
+    images_every: int = Field(50, ge=1, le=10**8, description="private steps between pictures for TensorBoard")
+
+
 class Config(_Section):
     """All settings of a run."""
 
@@ -185,6 +192,7 @@ class Config(_Section):
     public: PublicConfig = PublicConfig()
     private: PrivateConfig = PrivateConfig()
     sampling: SamplingConfig = SamplingConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Config:

@@ -13,78 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser, PreconditionedDenoiser
-from dpsyngen.diffusion.samplers import SAMPLERS, sample_batches
-from dpsyngen.diffusion.stages import StagedDenoiser
+from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, GuidedDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.samplers import Observer, Step, evenly_in_log, karras_steps, sample_batches, to_uint8
+from dpsyngen.diffusion.stages import Stage, StagedDenoiser
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError
 from dpsyngen.generator_file import load_weights, read_description
+from dpsyngen.sampling_settings import SamplingSettings
 from dpsyngen.shown import listed, shown
-
-MAX_STEPS = 10_000  # of a sampler, as in the configuration
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether a number is one that floating point has; whole numbers can be larger."""
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
-
-
-def _is_number(value: object, kind: type = float) -> bool:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return whole or (kind is float and isinstance(value, float | np.floating))
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How images are drawn; enough, with the labels, to draw the same ones again.
-
-    Attributes:
-        sampler: "ddim", "heun" or "dpmpp".
-        steps: sampler steps, 1 to 10,000.
-        sigma_min, sigma_max, rho: EDM's noise levels.
-        guidance: weight of classifier-free guidance, >= 0; 1 is none.
-        churn: S_churn of the stochastic "heun", >= 0.
-        seed: public; image i depends on (seed, i, its label).
-
-    Raises:
-        ConfigError: a value that is not allowed.
-    """
-
-    sampler: str
-    steps: int
-    sigma_min: float
-    sigma_max: float
-    rho: float
-    guidance: float
-    churn: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ConfigError(f"sampler is {shown(self.sampler)}, but must be one of {', '.join(SAMPLERS)}.")
-        if not _is_number(self.steps, int) or not 1 <= self.steps <= MAX_STEPS:
-            raise ConfigError(
-                f"the number of sampler steps is {shown(self.steps)}, but must be at least 1 and at most {MAX_STEPS:,}."
-            )
-        if not _is_number(self.seed, int):
-            raise ConfigError(f"the seed is {shown(self.seed)}, but must be a whole number.")
-        for name in ("sigma_min", "sigma_max", "rho"):
-            value = getattr(self, name)
-            if not _is_number(value) or not _is_finite(value) or value <= 0:
-                raise ConfigError(f"{name} is {shown(value)}, but must be a number above 0.")
-        if not _is_number(self.guidance) or not _is_finite(self.guidance) or self.guidance < 0:
-            raise ConfigError(f"guidance is {shown(self.guidance)}, but must be 0 or more (1 is none).")
-        if not _is_number(self.churn) or not _is_finite(self.churn) or self.churn < 0:
-            raise ConfigError(f"churn is {shown(self.churn)}, but must be 0 or more.")
-        if self.churn and self.sampler != "heun":
-            raise ConfigError(f"churn needs the sampler 'heun'; given {self.sampler!r}.")
-        for field in ("steps", "seed"):
-            object.__setattr__(self, field, int(getattr(self, field)))
-        for field in ("sigma_min", "sigma_max", "rho", "guidance", "churn"):
-            object.__setattr__(self, field, float(getattr(self, field)))  # numpy's numbers cannot be written as JSON
 
 
 @dataclass(frozen=True)
@@ -102,6 +38,26 @@ class Samples:
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...]
     settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How some images came about, at K of the sampler's steps, from pure noise to the image.
+
+    Attributes:
+        sigmas: [K] noise levels, from σ_max down to σ_min.
+        stages: [K] the stage that owns each.
+        noisy: uint8 [K, N, C, H, W], what the sampler had, dimmed by σ_d/√(σ² + σ_d²) with σ_d = √(1/3), so that it is
+            not saturated.
+        denoised: uint8 [K, N, C, H, W], D(x; σ): the images that were expected of it.
+        samples: the images that it became, as :meth:`Generator.sample` gives them.
+    """
+
+    sigmas: tuple[float, ...]
+    stages: tuple[Stage, ...]
+    noisy: NDArray[np.uint8]
+    denoised: NDArray[np.uint8]
+    samples: Samples
 
 
 class Generator:
@@ -230,7 +186,17 @@ class Generator:
         Raises:
             ConfigError: a value that is not allowed.
         """
-        s = settings or self.settings()
+        for batch in self._batches(count, settings or self.settings(), labels, batch_size):
+            yield batch.numpy()
+
+    def _batches(
+        self,
+        count: int,
+        s: SamplingSettings,
+        labels: NDArray[np.int64] | None,
+        batch_size: int,
+        observe: Observer | None = None,
+    ) -> Iterator[torch.Tensor]:
         if count < 1:
             raise ConfigError(f"the number of images is {count}, but must be at least 1.")
         if labels is not None:
@@ -239,7 +205,7 @@ class Generator:
             if labels.min() < 0 or labels.max() >= len(self.class_names):
                 raise ConfigError(f"labels must lie in 0 to {len(self.class_names) - 1}.")
         options: dict[str, Any] = {"churn": s.churn} if s.churn else {}
-        for batch in sample_batches(
+        return sample_batches(
             self.denoiser(s.guidance),
             None if labels is None else torch.from_numpy(labels),
             count,
@@ -252,9 +218,9 @@ class Generator:
             seed=s.seed,
             batch_size=batch_size,
             device=self.device,
+            observe=observe,
             **options,
-        ):
-            yield batch.numpy()
+        )
 
     def sample(
         self,
@@ -290,3 +256,38 @@ class Generator:
             if on_progress:
                 on_progress(done, count)
         return Samples(np.concatenate(out), labels, self.class_names, asdict(chosen))
+
+    def trajectory(
+        self, count: int, columns: int = 9, *, labels: NDArray[np.int64] | None = None, **settings: Any
+    ) -> Trajectory:
+        """Draw `count` images and keep what the sampler saw on its way; free of privacy cost, as samples are.
+
+        Args:
+            count: how many; they are drawn in one batch.
+            columns: how many steps to keep, evenly in log σ; fewer where the sampler has fewer.
+            labels: as for :meth:`sample`.
+            settings: as for :meth:`sample`.
+
+        Raises:
+            ConfigError: a value that is not allowed.
+        """
+        s = self.settings(**settings)
+        kept = evenly_in_log(karras_steps(s.steps, s.sigma_min, s.sigma_max, s.rho), columns)
+        if labels is None:
+            labels = self.labels(max(count, 0))
+        steps: list[tuple[float, NDArray[np.uint8], NDArray[np.uint8]]] = []
+
+        def observe(step: Step) -> None:
+            if step.index in kept:
+                dimmed = step.x * (UNIFORM_PRIOR_SIGMA / math.hypot(step.sigma, UNIFORM_PRIOR_SIGMA))
+                steps.append((step.sigma, to_uint8(dimmed).cpu().numpy(), to_uint8(step.denoised).cpu().numpy()))
+
+        (images,) = self._batches(count, s, labels, max(count, 1), observe)
+        sigmas, noisy, denoised = zip(*steps, strict=True)
+        return Trajectory(
+            sigmas=sigmas,
+            stages=tuple(self.stages.owner(math.log(sigma)) for sigma in sigmas),
+            noisy=np.stack(noisy),
+            denoised=np.stack(denoised),
+            samples=Samples(images.numpy(), labels, self.class_names, asdict(s)),
+        )

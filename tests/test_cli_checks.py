@@ -18,8 +18,8 @@ from dpsyngen.data import load_images
 from dpsyngen.doctor import assess, diagnose, write_health
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training.pipeline import start
 from dpsyngen.training.run import Run
+from dpsyngen.training.start import start
 
 SETTINGS = {
     "network": {"size": "nano"},
@@ -70,7 +70,7 @@ def test_memorisation_stays_in_the_private_half(call, run, trained) -> None:
     assert "No sign of memorisation" in out
     assert "PRIVATE figures and pictures" in out
     assert bytes_of(run.release) == before
-    for name in ("memorisation.json", "memorisation.png"):
+    for name in ("memorisation.json", "memorisation.png", "memorisation_pairs.json"):
         assert (run.private / name).stat().st_mode & 0o777 == 0o600
     figures = json.loads((run.private / "memorisation.json").read_text())
     assert figures["flagged"] is False

@@ -1,7 +1,7 @@
 """Samplers: from noise at σ_max down to an image, through any Denoiser.
 
 All follow the probability-flow ODE dx/dσ = (x - D(x; σ))/σ (EDM eq. 3) on EDM's steps (eq. 5); their randomness
-is the starting noise, and the churn of the stochastic one.
+is the starting noise, and the churn of the stochastic one.  Each shows its steps to an ``observe``, if it is given one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,27 @@ from torch import Tensor
 
 from dpsyngen.diffusion.denoiser import Denoiser
 from dpsyngen.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a sampler had and expected at one of its steps.
+
+    Attributes:
+        index: of the step, from 0 at σ_max.
+        sigma: σ, the noise level at which the denoiser was asked (with churn, the raised one).
+        x: the noisy images, [N, C, H, W].
+        denoised: D(x; σ), the images that they were expected to become, [N, C, H, W].
+    """
+
+    index: int
+    sigma: float
+    x: Tensor
+    denoised: Tensor
+
+
+Observer = Callable[[Step], None]
+"""Is shown each step.  The tensors are the sampler's own: an observer copies what it keeps, and changes nothing."""
 
 
 def karras_steps(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -33,11 +55,30 @@ def karras_steps(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, 
     return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
 
 
+def evenly_in_log(sigmas: Tensor, count: int) -> list[int]:
+    """Which steps to look at: those next to `count` levels that are even in log σ, the first and the last among them.
+
+    Args:
+        sigmas: of :func:`karras_steps`.
+        count: how many, >= 1; fewer are given where two would be the same step.
+
+    Returns:
+        indices of steps, ascending.
+    """
+    if count < 1:
+        raise ConfigError(f"the number of steps to look at is {count}, but must be at least 1.")
+    levels = sigmas[:-1].log()
+    wanted = torch.linspace(levels[0].item(), levels[-1].item(), count, dtype=levels.dtype)
+    return sorted({int((levels - level).abs().argmin()) for level in wanted})
+
+
 def _level(value: float, x: Tensor) -> Tensor:
     return torch.full((len(x),), value, dtype=torch.float64, device=x.device)
 
 
-def ddim(denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Tensor:
+def ddim(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None, *, observe: Observer | None = None
+) -> Tensor:
     """Deterministic DDIM, which is Euler's method on the ODE (Song et al. 2021; EDM §3).
 
     Args:
@@ -45,10 +86,14 @@ def ddim(denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = 
         x: starting noise of standard deviation ``sigmas[0]``, [N, C, H, W].
         sigmas: descending noise levels, ending in 0.
         labels: [N], or None.
+        observe: is shown each step.
     """
     levels = sigmas.tolist()
-    for now, after in itertools.pairwise(levels):
-        slope = (x - denoiser(x, _level(now, x), labels)) / now
+    for index, (now, after) in enumerate(itertools.pairwise(levels)):
+        denoised = denoiser(x, _level(now, x), labels)
+        if observe is not None:
+            observe(Step(index, now, x, denoised))
+        slope = (x - denoised) / now
         x = x + (after - now) * slope
     return x
 
@@ -64,11 +109,12 @@ def heun(
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
     draw: Callable[[], Tensor] | None = None,
+    observe: Observer | None = None,
 ) -> Tensor:
     """EDM's second-order sampler; with ``churn`` > 0 its stochastic one (EDM algorithms 1 and 2).
 
     Args:
-        denoiser, x, sigmas, labels: as for :func:`ddim`.
+        denoiser, x, sigmas, labels, observe: as for :func:`ddim`; shown are the first calls of each step.
         churn: S_churn >= 0, how much noise is added and removed again over all steps.
         churn_min: S_tmin, lowest σ with churn.
         churn_max: S_tmax, highest σ with churn.
@@ -77,13 +123,16 @@ def heun(
     """
     levels = sigmas.tolist()
     count = len(levels) - 1
-    for now, after in itertools.pairwise(levels):
+    for index, (now, after) in enumerate(itertools.pairwise(levels)):
         gamma = min(churn / count, math.sqrt(2) - 1) if churn_min <= now <= churn_max else 0.0
         raised = now * (1 + gamma)
         if gamma > 0:
             noise = torch.randn_like(x) if draw is None else draw()
             x = x + math.sqrt(raised**2 - now**2) * churn_noise * noise
-        slope = (x - denoiser(x, _level(raised, x), labels)) / raised
+        denoised = denoiser(x, _level(raised, x), labels)
+        if observe is not None:
+            observe(Step(index, raised, x, denoised))
+        slope = (x - denoised) / raised
         euler = x + (after - raised) * slope
         if after > 0:
             slope_after = (euler - denoiser(euler, _level(after, euler), labels)) / after
@@ -93,16 +142,20 @@ def heun(
     return x
 
 
-def dpm_solver_pp(denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None) -> Tensor:
+def dpm_solver_pp(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None, *, observe: Observer | None = None
+) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1, λ = -log σ.
 
-    One network call a step, second order through the previous step's estimate.
+    One network call a step, second order through the previous step's estimate.  Arguments as for :func:`ddim`.
     """
     levels = sigmas.tolist()
     previous: Tensor | None = None
     h_previous = 0.0
-    for now, after in itertools.pairwise(levels):
+    for index, (now, after) in enumerate(itertools.pairwise(levels)):
         denoised = denoiser(x, _level(now, x), labels)
+        if observe is not None:
+            observe(Step(index, now, x, denoised))
         if after == 0:
             # λ is infinite at σ = 0: the step goes to the estimate itself.
             return denoised
@@ -134,6 +187,7 @@ def sample_batches(
     seed: int = 0,
     batch_size: int = 256,
     device: str | torch.device = "cpu",
+    observe: Observer | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
     """Draw `count` images in batches.
@@ -151,6 +205,7 @@ def sample_batches(
         seed: public seed; sampling is post-processing, so it need not be secret.
         batch_size: images at a time, >= 1.
         device: where to compute.
+        observe: is shown each step of each batch; the images do not depend on it.
         options: options of the sampler, such as ``churn``.
 
     Yields:
@@ -172,7 +227,7 @@ def sample_batches(
 
         y = None if labels is None else labels[start:stop].to(device)
         extra = options | {"draw": draw} if sampler == "heun" else options
-        images = SAMPLERS[sampler](denoiser, draw() * sigmas[0].item(), sigmas, y, **extra)
+        images = SAMPLERS[sampler](denoiser, draw() * sigmas[0].item(), sigmas, y, observe=observe, **extra)
         yield to_uint8(images).cpu()
 
 

@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
 
-NAMES = ("logreg", "mlp", "cnn")
+NAMES = ("logreg", "mlp", "cnn", "resnet")
+DEFAULT = ("logreg", "mlp", "cnn")
+"""The classifiers of DPDM's evaluation, which published figures are of."""
 HELD_OUT = 0.1
 """Share of the generated images that chooses and is not trained on (METHOD.md: 90/10)."""
-_PRESENTATIONS = 200_000
+CONFIDENCE = 0.95
+_PRESENTATIONS = {"mlp": 200_000, "cnn": 200_000, "resnet": 100_000}
+"""Images that a network sees while it is trained, epochs times images, within the bounds of :func:`default_epochs`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class ClassifierResult:
         chosen_epoch: the epoch that was chosen, from 1; None for logistic regression, which has none.
         epochs: how many there were to choose from; None likewise.
         missing_classes: classes without a generated image, which count as errors in `accuracy`.
+        confusion: numbers of real test images, `confusion[true][predicted]`.
     """
 
     accuracy: float
@@ -48,13 +53,72 @@ class ClassifierResult:
     chosen_epoch: int | None = None
     epochs: int | None = None
     missing_classes: tuple[int, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of `per_class_accuracy` over the classes that have test images; NaN without any."""
+        known = [a for a in self.per_class_accuracy if not math.isnan(a)]
+        return sum(known) / len(known) if known else math.nan
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float]:
+        """95 % confidence interval of `accuracy` over the draw of the test images, see :func:`clopper_pearson`.
+
+        It knows nothing of how the score varies with the generator's or the classifier's training.
+        """
+        return clopper_pearson(round(self.accuracy * self.n_test), self.n_test)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: NaN, which JSON does not know, becomes None."""
         out = asdict(self)
+        low, high = self.accuracy_interval
+        out["accuracy_low"], out["accuracy_high"] = low, high
+        out["balanced_accuracy"] = None if math.isnan(self.balanced_accuracy) else self.balanced_accuracy
         out["per_class_accuracy"] = [None if math.isnan(a) else a for a in self.per_class_accuracy]
         out["missing_classes"] = list(self.missing_classes)
+        out["confusion"] = [list(row) for row in self.confusion]
         return out
+
+
+def clopper_pearson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Exact confidence interval of a proportion (Clopper & Pearson 1934): it covers at least as often as it says.
+
+    Args:
+        right: successes, 0 to `total`.
+        total: independent trials; with none the interval is 0 to 1.
+        confidence: in (0, 1).
+    """
+    from scipy.stats import beta
+
+    if not 0 <= right <= total or not 0 < confidence < 1:
+        raise ValueError(f"right={right} must be from 0 to total={total}, and confidence={confidence} in (0, 1).")
+    tail = (1 - confidence) / 2
+    low = float(beta.ppf(tail, right, total - right + 1)) if right else 0.0
+    high = float(beta.ppf(1 - tail, right + 1, total - right)) if right < total else 1.0
+    return low, high
+
+
+def confusion_matrix(
+    truth: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
+) -> tuple[tuple[int, ...], ...]:
+    """Counts [true][predicted], num_classes × num_classes."""
+    counts = np.bincount(truth * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+    return tuple(tuple(int(n) for n in row) for row in counts)
+
+
+def per_class_accuracy(confusion: Sequence[Sequence[int]]) -> list[float]:
+    """Share of each class's images that were classified rightly; NaN for a class without images."""
+    return [row[c] / sum(row) if sum(row) else math.nan for c, row in enumerate(confusion)]
+
+
+def default_epochs(name: str, images: int) -> int:
+    """Passes over `images` training images that make 200,000 presentations, 5 to 50 (DPDM makes 50 of 60,000).
+
+    The ResNet, which is trained in one cycle, has half as many presentations, and 30 epochs at most.
+    """
+    most = 30 if name == "resnet" else 50
+    return int(np.clip(_PRESENTATIONS.get(name, 200_000) // images, 5, most))
 
 
 def split_generated(
@@ -78,7 +142,7 @@ def classification_accuracy(
     test_labels: NDArray[np.int64],
     *,
     num_classes: int,
-    classifiers: Sequence[str] = NAMES,
+    classifiers: Sequence[str] = DEFAULT,
     seed: int = 0,
     epochs: int | None = None,
     batch_size: int = 128,
@@ -96,10 +160,9 @@ def classification_accuracy(
         test_images: real, uint8 [M, C, H, W].
         test_labels: their classes [M].
         num_classes: number of classes.
-        classifiers: names among "logreg", "mlp", "cnn".
+        classifiers: names among "logreg", "mlp", "cnn", "resnet".
         seed: of the split, the initial weights and the order of images.
-        epochs: passes over the training part for the networks; None: as many as make 200,000 images, 5 to 50 (DPDM
-            makes 50 of 60,000).
+        epochs: passes over the training part for the networks; None: :func:`default_epochs`.
         batch_size: images in a training step of the networks.
         device: where to compute.
         on_progress: called with a line for each classifier.
@@ -133,44 +196,38 @@ def classification_accuracy(
             "images count as errors.",
             stacklevel=2,
         )
-    if epochs is None:
-        epochs = int(np.clip(_PRESENTATIONS // len(train), 5, 50))
     out: dict[str, ClassifierResult] = {}
+    training, validating = (
+        (train_images[train], train_labels[train]),
+        (train_images[validation], train_labels[validation]),
+    )
     for name in classifiers:
+        passes = default_epochs(name, len(train)) if epochs is None else epochs
         if on_progress:
             on_progress(f"training the classifier {name} on {len(train):,} generated images")
         candidates = _candidates(
-            name,
-            train_images[train],
-            train_labels[train],
-            num_classes,
-            seed=seed,
-            epochs=epochs,
-            batch_size=batch_size,
-            device=device,
+            name, *training, num_classes, seed=seed, epochs=passes, batch_size=batch_size, device=device
         )
         best, chosen = -1.0, None
         for candidate in candidates:
-            score = float((candidate.predict(train_images[validation]) == train_labels[validation]).mean())
+            score = float((candidate.predict(validating[0]) == validating[1]).mean())
             if score > best:
                 best, chosen = score, candidate.keep()
         assert chosen is not None
         predicted = chosen.predict(test_images)
-        right = predicted == test_labels
+        confusion = confusion_matrix(test_labels, predicted, num_classes)
         out[name] = ClassifierResult(
-            float(right.mean()),
+            float((predicted == test_labels).mean()),
             best,
             chosen.label,
-            [
-                float(right[test_labels == c].mean()) if (test_labels == c).any() else math.nan
-                for c in range(num_classes)
-            ],
+            per_class_accuracy(confusion),
             len(train),
             len(validation),
             len(test_images),
             chosen_epoch=chosen.epoch,
-            epochs=None if chosen.epoch is None else epochs,
+            epochs=None if chosen.epoch is None else passes,
             missing_classes=missing,
+            confusion=confusion,
         )
     return out
 
@@ -201,14 +258,20 @@ def _candidates(
 ) -> Iterable[Any]:
     import torch
 
-    from dpsyngen.evaluation.classifiers import LinearCandidate, make_cnn, make_mlp, train_network
+    from dpsyngen.evaluation.classifiers import linear_candidates, make_cnn, make_mlp, train_network
+    from dpsyngen.evaluation.resnet import make_resnet, train_resnet
 
     if name == "logreg":
-        return (LinearCandidate(c, images, labels) for c in (0.01, 0.1, 1.0))
+        return linear_candidates(images, labels)
+    make = {"mlp": make_mlp, "cnn": make_cnn, "resnet": make_resnet}[name]
     with torch.random.fork_rng(devices=_cuda_devices(device)):
         torch.manual_seed(seed)
-        make = make_mlp if name == "mlp" else make_cnn
         network = make(images.shape[1:], num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    if name == "resnet":
+        return train_resnet(
+            network, images, labels, epochs=epochs, batch_size=batch_size, generator=generator, device=device
+        )
     candidates = train_network(
         network,
         images,
@@ -216,7 +279,7 @@ def _candidates(
         epochs=epochs,
         learning_rate=1e-3,
         batch_size=batch_size,
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator,
         device=device,
     )
     return _with_own_dropout(candidates, seed, device)

@@ -108,3 +108,36 @@ def frechet_distance(a: FeatureStatistics | NDArray[np.floating], b: FeatureStat
     trace_root = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
     difference = a.mean - b.mean
     return float(max(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace_root, 0.0))
+
+
+def frechet_influence(features: NDArray[np.floating], real: FeatureStatistics) -> NDArray[np.float64]:
+    """[N] what each image of features [N, d] adds to their Fréchet distance from `real`: its influence function.
+
+    φ(x) = 2(μ − μ_r)·(x − μ) + (x − μ)ᵀ(I − A)(x − μ) − its mean, where A is the optimal transport map from N(μ, Σ) to
+    N(μ_r, Σ_r): the derivative of the distance with respect to Σ is I − A.  With factors Σ = XᵀX and Σ_r = RᵀR, and
+    XRᵀ = U S Pᵀ, A is RᵀP S⁻¹ PᵀR.  Where there are fewer images than dimensions, A is taken on what they span, which
+    no resampling leaves.
+
+    Args:
+        features: of the images whose influence is asked for.
+        real: statistics of what they are compared with, held fixed.
+    """
+    of_made = FeatureStatistics.of(features)
+    x, r = _factor(of_made.covariance), _factor(real.covariance)
+    _, s, p = np.linalg.svd(x @ r.T, full_matrices=False)
+    kept = s > s.max(initial=0.0) * len(s) * np.finfo(np.float64).eps
+    centred = features.astype(np.float64) - of_made.mean
+    moved = (centred @ r.T) @ p[kept].T / np.sqrt(s[kept])
+    # The factor is the covariance's, whose divisor is N − 1.
+    change = len(features) / (len(features) - 1) * ((centred * centred).sum(1) - (moved * moved).sum(1))
+    change += 2 * centred @ (of_made.mean - real.mean)
+    influence: NDArray[np.float64] = change - change.mean()
+    return influence
+
+
+def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """F [rank, d] with FᵀF = covariance."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
+    factor: NDArray[np.float64] = (vectors[:, kept] * np.sqrt(values[kept])).T
+    return factor

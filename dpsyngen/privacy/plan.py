@@ -4,13 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from dpsyngen.errors import ConfigError
 from dpsyngen.privacy import accounting
 from dpsyngen.privacy.accounting import Accountant, Mechanism, calibrate_noise, check_group_size, default_delta
 
 
-def budget_table(
+@dataclass(frozen=True)
+class PlanRow:
+    """One plan and its cost.
+
+    Attributes:
+        steps, batch: DP-SGD steps, expected batch.
+        sampling_rate: q.
+        epochs: how often an image is used on average.
+        noise_multiplier: z.
+        epsilon, epsilon_by_rdp: upper bounds.
+        noise_a_step: standard deviation of the noise in a coordinate of the mean gradient, in units of C.
+        asked: whether it is the plan that was asked about, or a neighbour.
+    """
+
+    steps: int
+    batch: int
+    sampling_rate: float
+    epochs: float
+    noise_multiplier: float
+    epsilon: float
+    epsilon_by_rdp: float
+    noise_a_step: float
+    asked: bool
+
+
+def neighbouring_plans(
     records: int,
     batch: int,
     steps: int,
@@ -19,8 +45,8 @@ def budget_table(
     noise_multiplier: float | None = None,
     delta: float | None = None,
     group_size: int = 1,
-) -> Iterator[str]:
-    """Yield lines that say what training costs, or what noise a budget needs, and how neighbouring plans compare.
+) -> tuple[float, list[PlanRow]]:
+    """What training costs, or what noise a budget needs, and how neighbouring plans compare.
 
     Args:
         records: number of private images n.
@@ -30,6 +56,9 @@ def budget_table(
         noise_multiplier: z.
         delta: δ; None: :func:`default_delta`.
         group_size: g; ε is for up to g records together.
+
+    Returns:
+        δ, and the plans, the one that was asked about first.
 
     Raises:
         ConfigError: a value that is not allowed.
@@ -54,6 +83,24 @@ def budget_table(
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
+    plans = [(steps, batch)]
+    plans += [(max(1, steps // 2), batch), (steps * 2, batch)]
+    plans += [(steps, b) for b in (max(1, batch // 2), batch * 2) if b <= records]
+    rows = []
+    for number, (t, b) in enumerate(dict.fromkeys(plans)):
+        q = b / records
+        z = noise_multiplier
+        if z is None:
+            assert epsilon is not None
+            z = calibrate_noise(epsilon, delta, sampling_rate=q, steps=t, group_size=group_size)
+        m = Mechanism(q, z, t)
+        by_pld, by_rdp = _eps(m, delta, "pld", group_size), _eps(m, delta, "rdp", group_size)
+        rows.append(PlanRow(t, b, q, q * t, z, by_pld, by_rdp, z / b, number == 0))
+    return delta, rows
+
+
+def plan_lines(records: int, group_size: int, delta: float, rows: list[PlanRow]) -> Iterator[str]:
+    """:func:`neighbouring_plans` as a table for people."""
     unit = "one image = one record" if group_size == 1 else f"up to {group_size} images of one person together"
     yield from (
         f"{records:,} records, {unit}, add/remove; δ = {delta:.3g}",
@@ -62,19 +109,10 @@ def budget_table(
         f"{'steps':>8} {'batch':>8} {'rate':>9} {'epochs':>8} {'noise z':>9} {'ε PLD':>9} {'ε RDP':>9} "
         f"{'noise a step':>13}",
     )
-    plans = [(steps, batch)]
-    plans += [(max(1, steps // 2), batch), (steps * 2, batch)]
-    plans += [(steps, b) for b in (max(1, batch // 2), batch * 2) if b <= records]
-    for number, (t, b) in enumerate(dict.fromkeys(plans)):
-        q = b / records
-        z = noise_multiplier
-        if z is None:
-            assert epsilon is not None
-            z = calibrate_noise(epsilon, delta, sampling_rate=q, steps=t, group_size=group_size)
-        m = Mechanism(q, z, t)
+    for r in rows:
         yield (
-            f"{t:>8,} {b:>8,} {q:>9.5f} {q * t:>8.1f} {z:>9.4f} {_eps(m, delta, 'pld', group_size):>9.4f} "
-            f"{_eps(m, delta, 'rdp', group_size):>9.4f} {z / b:>11.6f} C{'  <- asked' if number == 0 else ''}"
+            f"{r.steps:>8,} {r.batch:>8,} {r.sampling_rate:>9.5f} {r.epochs:>8.1f} {r.noise_multiplier:>9.4f} "
+            f"{r.epsilon:>9.4f} {r.epsilon_by_rdp:>9.4f} {r.noise_a_step:>11.6f} C{'  <- asked' if r.asked else ''}"
         )
     yield from (
         "",

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.evaluation.memorisation import Memorisation
+from dpsyngen.report.pairs import chosen_images, unit
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -49,7 +50,7 @@ def neighbour_picture(
     notes = [
         "PRIVATE: shows training images.  Do not publish.",
         result.conclusion,
-        f"Under each real image: its distance to the generated one ({_unit(result)}).",
+        f"Under each real image: its distance to the generated one ({unit(result)}).",
     ]
     lines = [line for note in notes for line in _wrapped(note, width - 2 * _GAP, font)]
     sheet = Image.new("RGB", (width, 2 * band + 16 * len(lines) + 2 * _GAP), _PAPER)
@@ -57,12 +58,7 @@ def neighbour_picture(
     for number, line in enumerate(lines):
         draw.text((_GAP, _GAP + 16 * number), line, _ALARM if number == 0 else _INK, font)
     top = 16 * len(lines) + 2 * _GAP
-    chosen = np.random.default_rng(seed).choice(len(generated), columns, replace=False)
-    relative = "distances: private over held-out" if held_out is not None else "distance to the training set"
-    for title, picks in (
-        (f"Most suspicious (smallest {relative})", result.most_suspicious(columns)),
-        ("At random", chosen),
-    ):
+    for title, picks in chosen_images(result, columns, seed):
         draw.text((_GAP, top), title, _INK, bold)
         _band(draw, sheet, result, (generated, private, held_out), picks, (margin, top + 26, scale), font)
         top += band
@@ -103,11 +99,6 @@ def _paste(sheet: Image.Image, pixels: NDArray[np.uint8], where: tuple[int, int]
     large = np.asarray(pixels).repeat(scale, 1).repeat(scale, 2)
     image = Image.fromarray(large[0] if len(large) == 1 else np.ascontiguousarray(np.moveaxis(large, 0, -1)))
     sheet.paste(image.convert("RGB"), where)
-
-
-def _unit(result: Memorisation) -> str:
-    about = next(iter(result.spaces.values())).features
-    return f"{about['name']}: {about['unit']}"
 
 
 def _wrapped(text: str, width: int, font: object) -> list[str]:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+from dpsyngen.evaluation.figures import METRICS
 
 
-def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, protocol) for each figure of :func:`dpsyngen.api.evaluate`."""
-    rows: list[tuple[str, str, str]] = []
+class MetricRow(NamedTuple):
+    """A figure as a line of a table; what it lacks is an empty text."""
+
+    name: str
+    value: str
+    interval: str
+    floor: str
+    ceiling: str
+    note: str
+
+
+def metric_rows(metrics: dict[str, Any]) -> list[MetricRow]:
+    """A row for each figure of :func:`dpsyngen.api.evaluate`."""
+    rows: list[MetricRow] = []
     chosen = metrics.get("cas_chosen")
     for name, c in metrics["cas"].items():
         note = (
@@ -15,13 +28,33 @@ def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"generated ones ({100 * c['validation_accuracy']:.1f} %), scored once on {c['n_test']:,} real test images"
         )
         star = " (chosen by validation)" if name == chosen else ""
-        rows.append((f"CAS, {name}{star}", f"{100 * c['accuracy']:.2f} %", note))
-    for name, f in metrics["frechet"].items():
-        floor = f"; real test images get {f['floor']:.3f} with {f['floor_images']:,} images" if "floor" in f else ""
-        few = "" if f["enough_images"] else "; TOO FEW IMAGES for its dimensions, biased upwards"
-        note = f"{f['generated_images']:,} generated against {f['real_images']:,} real training images{floor}{few}"
-        rows.append((f"Fréchet distance, {name}", f"{f['distance']:.3f}", note))
+        low, high = c.get("accuracy_low"), c.get("accuracy_high")  # figures of earlier versions have none
+        interval = "" if low is None or high is None else f"{100 * low:.2f} to {100 * high:.2f} %"
+        rows.append(MetricRow(f"CAS, {name}{star}", f"{100 * c['accuracy']:.2f} %", interval, "", "", note))
+    for features, f in metrics.get("features", {}).items():
+        counts = f"{f['generated_images']:,} generated against {f['real_images']:,} real training images"
+        for what, key in (("floor", "floor_images"), ("ceiling", "ceiling_images")):
+            # Most figures depend on the number of images, so bounds of fewer are not bounds of the same figure.
+            if f[key] is not None and f[key] != f["generated_images"]:
+                counts += f", {what} of {f[key]:,}"
+        for name, m in f["metrics"].items():
+            few = "; TOO FEW IMAGES for its dimensions" if name == "frechet" and not f["enough_images"] else ""
+            title = METRICS[name].title if name in METRICS else name
+            rows.append(
+                MetricRow(
+                    f"{title}, {features}",
+                    _number(m["value"]),
+                    "" if m["low"] is None else f"{_number(m['low'])} to {_number(m['high'])}",
+                    _number(m["floor"]),
+                    _number(m["ceiling"]),
+                    f"{m['better']} is better; {counts}; {m['protocol']}{few}",
+                )
+            )
     return rows
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def memorisation_rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -23,7 +23,7 @@ from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.errors import RunError
-from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.audit.transcript import StepRecord
 from dpsyngen.privacy.exact import GridGradient, default_grid, exact_noisy_mean
 from dpsyngen.privacy.kernels import KernelChoices
@@ -72,6 +72,8 @@ class DpSgd:
 # Images whose noise is drawn together.  Fixed, so that the noise of a step does not depend on how the batch is divided
 # among memory and cores: a step that is repeated after a crash is the same step.
 _BLOCK = 16
+
+_EPSILON_POINTS = 20
 
 
 class PrivateStep:
@@ -141,7 +143,8 @@ class PrivateStep:
             self.observer(StepRecord(step, chosen, in_units_of_the_gradient(total), gradients), engine)
         for parameter, gradient in zip(engine.parameters, gradients, strict=True):
             parameter.grad = gradient
-        set_learning_rate(optimizer, c.learning_rate * self._rate(step))
+        rate = c.learning_rate * self._rate(step)
+        set_learning_rate(optimizer, rate)
         optimizer.step()
         count = max(total.examples, 1)
         finite = total.norms[torch.isfinite(total.norms)]
@@ -151,7 +154,18 @@ class PrivateStep:
             "clipped": float((finite > m.clipping_norm).double().mean()) if private and len(finite) else 0.0,
             "median_norm": float(finite.median()) if len(finite) else 0.0,
             "not_finite": total.not_finite,
+            "learning_rate": rate,
+            **self._noise_and_signal(total, engine),
         }
+
+    def _noise_and_signal(self, total: ClippedGradient | GridGradient, engine: PerExampleGradients) -> dict[str, float]:
+        """Norms (L2) of the averaged clipped gradient, and of the noise that is added to it, as it is expected."""
+        m, parameters = self.mechanism, sum(p.numel() for p in engine.parameters)
+        signal = math.sqrt(sum(float(s.square().sum()) for s in in_units_of_the_gradient(total))) / m.config.batch
+        noise = m.noise_multiplier * m.clipping_norm * math.sqrt(parameters) / m.config.batch
+        norms = {"gradient_norm": signal, "noise_norm": noise}
+        # An empty batch has no signal, so no ratio.
+        return norms | {"noise_to_signal": noise / signal} if signal > 0 else norms
 
     def summed(
         self, engine: PerExampleGradients, loss: Callable[[slice], Tensor], examples: int
@@ -286,6 +300,19 @@ def charged_mechanisms(ledger: Ledger) -> list[Mechanism]:
     return [e.mechanism for e in _entries(ledger) if e.mechanism is not None]
 
 
+def epsilon_so_far(ledger: Ledger, mechanism: DpSgd, step: int) -> float:
+    """ε, at the ledger's δ, of the first `step` steps, in twentieths of the run: of the next one that is whole.
+
+    So many evaluations take seconds in all, and the last gives the ε of the certificate.
+    """
+    steps = mechanism.config.steps
+    if mechanism.noise_multiplier == 0:
+        return math.inf
+    part = -(-steps // _EPSILON_POINTS)
+    charged = mechanism.mechanism(min(steps, -(-step // part) * part))
+    return epsilon([charged], ledger.delta, group_size=ledger.group_size)
+
+
 def _entries(ledger: Ledger) -> list[LedgerEntry]:
     return [e for e in ledger.entries if e.details.get("query") == QUERY]
 
@@ -296,6 +323,8 @@ def train_private(
     take: PrivateStep,
     ledger: Ledger,
     public: list[PublicStep] | None = None,
+    *,
+    with_epsilon: bool = True,
 ) -> Iterator[Progress]:
     """Go on from ``state.step`` to the end of the private phase, yielding after each step.
 
@@ -306,17 +335,24 @@ def train_private(
         ledger: charged before the steps are taken.
         public: for a shared network, one PublicStep for each public stage: their steps are spread evenly between
             the private ones.
+        with_epsilon: whether to compute ε so far, for the log.
     """
     assert isinstance(state.module, PreconditionedDenoiser)
-    steps = take.mechanism.config.steps
+    m, steps = take.mechanism, take.mechanism.config.steps
     while state.step < steps:
         step = state.step
+        losses = []
         if public:
             total = sum(p.config.steps for p in public)
             for i in range(step * total // steps, (step + 1) * total // steps):
-                public[i % len(public)](state.module, state.optimizers["public"], i // len(public))
-        charge_ahead(ledger, take.mechanism, step)
+                losses.append(public[i % len(public)](state.module, state.optimizers["public"], i // len(public)))
+        charge_ahead(ledger, m, step)
         values = take(state.module, state.optimizers["private"], step)
         state.step += 1
         state.ema.update(state.module)
+        values["epochs"] = state.step * m.sampling_rate
+        if losses:
+            values["public_loss"] = sum(losses) / len(losses)
+        if with_epsilon:
+            values["epsilon"] = epsilon_so_far(ledger, m, state.step)
         yield Progress(phase, state.step, steps, values)

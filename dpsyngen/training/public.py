@@ -111,7 +111,14 @@ def train_public(phase: str, state: TrainState, take: PublicStep) -> Iterator[Pr
     """Go on from ``state.step`` to the end of a public phase, yielding after each step."""
     assert isinstance(state.module, PreconditionedDenoiser)
     while state.step < take.config.steps:
-        loss = take(state.module, state.optimizers["public"], state.step)
+        optimizer, batch = state.optimizers["public"], take.config.batch
+        loss = take(state.module, optimizer, state.step)
         state.step += 1
         state.ema.update(state.module)
-        yield Progress(phase, state.step, take.config.steps, {"loss": loss})
+        values = {
+            "loss": loss,
+            "batch": batch,
+            "images": batch * state.step,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+        }
+        yield Progress(phase, state.step, take.config.steps, values)

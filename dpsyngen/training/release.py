@@ -29,7 +29,7 @@ from dpsyngen.training.run import Run
 from dpsyngen.version import FORMAT, __version__
 
 if TYPE_CHECKING:
-    from dpsyngen.training.pipeline import Plan
+    from dpsyngen.training.plan import Plan
 
 
 def certify(
@@ -150,8 +150,11 @@ def _merged(ledger: Ledger) -> list[LedgerEntry]:
 
 
 def public_config(config: Config) -> dict[str, Any]:
-    """The configuration without what is private about the holder: where the images and the budget lie."""
-    values = config.model_dump(mode="json")
+    """The configuration without what is private about the holder: where the images and the budget lie.
+
+    Nor has it the section on logging, which does not decide what is released.
+    """
+    values = config.model_dump(mode="json", exclude={"logging"})
     values["data"].pop("source")
     values["privacy"].pop("budget")
     return values

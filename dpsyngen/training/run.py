@@ -22,6 +22,7 @@ from dpsyngen.files import remove_temporaries, write_text
 from dpsyngen.plain_yaml import read_yaml_file
 from dpsyngen.privacy.chain import Head
 from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.strict_json import number, strict_text
 from dpsyngen.training.lock import Lock
 from dpsyngen.training.new_run import LOCK, clear_stages, interrupted_start, make_folders, require_new
 from dpsyngen.version import FORMAT, __version__
@@ -103,6 +104,11 @@ class Run:
     def engine_path(self) -> Path:
         return self.private / "engine.json"
 
+    @property
+    def features_path(self) -> Path:
+        """Features of real images, kept by evaluations."""
+        return self.private / "features"
+
     def weights(self, network: str) -> Path:
         """Where the released weights of `network` are."""
         return self.release / "weights" / f"{network}.safetensors"
@@ -158,7 +164,7 @@ class Run:
 
     def _tidy(self) -> None:
         clear_stages(self.path)
-        for folder in (self.path, self.private, self.release, self.release / "weights"):
+        for folder in (self.path, self.private, self.features_path, self.release, self.release / "weights"):
             if folder.is_dir():
                 remove_temporaries(folder)
 
@@ -166,7 +172,8 @@ class Run:
 class JsonLines:
     """A log of one JSON object a line, each with a phase and a step, that can be cut back when a run resumes.
 
-    Nothing rests on it: what cannot be read in it is left out.
+    Nothing rests on it: what cannot be read in it is left out.  A number that JSON lacks, such as a loss that is not
+    finite, is the word "inf", "-inf" or "nan" in the file, and a number again when it is read here.
 
     Args:
         path: the file; made on the first line.
@@ -180,7 +187,7 @@ class JsonLines:
         """Add a line."""
         fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, self.mode)
         with os.fdopen(fd, "w") as f:
-            f.write(json.dumps(values) + "\n")
+            f.write(strict_text(values) + "\n")
 
     def sync(self) -> None:
         """Flush the lines to the disk, so that a checkpoint never outlives the lines before it."""
@@ -199,7 +206,7 @@ class JsonLines:
         """Drop the lines of `phase` from `step` on: they will be written again."""
         if self.path.exists():
             kept = [v for v in self.read() if v["phase"] != phase or v["step"] < step]
-            write_text(self.path, "".join(json.dumps(v) + "\n" for v in kept), self.mode)
+            write_text(self.path, "".join(strict_text(v) + "\n" for v in kept), self.mode)
 
 
 def _log_line(line: bytes) -> dict[str, Any] | None:
@@ -208,5 +215,5 @@ def _log_line(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     if isinstance(values, dict) and isinstance(values.get("phase"), str) and type(values.get("step")) is int:
-        return values
+        return {k: v if k == "phase" else number(v) for k, v in values.items()}
     return None

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-from dpsyngen.diffusion.samplers import SAMPLERS, karras_steps, sample_batches, to_float, to_uint8
+from dpsyngen.diffusion.samplers import SAMPLERS, evenly_in_log, karras_steps, sample_batches, to_float, to_uint8
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError
 
@@ -217,3 +217,39 @@ def test_pixels_round_trip() -> None:
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(every)), every)
     assert to_uint8(torch.tensor([-9.0, 9.0, math.nan])).tolist() == [0, 255, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "dpmpp"}, {"sampler": "heun"}, {"sampler": "heun", "churn": 10.0}])
+def test_an_observer_sees_each_step_and_changes_nothing(options) -> None:
+    seen = []
+    watched = draw(6, batch_size=6, observe=seen.append, **options)
+    assert torch.equal(watched, draw(6, batch_size=6, **options))
+    levels = karras_steps(8).tolist()[:-1]
+    raised = 1 + min(options.get("churn", 0.0) / 8, math.sqrt(2) - 1)
+    assert [step.index for step in seen] == list(range(8))
+    assert [step.sigma for step in seen] == pytest.approx([level * raised for level in levels])
+    for step in seen:
+        torch.testing.assert_close(step.denoised, gaussian(step.x, torch.full((6,), step.sigma)), check_dtype=False)
+    # At the top the state is noise of that level, at the bottom it is the image.
+    assert (seen[0].x / seen[0].sigma).std().item() == pytest.approx(1, abs=0.15)
+    assert (to_uint8(seen[-1].denoised).int() - watched.int()).abs().max() <= 1
+
+
+def test_an_observer_of_several_batches_sees_each() -> None:
+    seen = []
+    draw(7, batch_size=3, observe=lambda step: seen.append((step.index, len(step.x))))
+    assert seen == [(i, n) for n in (3, 3, 1) for i in range(8)]
+
+
+def test_steps_to_look_at_are_even_in_log_sigma() -> None:
+    sigmas = karras_steps(200)
+    chosen = evenly_in_log(sigmas, 9)
+    assert len(chosen) == 9
+    assert (chosen[0], chosen[-1]) == (0, 199)
+    gaps = sigmas[chosen].log().diff()
+    assert gaps.min() / gaps.max() == pytest.approx(1, abs=0.15)
+    assert evenly_in_log(karras_steps(3), 9) == [0, 1, 2]
+    assert evenly_in_log(karras_steps(1), 9) == [0]
+    assert evenly_in_log(sigmas, 1) == [0]
+    with pytest.raises(ConfigError, match="at least 1"):
+        evenly_in_log(sigmas, 0)

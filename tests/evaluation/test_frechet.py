@@ -8,6 +8,7 @@ from scipy import linalg
 
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureStatistics, frechet_distance
+from dpsyngen.evaluation.frechet import frechet_influence
 
 
 def gaussian(mean, covariance, n=100) -> FeatureStatistics:
@@ -143,3 +144,33 @@ def test_infinite_features_and_wrong_dimensions_are_refused() -> None:
         FeatureStatistics.of(np.array([[1.0, np.inf], [0, 1]]))
     with pytest.raises(ConfigError, match="at least 2"):
         FeatureStatistics.of(np.zeros(3))
+
+
+def weighted(x: np.ndarray, weights: np.ndarray) -> FeatureStatistics:
+    mean = weights @ x
+    centred = x - mean
+    return FeatureStatistics(mean, (centred * weights[:, None]).T @ centred * len(x) / (len(x) - 1), 10**6)
+
+
+@pytest.mark.parametrize("n", [40, 8])
+def test_influence_is_the_derivative_by_the_weight_of_an_image(n) -> None:
+    """With more images than dimensions, and with fewer."""
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=(n, 12)) @ rng.normal(size=(12, 12)) + 0.5
+    real = FeatureStatistics.of(rng.normal(size=(100, 12)) * np.linspace(0.3, 2, 12))
+    influence = frechet_influence(x, real)
+    # Of singular covariances the distance is computed from roots of numbers that should be 0: to about 1e-6.
+    base, step = np.full(n, 1 / n), 1e-4
+    for i in range(n):
+        towards = np.eye(n)[i] - base
+        ends = [frechet_distance(weighted(x, base + sign * step * towards), real) for sign in (1, -1)]
+        assert influence[i] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3, abs=0.02)
+    assert influence.mean() == pytest.approx(0, abs=1e-9)
+    assert np.ptp(influence) > 5
+
+
+def test_influence_of_repeated_images_is_finite() -> None:
+    x = np.repeat(np.random.default_rng(0).normal(size=(2, 5)), 10, 0)
+    real = FeatureStatistics.of(np.zeros((30, 5)))
+    assert np.isfinite(frechet_influence(x, real)).all()
+    assert np.isfinite(frechet_influence(np.zeros((4, 5)), real)).all()

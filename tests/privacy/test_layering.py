@@ -11,7 +11,7 @@ import dpsyngen
 
 ROOT = Path(dpsyngen.__file__).parent
 # Files of their own that know nothing of images, privacy or diffusion: anybody may use them.
-LEAVES = {"class_names", "errors", "files", "plain_file", "plain_yaml", "shown", "version"}
+LEAVES = {"class_names", "errors", "files", "plain_file", "plain_yaml", "shown", "strict_json", "version"}
 ALLOWED = {
     "programs": {"programs"},
     "data": {"data"},
@@ -47,9 +47,17 @@ def test_leaves_know_nothing_but_each_other(leaf) -> None:
 
 
 def test_generator_needs_nothing_private() -> None:
-    assert imported(ROOT / "generator.py") <= {"diffusion", "generator_file"} | LEAVES
+    assert imported(ROOT / "generator.py") <= {"diffusion", "generator_file", "sampling_settings"} | LEAVES
+    assert imported(ROOT / "sampling_settings.py") <= {"diffusion"} | LEAVES
     assert imported(ROOT / "generator_file.py") <= {"diffusion", "config"} | LEAVES
     assert imported(ROOT / "config.py") <= LEAVES
+
+
+def test_only_the_comparison_knows_of_experiments() -> None:
+    for path in ROOT.rglob("*.py"):
+        if "experiments" in imported(path):
+            place = path.relative_to(ROOT)
+            assert place.parts[0] == "experiments" or place.name.startswith(("comparison", "cli_compare")), path
 
 
 def test_certificate_follows_from_the_mechanism_alone() -> None:

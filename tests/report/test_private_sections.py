@@ -50,8 +50,11 @@ def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
     (run.private / "health.json").write_text(json.dumps({"findings": findings}))
     private, public = api.write_report(run)
     text = private.read_text()
-    picture = base64.b64encode((run.private / "memorisation.png").read_bytes()).decode()
-    assert f'src="data:image/png;base64,{picture}"' in text
+    pairs = json.loads((run.private / "memorisation_pairs.json").read_text())
+    for pair in (pair for group in pairs["groups"] for pair in group["pairs"]):
+        assert all(f'src="{pair[name]}"' in text for name in ("generated", "private", "held_out"))
+        assert f"<dd>{pair['to_private']:.3g}</dd>" in text
+        assert f"<dd>{pair['to_held_out']:.3g}</dd>" in text
     assert "nearest to a training image, pixels" in text
     assert "No sign of memorisation" in text
     assert "<strong>ERROR</strong> diverged" in text
@@ -61,6 +64,10 @@ def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
     assert "Utility was not checked" in public.read_text()
     assert "emorisation" not in public.read_text()
     assert private.stat().st_mode & 0o777 == 0o600
+    # Of a check by an earlier version there is the picture alone.
+    (run.private / "memorisation_pairs.json").unlink()
+    picture = base64.b64encode((run.private / "memorisation.png").read_bytes()).decode()
+    assert f'src="data:image/png;base64,{picture}"' in api.write_report(run)[0].read_text()
     # A check without held-out images and a run without findings are said as such.
     check_memorisation(run, data=images_of(0), images=12)
     (run.private / "health.json").write_text(json.dumps({"findings": []}))

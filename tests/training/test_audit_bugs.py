@@ -22,7 +22,7 @@ from dpsyngen.privacy.audit.invariants import check_transcript
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.audit.canaries import CanaryPlan, train_canaries
 from dpsyngen.training.audit.mechanism import ClippingAudit, audit_noise
-from dpsyngen.training.pipeline import Shape
+from dpsyngen.training.plan import Shape
 from dpsyngen.training.private import DpSgd, PrivateStep
 
 ERROR = 1e-6  # chance that one of these tests fails although nothing is wrong: the noise is real

@@ -15,9 +15,9 @@ from dpsyngen.data import load_images
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.audit.findings import decide
 from dpsyngen.training.audit.replay import replay
-from dpsyngen.training.pipeline import start
 from dpsyngen.training.private import PrivateStep
 from dpsyngen.training.run import Run
+from dpsyngen.training.start import start
 
 KEY = "each batch is the Poisson sample that the run's key gives"
 LOGGED = "steps logged are the steps charged"

@@ -18,8 +18,8 @@ from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.audit.run import Effort, audit_run
-from dpsyngen.training.pipeline import start
 from dpsyngen.training.run import Run
+from dpsyngen.training.start import start
 
 SMALL = Effort(
     trials=2000, seconds=0.2, most_canaries=8, steps=7, lookup_canaries=300, lookup_steps=10, sparse_steps=25

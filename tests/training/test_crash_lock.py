@@ -352,7 +352,7 @@ def training():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_asks_and_second_ends(training, number) -> None:
-    from dpsyngen.training.pipeline import stop_on_signals
+    from dpsyngen.training.signals import stop_on_signals
 
     before = signal.getsignal(number)
     said: list[str] = []
@@ -366,7 +366,7 @@ def test_first_signal_asks_and_second_ends(training, number) -> None:
 
 
 def test_nohup_stays_in_force(training) -> None:
-    from dpsyngen.training.pipeline import stop_on_signals
+    from dpsyngen.training.signals import stop_on_signals
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -17,8 +17,9 @@ from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.exact import GridGradient
 from dpsyngen.privacy.kernels import KERNELS
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training.pipeline import Training, resume, start
+from dpsyngen.training.pipeline import Training
 from dpsyngen.training.run import Run
+from dpsyngen.training.start import resume, start
 
 
 def begin(settings: dict, data, out: Path, seed: int | None = 7, **private) -> Training:

@@ -20,10 +20,11 @@ from dpsyngen.training.finite import answers_finite, stopped_because
 from dpsyngen.training.health import Finding, by_severity, of_losses, weights_finite
 from dpsyngen.training.health_images import of_images
 from dpsyngen.training.health_private import Facts, of_private_training
-from dpsyngen.training.pipeline import Training, start
+from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import PrivateStep, charged_steps
 from dpsyngen.training.public import PublicStep
 from dpsyngen.training.run import Run
+from dpsyngen.training.start import start
 
 # `make demo`: 1,437 digits, the nano network, ε = 10.
 DEMO = Facts(

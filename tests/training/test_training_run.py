@@ -20,9 +20,10 @@ from dpsyngen.data import load_images
 from dpsyngen.errors import BudgetExceeded, ConfigError, RunError
 from dpsyngen.generator import Generator
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training.pipeline import Training, resume, start
+from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import charged_steps
 from dpsyngen.training.run import JsonLines, Run
+from dpsyngen.training.start import resume, start
 
 
 def merged(settings: dict, **sections: dict) -> dict:
@@ -498,7 +499,9 @@ def test_python_api_in_a_few_lines(tmp_path, tiny_settings, tiny_images) -> None
         run, data=(images, labels), test=(images, labels), images=60, classifiers=("logreg",), sampling={"steps": 2}
     )
     assert 0 <= figures["cas"]["logreg"]["accuracy"] <= 1
-    assert figures["frechet"]["pixels-pca"]["distance"] > 0
+    measured = figures["features"]["pixels-pca"]
+    assert measured["metrics"]["frechet"]["value"] > 0
+    assert measured["ceiling_images"] == 60  # drawn by the run's own program
     private, public = dpsyngen.write_report(run)
     assert private.parent == run.private
     assert public.parent == run.release

@@ -32,9 +32,10 @@ from dpsyngen.training.audit.networks import (
     lively_denoiser,
     lookup_denoiser,
 )
-from dpsyngen.training.pipeline import Training, resume, start
+from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import Observer, charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
+from dpsyngen.training.start import resume, start
 
 _DELTA = 4e-3  # δ of the audit's own runs, times their records
 CHECKPOINT_EVERY = 4

@@ -21,7 +21,7 @@ from dpsyngen.privacy.exact import GridGradient
 from dpsyngen.privacy.per_example import ClippedGradient
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.audit.networks import lively_denoiser
-from dpsyngen.training.pipeline import Shape
+from dpsyngen.training.plan import Shape
 from dpsyngen.training.private import DpSgd, PrivateStep, in_units_of_the_gradient
 
 _SLOTS_OF_DISCRETE_NOISE = 64  # its sampler takes a millisecond a call, however few numbers are asked for

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-from dpsyngen.training.pipeline import Shape, make_denoiser
+from dpsyngen.training.networks import make_denoiser
+from dpsyngen.training.plan import Shape
 
 LOOKUP_LEVELS = {"noise_mean": 2.0, "noise_std": 0.1}
 """Density of log σ: noise far above the image, where the loss hardly depends on which noise it was."""
@@ -50,13 +51,13 @@ class LookupNetwork(nn.Module):
 
 
 def lookup_denoiser(config: Config, shape: Shape, conditional: bool, seed: int) -> PreconditionedDenoiser:
-    """In place of :func:`dpsyngen.training.pipeline.make_denoiser`."""
+    """In place of :func:`dpsyngen.training.networks.make_denoiser`."""
     network = LookupNetwork(shape.num_classes, shape.channels, shape.resolution, _STEEP * config.privacy.clipping_norm)
     return PreconditionedDenoiser(network, shape.num_classes, config.network.sigma_data)
 
 
 def lively_denoiser(config: Config, shape: Shape, conditional: bool, seed: int) -> PreconditionedDenoiser:
-    """In place of :func:`dpsyngen.training.pipeline.make_denoiser`; a pure function of its arguments, like that."""
+    """In place of :func:`dpsyngen.training.networks.make_denoiser`; a pure function of its arguments, like that."""
     denoiser = make_denoiser(config, shape, conditional, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

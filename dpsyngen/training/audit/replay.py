@@ -17,7 +17,7 @@ from dpsyngen.privacy.audit.inclusions import check_sizes
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.privacy.sampling import poisson_sample
-from dpsyngen.training.pipeline import stages_of
+from dpsyngen.training.plan import stages_of
 from dpsyngen.training.private import charged_mechanisms, charged_steps
 from dpsyngen.training.run import JsonLines, Run
 

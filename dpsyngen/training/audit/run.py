@@ -21,7 +21,7 @@ from dpsyngen.training.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, Canar
 from dpsyngen.training.audit.mechanism import ClippingAudit, audit_noise
 from dpsyngen.training.audit.replay import records_present, replay
 from dpsyngen.training.audit.report import AuditReport
-from dpsyngen.training.pipeline import Shape
+from dpsyngen.training.plan import Shape
 from dpsyngen.training.private import DpSgd, charged_mechanisms
 from dpsyngen.training.run import Run
 

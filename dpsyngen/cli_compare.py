@@ -1,0 +1,298 @@
+"""The command `dpsyngen compare`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpsyngen.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from dpsyngen.console import Console
+    from dpsyngen.experiments.cost import PrivacyCost
+    from dpsyngen.experiments.experiment import Experiment, Status
+    from dpsyngen.experiments.grid import Job
+    from dpsyngen.experiments.spec import Spec
+    from dpsyngen.training.plan import Shape
+
+FAILED = 4
+"""Exit code if some jobs could not be done."""
+
+
+def compare(
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPEC", help="a YAML file, a specification that ships with dpsyngen, or an experiment's folder"
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the experiment, to make or to go on with; all of it is PRIVATE")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="private images instead of data.train")] = None,
+    test: Annotated[str | None, typer.Option(help="real test images instead of data.test")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what would be done, what it costs and how long it takes")
+    ] = False,
+    processes: Annotated[int, typer.Option(help="runs at a time, each with its share of the cores")] = 1,
+    retry: Annotated[bool, typer.Option("--retry", help="try failed jobs again")] = False,
+    tables: Annotated[bool, typer.Option("--tables", help="only write tables and report of what is there")] = False,
+    gpu_teraflops: Annotated[
+        float | None, typer.Option(help="sustained rate that the GPU-hours of --dry-run assume")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")] = False,
+) -> None:
+    """Compare variants, ε and settings: a grid of runs with seeds, measured alike, with tables and a report."""
+    from dpsyngen.api import check_device
+    from dpsyngen.console import Console
+
+    console = Console(quiet)
+    if not 1 <= processes <= 1024:
+        raise ConfigError(f"--processes is {processes}, but must be from 1 to 1,024.")
+    if gpu_teraflops is not None and not 0 < gpu_teraflops < 1e6:
+        raise ConfigError(f"--gpu-teraflops is {gpu_teraflops}, but must be above 0.")
+    rank = _rank()
+    if rank is not None:
+        if processes != 1:
+            raise ConfigError("--processes does not go with torchrun, which starts the processes itself.")
+        device = _device_of_rank(device)
+    check_device(device)
+    chosen, out = _spec(spec, out, data, test)
+    if dry_run:
+        _dry_run(console, chosen, out, device, processes, gpu_teraflops)
+        return
+    if out is None:
+        raise ConfigError("--out is missing: the folder of the experiment.")
+    experiment = _prepare(console, chosen, out, rank, tables)
+    finished = True
+    if not tables:
+        finished = _work(console, experiment, processes, device, retry, rank)
+    if rank:
+        return
+    _finish(console, experiment, finished)
+
+
+def _rank() -> int | None:
+    """The rank that torchrun gave this process; None without torchrun."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return int(os.environ["RANK"])
+
+
+def _device_of_rank(device: str) -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+
+
+def _spec(given: str, out: Path | None, data: str | None, test: str | None) -> tuple[Spec, Path | None]:
+    from dpsyngen.experiments.experiment import Experiment
+    from dpsyngen.experiments.spec import load_spec, parse_spec
+
+    if (Path(given) / "experiment.json").exists():
+        if out is not None and out != Path(given):
+            raise ConfigError(f"{given} is an experiment already: leave --out out to go on with it.")
+        spec, out = Experiment(Path(given)).spec, Path(given)
+    else:
+        spec = load_spec(given)
+    if data is None and test is None:
+        return spec, out
+    values = spec.model_dump(mode="json")
+    values["data"] |= {k: v for k, v in (("train", data), ("test", test)) if v is not None}
+    return parse_spec(values), out
+
+
+def _prepare(console: Console, spec: Spec, out: Path, rank: int | None, tables: bool) -> Experiment:
+    from dpsyngen.experiments.experiment import Experiment
+
+    if rank:
+        # Rank 0 makes the folder.
+        for _ in range(600):
+            if (out / "experiment.json").exists() and "jobs" in Experiment(out).about:
+                return Experiment(out)
+            time.sleep(0.5)
+        raise ConfigError(f"rank 0 has not made {out} in five minutes: is it on a file system that all ranks share?")
+    if tables:
+        return Experiment(out)
+    from dpsyngen.experiments.cost import privacy_cost, require_budget
+    from dpsyngen.experiments.grid import jobs_of
+
+    jobs = jobs_of(spec)
+    shape = _shape(spec)
+    cost = privacy_cost(spec, jobs, shape)
+    require_budget(spec, [job for job in jobs if not (out / "runs" / job.name / "run.json").exists()], shape)
+    experiment = Experiment.open_or_create(out, spec)
+    experiment.note(privacy=cost.to_dict(), jobs=len(jobs))
+    console.note(f"{_count(jobs)} in {out}")
+    console.note(cost.note())
+    return experiment
+
+
+def _shape(spec: Spec, without_images: bool = False) -> Shape:
+    from dpsyngen.config import load_config
+    from dpsyngen.experiments.runner import Images
+    from dpsyngen.training.plan import Shape, shape_of
+
+    facts = spec.data.facts
+    try:
+        images = Images(spec)
+    except DataError:
+        if not without_images or facts is None:
+            raise
+        return Shape(facts.resolution, facts.channels, tuple(f"class {i}" for i in range(facts.classes)), facts.records)
+    return shape_of(images.train, load_config(dict(spec.settings), preset=spec.preset))
+
+
+def _count(jobs: Any) -> str:
+    runs = sum(job.kind == "run" for job in jobs)
+    return f"{runs:,} runs and {len(jobs) - runs:,} references"
+
+
+def _work(console: Console, experiment: Experiment, processes: int, device: str, retry: bool, rank: int | None) -> bool:
+    from dpsyngen.experiments import pool
+
+    total = len(experiment.jobs)
+    done = sum(s.state == "done" for s in experiment.statuses().values())
+    with console.progress("jobs", total, "jobs", start=done) as progress:
+        if processes > 1:
+            return pool.processes(
+                experiment,
+                processes,
+                device,
+                retry=retry,
+                watch=lambda statuses: progress.update(_finished(statuses), _running(statuses)),
+            )
+
+        finished = done
+
+        def tell(job: Job, doing: str, at: int, of: int) -> None:
+            nonlocal finished
+            if doing.startswith("training") and at == 1:
+                finished = _finished(experiment.statuses())
+            progress.update(finished, f"{job.name}: {doing}{f' {at:,}/{of:,}' if of else ''}")
+
+        complete = pool.work(experiment, device, retry=retry, tell=tell)
+        if rank == 0 and complete:
+            # The others may still be at theirs.
+            while any(s.state in ("running", "waiting") for s in experiment.statuses().values()):
+                time.sleep(2)
+        progress.update(_finished(experiment.statuses()))
+        return complete
+
+
+def _finished(statuses: dict[str, Status]) -> int:
+    return sum(s.state in ("done", "failed") for s in statuses.values())
+
+
+def _running(statuses: dict[str, Status]) -> str:
+    return "; ".join(
+        f"{name}: {s.doing}{f' {s.done:,}/{s.total:,}' if s.total else ''}"
+        for name, s in statuses.items()
+        if s.state == "running"
+    )
+
+
+def _finish(console: Console, experiment: Experiment, finished: bool) -> None:
+    from dpsyngen.experiments.results import write_results
+    from dpsyngen.experiments.tables import print_tables
+    from dpsyngen.report.comparison import write_comparison
+
+    statuses = experiment.statuses()
+    failed = {name: s.error for name, s in statuses.items() if s.state == "failed"}
+    done = sum(s.state == "done" for s in statuses.values())
+    experiment.note(
+        failed=failed,
+        missing=[name for name, s in statuses.items() if s.state in ("waiting", "stopped")],
+        seconds=experiment.seconds(),
+    )
+    for name, error in failed.items():
+        console.line(f"failed: {name}: {error}")
+    if done:
+        paths = write_results(experiment.path)
+        report = write_comparison(experiment.path, console.note)
+        print_tables(experiment.path, console)
+        console.line(f"PRIVATE figures: {', '.join(str(p) for p in paths)}")
+        console.line(f"PRIVATE report:  {report}")
+    left = len(statuses) - done - len(failed)
+    if left:
+        hours = experiment.spec.cost.hours
+        used = hours is not None and experiment.seconds() > 3600 * hours
+        why = f"cost.hours = {hours:g} are used up" if used else "interrupted"
+        console.line(
+            f"{why}: {left:,} of {len(statuses):,} jobs are left; go on with: dpsyngen compare {experiment.path}"
+        )
+        raise typer.Exit(0 if used else 130)
+    if failed:
+        console.line(f"{len(failed):,} jobs failed; try them again with: dpsyngen compare {experiment.path} --retry")
+        raise typer.Exit(FAILED)
+
+
+# ---------------------------------------------------------------------------------------------- dry run
+
+
+def _dry_run(
+    console: Console, spec: Spec, out: Path | None, device: str, processes: int, teraflops: float | None
+) -> None:
+    from dpsyngen.experiments.cost import privacy_cost
+    from dpsyngen.experiments.estimate import GPU_TERAFLOPS, estimate, hours
+    from dpsyngen.experiments.experiment import Experiment
+    from dpsyngen.experiments.grid import jobs_of
+
+    jobs = jobs_of(spec)
+    shape = _shape(spec, without_images=True)
+    cost = privacy_cost(spec, jobs, shape)
+    console.note("measuring a few steps of each kind …")
+    left = jobs
+    if out is not None and (out / "experiment.json").exists():
+        states = Experiment(out).statuses()
+        left = tuple(job for job in jobs if job.name not in states or states[job.name].state != "done")
+    found = estimate(spec, left, shape, device)
+    for line in _lines(spec, jobs, left, shape, cost):
+        console.line(line)
+    rate = teraflops or GPU_TERAFLOPS
+    core, share = ("core-", f"; {os.cpu_count() or 1} cores here") if device == "cpu" else ("", "")
+    console.line(
+        f"time         about {hours(found.total, core)} (public {hours(found.public, core)}, private "
+        f"{hours(found.private, core)}, sampling {hours(found.sampling, core)}, evaluation "
+        f"{hours(found.evaluation, core)}; references not counted), from steps measured on {device}{share}"
+    )
+    flops = found.public_flops + found.private_flops
+    console.line(
+        f"GPU          about {found.gpu_hours(rate):.3g} GPU-hours for {flops:.2g} floating-point operations of "
+        f"training, if a GPU sustains {rate:g} teraflops (an assumption; --gpu-teraflops)"
+    )
+    limit = spec.cost.hours
+    if limit is not None and found.total > 3600 * limit:
+        console.line(f"BEYOND       cost.hours = {limit:g}: no run is started after that")
+
+
+def _lines(spec: Spec, jobs: Any, left: Any, shape: Shape, cost: PrivacyCost) -> list[str]:
+    g = spec.grid
+    names = list(g.axes) or ["none"]
+    cases = [c.label or "(plain)" for c in g.cases]
+    size = f"{shape.channels}x{shape.resolution}x{shape.resolution}"
+    first = next((job.config for job in jobs if job.config is not None), None)
+    lines = [
+        f"experiment   {spec.name}",
+        f"data         {spec.data.train}: {shape.records:,} images {size}, {shape.num_classes or 'no'} classes; "
+        f"test {spec.data.test or 'none'}",
+        f"grid         {', '.join(g.variant)} × ε {', '.join(f'{e:g}' for e in g.epsilon)} × seeds "
+        f"{', '.join(map(str, g.seeds))}; axes {', '.join(names)}; cases {', '.join(cases)}",
+        f"jobs         {_count(jobs)}, {len(jobs) - len(left):,} of them done",
+    ]
+    if first is not None:
+        p = first.private
+        lines.append(
+            f"a run        preset {spec.preset}: network {first.network.size}, {p.steps:,} DP-SGD steps of batch "
+            f"{p.batch:,} (K = {p.copies}), {first.public.steps:,} public steps for each public network"
+        )
+    lines.append(f"privacy      {cost.note()}")
+    if cost.limit is not None:
+        lines.append(f"             within cost.total_epsilon = {cost.limit:g}")
+    return lines
+
+
+__all__ = ["FAILED", "compare"]

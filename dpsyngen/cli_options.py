@@ -1,0 +1,13 @@
+"""Options and arguments that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, made by `dpsyngen train --out`")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of text, for programs")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]

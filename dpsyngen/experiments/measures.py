@@ -1,0 +1,276 @@
+"""Results seen as a reader asks for them: the values of one measure over seeds, for each variant at each ε."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+from dpsyngen.experiments.job_result import Figure, JobResult
+from dpsyngen.experiments.results import Results
+from dpsyngen.experiments.statistics import Better
+
+VARIANT_NAMES = {
+    "dpdm": "DPDM",
+    "finetune": "FineTune",
+    "cleaning": "Cleaning",
+    "coarse": "Coarse",
+    "both": "Both",
+}
+METRIC_NAMES = {
+    "frechet": "Fréchet distance",
+    "kid": "kernel distance (KID)",
+    "sliced-wasserstein": "sliced Wasserstein distance",
+    "precision": "precision",
+    "density": "density",
+    "recall": "recall",
+    "coverage": "coverage",
+}
+"""In the order in which tables have them: distances first."""
+ON_NAMES = {
+    "cnn": "CNN",
+    "mlp": "MLP",
+    "logreg": "logistic regression",
+    "efficientnet-lite0": "EfficientNet-Lite0",
+    "inception": "Inception-v3",
+    "pixels": "pixels",
+    "pixels-pca": "pixels (PCA)",
+}
+"""Classifiers and feature extractors, in the order in which tables have them."""
+DP_PREFIX = "dp-"
+EQUAL_FACTS = ("records", "steps", "batch", "copies", "parameters", "threads")
+"""What runs at one ε must share for a comparison on equal terms."""
+
+
+def epsilon_name(epsilon: float) -> str:
+    """ "ε = 1", or "ε = ∞"."""
+    return "ε = ∞" if math.isinf(epsilon) else f"ε = {epsilon:g}"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure that runs are compared by.
+
+    Attributes:
+        metric: "accuracy" or a metric of features.
+        on: classifier or feature extractor.
+        better: which direction is better.
+    """
+
+    metric: str
+    on: str
+    better: Better
+
+    @property
+    def name(self) -> str:
+        """In a sentence: "CNN accuracy", "Fréchet distance on pixels (PCA)"."""
+        on = ON_NAMES.get(self.on, self.on)
+        if self.metric == "accuracy":
+            return f"{on} accuracy" if on.isupper() else f"accuracy of {on}"
+        return f"{self.metric_name} on {on}"
+
+    @property
+    def metric_name(self) -> str:
+        return METRIC_NAMES.get(self.metric, self.metric)
+
+    @property
+    def on_name(self) -> str:
+        return ON_NAMES.get(self.on, self.on)
+
+    @property
+    def scale(self) -> float:
+        """Factor from a stored value to a shown one: accuracies are shown in percent."""
+        return 100.0 if self.metric == "accuracy" else 1.0
+
+    @property
+    def unit(self) -> str:
+        """After a shown value."""
+        return " %" if self.metric == "accuracy" else ""
+
+    @property
+    def difference_unit(self) -> str:
+        """After a difference of shown values: percentage points."""
+        return " points" if self.metric == "accuracy" else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant with its settings: what has one mean at one ε."""
+
+    variant: str
+    label: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def variant_name(self) -> str:
+        return VARIANT_NAMES.get(self.variant, self.variant)
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant_name} ({self.settings_name})" if self.label else self.variant_name
+
+    @property
+    def settings_name(self) -> str:
+        return self.label.replace(",", ", ")
+
+
+class View:
+    """The results of an experiment, by measure, ε and row.
+
+    Args:
+        results: of the experiment.
+        baseline: variant that the others are compared with; None: the one of the specification.
+
+    Attributes:
+        rows: variants with their settings, in the order of tables.
+        epsilons: smallest first.
+        measures: accuracies first.
+    """
+
+    def __init__(self, results: Results, baseline: str | None = None) -> None:
+        self.results, self.baseline = results, baseline or results.baseline
+        rows: dict[Row, None] = {}
+        self._values: dict[tuple[str, str, str, float, Row], dict[int, float]] = {}
+        measures: dict[Measure, None] = {}
+        for job in results.runs:
+            row = row_of(job)
+            rows[row] = None
+            for f in job.figures():
+                if f.better is None or f.metric == "validation_accuracy":
+                    continue
+                self._values.setdefault((f.metric, f.on, f.of_class, job.epsilon, row), {})[job.seed] = f.value
+                if not f.of_class:
+                    measures[Measure(f.metric, f.on, f.better)] = None
+        self.rows = tuple(rows)
+        self.epsilons = results.epsilons
+        self.measures = tuple(sorted(measures, key=_measure_place))
+
+    @cached_property
+    def primary(self) -> Measure | None:
+        """What the headline is about: CNN accuracy if there is one, else the first measure.
+
+        The choice looks at names only, so it cannot favour a variant.
+        """
+        return next((m for m in self.measures if m.metric == "accuracy" and m.on == "cnn"), None) or (
+            self.measures[0] if self.measures else None
+        )
+
+    @cached_property
+    def labels(self) -> bool:
+        """Whether settings are varied."""
+        return any(row.label for row in self.rows)
+
+    def values(self, measure: Measure, epsilon: float, row: Row, of_class: str = "") -> list[float]:
+        """In the order of seeds, in the units that are shown; [] if there are none."""
+        found = self._values.get((measure.metric, measure.on, of_class, epsilon, row), {})
+        return [measure.scale * found[seed] for seed in sorted(found)]
+
+    def groups(self, measure: Measure, epsilon: float) -> dict[str, list[float]]:
+        """Values by name of the row, for those rows that have some."""
+        found = {row.name: self.values(measure, epsilon, row) for row in self.rows}
+        return {name: values for name, values in found.items() if values}
+
+    def classes(self, on: str) -> list[str]:
+        """Names of the classes that `on` was scored by."""
+        return list(dict.fromkeys(c for metric, o, c, _, _ in self._values if metric == "accuracy" and o == on and c))
+
+    def baselines(self, measure: Measure, epsilon: float) -> dict[str, str]:
+        """Name of the baseline of each row that has one at this ε.
+
+        It is the baseline variant with the same settings, or with as many of them as it looks at (DPDM has no τ).
+        """
+        out = {}
+        with_values = [row for row in self.rows if self.values(measure, epsilon, row)]
+        candidates = [row for row in with_values if row.variant == self.baseline]
+        for row in with_values:
+            fitting = [c for c in candidates if set(c.settings) <= set(row.settings)]
+            if row.variant != self.baseline and fitting:
+                out[row.name] = max(fitting, key=lambda c: len(c.settings)).name
+        return out
+
+    def reference(self, kind: str, measure: Measure, epsilon: float) -> list[float]:
+        """Values of a reference over seeds, in shown units.
+
+        Args:
+            kind: "real" (classifiers trained on real images), "dp-classifier", "programs" (images drawn by programs)
+                or "test" (real test images in place of generated ones).
+            measure: of which figure.
+            epsilon: matters for "dp-classifier" alone.
+        """
+        found: list[float] = []
+        if kind == "test":
+            found = [f.floor for f in self._of_runs(measure) if f.floor is not None]
+            return [measure.scale * fmean(found)] if found else []
+        for job in self.results.jobs:
+            if job.kind == kind and (kind != "dp-classifier" or job.epsilon == epsilon):
+                found += [f.value for f in job.figures() if _matches(f, measure)]
+        if kind == "programs" and not found:
+            ceilings = [f.ceiling for f in self._of_runs(measure) if f.ceiling is not None]
+            found = [fmean(ceilings)] if ceilings else []
+        return [measure.scale * v for v in found]
+
+    def _of_runs(self, measure: Measure) -> list[Figure]:
+        return [f for job in self.results.runs for f in job.figures() if _matches(f, measure)]
+
+    def seeds(self) -> list[int]:
+        """Numbers of seeds that rows have at an ε, without repetition."""
+        counts: dict[tuple[float, Row], int] = {}
+        for job in self.results.runs:
+            key = job.epsilon, row_of(job)
+            counts[key] = counts.get(key, 0) + 1
+        return sorted(set(counts.values()))
+
+    def unequal(self) -> list[str]:
+        """What differs between runs at one ε and settings but must not, in words."""
+        out = []
+        for epsilon in self.epsilons:
+            found: dict[str, dict[Any, list[str]]] = {}
+            for job in self.results.runs:
+                if job.epsilon == epsilon:
+                    for what, value in _terms(job):
+                        names = found.setdefault(what, {}).setdefault(value, [])
+                        name = row_of(job).name
+                        if name not in names:
+                            names.append(name)
+            for what, values in found.items():
+                if len(values) > 1 and what not in {axis.rsplit(".", 1)[-1] for axis in self.results.axes}:
+                    parts = [f"{value:,g} ({', '.join(names)})" for value, names in values.items()]
+                    out.append(f"{epsilon_name(epsilon)}: {what} {'; '.join(parts)}")
+        return out
+
+
+def row_of(job: JobResult) -> Row:
+    """The row that a run belongs to."""
+    settings = tuple(sorted((k, _frozen(v)) for k, v in job.settings.items()))
+    return Row(job.variant, job.label, settings)
+
+
+def _frozen(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _terms(job: JobResult) -> list[tuple[str, float]]:
+    terms = [(name, job.facts[name]) for name in EQUAL_FACTS if name in job.facts]
+    if job.delta is not None:
+        terms.append(("δ", job.delta))
+    for f in job.figures():
+        if f.images is not None and f.better is not None and not f.of_class and f.metric != "validation_accuracy":
+            what = "real test images" if f.metric == "accuracy" else "generated images"
+            terms.append((f"{what} ({ON_NAMES.get(f.on, f.on)})", f.images))
+    return list(dict.fromkeys(terms))
+
+
+def _matches(f: Figure, measure: Measure) -> bool:
+    return f.metric == measure.metric and f.on.removeprefix(DP_PREFIX) == measure.on and not f.of_class
+
+
+def _measure_place(m: Measure) -> tuple[Any, ...]:
+    return m.metric != "accuracy", _place(ON_NAMES, m.on), m.better == "higher", _place(METRIC_NAMES, m.metric)
+
+
+def _place(names: Sequence[str] | dict[str, str], name: str) -> tuple[int, str]:
+    listed = list(names)
+    return (listed.index(name) if name in listed else len(listed)), name

@@ -1,0 +1,184 @@
+"""Doing all jobs of an experiment: in this process, in several, or as one rank of torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dpsyngen.errors import DpsyngenError
+from dpsyngen.experiments.experiment import Experiment, Status, claimed
+from dpsyngen.experiments.grid import Job
+from dpsyngen.experiments.runner import Images, Stopped, Worker
+from dpsyngen.files import write_text
+
+Watch = Callable[[dict[str, Status]], None]
+
+
+def work(
+    experiment: Experiment,
+    device: str = "cpu",
+    *,
+    retry: bool = False,
+    tell: Callable[[Job, str, int, int], None] | None = None,
+) -> bool:
+    """Do jobs that nobody else does until none is left; several processes may work on one experiment.
+
+    Args:
+        experiment: its folder must be shared by all.
+        device: where to compute.
+        retry: try jobs that failed once more.
+        tell: called with what is being done.
+
+    Returns:
+        whether it went to the end; False if it was asked to stop, or the computing time is used up.
+
+    Raises:
+        ConfigError, DataError: the images cannot be read.
+    """
+    images: Images | None = None
+    retried: set[str] = set()
+    for job in experiment.jobs:
+        folder = experiment.work_path(job)
+        if experiment.result(job) is not None:
+            continue
+        hours = experiment.spec.cost.hours
+        if hours is not None and experiment.seconds() > 3600 * hours:
+            return False
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with claimed(folder / "lock", wait=False) as mine:
+            if not mine or experiment.result(job) is not None:
+                continue
+            failed = folder / "failed.json"
+            if failed.exists():
+                if not retry or job.name in retried:
+                    continue
+                retried.add(job.name)
+                failed.unlink()
+            images = images or Images(experiment.spec)
+            if not _one(experiment, images, job, device, folder, tell):
+                return False
+    return True
+
+
+def _one(
+    experiment: Experiment,
+    images: Images,
+    job: Job,
+    device: str,
+    folder: Path,
+    tell: Callable[[Job, str, int, int], None] | None,
+) -> bool:
+    """Do one job; False if it was stopped."""
+    told = 0.0
+
+    def say(doing: str, done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told > 1 or done == total:
+            told = now
+            write_text(folder / "status.json", json.dumps({"doing": doing, "done": done, "total": total}) + "\n", 0o600)
+        if tell:
+            tell(job, doing, done, total)
+
+    worker = Worker(experiment, images, device, say)
+    with _signals(worker):
+        try:
+            worker.do(job)
+        except Stopped:
+            return False
+        except (DpsyngenError, ArithmeticError, RuntimeError, ValueError) as error:
+            # One run that cannot be done must not cost the others.
+            about = {"error": f"{error}" or type(error).__name__, "trace": traceback.format_exc()}
+            write_text(folder / "failed.json", json.dumps(about, indent=1) + "\n", 0o600)
+    return True
+
+
+@contextmanager
+def _signals(worker: Worker) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the job with everything kept; a second one at once."""
+
+    def handler(number: int, frame: object) -> None:
+        if worker.stop_requested:
+            raise KeyboardInterrupt
+        worker.stop_requested = True
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def processes(experiment: Experiment, count: int, device: str, *, retry: bool, watch: Watch | None = None) -> bool:
+    """Do all jobs in `count` processes, each with its share of the cores.
+
+    Returns:
+        as :func:`work`.
+    """
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-m", "dpsyngen.experiments.worker", str(experiment.path), device]
+    command += ["--retry"] if retry else []
+    logs = experiment.path / "work"
+    running: list[subprocess.Popen[bytes]] = []
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in range(count):
+            log = os.open(logs / f"worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            # A group of its own: Ctrl-C on the terminal would otherwise reach them twice, and end them at once.
+            running.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
+            os.close(log)
+        while any(process.poll() is None for process in running):
+            time.sleep(0.5)
+            if watch:
+                watch(experiment.statuses())
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        for number, old in before.items():
+            signal.signal(number, old)
+    failed = [i for i, process in enumerate(running) if process.returncode not in (0, STOPPED)]
+    if failed and not stopped:
+        path = logs / f"worker-{failed[0]}.log"
+        tail = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+        from dpsyngen.errors import RunError
+
+        raise RunError(
+            f"{len(failed)} of {count} worker processes ended with an error; what they had done is kept.  The log "
+            f"{path} ends with: {' / '.join(tail)}"
+        )
+    return not stopped and all(process.returncode == 0 for process in running)
+
+
+STOPPED = 3
+"""Exit status of a worker that stopped before all jobs were done."""

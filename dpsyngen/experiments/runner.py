@@ -1,0 +1,412 @@
+"""Doing one job of an experiment: train, draw, measure.  Each part is kept, so an interrupted job goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpsyngen import api
+from dpsyngen.config import load_config
+from dpsyngen.data import ImageDataset
+from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.evaluation import FeatureSpec, evaluate_images
+from dpsyngen.experiments.experiment import Clock, Experiment, training_digest
+from dpsyngen.experiments.grid import Job, digest
+from dpsyngen.experiments.public_networks import shared
+from dpsyngen.experiments.references import dp_classifier_reference, real_reference
+from dpsyngen.experiments.spec import DataFacts, Spec
+from dpsyngen.files import write_atomically, write_text
+from dpsyngen.generator import Generator
+from dpsyngen.privacy.accounting import default_delta
+from dpsyngen.programs import make_program
+from dpsyngen.training.pipeline import Training
+from dpsyngen.training.run import Run
+
+Tell = Callable[[str, int, int], None]
+
+
+_DP_FACTS = ("network", "steps", "batch", "records", "parameters", "noise_multiplier", "learning_rate", "clipping_norm")
+
+
+class Stopped(Exception):
+    """The worker was asked to stop; everything is kept."""
+
+
+class Images:
+    """The real images of an experiment, read once by each process.
+
+    Attributes:
+        train: what the runs train on.
+        test: what they are scored on; None if there is none.
+
+    Raises:
+        ConfigError, DataError: they cannot be read, or training and test images do not go together.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        d = spec.data
+        section = {"source": d.train, "resolution": d.resolution, "channels": d.channels, "labels": d.labels}
+        config = load_config({"data": section})
+        self.train: ImageDataset = api.load_private(d.train, config)
+        _require(d.facts, self.train, d.train)
+        self.test: ImageDataset | None = None
+        if d.test is not None:
+            fixed = {
+                **section,
+                "resolution": self.train.resolution,
+                "channels": "grey" if self.train.channels == 1 else "rgb",
+            }
+            self.test = api.load_private(d.test, load_config({"data": fixed}))
+            if self.test.class_names != self.train.class_names:
+                raise DataError(
+                    f"the test images have the classes {', '.join(self.test.class_names) or '(none)'}, but the "
+                    f"training images {', '.join(self.train.class_names) or '(none)'}.  Give images with the same "
+                    "classes."
+                )
+        if spec.evaluation.classifiers and len(self.train.class_names) < 2:
+            raise ConfigError(
+                f"the images of {d.train} have {'one class' if self.train.class_names else 'no classes'}: there is "
+                "nothing to classify.  Give evaluation: {classifiers: []}."
+            )
+
+
+def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:
+    if facts is None:
+        return
+    found = DataFacts(
+        records=len(dataset),
+        resolution=dataset.resolution,
+        channels=dataset.channels,
+        classes=len(dataset.class_names),
+    )
+    wrong = [
+        f"{field} {getattr(found, field):,} instead of {getattr(facts, field):,}"
+        for field in DataFacts.model_fields
+        if getattr(found, field) != getattr(facts, field)
+    ]
+    if wrong:
+        raise DataError(
+            f"{name} is not what the specification says in data.facts: {', '.join(wrong)}.  Give the right data with "
+            "--data, or correct data.facts."
+        )
+
+
+class Worker:
+    """Does jobs, one at a time.
+
+    Args:
+        experiment: what they belong to.
+        images: the real images.
+        device: where to compute.
+        tell: called with what is being done, how much of it is done, and how much there is.
+
+    Attributes:
+        stop_requested: set it to stop soon, with everything kept; :meth:`do` then raises :class:`Stopped`.
+    """
+
+    def __init__(self, experiment: Experiment, images: Images, device: str, tell: Tell) -> None:
+        self.experiment, self.images, self.device, self._tell = experiment, images, device, tell
+        self._stop = False
+        self._training: Training | None = None
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    @stop_requested.setter
+    def stop_requested(self, value: bool) -> None:
+        self._stop = value
+        if self._training is not None:
+            self._training.stop_requested = value
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """Do a job, or what is left of it, and keep its result.  The caller holds the job's lock.
+
+        Raises:
+            Stopped: it was asked to.
+            DpsyngenError: it cannot be done.
+        """
+        folder = self.experiment.work_path(job)
+        if not (folder / "job.json").exists():
+            write_text(folder / "job.json", json.dumps({"settings": training_digest(job)}) + "\n", 0o600)
+        clock = Clock(folder / "times.json", self.device)
+        try:
+            parts = {"run": self._run, "real": self._real, "dp-classifier": self._dp, "programs": self._programs}
+            result = parts[job.kind](job, clock)
+        finally:
+            clock.add("other", save=True)
+        about = {
+            "job": job.name,
+            "kind": job.kind,
+            "variant": job.variant,
+            "epsilon": "inf" if math.isinf(job.epsilon) else job.epsilon,
+            "seed": job.seed,
+            "settings": job.settings,
+            "label": job.label,
+            "measured": self.experiment.measure_digest(job),
+        }
+        whole = about | result
+        path = self.experiment.result_path(job)
+        if path.exists():
+            # Measured in another way before: kept, as somebody may have quoted it.
+            earlier = path.with_name("earlier")
+            earlier.mkdir(mode=0o700, exist_ok=True)
+            path.rename(earlier / f"{job.name}.{digest(path.read_text(encoding='utf-8'))}.json")
+        write_text(path, json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n", 0o600)
+        return whole
+
+    def _machine(self) -> dict[str, Any]:
+        import torch
+
+        unit = "core-seconds" if self.device == "cpu" else "seconds"
+        return {"threads": torch.get_num_threads(), "device": self.device, "seconds_unit": unit}
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _say(self, doing: str, done: int = 0, total: int = 0) -> None:
+        self._tell(doing, done, total)
+        if self._stop:
+            raise Stopped
+
+    def _line(self, clock: Clock, part: str) -> Callable[[str], None]:
+        def tell(text: str) -> None:
+            clock.add(part)
+            self._say(text)
+
+        return tell
+
+    def _run(self, job: Job, clock: Clock) -> dict[str, Any]:
+        run = self._trained(job, clock)
+        config = run.config
+        release = str(Path("runs") / job.name / "release")
+        images, labels, drawn = self._drawn(job, run, clock)
+        evaluation = self._measured(images, labels, job, clock)
+        evaluation["sampling"] = drawn
+        ledger = run.finished_ledger()
+        mechanism = ledger.mechanisms[0] if ledger.mechanisms else None
+        records = config.data.records or len(self.images.train)
+        private, spent = config.private, clock.spent
+        # What another run spent on a network that both use counts for both: on its own this one would have spent it.
+        public = sum(_by_phase(clock).values()) + spent.get("shared public", 0.0)
+        return {
+            "delta": ledger.delta,
+            "private": not ledger.non_private and ledger.secure,
+            "epsilon_spent": None if ledger.non_private else ledger.epsilon(),
+            "facts": {
+                "steps": private.steps,
+                "batch": private.batch,
+                "copies": private.copies,
+                "records": records,
+                "private_images_seen": private.steps * private.batch,
+                "parameters": _parameters(run),
+                "noise_multiplier": mechanism.noise_multiplier if mechanism else 0.0,
+                "seconds_public": public,
+                "seconds_private": spent.get("private", 0.0),
+                "seconds_training": public + spent.get("private", 0.0),
+                "seconds_sampling": spent.get("sampling", 0.0),
+                "seconds_evaluation": spent.get("evaluation", 0.0),
+                **self._machine(),
+            },
+            "release": release,
+            "evaluation": evaluation,
+        }
+
+    def _trained(self, job: Job, clock: Clock) -> Run:
+        path = self.experiment.run_path(job)
+        if (path / "release" / "generator.json").exists():
+            return Run(path)
+        assert job.config is not None
+        begun = (path / "run.json").exists()
+        training = (
+            api.prepare_resume(path, self.images.train, self.device)
+            if begun
+            else api.prepare(job.config, path, self.images.train, self.device)
+        )
+        private = training.plan.stages.private.name
+        self._training, training.stop_requested = training, self._stop
+        try:
+            with training.run.lock():
+                self._tell("waiting for a public network that another run trains", 0, 0)
+                with shared(training, self.experiment.path / "public") as networks:
+                    clock.add("other")
+                    known = networks.take()
+                    if "shared public" not in clock.spent:
+                        clock.credit("shared public", known)
+                    phase = ""
+                    for p in training.steps():
+                        part = "private" if p.phase == private else f"public {p.phase}"
+                        clock.add(part)
+                        if p.phase != phase:
+                            # The public networks before this phase are finished.
+                            phase = p.phase
+                            networks.give(_by_phase(clock))
+                        self._tell(f"training: {p.phase}", p.step, p.steps)
+                    networks.give(_by_phase(clock))
+        finally:
+            self._training = None
+        if not training.run.complete:
+            raise Stopped
+        return training.run
+
+    def _drawn(self, job: Job, run: Run, clock: Clock) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+        s = self.experiment.spec.sampling
+        path = self.experiment.work_path(job) / "samples.npz"
+        generator = Generator(run.release, self.device)
+        wanted = s.model_dump(exclude={"images"}, exclude_none=True)
+        settings = {"seed": job.seed, **wanted}
+        stamp = digest([settings, generator.defaults, s.images, (run.release / "generator.json").read_text()])
+        kept = _load_samples(path, stamp)
+        if kept is not None:
+            return (*kept, {"seed": job.seed, "images": s.images, **wanted})
+        clock.add("other")
+
+        def progress(done: int, total: int) -> None:
+            clock.add("sampling")
+            self._say("drawing images", done, total)
+
+        samples = generator.sample(s.images, on_progress=progress, **settings)
+        clock.add("sampling")
+        arrays: dict[str, Any] = {"images": samples.images, "stamp": stamp}
+        if samples.labels is not None:
+            arrays["labels"] = samples.labels
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as f:
+                np.savez_compressed(f, **arrays)
+
+        write_atomically(path, write, 0o600)
+        return samples.images, samples.labels, {"images": s.images, **samples.settings}
+
+    def _measured(
+        self, images: np.ndarray, labels: np.ndarray | None, job: Job, clock: Clock, classifiers: bool = True
+    ) -> dict[str, Any]:
+        e = self.experiment.spec.evaluation
+        weights = None if e.inception_weights is None else Path(e.inception_weights)
+        clock.add("other")
+        result = evaluate_images(
+            images,
+            labels,
+            reference=self.images.train,
+            test=self.images.test,
+            programs=self._program_images(),
+            features=[FeatureSpec(f, weights) if f == "inception" else f for f in e.features],
+            metrics=e.metrics,
+            classifiers=e.classifiers if classifiers else (),
+            seed=job.seed,
+            device=self.device,
+            max_images=e.max_images,
+            bootstrap=e.bootstrap,
+            cache=self.experiment.path / "real",
+            on_progress=self._line(clock, "evaluation"),
+        )
+        clock.add("evaluation")
+        return result
+
+    def _program_images(self) -> np.ndarray | None:
+        """Images of the program, of seed 0, for the ceiling; None where the runs vary the program."""
+        spec = self.experiment.spec
+        varied = [*spec.grid.axes, *(n for c in spec.grid.cases for n in c.settings)]
+        if not spec.evaluation.features or any(n.startswith("program.") for n in varied):
+            return None
+        config = load_config(dict(spec.settings), preset=spec.preset)
+        train = self.images.train
+        program = make_program(
+            config.program.name,
+            resolution=train.resolution,
+            channels=train.channels,
+            seed=config.program.seed,
+            **config.program.params,
+        )
+        return program.batch(range(min(spec.evaluation.max_images, 5000)))
+
+    # ------------------------------------------------------------------------------------- references
+
+    def _programs(self, job: Job, clock: Clock) -> dict[str, Any]:
+        images = self._program_images()
+        if images is None:
+            raise ConfigError(
+                "the grid varies the program, so there is no one program to measure: leave 'programs' out of "
+                "references."
+            )
+        evaluation = self._measured(images, None, job, clock, classifiers=False)
+        return self._reference(evaluation, clock, images=len(images))
+
+    def _real(self, job: Job, clock: Clock) -> dict[str, Any]:
+        assert self.images.test is not None
+        cas = real_reference(
+            self.images.train,
+            self.images.test,
+            classifiers=self.experiment.spec.evaluation.classifiers,
+            seed=job.seed,
+            device=self.device,
+            on_progress=self._line(clock, "evaluation"),
+        )
+        clock.add("evaluation")
+        return self._reference({"features": {}, "cas": cas}, clock)
+
+    def _dp(self, job: Job, clock: Clock) -> dict[str, Any]:
+        assert self.images.test is not None
+        spec = self.experiment.spec
+        delta = load_config(dict(spec.settings), preset=spec.preset).privacy.delta
+        delta = default_delta(len(self.images.train)) if delta is None else delta
+        given = spec.dp_classifier.model_dump(exclude_none=True)
+        seed = None
+        if spec.noise == "seeded":
+            seed = int.from_bytes(bytes.fromhex(digest(job.name))[:7])
+        found = dp_classifier_reference(
+            self.images.train,
+            self.images.test,
+            epsilon=job.epsilon,
+            delta=delta,
+            seed=seed,
+            device=self.device,
+            on_progress=self._line(clock, "private"),
+            **given,
+        )
+        clock.add("private")
+        facts = {k: found[k] for k in _DP_FACTS}
+        evaluation = {"features": {}, "cas": found["cas"]}
+        return self._reference(evaluation, clock, delta=delta, private=found["private"], **facts)
+
+    def _reference(self, evaluation: dict[str, Any], clock: Clock, **facts: Any) -> dict[str, Any]:
+        spent = sum(clock.spent.values())
+        return {
+            "delta": facts.pop("delta", None),
+            "private": facts.pop("private", False),
+            "facts": {**self._machine(), **facts, "seconds_training": spent},
+            "release": None,
+            "evaluation": evaluation,
+        }
+
+
+def _by_phase(clock: Clock) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for key, value in clock.spent.items():
+        if key.startswith("public "):
+            out[key.removeprefix("public ")] = value
+    return out
+
+
+def _parameters(run: Run) -> int:
+    """Numbers in the private network."""
+    generator = Generator(run.release)
+    private = generator.networks[generator.stages.private.network]
+    return sum(p.numel() for p in private.parameters())
+
+
+def _load_samples(path: Path, stamp: str) -> tuple[np.ndarray, np.ndarray | None] | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["stamp"]) != stamp:
+                return None
+            return file["images"], file.get("labels")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # a damaged file is drawn again

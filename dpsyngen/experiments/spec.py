@@ -1,0 +1,318 @@
+"""What an experiment is: a grid of runs, how their generators are measured, and what it may cost.
+
+A specification is a YAML file.  It is public in the sense of METHOD.md: nothing in it may be chosen by looking at the
+private images.  What comes out of an experiment is private, all of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dpsyngen.config import DEFAULT_PRESET, MAX_EPSILON, Config, preset_names
+from dpsyngen.diffusion.stages import VARIANTS
+from dpsyngen.errors import ConfigError
+from dpsyngen.plain_yaml import read_yaml, read_yaml_file
+from dpsyngen.shown import listed, printable, shown
+
+VariantName = Literal["dpdm", "finetune", "cleaning", "coarse", "both"]
+Reference = Literal["real", "dp-classifier", "programs"]
+MOST_JOBS = 10_000
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,39}")
+# What a grid varies by its own name, or what the experiment itself decides.
+_RESERVED = {
+    "data": "set the data section of the specification",
+    "privacy.epsilon": "use grid.epsilon",
+    "privacy.insecure_seed": "use noise: seeded",
+    "privacy.budget": "use cost.budget_file",
+    "stages.variant": "use grid.variant",
+    "network.seed": "use grid.seeds",
+    "program.seed": "use grid.seeds",
+    "sampling": "set the sampling section of the specification",
+    "preset": "set preset at the top of the specification",
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataFacts(_Part):
+    """What is public about the images; lets `--dry-run` work without them, and a wrong data set be noticed."""
+
+    records: int = Field(ge=1, le=10**12)
+    resolution: int = Field(ge=8, le=256)
+    channels: Literal[1, 3]
+    classes: int = Field(ge=0, le=10**6)
+
+
+class DataSpec(_Part):
+    """The images of an experiment."""
+
+    train: str = Field(max_length=4096, description="private images: what `dpsyngen train --data` takes")
+    test: str | None = Field(None, max_length=4096, description="real test images, never trained on")
+    resolution: int | None = Field(None, ge=8, le=256)
+    channels: Literal["auto", "grey", "rgb"] = "auto"
+    labels: bool = True
+    facts: DataFacts | None = Field(None, description="what train must be like; None: whatever it is")
+
+
+class Case(_Part):
+    """A named combination of settings."""
+
+    label: str = Field("", max_length=40)
+    settings: dict[str, Any] = Field(default_factory=dict, description="full names, as stages.tau_coarse")
+
+
+class GridSpec(_Part):
+    """What is varied; every combination is a run."""
+
+    variant: tuple[VariantName, ...] = get_args(VariantName)
+    epsilon: tuple[float, ...] = Field((1.0, 10.0), description="ε of a run; inf trains without privacy")
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="of the network, the programs, the sampling")
+    axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict, description="settings by full name, all combined")
+    cases: tuple[Case, ...] = Field((Case(),), description="named combinations, each with all axes")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        """``seeds: 3`` means 0, 1, 2."""
+        if isinstance(value, bool):
+            raise ValueError("give the seeds, such as [0, 1, 2], or how many")
+        return range(value) if isinstance(value, int) and 0 < value <= MOST_JOBS else value
+
+    @field_validator("variant", "epsilon", "seeds", "cases")
+    @classmethod
+    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("it is empty: leave it out for the default, or give at least one")
+        if len({repr(v) for v in value}) < len(value):
+            raise ValueError("something is in it twice")
+        return value
+
+    @field_validator("epsilon", mode="before")
+    @classmethod
+    def _infinite(cls, value: Any) -> Any:
+        one = [value] if isinstance(value, int | float | str) else value
+        if not isinstance(one, list | tuple):
+            return value
+        return [math.inf if isinstance(e, str) and e.strip().lower() in ("inf", "∞") else e for e in one]
+
+    @model_validator(mode="after")
+    def _sound(self) -> GridSpec:
+        for e in self.epsilon:
+            if not e > 0 or MAX_EPSILON < e < math.inf:
+                raise ValueError(f"epsilon {e:g} must be above 0 and at most {MAX_EPSILON:g}, or inf for no privacy")
+        for s in self.seeds:
+            if not 0 <= s < 2**32:
+                raise ValueError(f"the seed {s} must be 0 or more, and below 2^32")
+        labels = [c.label for c in self.cases]
+        if len(set(labels)) < len(labels):
+            raise ValueError("two cases have the same label")
+        for label in labels:
+            if label and not _LABEL.fullmatch(label):
+                raise ValueError(
+                    f"the label {shown(label)} of a case must be up to 40 letters, digits and ._=+-: it names folders"
+                )
+        for name in (*self.axes, *(n for c in self.cases for n in c.settings)):
+            check_setting(name)
+        for name, values in self.axes.items():
+            if not values or len({repr(v) for v in values}) < len(values):
+                raise ValueError(f"the axis {name} is empty or has a value twice")
+            for case in self.cases:
+                if name in case.settings:
+                    raise ValueError(f"{name} is an axis and set by the case {case.label!r}: give it one place")
+        return self
+
+
+class SamplingSpec(_Part):
+    """How generated images are drawn; None: as the preset says."""
+
+    images: int = Field(5000, ge=2, le=10**7)
+    sampler: Literal["ddim", "heun", "dpmpp"] | None = None
+    steps: int | None = Field(None, ge=1, le=10_000)
+    guidance: float | None = Field(None, ge=0, le=1e6)
+    churn: float | None = Field(None, ge=0, le=1e6)
+
+
+class EvaluationSpec(_Part):
+    """What is measured; see docs/metrics.md and docs/cas.md."""
+
+    features: tuple[str, ...] = ("pixels-pca", "efficientnet-lite0")
+    metrics: tuple[str, ...] = (
+        "frechet",
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "sliced-wasserstein",
+    )
+    classifiers: tuple[str, ...] = ("logreg", "mlp", "cnn")
+    max_images: int = Field(10_000, ge=2, le=10**7, description="of each set, for features")
+    bootstrap: int = Field(200, ge=0, le=100_000, description="replicates for intervals; 0: none")
+    inception_weights: str | None = Field(None, max_length=4096)
+
+    @model_validator(mode="after")
+    def _known(self) -> EvaluationSpec:
+        from dpsyngen.evaluation.cas import NAMES
+        from dpsyngen.evaluation.features import FeatureSpec
+        from dpsyngen.evaluation.figures import check_sizes, checked_metrics
+
+        # All of this is refused where it is used, too; that would be after hours of training.
+        try:
+            for name in self.features:
+                FeatureSpec(name)
+            checked_metrics(self.metrics)
+            check_sizes(self.bootstrap, self.max_images)
+        except ConfigError as error:
+            raise ValueError(str(error).rstrip(".")) from None
+        unknown = [name for name in self.classifiers if name not in NAMES]
+        if unknown:
+            raise ValueError(f"classifiers are {listed(unknown)}, but must be among {', '.join(NAMES)}")
+        return self
+
+
+class DpClassifierSpec(_Part):
+    """The reference that trains a classifier on the private images by DP-SGD; None: by rule from n and ε."""
+
+    steps: int | None = Field(None, ge=1, le=10**6)
+    batch: int | None = Field(None, ge=1, le=10**9)
+
+
+class CostSpec(_Part):
+    """What the experiment may use up."""
+
+    hours: float | None = Field(None, gt=0, le=10**6, description="of computing, all processes together; None: any")
+    total_epsilon: float | None = Field(None, gt=0, le=MAX_EPSILON, description="ε of all private runs together")
+    delta: float | None = Field(None, gt=0, lt=1, description="δ of that; None: the runs'")
+    budget_file: str | None = Field(None, max_length=4096, description="see `dpsyngen budget`; every run reserves")
+
+
+class Spec(_Part):
+    """An experiment."""
+
+    name: str = Field(max_length=100)
+    description: str = Field("", max_length=4000)
+    data: DataSpec
+    preset: str = DEFAULT_PRESET
+    settings: dict[str, Any] = Field(default_factory=dict, description="of all runs, as in a configuration file")
+    grid: GridSpec = GridSpec()
+    references: tuple[Reference, ...] = get_args(Reference)
+    dp_classifier: DpClassifierSpec = DpClassifierSpec()
+    baseline: str = Field("dpdm", description="the variant that the others are compared with")
+    sampling: SamplingSpec = SamplingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    cost: CostSpec = CostSpec()
+    noise: Literal["system", "seeded"] = Field(
+        "system", description="seeded: the same numbers each time, for public data; stamps every run NOT PRIVATE"
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Spec:
+        if self.preset not in preset_names():
+            raise ValueError(f"preset is {shown(self.preset)}, but must be one of {', '.join(preset_names())}")
+        for section, values in self.settings.items():
+            for name in values if isinstance(values, dict) else ():
+                check_setting(f"{section}.{name}", exists=False)
+            if not isinstance(values, dict):
+                raise ValueError(f"settings.{section} must be a section with settings in it")
+        if self.baseline not in VARIANTS:
+            raise ValueError(f"baseline is {shown(self.baseline)}, but must be one of {', '.join(VARIANTS)}")
+        if self.noise == "seeded" and (self.cost.budget_file or self.cost.total_epsilon):
+            raise ValueError(
+                "noise: seeded is for public data, where no privacy is spent; it does not go with cost.budget_file or "
+                "cost.total_epsilon"
+            )
+        if math.inf in self.grid.epsilon and (self.cost.budget_file or self.cost.total_epsilon):
+            raise ValueError(
+                "a run of ε = inf exceeds any privacy budget: leave it out of grid.epsilon, or drop the budget"
+            )
+        if self.data.test is None and self.evaluation.classifiers:
+            raise ValueError(
+                "data.test is missing: classifiers are scored on real test images.  Give some, or evaluation: "
+                "{classifiers: []}"
+            )
+        if not self.data.labels and self.evaluation.classifiers:
+            raise ValueError("without labels there is nothing to classify: give evaluation: {classifiers: []}")
+        return self
+
+    def to_yaml(self) -> str:
+        """As a file that gives this specification again, defaults written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def check_setting(name: str, exists: bool = True) -> None:
+    """Raise ValueError unless `name`, such as stages.tau_coarse, is a setting that an experiment may vary."""
+    section, _, rest = name.partition(".")
+    for reserved, instead in _RESERVED.items():
+        if name == reserved or section == reserved:
+            raise ValueError(f"{shown(name)} is not set here: {instead}")
+    if exists:
+        known = Config.model_fields.get(section)
+        fields = getattr(known.annotation, "model_fields", {}) if known else {}
+        if rest not in fields and not name.startswith("program.params."):
+            names = ", ".join(f"{section}.{f}" for f in fields) or "SECTION.NAME"
+            raise ValueError(f"there is no setting {shown(name)} (there are: {names})")
+
+
+def spec_names() -> tuple[str, ...]:
+    """Names of the specifications that ship with the package."""
+    folder = resources.files("dpsyngen") / "experiments" / "specs"
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+def load_spec(given: str | Path) -> Spec:
+    """Read a specification.
+
+    Args:
+        given: a YAML file, or a name from :func:`spec_names`.
+
+    Raises:
+        ConfigError: no such file or name, or something in it is not allowed; all problems at once.
+    """
+    if str(given) in spec_names():
+        source = resources.files("dpsyngen") / "experiments" / "specs" / f"{given}.yaml"
+        values = read_yaml(source.read_text(encoding="utf-8"), f"the specification {given}")
+    elif Path(given).exists():
+        values = read_yaml_file(Path(given), "the specification")
+    else:
+        raise ConfigError(
+            f"there is no file {printable(str(given))}, and no specification of that name ships with dpsyngen: those "
+            f"are {', '.join(spec_names())}."
+        )
+    return parse_spec(values, str(given))
+
+
+def parse_spec(values: Any, name: str = "the specification") -> Spec:
+    """A specification from nested mappings.
+
+    Raises:
+        ConfigError: something is not allowed; all problems at once.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{printable(name)} must hold a mapping of sections ({', '.join(Spec.model_fields)}).")
+    try:
+        return Spec.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors()[:20]:
+            place = printable(".".join(str(p) for p in problem["loc"]), 200)
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden":
+                message = "there is no such entry"
+            given = (
+                ""
+                if problem["type"] in ("extra_forbidden", "missing", "value_error")
+                else f" is {shown(problem['input'])}"
+            )
+            lines.append(f"{place}{given}: {message[:1].lower() + message[1:]}" if place else message)
+        raise ConfigError(f"{printable(name)}: {'; '.join(lines)}.") from None

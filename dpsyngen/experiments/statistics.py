@@ -1,0 +1,217 @@
+"""What a difference between variants is worth, given its spread over seeds.
+
+The unit is a run: its noise, its starting weights and its programs are drawn anew for each seed.  Runs that share a
+seed share the start and the sampling noise but not the DP noise, which dominates, so runs are taken as independent.
+Where sharing makes them alike, the test below only becomes more careful.
+
+The test is Welch's t test (Welch 1947), because spreads differ between variants, and Holm's correction (Holm 1979)
+holds the chance of *any* false alarm in a family of comparisons at 5 %.  Tests that pool spreads (Tukey, Dunnett) or
+use the studentised range with Welch's degrees of freedom (Games-Howell) are more powerful on paper, but with three
+seeds and unequal spreads their false alarms exceed 5 %: tests/experiments/test_statistics.py has the simulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+LEVEL = 0.05
+"""Chance of any false alarm in a family of comparisons; intervals have confidence 1 - LEVEL."""
+
+Better = Literal["lower", "higher"]
+Verdict = Literal["better", "worse", "not shown", "not tested"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Values of one variant over its seeds.
+
+    Attributes:
+        n: number of seeds.
+        mean: of them.
+        sd: sample standard deviation (n - 1); None for one seed.
+        low, high: 95 % confidence interval of the mean by Student's t; None for one seed.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of two variants.
+
+    Attributes:
+        first, second: names; the difference is first - second.
+        n_first, n_second: numbers of seeds.
+        difference: of the means.
+        low, high: 95 % confidence interval of this difference alone (Welch); None where there is no test.
+        p: two-sided, of this comparison alone; None where there is no test.
+        p_corrected: by Holm, for all comparisons of the family.
+        family: number of comparisons in the family.
+        better: which direction is better.
+    """
+
+    first: str
+    second: str
+    n_first: int
+    n_second: int
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    p_corrected: float | None
+    family: int
+    better: Better
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of `first` against `second`."""
+        if self.p_corrected is None:
+            return "not tested"
+        if self.p_corrected > LEVEL:
+            return "not shown"
+        return "better" if (self.difference > 0) == (self.better == "higher") else "worse"
+
+    @property
+    def reason(self) -> str:
+        """Why nothing was shown or tested; "" where something was shown."""
+        if self.verdict == "not tested":
+            fewest = min(self.n_first, self.n_second)
+            return (
+                "one seed each cannot show a difference"
+                if fewest < 2 and self.n_first == self.n_second
+                else "a variant with one seed cannot show a difference"
+                if fewest < 2
+                else "the values do not vary over seeds, so there is nothing to judge the difference by"
+            )
+        if self.verdict == "not shown":
+            text = f"no difference shown with {seeds_in_words(self.n_first, self.n_second)}"
+            if self.p is not None and self.p <= LEVEL:
+                text += f" once {self.family} comparisons are allowed for"
+            return text
+        return ""
+
+
+def seeds_in_words(first: int, second: int) -> str:
+    """ "3 seeds", or "3 and 2 seeds"."""
+    return f"{first} seeds" if first == second else f"{first} and {second} seeds"
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Mean, spread and interval over seeds.
+
+    Raises:
+        ValueError: there are no values.
+
+    >>> s = summarise([1.0, 2.0, 3.0])
+    >>> print(s.n, s.mean, s.sd, round(s.low, 4), round(s.high, 4))
+    3 2.0 1.0 -0.4841 4.4841
+    """
+    from scipy import stats
+
+    v = np.asarray(values, dtype=np.float64)
+    if not len(v):
+        raise ValueError("there are no values to summarise")
+    mean = float(v.mean())
+    if len(v) == 1:
+        return Summary(1, mean, None, None, None)
+    sd = float(v.std(ddof=1))
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(v) - 1)) * sd / math.sqrt(len(v))
+    return Summary(len(v), mean, sd, mean - half, mean + half)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p values corrected for their number by Holm's step-down method, in the given order.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    out = [0.0] * len(p)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[index]))
+        out[index] = highest
+    return out
+
+
+def compare(
+    pairs: Sequence[tuple[str, str]], groups: Mapping[str, Sequence[float]], better: Better
+) -> list[Comparison]:
+    """A family of comparisons, corrected together.
+
+    Args:
+        pairs: (first, second) names in `groups`.
+        groups: values over seeds of each variant.
+        better: which direction is better.
+
+    Guarantee: if no two of the compared means differ in truth and runs are independent and near normal, the chance
+    that any comparison is said to differ is at most 5 %, whatever the spreads.  For any pattern of true differences
+    the same holds of the comparisons that do not differ.
+    """
+    tested = [_welch(groups[a], groups[b]) for a, b in pairs]
+    numbers = [i for i, t in enumerate(tested) if t is not None]
+    corrected = dict(zip(numbers, holm([t[0] for t in tested if t is not None]), strict=True))
+    out = []
+    for i, ((a, b), test) in enumerate(zip(pairs, tested, strict=True)):
+        difference = float(np.mean(groups[a]) - np.mean(groups[b]))
+        p, low, high = (None, None, None) if test is None else test
+        n = len(groups[a]), len(groups[b])
+        out.append(Comparison(a, b, *n, difference, low, high, p, corrected.get(i), len(numbers), better))
+    return out
+
+
+def against_baselines(
+    baselines: Mapping[str, str], groups: Mapping[str, Sequence[float]], better: Better
+) -> list[Comparison]:
+    """Each variant against its baseline, as one family.
+
+    Args:
+        baselines: baseline of each variant to compare; both in `groups`.
+        groups: values over seeds.
+        better: which direction is better.
+    """
+    return compare([(a, b) for a, b in baselines.items() if a != b and groups[a] and groups[b]], groups, better)
+
+
+def best_of(groups: Mapping[str, Sequence[float]], better: Better) -> str:
+    """The name with the best mean; of equals, the first."""
+    sign = 1 if better == "higher" else -1
+    return max(groups, key=lambda name: sign * float(np.mean(groups[name])))
+
+
+def against_best(groups: Mapping[str, Sequence[float]], better: Better) -> list[Comparison]:
+    """Each variant against the one with the best mean.
+
+    Which is best is read off the same values, so the family is *all* pairs: only so is the chance of a false alarm
+    held whichever turns out best.
+    """
+    names = list(groups)
+    best = best_of(groups, better)
+    pairs = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
+    pairs = [(b, a) if a == best else (a, b) for a, b in pairs]
+    return [c for c in compare(pairs, groups, better) if c.second == best]
+
+
+def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] | None:
+    """(p, low, high) of mean(a) - mean(b); None where the values do not allow a test."""
+    from scipy import stats
+
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if len(x) < 2 or len(y) < 2:
+        return None
+    u, v = float(x.var(ddof=1)) / len(x), float(y.var(ddof=1)) / len(y)
+    # Equal values leave rounding errors of the mean behind.
+    if u + v <= (1e-12 * max(float(np.abs(x).max()), float(np.abs(y).max()))) ** 2:
+        return None
+    freedom = (u + v) ** 2 / (u**2 / (len(x) - 1) + v**2 / (len(y) - 1))
+    difference, error = float(x.mean() - y.mean()), math.sqrt(u + v)
+    half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
+    return float(2 * stats.t.sf(abs(difference) / error, freedom)), difference - half, difference + half

@@ -1,0 +1,321 @@
+"""The tables of a comparison, as values: what they say is decided here, how they look is decided where they are shown.
+
+Numbers have as many digits as their spread allows, so that nobody reads a difference out of a last digit.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dpsyngen.experiments.measures import Measure, Row, View, epsilon_name, row_of
+from dpsyngen.experiments.statistics import (
+    Comparison,
+    Summary,
+    against_baselines,
+    against_best,
+    best_of,
+    summarise,
+)
+from dpsyngen.experiments.wording import column_decimals, decimals_for, difference_decimals, mean_text, number, p_text
+
+REFERENCES = (
+    ("test", "real test images (floor)"),
+    ("real", "trained on real images"),
+    ("dp-classifier", "DP-SGD classifier, same ε"),
+    ("programs", "images of programs (ceiling)"),
+)
+_MOST_CLASSES = 60
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: what it says.
+        mark: "best" for the best mean of its column, "tied" for those not shown to differ from it, else "".
+        n: number of seeds, where it is not the usual one.
+    """
+
+    text: str
+    mark: Literal["", "best", "tied"] = ""
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row.
+
+    Attributes:
+        heads: texts of the head columns.
+        cells: one a column.
+        reference: no row of the grid.
+    """
+
+    heads: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        key: short name, for links.
+        title: caption.
+        heads: names of the head columns.
+        groups: (name of the group, names of its columns); the name is "" where there is one group.
+        rows: references last.
+        notes: how to read it.
+        numeric: whether cells are figures.
+    """
+
+    key: str
+    title: str
+    heads: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[str, ...]], ...]
+    rows: tuple[TableRow, ...]
+    notes: tuple[str, ...] = ()
+    numeric: bool = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(column for _, columns in self.groups for column in columns)
+
+
+def all_tables(view: View) -> list[Table]:
+    """Every table for which there is data, in the order of the report."""
+    accuracies = [m for m in view.measures if m.metric == "accuracy"]
+    out = [figures_table(view, "accuracy", "Accuracy on real test images (CAS), %, by classifier", accuracies)]
+    for on in dict.fromkeys(m.on for m in view.measures if m.metric != "accuracy"):
+        for better, what in (("lower", "distances"), ("higher", "fidelity and diversity")):
+            these = [m for m in view.measures if m.on == on and m.metric != "accuracy" and m.better == better]
+            if these:
+                title = f"Features of {these[0].on_name}: {what} ({better} is better)"
+                out.append(figures_table(view, f"{on}-{better}", title, these))
+    out += [class_table(view), verdict_table(view), best_table(view), compute_table(view)]
+    return [table for table in out if table is not None]
+
+
+def figures_table(view: View, key: str, title: str, measures: Sequence[Measure]) -> Table | None:
+    """Rows are variants, a column group is an ε, a column in it a measure; None if there are no measures."""
+    if not measures:
+        return None
+    usual = max(view.seeds(), default=None)
+    grid: dict[Row, list[Cell]] = {row: [] for row in view.rows}
+    references: dict[str, list[Cell]] = {kind: [] for kind, _ in REFERENCES}
+    tested = False
+    for epsilon in view.epsilons:
+        for measure in measures:
+            groups = view.groups(measure, epsilon)
+            summaries = {name: summarise(values) for name, values in groups.items()}
+            digits = column_decimals(list(summaries.values()), _half_widths(view, measure, epsilon))
+            marks = marks_of(groups, measure)
+            tested = tested or "tied" in marks.values()
+            for row, cells in grid.items():
+                s = summaries.get(row.name)
+                if s is None:
+                    cells.append(Cell(_NONE))
+                else:
+                    n = None if s.n == usual else s.n
+                    cells.append(Cell(mean_text(s, digits), marks.get(row.name, ""), n))
+            for kind, cells in references.items():
+                values = view.reference(kind, measure, epsilon)
+                if not values:
+                    cells.append(Cell(_NONE))
+                    continue
+                s = summarise(values)
+                cells.append(Cell(mean_text(s, max(digits, _own_decimals(s)) if kind == "test" else digits)))
+    rows = [TableRow(_heads(view, row), tuple(cells)) for row, cells in grid.items()]
+    for kind, name in REFERENCES:
+        if any(cell.text != _NONE for cell in references[kind]):
+            heads = (name, "") if view.labels else (name,)
+            rows.append(TableRow(heads, tuple(references[kind]), reference=True))
+    on = len({m.metric for m in measures}) == 1 and measures[0].metric == "accuracy"
+    columns = tuple(m.on_name if on else m.metric_name for m in measures)
+    groups_ = tuple((epsilon_name(e), columns) for e in view.epsilons)
+    return Table(key, title, _head_names(view), groups_, tuple(rows), tuple(_notes(view, tested)))
+
+
+def marks_of(groups: dict[str, list[float]], measure: Measure) -> dict[str, Literal["", "best", "tied"]]:
+    """Which rows of a column are best, and which are not shown to differ from the best."""
+    if len(groups) < 2:
+        return {}
+    best = best_of(groups, measure.better)
+    out: dict[str, Literal["", "best", "tied"]] = {best: "best"}
+    for c in against_best(groups, measure.better):
+        if c.verdict == "not shown":
+            out[c.first] = "tied"
+    return out
+
+
+def _notes(view: View, tested: bool) -> list[str]:
+    counts = view.seeds()
+    if counts == [1]:
+        return ["One seed each: bold is the best value of its column, and no difference can be tested."]
+    notes = [
+        f"Mean ± standard deviation over {max(counts, default=0)} seeds, or n where it is given; the spread is that "
+        "of whole runs (noise, starting weights, programs, sampling).  Bold: best mean of its column."
+    ]
+    if tested:
+        notes.append(
+            "†: not shown to differ from the best of its column (Welch's t test, Holm's correction over all pairs of "
+            "the column, 5 %; stricter than against the baseline, as the best is read off the same figures).  It does "
+            "not mean that they are equal."
+        )
+    return notes
+
+
+def class_table(view: View) -> Table | None:
+    """Accuracy on the real test images of each class; rows are classes."""
+    measure = view.primary
+    if measure is None or measure.metric != "accuracy" or not (names := view.classes(measure.on)):
+        return None
+    columns = [(e, row) for e in view.epsilons for row in view.rows if view.values(measure, e, row, names[0])]
+    by_class = {name: [view.values(measure, e, row, name) for e, row in columns] for name in names}
+    notes = ["No tests here: among many classes some differ by chance."]
+    shown = names
+    if len(names) > _MOST_CLASSES:
+        shown = sorted(names, key=lambda n: statistics.fmean(v for values in by_class[n] for v in values))
+        shown = shown[:_MOST_CLASSES]
+        notes.append(f"The {_MOST_CLASSES} hardest of {len(names):,} classes.")
+    digits = [
+        column_decimals([summarise(by_class[n][i]) for n in names if by_class[n][i]]) for i in range(len(columns))
+    ]
+
+    def cells(values: Sequence[Sequence[float]]) -> tuple[Cell, ...]:
+        return tuple(
+            Cell(mean_text(summarise(v), min(d, 1))) if v else Cell(_NONE) for v, d in zip(values, digits, strict=True)
+        )
+
+    rows = [TableRow((name,), cells(by_class[name])) for name in shown]
+    worst = [
+        [min(at) for at in zip(*(by_class[n][i] for n in names if by_class[n][i]), strict=False)]
+        for i in range(len(columns))
+    ]
+    rows.append(TableRow(("worst class of each run",), cells(worst), reference=True))
+    groups = tuple(
+        (epsilon_name(e), tuple(row.name for at, row in columns if at == e))
+        for e in view.epsilons
+        if any(at == e for at, _ in columns)
+    )
+    return Table("classes", f"{measure.name} by class, %", ("class",), groups, tuple(rows), tuple(notes))
+
+
+def verdict_table(view: View) -> Table | None:
+    """Every variant against its baseline, by every measure and at every ε."""
+    rows = []
+    for measure in view.measures:
+        for epsilon in view.epsilons:
+            groups = view.groups(measure, epsilon)
+            family = against_baselines(view.baselines(measure, epsilon), groups, measure.better)
+            rows += [_verdict_row(c, measure, epsilon, (measure.name,)) for c in family]
+    heads = ("figure", "variant", "ε")
+    return _verdicts("verdicts", "Every figure against the baseline", heads, rows, "one figure at one ε")
+
+
+def best_table(view: View) -> Table | None:
+    """Every variant against the best one, by the primary measure."""
+    measure = view.primary
+    if measure is None:
+        return None
+    rows = []
+    for epsilon in view.epsilons:
+        groups = view.groups(measure, epsilon)
+        if len(groups) > 1:
+            rows += [_verdict_row(c, measure, epsilon) for c in against_best(groups, measure.better)]
+    title = f"{measure.name}: against the best mean"
+    return _verdicts("best", title, ("variant", "ε"), rows, "all pairs of variants at one ε")
+
+
+def _verdicts(key: str, title: str, heads: tuple[str, ...], rows: list[TableRow], family: str) -> Table | None:
+    if not rows:
+        return None
+    columns = ("compared with", "difference", "95 % CI", "p", "p, corrected", "verdict")
+    notes = (
+        "Welch's t test on runs.  The interval and p are those of one comparison alone; the verdict is at 5 % after "
+        f"Holm's correction within a family: {family}.  Over many families, expect one false alarm in twenty.",
+    )
+    return Table(key, title, heads, (("", columns),), tuple(rows), notes, numeric=False)
+
+
+def _verdict_row(c: Comparison, measure: Measure, epsilon: float, before: tuple[str, ...] = ()) -> TableRow:
+    digits = difference_decimals(c)
+    words = "no difference shown" if c.verdict == "not shown" else c.verdict
+    interval = _NONE if c.low is None or c.high is None else f"{number(c.low, digits)} to {number(c.high, digits)}"
+    cells = (
+        Cell(c.second),
+        Cell(number(c.difference, digits, True) + measure.difference_unit),
+        Cell(interval),
+        *(Cell(_NONE if p is None else p_text(p)) for p in (c.p, c.p_corrected)),
+        Cell(words, "best" if c.verdict in ("better", "worse") else ""),
+    )
+    return TableRow((*before, c.first, epsilon_name(epsilon).removeprefix("ε = ")), cells)
+
+
+def compute_table(view: View) -> Table | None:
+    """What the runs took."""
+    columns = (
+        ("seconds_public", "public training, min", 60.0),
+        ("seconds_private", "private training, min", 60.0),
+        ("seconds_training", "training, min", 60.0),
+        ("seconds_sampling", "sampling, min", 60.0),
+        ("seconds_evaluation", "evaluation, min", 60.0),
+        ("private_images_seen", "private images used", 1.0),
+        ("parameters", "parameters", 1.0),
+    )
+    figures: dict[tuple[Row, float], dict[str, list[float]]] = {}
+    for job in view.results.runs:
+        mine = figures.setdefault((row_of(job), job.epsilon), {})
+        for f in job.figures():
+            mine.setdefault(f.metric, []).append(f.value)
+    present = [c for c in columns if any(c[0] in found for found in figures.values())]
+    if not present:
+        return None
+    rows = []
+    for (row, epsilon), found in figures.items():
+        cells = []
+        for metric, _, unit in present:
+            s = summarise([v / unit for v in found[metric]]) if metric in found else None
+            cells.append(Cell(_NONE) if s is None else Cell(_plain(s)))
+        rows.append(TableRow((*_heads(view, row), epsilon_name(epsilon).removeprefix("ε = ")), tuple(cells)))
+    groups = (("", tuple(title for _, title, _ in present)),)
+    notes = (
+        "Mean ± standard deviation over seeds.  Times depend on the machine and on what else it did; on a CPU they "
+        "are counted for the threads that a run had.  “private images used” counts each use.",
+    )
+    return Table("compute", "Compute", (*_head_names(view), "ε"), groups, tuple(rows), notes)
+
+
+def _plain(s: Summary) -> str:
+    if not s.sd:
+        return f"{s.mean:,.0f}" if s.mean >= 100 else f"{s.mean:,.3g}"
+    return mean_text(s, max(0, min(2, decimals_for(s.sd))))
+
+
+def _own_decimals(s: Summary) -> int:
+    return 0 if s.mean == 0 else min(4, 1 - math.floor(math.log10(abs(s.mean))))
+
+
+def _half_widths(view: View, measure: Measure, epsilon: float) -> list[float]:
+    return [
+        measure.scale * (f.high - f.low) / 2
+        for job in view.results.runs
+        if job.epsilon == epsilon
+        for f in job.figures()
+        if (f.metric, f.on, f.of_class) == (measure.metric, measure.on, "") and f.low is not None and f.high is not None
+    ]
+
+
+def _heads(view: View, row: Row) -> tuple[str, ...]:
+    return (row.variant_name, row.settings_name or _NONE) if view.labels else (row.variant_name,)
+
+
+def _head_names(view: View) -> tuple[str, ...]:
+    return ("variant", "settings") if view.labels else ("variant",)

@@ -1,0 +1,234 @@
+"""The report of an experiment: one HTML file that stands alone.  It is private, as all figures of an experiment are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dpsyngen.certificate import Certificate, number
+from dpsyngen.errors import DpsyngenError
+from dpsyngen.experiments.job_result import JobResult
+from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, View, epsilon_name, row_of
+from dpsyngen.experiments.results import Results
+from dpsyngen.experiments.table_values import Cell, Table, TableRow, all_tables
+from dpsyngen.experiments.wording import answers
+from dpsyngen.files import write_text
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.report.comparison_plots import write_plots
+from dpsyngen.report.comparison_samples import NOISE_SEED, sample_grids
+from dpsyngen.report.rendering import render
+from dpsyngen.version import __version__
+
+
+def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None) -> Path:
+    """Write ``report.html`` and ``plots/`` of an experiment.
+
+    Args:
+        exp: its folder.
+        on_progress: called with a line now and then: drawing the images takes longest.
+
+    Raises:
+        RunError: not the folder of an experiment.
+    """
+    results = Results.load(exp)
+    view = View(results)
+    if on_progress:
+        on_progress("drawing plots")
+    plots = write_plots(view, exp / "plots")
+    tables = {table.key: table for table in all_tables(view)}
+    about = _about(exp)
+    values = {
+        "version": __version__,
+        "name": exp.resolve().name if results.experiment is None else results.experiment.spec.name,
+        "description": "" if results.experiment is None else results.experiment.spec.description,
+        "facts": list(_facts(view, about)),
+        "answers": [
+            {"epsilon": epsilon_name(a.epsilon), "headline": a.headline, "lines": a.lines} for a in answers(view)
+        ],
+        "measure": view.primary.name if view.primary else "",
+        "baseline": VARIANT_NAMES.get(view.baseline, view.baseline),
+        "predictable": any(not j.private and not math.isinf(j.epsilon) for j in results.runs),
+        "unequal": view.unequal(),
+        "failed": list(_failed(view, about)),
+        "tables": tables,
+        "features": [t for key, t in tables.items() if key.endswith(("-lower", "-higher"))],
+        "accuracy_plots": [p for p in plots if p.name.startswith("epsilon-accuracy")],
+        "feature_plots": [
+            p for p in plots if p.name.startswith("epsilon-") and not p.name.startswith("epsilon-accuracy")
+        ],
+        "threshold_plots": [p for p in plots if p.name.startswith("threshold-")],
+        "compute_plots": [p for p in plots if p.name.startswith("compute-")],
+        "class_plots": [p for p in plots if p.name == "classes"],
+        "grids": sample_grids(view, exp, on_progress),
+        "noise_seed": NOISE_SEED,
+        "protocol": list(_protocol(view)),
+        "privacy": about.get("privacy") if isinstance(about.get("privacy"), dict) else None,
+        "costs": _costs(results, exp),
+    }
+    path = exp / "report.html"
+    write_text(path, render("comparison.html.j2", values), 0o600)
+    return path
+
+
+def _about(exp: Path) -> dict[str, Any]:
+    """What ``experiment.json`` says; {} if it cannot be read."""
+    try:
+        about = json.loads((exp / "experiment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _facts(view: View, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    runs = view.results.runs
+    planned = view.results.experiment
+    count = len([job for job in planned.jobs if job.kind == "run"]) if planned is not None else len(runs)
+    yield "runs finished", f"{len(runs):,} of {count:,}"
+    yield "seeds", " to ".join(f"{n}" for n in sorted({min(s), max(s)})) if (s := view.seeds()) else "0"
+    yield "ε", ", ".join(epsilon_name(e).removeprefix("ε = ") for e in view.epsilons)
+    deltas = sorted({j.delta for j in runs if j.delta is not None})
+    if deltas:
+        yield "δ", ", ".join(f"{d:.3g}" for d in deltas)
+    yield "variants", ", ".join(dict.fromkeys(row.variant_name for row in view.rows))
+    if isinstance(about.get("seconds"), int | float):
+        yield "computing time", f"{about['seconds'] / 3600:,.1f} h"
+
+
+def _failed(view: View, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(job, what is the matter) of every job without figures."""
+    experiment = view.results.experiment
+    have = {job.job for job in view.results.jobs}
+    kept = about.get("failed")
+    failed: dict[str, Any] = kept if isinstance(kept, dict) else {}
+    skipped = dict(view.results.skipped)
+    if experiment is not None:
+        for job, status in experiment.statuses().items():
+            if job in have:
+                continue
+            if f"{job}.json" in skipped:
+                yield job, f"left out: {skipped.pop(f'{job}.json')}"
+            elif status.state == "failed":
+                yield job, f"failed: {status.error or failed.get(job, '')}"
+            else:
+                yield job, {"waiting": "not begun", "running": "running"}.get(status.state, "interrupted")
+    else:
+        yield from ((str(job), f"failed: {error}") for job, error in failed.items() if job not in have)
+        missing = about.get("missing")
+        yield from ((str(job), "not finished") for job in (missing if isinstance(missing, list) else ()))
+    yield from ((name, f"left out: {why}") for name, why in skipped.items())
+
+
+def _protocol(view: View) -> Iterator[tuple[str, str]]:
+    spec = None if view.results.experiment is None else view.results.experiment.spec
+    if spec is not None:
+        test = f"; real test images: {spec.data.test}" if spec.data.test else ""
+        yield "Images", f"Private training images: {spec.data.train}{test}."
+    drawn = {
+        ", ".join(f"{k} {s[k]}" for k in ("images", "sampler", "steps", "guidance") if k in s)
+        for j in view.results.runs
+        if isinstance(s := j.evaluation.get("sampling"), dict)
+    }
+    if drawn:
+        yield (
+            "Generated images",
+            f"For each run: {'; '.join(sorted(drawn))}.  Their seed is that of the run.",
+        )
+    yield from _measured(view.results.runs)
+    if any(j.kind == "real" for j in view.results.jobs):
+        yield "Trained on real images", "The same classifiers, trained on real training images: what CAS could reach."
+    if any(j.kind == "dp-classifier" for j in view.results.jobs):
+        yield (
+            "DP-SGD classifier",
+            "A classifier trained on the private images by DP-SGD at the same ε and δ.  Whoever wants nothing but a "
+            "classifier needs no generator, so a generator should come near it.",
+        )
+    if view.primary is not None:
+        yield (
+            "Main figure",
+            f"{view.primary.name}, chosen by its name before any result was looked at.  Baseline: "
+            f"{VARIANT_NAMES.get(view.baseline, view.baseline)}.",
+        )
+    yield (
+        "Spread",
+        "± is the standard deviation over seeds (n − 1).  A seed draws the starting weights, the programs' images and "
+        "the sampling noise anew, and every run has DP noise and batches of its own.  All runs share the real images, "
+        "so nothing here says how results would vary on other data.",
+    )
+    yield (
+        "Test",
+        "Welch's t test between the runs of two variants, taken as independent; two-sided.  Holm's correction holds "
+        "the chance of any false alarm within a family at 5 %: all comparisons with the baseline of one figure at one "
+        "ε, or all pairs where the best is looked for.  Confidence intervals are those of one comparison alone.  Three "
+        "seeds show large differences only: “no difference shown” is not “equal”.",
+    )
+    yield (
+        "Who chose what on what",
+        "A classifier's epoch or regularisation is chosen on generated images that it was not trained on; real test "
+        "images are used once, to score it.  Everything else was fixed by the specification.  Whoever picks a variant "
+        "or a setting by this report picks it by private images, which no ε here covers.",
+    )
+
+
+def _measured(runs: tuple[JobResult, ...]) -> Iterator[tuple[str, str]]:
+    classifiers: dict[tuple[str, str], list[str]] = {}
+    features: dict[str, list[str]] = {}
+    for job in runs:
+        for name, c in (job.evaluation.get("cas") or {}).items():
+            sizes = [f"{c[k]:,}" if isinstance(c.get(k), int) else "?" for k in ("n_train", "n_validation", "n_test")]
+            text = (
+                f"trained on {sizes[0]} generated images, chosen on {sizes[1]} held-out generated ones, scored once on "
+                f"{sizes[2]} real test images"
+            )
+            classifiers.setdefault((text, ""), []).append(ON_NAMES.get(name, name))
+        for name, f in (job.evaluation.get("features") or {}).items():
+            sizes = [f"{f[k]:,}" if isinstance(f.get(k), int) else "?" for k in ("generated_images", "real_images")]
+            few = "" if f.get("enough_images", True) else " (too few: the Fréchet distance is biased)"
+            text = f"{sizes[0]} generated images against {sizes[1]} real training images{few}"
+            features.setdefault(text, []).append(ON_NAMES.get(name, name))
+    for (text, _), names in classifiers.items():
+        yield "Classifiers", f"{', '.join(dict.fromkeys(names))}: {text}."
+    for text, names in features.items():
+        yield "Features", f"{', '.join(dict.fromkeys(names))}: {text}.  Floor: real test images in their place."
+
+
+def _costs(results: Results, exp: Path) -> Table:
+    """What each run's certificate states, and what its ledger holds."""
+    rows = []
+    for job in results.runs:
+        heads = (row_of(job).name, epsilon_name(job.epsilon).removeprefix("ε = "), str(job.seed))
+        rows.append(TableRow(heads, tuple(Cell(text) for text in _cost(job, exp))))
+    columns = ("ε stated", "δ", "steps", "sampling rate", "noise multiplier", "ledger entries", "state")
+    return Table(
+        "costs",
+        "Ledger of each run",
+        ("variant", "ε asked", "seed"),
+        (("", columns),),
+        tuple(rows),
+        ("“ε stated” is that of the run's certificate, computed from its ledger; it is the cost of that run alone.",),
+    )
+
+
+def _cost(job: JobResult, exp: Path) -> list[str]:
+    none = ["–"] * 6
+    if job.release is None:
+        return [*none, "no generator"]
+    release = exp / job.release
+    try:
+        c = Certificate.read(release / "privacy.json")
+        steps = [m for m in c.mechanisms if m.kind == "dp"]
+        entries = len(Ledger(release.parent / "private" / "ledger.jsonl").entries)
+    except (DpsyngenError, OSError):
+        return [*none, "certificate or ledger cannot be read"]
+    first = steps[0] if steps else None
+    return [
+        "∞" if c.epsilon == "inf" else number(c.epsilon, up=True),
+        number(c.delta, 3, up=True),
+        "–" if first is None else f"{first.count:,}",
+        "–" if first is None or first.sampling_rate is None else number(first.sampling_rate),
+        "–" if first is None or first.noise_multiplier is None else number(first.noise_multiplier),
+        str(entries),
+        "private" if c.private else f"NOT PRIVATE: {'; '.join(c.not_private_because)}",
+    ]

@@ -1,0 +1,142 @@
+"""The plan of a run: the public facts, who trains what, and the noise; refused while nothing is spent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dpsyngen.config import Config
+from dpsyngen.data import ImageDataset
+from dpsyngen.diffusion.stages import StageMap, stage_map
+from dpsyngen.diffusion.unet import check_resolution, named_size
+from dpsyngen.errors import ConfigError
+from dpsyngen.privacy.accounting import calibrate_noise, default_delta
+from dpsyngen.programs import TIERS, Program, make_program
+from dpsyngen.training.private import DpSgd
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is public about the images (METHOD.md: stated assumptions).
+
+    Attributes:
+        resolution: pixels.
+        channels: 1 or 3.
+        class_names: () for an unconditional generator.
+        records: declared number of records.
+    """
+
+    resolution: int
+    channels: int
+    class_names: tuple[str, ...]
+    records: int
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is fixed before any private image is used for training.
+
+    Attributes:
+        shape: the public facts.
+        stages: who trains what.
+        delta: δ.
+        mechanism: noise, rate, steps.
+    """
+
+    shape: Shape
+    stages: StageMap
+    delta: float
+    mechanism: DpSgd
+
+
+def shape_of(dataset: ImageDataset, config: Config) -> Shape:
+    """The public facts about a data set."""
+    names = dataset.class_names if config.data.labels else ()
+    return Shape(dataset.resolution, dataset.channels, names, config.data.records or len(dataset))
+
+
+def stages_of(config: Config) -> StageMap:
+    """The stage map that a configuration asks for."""
+    s = config.stages
+    return stage_map(
+        s.variant,
+        tau_cleaning=s.tau_cleaning,
+        tau_coarse=s.tau_coarse,
+        networks=s.networks,
+        pretrain=s.pretrain,
+    )
+
+
+def make_plan(config: Config, shape: Shape) -> Plan:
+    """Check everything that can be checked and calibrate the noise.
+
+    Raises:
+        ConfigError: the settings do not fit the data or each other.
+    """
+    n, batch = shape.records, config.private.batch
+    delta = default_delta(n) if config.privacy.delta is None else config.privacy.delta
+    if delta >= 1 / n:
+        raise ConfigError(
+            f"delta is {delta:.3g}, but must be below 1/records = {1 / n:.3g}: a larger δ would allow publishing some "
+            f"images outright.  Leave --delta out for {default_delta(n):.0e}."
+        )
+    if batch > n:
+        raise ConfigError(
+            f"the batch is {batch}, but there are only {n:,} records.  Choose --batch below that (a quarter of the "
+            "records is plenty)."
+        )
+    check_resolution(named_size(config.network.size), shape.resolution)
+    if shape.num_classes == 1:
+        raise ConfigError(
+            f"there is only one class ({shape.class_names[0]!r}), which leaves nothing to condition on.  Use "
+            "--unconditional, or give images of two classes or more."
+        )
+    stages = stages_of(config)
+    if math.isinf(config.privacy.epsilon):
+        noise = 0.0
+    else:
+        try:
+            noise = calibrate_noise(
+                config.privacy.epsilon,
+                delta,
+                sampling_rate=batch / n,
+                steps=config.private.steps,
+                group_size=config.privacy.group_size,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"no noise level gives ε = {config.privacy.epsilon} at δ = {delta:.3g} with {config.private.steps} "
+                f"steps of batch {batch} on {n:,} records ({error})  Use fewer steps or a larger ε."
+            ) from None
+    mechanism = DpSgd(n, noise, config.privacy.clipping_norm, config.private)
+    return Plan(shape, stages, delta, mechanism)
+
+
+def program_of(config: Config, shape: Shape) -> Program:
+    """The program that draws the public images, at the size of the private ones.
+
+    Raises:
+        ConfigError: it cannot be built, or has another prior tier than the configuration says.
+    """
+    c = config.program
+    program = make_program(c.name, resolution=shape.resolution, channels=shape.channels, seed=c.seed, **c.params)
+    if c.prior_tier not in (None, program.prior_tier):
+        raise ConfigError(
+            f"program.prior_tier={c.prior_tier}, but {c.name} has prior tier {program.prior_tier} "
+            f"({TIERS[program.prior_tier]}): correct it, or leave it out."
+        )
+    return program
+
+
+def with_whole_program(config: Config, program: Program) -> Config:
+    """The configuration with every parameter of the program, so that it draws the same wherever the run goes on.
+
+    A default may depend on what is there, such as the fonts of a system.
+    """
+    params = {k: v for k, v in program.config().items() if k not in ("name", "resolution", "channels", "seed")}
+    section = config.program.model_copy(update={"params": params, "prior_tier": program.prior_tier})
+    return config.model_copy(update={"program": section})

@@ -1,0 +1,180 @@
+"""What is kept of real images is never served for others, and never trusted when it is damaged."""
+
+from __future__ import annotations
+
+import stat
+
+import numpy as np
+import pytest
+
+from dpsyngen.data import load_images
+from dpsyngen.errors import DataError
+from dpsyngen.evaluation import evaluate_images
+from dpsyngen.evaluation.feature_cache import FeatureCache
+
+
+class Counting:
+    """Features that say which images, which weights and which call they are from."""
+
+    name = "counting"
+    dim = 3
+
+    def __init__(self, weights: int = 1, known: bool = True) -> None:
+        self.weights, self.known, self.calls = weights, known, 0
+
+    def config(self) -> dict:
+        return {"name": self.name}
+
+    def identity(self) -> dict | None:
+        return {"weights": self.weights} if self.known else None
+
+    def fit(self, reference) -> None:
+        raise AssertionError("nothing to fit")
+
+    def __call__(self, images, batch_size=None, on_progress=None) -> np.ndarray:
+        self.calls += 1
+        sums = images.reshape(len(images), -1).sum(1)
+        return np.stack([sums, sums * self.weights, np.full(len(images), self.calls)], 1).astype(np.float32)
+
+
+@pytest.fixture
+def images(tiny_images) -> np.ndarray:
+    return tiny_images(0)[0][:, None]
+
+
+def test_computed_once(tmp_path, images) -> None:
+    extractor = Counting()
+    lines: list[str] = []
+    first = FeatureCache(tmp_path / "c").features(extractor, images)
+    again = FeatureCache(tmp_path / "c").features(extractor, images, lines.append)
+    assert extractor.calls == 1
+    np.testing.assert_array_equal(first, again)
+    assert again.dtype == np.float32
+    assert "kept from before" in lines[0]
+
+
+def test_other_images_and_other_extractors_are_never_served(tmp_path, images) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.features(Counting(), images)
+    changed = images.copy()
+    changed[7, 0, 3, 3] ^= 1  # one bit of one pixel
+    reordered = images[::-1]
+    reshaped = images.reshape(len(images), 1, 4, 16)
+    for other in (changed, reordered, images[:-1], reshaped):
+        extractor = Counting()
+        np.testing.assert_array_equal(cache.features(extractor, other), Counting()(other))
+        assert extractor.calls == 1
+    heavier = Counting(weights=2)
+    np.testing.assert_array_equal(cache.features(heavier, images), Counting(weights=2)(images))
+    renamed = Counting()
+    renamed.name = "other"
+    cache.features(renamed, images)
+    assert heavier.calls == renamed.calls == 1
+
+
+def test_a_file_moved_to_another_name_is_not_believed(tmp_path, images) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.features(Counting(), images)
+    (first,) = tmp_path.iterdir()
+    other = 255 - images
+    cache.features(Counting(), other)
+    (second,) = set(tmp_path.iterdir()) - {first}
+    second.write_bytes(first.read_bytes())  # says the images are others than its name says
+    extractor = Counting()
+    np.testing.assert_array_equal(cache.features(extractor, other), Counting()(other))
+    assert extractor.calls == 1
+
+
+def rewritten(path, **changes: np.ndarray) -> None:
+    with np.load(path) as file:
+        arrays = dict(file)
+    with open(path, "wb") as file:
+        np.savez(file, **{**arrays, **changes})
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "numbers", "nan", "shape", "pickle", "folder"])
+def test_damaged_files_are_computed_again(tmp_path, images, damage) -> None:
+    cache = FeatureCache(tmp_path)
+    good = cache.features(Counting(), images)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("no features")
+    elif damage == "numbers":
+        rewritten(path, features=good + 1)
+    elif damage == "nan":
+        rewritten(path, features=np.full_like(good, np.nan))
+    elif damage == "shape":
+        rewritten(path, features=good[:-1])
+    elif damage == "pickle":
+        rewritten(path, features=np.array([{}] * len(images), dtype=object))
+    else:
+        path.unlink()
+        path.mkdir()
+    extractor = Counting()
+    if damage == "folder":
+        with pytest.raises(OSError, match=path.name):
+            cache.features(extractor, images)
+        return
+    np.testing.assert_array_equal(cache.features(extractor, images), good)
+    assert extractor.calls == 1
+    again = Counting()
+    np.testing.assert_array_equal(cache.features(again, images), good)  # and it is whole again
+    assert again.calls == 0
+
+
+def test_code_is_part_of_the_key(tmp_path, images, monkeypatch) -> None:
+    import dpsyngen.evaluation.feature_cache as module
+
+    cache = FeatureCache(tmp_path)
+    cache.features(Counting(), images)
+    for name, value in (("__version__", "other"), ("_CODE", ["other"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            extractor = Counting()
+            cache.features(extractor, images)
+            assert extractor.calls == 1, name
+
+
+def test_files_are_private_and_nothing_is_left_beside(tmp_path, images) -> None:
+    FeatureCache(tmp_path / "c").features(Counting(), images)
+    assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o700
+    (path,) = (tmp_path / "c").iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_what_cannot_be_identified_is_not_kept(tmp_path, images) -> None:
+    extractor = Counting(known=False)
+    for _ in range(2):
+        FeatureCache(tmp_path).features(extractor, images)
+        FeatureCache(None).features(Counting(), images)
+    assert extractor.calls == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, images) -> None:
+    (tmp_path / "c").write_text("")
+    with pytest.raises(DataError, match="no folder"):
+        FeatureCache(tmp_path / "c").features(Counting(), images)
+
+
+def test_an_evaluation_is_the_same_from_the_cache(tmp_path) -> None:
+    train, test = load_images("digits"), load_images("digits:test")
+    (tmp_path / "own.py").write_text("from torch import nn\nflat = nn.Sequential(nn.AvgPool2d(2), nn.Flatten())\n")
+    folder, name = tmp_path / "kept", f"{tmp_path}/own.py:flat"
+    options = {"reference": train, "test": test, "features": (name,), "max_images": 80}
+    drawn = 255 - train.images[:20]
+    plain = evaluate_images(train.images[:60], None, programs=drawn, **options)
+    first = evaluate_images(train.images[:60], None, programs=drawn, cache=folder, **options)
+    assert len(list(folder.iterdir())) == 3  # real training, test and programmatic images; not the generated ones
+    assert plain == first == evaluate_images(train.images[:60], None, programs=drawn, cache=folder, **options)
+    # The same folder serves another data set its own figures.
+    other = type(train)(255 - train.images, train.labels, train.class_names, train.source)
+    options["reference"] = other
+    from_cache = evaluate_images(train.images[:60], None, cache=folder, **options)
+    assert from_cache == evaluate_images(train.images[:60], None, **options)
+    assert from_cache["features"][name]["metrics"] != plain["features"][name]["metrics"]

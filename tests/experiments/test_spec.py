@@ -1,0 +1,94 @@
+"""Specifications of experiments: what is read, and what is refused before anything is done."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dpsyngen.errors import ConfigError
+from dpsyngen.experiments.spec import load_spec, parse_spec, spec_names
+
+SMALL = {"name": "x", "data": {"train": "digits", "test": "digits:test"}}
+
+
+@pytest.mark.parametrize("name", spec_names())
+def test_specifications_that_ship_are_valid_and_come_back_from_their_own_text(name, tmp_path) -> None:
+    spec = load_spec(name)
+    (tmp_path / "spec.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+    assert load_spec(tmp_path / "spec.yaml") == spec
+    assert spec.data.facts is not None  # so that --dry-run works without the images
+
+
+def test_defaults_are_the_five_variants_at_two_budgets_with_three_seeds() -> None:
+    g = parse_spec(SMALL).grid
+    assert g.variant == ("dpdm", "finetune", "cleaning", "coarse", "both")
+    assert (g.epsilon, g.seeds) == ((1.0, 10.0), (0, 1, 2))
+
+
+def test_seeds_may_be_counted_and_epsilon_infinite() -> None:
+    g = parse_spec({**SMALL, "grid": {"seeds": 2, "epsilon": ["inf", 3]}}).grid
+    assert (g.epsilon, g.seeds) == ((math.inf, 3.0), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"grid": {"variant": ["dpdm", "nonsense"]}}, "nonsense"),
+        ({"grid": {"variant": []}}, "empty"),
+        ({"grid": {"variant": ["dpdm", "dpdm"]}}, "twice"),
+        ({"grid": {"epsilon": [0]}}, "above 0"),
+        ({"grid": {"epsilon": [1e9]}}, "at most"),
+        ({"grid": {"epsilon": [float("nan")]}}, "above 0"),
+        ({"grid": {"seeds": [-1]}}, "0 or more"),
+        ({"grid": {"seeds": True}}, "how many"),
+        ({"grid": {"axes": {"stages.tau_corse": [1]}}}, "no setting 'stages.tau_corse'"),
+        ({"grid": {"axes": {"stages.tau_coarse": []}}}, "empty"),
+        ({"grid": {"axes": {"network.seed": [1, 2]}}}, "grid.seeds"),
+        ({"grid": {"axes": {"sampling.steps": [1, 2]}}}, "sampling section"),
+        ({"grid": {"cases": [{"label": "a b"}]}}, "letters"),
+        ({"grid": {"cases": [{"label": "a"}, {"label": "a", "settings": {"private.steps": 3}}]}}, "same label"),
+        (
+            {"grid": {"axes": {"private.steps": [3]}, "cases": [{"label": "a", "settings": {"private.steps": 3}}]}},
+            "one place",
+        ),
+        ({"settings": {"privacy": {"epsilon": 3}}}, "grid.epsilon"),
+        ({"settings": {"stages": {"variant": "both"}}}, "grid.variant"),
+        ({"settings": {"private": 3}}, "section"),
+        ({"preset": "nonsense"}, "preset"),
+        ({"baseline": "nonsense"}, "baseline"),
+        ({"references": ["nonsense"]}, "nonsense"),
+        ({"noise": "seeded", "cost": {"total_epsilon": 3}}, "seeded"),
+        ({"grid": {"epsilon": ["inf"]}, "cost": {"total_epsilon": 3}}, "inf"),
+        ({"cost": {"hours": 0}}, "hours"),
+        ({"evaluation": {"features": ["nonsense"]}}, "nonsense"),
+        ({"evaluation": {"metrics": ["nonsense"]}}, "nonsense"),
+        ({"evaluation": {"classifiers": ["nonsense"]}}, "nonsense"),
+        ({"evaluation": {"bootstrap": 3}}, "bootstrap"),
+        ({"data": {"train": "digits"}}, "data.test"),
+        ({"data": {"train": "digits", "test": "digits:test", "labels": False}}, "classify"),
+        ({"surprise": 1}, "no such entry"),
+        ({"name": None}, "name"),
+    ],
+)
+def test_a_wrong_entry_is_named(change, word) -> None:
+    with pytest.raises(ConfigError, match=word.replace(".", r"\.")):
+        parse_spec({**SMALL, **change})
+
+
+def test_several_problems_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_spec({**SMALL, "noise": "loud", "sampling": {"images": 0}})
+    assert "noise" in str(error.value)
+    assert "sampling.images" in str(error.value)
+
+
+def test_a_missing_file_says_what_there_is(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="fashion-mnist-small"):
+        load_spec(tmp_path / "none.yaml")
+
+
+def test_a_list_is_no_specification(tmp_path) -> None:
+    (tmp_path / "x.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_spec(tmp_path / "x.yaml")
