@@ -101,7 +101,7 @@ def _averaged(x: Tensor, average: list[Tensor]) -> Tensor:
 
 
 def _averaging(size: int, sigma: float, stride: int) -> Tensor:
-    """Matrix [positions, size] of a Gaussian average around every `stride`-th position, without those of the padding."""
+    """Matrix [positions, size] of a Gaussian average around every `stride`-th position, none of them padding."""
     distance = torch.arange(size, dtype=torch.float64) - torch.arange(0, size, stride, dtype=torch.float64)[:, None]
     distance = torch.minimum(distance.abs(), size - distance.abs())  # as the transform has it: the border wraps
     bump = torch.exp(-(distance**2) / (2 * sigma**2))

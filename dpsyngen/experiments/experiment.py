@@ -156,9 +156,9 @@ class Experiment:
         seconds = float((_read(self.work_path(job) / "times.json") or {}).get("total", 0.0))
         if self.result(job) is not None:
             return Status("done", seconds=seconds)
-        failed = _read(self.work_path(job) / "failed.json")
+        failed = self.failure(job)
         if failed is not None:
-            return Status("failed", error=str(failed.get("error", "")), seconds=seconds)
+            return Status("failed", error=failed, seconds=seconds)
         folder = self.work_path(job)
         if not folder.exists():
             return Status("waiting")
@@ -166,6 +166,13 @@ class Experiment:
         at = str(said.get("doing", "")), int(said.get("done", 0)), int(said.get("total", 0))
         with claimed(folder / "lock", wait=False) as free:
             return Status("stopped" if free else "running", *at, seconds=seconds)
+
+    def failure(self, job: Job) -> str | None:
+        """Why a job failed; None if it did not, or would be done in another way now."""
+        failed = _read(self.work_path(job) / "failed.json")
+        return (
+            None if failed is None or failed.get("measured") != self.measure_digest(job) else str(failed.get("error"))
+        )
 
     def statuses(self) -> dict[str, Status]:
         """Of all jobs, by name."""

@@ -45,7 +45,6 @@ def work(
         ConfigError, DataError: the images cannot be read.
     """
     images: Images | None = None
-    retried: set[str] = set()
     for job in experiment.jobs:
         folder = experiment.work_path(job)
         if experiment.result(job) is not None:
@@ -57,12 +56,10 @@ def work(
         with claimed(folder / "lock", wait=False) as mine:
             if not mine or experiment.result(job) is not None:
                 continue
-            failed = folder / "failed.json"
-            if failed.exists():
-                if not retry or job.name in retried:
+            if experiment.failure(job) is not None:
+                if not retry:
                     continue
-                retried.add(job.name)
-                failed.unlink()
+                (folder / "failed.json").unlink()
             images = images or Images(experiment.spec)
             if not _one(experiment, images, job, device, folder, tell):
                 return False
@@ -97,7 +94,11 @@ def _one(
             return False
         except (DpsyngenError, ArithmeticError, RuntimeError, ValueError) as error:
             # One run that cannot be done must not cost the others.
-            about = {"error": f"{error}" or type(error).__name__, "trace": traceback.format_exc()}
+            about = {
+                "error": f"{error}" or type(error).__name__,
+                "trace": traceback.format_exc(),
+                "measured": experiment.measure_digest(job),
+            }
             write_text(folder / "failed.json", json.dumps(about, indent=1) + "\n", 0o600)
     return True
 

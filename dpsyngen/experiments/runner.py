@@ -151,6 +151,7 @@ class Worker:
             "label": job.label,
             "measured": self.experiment.measure_digest(job),
         }
+        result["evaluation"]["class_names"] = list(self.images.train.class_names)
         whole = about | result
         path = self.experiment.result_path(job)
         if path.exists():

@@ -243,6 +243,17 @@ def test_a_failed_job_costs_no_other_and_is_tried_again_when_asked(tiny_spec, tm
     assert experiment.status(first).state == "done"
 
 
+def test_what_failed_to_be_measured_is_tried_again_when_it_is_measured_otherwise(tiny_spec, tmp_path) -> None:
+    grid = {"variant": ["dpdm"], "epsilon": [3], "seeds": 1}
+    measured = {"features": [], "classifiers": ["logreg"]}
+    few = made(tiny_spec(grid=grid, evaluation=measured), tmp_path / "x")
+    pool.work(few)
+    assert "too few" in few.status(few.jobs[0]).error
+    more = made(tiny_spec(grid=grid, evaluation=measured, sampling={"images": 60, "steps": 2}), tmp_path / "x")
+    pool.work(more)
+    assert more.status(more.jobs[0]).state == "done"
+
+
 def test_no_run_is_begun_when_the_computing_time_is_used_up(tiny_spec, tmp_path) -> None:
     experiment = made(tiny_spec(cost={"hours": 1e-9}), tmp_path / "x")
     assert not pool.work(experiment)
@@ -307,9 +318,10 @@ def test_an_experiment_that_does_not_fit_into_a_budget_file_is_refused_whole(tin
 def test_the_command_runs_all_and_says_where_the_figures_are(tiny_spec, tmp_path, call) -> None:
     measured = {"features": ["pixels-pca"], "metrics": ["frechet"], "classifiers": ["logreg"], "bootstrap": 0}
     grid = {"variant": ["dpdm", "cleaning"], "epsilon": [3], "seeds": 2}
-    spec = tiny_spec(evaluation=measured, grid=grid, references=["real", "programs"])
+    sampling = {"images": 60, "steps": 2}
+    spec = tiny_spec(evaluation=measured, grid=grid, sampling=sampling, references=["real", "programs"])
     code, out, err = call("compare", spec, "--out", tmp_path / "x")
-    assert code == 0, err
+    assert code == 0, out + err
     assert "PRIVATE" in out
     assert (tmp_path / "x" / "report.html").exists()
     assert (tmp_path / "x" / "results.csv").exists()
