@@ -39,7 +39,7 @@ DPDM's published MNIST runs (1.5 million parameters, batch 4096, K = 32, 300 epo
 (METHOD.md); by our count of operations that is what such small networks keep of an A100's 19.5 (docs/comparing.md).
 """
 
-_IMAGES = 128  # noisy images a measured step has, about; a network of millions of parameters takes seconds for them
+_FEWEST, _MOST, _FLOPS = 16, 128, 1e11  # noisy images of a measured step: as many as a CPU core does in some seconds
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,10 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
         device: where.
     """
     copies = config.private.copies
-    batch = max(2, min(config.private.batch, _IMAGES // copies))
-    public_batch = max(2, min(config.public.batch, _IMAGES // config.public.copies))
+    flops = _flops(make_denoiser(config, shape, conditional=True, seed=0), shape)
+    noisy = min(max(round(_FLOPS / flops), _FEWEST), _MOST)
+    batch = max(2, min(config.private.batch, noisy // copies))
+    public_batch = max(2, min(config.public.batch, noisy // config.public.copies))
     rng = np.random.default_rng(0)
     n = 4 * batch
     images = rng.integers(0, 256, (n, shape.channels, shape.resolution, shape.resolution), dtype=np.uint8)
@@ -146,12 +148,11 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
         begun = now_is()
         generator.sample(count, steps=2, sampler="ddim")
         drawing = (now_is() - begun) / (2 * count)
-    denoiser = make_denoiser(config, shape, conditional=True, seed=0)
     return StepTimes(
         min(taken["public"]) / (public_batch * config.public.copies),
         min(taken["private"]) / (batch * copies),
         drawing,
-        _flops(denoiser, shape),
+        flops,
     )
 
 
