@@ -31,6 +31,7 @@ class JobResult:
         facts: steps, seconds and so on; numbers by name.
         release: folder of the generator in the experiment's folder, or None.
         evaluation: what :func:`dpsyngen.evaluation.evaluate_images` found.
+        seconds_unit: "core-seconds" on a CPU, "seconds" elsewhere.
     """
 
     job: str
@@ -45,6 +46,7 @@ class JobResult:
     facts: dict[str, float]
     release: str | None
     evaluation: dict[str, Any] = field(repr=False)
+    seconds_unit: str = "seconds"
 
     @classmethod
     def parse(cls, text: str, name: str) -> JobResult:
@@ -75,6 +77,7 @@ class JobResult:
                 facts=facts,
                 release=None if release is None else str(release),
                 evaluation=dict(evaluation or {}),
+                seconds_unit=str((v.get("facts") or {}).get("seconds_unit", "seconds")),
             )
         except KeyError as error:
             raise ValueError(f"it has no {error}") from None
@@ -140,7 +143,7 @@ class JobResult:
         if self.images_seen is not None:
             facts["private_images_seen"] = self.images_seen
         for name in sorted(facts):
-            yield Figure(name, "", "", facts[name], unit="s" if name.startswith("seconds_") else "")
+            yield Figure(name, "", "", facts[name], unit=self.seconds_unit if name.startswith("seconds_") else "")
 
 
 @dataclass(frozen=True)

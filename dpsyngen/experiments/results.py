@@ -90,6 +90,11 @@ class Results:
         return tuple(j for j in self.jobs if j.kind == "run")
 
     @property
+    def core(self) -> str:
+        """What stands before a unit of time: "core-" if all times are core-seconds."""
+        return "core-" if self.runs and all(j.seconds_unit == "core-seconds" for j in self.runs) else ""
+
+    @property
     def epsilons(self) -> tuple[float, ...]:
         """ε of the runs, smallest first."""
         return tuple(sorted({j.epsilon for j in self.runs}))

@@ -261,12 +261,13 @@ def _verdict_row(c: Comparison, measure: Measure, epsilon: float, before: tuple[
 
 def compute_table(view: View) -> Table | None:
     """What the runs took."""
+    minutes = f"{view.results.core}min"
     columns = (
-        ("seconds_public", "public training, min", 60.0),
-        ("seconds_private", "private training, min", 60.0),
-        ("seconds_training", "training, min", 60.0),
-        ("seconds_sampling", "sampling, min", 60.0),
-        ("seconds_evaluation", "evaluation, min", 60.0),
+        ("seconds_public", f"public training, {minutes}", 60.0),
+        ("seconds_private", f"private training, {minutes}", 60.0),
+        ("seconds_training", f"training, {minutes}", 60.0),
+        ("seconds_sampling", f"sampling, {minutes}", 60.0),
+        ("seconds_evaluation", f"evaluation, {minutes}", 60.0),
         ("private_images_seen", "private images used", 1.0),
         ("parameters", "parameters", 1.0),
     )
@@ -287,8 +288,9 @@ def compute_table(view: View) -> Table | None:
         rows.append(TableRow((*_heads(view, row), epsilon_name(epsilon).removeprefix("ε = ")), tuple(cells)))
     groups = (("", tuple(title for _, title, _ in present)),)
     notes = (
-        "Mean ± standard deviation over seeds.  Times depend on the machine and on what else it did; on a CPU they "
-        "are counted for the threads that a run had.  “private images used” counts each use.",
+        "Mean ± standard deviation over seeds.  Times depend on the machine and on what else it did; on a CPU they are "
+        "those of all cores together.  A public network that several runs share counts for each of them.  “private "
+        "images used” counts each use.",
     )
     return Table("compute", "Compute", (*_head_names(view), "ε"), groups, tuple(rows), notes)
 

@@ -94,7 +94,7 @@ def _facts(view: View, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "δ", ", ".join(f"{d:.3g}" for d in deltas)
     yield "variants", ", ".join(dict.fromkeys(row.variant_name for row in view.rows))
     if isinstance(about.get("seconds"), int | float):
-        yield "computing time", f"{about['seconds'] / 3600:,.1f} h"
+        yield "computing time", f"{about['seconds'] / 3600:,.1f} {view.results.core}hours"
 
 
 def _failed(view: View, about: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -219,7 +219,11 @@ def _against_compute(view: View, measure: Measure, what: str) -> tuple[Plot, byt
         axes.set_xscale("log")
     elif what == "seconds":
         axes.set_xlim(0, 1.08 * max(costs))
-    x = "training time, minutes" if what == "seconds" else "private images used × copies × parameters"
+    x = (
+        f"training time, {view.results.core}minutes"
+        if what == "seconds"
+        else "private images used × copies × parameters"
+    )
     label(axes.set_xlabel, x)
     label(axes.set_ylabel, _axis_name(measure))
     legend(axes)
@@ -294,7 +298,12 @@ def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
     said = []
     single = len(view.epsilons) == 1
     line = axes.axvline if single else axes.axhline
+    found = {i: v for i, e in enumerate(view.epsilons) if (v := view.reference("dp-classifier", measure, e))}
     low, high = axes.get_xlim() if single else axes.get_ylim()
+    if not single:
+        # These are drawn whatever their height, and what lies within it is not off the scale.
+        high = max([high, *(summarise(v).mean for v in found.values())])
+        low = min([low, *(summarise(v).mean for v in found.values())])
     margin = 0.9 * (high - low)
     look = {"color": INK, "lw": 1.1, "alpha": 0.75}
 
@@ -309,7 +318,6 @@ def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
         if values := view.reference(kind, measure, math.inf):
             said.append(f"{name}: {_in_words(values)}")
             draw(summarise(values).mean, name, line_dash)
-    found = {i: v for i, e in enumerate(view.epsilons) if (v := view.reference("dp-classifier", measure, e))}
     dash: Any = (0, (8, 2, 1, 2))
     if single and found:
         draw(summarise(found[0]).mean, "DP-SGD classifier", dash)
