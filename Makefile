@@ -17,13 +17,14 @@ setup: $(STAMP)
 
 # Pinned versions come from constraints.txt.  torch goes first and alone: on machines that have a CPU wheel on the disk
 # pip then takes that, and nothing later pulls in CUDA packages.  torch-fidelity, which our metrics are tested against, comes
-# without what it depends on: torchvision of the same kind as that torch is on no disk, and another kind does not load.
+# without what it depends on (torchvision of the same kind as that torch is on no disk, and another kind does not load), and
+# to a place of its own: it brings a package called "tests", which would stand before ours.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dpsyngen needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps torch-fidelity
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(VENV)/torch-fidelity torch-fidelity
 	touch $@
 
 # The digits have 1,437 training images, which is few for differential privacy: ε = 10 is a weak guarantee, stated as such.

@@ -74,7 +74,7 @@ def _blas_threads() -> AbstractContextManager[object]:
     Otherwise they take every core, however many processes an experiment runs beside each other, and wait for one
     another in loops.
     """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     limits: AbstractContextManager[object] = threadpool_limits(torch.get_num_threads(), "blas")
     return limits

@@ -360,6 +360,9 @@ class Worker:
         seed = None
         if spec.noise == "seeded":
             seed = int.from_bytes(bytes.fromhex(digest(job.name))[:7])
+        # Kept, as every access to private images is; an attempt that was killed has its own.
+        folder = self.experiment.work_path(job)
+        attempt = sum(1 for _ in folder.glob("ledger-*.jsonl"))
         found = dp_classifier_reference(
             self.images.train,
             self.images.test,
@@ -367,6 +370,7 @@ class Worker:
             delta=delta,
             seed=seed,
             device=self.device,
+            ledger=folder / f"ledger-{attempt}.jsonl",
             on_progress=self._line(clock, "private"),
             **given,
         )

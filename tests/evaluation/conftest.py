@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
+FIDELITY = Path(sys.prefix) / "torch-fidelity"
+"""Beside the other packages, not among them: it brings a package called "tests", which would stand before ours."""
 
 
 @contextmanager
@@ -41,15 +44,19 @@ def stand_in_for_torchvision() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def fidelity() -> SimpleNamespace:
     """The parts of torch-fidelity that take features or images: modules ``fid``, ``kid``, ``prc`` and ``inception``."""
-    if importlib.util.find_spec("torch_fidelity") is None:
-        pytest.skip("torch-fidelity is not installed: pip install --no-deps -c constraints.txt torch-fidelity")
+    if not (FIDELITY / "torch_fidelity").is_dir():
+        pytest.skip(f"torch-fidelity is not in {FIDELITY}: `make setup` puts it there")
     parts = {
         "fid": "metric_fid",
         "kid": "metric_kid",
         "prc": "metric_prc",
         "inception": "feature_extractor_inceptionv3",
     }
-    with stand_in_for_torchvision():
-        return SimpleNamespace(
-            **{short: importlib.import_module(f"torch_fidelity.{name}") for short, name in parts.items()}
-        )
+    sys.path.append(str(FIDELITY))
+    try:
+        with stand_in_for_torchvision():
+            return SimpleNamespace(
+                **{short: importlib.import_module(f"torch_fidelity.{name}") for short, name in parts.items()}
+            )
+    finally:
+        sys.path.remove(str(FIDELITY))
