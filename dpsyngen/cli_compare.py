@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dpsyngen.cli_options import AsJson, Device, Quiet
 from dpsyngen.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -44,14 +45,15 @@ def compare(
     gpu_teraflops: Annotated[
         float | None, typer.Option(help="sustained rate that the GPU-hours of --dry-run assume")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")] = False,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare variants, ε and settings: a grid of runs with seeds, measured alike, with tables and a report."""
     from dpsyngen.api import check_device
     from dpsyngen.console import Console
 
-    console = Console(quiet)
+    console = Console(quiet, as_json)
     if not 1 <= processes <= 1024:
         raise ConfigError(f"--processes is {processes}, but must be from 1 to 1,024.")
     if gpu_teraflops is not None and not 0 < gpu_teraflops < 1e6:
@@ -64,17 +66,16 @@ def compare(
     check_device(device)
     chosen, out = _spec(spec, out, data, test)
     if dry_run:
-        _dry_run(console, chosen, out, device, processes, gpu_teraflops)
+        _dry_run(console, chosen, out, device, gpu_teraflops)
         return
     if out is None:
         raise ConfigError("--out is missing: the folder of the experiment.")
     experiment = _prepare(console, chosen, out, rank, tables)
-    finished = True
     if not tables:
-        finished = _work(console, experiment, processes, device, retry, rank)
+        _work(console, experiment, processes, device, retry, rank)
     if rank:
         return
-    _finish(console, experiment, finished)
+    _finish(console, experiment)
 
 
 def _rank() -> int | None:
@@ -195,47 +196,61 @@ def _running(statuses: dict[str, Status]) -> str:
     )
 
 
-def _finish(console: Console, experiment: Experiment, finished: bool) -> None:
-    from dpsyngen.experiments.results import write_results
+def _finish(console: Console, experiment: Experiment) -> None:
+    """Write tables and report of what is there, and say what is not."""
+    from dpsyngen.experiments.measures import View
+    from dpsyngen.experiments.results import Results, write_results
     from dpsyngen.experiments.tables import print_tables
+    from dpsyngen.experiments.wording import answers
     from dpsyngen.report.comparison import write_comparison
 
     statuses = experiment.statuses()
     failed = {name: s.error for name, s in statuses.items() if s.state == "failed"}
-    done = sum(s.state == "done" for s in statuses.values())
-    experiment.note(
-        failed=failed,
-        missing=[name for name, s in statuses.items() if s.state in ("waiting", "stopped")],
-        seconds=experiment.seconds(),
-    )
-    for name, error in failed.items():
-        console.line(f"failed: {name}: {error}")
+    left = [name for name, s in statuses.items() if s.state not in ("done", "failed")]
+    done = len(statuses) - len(failed) - len(left)
+    experiment.note(failed=failed, missing=left, seconds=experiment.seconds())
+    document: dict[str, Any] = {
+        "path": experiment.path,
+        "jobs": len(statuses),
+        "done": done,
+        "failed": failed,
+        "left": left,
+        "seconds": experiment.seconds(),
+        "report": None,
+        "files": [],
+        "answers": [],
+    }
+    lines = [f"failed: {name}: {error}" for name, error in failed.items()]
     if done:
         paths = write_results(experiment.path)
         report = write_comparison(experiment.path, console.note)
-        print_tables(experiment.path, console)
-        console.line(f"PRIVATE figures: {', '.join(str(p) for p in paths)}")
-        console.line(f"PRIVATE report:  {report}")
-    left = len(statuses) - done - len(failed)
+        document |= {"report": report, "files": paths}
+        document["answers"] = [
+            {"epsilon": a.epsilon, "headline": a.headline, "lines": a.lines}
+            for a in answers(View(Results.load(experiment.path)))
+        ]
+        if not console.as_json:
+            print_tables(experiment.path, console)
+        lines += [f"PRIVATE figures: {', '.join(str(p) for p in paths)}", f"PRIVATE report:  {report}"]
+    code = FAILED if failed else 0
     if left:
         hours = experiment.spec.cost.hours
         used = hours is not None and experiment.seconds() > 3600 * hours
         why = f"cost.hours = {hours:g} are used up" if used else "interrupted"
-        console.line(
-            f"{why}: {left:,} of {len(statuses):,} jobs are left; go on with: dpsyngen compare {experiment.path}"
-        )
-        raise typer.Exit(0 if used else 130)
-    if failed:
-        console.line(f"{len(failed):,} jobs failed; try them again with: dpsyngen compare {experiment.path} --retry")
-        raise typer.Exit(FAILED)
+        rest = f"{len(left):,} of {len(statuses):,} jobs are left"
+        lines.append(f"{why}: {rest}; go on with: dpsyngen compare {experiment.path}")
+        code = 0 if used else 130
+    elif failed:
+        lines.append(f"{len(failed):,} jobs failed; try them again with: dpsyngen compare {experiment.path} --retry")
+    console.result(document, lines)
+    if code:
+        raise typer.Exit(code)
 
 
 # ---------------------------------------------------------------------------------------------- dry run
 
 
-def _dry_run(
-    console: Console, spec: Spec, out: Path | None, device: str, processes: int, teraflops: float | None
-) -> None:
+def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, teraflops: float | None) -> None:
     from dpsyngen.experiments.cost import privacy_cost
     from dpsyngen.experiments.estimate import GPU_TERAFLOPS, estimate, hours
     from dpsyngen.experiments.experiment import Experiment
@@ -250,23 +265,30 @@ def _dry_run(
         states = Experiment(out).statuses()
         left = tuple(job for job in jobs if job.name not in states or states[job.name].state != "done")
     found = estimate(spec, left, shape, device)
-    for line in _lines(spec, jobs, left, shape, cost):
-        console.line(line)
+    lines = _lines(spec, jobs, left, shape, cost)
     rate = teraflops or GPU_TERAFLOPS
     core, share = ("core-", f"; {os.cpu_count() or 1} cores here") if device == "cpu" else ("", "")
-    console.line(
+    lines.append(
         f"time         about {hours(found.total, core)} (public {hours(found.public, core)}, private "
         f"{hours(found.private, core)}, sampling {hours(found.sampling, core)}, evaluation "
         f"{hours(found.evaluation, core)}; references not counted), from steps measured on {device}{share}"
     )
     flops = found.public_flops + found.private_flops
-    console.line(
+    lines.append(
         f"GPU          about {found.gpu_hours(rate):.3g} GPU-hours for {flops:.2g} floating-point operations of "
         f"training, if a GPU sustains {rate:g} teraflops (an assumption; --gpu-teraflops)"
     )
     limit = spec.cost.hours
     if limit is not None and found.total > 3600 * limit:
-        console.line(f"BEYOND       cost.hours = {limit:g}: no run is started after that")
+        lines.append(f"BEYOND       cost.hours = {limit:g}: no run is started after that")
+    document = {
+        "name": spec.name,
+        "jobs": [job.name for job in jobs],
+        "left": [job.name for job in left],
+        "privacy": cost.to_dict(),
+        "estimate": found.to_dict() | {"gpu_hours": found.gpu_hours(rate), "gpu_teraflops_assumed": rate},
+    }
+    console.result(document, lines)
 
 
 def _lines(spec: Spec, jobs: Any, left: Any, shape: Shape, cost: PrivacyCost) -> list[str]:

@@ -144,8 +144,12 @@ class Progress:
 
     def _say(self, left: float) -> None:
         """One line about how far it is, with `left` seconds to go."""
+        rate = self.rate()
+        speed = f"{rate:.2f}/s" if rate >= 0.1 else f"{60 * rate:.2f}/min"
         print(
-            f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {self.rate():.2f}/s, {_clock(left)} left"
+            f"{self.title}: {self.done:,}/{self.total:,} {self.unit}"
+            # Nothing can be told from nothing.
+            f"{f', {speed}, {_clock(left)} left' if self.done > self.start else ''}"
             f"{'  ' + self._last_note if self._last_note else ''}",
             file=sys.stderr,
             flush=True,
