@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import dpsyngen
+from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.experiments.measures import View
 from dpsyngen.experiments.results import Results
 from dpsyngen.report.comparison import write_comparison
@@ -54,7 +55,10 @@ def made(generators, tmp_path_factory) -> Path:
     (exp / "results" / "dpdm-eps4-seed1.json").write_text("{")
     work = exp / "work" / "both-eps4-seed1"
     work.mkdir()
-    (work / "failed.json").write_text(json.dumps({"error": f"the loss is not finite {HOSTILE}"}))
+    experiment = Experiment(exp)
+    job = next(j for j in experiment.jobs if j.name == "both-eps4-seed1")
+    failure = {"error": f"the loss is not finite {HOSTILE}", "measured": experiment.measure_digest(job)}
+    (work / "failed.json").write_text(json.dumps(failure))
     write_comparison(exp)
     return exp
 

@@ -165,8 +165,18 @@ def test_the_public_copy_needs_the_release_half_alone(reported, tmp_path) -> Non
 
 
 def test_only_the_private_copy_has_what_is_private(reported) -> None:
-    private, public = (half.joinpath("report.html").read_text() for half in (reported.private, reported.release))
-    for word in ("Ledger", "nearest training", "Share of clipped gradients", "Accuracy on the real test images", "CAS"):
+    # Without the pictures, whose base64 can hold any word.
+    private, public = (
+        re.sub(r"base64,[\w+/=]+", "", half.joinpath("report.html").read_text())
+        for half in (reported.private, reported.release)
+    )
+    for word in (
+        "Ledger",
+        "nearest training",
+        "Share of clipped gradients",
+        "Accuracy on the real test images",
+        "CAS",
+    ):
         assert word in private
         assert word not in public
     assert "PRIVATE COPY" in private

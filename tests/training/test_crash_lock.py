@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,6 +351,15 @@ def training():
     return SimpleNamespace(stop_requested=False)
 
 
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """A closed terminal is noticed, even if the tests themselves were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_asks_and_second_ends(training, number) -> None:
     from dpsyngen.training.signals import stop_on_signals
@@ -378,6 +388,7 @@ def test_nohup_stays_in_force(training) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hang_up")
 def test_closed_terminal_ends_training_with_a_checkpoint(tmp_path, tiny_images) -> None:
     """A real pseudo-terminal that goes away: what is written to it fails, and training must not mind."""
     import pty
