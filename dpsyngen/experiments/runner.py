@@ -233,7 +233,7 @@ class Worker:
         self._training, training.stop_requested = training, self._stop
         try:
             with training.run.lock():
-                self._tell("waiting for a public network that another run trains", 0, 0)
+                self._tell("getting ready", 0, 0)
                 with shared(training, self.experiment.path / "public") as networks:
                     clock.add("other")
                     known = networks.take()
