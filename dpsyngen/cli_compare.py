@@ -95,7 +95,7 @@ def _spec(given: str, out: Path | None, data: str | None, test: str | None) -> t
 
     if (Path(given) / "experiment.json").exists():
         if out is not None and out != Path(given):
-            raise ConfigError(f"{given} is an experiment already: leave --out out to go on with it.")
+            raise ConfigError(f"{given} is an experiment already: go on with it without --out.")
         spec, out = Experiment(Path(given)).spec, Path(given)
     else:
         spec = load_spec(given)
@@ -123,7 +123,7 @@ def _prepare(console: Console, spec: Spec, out: Path, rank: int | None, tables: 
 
     jobs = jobs_of(spec)
     shape = _shape(spec)
-    cost = privacy_cost(spec, jobs, shape)
+    cost = privacy_cost(spec, jobs, shape, out)
     require_budget(spec, [job for job in jobs if not (out / "runs" / job.name / "run.json").exists()], shape)
     experiment = Experiment.open_or_create(out, spec)
     experiment.note(privacy=cost.to_dict(), jobs=len(jobs))
@@ -152,20 +152,22 @@ def _count(jobs: Any) -> str:
     return f"{runs:,} runs and {len(jobs) - runs:,} references"
 
 
-def _work(console: Console, experiment: Experiment, processes: int, device: str, retry: bool, rank: int | None) -> bool:
+def _work(console: Console, experiment: Experiment, processes: int, device: str, retry: bool, rank: int | None) -> None:
+    """Do all jobs, or as many as there is time for."""
     from dpsyngen.experiments import pool
 
     total = len(experiment.jobs)
     done = sum(s.state == "done" for s in experiment.statuses().values())
     with console.progress("jobs", total, "jobs", start=done) as progress:
         if processes > 1:
-            return pool.processes(
+            pool.processes(
                 experiment,
                 processes,
                 device,
                 retry=retry,
                 watch=lambda statuses: progress.update(_finished(statuses), _running(statuses)),
             )
+            return
 
         finished = done
 
@@ -181,7 +183,6 @@ def _work(console: Console, experiment: Experiment, processes: int, device: str,
             while any(s.state in ("running", "waiting") for s in experiment.statuses().values()):
                 time.sleep(2)
         progress.update(_finished(experiment.statuses()))
-        return complete
 
 
 def _finished(statuses: dict[str, Status]) -> int:
@@ -258,7 +259,7 @@ def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, terafl
 
     jobs = jobs_of(spec)
     shape = _shape(spec, without_images=True)
-    cost = privacy_cost(spec, jobs, shape)
+    cost = privacy_cost(spec, jobs, shape, out)
     console.note("measuring a few steps of each kind …")
     left = jobs
     if out is not None and (out / "experiment.json").exists():

@@ -19,7 +19,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from dpsyngen.config import Config
 from dpsyngen.errors import RunError
+from dpsyngen.evaluation.own_features import file_sha256
 from dpsyngen.experiments.grid import Job, digest, jobs_of
 from dpsyngen.experiments.spec import Spec, load_spec
 from dpsyngen.files import require_absent_or_empty, write_text
@@ -146,6 +147,11 @@ class Experiment:
     def measure_digest(self, job: Job) -> str:
         """Of everything that decides the figures of a job, beyond the run itself."""
         spec = self.spec.model_dump(mode="json")
+        # A user's own features are what is in their file, not what it is called.
+        files = (Path(name.rpartition(":")[0]) for name in self.spec.evaluation.features)
+        own = {str(f): file_sha256(f) for f in files if f.suffix == ".py" and f.is_file()}
+        if own:
+            spec["evaluation"]["own"] = own
         parts = ["data", "evaluation", *(["sampling"] if job.kind == "run" else [])]
         if job.kind == "dp-classifier":
             parts.append("dp_classifier")
@@ -164,7 +170,7 @@ class Experiment:
             return Status("waiting")
         said = _read(folder / "status.json") or {}
         at = str(said.get("doing", "")), int(said.get("done", 0)), int(said.get("total", 0))
-        with claimed(folder / "lock", wait=False) as free:
+        with claimed(folder / "lock") as free:
             return Status("stopped" if free else "running", *at, seconds=seconds)
 
     def failure(self, job: Job) -> str | None:
@@ -203,12 +209,12 @@ def _without_places(config: Config) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file; False if another process has it and `wait` is off.  The system frees it however we end."""
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold a lock file; False if another process has it.  The system frees it however we end."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
@@ -254,14 +260,6 @@ class Clock:
         """Write it."""
         own = sum(v for k, v in self.spent.items() if not k.startswith("shared"))
         write_text(self.path, _json({**self.spent, "total": own}), 0o600)
-
-
-def by_state(statuses: Sequence[Status]) -> dict[State, int]:
-    """How many jobs are in each state."""
-    out: dict[State, int] = {}
-    for status in statuses:
-        out[status.state] = out.get(status.state, 0) + 1
-    return out
 
 
 def _json(values: dict[str, Any]) -> str:

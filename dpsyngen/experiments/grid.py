@@ -7,11 +7,13 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, Literal
 
 from dpsyngen.config import Config, load_config
 from dpsyngen.errors import ConfigError
 from dpsyngen.experiments.spec import MOST_JOBS, Spec
+from dpsyngen.training.plan import stages_of
 
 Kind = Literal["run", "real", "programs", "dp-classifier"]
 
@@ -147,6 +149,13 @@ def _wanted(spec: Spec, job: Job) -> bool:
     if job.kind == "dp-classifier" and math.isinf(job.epsilon):
         return False  # that is what "real" is
     return bool(spec.evaluation.classifiers)
+
+
+def programs_share(config: Config) -> float:
+    """Share of the training noise levels, by their density, that programs alone train; 0 for DPDM and FineTune."""
+    private = stages_of(config).private
+    levels = NormalDist(config.network.noise_mean, config.network.noise_std)
+    return 1 - (levels.cdf(private.high) - levels.cdf(private.low))
 
 
 def digest(value: Any) -> str:

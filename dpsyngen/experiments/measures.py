@@ -9,6 +9,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from dpsyngen.experiments.grid import programs_share
 from dpsyngen.experiments.job_result import Figure, JobResult
 from dpsyngen.experiments.results import Results
 from dpsyngen.experiments.statistics import Better
@@ -172,6 +173,15 @@ class View:
         """Values by name of the row, for those rows that have some."""
         found = {row.name: self.values(measure, epsilon, row) for row in self.rows}
         return {name: values for name, values in found.items() if values}
+
+    def programs_share(self, row: Row) -> float | None:
+        """See :func:`dpsyngen.experiments.grid.programs_share`; None where the specification has no such run."""
+        if self.results.experiment is None:
+            return None
+        for job in self.results.experiment.jobs:
+            if job.config is not None and (job.variant, job.label) == (row.variant, row.label):
+                return programs_share(job.config)
+        return None
 
     def classes(self, on: str) -> list[str]:
         """Names of the classes that `on` was scored by."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpsyngen.errors import DpsyngenError
+from dpsyngen.errors import DpsyngenError, RunError
 from dpsyngen.experiments.experiment import Experiment, Status, claimed
 from dpsyngen.experiments.grid import Job
 from dpsyngen.experiments.runner import Images, Stopped, Worker
@@ -53,7 +53,7 @@ def work(
         if hours is not None and experiment.seconds() > 3600 * hours:
             return False
         folder.mkdir(mode=0o700, exist_ok=True)
-        with claimed(folder / "lock", wait=False) as mine:
+        with claimed(folder / "lock") as mine:
             if not mine or experiment.result(job) is not None:
                 continue
             if experiment.failure(job) is not None:
@@ -172,8 +172,6 @@ def processes(experiment: Experiment, count: int, device: str, *, retry: bool, w
     if failed and not stopped:
         path = logs / f"worker-{failed[0]}.log"
         tail = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-        from dpsyngen.errors import RunError
-
         raise RunError(
             f"{len(failed)} of {count} worker processes ended with an error; what they had done is kept.  The log "
             f"{path} ends with: {' / '.join(tail)}"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,23 +63,40 @@ def networks_of(config: Config, stages: StageMap, shape: Shape) -> tuple[PublicN
 
 
 @contextmanager
-def shared(training: Training, folder: Path) -> Iterator[SharedNetworks]:
-    """Give a run the public networks that are there, and hold the places of those that it has to train."""
+def shared(training: Training, folder: Path, waiting: Callable[[PublicNetwork], None]) -> Iterator[SharedNetworks]:
+    """Give a run the public networks that are there, and hold the places of those that it has to train.
+
+    A place is held until its network is there for the others, not until the run ends.
+
+    Args:
+        training: the run.
+        folder: where the networks of the experiment are.
+        waiting: called twice a second while another process trains a network that the run needs; may raise.
+    """
     with ExitStack() as stack:
         wanted = networks_of(training.config, training.plan.stages, training.plan.shape)
+        held: dict[str, ExitStack] = {}
         # In one order, so that two processes never wait for each other.
         for one in sorted(wanted, key=lambda n: n.key):
-            if not (folder / one.key / "about.json").exists():
-                (folder / one.key).mkdir(mode=0o700, exist_ok=True)
-                stack.enter_context(claimed(folder / one.key / "lock"))
-        yield SharedNetworks(training, folder, wanted)
+            place = folder / one.key
+            while not (place / "about.json").exists():
+                place.mkdir(mode=0o700, exist_ok=True)
+                mine = stack.enter_context(ExitStack())
+                if mine.enter_context(claimed(place / "lock")):
+                    held[one.key] = mine
+                    break
+                waiting(one)
+                time.sleep(0.5)
+        yield SharedNetworks(training, folder, wanted, held)
 
 
 class SharedNetworks:
     """The public networks of one run, between it and the experiment; see :func:`shared`."""
 
-    def __init__(self, training: Training, folder: Path, wanted: tuple[PublicNetwork, ...]) -> None:
-        self.training, self.folder, self.wanted = training, folder, wanted
+    def __init__(
+        self, training: Training, folder: Path, wanted: tuple[PublicNetwork, ...], held: dict[str, ExitStack]
+    ) -> None:
+        self.training, self.folder, self.wanted, self._held = training, folder, wanted, held
 
     def take(self) -> float:
         """Copy what is there into the run; returns the seconds that it took to train."""
@@ -116,3 +134,5 @@ class SharedNetworks:
                 "log": [line for line in lines if line["phase"] == one.phase],
             }
             write_text(place / "about.json", json.dumps(about) + "\n", 0o600)
+            if one.key in self._held:
+                self._held.pop(one.key).close()

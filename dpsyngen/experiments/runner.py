@@ -6,6 +6,8 @@ import json
 import math
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureSpec, evaluate_images
 from dpsyngen.experiments.experiment import Clock, Experiment, training_digest
 from dpsyngen.experiments.grid import Job, digest
-from dpsyngen.experiments.public_networks import shared
+from dpsyngen.experiments.public_networks import PublicNetwork, shared
 from dpsyngen.experiments.references import dp_classifier_reference, real_reference
 from dpsyngen.experiments.spec import DataFacts, Spec
 from dpsyngen.files import write_atomically, write_text
@@ -74,6 +76,19 @@ class Images:
                 f"the images of {d.train} have {'one class' if self.train.class_names else 'no classes'}: there is "
                 "nothing to classify.  Give evaluation: {classifiers: []}."
             )
+        self._spec = spec
+
+    @cached_property
+    def programs(self) -> np.ndarray | None:
+        """Images of the program for the ceiling, as many as are generated; None where the runs vary the program."""
+        spec = self._spec
+        varied = [*spec.grid.axes, *(n for c in spec.grid.cases for n in c.settings)]
+        if not spec.evaluation.features or any(n.startswith("program.") for n in varied):
+            return None
+        c = load_config(dict(spec.settings), preset=spec.preset).program
+        train = self.train
+        program = make_program(c.name, resolution=train.resolution, channels=train.channels, seed=c.seed, **c.params)
+        return program.batch(range(min(spec.evaluation.max_images, spec.sampling.images)))
 
 
 def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:
@@ -175,6 +190,9 @@ class Worker:
         if self._stop:
             raise Stopped
 
+    def _wait(self, network: PublicNetwork) -> None:
+        self._say(f"waiting for the public network {network.network}, which another run trains")
+
     def _line(self, clock: Clock, part: str) -> Callable[[str], None]:
         def tell(text: str) -> None:
             clock.add(part)
@@ -234,7 +252,7 @@ class Worker:
         try:
             with training.run.lock():
                 self._tell("getting ready", 0, 0)
-                with shared(training, self.experiment.path / "public") as networks:
+                with shared(training, self.experiment.path / "public", self._wait) as networks:
                     clock.add("other")
                     known = networks.take()
                     if "shared public" not in clock.spent:
@@ -261,10 +279,11 @@ class Worker:
         generator = Generator(run.release, self.device)
         wanted = s.model_dump(exclude={"images"}, exclude_none=True)
         settings = {"seed": job.seed, **wanted}
-        stamp = digest([settings, generator.defaults, s.images, (run.release / "generator.json").read_text()])
+        drawn = {"images": s.images, **asdict(generator.settings(**settings))}
+        stamp = digest([drawn, (run.release / "generator.json").read_text(encoding="utf-8")])
         kept = _load_samples(path, stamp)
         if kept is not None:
-            return (*kept, {"seed": job.seed, "images": s.images, **wanted})
+            return (*kept, drawn)
         clock.add("other")
 
         def progress(done: int, total: int) -> None:
@@ -282,7 +301,7 @@ class Worker:
                 np.savez_compressed(f, **arrays)
 
         write_atomically(path, write, 0o600)
-        return samples.images, samples.labels, {"images": s.images, **samples.settings}
+        return samples.images, samples.labels, drawn
 
     def _measured(
         self, images: np.ndarray, labels: np.ndarray | None, job: Job, clock: Clock, classifiers: bool = True
@@ -295,7 +314,7 @@ class Worker:
             labels,
             reference=self.images.train,
             test=self.images.test,
-            programs=self._program_images(),
+            programs=self.images.programs,
             features=[FeatureSpec(f, weights) if f == "inception" else f for f in e.features],
             metrics=e.metrics,
             classifiers=e.classifiers if classifiers else (),
@@ -309,27 +328,10 @@ class Worker:
         clock.add("evaluation")
         return result
 
-    def _program_images(self) -> np.ndarray | None:
-        """Images of the program, of seed 0, for the ceiling; None where the runs vary the program."""
-        spec = self.experiment.spec
-        varied = [*spec.grid.axes, *(n for c in spec.grid.cases for n in c.settings)]
-        if not spec.evaluation.features or any(n.startswith("program.") for n in varied):
-            return None
-        config = load_config(dict(spec.settings), preset=spec.preset)
-        train = self.images.train
-        program = make_program(
-            config.program.name,
-            resolution=train.resolution,
-            channels=train.channels,
-            seed=config.program.seed,
-            **config.program.params,
-        )
-        return program.batch(range(min(spec.evaluation.max_images, 5000)))
-
     # ------------------------------------------------------------------------------------- references
 
     def _programs(self, job: Job, clock: Clock) -> dict[str, Any]:
-        images = self._program_images()
+        images = self.images.programs
         if images is None:
             raise ConfigError(
                 "the grid varies the program, so there is no one program to measure: leave 'programs' out of "

@@ -66,6 +66,11 @@ def _plots(view: View) -> Iterator[tuple[Plot, bytes]]:
                 found = _against_threshold(view, measure, axis, epsilon)
                 if found is not None:
                     yield found
+    for measure in dict.fromkeys(main):
+        for epsilon in view.epsilons:
+            found = _against_share(view, measure, epsilon)
+            if found is not None:
+                yield found
     if view.primary is not None:
         for what in ("seconds", "images"):
             found = _against_compute(view, view.primary, what)
@@ -174,6 +179,44 @@ def _against_threshold(view: View, measure: Measure, axis: str, epsilon: float) 
     legend(axes)
     title = f"{_capital(measure.name)} against {THRESHOLDS[axis].split(' ')[0]}, {epsilon_name(epsilon)}"
     name = f"threshold-{axis.rsplit('.', 1)[-1]}-{measure.metric}-{measure.on}-eps{epsilon:g}"
+    note = f"Small marks: single runs.  Line and bar: mean ± standard deviation over seeds.  {_direction(measure)}"
+    return finished(figure, name, title, said, note)
+
+
+def _against_share(view: View, measure: Measure, epsilon: float) -> tuple[Plot, bytes] | None:
+    """A line for each variant whose thresholds vary, over the share of the noise levels that programs train alone.
+
+    It holds both thresholds at once, where :func:`_against_threshold` shows one.
+    """
+    if not set(THRESHOLDS) & set(view.results.axes):
+        return None
+    lines: dict[str, list[tuple[float, Row]]] = {}
+    for row in view.rows:
+        share = view.programs_share(row)
+        if share is not None and view.values(measure, epsilon, row):
+            lines.setdefault(row.variant, []).append((100 * share, row))
+    if not any(len({x for x, _ in line}) > 1 for line in lines.values()):
+        return None
+    figure, axes = new_axes(4.3, 3.1)
+    said = []
+    for number, (variant, line) in enumerate(lines.items()):
+        colour, marker, dash = style(variant, number)
+        line.sort(key=lambda at: at[0])
+        means = []
+        for x, row in line:
+            values = view.values(measure, epsilon, row)
+            _points(axes, x, values, colour, marker, 1.2)
+            means.append(summarise(values).mean)
+            said.append(f"{row.name} at {x:.0f} %: {_in_words(values)}")
+        # Settings of one share are points of their own, not a line.
+        joined = dash if len({x for x, _ in line}) == len(line) else ""
+        name = line[0][1].variant_name
+        axes.plot([x for x, _ in line], means, color=colour, ls=joined, lw=1.6, label=name, marker=marker, ms=5)
+    label(axes.set_xlabel, "noise levels trained on programs alone, %")
+    label(axes.set_ylabel, _axis_name(measure))
+    legend(axes)
+    title = f"{_capital(measure.name)} against the share of programs, {epsilon_name(epsilon)}"
+    name = f"threshold-share-{measure.metric}-{measure.on}-eps{epsilon:g}"
     note = f"Small marks: single runs.  Line and bar: mean ± standard deviation over seeds.  {_direction(measure)}"
     return finished(figure, name, title, said, note)
 

@@ -109,6 +109,18 @@ def test_measuring_otherwise_keeps_the_runs_and_the_earlier_figures(tiny_spec, t
     assert [p.read_bytes() for p in earlier] == [old]
 
 
+def test_own_features_that_were_changed_are_measured_again(tiny_spec, tmp_path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def mean(x):\n    return x.mean((1, 2))\n")
+    measured = {"features": [f"{own}:mean"], "metrics": ["frechet"], "classifiers": [], "bootstrap": 0}
+    grid = {"variant": ["dpdm"], "epsilon": [3], "seeds": 1}
+    experiment = made(tiny_spec(grid=grid, evaluation=measured), tmp_path / "x")
+    pool.work(experiment)
+    assert experiment.status(experiment.jobs[0]).state == "done"
+    own.write_text("def mean(x):\n    return 2 * x.mean((1, 2))\n")
+    assert experiment.status(experiment.jobs[0]).state != "done"
+
+
 def test_another_folder_is_not_touched(tiny_spec, tmp_path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
@@ -136,6 +148,57 @@ def test_sharing_public_networks_changes_no_run_by_a_bit(tiny_spec, tmp_path) ->
                 assert path.read_bytes() == weights(experiment, job.name, name)
         log = (alone.run.release / "public_training.jsonl").read_text()
         assert (experiment.run_path(job) / "release" / "public_training.jsonl").read_text() == log
+
+
+def test_a_public_network_is_free_for_others_before_the_private_phase_begins(tiny_spec, tmp_path) -> None:
+    from dpsyngen.experiments.experiment import claimed
+
+    experiment = made(tiny_spec(grid={"variant": ["cleaning"], "epsilon": [3], "seeds": 1}), tmp_path / "x")
+    free: dict[str, bool] = {}
+
+    def tell(job, doing: str, done: int, total: int) -> None:
+        if doing.startswith("training") and done == 1:
+            (place,) = (experiment.path / "public").iterdir()
+            with claimed(place / "lock") as mine:
+                free[doing] = mine
+
+    pool.work(experiment, tell=tell)
+    assert free == {"training: cleaning": False, "training: context": True}
+
+
+def test_whoever_waits_for_a_public_network_can_be_stopped_and_goes_on_when_it_is_there(tiny_spec, tmp_path) -> None:
+    from dpsyngen.experiments.experiment import claimed
+
+    grid = {"variant": ["cleaning"], "epsilon": [3], "seeds": 1}
+    donor = made(tiny_spec(grid=grid), tmp_path / "donor")
+    pool.work(donor)
+    (place,) = (donor.path / "public").iterdir()
+    experiment = made(tiny_spec(grid=grid), tmp_path / "x")
+    held = experiment.path / "public" / place.name
+    held.mkdir()
+    job = experiment.jobs[0]
+    experiment.work_path(job).mkdir()
+    said: list[str] = []
+    worker = Worker(experiment, Images(experiment.spec), "cpu", lambda doing, done, total: said.append(doing))
+
+    def stop(doing: str, done: int, total: int) -> None:
+        worker.stop_requested = "waiting" in doing
+
+    worker._tell = stop
+    with claimed(held / "lock"):
+        with pytest.raises(Stopped):
+            worker.do(job)
+        worker.stop_requested = False
+
+        def there(doing: str, done: int, total: int) -> None:
+            said.append(doing)
+            if "waiting" in doing:
+                shutil.copytree(place, held, dirs_exist_ok=True)
+
+        worker._tell = there
+        worker.do(job)
+    assert "training: cleaning" not in said
+    assert weights(experiment, job.name, "cleaning") == weights(donor, job.name, "cleaning")
 
 
 def test_networks_of_other_settings_are_not_shared(tiny_spec, tmp_path) -> None:
@@ -289,6 +352,24 @@ def test_more_than_the_specification_allows_is_refused_before_anything_is_made(t
     assert code != 0
     assert "total_epsilon" in err
     assert not (tmp_path / "x").exists()
+
+
+def test_runs_that_a_specification_has_dropped_still_count(tiny_spec, tmp_path, call) -> None:
+    def spec(label: str, **cost: float) -> Path:
+        cases = [{"label": label, "settings": {"private.learning_rate": 0.01 if label == "a" else 0.02}}]
+        grid = {"variant": ["dpdm"], "epsilon": [3], "seeds": 1, "cases": cases}
+        return tiny_spec(noise="system", grid=grid, cost=cost)
+
+    assert call("compare", spec("a", total_epsilon=3.01), "--out", tmp_path / "x")[0] == 0
+    code, _, err = call("compare", spec("b", total_epsilon=3.01), "--out", tmp_path / "x")
+    assert code != 0
+    assert "the 2 private runs" in err
+    assert len(list((tmp_path / "x" / "runs").iterdir())) == 1
+    assert call("compare", spec("b", total_epsilon=9), "--out", tmp_path / "x")[0] == 0
+    ledgers = [Ledger(run / "private" / "ledger.jsonl") for run in (tmp_path / "x" / "runs").iterdir()]
+    stated = Experiment(tmp_path / "x").about["privacy"]
+    assert stated["earlier"] == 1
+    assert stated["total_epsilon"] == pytest.approx(Composition.of(ledgers).epsilon(), rel=1e-6)
 
 
 def test_every_run_reserves_in_a_budget_file(tiny_spec, tmp_path, call) -> None:

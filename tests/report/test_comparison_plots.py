@@ -75,6 +75,17 @@ def test_plots_for_which_there_is_data(plots, tmp_path) -> None:
     assert "threshold-tau_coarse-accuracy-cnn-eps1" in names
     assert "compute-images-accuracy-cnn" in names
     assert not [n for n in names if "cleaning" in n or "frechet" in n]
+    cases = [
+        {"label": ""},
+        {"label": "wider", "settings": {"stages.tau_cleaning": -2, "stages.tau_coarse": 1}},
+    ]
+    both = make_experiment(
+        tmp_path / "g", grid={"epsilon": [1], "variant": ["dpdm", "both"], "cases": cases, "seeds": 1}, features=()
+    )
+    (share,) = (p for p in comparison_plots(View(Results.load(both))) if p.name.startswith("threshold-"))
+    assert share.name == "threshold-share-accuracy-cnn-eps1"
+    # What the published thresholds, and the wider ones, cut off log σ ~ N(−1.2, 1.2²).
+    assert all(part in share.alt for part in ("DPDM at 0 %", "Both at 7 %", "Both (wider) at 29 %"))
     bare = make_experiment(tmp_path / "f", grid={"epsilon": [1]}, classes=0, features=())
     assert comparison_plots(View(Results.load(bare))) == []
 
