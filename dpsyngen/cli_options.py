@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
+from dpsyngen.errors import ConfigError
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, made by `dpsyngen train --out`")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of text, for programs")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+
+
+def epsilon_of(text: str) -> float:
+    """The value of ``--epsilon``."""
+    try:
+        return float("inf") if text in ("inf", "∞") else float(text)
+    except ValueError:
+        raise ConfigError(f"--epsilon is {text!r}, but must be a positive number, or inf for no privacy.") from None

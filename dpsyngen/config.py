@@ -242,11 +242,12 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings, those of `over` in force."""
     out = dict(base)
     for key, value in over.items():
         below = out.get(key)
-        out[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        out[key] = merge_settings(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return out
 
 
@@ -283,7 +284,7 @@ def load_config(
     if name not in preset_names():
         raise ConfigError(f"preset is {shown(name)}, but must be one of {', '.join(preset_names())}.")
     text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    merged = _merge(_merge(_sections(read_yaml(text, f"preset {name}"), name), given), overrides or {})
+    merged = merge_settings(merge_settings(_sections(read_yaml(text, f"preset {name}"), name), given), overrides or {})
     merged["preset"] = name
     return validate(merged)
 

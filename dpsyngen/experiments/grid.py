@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, Literal
 
-from dpsyngen.config import Config, load_config
+from dpsyngen.config import Config, load_config, merge_settings
 from dpsyngen.errors import ConfigError
 from dpsyngen.experiments.spec import MOST_JOBS, Spec
 from dpsyngen.training.plan import stages_of
@@ -85,14 +85,11 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
         label = ",".join([case, *(s for n, s in zip(settings, shortened, strict=True) if n in spec.grid.axes)])
     parts = [variant, f"eps{_short(epsilon)}", *([label.replace(",", "-")] if label else []), f"seed{seed}"]
     name = "-".join(parts)
-    nested: dict[str, Any] = {k: dict(v) for k, v in spec.settings.items()}
+    nested: dict[str, Any] = spec.settings
     for full, value in settings.items():
-        *sections, last = full.split(".")
-        place = nested
-        for section in sections:
-            place[section] = dict(place.get(section, {}))
-            place = place[section]
-        place[last] = value
+        for part in reversed(full.split(".")):
+            value = {part: value}
+        nested = merge_settings(nested, value)
     fixed: dict[str, dict[str, Any]] = {
         "data": {
             "source": spec.data.train,
@@ -110,10 +107,8 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
         fixed["privacy"]["insecure_seed"] = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
     if spec.cost.budget_file:
         fixed["privacy"]["budget"] = spec.cost.budget_file
-    for section, values in fixed.items():
-        nested[section] = {**nested.get(section, {}), **values}
     try:
-        config = load_config(nested, preset=spec.preset)
+        config = load_config(merge_settings(nested, fixed), preset=spec.preset)
     except ConfigError as error:
         raise ConfigError(f"the run {name} cannot be: {error}") from None
     return Job(name, "run", variant, epsilon, seed, label, settings, config)
