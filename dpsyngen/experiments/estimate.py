@@ -222,6 +222,7 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
 def _evaluation_seconds(spec: Spec, shape: Shape, device: str) -> float:
     """Features and classifiers of one run, from a few hundred images of noise."""
     from dpsyngen.evaluation import FeatureSpec, classification_accuracy
+    from dpsyngen.evaluation.cas import HELD_OUT, default_epochs
 
     e, count = spec.evaluation, 200
     rng = np.random.default_rng(0)
@@ -236,22 +237,32 @@ def _evaluation_seconds(spec: Spec, shape: Shape, device: str) -> float:
         begun = now_is()
         extractor(images)
         seconds += (now_is() - begun) / count * min(e.max_images, spec.sampling.images)
-    if e.classifiers and shape.num_classes > 1:
+    if shape.num_classes > 1:
         labels = np.arange(count, dtype=np.int64) % shape.num_classes
-        begun = now_is()
-        classification_accuracy(
-            images,
-            labels,
-            images,
-            labels,
-            num_classes=shape.num_classes,
-            classifiers=e.classifiers,
-            epochs=1,
-            device=device,
-        )
-        # As many presentations as classification_accuracy makes by default; see there.
-        epochs = float(np.clip(200_000 // max(1, round(0.9 * spec.sampling.images)), 5, 50))
-        seconds += (now_is() - begun) / count * spec.sampling.images * epochs
+        made = round((1 - HELD_OUT) * spec.sampling.images)
+
+        def train(name: str, epochs: int) -> float:
+            begun = now_is()
+            classification_accuracy(
+                images,
+                labels,
+                images,
+                labels,
+                num_classes=shape.num_classes,
+                classifiers=(name,),
+                epochs=epochs,
+                device=device,
+            )
+            return now_is() - begun
+
+        for name in e.classifiers:
+            if name == "logreg":
+                seconds += train(name, 1) / count * spec.sampling.images
+            else:
+                # The difference leaves out what is done once, such as compiling and scoring.
+                train(name, 1)
+                epoch = max(train(name, 6) - train(name, 1), 0.0) / 5 / count
+                seconds += epoch * spec.sampling.images * default_epochs(name, made)
     return seconds
 
 

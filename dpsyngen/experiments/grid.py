@@ -59,6 +59,9 @@ def jobs_of(spec: Spec) -> tuple[Job, ...]:
     count *= math.prod(len(v) for v in g.axes.values())
     if count > MOST_JOBS:
         raise ConfigError(f"the grid has {count:,} runs, but at most {MOST_JOBS:,} are allowed.")
+    # How images are drawn is refused now, not after the training.
+    drawn = spec.sampling.model_dump(exclude={"images"}, exclude_none=True)
+    load_config(merge_settings(spec.settings, {"sampling": drawn}), preset=spec.preset)
     out: dict[str, Job] = {}
     combinations = [dict(zip(g.axes, values, strict=True)) for values in itertools.product(*g.axes.values())]
     for seed, epsilon in itertools.product(g.seeds, g.epsilon):

@@ -105,6 +105,11 @@ def test_a_run_that_cannot_be_is_named() -> None:
         jobs(variant=["both"], epsilon=[1], seeds=1, axes={"stages.tau_cleaning": [3]})
 
 
+def test_drawing_that_cannot_be_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="churn needs"):
+        jobs_of(parse_spec({**SMALL, "sampling": {"sampler": "ddim", "churn": 5}}))
+
+
 def test_a_huge_grid_is_refused_before_it_is_built() -> None:
     with pytest.raises(ConfigError, match="at most"):
         jobs(seeds=10_000)
