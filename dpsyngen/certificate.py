@@ -74,7 +74,7 @@ class StagePart(_Part):
     name: str = Field(max_length=50)
     log_sigma_low: float | None
     log_sigma_high: float | None
-    trained_by: Literal["public", "private"]
+    trained_by: Literal["public", "private", "moments"]
     network: str = Field(max_length=50)
 
 

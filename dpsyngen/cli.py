@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen import cli_audit, cli_checks, cli_compare, cli_evaluate, cli_release, cli_train
+from dpsyngen import cli_audit, cli_checks, cli_compare, cli_evaluate, cli_release, cli_stages, cli_train
 from dpsyngen.cli_options import AsJson, Device, Quiet, RunArgument, epsilon_of
 from dpsyngen.cli_programs import app as programs_app
 from dpsyngen.errors import ConfigError, DpsyngenError
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.add_typer(programs_app, name="programs")
 app.add_typer(cli_release.budget_app, name="budget")
 app.command()(cli_train.train)
+app.command()(cli_stages.stages)
 app.command()(cli_release.ledger)
 app.command()(cli_audit.audit)
 app.command()(cli_release.release)

@@ -16,6 +16,7 @@ from dpsyngen.errors import ConfigError
 if TYPE_CHECKING:
     from dpsyngen.console import Console, Progress
     from dpsyngen.training.pipeline import Training
+    from dpsyngen.training.plan import Plan
 
 
 def _sections(**values: Any) -> dict[str, Any]:
@@ -36,11 +37,16 @@ def train(
     ] = None,
     epsilon: Annotated[str | None, typer.Option(help="ε, the privacy budget; inf trains without privacy")] = None,
     delta: Annotated[float | None, typer.Option(help="δ; default: the largest power of ten below 1/n")] = None,
-    preset: Annotated[str | None, typer.Option(help="named settings; default cpu-small")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="named settings; default: gpu where there is one, else cpu-small")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
-    variant: Annotated[str | None, typer.Option(help="dpdm, finetune, cleaning, coarse or both")] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="dpdm, finetune, cleaning, coarse, both, gaussian, residual or residual-cleaning"),
+    ] = None,
     tau_cleaning: Annotated[float | None, typer.Option(help="log σ below which programs train")] = None,
-    tau_coarse: Annotated[float | None, typer.Option(help="log σ above which programs train")] = None,
+    tau_coarse: Annotated[float | None, typer.Option(help="log σ above which programs or DP moments answer")] = None,
     networks: Annotated[str | None, typer.Option(help="experts (one a stage) or shared")] = None,
     pretrain: Annotated[
         bool | None, typer.Option("--pretrain/--no-pretrain", help="start from programmatic images")
@@ -143,6 +149,22 @@ def train(
         _run_training(training, console)
 
 
+_TRAINERS = {"public": "programs", "private": "DP-SGD", "moments": "DP moments"}
+_PHASES = {"moments": ("DP moments of private images", "queries")}
+
+
+def _mechanisms(plan: Plan) -> list[str]:
+    m, out = plan.mechanism, []
+    if plan.moments is not None:
+        noises = ", ".join(f"{q.noise_multiplier:.4g}" for q in plan.moments.mechanisms())
+        out.append(f"moments at noise multipliers {noises}")
+    if plan.steps:
+        out.append(
+            f"{plan.steps} steps at sampling rate {m.sampling_rate:.4g}, noise multiplier {m.noise_multiplier:.4g}"
+        )
+    return out
+
+
 def _run_training(training: Training, console: Console) -> None:
     import math
     import time
@@ -158,10 +180,13 @@ def _run_training(training: Training, console: Console) -> None:
     console.note(f"{len(training.dataset):,} images {n.channels}x{n.resolution}x{n.resolution}{classes}")
     for line in training.dataset.skipped:
         console.note(f"  left out: {line}")
-    parts = ", ".join(f"{s.name} ({s.trainer})" for s in reversed(plan.stages.stages))
+    parts = ", ".join(f"{s.name} ({_TRAINERS[s.trainer]})" for s in reversed(plan.stages.stages))
+    network = (
+        "no network" if plan.stages.gaussian else f"{config.network.size} network, {training.parameters:,} parameters"
+    )
     console.note(
-        f"stages, noisy to clean: {parts}{'; pre-trained on programs' if plan.stages.pretrain else ''}; "
-        f"{config.network.size} network, {training.parameters:,} parameters"
+        f"preset {config.preset}; stages, noisy to clean: {parts}"
+        f"{'; pre-trained on programs' if plan.stages.pretrain else ''}; {network}"
     )
     if math.isinf(config.privacy.epsilon):
         console.note("NOT PRIVATE: ε = ∞, no clipping, no noise")
@@ -170,8 +195,7 @@ def _run_training(training: Training, console: Console) -> None:
         unit = "one image" if g == 1 else f"up to {g} images of one person together"
         console.note(
             f"target ε = {config.privacy.epsilon:g} at δ = {plan.delta:.3g} for {unit} (add/remove), "
-            f"n = {m.records:,} public: {m.config.steps} steps at sampling rate {m.sampling_rate:.4g}, "
-            f"noise multiplier {m.noise_multiplier:.4g}"
+            f"n = {m.records:,} public: {'; '.join(_mechanisms(plan))}"
         )
     if config.privacy.insecure_seed is not None:
         console.note("NOT PRIVATE: the noise comes from --insecure-seed")
@@ -183,13 +207,15 @@ def _run_training(training: Training, console: Console) -> None:
                 if current is None or current[0] != p.phase:
                     if current:
                         current[1].__exit__(None, None, None)
-                    what = "DP-SGD on private images" if p.phase == private_phase else "programmatic images"
-                    progress = console.progress(f"{p.phase}: {what}", p.steps, "steps", start=p.step - 1)
+                    what, unit = _PHASES.get(p.phase, ("programmatic images", "steps"))
+                    what = "DP-SGD on private images" if p.phase == private_phase else what
+                    progress = console.progress(f"{p.phase}: {what}", p.steps, unit, start=max(p.step - 1, 0))
                     current = (p.phase, progress.__enter__())
                     for name in training.checkpoints.damaged:
                         console.note(f"  a damaged checkpoint was passed over: {name}")
                 # The only private figure that is shown; Console leaves it out of what log collectors get.
-                note = f"loss {p.values['loss']:.3f}" + (" (private)" if p.phase == private_phase else "")
+                loss = p.values.get("loss")
+                note = "" if loss is None else f"loss {loss:.3f}" + (" (private)" if p.phase == private_phase else "")
                 current[1].update(p.step, note)
         finally:
             if current:
@@ -216,9 +242,10 @@ def _run_training(training: Training, console: Console) -> None:
             "delta": ledger.delta,
             "group_size": ledger.group_size,
             "records": m.records,
-            "steps": m.config.steps,
-            "sampling_rate": m.sampling_rate,
-            "noise_multiplier": m.noise_multiplier,
+            "steps": plan.steps,
+            "sampling_rate": m.sampling_rate if plan.steps else None,
+            "noise_multiplier": m.noise_multiplier if plan.steps else None,
+            "moments": None if plan.moments is None else [q.noise_multiplier for q in plan.moments.mechanisms()],
             "parameters": training.parameters,
             "seconds": round(time.monotonic() - begun, 3),
             "findings": [f.to_dict() for f in findings],

@@ -70,11 +70,22 @@ class PrivacyConfig(_Section):
 class StagesConfig(_Section):
     """Who trains what; see :func:`dpsyngen.diffusion.stages.stage_map`."""
 
-    variant: Literal["dpdm", "finetune", "cleaning", "coarse", "both"] = "both"
+    variant: Literal["dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "residual", "residual-cleaning"] = (
+        "both"
+    )
     tau_cleaning: float = Field(-3.0, ge=-100, le=100, description="log σ")
     tau_coarse: float = Field(2.0, ge=-100, le=100, description="log σ")
     networks: Literal["experts", "shared"] = "experts"
     pretrain: bool | None = Field(None, description="start from programmatic images; None: what the variant says")
+
+
+class MomentsConfig(_Section):
+    """DP moments of the private images; of use to the variants that are named after them (docs/moments.md)."""
+
+    share: float = Field(
+        0.5, gt=0, lt=1, description="ε of the moments alone over privacy.epsilon; variant gaussian spends all on them"
+    )
+    rank: int = Field(100, ge=1, le=4096, description="most directions in which classes have covariances")
 
 
 class NetworkConfig(_Section):
@@ -140,7 +151,12 @@ class PrivateConfig(_Section):
     """DP-SGD on private images."""
 
     steps: int = Field(300, ge=1, le=10**6)
-    batch: int = Field(512, ge=1, le=10**9, description="expected batch; Poisson sampling at rate batch/records")
+    batch: int = Field(
+        512, ge=0, le=10**9, description="expected batch; Poisson sampling at rate batch/records; 0: see largest_batch"
+    )
+    largest_batch: int = Field(
+        1024, ge=1, le=10**9, description="where batch is 0, it is a third of the records, but no more than this"
+    )
     copies: int = Field(4, ge=1, le=10_000, description="K, noise multiplicity")
     learning_rate: float = Field(1e-3, gt=0, le=1e3)
     warmup: int = Field(0, ge=0, le=10**6)
@@ -187,6 +203,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     stages: StagesConfig = StagesConfig()
+    moments: MomentsConfig = MomentsConfig()
     network: NetworkConfig = NetworkConfig()
     program: ProgramConfig = ProgramConfig()
     public: PublicConfig = PublicConfig()
@@ -236,6 +253,30 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def with_batch(config: Config, records: int) -> Config:
+    """The configuration with an expected batch; one that is given stays.
+
+    The rule: a third of the records, at most ``private.largest_batch``.  At one ε the noise in the mean gradient falls
+    with the batch, so it is as large as the computing time allows; beyond a third of the records sampling amplifies
+    privacy too little.
+
+    Args:
+        config: whose ``private.batch`` may be 0.
+        records: declared number of records, public.
+    """
+    if config.private.batch:
+        return config
+    batch = max(1, min(config.private.largest_batch, records // 3))
+    return config.model_copy(update={"private": config.private.model_copy(update={"batch": batch})})
+
+
+def default_preset() -> str:
+    """The preset for this machine, where none is asked for: "gpu" on one with CUDA, else "cpu-small"."""
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else DEFAULT_PRESET
+
+
 def preset_names() -> tuple[str, ...]:
     """Names of the presets that ship with the package."""
     folder = resources.files("dpsyngen") / "presets"
@@ -271,7 +312,8 @@ def load_config(
 
     Args:
         overrides: nested mapping such as ``{"privacy": {"epsilon": 3}}``.
-        preset: a name from :func:`preset_names`; None: what the overrides or the file name, else ``DEFAULT_PRESET``.
+        preset: a name from :func:`preset_names`; None: what the overrides or the file name, else
+            :func:`default_preset`.
         file: a YAML file with any of the sections.
 
     Raises:
@@ -280,7 +322,7 @@ def load_config(
     given: dict[str, Any] = {}
     if file is not None:
         given = _sections(read_yaml_file(file, "the configuration"), str(file))
-    name = preset or (overrides or {}).get("preset") or given.get("preset") or DEFAULT_PRESET
+    name = preset or (overrides or {}).get("preset") or given.get("preset") or default_preset()
     if name not in preset_names():
         raise ConfigError(f"preset is {shown(name)}, but must be one of {', '.join(preset_names())}.")
     text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -13,14 +13,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, GuidedDenoiser, PreconditionedDenoiser
-from dpsyngen.diffusion.samplers import Observer, Step, evenly_in_log, karras_steps, sample_batches, to_uint8
-from dpsyngen.diffusion.stages import Stage, StagedDenoiser
+from dpsyngen.diffusion.denoiser import (
+    UNIFORM_PRIOR_SIGMA,
+    Denoiser,
+    GuidedDenoiser,
+    NetworkDenoiser,
+    PreconditionedDenoiser,
+)
+from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
+from dpsyngen.diffusion.residual import ResidualDenoiser
+from dpsyngen.diffusion.samplers import Observer, Start, Step, evenly_in_log, karras_steps, sample_batches, to_uint8
+from dpsyngen.diffusion.stages import GAUSSIAN, Stage, StagedDenoiser
+from dpsyngen.diffusion.start import sampling_start
 from dpsyngen.diffusion.unet import UNet
-from dpsyngen.errors import ConfigError
-from dpsyngen.generator_file import load_weights, read_description
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.generator_file import GeneratorDescription, load_weights, moments_shapes, read_description
 from dpsyngen.sampling_settings import SamplingSettings
-from dpsyngen.shown import listed, shown
+from dpsyngen.shown import listed, printable, shown
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Generator:
         class_names: () if unconditional.
         stages: who answers at which noise level.
         networks: the denoiser of each network.
+        gaussian: the denoiser of the DP moments; None if there are none.
     """
 
     def __init__(self, release: str | os.PathLike[str], device: str = "cpu") -> None:
@@ -85,29 +95,58 @@ class Generator:
         self.class_names: tuple[str, ...] = tuple(about.class_names)
         self.defaults: dict[str, Any] = about.sampling.model_dump()
         self.private = about.private
-        self.networks: dict[str, PreconditionedDenoiser] = {}
-        for name in self.stages.networks:
-            classes = len(self.class_names) if about.conditional[name] else 0
+        self.gaussian = self._load_gaussian(release, about)
+        self.networks: dict[str, NetworkDenoiser] = {n: self._load(release, about, n) for n in self.stages.networks}
 
-            def make(classes: int = classes) -> PreconditionedDenoiser:
-                unet = UNet(about.network.size, about.resolution, about.channels, classes)
+    def _load_gaussian(self, release: Path, about: GeneratorDescription) -> GaussianDenoiser | None:
+        if about.moments is None:
+            return None
+        path = release / "weights" / f"{GAUSSIAN}.safetensors"
+        tensors = load_weights(path, moments_shapes(about))
+        try:
+            moments = ClassGaussians.from_tensors(tensors)
+        except ConfigError as error:
+            raise RunError(f"the weights {printable(path)} are damaged: {error}") from None
+        return GaussianDenoiser(moments, (about.channels, about.resolution, about.resolution)).to(self.device)
+
+    def _load(self, release: Path, about: GeneratorDescription, name: str) -> NetworkDenoiser:
+        classes = len(self.class_names) if about.conditional[name] else 0
+        gaussian = self.gaussian if name == self.stages.private.network else None
+        inputs = None if gaussian is None else 2 * about.channels
+
+        def make() -> UNet:
+            return UNet(about.network.size, about.resolution, about.channels, classes, inputs)
+
+        def around(unet: UNet) -> NetworkDenoiser:
+            if gaussian is None:
                 return PreconditionedDenoiser(unet, classes, about.network.sigma_data)
+            return ResidualDenoiser(unet, classes, gaussian)
 
-            with torch.device("meta"):
-                shapes = make()
-            weights = load_weights(release / "weights" / f"{name}.safetensors", shapes)
-            denoiser = make()
-            denoiser.load_state_dict(weights)
-            self.networks[name] = denoiser.to(device).eval()
+        with torch.device("meta"):
+            unet = make()
+        expected = {f"network.{k}": v for k, v in unet.state_dict().items()}
+        weights = load_weights(release / "weights" / f"{name}.safetensors", expected)
+        denoiser = around(make())
+        denoiser.load_state_dict(weights)
+        return denoiser.to(self.device).eval()
 
     def denoiser(self, guidance: float = 1.0) -> StagedDenoiser:
         """The staged denoiser, with classifier-free guidance of the private stage if asked for."""
-        private: Denoiser = self.networks[self.stages.private.network]
+        denoisers: dict[str, Denoiser] = dict(self.networks)
+        if self.gaussian is not None:
+            denoisers[GAUSSIAN] = self.gaussian
+        private = denoisers[self.stages.private.network]
         return StagedDenoiser(
             self.stages,
-            self.networks,
+            denoisers,
             private=GuidedDenoiser(private, guidance) if self.class_names and guidance != 1 else None,
         )
+
+    def _start(self, s: SamplingSettings) -> tuple[int, float, Start | None]:
+        """Steps, the noise level where they start, and what draws there; see :func:`sampling_start`."""
+        sigma, start = sampling_start(self.stages, self.gaussian, s.sigma_min, s.sigma_max)
+        # Where all is Gaussian images are drawn at σ_min, and a single step takes that noise off.
+        return 1 if self.stages.gaussian else s.steps, sigma, start
 
     def labels(self, count: int, classes: Sequence[int | str] | None = None) -> NDArray[np.int64] | None:
         """Labels for `count` images: all classes (or those given, by name or number) in turn; None if unconditional."""
@@ -205,20 +244,22 @@ class Generator:
             if labels.min() < 0 or labels.max() >= len(self.class_names):
                 raise ConfigError(f"labels must lie in 0 to {len(self.class_names) - 1}.")
         options: dict[str, Any] = {"churn": s.churn} if s.churn else {}
+        steps, sigma_max, start = self._start(s)
         return sample_batches(
             self.denoiser(s.guidance),
             None if labels is None else torch.from_numpy(labels),
             count,
             (self.channels, self.resolution, self.resolution),
             sampler=s.sampler,
-            steps=s.steps,
+            steps=steps,
             sigma_min=s.sigma_min,
-            sigma_max=s.sigma_max,
+            sigma_max=sigma_max,
             rho=s.rho,
             seed=s.seed,
             batch_size=batch_size,
             device=self.device,
             observe=observe,
+            start_from=start,
             **options,
         )
 
@@ -272,7 +313,8 @@ class Generator:
             ConfigError: a value that is not allowed.
         """
         s = self.settings(**settings)
-        kept = evenly_in_log(karras_steps(s.steps, s.sigma_min, s.sigma_max, s.rho), columns)
+        count_steps, sigma_max, _ = self._start(s)
+        kept = evenly_in_log(karras_steps(count_steps, s.sigma_min, sigma_max, s.rho), columns)
         if labels is None:
             labels = self.labels(max(count, 0))
         steps: list[tuple[float, NDArray[np.uint8], NDArray[np.uint8]]] = []

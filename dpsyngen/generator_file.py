@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpsyngen.class_names import MAX_CLASSES, check_class_names
 from dpsyngen.config import SamplingConfig
@@ -29,6 +30,7 @@ from dpsyngen.version import FORMAT, __version__
 
 MAX_RESOLUTION = 1024
 MAX_STAGES = 8
+MAX_RANK = 4096
 MAX_JSON_BYTES = 2**23
 MAX_HEADER_BYTES = 2**20  # of a weights file: names, shapes and places of the tensors
 
@@ -47,7 +49,7 @@ class StageDescription(_Part):
     name: _Name
     log_sigma_low: float | None = Field(ge=-100, le=100)
     log_sigma_high: float | None = Field(ge=-100, le=100)
-    trained_by: Literal["public", "private"]
+    trained_by: Literal["public", "private", "moments"]
     network: _Name
 
 
@@ -56,6 +58,12 @@ class NetworkDescription(_Part):
 
     size: Annotated[str, Field(max_length=100)]
     sigma_data: float = Field(ge=1e-3, le=1e3)
+
+
+class MomentsDescription(_Part):
+    """What the DP moments are, where some stage is answered by them."""
+
+    rank: int = Field(ge=1, le=MAX_RANK)
 
 
 class GeneratorDescription(_Part):
@@ -69,6 +77,7 @@ class GeneratorDescription(_Part):
     conditional: dict[_Name, bool] = Field(max_length=MAX_STAGES)
     sampling: SamplingConfig
     private: bool
+    moments: MomentsDescription | None = None
 
     def stage_map(self) -> StageMap:
         """Who answers at which noise level; ConfigError if the pieces do not cover the axis."""
@@ -110,8 +119,11 @@ def read_description(release: Path) -> tuple[GeneratorDescription, StageMap]:
         description = GeneratorDescription.model_validate(about)
         check_class_names(description.class_names, "generator.json")
         size = named_size(description.network.size)
-        check_resolution(size, description.resolution)
         stages = description.stage_map()
+        if stages.networks:
+            check_resolution(size, description.resolution)
+        if stages.moments != (description.moments is not None):
+            raise ConfigError("its stages and its moments contradict each other")
         missing = [name for name in stages.networks if name not in description.conditional]
         if missing:
             raise ConfigError(f"conditional says nothing of the networks {', '.join(missing)}")
@@ -122,18 +134,31 @@ def read_description(release: Path) -> tuple[GeneratorDescription, StageMap]:
     return description, stages
 
 
-def load_weights(path: Path, network: nn.Module) -> dict[str, Tensor]:
-    """The tensors for ``network`` from a safetensors file.
+def moments_shapes(about: GeneratorDescription) -> dict[str, Tensor]:
+    """The tensors of :class:`dpsyngen.diffusion.gaussian.ClassGaussians` as they should be, on the meta device."""
+    assert about.moments is not None
+    classes, rank, pixels = max(len(about.class_names), 1), about.moments.rank, about.channels * about.resolution**2
+    shapes = {
+        "means": (classes, pixels),
+        "basis": (pixels, rank),
+        "covariances": (classes, rank, rank),
+        "rest": (pixels,),
+        "frequencies": (classes,),
+    }
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def load_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
 
     Args:
         path: the file.
-        network: what they are for, on the meta device: it needs no memory.
+        expected: what they should be, by name, on the meta device: it needs no memory.
 
     Raises:
-        RunError: the file is missing, a link, or damaged; or its tensors are not exactly those of the network, in name,
+        RunError: the file is missing, a link, or damaged; or its tensors are not exactly those expected, in name,
             shape and type; or some number in them is not finite.
     """
-    expected = network.state_dict()
     size = sum(t.numel() * t.element_size() for t in expected.values())
     try:
         with open_plain(path, 8 + MAX_HEADER_BYTES + size) as file:
@@ -152,7 +177,7 @@ def load_weights(path: Path, network: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _compare(header: Any, expected: dict[str, Tensor]) -> None:
+def _compare(header: Any, expected: Mapping[str, Tensor]) -> None:
     """ValueError unless a safetensors header announces exactly the expected tensors."""
     if not isinstance(header, dict):
         raise ValueError("its header is not a mapping")

@@ -26,10 +26,15 @@ def tiny_arrays(seed: int = 0, n: int = 60, classes: int = 3) -> tuple[np.ndarra
 
 
 TINY_SETTINGS = {
-    "network": {"size": "nano"},
+    # Everything that presets set, so that tests do not depend on them.
+    "network": {"size": "nano", "noise_mean": -1.2, "noise_std": 1.2, "label_dropout": 0.1},
+    "stages": {"variant": "both", "tau_cleaning": -3.0, "tau_coarse": 2.0},
     "public": {"steps": 3, "batch": 4, "copies": 1},
-    "private": {"steps": 6, "batch": 12, "copies": 2, "physical_batch": 5, "checkpoint_every": 2},
-    "sampling": {"steps": 3},
+    "private": {
+        **{"steps": 6, "batch": 12, "copies": 2, "physical_batch": 5, "checkpoint_every": 2},
+        **{"learning_rate": 5e-3, "warmup": 0, "schedule": "constant", "ema": 0.99, "clipping": "flat"},
+    },
+    "sampling": {"sampler": "dpmpp", "steps": 3, "sigma_min": 0.002, "rho": 7.0, "guidance": 2.0},
 }
 
 

@@ -105,6 +105,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "audit": ("audit", "{made}/r", "--quick"),
     "memorisation": ("memorisation", "{made}/r", "-n", "30"),
     "doctor": ("doctor", "{made}/r"),
+    "stages": (
+        *("stages", "--programs", "dead-leaves,contours", "--resolution", "8", "--network", "nano", "--steps", "2"),
+        *("--seeds", "1", "--images", "8", "--spacing", "2", "--set", "public.batch=2", "--out", "{new}/g"),
+    ),
     "compare": ("compare", "{made}/c.yaml", "--out", "{new}/x"),
     "compare --dry-run": ("compare", "{made}/c.yaml", "--dry-run"),
     "programs list": ("programs", "list"),

@@ -29,7 +29,31 @@ class Denoiser(Protocol):
         ...
 
 
-class PreconditionedDenoiser(nn.Module):
+class NetworkDenoiser(nn.Module):
+    """A Denoiser with a network to train, and the weight of its loss.
+
+    Attributes:
+        network: F.
+        num_classes: 0 for an unconditional network, which ignores labels.
+    """
+
+    network: nn.Module
+    num_classes: int
+
+    def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """λ(σ) > 0, [N]: what ‖D - x₀‖² is weighted with in training."""
+        raise NotImplementedError
+
+    def classes_of(self, x: Tensor, labels: Tensor | None) -> Tensor | None:
+        """The class of each row for the network: "no class" where there are no labels; None if unconditional."""
+        if not self.num_classes:
+            return None
+        if labels is None:
+            return torch.full((len(x),), self.num_classes, dtype=torch.long, device=x.device)
+        return labels
+
+
+class PreconditionedDenoiser(NetworkDenoiser):
     """D = c_skip·x + c_out·F(c_in·x, c_noise), EDM eq. 7 with the coefficients of its table 1.
 
     Args:
@@ -50,13 +74,11 @@ class PreconditionedDenoiser(nn.Module):
         c_out = s * self.sigma_data / total.sqrt()
         c_in = total.rsqrt()
         c_noise = sigma.to(x.dtype).log() / 4
-        classes = None
-        if self.num_classes:
-            if labels is None:
-                classes = torch.full((len(x),), self.num_classes, dtype=torch.long, device=x.device)
-            else:
-                classes = labels
-        return c_skip * x + c_out * self.network(c_in * x, c_noise, classes)
+        return c_skip * x + c_out * self.network(c_in * x, c_noise, self.classes_of(x, labels))
+
+    def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """:func:`loss_weight`: whatever the label."""
+        return loss_weight(sigma, self.sigma_data)
 
 
 def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser, loss_weight
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 
 
@@ -83,8 +83,8 @@ def make_noisy(
     return NoisyBatch(clean, clean + sigma.view(-1, 1, 1, 1) * noise, sigma, classes)
 
 
-def denoising_loss(denoiser: PreconditionedDenoiser, batch: NoisyBatch) -> Tensor:
+def denoising_loss(denoiser: NetworkDenoiser, batch: NoisyBatch) -> Tensor:
     """λ(σ)·‖D(x; σ) - x₀‖² of each row, averaged over its pixels, [rows] (EDM eq. 2 and table 1)."""
     denoised = denoiser(batch.noisy, batch.sigma, batch.labels)
     squared = (denoised - batch.clean).square().flatten(1).mean(1)
-    return loss_weight(batch.sigma, denoiser.sigma_data) * squared
+    return denoiser.weight(batch.sigma, batch.labels) * squared

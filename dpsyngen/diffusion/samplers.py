@@ -37,6 +37,9 @@ class Step:
     denoised: Tensor
 
 
+Start = Callable[[Tensor, Tensor | None], Tensor]
+"""Makes noisy images x at the sampler's first noise level from standard normal noise and labels."""
+
 Observer = Callable[[Step], None]
 """Is shown each step.  The tensors are the sampler's own: an observer copies what it keeps, and changes nothing."""
 
@@ -188,6 +191,7 @@ def sample_batches(
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     observe: Observer | None = None,
+    start_from: Start | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
     """Draw `count` images in batches.
@@ -206,6 +210,8 @@ def sample_batches(
         batch_size: images at a time, >= 1.
         device: where to compute.
         observe: is shown each step of each batch; the images do not depend on it.
+        start_from: makes x at σ_max from noise; None: σ_max times the noise, which stands for an image at σ_max if that
+            is far above the data's own spread.
         options: options of the sampler, such as ``churn``.
 
     Yields:
@@ -227,7 +233,9 @@ def sample_batches(
 
         y = None if labels is None else labels[start:stop].to(device)
         extra = options | {"draw": draw} if sampler == "heun" else options
-        images = SAMPLERS[sampler](denoiser, draw() * sigmas[0].item(), sigmas, y, observe=observe, **extra)
+        noise = draw()
+        x = noise * sigmas[0].item() if start_from is None else start_from(noise, y)
+        images = SAMPLERS[sampler](denoiser, x, sigmas, y, observe=observe, **extra)
         yield to_uint8(images).cpu()
 
 

@@ -1,7 +1,7 @@
 """Stages: who trains which noise levels, and which network answers there.
 
-A :class:`StageMap` cuts the log σ axis into pieces.  The published variants (DPDM, FineTune, Cleaning, Coarse) and
-their union (Both) are values of this one type; nothing else in the code knows their names.
+A :class:`StageMap` cuts the log σ axis into pieces.  The published variants (DPDM, FineTune, Cleaning, Coarse), their
+union (Both) and ours (Gaussian, Residual) are values of this one type.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from torch import Tensor
 from dpsyngen.diffusion.denoiser import Denoiser
 from dpsyngen.errors import ConfigError
 
-Trainer = Literal["public", "private"]
+Trainer = Literal["public", "private", "moments"]
 Networks = Literal["experts", "shared"]
-VARIANTS = ("dpdm", "finetune", "cleaning", "coarse", "both")
+VARIANTS = ("dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "residual", "residual-cleaning")
+USE_MOMENTS = ("gaussian", "residual", "residual-cleaning")
+"""Variants that release DP moments of the private images, see :mod:`dpsyngen.diffusion.gaussian`."""
+
+GAUSSIAN = "gaussian"
+"""Name of what answers where DP moments are all that is known: no network, but it has weights of that name."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,12 @@ class Stage:
     """One piece of the log σ axis.
 
     Attributes:
-        name: "coarse", "context" or "cleaning".
+        name: "coarse", "context" or "cleaning"; "gaussian" where it is the only one.
         low: lower end in log σ (-inf at the clean end).
         high: upper end in log σ (inf at the noisy end).
-        trainer: "public" (programmatic images only) or "private" (DP-SGD on private images).
-        network: name of the network that owns the piece.
+        trainer: "public" (programmatic images only), "private" (DP-SGD on private images) or "moments" (DP moments of
+            private images, from which the optimal denoiser of a Gaussian follows in closed form).
+        network: name of the network that owns the piece; ``GAUSSIAN`` where none does.
     """
 
     name: str
@@ -49,7 +55,7 @@ class StageMap:
     The thresholds themselves belong to the private stage: τ_cleaning <= log σ <= τ_coarse.
 
     Attributes:
-        stages: adjacent pieces that cover (-inf, inf), exactly one of them private.
+        stages: adjacent pieces that cover (-inf, inf), exactly one of them private; or a single one, of moments.
         pretrain: whether the private network starts from training on programmatic images at all σ.
     """
 
@@ -65,15 +71,27 @@ class StageMap:
                 raise ConfigError(
                     f"stages {below.name!r} and {above.name!r} must meet at one log σ, in ascending order."
                 )
-        if sum(stage.trainer == "private" for stage in s) != 1:
+        if sum(stage.trainer == "private" for stage in s) != 1 and not self.gaussian:
             raise ConfigError("exactly one stage must be trained on private images.")
         if len({stage.name for stage in s}) != len(s):
             raise ConfigError("each stage needs a name of its own.")
+        if any((stage.trainer == "moments") != (stage.network == GAUSSIAN) for stage in s):
+            raise ConfigError(f"stages of moments, and no others, are answered by {GAUSSIAN!r}.")
 
     @property
     def private(self) -> Stage:
-        """The stage that private images train."""
-        return next(s for s in self.stages if s.trainer == "private")
+        """The stage that private images train by DP-SGD; where their moments are all that is used, that one stage."""
+        return self.stages[0] if self.gaussian else next(s for s in self.stages if s.trainer == "private")
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether DP moments are all that is used: no network, no step of DP-SGD."""
+        return len(self.stages) == 1 and self.stages[0].trainer == "moments"
+
+    @property
+    def moments(self) -> bool:
+        """Whether DP moments of the private images are used."""
+        return any(s.trainer == "moments" for s in self.stages)
 
     @property
     def public(self) -> tuple[Stage, ...]:
@@ -84,7 +102,7 @@ class StageMap:
     def networks(self) -> tuple[str, ...]:
         """Names of the networks, each once, the private one last."""
         names = [s.network for s in self.public if s.network != self.private.network]
-        return (*dict.fromkeys(names), self.private.network)
+        return (*dict.fromkeys(names), *(() if self.gaussian else (self.private.network,)))
 
     @property
     def shared(self) -> bool:
@@ -113,23 +131,25 @@ def stage_map(
     """The stage map of a variant of DP-SynGen (arXiv 2412.09842).
 
     Args:
-        variant: "dpdm", "finetune", "cleaning", "coarse" or "both".
-        tau_cleaning: log σ below which programmatic images train (Cleaning, Both).
-        tau_coarse: log σ above which programmatic images train (Coarse, Both).
+        variant: of the paper "dpdm", "finetune", "cleaning", "coarse"; "both" of the last two.  Ours: "gaussian"
+            (DP moments of the private images are all there is), "residual" (they own what is above τ_coarse, and the
+            private network learns what they lack), "residual-cleaning" (and programs own what is below τ_cleaning).
+        tau_cleaning: log σ below which programmatic images train (Cleaning, Both, Residual-cleaning).
+        tau_coarse: log σ above which programmatic images train (Coarse, Both) or DP moments answer (Residual).
         networks: "experts" (a network for each stage: the public ones never see a private gradient) or "shared"
             (one network that takes public steps at public stages and DP steps at the private one).
         pretrain: start the private network from programmatic training at all σ.  None: what the variant says
             (only FineTune does).
 
     Raises:
-        ConfigError: unknown variant, or τ_cleaning >= τ_coarse.
+        ConfigError: unknown variant, τ_cleaning >= τ_coarse, or networks or pretrain that the variant cannot have.
     """
     if variant not in VARIANTS:
         raise ConfigError(f"variant is {variant!r}, but must be one of {', '.join(VARIANTS)}.")
     for name, tau in (("tau_cleaning", tau_cleaning), ("tau_coarse", tau_coarse)):
         if not math.isfinite(tau):
             raise ConfigError(f"{name} is {tau}, but must be a finite log σ (choose another variant for no threshold).")
-    if variant == "both" and not tau_cleaning < tau_coarse:
+    if variant in ("both", "residual-cleaning") and not tau_cleaning < tau_coarse:
         raise ConfigError(
             f"tau_cleaning = {tau_cleaning} must be below tau_coarse = {tau_coarse}: between them lies the stage that "
             "private images train."
@@ -138,8 +158,22 @@ def stage_map(
         raise ConfigError(f"networks is {networks!r}, but must be 'experts' or 'shared'.")
     if pretrain is False and variant == "finetune":
         raise ConfigError("variant 'finetune' is pre-training; without it choose 'dpdm'.")
-    low = tau_cleaning if variant in ("cleaning", "both") else -math.inf
-    high = tau_coarse if variant in ("coarse", "both") else math.inf
+    if variant == "gaussian":
+        if pretrain:
+            raise ConfigError("variant 'gaussian' has no network that could be pre-trained.")
+        return StageMap((Stage("gaussian", -math.inf, math.inf, "moments", GAUSSIAN),))
+    if variant in USE_MOMENTS and networks == "shared":
+        raise ConfigError(
+            f"variant {variant!r} has a network of its own for each stage: use networks = 'experts'.  A network that "
+            "learns what the moments of the private images lack is no denoiser of programmatic ones."
+        )
+    if variant in USE_MOMENTS and pretrain:
+        raise ConfigError(
+            f"variant {variant!r} starts its private network at the denoiser of the moments, so it cannot start from "
+            "programmatic images, too: leave pretrain out, or choose 'dpdm', 'cleaning', 'coarse' or 'both'."
+        )
+    low = tau_cleaning if variant in ("cleaning", "both", "residual-cleaning") else -math.inf
+    high = tau_coarse if variant in ("coarse", "both", "residual", "residual-cleaning") else math.inf
 
     def network(stage: str) -> str:
         return "shared" if networks == "shared" else stage
@@ -148,7 +182,9 @@ def stage_map(
     if low > -math.inf:
         pieces.append(Stage("cleaning", -math.inf, low, "public", network("cleaning")))
     pieces.append(Stage("context", low, high, "private", network("context")))
-    if high < math.inf:
+    if high < math.inf and variant in USE_MOMENTS:
+        pieces.append(Stage("coarse", high, math.inf, "moments", GAUSSIAN))
+    elif high < math.inf:
         pieces.append(Stage("coarse", high, math.inf, "public", network("coarse")))
     return StageMap(tuple(pieces), pretrain=variant == "finetune" if pretrain is None else pretrain)
 
@@ -156,17 +192,17 @@ def stage_map(
 class StagedDenoiser:
     """A Denoiser made of Denoisers: each row is answered by the network that owns its σ.
 
-    Labels reach the private stage only: programmatic images have none, so at a public stage the network that answers
-    was trained without.
+    Labels do not reach the public stages: programmatic images have none, so the network that answers there was trained
+    without.
 
     Args:
         stages: who owns what.
-        denoisers: one Denoiser for each name in ``stages.networks``.
+        denoisers: one Denoiser for each name in ``stages.networks``, and for ``GAUSSIAN`` where that is an owner.
         private: the Denoiser of the private stage where it differs from its network's (guidance); None: the same.
     """
 
     def __init__(self, stages: StageMap, denoisers: Mapping[str, Denoiser], private: Denoiser | None = None) -> None:
-        missing = [n for n in stages.networks if n not in denoisers]
+        missing = sorted({s.network for s in stages.stages} - denoisers.keys())
         if missing:
             raise ConfigError(f"no denoiser for {', '.join(missing)}; given: {', '.join(denoisers) or 'none'}.")
         self.stages = stages
@@ -186,4 +222,4 @@ class StagedDenoiser:
         return out
 
     def _answer(self, stage: Stage, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        return self._of_stage[stage.name](x, sigma, labels if stage.trainer == "private" else None)
+        return self._of_stage[stage.name](x, sigma, None if stage.trainer == "public" else labels)

@@ -110,8 +110,9 @@ class UNet(nn.Module):
     Args:
         size: widths and depths, or the name of a preset in ``SIZES``.
         resolution: height and width in pixels, divisible by ``size.divisor``.
-        channels: 1 or 3.
+        channels: 1 or 3, of the images that come out.
         num_classes: 0 for unconditional; class ``num_classes`` means "no class".
+        inputs: channels that go in; None: as many as come out.
 
     Raises:
         ConfigError: unknown preset, or a resolution that the network cannot take.
@@ -119,7 +120,9 @@ class UNet(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, size: UNetSize | str, resolution: int, channels: int, num_classes: int = 0) -> None:
+    def __init__(
+        self, size: UNetSize | str, resolution: int, channels: int, num_classes: int = 0, inputs: int | None = None
+    ) -> None:
         super().__init__()
         if isinstance(size, str):
             size = named_size(size)
@@ -137,7 +140,7 @@ class UNet(nn.Module):
         self.embed_class = nn.Embedding(num_classes + 1, emb) if num_classes else None
         self.embed_out = nn.Linear(emb, emb)
 
-        self.first = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+        self.first = nn.Conv2d((channels if inputs is None else inputs) * patch**2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips: list[int] = []
         now = width

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpsyngen.config import Config
+from dpsyngen.config import Config, with_batch
+from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.errors import BudgetExceeded
 from dpsyngen.experiments.grid import Job
 from dpsyngen.experiments.spec import Spec
@@ -93,13 +94,13 @@ def privacy_cost(spec: Spec, jobs: Sequence[Job], shape: Shape, out: Path | None
         BudgetExceeded: all together cost more than ``cost.total_epsilon``.
     """
     configs = [job.config for job in jobs if job.config is not None]
-    plans = [plan for plan in _plans(configs, shape) if plan.noise_multiplier > 0]
+    plans = [plan for plan in _plans(configs, shape) if plan.noisy]
     earlier = [] if out is None else _earlier(out, {job.name for job in jobs})
     deltas = [*(p.delta for p in plans), *(ledger.delta for ledger in earlier)]
     delta = spec.cost.delta or min(deltas, default=default_delta(shape.records))
     group = max([1, *(c.privacy.group_size for c in configs), *(ledger.group_size for ledger in earlier)])
     done = [m for ledger in earlier for m in ledger.mechanisms]
-    mechanisms = merge([*(p.mechanism for p in plans), *done])
+    mechanisms = merge([*(m for p in plans for m in p.mechanisms), *done])
     total = epsilon(mechanisms, delta, group_size=group) if mechanisms else 0.0
     if any(ledger.non_private or not ledger.secure for ledger in earlier):
         total = math.inf
@@ -137,7 +138,7 @@ def require_budget(spec: Spec, new: Sequence[Job], shape: Shape) -> None:
     budget = Budget(Path(spec.cost.budget_file))
     plans = _plans([job.config for job in new if job.config is not None], shape)
     check_affordable(
-        (*budget.mechanisms(), *(p.mechanism for p in plans)),
+        (*budget.mechanisms(), *(m for p in plans for m in p.mechanisms)),
         budget.epsilon_limit,
         budget.delta,
         budget.group_size,
@@ -147,12 +148,12 @@ def require_budget(spec: Spec, new: Sequence[Job], shape: Shape) -> None:
 
 @dataclass(frozen=True)
 class _Planned:
-    mechanism: Mechanism
+    mechanisms: tuple[Mechanism, ...]
     delta: float
 
     @property
-    def noise_multiplier(self) -> float:
-        return self.mechanism.noise_multiplier
+    def noisy(self) -> bool:
+        return all(m.noise_multiplier > 0 for m in self.mechanisms)
 
 
 def _plans(configs: Sequence[Config], shape: Shape) -> list[_Planned]:
@@ -161,9 +162,11 @@ def _plans(configs: Sequence[Config], shape: Shape) -> list[_Planned]:
     out = []
     for c in configs:
         p = c.privacy
-        key = (p.epsilon, p.delta, p.group_size, c.private.batch, c.private.steps, c.data.records)
+        batch = with_batch(c, shape.records).private.batch
+        key = (p.epsilon, p.delta, p.group_size, batch, c.private.steps, c.data.records)
+        key = (*key, *((c.stages.variant, c.moments.share) if c.stages.variant in USE_MOMENTS else ()))
         if key not in known:
             plan = make_plan(c, shape)
-            known[key] = _Planned(plan.mechanism.mechanism(c.private.steps), plan.delta)
+            known[key] = _Planned(plan.mechanisms, plan.delta)
         out.append(known[key])
     return out

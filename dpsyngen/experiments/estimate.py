@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from dpsyngen import api
-from dpsyngen.config import Config, validate
+from dpsyngen.config import Config, validate, with_batch
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.experiments.grid import Job
@@ -113,6 +113,7 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
         shape: of the images.
         device: where.
     """
+    config = with_batch(config, shape.records)
     copies = config.private.copies
     flops = _flops(make_denoiser(config, shape, conditional=True, seed=0), shape)
     noisy = min(max(round(_FLOPS / flops), _FEWEST), _MOST)
@@ -167,7 +168,7 @@ def _clock(device: str) -> Callable[[], float]:
     return time.process_time if device == "cpu" else wall
 
 
-def _flops(denoiser: PreconditionedDenoiser, shape: Shape) -> float:
+def _flops(denoiser: NetworkDenoiser, shape: Shape) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     batch = make_noisy(
@@ -196,7 +197,7 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
     for job in jobs:
         if job.config is None:
             continue
-        c = job.config
+        c = with_batch(job.config, shape.records)
         signature = repr((c.network.size, c.private.copies, c.public.copies, min(c.private.batch, 64), c.program.name))
         if signature not in times:
             times[signature] = measure(c, shape, device)

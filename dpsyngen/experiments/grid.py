@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import Any, Literal
 
 from dpsyngen.config import Config, load_config, merge_settings
+from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.errors import ConfigError
 from dpsyngen.experiments.spec import MOST_JOBS, Spec
 from dpsyngen.training.plan import stages_of
@@ -89,7 +90,8 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
     parts = [variant, f"eps{_short(epsilon)}", *([label.replace(",", "-")] if label else []), f"seed{seed}"]
     name = "-".join(parts)
     nested: dict[str, Any] = spec.settings
-    for full, value in settings.items():
+    own = spec.grid.variant_settings.get(variant, {})  # type: ignore[call-overload]
+    for full, value in (own | settings).items():
         for part in reversed(full.split(".")):
             value = {part: value}
         nested = merge_settings(nested, value)
@@ -120,13 +122,19 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
 def _matters(name: str, variant: str, pretrain: bool) -> bool:
     """Whether a run of `variant` looks at a setting at all; `pretrain`: it begins on programs whatever the variant."""
     if name == "stages.tau_cleaning":
-        return variant in ("cleaning", "both")
+        return variant in ("cleaning", "both", "residual-cleaning")
     if name == "stages.tau_coarse":
-        return variant in ("coarse", "both")
+        return variant in ("coarse", "both", "residual", "residual-cleaning")
     if name == "stages.networks":
         return variant in ("cleaning", "coarse", "both")
     if name.startswith(("public.", "program.")):
-        return variant != "dpdm" or pretrain
+        return variant not in ("dpdm", "gaussian", "residual") or pretrain
+    if name == "moments.share":
+        return variant in ("residual", "residual-cleaning")
+    if name.startswith("moments."):
+        return variant in USE_MOMENTS
+    if name.startswith(("private.", "network.")):
+        return variant != "gaussian"
     return True
 
 
@@ -150,10 +158,9 @@ def _wanted(spec: Spec, job: Job) -> bool:
 
 
 def programs_share(config: Config) -> float:
-    """Share of the training noise levels, by their density, that programs alone train; 0 for DPDM and FineTune."""
-    private = stages_of(config).private
+    """Share of the training noise levels, by their density, that programs alone train; 0 for DPDM and Residual."""
     levels = NormalDist(config.network.noise_mean, config.network.noise_std)
-    return 1 - (levels.cdf(private.high) - levels.cdf(private.low))
+    return sum(levels.cdf(stage.high) - levels.cdf(stage.low) for stage in stages_of(config).public)
 
 
 def digest(value: Any) -> str:

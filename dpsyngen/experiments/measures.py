@@ -20,6 +20,9 @@ VARIANT_NAMES = {
     "cleaning": "Cleaning",
     "coarse": "Coarse",
     "both": "Both",
+    "gaussian": "Gaussian",
+    "residual": "Residual",
+    "residual-cleaning": "Residual-cleaning",
 }
 METRIC_NAMES = {
     "frechet": "Fréchet distance",

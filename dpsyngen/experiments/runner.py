@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dpsyngen import api
-from dpsyngen.config import load_config
+from dpsyngen.config import Config, load_config
 from dpsyngen.data import ImageDataset
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureSpec, evaluate_images
@@ -26,8 +26,11 @@ from dpsyngen.experiments.spec import DataFacts, Spec
 from dpsyngen.files import write_atomically, write_text
 from dpsyngen.generator import Generator
 from dpsyngen.privacy.accounting import default_delta
+from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
+from dpsyngen.training.moments_phase import MOMENTS, charged_moments
 from dpsyngen.training.pipeline import Training
+from dpsyngen.training.private import charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
 
 Tell = Callable[[str, int, int], None]
@@ -208,9 +211,8 @@ class Worker:
         evaluation = self._measured(images, labels, job, clock)
         evaluation["sampling"] = drawn
         ledger = run.finished_ledger()
-        mechanism = ledger.mechanisms[0] if ledger.mechanisms else None
         records = config.data.records or len(self.images.train)
-        private, spent = config.private, clock.spent
+        spent = clock.spent
         # What another run spent on a network that both use counts for both: on its own this one would have spent it.
         public = sum(_by_phase(clock).values()) + spent.get("shared public", 0.0)
         return {
@@ -218,13 +220,9 @@ class Worker:
             "private": not ledger.non_private and ledger.secure,
             "epsilon_spent": None if ledger.non_private else ledger.epsilon(),
             "facts": {
-                "steps": private.steps,
-                "batch": private.batch,
-                "copies": private.copies,
                 "records": records,
-                "private_images_seen": private.steps * private.batch,
-                "parameters": _parameters(run),
-                "noise_multiplier": mechanism.noise_multiplier if mechanism else 0.0,
+                **_of_training(config, ledger, records),
+                **_of_network(run),
                 "seconds_public": public,
                 "seconds_private": spent.get("private", 0.0),
                 "seconds_training": public + spent.get("private", 0.0),
@@ -259,7 +257,7 @@ class Worker:
                         clock.credit("shared public", known)
                     phase = ""
                     for p in training.steps():
-                        part = "private" if p.phase == private else f"public {p.phase}"
+                        part = "private" if p.phase in (private, MOMENTS) else f"public {p.phase}"
                         clock.add(part)
                         if p.phase != phase:
                             # The public networks before this phase are finished.
@@ -400,11 +398,28 @@ def _by_phase(clock: Clock) -> dict[str, float]:
     return out
 
 
-def _parameters(run: Run) -> int:
-    """Numbers in the private network."""
+def _of_training(config: Config, ledger: Ledger, records: int) -> dict[str, float]:
+    """What DP-SGD and DP moments did; a run that had no DP-SGD has no steps."""
+    private, steps = config.private, charged_steps(ledger)
+    noise = charged_mechanisms(ledger)
+    moments = charged_moments(ledger)
+    read = len(moments) * records
+    facts: dict[str, float] = {"private_images_seen": steps * private.batch + read}
+    if steps:
+        facts |= {"steps": steps, "batch": private.batch, "copies": private.copies}
+        facts["noise_multiplier"] = noise[0].noise_multiplier if noise else 0.0
+    if moments:
+        facts["moments_images_seen"] = read
+    return facts
+
+
+def _of_network(run: Run) -> dict[str, float]:
+    """Numbers in the private network, where there is one."""
     generator = Generator(run.release)
+    if generator.stages.gaussian:
+        return {}
     private = generator.networks[generator.stages.private.network]
-    return sum(p.numel() for p in private.parameters())
+    return {"parameters": sum(p.numel() for p in private.parameters())}
 
 
 def _load_samples(path: Path, stamp: str) -> tuple[np.ndarray, np.ndarray | None] | None:

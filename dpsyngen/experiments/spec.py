@@ -21,7 +21,7 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.plain_yaml import read_yaml, read_yaml_file
 from dpsyngen.shown import listed, printable, shown
 
-VariantName = Literal["dpdm", "finetune", "cleaning", "coarse", "both"]
+VariantName = Literal["dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "residual", "residual-cleaning"]
 Reference = Literal["real", "dp-classifier", "programs"]
 MOST_JOBS = 10_000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,39}")
@@ -78,6 +78,9 @@ class GridSpec(_Part):
     seeds: tuple[int, ...] = Field((0, 1, 2), description="of the network, the programs, the sampling")
     axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict, description="settings by full name, all combined")
     cases: tuple[Case, ...] = Field((Case(),), description="named combinations, each with all axes")
+    variant_settings: dict[VariantName, dict[str, Any]] = Field(
+        default_factory=dict, description="settings, by full name, of the runs of one variant; axes and cases go first"
+    )
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
 
@@ -124,6 +127,9 @@ class GridSpec(_Part):
                 )
         for name in (*self.axes, *(n for c in self.cases for n in c.settings)):
             check_setting(name)
+        for own in self.variant_settings.values():
+            for name in own:
+                check_setting(name)
         for name, values in self.axes.items():
             if not values or len({repr(v) for v in values}) < len(values):
                 raise ValueError(f"the axis {name} is empty or has a value twice")

@@ -134,9 +134,9 @@ class Budget:
         """ε of all runs together, reservations included."""
         return epsilon(self.mechanisms(), self.delta, accountant, self.group_size)
 
-    def require(self, mechanism: Mechanism, run: str | None = None) -> None:
-        """Raise :class:`BudgetExceeded` if `mechanism` does not fit beside the other runs."""
-        if mechanism.noise_multiplier == 0:
+    def require(self, mechanisms: tuple[Mechanism, ...], run: str | None = None) -> None:
+        """Raise :class:`BudgetExceeded` if `mechanisms` do not fit beside the other runs."""
+        if any(m.noise_multiplier == 0 for m in mechanisms):
             raise BudgetExceeded(
                 "refused: training without noise (ε = ∞) exceeds any budget.  Train the reference without --budget, "
                 "and never release it."
@@ -144,13 +144,14 @@ class Budget:
         others = self.mechanisms(without=run)
         whose = f"budget of {self.path},"
         try:
-            check_affordable((*others, mechanism), self.epsilon_limit, self.delta, self.group_size, whose)
+            check_affordable((*others, *mechanisms), self.epsilon_limit, self.delta, self.group_size, whose)
         except BudgetExceeded as refusal:
-            raise BudgetExceeded(f"{refusal}  {self._advice(others, mechanism)}") from None
+            raise BudgetExceeded(f"{refusal}  {self._advice(others, mechanisms)}") from None
 
-    def _advice(self, others: tuple[Mechanism, ...], mechanism: Mechanism) -> str:
+    def _advice(self, others: tuple[Mechanism, ...], mechanisms: tuple[Mechanism, ...]) -> str:
         """What would fit, for a run of as many steps at the same sampling rate."""
-        q, steps = mechanism.sampling_rate, mechanism.count
+        # The ε that is left is about the same whatever it is spent on; DP-SGD comes last.
+        q, steps = mechanisms[-1].sampling_rate, mechanisms[-1].count
         try:
             noise = calibrate_noise(
                 self.epsilon_limit,
@@ -178,13 +179,13 @@ class Budget:
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def reserve(self, run: str, name: str, mechanism: Mechanism, fingerprint: str) -> None:
+    def reserve(self, run: str, name: str, mechanisms: tuple[Mechanism, ...], fingerprint: str) -> None:
         """Take what a run plans, before it begins; nothing happens if it was taken already.
 
         Args:
             run: the run's own name.
             name: what people call it.
-            mechanism: all steps of the run.
+            mechanisms: all that the run does to the images.
             fingerprint: :meth:`dpsyngen.data.ImageDataset.fingerprint` of its images.
 
         Raises:
@@ -201,14 +202,14 @@ class Budget:
                 )
             self.require_data(fingerprint)
             if known:
-                if known.mechanisms != (mechanism,):
+                if merge(known.mechanisms) != merge(mechanisms):
                     raise LedgerError(
                         f"this run reserved other steps in {self.path} than it would take now: its configuration was "
                         "changed.  Undo the change, or start a new run."
                     )
                 return
-            self.require(mechanism, run)
-            self._append(run, name, (mechanism,), False, self._tag(fingerprint))
+            self.require(mechanisms, run)
+            self._append(run, name, mechanisms, False, self._tag(fingerprint))
 
     def settle(self, run: str, spent: Iterable[Mechanism]) -> None:
         """Give a run up: from now on it counts with `spent`, what its ledger has, and it cannot go on.

@@ -212,14 +212,14 @@ class Ledger:
         kind: Kind = "dp" if mechanism.noise_multiplier > 0 else "non-private"
         self._append(LedgerEntry(kind, reason, mechanism if kind == "dp" else None, details))
 
-    def require(self, mechanism: Mechanism) -> None:
-        """Raise :class:`BudgetExceeded` if `mechanism` on top of what is charged would exceed the target.
+    def require(self, *mechanisms: Mechanism) -> None:
+        """Raise :class:`BudgetExceeded` if `mechanisms` on top of what is charged would exceed the target.
 
-        Asking for all the steps of a run at once makes the blocks that are charged later free of computation.
+        Asking for all of a run at once makes what is charged later, in parts, free of computation.
         """
         if math.isinf(self.target_epsilon):
             return
-        total = merge((*self.mechanisms, mechanism))
+        total = merge((*self.mechanisms, *mechanisms))
         counts = {(m.sampling_rate, m.noise_multiplier): m.count for m in total}
         if any(all(counts[k] <= known.get(k, 0) for k in counts) for known in self._affordable):
             return

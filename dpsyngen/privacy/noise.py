@@ -31,6 +31,19 @@ _UNIT = 2.0**-53
 def standard_normal(randomness: Randomness, step: int, count: int, purpose: Purpose = "noise") -> NDArray[np.float32]:
     """`count` samples of N(0, 1), a pure function of (key, purpose, step)."""
     out = np.empty(count, dtype=np.float32)
+    _fill(out, randomness, step, purpose)
+    return out
+
+
+def fine_normal(randomness: Randomness, step: int, count: int, purpose: Purpose) -> NDArray[np.float64]:
+    """The same samples before they are rounded to fp32, for noise that is then rounded to a grid of its own."""
+    out = np.empty(count, dtype=np.float64)
+    _fill(out, randomness, step, purpose)
+    return out
+
+
+def _fill(out: NDArray[np.floating], randomness: Randomness, step: int, purpose: Purpose) -> None:
+    count = len(out)
     for part, start in enumerate(range(0, count, _CHUNK)):
         n = min(_CHUNK, count - start)
         # Half as many pairs of uniforms as Gaussians: each gives radius * cos and radius * sin of one angle, whose sum
@@ -46,7 +59,6 @@ def standard_normal(randomness: Randomness, step: int, count: int, purpose: Purp
         np.cos(angle, out=angle)
         radius *= angle
         out[start : start + n] = radius.sum(0)
-    return out
 
 
 def noisy_mean(

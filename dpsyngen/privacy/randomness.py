@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dpsyngen.errors import RunError
 from dpsyngen.files import write_text
 
-Purpose = Literal["sampling", "noise", "augmentation", "tag"]
+Purpose = Literal["sampling", "noise", "moments", "augmentation", "tag"]
 _KEY_BYTES = 32
 
 

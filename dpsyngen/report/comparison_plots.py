@@ -229,7 +229,7 @@ def _against_compute(view: View, measure: Measure, what: str) -> tuple[Plot, byt
         if cost is not None:
             cost /= 60
         if what == "images":
-            seen, parameters = job.images_seen, job.facts.get("parameters")
+            seen, parameters = job.images_of_steps, job.facts.get("parameters")
             cost = None if seen is None or parameters is None else seen * job.facts.get("copies", 1) * parameters
         value = next(
             (f.value for f in job.figures() if (f.metric, f.on, f.of_class) == (measure.metric, measure.on, "")), None

@@ -10,8 +10,12 @@ from markupsafe import Markup, escape
 
 from dpsyngen.report.charts import svg
 
-WHO = {"private": "private images, DP-SGD", "public": "programs, no privacy cost"}
-_SHORT = {"private": "private, DP-SGD", "public": "programs"}
+WHO = {
+    "private": "private images, DP-SGD",
+    "public": "programs, no privacy cost",
+    "moments": "DP moments, in closed form",
+}
+_SHORT = {"private": "private, DP-SGD", "public": "programs", "moments": "DP moments"}
 _POINTS = 160
 
 

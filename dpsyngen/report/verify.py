@@ -255,6 +255,7 @@ class _Verification:
         """Whether the settings would have led to what the certificate states."""
         n = c.public_assumptions.records
         steps = [m for m in c.mechanisms if m.expected_batch is not None]
+        taken = sum(m.count or 0 for m in steps)
         program = {k: v for k, v in c.programmatic_images.items() if k != "prior_tier_meaning"}
         named = {"name": config.program.name, "seed": config.program.seed, "prior_tier": config.program.prior_tier}
         size = {"resolution": c.public_assumptions.resolution, "channels": c.public_assumptions.channels}
@@ -272,7 +273,7 @@ class _Verification:
             facts.append(("number of images", config.data.records, n))
         if c.epsilon != "inf":
             facts += [
-                ("number of steps", config.private.steps, sum(m.count or 0 for m in steps)),
+                ("number of steps", 0 if config.stages.variant == "gaussian" else config.private.steps, taken),
                 ("target", config.privacy.epsilon >= c.epsilon, True),
             ]
         for m in steps:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.errors import RunError
 from dpsyngen.files import write_text
 from dpsyngen.training.checkpoint import TrainState
@@ -21,7 +21,7 @@ from dpsyngen.training.health import Finding, not_finite_weights, tensors_finite
 _SIGMAS = (0.02, 0.5, 20.0)
 
 
-def answers_finite(denoiser: PreconditionedDenoiser, shape: tuple[int, int, int]) -> bool:
+def answers_finite(denoiser: NetworkDenoiser, shape: tuple[int, int, int]) -> bool:
     """Whether the network answers public noise of three strengths with numbers; one small forward pass.
 
     Args:
@@ -67,7 +67,7 @@ class FiniteGuard:
         good = weights_finite(state.module)
         # Steps 1, 2, 4, 8, …: a network that breaks mostly does so early, and a forward pass at each step would cost.
         if good and (last or step & (step - 1) == 0):
-            assert isinstance(state.module, PreconditionedDenoiser)
+            assert isinstance(state.module, NetworkDenoiser)
             good = tensors_finite(state.ema.average.values()) and answers_finite(state.module, self.shape)
         if not good:
             finding = not_finite_weights(self.phase, step, self.learning_rate, self.option)

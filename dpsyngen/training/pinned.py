@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def pin_data(
         "source": dataset.source,
         "skipped": list(dataset.skipped),
         "noise_multiplier": plan.mechanism.noise_multiplier,
+        "moments": None if plan.moments is None else list(astuple(plan.moments)),
         "settings": settings,
     }
     write_text(run.data_path, json.dumps(about, indent=1) + "\n", 0o600)
@@ -129,9 +131,11 @@ def pinned(run: Run) -> dict[str, Any] | None:
         return None
     try:
         about = json.loads(run.data_path.read_text(encoding="utf-8"))
+        moments = about.get("moments")  # a run of an earlier version has none
         return {
             "fingerprint": str(about["fingerprint"]),
             "noise_multiplier": float(about["noise_multiplier"]),
+            "moments": None if moments is None else [None if z is None else float(z) for z in moments],
             "settings": dict(about["settings"]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:

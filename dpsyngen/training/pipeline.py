@@ -1,7 +1,7 @@
 """The phases of a run, one after the other, to the release.
 
-They follow from its stage map alone: pre-training if the map asks for it, a public phase for each public expert, then
-the private phase.
+They follow from its stage map alone: pre-training if the map asks for it, a public phase for each public expert, DP
+moments if some stage is answered by them, then the private phase.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
-from dpsyngen.diffusion.stages import Stage
+from dpsyngen.diffusion.stages import GAUSSIAN, Stage
 from dpsyngen.diffusion.unet import count_parameters
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.kernels import KernelChoices
@@ -29,7 +30,8 @@ from dpsyngen.privacy.physical_batch import find_physical_batch
 from dpsyngen.training.checkpoint import Checkpoints, TrainState
 from dpsyngen.training.engine_settings import EngineSettings
 from dpsyngen.training.finite import FiniteGuard, require_not_stopped
-from dpsyngen.training.networks import load_weights, make_denoiser
+from dpsyngen.training.moments_phase import MOMENTS, charge_moments, load_gaussian, release_moments, uncharged
+from dpsyngen.training.networks import load_weights, make_denoiser, make_network
 from dpsyngen.training.pinned import budget_of, ledger_of, pin_data, randomness_of
 from dpsyngen.training.plan import Plan, program_of
 from dpsyngen.training.preview import preview
@@ -69,7 +71,7 @@ class Training:
         # Audits look on, and train another network.
         self.observer: Observer | None = None
         self.make_denoiser = make_denoiser
-        self._shown: dict[str, PreconditionedDenoiser] | None = {}  # the networks that draw for TensorBoard
+        self._shown: dict[str, NetworkDenoiser] | None = {}  # the networks that draw for TensorBoard
         self.workers = Workers(None if device == "cpu" else 1)
         self.program = program_of(config, plan.shape)
         self.randomness = randomness_of(run, config)
@@ -78,17 +80,21 @@ class Training:
         self.checkpoints = Checkpoints(run.private, self.ledger)
         self.budget = budget_of(config)
         if self.budget is not None:
-            self.budget.reserve(
-                self.ledger.run, run.path.name, plan.mechanism.mechanism(config.private.steps), dataset.fingerprint()
-            )
-        left = config.private.steps - charged_steps(self.ledger)
+            self.budget.reserve(self.ledger.run, run.path.name, plan.mechanisms, dataset.fingerprint())
+        left = plan.steps - charged_steps(self.ledger)
+        wanted = () if plan.moments is None else uncharged(self.ledger, plan.moments)
         if left > 0:
-            self.ledger.require(plan.mechanism.mechanism(left))
+            wanted += (plan.mechanism.mechanism(left),)
+        if wanted:
+            self.ledger.require(*wanted)
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters of the private network."""
-        return count_parameters(self._denoiser(conditional=True, index=0))
+        """Trainable parameters of the private network; 0 if there is none."""
+        if self.plan.stages.gaussian:
+            return 0
+        with torch.device("meta"):
+            return count_parameters(make_network(self.config, self.plan.shape, residual=self.plan.stages.moments))
 
     def steps(self) -> Iterator[Progress]:
         """Run what is left, yielding after each step; the release is written at the end.
@@ -112,13 +118,44 @@ class Training:
         for stage in expert_stages:
             if not self.stop_requested:
                 yield from self._public(stage, conditional=False, index=PUBLIC_INDEX[stage.name])
+        if self.plan.stages.moments and not self.stop_requested:
+            yield from self._moments()
         if not self.stop_requested:
             yield from self._private()
 
-    def _denoiser(self, conditional: bool, index: int) -> PreconditionedDenoiser:
-        return self.make_denoiser(self.config, self.plan.shape, conditional, self.config.network.seed + index).to(
-            self.device
+    def _denoiser(self, conditional: bool, index: int, gaussian: GaussianDenoiser | None = None) -> NetworkDenoiser:
+        seed = self.config.network.seed + index
+        return self.make_denoiser(self.config, self.plan.shape, conditional, seed, gaussian).to(self.device)
+
+    def _gaussian(self) -> GaussianDenoiser | None:
+        """The denoiser of the DP moments, if there are any."""
+        if not self.plan.stages.moments:
+            return None
+        return load_gaussian(self.run.weights(GAUSSIAN), self.plan.shape).to(self.device)
+
+    def _moments(self) -> Iterator[Progress]:
+        """Release moments of the private images; nothing to do if that was done before."""
+        path, plan = self.run.weights(GAUSSIAN), self.plan.moments
+        assert plan is not None
+        queries = len(plan.mechanisms())
+        if not path.exists():
+            yield Progress(MOMENTS, 0, queries, {})
+            if self.stop_requested:
+                return
+        charge_moments(self.ledger, plan, self.plan.shape)
+        if path.exists():
+            return
+        release_moments(
+            path,
+            self.dataset,
+            self.plan.shape,
+            plan,
+            self.randomness,
+            rank=self.config.moments.rank,
+            stopped=lambda: self.stop_requested,
         )
+        if path.exists():
+            yield Progress(MOMENTS, queries, queries, {})
 
     def _levels(self, stage: Stage) -> NoiseLevels:
         n = self.config.network
@@ -136,7 +173,7 @@ class Training:
             self.workers,
         )
 
-    def _fitting_batch(self, denoiser: PreconditionedDenoiser) -> int:
+    def _fitting_batch(self, denoiser: NetworkDenoiser) -> int:
         """Images that fit into memory at a time, found with random numbers instead of images."""
         n, copies = self.config.network, self.config.private.copies
         shape = self.plan.shape
@@ -171,7 +208,11 @@ class Training:
     def _private(self) -> Iterator[Progress]:
         c, plan = self.config.private, self.plan
         network = plan.stages.private.network
-        denoiser = self._denoiser(conditional=True, index=0)
+        gaussian = self._gaussian()
+        if plan.stages.gaussian:
+            self._release()
+            return
+        denoiser = self._denoiser(conditional=True, index=0, gaussian=gaussian)
         if plan.stages.pretrain:
             load_weights(self.run.weights(PRETRAIN), denoiser)
         optimizers: dict[str, torch.optim.Optimizer] = {
@@ -210,7 +251,10 @@ class Training:
         if charged_steps(self.ledger) != state.step:
             raise AssertionError(f"{state.step} steps taken, {charged_steps(self.ledger)} in the ledger")
         self._save_weights(network, state)
-        write_release(self.run, self.config, plan, self.ledger, self.randomness, self.program, self.budget)
+        self._release()
+
+    def _release(self) -> None:
+        write_release(self.run, self.config, self.plan, self.ledger, self.randomness, self.program, self.budget)
         self.checkpoints.clear()
 
     def _checkpointed(
@@ -247,10 +291,10 @@ class Training:
             return
         try:
             if not self._shown:
-                stages = self.plan.stages
+                stages, gaussian = self.plan.stages, self._gaussian()
                 for name in stages.networks:
                     own = name == stages.private.network
-                    self._shown[name] = self._denoiser(conditional=own, index=0).eval()
+                    self._shown[name] = self._denoiser(own, 0, gaussian if own else None).eval()
                     if not own:
                         load_weights(self.run.weights(name), self._shown[name])
             log.draw(report.step, preview(self.config, self.plan, self._shown, state.ema, self.device))

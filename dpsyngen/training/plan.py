@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dpsyngen.config import Config
+from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.stages import StageMap, stage_map
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.accounting import calibrate_noise, default_delta
+from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
+from dpsyngen.privacy.accounting import epsilon as epsilon_of
 from dpsyngen.programs import TIERS, Program, make_program
+from dpsyngen.training.moments import MomentsPlan, plan_moments
 from dpsyngen.training.private import DpSgd
 
 
@@ -44,13 +46,26 @@ class Plan:
         shape: the public facts.
         stages: who trains what.
         delta: δ.
-        mechanism: noise, rate, steps.
+        mechanism: noise, rate, steps of DP-SGD; not run where the stages are Gaussian.
+        moments: noise of the DP moments; None where the stages use none.
     """
 
     shape: Shape
     stages: StageMap
     delta: float
     mechanism: DpSgd
+    moments: MomentsPlan | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of DP-SGD."""
+        return 0 if self.stages.gaussian else self.mechanism.config.steps
+
+    @property
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """All that the run does to the private images, as the accountant has it."""
+        first = () if self.moments is None else self.moments.mechanisms()
+        return first + ((self.mechanism.mechanism(self.steps),) if self.steps else ())
 
 
 def shape_of(dataset: ImageDataset, config: Config) -> Shape:
@@ -77,6 +92,7 @@ def make_plan(config: Config, shape: Shape) -> Plan:
     Raises:
         ConfigError: the settings do not fit the data or each other.
     """
+    config = with_batch(config, shape.records)
     n, batch = shape.records, config.private.batch
     delta = default_delta(n) if config.privacy.delta is None else config.privacy.delta
     if delta >= 1 / n:
@@ -89,14 +105,16 @@ def make_plan(config: Config, shape: Shape) -> Plan:
             f"the batch is {batch}, but there are only {n:,} records.  Choose --batch below that (a quarter of the "
             "records is plenty)."
         )
-    check_resolution(named_size(config.network.size), shape.resolution)
+    stages = stages_of(config)
+    if not stages.gaussian:
+        check_resolution(named_size(config.network.size), shape.resolution)
     if shape.num_classes == 1:
         raise ConfigError(
             f"there is only one class ({shape.class_names[0]!r}), which leaves nothing to condition on.  Use "
             "--unconditional, or give images of two classes or more."
         )
-    stages = stages_of(config)
-    if math.isinf(config.privacy.epsilon):
+    moments = _plan_moments(config, stages, shape, delta) if stages.moments else None
+    if math.isinf(config.privacy.epsilon) or stages.gaussian:
         noise = 0.0
     else:
         try:
@@ -105,6 +123,7 @@ def make_plan(config: Config, shape: Shape) -> Plan:
                 delta,
                 sampling_rate=batch / n,
                 steps=config.private.steps,
+                spent=() if moments is None else moments.mechanisms(),
                 group_size=config.privacy.group_size,
             )
         except ValueError as error:
@@ -113,7 +132,27 @@ def make_plan(config: Config, shape: Shape) -> Plan:
                 f"steps of batch {batch} on {n:,} records ({error})  Use fewer steps or a larger ε."
             ) from None
     mechanism = DpSgd(n, noise, config.privacy.clipping_norm, config.private)
-    return Plan(shape, stages, delta, mechanism)
+    return Plan(shape, stages, delta, mechanism, moments)
+
+
+def _plan_moments(config: Config, stages: StageMap, shape: Shape, delta: float) -> MomentsPlan:
+    """Noise of the moments, so that they alone cost their share of ε."""
+    if math.isinf(config.privacy.epsilon):
+        return plan_moments(0.0, shape.num_classes)
+    epsilon = config.privacy.epsilon * (1.0 if stages.gaussian else config.moments.share)
+    try:
+        noise = calibrate_noise(epsilon, delta, sampling_rate=1.0, steps=1, group_size=config.privacy.group_size)
+        # Splitting one mechanism into several composes exactly; what the accountant adds is its own discretisation.
+        plan = plan_moments(noise, shape.num_classes)
+        while epsilon_of(plan.mechanisms(), delta, group_size=config.privacy.group_size) > epsilon:
+            noise *= 1.0005
+            plan = plan_moments(noise, shape.num_classes)
+    except ValueError as error:
+        raise ConfigError(
+            f"no noise level makes the moments cost ε = {epsilon:g} at δ = {delta:.3g} ({error})  Use a larger ε, or a "
+            "larger moments.share."
+        ) from None
+    return plan
 
 
 def program_of(config: Config, shape: Shape) -> Program:

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser, NetworkDenoiser
 from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.residual import ResidualDenoiser
 from dpsyngen.diffusion.samplers import sample_batches
-from dpsyngen.diffusion.stages import StagedDenoiser
+from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
+from dpsyngen.diffusion.start import sampling_start
 from dpsyngen.training.plan import Plan
 
 COUNT = 16
@@ -23,7 +25,7 @@ _STEPS = 20  # at most, so that looking costs less than a step
 
 
 def preview(
-    config: Config, plan: Plan, networks: dict[str, PreconditionedDenoiser], average: Ema, device: str
+    config: Config, plan: Plan, networks: dict[str, NetworkDenoiser], average: Ema, device: str
 ) -> NDArray[np.uint8]:
     """Draw images with the network in training at its average.
 
@@ -43,19 +45,25 @@ def preview(
     private: Denoiser = network
     guided = GuidedDenoiser(private, s.guidance) if shape.num_classes and s.guidance != 1 else None
     options: dict[str, Any] = {"churn": s.churn} if s.churn else {}
+    denoisers: dict[str, Denoiser] = dict(networks)
+    gaussian = network.gaussian if isinstance(network, ResidualDenoiser) else None
+    if gaussian is not None:
+        denoisers[GAUSSIAN] = gaussian
+    sigma_max, start = sampling_start(plan.stages, gaussian, s.sigma_min, s.sigma_max)
     (batch,) = sample_batches(
-        StagedDenoiser(plan.stages, networks, private=guided),
+        StagedDenoiser(plan.stages, denoisers, private=guided),
         torch.arange(COUNT) % shape.num_classes if shape.num_classes else None,
         COUNT,
         (shape.channels, shape.resolution, shape.resolution),
         sampler=s.sampler,
         steps=min(s.steps, _STEPS),
         sigma_min=s.sigma_min,
-        sigma_max=s.sigma_max,
+        sigma_max=sigma_max,
         rho=s.rho,
         seed=0,
         batch_size=COUNT,
         device=device,
+        start_from=start,
         **options,
     )
     return batch.numpy()

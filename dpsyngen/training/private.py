@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpsyngen.config import PrivateConfig
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
@@ -120,9 +120,7 @@ class PrivateStep:
             )
         return self._engine
 
-    def __call__(
-        self, denoiser: PreconditionedDenoiser, optimizer: torch.optim.Optimizer, step: int
-    ) -> dict[str, float]:
+    def __call__(self, denoiser: NetworkDenoiser, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
         """Take step number `step` (from 0); returns private figures about it."""
         m, c = self.mechanism, self.mechanism.config
         private = m.noise_multiplier > 0
@@ -211,7 +209,7 @@ class PrivateStep:
             torch._foreach_add_(sums, gradients, alpha=1 / self.mechanism.config.copies)
         return ClippedGradient(sums, math.inf, examples, sums[0].new_zeros(0), 0)
 
-    def _noisy(self, chosen: NDArray[np.int64], part: slice, denoiser: PreconditionedDenoiser, step: int) -> NoisyBatch:
+    def _noisy(self, chosen: NDArray[np.int64], part: slice, denoiser: NetworkDenoiser, step: int) -> NoisyBatch:
         """Noisy rows of the examples ``chosen[part]``."""
         first = part.start // _BLOCK
         blocks = range(first, -(-part.stop // _BLOCK))
@@ -219,9 +217,7 @@ class PrivateStep:
         copies, skip = self.mechanism.config.copies, part.start - first * _BLOCK
         return NoisyBatch.joined(whole).rows(slice(skip * copies, (skip + part.stop - part.start) * copies))
 
-    def _block(
-        self, records: NDArray[np.int64], denoiser: PreconditionedDenoiser, step: int, number: int
-    ) -> NoisyBatch:
+    def _block(self, records: NDArray[np.int64], denoiser: NetworkDenoiser, step: int, number: int) -> NoisyBatch:
         device = next(denoiser.parameters()).device
         images = to_float(torch.from_numpy(self.dataset.batch(records)).to(device))
         labels = None
@@ -301,7 +297,8 @@ def charged_mechanisms(ledger: Ledger) -> list[Mechanism]:
 
 
 def epsilon_so_far(ledger: Ledger, mechanism: DpSgd, step: int) -> float:
-    """ε, at the ledger's δ, of the first `step` steps, in twentieths of the run: of the next one that is whole.
+    """ε, at the ledger's δ, after `step` steps and all that came before them (DP moments), in twentieths of the run: of
+    the next one that is whole.
 
     So many evaluations take seconds in all, and the last gives the ε of the certificate.
     """
@@ -310,7 +307,8 @@ def epsilon_so_far(ledger: Ledger, mechanism: DpSgd, step: int) -> float:
         return math.inf
     part = -(-steps // _EPSILON_POINTS)
     charged = mechanism.mechanism(min(steps, -(-step // part) * part))
-    return epsilon([charged], ledger.delta, group_size=ledger.group_size)
+    others = [e.mechanism for e in ledger.entries if e.mechanism is not None and e.details.get("query") != QUERY]
+    return epsilon([*others, charged], ledger.delta, group_size=ledger.group_size)
 
 
 def _entries(ledger: Ledger) -> list[LedgerEntry]:
@@ -337,7 +335,7 @@ def train_private(
             the private ones.
         with_epsilon: whether to compute ε so far, for the log.
     """
-    assert isinstance(state.module, PreconditionedDenoiser)
+    assert isinstance(state.module, NetworkDenoiser)
     m, steps = take.mechanism, take.mechanism.config.steps
     while state.step < steps:
         step = state.step

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from dpsyngen.config import Config, PublicConfig
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
@@ -29,7 +29,7 @@ class Progress(NamedTuple):
 
     Attributes:
         phase: name of the phase.
-        step: steps done, from 1.
+        step: steps done, from 1; DP moments, which are all done at once, say with 0 that they begin.
         steps: steps of the phase.
         values: what to log; private unless the phase is public.
     """
@@ -66,7 +66,7 @@ class PublicStep:
         self.workers = workers or Workers(1)
         self.images = PublicImages(program, config.batch, offset, config.distinct, randomness, self.workers.count)
 
-    def __call__(self, denoiser: PreconditionedDenoiser, optimizer: torch.optim.Optimizer, step: int) -> float:
+    def __call__(self, denoiser: NetworkDenoiser, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Take step number `step` (from 0) and return its loss."""
         c = self.config
         device = next(denoiser.parameters()).device
@@ -109,7 +109,7 @@ def public_randomness(config: Config) -> Randomness:
 
 def train_public(phase: str, state: TrainState, take: PublicStep) -> Iterator[Progress]:
     """Go on from ``state.step`` to the end of a public phase, yielding after each step."""
-    assert isinstance(state.module, PreconditionedDenoiser)
+    assert isinstance(state.module, NetworkDenoiser)
     while state.step < take.config.steps:
         optimizer, batch = state.optimizers["public"], take.config.batch
         loss = take(state.module, optimizer, state.step)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
+from safetensors import safe_open
 
 from dpsyngen.certificate import (
     Assumptions,
@@ -19,6 +20,7 @@ from dpsyngen.certificate import (
     plain_words,
 )
 from dpsyngen.config import Config
+from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.files import write_text
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.budget import Budget
@@ -160,6 +162,12 @@ def public_config(config: Config) -> dict[str, Any]:
     return values
 
 
+def _rank(run: Run) -> int:
+    """Columns of the basis that the released moments have."""
+    with safe_open(run.weights(GAUSSIAN), "pt") as file:
+        return int(file.get_slice("basis").get_shape()[1])
+
+
 def write_release(
     run: Run,
     config: Config,
@@ -186,6 +194,7 @@ def write_release(
         "stages": [s.model_dump() for s in certificate.stages],
         "network": {"size": config.network.size, "sigma_data": config.network.sigma_data},
         "conditional": {n: n == plan.stages.private.network for n in plan.stages.networks},
+        **({"moments": {"rank": _rank(run)}} if plan.stages.moments else {}),
         "sampling": config.sampling.model_dump(mode="json"),
         "private": certificate.private,
     }

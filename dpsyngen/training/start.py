@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
-from dpsyngen.config import Config
+from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.errors import RunError
 from dpsyngen.training.checkpoint import remove_checkpoints
+from dpsyngen.training.moments import MomentsPlan
 from dpsyngen.training.pinned import budget_of, pinned
 from dpsyngen.training.pipeline import Training
-from dpsyngen.training.plan import Plan, make_plan, program_of, shape_of, with_whole_program
-from dpsyngen.training.private import DpSgd
+from dpsyngen.training.plan import make_plan, program_of, shape_of, with_whole_program
 from dpsyngen.training.run import Run
 from dpsyngen.training.tensorboard import require_tensorboard
 
@@ -26,6 +27,7 @@ def start(config: Config, dataset: ImageDataset, out: Path, device: str = "cpu")
     if config.logging.tensorboard:
         require_tensorboard()
     shape = shape_of(dataset, config)
+    config = with_batch(config, shape.records)
     plan = make_plan(config, shape)
     # A program that cannot draw such images must say so before the directory is made.
     config = with_whole_program(config, program_of(config, shape))
@@ -37,7 +39,7 @@ def start(config: Config, dataset: ImageDataset, out: Path, device: str = "cpu")
     if budget is not None:
         # Training reserves it again under the file's lock; here it is refused while there is no run directory yet.
         budget.require_data(dataset.fingerprint())
-        budget.require(plan.mechanism.mechanism(config.private.steps))
+        budget.require(plan.mechanisms)
     return Training(Run.create(out, config), config, dataset, plan, device)
 
 
@@ -61,9 +63,10 @@ def resume(run: Run, dataset: ImageDataset, device: str = "cpu", tensorboard: bo
     known = pinned(run)
     if known is not None:
         # Calibrating again could differ in the last digits with another version of the accountant.
-        m = plan.mechanism
-        mechanism = DpSgd(m.records, known["noise_multiplier"], m.clipping_norm, m.config)
-        plan = Plan(plan.shape, plan.stages, plan.delta, mechanism)
+        moments = None if known["moments"] is None else MomentsPlan(*known["moments"])
+        plan = replace(
+            plan, mechanism=replace(plan.mechanism, noise_multiplier=known["noise_multiplier"]), moments=moments
+        )
     return Training(run, config, dataset, plan, device)
 
 

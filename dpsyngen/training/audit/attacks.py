@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss
 from dpsyngen.privacy.audit.transcript import StepRecord, Transcript
 from dpsyngen.privacy.per_example import PerExampleGradients
@@ -66,7 +66,7 @@ class Scores:
     def _gradients(self, engine: PerExampleGradients, batch: NoisyBatch) -> Tensor:
         """[m, parameters], clipped, one canary at a time as far as memory is concerned."""
         module = engine.module
-        assert isinstance(module, PreconditionedDenoiser)
+        assert isinstance(module, NetworkDenoiser)
         count = len(batch.clean) // self.copies
         chunk = max(1, min(32, LARGEST // (4 * sum(p.numel() for p in engine.parameters))))
         rows = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.privacy.audit.distinguish import StepGame, play_step_game
@@ -123,7 +123,7 @@ class ClippingAudit:
 
 def _hostile_rows(
     config: Config,
-    denoiser: PreconditionedDenoiser,
+    denoiser: NetworkDenoiser,
     shape: Shape,
     copies: int,
     device: str,

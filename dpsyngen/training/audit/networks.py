@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Shape
 
@@ -50,15 +51,19 @@ class LookupNetwork(nn.Module):
         return self.steep * self.table(classes).view(-1, 1, 1, 1).expand(-1, *self.shape)
 
 
-def lookup_denoiser(config: Config, shape: Shape, conditional: bool, seed: int) -> PreconditionedDenoiser:
+def lookup_denoiser(
+    config: Config, shape: Shape, conditional: bool, seed: int, gaussian: GaussianDenoiser | None = None
+) -> NetworkDenoiser:
     """In place of :func:`dpsyngen.training.networks.make_denoiser`."""
     network = LookupNetwork(shape.num_classes, shape.channels, shape.resolution, _STEEP * config.privacy.clipping_norm)
     return PreconditionedDenoiser(network, shape.num_classes, config.network.sigma_data)
 
 
-def lively_denoiser(config: Config, shape: Shape, conditional: bool, seed: int) -> PreconditionedDenoiser:
+def lively_denoiser(
+    config: Config, shape: Shape, conditional: bool, seed: int, gaussian: GaussianDenoiser | None = None
+) -> NetworkDenoiser:
     """In place of :func:`dpsyngen.training.networks.make_denoiser`; a pure function of its arguments, like that."""
-    denoiser = make_denoiser(config, shape, conditional, seed)
+    denoiser = make_denoiser(config, shape, conditional, seed, gaussian)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in denoiser.parameters():

@@ -1,0 +1,322 @@
+"""The denoiser that follows from means and covariances alone, in closed form.
+
+If images of a class c are N(μ_c, Σ_c), then E[x₀ | x₀ + σ·n = x, c] = μ_c + Σ_c (Σ_c + σ²I)⁻¹ (x - μ_c), the Wiener
+filter.  Whatever the images are, this is the best *affine* denoiser, and as σ → ∞ the best of all.  It needs no network
+and no training; and x at any σ can be drawn from N(μ_c, Σ_c + σ²I) at once, without sampling steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from dpsyngen.errors import ConfigError
+
+LARGEST_DIMENSION = 4096
+"""Of an image whose pixels may each have a variance of their own outside the basis."""
+
+_LARGEST_NUMBER = 1e6
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class ClassGaussians:
+    """One Gaussian for each class, with covariances Σ_c = V A_c Vᵀ + P diag(ψ) P, P = I - V Vᵀ.
+
+    D is the number of pixel values of an image, in the order [C, H, W]; d <= D.
+
+    Attributes:
+        means: μ, [K, D].
+        basis: V, [D, d], orthonormal columns; the same for all classes.
+        covariances: A, [K, d, d], symmetric and positive semi-definite.
+        rest: ψ, [D], >= 0: variance that each pixel has outside the basis.
+        frequencies: [K], of the classes, >= 0, summing to 1.
+
+    Raises:
+        ConfigError: the tensors are not such: they may come from a stranger's file.
+    """
+
+    means: Tensor
+    basis: Tensor
+    covariances: Tensor
+    rest: Tensor
+    frequencies: Tensor
+
+    def __post_init__(self) -> None:
+        tensors = self.to_tensors()
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(f"Gaussian moments: {name} must be fp32 or fp64, not {tensor.dtype}.")
+        k, d = (self.means.shape[0], self.basis.shape[1]) if self.means.ndim == self.basis.ndim == 2 else (0, 0)
+        size = self.means.shape[-1] if self.means.ndim else 0
+        wanted = {
+            "means": (k, size),
+            "basis": (size, d),
+            "covariances": (k, d, d),
+            "rest": (size,),
+            "frequencies": (k,),
+        }
+        if not (k and 1 <= d <= size) or any(tuple(tensors[n].shape) != s for n, s in wanted.items()):
+            raise ConfigError(
+                f"Gaussian moments have shapes { {n: list(t.shape) for n, t in tensors.items()} }, but must be means "
+                "[K, D], basis [D, d], covariances [K, d, d], rest [D] and frequencies [K] with K >= 1, 1 <= d <= D."
+            )
+        for name, tensor in tensors.items():
+            # NaN fails the comparison, too.
+            if not bool((tensor.abs() <= _LARGEST_NUMBER).all()):
+                raise ConfigError(f"Gaussian moments: {name} has a value that is not a number or above 1e6.")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        basis, covariances = self.basis.double(), self.covariances.double()
+        if (basis.mT @ basis - torch.eye(basis.shape[1], dtype=torch.float64)).abs().max() > _TOLERANCE:
+            raise ConfigError("Gaussian moments: the columns of the basis are not orthonormal.")
+        size = _TOLERANCE * covariances.abs().amax((1, 2), keepdim=True).clamp_min(1e-12)
+        if ((covariances - covariances.mT).abs() > size).any():
+            raise ConfigError("Gaussian moments: a covariance is not symmetric.")
+        if (_eigh(covariances)[0] < -size[:, 0]).any():
+            raise ConfigError("Gaussian moments: a covariance has a negative eigenvalue.")
+        if (self.rest < 0).any():
+            raise ConfigError("Gaussian moments: a variance outside the basis is negative.")
+        if (self.frequencies < 0).any() or abs(float(self.frequencies.double().sum()) - 1) > _TOLERANCE:
+            raise ConfigError("Gaussian moments: the class frequencies must be at least 0 and sum to 1.")
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return int(self.means.shape[0])
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, to be kept in a file."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> ClassGaussians:
+        """What :meth:`to_tensors` gave.  Raises ConfigError unless it is such."""
+        names = {f.name for f in fields(cls)}
+        if set(tensors) != names:
+            raise ConfigError(f"Gaussian moments need the tensors {sorted(names)}, but there are {sorted(tensors)}.")
+        return cls(**tensors)
+
+
+class GaussianDenoiser(nn.Module):
+    """The Wiener filter of each class as a :class:`dpsyngen.diffusion.denoiser.Denoiser`; nothing to train.
+
+    In the orthonormal basis (V, Q), Q the eigenvectors of P diag(ψ) P, the covariances are A_c on V and diag(ρ) on Q,
+    so a batch costs one product with the basis each way, whatever its classes and noise levels.  Where all ψ are
+    equal no Q is needed.  Images of more than 4,096 values get the mean of ψ everywhere (same trace): a basis of all
+    dimensions would not be worth its memory.
+
+    Args:
+        gaussians: the model.
+        shape: (C, H, W) of an image.
+        dtype: what is computed in.
+
+    Attributes:
+        pixel_std: root mean square of a pixel value, of all classes together.
+    """
+
+    means: Tensor
+    means_in: Tensor
+    means_out: Tensor
+    basis: Tensor
+    outer: Tensor
+    turns: Tensor
+    inner_variances: Tensor
+    outer_variances: Tensor
+    log_frequencies: Tensor
+
+    def __init__(
+        self, gaussians: ClassGaussians, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        size, d = gaussians.basis.shape
+        if math.prod(shape) != size:
+            raise ConfigError(
+                f"Gaussian moments are of {size} pixel values, but an image {list(shape)} has other many."
+            )
+        self.gaussians, self.shape, self.classes, self.dimension = gaussians, shape, gaussians.classes, size
+        means, rest = gaussians.means.double(), gaussians.rest.double()
+        # V to the last digit, and a basis of what is orthogonal to it.
+        complete, triangle = torch.linalg.qr(gaussians.basis.double(), mode="complete")
+        basis, outer = complete[:, :d] * triangle.diagonal().sign(), complete[:, d:]
+        values, turns = _eigh(gaussians.covariances.double())
+        self.spherical = bool((rest == rest[0]).all()) or size > LARGEST_DIMENSION
+        if self.spherical:
+            share = 1 - basis.square().sum(1)
+            rho = (share @ rest / share.sum().clamp_min(1e-12)).clamp_min(0).view(1)
+            outer = outer[:, :0]
+        else:
+            rho, inner_turns = torch.linalg.eigh(outer.mT @ (rest[:, None] * outer))
+            rho, outer = rho.clamp_min(0), outer @ inner_turns
+        frequencies = gaussians.frequencies.double()
+        self.pixel_std = _pixel_std(means, values.clamp_min(0), rho, size - d, frequencies)
+        for name, tensor in {
+            "means": means,
+            "means_in": means @ basis,
+            "means_out": means @ outer,
+            "basis": basis,
+            "outer": outer,
+            "turns": turns,
+            "inner_variances": values.clamp_min(0),
+            "outer_variances": rho,
+            "log_frequencies": frequencies.log(),
+        }.items():
+            # Not persistent: the model's own tensors are what is kept.
+            self.register_buffer(name, tensor.to(dtype).contiguous(), persistent=False)
+
+    # ----------------------------------------------------------------------------------------------- denoising
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """E[x₀ | x, label], exact for the model.
+
+        Args:
+            x: [N, C, H, W].
+            sigma: [N], > 0.
+            labels: [N] in 0..K; K, or None for all, means "class unknown": the posterior mean of the mixture.
+
+        Returns:
+            [N, C, H, W], in the dtype of x.
+        """
+        flat = x.to(self.means.dtype).flatten(1)
+        square = sigma.to(self.means.dtype).square().view(-1, 1)
+        known = torch.full((len(x),), self.classes, device=x.device) if labels is None else labels
+        along, across = flat @ self.basis, self._across(flat)
+        inner, mean_out = torch.empty_like(along), torch.empty_like(across)
+        for label, rows in self._groups(known):
+            if label < self.classes:
+                inner[rows] = self._filtered(along[rows], square[rows], label)[0]
+                mean_out[rows] = self._means_across(label)
+            else:
+                inner[rows], mean_out[rows] = self._mixture(along[rows], across[rows], square[rows])
+        gain = self.outer_variances / (self.outer_variances + square)
+        return self._image(inner, mean_out + gain * (across - mean_out), x.dtype)
+
+    def _across(self, flat: Tensor) -> Tensor:
+        """The part of x outside the basis: its coordinates in Q, or itself where no Q is needed."""
+        if not self.spherical:
+            return flat @ self.outer
+        return flat - (flat @ self.basis) @ self.basis.mT
+
+    def _means_across(self, label: int) -> Tensor:
+        if not self.spherical:
+            return self.means_out[label]
+        return self.means[label] - self.means_in[label] @ self.basis.mT
+
+    def _image(self, along: Tensor, across: Tensor, dtype: torch.dtype) -> Tensor:
+        outside = across if self.spherical else across @ self.outer.mT
+        return (along @ self.basis.mT + outside).to(dtype).view(-1, *self.shape)
+
+    def _groups(self, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each label with the rows that have it."""
+        for label in labels.unique().tolist():
+            if not 0 <= label <= self.classes:
+                raise ConfigError(f"a label is {label}, but must be in 0..{self.classes}.")
+            yield label, (labels == label).nonzero()[:, 0]
+
+    def _filtered(self, along: Tensor, square: Tensor, label: int) -> tuple[Tensor, Tensor]:
+        """Coordinates in V of the filtered image, [N, d], and those of the noisy one in the class's own axes."""
+        turned = (along - self.means_in[label]) @ self.turns[label]
+        variances = self.inner_variances[label]
+        gain = variances / (variances + square)
+        return self.means_in[label] + (gain * turned) @ self.turns[label].mT, turned
+
+    def _mixture(self, along: Tensor, across: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for an unknown class: filtered coordinates in V and the mean outside, weighted by p(class | x)."""
+        outer_total = self.outer_variances + square
+        log_chances, filtered, means = [], [], []
+        for label in range(self.classes):
+            image, turned = self._filtered(along, square, label)
+            total = self.inner_variances[label] + square
+            mean = self._means_across(label)
+            # Terms that all classes share, the determinant outside the basis among them, are left out.
+            distance = (turned.square() / total + total.log()).sum(1) + ((across - mean).square() / outer_total).sum(1)
+            log_chances.append(self.log_frequencies[label] - distance / 2)
+            filtered.append(image)
+            means.append(mean)
+        chances = torch.softmax(torch.stack(log_chances, 1), 1)
+        return torch.einsum("nk,knd->nd", chances, torch.stack(filtered)), chances @ torch.stack(means)
+
+    # ------------------------------------------------------------------------------------------------- drawing
+
+    def draw(
+        self, labels: Tensor | None, sigma: Tensor | float, noise: Tensor, uniform: Tensor | None = None
+    ) -> Tensor:
+        """x = x₀ + σ·n drawn from the model at once: μ_c + (Σ_c + σ²I)^½ noise.
+
+        Args:
+            labels: [N] in 0..K; of K, or with None, the class is drawn by ``frequencies``.
+            sigma: σ >= 0, one for all or [N].
+            noise: standard normal, [N, C, H, W].
+            uniform: [N] in [0, 1), which the class is drawn by where it is not given; not needed where K is 1.
+
+        Returns:
+            [N, C, H, W], in the dtype of `noise`.
+        """
+        flat = noise.to(self.means.dtype).flatten(1)
+        level = torch.as_tensor(sigma, dtype=self.means.dtype, device=flat.device).expand(len(flat))
+        square = level.square().view(-1, 1)
+        along = flat @ self.basis
+        across = (self.outer_variances + square).sqrt() * self._across(flat)
+        for label, rows in self._groups(self._drawn_classes(labels, len(flat), uniform)):
+            turned = (self.inner_variances[label] + square[rows]).sqrt() * (along[rows] @ self.turns[label])
+            along[rows] = self.means_in[label] + turned @ self.turns[label].mT
+            across[rows] += self._means_across(label)
+        return self._image(along, across, noise.dtype)
+
+    def _drawn_classes(self, labels: Tensor | None, count: int, uniform: Tensor | None) -> Tensor:
+        device = self.means.device
+        known = torch.full((count,), self.classes, device=device) if labels is None else labels.to(device)
+        unknown = known == self.classes
+        if not bool(unknown.any()):
+            return known
+        if self.classes == 1:
+            return torch.zeros_like(known)
+        if uniform is None:
+            raise ConfigError("classes are to be drawn, so `uniform` is needed: one number in [0, 1) for each image.")
+        edges = self.log_frequencies.double().exp().cumsum(0)
+        drawn = torch.searchsorted(edges / edges[-1], uniform.double().to(device), right=True)
+        return torch.where(unknown, drawn.clamp_max(self.classes - 1), known)
+
+    # ---------------------------------------------------------------------------------------- how sure it is
+
+    def residual_std(self, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """[N], how far x₀ lies from what :meth:`forward` gives: root mean square over pixels, if the model is right.
+
+        √(1/D Σ_i λ_i σ² / (λ_i + σ²)) over the eigenvalues λ of Σ_c.  For an unknown class, the root of the mean of the
+        square over classes, by frequency.
+        """
+        square = sigma.to(self.means.dtype).square().view(-1, 1)
+
+        def left(variances: Tensor) -> Tensor:
+            return variances * square / (variances + square)
+
+        count = self.dimension - self.basis.shape[1] if self.spherical else 1
+        outside = left(self.outer_variances).sum(1) * count
+        known = torch.full((len(square),), self.classes, device=square.device) if labels is None else labels
+        inside = torch.empty_like(outside)
+        for label, rows in self._groups(known):
+            if label < self.classes:
+                inside[rows] = left(self.inner_variances[label])[rows].sum(1)
+            else:
+                means = torch.stack([left(v)[rows].sum(1) for v in self.inner_variances], 1)
+                inside[rows] = means @ self.log_frequencies.exp()
+        return ((inside + outside) / self.dimension).sqrt()
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of matrices that are symmetric but for rounding."""
+    try:
+        return torch.linalg.eigh((matrices + matrices.mT) / 2)
+    except RuntimeError as error:  # no convergence
+        raise ConfigError(f"Gaussian moments: a covariance has no eigenvalues ({error}).") from None
+
+
+def _pixel_std(means: Tensor, inner: Tensor, rho: Tensor, outside: int, frequencies: Tensor) -> float:
+    rest = float(rho.sum()) if len(rho) == outside else float(rho[0]) * outside
+    energy = float(frequencies @ (means.square().sum(1) + inner.sum(1))) + rest
+    return math.sqrt(energy / means.shape[1])

@@ -1,0 +1,257 @@
+"""Means and covariances of the private images by the Gaussian mechanism: the coarse stage in closed form.
+
+Three queries over all images (docs/moments.md derives their sensitivities): the sum and number of each class, one
+scatter matrix of all residuals in a basis of low frequencies, and one scatter matrix a class in the few directions
+that the second query found.  What is made of them is post-processing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpsyngen.data import ImageDataset
+from dpsyngen.diffusion.gaussian import LARGEST_DIMENSION, ClassGaussians
+from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.errors import ConfigError
+from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.privacy.moments import Rows, VectorSum, class_sums, matrices, released, scatter_sums
+from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.training.frequencies import Frequencies
+from dpsyngen.training.shrinkage import debiased, denoised_covariance, noise_edge, shrink_bands
+
+SHARES = {"mean": 0.2, "pooled": 0.4, "by_class": 0.4}
+"""Of 1/z², which the cost of Gaussian mechanisms adds up in."""
+
+COUNT_WEIGHT = 0.25  # of √D, the norm of an image
+RESIDUAL_NORM = 0.5  # of √D
+WHITE_NORM = 1.2  # of √d, the root of the mean squared norm of whitened residuals
+SMALLEST_VARIANCE = 1e-5
+SMALLEST_WHITE_VARIANCE = 0.02
+
+_UNIFORM_REST = 0.1
+_TYPICAL_ENERGY = (
+    0.6  # of the clipped residuals, of its largest value R²: what the rule for m assumes, not a measurement
+)
+_DIRECTIONS_PER_FOUND = 8
+_FEWEST_FREQUENCIES = 64
+_NUMBERS_A_BATCH = 1 << 22
+
+Progress = Callable[[int, int], None]
+"""Called with how many images were read and how many will be, over all queries."""
+
+
+@dataclass(frozen=True)
+class MomentsPlan:
+    """Noise of the queries.
+
+    Attributes:
+        mean: z of the class sums.
+        pooled: z of the pooled scatter matrix.
+        by_class: z of the scatter matrices by class; None where there is no more than one class.
+    """
+
+    mean: float
+    pooled: float
+    by_class: float | None
+
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """What the queries cost, all of them together."""
+        queries = (self.mean, self.pooled) if self.by_class is None else (self.mean, self.pooled, self.by_class)
+        return tuple(Mechanism(1.0, z, 1) for z in queries)
+
+
+def plan_moments(noise_multiplier: float, classes: int) -> MomentsPlan:
+    """Split one Gaussian mechanism of noise multiplier z among the queries: Σ 1/z_i² = 1/z².
+
+    k Gaussian mechanisms compose to one exactly (the vector of all queries, each over its own sensitivity and noise).
+
+    Args:
+        noise_multiplier: z >= 0; 0 is without noise (ε = ∞).
+        classes: 0 or 1 for images without labels.
+
+    Raises:
+        ConfigError: z is negative or not finite.
+    """
+    if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
+        raise ConfigError(f"the noise multiplier of the moments is {noise_multiplier}, but must be >= 0 and finite.")
+    shares = dict(SHARES) if classes > 1 else {"mean": 1 / 3, "pooled": 2 / 3}
+    z = {name: noise_multiplier / math.sqrt(share) for name, share in shares.items()}
+    return MomentsPlan(z["mean"], z["pooled"], z.get("by_class"))
+
+
+def scatter_frequencies(noise_multiplier: float, records: int, size: int) -> int:
+    """m, in how many of the coarsest frequencies the pooled scatter matrix is released: a rule without data.
+
+    Noise in a matrix of m dimensions hides eigenvalues below s·√(2m), s = R²z/n.  If energy 0.6 R² falls on the
+    components like 1/j (the law of natural images: power 1/f², and j ~ f² components up to f), the j-th has
+    0.6 R² / (j·H_D), so j*(m) = 0.6 n / (z·H_D·√(2m)) of them show.  m is the least that has room for 8 j*(m) of
+    them, clamped to [min(D, 64), min(D, 4096)].
+
+    Args:
+        noise_multiplier: z of the query; 0 gives the largest m.
+        records: n.
+        size: D.
+    """
+    most = min(size, LARGEST_DIMENSION)
+    if noise_multiplier == 0:
+        return most
+    harmonic = sum(1 / j for j in range(1, size + 1))
+    m = (_DIRECTIONS_PER_FOUND * _TYPICAL_ENERGY * records / (noise_multiplier * harmonic * math.sqrt(2))) ** (2 / 3)
+    return int(min(max(math.ceil(min(m, most)), min(size, _FEWEST_FREQUENCIES)), most))
+
+
+def estimate_moments(
+    dataset: ImageDataset,
+    classes: int,
+    records: int,
+    plan: MomentsPlan,
+    randomness: Randomness,
+    *,
+    rank: int,
+    on_progress: Progress | None = None,
+) -> ClassGaussians:
+    """Run the queries and fit a Gaussian to each class.
+
+    Formal guarantee: the result is post-processing of the adaptive composition of ``plan.mechanisms()``, under adding
+    or removing one image; charge them before calling.  A function of the key, the data and the plan alone: running it
+    again with the same key repeats the noise.
+
+    Args:
+        dataset: the private images.
+        classes: K; with 0 or 1 labels are not looked at, and the result has one class.
+        records: declared number of records (public).
+        plan: of :func:`plan_moments` for as many classes.
+        randomness: the run's secret streams; the queries are steps 0, 1 and 2 of its purpose "moments".
+        rank: the most directions that are kept, >= 1.
+        on_progress: see :data:`Progress`.
+
+    Raises:
+        ConfigError: labels, plan, records or rank do not fit.
+    """
+    if (classes > 1) != (plan.by_class is not None):
+        raise ConfigError(f"the plan of the moments was not made for {classes} classes: see plan_moments.")
+    if classes > 1 and classes != dataset.num_classes:
+        raise ConfigError(f"moments of {classes} classes were asked for, but the images have {dataset.num_classes}.")
+    if records < 1 or rank < 1:
+        raise ConfigError(f"records={records} and rank={rank} must both be at least 1.")
+    images = _Images(dataset, classes > 1, 2 if plan.by_class is None else 3, on_progress)
+    means, counts = _means(images, max(classes, 1), records, plan.mean, randomness)
+    basis, variances, rest = _pooled(images, means, records, plan.pooled, randomness, rank)
+    covariances = variances.diag().expand(len(means), -1, -1)
+    if plan.by_class is not None:
+        whitened = _by_class(images, means, counts, basis / variances.sqrt(), plan.by_class, randomness)
+        covariances = variances.sqrt()[:, None] * whitened * variances.sqrt()
+    return ClassGaussians(
+        *(t.float().contiguous() for t in (means, basis, covariances, rest, counts / counts.sum())),
+    )
+
+
+class _Images:
+    """The private images in batches, as rows [B, D] in [-1, 1]."""
+
+    def __init__(self, dataset: ImageDataset, labelled: bool, passes: int, on_progress: Progress | None) -> None:
+        self.dataset, self.on_progress = dataset, on_progress
+        self.shape = (dataset.channels, dataset.resolution, dataset.resolution)
+        self.size = math.prod(self.shape)
+        self.labels = torch.from_numpy(np.asarray(dataset.labels)) if labelled else None
+        self.total, self.read = passes * len(dataset), 0
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        step = min(max(_NUMBERS_A_BATCH // self.size, 16), 4096)
+        for start in range(0, max(len(self.dataset), 1), step):
+            index = np.arange(start, min(start + step, len(self.dataset)))
+            labels = None if self.labels is None else self.labels[start : start + step]
+            yield to_float(torch.from_numpy(self.dataset.batch(index))).flatten(1), labels
+            self.read += len(index)
+            if self.on_progress is not None:
+                self.on_progress(self.read, self.total)
+
+    def residuals(self, means: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Images minus the released mean of their class, fp64."""
+        for rows, labels in self.batches():
+            yield rows.double() - (means[labels] if labels is not None else means[0]), labels
+
+
+# --------------------------------------------------------------------------------------------- the three queries
+
+
+def _means(images: _Images, classes: int, records: int, z: float, randomness: Randomness) -> tuple[Tensor, Tensor]:
+    """Query 1: class means [K, D] and numbers of records [K]."""
+    norm = math.sqrt(images.size)
+    weight = COUNT_WEIGHT * norm if classes > 1 else 0.0  # the number of all records is public
+    total = class_sums((Rows(*b) for b in images.batches()), classes, norm=norm, count_weight=weight)
+    noisy, std = released(total, z, randomness, step=0), total.noise_std(z)
+    frequencies = Frequencies(images.shape)
+    sums, bands = frequencies.transform(noisy[:, : images.size]), frequencies.bands
+    ones = torch.ones(1, int(bands.max()) + 1, dtype=torch.float64)
+    noise = float(std[0]) ** 2
+    pooled = shrink_bands(sums.sum(0, keepdim=True) / records, ones * classes * noise / records**2, bands)
+    if classes == 1:
+        return frequencies.inverse(pooled).clamp(-1, 1), torch.tensor([float(records)], dtype=torch.float64)
+    counted, count_std = noisy[:, -1:], float(std[-1])
+    # A constant below which no number can be told from its noise.
+    counts = counted.clamp_min(1 + 2 * count_std)
+    # Each class against the mean of all, so that a class of unknown size ends there and not at grey.  The noise of its
+    # number goes along the mean of all.
+    energy = torch.zeros_like(ones).index_add_(1, bands, pooled.square()) / torch.bincount(bands)
+    deviations = (sums - counted * pooled) / counts
+    deviations = shrink_bands(deviations, (noise + count_std**2 * energy) / counts.square(), bands)
+    return frequencies.inverse(pooled + deviations).clamp(-1, 1), counts[:, 0]
+
+
+def _pooled(
+    images: _Images, means: Tensor, records: int, z: float, randomness: Randomness, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query 2: directions V [D, d], variances along them [d] and those of the pixels outside [D]."""
+    size = images.size
+    m = scatter_frequencies(z, records, size)
+    frequencies = Frequencies(images.shape)
+
+    def rows() -> Iterator[Rows]:
+        for residual, _ in images.residuals(means):
+            inside = frequencies.transform(residual, m)
+            yield Rows(inside, None, residual.square().sum(1) - inside.square().sum(1))
+
+    total = scatter_sums(rows(), 1, norm=RESIDUAL_NORM * math.sqrt(size))
+    scatter, outside = matrices(released(total, z, randomness, step=1) / records, m)
+    edge = noise_edge(float(total.noise_std(z)[0]) / records, m)
+    values, vectors = torch.linalg.eigh(scatter[0])
+    values, vectors = values.flip(0), vectors.flip(1)
+    d = max(1, min(rank, int((values > edge).sum())))
+    kept = debiased(values[:d], edge).clamp_min(SMALLEST_VARIANCE)
+    basis = torch.linalg.qr(frequencies.inverse(vectors[:, :d].mT.contiguous()).mT)[0]
+    leftover = float(values.sum() - kept.sum()) + (0.0 if outside is None else float(outside[0]))
+    return basis, kept, _rest(basis, kept, leftover)
+
+
+def _rest(basis: Tensor, variances: Tensor, leftover: float) -> Tensor:
+    """Spread variance over the pixels as the directions do: where nothing ever varies there is to be no grain."""
+    size = len(basis)
+    modelled = basis.square() @ variances
+    profile = (1 - _UNIFORM_REST) * modelled / modelled.sum() + _UNIFORM_REST / size
+    # What counts is the trace outside the directions, where each pixel keeps a share of its variance.
+    share = float(profile @ (1 - basis.square().sum(1)))
+    return (max(leftover, 0.0) / max(share, 1e-12) * profile).clamp_min(SMALLEST_VARIANCE)
+
+
+def _by_class(
+    images: _Images, means: Tensor, counts: Tensor, whitening: Tensor, z: float, randomness: Randomness
+) -> Tensor:
+    """Query 3: the covariance of each class in units of the pooled one, [K, d, d]."""
+    d = whitening.shape[1]
+    batches = (Rows(residual @ whitening, labels) for residual, labels in images.residuals(means))
+    total: VectorSum = scatter_sums(batches, len(means), norm=WHITE_NORM * math.sqrt(d))
+    scatter, _ = matrices(released(total, z, randomness, step=2), d)
+    std = float(total.noise_std(z)[0])
+    return torch.stack(
+        [
+            denoised_covariance(s / n, noise_edge(std / n, d), SMALLEST_WHITE_VARIANCE)
+            for s, n in zip(scatter, counts.tolist(), strict=True)
+        ]
+    )

@@ -1,0 +1,316 @@
+"""The Wiener denoiser against the formulas written out with dense matrices, in fp64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
+from dpsyngen.errors import ConfigError
+
+SHAPE = (1, 3, 4)
+SIZE = 12
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def example(k: int = 3, d: int = 4, size: int = SIZE, seed: int = 0, equal_rest: bool = False) -> ClassGaussians:
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    basis = torch.linalg.qr(randn(size, d))[0]
+    a = randn(k, d, d)
+    rest = torch.full((size,), 0.07).double() if equal_rest else randn(size).square() * 0.1 + 0.01
+    frequencies = torch.rand(k, generator=g, dtype=torch.float64) + 0.1
+    return ClassGaussians(randn(k, size) * 0.4, basis, a @ a.mT / d, rest, frequencies / frequencies.sum())
+
+
+def dense(g: ClassGaussians) -> Tensor:
+    """[K, D, D]: the definition of Σ_c."""
+    outside = torch.eye(g.basis.shape[0], dtype=torch.float64) - g.basis @ g.basis.T
+    return g.basis @ g.covariances @ g.basis.T + outside @ g.rest.diag() @ outside
+
+
+def exact(g: ClassGaussians, shape=SHAPE) -> GaussianDenoiser:
+    return GaussianDenoiser(g, shape, dtype=torch.float64)
+
+
+def batch(n: int, seed: int = 1, shape=SHAPE) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    sigma = torch.logspace(-2.5, 1.9, n, dtype=torch.float64)[torch.randperm(n, generator=gen)]
+    return torch.randn(n, *shape, generator=gen, dtype=torch.float64) * (1 + sigma.view(-1, 1, 1, 1)), sigma
+
+
+MODELS = [
+    pytest.param(example(), id="pixels"),
+    pytest.param(example(equal_rest=True), id="spherical"),
+    pytest.param(example(k=1), id="one-class"),
+    pytest.param(example(d=1), id="one-direction"),
+    pytest.param(example(d=SIZE), id="all-directions"),
+    pytest.param(example(d=SIZE - 1), id="one-outside"),
+    pytest.param(example(d=SIZE, equal_rest=True), id="all-directions-spherical"),
+    pytest.param(replace(example(), rest=torch.zeros(SIZE).double()), id="nothing-outside"),
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_filter_of_each_class_in_one_mixed_batch(model) -> None:
+    x, sigma = batch(40)
+    labels = torch.arange(40) % model.classes
+    out = exact(model)(x, sigma, labels)
+    for i in range(40):
+        cov, mean = dense(model)[labels[i]], model.means[labels[i]]
+        wiener = cov @ torch.linalg.inv(cov + sigma[i] ** 2 * torch.eye(SIZE).double())
+        torch.testing.assert_close(out[i].flatten(), mean + wiener @ (x[i].flatten() - mean), **CLOSE)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_unknown_class_is_the_posterior_mean_of_the_mixture(model) -> None:
+    x, sigma = batch(20)
+    denoiser = exact(model)
+    out = denoiser(x, sigma)
+    k, eye = model.classes, torch.eye(SIZE).double()
+    for i in range(20):
+        flat = x[i].flatten()
+        noisy = dense(model) + sigma[i] ** 2 * eye
+        log_density = torch.stack(
+            [torch.distributions.MultivariateNormal(model.means[c], noisy[c]).log_prob(flat) for c in range(k)]
+        )
+        weight = torch.softmax(log_density + model.frequencies.log(), 0)
+        means = [
+            model.means[c] + dense(model)[c] @ torch.linalg.solve(noisy[c], flat - model.means[c]) for c in range(k)
+        ]
+        torch.testing.assert_close(out[i].flatten(), weight @ torch.stack(means), rtol=1e-6, atol=1e-6)
+    labels = torch.full((20,), k)
+    assert torch.equal(denoiser(x, sigma, labels), out)
+
+
+def test_labels_of_known_and_unknown_classes_in_one_batch() -> None:
+    denoiser = exact(example())
+    x, sigma = batch(9)
+    labels = torch.tensor([0, 3, 1, 3, 2, 0, 3, 1, 2])
+    mixed = denoiser(x, sigma, labels)
+    for i in range(9):
+        torch.testing.assert_close(mixed[i : i + 1], denoiser(x[i : i + 1], sigma[i : i + 1], labels[i : i + 1]))
+    assert not torch.allclose(mixed[1], denoiser(x, sigma, torch.zeros(9).long())[1])
+
+
+def test_posterior_mean_by_quadrature() -> None:
+    """One pixel, two classes: E[x₀ | x] by summing over x₀ itself."""
+    model = ClassGaussians(
+        torch.tensor([[-0.8], [0.6]]).double(),
+        torch.ones(1, 1).double(),
+        torch.tensor([[[0.09]], [[0.01]]]).double(),
+        torch.zeros(1).double(),
+        torch.tensor([0.3, 0.7]).double(),
+    )
+    x0 = torch.linspace(-6, 6, 200_001, dtype=torch.float64)
+    prior = sum(
+        f * torch.distributions.Normal(m, v**0.5).log_prob(x0).exp()
+        for f, m, v in [(0.3, -0.8, 0.09), (0.7, 0.6, 0.01)]
+    )
+    for sigma in (0.05, 0.4, 3.0):
+        for x in (-1.5, -0.3, 0.1, 0.9):
+            weight = prior * torch.exp(-((x - x0) ** 2) / (2 * sigma**2))
+            got = exact(model, (1, 1, 1))(torch.full((1, 1, 1, 1), x).double(), torch.tensor([sigma]).double())
+            assert float(got) == pytest.approx(float((weight * x0).sum() / weight.sum()), abs=1e-6)
+
+
+def test_limits_of_the_noise_level() -> None:
+    model = example()
+    denoiser = exact(model)
+    x, _ = batch(3)
+    labels = torch.tensor([0, 1, 2])
+    small = denoiser(x, torch.full((3,), 1e-6).double(), labels)
+    torch.testing.assert_close(small, x, rtol=0, atol=1e-6)
+    large = denoiser(x, torch.full((3,), 1e6).double(), labels)
+    torch.testing.assert_close(large.flatten(1), model.means[labels], rtol=0, atol=1e-9)
+    # Without a label: the mean of all, as nothing tells the classes apart.
+    every = denoiser(x, torch.full((3,), 1e6).double())
+    torch.testing.assert_close(every.flatten(1), (model.frequencies @ model.means).expand(3, -1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 20.0])
+def test_draw_is_a_linear_map_with_exactly_the_covariance(model, sigma) -> None:
+    denoiser = exact(model)
+    unit = torch.eye(SIZE).double().view(SIZE, *SHAPE)
+    for c in range(model.classes):
+        labels = torch.full((SIZE,), c)
+        mean = denoiser.draw(labels, sigma, 0 * unit).flatten(1)
+        torch.testing.assert_close(mean[0], model.means[c], **CLOSE)
+        root = denoiser.draw(labels, sigma, unit).flatten(1) - mean  # row i: the image of the i-th unit vector
+        wanted = dense(model)[c] + sigma**2 * torch.eye(SIZE).double()
+        torch.testing.assert_close(root.T @ root, wanted, **CLOSE)
+        # Mixed noise levels and images: each depends on its own alone.
+        levels = torch.linspace(0, 2, SIZE, dtype=torch.float64)
+        mixed = denoiser.draw(labels, levels, unit)
+        torch.testing.assert_close(mixed[5:6], denoiser.draw(labels[5:6], float(levels[5]), unit[5:6]), **CLOSE)
+
+
+def test_classes_are_drawn_by_their_frequencies() -> None:
+    model = replace(example(), frequencies=torch.tensor([0.5, 0.0, 0.5]).double())
+    denoiser = exact(model)
+    uniform = torch.tensor([0.0, 0.49, 0.51, 0.9999999999999999]).double()
+    drawn = denoiser.draw(None, 0.0, torch.zeros(4, *SHAPE).double(), uniform).flatten(1)
+    torch.testing.assert_close(drawn, model.means[[0, 0, 2, 2]], **CLOSE)
+    some = denoiser.draw(torch.tensor([1, 3, 3, 0]), 0.0, torch.zeros(4, *SHAPE).double(), uniform).flatten(1)
+    torch.testing.assert_close(some, model.means[[1, 0, 2, 0]], **CLOSE)
+    with pytest.raises(ConfigError, match="uniform"):
+        denoiser.draw(None, 0.0, torch.zeros(4, *SHAPE))
+    exact(example(k=1)).draw(None, 0.0, torch.zeros(4, *SHAPE))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_residual_std_is_the_error_that_the_filter_leaves(model) -> None:
+    denoiser = exact(model)
+    sigma = torch.tensor([0.01, 0.2, 1.0, 30.0]).double()
+    left = []
+    for c in range(model.classes):
+        values = torch.linalg.eigvalsh(dense(model)[c]).clamp_min(0)
+        left.append(torch.stack([(values * s**2 / (values + s**2)).mean() for s in sigma]))
+        got = denoiser.residual_std(sigma, torch.full((4,), c))
+        torch.testing.assert_close(got, left[-1].sqrt(), rtol=1e-6, atol=1e-9)
+    pooled = (model.frequencies @ torch.stack(left)).sqrt()
+    torch.testing.assert_close(denoiser.residual_std(sigma), pooled, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        denoiser.residual_std(sigma, torch.full((4,), model.classes)), pooled, rtol=1e-6, atol=1e-9
+    )
+
+
+def test_residual_std_is_met_by_images_of_the_model() -> None:
+    model = example()
+    denoiser = exact(model)
+    gen = torch.Generator().manual_seed(3)
+    labels = torch.arange(9000) % 3
+    x0 = denoiser.draw(labels, 0.0, torch.randn(9000, *SHAPE, generator=gen).double())
+    sigma = torch.full((9000,), 0.5).double()
+    x = x0 + 0.5 * torch.randn(9000, *SHAPE, generator=gen).double()
+    error = (denoiser(x, sigma, labels) - x0).square().flatten(1).mean(1)
+    for c in range(3):
+        wanted = float(denoiser.residual_std(sigma[:1], torch.tensor([c])))
+        assert float(error[labels == c].mean().sqrt()) == pytest.approx(wanted, rel=0.03)
+
+
+def test_pixel_std() -> None:
+    for model in (example(), example(equal_rest=True), example(d=SIZE)):
+        second = model.means.square().sum(1) + dense(model).diagonal(dim1=1, dim2=2).sum(1)
+        assert exact(model).pixel_std == pytest.approx(math.sqrt(float(model.frequencies @ second) / SIZE), rel=1e-9)
+
+
+def test_large_images_get_equal_variances_of_the_same_trace(monkeypatch) -> None:
+    monkeypatch.setattr("dpsyngen.diffusion.gaussian.LARGEST_DIMENSION", SIZE - 1)
+    model = example()
+    denoiser = exact(model)
+    assert denoiser.outer.shape == (SIZE, 0)
+    unit = torch.eye(SIZE).double().view(SIZE, *SHAPE)
+    root = denoiser.draw(torch.zeros(SIZE).long(), 0.0, unit) - denoiser.draw(torch.zeros(SIZE).long(), 0.0, 0 * unit)
+    outside = torch.eye(SIZE).double() - model.basis @ model.basis.T
+    got = outside @ (root.flatten(1).T @ root.flatten(1)) @ outside
+    torch.testing.assert_close(got, outside * (float((outside @ model.rest.diag() @ outside).trace()) / (SIZE - 4)))
+
+
+def test_fp32_is_close_and_keeps_the_dtype_of_its_input() -> None:
+    model = example(size=300, d=20)
+    single = ClassGaussians(*(t.float() for t in model.to_tensors().values()))
+    x, sigma = batch(50, shape=(3, 10, 10))
+    labels = torch.arange(50) % 4
+    got = GaussianDenoiser(single, (3, 10, 10))(x, sigma, labels)
+    assert got.dtype == torch.float64
+    wanted = exact(model, (3, 10, 10))(x, sigma, labels)
+    assert float(((got - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)).max()) < 1e-4
+    assert GaussianDenoiser(single, (3, 10, 10))(x.float(), sigma, labels).dtype == torch.float32
+    assert not list(GaussianDenoiser(single, (3, 10, 10)).parameters())
+    assert not GaussianDenoiser(single, (3, 10, 10)).state_dict()  # what is kept are the moments
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+
+def test_round_trip_through_a_file() -> None:
+    model = ClassGaussians(*(t.float().contiguous() for t in example().to_tensors().values()))
+    again = ClassGaussians.from_tensors(load(save(model.to_tensors())))
+    for name, tensor in model.to_tensors().items():
+        assert torch.equal(again.to_tensors()[name], tensor)
+
+
+def broken(name: str, change) -> dict[str, Tensor]:
+    tensors = {n: t.clone() for n, t in example().to_tensors().items()}
+    tensors[name] = change(tensors[name])
+    return tensors
+
+
+def put(value: float, *index: int):
+    def change(tensor: Tensor) -> Tensor:
+        tensor[index] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({}, "need the tensors"),
+        ({**example().to_tensors(), "extra": torch.zeros(1)}, "need the tensors"),
+        (broken("means", put(math.nan, 0, 0)), "means has a value"),
+        (broken("basis", put(math.inf, 0, 0)), "basis has a value"),
+        (broken("covariances", put(1e30, 0, 0, 0)), "covariances has a value"),
+        (broken("frequencies", put(math.nan, 0)), "frequencies has a value"),
+        (broken("means", lambda t: t[:, :-1]), "shapes"),
+        (broken("means", lambda t: t[0]), "shapes"),
+        (broken("means", lambda t: t[:0]), "shapes"),
+        (broken("means", lambda t: t.sum()), "shapes"),
+        (broken("basis", lambda t: t[:, :0]), "shapes"),
+        (broken("covariances", lambda t: t[:2]), "shapes"),
+        (broken("rest", lambda t: t[None]), "shapes"),
+        (broken("frequencies", lambda t: t[:2]), "shapes"),
+        (broken("rest", lambda t: t.long()), "fp32 or fp64"),
+        (broken("rest", lambda t: t.half()), "fp32 or fp64"),
+        (broken("rest", lambda t: t - 1), "negative"),
+        (broken("basis", lambda t: t * 1.01), "orthonormal"),
+        (broken("basis", lambda t: torch.cat([t[:, :1], t[:, :-1]], 1)), "orthonormal"),
+        (broken("covariances", put(5.0, 1, 0, 1)), "symmetric"),
+        (broken("covariances", lambda t: t - 10 * torch.eye(4)), "negative eigenvalue"),
+        (broken("frequencies", lambda t: t * 2), "sum to 1"),
+        (broken("frequencies", lambda t: torch.tensor([1.5, -0.5, 0.0]).double()), "sum to 1"),
+    ],
+)
+def test_broken_files_are_refused(tensors, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ClassGaussians.from_tensors(tensors)
+
+
+def test_wrong_shapes_and_labels_are_refused() -> None:
+    with pytest.raises(ConfigError, match="12 pixel values"):
+        GaussianDenoiser(example(), (1, 4, 4))
+    x, sigma = batch(2)
+    for label in (-1, 4):
+        with pytest.raises(ConfigError, match=r"0\.\.3"):
+            exact(example())(x, sigma, torch.tensor([0, label]))
+
+
+def test_a_release_rounded_to_fp32_is_accepted() -> None:
+    """A covariance of low rank, whose smallest eigenvalues come out a little below 0."""
+    rng = np.random.default_rng(0)
+    low = torch.from_numpy(rng.normal(size=(2, 30, 3)))
+    basis = torch.linalg.qr(torch.from_numpy(rng.normal(size=(50, 30))))[0]
+    tensors = {
+        "means": torch.zeros(2, 50),
+        "basis": basis,
+        "covariances": low @ low.mT,
+        "rest": torch.zeros(50),
+        "frequencies": torch.tensor([1 / 3, 2 / 3]),
+    }
+    model = ClassGaussians.from_tensors({n: t.float() for n, t in tensors.items()})
+    out = GaussianDenoiser(model, (1, 5, 10))(
+        torch.randn(4, 1, 5, 10), torch.full((4,), 0.002), torch.tensor([0, 1, 2, 2])
+    )
+    assert torch.isfinite(out).all()

@@ -1,0 +1,58 @@
+"""What `dpsyngen stages` says of its figures: prices of stages, and where the teacher is no measure."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpsyngen.diffusion.elbow import Elbow
+from dpsyngen.diffusion.gap import log_sigma_grid
+from dpsyngen.report.stages_files import stage_lines, stage_price, teacher_line
+from dpsyngen.training.stage_results import PROXY, Measured
+
+U = np.array(log_sigma_grid(0.02))
+
+
+def elbow(side: Any, tau: float | None, found: float = 1.0) -> Elbow:
+    ends = (None, None) if tau is None else (tau - 0.1, tau + 0.1)
+    return Elbow(side, "tolerance", tau, *ends, found, 0.05, "" if tau is not None else "the gap is 9 %")
+
+
+def test_price_of_a_stage_is_the_integral_over_its_levels() -> None:
+    """G = d·σ² costs d nats for each unit of log σ; a threshold between two levels counts for its part."""
+    measured = Measured(U, pixels=10)
+    gap = np.exp(2 * U)
+    assert stage_price(measured, gap, elbow("coarse", 1.33)) == pytest.approx(10 * (U[-1] - 1.33), rel=1e-6)
+    assert stage_price(measured, gap, elbow("cleaning", -2.17)) == pytest.approx(10 * (-2.17 - U[0]), rel=1e-6)
+    # A constant gap: (e^(-2τ) - e^(-2u))/2.
+    exact = 10 * 0.3 * (math.exp(-2) - math.exp(-2 * U[-1])) / 2
+    assert stage_price(measured, 0.3 + 0 * U, elbow("coarse", 1.0)) == pytest.approx(exact, rel=1e-3)
+
+
+def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
+    measured = Measured(np.arange(4.0), 4)
+    result: Any = SimpleNamespace(measured=measured)
+    assert teacher_line(result) is None
+    measured.wiener_loss = np.array([[0.1, 0.2, 0.3, 0.4]] * 3)
+    measured.proxy_losses[PROXY] = np.array([[[0.09, 0.19, 0.29, 0.39]] * 3])
+    assert teacher_line(result) is None
+    measured.proxy_losses[PROXY] = np.array([[[0.2, 0.19, 0.5, 0.39]] * 3])
+    line = teacher_line(result)
+    assert line is not None
+    assert "at 2 of 4 noise levels" in line
+    assert "--steps" in line
+
+
+def test_stages_in_words() -> None:
+    result: Any = SimpleNamespace(cleaning=elbow("cleaning", -2.5), coarse=elbow("coarse", None))
+    assert stage_lines(result) == [
+        "cleaning: programs own log σ < -2.50 [95 %: -2.60 to -2.40]",
+        "no coarse stage for programs: the gap is 9 %",
+    ]
+    rare: Any = SimpleNamespace(cleaning=elbow("cleaning", -2.5, 0.5), coarse=elbow("coarse", 2.0))
+    assert "but only 50 % of the bootstrap's curves have such a stage" in stage_lines(rare)[0]
+    assert stage_lines(rare)[1].startswith("coarse: programs own log σ > 2.00")
