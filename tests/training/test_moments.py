@@ -113,7 +113,7 @@ class Released:
         noise = torch.randn(total.sums.shape, generator=g, dtype=torch.float64) * total.noise_std(noise_multiplier)
         if step == 0:
             noise[:, -1] += 40  # numbers of records
-        return noise + 5
+        return noise / 1000 + 0.3 if step == 1 else noise + 5  # a small variance, so that the third query clips
 
 
 EXTREME = [
@@ -208,16 +208,18 @@ def crafted(channels: int = 1) -> tuple[ImageDataset, int]:
     rng = np.random.default_rng(0)
     pixels = rng.permutation(channels * side * side)[: directions * 3].reshape(directions, 3)
     residual = np.zeros((16, channels * side * side))
-    for j, (where, size) in enumerate(zip(pixels, (60, 45, 30, 20), strict=True)):
+    for j, (where, size) in enumerate(zip(pixels, (60, 40, 30, 20), strict=True)):
         residual[:, where] = (signs[:, j] * size)[:, None]
     images, labels = [], []
     for label, (mean, scale, times) in enumerate([(120, 1.1, 3), (140, 0.9, 3)]):
         images.append(np.tile(mean + residual * scale, (times, 1)))
         labels.append(np.full(16 * times, label))
     stacked = np.concatenate(images)
-    assert np.array_equal(stacked, stacked.round())
+    assert np.allclose(stacked, stacked.round())
     order = rng.permutation(len(stacked))
-    data = dataset(stacked[order].astype(np.uint8).reshape(-1, channels, side, side), np.concatenate(labels)[order])
+    data = dataset(
+        stacked[order].round().astype(np.uint8).reshape(-1, channels, side, side), np.concatenate(labels)[order]
+    )
     return data, directions
 
 
@@ -283,10 +285,10 @@ def test_variances_are_never_zero() -> None:
 def test_means_under_noise_are_better_than_the_noisy_sums(digits) -> None:
     rows, labels = rows_of(digits), torch.from_numpy(digits.labels)
     truth = torch.stack([rows[labels == c].mean(0) for c in range(10)])
-    for z in (0.5, 4.0):
+    for z, at_most in ((0.5, 0.95), (4.0, 0.3)):
         raw = (z / math.sqrt(0.2) * 8 * math.sqrt(1 + 1 / 16) / 179.7) ** 2  # variance of the noise in sum over number
         error = float((estimate(digits, z).means.double() - truth).square().mean())
-        assert error < 0.6 * raw
+        assert error < at_most * raw
     spread = float((truth - truth.mean(0)).square().mean())
     assert error < 1.1 * spread  # hardly worse than giving every class the mean of all
 
