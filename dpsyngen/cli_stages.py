@@ -222,7 +222,7 @@ def _say(console: Console, out: Path, result: StagesResult, files: list[Path], s
             "files": files,
             "variant": result.variant,
             "tau_cleaning": result.cleaning.log_sigma,
-            "tau_coarse": result.coarse.log_sigma,
+            "tau_coarse": None if result.moments else result.coarse.log_sigma,
             "decided_by": result.decided.by,
             "elbows": elbow_rows(result),
             "proxy_loss": [asdict(loss) for loss in result.losses],

@@ -21,6 +21,7 @@ from dpsyngen.config import Config, load_config
 from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.diffusion.elbow import METHODS, Method
 from dpsyngen.diffusion.gap import log_sigma_grid
+from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.files import is_temporary, remove_temporaries, require_absent_or_empty, write_text
@@ -113,6 +114,11 @@ class Stages:
         options.check()
         self.folder, self.config, self.options = folder, config, options
         require_usable(folder)
+        if config.stages.variant == "gaussian":
+            raise ConfigError(
+                "variant 'gaussian' has no stage that programs could own.  Choose another stages.variant."
+            )
+        self.moments = config.stages.variant in USE_MOMENTS
         proxy_images = None if options.proxy is None else _load_proxy(options.proxy, config, data)
         shape = _shape(config, data, proxy_images)
         check_resolution(named_size(config.network.size), shape.resolution)
@@ -182,10 +188,11 @@ class Stages:
                 ],
                 measured,
                 found,
-                deciding(found, search.student.label),
+                deciding(found, search.student.label, self.moments),
                 cast(Method, options.method),
                 proxy_loss_rows(measured, options.replicates),
                 private,
+                self.moments,
             )
             plots = write_plot(self.folder, result)
             files = write_results(self.folder, result, self._to_keep())
@@ -216,6 +223,7 @@ class Stages:
             "log_sigma": list(s.log_sigma),
             "tolerance": o.tolerance,
             "method": o.method,
+            "moments": self.moments,
             "replicates": o.replicates,
             "private": None
             if plan is None

@@ -129,7 +129,7 @@ class GridSpec(_Part):
             check_setting(name)
         for own in self.variant_settings.values():
             for name in own:
-                check_setting(name)
+                check_setting(name, drawn=True)
         for name, values in self.axes.items():
             if not values or len({repr(v) for v in values}) < len(values):
                 raise ValueError(f"the axis {name} is empty or has a value twice")
@@ -256,11 +256,17 @@ class Spec(_Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def check_setting(name: str, exists: bool = True) -> None:
-    """Raise ValueError unless `name`, such as stages.tau_coarse, is a setting that an experiment may vary."""
+def check_setting(name: str, exists: bool = True, drawn: bool = False) -> None:
+    """Raise ValueError unless `name`, such as stages.tau_coarse, is a setting that an experiment may vary.
+
+    Args:
+        name: in full.
+        exists: whether there has to be such a setting.
+        drawn: whether it may be one of the sampler's; the experiment's own section `sampling` goes before it.
+    """
     section, _, rest = name.partition(".")
     for reserved, instead in _RESERVED.items():
-        if name == reserved or section == reserved:
+        if (name == reserved or section == reserved) and not (drawn and section == "sampling"):
             raise ValueError(f"{shown(name)} is not set here: {instead}")
     if exists:
         known = Config.model_fields.get(section)

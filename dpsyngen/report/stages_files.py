@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dpsyngen.config import load_config, merge_settings
+from dpsyngen.config import load_config
 from dpsyngen.diffusion.elbow import Elbow, Method
 from dpsyngen.diffusion.gap import Array, GapCurve
 from dpsyngen.diffusion.theory import data_radius, kl_bound, price
@@ -43,6 +43,7 @@ class StagesResult:
         method: the elbow's method that was chosen.
         losses: of the families on the proxy.
         private: the DP estimate and its statement, if there is one.
+        moments: whether the training is to have DP moments of the private images, which then own the coarse stage.
     """
 
     settings: Mapping[str, Any]
@@ -53,6 +54,7 @@ class StagesResult:
     method: Method
     losses: Sequence[Loss]
     private: tuple[PrivateCurve, Mapping[str, Any]] | None = None
+    moments: bool = False
 
     @property
     def cleaning(self) -> Elbow:
@@ -65,7 +67,7 @@ class StagesResult:
     @property
     def variant(self) -> str:
         """Of the method, with the stages that were found."""
-        return variant_of(self.cleaning.log_sigma, self.coarse.log_sigma)
+        return variant_of(self.cleaning.log_sigma, self.coarse.log_sigma, self.moments)
 
     def curves(self) -> Iterator[tuple[str, GapCurve]]:
         """Every curve with what its images stand for."""
@@ -114,7 +116,7 @@ def document(result: StagesResult) -> dict[str, Any]:
         "stages": {
             "variant": result.variant,
             "tau_cleaning": result.cleaning.log_sigma,
-            "tau_coarse": result.coarse.log_sigma,
+            "tau_coarse": None if result.moments else result.coarse.log_sigma,
             "method": result.method,
             "decided_by": result.decided.by,
             "student": result.decided.student,
@@ -212,24 +214,34 @@ def _theory(result: StagesResult) -> dict[str, Any]:
 
 def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
     """Settings for ``dpsyngen train --config``: the user's own, with the program and the stages that were found."""
-    stages: dict[str, Any] = {"variant": result.variant}
-    for name, elbow in (("tau_cleaning", result.cleaning), ("tau_coarse", result.coarse)):
-        if elbow.log_sigma is not None:
-            stages[name] = round(elbow.log_sigma, 3)
-    # A threshold of the user's that lies on the wrong side of one that was found would be refused; it is not used.
-    own = {k: v for k, v in given.get("stages", {}).items() if k not in ("variant", "tau_cleaning", "tau_coarse")}
-    defaults = load_config({"preset": given["preset"]}).stages
-    if "tau_coarse" not in stages and stages.get("tau_cleaning", -math.inf) >= defaults.tau_coarse:
-        stages["tau_coarse"] = stages["tau_cleaning"] + 1
-    if "tau_cleaning" not in stages and stages.get("tau_coarse", math.inf) <= defaults.tau_cleaning:
-        stages["tau_cleaning"] = stages["tau_coarse"] - 1
-    values = merge_settings(dict(given) | {"stages": own}, {"stages": stages})
     comment = [
         f"# Found by dpsyngen stages {__version__}; how is in gap.json beside this file.",
         f"# {result.decided.student} in place of {_IN_WORDS[result.decided.by]}, method {result.method}:",
         *(f"# {line}" for line in stage_lines(result)),
     ]
+    values = dict(given) | {"stages": _stages(result, given)}
     return "\n".join(comment) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _stages(result: StagesResult, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The section ``stages``: what the user set, with the variant and the thresholds that were found."""
+    before = load_config(dict(given)).stages
+    kept = {"variant", "tau_cleaning"} if result.moments else {"variant", "tau_cleaning", "tau_coarse"}
+    section: dict[str, Any] = {k: v for k, v in given.get("stages", {}).items() if k not in kept}
+    section["variant"] = result.variant
+    cleaning = result.cleaning.log_sigma
+    coarse = before.tau_coarse if result.moments else result.coarse.log_sigma
+    # A threshold that is not in use must still be on its side of the other one, or the file would be refused.
+    if cleaning is not None:
+        section["tau_cleaning"] = round(cleaning if coarse is None else min(cleaning, coarse - 0.1), 3)
+        if coarse is None and cleaning >= before.tau_coarse:
+            section["tau_coarse"] = round(cleaning + 1, 3)
+    if coarse is not None and not result.moments:
+        section["tau_coarse"] = round(coarse, 3)
+    low, high = (section.get(k, getattr(before, k)) for k in ("tau_cleaning", "tau_coarse"))
+    if low >= high:
+        section["tau_cleaning"] = round(high - 1, 3)
+    return section
 
 
 def teacher_line(result: StagesResult) -> str | None:
@@ -249,13 +261,22 @@ def teacher_line(result: StagesResult) -> str | None:
 
 def stage_lines(result: StagesResult) -> list[str]:
     """The two stages in words."""
-    out = []
-    for elbow, relation in ((result.cleaning, "<"), (result.coarse, ">")):
-        if elbow.log_sigma is None:
-            out.append(f"no {elbow.side} stage for programs: {elbow.reason}")
-            continue
-        interval = "" if elbow.low is None else f" [95 %: {elbow.low:.2f} to {elbow.high:.2f}]"
-        out.append(f"{elbow.side}: programs own log σ {relation} {elbow.log_sigma:.2f}{interval}")
-        if elbow.found < 0.95:
-            out[-1] += f", but only {100 * elbow.found:.0f} % of the bootstrap's curves have such a stage"
-    return out
+    out = [_line(result.cleaning, "<")]
+    if not result.moments:
+        return [*out, _line(result.coarse, ">")]
+    if result.decided.by != WIENER:
+        out.append(
+            "note: the training has DP moments of the private images, and nothing here says where programs are better "
+            "than what follows from those; with --proxy their Wiener filter is the one to compare with"
+        )
+    return [*out, f"coarse: owned by DP moments of the private images (variant {result.variant})"]
+
+
+def _line(elbow: Elbow, relation: str) -> str:
+    if elbow.log_sigma is None:
+        return f"no {elbow.side} stage for programs: {elbow.reason}"
+    interval = "" if elbow.low is None else f" [95 %: {elbow.low:.2f} to {elbow.high:.2f}]"
+    line = f"{elbow.side}: programs own log σ {relation} {elbow.log_sigma:.2f}{interval}"
+    if elbow.found < 0.95:
+        line += f", but only {100 * elbow.found:.0f} % of the bootstrap's curves have such a stage"
+    return line

@@ -79,7 +79,7 @@ def _gap(panel: Any, result: StagesResult) -> None:
     tolerance = result.settings["tolerance"]
     if result.method == "tolerance":
         panel.axhline(tolerance, color="#333", lw=0.9, ls="--", label=f"tolerance {100 * tolerance:g} %")
-    for elbow in (result.cleaning, result.coarse):
+    for elbow in (result.cleaning,) if result.moments else (result.cleaning, result.coarse):
         if elbow.log_sigma is None:
             continue
         panel.axvline(elbow.log_sigma, color=COLOURS["private"], lw=1.4)

@@ -146,13 +146,22 @@ def _elbows(by: StandIn, student: str, log_sigma: Array, mean: MeanCurve, tolera
     return StandInElbows(by, student, mean, elbows)
 
 
-def deciding(found: Sequence[StandInElbows], student: str) -> StandInElbows:
-    """The elbows that decide: of `student`, against the most direct stand-in there is."""
-    return [f for f in found if f.student == student][-1]
+def deciding(found: Sequence[StandInElbows], student: str, moments: bool = False) -> StandInElbows:
+    """The elbows that decide: of `student`, against the most direct stand-in there is.
+
+    With `moments` a training has the private images' mean and covariance, so programs must hold their own against what
+    follows from these in closed form: against the Wiener filter, where there is one.
+    """
+    mine = [f for f in found if f.student == student]
+    return next((f for f in mine if f.by == WIENER), mine[-1]) if moments else mine[-1]
 
 
-def variant_of(cleaning: float | None, coarse: float | None) -> str:
-    """The variant of the method in which programs own exactly the stages that were found."""
+def variant_of(cleaning: float | None, coarse: float | None, moments: bool = False) -> str:
+    """The variant of the method in which programs own exactly the stages that were found; with `moments`, those of the
+    private images own the coarse one.
+    """
+    if moments:
+        return "residual" if cleaning is None else "residual-cleaning"
     return {
         (True, True): "both",
         (True, False): "cleaning",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
+from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.privacy.audit.distinguish import StepGame, play_step_game
@@ -70,15 +71,24 @@ class ClippingAudit:
         mechanism: its constants.
         shape: what is public about its images.
         device: where to compute.
+        gaussian: the denoiser of the run's released DP moments, which its network is a residual of; None: there is none.
     """
 
-    def __init__(self, config: Config, mechanism: DpSgd, shape: Shape, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: Config,
+        mechanism: DpSgd,
+        shape: Shape,
+        device: str = "cpu",
+        gaussian: GaussianDenoiser | None = None,
+    ) -> None:
         copies = min(max(config.private.copies, 2), 4)  # one copy would not show in which order they are averaged
         private = config.private.model_copy(update={"copies": copies})
         self.step = step_of(
             config, DpSgd(mechanism.records, mechanism.noise_multiplier, mechanism.clipping_norm, private)
         )
-        self.denoiser = lively_denoiser(config, shape, conditional=True, seed=config.network.seed).to(device)
+        seed = config.network.seed
+        self.denoiser = lively_denoiser(config, shape, conditional=True, seed=seed, gaussian=gaussian).to(device)
         self.engine = self.step.engine(self.denoiser)
         self.copies = copies
         self.rows = _hostile_rows(config, self.denoiser, shape, copies, device)

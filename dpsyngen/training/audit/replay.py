@@ -12,11 +12,15 @@ import math
 import numpy as np
 
 from dpsyngen.errors import RunError
+from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.audit.findings import Finding, exact
 from dpsyngen.privacy.audit.inclusions import check_sizes
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.privacy.sampling import poisson_sample
+from dpsyngen.training.moments import MomentsPlan
+from dpsyngen.training.moments_phase import charged_moments
+from dpsyngen.training.pinned import pinned
 from dpsyngen.training.plan import stages_of
 from dpsyngen.training.private import charged_mechanisms, charged_steps
 from dpsyngen.training.run import JsonLines, Run
@@ -30,6 +34,24 @@ def records_present(run: Run) -> int:
         raise RunError(f"{run.data_path} cannot be read: {error}.  Without it the run cannot be audited.") from None
 
 
+def _moments(run: Run, ledger: Ledger) -> Finding:
+    """Each query of the DP moments is in the ledger, once, with the noise that was fixed at the start."""
+    known = pinned(run)
+    planned = [] if known is None or known["moments"] is None else list(MomentsPlan(*known["moments"]).mechanisms())
+    noisy = [m for m in planned if m.noise_multiplier > 0]
+    charged = charged_moments(ledger)
+
+    def text(queries: list[Mechanism | None]) -> str:
+        return ", ".join("no noise" if m is None else f"{m.noise_multiplier:.6g}" for m in queries) or "none"
+
+    return exact(
+        "DP moments are charged once each, at the noise that was planned",
+        bool(planned) and charged == (noisy or [None] * len(planned)),
+        f"noise multipliers in the ledger: {text(charged)}",
+        f"planned at the start: {text([*noisy] or [None] * len(planned))}",
+    )
+
+
 def replay(run: Run) -> list[Finding]:
     """Compare the log of a run with its ledger and with what its key says.
 
@@ -37,7 +59,11 @@ def replay(run: Run) -> list[Finding]:
         exact findings, and tests that wait for :func:`dpsyngen.privacy.audit.findings.decide`.
     """
     config, ledger = run.config, Ledger(run.ledger_path)
-    phase = stages_of(config).private.name
+    stages = stages_of(config)
+    findings = [_moments(run, ledger)] if stages.moments else []
+    if stages.gaussian:
+        return findings
+    phase = stages.private.name
     log = [v for v in JsonLines(run.private / "training.jsonl", 0o600).read() if v["phase"] == phase]
     steps = [int(v["step"]) for v in log]
     sizes = np.array([int(v["examples"]) for v in log], dtype=np.int64)
@@ -45,7 +71,7 @@ def replay(run: Run) -> list[Finding]:
     declared = config.data.records or records
     asked = config.private.batch / declared
     rates = {m.sampling_rate for m in charged_mechanisms(ledger)} or {asked}
-    findings = [
+    findings += [
         exact(
             "steps logged are the steps charged",
             steps == list(range(1, charged + 1)),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import write_text
 from dpsyngen.privacy.audit.findings import Finding, decide
@@ -21,7 +22,8 @@ from dpsyngen.training.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, Canar
 from dpsyngen.training.audit.mechanism import ClippingAudit, audit_noise
 from dpsyngen.training.audit.replay import records_present, replay
 from dpsyngen.training.audit.report import AuditReport
-from dpsyngen.training.plan import Shape
+from dpsyngen.training.moments_phase import charged_moments, load_gaussian
+from dpsyngen.training.plan import Shape, stages_of
 from dpsyngen.training.private import DpSgd, charged_mechanisms
 from dpsyngen.training.run import Run
 
@@ -105,11 +107,21 @@ def audit_run(
             "NOT PRIVATE: this run was trained with ε = ∞, so there is no clipping, no noise and no claim to audit.  "
             "Only its sampling was looked at."
         )
+    elif not charged_mechanisms(ledger):
+        report.notes.append(
+            "This run has no DP-SGD steps, so there is none to attack.  DP moments are one Gaussian mechanism a query; "
+            "only their charges were looked at."
+        )
     else:
         _audit_mechanism(run, ledger, effort, confidence, device, tell, report, parts)
         report.notes.append(
             f"Audits of training are of short runs at the same target ε = {config_epsilon:g}, on images of programs."
         )
+        if charged_moments(ledger):
+            report.notes.append(
+                "DP-SGD was attacked; of the DP moments only the charges were looked at.  The short runs train the "
+                "network without them, and spend all of ε on their steps."
+            )
     report.parts = _judged(parts, 1 - confidence)
     report.seconds = time.monotonic() - begun
     folder = run.private / "audit"
@@ -135,7 +147,9 @@ def _audit_mechanism(
     report.step_game = audit_noise(config, m, trials=effort.trials, confidence=confidence)
     parts[STEP] = [report.step_game.finding]
     tell("clipping hostile images")
-    clipping = ClippingAudit(config, m, shape, device)
+    moments = stages_of(config).moments
+    gaussian = load_gaussian(run.weights(GAUSSIAN), shape).to(device) if moments else None  # released: costs nothing
+    clipping = ClippingAudit(config, m, shape, device, gaussian)
     parts[CLIPPING] = clipping.findings()
     # A step trains on a quarter of the canaries and scores all of them twice, K rows each.
     cost = clipping.seconds_a_row() * 2.5 * config.private.copies * effort.steps
