@@ -194,10 +194,10 @@ def training_share(
 
 TRAINING: tuple[tuple[str, str, int, int, int | None], ...] = (
     ("demo", "dead-leaves", 8, 1, None),
-    ("cpu-small", "dead-leaves", 28, 1, None),
-    ("cpu-small", "dead-leaves", 32, 3, None),
-    ("cpu-small", "random-network", 32, 3, None),
-    ("cpu-small", "random-network", 32, 3, 6400),
+    ("paper-cpu", "dead-leaves", 28, 1, None),
+    ("paper-cpu", "dead-leaves", 32, 3, None),
+    ("paper-cpu", "random-network", 32, 3, None),
+    ("paper-cpu", "random-network", 32, 3, 6400),
 )
 
 

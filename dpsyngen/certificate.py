@@ -342,6 +342,13 @@ def _foundations(c: Certificate) -> list[str]:
 def _mechanism(m: MechanismPart) -> str:
     if m.sampling_rate is None or m.noise_multiplier is None or m.count is None:
         return f"- {m.reason}: without noise."
+    if m.sampling_rate == 1:
+        bound = "limited" if isinstance(m.l2_sensitivity, str | None) else f"limited to {number(m.l2_sensitivity)}"
+        return (
+            f"- {m.reason}: {m.mechanism} mechanism, {'once' if m.count == 1 else f'{m.count:,} times'}, with every "
+            f"image in it.  The influence of one image was {bound}, and noise of {number(m.noise_multiplier)} times "
+            "that limit was added."
+        )
     bound = "its bound" if m.l2_sensitivity is None else str(m.l2_sensitivity)
     return (
         f"- {m.reason}: {m.mechanism} mechanism, {m.count:,} times.  Each time every image was in or out by chance "

@@ -95,6 +95,8 @@ class Generator:
         self.class_names: tuple[str, ...] = tuple(about.class_names)
         self.defaults: dict[str, Any] = about.sampling.model_dump()
         self.private = about.private
+        # None: an earlier version did not say.
+        self._label_dropout = about.label_dropout
         self.gaussian = self._load_gaussian(release, about)
         self.networks: dict[str, NetworkDenoiser] = {n: self._load(release, about, n) for n in self.stages.networks}
 
@@ -185,9 +187,14 @@ class Generator:
         """How to draw: the run's own settings where None is given; see :class:`SamplingSettings`.
 
         Raises:
-            ConfigError: a value that is not allowed.
+            ConfigError: a value that is not allowed, or guidance by a network that cannot give it.
         """
         d = self.defaults
+        if guidance not in (None, 1) and self.class_names and self.networks and self._label_dropout == 0:
+            raise ConfigError(
+                f"guidance is {shown(guidance)}, but this generator's network always saw the class of an image "
+                "(network.label_dropout = 0), so there is nothing to compare with: use guidance 1."
+            )
         name = sampler or d["sampler"]
         if churn is None:
             # A churn set for the run belongs to its sampler; asking for another sampler drops it.

@@ -77,6 +77,7 @@ class GeneratorDescription(_Part):
     conditional: dict[_Name, bool] = Field(max_length=MAX_STAGES)
     sampling: SamplingConfig
     private: bool
+    label_dropout: float | None = Field(None, ge=0, le=1)
     moments: MomentsDescription | None = None
 
     def stage_map(self) -> StageMap:

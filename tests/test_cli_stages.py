@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from dpsyngen.config import load_config
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training.plan import program_of
+from dpsyngen.programs import make_program
+from dpsyngen.training.plan import Shape, program_of
 
 SMALL = [
     *("--network", "nano", "--steps", 3, "--seeds", 2, "--images", 8, "--spacing", 1.5),
     *("--set", "public.batch=4", "--set", "public.copies=1", "--set", "public.learning_rate=0.05"),
+    *("--set", "stages.variant=both"),
 ]
 
 
@@ -118,42 +119,30 @@ def test_same_call_gives_the_same_figures(stages, tmp_path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("tau", [(-2.5, 1.0), (-2.5, None), (None, 1.0), (None, None), (2.5, None), (None, -4.0)])
-def test_what_is_found_is_what_train_takes(stages, made, tmp_path, monkeypatch, tau) -> None:
-    import dataclasses
-
-    import dpsyngen.stages as module
-
-    real = module.deciding
-
-    def with_elbows(found, student):
-        decided = real(found, student)
-        elbows = dict(decided.elbows)
-        for side, value in zip(("cleaning", "coarse"), tau, strict=True):
-            low, high = (None, None) if value is None else (value - 0.1, value + 0.1)
-            elbows[side, "tolerance"] = dataclasses.replace(
-                elbows[side, "tolerance"], log_sigma=value, low=low, high=high, reason="none" if value is None else ""
-            )
-        return dataclasses.replace(decided, elbows=elbows)
-
-    monkeypatch.setattr(module, "deciding", with_elbows)
+def test_what_is_found_is_what_train_takes(stages, made, tmp_path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("preset: cpu\nprivate: {steps: 77}\nstages: {networks: shared}\n")
     programs = f"{made / 'leaves.yaml'},contours"
-    code, out, err = stages("--config", config, "--resolution", 8, programs=programs)
+    code, _, err = stages("--config", config, "--resolution", 8, programs=programs)
     assert code == 0, err
+    text = (tmp_path / "o/stages.yaml").read_text()
+    assert text.startswith("# Found by dpsyngen stages")
     loaded = load_config({}, file=tmp_path / "o/stages.yaml")
     assert (loaded.preset, loaded.private.steps, loaded.stages.networks) == ("cpu", 77, "shared")
     assert loaded.data.resolution == 8
-    program = program_of(loaded, __import__("dpsyngen").training.plan.Shape(8, 1, (), 10))
-    assert (program.name, program.shape, program.seed) == ("dead-leaves", ("disc",), 3) or program.shape == "disc"
-    variant = {(True, True): "both", (True, False): "cleaning", (False, True): "coarse", (False, False): "dpdm"}
-    assert loaded.stages.variant == variant[tau[0] is not None, tau[1] is not None]
-    if tau[0] is not None:
-        assert loaded.stages.tau_cleaning == tau[0]
-        assert f"cleaning: programs own log σ < {tau[0]:.2f}" in out
-    if tau[1] is not None:
-        assert loaded.stages.tau_coarse == tau[1]
+    assert loaded.stages.variant == json.loads((tmp_path / "o/gap.json").read_text())["stages"]["variant"]
+    program = program_of(loaded, Shape(8, 1, (), 10))
+    assert program.config() == make_program("dead-leaves", resolution=8, channels=1, seed=3, shape="disc").config()
+
+
+def test_with_dp_moments_the_wiener_filter_is_what_programs_have_to_beat(stages, tmp_path) -> None:
+    code, out, err = stages("--proxy", "{made}/proxy.npz", "--set", "stages.variant=residual", "--json")
+    assert code == 0, err
+    found = document(out)
+    assert found["decided_by"] == "wiener"
+    assert found["variant"] in ("residual", "residual-cleaning")
+    assert found["tau_coarse"] is None
+    assert load_config({}, file=tmp_path / "o/stages.yaml").stages.variant == found["variant"]
 
 
 # ------------------------------------------------------------------------------------- going on
@@ -305,6 +294,7 @@ def test_killed_between_charge_and_result_it_is_charged_once(stages, budget, mon
         (["--method", "eye"], "tolerance or loss or kneedle"),
         (["--resolution", "9"], "resolution"),
         (["--network", "enormous"], "network size"),
+        (["--set", "stages.variant=gaussian"], "no stage that programs could own"),
         (["--programs", "dead-leaves"], "two programs or more"),
         (["--programs", ""], "two programs or more"),
         (["--programs", "dead-leaves,dead-leaves"], "a name of its own"),
@@ -341,10 +331,3 @@ def test_shared_networks_are_those_of_the_same_settings_only(stages, made, tmp_p
     count = len(list(copied.glob("*.safetensors")))
     assert stages("-q", "--networks", copied, "--set", "public.warmup=1", out=tmp_path / "p")[0] == 0
     assert len(list(copied.glob("*.safetensors"))) == count + 4
-
-
-def test_yaml_of_a_found_stage_says_how(stages, tmp_path) -> None:
-    assert stages("-q")[0] == 0
-    text = (tmp_path / "o/stages.yaml").read_text()
-    assert text.startswith("# Found by dpsyngen stages")
-    assert yaml.safe_load(text)["program"]["name"] == "dead-leaves"

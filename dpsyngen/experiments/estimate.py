@@ -26,9 +26,11 @@ from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.experiments.grid import Job
+from dpsyngen.experiments.moments_time import MomentsTime, coarse_noise
 from dpsyngen.experiments.public_networks import networks_of
 from dpsyngen.experiments.spec import Spec
 from dpsyngen.generator import Generator
+from dpsyngen.training.moments_phase import MOMENTS
 from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Shape, stages_of
 
@@ -47,8 +49,8 @@ class StepTimes:
     """What was measured for one network and shape, on one device.
 
     Attributes:
-        public: seconds a noisy image of a public step.
-        private: seconds a noisy image of a DP-SGD step.
+        public: seconds a noisy image of a public step; 0 where there is no network.
+        private: seconds a noisy image of a DP-SGD step; 0 where there is no network.
         sampling: seconds an image and sampler step.
         flops: floating-point operations of training on one noisy image, forward and backward.
     """
@@ -65,7 +67,7 @@ class Estimate:
 
     Attributes:
         public: public networks, each trained once and shared.
-        private: DP-SGD.
+        private: DP-SGD, and DP moments.
         sampling: drawing images.
         evaluation: features and classifiers.
         private_flops, public_flops: floating-point operations of the training.
@@ -119,29 +121,31 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
     noisy = min(max(round(_FLOPS / flops), _FEWEST), _MOST)
     batch = max(2, min(config.private.batch, noisy // copies))
     public_batch = max(2, min(config.public.batch, noisy // config.public.copies))
-    rng = np.random.default_rng(0)
     n = 4 * batch
-    images = rng.integers(0, 256, (n, shape.channels, shape.resolution, shape.resolution), dtype=np.uint8)
+    images = coarse_noise(n, shape)
     labels = np.arange(n, dtype=np.int64) % shape.num_classes if shape.num_classes else None
     dataset = ImageDataset(images, labels, shape.class_names, "noise")
     values = config.model_dump()
     values["data"] |= {"source": "noise", "records": None, "resolution": shape.resolution}
     # The noise is seeded: the images are no images, and the run is thrown away.
     values["privacy"] |= {"epsilon": 10.0, "delta": 1e-6, "insecure_seed": 0, "budget": None, "group_size": 1}
-    values["stages"] |= {"variant": "both", "pretrain": False, "networks": "experts"}
+    stages = stages_of(config)
+    variant = "gaussian" if stages.gaussian else "residual-cleaning" if stages.moments else "both"
+    values["stages"] |= {"variant": variant, "pretrain": None, "networks": "experts"}
+    values["stages"] |= {"tau_cleaning": -3.0, "tau_coarse": 2.0}
     values["public"] |= {"steps": 3, "batch": public_batch, "warmup": 0, "checkpoint_every": 10}
     values["private"] |= {"steps": 5, "batch": batch, "warmup": 0, "checkpoint_every": 10}
     taken: dict[str, list[float]] = {}
     now_is = _clock(device)
     with tempfile.TemporaryDirectory(prefix="dpsyngen-estimate-") as folder:
         training = api.prepare(validate(values), Path(folder) / "run", dataset, device)
-        private = training.plan.stages.private.name
+        name = training.plan.stages.private.name
         last = now_is()
         for p in training.steps():
             now = now_is()
-            # The first of a phase builds and measures things.
-            if p.step > 1:
-                taken.setdefault("private" if p.phase == private else "public", []).append(now - last)
+            # The first of a phase builds and measures things; moments are measured with as many images as there are.
+            if p.step > 1 and p.phase != MOMENTS:
+                taken.setdefault("private" if p.phase == name else "public", []).append(now - last)
             last = now_is()
         generator = Generator(training.run.release, device)
         count = 16
@@ -149,12 +153,8 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
         begun = now_is()
         generator.sample(count, steps=2, sampler="ddim")
         drawing = (now_is() - begun) / (2 * count)
-    return StepTimes(
-        min(taken["public"]) / (public_batch * config.public.copies),
-        min(taken["private"]) / (batch * copies),
-        drawing,
-        flops,
-    )
+    public, private = (min(taken.get(part, [0.0])) for part in ("public", "private"))  # no steps without a network
+    return StepTimes(public / (public_batch * config.public.copies), private / (batch * copies), drawing, flops)
 
 
 def _clock(device: str) -> Callable[[], float]:
@@ -192,26 +192,32 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
         ConfigError: a setting is not allowed.
     """
     times: dict[str, StepTimes] = {}
+    moments = MomentsTime(_clock(device))
     known: set[str] = set()
     public = private = sampling = evaluation = public_flops = private_flops = 0.0
     for job in jobs:
         if job.config is None:
             continue
         c = with_batch(job.config, shape.records)
-        signature = repr((c.network.size, c.private.copies, c.public.copies, min(c.private.batch, 64), c.program.name))
+        stages = stages_of(c)
+        kind = (stages.moments, stages.gaussian)
+        sizes = (c.network.size, c.private.copies, c.public.copies, min(c.private.batch, 64), c.program.name)
+        signature = repr((*kind, *sizes))
         if signature not in times:
             times[signature] = measure(c, shape, device)
         t = times[signature]
-        for network in networks_of(c, stages_of(c), shape):
+        for network in networks_of(c, stages, shape):
             if network.key not in known:
                 known.add(network.key)
                 noisy = c.public.steps * c.public.batch * c.public.copies
                 public += noisy * t.public
                 public_flops += noisy * t.flops
-        noisy = c.private.steps * c.private.batch * c.private.copies
-        private += noisy * t.private
-        private_flops += noisy * t.flops
-        steps = spec.sampling.steps or c.sampling.steps
+        private += moments.of(c, shape)
+        if not stages.gaussian:
+            noisy = c.private.steps * c.private.batch * c.private.copies
+            private += noisy * t.private
+            private_flops += noisy * t.flops
+        steps = 1 if stages.gaussian else spec.sampling.steps or c.sampling.steps
         evaluations = 2 * steps - 1 if (spec.sampling.sampler or c.sampling.sampler) == "heun" else steps
         sampling += spec.sampling.images * evaluations * t.sampling
     measured = [job for job in jobs if job.kind in ("run", "programs")]

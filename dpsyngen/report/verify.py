@@ -22,6 +22,7 @@ import numpy as np
 
 from dpsyngen.certificate import Certificate, number, plain_words, schema_text
 from dpsyngen.config import Config, validate
+from dpsyngen.diffusion.stages import GAUSSIAN, Stage
 from dpsyngen.errors import DpsyngenError, ReleaseError
 from dpsyngen.generator import Generator
 from dpsyngen.plain_yaml import read_yaml
@@ -39,6 +40,7 @@ from dpsyngen.report.bundle import (
 from dpsyngen.report.safe_zip import SafeZip, open_zip
 from dpsyngen.report.signing import check_signature, fingerprint, read_public_key
 from dpsyngen.shown import printable
+from dpsyngen.training.plan import stages_of
 
 _NAMES = frozenset({*REQUIRED, *OPTIONAL, README, SCHEMA, MANIFEST, SIGNATURE})
 _REDRAWN = 16
@@ -271,9 +273,15 @@ class _Verification:
             facts.append(("δ", config.privacy.delta, c.delta))
         if config.data.records is not None:
             facts.append(("number of images", config.data.records, n))
+        stages = stages_of(config)
+        facts.append(("stages", [_stage_of(s) for s in stages.stages], [s.model_dump() for s in c.stages]))
+        if stages.moments:
+            # Each is charged before it is taken, so a certificate without them states too small an ε.
+            queries = 2 if len(c.public_assumptions.class_names) < 2 else 3
+            facts.append(("DP moments", len(c.mechanisms) - len(steps) >= queries, True))
         if c.epsilon != "inf":
             facts += [
-                ("number of steps", 0 if config.stages.variant == "gaussian" else config.private.steps, taken),
+                ("number of steps", 0 if stages.gaussian else config.private.steps, taken),
                 ("target", config.privacy.epsilon >= c.epsilon, True),
             ]
         for m in steps:
@@ -310,14 +318,17 @@ class _Verification:
             ("private", generator.private, c.private),
         ]
         wrong = [name for name, x, y in facts if x != y]
-        networks = {s.network for s in c.stages} | ({"pretrain"} if c.pretrained_on_programmatic_images else set())
-        if {p.stem for p in (self.folder / "weights").iterdir()} != networks:
+        files = {s.network for s in c.stages} | ({"pretrain"} if c.pretrained_on_programmatic_images else set())
+        if {p.stem for p in (self.folder / "weights").iterdir()} != files:
             wrong.append("networks")
         if wrong:
             return False, f"contradicts the certificate in: {', '.join(wrong)}"
         for file in sorted((self.folder / "weights").iterdir()):
             _check_weights(file)
-        return True, f"its weights are whole; {len(networks)} networks as the certificate says"
+        count = len(files - {GAUSSIAN})
+        parts = [f"{count} network{'s' if count > 1 else ''}"] if count else []
+        parts += ["DP moments"] if GAUSSIAN in files else []
+        return True, f"its weights are whole; {' and '.join(parts)} as the certificate says"
 
     def _images(self, generator: Generator) -> tuple[bool | None, str]:
         if not (self.folder / SAMPLES).is_dir():
@@ -358,6 +369,13 @@ class _Verification:
             return False, f"{int((apart > _SAME).sum())} of {count} samples are not what the generator draws"
         rest = "" if count == len(paths) else f" of {len(paths):,} (--all-samples draws all)"
         return True, f"drew {count:,} samples again{rest}: they are the generator's"
+
+
+def _stage_of(stage: Stage) -> dict[str, Any]:
+    """As a certificate has it."""
+    low, high = (None if math.isinf(x) else x for x in (stage.low, stage.high))
+    values = {"name": stage.name, "log_sigma_low": low, "log_sigma_high": high}
+    return values | {"trained_by": stage.trainer, "network": stage.network}
 
 
 def _json(data: bytes, name: str) -> dict[str, Any]:

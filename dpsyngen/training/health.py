@@ -25,7 +25,8 @@ Basis = Literal["private", "released"]
 
 UNTRAINED = 3.0
 """No untrained network has a larger loss.  With F = 0 the weighted loss at σ is (x₀²σ²/σ_d² + σ_d²)/(σ² + σ_d²), which
-for pixels in [-1, 1] and σ_d² = 1/3 is at most 3 (black images at large σ)."""
+for pixels in [-1, 1] and σ_d² = 1/3 is at most 3 (black images at large σ).  A residual network has no such bound: with
+F = 0 its loss is 1 if the images have the DP moments, and the larger the less they have."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ class Trend:
         return self.end > self.best + max(0.3 * abs(self.best), 6 * self.error)
 
 
-def of_losses(log: Sequence[dict[str, Any]], phase: str, lower: str, basis: Basis) -> list[Finding]:
+def of_losses(
+    log: Sequence[dict[str, Any]], phase: str, lower: str, basis: Basis, residual: bool = False
+) -> list[Finding]:
     """Losses that are not finite, diverged or rose again.
 
     Args:
@@ -156,6 +159,8 @@ def of_losses(log: Sequence[dict[str, Any]], phase: str, lower: str, basis: Basi
         phase: its name, for the text.
         lower: the option that sets the learning rate.
         basis: what the losses are of.
+        residual: whether the network is a residual on DP moments: what it had at the start takes the place of the bound
+            for untrained networks.
     """
     losses = np.array([float(v["loss"]) for v in log])
     finite = np.isfinite(losses)
@@ -177,26 +182,27 @@ def of_losses(log: Sequence[dict[str, Any]], phase: str, lower: str, basis: Basi
     if finite.sum() < 3:
         return out
     t = Trend.of(losses[finite])
-    if t.end > 1.5 * UNTRAINED or (t.end > 1.5 * t.start and t.rose):
+    untrained = t.start if residual else UNTRAINED
+    known = f"an untrained network has {'' if residual else 'at most '}{untrained:.3g}"
+    if t.end > 1.5 * untrained or (t.end > 1.5 * t.start and t.rose):
         out.append(
             Finding(
                 "diverged",
                 "error",
                 f"phase {phase!r}: the loss began at {t.start:.3g} and ended at {t.end:.3g} (best: {t.best:.3g}); "
-                f"an untrained network has {UNTRAINED:g} at most",
+                f"{known}",
                 "the steps led away from a denoiser: the generator is worse than an untrained one",
                 f"lower the learning rate, {lower}, by a factor of 10 to begin with"
                 + (".  Too much noise does the same: raise --batch or --epsilon" if basis == "private" else ""),
                 basis,
             )
         )
-    elif t.worst > 1.5 * UNTRAINED:
+    elif t.worst > 1.5 * untrained:
         out.append(
             Finding(
                 "loss-exploded",
                 "warning",
-                f"phase {phase!r}: on the way the loss rose to {t.worst:.3g}, where an untrained network has "
-                f"{UNTRAINED:g} at most, and ended at {t.end:.3g}",
+                f"phase {phase!r}: on the way the loss rose to {t.worst:.3g}, where {known}, and ended at {t.end:.3g}",
                 "the first steps threw the network far off; parts of it may never come back",
                 f"lower the learning rate, {lower}, by a factor of 10 to begin with, or begin with a warm-up",
                 basis,

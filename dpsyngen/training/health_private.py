@@ -30,6 +30,7 @@ class Facts:
         ema: decay of the moving average of the private phase.
         parameters: d, trainable numbers; 0 if unknown.
         pretrained: whether the private network started from programmatic images.
+        residual: whether it is a residual on DP moments, which draw images without it.
         complete: whether all steps were taken.
     """
 
@@ -43,6 +44,7 @@ class Facts:
     parameters: int
     pretrained: bool
     complete: bool
+    residual: bool = False
 
 
 def of_private_training(log: Sequence[dict[str, Any]], facts: Facts) -> list[Finding]:
@@ -55,21 +57,25 @@ def of_private_training(log: Sequence[dict[str, Any]], facts: Facts) -> list[Fin
     out = of_settings(facts)
     if not log:
         return out
-    out += of_losses(log, str(log[0]["phase"]), "--lr", "private")
+    out += of_losses(log, str(log[0]["phase"]), "--lr", "private", facts.residual)
     losses = np.array([float(v["loss"]) for v in log])
     settled = losses[np.isfinite(losses)]
     if len(settled) >= 20 and not any(f.code in ("diverged", "loss-not-finite") for f in out):
         t = Trend.of(settled)
         if not t.learned:
+            begun = facts.pretrained or facts.residual
+            beside = "; after pre-training that may be so" if facts.pretrained else ""
+            if facts.residual:
+                beside = ", beyond what the DP moments say: the generator is little more than these"
             out.append(
                 Finding(
                     "nothing-learned",
-                    "error" if t.end > 0.98 * t.start and facts.complete and not facts.pretrained else "warning",
+                    "error" if t.end > 0.98 * t.start and facts.complete and not begun else "warning",
                     f"the loss began at {t.start:.3g} and was {t.end:.3g} at the end (standard error {t.error:.2g})",
-                    "the private images taught the network nothing that shows above the noise of the loss"
-                    + ("; after pre-training that may be so" if facts.pretrained else ""),
+                    f"the private images taught the network nothing that shows above the noise of the loss{beside}",
                     "raise --lr (the presets use 1e-3 to 1e-2), take more --steps, and see whether another finding "
-                    "says that noise or clipping is in the way",
+                    "says that noise or clipping is in the way"
+                    + ("; variant gaussian spends all of ε on the moments" if facts.residual else ""),
                 )
             )
     out += _of_examples(log, facts)
@@ -221,8 +227,13 @@ def _of_clipping(log: Sequence[dict[str, Any]], f: Facts) -> list[Finding]:
                     f"ratio of signal to noise is {whole:.2g} at best",
                     "even if all images pulled in one direction in all steps, noise would pull as hard: the network "
                     "walks at random",
-                    "raise --batch first, then --epsilon; use a smaller --network; or start from programs "
-                    "(--pretrain).  More images help most",
+                    "raise --batch first, then --epsilon; use a smaller --network; or "
+                    + (
+                        "spend all of ε on DP moments (--variant gaussian)"
+                        if f.residual
+                        else "start from programs (--pretrain)"
+                    )
+                    + ".  More images help most",
                 )
             )
     return out

@@ -113,6 +113,12 @@ def make_plan(config: Config, shape: Shape) -> Plan:
             f"there is only one class ({shape.class_names[0]!r}), which leaves nothing to condition on.  Use "
             "--unconditional, or give images of two classes or more."
         )
+    if shape.num_classes and config.sampling.guidance != 1 and stages.networks and not config.network.label_dropout:
+        raise ConfigError(
+            f"sampling.guidance is {config.sampling.guidance:g}, but network.label_dropout is 0: guidance compares with "
+            "what the network answers without a class, which it would never learn.  Use "
+            "--set network.label_dropout=0.1, or guidance 1."
+        )
     moments = _plan_moments(config, stages, shape, delta) if stages.moments else None
     if math.isinf(config.privacy.epsilon) or stages.gaussian:
         noise = 0.0

@@ -194,6 +194,7 @@ def write_release(
         "stages": [s.model_dump() for s in certificate.stages],
         "network": {"size": config.network.size, "sigma_data": config.network.sigma_data},
         "conditional": {n: n == plan.stages.private.network for n in plan.stages.networks},
+        "label_dropout": config.network.label_dropout,
         **({"moments": {"rank": _rank(run)}} if plan.stages.moments else {}),
         "sampling": config.sampling.model_dump(mode="json"),
         "private": certificate.private,

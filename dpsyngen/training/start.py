@@ -63,7 +63,7 @@ def resume(run: Run, dataset: ImageDataset, device: str = "cpu", tensorboard: bo
     known = pinned(run)
     if known is not None:
         # Calibrating again could differ in the last digits with another version of the accountant.
-        moments = None if known["moments"] is None else MomentsPlan(*known["moments"])
+        moments = plan.moments if known["moments"] is None else MomentsPlan(*known["moments"])
         plan = replace(
             plan, mechanism=replace(plan.mechanism, noise_multiplier=known["noise_multiplier"]), moments=moments
         )

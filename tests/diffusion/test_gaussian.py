@@ -26,6 +26,7 @@ def example(k: int = 3, d: int = 4, size: int = SIZE, seed: int = 0, equal_rest:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     basis = torch.linalg.qr(randn(size, d))[0]
+    basis[:, ::2] *= -1  # not the signs that another such decomposition would give
     a = randn(k, d, d)
     rest = torch.full((size,), 0.07).double() if equal_rest else randn(size).square() * 0.1 + 0.01
     frequencies = torch.rand(k, generator=g, dtype=torch.float64) + 0.1
@@ -163,6 +164,8 @@ def test_classes_are_drawn_by_their_frequencies() -> None:
     torch.testing.assert_close(drawn, model.means[[0, 0, 2, 2]], **CLOSE)
     some = denoiser.draw(torch.tensor([1, 3, 3, 0]), 0.0, torch.zeros(4, *SHAPE).double(), uniform).flatten(1)
     torch.testing.assert_close(some, model.means[[1, 0, 2, 0]], **CLOSE)
+    never = exact(replace(model, frequencies=torch.tensor([0.0, 0.5, 0.5]).double()))
+    torch.testing.assert_close(never.draw(None, 0.0, 0 * drawn.view(4, *SHAPE), uniform)[0].flatten(), model.means[1])
     with pytest.raises(ConfigError, match="uniform"):
         denoiser.draw(None, 0.0, torch.zeros(4, *SHAPE))
     exact(example(k=1)).draw(None, 0.0, torch.zeros(4, *SHAPE))

@@ -8,28 +8,34 @@ import pytest
 import torch
 
 from dpsyngen.diffusion.samplers import SAMPLERS, karras_steps
-from dpsyngen.diffusion.stages import VARIANTS, Stage, StagedDenoiser, StageMap, stage_map
+from dpsyngen.diffusion.stages import GAUSSIAN, USE_MOMENTS, VARIANTS, Stage, StagedDenoiser, StageMap, stage_map
 from dpsyngen.errors import ConfigError
 
+PUBLISHED = [v for v in VARIANTS if v not in USE_MOMENTS]
 PUBLIC = {
     "dpdm": set(),
     "finetune": set(),
     "cleaning": {"cleaning"},
     "coarse": {"coarse"},
     "both": {"cleaning", "coarse"},
+    "gaussian": set(),
+    "residual": set(),
+    "residual-cleaning": {"cleaning"},
 }
 
 
 def expected_stage(variant: str, log_sigma: float) -> str:
     if log_sigma < -3 and "cleaning" in PUBLIC[variant]:
         return "cleaning"
-    if log_sigma > 2 and "coarse" in PUBLIC[variant]:
+    if variant == "gaussian":
+        return "gaussian"
+    if log_sigma > 2 and ("coarse" in PUBLIC[variant] or variant in USE_MOMENTS):
         return "coarse"
     return "context"
 
 
 @pytest.mark.parametrize("networks", ["experts", "shared"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PUBLISHED)
 def test_variants_are_values(variant, networks) -> None:
     stages = stage_map(variant, networks=networks)
     assert {s.name for s in stages.public} == PUBLIC[variant]
@@ -38,6 +44,36 @@ def test_variants_are_values(variant, networks) -> None:
     assert stage_map(variant, networks=networks, pretrain=True).pretrain
     assert stages.shared is (networks == "shared" and bool(PUBLIC[variant]))
     assert stages.networks == (("shared",) if networks == "shared" else (*sorted(PUBLIC[variant]), "context"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "names", "networks", "trainers"),
+    [
+        ("gaussian", ("gaussian",), (), ("moments",)),
+        ("residual", ("context", "coarse"), ("context",), ("private", "moments")),
+        (
+            "residual-cleaning",
+            ("cleaning", "context", "coarse"),
+            ("cleaning", "context"),
+            ("public", "private", "moments"),
+        ),
+    ],
+)
+def test_variants_with_moments_are_values(variant, names, networks, trainers) -> None:
+    stages = stage_map(variant)
+    assert tuple(s.name for s in stages.stages) == names
+    assert tuple(s.trainer for s in stages.stages) == trainers
+    assert stages.networks == networks
+    assert stages.moments
+    assert not stages.pretrain
+    assert not stages.shared
+    assert stages.gaussian is (variant == "gaussian")
+    assert [s.network == GAUSSIAN for s in stages.stages] == [t == "moments" for t in trainers]
+    assert stage_map(variant, pretrain=False) == stages
+
+
+def test_published_variants_take_no_moments() -> None:
+    assert not any(stage_map(v).moments or stage_map(v).gaussian for v in PUBLISHED)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -49,8 +85,8 @@ def test_owner_at_and_beside_the_thresholds(variant) -> None:
     for log_sigma in (-math.inf, -50, -1, 0, 50, math.inf):
         assert stages.owner(log_sigma).name == expected_stage(variant, log_sigma), log_sigma
     # The thresholds themselves belong to the private stage.
-    assert stages.owner(-3.0).trainer == "private"
-    assert stages.owner(2.0).trainer == "private"
+    assert stages.owner(-3.0) is stages.owner(2.0) is stages.private
+    assert stages.private.trainer == ("moments" if variant == "gaussian" else "private")
     with pytest.raises(ValueError, match="not a number"):
         stages.owner(math.nan)
 
@@ -71,17 +107,18 @@ class Fake:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_which_network_answers_during_sampling(variant, sampler) -> None:
     stages = stage_map(variant)
-    fakes = {n: Fake(0.1) for n in stages.networks}
-    staged = StagedDenoiser(stages, fakes)
+    fakes = {s.name: Fake(0.1) for s in stages.stages}
+    staged = StagedDenoiser(stages, {s.network: fakes[s.name] for s in stages.stages})
     sigmas = karras_steps(30)
     SAMPLERS[sampler](staged, torch.randn(2, 1, 4, 4) * 80, sigmas, torch.tensor([4, 5]))
     asked = 0
-    for name, fake in fakes.items():
-        assert fake.log_sigmas, f"{name} was never asked"
-        assert {expected_stage(variant, x) for x in fake.log_sigmas} == {name}
+    for stage in stages.stages:
+        fake = fakes[stage.name]
+        assert fake.log_sigmas, f"{stage.name} was never asked"
+        assert {expected_stage(variant, x) for x in fake.log_sigmas} == {stage.name}
         asked += len(fake.log_sigmas)
-        # Labels reach the private stage only.
-        assert set(fake.labels) == ({4, 5} if name == "context" else {None})
+        # Labels do not reach the stages of programs, which have none.
+        assert set(fake.labels) == ({None} if stage.trainer == "public" else {4, 5})
     assert asked == 2 * (30 if sampler != "heun" else 59)
 
 
@@ -119,6 +156,12 @@ def test_thresholds_move_the_stages() -> None:
         {"variant": "cleaning", "tau_cleaning": math.nan},
         {"variant": "both", "networks": "many"},
         {"variant": "finetune", "pretrain": False},
+        {"variant": "residual-cleaning", "tau_cleaning": 2.0},
+        {"variant": "residual", "networks": "shared"},
+        {"variant": "residual-cleaning", "networks": "shared"},
+        {"variant": "gaussian", "pretrain": True},
+        {"variant": "residual", "pretrain": True},
+        {"variant": "residual-cleaning", "pretrain": True},
     ],
 )
 def test_bad_options(options) -> None:
@@ -135,14 +178,22 @@ def test_invariants_of_a_map() -> None:
         (Stage("a", -inf, 0, "private", "n"), Stage("b", 0, inf, "private", "m")),
         (Stage("a", -inf, 0, "public", "n"), Stage("b", 0, inf, "public", "m")),
         (Stage("a", -inf, 0, "private", "n"), Stage("a", 0, inf, "public", "m")),
+        (Stage("a", -inf, 0, "moments", GAUSSIAN), Stage("b", 0, inf, "moments", GAUSSIAN)),
+        (Stage("a", -inf, 0, "moments", GAUSSIAN), Stage("b", 0, inf, "public", "m")),
+        # A file of weights has one name: moments have theirs, and no network may take it.
+        (Stage("a", -inf, inf, "moments", "n"),),
+        (Stage("a", -inf, 0, "private", GAUSSIAN), Stage("b", 0, inf, "public", "m")),
+        (Stage("a", -inf, 0, "private", "n"), Stage("b", 0, inf, "moments", "m")),
     ):
         with pytest.raises(ConfigError):
             StageMap(pieces)
     with pytest.raises(ConfigError, match="no denoiser for"):
         StagedDenoiser(stage_map("both"), {"context": Fake(0.0)})
+    with pytest.raises(ConfigError, match="no denoiser for gaussian"):
+        StagedDenoiser(stage_map("residual"), {"context": Fake(0.0)})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PUBLISHED)
 def test_one_shared_network_answers_everywhere_with_labels_in_the_middle(variant) -> None:
     stages = stage_map(variant, networks="shared")
     shared, guided = Fake(0.1), Fake(0.2)
@@ -157,7 +208,7 @@ def test_one_shared_network_answers_everywhere_with_labels_in_the_middle(variant
     assert bool(shared.log_sigmas) is bool(PUBLIC[variant])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PUBLISHED)
 @pytest.mark.parametrize("networks", ["experts", "shared"])
 def test_without_a_denoiser_of_its_own_the_private_stage_uses_its_network(variant, networks) -> None:
     stages = stage_map(variant, networks=networks)
@@ -194,8 +245,8 @@ def test_a_stage_map_is_a_partition(variant) -> None:
         owner = stages.owner(log_sigma)
         assert owner in stages.stages
         assert owner.low <= log_sigma <= owner.high
-    assert stages.networks[-1] == stages.private.network
-    assert len(stages.public) == len(stages.stages) - 1
+    assert stages.networks[-1:] == (() if variant == "gaussian" else (stages.private.network,))
+    assert len([s for s in stages.stages if s.trainer != "public"]) == (2 if "residual" in variant else 1)
 
 
 def test_one_threshold_alone_may_lie_anywhere() -> None:

@@ -20,10 +20,12 @@ def tiny_spec(tmp_path):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
 
     def write(**changes: Any) -> Path:
+        settings = {k: dict(v) for k, v in TINY_SETTINGS.items() if k != "sampling"}
+        settings["stages"].pop("variant")  # the grid's
         values: dict[str, Any] = {
             "name": "tiny",
             "data": {"train": str(tmp_path / "train.npz"), "test": str(tmp_path / "test.npz")},
-            "settings": {k: dict(v) for k, v in TINY_SETTINGS.items() if k != "sampling"},
+            "settings": settings,
             "grid": {"variant": ["dpdm", "cleaning"], "epsilon": [3], "seeds": 1},
             "references": [],
             "sampling": {"images": 12, "steps": 2},

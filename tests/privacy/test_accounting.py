@@ -96,3 +96,18 @@ def test_edges() -> None:
 def test_default_delta_is_the_largest_power_of_ten_below_one_over_n(records, delta) -> None:
     assert default_delta(records) == pytest.approx(delta)
     assert default_delta(records) < 1 / records
+
+
+@pytest.mark.parametrize("kind", ["pld", "rdp"])
+def test_gaussian_mechanisms_on_all_records_compose_to_one(kind):
+    """Their losses are Gaussians whose means and variances add up: compared with a composition by dp-accounting."""
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    adjacency = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    direct = PLDAccountant(adjacency) if kind == "pld" else RdpAccountant(neighboring_relation=adjacency)
+    for z, count in ((4.0, 1), (3.0, 2), (6.5, 3)):
+        direct.compose(dp.GaussianDpEvent(z), count)
+    ours = epsilon([Mechanism(1.0, 4.0), Mechanism(1.0, 3.0, 2), Mechanism(1.0, 6.5, 3)], 1e-5, kind)
+    assert ours == pytest.approx(direct.get_epsilon(1e-5), rel=1e-3)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpsyngen.config import load_config
 from dpsyngen.diffusion.elbow import Elbow
 from dpsyngen.diffusion.gap import log_sigma_grid
-from dpsyngen.report.stages_files import stage_lines, stage_price, teacher_line
-from dpsyngen.training.stage_results import PROXY, Measured
+from dpsyngen.report.stages_files import StagesResult, stage_lines, stage_price, stages_yaml, teacher_line
+from dpsyngen.training.stage_results import PROXY, Measured, StandInElbows
 
 U = np.array(log_sigma_grid(0.02))
 
@@ -47,12 +48,52 @@ def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
     assert "--steps" in line
 
 
+def result(
+    cleaning: float | None, coarse: float | None, *, by: Any = "proxy", moments: bool = False, share: float = 1.0
+) -> StagesResult:
+    nothing: Any = None
+    elbows: Any = {
+        ("cleaning", "tolerance"): elbow("cleaning", cleaning, share),
+        ("coarse", "tolerance"): elbow("coarse", coarse),
+    }
+    decided = StandInElbows(by, "dead-leaves", nothing, elbows)
+    return StagesResult({}, [], Measured(U, 4), [decided], decided, "tolerance", [], None, moments)
+
+
 def test_stages_in_words() -> None:
-    result: Any = SimpleNamespace(cleaning=elbow("cleaning", -2.5), coarse=elbow("coarse", None))
-    assert stage_lines(result) == [
+    assert stage_lines(result(-2.5, None)) == [
         "cleaning: programs own log σ < -2.50 [95 %: -2.60 to -2.40]",
         "no coarse stage for programs: the gap is 9 %",
     ]
-    rare: Any = SimpleNamespace(cleaning=elbow("cleaning", -2.5, 0.5), coarse=elbow("coarse", 2.0))
-    assert "but only 50 % of the bootstrap's curves have such a stage" in stage_lines(rare)[0]
-    assert stage_lines(rare)[1].startswith("coarse: programs own log σ > 2.00")
+    rare = stage_lines(result(-2.5, 2.0, share=0.5))
+    assert "but only 50 % of the bootstrap's curves have such a stage" in rare[0]
+    assert rare[1].startswith("coarse: programs own log σ > 2.00")
+    with_moments = stage_lines(result(-2.5, 2.0, by="wiener", moments=True))
+    assert with_moments[1] == "coarse: owned by DP moments of the private images (variant residual-cleaning)"
+    assert "nothing here says where programs are better" in stage_lines(result(-2.5, 2.0, moments=True))[1]
+
+
+@pytest.mark.parametrize("preset", ["paper-28", "cpu-small"])
+@pytest.mark.parametrize("tau", [(-2.5, 1.0), (-2.5, None), (None, 1.0), (None, None), (2.5, None), (None, -4.0)])
+def test_thresholds_as_yaml_are_taken_by_the_configuration(tmp_path, tau, preset) -> None:
+    path = tmp_path / "stages.yaml"
+    given = {"preset": preset, "stages": {"variant": "coarse", "tau_coarse": 2.25}, "program": {"name": "contours"}}
+    path.write_text(stages_yaml(result(*tau), given), encoding="utf-8")
+    loaded = load_config({}, file=path)
+    variant = {(True, True): "both", (True, False): "cleaning", (False, True): "coarse", (False, False): "dpdm"}
+    assert loaded.stages.variant == variant[tau[0] is not None, tau[1] is not None]
+    assert loaded.program.name == "contours"
+    if tau[0] is not None:
+        assert loaded.stages.tau_cleaning == tau[0]
+    if tau[1] is not None:
+        assert loaded.stages.tau_coarse == tau[1]
+
+
+@pytest.mark.parametrize(("tau", "wanted"), [(-2.5, -2.5), (None, None), (4.0, 1.4)])
+def test_with_moments_their_threshold_stays(tmp_path, tau, wanted) -> None:
+    path = tmp_path / "stages.yaml"
+    given = {"preset": "cpu-small", "stages": {"tau_coarse": 1.5}}
+    path.write_text(stages_yaml(result(tau, 3.0, by="wiener", moments=True), given), encoding="utf-8")
+    loaded = load_config({}, file=path).stages
+    assert (loaded.variant, loaded.tau_coarse) == ("residual" if tau is None else "residual-cleaning", 1.5)
+    assert wanted is None or loaded.tau_cleaning == wanted

@@ -149,6 +149,11 @@ def test_the_most_direct_stand_in_decides() -> None:
     assert elbow.log_sigma == pytest.approx(2, abs=0.1)
     assert 0 < elbow.high - elbow.low < 0.05
     assert deciding(found, "b").by == "proxy"
+    assert deciding(found, "a", moments=True) is decided  # there is no Wiener filter
+    m.wiener = [curve("wiener", "a", bump(-5, 5))]
+    found = stand_in_elbows(m, 0.05, 50, ("a", private))
+    assert deciding(found, "a", moments=True).by == "wiener"
+    assert deciding(found, "a").by == "private"
 
 
 def test_average_is_over_all_that_stand_in() -> None:
@@ -165,6 +170,7 @@ def test_average_is_over_all_that_stand_in() -> None:
 
 
 def test_variants() -> None:
+    assert [variant_of(c, 2, moments=True) for c in (-3, None)] == ["residual-cleaning", "residual"]
     assert [variant_of(*t) for t in ((-3, 2), (-3, None), (None, 2), (None, None))] == [
         "both",
         "cleaning",

@@ -1,0 +1,182 @@
+"""A network on top of a Gaussian: it starts as the Gaussian's denoiser; its gradients are clipped like any other's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpsyngen.diffusion.gaussian import GaussianDenoiser
+from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
+from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.residual import ResidualDenoiser
+from dpsyngen.diffusion.unet import UNet
+from dpsyngen.privacy.kernels import KernelChoices
+from dpsyngen.privacy.per_example import PerExampleGradients
+from tests.diffusion.test_gaussian import example
+
+SHAPE = (2, 8, 8)
+SIZE = 128
+CLASSES = 3
+NORM = 0.7
+
+
+def gaussian(classes: int = CLASSES, dtype: torch.dtype = torch.float64) -> GaussianDenoiser:
+    return GaussianDenoiser(example(k=classes, size=SIZE, d=6), SHAPE, dtype=dtype)
+
+
+def residual(classes: int = CLASSES, dtype: torch.dtype = torch.float64, zero: bool = False) -> ResidualDenoiser:
+    torch.manual_seed(0)
+    network = UNet("nano", 8, 2, classes, inputs=4)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        # Layers that start near zero would hide what lies before them.
+        for p in network.parameters():
+            p.mul_(0.0) if zero else p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return ResidualDenoiser(network, classes, gaussian(max(classes, 1), dtype)).to(dtype)
+
+
+def rows(n: int, classes: int = CLASSES, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    sigma = torch.logspace(-2, 1.5, n, dtype=torch.float64)
+    x = torch.randn(n, *SHAPE, generator=generator, dtype=torch.float64) * (1 + sigma.view(-1, 1, 1, 1))
+    # The last is "no class".
+    return x, sigma, torch.arange(n) % (classes + 1) if classes else None
+
+
+class Half(nn.Module):
+    """A network whose answer is known: half of what it is shown of the Gaussian's denoiser."""
+
+    def forward(self, both: Tensor, c_noise: Tensor, classes: Tensor | None) -> Tensor:
+        self.seen = both, c_noise, classes
+        return both[:, both.shape[1] // 2 :] / 2
+
+
+@pytest.mark.parametrize("classes", [0, CLASSES])
+def test_a_zero_network_is_the_gaussians_denoiser(classes) -> None:
+    x, sigma, labels = rows(12, classes)
+    denoiser = residual(classes, zero=True)
+    assert torch.equal(denoiser(x, sigma, labels), denoiser.gaussian(x, sigma, labels))
+    assert torch.equal(denoiser(x, sigma), denoiser.gaussian(x, sigma))
+
+
+def test_what_the_network_is_shown_and_how_its_answer_is_used() -> None:
+    x, sigma, labels = rows(8)
+    network = Half()
+    denoiser = ResidualDenoiser(network, CLASSES, gaussian())
+    g = denoiser.gaussian
+    out = denoiser(x, sigma, labels)
+    base, std = g(x, sigma, labels), g.residual_std(sigma, labels).view(-1, 1, 1, 1)
+    both, c_noise, classes = network.seen
+    level = sigma.view(-1, 1, 1, 1)
+    torch.testing.assert_close(both[:, :2], x / (level**2 + g.pixel_std**2).sqrt(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(both[:, 2:], base / g.pixel_std, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(c_noise, sigma.log() / 4)
+    assert torch.equal(classes, labels)
+    torch.testing.assert_close(out, base + std * base / g.pixel_std / 2, rtol=1e-12, atol=1e-12)
+    denoiser(x, sigma)
+    assert network.seen[2].tolist() == [CLASSES] * 8
+
+
+def test_the_weight_is_one_over_the_square_of_what_the_network_is_scaled_with() -> None:
+    _, sigma, labels = rows(12)
+    denoiser = residual()
+    for given in (labels, None):
+        std = denoiser.gaussian.residual_std(sigma, given)
+        torch.testing.assert_close(denoiser.weight(sigma, given), 1 / std**2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_the_loss_is_one_at_each_noise_level_if_the_images_are_the_gaussian(dropout) -> None:
+    """With labels that were dropped it is the loss of a mixture, which its formula bounds from below only."""
+    denoiser, n = residual(zero=True), 600
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(n) % CLASSES
+    images = denoiser.gaussian.draw(labels, 0.0, torch.randn(n, *SHAPE, generator=generator, dtype=torch.float64))
+    for low, high in ((-3.0, -2.9), (0.0, 0.1), (1.5, 1.6)):
+        batch = make_noisy(
+            images,
+            labels,
+            NoiseLevels(-1.2, 3.0, low, high),
+            copies=1,
+            num_classes=CLASSES,
+            label_dropout=dropout,
+            generator=generator,
+        )
+        loss = denoising_loss(denoiser, batch).detach()
+        error = float(loss.std() / n**0.5)
+        assert loss.mean() > 1 - 4 * error
+        if not dropout:
+            assert loss.mean() < 1 + 4 * error
+
+
+def test_the_network_alone_is_trained_saved_and_released() -> None:
+    denoiser = residual(dtype=torch.float32)
+    assert {k.split(".")[0] for k in denoiser.state_dict()} == {"network"}
+    assert {id(p) for p in denoiser.parameters()} == {id(p) for p in denoiser.network.parameters()}
+    assert not list(denoiser.gaussian.parameters())
+    again = ResidualDenoiser(UNet("nano", 8, 2, CLASSES, inputs=4), CLASSES, gaussian(dtype=torch.float32))
+    again.load_state_dict(denoiser.state_dict())
+    x, sigma, labels = rows(6)
+    assert torch.equal(again(x.float(), sigma, labels), denoiser(x.float(), sigma, labels))
+
+
+def test_the_gaussian_moves_along_with_the_network() -> None:
+    denoiser = residual(dtype=torch.float32)
+    assert denoiser.gaussian.basis.dtype == torch.float32
+    denoiser.double()
+    assert denoiser.gaussian.basis.dtype == next(denoiser.parameters()).dtype == torch.float64
+    denoiser.to("meta")
+    assert denoiser.gaussian.basis.device.type == next(denoiser.parameters()).device.type == "meta"
+
+
+def noisy(examples: int, copies: int) -> NoisyBatch:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(examples, *SHAPE, generator=generator, dtype=torch.float64) * 2 - 1
+    return make_noisy(
+        images,
+        torch.arange(examples) % CLASSES,
+        NoiseLevels(-0.5, 1.0, high=1.5),
+        copies=copies,
+        num_classes=CLASSES,
+        label_dropout=0.3,
+        generator=generator,
+    )
+
+
+@pytest.mark.parametrize("physical", [2, 5])
+def test_clipped_gradients_through_the_engine_are_those_of_one_example_at_a_time(physical) -> None:
+    examples, copies, denoiser = 5, 2, residual()
+    batch = noisy(examples, copies)
+    parameters = list(denoiser.parameters())
+    expected, norms = [torch.zeros_like(p) for p in parameters], []
+    for i in range(examples):
+        one = batch.rows(slice(i * copies, (i + 1) * copies))
+        gradient = torch.autograd.grad(denoising_loss(denoiser, one).mean(), parameters)
+        norms.append(float(torch.cat([g.flatten() for g in gradient]).norm()))
+        for total, g in zip(expected, gradient, strict=True):
+            total += g * min(1.0, NORM / norms[-1])
+    assert max(norms) > NORM
+    engine = PerExampleGradients(denoiser, NORM, kernels=KernelChoices(measure=False), workers=1)
+
+    def loss(part: slice) -> Tensor:
+        return denoising_loss(denoiser, batch.rows(slice(part.start * copies, part.stop * copies)))
+
+    got = engine.sum(loss, examples, copies=copies, physical_batch=physical)
+    assert got.norms.tolist() == pytest.approx(norms, rel=1e-8)
+    for a, b in zip(got.sums, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+
+
+def test_an_examples_loss_does_not_depend_on_the_others() -> None:
+    """Else one image could move the clipped gradients of all."""
+    denoiser, batch = residual(), noisy(6, 1)
+    whole = denoising_loss(denoiser, batch)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    labels = batch.labels
+    assert labels is not None
+    mixed = NoisyBatch(batch.clean[order], batch.noisy[order], batch.sigma[order], labels[order])
+    torch.testing.assert_close(denoising_loss(denoiser, mixed), whole[order], rtol=1e-10, atol=0)
+    for i in range(6):
+        alone = denoising_loss(denoiser, batch.rows(slice(i, i + 1)))
+        torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-10, atol=0)
