@@ -65,8 +65,8 @@ def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
         expected = mechanism if mechanism.noise_multiplier > 0 else None
         if known != expected:
             raise RunError(
-                "the ledger has moments with another noise than the run would take now: its configuration was changed.  "
-                "Undo the change, or start a new run."
+                "the ledger has moments with another noise than the run would take now: its configuration was "
+                "changed.  Undo the change, or start a new run."
             )
     for what, mechanism, sensitivity in wanted[len(charged) :]:
         bound = {} if sensitivity is None else {"l2_sensitivity": sensitivity}
@@ -113,6 +113,6 @@ def load_gaussian(path: Path, shape: Shape) -> GaussianDenoiser:
         return GaussianDenoiser(moments, (shape.channels, shape.resolution, shape.resolution))
     except (SafetensorError, OSError, ConfigError) as error:
         raise RunError(
-            f"{path} is damaged: {str(error).splitlines()[0]}.  Remove it and resume: the same moments are taken again, "
-            "with the same noise."
+            f"{path} is damaged: {str(error).splitlines()[0]}.  Remove it and resume: the same moments are taken "
+            "again, with the same noise."
         ) from None

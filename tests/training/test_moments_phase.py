@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from tests.training.short_runs import begin, bytes_of, finish, merged
 
 from dpsyngen.config import load_config, with_batch
 from dpsyngen.errors import ConfigError, RunError
@@ -20,6 +19,7 @@ from dpsyngen.training import moments_phase, pipeline
 from dpsyngen.training.plan import Shape, make_plan
 from dpsyngen.training.run import Run
 from dpsyngen.training.start import resume
+from tests.training.short_runs import begin, bytes_of, finish, merged
 
 SHAPE = Shape(8, 1, ("a", "b", "c"), 600)
 
@@ -32,7 +32,8 @@ def plan_of(settings: dict, **sections: dict):
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_moments_and_steps_cost_the_target_and_no_more(tiny_settings, share):
     plan = plan_of(tiny_settings, stages={"variant": "residual"}, moments={"share": share})
-    assert plan.moments is not None and len(plan.mechanisms) == 4
+    assert plan.moments is not None
+    assert len(plan.mechanisms) == 4
     alone = epsilon(plan.moments.mechanisms(), 1e-4)
     assert 0.98 * 2.0 * share <= alone <= 2.0 * share
     assert 0.98 * 2.0 <= epsilon(plan.mechanisms, 1e-4) <= 2.0
@@ -40,13 +41,15 @@ def test_moments_and_steps_cost_the_target_and_no_more(tiny_settings, share):
 
 def test_a_gaussian_alone_spends_all_on_moments(tiny_settings):
     plan = plan_of(tiny_settings, stages={"variant": "gaussian"})
-    assert plan.steps == 0 and len(plan.mechanisms) == 3
+    assert plan.steps == 0
+    assert len(plan.mechanisms) == 3
     assert 0.98 * 2.0 <= epsilon(plan.mechanisms, 1e-4) <= 2.0
 
 
 def test_the_published_variants_release_no_moments(tiny_settings):
     plan = plan_of(tiny_settings)
-    assert plan.moments is None and len(plan.mechanisms) == 1
+    assert plan.moments is None
+    assert len(plan.mechanisms) == 1
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,8 @@ def test_a_generator_draws_from_the_release_alone(tiny_settings, tiny_images, tm
     training.run.release.rename(tmp_path / "copy")
     generator = Generator(tmp_path / "copy")
     drawn = generator.sample(6)
-    assert drawn.images.shape == (6, 1, 8, 8) and drawn.images.std() > 0
+    assert drawn.images.shape == (6, 1, 8, 8)
+    assert drawn.images.std() > 0
     assert np.array_equal(drawn.images, generator.sample(6).images)
     assert not np.array_equal(drawn.images, generator.sample(6, seed=1).images)
     assert len(np.concatenate(list(generator.stream(5, labels=None)))) == 5
