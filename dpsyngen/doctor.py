@@ -83,8 +83,8 @@ def _without_network(f: Finding) -> Finding:
         return f
     return replace(
         f,
-        why="the images come from DP moments alone, so that is what these say: noise hides the rest, or the images have "
-        "little in common",
+        why="the images come from DP moments alone, so that is what these say: noise hides the rest, or the images "
+        "have little in common",
         change="raise --epsilon, use more images, or choose a variant with a network (residual)",
     )
 

@@ -40,9 +40,9 @@ def sampling_start(
     def draw(noise: Tensor, labels: Tensor | None) -> Tensor:
         uniform = None
         if labels is None:
-            # The class, too, must follow from the image's noise, and yet be independent of it: the sum over pixels would
-            # make one class dark and another bright, but what is left of it after division by a small number is uniform
-            # whatever the image looks like.
+            # The class, too, must follow from the image's noise, and yet be independent of it: the sum over pixels
+            # would make one class dark and another bright, but what is left of it after division by a small number is
+            # uniform whatever the image looks like.
             total = noise.flatten(1).double().sum(1) / math.sqrt(noise[0].numel())
             uniform = (total / _FINE).remainder(1.0)
         return gaussian.draw(labels, torch.full((len(noise),), start, device=noise.device), noise, uniform)

@@ -118,8 +118,8 @@ def _of_classes(apart: NDArray[np.float64], labels: NDArray[np.int64], class_nam
                 f"images of different classes differ no more than images of one (pseudo-F = {ratio:.2f}, where 1 is no "
                 f"difference; p = {p:.2g})",
                 "the generator does not use the class: labelled images from it teach a classifier nothing",
-                "draw with guidance (--set sampling.guidance=2, or `dpsyngen sample --guidance 2`; the network must have "
-                "been trained with network.label_dropout above 0), take more --steps, or train --unconditional if "
+                "draw with guidance (--set sampling.guidance=2, or `dpsyngen sample --guidance 2`; the network must "
+                "have been trained with network.label_dropout above 0), take more --steps, or train --unconditional if "
                 "classes do not matter",
                 _BASIS,
             )

@@ -115,8 +115,8 @@ def make_plan(config: Config, shape: Shape) -> Plan:
         )
     if shape.num_classes and config.sampling.guidance != 1 and stages.networks and not config.network.label_dropout:
         raise ConfigError(
-            f"sampling.guidance is {config.sampling.guidance:g}, but network.label_dropout is 0: guidance compares with "
-            "what the network answers without a class, which it would never learn.  Use "
+            f"sampling.guidance is {config.sampling.guidance:g}, but network.label_dropout is 0: guidance compares "
+            "with what the network answers without a class, which it would never learn.  Use "
             "--set network.label_dropout=0.1, or guidance 1."
         )
     moments = _plan_moments(config, stages, shape, delta) if stages.moments else None

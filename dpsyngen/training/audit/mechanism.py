@@ -71,7 +71,8 @@ class ClippingAudit:
         mechanism: its constants.
         shape: what is public about its images.
         device: where to compute.
-        gaussian: the denoiser of the run's released DP moments, which its network is a residual of; None: there is none.
+        gaussian: the denoiser of the run's released DP moments, which its network is a residual of; None: there is
+            none.
     """
 
     def __init__(

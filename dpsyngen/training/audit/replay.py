@@ -37,8 +37,9 @@ def records_present(run: Run) -> int:
 def _moments(run: Run, ledger: Ledger) -> Finding:
     """Each query of the DP moments is in the ledger, once, with the noise that was fixed at the start."""
     known = pinned(run)
-    planned = [] if known is None or known["moments"] is None else list(MomentsPlan(*known["moments"]).mechanisms())
-    noisy = [m for m in planned if m.noise_multiplier > 0]
+    noises = None if known is None else known["moments"]
+    planned = [] if noises is None else list(MomentsPlan(*noises).mechanisms())
+    wanted: list[Mechanism | None] = [m if m.noise_multiplier > 0 else None for m in planned]
     charged = charged_moments(ledger)
 
     def text(queries: list[Mechanism | None]) -> str:
@@ -46,9 +47,9 @@ def _moments(run: Run, ledger: Ledger) -> Finding:
 
     return exact(
         "DP moments are charged once each, at the noise that was planned",
-        bool(planned) and charged == (noisy or [None] * len(planned)),
+        bool(planned) and charged == wanted,
         f"noise multipliers in the ledger: {text(charged)}",
-        f"planned at the start: {text([*noisy] or [None] * len(planned))}",
+        f"planned at the start: {text(wanted)}",
     )
 
 
