@@ -293,6 +293,8 @@ def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, terafl
 
 
 def _lines(spec: Spec, jobs: Any, left: Any, shape: Shape, cost: PrivacyCost) -> list[str]:
+    from dpsyngen.config import with_batch
+
     g = spec.grid
     names = list(g.axes) or ["none"]
     cases = [c.label or "(plain)" for c in g.cases]
@@ -307,7 +309,7 @@ def _lines(spec: Spec, jobs: Any, left: Any, shape: Shape, cost: PrivacyCost) ->
         f"jobs         {_count(jobs)}, {len(jobs) - len(left):,} of them done",
     ]
     if first is not None:
-        p = first.private
+        p = with_batch(first, shape.records).private
         lines.append(
             f"a run        preset {spec.preset}: network {first.network.size}, {p.steps:,} DP-SGD steps of batch "
             f"{p.batch:,} (K = {p.copies}), {first.public.steps:,} public steps for each public network"

@@ -26,12 +26,12 @@ def path(tmp_path: Path) -> Path:
 def test_runs_add_up_and_the_limit_holds(path) -> None:
     taken = 0
     while epsilon([Mechanism(0.1, 2.0, 20 * (taken + 1))], 1e-5) <= 3.0:
-        Budget(path).reserve(f"run{taken}", "r", RUN, IMAGES)
+        Budget(path).reserve(f"run{taken}", "r", (RUN,), IMAGES)
         taken += 1
     assert taken > 1
     before = path.read_bytes()
     with pytest.raises(BudgetExceeded, match=r"above the budget of .*budget\.jsonl, ε = 3"):
-        Budget(path).reserve("last", "r", RUN, IMAGES)
+        Budget(path).reserve("last", "r", (RUN,), IMAGES)
     assert path.read_bytes() == before
     budget = Budget(path)
     assert budget.epsilon() == epsilon([Mechanism(0.1, 2.0, 20 * taken)], 1e-5) <= 3.0
@@ -39,35 +39,35 @@ def test_runs_add_up_and_the_limit_holds(path) -> None:
 
 
 def test_a_refusal_says_what_would_fit(path) -> None:
-    Budget(path).reserve("one", "r", RUN, IMAGES)
+    Budget(path).reserve("one", "r", (RUN,), IMAGES)
     with pytest.raises(BudgetExceeded, match=r"a run of ε = [0-9.]+ on its own would fit") as refused:
-        Budget(path).reserve("two", "r", Mechanism(0.1, 0.9, 20), IMAGES)
+        Budget(path).reserve("two", "r", (Mechanism(0.1, 0.9, 20),), IMAGES)
     fits = float(re.findall(r"ε = ([0-9.]+) on its own", str(refused.value))[0])
     noise = calibrate_noise(fits * 0.99, 1e-5, sampling_rate=0.1, steps=20)
-    Budget(path).reserve("two", "r", Mechanism(0.1, noise, 20), IMAGES)
+    Budget(path).reserve("two", "r", (Mechanism(0.1, noise, 20),), IMAGES)
     assert 2.8 < Budget(path).epsilon() <= 3.0
     full = Budget.create(path.with_name("full"), epsilon_limit=epsilon([RUN], 1e-5), delta=1e-5)
-    full.reserve("one", "r", RUN, IMAGES)
+    full.reserve("one", "r", (RUN,), IMAGES)
     with pytest.raises(BudgetExceeded, match="Nothing of it is left"):
-        full.reserve("two", "r", RUN, IMAGES)
+        full.reserve("two", "r", (RUN,), IMAGES)
 
 
 def test_a_run_is_charged_once_however_often_it_is_resumed(path) -> None:
     for _ in range(3):
-        Budget(path).reserve("one", "r", RUN, IMAGES)
+        Budget(path).reserve("one", "r", (RUN,), IMAGES)
     assert Budget(path).mechanisms() == (RUN,)
     with pytest.raises(LedgerError, match="configuration was changed"):
-        Budget(path).reserve("one", "r", Mechanism(0.1, 2.0, 21), IMAGES)
+        Budget(path).reserve("one", "r", (Mechanism(0.1, 2.0, 21),), IMAGES)
     assert Budget(path).mechanisms() == (RUN,)
 
 
 def test_settled_run_counts_with_what_it_did_and_never_goes_on(path) -> None:
-    Budget(path).reserve("one", "r", RUN, IMAGES)
-    Budget(path).reserve("two", "r", RUN, IMAGES)
+    Budget(path).reserve("one", "r", (RUN,), IMAGES)
+    Budget(path).reserve("two", "r", (RUN,), IMAGES)
     Budget(path).settle("one", [Mechanism(0.1, 2.0, 2), Mechanism(0.1, 2.0, 3)])
     assert Budget(path).mechanisms() == (Mechanism(0.1, 2.0, 25),)
     with pytest.raises(BudgetExceeded, match="given up"):
-        Budget(path).reserve("one", "r", RUN, IMAGES)
+        Budget(path).reserve("one", "r", (RUN,), IMAGES)
     with pytest.raises(LedgerError, match="settled already"):
         Budget(path).settle("one", [])
     with pytest.raises(LedgerError, match="no such run"):
@@ -82,7 +82,7 @@ def test_runs_that_start_at_once_do_not_overspend(path) -> None:
 
     def reserve(i: int) -> bool:
         try:
-            budgets[i].reserve(f"run{i}", "r", RUN, IMAGES)
+            budgets[i].reserve(f"run{i}", "r", (RUN,), IMAGES)
         except BudgetExceeded:
             return False
         return True
@@ -96,30 +96,30 @@ def test_runs_that_start_at_once_do_not_overspend(path) -> None:
 
 
 def test_other_images_are_refused_unless_the_set_may_grow(tmp_path, path) -> None:
-    Budget(path).reserve("one", "r", RUN, IMAGES)
+    Budget(path).reserve("one", "r", (RUN,), IMAGES)
     with pytest.raises(ConfigError, match="other images"):
-        Budget(path).reserve("two", "r", RUN, "cd" * 32)
+        Budget(path).reserve("two", "r", (RUN,), "cd" * 32)
     growing = Budget.create(tmp_path / "g", epsilon_limit=9.0, delta=1e-5, growing=True)
-    growing.reserve("one", "r", RUN, IMAGES)
-    growing.reserve("two", "r", RUN, "cd" * 32)
+    growing.reserve("one", "r", (RUN,), IMAGES)
+    growing.reserve("two", "r", (RUN,), "cd" * 32)
     assert growing.mechanisms() == (Mechanism(0.1, 2.0, 40),)
 
 
 def test_the_file_does_not_hold_the_fingerprint_itself(path) -> None:
-    Budget(path).reserve("one", "r", RUN, IMAGES)
+    Budget(path).reserve("one", "r", (RUN,), IMAGES)
     assert IMAGES not in path.read_text()
     assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_group_budget_costs_more(tmp_path) -> None:
     budget = Budget.create(tmp_path / "b", epsilon_limit=9.0, delta=1e-5, group_size=3)
-    budget.reserve("one", "r", RUN, IMAGES)
+    budget.reserve("one", "r", (RUN,), IMAGES)
     assert Budget(budget.path).epsilon() == epsilon([RUN], 1e-5, group_size=3) > 3 * epsilon([RUN], 1e-5)
 
 
 def test_training_without_noise_is_refused(path) -> None:
     with pytest.raises(BudgetExceeded, match="without noise"):
-        Budget(path).reserve("one", "r", Mechanism(0.1, 0.0, 1), IMAGES)
+        Budget(path).reserve("one", "r", (Mechanism(0.1, 0.0, 1),), IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_bad_values(values, tmp_path) -> None:
 
 
 def test_edited_and_foreign_files(path, tmp_path) -> None:
-    Budget(path).reserve("one", "r", RUN, IMAGES)
+    Budget(path).reserve("one", "r", (RUN,), IMAGES)
     text = path.read_text()
     path.write_text(text.replace('"count": 20', '"count": 2'))
     with pytest.raises(LedgerError):
@@ -150,3 +150,60 @@ def test_edited_and_foreign_files(path, tmp_path) -> None:
     with pytest.raises(LedgerError, match="not a budget file"):
         Budget(tmp_path / "ledger")
     assert json.loads((tmp_path / "ledger").read_text())["format"] == 2
+
+
+# ------------------------------------------------------------------------------------- runs of several mechanisms
+
+MOMENTS = (Mechanism(1.0, 9.0, 1), Mechanism(1.0, 6.0, 1), Mechanism(1.0, 6.0, 1))
+
+
+def test_all_that_a_run_does_is_reserved_together(path) -> None:
+    Budget(path).reserve("one", "r", (*MOMENTS, RUN), IMAGES)
+    budget = Budget(path)
+    assert budget.mechanisms() == (RUN, Mechanism(1.0, 6.0, 2), Mechanism(1.0, 9.0, 1))
+    assert budget.epsilon() == epsilon([*MOMENTS, RUN], 1e-5) > epsilon([RUN], 1e-5)
+
+
+def test_the_whole_of_a_run_must_fit_even_where_each_part_would(path) -> None:
+    noise = calibrate_noise(2.9, 1e-5, sampling_rate=0.1, steps=20)
+    steps = Mechanism(0.1, noise, 20)
+    query = Mechanism(1.0, calibrate_noise(2.9, 1e-5, sampling_rate=1.0, steps=1), 1)
+    for alone in ((steps,), (query,)):
+        Budget(path).require(alone)
+    before = path.read_bytes()
+    for order in ((query, steps), (steps, query)):
+        with pytest.raises(BudgetExceeded, match="above the budget"):
+            Budget(path).reserve("one", "r", order, IMAGES)
+    assert path.read_bytes() == before
+
+
+def test_a_refused_run_of_several_mechanisms_is_told_what_would_fit(path) -> None:
+    Budget(path).reserve("one", "r", (*MOMENTS, RUN), IMAGES)
+    with pytest.raises(BudgetExceeded, match=r"a run of ε = [0-9.]+ on its own would fit") as refused:
+        Budget(path).reserve("two", "r", (*MOMENTS, Mechanism(0.1, 0.9, 20)), IMAGES)
+    fits = float(re.findall(r"ε = ([0-9.]+) on its own", str(refused.value))[0])
+    noise = calibrate_noise(fits * 0.97, 1e-5, sampling_rate=0.1, steps=20, spent=MOMENTS)
+    Budget(path).reserve("two", "r", (*MOMENTS, Mechanism(0.1, noise, 20)), IMAGES)
+    assert Budget(path).epsilon() <= 3.0
+
+
+def test_resuming_a_run_of_several_mechanisms(path) -> None:
+    """However the same mechanisms are listed; but no other ones, and not one of them left out."""
+    Budget(path).reserve("one", "r", (*MOMENTS, RUN), IMAGES)
+    Budget(path).reserve("one", "r", (RUN, *MOMENTS), IMAGES)
+    assert len(Budget(path).charges) == 1
+    for other in (MOMENTS, (RUN,), (*MOMENTS[:2], RUN), (*MOMENTS, Mechanism(0.1, 2.0, 21))):
+        with pytest.raises(LedgerError, match="configuration was changed"):
+            Budget(path).reserve("one", "r", other, IMAGES)
+
+
+def test_one_mechanism_without_noise_is_enough_to_refuse(path) -> None:
+    for mechanisms in ((Mechanism(1.0, 0.0, 1), RUN), (*MOMENTS, Mechanism(0.1, 0.0, 20))):
+        with pytest.raises(BudgetExceeded, match="without noise"):
+            Budget(path).require(mechanisms)
+
+
+def test_a_run_that_got_no_further_than_its_moments_is_settled_with_these(path) -> None:
+    Budget(path).reserve("one", "r", (*MOMENTS, RUN), IMAGES)
+    Budget(path).settle("one", MOMENTS[:2])
+    assert Budget(path).mechanisms() == (MOMENTS[1], MOMENTS[0])
