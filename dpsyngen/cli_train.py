@@ -150,7 +150,6 @@ def train(
 
 
 _TRAINERS = {"public": "programs", "private": "DP-SGD", "moments": "DP moments"}
-_PHASES = {"moments": ("DP moments of private images", "queries")}
 
 
 def _mechanisms(plan: Plan) -> list[str]:
@@ -170,10 +169,11 @@ def _run_training(training: Training, console: Console) -> None:
     import time
 
     from dpsyngen.doctor import write_health
+    from dpsyngen.training.moments_phase import MOMENTS
     from dpsyngen.training.signals import stop_on_signals
 
     begun = time.monotonic()
-    training.warn = console.warn
+    training.warn, training.tell = console.warn, console.note
     plan, config = training.plan, training.config
     m, n = plan.mechanism, plan.shape
     classes = f", {n.num_classes} classes" if n.num_classes else ", no classes"
@@ -204,12 +204,13 @@ def _run_training(training: Training, console: Console) -> None:
         current: tuple[str, Progress] | None = None
         try:
             for p in training.steps():
+                if p.phase == MOMENTS:
+                    continue  # it has told what it does
                 if current is None or current[0] != p.phase:
                     if current:
                         current[1].__exit__(None, None, None)
-                    what, unit = _PHASES.get(p.phase, ("programmatic images", "steps"))
-                    what = "DP-SGD on private images" if p.phase == private_phase else what
-                    progress = console.progress(f"{p.phase}: {what}", p.steps, unit, start=max(p.step - 1, 0))
+                    what = "DP-SGD on private images" if p.phase == private_phase else "programmatic images"
+                    progress = console.progress(f"{p.phase}: {what}", p.steps, "steps", start=p.step - 1)
                     current = (p.phase, progress.__enter__())
                     for name in training.checkpoints.damaged:
                         console.note(f"  a damaged checkpoint was passed over: {name}")

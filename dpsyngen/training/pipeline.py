@@ -68,6 +68,7 @@ class Training:
         self.public_log = JsonLines(run.release / "public_training.jsonl", 0o644)
         self.stop_requested = False
         self.warn: Callable[[str], None] = warnings.warn
+        self.tell: Callable[[str], None] = lambda text: None  # what is being done that has no steps
         # Audits look on, and train another network.
         self.observer: Observer | None = None
         self.make_denoiser = make_denoiser
@@ -137,14 +138,11 @@ class Training:
         """Release moments of the private images; nothing to do if that was done before."""
         path, plan = self.run.weights(GAUSSIAN), self.plan.moments
         assert plan is not None
-        queries = len(plan.mechanisms())
-        if not path.exists():
-            yield Progress(MOMENTS, 0, queries, {})
-            if self.stop_requested:
-                return
         charge_moments(self.ledger, plan, self.plan.shape)
         if path.exists():
             return
+        queries = len(plan.mechanisms())
+        self.tell(f"{MOMENTS}: reading the private images, {queries} times")
         release_moments(
             path,
             self.dataset,

@@ -29,7 +29,7 @@ class Progress(NamedTuple):
 
     Attributes:
         phase: name of the phase.
-        step: steps done, from 1; DP moments, which are all done at once, say with 0 that they begin.
+        step: steps done, from 1; queries of DP moments are all done at once.
         steps: steps of the phase.
         values: what to log; private unless the phase is public.
     """

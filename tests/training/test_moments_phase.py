@@ -74,7 +74,7 @@ def test_nothing_is_summed_if_the_charge_fails(tmp_path, tiny_settings, tiny_ima
 def test_the_ledger_holds_what_was_done_and_no_more_than_the_target(
     variant, classes, tmp_path, tiny_settings, tiny_images
 ) -> None:
-    data = tiny_images() if classes else tiny_images()[0]
+    data = tiny_images() if classes else (tiny_images()[0], None)
     training = finish(begun(tiny_settings, data, tmp_path / "r", variant))
     ledger = Ledger(training.run.ledger_path)
     plan = training.plan
@@ -157,7 +157,7 @@ def test_interrupted_run_gives_the_same_release(variant, asked, tmp_path, tiny_s
             training = again(tmp_path / "pieces", data)
         lives += 1
         assert lives < 40
-    assert lives > 2
+    assert lives > 1
     assert bytes_of(Run(tmp_path / "pieces").release) == expected
     ledger = Ledger(Run(tmp_path / "pieces").ledger_path)
     assert len(charged_moments(ledger)) == 3
@@ -230,7 +230,7 @@ def test_changed_settings_of_moments_are_refused_on_resume(name, tmp_path, tiny_
     section = {"moments": {"share": 0.5, "rank": 100}}
     training = begun(tiny_settings, tiny_images(), tmp_path / "r", "residual", **section)
     for progress in training.steps():
-        if progress.phase == "moments" and progress.step:
+        if progress.phase == "moments":
             break
     path = training.run.private / "config.yaml"
     assert name in path.read_text()
@@ -288,7 +288,7 @@ def test_damaged_moments_are_named_and_can_be_taken_again(tmp_path, tiny_setting
 def test_budget_is_charged_with_moments_and_steps_together(tmp_path, tiny_settings, tiny_images) -> None:
     data = tiny_images()
     budget = tmp_path / "b"
-    Budget.create(budget, epsilon_limit=8.5, delta=1e-3)
+    Budget.create(budget, epsilon_limit=8.5, delta=1e-2)
     section = {"privacy": {"epsilon": 8, "insecure_seed": None, "budget": str(budget)}}
     training = begun(tiny_settings, data, tmp_path / "r", "residual", **section)
     reserved = Budget(budget).mechanisms()
@@ -311,7 +311,7 @@ def test_budget_is_charged_with_moments_and_steps_together(tmp_path, tiny_settin
 def test_a_release_draws_what_the_run_learned(variant, classes, channels, tmp_path, tiny_settings) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 8, 8, 3) if channels == 3 else (60, 8, 8), dtype=np.uint8)
-    data = (images, np.arange(60) % classes) if classes else images
+    data = (images, np.arange(60) % classes if classes else None)
     run = finish(begun(tiny_settings, data, tmp_path / "r", variant)).run
     about = json.loads((run.release / "generator.json").read_text())
     moments = load_file(run.weights(GAUSSIAN))
@@ -334,17 +334,19 @@ def test_a_release_draws_what_the_run_learned(variant, classes, channels, tmp_pa
 
 def test_no_network_is_needed_where_the_moments_are_all(tmp_path, tiny_settings) -> None:
     """Images of a size that no network takes."""
-    images = np.random.default_rng(0).integers(0, 256, (60, 7, 7), dtype=np.uint8)
-    training = finish(begun(tiny_settings, images, tmp_path / "r", "gaussian"))
+    images = np.random.default_rng(0).integers(0, 256, (60, 9, 9), dtype=np.uint8)
+    training = finish(begun(tiny_settings, (images, None), tmp_path / "r", "gaussian"))
     assert training.parameters == 0
     assert not (training.run.private / "training.jsonl").exists()
-    assert Generator(training.run.release).sample(2).images.shape == (2, 1, 7, 7)
+    assert Generator(training.run.release).sample(2).images.shape == (2, 1, 9, 9)
     assert [p.name for p in (training.run.release / "weights").iterdir()] == ["gaussian.safetensors"]
 
 
-def test_the_phase_announces_itself_and_says_when_it_is_done(tmp_path, tiny_settings, tiny_images) -> None:
+def test_the_phase_says_when_it_begins_and_when_it_is_done(tmp_path, tiny_settings, tiny_images) -> None:
     training = begun(tiny_settings, tiny_images(), tmp_path / "r", "residual")
-    said = [(p.step, p.steps) for p in training.steps() if p.phase == "moments"]
-    assert said == [(0, 3), (3, 3)]
+    told: list[str] = []
+    training.tell = told.append
+    assert [p[1:] for p in training.steps() if p.phase == "moments"] == [(3, 3, {})]
+    assert told == ["moments: reading the private images, 3 times"]
     with pytest.raises(RunError, match="damaged"):
         load_gaussian(training.run.weights("context"), training.plan.shape)
