@@ -104,7 +104,7 @@ def test_written_samples_can_be_read_as_data(call, data, tmp_path) -> None:
         (["--epsilon", "1", "--delta", "0.5"], "must be below 1/records"),
         (["--epsilon", "1", "--delta", "0"], "privacy.delta is 0"),
         (["--epsilon", "1", "--batch", "61"], "only 60 records"),
-        (["--epsilon", "1", "--variant", "sideways"], "'dpdm', 'finetune', 'cleaning', 'coarse' or 'both'"),
+        (["--epsilon", "1", "--variant", "sideways"], "'both', 'gaussian', 'residual' or 'residual-cleaning'"),
         (["--epsilon", "1", "--tau-cleaning", "2", "--tau-coarse", "1"], "must be below stages.tau_coarse"),
         (["--epsilon", "1", "--networks", "one"], "'experts' or 'shared'"),
         (["--epsilon", "1", "--network", "gigantic"], "nano, tiny, small"),

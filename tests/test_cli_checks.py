@@ -22,6 +22,7 @@ from dpsyngen.training.run import Run
 from dpsyngen.training.start import start
 
 SETTINGS = {
+    "preset": "paper-cpu",
     "network": {"size": "nano"},
     "public": {"steps": 3, "batch": 4, "copies": 1},
     "private": {"steps": 6, "batch": 12, "copies": 1, "physical_batch": 12, "checkpoint_every": 2},

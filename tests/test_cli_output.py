@@ -74,7 +74,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     specification = {
         "name": "tiny",
         "data": {"train": str(folder / "d.npz")},
-        "settings": {k: v for k, v in TINY_SETTINGS.items() if k != "sampling"},
+        "settings": {k: v for k, v in TINY_SETTINGS.items() if k not in ("sampling", "stages")},
         "grid": {"variant": ["dpdm"], "epsilon": [3], "seeds": 1},
         "sampling": {"images": 12, "steps": 2},
         "references": [],

@@ -218,7 +218,7 @@ def _cost(job: JobResult, exp: Path) -> list[str]:
     release = exp / job.release
     try:
         c = Certificate.read(release / "privacy.json")
-        steps = [m for m in c.mechanisms if m.kind == "dp"]
+        steps = [m for m in c.mechanisms if m.kind == "dp" and m.expected_batch is not None]
         entries = len(Ledger(release.parent / "private" / "ledger.jsonl").entries)
     except (DpsyngenError, OSError):
         return [*none, "certificate or ledger cannot be read"]

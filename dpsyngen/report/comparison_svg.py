@@ -20,8 +20,8 @@ STYLES: dict[str, tuple[str, str, Any]] = {
     "coarse": ("#2b7fc4", "D", (0, (7, 2, 1.5, 2))),
     "both": ("#c0519b", "v", (0, (4, 1, 1, 1, 1, 1))),
     "gaussian": ("#a1532f", "p", (0, (1, 1))),
-    "residual": ("#1f5c3a", "*", (0, (9, 1.5))),
-    "residual-cleaning": ("#5b4b9a", "h", (0, (3, 1, 1, 1))),
+    "residual": ("#2f8f57", "*", (0, (9, 1.5))),
+    "residual-cleaning": ("#7d6bc9", "h", (0, (3, 1, 1, 1))),
 }
 """Colour, marker and dashes of each variant."""
 _OTHER = (("#8a6d3b", "P", "-"), ("#6f6fc4", "X", "--"))

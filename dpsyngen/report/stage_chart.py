@@ -135,5 +135,6 @@ def _in_words(stages: Sequence[Mapping[str, Any]]) -> str:
             where = f"log σ above {below:g}"
         else:
             where = f"log σ from {below:g} to {above:g}"
-        parts.append(f"stage {s['name']}, {where}: trained on {WHO[s['trained_by']]}")
+        how = "" if s["trained_by"] == "moments" else "trained on "
+        parts.append(f"stage {s['name']}, {where}: {how}{WHO[s['trained_by']]}")
     return "Stages of the noise levels. " + "; ".join(parts) + "."

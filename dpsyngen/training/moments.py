@@ -23,7 +23,14 @@ from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.moments import Rows, VectorSum, class_sums, matrices, released, scatter_sums
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.frequencies import Frequencies
-from dpsyngen.training.shrinkage import debiased, denoised_covariance, noise_edge, shrink_bands
+from dpsyngen.training.shrinkage import (
+    debiased,
+    denoised_white_covariance,
+    noise_edge,
+    noise_limit,
+    shrink_bands,
+    shrunk_number,
+)
 
 SHARES = {"mean": 0.2, "pooled": 0.4, "by_class": 0.4}
 """Of 1/z², which the cost of Gaussian mechanisms adds up in."""
@@ -38,6 +45,7 @@ _UNIFORM_REST = 0.1
 _TYPICAL_ENERGY = (
     0.6  # of the clipped residuals, of its largest value R²: what the rule for m assumes, not a measurement
 )
+_SPREAD_OF_ENERGY = 0.25  # about that, for data so few that their energy does not show
 _DIRECTIONS_PER_FOUND = 8
 _FEWEST_FREQUENCIES = 64
 _NUMBERS_A_BATCH = 1 << 22
@@ -219,15 +227,23 @@ def _pooled(
             yield Rows(inside, None, residual.square().sum(1) - inside.square().sum(1))
 
     total = scatter_sums(rows(), 1, norm=RESIDUAL_NORM * math.sqrt(size))
-    scatter, outside = matrices(released(total, z, randomness, step=1) / records, m)
-    edge = noise_edge(float(total.noise_std(z)[0]) / records, m)
+    noisy = released(total, z, randomness, step=1) / records
+    scatter, outside = matrices(noisy, m)
+    std, most = float(total.noise_std(z)[0]) / records, total.l2_sensitivity
     values, vectors = torch.linalg.eigh(scatter[0])
     values, vectors = values.flip(0), vectors.flip(1)
-    d = max(1, min(rank, int((values > edge).sum())))
-    kept = debiased(values[:d], edge).clamp_min(SMALLEST_VARIANCE)
+    energy = float(values.sum()) + (0.0 if outside is None else float(outside[0]))
+    # m diagonal entries and the energy outside have noise of this variance each; clipped, all is R² at most.
+    energy = shrunk_number(energy, std**2 * (m + 1), _TYPICAL_ENERGY * most, (_SPREAD_OF_ENERGY * most) ** 2)
+    energy = min(max(energy, SMALLEST_VARIANCE * size), most)
+    d = min(rank, int((values > noise_edge(std, m)).sum()))
+    if values[0] > noise_limit(std, m):
+        kept = debiased(values[:d], noise_edge(std, m)).clamp_min(SMALLEST_VARIANCE)
+        kept *= min(energy / float(kept.sum()), 1.0)
+    else:  # a direction of noise, which is as good as any
+        d, kept = 1, torch.full((1,), energy / size, dtype=torch.float64)
     basis = torch.linalg.qr(frequencies.inverse(vectors[:, :d].mT.contiguous()).mT)[0]
-    leftover = float(values.sum() - kept.sum()) + (0.0 if outside is None else float(outside[0]))
-    return basis, kept, _rest(basis, kept, leftover)
+    return basis, kept, _rest(basis, kept, energy - float(kept.sum()))
 
 
 def _rest(basis: Tensor, variances: Tensor, leftover: float) -> Tensor:
@@ -248,10 +264,11 @@ def _by_class(
     batches = (Rows(residual @ whitening, labels) for residual, labels in images.residuals(means))
     total: VectorSum = scatter_sums(batches, len(means), norm=WHITE_NORM * math.sqrt(d))
     scatter, _ = matrices(released(total, z, randomness, step=2), d)
-    std = float(total.noise_std(z)[0])
+    std, everyone = float(total.noise_std(z)[0]), float(counts.sum())
+    # The mean over classes, by frequency, is the identity, so none exceeds one over its frequency.
     return torch.stack(
         [
-            denoised_covariance(s / n, noise_edge(std / n, d), SMALLEST_WHITE_VARIANCE)
+            denoised_white_covariance(s / n, std / n, least=SMALLEST_WHITE_VARIANCE, most=everyone / n)
             for s, n in zip(scatter, counts.tolist(), strict=True)
         ]
     )

@@ -13,6 +13,9 @@ import math
 import torch
 from torch import Tensor
 
+_SCALE_VARIANCE = 0.25
+"""Of the mean variance of one class in units of all together, before anything is seen: a guess, soon overruled."""
+
 
 def shrink_bands(values: Tensor, noise_variance: Tensor, bands: Tensor) -> Tensor:
     """Posterior means of coefficients that are N(0, τ²) plus noise, with one τ² for each band.
@@ -51,6 +54,15 @@ def noise_edge(std: float, size: int) -> float:
     return std * math.sqrt(2 * size)
 
 
+def noise_limit(std: float, size: int) -> float:
+    """What the largest eigenvalue of noise stays below with a probability of 99 %.
+
+    It is about edge·(1 + X/(2·m^⅔)) with X of the Tracy-Widom law (Tracy & Widom, "On orthogonal and symplectic matrix
+    ensembles", Comm. Math. Phys. 1996), of which 2.02 is the 99 % quantile.
+    """
+    return noise_edge(std, size) * (1 + 2.02 / (2 * size ** (2 / 3)))
+
+
 def debiased(eigenvalues: Tensor, edge: float) -> Tensor:
     """The signal's eigenvalues λ from those observed beyond the edge, ŵ = λ + c/λ with c = edge²/4.
 
@@ -63,23 +75,48 @@ def debiased(eigenvalues: Tensor, edge: float) -> Tensor:
     return (eigenvalues + (eigenvalues.square() - edge**2).clamp_min(0).sqrt()) / 2
 
 
-def denoised_covariance(covariance: Tensor, edge: float, floor: float) -> Tensor:
-    """A positive covariance from a noisy one: what shows above the edge, and the mean of all else around it.
+def shrunk_number(value: float, noise_variance: float, mean: float, variance: float) -> float:
+    """The posterior mean of a number with prior N(mean, variance) that was seen with noise."""
+    return mean + (value - mean) * variance / (variance + noise_variance)
+
+
+def turned_variances(eigenvalues: Tensor, std: float) -> Tensor:
+    """The signal's variances along *all* eigenvectors of a noisy matrix, given its eigenvalues λ_i alone.
+
+    ξ_i = λ_i - 2c·(1/d)·Σ_j (λ_i - λ_j)/((λ_i - λ_j)² + η²), c = edge²/4, η = √(c/d): the best estimate among those
+    that keep the eigenvectors (Bun, Allez, Bouchaud & Potters, "Rotational invariant estimator for general noisy
+    matrices", IEEE Trans. Inf. Theory 2016, for additive noise).  The sum stays.  Noise alone becomes 0, and what
+    stands alone beyond the edge λ - c/λ in terms of the signal's λ.
+
+    Args:
+        eigenvalues: [d].
+        std: see :func:`noise_edge`.
+    """
+    size = len(eigenvalues)
+    c = noise_edge(std, size) ** 2 / 4
+    gaps = eigenvalues[:, None] - eigenvalues
+    return eigenvalues - 2 * c * (gaps / (gaps.square() + c / size).clamp_min(1e-300)).mean(1)
+
+
+def denoised_white_covariance(covariance: Tensor, std: float, *, least: float, most: float) -> Tensor:
+    """A positive covariance from a noisy one that is expected near the identity.
 
     Args:
         covariance: [d, d], symmetric.
-        edge: of its noise.
-        floor: least eigenvalue of the result, > 0.
+        std: of its noise, on the diagonal.
+        least: smallest eigenvalue of the result, > 0.
+        most: largest.
 
     Returns:
-        [d, d].  With nothing above the edge a multiple of the identity; without noise the same matrix, but for the
-        floor.
+        [d, d].  Where no eigenvalue stands out of the noise a multiple of the identity, of its mean; where the mean
+        does not show either, the identity.  Without noise the same matrix, but for the limits.
     """
+    size = len(covariance)
     values, vectors = torch.linalg.eigh(covariance)
-    seen = values > edge
-    signal = torch.where(seen, debiased(values, edge), 0.0)
-    unseen = int((~seen).sum())
-    if unseen:
-        mean = max((float(values.sum()) - float(signal.sum())) / unseen, floor)
-        signal = torch.where(seen, signal, mean)
-    return (vectors * signal.clamp_min(floor)) @ vectors.mT
+    mean = float(values.mean())
+    if float((values - mean).abs().max()) <= noise_limit(std, size):
+        # The mean of d values of the diagonal has noise of variance std²/d.
+        signal = torch.full_like(values, shrunk_number(mean, std**2 / size, 1.0, _SCALE_VARIANCE))
+    else:
+        signal = turned_variances(values, std)
+    return (vectors * signal.clamp(least, most)) @ vectors.mT

@@ -150,6 +150,9 @@ def test_draw_is_a_linear_map_with_exactly_the_covariance(model, sigma) -> None:
         root = denoiser.draw(labels, sigma, unit).flatten(1) - mean  # row i: the image of the i-th unit vector
         wanted = dense(model)[c] + sigma**2 * torch.eye(SIZE).double()
         torch.testing.assert_close(root.T @ root, wanted, **CLOSE)
+        torch.testing.assert_close(
+            root, root.T, **CLOSE
+        )  # the symmetric root: noise stays where it is, but for its size
         # Mixed noise levels and images: each depends on its own alone.
         levels = torch.linspace(0, 2, SIZE, dtype=torch.float64)
         mixed = denoiser.draw(labels, levels, unit)

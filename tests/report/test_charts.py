@@ -140,6 +140,18 @@ def test_stages_meet_at_their_thresholds_and_are_named() -> None:
     assert "log σ below -3: trained on programs, no privacy cost" in ElementTree.fromstring(str(wide)).get("aria-label")
 
 
+def test_stages_of_moments_have_a_name_and_a_colour_of_their_own() -> None:
+    residual = [stage("context", None, 1.5, "private"), stage("coarse", 1.5, None, "moments")]
+    for stages in (residual, [stage("gaussian", None, None, "moments")]):
+        for chart in stage_charts(stages, -0.5, 1.0, 0.02, 80.0):
+            root = ElementTree.fromstring(str(chart))
+            tones = [e.get("class").split("tone-")[1] for e in root.iter("rect") if "ground" in e.get("class")]
+            assert tones == [s["trained_by"] for s in stages]
+            assert any(text.startswith("DP moments") for text in texts(chart))
+            assert "DP moments, in closed form" in root.get("aria-label")
+            assert "trained on DP moments" not in root.get("aria-label")
+
+
 def test_one_stage_and_thresholds_beyond_the_axis() -> None:
     for stages in (
         [stage("context", None, None, "private")],
@@ -150,13 +162,14 @@ def test_one_stage_and_thresholds_beyond_the_axis() -> None:
                 assert 0 <= float(value) <= 760
 
 
+@pytest.mark.parametrize("trainer", ["public", "moments"])
 @pytest.mark.parametrize("thresholds", [(-3.0, 2.0), (-6.4, -6.0), (-0.1, 0.1), (4.3, 4.6)])
-def test_labels_of_stages_do_not_run_into_each_other(thresholds) -> None:
+def test_labels_of_stages_do_not_run_into_each_other(thresholds, trainer) -> None:
     low, high = thresholds
     stages = [
         stage("cleaning", None, low, "public"),
         stage("context", low, high, "private"),
-        stage("coarse", high, None, "public"),
+        stage("coarse", high, None, trainer),
     ]
     for chart in stage_charts(stages, -1.2, 1.2, 0.002, 80.0):
         root = ElementTree.fromstring(str(chart))

@@ -325,6 +325,44 @@ def test_more_noise_denoises_worse_but_beats_no_knowledge(digits) -> None:
     assert errors[-1] < 0.9 * ignorant
 
 
+def test_shapes_of_classes_that_do_not_show_are_not_invented(digits) -> None:
+    got = estimate_moments(digits, 10, 1797, MomentsPlan(0.5, 0.5, 300.0), KEY, rank=20)
+    assert got.covariances.shape[1] > 5
+    pooled = got.covariances.mean(0)
+    for covariance in got.covariances:
+        scale = covariance.diagonal().mean() / pooled.diagonal().mean()
+        torch.testing.assert_close(covariance, pooled * scale, rtol=1e-3, atol=1e-3 * float(pooled.max()))
+
+
+def test_variances_are_not_raised_by_the_noise(digits) -> None:
+    alone = replace(digits, labels=None, class_names=())
+
+    def largest(z: float, seed: int) -> Tensor:
+        plan = MomentsPlan(0.0, z, None)
+        found = estimate_moments(alone, 0, 1797, plan, Randomness.from_insecure_seed(seed), rank=3)
+        return found.covariances[0].diagonal()
+
+    z = 15.0
+    edge = 16 * z / 1797 * math.sqrt(2 * 64)
+    exact = largest(0.0, 0).double()[0]
+    mean = torch.stack([largest(z, seed) for seed in range(8)]).double()[:, 0].mean()
+    raised = edge**2 / 4 / exact  # what noise adds to an eigenvalue
+    assert raised > 0.1 * exact
+    assert abs(float(mean - exact)) < 0.5 * float(raised)
+
+
+def test_noise_in_the_numbers_of_classes_does_not_make_them_brighter() -> None:
+    """All classes alike and bright: the noise of a number moves its class along the mean of all, and must be known."""
+    data = dataset(np.full((1000, 1, 4, 4), 230, dtype=np.uint8), np.arange(1000) % 10)
+    z, kept = 1.0, 0.0
+    for seed in range(6):
+        means = estimate(data, z, key=Randomness.from_insecure_seed(seed)).means.double()
+        kept += float((means - means.mean(0)).mean(1).square().mean())
+    sums = (z / math.sqrt(0.2)) ** 2 * (1 + 1 / 16)  # variance of the noise of a pixel's sum is 16 times that
+    raw = 6 * sums * (1 + 16 * (230 / 127.5 - 1) ** 2) / 100**2
+    assert kept < 0.2 * raw
+
+
 def test_an_empty_data_set_is_legal_and_private() -> None:
     """Removing the only image must not be seen otherwise than through noise."""
     empty = ImageDataset(np.zeros((0, 1, 4, 4), dtype=np.uint8), np.zeros(0, dtype=np.int64), ("a", "b"), "test")

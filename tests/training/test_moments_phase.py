@@ -151,7 +151,7 @@ def test_interrupted_run_gives_the_same_release(variant, asked, tmp_path, tiny_s
         for count, _ in enumerate(training.steps(), 1):
             if asked:
                 training.stop_requested = True
-            elif count == 2 + lives % 3:
+            elif count == 1 + lives % 4:
                 break
         if not Run(tmp_path / "pieces").complete:
             training = again(tmp_path / "pieces", data)
@@ -293,8 +293,6 @@ def test_budget_is_charged_with_moments_and_steps_together(tmp_path, tiny_settin
     training = begun(tiny_settings, data, tmp_path / "r", "residual", **section)
     reserved = Budget(budget).mechanisms()
     assert set(reserved) >= {training.plan.mechanism.mechanism(6)}
-    with pytest.raises(BudgetExceeded):
-        begun(tiny_settings, data, tmp_path / "r2", "residual", **section)
     for progress in training.steps():
         if progress.phase == "context":
             break

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from dpsyngen.training.shrinkage import debiased, denoised_covariance, noise_edge, shrink_bands
+from dpsyngen.training.shrinkage import (
+    debiased,
+    denoised_white_covariance,
+    noise_edge,
+    noise_limit,
+    shrink_bands,
+    shrunk_number,
+    turned_variances,
+)
 
 
 def symmetric_noise(size: int, std: float, seed: int) -> torch.Tensor:
@@ -52,33 +60,66 @@ def test_debiasing_without_noise_changes_nothing() -> None:
     assert debiased(values, 0.0).tolist() == values.tolist()
 
 
-def test_covariance_without_noise_stays() -> None:
+@pytest.mark.parametrize("size", [10, 60])
+def test_noise_exceeds_its_limit_once_in_a_hundred_times(size) -> None:
+    noise = torch.stack([symmetric_noise(size, 0.7, seed) for seed in range(2000)])
+    share = float((torch.linalg.eigvalsh(noise)[:, -1] > noise_limit(0.7, size)).double().mean())
+    assert 0.002 < share < 0.025
+
+
+def test_covariance_without_noise_stays_within_its_limits() -> None:
     torch.manual_seed(0)
     a = torch.randn(6, 6, dtype=torch.float64)
-    torch.testing.assert_close(denoised_covariance(a @ a.T, 0.0, 1e-6), a @ a.T)
+    torch.testing.assert_close(denoised_white_covariance(a @ a.T, 0.0, least=1e-6, most=1e6), a @ a.T)
+    values = torch.linalg.eigvalsh(denoised_white_covariance(a @ a.T, 0.0, least=0.5, most=3.0))
+    assert (float(values.min()), float(values.max())) == pytest.approx((0.5, 3.0))
 
 
-def test_covariance_that_is_all_noise_becomes_a_multiple_of_the_identity() -> None:
-    noise = symmetric_noise(40, 1.0, 0) + torch.eye(40).double()
-    out = denoised_covariance(noise, 1.2 * noise_edge(1.0, 40), 0.02)
-    torch.testing.assert_close(out, torch.eye(40).double() * noise.diagonal().mean())
-    low = denoised_covariance(noise - 5 * torch.eye(40).double(), 1e9, 0.02)
-    torch.testing.assert_close(low, 0.02 * torch.eye(40).double())
+@pytest.mark.parametrize("std", [1.0, 30.0, 1e6])
+def test_covariance_that_is_all_noise_becomes_the_identity(std) -> None:
+    for seed in range(5):
+        noisy = torch.eye(40).double() + symmetric_noise(40, std, seed)
+        out = denoised_white_covariance(noisy, std, least=0.02, most=10.0)
+        torch.testing.assert_close(out, torch.eye(40).double() * out[0, 0])
+        assert float(out[0, 0]) == pytest.approx(1.0, abs=0.4)
 
 
-def test_covariance_keeps_what_shows_and_the_trace_of_the_rest() -> None:
+@pytest.mark.parametrize("std", [0.02, 0.1, 0.3])
+def test_variances_along_noisy_directions_are_estimated(std) -> None:
+    """Against the truth, v̂ᵀ C v̂, which no estimate can look at."""
+    size = 300
+    axes = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    truth = (axes * torch.linspace(-2, 2, size).double().exp()) @ axes.T
+    values, vectors = torch.linalg.eigh(truth + symmetric_noise(size, std, 1))
+    wanted = torch.einsum("ji,jk,ki->i", vectors, truth, vectors)
+    got = turned_variances(values, std)
+    assert float(got.sum()) == pytest.approx(float(values.sum()))
+    assert float((got - wanted).square().mean().sqrt()) < 0.4 * float((values - wanted).square().mean().sqrt())
+
+
+def test_covariance_keeps_what_shows_and_levels_the_rest() -> None:
     size, std = 200, 0.1
-    truth = torch.eye(size).double()
-    truth[0, 0] = 30.0
+    truth = 0.7 * torch.eye(size).double()
+    truth[0, 0] = 4.0
     noisy = truth + symmetric_noise(size, std, 3)
-    out = denoised_covariance(noisy, noise_edge(std, size) + 1, 0.02)
-    assert float(out[0, 0]) == pytest.approx(30, rel=0.02)
-    assert float((out - truth).norm()) < 0.15 * float((noisy - truth).norm())
-    assert float(torch.linalg.eigvalsh(out).min()) > 0.8
+    out = denoised_white_covariance(noisy, std, least=0.02, most=10.0)
+    values = torch.linalg.eigvalsh(out)
+    c = noise_edge(std, size) ** 2 / 4
+    assert float(values[-1]) == pytest.approx(0.7 + 3.3 - c / 3.3, rel=0.04)
+    assert float(torch.linalg.eigvalsh(noisy)[-2]) > 2.2
+    assert float(values[:-1].std()) < 0.15
+    assert float((out - truth).norm()) < 0.2 * float((noisy - truth).norm())
 
 
-def test_bands_are_shrunk_by_what_noise_leaves_of_them() -> None:
-    g = torch.Generator().manual_seed(0)
+def test_number_ends_between_what_is_seen_and_what_was_expected() -> None:
+    assert shrunk_number(5.0, 0.0, 1.0, 0.25) == 5.0
+    assert shrunk_number(5.0, 0.25, 1.0, 0.25) == 3.0
+    assert shrunk_number(5.0, 1e12, 1.0, 0.25) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bands_are_shrunk_by_what_noise_leaves_of_them(seed) -> None:
+    g = torch.Generator().manual_seed(seed)
     bands = torch.arange(4000) // 2000
     prior = torch.tensor([4.0, 0.01])[bands].double()
     noise = torch.tensor([[1.0, 1.0], [0.25, 0.25], [100.0, 100.0]]).double()

@@ -116,6 +116,8 @@ def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
             "stages": StagesConfig(variant="dpdm"),
             "network": config.network.model_copy(update={"label_dropout": 0.0, **levels}),
             "private": private,
+            # Nothing is drawn, and guidance would need labels to be dropped.
+            "sampling": config.sampling.model_copy(update={"guidance": 1.0}),
         }
     )
 
