@@ -127,6 +127,8 @@ def _matters(name: str, variant: str, pretrain: bool) -> bool:
         return variant in ("coarse", "both", "residual", "residual-cleaning")
     if name == "stages.networks":
         return variant in ("cleaning", "coarse", "both")
+    if name == "stages.pretrain":
+        return variant not in USE_MOMENTS
     if name.startswith(("public.", "program.")):
         return variant not in ("dpdm", "gaussian", "residual") or pretrain
     if name == "moments.share":

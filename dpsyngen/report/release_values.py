@@ -78,7 +78,7 @@ def _mechanism(m: dict[str, Any]) -> dict[str, str]:
     noise = m.get("noise_multiplier")
     return {
         "mechanism": m["mechanism"],
-        "runs": f"{m.get('count') or m['steps']:,}",
+        "runs": f"{m.get('count') or m.get('steps') or 1:,}",
         "sampling rate": f"{m['sampling_rate']:.5g}" if m.get("sampling_rate") else "–",
         "noise multiplier": "no noise" if noise is None else f"{noise:.5g}",
         "sensitivity": str(m.get("l2_sensitivity", "–")),

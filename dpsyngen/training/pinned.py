@@ -138,7 +138,7 @@ def pinned(run: Run) -> dict[str, Any] | None:
             "moments": None if moments is None else [None if z is None else float(z) for z in moments],
             "settings": dict(about["settings"]),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{run.data_path}, which says what images the run is of, cannot be read: {error!r}.  Put it back from a "
             "backup, or start a new run."

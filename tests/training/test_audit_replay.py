@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.audit.findings import decide
+from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.audit.replay import replay
 from dpsyngen.training.private import PrivateStep
 from dpsyngen.training.run import Run
@@ -23,12 +25,14 @@ KEY = "each batch is the Poisson sample that the run's key gives"
 LOGGED = "steps logged are the steps charged"
 
 
-def train(folder: Path, settings: dict, images, epsilon: float = 8.0, **private_settings: int) -> Run:
+def train(
+    folder: Path, settings: dict, images, epsilon: float = 8.0, variant: str = "dpdm", **private_settings: int
+) -> Run:
     config = load_config(
         {
             **settings,
             "privacy": {"epsilon": epsilon},
-            "stages": {"variant": "dpdm"},
+            "stages": {"variant": variant, "tau_coarse": 1.0},
             "private": {**settings["private"], "copies": 1, **private_settings},
         }
     )
@@ -47,6 +51,37 @@ def test_honest_run_passes(epsilon, tmp_path, tiny_settings, tiny_images) -> Non
     run = train(tmp_path / "r", tiny_settings, tiny_images(), epsilon)
     assert failed(run) == set()
     assert len(replay(run)) == 6
+
+
+@pytest.mark.parametrize("epsilon", [8.0, math.inf])
+@pytest.mark.parametrize(("variant", "checks"), [("gaussian", 1), ("residual", 7)])
+def test_honest_run_with_moments_passes(variant, checks, epsilon, tmp_path, tiny_settings, tiny_images) -> None:
+    run = train(tmp_path / "r", tiny_settings, tiny_images(), epsilon, variant=variant)
+    assert failed(run) == set()
+    assert len(replay(run)) == checks
+
+
+@pytest.mark.parametrize("edit", ["noise", "left out", "twice"])
+def test_moments_that_were_charged_otherwise_than_planned(
+    edit, tmp_path, tiny_settings, tiny_images, monkeypatch
+) -> None:
+    import dpsyngen.training.moments_phase as phase
+
+    real = phase.queries
+
+    def bad(plan, shape):
+        first, *rest = real(plan, shape)
+        if edit == "left out":
+            return rest
+        if edit == "twice":
+            return [first, first, *rest]
+        text, m, bound = first
+        return [(text, replace(m, noise_multiplier=1.1 * m.noise_multiplier), bound), *rest]
+
+    monkeypatch.setattr(phase, "queries", bad)
+    monkeypatch.setattr(Ledger, "require", lambda self, *mechanisms: None)
+    run = train(tmp_path / "r", tiny_settings, tiny_images(), variant="gaussian")
+    assert failed(run) == {"DP moments are charged once each, at the noise that was planned"}
 
 
 def test_declared_number_of_records(tmp_path, tiny_settings, tiny_images) -> None:

@@ -8,13 +8,16 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import load_file
 
 import dpsyngen.training.audit.run as audit_module
 import dpsyngen.training.private as private
 from dpsyngen.cli_audit import CONTRADICTED, audit
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
+from dpsyngen.diffusion.residual import ResidualDenoiser
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.audit.run import Effort, audit_run
@@ -105,6 +108,40 @@ def test_run_without_privacy_says_what_could_not_be_audited(tmp_path, tiny_setti
     assert report.bounds() == []
     assert "ε = ∞" in "\n".join(report.lines())
     assert json.loads((run.private / "audit" / "audit.json").read_text())["epsilon"] == "inf"
+
+
+def test_run_without_dp_sgd_has_nothing_to_attack_and_says_so(tmp_path, tiny_settings, tiny_images) -> None:
+    run = train(tmp_path / "r", tiny_settings, tiny_images(), stages={"variant": "gaussian"})
+    report = audit_run(run, effort=SMALL, confidence=CONFIDENCE)
+    assert report.passed
+    assert list(report.parts) == ["this run's books"]
+    assert report.bounds() == []
+    text = "\n".join(report.lines())
+    assert "no DP-SGD steps, so there is none to attack" in text
+    assert "NOT PRIVATE" not in text
+
+
+@pytest.mark.slow
+def test_a_residual_network_is_audited_with_its_own_moments(tmp_path, tiny_settings, tiny_images, monkeypatch) -> None:
+    seen = []
+    real = audit_module.ClippingAudit
+
+    class Looked(real):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            seen.append(self.denoiser)
+
+    monkeypatch.setattr(audit_module, "ClippingAudit", Looked)
+    stages = {"variant": "residual", "tau_coarse": 1.0}
+    run = train(tmp_path / "r", tiny_settings, tiny_images(), stages=stages)
+    report = audit_run(run, effort=SMALL, confidence=CONFIDENCE)
+    assert report.passed, report.failures
+    (denoiser,) = seen
+    assert isinstance(denoiser, ResidualDenoiser)
+    kept = load_file(run.weights("gaussian"))
+    assert torch.equal(denoiser.gaussian.gaussians.means, kept["means"])
+    assert len({f["part"] for f in report.to_dict()["findings"]}) == 6
+    assert "of the DP moments only the charges were looked at" in "\n".join(report.lines())
 
 
 @pytest.mark.slow

@@ -102,6 +102,22 @@ def test_a_pretrained_or_unfinished_run_may_have_learned_nothing_yet() -> None:
         assert found(of_private_training(flat, facts)) == {"nothing-learned": "warning"}
 
 
+def test_a_residual_network_is_measured_against_its_own_start() -> None:
+    """Its loss has no bound before training: it is what the DP moments lack."""
+    residual = replace(DEMO, residual=True)
+    for scale in (1.0, 9.0):
+        assert found(of_private_training(log(scale * falling()), residual)) == {}
+    assert found(of_private_training(log(9 * falling()), DEMO)) == {"loss-exploded": "warning"}
+    assert found(of_private_training(log(np.r_[0.9, np.full(199, 2.0)]), residual)) == {"diverged": "error"}
+    # Moments draw images without it, so that it learned nothing is no error.
+    (flat,) = of_private_training(log(np.full(200, 0.95)), residual)
+    assert (flat.code, flat.severity) == ("nothing-learned", "warning")
+    assert "beyond what the DP moments say" in flat.why
+    (noisy,) = of_private_training(log(falling()), replace(residual, noise_multiplier=100.0))
+    assert "--variant gaussian" in noisy.change
+    assert "--pretrain" not in noisy.change
+
+
 def test_findings_say_what_they_rest_on_and_what_to_do() -> None:
     bad = log(np.geomspace(1.4, 1e9, 200))
     (private,), (public,) = of_losses(bad, "context", "--lr", "private"), of_losses(bad, "coarse", "x.y", "released")
