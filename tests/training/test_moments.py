@@ -271,6 +271,14 @@ def test_directions_that_are_not_kept_go_to_the_pixels(digits) -> None:
     assert float(got.rest[still].max()) < 0.25 * float(got.rest.mean())
 
 
+def test_energy_of_the_frequencies_that_are_left_out_is_not_lost(digits, monkeypatch) -> None:
+    whole = estimate(digits, 0.0, rank=5)
+    monkeypatch.setattr(moments, "scatter_frequencies", lambda z, records, size: 10)
+    part = estimate(digits, 0.0, rank=5)
+    traces = [dense(g).diagonal(dim1=1, dim2=2).sum(1) @ g.frequencies.double() for g in (whole, part)]
+    assert float(traces[1]) == pytest.approx(float(traces[0]), rel=0.05)
+
+
 def test_variances_are_never_zero() -> None:
     flat = dataset(np.full((20, 1, 4, 4), 77, dtype=np.uint8), np.arange(20) % 2)
     got = estimate(flat, 0.0)
@@ -305,6 +313,8 @@ def test_noise_that_hides_everything_leaves_something_sane(digits) -> None:
         for covariance in got.covariances:  # shapes of classes do not show, so all have that of the pooled one
             scale = covariance.diagonal().mean() / pooled.diagonal().mean()
             torch.testing.assert_close(covariance, pooled * scale, rtol=1e-3, atol=1e-3 * float(pooled.max()))
+        # Nor does the energy, which ends where it was expected: 0.6 R², R² = 64/4.
+        assert float(dense(got)[0].trace()) == pytest.approx(0.6 * 16, rel=0.1)
         x = GaussianDenoiser(got, (1, 8, 8)).draw(torch.arange(10), 1.0, torch.zeros(10, 1, 8, 8))
         assert torch.isfinite(x).all()
         assert 1 <= size <= 20
@@ -332,6 +342,22 @@ def test_shapes_of_classes_that_do_not_show_are_not_invented(digits) -> None:
     for covariance in got.covariances:
         scale = covariance.diagonal().mean() / pooled.diagonal().mean()
         torch.testing.assert_close(covariance, pooled * scale, rtol=1e-3, atol=1e-3 * float(pooled.max()))
+
+
+def test_noise_that_looks_like_a_direction_stays_within_what_images_can_have() -> None:
+    """Once in a hundred times noise exceeds its limit; then the bounds on clipped images still hold."""
+    rng = np.random.default_rng(0)
+    data = dataset(rng.integers(0, 256, (5, 1, 4, 4), dtype=np.uint8), np.arange(5) % 2)
+    norm = 16 / 4  # R²
+    fooled = 0
+    for seed in range(200):
+        got = estimate_moments(data, 0, 5, plan_moments(100.0, 0), Randomness.from_insecure_seed(seed), rank=9)
+        fooled += float(got.covariances.max()) > 1
+        assert float(dense(got).diagonal(dim1=1, dim2=2).sum(1).max()) <= norm * 1.01
+        plan = MomentsPlan(0.1, 0.0, 1e4)
+        got = estimate_moments(data, 2, 5, plan, Randomness.from_insecure_seed(seed), rank=9)
+        assert bool((got.covariances.diagonal(dim1=1, dim2=2).sum(1) <= norm / got.frequencies * 1.01).all())
+    assert fooled >= 1
 
 
 def test_variances_are_not_raised_by_the_noise(digits) -> None:
