@@ -50,6 +50,10 @@ class Contribution(Protocol):
         """The gradients themselves, [B, *parameter.shape]."""
         ...
 
+    def part(self, dim: int, first: int, length: int) -> Contribution:
+        """The gradients of ``parameter.narrow(dim, first, length)``, length >= 1, with no hold on the rest."""
+        ...
+
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """fp64, or fp32 on a device without it."""
@@ -134,6 +138,38 @@ class Dense(_Like):
         """See :class:`Contribution`."""
         return self.gradients
 
+    def part(self, dim: int, first: int, length: int) -> Dense:
+        """See :class:`Contribution`."""
+        return Dense(self.gradients.narrow(dim + 1, first, length).clone(memory_format=torch.contiguous_format))
+
+
+class Nothing(_Like):
+    """Gradients of a parameter of which this process holds no part.
+
+    Args:
+        gradients: [B, *shape] without a single number.
+    """
+
+    def __init__(self, gradients: Tensor) -> None:
+        self.gradients = at_least_fp32(gradients)
+        super().__init__(self.gradients)
+
+    def squared_norms(self, wide: bool = False) -> Tensor:
+        """See :class:`Contribution`."""
+        return torch.zeros(len(self.gradients), dtype=wide_dtype(self.gradients), device=self.device)
+
+    def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
+        """See :class:`Contribution`."""
+        return self.gradients.new_zeros(self.gradients.shape[1:])
+
+    def dense(self) -> Tensor:
+        """See :class:`Contribution`."""
+        return self.gradients
+
+    def part(self, dim: int, first: int, length: int) -> Nothing:
+        """See :class:`Contribution`."""
+        return self
+
 
 class Pieces(_Like):
     """Gradients of a few examples at a time, in separate tensors: nothing is copied together.
@@ -177,6 +213,14 @@ class Pieces(_Like):
     def dense(self) -> Tensor:
         """See :class:`Contribution`."""
         return self._in_place(torch.cat(self.pieces), 2)
+
+    def part(self, dim: int, first: int, length: int) -> Pieces:
+        """See :class:`Contribution`."""
+        out = Pieces(self.permuted)
+        axis = -1 if self.permuted and dim == 1 else dim if self.permuted and dim > 1 else dim + 1
+        for piece in self.pieces:
+            out.append(piece.narrow(axis, first, length).clone(memory_format=torch.contiguous_format))
+        return out
 
     def _in_place(self, tensor: Tensor, axis: int) -> Tensor:
         return tensor.movedim(-1, axis) if self.permuted else tensor
@@ -234,6 +278,11 @@ class Outer(_Like):
         """See :class:`Contribution`."""
         return torch.bmm(self.g.transpose(1, 2), self.x)
 
+    def part(self, dim: int, first: int, length: int) -> Outer:
+        """See :class:`Contribution`."""
+        own = (self.x if dim else self.g).narrow(2, first, length).clone(memory_format=torch.contiguous_format)
+        return Outer(self.g, own) if dim else Outer(own, self.x)
+
 
 class Rows(_Like):
     """Gradients of a table of which each example touched a few rows (an embedding).
@@ -276,9 +325,20 @@ class Rows(_Like):
         out = self.g.new_zeros(len(self.g), self.rows, self.g.shape[2])
         return out.scatter_add_(1, self.indices[..., None].expand_as(self.g), self.g)
 
+    def part(self, dim: int, first: int, length: int) -> Rows:
+        """See :class:`Contribution`."""
+        if dim:
+            own = self.g.narrow(2, first, length).clone(memory_format=torch.contiguous_format)
+            return Rows(self.indices, own, self.rows)
+        here = (self.indices >= first) & (self.indices < first + length)
+        none = torch.zeros_like(self.g)
+        return Rows(torch.where(here, self.indices - first, 0), torch.where(here[..., None], self.g, none), rows=length)
+
 
 def merged(a: Contribution, b: Contribution) -> Contribution:
     """The contribution of a parameter that was used twice: gradients add up *before* their norm is taken."""
+    if isinstance(a, Nothing):
+        return a
     if isinstance(a, Outer) and isinstance(b, Outer):
         time = a.g.shape[1] + b.g.shape[1]
         if a.g.dtype == b.g.dtype and Outer.pays(time, a.g.shape[2], a.x.shape[2]):

@@ -253,6 +253,20 @@ class _Ghost:
         """See :class:`Contribution`."""
         return Dense(_grouped(self.call.g, self.call.x, self.call)).dense()
 
+    def part(self, dim: int, first: int, length: int) -> Contribution:
+        """See :class:`dpsyngen.privacy.contributions.Contribution`."""
+        if dim > 1:
+            return Dense(self.dense()).part(dim, first, length)
+        call = self.call
+        own = (call.x if dim else call.g).narrow(1, first, length).clone(memory_format=torch.contiguous_format)
+        weight = call.weight.narrow(dim, first, length)
+        return _Ghost(replace(call, x=own, weight=weight) if dim else replace(call, g=own, weight=weight))
+
+    def without_weight(self) -> _Ghost:
+        """The same with no hold on the weight, of which only the shape matters: FSDP takes its memory back."""
+        weight = self.call.weight
+        return _Ghost(replace(self.call, weight=weight.new_empty(()).expand(weight.shape)))
+
 
 # ------------------------------------------------------------------------------------------ which may be used
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -78,6 +78,19 @@ class VectorSum:
     def isometric(self) -> Tensor:
         """[groups, length] fp64: Gaussian noise of one size in all coordinates is what is added to it.  Private."""
         return self.values * self.weights
+
+    def among(self, sums: Tensor, records: int, not_finite: int) -> VectorSum:
+        """The sum over more records, which this is a part of; the sensitivity stays.
+
+        Args:
+            sums: int64, of all parts.
+            records, not_finite: of all parts.
+
+        Raises:
+            ValueError: there are more than 2^24 records in all.
+        """
+        _check_records(records)
+        return replace(self, sums=sums, records=records, not_finite=not_finite)
 
     def noise_std(self, noise_multiplier: float) -> Tensor:
         """[length], standard deviation of the noise in each coordinate of what :func:`released` returns.  Public."""

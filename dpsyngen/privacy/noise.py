@@ -15,12 +15,14 @@ What is hardened, and what is not:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dpsyngen.privacy.per_example import ClippedGradient
+from dpsyngen.privacy.places import ShardedGradient
 from dpsyngen.privacy.randomness import Purpose, Randomness
 
 _SUMMED = 4
@@ -42,23 +44,56 @@ def fine_normal(randomness: Randomness, step: int, count: int, purpose: Purpose)
     return out
 
 
+def standard_normal_parts(
+    randomness: Randomness, step: int, count: int, spans: Iterable[tuple[int, int]], purpose: Purpose = "noise"
+) -> Iterator[NDArray[np.float32]]:
+    """Parts of ``standard_normal(randomness, step, count, purpose)``, bit by bit, one at a time.
+
+    Only what lies near the spans is drawn, and only one part of it is in memory.
+
+    Args:
+        randomness, step, count, purpose: as there; `count` is that of the whole.
+        spans: (start, length) of each part.  In ascending order nothing is drawn twice.
+    """
+    last, chunk = -1, np.empty(0)
+    for start, length in spans:
+        if start < 0 or length < 0 or start + length > count:
+            raise ValueError(f"the span ({start}, {length}) does not lie within the {count} samples.")
+        out = np.empty(length, dtype=np.float32)
+        position = start
+        while position < start + length:
+            part, offset = divmod(position, _CHUNK)
+            if part != last:
+                last, chunk = part, _chunk(randomness, step, purpose, part, min(_CHUNK, count - part * _CHUNK))
+            n = min(len(chunk) - offset, start + length - position)
+            out[position - start : position - start + n] = chunk[offset : offset + n]
+            position += n
+        yield out
+
+
 def _fill(out: NDArray[np.floating], randomness: Randomness, step: int, purpose: Purpose) -> None:
     count = len(out)
     for part, start in enumerate(range(0, count, _CHUNK)):
         n = min(_CHUNK, count - start)
-        # Half as many pairs of uniforms as Gaussians: each gives radius * cos and radius * sin of one angle, whose sum
-        # is sqrt(2) * radius * cos(angle - pi/4); and that angle is uniform, too.
-        words = randomness.words(purpose, step, _SUMMED * n, part).reshape(2, _SUMMED // 2, n) >> np.uint64(11)
-        radius, angle = words.astype(np.float64)
-        radius += 1.0  # in (0, 1], so that its logarithm is finite
-        radius *= _UNIT
-        np.log(radius, out=radius)
-        radius *= -2.0 * (2.0 / _SUMMED)  # sqrt(2) and the division by sqrt(4), before the root
-        np.sqrt(radius, out=radius)
-        angle *= 2.0 * np.pi * _UNIT
-        np.cos(angle, out=angle)
-        radius *= angle
-        out[start : start + n] = radius.sum(0)
+        out[start : start + n] = _chunk(randomness, step, purpose, part, n)
+
+
+def _chunk(randomness: Randomness, step: int, purpose: Purpose, part: int, n: int) -> NDArray[np.float64]:
+    """The `n` samples from number part * _CHUNK on; which they are depends on n, too."""
+    # Half as many pairs of uniforms as Gaussians: each gives radius * cos and radius * sin of one angle, whose sum
+    # is sqrt(2) * radius * cos(angle - pi/4); and that angle is uniform, too.
+    words = randomness.words(purpose, step, _SUMMED * n, part).reshape(2, _SUMMED // 2, n) >> np.uint64(11)
+    radius, angle = words.astype(np.float64)
+    radius += 1.0  # in (0, 1], so that its logarithm is finite
+    radius *= _UNIT
+    np.log(radius, out=radius)
+    radius *= -2.0 * (2.0 / _SUMMED)  # sqrt(2) and the division by sqrt(4), before the root
+    np.sqrt(radius, out=radius)
+    angle *= 2.0 * np.pi * _UNIT
+    np.cos(angle, out=angle)
+    radius *= angle
+    total: NDArray[np.float64] = radius.sum(0)
+    return total
 
 
 def noisy_mean(
@@ -84,7 +119,9 @@ def noisy_mean(
         step: number of the step; each step has its own noise.
 
     Returns:
-        one tensor for each of ``clipped.sums``.
+        one tensor for each of ``clipped.sums``.  Of a model that is split over processes each gets its own part of the
+        same noise that one process would have added, so that every coordinate has noise once; see
+        :mod:`dpsyngen.privacy.sharded`.
     """
     if noise_multiplier < 0 or expected_examples <= 0:
         raise ValueError(
@@ -95,6 +132,14 @@ def noisy_mean(
     if not math.isfinite(clipped.l2_sensitivity):
         raise ValueError("the sum has no finite sensitivity, so no noise makes it private: clip it first.")
     scale = noise_multiplier * clipped.l2_sensitivity
+    if isinstance(clipped, ShardedGradient):
+        spans = (place.span for place in clipped.places)
+        drawn = standard_normal_parts(randomness, step, clipped.coordinates, spans)
+        return [
+            place.like(total, (own + scale * place.cut(noise, own)) / expected_examples)
+            for total, place, noise in zip(clipped.sums, clipped.places, drawn, strict=True)
+            for own in (place.own(total),)
+        ]
     sizes = [s.numel() for s in clipped.sums]
     noise = torch.from_numpy(standard_normal(randomness, step, sum(sizes))).split(sizes)
     return [

@@ -8,7 +8,9 @@ reused: each pass has its own tape.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,15 +18,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dpsyngen.privacy.clipping import ClippedGradient, ClippingStyle, check_clipping, clip, clip_and_sum
+from dpsyngen.errors import ConfigError
+from dpsyngen.privacy.clipping import ClippedGradient, ClippingStyle, check_clipping, clip, clip_and_sum, valid_mask
 from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
+from dpsyngen.privacy.places import ShardedGradient
 from dpsyngen.privacy.recording import Recorder, Tape
 from dpsyngen.privacy.rules import UnsupportedLayer
 from dpsyngen.workers import Workers
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from dpsyngen.privacy.exact import GridGradient
+    from dpsyngen.privacy.sharded import Sharding
 
 __all__ = ["ClippedGradient", "PerExampleGradients", "UnsupportedLayer", "clip_and_sum"]
 
@@ -41,7 +48,17 @@ class PerExampleGradients:
             the result is C in each.
         kernels: how convolutions compute; None: measure on first use (:class:`KernelChoices`).
         workers: how many threads share a batch in :meth:`sum`, or the threads themselves; None: one for each of
-            PyTorch's threads, at most 8 (one on a GPU).
+            PyTorch's threads, at most 8 (one on a GPU, and for a model that is split over processes).
+        shards: processes that hold parts of one model and see the same examples: the squared norms of an example's
+            parts are added up over them.  None for a model that is whole, and for one sharded by ``fully_shard`` whose
+            processes each have their own examples; see :mod:`dpsyngen.privacy.sharded`.
+
+    Of a model that is split over processes every method but :meth:`zero` and :meth:`per_example` must be called in
+    all of them alike, and gives each its own part of the sum, with the sensitivity of the whole.
+
+    Raises:
+        ConfigError: the parameters are split in a way that is not supported, or `workers` is more than one for a
+            model that is split.
 
     The model must treat the rows of a batch independently.  Layers known to mix them are refused; ordinary arithmetic
     that does (``h - h.mean(0)``) would void the sensitivity and cannot be seen in a single pass:
@@ -86,6 +103,7 @@ class PerExampleGradients:
         style: ClippingStyle = "flat",
         kernels: KernelChoices | None = None,
         workers: Workers | int | None = None,
+        shards: ProcessGroup | None = None,
     ) -> None:
         check_clipping(clipping_norm, style)
         self.module, self.style = module, style
@@ -98,42 +116,49 @@ class PerExampleGradients:
         frozen = [p for p in module.parameters() if not p.requires_grad]
         self.constants = {id(t) for t in (*frozen, *module.buffers())}
         self.kernels = kernels or KernelChoices()
-        on_gpu = self.parameters[0].device.type != "cpu"
-        self.workers = (
-            workers if isinstance(workers, Workers) else Workers(1 if workers is None and on_gpu else workers)
-        )
+        self._passing = threading.local()  # has the `tape` of this thread's forward pass
+        self._sharding: Sharding | None = None
+        if shards is not None or any(hasattr(p, "to_local") for p in self.parameters):
+            from dpsyngen.privacy.sharded import sharding_of
+
+            self._sharding = sharding_of(module, self.names, self.parameters, shards)
+        alone = self.parameters[0].device.type != "cpu" or self._sharding is not None
+        self.workers = workers if isinstance(workers, Workers) else Workers(1 if workers is None and alone else workers)
+        if self._sharding is not None and self.workers.count > 1:
+            raise ConfigError(
+                f"workers is {self.workers.count}, but a model that is split over processes runs in one thread of "
+                "each, since its collectives must come in one order: leave `workers` out."
+            )
         modules = [n.rpartition(".")[0] for n in self.names]
         numbers = {name: i for i, name in enumerate(dict.fromkeys(modules))}
-        self._layers = [numbers[m] for m in modules]
+        self._layers = [numbers[m] for m in modules] if self._sharding is None else self._sharding.numbers
 
     def zero(self) -> ClippedGradient:
         """The clipped gradient of an empty batch: zeros, with the same sensitivity.  A legal Poisson outcome."""
         first = self.parameters[0]
-        return ClippedGradient(
-            [torch.zeros_like(p, requires_grad=False) for p in self.parameters],
-            self.clipping_norm,
-            0,
-            first.new_zeros(0, requires_grad=False),
-            0,
-        )
+        sums = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        if self._sharding is not None:
+            norms = torch.zeros(0, dtype=first.dtype, device=first.device)
+            places = self._sharding.places, self._sharding.coordinates
+            return ShardedGradient(sums, self.clipping_norm, 0, norms, 0, *places)
+        return ClippedGradient(sums, self.clipping_norm, 0, first.new_zeros(0, requires_grad=False), 0)
 
     def contributions(self, loss: Callable[[], Tensor], examples: int, copies: int = 1) -> list[Contribution]:
         """One pass: what each parameter's per-example gradients are, in the cheapest form.
 
         Args and errors: as :meth:`per_example`.
         """
-        parameters = dict(zip(self.names, self.parameters, strict=True))
-        tape = Tape(parameters, self.constants, self.kernels, examples, copies)
-        with torch.enable_grad():
-            with Recorder(tape):
-                rows = loss()
-            if rows.shape != (examples * copies,):
-                raise ValueError(
-                    f"the loss has shape {tuple(rows.shape)}, but must be one number a row: "
-                    f"({examples * copies},) = examples x copies."
-                )
-            (rows.sum() / copies).backward()
-        tape.send_back()
+        if self._sharding is None:
+            parameters = dict(zip(self.names, self.parameters, strict=True))
+            tape = Tape(parameters, self.constants, self.kernels, examples, copies)
+        else:
+            tape = self._sharding.tape(self.constants, self.kernels, examples, copies)
+        try:
+            self._run(tape, loss, examples, copies)
+        except Exception:
+            if self._sharding is not None:
+                self._sharding.abandon()
+            raise
         missing = [n for i, n in enumerate(self.names) if i not in tape.recorded]
         if missing:
             raise UnsupportedLayer(
@@ -142,6 +167,33 @@ class PerExampleGradients:
             )
         recorded, tape.recorded = tape.recorded, {}  # the graph holds the tape: leave nothing large on it
         return [recorded[i] for i in range(len(self.parameters))]
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        """For ``torch.utils.checkpoint.checkpoint(…, use_reentrant=False, context_fn=engine.checkpoint_contexts)``.
+
+        Activation checkpointing runs a part of the model again during the backward pass; with these contexts that run
+        is seen like the first one.  Without them PyTorch refuses (``CheckpointError``).
+        """
+        tape = getattr(self._passing, "tape", None)
+        return nullcontext(), nullcontext() if tape is None else Recorder(tape)
+
+    def _run(self, tape: Tape, loss: Callable[[], Tensor], examples: int, copies: int) -> None:
+        with torch.enable_grad():
+            self._passing.tape = tape
+            try:
+                with Recorder(tape):
+                    rows = loss()
+            finally:
+                self._passing.tape = None
+            if rows.shape != (examples * copies,):
+                raise ValueError(
+                    f"the loss has shape {tuple(rows.shape)}, but must be one number a row: "
+                    f"({examples * copies},) = examples x copies."
+                )
+            if self._sharding is not None:
+                self._sharding.check_same(rows.detach())
+            (rows.sum() / copies).backward()
+        tape.send_back()
 
     def per_example(self, loss: Callable[[], Tensor], examples: int, copies: int = 1) -> list[Tensor]:
         """Unclipped per-example gradients, one tensor [examples, *parameter.shape] for each parameter.
@@ -156,15 +208,31 @@ class PerExampleGradients:
         """
         return [c.dense() for c in self.contributions(loss, examples, copies)]
 
-    def __call__(self, loss: Callable[[], Tensor], examples: int, copies: int = 1) -> ClippedGradient:
+    def __call__(
+        self, loss: Callable[[], Tensor], examples: int, copies: int = 1, *, valid: int | Tensor | None = None
+    ) -> ClippedGradient:
         """Sum over examples of clipped gradients, in one pass of this thread; see :meth:`per_example`.
 
         A gradient with a NaN or an infinity contributes exactly zero.
+
+        Args:
+            loss, examples, copies: as of :meth:`per_example`.
+            valid: which of the examples are more than padding: a boolean tensor [examples], or the number n of the
+                first ones.  The rest contribute exactly zero and are not counted.  None: all.
         """
+        mask = valid_mask(valid, examples, self.parameters[0].device)
         if examples == 0:
+            if self._sharding is not None:
+                raise ConfigError(
+                    "examples is 0, but each process must run the same passes of a model that is split: give it one "
+                    "example of any kind, with valid=0."
+                )
             return self.zero()
         contributions = self.contributions(loss, examples, copies)
-        return clip(contributions, self._layers, self.clipping_norm, self.style)
+        if self._sharding is None and mask is None:
+            return clip(contributions, self._layers, self.clipping_norm, self.style)
+        clipped = clip(contributions, self._layers, self.clipping_norm, self.style, valid=mask, shards=self._sharding)
+        return clipped if self._sharding is None else self._sharding.finish(clipped)
 
     def sum(
         self,
@@ -173,6 +241,7 @@ class PerExampleGradients:
         *,
         copies: int = 1,
         physical_batch: int = 32,
+        valid: int | Tensor | None = None,
     ) -> ClippedGradient:
         """Sum over any number of examples of clipped gradients, a bounded number of them in memory at a time.
 
@@ -183,17 +252,25 @@ class PerExampleGradients:
             copies: K >= 1, rows of each example; their losses are averaged.
             physical_batch: examples in memory at a time, over all workers together.  It changes the rounding of the
                 sums and nothing else.
+            valid: which of the examples are more than padding, as of :meth:`__call__`.  The processes of a model
+                that is split must give the same number of examples, so those with fewer fill up.
 
         Returns:
             the sum, added up in the order of the examples: for given settings it is the same each time.
         """
+        mask = valid_mask(valid, examples, self.parameters[0].device)
+        if self._sharding is not None:
+            self._sharding.check_agreement(examples=examples, copies=copies, physical_batch=physical_batch)
 
         def one(part: slice) -> ClippedGradient:
-            return self(lambda: loss(part), part.stop - part.start, copies)
+            count = part.stop - part.start
+            if mask is None:
+                return self(lambda: loss(part), count, copies)
+            return self(lambda: loss(part), count, copies, valid=mask[part])
 
         sums: list[Tensor] | None = None
         norms: list[Tensor] = []
-        bad = 0
+        bad = count = 0
         for parts in self._partition(examples, copies, physical_batch):
             for clipped in self.workers.map(one, parts):
                 if sums is None:
@@ -202,9 +279,11 @@ class PerExampleGradients:
                     torch._foreach_add_(sums, clipped.sums)
                 norms.append(clipped.norms)
                 bad += clipped.not_finite
+                count += clipped.examples
         if sums is None:
             return self.zero()
-        return ClippedGradient(sums, self.clipping_norm, examples, torch.cat(norms), bad)
+        total = ClippedGradient(sums, self.clipping_norm, count, torch.cat(norms), bad)
+        return total if self._sharding is None else self._sharding.placed(total)
 
     def sum_on_grid(
         self,
@@ -225,6 +304,10 @@ class PerExampleGradients:
 
         if self.style != "flat":
             raise ValueError(f"clipping style is {self.style!r}, but sums on a grid know only 'flat'.")
+        if self._sharding is not None:
+            raise ConfigError(
+                "sums on a grid do not exist for a model that is split over processes: use `sum`, or keep it whole."
+            )
 
         def one(part: slice) -> GridGradient:
             gradients = self.per_example(lambda: loss(part), part.stop - part.start, copies)
@@ -243,7 +326,7 @@ class PerExampleGradients:
         layers must be off.
 
         Args:
-            loss: as in :meth:`sum`.
+            loss: as in :meth:`sum`; for a model that is split, of the same examples in all processes.
             examples: at least 2.
             copies: K.
             tolerance: allowed difference, relative to the norm of the example's gradient.
@@ -259,7 +342,10 @@ class PerExampleGradients:
             differences = [float((t[b] - a[0]).norm()) for t, a in zip(together, alone, strict=True)]
             norm = math.hypot(*(float(a.norm()) for a in alone))
             worst = max(range(len(differences)), key=lambda i: differences[i])
-            if not math.hypot(*differences) <= tolerance * norm:
+            change = math.hypot(*differences)
+            if self._sharding is not None:  # all come to the same result, or some would wait for the others
+                change, norm = self._sharding.whole(change, norm)
+            if not change <= tolerance * norm:
                 raise UnsupportedLayer(
                     f"the gradient of example {b} depends on the other examples of its batch (most of all that of "
                     f"{self.names[worst]!r}), so one example cannot be bounded by clipping.  Something in the model "

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ from dpsyngen.files import write_text
 
 Purpose = Literal["sampling", "noise", "moments", "augmentation", "tag"]
 _KEY_BYTES = 32
+_BLOCK_WORDS = 2**16  # half a megabyte: stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,19 @@ class Randomness:
 
     def words(self, purpose: Purpose, step: int, count: int, part: int = 0) -> NDArray[np.uint64]:
         """`count` independent uniform 64-bit words, the same ones for the same (purpose, step, part)."""
+        return next(self.word_blocks(purpose, step, count, part, block=count), np.zeros(0, dtype=np.uint64))
+
+    def word_blocks(
+        self, purpose: Purpose, step: int, count: int, part: int = 0, block: int = _BLOCK_WORDS
+    ) -> Iterator[NDArray[np.uint64]]:
+        """The same words as :meth:`words`, at most `block` of them at a time."""
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-        cipher = Cipher(algorithms.AES(self._stream_key(purpose, step, part)), modes.CTR(bytes(16)))
-        stream = cipher.encryptor().update(bytes(8 * count))  # the key stream, xor-ed with zeros
-        return np.frombuffer(stream, dtype="<u8").astype(np.uint64, copy=False)
+        cipher = Cipher(algorithms.AES(self._stream_key(purpose, step, part)), modes.CTR(bytes(16))).encryptor()
+        zeros = bytes(8 * min(block, count))
+        for start in range(0, count, max(block, 1)):
+            stream = cipher.update(zeros[: 8 * (count - start)])  # the key stream, xor-ed with zeros
+            yield np.frombuffer(stream, dtype="<u8").astype(np.uint64, copy=False)
 
     def seed(self, purpose: Purpose, step: int, part: int = 0) -> int:
         """A 63-bit seed for a fast generator, for randomness that the guarantee does not rest on."""

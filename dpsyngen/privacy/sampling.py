@@ -25,5 +25,10 @@ def poisson_sample(randomness: Randomness, step: int, records: int, sampling_rat
         raise ValueError(f"sampling_rate is {sampling_rate}, but must be in (0, 1].")
     if sampling_rate == 1:
         return np.arange(records, dtype=np.int64)
-    words = randomness.words("sampling", step, records)
-    return np.flatnonzero(words < np.uint64(int(sampling_rate * 2**64))).astype(np.int64)
+    threshold = np.uint64(int(sampling_rate * 2**64))
+    chosen, start = [np.zeros(0, dtype=np.int64)], 0
+    # In blocks: memory is that of the chosen indices, however many records there are.
+    for words in randomness.word_blocks("sampling", step, records):
+        chosen.append(np.flatnonzero(words < threshold) + start)
+        start += len(words)
+    return np.concatenate(chosen)

@@ -11,14 +11,32 @@ import dpsyngen
 
 ROOT = Path(dpsyngen.__file__).parent
 # Files of their own that know nothing of images, privacy or diffusion: anybody may use them.
-LEAVES = {"class_names", "errors", "files", "plain_file", "plain_yaml", "shown", "strict_json", "version"}
+LEAVES = {
+    *(
+        "class_names",
+        "distributed",
+        "errors",
+        "files",
+        "full_precision",
+        "plain_file",
+        "plain_yaml",
+        "shown",
+        "strict_json",
+    ),
+    *("transfer", "version"),
+}
 ALLOWED = {
     "programs": {"programs"},
     "data": {"data"},
     "privacy": {"privacy", "workers"},
     "diffusion": {"diffusion"},
     "evaluation": {"evaluation", "data"},
-    "training": {"training", "data", "privacy", "diffusion", "programs", "certificate", "config", "workers"},
+    "training": {
+        *("training", "data", "privacy", "diffusion", "programs", "certificate", "config", "export", "workers"),
+        "hardware",
+    },
+    "hardware": {"hardware", "config"},
+    "export": {"export", "certificate", "diffusion", "generator", "generator_file", "sampling_settings"},
 }
 
 

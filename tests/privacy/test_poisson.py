@@ -71,3 +71,16 @@ def test_one_more_record_leaves_the_others_inclusion_alone() -> None:
 def test_bad_rates(rate) -> None:
     with pytest.raises(ValueError, match="must be in"):
         poisson_sample(Randomness.from_system(), 0, 5, rate)
+
+
+@pytest.mark.parametrize("records", [0, 1, 2**16 - 1, 2**16, 2**16 + 1, 3 * 2**16 + 5])
+def test_drawing_in_blocks_chooses_the_records_of_one_long_stream(records) -> None:
+    key = Randomness.from_insecure_seed(3)
+    words = key.words("sampling", 7, records)
+    assert len(words) == records
+    chosen = poisson_sample(key, 7, records, 0.01)
+    assert chosen.dtype == np.int64
+    assert np.array_equal(chosen, np.flatnonzero(words < np.uint64(int(0.01 * 2**64))))
+    blocks = list(key.word_blocks("sampling", 7, records, block=1001))
+    assert all(len(block) <= 1001 for block in blocks)
+    assert np.array_equal(np.concatenate([words[:0], *blocks]), words)

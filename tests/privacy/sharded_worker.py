@@ -1,0 +1,523 @@
+"""One of two processes that clip together: ``python sharded_worker.py RANK FOLDER``.
+
+Each computes what one process would have got from all examples, too, compares its own part of it, and writes what it
+found to FOLDER/RANK.json.  ``test_sharded.py`` says what it should be.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
+
+from dpsyngen.diffusion.unet import UNet
+from dpsyngen.privacy import fsdp
+from dpsyngen.privacy.clipping import STYLES, ClippedGradient
+from dpsyngen.privacy.contributions import Dense
+from dpsyngen.privacy.kernels import KernelChoices
+from dpsyngen.privacy.noise import noisy_mean
+from dpsyngen.privacy.per_example import PerExampleGradients
+from dpsyngen.privacy.places import Place, ShardedGradient
+from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.privacy.sampling import poisson_sample
+
+NORM = 0.7
+WORLD = 2
+RANK = int(sys.argv[1])
+Rows = Callable[[nn.Module, Tensor], Tensor]
+found: dict[str, Any] = {}
+
+
+class Varied(nn.Module):
+    """Parameters of all kinds: looked up, tied, derived, chunked, frozen, of one row, of rows that do not halve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.a = nn.utils.parametrizations.weight_norm(nn.Linear(6, 7))
+        self.b, self.c = nn.Linear(7, 7), nn.Linear(7, 7)
+        self.c.weight = self.b.weight
+        self.scale = nn.Parameter(torch.randn(7) / 4)
+        self.fixed = nn.Linear(7, 7).requires_grad_(False)
+        self.out = nn.Linear(7, 1)
+
+    again: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None
+
+    def _attend(self, h: Tensor) -> Tensor:
+        out: Tensor = self.attention(h, h, h, need_weights=False)[0]
+        return out
+
+    def forward(self, indices: Tensor) -> Tensor:
+        h = self.embedding(indices)
+        mixed = self._attend(h) if self.again is None else self.again(self._attend, h)
+        h = torch.tanh(self.a(h + mixed))
+        h = self.fixed(torch.tanh(self.b(h)) * (1 + self.scale.square()))
+        return self.out(torch.tanh(self.c(h))).flatten(1)
+
+
+class Stage(nn.Module):
+    """One layer under a name of its own."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, layer)
+
+
+def varied() -> tuple[nn.Module, Tensor, Rows]:
+    torch.manual_seed(3)
+    return Varied(), torch.randint(0, 5, (6, 4)), lambda model, x: 3 * model(x).square().sum(1)
+
+
+def unet() -> tuple[nn.Module, Tensor, Rows]:
+    torch.manual_seed(4)
+    model = UNet("nano", 8, 1, num_classes=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)  # no layer at zero
+    levels, classes = torch.linspace(-1, 1, 6), torch.arange(6) % 4
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        images, which = x[:, 1:].view(-1, 1, 8, 8), x[:, 0].long()
+        return (net(images, levels[which], classes[which]) - 0.3).square().flatten(1).sum(1)
+
+    return model, torch.cat([torch.arange(6.0)[:, None], torch.randn(6, 64)], 1), loss
+
+
+def two_rows() -> tuple[nn.Module, Tensor, Rows]:
+    """Row 0 of the weight is in process 0, row 1 in process 1; what the loss makes of the two is in the data."""
+    torch.manual_seed(5)
+    x = torch.randn(6, 5)
+    x[:, 3:] = 1.0
+    x[1, 4] = float("nan")
+    x[2, 3] = 1e25  # its square is beyond fp32
+    x[3, 3:] = 1e-20  # its square, too
+    return nn.Linear(3, 2), x, lambda model, x: (model(x[:, :3]) * x[:, 3:]).sum(1)
+
+
+MODELS = {"varied": varied, "unet": unet, "two rows": two_rows}
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, **settings: Any) -> nn.Module:
+    """A copy, sharded block by block."""
+    module = deepcopy(module)
+    blocks = [*module.down, module.middle, *module.up] if isinstance(module, UNet) else []
+    for block in [*blocks, *([module.attention] if isinstance(module, Varied) else [])]:
+        fully_shard(block, mesh=mesh, **settings)
+    fully_shard(module, mesh=mesh, **settings)
+    return module
+
+
+def engine_of(module: nn.Module, style: Any = "flat", **settings: Any) -> PerExampleGradients:
+    return PerExampleGradients(module, NORM, style=style, kernels=KernelChoices(measure=False), **settings)
+
+
+def own_error(got: list[Tensor], places: tuple[Place, ...], whole: list[Tensor]) -> float:
+    """Largest difference from this process's part of what one process got, relative to each tensor's largest value."""
+    worst = 0.0
+    for value, place, reference in zip(got, places, whole, strict=True):
+        own = place.own(value)
+        expected = reference.narrow(place.dim, place.first, place.length) if reference.dim() else reference
+        assert own.shape == expected.shape, (own.shape, expected.shape)
+        if own.numel():
+            worst = max(worst, float((own - expected).detach().abs().max() / reference.abs().max().clamp_min(1e-6)))
+    return worst
+
+
+def norm_over_all(tensors: list[Tensor]) -> float:
+    square = torch.stack([Place.own(t).double().square().sum() for t in tensors]).sum()
+    dist.all_reduce(square)
+    return float(square.sqrt())
+
+
+def own_share(x: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, int]:
+    """This process's rows, filled up with rubbish to as many as the other has."""
+    mine = x[: sizes[0]] if RANK == 0 else x[sizes[0] : sum(sizes)]
+    rubbish = torch.full_like(x[: max(sizes) - len(mine)], 1)
+    return torch.cat([mine, rubbish]), len(mine)
+
+
+def compare(name: str, got: ClippedGradient, expected: ClippedGradient) -> None:
+    assert isinstance(got, ShardedGradient)
+    entry = found.setdefault(name, {"error": 0.0, "facts": True, "not_finite": expected.not_finite})
+    entry["error"] = max(entry["error"], own_error(got.sums, got.places, expected.sums))
+    entry["facts"] &= (got.examples, got.not_finite, got.l2_sensitivity) == (
+        expected.examples,
+        expected.not_finite,
+        NORM,
+    )
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-5, atol=0, equal_nan=True)
+
+
+def equals_one_process(mesh: DeviceMesh) -> None:
+    for name, make in MODELS.items():
+        module, x, loss = make()
+        split = shard(module, mesh)
+        for style in STYLES if name != "unet" else STYLES[:1]:
+            plain, own = engine_of(module, style, workers=1), engine_of(split, style)
+            same = engine_of(split, style, shards=mesh.get_group())
+            whole = plain.sum(lambda part: loss(module, x[part]), 6)  # noqa: B023 - used here only
+            for sizes in ((4, 2), (0, 6)):
+                rows, valid = own_share(x, sizes)
+                got = own.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid, physical_batch=3)  # noqa: B023
+                compare(f"own examples, {name}", got, whole)
+                found[f"own examples, {name}"]["facts"] &= close(
+                    got.norms, whole.norms[: sizes[0]] if RANK == 0 else whole.norms[sizes[0] :]
+                )
+            got = same.sum(lambda part: loss(split, x[part]), 6, physical_batch=4)  # noqa: B023
+            compare(f"same examples, {name}", got, whole)
+            found[f"same examples, {name}"]["facts"] &= close(got.norms, whole.norms)
+            # Noise multiplicity, and padding in the middle.
+            valid = torch.tensor([True, False, True])
+            got = same(lambda: loss(split, x), 3, 2, valid=valid)  # noqa: B023
+            pairs = plain(lambda: loss(module, x), 3, 2, valid=valid)  # noqa: B023
+            kept = plain(lambda: loss(module, x[[0, 1, 4, 5]]), 2, 2)  # noqa: B023
+            compare(f"same examples, {name}", got, pairs)
+            compare(f"same examples, {name}", got, kept)
+        untouched = all(p.grad is None for p in (*split.parameters(), *module.parameters()))
+        found[f"no gradient is left behind, {name}"] = untouched
+
+
+def other_ways_to_shard(mesh: DeviceMesh) -> None:
+    module, x, loss = unet()
+    whole = engine_of(module, workers=1).sum(lambda part: loss(module, x[part]), 6)
+    ghosts = KernelChoices(chosen=dict.fromkeys(_signatures(module, x, loss), "ghost"))
+
+    def on_columns(p: nn.Parameter) -> Shard:
+        return Shard(1 if p.dim() > 1 and p.shape[1] % WORLD == 0 else 0)
+
+    cases: dict[str, tuple[dict[str, Any], KernelChoices | None]] = {
+        "left whole after the forward pass": ({"reshard_after_forward": False}, None),
+        "along the second axis": ({"shard_placement_fn": on_columns}, None),
+        "norms without gradients": ({}, ghosts),
+        "norms without gradients, second axis": ({"shard_placement_fn": on_columns}, ghosts),
+    }
+    for name, (settings, kernels) in cases.items():
+        split = shard(module, mesh, **settings)
+        for shards in (None, mesh.get_group()):
+            engine = PerExampleGradients(split, NORM, kernels=kernels or KernelChoices(measure=False), shards=shards)
+            rows, valid = own_share(x, (4, 2)) if shards is None else (x, 6)
+            got = engine.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid)  # noqa: B023
+            compare(name, got, whole)
+
+    # Activation checkpointing, of a block that is sharded on its own.
+    odd, indices, odd_loss = varied()
+    expected = engine_of(odd, workers=1).sum(lambda part: odd_loss(odd, indices[part]), 6)
+    split = shard(odd, mesh)
+    for shards in (None, mesh.get_group()):
+        engine = engine_of(split, shards=shards)
+        split.again = partial(checkpoint, use_reentrant=False, context_fn=engine.checkpoint_contexts)
+        rows, valid = own_share(indices, (4, 2)) if shards is None else (indices, 6)
+        got = engine.sum(lambda part: odd_loss(split, rows[part]), len(rows), valid=valid)  # noqa: B023
+        compare("activation checkpointing", got, expected)
+
+    # Replicas of one shard each: rows of the mesh have their own examples in either way.
+    grid = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicas", "shards"))
+    split = shard(module, grid)
+    rows, valid = own_share(x, (4, 2))
+    for shards in (None, grid["shards"].get_group()):
+        engine = engine_of(split, shards=shards)
+        got = engine.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid)
+        compare("replicas", got, whole)
+
+
+def _signatures(module: nn.Module, x: Tensor, loss: Rows) -> list[str]:
+    kernels = KernelChoices(measure=False)
+    PerExampleGradients(module, NORM, kernels=kernels, workers=1)(lambda: loss(module, x), 6)
+    return list(kernels.chosen)
+
+
+def sensitivity(mesh: DeviceMesh) -> None:
+    """Norms over the whole model of how the sum changes when an example in process 1 comes or goes."""
+    module, x, loss = varied()
+    split = shard(module, mesh)
+    changes = found.setdefault("changes", {})
+    for style in STYLES:
+        for scale in (1e-3, 1.0, 1e6):
+            own, same = engine_of(split, style), engine_of(split, style, shards=mesh.get_group())
+            rows = x[:3] if RANK == 0 else x[3:]
+
+            def scaled(part: slice, rows: Tensor = rows, scale: float = scale) -> Tensor:
+                return scale * loss(split, rows[part])
+
+            def all_scaled(part: slice, scale: float = scale) -> Tensor:
+                return scale * loss(split, x[part])
+
+            pairs = {
+                "own": (own.sum(scaled, 3), own.sum(scaled, 3, valid=3 if RANK == 0 else 2)),
+                "same": (same.sum(all_scaled, 6), same.sum(all_scaled, 6, valid=5)),
+            }
+            for way, (a, b) in pairs.items():
+                change = norm_over_all([u - v for u, v in zip(a.sums, b.sums, strict=True)])
+                changes[f"{way}, {style}, {scale}"] = change / a.l2_sensitivity
+
+
+def noise(mesh: DeviceMesh) -> None:
+    settings: dict[str, Any] = {
+        "noise_multiplier": 1.3,
+        "expected_examples": 5.0,
+        "randomness": Randomness.from_insecure_seed(1),
+        "step": 7,
+    }
+    same = True
+    for name, placement in (
+        ("rows", None),
+        ("columns", lambda p: Shard(1 if p.dim() > 1 and p.shape[1] % 2 == 0 else 0)),
+    ):
+        module = (unet() if name == "columns" else varied())[0]
+        split = shard(module, mesh, shard_placement_fn=placement)
+        engine = engine_of(split)
+        got = noisy_mean(engine.zero(), **settings)
+        expected = noisy_mean(engine_of(module, workers=1).zero(), **settings)
+        for value, place, whole in zip(got, engine.zero().places, expected, strict=True):
+            same &= torch.equal(place.own(value), whole.narrow(place.dim, place.first, place.length))
+            same &= type(value) is type(engine.parameters[0].data)
+    found["noise is the same to the last bit"] = same
+
+
+def training(mesh: DeviceMesh) -> None:
+    """Three steps of DP-SGD with Adam.  The loop is the same for both; only who has which rows differs."""
+
+    def train(module: nn.Module, loss: Rows, engine: PerExampleGradients, mine: Callable[[Tensor], tuple[Tensor, int]]):
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+        randomness = Randomness.from_insecure_seed(2)
+        for step in range(3):
+            chosen = torch.from_numpy(poisson_sample(randomness, step, len(data), 0.3))
+            rows, valid = mine(chosen)
+            clipped = engine.sum(lambda part: loss(module, data[rows[part]]), len(rows), valid=valid)  # noqa: B023
+            noisy = noisy_mean(
+                clipped, noise_multiplier=0.8, expected_examples=0.3 * len(data), randomness=randomness, step=step
+            )
+            for parameter, gradient in zip(engine.parameters, noisy, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        return optimizer
+
+    module, _, loss = varied()
+    torch.manual_seed(9)
+    data = torch.randint(0, 5, (20, 4))
+    split, together = shard(module, mesh), shard(module, mesh)
+
+    def share(chosen: Tensor) -> tuple[Tensor, int]:
+        mine = chosen[RANK::WORLD]
+        return torch.cat([mine, mine.new_zeros(-(-len(chosen) // WORLD) - len(mine))]), len(mine)
+
+    own, same = engine_of(split), engine_of(together, shards=mesh.get_group())
+    optimizer = train(split, loss, own, share)
+    train(together, loss, same, lambda chosen: (chosen, len(chosen)))
+    before = deepcopy(module)
+    plain = engine_of(module, workers=1)
+    train(module, loss, plain, lambda chosen: (chosen, len(chosen)))
+    moved = max(
+        float((a - b).detach().abs().max()) for a, b in zip(module.parameters(), before.parameters(), strict=True)
+    )
+    places = own.zero().places
+    found["weights after three steps"] = {
+        "moved": moved,
+        "own": own_error(own.parameters, places, plain.parameters),
+        "same": own_error(same.parameters, places, plain.parameters),
+    }
+
+    # Gradients of examples, which come in whole layers and stay as parts of them.
+    contributions = same.contributions(lambda: loss(together, data[:4]), 4)
+    kept = [c.gradients for c in contributions if isinstance(c, Dense)]
+    found["gradients of examples"] = {
+        "share": sum(c.dense()[0].numel() for c in contributions) / sum(p.numel() for p in plain.parameters),
+        "dense": len(kept),
+        "bytes beyond": sum(k.untyped_storage().nbytes() - k.nbytes for k in kept),
+    }
+
+    # What a process holds between two steps.
+    whole = sum(p.numel() for p in plain.parameters)
+    state = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
+    gathered = own._sharding._gathered._kept  # type: ignore[union-attr]
+    found["numbers held"] = {
+        "parameters": sum(Place.own(p).numel() for p in split.parameters() if p.requires_grad) / whole,
+        "gradients": sum(Place.own(p.grad).numel() for p in split.parameters() if p.grad is not None) / whole,
+        "optimizer": sum(Place.own(v).numel() for v in state) / whole,
+        "gathered parameters": sum(p.untyped_storage().nbytes() for p in gathered),
+        "of how many": len(gathered),
+    }
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        dist.send(x.contiguous(), 1)
+        ctx.shape = x.shape
+        return x.new_zeros(len(x))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        gx = torch.empty(ctx.shape)
+        dist.recv(gx, 1)
+        return gx
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, like: Tensor) -> Tensor:
+        x = torch.empty_like(like)
+        dist.recv(x, 0)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        dist.send(g.contiguous(), 0)
+
+
+def split_by_hand(mesh: DeviceMesh) -> None:
+    torch.manual_seed(6)
+    first, second, x = nn.Linear(3, 4), nn.Linear(4, 2), torch.randn(5, 3) * 3
+    whole = nn.ModuleDict({"first": first, "second": second})
+
+    def one_process(part: slice) -> Tensor:
+        return whole["second"](torch.tanh(whole["first"](x[part]))).square().sum(1)
+
+    stage = Stage("first", deepcopy(first)) if RANK == 0 else Stage("second", deepcopy(second))
+
+    def stage_loss(part: slice) -> Tensor:
+        if RANK == 0:
+            out: Tensor = _Send.apply(torch.tanh(stage.first(x[part])))
+            return out
+        start = torch.empty(len(x[part]), 4, requires_grad=True)
+        return stage.second(_Receive.apply(start)).square().sum(1)
+
+    own = slice(0, 2) if RANK == 0 else slice(2, 4)
+    settings: dict[str, Any] = {
+        **{"noise_multiplier": 1.0, "expected_examples": 5.0, "step": 1},
+        "randomness": Randomness.from_insecure_seed(3),
+    }
+    for style in STYLES:
+        expected = engine_of(whole, style, workers=1).sum(one_process, 5)
+        engine = engine_of(stage, style, shards=dist.group.WORLD)
+        got = engine.sum(stage_loss, 5, physical_batch=2)
+        assert isinstance(got, ShardedGradient)
+        mine = [
+            s for n, s in zip(("first", "first", "second", "second"), expected.sums, strict=True) if hasattr(stage, n)
+        ]
+        entry = found.setdefault("pipeline", {"error": 0.0, "norms": True, "noise": True})
+        entry["error"] = max(entry["error"], own_error(got.sums, got.places, mine))
+        entry["norms"] &= close(got.norms, expected.norms)
+        wanted = noisy_mean(engine_of(whole, workers=1).zero(), **settings)[own]
+        noisy = noisy_mean(engine.zero(), **settings)
+        entry["noise"] &= all(torch.equal(a, b) for a, b in zip(noisy, wanted, strict=True))
+
+    # Tensor parallelism: half of the hidden units each; both halves of a layer have one name, and clip as one layer.
+    half = slice(2 * RANK, 2 * RANK + 2)
+    part_of = nn.ModuleDict({"first": nn.Linear(3, 2), "second": nn.Linear(2, 2, bias=False)})
+    with torch.no_grad():
+        part_of["first"].weight.copy_(first.weight[half])
+        part_of["first"].bias.copy_(first.bias[half])
+        part_of["second"].weight.copy_(second.weight[:, half])
+    second.bias = None
+
+    def parallel_loss(part: slice) -> Tensor:
+        out = part_of["second"](torch.tanh(part_of["first"](x[part])))
+        return _SumOverProcesses.apply(out).square().sum(1)
+
+    for style in STYLES:
+        expected = engine_of(whole, style, workers=1).sum(one_process, 5)
+        got = engine_of(part_of, style, shards=dist.group.WORLD).sum(parallel_loss, 5)
+        wanted = [expected.sums[0][half], expected.sums[1][half], expected.sums[2][:, half]]
+        entry = found.setdefault("tensor parallel", {"error": 0.0, "norms": True})
+        entry["error"] = max(
+            entry["error"], *(float((a - b).abs().max()) for a, b in zip(got.sums, wanted, strict=True))
+        )
+        entry["norms"] &= close(got.norms, expected.norms)
+
+
+def refusals(mesh: DeviceMesh) -> None:
+    module, x, loss = varied()
+    split = shard(module, mesh)
+    own, same = engine_of(split), engine_of(split, shards=mesh.get_group())
+    alone = [dist.new_group([r]) for r in range(WORLD)][RANK]
+    partly = deepcopy(module)
+    fully_shard(partly.attention, mesh=mesh)
+
+    def mixing(part: slice) -> Tensor:
+        rows = loss(split, x[part])
+        return rows * (1 + rows.mean())
+
+    attempts: dict[str, Callable[[], object]] = {
+        "wrong shape": lambda: own(lambda: loss(split, x)[:5], 6),
+        "never run": lambda: engine_of(shard(module, mesh))(lambda: loss(nn.Module(), x), 6),
+        "unequal": lambda: own.sum(lambda part: loss(split, x[part]), 3 + RANK),
+        "other batches": lambda: own.sum(lambda part: loss(split, x[part]), 4, physical_batch=1 + RANK),
+        "other examples": lambda: same.sum(lambda part: loss(split, x[3 * RANK :][part]), 3),
+        "another order": lambda: same.sum(lambda part: loss(split, (x if RANK else x.flip(0))[part]), 6),
+        "none": lambda: own(lambda: loss(split, x[:0]), 0),
+        "threads": lambda: engine_of(split, workers=2),
+        "grid": lambda: own.sum_on_grid(lambda part: loss(split, x[part]), 3, grid=2.0**-20),
+        "another group": lambda: engine_of(split, shards=alone),
+        "partly sharded": lambda: engine_of(partly),
+        "mixing, own": lambda: own.verify(mixing, 3),
+        "mixing, same": lambda: same.verify(mixing, 3),
+        "too many valid": lambda: own(lambda: loss(split, x), 6, valid=7),
+        "valid of another shape": lambda: own(lambda: loss(split, x), 6, valid=torch.ones(5, dtype=torch.bool)),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except Exception as error:
+            found.setdefault("refused", {})[name] = f"{type(error).__name__}: {error}"
+    # All of them were refused in both processes before or between passes, so the two can go on.
+    own.verify(lambda part: loss(split, x[part]), 2)
+    same.verify(lambda part: loss(split, x[part]), 2)
+    empty = own.sum(lambda part: loss(split, x[part]), 0)
+    compare("empty", empty, engine_of(module, workers=1).zero())
+    padding = own.sum(lambda part: loss(split, x[part]), 3, valid=0)
+    compare("empty", padding, engine_of(module, workers=1).zero())
+    double = padding + own.sum(lambda part: loss(split, x[part]), 6, valid=6 if RANK == 0 else 0)
+    compare("added", double, engine_of(module, workers=1)(lambda: loss(module, x), 6))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=RANK, world_size=WORLD)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fsdp._BUCKET = 1000  # several buckets, some of one parameter
+    checks: list[Callable[[DeviceMesh], None]] = [
+        *(equals_one_process, other_ways_to_shard, sensitivity, noise, training, split_by_hand, refusals),
+    ]
+    seconds = {}
+    for check in checks:
+        begin = time.perf_counter()
+        check(mesh)
+        seconds[check.__name__] = time.perf_counter() - begin
+    found["seconds"] = seconds
+    (folder / f"{RANK}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
