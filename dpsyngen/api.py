@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpsyngen.config import Config, load_config
-from dpsyngen.data import ImageDataset, load_images
+from dpsyngen.data import ImageDataset, MapStyle, load_images
+from dpsyngen.distributed import ALONE, Ranks, device_of, joined
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.files import write_text
+from dpsyngen.hardware import kind_of
+from dpsyngen.training.follower import follow, read_together
 from dpsyngen.training.new_run import require_new
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.plan import shape_of
@@ -22,21 +25,52 @@ from dpsyngen.training.run import Run
 from dpsyngen.training.start import require_unfinished, resume, start
 
 if TYPE_CHECKING:
+    from dpsyngen.console import Console
     from dpsyngen.generator import Generator
 
 PathLike = str | os.PathLike[str]
-Source = PathLike | ImageDataset | tuple[np.ndarray, np.ndarray | None]
+Source = PathLike | ImageDataset | MapStyle | tuple[np.ndarray, np.ndarray | None]
 
 
-def load_private(source: Source, config: Config) -> ImageDataset:
-    """The private images as `config` asks for them: size, colour, with or without classes."""
+def load_private(
+    source: Source, config: Config, on_progress: Callable[[int, int], None] | None = None
+) -> ImageDataset:
+    """The private images as `config` asks for them: size, colour, with or without classes.
+
+    Args:
+        source: see :func:`dpsyngen.data.load_images`; an ImageDataset is taken as it is.
+        config: its section ``data`` counts.
+        on_progress: called as ``(done, total)`` while images are decoded, which can take long for large sets.
+    """
     d = config.data
     if isinstance(source, ImageDataset):
         return source
-    return load_images(source, resolution=d.resolution, channels=d.channels, labels=d.labels, skip_bad=d.skip_bad)
+    return load_images(
+        source,
+        resolution=d.resolution,
+        channels=d.channels,
+        labels=d.labels,
+        skip_bad=d.skip_bad,
+        cache=d.cache,
+        workers=d.workers,
+        on_progress=on_progress,
+    )
 
 
-def prepare(config: Config, out: PathLike, data: Source | None = None, device: str = "cpu") -> Training:
+def _named_or_given(data: Source | None, config: Config) -> ImageDataset:
+    """The images that were given, or else those that the configuration names."""
+    source = config.data.source if data is None else data
+    if isinstance(source, str) and not source:
+        raise ConfigError(
+            "no images were given: use --data with a folder, a file or a named set.  A run that was started from "
+            "arrays in memory needs the same images again as data."
+        )
+    return load_private(source, config)
+
+
+def prepare(
+    config: Config, out: PathLike, data: Source | None = None, device: str = "cpu", ranks: Ranks = ALONE
+) -> Training:
     """Read the images, check everything, and make the run directory; nothing is spent yet.
 
     Args:
@@ -44,20 +78,23 @@ def prepare(config: Config, out: PathLike, data: Source | None = None, device: s
         out: a folder that does not exist or is empty.  The training that is returned holds its lock.
         data: the private images; None: what ``config.data.source`` names.
         device: "cpu", "cuda", …
+        ranks: the processes that share the work; this is the main one, the others are in :func:`follow_training`.
 
     Raises:
         ConfigError, DataError, RunError: see their messages.
     """
     require_new(Path(out))
     check_device(device)
-    source = config.data.source if data is None else data
-    if isinstance(source, str) and not source:
-        raise ConfigError("no images were given: use --data with a folder, a file or a named set.")
-    return start(config, load_private(source, config), Path(out), device)
+    dataset = read_together(ranks, config, lambda c: _named_or_given(data, c))
+    return start(config, dataset, Path(out), device, ranks)
 
 
 def prepare_resume(
-    out: PathLike, data: Source | None = None, device: str = "cpu", tensorboard: bool | None = None
+    out: PathLike,
+    data: Source | None = None,
+    device: str = "cpu",
+    tensorboard: bool | None = None,
+    ranks: Ranks = ALONE,
 ) -> Training:
     """Go on with the interrupted run in `out`, by default with the images it was started with.
 
@@ -66,17 +103,31 @@ def prepare_resume(
         data: the same images, if they have moved.
         device: where to compute.
         tensorboard: whether this session writes files for TensorBoard; None: what the run's settings say.
+        ranks: as in :func:`prepare`; another number of processes than before will do.
     """
     check_device(device)
     run = Run(Path(out))
     require_unfinished(run)
     # Before the images are read, which can take long.
     run.open_for_writing()
-    config = run.config
-    source = data if data is not None else config.data.source
-    if isinstance(source, str) and not source:
-        raise ConfigError("the run was started from arrays in memory: give the same images again as data.")
-    return resume(run, load_private(source, config), device, tensorboard)
+    dataset = read_together(ranks, run.config, lambda c: _named_or_given(data, c))
+    return resume(run, dataset, device, tensorboard, ranks)
+
+
+def follow_training(ranks: Ranks, data: Source | None = None, device: str = "cpu") -> None:
+    """In every process but the main one: share the training that the main one leads, to its end.
+
+    Args:
+        ranks: the processes.
+        data: as it is given to :func:`prepare` in the main process.
+        device: where to compute.
+
+    Raises:
+        Dismissed: the main process failed, and said why.
+        RankLost: a process is gone.
+    """
+    check_device(device)
+    follow(ranks, lambda config: _named_or_given(data, config), device)
 
 
 def train(
@@ -84,20 +135,25 @@ def train(
     *,
     out: PathLike,
     epsilon: float,
+    delta: float | None = None,
     preset: str | None = None,
-    settings: dict[str, Any] | None = None,
-    device: str = "cpu",
+    settings: Mapping[str, Any] | None = None,
+    device: str = "auto",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
     """Train a generator on private images with (ε, δ)-differential privacy.
+
+    :meth:`dpsyngen.Generator.fit` is the same with a generator as the result, and with more to see.  In a script that
+    torchrun starts all processes call this alike and share the work (docs/distributed.md).
 
     Args:
         data: a folder, file or named set; an :class:`ImageDataset`; or (images, labels) arrays.
         out: the run directory to make.
         epsilon: ε > 0 for one image, add/remove adjacency; ``math.inf`` trains without privacy, for reference.
+        delta: δ; None: the largest power of ten below the inverse of the number of images.
         preset: see :func:`dpsyngen.config.preset_names`.
         settings: nested overrides of the preset, such as ``{"private": {"steps": 500}}``.
-        device: where to compute.
+        device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
         on_progress: called after each step.
 
     Returns:
@@ -105,21 +161,59 @@ def train(
 
     Raises:
         ConfigError, DataError, RunError: before anything is spent.
+        KeyboardInterrupt: it was interrupted, with a checkpoint; :func:`prepare_resume` goes on.
     """
-    settings = dict(settings or {})
-    settings["privacy"] = {**settings.get("privacy", {}), "epsilon": epsilon}
-    if isinstance(data, (str, os.PathLike)):
-        settings["data"] = {**settings.get("data", {}), "source": os.fspath(data)}
-    from dpsyngen.doctor import write_health
+    from dpsyngen.fitting import with_options
 
-    config = load_config(settings, preset=preset)
-    training = prepare(config, out, data, device)
-    with training.run.lock():
-        for progress in training.steps():
-            if on_progress:
-                on_progress(progress)
-        write_health(training.run, device)
-    return training.run
+    given = with_options(
+        settings,
+        privacy__epsilon=epsilon,
+        privacy__delta=delta,
+        data__source=os.fspath(data) if isinstance(data, str | os.PathLike) else None,
+    )
+    config, device = load_config(given, preset=preset), kind_of(device)
+    return train_together(
+        lambda own, ranks: prepare(config, out, data, own, ranks), out, data, device, on_progress=on_progress
+    )
+
+
+def train_together(
+    begin: Callable[[str, Ranks], Training],
+    out: PathLike,
+    data: Source | None,
+    device: str,
+    *,
+    console: Console | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Run:
+    """Train to the end, in this process or in all that torchrun started; all of them call this alike.
+
+    Args:
+        begin: what makes the training (:func:`prepare` or :func:`prepare_resume`), given the device of this process and
+            the processes; called in the main one.
+        out: the run directory.
+        data: the private images; None: what the run's settings name.
+        device: where to compute.
+        console: where the main process tells what is going on; None: nowhere.
+        on_progress: called in the main process after each step.
+
+    Returns:
+        the finished run.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; the message says how to go on.
+    """
+    from dpsyngen.fitting import carry_out
+
+    with joined() as ranks:
+        device = device_of(device, ranks)
+        if not ranks.main:
+            follow_training(ranks, data, device)
+            return Run(Path(out))
+        with ranks.leading():
+            training = begin(device, ranks)
+            carry_out(training, console, on_progress)
+        return training.run
 
 
 def check_device(device: str) -> None:
@@ -154,8 +248,9 @@ def evaluate(
     cache: bool = True,
     sampling: dict[str, Any] | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     on_progress: Callable[[str], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Measure a run against real images.  Every figure is private: it lands in ``private/metrics.json`` only.
 
@@ -174,8 +269,9 @@ def evaluate(
         cache: keep features of real images in the run's private half, so that the next evaluation is faster.
         sampling: settings of the sampler, as for :meth:`Generator.settings`.
         seed: seed of the generated images and of the classifiers.
-        device: where to compute.
+        device: where to compute, as for :func:`train`.
         on_progress: called with a line about what is being done.
+        ranks: the processes that share the work; this is the main one, the others are in :func:`follow_evaluation`.
 
     Returns:
         the figures and the protocol of each, as written to the file.
@@ -185,11 +281,13 @@ def evaluate(
     from dpsyngen.evaluation.figures import NAMES as METRICS
     from dpsyngen.evaluation.figures import check_sizes, checked_metrics
     from dpsyngen.evaluation.own_features import OwnFeatures
-    from dpsyngen.generator import Generator
+    from dpsyngen.sampling_ranks import open_everywhere, sample
 
     run = _as_run(run)
     run.require_complete()
-    check_device(device)
+    device = kind_of(device)
+    own_device = device_of(device, ranks)
+    check_device(own_device)
     weights = None if inception_weights is None else Path(inception_weights)
     specs = [FeatureSpec(name, weights if name == "inception" else None) for name in features]
     asked = checked_metrics(METRICS if metrics is None else metrics)
@@ -202,7 +300,7 @@ def evaluate(
     source = config.data.source if data is None else data
     if isinstance(source, str) and not source:
         raise ConfigError("the run was trained on arrays in memory: give the images as data.")
-    generator = Generator(run.release, device)
+    generator = open_everywhere(ranks, run.release, device)
     wanted = config.model_copy(
         update={
             "data": config.data.model_copy(
@@ -224,7 +322,7 @@ def evaluate(
             )
     for spec in specs if asked else []:
         # What is missing or wrong should show before images are generated and the ledger is written.
-        extractor = spec.make(device)
+        extractor = spec.make(own_device)
         if isinstance(extractor, OwnFeatures):
             extractor.try_out(generator.channels, generator.resolution)
     # All the while, so that it cannot be refused after an hour's work.
@@ -232,7 +330,7 @@ def evaluate(
         ledger = run.finished_ledger()
         tell(f"generating {images:,} images")
         chosen = {"seed": seed, **(sampling or {})}
-        samples = generator.sample(images, **chosen)
+        samples = sample(ranks, generator, images, **chosen)
         ledger.note_private_access(
             "evaluation against real images; the figures stay in the private half",
             features=list(features),
@@ -254,10 +352,24 @@ def evaluate(
             bootstrap=bootstrap,
             cache=run.features_path if cache else None,
             on_progress=tell,
+            ranks=ranks,
         )
         result["sampling"] = samples.settings
         write_text(run.private / "metrics.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n", 0o600)
     return result
+
+
+def follow_evaluation(ranks: Ranks) -> None:
+    """In every process but the main one: share the evaluation that the main one leads, to its end.
+
+    Raises:
+        Dismissed: the main process failed, and said why.
+        RankLost: a process is gone.
+    """
+    from dpsyngen import sampling_ranks
+    from dpsyngen.evaluation import shared_out
+
+    sampling_ranks.follow(ranks, {**sampling_ranks.handlers(ranks), **shared_out.handlers(ranks)})
 
 
 def _drawn_by_program(config: Config, generator: Generator, count: int) -> np.ndarray | None:

@@ -33,7 +33,9 @@ def train(
     out: Annotated[Path, typer.Option(help="run directory to make (or, with --resume, to continue)")],
     data: Annotated[
         str | None,
-        typer.Option(help="folder (class sub-folders are labels), .npz, .npy, IDX file, or a named set: digits, …"),
+        typer.Option(
+            help="folder (class sub-folders are labels), Parquet, WebDataset, .npz, .npy, IDX, or a named set: digits, …"
+        ),
     ] = None,
     epsilon: Annotated[str | None, typer.Option(help="ε, the privacy budget; inf trains without privacy")] = None,
     delta: Annotated[float | None, typer.Option(help="δ; default: the largest power of ten below 1/n")] = None,
@@ -82,7 +84,7 @@ def train(
         bool | None,
         typer.Option("--tensorboard/--no-tensorboard", help="files for TensorBoard, in the run's private half"),
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_format: Annotated[
@@ -95,58 +97,73 @@ def train(
     if log_format not in LOG_FORMATS:
         raise ConfigError(f"--log-format is {log_format!r}, but must be text or json.")
     console = Console(quiet, as_json, log_format)
-    given = _sections(
-        data__source=data,
-        data__resolution=resolution,
-        data__channels=channels,
-        data__labels=False if unconditional else None,
-        data__records=records,
-        data__skip_bad=True if skip_bad else None,
-        privacy__epsilon=None if epsilon is None else epsilon_of(epsilon),
-        privacy__delta=delta,
-        privacy__clipping_norm=clip,
-        privacy__insecure_seed=insecure_seed,
-        privacy__group_size=group_size,
-        privacy__budget=None if budget is None else str(budget),
-        stages__variant=variant,
-        stages__tau_cleaning=tau_cleaning,
-        stages__tau_coarse=tau_coarse,
-        stages__networks=networks,
-        stages__pretrain=pretrain,
-        network__size=network,
-        program__name=program,
-        public__steps=public_steps,
-        private__steps=steps,
-        private__batch=batch,
-        private__copies=copies,
-        private__learning_rate=learning_rate,
-        private__physical_batch=physical_batch,
-        logging__tensorboard=None if resume else tensorboard,
-    )
-    from dpsyngen.config import load_config, merge_settings
+    from dpsyngen.distributed import device_of, joined
 
-    given = merge_settings(given, assignments(settings or []))
-    if resume:
-        extra = [k for k in given if k != "data"] + [k for k in given.get("data", {}) if k != "source"]
-        if extra or preset or config:
-            raise ConfigError(
-                "--resume continues with the settings that the run was started with; leave out everything but --out, "
-                "--data (only if the images have moved), --device, --tensorboard and what is about output."
+    with joined() as ranks:
+        device = device_of(device, ranks)
+        if not ranks.main:
+            from dpsyngen.api import follow_training
+
+            follow_training(ranks, data, device)
+            return
+        with ranks.leading():
+            given = _sections(
+                data__source=data,
+                data__resolution=resolution,
+                data__channels=channels,
+                data__labels=False if unconditional else None,
+                data__records=records,
+                data__skip_bad=True if skip_bad else None,
+                privacy__epsilon=None if epsilon is None else epsilon_of(epsilon),
+                privacy__delta=delta,
+                privacy__clipping_norm=clip,
+                privacy__insecure_seed=insecure_seed,
+                privacy__group_size=group_size,
+                privacy__budget=None if budget is None else str(budget),
+                stages__variant=variant,
+                stages__tau_cleaning=tau_cleaning,
+                stages__tau_coarse=tau_coarse,
+                stages__networks=networks,
+                stages__pretrain=pretrain,
+                network__size=network,
+                program__name=program,
+                public__steps=public_steps,
+                private__steps=steps,
+                private__batch=batch,
+                private__copies=copies,
+                private__learning_rate=learning_rate,
+                private__physical_batch=physical_batch,
+                logging__tensorboard=None if resume else tensorboard,
             )
-    elif data is None and config is None:
-        raise ConfigError("--data is missing: a folder of images, a .npz, .npy or IDX file, or a named set.")
-    elif epsilon is None and config is None:
-        raise ConfigError("--epsilon is missing: how much privacy to spend (1 is strict, 10 is loose, inf is none).")
+            from dpsyngen.config import load_config, merge_settings
 
-    from dpsyngen.api import prepare, prepare_resume
+            given = merge_settings(given, assignments(settings or []))
+            if resume:
+                extra = [k for k in given if k != "data"] + [k for k in given.get("data", {}) if k != "source"]
+                if extra or preset or config:
+                    raise ConfigError(
+                        "--resume continues with the settings that the run was started with; leave out everything but "
+                        "--out, --data (only if the images have moved), --device, --tensorboard and what is about "
+                        "output."
+                    )
+            elif data is None and config is None:
+                raise ConfigError("--data is missing: a folder of images, a .npz, .npy or IDX file, or a named set.")
+            elif epsilon is None and config is None:
+                raise ConfigError(
+                    "--epsilon is missing: how much privacy to spend (1 is strict, 10 is loose, inf is none)."
+                )
 
-    if resume:
-        training = prepare_resume(out, data, device, tensorboard)
-    else:
-        loaded = load_config(given, preset=preset, file=config)
-        training = prepare(loaded, out, device=device)
-    with training.run.lock():
-        _run_training(training, console)
+            from dpsyngen.api import prepare, prepare_resume
+
+            if resume:
+                training = prepare_resume(out, data, device, tensorboard, ranks)
+            else:
+                loaded = load_config(given, preset=preset, file=config, device=device)
+                training = prepare(loaded, out, device=device, ranks=ranks)
+            with training.run.lock():
+                finished = _run_training(training, console)
+    if not finished:
+        raise typer.Exit(130)
 
 
 _TRAINERS = {"public": "programs", "private": "DP-SGD", "moments": "DP moments"}
@@ -164,7 +181,8 @@ def _mechanisms(plan: Plan) -> list[str]:
     return out
 
 
-def _run_training(training: Training, console: Console) -> None:
+def _run_training(training: Training, console: Console) -> bool:
+    """Whether it came to its end; otherwise it was interrupted, and the user knows how to go on."""
     import math
     import time
 
@@ -224,7 +242,7 @@ def _run_training(training: Training, console: Console) -> None:
     if not training.run.complete:
         text = f"interrupted; continue with: dpsyngen train --resume --out {training.run.path}"
         console.result({"error": {"kind": "interrupted", "message": text}}, [text])
-        raise typer.Exit(130)
+        return False
     ledger, release = training.ledger, training.run.release
     epsilon, secure = ledger.epsilon(), training.randomness.secure
     if math.isinf(epsilon):
@@ -256,3 +274,4 @@ def _run_training(training: Training, console: Console) -> None:
             f"{spent}: the generator is in {release} ({release / 'PRIVACY.md'})",
         ],
     )
+    return True

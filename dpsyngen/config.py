@@ -1,7 +1,7 @@
 """One typed, validated configuration.  Presets are YAML files in ``presets/``; options override them.
 
-Everything here is public: it is chosen without looking at the private images, and all of it but the path of the data
-is released with the generator.
+Everything here is public: it is chosen without looking at the private images, and all of it but where the data lie is
+released with the generator.
 
 Every number has bounds.  They are far from anything useful; they keep a slip of the pen (steps = 10^18) or a hostile
 file from running for years, or from failing only after ε was spent.
@@ -34,7 +34,8 @@ class _Section(BaseModel):
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Python takes True for 1, so ``steps: yes`` would train a single step."""
         annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+        allowed = (annotation, *get_args(annotation))
+        if isinstance(value, bool) and bool not in allowed and not any(value is choice for choice in allowed):
             raise ValueError("yes/no (true/false, on/off) is not allowed here; put text in quotes")
         return value
 
@@ -42,7 +43,9 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """The private images."""
 
-    source: str = Field("", max_length=4096, description="folder, .npz, .npy or IDX file, or a named set")
+    source: str = Field(
+        "", max_length=4096, description="folder, Parquet, WebDataset, .npz, .npy or IDX files, or a named set"
+    )
     resolution: int | None = Field(None, ge=8, le=256, description="pixels; None: what the source has")
     channels: Literal["auto", "grey", "rgb"] = "auto"
     labels: bool = Field(True, description="train class-conditionally where the images have classes")
@@ -50,6 +53,13 @@ class DataConfig(_Section):
     records: int | None = Field(
         None, ge=1, le=10**12, description="declared number of records n, public; None: the number found"
     )
+    cache: str = Field(
+        "auto",
+        min_length=1,
+        max_length=4096,
+        description="folder for decoded images, private; auto: in memory up to 1 GiB, else ~/.cache/dpsyngen/images",
+    )
+    workers: int | None = Field(None, ge=1, le=1024, description="processes that decode; None: one a core")
 
 
 class PrivacyConfig(_Section):
@@ -196,6 +206,21 @@ class LoggingConfig(_Section):
     images_every: int = Field(50, ge=1, le=10**8, description="private steps between pictures for TensorBoard")
 
 
+class ComputeConfig(_Section):
+    """How the machine computes: speed and rounding, never the guarantee; see docs/hardware.md.
+
+    The device is no setting but an option of each command: the next one may run on another machine.
+    """
+
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto", description="of a network's products; gradients are clipped and summed in fp32 whatever it is"
+    )
+    channels_last: Literal["auto", True, False] = Field("auto", description="layout of images in memory")
+    compile: Literal["auto", True, False] = Field(
+        "auto", description="torch.compile of networks that draw or train on programs; DP-SGD steps are never compiled"
+    )
+
+
 class Config(_Section):
     """All settings of a run."""
 
@@ -210,6 +235,7 @@ class Config(_Section):
     private: PrivateConfig = PrivateConfig()
     sampling: SamplingConfig = SamplingConfig()
     logging: LoggingConfig = LoggingConfig()
+    compute: ComputeConfig = ComputeConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
@@ -270,11 +296,16 @@ def with_batch(config: Config, records: int) -> Config:
     return config.model_copy(update={"private": config.private.model_copy(update={"batch": batch})})
 
 
-def default_preset() -> str:
-    """The preset for this machine, where none is asked for: "gpu" on one with CUDA, else "cpu-small"."""
+def default_preset(device: str = "auto") -> str:
+    """The preset where none is asked for: "gpu" where a GPU computes, else "cpu-small".
+
+    Args:
+        device: as for :func:`dpsyngen.hardware.choose`, whose "auto" is a GPU where there is one, too.
+    """
     import torch
 
-    return "gpu" if torch.cuda.is_available() else DEFAULT_PRESET
+    gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    return "gpu" if gpu else DEFAULT_PRESET
 
 
 def preset_names() -> tuple[str, ...]:
@@ -306,7 +337,11 @@ def _numbers(value: Any) -> Any:
 
 
 def load_config(
-    overrides: dict[str, Any] | None = None, *, preset: str | None = None, file: Path | None = None
+    overrides: dict[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    device: str = "auto",
 ) -> Config:
     """The configuration from, in rising order of precedence: defaults, preset, file, overrides.
 
@@ -315,6 +350,7 @@ def load_config(
         preset: a name from :func:`preset_names`; None: what the overrides or the file name, else
             :func:`default_preset`.
         file: a YAML file with any of the sections.
+        device: where the run will compute, for the preset.
 
     Raises:
         ConfigError: unknown preset, unknown key, or a value that is not allowed; all problems at once.
@@ -322,7 +358,7 @@ def load_config(
     given: dict[str, Any] = {}
     if file is not None:
         given = _sections(read_yaml_file(file, "the configuration"), str(file))
-    name = preset or (overrides or {}).get("preset") or given.get("preset") or default_preset()
+    name = preset or (overrides or {}).get("preset") or given.get("preset") or default_preset(device)
     if name not in preset_names():
         raise ConfigError(f"preset is {shown(name)}, but must be one of {', '.join(preset_names())}.")
     text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ from torch import Tensor
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.gaussian import LARGEST_DIMENSION, ClassGaussians
 from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.moments import Rows, VectorSum, class_sums, matrices, released, scatter_sums
@@ -52,6 +53,10 @@ _NUMBERS_A_BATCH = 1 << 22
 
 Progress = Callable[[int, int], None]
 """Called with how many images were read and how many will be, over all queries."""
+
+
+class Stopped(Exception):
+    """The estimate was given up, because somebody asked for it."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,8 @@ def estimate_moments(
     *,
     rank: int,
     on_progress: Progress | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> ClassGaussians:
     """Run the queries and fit a Gaussian to each class.
 
@@ -138,8 +145,12 @@ def estimate_moments(
         randomness: the run's secret streams; the queries are steps 0, 1 and 2 of its purpose "moments".
         rank: the most directions that are kept, >= 1.
         on_progress: see :data:`Progress`.
+        stopped: asked now and then whether to give up; with several processes, after each query, the main one.
+        ranks: the processes that share the images; each calls this.  Sums are of whole numbers, so the result is the
+            same to the bit for any number of them.
 
     Raises:
+        Stopped: `stopped` said so.
         ConfigError: labels, plan, records or rank do not fit.
     """
     if (classes > 1) != (plan.by_class is not None):
@@ -148,9 +159,11 @@ def estimate_moments(
         raise ConfigError(f"moments of {classes} classes were asked for, but the images have {dataset.num_classes}.")
     if records < 1 or rank < 1:
         raise ConfigError(f"records={records} and rank={rank} must both be at least 1.")
-    images = _Images(dataset, classes > 1, 2 if plan.by_class is None else 3, on_progress)
+    images = _Images(dataset, classes > 1, 2 if plan.by_class is None else 3, on_progress, stopped, ranks)
     means, counts = _means(images, max(classes, 1), records, plan.mean, randomness)
-    basis, variances, rest = _pooled(images, means, records, plan.pooled, randomness, rank)
+    # Made of released numbers alone, but another processor may round them otherwise: all go on with the same.
+    means, counts = ranks.from_main((means, counts))
+    basis, variances, rest = ranks.from_main(_pooled(images, means, records, plan.pooled, randomness, rank))
     covariances = variances.diag().expand(len(means), -1, -1)
     if plan.by_class is not None:
         whitened = _by_class(images, means, counts, basis / variances.sqrt(), plan.by_class, randomness)
@@ -161,24 +174,47 @@ def estimate_moments(
 
 
 class _Images:
-    """The private images in batches, as rows [B, D] in [-1, 1]."""
+    """This process's share of the private images in batches, as rows [B, D] in [-1, 1]."""
 
-    def __init__(self, dataset: ImageDataset, labelled: bool, passes: int, on_progress: Progress | None) -> None:
-        self.dataset, self.on_progress = dataset, on_progress
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        labelled: bool,
+        passes: int,
+        on_progress: Progress | None,
+        stopped: Callable[[], bool],
+        ranks: Ranks,
+    ) -> None:
+        self.dataset, self.on_progress, self.stopped, self.ranks = dataset, on_progress, stopped, ranks
+        self.share = ranks.share(len(dataset))
         self.shape = (dataset.channels, dataset.resolution, dataset.resolution)
         self.size = math.prod(self.shape)
         self.labels = torch.from_numpy(np.asarray(dataset.labels)) if labelled else None
-        self.total, self.read = passes * len(dataset), 0
+        self.total, self.read = passes * (self.share.stop - self.share.start), 0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         step = min(max(_NUMBERS_A_BATCH // self.size, 16), 4096)
-        for start in range(0, max(len(self.dataset), 1), step):
-            index = np.arange(start, min(start + step, len(self.dataset)))
-            labels = None if self.labels is None else self.labels[start : start + step]
+        first, last = self.share.start, self.share.stop
+        for start in range(first, max(last, first + 1), step):
+            stop = min(start + step, last)
+            index = np.arange(start, stop)
+            labels = None if self.labels is None else self.labels[start:stop]
             yield to_float(torch.from_numpy(self.dataset.batch(index))).flatten(1), labels
             self.read += len(index)
             if self.on_progress is not None:
                 self.on_progress(self.read, self.total)
+            if self.ranks.alone and self.stopped():
+                raise Stopped
+
+    def of_all(self, mine: VectorSum) -> VectorSum:
+        """The sum over the shares of all processes."""
+        if self.ranks.alone:
+            return mine
+        about = self.ranks.gather((mine.records, mine.not_finite, self.ranks.main and self.stopped()))
+        records, not_finite, stopped = zip(*about, strict=True)
+        if any(stopped):
+            raise Stopped
+        return mine.among(self.ranks.sum_everywhere(mine.sums), sum(records), sum(not_finite))
 
     def residuals(self, means: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Images minus the released mean of their class, fp64."""
@@ -193,7 +229,7 @@ def _means(images: _Images, classes: int, records: int, z: float, randomness: Ra
     """Query 1: class means [K, D] and numbers of records [K]."""
     norm = math.sqrt(images.size)
     weight = COUNT_WEIGHT * norm if classes > 1 else 0.0  # the number of all records is public
-    total = class_sums((Rows(*b) for b in images.batches()), classes, norm=norm, count_weight=weight)
+    total = images.of_all(class_sums((Rows(*b) for b in images.batches()), classes, norm=norm, count_weight=weight))
     noisy, std = released(total, z, randomness, step=0), total.noise_std(z)
     frequencies = Frequencies(images.shape)
     sums, bands = frequencies.transform(noisy[:, : images.size]), frequencies.bands
@@ -226,7 +262,7 @@ def _pooled(
             inside = frequencies.transform(residual, m)
             yield Rows(inside, None, residual.square().sum(1) - inside.square().sum(1))
 
-    total = scatter_sums(rows(), 1, norm=RESIDUAL_NORM * math.sqrt(size))
+    total = images.of_all(scatter_sums(rows(), 1, norm=RESIDUAL_NORM * math.sqrt(size)))
     noisy = released(total, z, randomness, step=1) / records
     scatter, outside = matrices(noisy, m)
     std, most = float(total.noise_std(z)[0]) / records, total.l2_sensitivity
@@ -262,7 +298,7 @@ def _by_class(
     """Query 3: the covariance of each class in units of the pooled one, [K, d, d]."""
     d = whitening.shape[1]
     batches = (Rows(residual @ whitening, labels) for residual, labels in images.residuals(means))
-    total: VectorSum = scatter_sums(batches, len(means), norm=WHITE_NORM * math.sqrt(d))
+    total = images.of_all(scatter_sums(batches, len(means), norm=WHITE_NORM * math.sqrt(d)))
     scatter, _ = matrices(released(total, z, randomness, step=2), d)
     std, everyone = float(total.noise_std(z)[0]), float(counts.sum())
     # The mean over classes, by frequency, is the identity, so none exceeds one over its frequency.

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
+from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.training.moments import COUNT_WEIGHT, RESIDUAL_NORM, WHITE_NORM, MomentsPlan, estimate_moments
+from dpsyngen.training.moments import COUNT_WEIGHT, RESIDUAL_NORM, WHITE_NORM, MomentsPlan, Stopped, estimate_moments
 from dpsyngen.training.plan import Shape
 from dpsyngen.training.tensor_file import save_file
 
@@ -73,10 +74,6 @@ def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
         ledger.charge(mechanism, what, query=QUERY, **(bound if mechanism.noise_multiplier else UNBOUNDED))
 
 
-class _Stopped(Exception):
-    pass
-
-
 def release_moments(
     path: Path,
     dataset: ImageDataset,
@@ -86,19 +83,16 @@ def release_moments(
     *,
     rank: int,
     stopped: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Estimate the moments and write them; nothing is written if `stopped`, asked now and then, says so."""
-
-    def look(done: int, total: int) -> None:
-        if stopped():
-            raise _Stopped
-
-    try:
-        moments = estimate_moments(
-            dataset, shape.num_classes, shape.records, plan, randomness, rank=rank, on_progress=look
-        )
-    except _Stopped:
-        return
+    with ranks.lead(MOMENTS):
+        try:
+            moments = estimate_moments(
+                dataset, shape.num_classes, shape.records, plan, randomness, rank=rank, stopped=stopped, ranks=ranks
+            )
+        except Stopped:
+            return
     write_atomically(path, lambda p: save_file(moments.to_tensors(), p))
 
 

@@ -147,10 +147,11 @@ def pinned(run: Run) -> dict[str, Any] | None:
 
 # What may change between two sessions of a run: it decides neither what a step is nor what is made of the steps.
 _FREE = {
-    "data": {"source"},
+    "data": {"source", "cache", "workers"},
     "privacy": {"budget"},
     "private": {"physical_batch", "checkpoint_every"},
     "public": {"checkpoint_every"},
+    "compute": {"compile"},  # DP-SGD steps are never compiled
 }
 
 
@@ -163,4 +164,6 @@ def _fixed_settings(config: Config) -> dict[str, Any]:
             out[section] = values
             continue
         out |= {f"{section}.{k}": v for k, v in values.items() if k not in _FREE.get(section, ())}
+    # What "auto" came to is pinned by EngineSettings, and runs of earlier versions knew nothing of it.
+    out = {k: v for k, v in out.items() if not (k.startswith("compute.") and v == "auto")}
     return dict(json.loads(json.dumps(out)))

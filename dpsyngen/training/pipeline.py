@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.config import Config
@@ -23,6 +24,7 @@ from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage
 from dpsyngen.diffusion.unet import count_parameters
+from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients
@@ -30,23 +32,20 @@ from dpsyngen.privacy.physical_batch import find_physical_batch
 from dpsyngen.training.checkpoint import Checkpoints, TrainState
 from dpsyngen.training.engine_settings import EngineSettings
 from dpsyngen.training.finite import FiniteGuard, require_not_stopped
+from dpsyngen.training.follower import PRIVATE, PUBLIC, SET_UP, Setting
 from dpsyngen.training.moments_phase import MOMENTS, charge_moments, load_gaussian, release_moments, uncharged
 from dpsyngen.training.networks import load_weights, make_denoiser, make_network
 from dpsyngen.training.pinned import budget_of, ledger_of, pin_data, randomness_of
 from dpsyngen.training.plan import Plan, program_of
 from dpsyngen.training.preview import preview
-from dpsyngen.training.private import Observer, PrivateStep, charged_steps, train_private
-from dpsyngen.training.public import Progress, PublicStep, public_randomness, train_public
+from dpsyngen.training.private import Observer, charged_steps, train_private
+from dpsyngen.training.public import Progress, PublicStep, train_public
 from dpsyngen.training.release import write_release
 from dpsyngen.training.run import JsonLines, Run
 from dpsyngen.training.step_log import StepLog, timed
+from dpsyngen.training.steps import PRETRAIN, PUBLIC_INDEX, private_step, public_step
 from dpsyngen.training.tensor_file import save_file
 from dpsyngen.workers import Workers
-
-PRETRAIN = "pretrain"
-PUBLIC_INDEX = {PRETRAIN: 0, "cleaning": 1, "coarse": 2}
-"""Which images and which initial weights a public phase has: by its name, so that one stage is the same network in
-every variant, and experiments can share it."""
 
 
 class Training:
@@ -58,10 +57,20 @@ class Training:
         dataset: the private images.
         plan: from :func:`dpsyngen.training.plan.make_plan`.
         device: where to compute.
+        ranks: the processes that share the work; this is the main one.
     """
 
-    def __init__(self, run: Run, config: Config, dataset: ImageDataset, plan: Plan, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        dataset: ImageDataset,
+        plan: Plan,
+        device: str = "cpu",
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.run, self.config, self.dataset, self.plan, self.device = run, config, dataset, plan, device
+        self.ranks = ranks
         # Before anything is read that another process could be changing.
         run.open_for_writing()
         self.private_log = JsonLines(run.private / "training.jsonl", 0o600)
@@ -108,6 +117,7 @@ class Training:
         """
         with self.run.lock():
             require_not_stopped(self.run.private)
+            self.ranks.tell(SET_UP, setting=Setting(self.config, self.plan, self.randomness))
             yield from self._phases()
 
     def _phases(self) -> Iterator[Progress]:
@@ -115,10 +125,10 @@ class Training:
         expert_stages = [s for s in public if s.network != self.plan.stages.private.network]
         if self.plan.stages.pretrain:
             everywhere = Stage(PRETRAIN, -math.inf, math.inf, "public", PRETRAIN)
-            yield from self._public(everywhere, conditional=True, index=PUBLIC_INDEX[PRETRAIN])
+            yield from self._public(everywhere, conditional=True)
         for stage in expert_stages:
             if not self.stop_requested:
-                yield from self._public(stage, conditional=False, index=PUBLIC_INDEX[stage.name])
+                yield from self._public(stage, conditional=False)
         if self.plan.stages.moments and not self.stop_requested:
             yield from self._moments()
         if not self.stop_requested:
@@ -151,25 +161,13 @@ class Training:
             self.randomness,
             rank=self.config.moments.rank,
             stopped=lambda: self.stop_requested,
+            ranks=self.ranks,
         )
         if path.exists():
             yield Progress(MOMENTS, queries, queries, {})
 
-    def _levels(self, stage: Stage) -> NoiseLevels:
-        n = self.config.network
-        return NoiseLevels(n.noise_mean, n.noise_std, stage.low, stage.high)
-
-    def _public_step(self, stage: Stage, index: int) -> PublicStep:
-        # Each network has its own images: a thousand million are more than any phase draws.
-        offset = index * 10**9
-        return PublicStep(
-            self.program,
-            self._levels(stage),
-            self.config.public,
-            public_randomness(self.config),
-            offset,
-            self.workers,
-        )
+    def _public_step(self, stage: Stage) -> PublicStep:
+        return public_step(self.config, self.program, stage, self.workers, self.ranks)
 
     def _fitting_batch(self, denoiser: NetworkDenoiser) -> int:
         """Images that fit into memory at a time, found with random numbers instead of images."""
@@ -191,14 +189,15 @@ class Training:
 
         return find_physical_batch(engine, loss, copies=copies)
 
-    def _public(self, stage: Stage, conditional: bool, index: int) -> Iterator[Progress]:
+    def _public(self, stage: Stage, conditional: bool) -> Iterator[Progress]:
         """Train a network on programmatic images and release its weights; nothing to do if that was done before."""
         if self.run.weights(stage.network).exists():
             return
-        denoiser = self._denoiser(conditional, index)
+        denoiser = self._denoiser(conditional, PUBLIC_INDEX[stage.name])
         optimizer = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
         state = TrainState(denoiser, Ema(denoiser, self.config.public.ema), {"public": optimizer})
-        progress = train_public(stage.name, state, self._public_step(stage, index))
+        self.ranks.tell(PUBLIC, stage=stage, conditional=conditional)
+        progress = train_public(stage.name, state, self._public_step(stage))
         yield from self._checkpointed(stage.name, state, progress, self.public_log, self.config.public.checkpoint_every)
         if not self.stop_requested:
             self._save_weights(stage.network, state)
@@ -226,21 +225,23 @@ class Training:
             optimizers["public"] = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
         state = TrainState(denoiser, Ema(denoiser, c.ema), optimizers)
         engine = EngineSettings.of(self.run, self.config)
-        take = PrivateStep(
+        take = private_step(
+            self.config,
+            plan,
             self.dataset,
-            self._levels(plan.stages.private),
-            self.config.network.label_dropout,
-            plan.mechanism,
             self.randomness,
             physical_batch=engine.physical_batch or self._fitting_batch(denoiser),
             kernels=engine.kernels,
             workers=self.workers,
+            ranks=self.ranks,
             observer=self.observer,
         )
+        moments = None if gaussian is None else load_file(self.run.weights(GAUSSIAN))
+        self.ranks.tell(PRIVATE, physical_batch=take.physical_batch, shared=shared, moments=moments)
         engine.physical_batch = take.physical_batch
         # What was measured must be known before noise is used: a step that is repeated has to sum in the same order.
         take.before_release = engine.save
-        public = [self._public_step(stage, PUBLIC_INDEX[stage.name]) for stage in shared]
+        public = [self._public_step(stage) for stage in shared]
         name = plan.stages.private.name
         progress = train_private(name, state, take, self.ledger, public, with_epsilon=self.observer is None)
         yield from self._checkpointed(name, state, progress, self.private_log, c.checkpoint_every)

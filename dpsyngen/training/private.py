@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.audit.transcript import StepRecord
@@ -89,7 +90,13 @@ class PrivateStep:
         kernels: how convolutions compute; None: measured on first use.
         workers: threads that share a batch; None: the calling one alone.
         observer: called with each step just before the optimizer uses it; None in a run that is not being audited.
+        ranks: the processes that share a batch.  All draw the same set of records from the run's stream and take a part
+            of it each; the clipped sums are added up in the main one, which adds noise to their sum, once.
+
+    Nothing is padded: the processes meet once a step, however many records each has, none included.
     """
+
+    name = "private step"
 
     def __init__(
         self,
@@ -103,7 +110,9 @@ class PrivateStep:
         kernels: KernelChoices | None = None,
         workers: Workers | None = None,
         observer: Observer | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.dataset, self.levels, self.label_dropout = dataset, levels, label_dropout
         self.mechanism, self.randomness, self.physical_batch = mechanism, randomness, physical_batch
         self.kernels, self.workers = kernels or KernelChoices(), workers or Workers(1)
@@ -125,15 +134,8 @@ class PrivateStep:
         m, c = self.mechanism, self.mechanism.config
         private = m.noise_multiplier > 0
         engine = self.engine(denoiser)
-        chosen = poisson_sample(self.randomness, step, len(self.dataset), m.sampling_rate)
-        seen: dict[int, float] = {}
-
-        def loss(part: slice) -> Tensor:
-            value = denoising_loss(denoiser, self._noisy(chosen, part, denoiser, step))
-            seen[part.start] = float(value.detach().sum())
-            return value
-
-        total = self.summed(engine, loss, len(chosen))
+        with self.ranks.lead(self.name, step=step):
+            chosen, total, loss = self._clipped(denoiser, step)
         if self.before_release is not None:
             self.before_release()
         gradients = self.released(total, step)
@@ -147,7 +149,7 @@ class PrivateStep:
         count = max(total.examples, 1)
         finite = total.norms[torch.isfinite(total.norms)]
         return {
-            "loss": sum(seen[start] for start in sorted(seen)) / c.copies / count,
+            "loss": loss / c.copies / count,
             "examples": total.examples,
             "clipped": float((finite > m.clipping_norm).double().mean()) if private and len(finite) else 0.0,
             "median_norm": float(finite.median()) if len(finite) else 0.0,
@@ -155,6 +157,44 @@ class PrivateStep:
             "learning_rate": rate,
             **self._noise_and_signal(total, engine),
         }
+
+    def help(self, denoiser: NetworkDenoiser, step: int) -> None:
+        """In a follower: do this process's part of step number `step`, which the main process takes."""
+        self._clipped(denoiser, step)
+
+    def _clipped(
+        self, denoiser: NetworkDenoiser, step: int
+    ) -> tuple[NDArray[np.int64], ClippedGradient | GridGradient, float]:
+        """The records of a step, the sum of their clipped gradients, and the sum of their losses over all copies; in
+        the followers the last two are of this process's part.
+        """
+        engine, ranks = self.engine(denoiser), self.ranks
+        ranks.copy_from_main(engine.parameters)
+        chosen = poisson_sample(self.randomness, step, len(self.dataset), self.mechanism.sampling_rate)
+        mine = ranks.share(len(chosen))
+        seen: dict[int, float] = {}
+
+        def loss(part: slice) -> Tensor:
+            part = slice(mine.start + part.start, mine.start + part.stop)
+            value = denoising_loss(denoiser, self._noisy(chosen, part, denoiser, step))
+            seen[part.start] = float(value.detach().sum())
+            return value
+
+        total = self.summed(engine, loss, mine.stop - mine.start)
+        losses = sum(seen[start] for start in sorted(seen))
+        if ranks.alone:
+            return chosen, total, losses
+        # Small figures first, over gloo: where a process is gone that shows at once, and the large sums are not begun.
+        about = ranks.gather_to_main((len(chosen), total.norms.cpu(), total.not_finite, total.l2_sensitivity, losses))
+        sums = ranks.sum_to_main(total.sums)
+        if about is None:
+            return chosen, total, losses
+        records, norms, dropped, sensitivities, all_losses = zip(*about, strict=True)
+        if set(records) != {len(chosen)} or set(sensitivities) != {total.l2_sensitivity}:
+            raise AssertionError(f"step {step}: the processes do not do the same ({records}, {sensitivities})")
+        # The parts are disjoint, so their sum has the sensitivity of each.
+        joined = replace(total, sums=sums, norms=torch.cat(norms), not_finite=sum(dropped), examples=len(chosen))
+        return chosen, joined, sum(all_losses)
 
     def _noise_and_signal(self, total: ClippedGradient | GridGradient, engine: PerExampleGradients) -> dict[str, float]:
         """Norms (L2) of the averaged clipped gradient, and of the noise that is added to it, as it is expected."""

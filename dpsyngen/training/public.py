@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dpsyngen.config import Config, PublicConfig
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
 from dpsyngen.training.checkpoint import TrainState
@@ -50,6 +52,8 @@ class PublicStep:
         randomness: *public* streams; see :func:`public_randomness`.
         offset: first image of the program to use, so that networks see different images.
         workers: threads that share a batch; None: the calling one alone.
+        ranks: the processes that share a batch.
+        name: what the main process calls this step when it leads others.
     """
 
     def __init__(
@@ -60,17 +64,52 @@ class PublicStep:
         randomness: Randomness,
         offset: int = 0,
         workers: Workers | None = None,
+        ranks: Ranks = ALONE,
+        name: str = "public step",
     ) -> None:
         self.levels, self.config = levels, config
         self.randomness, self.offset = randomness, offset
         self.workers = workers or Workers(1)
-        self.images = PublicImages(program, config.batch, offset, config.distinct, randomness, self.workers.count)
+        self.ranks, self.name = ranks, name
+        self.images = PublicImages(
+            program,
+            config.batch,
+            offset,
+            config.distinct,
+            randomness,
+            self.workers.count,
+            ranks.share(config.batch),
+        )
 
     def __call__(self, denoiser: NetworkDenoiser, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Take step number `step` (from 0) and return its loss."""
         c = self.config
-        device = next(denoiser.parameters()).device
-        images = to_float(self.images(step, device))
+        with self.ranks.lead(self.name, step=step):
+            gradients, total = self._summed(denoiser, step)
+        rows = c.batch * c.copies
+        for parameter, gradient in zip(denoiser.parameters(), gradients, strict=True):
+            parameter.grad = gradient / rows
+        set_learning_rate(optimizer, c.learning_rate * min(1.0, (step + 1) / (c.warmup + 1)))
+        optimizer.step()
+        return float(total) / rows
+
+    def help(self, denoiser: NetworkDenoiser, step: int) -> None:
+        """In a follower: do this process's part of step number `step`, which the main process takes."""
+        self._summed(denoiser, step)
+
+    def _summed(self, denoiser: NetworkDenoiser, step: int) -> tuple[list[Tensor], Tensor]:
+        """Gradients of the summed loss of the batch, and that loss; in a follower, of its part."""
+        c, parameters = self.config, list(denoiser.parameters())
+        self.ranks.copy_from_main(parameters)
+        device = parameters[0].device
+        mine = self.ranks.share(c.batch)
+        images = self.images(step, device)
+        if not self.ranks.alone:
+            # The noise of the whole batch comes out of one stream, so all draw all of it, on empty images.
+            whole = images.new_zeros(c.batch, *images.shape[1:])
+            whole[mine] = images
+            images = whole
+        images = to_float(images)
         generator = torch.Generator().manual_seed(self.randomness.seed("augmentation", step, self.offset))
         batch = make_noisy(
             images,
@@ -81,19 +120,17 @@ class PublicStep:
             label_dropout=0.0,
             generator=generator,
         )
-        parameters = list(denoiser.parameters())
-        gradients, total = summed_gradients(
-            parameters,
-            lambda part: denoising_loss(denoiser, batch.rows(slice(part.start * c.copies, part.stop * c.copies))),
-            c.batch,
-            self.workers,
-        )
-        rows = c.batch * c.copies
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient / rows
-        set_learning_rate(optimizer, c.learning_rate * min(1.0, (step + 1) / (c.warmup + 1)))
-        optimizer.step()
-        return float(total) / rows
+
+        def loss(part: slice) -> Tensor:
+            start, stop = mine.start + part.start, mine.start + part.stop
+            return denoising_loss(denoiser, batch.rows(slice(start * c.copies, stop * c.copies)))
+
+        if mine.start == mine.stop:
+            gradients, total = [torch.zeros_like(p) for p in parameters], parameters[0].new_zeros(())
+        else:
+            gradients, total = summed_gradients(parameters, loss, mine.stop - mine.start, self.workers)
+        *gradients, total = self.ranks.sum_to_main([*gradients, total.detach()])
+        return gradients, total
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -26,11 +26,20 @@ class PublicImages:
         distinct: how many different images there are; they are kept in memory.  None: all are fresh.
         randomness: *public* streams, for the order.
         threads: that draw on a CPU.
+        share: which of the images of a batch are wanted; None: all.
     """
 
     def __init__(
-        self, program: Program, batch: int, offset: int, distinct: int | None, randomness: Randomness, threads: int
+        self,
+        program: Program,
+        batch: int,
+        offset: int,
+        distinct: int | None,
+        randomness: Randomness,
+        threads: int,
+        share: slice | None = None,
     ) -> None:
+        self.share = slice(0, batch) if share is None else share
         self.program, self.batch, self.offset, self.distinct = program, batch, offset, distinct
         self.randomness, self.threads = randomness, threads
         self._kept: NDArray[np.uint8] | None = None
@@ -50,10 +59,10 @@ class PublicImages:
         return torch.from_numpy(images).to(device, non_blocking=True)
 
     def _images(self, step: int, threads: int) -> NDArray[np.uint8]:
-        first = step * self.batch
-        if self.distinct is None:
-            return self.program.batch(range(self.offset + first, self.offset + first + self.batch), threads=threads)
-        places = np.array([self._place(position) for position in range(first, first + self.batch)])
+        first, stop = step * self.batch + self.share.start, step * self.batch + self.share.stop
+        if self.distinct is None or first == stop:
+            return self.program.batch(range(self.offset + first, self.offset + stop), threads=threads)
+        places = np.array([self._place(position) for position in range(first, stop)])
         if self._kept is None:
             p = self.program
             self._kept = np.empty((self.distinct, p.channels, p.resolution, p.resolution), dtype=np.uint8)

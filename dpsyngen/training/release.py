@@ -1,4 +1,4 @@
-"""What is published: weights, generator description, configuration without paths, privacy certificate."""
+"""What is published: weights, generator description, configuration without paths, certificate, model card, code."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from dpsyngen.certificate import (
 )
 from dpsyngen.config import Config
 from dpsyngen.diffusion.stages import GAUSSIAN
+from dpsyngen.export.card import digest_of
+from dpsyngen.export.companions import companions
 from dpsyngen.files import write_text
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.budget import Budget
@@ -157,7 +159,8 @@ def public_config(config: Config) -> dict[str, Any]:
     Nor has it the section on logging, which does not decide what is released.
     """
     values = config.model_dump(mode="json", exclude={"logging"})
-    values["data"].pop("source")
+    for name in ("source", "cache", "workers"):
+        values["data"].pop(name)
     values["privacy"].pop("budget")
     return values
 
@@ -181,6 +184,9 @@ def write_release(
     certificate = certify(config, plan, ledger, randomness, program, budget)
     write_text(run.release / "privacy.json", certificate.to_json())
     write_text(run.release / "PRIVACY.md", plain_words(certificate))
+    for name, text in companions(certificate, digest_of(certificate.to_json().encode())).items():
+        (run.release / name).parent.mkdir(exist_ok=True)
+        write_text(run.release / name, text)
     write_text(
         run.release / "config.yaml",
         yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True),

@@ -164,7 +164,8 @@ class Run:
 
     def _tidy(self) -> None:
         clear_stages(self.path)
-        for folder in (self.path, self.private, self.features_path, self.release, self.release / "weights"):
+        released = (self.release, self.release / "weights", self.release / "denoiser")
+        for folder in (self.path, self.private, self.features_path, *released):
             if folder.is_dir():
                 remove_temporaries(folder)
 

@@ -15,14 +15,20 @@ from dpsyngen.training.pipeline import Training
 def stop_on_signals(training: Training, tell: Callable[[str], None]) -> Iterator[None]:
     """Ctrl-C, SIGTERM and a closed terminal end the run after the current step, with a checkpoint; a second one ends it
     at once.
+
+    torchrun passes signals on to its processes, to which a terminal has sent them already, and kills what still runs
+    after half a minute: with several processes one signal after another counts as one.
     """
 
     def handler(number: int, frame: object) -> None:
         if training.stop_requested:
+            if not training.ranks.alone:
+                return
             raise KeyboardInterrupt
         training.stop_requested = True
         try:
-            tell("stopping after this step (Ctrl-C again to stop at once) …")
+            at_once = " (Ctrl-C again to stop at once)" if training.ranks.alone else ""
+            tell(f"stopping after this step{at_once} …")
         except OSError:
             # The terminal is gone, and with it every place to write to: what is said from now on must not end the step.
             nowhere = os.open(os.devnull, os.O_WRONLY)

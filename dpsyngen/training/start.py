@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
+from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError
 from dpsyngen.training.checkpoint import remove_checkpoints
 from dpsyngen.training.moments import MomentsPlan
@@ -18,7 +19,7 @@ from dpsyngen.training.run import Run
 from dpsyngen.training.tensorboard import require_tensorboard
 
 
-def start(config: Config, dataset: ImageDataset, out: Path, device: str = "cpu") -> Training:
+def start(config: Config, dataset: ImageDataset, out: Path, device: str = "cpu", ranks: Ranks = ALONE) -> Training:
     """Plan a new run and make its directory.
 
     Raises:
@@ -40,10 +41,12 @@ def start(config: Config, dataset: ImageDataset, out: Path, device: str = "cpu")
         # Training reserves it again under the file's lock; here it is refused while there is no run directory yet.
         budget.require_data(dataset.fingerprint())
         budget.require(plan.mechanisms)
-    return Training(Run.create(out, config), config, dataset, plan, device)
+    return Training(Run.create(out, config), config, dataset, plan, device, ranks)
 
 
-def resume(run: Run, dataset: ImageDataset, device: str = "cpu", tensorboard: bool | None = None) -> Training:
+def resume(
+    run: Run, dataset: ImageDataset, device: str = "cpu", tensorboard: bool | None = None, ranks: Ranks = ALONE
+) -> Training:
     """Go on with an interrupted run.
 
     Args:
@@ -51,6 +54,7 @@ def resume(run: Run, dataset: ImageDataset, device: str = "cpu", tensorboard: bo
         dataset: the images that it was started with.
         device: where to compute.
         tensorboard: whether this session writes files for TensorBoard; None: what the run's settings say.
+        ranks: the processes that share the work, of any number.
     """
     require_unfinished(run)
     run.open_for_writing()
@@ -67,7 +71,7 @@ def resume(run: Run, dataset: ImageDataset, device: str = "cpu", tensorboard: bo
         plan = replace(
             plan, mechanism=replace(plan.mechanism, noise_multiplier=known["noise_multiplier"]), moments=moments
         )
-    return Training(run, config, dataset, plan, device)
+    return Training(run, config, dataset, plan, device, ranks)
 
 
 def require_unfinished(run: Run) -> None:

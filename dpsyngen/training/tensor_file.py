@@ -17,4 +17,5 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] |
     Raises:
         OSError: the disk is full, read-only, …
     """
-    path.write_bytes(save(tensors, metadata))
+    # Convolutions may have their channels last in memory (docs/hardware.md); files never do.
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))

@@ -105,8 +105,12 @@ def test_files_of_the_release_are_those_we_know(tmp_path, tiny_settings, tiny_im
     api.write_report(run)
     assert set(bytes_of(run.release)) == {
         "PRIVACY.md",
+        "README.md",
         "config.yaml",
+        "denoiser/denoiser.py",
         "generator.json",
+        "model_index.json",
+        "pipeline.py",
         "privacy.json",
         "public_training.jsonl",
         "report.html",

@@ -1,0 +1,383 @@
+"""Several processes that do one thing together, as torchrun starts them.
+
+One process, the main one (rank 0), leads: it alone owns files (run directory, ledger, checkpoints), draws the noise,
+takes the optimizer's steps and talks to the user.  The others follow: they wait for a command, compute their share and
+hand it over.  So there is one book-keeper and one noise however many processes there are, and the weights of all are
+those of the main one, not copies that could drift apart on unlike processors.
+
+Commands and figures travel over gloo (TCP), gradients and weights over NCCL where there are GPUs.  Neither encrypts:
+what private images leave in gradients, and the key of the noise, pass through that network, so it has to be as trusted
+as the machines are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from dpsyngen.errors import ConfigError, DpsyngenError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAIN = 0
+_PATIENCE = timedelta(hours=2)  # followers wait while the main process evaluates, writes, or finds a batch that fits
+
+_T = TypeVar("_T")
+
+
+class RankLost(RunError):
+    """Another process of the group is gone, so nothing can be finished together."""
+
+    kind = "rank-lost"
+
+
+class Dismissed(DpsyngenError):
+    """In a follower: the main process failed and has told the user why."""
+
+    kind = "dismissed"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the main process asks of the others.
+
+    Attributes:
+        name: what to do.
+        values: with what; anything that can be pickled.
+    """
+
+    name: str
+    values: dict[str, Any]
+
+
+FAILED = "failed"
+END = "end"
+
+
+@dataclass
+class Ranks:
+    """The processes that work together; see :func:`joined`.
+
+    Attributes:
+        rank: number of this process, 0 .. count - 1.
+        count: how many there are.
+        local_rank: number of this process on its machine, which is the GPU that it gets.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    _free: bool = field(default=True, repr=False)  # whether the followers wait for a command
+
+    @property
+    def main(self) -> bool:
+        """Whether this process leads."""
+        return self.rank == MAIN
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.count == 1
+
+    def share(self, total: int, rank: int | None = None) -> slice:
+        """Which of `total` things are this process's (or that of `rank`): contiguous, as even as can be, maybe none."""
+        r = self.rank if rank is None else rank
+        return slice(r * total // self.count, (r + 1) * total // self.count)
+
+    # ------------------------------------------------------------------------------------------ commands
+
+    @contextlib.contextmanager
+    def lead(self, name: str, **values: Any) -> Iterator[None]:
+        """In the main process: have the others do `name`.  Within the context this process does its own part.
+
+        Raises:
+            RankLost: a process is gone.
+        """
+        if not self.main:
+            raise AssertionError(f"rank {self.rank} cannot lead")
+        if not self.alone:
+            self._exchange(Command(name, values))
+            self._free = False
+        yield
+        self._free = True  # not after an error: the others may be anywhere
+
+    def tell(self, name: str, **values: Any) -> None:
+        """In the main process: have the others do something that it has no part in.
+
+        Raises:
+            RankLost: a process is gone.
+        """
+        with self.lead(name, **values):
+            pass
+
+    def next_command(self) -> Command:
+        """In a follower: wait for what to do.
+
+        Raises:
+            Dismissed: the main process failed, and said why.
+            RankLost: it is gone.
+        """
+        command: Command = self._exchange(None)
+        if command.name == FAILED:
+            raise Dismissed(str(command.values["message"]))
+        return command
+
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """In the main process: the time in which the others follow.  However it ends, they are told."""
+        try:
+            yield
+        except RankLost:
+            raise  # there is nobody to be told, or no way to
+        except BaseException as error:
+            # Followers that are in the middle of a step do not listen; they see the connection close.
+            if self._free and not self.alone:
+                with contextlib.suppress(DpsyngenError):
+                    self._exchange(Command(FAILED, {"message": f"{type(error).__name__}: {error}"}))
+            raise
+        self.tell(END)
+
+    def _exchange(self, command: Command | None) -> Any:
+        import torch.distributed as dist
+
+        box: list[Any] = [command]
+        with _lost(self):
+            dist.broadcast_object_list(box, src=MAIN)
+        return box[0]
+
+    # ------------------------------------------------------------------------------------------- objects
+
+    def gather(self, value: _T) -> list[_T]:
+        """What all processes give, in the order of their ranks; in every process."""
+        if self.alone:
+            return [value]
+        import torch.distributed as dist
+
+        out: list[Any] = [None] * self.count
+        with _lost(self):
+            dist.all_gather_object(out, value)
+        return out
+
+    def from_main(self, value: _T) -> _T:
+        """What the main process gives, in every process."""
+        return value if self.alone else self._exchange(value)  # type: ignore[arg-type]
+
+    def agree(self, work: Callable[[], _T]) -> _T:
+        """Do something in every process that can fail in each; if it failed in any, it has failed in all.
+
+        Raises:
+            DpsyngenError: in the main process the first error, which says whose it is; in the others
+                :class:`Dismissed`, except where it was their own.
+        """
+        error: DpsyngenError | OSError | None = None
+        result: _T | None = None
+        try:
+            result = work()
+        except (DpsyngenError, OSError) as caught:
+            error = caught
+        if self.alone:
+            if error is not None:
+                raise error
+            return result  # type: ignore[return-value]
+        failed = [(r, e) for r, e in enumerate(self.gather(None if error is None else str(error))) if e is not None]
+        if not failed:
+            return result  # type: ignore[return-value]
+        if not self.main:
+            raise Dismissed(str(error or failed[0][1]))
+        if error is not None:
+            raise error
+        rank, text = failed[0]
+        raise RunError(f"in the process of rank {rank} (of {self.count}): {text}")
+
+    # ------------------------------------------------------------------------------------------- tensors
+
+    def sum_to_main(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Add up tensors of one kind over all processes.
+
+        Args:
+            tensors: of one dtype on one device, of the same shapes in all processes.
+
+        Returns:
+            in the main process the sums; in the others nothing of use.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if self.alone:
+            return list(tensors)
+        flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+        with _lost(self):
+            dist.reduce(flat, dst=MAIN)
+            if flat.device.type != "cpu":
+                torch.cuda.synchronize(flat.device)  # an error of another process shows here, not in a later step
+        return [f.view(t.shape) for f, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+    def sum_everywhere(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in every process."""
+        import torch.distributed as dist
+
+        if self.alone:
+            return tensor
+        out = tensor.clone()
+        with _lost(self):
+            dist.all_reduce(out)
+        return out
+
+    def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors of one dtype with those of the main process."""
+        import torch
+        import torch.distributed as dist
+
+        if self.alone:
+            return
+        with torch.no_grad(), _lost(self):
+            flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+            dist.broadcast(flat, src=MAIN)
+            if not self.main:
+                for t, new in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                    t.copy_(new.view(t.shape))
+
+    def arrays_to_main(self, array: np.ndarray) -> np.ndarray | None:
+        """Arrays of all processes, joined along their first axis in the order of ranks; None but in the main one."""
+        parts = self.gather_to_main(array)
+        return None if parts is None else np.concatenate(parts)
+
+    def gather_to_main(self, value: _T) -> list[_T] | None:
+        """What all processes give, in the order of their ranks; None but in the main process."""
+        if self.alone:
+            return [value]
+        import torch.distributed as dist
+
+        out: list[Any] | None = [None] * self.count if self.main else None
+        with _lost(self):
+            dist.gather_object(value, out, dst=MAIN)
+        return out
+
+
+ALONE = Ranks()
+"""One process."""
+
+
+@contextlib.contextmanager
+def _lost(ranks: Ranks) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DpsyngenError) or "out of memory" in str(error):
+            raise
+        raise RankLost(
+            f"a process of the {ranks.count} that work together is gone (seen by rank {ranks.rank}: "
+            f"{str(error).strip().splitlines()[0][:200]}), so all stop.  "
+            "What it said itself, if anything, stands above.  The last checkpoint of a training is whole: go on with "
+            "--resume, with any number of processes."
+        ) from None
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def numbers() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) as torchrun set them; (0, 1, 0) without torchrun.
+
+    Raises:
+        ConfigError: the environment has something else in these places.
+    """
+    if not started_by_torchrun():
+        return 0, 1, 0
+    try:
+        rank, count, local = (int(os.environ.get(k, "0")) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except ValueError:
+        raise ConfigError(
+            "RANK, WORLD_SIZE or LOCAL_RANK in the environment is no number: start by torchrun."
+        ) from None
+    if not (0 <= rank < count and local >= 0):
+        raise ConfigError(
+            f"RANK is {rank} of WORLD_SIZE {count} in the environment, which cannot be: start by torchrun."
+        )
+    return rank, count, local
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes that torchrun started, this one among them; one process alone without torchrun.
+
+    All processes may run the same code on their own share (:meth:`Ranks.share`, :meth:`Ranks.gather`), or the main one
+    may lead the others (:meth:`Ranks.leading`).  A process that is gone ends all of them: torchrun stops the rest, and
+    who waits for it sees the connection close.
+
+    Raises:
+        RankLost: a process is gone.
+        ConfigError: the processes cannot find each other.
+    """
+    rank, count, local = numbers()
+    if count == 1:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    ranks = Ranks(rank, count, local)
+    made = not dist.is_initialized()
+    if made:
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"the {count} processes could not find each other ({str(error).splitlines()[0][:200]}).  Look at "
+                "MASTER_ADDR and MASTER_PORT (torchrun --rdzv-endpoint), at firewalls, and with several network "
+                "interfaces at GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+            ) from None
+    try:
+        yield ranks
+    except RankLost:
+        made = False  # to say goodbye to a group that lacks one could take for ever
+        raise
+    finally:
+        if made:
+            _leave()
+
+
+def _leave() -> None:
+    """End the group, and the threads that it has: those that outlive it would abort the interpreter as it exits."""
+    import torch.distributed as dist
+
+    gc.collect()  # what refers to the group, such as unfinished generators in a cycle
+    dist.destroy_process_group()
+    gc.collect()
+
+
+def device_of(device: str, ranks: Ranks) -> str:
+    """The device of this process: "cuda" is the GPU of its local rank.
+
+    Raises:
+        ConfigError: all processes of a machine would share one GPU.
+    """
+    import torch
+
+    if ranks.alone or not device.startswith("cuda"):
+        return device
+    if device != "cuda":
+        raise ConfigError(
+            f"--device is {device!r}, but with several processes each takes the GPU of its "
+            "own number: use --device cuda."
+        )
+    there = torch.cuda.device_count()
+    if ranks.local_rank >= there:
+        raise ConfigError(
+            f"this machine has {there} GPU(s), but torchrun started a process number {ranks.local_rank} on it (from 0): "
+            f"use --nproc-per-node {max(there, 1)}."
+        )
+    return f"cuda:{ranks.local_rank}"

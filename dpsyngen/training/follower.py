@@ -1,0 +1,179 @@
+"""What the other processes of a distributed training do: their share of each step, as the main one asks for it.
+
+A follower has no files.  Settings, the key of the noise and the weights come from the main process; the images it
+reads itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dpsyngen.config import Config
+from dpsyngen.data import ImageDataset
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
+from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
+from dpsyngen.diffusion.stages import Stage
+from dpsyngen.distributed import END, Command, Ranks
+from dpsyngen.errors import RunError
+from dpsyngen.privacy.kernels import KernelChoices
+from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.training.moments import Stopped, estimate_moments
+from dpsyngen.training.moments_phase import MOMENTS
+from dpsyngen.training.networks import make_denoiser
+from dpsyngen.training.plan import Plan, program_of
+from dpsyngen.training.private import PrivateStep
+from dpsyngen.training.public import PublicStep
+from dpsyngen.training.steps import private_step, public_step
+from dpsyngen.workers import Workers
+
+READ, SET_UP, PUBLIC, PRIVATE = "read", "set up", "public", "private"
+
+Load = Callable[[Config], ImageDataset]
+"""Reads the private images as a configuration asks for them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is, as the main process tells it to the others.
+
+    Attributes:
+        config: all settings.
+        plan: see :class:`Plan`.
+        randomness: the key of the run.
+    """
+
+    config: Config
+    plan: Plan
+    randomness: Randomness
+
+
+def read_together(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
+    """In the main process: have all read the images, and see to it that they are the same.
+
+    Raises:
+        DataError, RunError: images cannot be read, or are not the same everywhere; nothing is spent yet.
+    """
+    if ranks.alone:
+        return load(config)
+    with ranks.lead(READ, config=config):
+        dataset = _read(ranks, config, load)
+        prints = ranks.gather(dataset.fingerprint())
+    others = [rank for rank, value in enumerate(prints) if value != prints[0]]
+    if others:
+        raise RunError(
+            f"the processes of rank {', '.join(map(str, others))} have read other images than the main one: "
+            f"{dataset.source} must be the same on every machine, in the same order."
+        )
+    return dataset
+
+
+def _read(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
+    return ranks.agree(lambda: load(config))
+
+
+def follow(ranks: Ranks, load: Load, device: str) -> None:
+    """Work for the main process until it says that it is done.
+
+    Ctrl-C and SIGTERM, which torchrun passes on to all processes, are left to the main one: it ends the run after the
+    current step, which takes all.
+
+    Raises:
+        Dismissed: the main process failed, and said why.
+        RankLost: it is gone.
+    """
+    chosen = (signal.SIGINT, signal.SIGTERM)
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in chosen}
+    try:
+        _Follower(ranks, load, device).run()
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class _Follower:
+    def __init__(self, ranks: Ranks, load: Load, device: str) -> None:
+        self.ranks, self.load, self.device = ranks, load, device
+        self.workers = Workers(None if device == "cpu" else 1)
+        self.dataset: ImageDataset | None = None
+        self.setting: Setting | None = None
+        self.denoiser: NetworkDenoiser | None = None
+        self.steps: dict[str, PublicStep | PrivateStep] = {}
+
+    def run(self) -> None:
+        handlers: dict[str, Callable[..., None]] = {
+            READ: self._on_read,
+            SET_UP: self._on_set_up,
+            PUBLIC: self._on_public,
+            MOMENTS: self._on_moments,
+            PRIVATE: self._on_private,
+        }
+        while (command := self.ranks.next_command()).name != END:
+            handlers.get(command.name, lambda command=command, **values: self._on_step(command))(**command.values)
+
+    def _on_read(self, config: Config) -> None:
+        dataset = _read(self.ranks, config, self.load)
+        self.ranks.gather(dataset.fingerprint())
+        self.dataset = dataset
+
+    def _on_set_up(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def _known(self) -> tuple[Setting, ImageDataset]:
+        if self.setting is None or self.dataset is None:
+            raise AssertionError(f"rank {self.ranks.rank} was asked for work before it was told about the run")
+        return self.setting, self.dataset
+
+    def _on_public(self, stage: Stage, conditional: bool) -> None:
+        known, _ = self._known()
+        self.denoiser = make_denoiser(known.config, known.plan.shape, conditional, 0).to(self.device)
+        self._prepare_public([stage])
+
+    def _prepare_public(self, stages: list[Stage]) -> None:
+        known, _ = self._known()
+        program = program_of(known.config, known.plan.shape)
+        made = [public_step(known.config, program, s, self.workers, self.ranks) for s in stages]
+        self.steps = {step.name: step for step in made}
+
+    def _on_moments(self) -> None:
+        known, dataset = self._known()
+        plan, shape = known.plan.moments, known.plan.shape
+        assert plan is not None
+        rank = known.config.moments.rank
+        with contextlib.suppress(Stopped):
+            estimate_moments(
+                dataset, shape.num_classes, shape.records, plan, known.randomness, rank=rank, ranks=self.ranks
+            )
+
+    def _on_private(self, physical_batch: int, shared: list[Stage], moments: dict[str, Tensor] | None) -> None:
+        known, dataset = self._known()
+        shape = known.plan.shape
+        gaussian = None
+        if moments is not None:
+            pixels = (shape.channels, shape.resolution, shape.resolution)
+            gaussian = GaussianDenoiser(ClassGaussians.from_tensors(moments), pixels).to(self.device)
+        self.denoiser = make_denoiser(known.config, shape, True, 0, gaussian).to(self.device)
+        self._prepare_public(shared)
+        take = private_step(
+            known.config,
+            known.plan,
+            dataset,
+            known.randomness,
+            physical_batch=physical_batch,
+            # Measured in each process for itself: they decide about speed and rounding only.
+            kernels=KernelChoices(measure=known.config.privacy.insecure_seed is None),
+            workers=self.workers,
+            ranks=self.ranks,
+        )
+        self.steps[take.name] = take
+
+    def _on_step(self, command: Command) -> None:
+        if self.denoiser is None or command.name not in self.steps:
+            raise AssertionError(f"rank {self.ranks.rank} does not know the command {command.name!r}")
+        arguments: dict[str, Any] = command.values
+        self.steps[command.name].help(self.denoiser, **arguments)

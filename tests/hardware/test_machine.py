@@ -1,0 +1,93 @@
+"""`dpsyngen doctor` of machines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dpsyngen.config import ComputeConfig
+from dpsyngen.hardware import Facts, Gpu
+from dpsyngen.hardware.choice import decide
+from dpsyngen.hardware.machine import Machine, advice, look
+
+A100 = Gpu("NVIDIA A100", (8, 0), 80 * 2**30)
+
+
+@pytest.fixture
+def machine() -> Machine:
+    """With eight cores and room."""
+    nothing = Facts((), "cuda", True, "g++")
+    return replace(look(), cores=8, threads=8, memory=2**36, available=2**35, disk=2**40, torchrun=None, facts=nothing)
+
+
+def said(machine: Machine) -> str:
+    return "\n".join(advice(machine, decide("auto", ComputeConfig(), machine.facts)))
+
+
+@pytest.fixture(autouse=True)
+def _no_driver(monkeypatch) -> None:
+    monkeypatch.setattr("dpsyngen.hardware.machine._nvidia_driver", lambda: False)
+
+
+def test_advice_is_for_what_is_the_matter(machine, monkeypatch) -> None:
+    assert said(machine).startswith("No GPU")
+    gpu = replace(machine, facts=Facts((A100,), "cuda", True, "g++"))
+    assert said(gpu) == ""
+    assert "Triton is not installed" in said(replace(gpu, facts=Facts((A100,), "cuda", False, "g++")))
+    two = replace(gpu, facts=Facts((A100, A100), "cuda", True, "g++"))
+    assert "torchrun --nproc-per-node 2 -m dpsyngen train" in said(two)
+    assert said(replace(two, torchrun={"RANK": "0"})) == ""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert "2 of 8 cores (OMP_NUM_THREADS is 2)" in said(replace(gpu, threads=2))
+    assert "OMP_NUM_THREADS=8" in said(replace(gpu, threads=16))
+    assert "1.0 GiB of memory" in said(replace(gpu, available=2**30))
+    assert "another disk" in said(replace(gpu, disk=2**30))
+
+
+def test_a_gpu_that_pytorch_does_not_see_is_named(machine, monkeypatch) -> None:
+    monkeypatch.setattr("dpsyngen.hardware.machine._nvidia_driver", lambda: True)
+    assert "nvidia-smi" in said(machine)
+    assert "built for CPUs only: install one for CUDA" in said(replace(machine, facts=Facts((), "cpu", False, None)))
+
+
+def test_doctor_without_a_run_looks_at_the_machine(call) -> None:
+    code, out, err = call("doctor")
+    assert (code, err) == (0, "")
+    for what in ("PyTorch:", "processor:", "memory:", "GPU", "chosen here", "precision of DP-SGD steps:"):
+        assert what in out
+
+
+def test_doctor_says_what_torchrun_told(call, monkeypatch) -> None:
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert dict(look().rows())["torchrun"] == "process 3 of 4, number 1 of 2 on this machine"
+
+
+def test_doctor_of_the_machine_as_json(call) -> None:
+    code, out, _ = call("doctor", "--json", "--device", "cpu")
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) == {"ok", "state", "findings", "machine", "compute", "advice"}
+    assert document["ok"] is True
+    assert document["machine"]["memory"] >= document["machine"]["available"] > 0
+    assert document["compute"]["device"] == {"value": "cpu", "why": "asked for"}
+    assert document["compute"]["dp_compile"]["value"] is False
+
+
+def test_doctor_refuses_a_device_that_is_not_there(call) -> None:
+    code, _, err = call("doctor", "--device", "nonsense")
+    assert code == 2
+    assert "must be auto or cpu" in err
+
+
+def test_every_command_takes_a_gpu_where_there_is_one() -> None:
+    import typer
+
+    from dpsyngen.cli import app
+
+    group = typer.main.get_command(app)
+    devices = {n: p for n, c in group.commands.items() for p in c.params if p.name == "device"}  # type: ignore[attr-defined]
+    assert set(devices) >= {"train", "sample", "evaluate", "audit", "compare", "stages", "memorisation", "doctor"}
+    assert {n: p.default for n, p in devices.items() if p.default != "auto"} == {}
