@@ -14,7 +14,10 @@ person.
 
 from __future__ import annotations
 
+from dpsyngen.data.array_files import save_images
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.load import load_images
+from dpsyngen.data.map_style import MapStyle
+from dpsyngen.data.store import ImageStore
 
-__all__ = ["ImageDataset", "load_images"]
+__all__ = ["ImageDataset", "ImageStore", "MapStyle", "load_images", "save_images"]

@@ -51,10 +51,10 @@ def dataset_from_arrays(
     Raises:
         DataError: other types, shapes or values than these, or counts that differ.
     """
-    pixels = _to_nchw(images, source)
+    pixels = arranged(images, source)
     if len(pixels) == 0:
         raise DataError(f"{source}: there are no images in it. Give at least one.")
-    label_index, names = _to_labels(labels, class_names, len(pixels), source)
+    label_index, names = to_labels(labels, class_names, len(pixels), source)
     skipped: tuple[str, ...] = ()
     if pixels.dtype != np.uint8:
         pixels, good, skipped = _from_float(pixels, source, skip_bad)
@@ -67,7 +67,12 @@ def dataset_from_arrays(
     return ImageDataset(pixels, label_index, names, source, skipped)
 
 
-def _to_nchw(images: np.ndarray, source: str) -> np.ndarray:
+def arranged(images: np.ndarray, source: str) -> np.ndarray:
+    """Images in any accepted layout as a view ``[N, C, H, W]``.
+
+    Raises:
+        DataError: another type or shape.
+    """
     shape = list(images.shape)
     if isinstance(images, np.ma.MaskedArray):
         raise DataError(f"{source}: masked images; the mask would be lost. Fill it first: images.filled(255).")
@@ -115,9 +120,14 @@ def _arrange(images: np.ndarray, shape: list[int], source: str) -> np.ndarray:
     )
 
 
-def _to_labels(
+def to_labels(
     labels: np.ndarray | None, class_names: Sequence[str] | None, count: int, source: str
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """int64 labels ``[N]`` and the class names, from numbers or texts; see :func:`dataset_from_arrays`.
+
+    Raises:
+        DataError: another type or shape, a count that differs, or impossible names.
+    """
     if labels is None:
         return None, ()
     if labels.ndim == 2 and labels.shape[1] == 1:
@@ -160,6 +170,21 @@ def _to_labels(
     return np.array([order[text] for text in texts], dtype=np.int64)[index], tuple(class_names)
 
 
+def converted(
+    pixels: np.ndarray, resolution: int, colour: Literal["grey", "rgb"]
+) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """A few images ``[N, C, H, W]``, uint8 or floating point in [0, 1], as uint8 of the form that is wanted.
+
+    Returns:
+        contiguous uint8 ``[N, C, resolution, resolution]``; (which, why) of those that are no images, which are black.
+    """
+    bad: list[tuple[int, str]] = []
+    if pixels.dtype != np.uint8:
+        pixels, bad = _rounded(pixels)
+    pixels = _to_resolution(_to_channels(pixels, colour, "images"), resolution, "images")
+    return np.ascontiguousarray(pixels), bad
+
+
 def to_text(values: np.ndarray, what: str) -> tuple[str, ...]:
     """Whole numbers, texts or bytes (UTF-8) of an array ``[N]`` as strings.
 
@@ -187,18 +212,9 @@ def _from_float(pixels: np.ndarray, source: str, skip_bad: bool) -> tuple[np.nda
     bad: list[tuple[str, str]] = []
     good = np.ones(len(pixels), dtype=bool)
     for part in _chunks(pixels.shape):
-        values = np.asarray(pixels[part])
-        flat = values.reshape(len(values), -1)
-        finite = np.isfinite(flat).all(axis=1)
-        inside = np.asarray((flat >= 0) & (flat <= 1)).all(axis=1)
-        for i in np.flatnonzero(~inside):
-            why = "values outside 0..1" if finite[i] else "NaN or infinite values"
-            bad.append((f"image {part.start + i}", why))
-        good[part] = inside
-        # float64: float16 cannot hold 255·x to half a grey level; bad images are blanked, as NaN has no
-        # uint8.
-        clean = np.where(inside.reshape(-1, 1, 1, 1), values, 0).astype(np.float64)
-        result[part] = np.rint(255 * clean)
+        result[part], wrong = _rounded(np.asarray(pixels[part]))
+        bad += [(f"image {part.start + i}", why) for i, why in wrong]
+        good[[part.start + i for i, _ in wrong]] = False
     if bad and not good.any():
         raise DataError(
             f"{source}: every image has values outside 0..1 (or NaN). Divide 0..255 by 255, or map -1..1 by "
@@ -206,6 +222,19 @@ def _from_float(pixels: np.ndarray, source: str, skip_bad: bool) -> tuple[np.nda
         )
     skipped = settle_bad(bad, where=source, skip_bad=skip_bad)
     return (result[good] if bad else result), good, skipped
+
+
+def _rounded(values: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """Floating point in [0, 1] times 255, rounded; images with other values are black, and listed."""
+    flat = values.reshape(len(values), -1)
+    finite = np.isfinite(flat).all(axis=1)
+    inside = np.asarray((flat >= 0) & (flat <= 1)).all(axis=1)
+    bad = [
+        (i, "values outside 0..1" if finite[i] else "NaN or infinite values") for i in np.flatnonzero(~inside).tolist()
+    ]
+    # float64: float16 cannot hold 255·x to half a grey level; bad images are blanked, as NaN has no uint8.
+    clean = np.where(inside.reshape(-1, 1, 1, 1), values, 0).astype(np.float64)
+    return np.rint(255 * clean).astype(np.uint8), bad
 
 
 def _to_channels(pixels: np.ndarray, channels: Channels, source: str) -> np.ndarray:

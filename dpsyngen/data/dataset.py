@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dpsyngen.class_names import check_class_names
+from dpsyngen.data.store import ImageStore, SelectedImages, is_mapped, loaded
 from dpsyngen.errors import DataError
 
 _HASH_CHUNK_BYTES = 16 * 2**20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
     """Private images with their labels.
 
@@ -23,8 +24,9 @@ class ImageDataset:
     private.
 
     Attributes:
-        images: uint8 ``[N, C, H, W]``, C = 1 (grey) or 3 (RGB), H = W.  May be a read-only memory map or
-            view.
+        images: uint8 ``[N, C, H, W]``, C = 1 (grey) or 3 (RGB), H = W.  An array (perhaps a read-only memory map
+            or view), or an :class:`~dpsyngen.data.store.ImageStore`, whose images are not in memory.  Read them with
+            :meth:`batch`, which works for both; :meth:`array` is all of them in memory.
         labels: int64 ``[N]``, values in ``0 .. len(class_names) - 1``; None for unlabelled images.
         class_names: one name per class, in label order; ``()`` exactly when ``labels`` is None.  What they may be:
             :mod:`dpsyngen.class_names`.
@@ -36,7 +38,7 @@ class ImageDataset:
         DataError: the fields do not fit together as above.
     """
 
-    images: np.ndarray
+    images: np.ndarray | ImageStore
     labels: np.ndarray | None
     class_names: tuple[str, ...]
     source: str
@@ -44,7 +46,7 @@ class ImageDataset:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3):
             raise DataError(
                 f"images must be uint8 [N, C, H, W] with C = 1 or 3, not {images.dtype} "
                 f"{list(images.shape)}. "
@@ -69,6 +71,14 @@ class ImageDataset:
                 f"but go from {labels.min()} to {labels.max()}."
             )
 
+    def __repr__(self) -> str:
+        """What is public, and where the images are; none of their pixels."""
+        count, channels, side, _ = self.images.shape
+        classes = f", {self.num_classes} classes" if self.class_names else ""
+        where = "in memory" if isinstance(self.images, np.ndarray) and not is_mapped(self.images) else "in a file"
+        colour = "grey" if channels == 1 else "RGB"
+        return f"<ImageDataset: {count:,} {colour} images of {side}×{side}{classes}, {where}, from {self.source}>"
+
     def __len__(self) -> int:
         """Number of images N (one image = one record)."""
         return len(self.images)
@@ -89,29 +99,61 @@ class ImageDataset:
         return len(self.class_names)
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> ImageDataset:
-        """The images at ``indices`` (int ``[M]``, any order, or a bool mask ``[N]``), copied; classes stay
-        the same.
+        """The images at ``indices`` (int ``[M]``, any order, or a bool mask ``[N]``); classes stay the same.
+
+        Images in memory are copied.  Images in a file stay there: the result remembers which ones it has.
 
         Raises:
             IndexError: an index is not in ``-N .. N - 1``.
         """
-        index = _as_index(indices)
+        index = self._rows(indices)
         labels = None if self.labels is None else self.labels[index]
-        return replace(self, images=self.batch(index), labels=labels)
+        if isinstance(self.images, np.ndarray) and not is_mapped(self.images):
+            return replace(self, images=self.images[index], labels=labels)
+        return replace(self, images=SelectedImages(self.images, index), labels=labels)
 
     def batch(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """The images at ``indices`` as a fresh, contiguous, writable uint8 array ``[B, C, H, W]``.
 
-        B = 0 is legal: Poisson sampling draws empty batches.
+        B = 0 is legal: Poisson sampling draws empty batches.  Memory is taken for the B images alone, wherever the
+        images lie.  Several threads may call this at the same time.
 
         Raises:
             IndexError: an index is not in ``-N .. N - 1``.
+            DataError: images that lie in a file cannot be read any more.
         """
         # np.asarray drops the memmap subclass, so that the copy is plain memory.
-        return np.ascontiguousarray(np.asarray(self.images)[_as_index(indices)])
+        return np.ascontiguousarray(np.asarray(self.images[self._rows(indices)]))
+
+    def array(self) -> np.ndarray:
+        """All images as one array ``[N, C, H, W]``, read-only where it is not a copy.
+
+        For what needs all of them at a time; training does not.
+
+        Raises:
+            DataError: they lie in a file and would take more than half of the memory.  Take a :meth:`subset`.
+        """
+        return self.images if isinstance(self.images, np.ndarray) else loaded(self.images, self.source)
+
+    def _rows(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+        """``indices`` as int64 in 0..N - 1."""
+        index = np.asarray(indices)
+        if index.dtype == bool:
+            if index.shape != (len(self),):
+                raise IndexError(f"a mask of shape {list(index.shape)} for {len(self)} images")
+            return np.flatnonzero(index)
+        # An empty list would become float64, which numpy refuses as an index.
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise IndexError(f"indices of type {index.dtype} and shape {list(index.shape)}: give whole numbers [B]")
+        index = index.astype(np.int64, copy=False)
+        if index.size and not (index.min() >= -len(self) and index.max() < len(self)):
+            raise IndexError(f"indices from {index.min()} to {index.max()} for {len(self)} images")
+        return np.where(index < 0, index + len(self), index)
 
     def fingerprint(self) -> str:
         """SHA-256 (64 hex digits) over the shape, the images, the labels and the class names.
+
+        It does not depend on where the images lie; of a file, 16 MiB at a time are in memory.
 
         It serves to recognise the same data in a resumed run.  **The digest is derived from private data**:
         someone who guesses the whole data set can confirm the guess, so it belongs in the private half of a
@@ -130,9 +172,3 @@ class ImageDataset:
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
-
-
-def _as_index(indices: np.ndarray | Sequence[int]) -> np.ndarray:
-    index = np.asarray(indices)
-    # An empty list would become float64, which numpy refuses as an index.
-    return index if index.size else index.astype(np.int64)

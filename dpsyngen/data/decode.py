@@ -21,11 +21,12 @@ The choices, made once for all readers:
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 
@@ -38,12 +39,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Colour = Literal["grey", "rgb"]
+Encoded = str | os.PathLike[str] | bytes
+"""An image file: its path, or what is in it."""
 DEFAULT_RESOLUTION = 32
 MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
 
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
 _budget = PixelBudget(MAX_PIXELS)
+
+
+def share_budget(path: str) -> None:
+    """From now on, take turns with the other processes that gave this lock file: one large image at a time."""
+    global _budget
+    _budget = PixelBudget(MAX_PIXELS, path)
+
 
 # Only these decoders are reachable: the others are little used and have had more security faults (EPS runs a
 # program).
@@ -92,17 +102,22 @@ def default_resolution(sizes: set[tuple[int, int]]) -> int:
     return DEFAULT_RESOLUTION
 
 
-def read_header(path: str | os.PathLike[str]) -> ImageHeader:
+def read_header(path: Encoded) -> ImageHeader:
     """Size and colour of an image file.
 
     Raises:
         BadImage: not an image, animated, or too large.
     """
     with _open_checked(path) as image:
-        return ImageHeader(*image.size, is_grey=image.mode in _GREY_MODES)
+        return ImageHeader(*image.size, is_grey(image))
 
 
-def read_image(path: str | os.PathLike[str], *, resolution: int, colour: Colour) -> np.ndarray:
+def is_grey(image: Image.Image) -> bool:
+    """Whether an image is stored in grey: 1, 8 or 16 bits, with or without alpha."""
+    return image.mode in _GREY_MODES
+
+
+def read_image(path: Encoded, *, resolution: int, colour: Colour) -> np.ndarray:
     """An image file as uint8 ``[C, resolution, resolution]``, C = 1 for ``"grey"``, 3 for ``"rgb"``.
 
     Raises:
@@ -193,24 +208,31 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-@contextmanager
-def _open_checked(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """The opened image, whose pixels are not decoded yet."""
-    from PIL import Image
-
+def _file_of(encoded: Encoded) -> BinaryIO:
+    if isinstance(encoded, bytes):
+        if len(encoded) > MAX_FILE_BYTES:
+            raise BadImage(f"{len(encoded):,} bytes: over the limit of {MAX_FILE_BYTES:,}")
+        return io.BytesIO(encoded)
     try:
         # Given by its path, Pillow would follow links and map the file, and a file that shrinks while it is mapped ends
         # the process.
-        file = open_plain(path, MAX_FILE_BYTES)
+        return open_plain(encoded, MAX_FILE_BYTES)
     except NotPlainError as error:
         raise BadImage(str(error)) from error
-    with file:
+
+
+@contextmanager
+def _open_checked(encoded: Encoded) -> Iterator[Image.Image]:
+    """The opened image, whose pixels are not decoded yet."""
+    from PIL import Image
+
+    with _file_of(encoded) as file:
         try:
             image = Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError as error:
             raise BadImage(f"far too many pixels, perhaps a decompression bomb ({error})") from error
         except Image.UnidentifiedImageError as error:
-            empty = os.fstat(file.fileno()).st_size == 0
+            empty = file.seek(0, io.SEEK_END) == 0
             raise BadImage("empty file" if empty else "not an image that can be read") from error
         except Exception as error:
             raise BadImage(f"cannot be opened ({_reason(error)})") from error

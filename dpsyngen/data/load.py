@@ -1,4 +1,4 @@
-"""One entrance for private images: a named set, a folder, an array file, an IDX file or arrays."""
+"""One entrance for private images: folders, arrays, tables, tar files, named sets, and datasets of Python."""
 
 from __future__ import annotations
 
@@ -10,29 +10,40 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpsyngen.data.array_files import read_array_file, read_array_folder
+from dpsyngen.data.array_format import IMAGES
 from dpsyngen.data.arrays import dataset_from_arrays
+from dpsyngen.data.build import build
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import check_resolution
-from dpsyngen.data.folder import read_folder
+from dpsyngen.data.folder import find_folder
 from dpsyngen.data.idx import find_train_images, is_idx, read_idx_pair
+from dpsyngen.data.map_style import MapStyle, is_map_style, read_map_style
 from dpsyngen.data.named import parse_name, read_named, suggest
-from dpsyngen.data.npz import read_npy, read_npz
+from dpsyngen.data.npz import read_npz
+from dpsyngen.data.options import Options, check_workers
+from dpsyngen.data.shards import SUFFIXES, find_files, find_in_folder, find_pattern, is_pattern
 from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.shown import printable
+from dpsyngen.shown import listed, printable
 
-_KINDS = "a folder of images, a .npz or .npy file, an IDX file (-idx3-ubyte, .gz too) or a named set"
+_KINDS = (
+    "a folder of images, Parquet files, WebDataset .tar files, a folder of save_to_disk, a .npz or .npy file, an IDX "
+    "file (-idx3-ubyte, .gz too) or a named set"
+)
 
 
 def load_images(
-    source: str | os.PathLike[str] | tuple[np.ndarray, np.ndarray | None],
+    source: str | os.PathLike[str] | tuple[np.ndarray, np.ndarray | None] | MapStyle,
     *,
     resolution: int | None = None,
     channels: Literal["auto", "grey", "rgb"] = "auto",
     labels: bool = True,
     skip_bad: bool = False,
+    cache: str | os.PathLike[str] = "auto",
+    workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ImageDataset:
-    """Read the user's private images.
+    """Read the user's private images.  docs/data.md describes each kind of source.
 
     Args:
         source: one of
@@ -43,9 +54,14 @@ def load_images(
             * a folder of PNG, JPEG or WebP files (BMP, TIFF and still GIF too): sub-folders are classes, a
               flat folder has no labels.  A folder with ``train-images-idx3-ubyte`` (``.gz``) is read as IDX,
               training split;
-            * a ``.npz`` (``images``, ``labels``, optional ``class_names``) or ``.npy`` file (images only);
+            * Parquet as Hugging Face ``datasets`` has it: a file, a folder of shards, or a pattern
+              (``"data/train-*.parquet"``); or a folder that ``Dataset.save_to_disk`` wrote;
+            * WebDataset: a ``.tar`` file, a folder of them, or a pattern (``"shard-{0000..0099}.tar"``);
+            * a ``.npz`` (``images``, ``labels``, optional ``class_names``) or ``.npy`` file (images only), or a folder
+              with ``images.npy`` and perhaps ``labels.npy`` and ``class_names.json``;
             * an IDX image file, its labels beside it;
-            * a pair of arrays ``(images, labels or None)``.
+            * a pair of arrays ``(images, labels or None)``;
+            * a dataset of Python: :class:`~dpsyngen.data.map_style.MapStyle` says what it must have.
         resolution: height and width of the result, 8..256.  Images of other sizes are cut to their largest
             centred square and resized.  None: the native size if all images are one square of 8..64 pixels,
             else 32.
@@ -53,7 +69,12 @@ def load_images(
         labels: False ignores labels (for a folder: all images below it, however nested).
         skip_bad: leave out images that cannot be used and list them in ``.skipped``, instead of raising.
             Whether an image is left out depends on that image alone, so the privacy guarantee is not touched.
-        on_progress: called as ``(done, total)`` while a folder is decoded.
+        cache: where decoded images lie.  "auto": in memory up to 1 GiB, else in a file below ``$DPSYNGEN_CACHE`` or
+            ``~/.cache/dpsyngen/images``.  A path: always in a file in that folder.  Such files are as private as the
+            images; they are made for their owner alone, are used again as long as the source does not change, and may
+            be removed whenever no run is going on.  Arrays of the right form are used where they lie.
+        workers: processes that decode; None: one a core (one in all for a dataset of Python).
+        on_progress: called as ``(done, total)`` while images are decoded.
 
     Returns:
         The images.  The shape ``[C, H, W]``, the number of images and the class names are treated as
@@ -67,14 +88,14 @@ def load_images(
     resolution = check_resolution(resolution)
     if channels not in ("auto", "grey", "rgb"):
         raise ConfigError(f"channels must be 'auto', 'grey' or 'rgb', not {channels!r}.")
-    options: dict[str, Any] = {"resolution": resolution, "channels": channels, "skip_bad": skip_bad}
+    options = Options(
+        resolution, channels, labels, skip_bad, _checked_cache(cache), check_workers(workers), on_progress
+    )
 
     if isinstance(source, tuple | list):
         return _from_pair(tuple(source), labels, options)
     if not isinstance(source, str | os.PathLike):
-        raise ConfigError(
-            f"images must be {_KINDS}, or a pair of arrays (images, labels or None); not {type(source).__name__}."
-        )
+        return _from_object(source, options)
     text = os.fspath(source)
     if not text.strip():
         raise ConfigError(f"the images' source is empty; give {_KINDS}.")
@@ -82,42 +103,89 @@ def load_images(
     if named is not None:
         images, values, names = read_named(*named)
         if not labels:
-            return dataset_from_arrays(images, None, None, source=":".join(named), **options)
-        return dataset_from_arrays(images, values, names, source=":".join(named), **options)
+            return _from_arrays(images, None, None, ":".join(named), options)
+        return _from_arrays(images, values, names, ":".join(named), options)
 
+    text = os.fsdecode(text)
     try:
-        path = Path(os.fsdecode(text)).expanduser()
+        path = Path(text).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # too long, or below a folder that may not be entered
         raise DataError(f"{printable(text)} cannot be read ({error.strerror}). Give {_KINDS}.") from error
     except (ValueError, RuntimeError) as error:  # a null byte in the text, or ~ of nobody
         raise DataError(f"{printable(text)} cannot be a path ({printable(error)}). Give {_KINDS}.") from error
     if is_folder:
-        train_images = find_train_images(path)
-        if train_images is None:
-            return read_folder(path, labels=labels, on_progress=on_progress, **options)
-        path = train_images
-    elif not is_file:
-        raise DataError(_not_found(path, os.fsdecode(text)))
-    return _from_file(path, labels, options)
+        return _from_folder(path, options)
+    if is_file:
+        return _from_file(path, options)
+    if is_pattern(text):
+        return build(find_pattern(text, labels=labels), options)
+    raise DataError(_not_found(path, text))
 
 
-def _from_file(path: Path, labels: bool, options: dict[str, Any]) -> ImageDataset:
+def _checked_cache(cache: str | os.PathLike[str]) -> str:
+    text = os.fsdecode(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else ""
+    if not text.strip() or "\0" in text:
+        raise ConfigError(f"cache must be 'auto' or the path of a folder, not {cache!r}.")
+    return text
+
+
+def _from_object(source: Any, options: Options) -> ImageDataset:
+    if is_map_style(source):
+        return read_map_style(source, options)
+    if isinstance(source, dict) and source and all(is_map_style(part) for part in source.values()):
+        raise ConfigError(
+            f"there are the splits {listed(source)}. Give one of them, such as dataset['{next(iter(source))}']."
+        )
+    hint = ""
+    if hasattr(source, "__iter__") and not hasattr(source, "__len__"):
+        hint = (
+            " A stream cannot be sampled from: Poisson sampling needs each record by its number. Save it first, as "
+            "Parquet or WebDataset."
+        )
+    raise ConfigError(
+        f"images must be {_KINDS}, a pair of arrays (images, labels or None), or a dataset with len() and items; not "
+        f"{type(source).__name__}.{hint}"
+    )
+
+
+def _from_folder(path: Path, options: Options) -> ImageDataset:
+    if (path / IMAGES).is_file():
+        return read_array_folder(path, options)
+    train_images = find_train_images(path)
+    if train_images is not None:
+        return _from_file(train_images, options)
+    found = find_in_folder(path, labels=options.labels) or find_folder(path, labels=options.labels)
+    return build(found, options)
+
+
+def _from_file(path: Path, options: Options) -> ImageDataset:
     where = printable(path)
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        images, values, names = read_npz(path, labels=labels)
-        return dataset_from_arrays(images, values, names, source=where, **options)
+        images, values, names = read_npz(path, labels=options.labels)
+        return _from_arrays(images, values, names, where, options)
     if suffix == ".npy":
-        return dataset_from_arrays(read_npy(path), None, None, source=where, **options)
+        return read_array_file(path, None, None, options, where=where)
+    if suffix in SUFFIXES:
+        return build(find_files([path], suffix, where, labels=options.labels), options)
     if "idx" in path.name.lower() or "ubyte" in path.name.lower() or is_idx(path):
-        images, values = read_idx_pair(path, labels=labels)
-        return dataset_from_arrays(images, values, None, source=where, **options)
-    advice = "unpack it and give the folder" if suffix in (".zip", ".tar", ".gz", ".tgz", ".7z") else f"give {_KINDS}"
+        images, values = read_idx_pair(path, labels=options.labels)
+        return _from_arrays(images, values, None, where, options)
+    advice = (
+        "unpack it and give what is in it" if suffix in (".zip", ".gz", ".tgz", ".7z", ".zst") else f"give {_KINDS}"
+    )
     raise DataError(f"{where}: files of this kind are not read; {advice}.")
 
 
-def _from_pair(pair: tuple[Any, ...], labels: bool, options: dict[str, Any]) -> ImageDataset:
+def _from_arrays(images: Any, labels: Any, names: Any, source: str, options: Options) -> ImageDataset:
+    return dataset_from_arrays(
+        images, labels, names, source=source, resolution=options.resolution, channels=options.channels,
+        skip_bad=options.skip_bad,
+    )  # fmt: skip
+
+
+def _from_pair(pair: tuple[Any, ...], labels: bool, options: Options) -> ImageDataset:
     if len(pair) != 2:
         raise ConfigError(f"arrays must come as a pair (images, labels or None), not {len(pair)} items.")
     try:
@@ -127,7 +195,7 @@ def _from_pair(pair: tuple[Any, ...], labels: bool, options: dict[str, Any]) -> 
         raise DataError(
             f"arrays: images or labels do not form an array ({printable(error)}). Use np.stack on equal sizes."
         ) from error
-    return dataset_from_arrays(images, values, None, source=f"arrays of shape {list(images.shape)}", **options)
+    return _from_arrays(images, values, None, f"arrays of shape {list(images.shape)}", options)
 
 
 def _not_found(path: Path, text: str) -> str:

@@ -65,6 +65,20 @@ def read_npy(path: Path) -> np.ndarray:
         raise _unreadable(path, error) from error
 
 
+def npy_offset(path: Path) -> int:
+    """Bytes before the first value of a ``.npy`` file that :func:`read_npy` has read.
+
+    Raises:
+        DataError: it was replaced by something else meanwhile.
+    """
+    try:
+        with path.open("rb") as file:
+            _read_header(file, path, None)
+            return file.tell()
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
 def read_npz(path: Path, *, labels: bool) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
     """Images, labels and class names of a ``.npz`` file.  Only these are read, whatever else the file holds.
 

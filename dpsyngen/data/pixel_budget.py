@@ -1,4 +1,4 @@
-"""How many pixels may be decoded at a time, over all threads.
+"""How many pixels may be decoded at a time, over all threads, and over processes that share a lock file.
 
 A file of some kilobytes can decode to hundreds of megabytes.  One such file is bounded by the limit on pixels; this
 bounds what several of them take together.
@@ -6,7 +6,10 @@ bounds what several of them take together.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +22,11 @@ class PixelBudget:
 
     Args:
         total: pixels.
+        turns: a lock file; of the processes that have the same one, one at a time decodes a large image.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self, total: int, turns: str | None = None) -> None:
+        self.total, self.turns = total, turns
         self._free = total
         self._changed = threading.Condition()
 
@@ -34,13 +38,25 @@ class PixelBudget:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
         try:
-            yield
+            with _turn(self.turns if pixels > _LARGE else None):
+                yield
         finally:
             if pixels > _LARGE:
                 _return_memory()
             with self._changed:
                 self._free += pixels
                 self._changed.notify_all()
+
+
+@contextmanager
+def _turn(path: str | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with contextlib.closing(os.fdopen(descriptor, "rb")) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # closing gives it back
+        yield
 
 
 def _return_memory() -> None:

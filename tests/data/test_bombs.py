@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.data.test_hostile_images import blank_png
 
 _MEASURE = """
 import json, os, resource, sys
-os.cpu_count = lambda: 8  # so many threads, wherever this runs
+os.sched_getaffinity = lambda process: range(8)  # so many threads, wherever this runs
 import numpy as np
 from PIL import Image
 from dpsyngen.data import load_images
@@ -125,3 +126,28 @@ def test_pixel_budget_lets_no_more_in_than_fit() -> None:
     with pytest.raises(RuntimeError), budget.spend(100):
         raise RuntimeError
     work(100)  # what failed gave its pixels back
+
+
+def test_processes_that_share_a_lock_file_decode_large_images_one_at_a_time(tmp_path: Path) -> None:
+    """Each holds its own budget, as processes do; the lock is on the file."""
+    large, small = 2**22 + 1, 1000
+    inside, most, lock = [0], [0], threading.Lock()
+
+    def work(pixels: int) -> None:
+        with PixelBudget(2**26, str(tmp_path / "turns")).spend(pixels):
+            with lock:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            time.sleep(0.02)
+            with lock:
+                inside[0] -= 1
+
+    for pixels in (large, small):
+        inside[0] = most[0] = 0
+        threads = [threading.Thread(target=work, args=(pixels,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert (most[0] == 1) == (pixels == large)
+    assert (tmp_path / "turns").stat().st_mode & 0o777 == 0o600

@@ -149,9 +149,10 @@ def test_links_and_pipes_are_not_opened(tmp_path: Path) -> None:
 def test_files_that_vanish_or_shrink_while_the_folder_is_read(
     class_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpsyngen.data import folder as module
+    from dpsyngen.data import source as module
 
-    def late(path: Path, **options: object) -> np.ndarray:
+    def late(name: str, **options: object) -> np.ndarray:
+        path = Path(name)
         if path.name == "0.png":
             path.unlink(missing_ok=True)
         if path.name == "1.png":

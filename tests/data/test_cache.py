@@ -1,0 +1,365 @@
+"""Decoded images in a file: private, made once, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpsyngen.config import load_config
+from dpsyngen.data import build, cache, load_images, options, unfinished
+from dpsyngen.data.array_format import npy_header
+from dpsyngen.data.cache import default_folder
+from dpsyngen.data.decode_worker import Processes
+from dpsyngen.data.source import EncodedJob
+from dpsyngen.data.store import StoredImages
+from dpsyngen.errors import ConfigError, DataError
+from tests.data.encoded import pixels, png, samples, write_tar
+
+COUNT = 150
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    return write_tar(tmp_path / "s.tar", samples(pixels(COUNT), [i % 3 for i in range(COUNT)]))
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir())
+
+
+class _Counted:
+    """Counts the images that are decoded, and stops after some."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 10**9) -> None:
+        self.count, self.most = 0, most
+        whole = EncodedJob.blocks
+
+        def blocks(job, resolution, colour):
+            for images, bad in whole(job, resolution, colour):
+                if self.count >= self.most:
+                    raise KeyboardInterrupt
+                self.count += len(images)
+                yield images, bad
+
+        monkeypatch.setattr(EncodedJob, "blocks", blocks)
+
+
+def test_what_is_in_the_file_is_what_is_in_memory_otherwise(tar: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "cache"
+    memory = load_images(tar)
+    decoded = _Counted(monkeypatch)
+    first = load_images(tar, cache=folder, workers=1)
+    assert decoded.count == COUNT
+    again = load_images(tar, cache=str(folder))
+    assert decoded.count == COUNT
+    for data in (first, again):
+        assert isinstance(data.images, StoredImages)
+        assert data.fingerprint() == memory.fingerprint()
+    # The size that was asked for beforehand is the size that was found: one file serves both.
+    assert load_images(tar, cache=folder, resolution=16, channels="grey").fingerprint() == memory.fingerprint()
+    assert decoded.count == COUNT
+    assert load_images(tar, cache=folder, resolution=8).resolution == 8
+    assert decoded.count == 2 * COUNT
+
+
+def test_it_is_for_its_owner_alone(tar: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "cache"
+    before = os.umask(0)
+    try:
+        load_images(tar, cache=folder)
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for path in folder.rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+    entry = entries(folder)[0]
+    assert sorted(p.name for p in entry.iterdir()) == ["about.json", "class_names.json", "images.npy", "labels.npy"]
+    assert np.array_equal(np.load(entry / "images.npy")[:, 0], pixels(COUNT))
+    os.chmod(entry, 0o750)
+    with pytest.raises(DataError, match="only you can read"):
+        load_images(tar, cache=folder)
+
+
+def test_large_sets_go_to_a_file_by_themselves(tar: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DPSYNGEN_CACHE", str(tmp_path / "own"))
+    assert isinstance(load_images(tar).images, np.ndarray)
+    assert not (tmp_path / "own").exists()
+    monkeypatch.setattr(options, "IN_MEMORY_BYTES", COUNT * 256)
+    assert isinstance(load_images(tar).images, np.ndarray)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes on this machine share the memory
+    assert isinstance(load_images(tar).images, StoredImages)
+    assert len(entries(tmp_path / "own")) == 1
+
+
+def test_where_it_lies_by_default(monkeypatch, tmp_path: Path) -> None:
+    for name in ("DPSYNGEN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_folder() == tmp_path / ".cache" / "dpsyngen" / "images"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert default_folder() == tmp_path / "x" / "dpsyngen" / "images"
+    monkeypatch.setenv("DPSYNGEN_CACHE", "~/own")
+    assert default_folder() == tmp_path / "own"
+
+
+def test_a_source_that_changed_is_read_again(tar: Path, tmp_path: Path) -> None:
+    old = load_images(tar, cache=tmp_path / "cache")
+    write_tar(tar, samples(pixels(COUNT, seed=1), [0] * COUNT))
+    assert load_images(tar, cache=tmp_path / "cache").fingerprint() == load_images(tar).fingerprint()
+    assert len(entries(tmp_path / "cache")) == 2
+    assert np.array_equal(old.batch([3])[:, 0], pixels(COUNT)[[3]])
+
+
+def test_a_source_that_changes_meanwhile_is_refused(tar: Path, tmp_path: Path) -> None:
+    def touch(done: int, total: int) -> None:
+        os.utime(tar, (1, 1))
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        load_images(tar, cache=tmp_path / "cache", workers=1, on_progress=touch)
+    assert not [p for p in entries(tmp_path / "cache") if not p.name.endswith(".part")]
+
+
+@pytest.mark.parametrize("after", [0, 20, 145])
+def test_an_interrupted_decoding_goes_on(tar: Path, tmp_path: Path, monkeypatch, after: int) -> None:
+    memory = load_images(tar)
+    folder = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        stopped = _Counted(patch, after)
+        with pytest.raises(KeyboardInterrupt):
+            load_images(tar, cache=folder, workers=1)
+    assert [p.suffix for p in entries(folder)] == [".part"]
+    with monkeypatch.context() as patch:
+        rest = _Counted(patch)
+        assert load_images(tar, cache=folder, workers=1).fingerprint() == memory.fingerprint()
+    assert stopped.count + rest.count == COUNT
+
+
+def test_a_line_that_a_power_failure_tore_off_costs_its_own_work_only(tar: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "cache"
+    for most in (20, 40):
+        with monkeypatch.context() as patch:
+            stopped = _Counted(patch, most)
+            with pytest.raises(KeyboardInterrupt):
+                load_images(tar, cache=folder, workers=1)
+        assert stopped.count == most
+        journal = entries(folder)[0] / "done.jsonl"
+        journal.write_text(journal.read_text() + "[9, [[")
+    decoded = _Counted(monkeypatch)
+    assert load_images(tar, cache=folder, workers=1).fingerprint() == load_images(tar).fingerprint()
+    assert decoded.count == COUNT - 60 + COUNT
+
+
+@pytest.mark.parametrize("damage", ["journal", "size", "mode"])
+def test_an_interrupted_decoding_that_was_tampered_with_begins_anew(
+    tar: Path, tmp_path: Path, monkeypatch, damage: str
+) -> None:
+    folder = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        _Counted(patch, 20)
+        with pytest.raises(KeyboardInterrupt):
+            load_images(tar, cache=folder, workers=1)
+    part = entries(folder)[0]
+    if damage == "journal":
+        (part / "done.jsonl").write_text("[1]\n")
+    elif damage == "size":
+        os.truncate(part / "images.npy", 500)
+    else:
+        os.chmod(part, 0o777)
+    decoded = _Counted(monkeypatch)
+    assert load_images(tar, cache=folder, workers=1).fingerprint() == load_images(tar).fingerprint()
+    assert decoded.count == 2 * COUNT
+
+
+def test_too_little_room_is_told_before_anything_is_decoded(tar: Path, tmp_path: Path, monkeypatch) -> None:
+    import shutil
+
+    decoded = _Counted(monkeypatch)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(unfinished.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(DataError, match=r"need 0\.02 GiB(.|\n)*0\.00 GiB are free(.|\n)*data\.cache=PATH"):
+        load_images(tar, cache=tmp_path / "cache")
+    assert decoded.count == 0
+    assert not list((tmp_path / "cache").rglob("images.npy"))
+
+
+def test_room_that_the_disk_refuses_is_told_before_anything_is_decoded(tar: Path, tmp_path: Path, monkeypatch) -> None:
+    decoded = _Counted(monkeypatch)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(unfinished.os, "posix_fallocate", full)
+    with pytest.raises(DataError, match="are free"):
+        load_images(tar, cache=tmp_path / "cache")
+    assert decoded.count == 0
+
+
+def test_a_folder_that_cannot_be_used(tar: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match=r"cannot be used(.|\n)*data\.cache=PATH"):
+        load_images(tar, cache=tmp_path / "file")
+    for wrong in ("", " ", 3, "a\0b"):
+        with pytest.raises(ConfigError, match="cache must be"):
+            load_images(tar, cache=wrong)
+    for wrong in (0, -1, 2000, True, 1.5):
+        with pytest.raises(ConfigError, match="workers must be"):
+            load_images(tar, workers=wrong)
+
+
+def test_damaged_entries_are_named(tar: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    load_images(tar, cache=folder)
+    entry = entries(folder)[0]
+    for name in ("images.npy", "labels.npy", "about.json"):
+        content = (entry / name).read_bytes()
+        (entry / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(DataError, match=r"damaged(.|\n)*Remove it"):
+            load_images(tar, cache=folder)
+        (entry / name).write_bytes(content)
+    assert len(load_images(tar, cache=folder)) == COUNT
+
+
+def test_bad_images_are_left_out_of_the_file(tmp_path: Path) -> None:
+    content = samples(pixels(COUNT), [i % 3 for i in range(COUNT)])
+    for i in (0, 7, 77, COUNT - 1):
+        content[2 * i] = (content[2 * i][0], b"broken")
+    path = write_tar(tmp_path / "s.tar", content)
+    folder = tmp_path / "cache"
+    with pytest.raises(DataError, match="4 items"):
+        load_images(path, cache=folder)
+    memory = load_images(path, skip_bad=True)
+    data = load_images(path, cache=folder, skip_bad=True)
+    assert (len(data), data.fingerprint(), data.skipped) == (COUNT - 4, memory.fingerprint(), memory.skipped)
+    # They are still bad when the file is there.
+    with pytest.raises(DataError, match="4 items"):
+        load_images(path, cache=folder)
+    assert load_images(path, cache=folder, skip_bad=True).skipped == memory.skipped
+
+
+def test_folders_of_images_are_cached_too(class_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    memory = load_images(class_folder)
+    first = load_images(class_folder, cache=tmp_path / "cache")
+    decoded = _Counted(monkeypatch)
+    again = load_images(class_folder, cache=tmp_path / "cache")
+    assert first.fingerprint() == again.fingerprint() == memory.fingerprint()
+    assert decoded.count == 0
+    (class_folder / "cats" / "0.png").write_bytes(png(pixels(1, seed=5)[0]))
+    assert load_images(class_folder, cache=tmp_path / "cache").fingerprint() != memory.fingerprint()
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+_LOAD = """
+import sys, time
+from dpsyngen.data import load_images
+data = load_images(sys.argv[1], cache=sys.argv[2], workers=2, on_progress=lambda done, total: print("decodes"))
+print(data.fingerprint())
+"""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough images for decoding in processes; a script without a main guard reads them, three at the same time."""
+    folder = tmp_path_factory.mktemp("many")
+    count = build._FEW + 100
+    write_tar(folder / "s.tar", samples(pixels(count, 8), [i % 3 for i in range(count)]))
+    (folder / "script.py").write_text(_LOAD)
+    started = [
+        subprocess.Popen(
+            [sys.executable, folder / "script.py", folder / "s.tar", folder / "cache"],
+            stdout=open(folder / f"out-{i}", "w"),  # noqa: SIM115
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )
+        for i in range(3)
+    ]
+    assert [process.wait(timeout=100) for process in started] == [0, 0, 0]
+    return folder
+
+
+def test_one_process_decodes_and_the_others_wait(many: Path) -> None:
+    lines = [(many / f"out-{i}").read_text().split() for i in range(3)]
+    expected = load_images(many / "s.tar").fingerprint()
+    assert [out[-1] for out in lines] == [expected] * 3
+    assert sorted(len(out) > 1 for out in lines) == [False, False, True]
+    assert len(entries(many / "cache")) == 1
+
+
+def test_a_lock_outlives_its_owner_while_decoders_live(tmp_path: Path) -> None:
+    """A killed parent's decoders may still write: nobody else may begin before they have ended."""
+    with cache.Cache(tmp_path).locked("x") as lock:
+        processes = Processes(1, _slow, str(tmp_path / "large"), lock)
+    # The lock was given back here, but not by the child.
+    waiting = multiprocessing.get_context("fork").Process(target=_take, args=(tmp_path,))
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    processes.close()
+    waiting.join(20)
+    assert waiting.exitcode == 0
+
+
+def _slow(job: object) -> None:
+    time.sleep(60)
+
+
+def _take(folder: Path) -> None:
+    with cache.Cache(folder).locked("x"):
+        pass
+
+
+def _dies(job: object) -> None:
+    os.kill(os.getpid(), 9)
+
+
+def _fails(job: object) -> None:
+    raise DataError("this file")
+
+
+@pytest.mark.parametrize(("task", "why"), [(_dies, "SIGKILL(.|\n)*data.workers=1"), (_fails, "this file")])
+def test_decoders_that_end_or_fail_are_an_error(tmp_path: Path, task, why: str) -> None:
+    with cache.Cache(tmp_path).locked("x") as lock:
+        processes = Processes(1, task, str(tmp_path / "large"), lock)
+        try:
+            with pytest.raises(DataError, match=why):
+                list(processes.map([(0, "a job")]))  # type: ignore[list-item]
+        finally:
+            processes.close()
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+def test_headers_are_as_numpy_writes_them(tmp_path: Path) -> None:
+    for shape in ((1, 1, 8, 8), (12_345_678, 3, 256, 256)):
+        assert len(npy_header(shape)) == 128
+        (tmp_path / "x.npy").write_bytes(npy_header(shape))
+        with open(tmp_path / "x.npy", "rb") as file:
+            assert np.lib.format.read_magic(file) == (1, 0)
+            assert np.lib.format.read_array_header_1_0(file) == (shape, False, np.uint8)
+
+
+def test_where_the_cache_lies_is_not_released_and_may_change(tmp_path: Path) -> None:
+    from dpsyngen.training.pinned import _fixed_settings
+    from dpsyngen.training.release import public_config
+
+    settings = {"data": {"cache": str(tmp_path / "secret-place"), "workers": 3, "source": "x"}}
+    config = load_config(settings, preset="cpu-small")
+    assert "secret-place" not in json.dumps(public_config(config))
+    assert not {"data.cache", "data.workers"} & set(_fixed_settings(config))
+
+
+def test_the_settings_reach_the_reader(tar: Path, tmp_path: Path) -> None:
+    from dpsyngen.api import load_private
+
+    settings = {"data": {"cache": str(tmp_path / "c"), "workers": 1, "resolution": 8}}
+    data = load_private(tar, load_config(settings, preset="cpu-small"))
+    assert isinstance(data.images, StoredImages)
+    assert data.images.path.is_relative_to(tmp_path / "c")

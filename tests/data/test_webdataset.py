@@ -1,0 +1,227 @@
+"""WebDataset tars: samples, labels, and tars of strangers."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpsyngen.data import load_images
+from dpsyngen.data.tar import members
+from dpsyngen.errors import DataError
+from tests.data.encoded import pixels, png, samples, write_tar
+
+
+@pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_samples_and_labels(tmp_path: Path, layout: int) -> None:
+    images = pixels(9)
+    content = samples(images, [2, 0, 7] * 3)
+    content.insert(2, ("000000.txt", b"a caption"))
+    path = write_tar(tmp_path / "s.tar", content, layout)
+    data = load_images(path)
+    assert np.array_equal(data.images[:, 0], images)
+    assert data.class_names == ("0", "2", "7")
+    assert data.labels.tolist() == [1, 0, 2] * 3
+    unlabelled = load_images(path, labels=False)
+    assert unlabelled.labels is None
+    assert np.array_equal(unlabelled.array(), data.images)
+
+
+def test_shards_in_folders_and_patterns(tmp_path: Path) -> None:
+    images = pixels(12)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for k in range(3):
+        write_tar(folder / f"part-{k:03}.tar", samples(images[4 * k : 4 * k + 4], [k] * 4, first=0))
+    whole = load_images(folder)
+    assert np.array_equal(whole.images[:, 0], images)
+    assert whole.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for pattern in ("part-*.tar", "part-{000..002}.tar", "part-00[0-2].tar"):
+        assert load_images(str(folder / pattern)).fingerprint() == whole.fingerprint()
+    assert len(load_images(str(folder / "part-{001..002}.tar"))) == 8
+    with pytest.raises(DataError, match="matches no file"):
+        load_images(str(folder / "other-*.tar"))
+    (folder / "extra.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="Give a pattern"):
+        load_images(folder)
+
+
+def test_links_count_where_they_were_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "blob", samples(pixels(3)))
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "a.tar").symlink_to(path)
+    with pytest.raises(DataError, match="link"):
+        load_images(folder)
+    assert len(load_images(str(folder / "*.tar"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [(['{"label": 1}', '{"cls": 0}'], ("0", "1")), (['{"label": "cat"}', '{"class": "ant"}'], ("ant", "cat"))],
+)
+def test_labels_in_json(tmp_path: Path, labels: list[str], names: tuple[str, ...]) -> None:
+    content = [m for i in range(2) for m in ((f"{i}.png", png(pixels(2)[i])), (f"{i}.json", labels[i].encode()))]
+    data = load_images(write_tar(tmp_path / "s.tar", content))
+    assert data.class_names == names
+    assert data.labels.tolist() == [1, 0]
+
+
+def test_long_names_and_other_alphabets(tmp_path: Path) -> None:
+    for k, layout in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
+        stem = "ordner/" + "ß" * 150
+        path = write_tar(tmp_path / f"{k}.tar", [(f"{stem}.png", png(pixels(1)[0])), (f"{stem}.cls", b"a")], layout)
+        assert load_images(path).class_names == ("a",)
+        assert [m.name for m in members(path)] == [f"{stem}.png", f"{stem}.cls"]
+
+
+def test_bad_samples_are_listed_or_left_out(tmp_path: Path) -> None:
+    images = pixels(8)
+    content = samples(images[:2], [0, 1])
+    content += [("lone.cls", b"1"), ("two.png", png(images[2])), ("two.jpg", b"x"), ("two.cls", b"0")]
+    content += [("unlabelled.png", png(images[3])), ("broken.png", png(images[4])[:60]), ("broken.cls", b"0")]
+    content += [("odd.png", png(images[5])), ("odd.json", b'{"label": [1]}'), ("nojson.png", png(images[6]))]
+    content += [("nojson.json", b"{")]
+    path = write_tar(tmp_path / "s.tar", content)
+    with pytest.raises(DataError) as caught:
+        load_images(path)
+    message = str(caught.value)
+    for text in ("lone: no image", "two: two images", "unlabelled: no label", "broken: ", "odd: its label", "nojson: "):
+        assert f"s.tar: {text}" in message
+    data = load_images(path, skip_bad=True)
+    assert np.array_equal(data.images[:, 0], images[:2])
+    assert data.labels.tolist() == [0, 1]
+    assert len(data.skipped) == 6
+
+
+def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path) -> None:
+    content = [*samples(pixels(2), [0, 0]), ("x.png", b"no image"), ("x.cls", b"1")]
+    with pytest.raises(DataError, match="no usable image of '1'"):
+        load_images(write_tar(tmp_path / "s.tar", content), skip_bad=True)
+
+
+def test_members_that_are_no_files_lead_nowhere(tmp_path: Path) -> None:
+    """Links, devices and names that climb: nothing is unpacked, followed or opened."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(pixels(1)[0]))
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        for i, kind in enumerate((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(f"{i}.png")
+            info.type, info.linkname = kind, str(secret)
+            tar.addfile(info)
+        info = tarfile.TarInfo("../../climbs.png")
+        data = png(pixels(1)[0])
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(DataError, match="4 items") as caught:
+        load_images(path)
+    assert str(caught.value).count("a link, which is not followed") == 2
+    assert len(load_images(path, skip_bad=True)) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.tar", "secret.png"]
+    assert not (tmp_path.parent.parent / "climbs.png").exists()
+
+
+def test_sparse_members_are_not_inflated(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("x.png")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2**40)}
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.addfile(info)
+    with pytest.raises(DataError, match="not a plain file"):
+        load_images(tmp_path / "s.tar")
+
+
+def test_one_stem_twice_is_two_records_of_one_sample(tmp_path: Path) -> None:
+    content = [*samples(pixels(2), [0, 1]), *samples(pixels(1), [0])]
+    with pytest.raises(DataError, match="000000 do not lie together"):
+        load_images(write_tar(tmp_path / "s.tar", content))
+
+
+def _with_header(changes: dict[int, bytes], *, sum_right: bool = True) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        data = png(pixels(1)[0])
+        info = tarfile.TarInfo("0.png")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    content = bytearray(file.getvalue())
+    for offset, value in changes.items():
+        content[offset : offset + len(value)] = value
+    if sum_right:
+        content[148:156] = b" " * 8
+        content[148:156] = f"{sum(content[:512]):06o}\0 ".encode()
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "not a tar file"),
+        (b"not a tar file at all, but long enough to be looked at" * 20, "not a tar file"),
+        (b"\x1f\x8b" + bytes(600), "gunzip"),
+        (_with_header({0: b"x"}, sum_right=False), "not a tar file"),
+        (_with_header({124: b"77777777777\0"}), "truncated within"),
+        (_with_header({124: b"\x80" + b"\xff" * 11}), "truncated within"),
+        (_with_header({124: b"99999999999\0"}), "its size is no number"),
+        (_with_header({124: b"00000700000\0", 156: b"L"}), "more than 65,536"),
+        (_with_header({156: b"x"}), "pax records"),
+    ],
+)
+def test_tars_that_are_none_or_that_lie(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "s.tar").write_bytes(content)
+    with pytest.raises(DataError, match=why):
+        load_images(tmp_path / "s.tar")
+
+
+def test_a_hole_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    """A sparse file can be as long as its header says."""
+    path = tmp_path / "s.tar"
+    path.write_bytes(_with_header({124: b"\x80" + (2**40).to_bytes(11, "big")}))
+    try:
+        os.truncate(path, 2**40 + 2048)
+    except OSError:
+        pytest.skip("this disk has no files of a terabyte")
+    with pytest.raises(DataError, match="over the limit"):
+        load_images(path)
+
+
+def test_truncated(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", samples(pixels(5), [0, 1, 0, 1, 0]))
+    os.truncate(path, 3000)
+    with pytest.raises(DataError, match="truncated"):
+        load_images(path)
+
+
+@pytest.mark.parametrize("label", ["x" * 2_000_000, "y" * 300, " ", "9" * 30])
+def test_labels_that_are_no_classes(tmp_path: Path, label: str) -> None:
+    with pytest.raises(DataError, match="label"):
+        load_images(write_tar(tmp_path / "s.tar", samples(pixels(1), [label])))
+
+
+def test_json_as_deep_as_the_sea(tmp_path: Path) -> None:
+    content = [("0.png", png(pixels(1)[0])), ("0.json", b"[" * 100_000)]
+    with pytest.raises(DataError, match="not JSON"):
+        load_images(write_tar(tmp_path / "s.tar", content))
+
+
+def test_the_own_writer_of_webdataset_is_read(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    images = pixels(4)
+    with webdataset.TarWriter(str(tmp_path / "s.tar")) as writer:
+        for i in range(4):
+            writer.write({"__key__": f"{i:04}", "png": png(images[i]), "cls": i % 2, "json": {"text": "x"}})
+    data = load_images(tmp_path / "s.tar")
+    assert np.array_equal(data.images[:, 0], images)
+    assert data.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_what_programs_save_is_read(tmp_path: Path, call) -> None:
+    options = ("-n", 5, "--resolution", 8, "--format", "webdataset")
+    code, _, err = call("programs", "save", "dead-leaves", "--out", tmp_path / "p", *options)
+    assert code == 0, err
+    assert len(load_images(tmp_path / "p" / "images-000000.tar")) == 5
+    assert load_images(str(tmp_path / "p" / "*.tar")).labels is None
