@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpsyngen.cli_options import AsJson, Device, Quiet, RunArgument
+from dpsyngen.cli_options import AsJson, AskedDevice, Device, Quiet, RunArgument
 
 if TYPE_CHECKING:
     from dpsyngen.doctor import Diagnosis
     from dpsyngen.evaluation.memorisation import Memorisation
+    from dpsyngen.hardware import Compute
+    from dpsyngen.hardware.machine import Machine
     from dpsyngen.training.health import Finding
 
 PROBLEMS = 5
@@ -31,7 +34,7 @@ def memorisation(
         str, typer.Option(help="comma-separated: pixels, pixels-pca, efficientnet-lite0, inception")
     ] = "pixels",
     seed: Annotated[int, typer.Option(help="seed of the generated images and of subsets")] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -69,19 +72,55 @@ def _lines(result: Memorisation) -> Iterator[str]:
     yield result.conclusion
 
 
-def doctor(run: RunArgument, device: Device = "cpu", quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Say what is the matter with a run and what to change; exit code 5 if it is no use as it is."""
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="a run directory; without one, the machine is looked at")
+    ] = None,
+    machine: Annotated[bool, typer.Option("--machine", help="look at the machine, too")] = False,
+    device: AskedDevice = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is the matter with a run and what to change (exit code 5 if it is no use), or what this machine has."""
     from dpsyngen.console import Console
-    from dpsyngen.doctor import diagnose
-    from dpsyngen.training.run import Run
+    from dpsyngen.hardware import choose
+    from dpsyngen.hardware.machine import advice, look
 
-    found = diagnose(Run(run), device)
+    chosen = choose(device)
+    found = None
+    if run is not None:
+        from dpsyngen.doctor import diagnose
+        from dpsyngen.training.run import Run
+
+        found = diagnose(Run(run), chosen.device)
+    here = look()
+    helps = list(advice(here, chosen))
     Console(quiet, as_json).result(
-        {"ok": found.ok, "state": dict(found.state), "findings": [f.to_dict() for f in found.findings]},
-        _diagnosis_lines(found),
+        {
+            "ok": found is None or found.ok,
+            "state": dict(found.state) if found else {},
+            "findings": [f.to_dict() for f in found.findings] if found else [],
+            "machine": here.to_dict(),
+            "compute": chosen.to_dict(),
+            "advice": helps,
+        },
+        [
+            *(_diagnosis_lines(found) if found else ()),
+            *(_machine_lines(here, chosen, helps) if machine or found is None else ()),
+        ],
     )
-    if not found.ok:
+    if found is not None and not found.ok:
         raise typer.Exit(PROBLEMS)
+
+
+def _machine_lines(machine: Machine, compute: Compute, helps: list[str]) -> Iterator[str]:
+    for what, text in machine.rows():
+        yield f"{what + ':':<17} {text}"
+    yield "chosen here"
+    for what, value, why in compute.describe():
+        yield f"  {what + ':':<31} {value:<7} {why}"
+    for line in helps:
+        yield f"advice: {line}"
 
 
 def _diagnosis_lines(found: Diagnosis) -> Iterator[str]:

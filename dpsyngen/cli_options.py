@@ -12,7 +12,18 @@ from dpsyngen.errors import ConfigError
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, made by `dpsyngen train --out`")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of text, for programs")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+
+
+def _device(value: str) -> str:
+    from dpsyngen.hardware import kind_of
+
+    return kind_of(value)
+
+
+_DEVICES = "auto (a GPU where there is one), cpu, cuda, cuda:1, …"
+Device = Annotated[str, typer.Option(help=_DEVICES, callback=_device)]
+AskedDevice = Annotated[str, typer.Option("--device", help=_DEVICES)]
+"""As it was asked for: "auto" stays."""
 
 
 def epsilon_of(text: str) -> float:

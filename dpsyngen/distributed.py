@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAIN = 0
+_times = itertools.count()  # how often this process has joined the others
 _PATIENCE = timedelta(hours=2)  # followers wait while the main process evaluates, writes, or finds a batch that fits
 
 _T = TypeVar("_T")
@@ -276,8 +278,9 @@ def _lost(ranks: Ranks) -> Iterator[None]:
         raise RankLost(
             f"a process of the {ranks.count} that work together is gone (seen by rank {ranks.rank}: "
             f"{str(error).strip().splitlines()[0][:200]}), so all stop.  "
-            "What it said itself, if anything, stands above.  The last checkpoint of a training is whole: go on with "
-            "--resume, with any number of processes."
+            "What it said itself, if anything, stands above.  "
+            "Start the same command again, with any number of processes; a training goes on from its last checkpoint, "
+            "which is whole, with --resume."
         ) from None
 
 
@@ -333,7 +336,15 @@ def joined() -> Iterator[Ranks]:
     made = not dist.is_initialized()
     if made:
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+            # A script may join more than once: each time has names of its own in the store that torchrun keeps.
+            store, _, _ = next(dist.rendezvous("env://"))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=dist.PrefixStore(f"dpsyngen-{next(_times)}", store),
+                rank=rank,
+                world_size=count,
+                timeout=_PATIENCE,
+            )
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"the {count} processes could not find each other ({str(error).splitlines()[0][:200]}).  Look at "
@@ -377,7 +388,7 @@ def device_of(device: str, ranks: Ranks) -> str:
     there = torch.cuda.device_count()
     if ranks.local_rank >= there:
         raise ConfigError(
-            f"this machine has {there} GPU(s), but torchrun started a process number {ranks.local_rank} on it (from 0): "
-            f"use --nproc-per-node {max(there, 1)}."
+            f"this machine has {there} GPU(s), but torchrun started a process number {ranks.local_rank} on it (from "
+            f"0): use {f'--nproc-per-node {there}' if there else '--device cpu'}."
         )
     return f"cuda:{ranks.local_rank}"

@@ -18,6 +18,7 @@ from dpsyngen.errors import DpsyngenError, LedgerError, RunError
 from dpsyngen.files import write_text
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.checkpoint import describe_checkpoints
+from dpsyngen.training.engine_settings import computed_with
 from dpsyngen.training.finite import stopped_because
 from dpsyngen.training.health import Finding, by_severity, of_losses
 from dpsyngen.training.health_images import of_images
@@ -110,6 +111,9 @@ def diagnose(run: Run, device: str = "cpu") -> Diagnosis:
     if not _begun(run):
         state.append(("ledger", "none yet; nothing was spent"))
         return Diagnosis(state, by_severity(findings))
+    pins = computed_with(run)
+    if pins is not None:
+        state.append(("computed with", _computed(pins)))
     try:
         ledger = Ledger(run.ledger_path)
         state.append(("ledger", _spent(ledger)))
@@ -250,6 +254,11 @@ def _progress(run: Run, busy: bool) -> str:
     if stopped_because(run.private) is not None:
         return "stopped, because its network could not compute any more; it cannot be continued"
     return f"interrupted; continue with: dpsyngen train --resume --out {run.path}"
+
+
+def _computed(pins: dict[str, Any]) -> str:
+    layout = ", channels last" if pins.get("channels_last") else ""
+    return f"DP-SGD steps on {pins.get('device')} in {pins.get('precision')}{layout}"
 
 
 def _spent(ledger: Ledger) -> str:

@@ -61,8 +61,8 @@ class EngineSettings:
                     raise TypeError("compute is no mapping")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise RunError(
-                    f"{run.engine_path} cannot be read: {error}.  It holds how this machine computes: put it back from a "
-                    "backup or, on the machine that the run was begun on, remove it to have that measured again."
+                    f"{run.engine_path} cannot be read: {error}.  It holds how this machine computes: put it back from "
+                    "a backup or, on the machine that the run was begun on, remove it to have that measured again."
                 ) from None
         choices = KernelChoices(measure=config.privacy.insecure_seed is None, chosen=kernels)
         dp = None if compute is None else _as_begun(run, config, compute.for_dp_steps(), pins)

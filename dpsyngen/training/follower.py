@@ -21,6 +21,7 @@ from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from dpsyngen.diffusion.stages import Stage
 from dpsyngen.distributed import END, Command, Ranks
 from dpsyngen.errors import RunError
+from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.moments import Stopped, estimate_moments
@@ -131,13 +132,20 @@ class _Follower:
 
     def _on_public(self, stage: Stage, conditional: bool) -> None:
         known, _ = self._known()
-        self.denoiser = make_denoiser(known.config, known.plan.shape, conditional, 0).to(self.device)
-        self._prepare_public([stage])
+        compute = self._compute()
+        self.denoiser = make_denoiser(known.config, known.plan.shape, conditional, 0)
+        compute.prepare(self.denoiser)
+        compute.compiled(self.denoiser.network)
+        self._prepare_public([stage], compute)
 
-    def _prepare_public(self, stages: list[Stage]) -> None:
+    def _compute(self) -> Compute:
+        known, _ = self._known()
+        return choose(self.device, known.config.compute, local_rank=self.ranks.local_rank)
+
+    def _prepare_public(self, stages: list[Stage], compute: Compute) -> None:
         known, _ = self._known()
         program = program_of(known.config, known.plan.shape)
-        made = [public_step(known.config, program, s, self.workers, self.ranks) for s in stages]
+        made = [public_step(known.config, program, s, self.workers, self.ranks, compute) for s in stages]
         self.steps = {step.name: step for step in made}
 
     def _on_moments(self) -> None:
@@ -150,15 +158,19 @@ class _Follower:
                 dataset, shape.num_classes, shape.records, plan, known.randomness, rank=rank, ranks=self.ranks
             )
 
-    def _on_private(self, physical_batch: int, shared: list[Stage], moments: dict[str, Tensor] | None) -> None:
+    def _on_private(
+        self, physical_batch: int, shared: list[Stage], moments: dict[str, Tensor] | None, pins: dict[str, Any]
+    ) -> None:
         known, dataset = self._known()
         shape = known.plan.shape
         gaussian = None
         if moments is not None:
             pixels = (shape.channels, shape.resolution, shape.resolution)
-            gaussian = GaussianDenoiser(ClassGaussians.from_tensors(moments), pixels).to(self.device)
-        self.denoiser = make_denoiser(known.config, shape, True, 0, gaussian).to(self.device)
-        self._prepare_public(shared)
+            gaussian = GaussianDenoiser(ClassGaussians.from_tensors(moments), pixels)
+        compute = self._compute().for_dp_steps().pinned(pins)
+        self.denoiser = make_denoiser(known.config, shape, True, 0, gaussian)
+        compute.prepare(self.denoiser)
+        self._prepare_public(shared, compute)
         take = private_step(
             known.config,
             known.plan,
@@ -169,6 +181,7 @@ class _Follower:
             kernels=KernelChoices(measure=known.config.privacy.insecure_seed is None),
             workers=self.workers,
             ranks=self.ranks,
+            compute=compute,
         )
         self.steps[take.name] = take
 

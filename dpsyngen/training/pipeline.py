@@ -26,6 +26,7 @@ from dpsyngen.diffusion.stages import GAUSSIAN, Stage
 from dpsyngen.diffusion.unet import count_parameters
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.files import write_atomically
+from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.physical_batch import find_physical_batch
@@ -69,8 +70,9 @@ class Training:
         device: str = "cpu",
         ranks: Ranks = ALONE,
     ) -> None:
-        self.run, self.config, self.dataset, self.plan, self.device = run, config, dataset, plan, device
-        self.ranks = ranks
+        self.run, self.config, self.dataset, self.plan, self.ranks = run, config, dataset, plan, ranks
+        self.compute = choose(device, config.compute, local_rank=None if ranks.alone else ranks.local_rank)
+        self.device = device = self.compute.device
         # Before anything is read that another process could be changing.
         run.open_for_writing()
         self.private_log = JsonLines(run.private / "training.jsonl", 0o600)
@@ -166,10 +168,10 @@ class Training:
         if path.exists():
             yield Progress(MOMENTS, queries, queries, {})
 
-    def _public_step(self, stage: Stage) -> PublicStep:
-        return public_step(self.config, self.program, stage, self.workers, self.ranks)
+    def _public_step(self, stage: Stage, compute: Compute) -> PublicStep:
+        return public_step(self.config, self.program, stage, self.workers, self.ranks, compute)
 
-    def _fitting_batch(self, denoiser: NetworkDenoiser) -> int:
+    def _fitting_batch(self, denoiser: NetworkDenoiser, compute: Compute) -> int:
         """Images that fit into memory at a time, found with random numbers instead of images."""
         n, copies = self.config.network, self.config.private.copies
         shape = self.plan.shape
@@ -187,17 +189,20 @@ class Training:
         def loss(part: slice) -> Tensor:
             return denoising_loss(denoiser, batch.rows(slice(part.start * copies, part.stop * copies)))
 
-        return find_physical_batch(engine, loss, copies=copies)
+        with compute.autocast():
+            return find_physical_batch(engine, loss, copies=copies)
 
     def _public(self, stage: Stage, conditional: bool) -> Iterator[Progress]:
         """Train a network on programmatic images and release its weights; nothing to do if that was done before."""
         if self.run.weights(stage.network).exists():
             return
         denoiser = self._denoiser(conditional, PUBLIC_INDEX[stage.name])
+        self.compute.prepare(denoiser)
+        self.compute.compiled(denoiser.network)
         optimizer = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
         state = TrainState(denoiser, Ema(denoiser, self.config.public.ema), {"public": optimizer})
         self.ranks.tell(PUBLIC, stage=stage, conditional=conditional)
-        progress = train_public(stage.name, state, self._public_step(stage))
+        progress = train_public(stage.name, state, self._public_step(stage, self.compute))
         yield from self._checkpointed(stage.name, state, progress, self.public_log, self.config.public.checkpoint_every)
         if not self.stop_requested:
             self._save_weights(stage.network, state)
@@ -210,6 +215,9 @@ class Training:
             self._release()
             return
         denoiser = self._denoiser(conditional=True, index=0, gaussian=gaussian)
+        engine = EngineSettings.of(self.run, self.config, self.compute)
+        compute = engine.compute or self.compute.for_dp_steps()
+        compute.prepare(denoiser)
         if plan.stages.pretrain:
             load_weights(self.run.weights(PRETRAIN), denoiser)
         optimizers: dict[str, torch.optim.Optimizer] = {
@@ -224,24 +232,26 @@ class Training:
         if shared:
             optimizers["public"] = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
         state = TrainState(denoiser, Ema(denoiser, c.ema), optimizers)
-        engine = EngineSettings.of(self.run, self.config)
         take = private_step(
             self.config,
             plan,
             self.dataset,
             self.randomness,
-            physical_batch=engine.physical_batch or self._fitting_batch(denoiser),
+            physical_batch=engine.physical_batch or self._fitting_batch(denoiser, compute),
             kernels=engine.kernels,
             workers=self.workers,
             ranks=self.ranks,
+            compute=compute,
             observer=self.observer,
         )
         moments = None if gaussian is None else load_file(self.run.weights(GAUSSIAN))
-        self.ranks.tell(PRIVATE, physical_batch=take.physical_batch, shared=shared, moments=moments)
+        self.ranks.tell(
+            PRIVATE, physical_batch=take.physical_batch, shared=shared, moments=moments, pins=compute.pins()
+        )
         engine.physical_batch = take.physical_batch
         # What was measured must be known before noise is used: a step that is repeated has to sum in the same order.
         take.before_release = engine.save
-        public = [self._public_step(stage) for stage in shared]
+        public = [self._public_step(stage, compute) for stage in shared]
         name = plan.stages.private.name
         progress = train_private(name, state, take, self.ledger, public, with_epsilon=self.observer is None)
         yield from self._checkpointed(name, state, progress, self.private_log, c.checkpoint_every)

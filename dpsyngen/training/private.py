@@ -6,6 +6,7 @@ and summed; Gaussian noise; division by the *expected* batch; Adam.  The ledger 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError
+from dpsyngen.hardware import Compute
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.audit.transcript import StepRecord
 from dpsyngen.privacy.exact import GridGradient, default_grid, exact_noisy_mean
@@ -36,6 +38,7 @@ from dpsyngen.privacy.sampling import poisson_sample
 from dpsyngen.training.checkpoint import TrainState
 from dpsyngen.training.plain import summed_gradients
 from dpsyngen.training.public import Progress, PublicStep, set_learning_rate
+from dpsyngen.transfer import send
 from dpsyngen.workers import Workers
 
 QUERY = "dp-sgd"
@@ -92,6 +95,7 @@ class PrivateStep:
         observer: called with each step just before the optimizer uses it; None in a run that is not being audited.
         ranks: the processes that share a batch.  All draw the same set of records from the run's stream and take a part
             of it each; the clipped sums are added up in the main one, which adds noise to their sum, once.
+        compute: precision of the network's products, see :meth:`Compute.for_dp_steps`; None: as PyTorch is set.
 
     Nothing is padded: the processes meet once a step, however many records each has, none included.
     """
@@ -111,8 +115,9 @@ class PrivateStep:
         workers: Workers | None = None,
         observer: Observer | None = None,
         ranks: Ranks = ALONE,
+        compute: Compute | None = None,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.compute = ranks, compute
         self.dataset, self.levels, self.label_dropout = dataset, levels, label_dropout
         self.mechanism, self.randomness, self.physical_batch = mechanism, randomness, physical_batch
         self.kernels, self.workers = kernels or KernelChoices(), workers or Workers(1)
@@ -180,7 +185,8 @@ class PrivateStep:
             seen[part.start] = float(value.detach().sum())
             return value
 
-        total = self.summed(engine, loss, mine.stop - mine.start)
+        with contextlib.nullcontext() if self.compute is None else self.compute.autocast():
+            total = self.summed(engine, loss, mine.stop - mine.start)
         losses = sum(seen[start] for start in sorted(seen))
         if ranks.alone:
             return chosen, total, losses
@@ -259,11 +265,11 @@ class PrivateStep:
 
     def _block(self, records: NDArray[np.int64], denoiser: NetworkDenoiser, step: int, number: int) -> NoisyBatch:
         device = next(denoiser.parameters()).device
-        images = to_float(torch.from_numpy(self.dataset.batch(records)).to(device))
+        images = to_float(send(self.dataset.batch(records), device))
         labels = None
         if denoiser.num_classes:
             assert self.dataset.labels is not None
-            labels = torch.from_numpy(self.dataset.labels[records]).to(device)
+            labels = send(self.dataset.labels[records], device)
         return make_noisy(
             images,
             labels,

@@ -6,6 +6,7 @@ images are.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.distributed import ALONE, Ranks
+from dpsyngen.hardware import Compute
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
 from dpsyngen.training.checkpoint import TrainState
@@ -54,6 +56,7 @@ class PublicStep:
         workers: threads that share a batch; None: the calling one alone.
         ranks: the processes that share a batch.
         name: what the main process calls this step when it leads others.
+        compute: precision; None: as PyTorch is set.
     """
 
     def __init__(
@@ -66,7 +69,9 @@ class PublicStep:
         workers: Workers | None = None,
         ranks: Ranks = ALONE,
         name: str = "public step",
+        compute: Compute | None = None,
     ) -> None:
+        self.compute = compute
         self.levels, self.config = levels, config
         self.randomness, self.offset = randomness, offset
         self.workers = workers or Workers(1)
@@ -128,7 +133,8 @@ class PublicStep:
         if mine.start == mine.stop:
             gradients, total = [torch.zeros_like(p) for p in parameters], parameters[0].new_zeros(())
         else:
-            gradients, total = summed_gradients(parameters, loss, mine.stop - mine.start, self.workers)
+            with contextlib.nullcontext() if self.compute is None else self.compute.autocast():
+                gradients, total = summed_gradients(parameters, loss, mine.stop - mine.start, self.workers)
         *gradients, total = self.ranks.sum_to_main([*gradients, total.detach()])
         return gradients, total
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
+from dpsyngen.transfer import send
 
 
 class PublicImages:
@@ -56,7 +57,7 @@ class PublicImages:
         cores = len(os.sched_getaffinity(0))
         images = ahead[1].result() if ahead is not None and ahead[0] == step else self._images(step, cores)
         self._ahead = step + 1, self._drawing.submit(self._images, step + 1, cores)
-        return torch.from_numpy(images).to(device, non_blocking=True)
+        return send(images, device)
 
     def _images(self, step: int, threads: int) -> NDArray[np.uint8]:
         first, stop = step * self.batch + self.share.start, step * self.batch + self.share.stop

@@ -7,6 +7,7 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.stages import Stage
 from dpsyngen.distributed import Ranks
+from dpsyngen.hardware import Compute
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
@@ -27,8 +28,14 @@ def levels_of(config: Config, stage: Stage) -> NoiseLevels:
     return NoiseLevels(n.noise_mean, n.noise_std, stage.low, stage.high)
 
 
-def public_step(config: Config, program: Program, stage: Stage, workers: Workers, ranks: Ranks) -> PublicStep:
-    """The step that trains `stage` on images of the program."""
+def public_step(
+    config: Config, program: Program, stage: Stage, workers: Workers, ranks: Ranks, compute: Compute
+) -> PublicStep:
+    """The step that trains `stage` on images of the program.
+
+    On a network that DP-SGD trains as well, `compute` must be that of DP-SGD steps: what is taken again after a crash
+    has to round in the same way.
+    """
     # Each network has its own images: a thousand million are more than any phase draws.
     offset = PUBLIC_INDEX[stage.name] * 10**9
     return PublicStep(
@@ -40,6 +47,7 @@ def public_step(config: Config, program: Program, stage: Stage, workers: Workers
         workers,
         ranks,
         f"public step {stage.name}",
+        compute,
     )
 
 
@@ -53,6 +61,7 @@ def private_step(
     kernels: KernelChoices,
     workers: Workers,
     ranks: Ranks,
+    compute: Compute,
     observer: Observer | None = None,
 ) -> PrivateStep:
     """The step that trains the private stage."""
@@ -67,4 +76,5 @@ def private_step(
         workers=workers,
         observer=observer,
         ranks=ranks,
+        compute=compute,
     )
