@@ -1,4 +1,7 @@
-"""Writing generated images: PNGs in class folders with a metadata.csv, or one .npz."""
+"""Writing generated images: PNGs in class folders with a metadata.csv, one .npz, or one .parquet.
+
+Hugging Face ``datasets`` opens the folder ("imagefolder") and the Parquet file as they are.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,18 @@ from numpy.typing import NDArray
 
 from dpsyngen.errors import RunError
 from dpsyngen.files import require_absent_or_empty, write_atomically, write_text
+from dpsyngen.programs.formats import Parquet, png
 
 _TAKEN = ("metadata.csv", "about.json")  # files beside the class folders
+_FILES = (".npz", ".parquet")
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
 
 
 def check_target(out: Path) -> None:
-    """Raise RunError if writing to `out` would overwrite anything."""
-    if out.suffix == ".npz":
+    """Raise RunError if writing to `out` would overwrite anything, ConfigError if what it needs is not installed."""
+    if out.suffix == ".parquet":
+        Parquet.require()
+    if out.suffix in _FILES:
         if out.exists():
             raise RunError(f"--out {out} exists already.  Choose another path or move it away.")
         return
@@ -61,20 +68,23 @@ def write_samples(
     about: dict[str, Any],
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write images to `out`: a ``.npz`` file, or else a folder that appears whole or not at all.
+    """Write images to `out`: a ``.npz`` or ``.parquet`` file, or else a folder; it appears whole or not at all.
 
     Args:
         out: must not exist (or be an empty folder).
         batches: uint8 [n, C, H, W] each.
         labels: class of each image, or None.
         class_names: names of the classes.
-        about: provenance, written beside the images (``about.json``, or the key ``about``).
+        about: provenance, written beside the images: ``about.json``, where the names of the classes are, too; the array
+            ``about`` of a ``.npz``; the key ``about`` of a Parquet file's metadata.
         on_progress: called with the number of images written so far.
     """
     check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
         _write_npz(out, batches, labels, class_names, about, on_progress)
+    elif out.suffix == ".parquet":
+        _write_parquet(out, batches, labels, class_names, about, on_progress)
     else:
         _write_folder(out, batches, labels, class_names, about, on_progress)
 
@@ -99,6 +109,44 @@ def _write_npz(
     def write(path: Path) -> None:
         with open(path, "wb") as f:
             np.savez_compressed(f, **arrays)
+
+    write_atomically(out, write)
+
+
+def _write_parquet(
+    out: Path,
+    batches: Iterable[NDArray[np.uint8]],
+    labels: NDArray[np.int64] | None,
+    class_names: tuple[str, ...],
+    about: dict[str, Any],
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    """A row group for each batch; columns ``image`` and, with classes, ``label``, in the form of ``datasets``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    columns = [("image", image)]
+    if labels is not None:
+        features["label"] = {"names": list(class_names), "_type": "ClassLabel"}
+        columns.append(("label", pa.int64()))
+    notes = {"huggingface": json.dumps({"info": {"features": features}}), "about": json.dumps(about)}
+    schema = pa.schema(columns, metadata=notes)
+
+    def write(path: Path) -> None:
+        number = 0
+        with pq.ParquetWriter(path, schema, compression="none") as file:  # PNG is compressed
+            for batch in batches:
+                rows = range(number, number + len(batch))
+                named = [{"bytes": png(x), "path": f"{n:07d}.png"} for n, x in zip(rows, batch, strict=True)]
+                values = [pa.array(named, image)]
+                if labels is not None:
+                    values.append(pa.array(labels[rows.start : rows.stop], pa.int64()))
+                file.write_table(pa.table(values, schema=schema))
+                number = rows.stop
+                if on_progress:
+                    on_progress(number)
 
     write_atomically(out, write)
 
@@ -140,7 +188,8 @@ def _write_folder(
                     number += 1
                 if on_progress:
                     on_progress(number)
-        write_text(partial / "about.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        names = {} if labels is None else {"class_names": list(class_names)}
+        write_text(partial / "about.json", json.dumps(about | names, indent=1, ensure_ascii=False) + "\n")
         if out.is_dir():
             out.rmdir()  # empty, as checked
         partial.rename(out)

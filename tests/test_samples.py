@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ import pytest
 from PIL import Image
 
 from dpsyngen.data import load_images
-from dpsyngen.errors import RunError
-from dpsyngen.samples import folder_names, write_samples
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.samples import check_target, folder_names, write_samples
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 1, 8, 8), dtype=np.uint8)
 LABELS = np.array([0, 1, 2, 0, 1, 2])
@@ -31,7 +33,8 @@ def test_folder(tmp_path) -> None:
     assert [r["class_name"] for r in rows] == ["cat", "dog", "emu"] * 2
     assert rows[3]["file_name"] == "cat/0000003.png"
     assert seen == [4, 6]
-    assert json.loads((tmp_path / "out" / "about.json").read_text()) == {"seed": 5}
+    about = json.loads((tmp_path / "out" / "about.json").read_text())
+    assert about == {"seed": 5, "class_names": ["cat", "dog", "emu"]}
     back = load_images(tmp_path / "out")
     assert back.class_names == ("cat", "dog", "emu")
     assert {x.tobytes() for x in back.images} == {x.tobytes() for x in IMAGES}
@@ -54,6 +57,31 @@ def test_npz(tmp_path) -> None:
     assert load_images(tmp_path / "out.npz").class_names == ("a", "b", "c")
 
 
+def test_parquet_keeps_order_labels_and_how_it_was_drawn(tmp_path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    seen: list[int] = []
+    names = ('a"b', "é: #1", "---")
+    write_samples(tmp_path / "out.parquet", batches(), LABELS, names, {"seed": 5}, seen.append)
+    file = pq.ParquetFile(tmp_path / "out.parquet")
+    table, notes = file.read(), file.schema_arrow.metadata
+    assert table.column("label").to_pylist() == LABELS.tolist()
+    assert json.loads(notes[b"about"]) == {"seed": 5}
+    features = json.loads(notes[b"huggingface"])["info"]["features"]
+    assert features["label"] == {"names": list(names), "_type": "ClassLabel"}
+    for number, (row, image) in enumerate(zip(table.column("image").to_pylist(), IMAGES, strict=True)):
+        assert row["path"] == f"{number:07d}.png"
+        with Image.open(io.BytesIO(row["bytes"])) as stored:
+            assert np.array_equal(np.asarray(stored), image[0])
+    assert seen == [4, 6]
+    assert file.num_row_groups == 2  # written as it came, not collected
+
+
+def test_parquet_without_pyarrow_is_said_before_anything_is_drawn(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ConfigError, match=r"dpsyngen\[parquet\]"):
+        check_target(tmp_path / "out.parquet")
+
+
 def test_hostile_class_names_stay_inside(tmp_path) -> None:
     names = ("../escape", "a/b", "", "..", "a_b", "con\x00", "x" * 300, "日本 1")
     folders = folder_names(names)
@@ -69,7 +97,8 @@ def test_nothing_is_overwritten(tmp_path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     (tmp_path / "f.npz").touch()
-    for out in (tmp_path / "full", tmp_path / "f.npz"):
+    (tmp_path / "f.parquet").touch()
+    for out in (tmp_path / "full", tmp_path / "f.npz", tmp_path / "f.parquet"):
         with pytest.raises(RunError, match="exists already"):
             write_samples(out, batches(), LABELS, ("a", "b", "c"), {})
     (tmp_path / "empty").mkdir()
@@ -77,7 +106,7 @@ def test_nothing_is_overwritten(tmp_path) -> None:
     assert (tmp_path / "empty" / "metadata.csv").exists()
 
 
-@pytest.mark.parametrize("name", ["out", "out.npz"])
+@pytest.mark.parametrize("name", ["out", "out.npz", "out.parquet"])
 def test_failure_in_the_middle_leaves_nothing(tmp_path, name) -> None:
     def broken():
         yield IMAGES[:4]

@@ -15,8 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dpsyngen.certificate import Certificate, number, schema_text
+from dpsyngen.certificate import Certificate, schema_text
 from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError
+from dpsyngen.export.card import digest_of
+from dpsyngen.export.companions import companions
+from dpsyngen.export.contents import release_files
 from dpsyngen.files import write_atomically
 from dpsyngen.generator import Generator
 from dpsyngen.privacy.chain import Head
@@ -30,10 +33,8 @@ from dpsyngen.version import __version__
 
 FORMAT = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
-README, SCHEMA = "README.md", "certificate.schema.json"
-REQUIRED = ("PRIVACY.md", "privacy.json", "config.yaml", "generator.json")
-OPTIONAL = ("public_training.jsonl", "report.html")
-WEIGHTS, SAMPLES = "weights/", "samples/"
+SCHEMA = "certificate.schema.json"
+SAMPLES = "samples/"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Packed:
         files: number of files in it.
         sha256: digest of the whole bundle, to be published beside it.
         signed_by: fingerprint of the key, or None.
-        left_out: files of the release folder that are not part of a release.
+        left_out: files of the release folder that are not part of a release, or that were changed and written anew.
         certificate: what it claims.
     """
 
@@ -100,9 +101,11 @@ def pack(
             "images are private.  --not-private packs it all the same, stamped as such (for tests and references)."
         )
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        content: dict[str, Path | bytes] = dict(_release_files(run, certificate))
+        content: dict[str, Path | bytes] = dict(release_files(run.release, certificate))
         content[SCHEMA] = schema_text().encode()
-        content[README] = _readme(certificate, samples).encode()
+        # Written anew: what was changed by hand is no part of what the certificate says.
+        follow = companions(certificate, digest_of((run.release / "privacy.json").read_bytes()))
+        content |= {name: text.encode() for name, text in follow.items()}
         if samples:
             folder = Path(scratch) / "samples"
             _draw(run, folder, samples, seed, certificate, on_progress)
@@ -124,7 +127,7 @@ def pack(
     left_out = tuple(
         str(p.relative_to(run.release))
         for p in sorted(run.release.rglob("*"))
-        if p.is_file() and p.relative_to(run.release).as_posix() not in content
+        if p.is_file() and not _is_packed(p, content.get(p.relative_to(run.release).as_posix()))
     )
     return Packed(
         out,
@@ -160,22 +163,6 @@ def check_against_ledger(run: Run) -> Certificate:
     return certificate
 
 
-def _release_files(run: Run, certificate: Certificate) -> Iterator[tuple[str, Path]]:
-    """The files of the release folder that belong to a release, by their names in the bundle."""
-    networks = {s.network for s in certificate.stages}
-    if certificate.pretrained_on_programmatic_images:
-        networks.add("pretrain")
-    required = [*REQUIRED, *(f"{WEIGHTS}{n}.safetensors" for n in sorted(networks))]
-    for name in (*required, *OPTIONAL):
-        file = run.release / name
-        if file.is_symlink():
-            raise ReleaseError(f"{file} is a symbolic link; a release holds plain files only.")
-        if file.is_file():
-            yield name, file
-        elif name in required:
-            raise RunError(f"{file} is missing, so the release is not whole.")
-
-
 def _draw(
     run: Run,
     folder: Path,
@@ -192,6 +179,10 @@ def _draw(
     about = {"dpsyngen": __version__, "private": certificate.private, "count": count, **asdict(settings)}
     batches = generator.stream(count, settings, labels=labels)
     write_samples(folder, batches, labels, generator.class_names, about, on_progress)
+
+
+def _is_packed(file: Path, content: Path | bytes | None) -> bool:
+    return content is not None and (not isinstance(content, bytes) or file.read_bytes() == content)
 
 
 def _size(content: Path | bytes) -> int:
@@ -214,6 +205,7 @@ def _search_for_secrets(run: Run, content: dict[str, Path | bytes]) -> None:
     config = run.config
     for what, path in (
         ("the path of the images", config.data.source),
+        ("the path of the decoded images", config.data.cache),
         ("the path of the budget", config.privacy.budget),
     ):
         # The name of a named set, or a single short word, may stand anywhere for other reasons.
@@ -244,39 +236,3 @@ def _windows(content: Path | bytes, longest: int) -> Iterator[bytes]:
         while chunk := f.read(1 << 22):
             yield tail + chunk
             tail = chunk[-longest:]
-
-
-def _readme(certificate: Certificate, samples: int) -> str:
-    c = certificate
-    guarantee = (
-        "no privacy guarantee"
-        if c.epsilon == "inf"
-        else f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)} for {c.unit}"
-    )
-    lines = [
-        "# A generator of synthetic images",
-        "",
-        f"Made by dpsyngen {c.dpsyngen}.  {'Privacy' if c.private else 'NOT PRIVATE; privacy'}: {guarantee}.  "
-        "PRIVACY.md says what that means.",
-        "",
-        "| file | what it is |",
-        "|---|---|",
-        "| PRIVACY.md | the privacy certificate in plain words |",
-        "| privacy.json | the same in numbers; certificate.schema.json is its JSON Schema |",
-        "| generator.json, weights/ | the generator |",
-        "| config.yaml | all settings of the training |",
-        "| report.html, public_training.jsonl | the report, and the course of training on images drawn by programs |",
-    ]
-    if samples:
-        lines.append(f"| samples/ | {samples:,} generated images with their labels |")
-    lines += [
-        "| manifest.json, manifest.sig | checksums of all files, and a signature if there is one |",
-        "",
-        "```",
-        "dpsyngen verify BUNDLE.zip                       # check it, with no private image at hand",
-        "unzip BUNDLE.zip -d generator",
-        "dpsyngen sample generator -n 10000 --out images  # draw images: costs no privacy, however many",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load, save
 
 from dpsyngen.certificate import Certificate, plain_words
+from dpsyngen.export.card import digest_of, model_card
 from dpsyngen.report.safe_zip import write_zip
 from dpsyngen.report.signing import make_key
 from dpsyngen.report.verify import verify
@@ -62,6 +63,8 @@ def test_sound_bundles_pass(bundle, signed, key) -> None:
         "guarantee",
         "privacy cost",
         "plain words",
+        "model card",
+        "code",
         "settings",
         "report",
         "generator",
@@ -109,13 +112,15 @@ def edit_json(name: str, change: Callable[[dict], None]) -> Callable[[Files], No
 
 
 def edit_certificate(change: Callable[[dict], None]) -> Callable[[Files], None]:
-    """With the page of plain words to match."""
+    """With the page of plain words and the model card to match."""
 
     def edit(files: Files) -> None:
         values = json.loads(files["privacy.json"])
         change(values)
         files["privacy.json"] = json.dumps(values).encode()
-        files["PRIVACY.md"] = plain_words(Certificate.model_validate_json(files["privacy.json"])).encode()
+        certificate = Certificate.model_validate_json(files["privacy.json"])
+        files["PRIVACY.md"] = plain_words(certificate).encode()
+        files["README.md"] = model_card(certificate, digest_of(files["privacy.json"])).encode()
 
     return edit
 
@@ -194,6 +199,15 @@ def not_a_number(tensors: dict) -> dict:
         (edit_certificate(lambda v: v["programmatic_images"].update(name="glyphs")), "settings"),
         (edit_certificate(lambda v: v["programmatic_images"].update(prior_tier=2)), "settings"),
         (edit_text("PRIVACY.md", "ε = [0-9.]+", "ε = 0.1"), "plain words"),
+        (edit_text("README.md", "epsilon: [0-9.]+", "epsilon: 0.1"), "model card"),
+        (edit_text("README.md", "private: true", "private: true\nlicense: mit"), "model card"),
+        (edit_text("README.md", "certificate_sha256: [0-9a-f]{64}", f"certificate_sha256: {'0' * 64}"), "model card"),
+        (edit_json("privacy.json", lambda v: None), "model card"),  # the same certificate in other bytes
+        (edit_text("pipeline.py", "import shutil", "import shutil, antigravity"), "code"),
+        (edit_text("denoiser/denoiser.py", r"\Z", "import antigravity\n"), "code"),
+        (edit_json("model_index.json", lambda v: v.update(denoiser=["pickle", "loads"])), "code"),
+        (lambda f: f.update({"denoiser/other.py": b"x"}), "archive"),
+        (lambda f: f.pop("pipeline.py"), "archive"),
         (edit_text("config.yaml", "records: null", "records: 600000"), "settings"),
         (edit_text("config.yaml", "skip_bad:", "source: /home/ward/patients\n  skip_bad:"), "settings"),
         (edit_text("config.yaml", "epsilon:.*", "epsilon: 0.1"), "settings"),
@@ -291,3 +305,18 @@ def test_verifying_needs_nothing_but_the_bundle(bundle, tmp_path, monkeypatch) -
     assert opened
     # Clearing the scratch folder opens names relative to its folders.
     assert [p for p in opened if not p.startswith(allowed) and (Path(p).is_absolute() or Path(p).exists())] == []
+
+
+def test_a_picture_in_the_report_is_no_script_whatever_its_bytes() -> None:
+    """Base64 of a PNG can end in "/on…=", which looks like an event's attribute."""
+    import base64
+
+    from dpsyngen.report.verify import _ACTIVE
+
+    end = b"\0\0\0\0IEND\xaeB`\x82"
+    texts = [base64.b64encode(base64.b64decode("AA/onAAA") + bytes(shift) + end).decode().lower() for shift in range(3)]
+    assert sum(bool(re.search(r"\bon\w+\s*=", text)) for text in texts) == 2  # the third has no "=" at its end
+    for text in texts:
+        assert not _ACTIVE.search(f'<img src="data:image/png;base64,{text}">')
+    for page in ('<img onload="x">', "<a/onclick = x>", '<p on=""onfocus=x>', "<script>", '<a href="javascript:x">'):
+        assert _ACTIVE.search(page.lower())

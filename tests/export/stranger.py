@@ -1,0 +1,94 @@
+"""What somebody without dpsyngen does with a release and with samples; run as a program, with a JSON file of tasks.
+
+Started with the interpreter of an environment that has diffusers, datasets and PyTorch.  With "block" in the tasks,
+importing dpsyngen fails as it does where that is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main(tasks_file: str) -> None:
+    tasks = json.loads(Path(tasks_file).read_text())
+    os.environ |= {"HF_HOME": tasks["cache"], "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    if tasks.get("block"):
+        sys.modules["dpsyngen"] = None  # type: ignore[assignment]
+    try:
+        import dpsyngen  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        raise SystemExit("dpsyngen is there, so nothing is shown by this")
+    result = {}
+    if "pipelines" in tasks:
+        result["pipelines"] = [draw(t) for t in tasks["pipelines"]]
+    if "sets" in tasks:
+        result["sets"] = [look(t) for t in tasks["sets"]]
+    Path(tasks["result"]).write_text(json.dumps(result))
+
+
+def draw(task: dict) -> dict:
+    import numpy as np
+    import torch
+    from diffusers import DiffusionPipeline
+
+    torch.set_num_threads(1)
+    options = {"custom_pipeline": task["release"]} if task.get("custom") else {}
+    pipeline = DiffusionPipeline.from_pretrained(task["release"], trust_remote_code=True, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(**task["call"]).images
+    np.save(task["out"], np.stack([np.asarray(p) for p in pictures]))
+    about = {"class": type(pipeline).__name__, "classes": list(pipeline.class_names), "device": str(pipeline.device)}
+    if "save" in task:
+        pipeline.save_pretrained(task["save"])
+        again = DiffusionPipeline.from_pretrained(task["save"], trust_remote_code=True)
+        again.set_progress_bar_config(disable=True)
+        arrays = again(**task["call"], output_type="np", return_dict=False)[0]
+        tensors = again(**task["call"], output_type="pt").images
+        seeded = dict(task["call"])
+        generator = torch.Generator().manual_seed(seeded.pop("seed"))
+        raw = again(**seeded, generator=generator, output_type="uint8").images
+        about["same"] = {
+            "np": bool((np.round(arrays[..., 0] * 255) == np.stack(pictures)).all()),
+            "pt": bool((torch.round(tensors[:, 0] * 255).numpy() == np.stack(pictures)).all()),
+            "uint8": bool((raw[:, 0] == np.stack(pictures)).all()),
+        }
+        about["errors"] = [raised(pipeline, **wrong) for wrong in task["wrong"]]
+        about["errors"].append(raised(lambda: pipeline.save_pretrained(task["save"])))
+        half = {"torch_dtype": torch.float16, "trust_remote_code": True}
+        about["errors"].append(raised(lambda: DiffusionPipeline.from_pretrained(task["release"], **half)))
+        about["errors"].append(raised(lambda: DiffusionPipeline.from_pretrained(task["release"])))
+    return about
+
+
+def raised(call, **options) -> str:  # type: ignore[no-untyped-def]
+    try:
+        call(**options)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def look(task: dict) -> dict:
+    import datasets
+    import numpy as np
+
+    rows = datasets.load_dataset(*task["load"], split="train", **task.get("options", {}))
+    if "names" in task:
+        rows = rows.cast_column("label", datasets.ClassLabel(names=task["names"]))
+    np.save(task["out"], np.stack([np.asarray(x) for x in rows["image"]]))
+    label = rows.features.get("label")
+    return {
+        "image": type(rows.features["image"]).__name__,
+        "names": getattr(label, "names", None),
+        "labels": list(rows["label"]) if label else None,
+        "class_names": list(rows["class_name"]) if "class_name" in rows.features else None,
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
