@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen import cli_audit, cli_checks, cli_compare, cli_evaluate, cli_release, cli_stages, cli_train
+from dpsyngen import (
+    cli_audit,
+    cli_checks,
+    cli_compare,
+    cli_evaluate,
+    cli_export,
+    cli_ranks,
+    cli_release,
+    cli_stages,
+    cli_train,
+)
 from dpsyngen.cli_options import AsJson, Device, Quiet, RunArgument, epsilon_of
 from dpsyngen.cli_programs import app as programs_app
 from dpsyngen.errors import ConfigError, DpsyngenError
@@ -35,6 +45,7 @@ app.command()(cli_release.ledger)
 app.command()(cli_audit.audit)
 app.command()(cli_release.release)
 app.command()(cli_release.verify)
+app.command()(cli_export.export)
 app.command()(cli_release.key)
 app.command()(cli_compare.compare)
 app.command()(cli_evaluate.evaluate)
@@ -50,11 +61,12 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    pass
+    cli_ranks.require_shared(context.invoked_subcommand or "")
 
 
 # ----------------------------------------------------------------------------------------------- sample
@@ -63,7 +75,7 @@ def _root(
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or a copy of its release folder")],
-    out: Annotated[Path, typer.Option(help="folder for PNGs and metadata.csv, or a .npz file")],
+    out: Annotated[Path, typer.Option(help="folder for PNGs and metadata.csv, or a .npz or .parquet file")],
     count: Annotated[int, typer.Option("-n", "--count", help="number of images")] = 1000,
     classes: Annotated[
         str | None, typer.Option(help="comma-separated names or numbers; default: all, balanced")
@@ -74,43 +86,51 @@ def sample(
     churn: Annotated[float | None, typer.Option(help="stochasticity of heun")] = None,
     seed: Annotated[int | None, typer.Option(help="public seed; default: a random one, written down")] = None,
     batch_size: Annotated[int, typer.Option(help="images at a time")] = 256,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw images from a trained generator; costs no privacy, however many."""
     from dpsyngen.console import Console
+    from dpsyngen.distributed import joined
     from dpsyngen.samples import check_target, write_samples
 
     console = Console(quiet, as_json)
-    check_target(out)
-    if batch_size < 1:
-        raise ConfigError(f"--batch-size is {batch_size}, but must be at least 1.")
-    from dataclasses import asdict
+    with joined() as ranks:
+        if not ranks.main:
+            from dpsyngen.sampling_ranks import follow, handlers
 
-    from dpsyngen.api import check_device
-    from dpsyngen.generator import Generator
-    from dpsyngen.training.run import Run
+            follow(ranks, handlers(ranks))
+            return
+        with ranks.leading():
+            check_target(out)
+            if batch_size < 1:
+                raise ConfigError(f"--batch-size is {batch_size}, but must be at least 1.")
+            if count < 1:
+                raise ConfigError(f"-n is {count}, but must be at least 1.")
+            from dataclasses import asdict
 
-    check_device(device)
-    if (run / "generator.json").exists():
-        release = run
-    else:
-        opened = Run(run)
-        opened.require_complete()
-        release = opened.release
-    generator = Generator(release, device)
-    chosen = None if classes is None else [c.strip() for c in classes.split(",") if c.strip()]
-    if count < 1:
-        raise ConfigError(f"-n is {count}, but must be at least 1.")
-    labels = generator.labels(count, chosen)
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4), "little")
-    settings = generator.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
-    about = {"dpsyngen": __version__, "private": generator.private, "count": count, **asdict(settings)}
-    batches = generator.stream(count, settings, labels=labels, batch_size=batch_size)
-    with console.progress("sampling", count, "images") as progress:
-        write_samples(out, batches, labels, generator.class_names, about, progress.update)
+            from dpsyngen.sampling_ranks import open_everywhere, stream
+            from dpsyngen.training.run import Run
+
+            if (run / "generator.json").exists():
+                release = run
+            else:
+                opened = Run(run)
+                opened.require_complete()
+                release = opened.release
+            generator = open_everywhere(ranks, release, device)
+            chosen = None if classes is None else [c.strip() for c in classes.split(",") if c.strip()]
+            labels = generator.labels(count, chosen)
+            if seed is None:
+                seed = int.from_bytes(os.urandom(4), "little")
+            settings = generator.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
+            about = {"dpsyngen": __version__, "private": generator.private, "count": count, **asdict(settings)}
+            batches = stream(ranks, generator, count, settings, labels=labels, batch_size=batch_size)
+            if count <= batch_size * (ranks.count - 1):
+                console.note(f"some of the {ranks.count} processes have nothing to do: use a smaller --batch-size")
+            with console.progress("sampling", count, "images") as progress:
+                write_samples(out, batches, labels, generator.class_names, about, progress.update)
     console.result(
         {"path": out, "images": count, "class_names": generator.class_names, **about},
         [f"{count:,} images in {out}" + ("" if generator.private else "  (generator is NOT PRIVATE)")],
@@ -176,16 +196,17 @@ def main() -> None:
     try:
         sys.exit(_run(console))
     except DpsyngenError as error:
-        console.error(error.kind, str(error))
+        cli_ranks.tell(console, error.kind, str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        console.error("interrupted", "stopped")
+        cli_ranks.tell(console, "interrupted", "stopped")
         sys.exit(130)
     except OSError as error:
         import errno
 
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            console.error(
+            cli_ranks.tell(
+                console,
                 "disk-full",
                 f"the disk is full{f', at {error.filename}' if error.filename else ''}.  Nothing that was finished is "
                 "lost: free some space, then continue (training: --resume).",
@@ -193,17 +214,18 @@ def main() -> None:
         elif error.errno == errno.EPIPE:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            console.error("system", str(error))
+            cli_ranks.tell(console, "system", str(error))
         sys.exit(1)
     except Exception as error:
         if console.as_json:
-            console.error("internal", f"{type(error).__name__}: {error}")
+            cli_ranks.tell(console, "internal", f"{type(error).__name__}: {error}")
         raise
 
 
 def _run(console: Console) -> int:
     """Run the command; its exit code.  With --json, what typer says about wrong options is an error as all others."""
-    if not console.as_json:
+    follows = cli_ranks.follows()
+    if not console.as_json and not follows:
         app()
         return 0
     command = typer.main.get_command(app)
@@ -216,7 +238,10 @@ def _run(console: Console) -> int:
         # Which class it is depends on the version of typer.
         if not hasattr(error, "format_message"):
             raise
-        console.error("usage", error.format_message())
+        if follows:  # all processes were given the same options
+            cli_ranks.let_main_speak()
+        else:
+            console.error("usage", error.format_message())
         return int(getattr(error, "exit_code", 2))
     return 0
 

@@ -18,7 +18,7 @@ def audit(
     confidence: Annotated[
         float, typer.Option(help="with which a correct installation passes, and lower bounds on ε hold")
     ] = 0.999,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

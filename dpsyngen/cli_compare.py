@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from dpsyngen.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from dpsyngen.console import Console
+    from dpsyngen.distributed import Ranks
     from dpsyngen.experiments.cost import PrivacyCost
     from dpsyngen.experiments.experiment import Experiment, Status
     from dpsyngen.experiments.grid import Job
@@ -45,48 +47,60 @@ def compare(
     gpu_teraflops: Annotated[
         float | None, typer.Option(help="sustained rate that the GPU-hours of --dry-run assume")
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare variants, ε and settings: a grid of runs with seeds, measured alike, with tables and a report."""
     from dpsyngen.api import check_device
     from dpsyngen.console import Console
+    from dpsyngen.distributed import END, device_of, joined, numbers
 
     console = Console(quiet, as_json)
     if not 1 <= processes <= 1024:
         raise ConfigError(f"--processes is {processes}, but must be from 1 to 1,024.")
     if gpu_teraflops is not None and not 0 < gpu_teraflops < 1e6:
         raise ConfigError(f"--gpu-teraflops is {gpu_teraflops}, but must be above 0.")
-    rank = _rank()
-    if rank is not None:
-        if processes != 1:
-            raise ConfigError("--processes does not go with torchrun, which starts the processes itself.")
-        device = _device_of_rank(device)
-    check_device(device)
-    chosen, out = _spec(spec, out, data, test)
-    if dry_run:
-        _dry_run(console, chosen, out, device, gpu_teraflops)
+    if numbers()[1] > 1 and processes != 1:
+        raise ConfigError("--processes does not go with torchrun, which starts the processes itself.")
+    experiment: Experiment | None = None
+    with joined() as ranks:
+        if ranks.main:
+            with ranks.leading():
+                device = device_of(device, ranks)
+                check_device(device)
+                chosen, out = _spec(spec, out, data, test)
+                if dry_run:
+                    _dry_run(console, chosen, out, device, gpu_teraflops)
+                    return
+                if out is None:
+                    raise ConfigError("--out is missing: the folder of the experiment.")
+                experiment = _prepare(console, chosen, out, tables)
+                if not tables:
+                    with ranks.lead("jobs", folder=out.absolute()):
+                        ranks.agree(lambda: None)
+        else:
+            console = Console(quiet=True)
+            while (command := ranks.next_command()).name != END:
+                experiment, device = ranks.agree(partial(_opened, command.values["folder"], device, ranks))
+    # From here on they meet in the experiment's folder only: no job has to wait for another.
+    if experiment is None:
         return
-    if out is None:
-        raise ConfigError("--out is missing: the folder of the experiment.")
-    experiment = _prepare(console, chosen, out, rank, tables)
     if not tables:
-        _work(console, experiment, processes, device, retry, rank)
-    if rank:
-        return
-    _finish(console, experiment)
+        _work(console, experiment, processes, device, retry, ranks)
+    if ranks.main:
+        _finish(console, experiment)
 
 
-def _rank() -> int | None:
-    """The rank that torchrun gave this process; None without torchrun."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    return int(os.environ["RANK"])
+def _opened(folder: Path, device: str, ranks: Ranks) -> tuple[Experiment, str]:
+    """In a follower: the experiment that the main process has made, and the device of this one."""
+    from dpsyngen.api import check_device
+    from dpsyngen.distributed import device_of
+    from dpsyngen.experiments.experiment import Experiment
 
-
-def _device_of_rank(device: str) -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+    own = device_of(device, ranks)
+    check_device(own)
+    return Experiment(folder), own
 
 
 def _spec(given: str, out: Path | None, data: str | None, test: str | None) -> tuple[Spec, Path | None]:
@@ -106,16 +120,9 @@ def _spec(given: str, out: Path | None, data: str | None, test: str | None) -> t
     return parse_spec(values), out
 
 
-def _prepare(console: Console, spec: Spec, out: Path, rank: int | None, tables: bool) -> Experiment:
+def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experiment:
     from dpsyngen.experiments.experiment import Experiment
 
-    if rank:
-        # Rank 0 makes the folder.
-        for _ in range(600):
-            if (out / "experiment.json").exists() and "jobs" in Experiment(out).about:
-                return Experiment(out)
-            time.sleep(0.5)
-        raise ConfigError(f"rank 0 has not made {out} in five minutes: is it on a file system that all ranks share?")
     if tables:
         return Experiment(out)
     from dpsyngen.experiments.cost import privacy_cost, require_budget
@@ -152,7 +159,7 @@ def _count(jobs: Any) -> str:
     return f"{runs:,} runs and {len(jobs) - runs:,} references"
 
 
-def _work(console: Console, experiment: Experiment, processes: int, device: str, retry: bool, rank: int | None) -> None:
+def _work(console: Console, experiment: Experiment, processes: int, device: str, retry: bool, ranks: Ranks) -> None:
     """Do all jobs, or as many as there is time for."""
     from dpsyngen.experiments import pool
 
@@ -178,7 +185,7 @@ def _work(console: Console, experiment: Experiment, processes: int, device: str,
             progress.update(finished, f"{job.name}: {doing}{f' {at:,}/{of:,}' if of else ''}")
 
         complete = pool.work(experiment, device, retry=retry, tell=tell)
-        if rank == 0 and complete:
+        if ranks.main and not ranks.alone and complete:
             # The others may still be at theirs.
             while any(s.state in ("running", "waiting") for s in experiment.statuses().values()):
                 time.sleep(2)

@@ -45,34 +45,41 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")] = None,
     seed: Annotated[int, typer.Option(help="seed of the images, the metrics and the classifiers")] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run against real images.  The figures are private: do not publish them."""
     from dpsyngen import api
     from dpsyngen.console import Console
+    from dpsyngen.distributed import joined
     from dpsyngen.report.tables import metric_rows
 
     console = Console(quiet, as_json)
     sampling = {"sampler": sampler, "steps": steps, "guidance": guidance}
-    result = api.evaluate(
-        run,
-        data=data,
-        test=test,
-        images=count,
-        features=_names(features),
-        metrics=_names(metrics),
-        classifiers=_names(classifiers),
-        bootstrap=bootstrap,
-        max_images=max_images,
-        inception_weights=inception_weights,
-        cache=cache,
-        sampling={k: v for k, v in sampling.items() if v is not None},
-        seed=seed,
-        device=device,
-        on_progress=console.note,
-    )
+    with joined() as ranks:
+        if not ranks.main:
+            api.follow_evaluation(ranks)
+            return
+        with ranks.leading():
+            result = api.evaluate(
+                run,
+                data=data,
+                test=test,
+                images=count,
+                features=_names(features),
+                metrics=_names(metrics),
+                classifiers=_names(classifiers),
+                bootstrap=bootstrap,
+                max_images=max_images,
+                inception_weights=inception_weights,
+                cache=cache,
+                sampling={k: v for k, v in sampling.items() if v is not None},
+                seed=seed,
+                device=device,
+                ranks=ranks,
+                on_progress=console.note,
+            )
     path, lines = run / "private" / "metrics.json", []
     for row in metric_rows(result):
         bounds = [

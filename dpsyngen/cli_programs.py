@@ -12,6 +12,7 @@ import typer
 
 from dpsyngen.assignments import assignments
 from dpsyngen.cli_options import AsJson, Quiet
+from dpsyngen.cli_ranks import require_shared
 from dpsyngen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _root(context: typer.Context) -> None:
+    require_shared(f"programs {context.invoked_subcommand}")
+
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="which program; see `dpsyngen programs list`")]
 Resolution = Annotated[int, typer.Option(help="height and width in pixels, 1 to 2048")]
@@ -160,35 +167,42 @@ def save(
 ) -> None:
     """Save many images, with a manifest.json that says how to draw them again."""
     from dpsyngen.console import Console
-    from dpsyngen.programs.saving import save_images
+    from dpsyngen.distributed import joined
+    from dpsyngen.programs.saving import follow_saving, save_images
 
     console = Console(quiet, as_json)
-    program = _make(name, resolution, channels, seed, settings)
-    if workers is None:
-        # A process takes a second or two to start.
-        workers = min(len(os.sched_getaffinity(0)), max(1, count // 4000))
     done: int | None = None
     try:
-        with console.progress(f"drawing {name}", count, "images") as progress:
+        with joined() as ranks:
+            if not ranks.main:
+                follow_saving(ranks)
+                return
+            with ranks.leading():
+                program = _make(name, resolution, channels, seed, settings)
+                if workers is None:
+                    # A process takes a second or two to start.
+                    workers = min(len(os.sched_getaffinity(0)), max(1, count // 4000)) if ranks.alone else 1
+                with console.progress(f"drawing {name}", count, "images") as progress:
 
-            def on_progress(now: int) -> None:
-                nonlocal done
-                if done is None:
-                    progress.start = now
-                done = now
-                progress.update(now)
+                    def on_progress(now: int) -> None:
+                        nonlocal done
+                        if done is None:
+                            progress.start = now
+                        done = now
+                        progress.update(now)
 
-            manifest = save_images(
-                program,
-                out,
-                count,
-                format=format,
-                start=start,
-                shard_size=shard_size,
-                workers=workers,
-                resume=resume,
-                on_progress=on_progress,
-            )
+                    manifest = save_images(
+                        program,
+                        out,
+                        count,
+                        format=format,
+                        start=start,
+                        shard_size=shard_size,
+                        workers=workers,
+                        resume=resume,
+                        on_progress=on_progress,
+                        ranks=ranks,
+                    )
     except KeyboardInterrupt:
         text = f"Stopped: {done or 0:,} of {count:,} images are saved.  Continue with the same command and --resume."
         console.result({"error": {"kind": "interrupted", "message": text}}, [text])

@@ -240,7 +240,7 @@ def release(
                 on_progress=progress.update,
             )
     for name in done.left_out:
-        console.note(f"  left out, as it is no part of a release: {name}")
+        console.note(f"  left out, as it is no part of a release or was changed by hand: {name}")
     c = done.certificate
     console.result(
         {

@@ -65,7 +65,7 @@ def stages(
     insecure_seed: Annotated[
         int | None, typer.Option(help="reproducible noise, for tests: stamps the estimate NOT PRIVATE")
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -34,7 +34,7 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="folder (class sub-folders are labels), Parquet, WebDataset, .npz, .npy, IDX, or a named set: digits, …"
+            help="folder (class sub-folders are labels), Parquet, WebDataset, .npz, .npy, IDX, a named set: digits, …"
         ),
     ] = None,
     epsilon: Annotated[str | None, typer.Option(help="ε, the privacy budget; inf trains without privacy")] = None,
@@ -147,7 +147,7 @@ def train(
                         "output."
                     )
             elif data is None and config is None:
-                raise ConfigError("--data is missing: a folder of images, a .npz, .npy or IDX file, or a named set.")
+                raise ConfigError("--data is missing: a folder, Parquet, WebDataset, .npz, .npy, IDX, or a named set.")
             elif epsilon is None and config is None:
                 raise ConfigError(
                     "--epsilon is missing: how much privacy to spend (1 is strict, 10 is loose, inf is none)."

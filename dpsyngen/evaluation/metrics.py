@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data import ImageDataset
+from dpsyngen.data import ImageDataset, ImageStore
+from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import ConfigError
-from dpsyngen.evaluation.cas import HELD_OUT, best_by_validation, classification_accuracy
+from dpsyngen.evaluation.cas import HELD_OUT, best_by_validation
 from dpsyngen.evaluation.feature_cache import FeatureCache
 from dpsyngen.evaluation.features import FeatureSpec
 from dpsyngen.evaluation.figures import NAMES, check_sizes, checked_metrics, figures
+from dpsyngen.evaluation.shared_out import shared_accuracy, shared_extractor
 
 
 def evaluate_images(
@@ -33,6 +35,7 @@ def evaluate_images(
     bootstrap: int = 200,
     cache: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Distances to real training images, and classification accuracy on real test images.
 
@@ -58,6 +61,7 @@ def evaluate_images(
         bootstrap: replicates for the 95 % intervals (see :mod:`dpsyngen.evaluation.scatter`); 0: none.
         cache: a **private** folder where features of real and of programmatic images are kept; None: they are not.
         on_progress: called with a line about what is being done.
+        ranks: the processes that share the work; this is the main one.
 
     Returns:
         JSON-able.  ``features``: for each extractor its ``config``, the numbers of images (``floor_images`` and
@@ -97,7 +101,7 @@ def evaluate_images(
     kept = FeatureCache(cache)
     for spec in specs if asked else []:
         tell(f"features {spec.name}: {len(made):,} generated, {len(real):,} real training images")
-        extractor = spec.make(device)
+        extractor = shared_extractor(spec, device, ranks)
         extractor.fit(real)
         of_real = kept.features(extractor, real, tell)
         of_made = extractor(made, on_progress=tell)
@@ -126,13 +130,14 @@ def evaluate_images(
             "metrics": found,
         }
     if test is not None and classifiers and labels is not None and test.labels is not None:
-        results = classification_accuracy(
+        results = shared_accuracy(
+            ranks,
             generated,
             labels,
-            test.images,
+            test.array(),
             test.labels,
             num_classes=test.num_classes,
-            classifiers=classifiers,
+            classifiers=tuple(classifiers),
             seed=seed,
             device=device,
             on_progress=on_progress,
@@ -150,7 +155,7 @@ def evaluate_images(
     return out
 
 
-def _require_shape(images: NDArray[np.uint8], what: str, reference: ImageDataset) -> None:
+def _require_shape(images: NDArray[np.uint8] | ImageStore, what: str, reference: ImageDataset) -> None:
     if images.shape[1:] != reference.images.shape[1:]:
         raise ConfigError(
             f"{what} are {images.shape[1:]}, but the real training images {reference.images.shape[1:]}: give images of "
@@ -158,7 +163,7 @@ def _require_shape(images: NDArray[np.uint8], what: str, reference: ImageDataset
         )
 
 
-def _subset(images: NDArray[np.uint8], most: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _subset(images: NDArray[np.uint8] | ImageStore, most: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     if len(images) <= most:
         return np.asarray(images)
     return np.asarray(images[np.sort(rng.choice(len(images), most, replace=False))])

@@ -1,4 +1,7 @@
-"""Saving many images of a program: by all cores, resumable, with a manifest that says how to draw them again."""
+"""Saving many images of a program: by all cores, resumable, with a manifest that says how to draw them again.
+
+Several processes of torchrun can share a job, too: each draws and writes shards, and the main one keeps the books.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpsyngen.distributed import ALONE, END, Ranks
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import require_absent_or_empty, write_text
 from dpsyngen.programs.base import MAX_INDEX, Program
@@ -44,6 +48,7 @@ def save_images(
     workers: int = 1,
     resume: bool = False,
     on_progress: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write images `start` to start + count − 1 of `program` to the folder `out`; returns the path of the manifest.
 
@@ -61,6 +66,8 @@ def save_images(
         workers: processes.  With more than one, a script must guard its own start with ``if __name__ == "__main__"``.
         resume: go on with an interrupted job; its settings must be the same.
         on_progress: called with the number of images done in all.
+        ranks: the processes that share the work, which all see the folder; this is the main one, the others are in
+            :func:`follow_saving`.  They stand in place of `workers`.
 
     Raises:
         ConfigError: an argument is out of range, or a library that the format needs is missing.
@@ -72,6 +79,8 @@ def save_images(
     count = as_integer("count", count, 1, MAX_INDEX - start + 1)
     shard_size = min(as_integer("shard_size", shard_size, 1, 10**7), count)
     workers = as_integer("workers", workers, 1, 1024)
+    if workers > 1 and not ranks.alone:
+        raise ConfigError("--workers does not go with torchrun, which starts the processes itself.")
     LAYOUTS[format].require()
     job: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -93,7 +102,7 @@ def save_images(
     with _alone(folder):
         if not resume:
             write_text(folder / MANIFEST, json.dumps(job, indent=1, ensure_ascii=False) + "\n")
-        _draw_all(program, folder, job, workers, on_progress or (lambda done: None))
+        _draw_all(program, folder, job, workers, on_progress or (lambda done: None), ranks)
     (folder / _LOCK).unlink(missing_ok=True)
     return folder / MANIFEST
 
@@ -129,7 +138,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _draw_all(
-    program: Program, folder: Path, job: dict[str, Any], workers: int, on_progress: Callable[[int], None]
+    program: Program,
+    folder: Path,
+    job: dict[str, Any],
+    workers: int,
+    on_progress: Callable[[int], None],
+    ranks: Ranks,
 ) -> None:
     layout = _layout(program, folder, job)
     layout.prepare()
@@ -139,9 +153,11 @@ def _draw_all(
     with open(folder / _PROGRESS, "ab") as progress:
         # A line that was cut off when the last process died must not swallow the next one.
         progress.write(b"\n")
-        for shard, digest in _results(
-            program, folder, job, workers, [s for s in range(layout.shards) if s not in hashes]
-        ):
+        left = [s for s in range(layout.shards) if s not in hashes]
+        results = (
+            _results(program, folder, job, workers, left) if ranks.alone else _shared(ranks, program, folder, job, left)
+        )
+        for shard, digest in results:
             hashes[shard] = digest
             progress.write(json.dumps({"shard": shard, "sha256": digest}).encode() + b"\n")
             progress.flush()
@@ -212,6 +228,48 @@ def _results(
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+_SHARDS = "shards"  # the command to the other processes
+
+
+def _shared(
+    ranks: Ranks, program: Program, folder: Path, job: dict[str, Any], shards: list[int]
+) -> Iterator[tuple[int, str]]:
+    """As :func:`_results`, by several processes: a shard each at a time."""
+    for first in range(0, len(shards), ranks.count):
+        now = shards[first : first + ranks.count]
+        with ranks.lead(_SHARDS, program=program.config(), folder=folder.absolute(), job=job, shards=now):
+            parts = _part(ranks, program, folder, job, now)
+        yield from (part for part in parts or () if part is not None)
+
+
+def _part(
+    ranks: Ranks, program: Program, folder: Path, job: dict[str, Any], shards: list[int]
+) -> list[tuple[int, str] | None] | None:
+    """Write this process's one of `shards`; in the main process, each with the hash of its pixels."""
+
+    def write() -> tuple[int, str] | None:
+        if ranks.rank >= len(shards):
+            return None
+        if not (folder / MANIFEST).exists():
+            raise RunError(f"{folder} is not the folder that the main process made: give one that all machines share.")
+        shard = shards[ranks.rank]
+        return shard, _write_shard(program, folder, job, shard)
+
+    return ranks.gather_to_main(ranks.agree(write))
+
+
+def follow_saving(ranks: Ranks) -> None:
+    """In every process but the main one: share the saving that the main one leads, to its end.
+
+    Raises:
+        Dismissed: the main process failed, and said why.
+        RankLost: a process is gone.
+    """
+    while (command := ranks.next_command()).name != END:
+        about = command.values
+        _part(ranks, make_program(**about["program"]), about["folder"], about["job"], about["shards"])
 
 
 def _write_shard(program: Program, folder: Path, job: dict[str, Any], shard: int) -> str:

@@ -477,7 +477,7 @@ def test_ranks_of_torchrun_share_the_jobs(tiny_spec, tmp_path) -> None:
         str(tiny_spec(grid=grid)),
     ]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "x"), "--quiet"],
+        [*command, "--out", str(tmp_path / "x"), "--quiet", "--json"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -486,3 +486,14 @@ def test_ranks_of_torchrun_share_the_jobs(tiny_spec, tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert {s.state for s in Experiment(tmp_path / "x").statuses().values()} == {"done"}
     assert (tmp_path / "x" / "report.html").exists()
+    said = json.loads(done.stdout)  # one document, of one process
+    assert (said["done"], said["left"]) == (said["jobs"], [])
+    wrong = subprocess.run(
+        [*command, "--out", str(tmp_path / "x"), "--data", "none.npz", "--quiet"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert wrong.returncode != 0
+    assert wrong.stderr.count("none.npz") == 1, wrong.stderr
