@@ -1,11 +1,18 @@
 """Train an image generator on private images with a differential-privacy guarantee.
 
 >>> import dpsyngen
+>>> generator = dpsyngen.Generator.fit("photos/", epsilon=3)              # doctest: +SKIP
+>>> generator.privacy                                                     # doctest: +SKIP
+>>> generator.sample(100, labels="cat").save("cats/")                     # doctest: +SKIP
+>>> generator.save("bundle.zip")                                          # doctest: +SKIP
+
+The same in the parts that a script wants:
+
 >>> run = dpsyngen.train("photos/", epsilon=3, out="runs/a")              # doctest: +SKIP
->>> images = dpsyngen.Generator(run.release).sample(100).images           # doctest: +SKIP
 >>> dpsyngen.evaluate(run, data="photos/", test="photos-test/")           # doctest: +SKIP
->>> dpsyngen.write_report(run)                                               # doctest: +SKIP
->>> dpsyngen.pack(run, Path("bundle.zip"))                                   # doctest: +SKIP
+>>> dpsyngen.write_report(run)                                            # doctest: +SKIP
+>>> dpsyngen.pack(run, Path("bundle.zip"))                                # doctest: +SKIP
+>>> dpsyngen.Generator.load("bundle.zip")                                 # doctest: +SKIP
 
 Names are loaded when they are first used, so ``import dpsyngen`` is cheap.
 """
@@ -23,17 +30,21 @@ if TYPE_CHECKING:
     from dpsyngen.data import ImageDataset, load_images
     from dpsyngen.doctor import diagnose
     from dpsyngen.generator import Generator
+    from dpsyngen.guarantee import Guarantee
     from dpsyngen.programs import make_program
     from dpsyngen.report.bundle import pack
     from dpsyngen.report.verify import verify
+    from dpsyngen.sampled_images import Samples
     from dpsyngen.samples import write_samples
     from dpsyngen.training.run import Run
 
 __all__ = [
     "Config",
     "Generator",
+    "Guarantee",
     "ImageDataset",
     "Run",
+    "Samples",
     "__version__",
     "check_memorisation",
     "diagnose",
@@ -51,8 +62,10 @@ __all__ = [
 _HOME = {
     "Config": "dpsyngen.config",
     "Generator": "dpsyngen.generator",
+    "Guarantee": "dpsyngen.guarantee",
     "ImageDataset": "dpsyngen.data",
     "Run": "dpsyngen.training.run",
+    "Samples": "dpsyngen.sampled_images",
     "check_memorisation": "dpsyngen.checks",
     "diagnose": "dpsyngen.doctor",
     "evaluate": "dpsyngen.api",
@@ -73,3 +86,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'dpsyngen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What a notebook completes: the names above, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -32,9 +32,7 @@ PathLike = str | os.PathLike[str]
 Source = PathLike | ImageDataset | MapStyle | tuple[np.ndarray, np.ndarray | None]
 
 
-def load_private(
-    source: Source, config: Config, on_progress: Callable[[int, int], None] | None = None
-) -> ImageDataset:
+def load_private(source: Source, config: Config, on_progress: Callable[[int, int], None] | None = None) -> ImageDataset:
     """The private images as `config` asks for them: size, colour, with or without classes.
 
     Args:
@@ -57,7 +55,9 @@ def load_private(
     )
 
 
-def _named_or_given(data: Source | None, config: Config) -> ImageDataset:
+def _named_or_given(
+    data: Source | None, config: Config, on_reading: Callable[[int, int], None] | None = None
+) -> ImageDataset:
     """The images that were given, or else those that the configuration names."""
     source = config.data.source if data is None else data
     if isinstance(source, str) and not source:
@@ -65,11 +65,16 @@ def _named_or_given(data: Source | None, config: Config) -> ImageDataset:
             "no images were given: use --data with a folder, a file or a named set.  A run that was started from "
             "arrays in memory needs the same images again as data."
         )
-    return load_private(source, config)
+    return load_private(source, config, on_reading)
 
 
 def prepare(
-    config: Config, out: PathLike, data: Source | None = None, device: str = "cpu", ranks: Ranks = ALONE
+    config: Config,
+    out: PathLike,
+    data: Source | None = None,
+    device: str = "cpu",
+    ranks: Ranks = ALONE,
+    on_reading: Callable[[int, int], None] | None = None,
 ) -> Training:
     """Read the images, check everything, and make the run directory; nothing is spent yet.
 
@@ -79,13 +84,15 @@ def prepare(
         data: the private images; None: what ``config.data.source`` names.
         device: "cpu", "cuda", …
         ranks: the processes that share the work; this is the main one, the others are in :func:`follow_training`.
+        on_reading: called as ``(done, total)`` while images are decoded.  How many there are is private where the
+            configuration declares another number.
 
     Raises:
         ConfigError, DataError, RunError: see their messages.
     """
     require_new(Path(out))
     check_device(device)
-    dataset = read_together(ranks, config, lambda c: _named_or_given(data, c))
+    dataset = read_together(ranks, config, lambda c: _named_or_given(data, c, on_reading))
     return start(config, dataset, Path(out), device, ranks)
 
 
@@ -95,6 +102,7 @@ def prepare_resume(
     device: str = "cpu",
     tensorboard: bool | None = None,
     ranks: Ranks = ALONE,
+    on_reading: Callable[[int, int], None] | None = None,
 ) -> Training:
     """Go on with the interrupted run in `out`, by default with the images it was started with.
 
@@ -104,13 +112,14 @@ def prepare_resume(
         device: where to compute.
         tensorboard: whether this session writes files for TensorBoard; None: what the run's settings say.
         ranks: as in :func:`prepare`; another number of processes than before will do.
+        on_reading: as in :func:`prepare`.
     """
     check_device(device)
     run = Run(Path(out))
     require_unfinished(run)
     # Before the images are read, which can take long.
     run.open_for_writing()
-    dataset = read_together(ranks, run.config, lambda c: _named_or_given(data, c))
+    dataset = read_together(ranks, run.config, lambda c: _named_or_given(data, c, on_reading))
     return resume(run, dataset, device, tensorboard, ranks)
 
 
@@ -217,16 +226,10 @@ def train_together(
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigError if PyTorch cannot compute on `device`."""
-    import torch
+    """Raise ConfigError if this machine cannot compute on `device`; see :func:`dpsyngen.hardware.choose`."""
+    from dpsyngen.hardware import choose
 
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device is {device!r}, which this machine cannot use ({str(error).splitlines()[0]}).  Choose cpu"
-            f"{', cuda' if torch.cuda.is_available() else ''}."
-        ) from None
+    choose(device)
 
 
 def _as_run(run: Run | PathLike) -> Run:

@@ -239,7 +239,7 @@ def plain_words(certificate: Certificate) -> str:
         ]
     else:
         lines += _guarantee(c, c.epsilon)
-    lines += ["## What it rests on", "", *_foundations(c), ""]
+    lines += ["## What it rests on", "", *foundations(c), ""]
     lines += ["## How the number comes about", "", *map(_mechanism, c.mechanisms), ""]
     if c.epsilon != "inf":
         by_rdp = "no bound" if c.epsilon_by_rdp == "inf" else f"ε ≤ {number(c.epsilon_by_rdp, up=True)}"
@@ -301,13 +301,13 @@ def _guarantee(c: Certificate, epsilon_value: float) -> list[str]:
     ]
 
 
-def _foundations(c: Certificate) -> list[str]:
-    """What has to be true for the guarantee to hold."""
+def foundations(c: Certificate) -> list[str]:
+    """What has to be true for the guarantee to hold, as items of a Markdown list."""
     assumed, p = c.public_assumptions, c.programmatic_images
     classes = ""
     if assumed.class_names:
         more = ", …" if len(assumed.class_names) > 20 else ""
-        classes = f", and the names of the classes ({_safe(', '.join(assumed.class_names[:20]))}{more})"
+        classes = f", and the names of the classes ({safe_markdown(', '.join(assumed.class_names[:20]))}{more})"
     size = f"{assumed.resolution} × {assumed.resolution} pixels, {'grey' if assumed.channels == 1 else 'colour'}"
     lines = [
         f"- These facts were treated as known to everybody: that there are {assumed.records:,} images, their size "
@@ -318,10 +318,13 @@ def _foundations(c: Certificate) -> list[str]:
     if c.group_size > 1:
         lines.append(f"- Nobody has more than {c.group_size} of the images.")
     if c.programs_used:
+        tier = (
+            f"prior tier {safe_markdown(str(p.get('prior_tier')))}: {safe_markdown(str(p.get('prior_tier_meaning')))}"
+        )
+        program = f"{safe_markdown(str(p.get('name')))}, {tier}"
         lines.append(
-            f"- Part of the training used images that a program draws ({_safe(str(p.get('name')))}, prior tier "
-            f"{_safe(str(p.get('prior_tier')))}: {_safe(str(p.get('prior_tier_meaning')))}).  They hold nobody's data "
-            "and cost no privacy."
+            f"- Part of the training used images that a program draws ({program}).  They hold nobody's data and cost "
+            "no privacy."
         )
     if c.budget is not None:
         b = c.budget
@@ -357,7 +360,7 @@ def _mechanism(m: MechanismPart) -> str:
     )
 
 
-def _safe(text: str) -> str:
-    """Text of the user's in Markdown: no markup, no line breaks."""
+def safe_markdown(text: str) -> str:
+    """Text of the user's for Markdown: no markup, no line breaks, at most 2,000 characters."""
     plain = " ".join(text.split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in plain if c.isprintable())[:2000]

@@ -92,8 +92,8 @@ def check_memorisation(
         )
         result = memorisation_check(
             samples.images,
-            private.images,
-            None if control is None else control.images,
+            private.array(),
+            None if control is None else control.array(),
             features=features,
             labels=labels,
             class_names=generator.class_names,
@@ -101,7 +101,7 @@ def check_memorisation(
             device=device,
             on_progress=on_progress,
         )
-        sets = (samples.images, private.images, None if control is None else control.images)
+        sets = (samples.images, private.array(), None if control is None else control.array())
         picture = neighbour_picture(result, *sets, seed=seed)
         write_atomically(run.private / "memorisation.png", lambda p: picture.save(p, format="PNG"), 0o600)
         pairs = neighbour_pairs(result, *sets, seed=seed)

@@ -4,92 +4,75 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Never, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpsyngen.diffusion.denoiser import (
-    UNIFORM_PRIOR_SIGMA,
-    Denoiser,
-    GuidedDenoiser,
-    NetworkDenoiser,
-    PreconditionedDenoiser,
-)
-from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
-from dpsyngen.diffusion.residual import ResidualDenoiser
+from dpsyngen.chosen_classes import asked_for, in_turn
+from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, GuidedDenoiser, NetworkDenoiser
 from dpsyngen.diffusion.samplers import Observer, Start, Step, evenly_in_log, karras_steps, sample_batches, to_uint8
-from dpsyngen.diffusion.stages import GAUSSIAN, Stage, StagedDenoiser
+from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
 from dpsyngen.diffusion.start import sampling_start
-from dpsyngen.diffusion.unet import UNet
-from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.generator_file import GeneratorDescription, load_weights, moments_shapes, read_description
+from dpsyngen.errors import ConfigError, DpsyngenError, ReleaseError, RunError
+from dpsyngen.generator_file import read_description
+from dpsyngen.generator_networks import load_gaussian, load_network
+from dpsyngen.guarantee import Guarantee
+from dpsyngen.hardware import choose, kind_of
+from dpsyngen.sampled_images import Samples, Trajectory
 from dpsyngen.sampling_settings import SamplingSettings
+from dpsyngen.saved_generator import PathLike, Place, find, of_release, save
 from dpsyngen.shown import listed, printable, shown
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
-@dataclass(frozen=True)
-class Samples:
-    """Generated images.
+    from dpsyngen.data import ImageDataset
 
-    Attributes:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N], or None.
-        class_names: names of the classes.
-        settings: sampler, steps, seed, guidance: enough to draw them again.
-    """
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64] | None
-    class_names: tuple[str, ...]
-    settings: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """How some images came about, at K of the sampler's steps, from pure noise to the image.
-
-    Attributes:
-        sigmas: [K] noise levels, from σ_max down to σ_min.
-        stages: [K] the stage that owns each.
-        noisy: uint8 [K, N, C, H, W], what the sampler had, dimmed by σ_d/√(σ² + σ_d²) with σ_d = √(1/3), so that it is
-            not saturated.
-        denoised: uint8 [K, N, C, H, W], D(x; σ): the images that were expected of it.
-        samples: the images that it became, as :meth:`Generator.sample` gives them.
-    """
-
-    sigmas: tuple[float, ...]
-    stages: tuple[Stage, ...]
-    noisy: NDArray[np.uint8]
-    denoised: NDArray[np.uint8]
-    samples: Samples
+_SAMPLE = ("count", "labels", "classes", "batch_size", "on_progress", "progress")
+_SAMPLER = ("seed", "sampler", "steps", "guidance", "churn")
+_FIT = (
+    *("images", "labels", "class_names", "epsilon", "delta", "group_size", "budget", "preset", "variant", "steps"),
+    *("resolution", "settings", "out", "device", "progress"),
+)
 
 
 class Generator:
-    """Draws images.
+    """Draws images.  :meth:`fit` trains one on private images, :meth:`load` takes one from the disk.
+
+    >>> generator = Generator.fit(images, labels, epsilon=3)                  # doctest: +SKIP
+    >>> generator.privacy.epsilon, generator.privacy.delta                    # doctest: +SKIP
+    (2.9996, 1e-05)
+    >>> generator.sample(4, labels=["shoe", "shoe", "bag", "coat"]).show()    # doctest: +SKIP
+    >>> generator.save("shoes.zip")                                           # doctest: +SKIP
+    PosixPath('shoes.zip')
 
     Args:
         release: the ``release`` folder of a run, or a copy of it.  It may come from a stranger: nothing in it is run,
             and it is checked before memory is taken for it (see :mod:`dpsyngen.generator_file`).
-        device: where to compute.
+        device: where to compute: "cpu", "cuda", "cuda:1", …, or "auto".
 
     Raises:
         RunError: not a finished release, or damaged.
 
     Attributes:
         class_names: () if unconditional.
+        private: whether there is a privacy guarantee; :attr:`privacy` has all of it.
+        place: where it is on the disk.
         stages: who answers at which noise level.
         networks: the denoiser of each network.
         gaussian: the denoiser of the DP moments; None if there are none.
     """
 
     def __init__(self, release: str | os.PathLike[str], device: str = "cpu") -> None:
-        self.device = device
+        self.compute = choose(device)
+        self.device = device = self.compute.device
         release = Path(release)
+        self.place: Place = of_release(release)
         about, self.stages = read_description(release)
         self.resolution, self.channels = about.resolution, about.channels
         self.class_names: tuple[str, ...] = tuple(about.class_names)
@@ -97,40 +80,258 @@ class Generator:
         self.private = about.private
         # None: an earlier version did not say.
         self._label_dropout = about.label_dropout
-        self.gaussian = self._load_gaussian(release, about)
-        self.networks: dict[str, NetworkDenoiser] = {n: self._load(release, about, n) for n in self.stages.networks}
+        self.gaussian = load_gaussian(release, about, device)
+        own = self.stages.private.network
+        self.networks: dict[str, NetworkDenoiser] = {
+            name: load_network(release, about, name, self.gaussian if name == own else None, device)
+            for name in self.stages.networks
+        }
+        for network in self.networks.values():
+            self.compute.prepare(network)
+            self.compute.compiled(network.network)
 
-    def _load_gaussian(self, release: Path, about: GeneratorDescription) -> GaussianDenoiser | None:
-        if about.moments is None:
-            return None
-        path = release / "weights" / f"{GAUSSIAN}.safetensors"
-        tensors = load_weights(path, moments_shapes(about))
+    # ------------------------------------------------------------------------------------------- from where
+
+    @classmethod
+    def fit(
+        cls,
+        images: ArrayLike | PathLike | ImageDataset | Any,
+        labels: ArrayLike | None = None,
+        *,
+        epsilon: float,
+        delta: float | None = None,
+        class_names: Sequence[str] | None = None,
+        group_size: int | None = None,
+        budget: PathLike | None = None,
+        preset: str | None = None,
+        variant: str | None = None,
+        steps: int | None = None,
+        resolution: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        out: PathLike | None = None,
+        device: str = "auto",
+        progress: bool = True,
+        **unknown: Never,
+    ) -> Self:
+        """Train a generator on private images with (ε, δ)-differential privacy.
+
+        Everything is checked before anything is spent.  The training is a run like one of `dpsyngen train`: with a
+        ledger, a certificate, checkpoints, and a private half that stays with you.
+
+        There is no seed.  Whoever knows the seed of the noise can subtract it, so it comes from the operating system's
+        entropy; two fits of one call differ.  ``settings={"privacy": {"insecure_seed": 0}}`` is for tests, and stamps
+        the generator NOT PRIVATE.
+
+        What is printed is public, so that a notebook can be shared with its output: no loss on private images is in it.
+        (The arguments in the notebook, and the run directory's ``private/``, are another matter.)
+
+        Args:
+            images: arrays (or PyTorch tensors, or a list of Pillow images), uint8 or float in [0, 1], ``[N, H, W]``,
+                ``[N, H, W, C]`` or ``[N, C, H, W]``; or a folder, a file, a named set or a data set, as for
+                :func:`dpsyngen.load_images`.
+            labels: for arrays: [N] whole numbers or texts; None: no classes.  Folders, files and data sets bring
+                their own.
+            epsilon: ε > 0, for one image added or removed; ``math.inf`` trains without privacy, for reference.
+            delta: δ; None: the largest power of ten below 1/N.
+            class_names: names for labels 0, 1, …, all of which are then public; None: the labels that occur are.
+            group_size: images of one person at most; ε is then for all of them together.  None: 1.
+            budget: file of the budget that all runs on these images share; see docs/privacy.md.
+            preset: see :func:`dpsyngen.config.preset_names`; None: "gpu" where there is one, else "cpu-small".
+            variant: who trains which noise levels; None: what the preset says.
+            steps: of DP-SGD; None: what the preset says.
+            resolution: pixels; None: what the images have.
+            settings: nested overrides of the preset, such as ``{"private": {"copies": 8}}``, or what
+                :meth:`get_params` of an earlier generator gave with ``deep=False``.  Options above go before them.
+            out: the run directory to make; None: a new one, ``runs/fit-DATE-TIME``.
+            device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
+            progress: tell what is going on: in a notebook below the cell, elsewhere on standard error.
+
+        Raises:
+            ConfigError, DataError, RunError: before anything is spent.
+            KeyboardInterrupt: it was interrupted.  Nothing is lost: :meth:`resume` goes on.
+        """
+        from dpsyngen.api import prepare, train_together
+        from dpsyngen.config import load_config
+        from dpsyngen.fitting import Reading, as_source, new_folder, refuse_unknown, require_images, with_options
+        from dpsyngen.notebook import console_for
+
+        refuse_unknown("fit", unknown, _FIT, in_settings=True)
+        require_images(images)
+        given = with_options(
+            settings,
+            privacy__epsilon=epsilon,
+            privacy__delta=delta,
+            privacy__group_size=group_size,
+            privacy__budget=None if budget is None else os.fspath(budget),
+            stages__variant=variant,
+            private__steps=steps,
+            data__resolution=resolution,
+            data__source=os.fspath(images) if isinstance(images, str | os.PathLike) else None,
+        )
+        config, device = load_config(given, preset=preset), kind_of(device)
+        source = as_source(images, labels, class_names, config)
+        folder = new_folder() if out is None else Path(out).expanduser()
+        console = console_for(progress)
+        reading = Reading(console, config)
+        run = train_together(
+            lambda own, ranks: prepare(config, folder, source, own, ranks, reading),
+            folder,
+            source,
+            device,
+            console=console,
+        )
+        return cls(run.release, device)
+
+    @classmethod
+    def resume(
+        cls,
+        out: PathLike,
+        images: ArrayLike | PathLike | ImageDataset | Any = None,
+        labels: ArrayLike | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        device: str = "auto",
+        progress: bool = True,
+    ) -> Self:
+        """Go on with a :meth:`fit` (or a `dpsyngen train`) that was interrupted, as if it had not been.
+
+        Args:
+            out: its run directory.
+            images, labels, class_names: the same as at the start.  Images that came from a folder or file may be left
+                out; arrays must be given again, and others than those are refused.
+            device, progress: as for :meth:`fit`.
+
+        Raises:
+            ConfigError, DataError, RunError: the images are missing or others, or there is nothing to resume.
+            KeyboardInterrupt: it was interrupted again.
+        """
+        from dpsyngen.api import prepare_resume, train_together
+        from dpsyngen.fitting import Reading, as_source
+        from dpsyngen.notebook import console_for
+        from dpsyngen.training.run import Run
+
+        folder, device = Path(out).expanduser(), kind_of(device)
+        run = Run(folder)
+        if run.complete:
+            raise RunError(
+                f"{folder} is finished: there is nothing to resume.  Generator.load({str(folder)!r}) takes it."
+            )
+        source = None if images is None else as_source(images, labels, class_names, run.config)
+        console = console_for(progress)
+        reading = Reading(console, run.config)
+        run = train_together(
+            lambda own, ranks: prepare_resume(folder, source, own, ranks=ranks, on_reading=reading),
+            folder,
+            source,
+            device,
+            console=console,
+        )
+        return cls(run.release, device)
+
+    @classmethod
+    def load(cls, path: PathLike, device: str = "auto") -> Self:
+        """A generator from the disk.
+
+        Args:
+            path: a run directory, its release folder or a copy of that, or a bundle (``.zip``), from anybody: nothing
+                in it is run.  Whether its claim is true is another question, see :func:`dpsyngen.verify`.
+            device: where to compute, as for :meth:`fit`.
+
+        Raises:
+            RunError: there is no generator, its training is not finished, or it is damaged.
+            ReleaseError: a bundle that is damaged or was changed.
+        """
+        place = find(path)
+        generator = cls(place.release, device)
+        generator.place = place
+        return generator
+
+    def save(self, path: PathLike, *, not_private: bool = False) -> Path:
+        """Save what may be published, and nothing else; returns where.
+
+        Args:
+            path: a ``.zip`` for a release bundle, which :func:`dpsyngen.verify` checks anywhere; it is made from the
+                run directory, whose ledger the certificate is compared with.  Anything else is a folder to make.
+                Nothing is overwritten.
+            not_private: save a generator that carries no guarantee all the same, stamped as such.
+
+        Raises:
+            ConfigError, RunError: there is something at `path`, or a bundle cannot be made from what is at hand.
+            ReleaseError: there is no guarantee and `not_private` is false, or something is wrong with the release.
+        """
+        return save(self.place, path, not_private)
+
+    # -------------------------------------------------------------------------------------------- about it
+
+    @property
+    def privacy(self) -> Guarantee:
+        """The privacy guarantee, from the certificate of the release.
+
+        Raises:
+            ReleaseError: the certificate is missing or damaged, or contradicts the generator.
+        """
+        guarantee = Guarantee.read(self.place.release)
+        if guarantee.private != self.private:
+            raise ReleaseError(
+                f"privacy.json and generator.json in {printable(self.place.release)} contradict each other: one says "
+                "private, the other NOT PRIVATE.  Do not rely on it."
+            )
+        return guarantee
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all networks together; those of DP moments are not counted."""
+        return sum(p.numel() for network in self.networks.values() for p in network.parameters())
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The settings of the training, all of them public, as scikit-learn's estimators give theirs.
+
+        Args:
+            deep: flat, ``{"private__steps": 300, …}``; false: nested, as ``fit(…, settings=…)`` takes them.
+
+        Raises:
+            ConfigError, RunError: ``config.yaml`` is missing from the release, or damaged.
+        """
+        from dpsyngen.plain_yaml import read_yaml_file
+
+        path = self.place.release / "config.yaml"
+        nested = read_yaml_file(path, "the configuration")
+        if not isinstance(nested, dict):
+            raise RunError(f"{printable(path)} holds no settings.")
+        if not deep:
+            return nested
+        flat: dict[str, Any] = {}
+        for section, values in nested.items():
+            inside = (
+                {f"{section}__{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
+            )
+            flat |= inside
+        return flat
+
+    def _about(self) -> dict[str, str]:
+        trainers = {"public": "programs", "private": "DP-SGD", "moments": "DP moments"}
         try:
-            moments = ClassGaussians.from_tensors(tensors)
-        except ConfigError as error:
-            raise RunError(f"the weights {printable(path)} are damaged: {error}") from None
-        return GaussianDenoiser(moments, (about.channels, about.resolution, about.resolution)).to(self.device)
+            privacy = self.privacy.line
+        except DpsyngenError as error:
+            privacy = f"UNKNOWN, so NOT PRIVATE: {error}"
+        return {
+            "images": f"{self.channels}x{self.resolution}x{self.resolution}",
+            "classes": f"{len(self.class_names)}: {listed(self.class_names, 10)}" if self.class_names else "none",
+            "stages": ", ".join(f"{s.name} ({trainers[s.trainer]})" for s in reversed(self.stages.stages)),
+            "parameters": f"{self.parameters:,}",
+            "privacy": privacy,
+            "where": printable(self.place.path),
+        }
 
-    def _load(self, release: Path, about: GeneratorDescription, name: str) -> NetworkDenoiser:
-        classes = len(self.class_names) if about.conditional[name] else 0
-        gaussian = self.gaussian if name == self.stages.private.network else None
-        inputs = None if gaussian is None else 2 * about.channels
+    def __repr__(self) -> str:
+        return "\n".join(["Generator", *(f"  {name:<10}  {text}" for name, text in self._about().items())])
 
-        def make() -> UNet:
-            return UNet(about.network.size, about.resolution, about.channels, classes, inputs)
+    def _repr_html_(self) -> str:
+        from dpsyngen.notebook import html_table
 
-        def around(unet: UNet) -> NetworkDenoiser:
-            if gaussian is None:
-                return PreconditionedDenoiser(unet, classes, about.network.sigma_data)
-            return ResidualDenoiser(unet, classes, gaussian)
+        return html_table(self._about().items())
 
-        with torch.device("meta"):
-            unet = make()
-        expected = {f"network.{k}": v for k, v in unet.state_dict().items()}
-        weights = load_weights(release / "weights" / f"{name}.safetensors", expected)
-        denoiser = around(make())
-        denoiser.load_state_dict(weights)
-        return denoiser.to(self.device).eval()
+    # --------------------------------------------------------------------------------------------- networks
 
     def denoiser(self, guidance: float = 1.0) -> StagedDenoiser:
         """The staged denoiser, with classifier-free guidance of the private stage if asked for."""
@@ -150,35 +351,16 @@ class Generator:
         # Where all is Gaussian images are drawn at σ_min, and a single step takes that noise off.
         return 1 if self.stages.gaussian else s.steps, sigma, start
 
+    # ---------------------------------------------------------------------------------------------- drawing
+
     def labels(self, count: int, classes: Sequence[int | str] | None = None) -> NDArray[np.int64] | None:
         """Labels for `count` images: all classes (or those given, by name or number) in turn; None if unconditional."""
-        if not self.class_names:
-            if classes is not None:
-                raise ConfigError("this generator has no classes, so none can be chosen.")
-            return None
-        chosen = range(len(self.class_names)) if classes is None else [self._class(c) for c in classes]
-        if not chosen:
-            raise ConfigError("no class was given.")
-        return np.array([chosen[i % len(chosen)] for i in range(count)], dtype=np.int64)
-
-    def _class(self, given: int | str) -> int:
-        if isinstance(given, str) and given in self.class_names:
-            return self.class_names.index(given)
-        try:
-            number = int(given)
-        except (ValueError, TypeError, OverflowError):
-            number = -1
-        if not 0 <= number < len(self.class_names):
-            raise ConfigError(
-                f"there is no class {shown(given)}; the classes are {listed(self.class_names)} (or 0 to "
-                f"{len(self.class_names) - 1})."
-            )
-        return number
+        return in_turn(count, self.class_names, classes)
 
     def settings(
         self,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         sampler: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -186,10 +368,14 @@ class Generator:
     ) -> SamplingSettings:
         """How to draw: the run's own settings where None is given; see :class:`SamplingSettings`.
 
+        A `seed` of None is a random one.
+
         Raises:
             ConfigError: a value that is not allowed, or guidance by a network that cannot give it.
         """
         d = self.defaults
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "little")
         if guidance not in (None, 1) and self.class_names and self.networks and self._label_dropout == 0:
             raise ConfigError(
                 f"guidance is {shown(guidance)}, but this generator's network always saw the class of an image "
@@ -217,6 +403,7 @@ class Generator:
         *,
         labels: NDArray[np.int64] | None = None,
         batch_size: int = 256,
+        take: slice = slice(None),
     ) -> Iterator[NDArray[np.uint8]]:
         """Draw `count` images batch by batch, so that any number fits in memory.
 
@@ -225,6 +412,7 @@ class Generator:
             settings: from :meth:`settings`; None: the run's.
             labels: [count] a class for each image; None: no class is asked for.
             batch_size: images at a time.
+            take: which of the batches, by number; default: all.
 
         Yields:
             uint8 [n, C, H, W].
@@ -232,7 +420,7 @@ class Generator:
         Raises:
             ConfigError: a value that is not allowed.
         """
-        for batch in self._batches(count, settings or self.settings(), labels, batch_size):
+        for batch in self._batches(count, settings or self.settings(), labels, batch_size, take=take):
             yield batch.numpy()
 
     def _batches(
@@ -242,6 +430,7 @@ class Generator:
         labels: NDArray[np.int64] | None,
         batch_size: int,
         observe: Observer | None = None,
+        take: slice = slice(None),
     ) -> Iterator[torch.Tensor]:
         if count < 1:
             raise ConfigError(f"the number of images is {count}, but must be at least 1.")
@@ -252,7 +441,7 @@ class Generator:
                 raise ConfigError(f"labels must lie in 0 to {len(self.class_names) - 1}.")
         options: dict[str, Any] = {"churn": s.churn} if s.churn else {}
         steps, sigma_max, start = self._start(s)
-        return sample_batches(
+        batches = sample_batches(
             self.denoiser(s.guidance),
             None if labels is None else torch.from_numpy(labels),
             count,
@@ -267,46 +456,77 @@ class Generator:
             device=self.device,
             observe=observe,
             start_from=start,
+            take=take,
             **options,
         )
+        return self._in_precision(batches)
+
+    def _in_precision(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Draw each batch in the precision that was chosen for the device, and nothing between them."""
+        while True:
+            with self.compute.autocast():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def sample(
         self,
-        count: int,
+        count: int | None = None,
+        labels: ArrayLike | None = None,
         *,
-        labels: NDArray[np.int64] | None = None,
         classes: Sequence[int | str] | None = None,
+        seed: int | None = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        churn: float | None = None,
         batch_size: int = 256,
+        progress: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
-        **settings: Any,
+        **unknown: Never,
     ) -> Samples:
-        """Draw `count` images into memory; free of privacy cost, however many.
+        """Draw images into memory; free of privacy cost, however many.
 
         Args:
-            count: how many.
-            labels: [count] a class for each image; None: `classes` in turn, balanced.
+            count: how many; None: one for each of `labels`.
+            labels: a class for each image, by name or by number, or one class for all; None: `classes` in turn,
+                balanced.  Numbers count :attr:`class_names` from 0, as ``Samples.labels`` do.
             classes: which classes, by name or number; None: all.
+            seed: public; image i depends on it, i and its label alone, so the same call draws the same images, and a
+                larger `count` more of them.  None: a random one, which the result's ``settings`` tell.
+            sampler, steps, guidance, churn: see :meth:`settings`; None: as the generator was made.
             batch_size: images at a time.
+            progress: tell how far it is.
             on_progress: called with (images done, images in all).
-            settings: ``seed``, ``sampler``, ``steps``, ``guidance``, ``churn``, as for :meth:`settings`.
 
         Raises:
             ConfigError: a value that is not allowed.
         """
-        chosen = self.settings(**settings)
-        if labels is None:
-            labels = self.labels(max(count, 0), classes)
+        from dpsyngen.fitting import refuse_unknown
+        from dpsyngen.notebook import console_for
+
+        refuse_unknown("sample", unknown, (*_SAMPLE, *_SAMPLER))
+        chosen = self.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
+        count, drawn = asked_for(count, labels, classes, self.class_names)
         out = []
         done = 0
-        for batch in self.stream(count, chosen, labels=labels, batch_size=batch_size):
-            out.append(batch)
-            done += len(batch)
-            if on_progress:
-                on_progress(done, count)
-        return Samples(np.concatenate(out), labels, self.class_names, asdict(chosen))
+        with console_for(progress).progress("sampling", count, "images") as bar:
+            for batch in self.stream(count, chosen, labels=drawn, batch_size=batch_size):
+                out.append(batch)
+                done += len(batch)
+                bar.update(done)
+                if on_progress:
+                    on_progress(done, count)
+        return Samples(np.concatenate(out), drawn, self.class_names, asdict(chosen), self.private)
 
     def trajectory(
-        self, count: int, columns: int = 9, *, labels: NDArray[np.int64] | None = None, **settings: Any
+        self,
+        count: int,
+        columns: int = 9,
+        *,
+        labels: NDArray[np.int64] | None = None,
+        **settings: Any,
     ) -> Trajectory:
         """Draw `count` images and keep what the sampler saw on its way; free of privacy cost, as samples are.
 
@@ -319,6 +539,9 @@ class Generator:
         Raises:
             ConfigError: a value that is not allowed.
         """
+        from dpsyngen.fitting import refuse_unknown
+
+        refuse_unknown("trajectory", {k: v for k, v in settings.items() if k not in _SAMPLER}, _SAMPLER)
         s = self.settings(**settings)
         count_steps, sigma_max, _ = self._start(s)
         kept = evenly_in_log(karras_steps(count_steps, s.sigma_min, sigma_max, s.rho), columns)
@@ -338,5 +561,5 @@ class Generator:
             stages=tuple(self.stages.owner(math.log(sigma)) for sigma in sigmas),
             noisy=np.stack(noisy),
             denoised=np.stack(denoised),
-            samples=Samples(images.numpy(), labels, self.class_names, asdict(s)),
+            samples=Samples(images.numpy(), labels, self.class_names, asdict(s), self.private),
         )

@@ -129,7 +129,7 @@ class Stages:
         ]
         proxy: Proxy | None = None
         if proxy_images is not None:
-            proxy = split_proxy(proxy_images.images, options.images, shape.resolution, shape.channels)
+            proxy = split_proxy(proxy_images.array(), options.images, shape.resolution, shape.channels)
         networks = PublicDenoisers(
             options.networks or folder / "networks", config, shape, device, Workers(None if device == "cpu" else 1)
         )

@@ -101,6 +101,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "budget settle": ("budget", "settle", "{copy}/b", "{copy}/s"),
     "release": ("release", "{made}/r", "{new}/z.zip", "--samples", "2"),
     "verify": ("verify", "{made}/z.zip"),
+    "export": ("export", "{made}/r", "--out", "{new}/e"),
     "key": ("key", "{new}/k.pem"),
     "audit": ("audit", "{made}/r", "--quick"),
     "memorisation": ("memorisation", "{made}/r", "-n", "30"),

@@ -161,7 +161,8 @@ def indexed(
         else:
             if len(column) != part.rows:
                 raise DataError(f"{where} is damaged: {len(column):,} labels for {part.rows:,} rows. Copy it again.")
-            present = labels.add(column)
+            with guarded(Path(part.path), "what it was"):
+                present = labels.add(column)
             job = TableJob(part, None if present.all() else present, columns.image)
             bad += [(part.called(row), "no label") for row in np.flatnonzero(~present).tolist()]
         if job.count:

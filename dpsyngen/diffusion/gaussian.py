@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpsyngen.errors import ConfigError
+from dpsyngen.full_precision import in_full_precision
 
 LARGEST_DIMENSION = 4096
 """Of an image whose pixels may each have a variance of their own outside the basis."""
@@ -171,6 +172,7 @@ class GaussianDenoiser(nn.Module):
 
     # ----------------------------------------------------------------------------------------------- denoising
 
+    @in_full_precision
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """E[x₀ | x, label], exact for the model.
 
@@ -243,6 +245,7 @@ class GaussianDenoiser(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- drawing
 
+    @in_full_precision
     def draw(
         self, labels: Tensor | None, sigma: Tensor | float, noise: Tensor, uniform: Tensor | None = None
     ) -> Tensor:
@@ -284,6 +287,7 @@ class GaussianDenoiser(nn.Module):
 
     # ---------------------------------------------------------------------------------------- how sure it is
 
+    @in_full_precision
     def residual_std(self, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """[N], how far x₀ lies from what :meth:`forward` gives: root mean square over pixels, if the model is right.
 

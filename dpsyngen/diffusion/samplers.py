@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpsyngen.diffusion.denoiser import Denoiser
 from dpsyngen.errors import ConfigError
+from dpsyngen.transfer import send
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def sample_batches(
     device: str | torch.device = "cpu",
     observe: Observer | None = None,
     start_from: Start | None = None,
+    take: slice = slice(None),
     **options: Any,
 ) -> Iterator[Tensor]:
     """Draw `count` images in batches.
@@ -212,6 +214,8 @@ def sample_batches(
         observe: is shown each step of each batch; the images do not depend on it.
         start_from: makes x at σ_max from noise; None: σ_max times the noise, which stands for an image at σ_max if that
             is far above the data's own spread.
+        take: which of the batches to draw, by number; several processes share them out so, and each batch is what it
+            would be in one process, to the last bit.
         options: options of the sampler, such as ``churn``.
 
     Yields:
@@ -224,12 +228,12 @@ def sample_batches(
     if options and sampler != "heun":
         raise ConfigError(f"{', '.join(options)}: only the 'heun' sampler has churn; given sampler {sampler!r}.")
     sigmas = karras_steps(steps, sigma_min, sigma_max, rho)
-    for start in range(0, count, batch_size):
+    for start in range(0, count, batch_size)[take]:
         stop = min(start + batch_size, count)
         generators = [_generator(seed, i) for i in range(start, stop)]
 
         def draw(generators: list[np.random.Generator] = generators) -> Tensor:
-            return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in generators])).to(device)
+            return send(np.stack([g.standard_normal(shape, np.float32) for g in generators]), device)
 
         y = None if labels is None else labels[start:stop].to(device)
         extra = options | {"draw": draw} if sampler == "heun" else options

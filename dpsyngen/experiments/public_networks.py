@@ -22,9 +22,9 @@ from dpsyngen.experiments.experiment import claimed
 from dpsyngen.experiments.grid import digest
 from dpsyngen.files import write_atomically, write_text
 from dpsyngen.training.pipeline import Training
-from dpsyngen.training.steps import PRETRAIN
 from dpsyngen.training.plan import Shape
 from dpsyngen.training.run import JsonLines
+from dpsyngen.training.steps import PRETRAIN
 from dpsyngen.version import __version__
 
 

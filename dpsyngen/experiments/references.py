@@ -67,9 +67,9 @@ def real_reference(
             on_progress(line.replace("generated images", "real images"))
 
     results = classification_accuracy(
-        train.images if images is None else train.images[rows],
+        train.array() if images is None else train.batch(rows),
         train_labels[rows],
-        test.images,
+        test.array(),
         test_labels,
         num_classes=train.num_classes,
         classifiers=classifiers,
@@ -162,7 +162,7 @@ def dp_classifier_reference(
             on_progress(f"training a classifier by DP-SGD on {len(train):,} real images")
         train_dp_classifier(
             classifier,
-            classifier.prepared(train.images),
+            classifier.prepared(train.array()),
             train_labels,
             settings,
             ledger=book,
@@ -170,7 +170,7 @@ def dp_classifier_reference(
             on_progress=on_progress,
         )
         spent = Ledger(path).epsilon()
-    predicted = classifier.predict(classifier.prepared(test.images))
+    predicted = classifier.predict(classifier.prepared(test.array()))
     score = _score(predicted, test_labels, train.num_classes, len(train))
     kept = ("accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "per_class_accuracy")
     return {
