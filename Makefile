@@ -6,11 +6,12 @@ STAMP := $(VENV)/.installed
 # A new folder each time: nothing that was made before is overwritten.
 DEMO := $(if $(DEMO),$(DEMO),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help setup demo test lint types clean
+.PHONY: help setup demo test lint types docs figures clean
 
 help:
 	@echo "make demo   set up, then train, sample, evaluate and report on scikit-learn's digits (into $(DEMO))"
-	@echo "make test   set up, then lint, types and all tests"
+	@echo "make test   set up, then lint, types, the documentation and all tests"
+	@echo "make docs   set up, then the documentation as a site: open site/index.html"
 	@echo "make setup  a virtual environment in $(VENV) with the pinned versions of constraints.txt"
 
 setup: $(STAMP)
@@ -47,9 +48,19 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# Strict: a link that leads nowhere or a docstring that cannot be read fails the build.  tests/test_docs.py builds it, too.
+# Not with --quiet, which keeps mkdocs from counting its warnings.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
+	@echo "== done: open site/index.html"
+
+# Those of the documentation, from the code that they show; a test says when one is out of date.
+figures: setup
+	$(BIN)/python -m docs.figures.make
+
 # pytest last: its summary line ends the output.
 test: lint types
 	$(BIN)/python -m pytest -q
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info
