@@ -154,12 +154,15 @@ def train(
                 )
 
             from dpsyngen.api import prepare, prepare_resume
+            from dpsyngen.fitting import Reading
+            from dpsyngen.training.run import Run
 
             if resume:
-                training = prepare_resume(out, data, device, tensorboard, ranks)
+                reading = Reading(console, Run(out).config)
+                training = prepare_resume(out, data, device, tensorboard, ranks, reading)
             else:
                 loaded = load_config(given, preset=preset, file=config, device=device)
-                training = prepare(loaded, out, device=device, ranks=ranks)
+                training = prepare(loaded, out, device=device, ranks=ranks, on_reading=Reading(console, loaded))
             with training.run.lock():
                 finished = _run_training(training, console)
     if not finished:
@@ -186,6 +189,7 @@ def _run_training(training: Training, console: Console) -> bool:
     import math
     import time
 
+    from dpsyngen.data.store import StoredImages
     from dpsyngen.doctor import write_health
     from dpsyngen.training.moments_phase import MOMENTS
     from dpsyngen.training.signals import stop_on_signals
@@ -196,8 +200,17 @@ def _run_training(training: Training, console: Console) -> bool:
     m, n = plan.mechanism, plan.shape
     classes = f", {n.num_classes} classes" if n.num_classes else ", no classes"
     console.note(f"{len(training.dataset):,} images {n.channels}x{n.resolution}x{n.resolution}{classes}")
+    if isinstance(training.dataset.images, StoredImages):
+        console.note(f"  read from {training.dataset.images.path}, which holds them decoded and is PRIVATE")
     for line in training.dataset.skipped:
         console.note(f"  left out: {line}")
+    if not training.ranks.alone or training.compute.kind != "cpu":
+        count = training.ranks.count
+        each = f"{count} processes, each on" if count > 1 else "computing on"
+        dp = training.compute.for_dp_steps()
+        console.note(
+            f"{each} {training.compute.kind}: DP-SGD in {dp.precision}, all else in {training.compute.precision}"
+        )
     parts = ", ".join(f"{s.name} ({_TRAINERS[s.trainer]})" for s in reversed(plan.stages.stages))
     network = (
         "no network" if plan.stages.gaussian else f"{config.network.size} network, {training.parameters:,} parameters"

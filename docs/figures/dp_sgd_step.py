@@ -41,7 +41,9 @@ def draw() -> str:
         f"One step of DP-SGD. {len(chosen)} of {RECORDS} records are drawn, each on its own; their gradients are "
         "cut to length C; the sum gets Gaussian noise and is divided by the expected batch.",
     )
-    for number, (x, title) in enumerate(((12, "sample"), (192, "clip"), (372, "add up, add noise"), (588, "release"))):
+    for number, (x, title) in enumerate(
+        ((12.0, "sample"), (192, "clip"), (372, "add up, add noise"), (588, "release"))
+    ):
         c.text(x, 24, f"{number + 1}  {title}", INK, size=14, bold=True)
 
     for i in range(RECORDS):

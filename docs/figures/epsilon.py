@@ -47,7 +47,7 @@ def draw() -> str:
         "images that come or go together, g",
         "ε at δ = 10⁻⁵",
     )
-    right.curve(values.__getitem__, list(values), PRIVATE)
+    right.curve(lambda g: values[int(g)], list(values), PRIVATE)
     for g, value in values.items():
         c.circle(right.across(g), right.down(value), 3.2, PRIVATE)
     right.curve(lambda g: g * values[1], (1, 10), INK, width=1.4, dash="4 3")

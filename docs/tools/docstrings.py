@@ -24,7 +24,7 @@ class OurDocstrings(griffe.Extension):
         _rewrite_all(pkg)
 
 
-def _rewrite_all(item: griffe.Object) -> None:
+def _rewrite_all(item: griffe.Object | griffe.Alias) -> None:
     if item.docstring is not None:
         item.docstring.value = rewrite(item.docstring.value, item)
     for member in item.members.values():
@@ -32,7 +32,7 @@ def _rewrite_all(item: griffe.Object) -> None:
             _rewrite_all(member)
 
 
-def rewrite(text: str, item: griffe.Object) -> str:
+def rewrite(text: str, item: griffe.Object | griffe.Alias) -> str:
     """One docstring as Markdown for griffe's Google style."""
     lines: list[str] = []
     later: list[str] = []  # entries that follow the one before, which may go on for more lines
@@ -65,7 +65,7 @@ def rewrite(text: str, item: griffe.Object) -> str:
     return _with_links(_LABEL.sub(r"**\1:**", "\n".join(lines)), item)
 
 
-def _with_links(text: str, item: griffe.Object) -> str:
+def _with_links(text: str, item: griffe.Object | griffe.Alias) -> str:
     def link(match: re.Match[str]) -> str:
         name = match[1]
         try:

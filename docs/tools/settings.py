@@ -21,7 +21,7 @@ def settings_page() -> str:
         "defaults below are those of the model; every preset sets some of them.",
     ]
     for name, field in Config.model_fields.items():
-        section = field.annotation
+        section: Any = field.annotation
         if not hasattr(section, "model_fields"):
             continue
         parts += [f"## {name}", _first_line(section)]
