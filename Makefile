@@ -58,9 +58,9 @@ docs: setup
 figures: setup
 	$(BIN)/python -m docs.figures.make
 
-# pytest last: its summary line ends the output.
+# pytest last: its summary line ends the output.  A process a core, each with whole files: fixtures are made once a file.
 test: lint types
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info

@@ -123,7 +123,7 @@ def test_written_samples_can_be_read_as_data(call, data, tmp_path) -> None:
         (["--epsilon", "1", "--records", "0"], "data.records is 0"),
         (["--epsilon", "1", "--set", "private.beta3=1"], "did you mean beta"),
         (["--epsilon", "1", "--set", "nonsense"], "section.name=value"),
-        (["--epsilon", "1", "--device", "abacus"], "this machine cannot use"),
+        (["--epsilon", "1", "--device", "abacus"], "must be auto or cpu"),
         (["--epsilon", "1", "--variant", "finetune", "--no-pretrain"], "choose 'dpdm'"),
         ([], "--epsilon is missing"),
     ],
@@ -164,7 +164,7 @@ def test_resume_takes_no_new_settings(call, data, tmp_path) -> None:
         (["--churn", "5"], "churn needs the sampler 'heun'"),
         (["--classes", "9"], "no class '9'"),
         (["--batch-size", "0"], "--batch-size is 0"),
-        (["--device", "abacus"], "this machine cannot use"),
+        (["--device", "abacus"], "must be auto or cpu"),
     ],
 )
 def test_bad_options_of_sample(call, data, tmp_path, arguments, message) -> None:

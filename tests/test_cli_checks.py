@@ -131,7 +131,7 @@ def test_without_held_out_images_the_check_says_what_it_cannot(call, run) -> Non
         (["--held-out", "gone"], "gone"),
         (["-n", "0"], "at least 1"),
         (["--features", "vibes"], "pixels, pixels-pca"),
-        (["--device", "abacus"], "cannot use"),
+        (["--device", "abacus"], "must be auto or cpu"),
     ],
 )
 def test_bad_options_of_memorisation(call, run, trained, tmp_path, arguments, message) -> None:

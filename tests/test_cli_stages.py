@@ -302,7 +302,7 @@ def test_killed_between_charge_and_result_it_is_charged_once(stages, budget, mon
         (["--programs", "dead-leaves,{made}/none.yaml"], "cannot be read"),
         (["--programs", "dead-leaves,{tmp}/bad.yaml"], "must hold a program"),
         (["--programs", "dead-leaves,{tmp}/worse.yaml"], "colour"),
-        (["--device", "abacus"], "cannot use"),
+        (["--device", "abacus"], "must be auto or cpu"),
     ],
 )
 def test_refused_before_anything_is_made(stages, tmp_path, arguments, message, monkeypatch) -> None:

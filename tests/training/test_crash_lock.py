@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from dpsyngen.config import load_config
+from dpsyngen.distributed import ALONE
 from dpsyngen.errors import RunError
 from dpsyngen.training import new_run
 from dpsyngen.training.lock import Lock
@@ -348,7 +349,7 @@ def test_a_mounted_empty_folder_can_be_the_run_directory(tmp_path) -> None:
 
 @pytest.fixture
 def training():
-    return SimpleNamespace(stop_requested=False)
+    return SimpleNamespace(stop_requested=False, ranks=ALONE)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import write_text
+from dpsyngen.hardware import choose
 from dpsyngen.privacy.audit.findings import Finding, decide
 from dpsyngen.privacy.audit.invariants import check_transcript
 from dpsyngen.privacy.ledger import Ledger
@@ -76,7 +77,7 @@ def audit_run(
         effort: FULL (about two minutes on two cores for small networks) or QUICK (20 seconds).
         confidence: a correct installation passes all tests together with this probability, at least; each lower bound
             on ε holds with it, too.  From 0.95 to below 1.
-        device: where to compute.
+        device: where to compute; "auto" is a GPU where there is one.
         on_progress: called with a line about what is being done.
 
     Returns:
@@ -90,6 +91,7 @@ def audit_run(
         raise ConfigError(f"--confidence is {confidence}, but must be from 0.95 to below 1.")
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
+    device = choose(device).device
     tell = on_progress or (lambda line: None)
     begun = time.monotonic()
     ledger = Ledger(run.ledger_path)
