@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dpsyngen.data import load_images
 from dpsyngen.errors import DpsyngenError
+from tests.data.encoded import pixels, png, samples, table, write_parquet, write_saved, write_tar
 from tests.fuzz import seeds
 from tests.fuzz.mutations import spoil_bytes, spoil_png
 from tests.fuzz.properties import (
@@ -134,6 +135,39 @@ def _idx(folder: Path, number: int) -> None:
 
 def test_idx(folder: Path) -> None:
     _idx(folder)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """One small file of each kind that holds encoded images."""
+    place = tmp_path_factory.mktemp("encoded")
+    images = pixels(6, side=8)
+    data = table([png(image) for image in images], [0, 1, 2, 0, 1, 2], ["a", "b", "c"])
+    return {
+        "tar": write_tar(place / "a.tar", samples(images, [0, 1, 2, 0, 1, 2])).read_bytes(),
+        "parquet": write_parquet(place / "a.parquet", data, rows=3).read_bytes(),
+        "arrow": next(write_saved(place / "saved", [data]).glob("*.arrow")).read_bytes(),
+    }
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet", "arrow"])
+def test_files_of_encoded_images(folder: Path, encoded: dict[str, bytes], suffix: str) -> None:
+    if suffix != "tar":
+        pytest.importorskip("pyarrow")
+    others = list(encoded.values())
+    path = folder / f"a.{suffix}"
+    path.write_bytes(encoded[suffix])
+    assert load_or_refuse(f"seed {suffix}", path, workers=1) is not None
+
+    @examples(200)
+    @given(numbers)
+    def check(number: int) -> None:
+        random = Random(number)
+        path.write_bytes(spoil_bytes(encoded[suffix], random.choice(others), random))
+        options = {"labels": random.random() < 0.8, "skip_bad": random.random() < 0.3}
+        load_or_refuse(suffix, path, workers=1, resolution=random.choice((None, 8)), **options)
+
+    check()
 
 
 _DTYPES = ("u1", "f2", "f4", ">f8", "i4", "U3", "S2", "?", "c8", "M8[s]", "O", "V4", [("r", "u1"), ("g", "f4")])
