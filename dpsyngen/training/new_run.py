@@ -18,6 +18,7 @@ volume).  Moving ``private`` fails where there is one already, so of two process
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -75,7 +76,7 @@ def make_folders(path: Path, stamp: str, config: str) -> Lock:
         except BaseException:
             with contextlib.suppress(OSError, RunError):
                 if not (path / "private").exists() or (stage / "private").exists():
-                    _remove(stage, path, ours=True)
+                    _remove(stage)
                 elif not (path / "run.json").exists():
                     _clear(path)
             raise
@@ -132,36 +133,61 @@ def _clear(path: Path) -> None:
         return
     if not interrupted_start(path):
         require_absent_or_empty(path, "--out")
-    _remove_halves(path, path)
-    # What tells an interrupted start goes last.
-    for stage in stages:
-        _remove(stage, path)
+    with contextlib.ExitStack() as locks:
+        # Halves move from the stage to the folder, so who looks in that order misses none of a process that is alive.
+        held = {folder for folder in (*stages, path) if _hold(folder, path, locks)}
+        if (path / "run.json").exists():
+            raise RunError(f"another process has just made {path}.  Choose another path, or try again.")
+        if path in held:
+            _remove_halves(path)
+        # What tells an interrupted start goes last.
+        for stage in stages:
+            if stage in held or path in held:  # in the latter case its private half is the one that was moved
+                _remove(stage)
+            else:
+                _remove_empty(stage, path)
 
 
-def _remove(stage: Path, path: Path, ours: bool = False) -> None:
-    _remove_halves(stage, path, ours)
+def _hold(folder: Path, path: Path, locks: contextlib.ExitStack) -> bool:
+    """Lock the private half in `folder`, if there is one; raise RunError if the process that makes it is alive."""
+    if not (folder / "private").is_dir():
+        return False
+    lock = Lock(folder / "private" / LOCK, path)
+    lock.acquire()
+    locks.callback(lock.release)
+    return True
+
+
+def _remove_empty(stage: Path, path: Path) -> None:
+    """Remove a stage of which no private half was found."""
+    try:
+        stage.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        # A process that is alive has its private half in one of two places from the first file on.
+        if any((folder / "private").is_dir() for folder in (stage, path)):
+            raise RunError(f"another process is making {path}.  Choose another path, or try again.") from None
+        _remove(stage)  # clearing it was cut off
+
+
+def _remove(stage: Path) -> None:
+    _remove_halves(stage)
     remove_temporaries(stage)
     (stage / "run.json").unlink(missing_ok=True)
     stage.rmdir()
 
 
-def _remove_halves(folder: Path, path: Path, ours: bool = False) -> None:
-    """Remove the two halves as they are at the start, each file by its name, so that nothing of the user's can go.
-
-    What another process may be making is locked before; what is `ours` may lack a lock for want of room to make one.
-    """
-    private = folder / "private"
-    lock = Lock(private / LOCK, path)
-    if private.is_dir() and not ours:
-        lock.acquire()
-    if folder == path and (path / "run.json").exists():
-        raise RunError(f"another process has just made {path}.  Choose another path, or try again.")
+def _remove_halves(folder: Path) -> None:
+    """Remove the two halves as they are at the start, each file by its name, so that nothing of the user's can go."""
     for name in ("release/weights", "release"):
         with contextlib.suppress(FileNotFoundError):
             (folder / name).rmdir()
+    private = folder / "private"
     if private.is_dir():
         remove_temporaries(private)
         for name in ("config.yaml", LOCK):
             (private / name).unlink(missing_ok=True)
         private.rmdir()
-    lock.release()

@@ -426,3 +426,29 @@ def test_closed_terminal_ends_training_with_a_checkpoint(tmp_path, tiny_images) 
     from dpsyngen.training.private import charged_steps
 
     assert 3 <= done <= charged_steps(Ledger(out / "private" / "ledger.jsonl"))
+
+
+def test_a_clearing_that_was_cut_off_is_cleared_by_the_next_start(tmp_path) -> None:
+    stage = tmp_path / "r" / f"{new_run._STAGE}x{new_run.TEMPORARY_SUFFIX}"
+    (stage / "release").mkdir(parents=True)
+    (stage / "run.json").write_text("{}")
+    run = Run.create(tmp_path / "r", CONFIG)
+    assert names(tmp_path / "r") == {"private", "release", "run.json"}
+    assert run.config == CONFIG
+
+
+def test_a_start_that_another_process_has_just_begun_is_left_alone(tmp_path, monkeypatch) -> None:
+    """Its private half comes between the two looks at its stage."""
+    stage = tmp_path / "r" / f"{new_run._STAGE}x{new_run.TEMPORARY_SUFFIX}"
+    stage.mkdir(parents=True)
+    (stage / "run.json").write_text("{}")
+
+    def hold(folder: Path, *_: object) -> bool:
+        (stage / "private").mkdir(exist_ok=True)
+        return False
+
+    monkeypatch.setattr(new_run, "_hold", hold)
+    with pytest.raises(RunError, match="another process is making"):
+        Run.create(tmp_path / "r", CONFIG)
+    assert (stage / "private").is_dir()
+    assert (stage / "run.json").exists()
