@@ -31,6 +31,7 @@ from dpsyngen.shown import listed, printable, shown
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from dpsyngen.config import ComputeConfig
     from dpsyngen.data import ImageDataset
 
 _SAMPLE = ("count", "labels", "classes", "batch_size", "on_progress", "progress")
@@ -55,6 +56,8 @@ class Generator:
         release: the ``release`` folder of a run, or a copy of it.  It may come from a stranger: nothing in it is run,
             and it is checked before memory is taken for it (see :mod:`dpsyngen.generator_file`).
         device: where to compute: "cpu", "cuda", "cuda:1", …, or "auto".
+        compute: precision, memory format, compiling; None: all automatic.  Other ways to compute give images that may
+            differ in the last digits.
 
     Raises:
         RunError: not a finished release, or damaged.
@@ -68,8 +71,10 @@ class Generator:
         gaussian: the denoiser of the DP moments; None if there are none.
     """
 
-    def __init__(self, release: str | os.PathLike[str], device: str = "cpu") -> None:
-        self.compute = choose(device)
+    def __init__(
+        self, release: str | os.PathLike[str], device: str = "cpu", compute: ComputeConfig | None = None
+    ) -> None:
+        self.compute = choose(device, compute)
         self.device = device = self.compute.device
         release = Path(release)
         self.place: Place = of_release(release)

@@ -16,6 +16,7 @@ import torch
 
 import dpsyngen
 from dpsyngen.certificate import Certificate
+from dpsyngen.config import ComputeConfig
 from dpsyngen.errors import ConfigError, DataError, ReleaseError, RunError
 from dpsyngen.generator import Generator
 from tests.conftest import TINY_SETTINGS, tiny_arrays
@@ -521,3 +522,14 @@ def test_examples_in_docstrings_are_true(module) -> None:
     result = doctest.testmod(import_module(f"dpsyngen.{module}"))
     assert result.attempted
     assert not result.failed
+
+
+def test_drawing_computes_as_it_is_asked_to(generator: Generator) -> None:
+    plain = Generator(generator.place.release)
+    other = Generator(generator.place.release, compute=ComputeConfig(channels_last=True))
+    weights = [m.weight for m in other.networks["context"].modules() if isinstance(m, torch.nn.Conv2d)]
+    assert any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+    a, b = (g.sample(6, seed=1).images.astype(int) for g in (plain, other))
+    assert abs(a - b).max() <= 1
+    with pytest.raises(ConfigError, match="tf32"):
+        Generator(generator.place.release, compute=ComputeConfig(precision="tf32"))
