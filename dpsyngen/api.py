@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpsyngen.config import Config, load_config
+from dpsyngen.config import ComputeConfig, Config, load_config
 from dpsyngen.data import ImageDataset, MapStyle, load_images
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined
 from dpsyngen.errors import ConfigError, DataError
@@ -91,7 +91,7 @@ def prepare(
         ConfigError, DataError, RunError: see their messages.
     """
     require_new(Path(out))
-    check_device(device)
+    check_device(device, config.compute)
     dataset = read_together(ranks, config, lambda c: _named_or_given(data, c, on_reading))
     return start(config, dataset, Path(out), device, ranks)
 
@@ -225,11 +225,13 @@ def train_together(
         return training.run
 
 
-def check_device(device: str) -> None:
-    """Raise ConfigError if this machine cannot compute on `device`; see :func:`dpsyngen.hardware.choose`."""
+def check_device(device: str, compute: ComputeConfig | None = None) -> None:
+    """Raise ConfigError if this machine cannot compute on `device`, or not as `compute` asks; see
+    :func:`dpsyngen.hardware.choose`.
+    """
     from dpsyngen.hardware import choose
 
-    choose(device)
+    choose(device, compute)
 
 
 def _as_run(run: Run | PathLike) -> Run:

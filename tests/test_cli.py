@@ -124,6 +124,7 @@ def test_written_samples_can_be_read_as_data(call, data, tmp_path) -> None:
         (["--epsilon", "1", "--set", "private.beta3=1"], "did you mean beta"),
         (["--epsilon", "1", "--set", "nonsense"], "section.name=value"),
         (["--epsilon", "1", "--device", "abacus"], "must be auto or cpu"),
+        (["--epsilon", "1", "--device", "cpu", "--set", "compute.precision=tf32"], "the CPU has fp32, bf16 only"),
         (["--epsilon", "1", "--variant", "finetune", "--no-pretrain"], "choose 'dpdm'"),
         ([], "--epsilon is missing"),
     ],

@@ -118,7 +118,12 @@ class _Follower:
             handlers.get(command.name, lambda command=command, **values: self._on_step(command))(**command.values)
 
     def _on_read(self, config: Config) -> None:
-        dataset = _read(self.ranks, config, self.load)
+        def load(config: Config) -> ImageDataset:
+            # What this machine cannot do must be known before anything is spent, too.
+            choose(self.device, config.compute, local_rank=self.ranks.local_rank)
+            return self.load(config)
+
+        dataset = _read(self.ranks, config, load)
         self.ranks.gather(dataset.fingerprint())
         self.dataset = dataset
 
