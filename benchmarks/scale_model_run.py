@@ -24,7 +24,7 @@ STEPS, BATCH, COPIES, SIDE, CLASSES = 8, 32, 2, 28, 10
 def main(out: Path) -> None:
     """One of the processes."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    from dpsyngen import api
+    from dpsyngen import fit as api
     from dpsyngen.training.private import PrivateStep
 
     sent: dict[str, int] = defaultdict(int)

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
-    from dpsyngen.api import evaluate, train, write_report
-    from dpsyngen.checks import check_memorisation
     from dpsyngen.config import Config, load_config
     from dpsyngen.data import ImageDataset, load_images
-    from dpsyngen.doctor import diagnose
-    from dpsyngen.generator import Generator
-    from dpsyngen.guarantee import Guarantee
+    from dpsyngen.evaluation.check import check_memorisation
+    from dpsyngen.evaluation.doctor import diagnose
+    from dpsyngen.fit import evaluate, train, write_report
+    from dpsyngen.generator.generator import Generator
+    from dpsyngen.generator.guarantee import Guarantee
+    from dpsyngen.generator.images import Samples
+    from dpsyngen.generator.samples import write_samples
     from dpsyngen.programs import make_program
-    from dpsyngen.report.bundle import pack
-    from dpsyngen.report.verify import verify
-    from dpsyngen.sampled_images import Samples
-    from dpsyngen.samples import write_samples
+    from dpsyngen.release.bundle import pack
+    from dpsyngen.release.verify import verify
     from dpsyngen.training.run import Run
 
 __all__ = [
@@ -61,22 +61,22 @@ __all__ = [
 
 _HOME = {
     "Config": "dpsyngen.config",
-    "Generator": "dpsyngen.generator",
-    "Guarantee": "dpsyngen.guarantee",
+    "Generator": "dpsyngen.generator.generator",
+    "Guarantee": "dpsyngen.generator.guarantee",
     "ImageDataset": "dpsyngen.data",
     "Run": "dpsyngen.training.run",
-    "Samples": "dpsyngen.sampled_images",
-    "check_memorisation": "dpsyngen.checks",
-    "diagnose": "dpsyngen.doctor",
-    "evaluate": "dpsyngen.api",
+    "Samples": "dpsyngen.generator.images",
+    "check_memorisation": "dpsyngen.evaluation.check",
+    "diagnose": "dpsyngen.evaluation.doctor",
+    "evaluate": "dpsyngen.fit",
     "load_config": "dpsyngen.config",
     "load_images": "dpsyngen.data",
     "make_program": "dpsyngen.programs",
-    "pack": "dpsyngen.report.bundle",
-    "train": "dpsyngen.api",
-    "verify": "dpsyngen.report.verify",
-    "write_report": "dpsyngen.api",
-    "write_samples": "dpsyngen.samples",
+    "pack": "dpsyngen.release.bundle",
+    "train": "dpsyngen.fit",
+    "verify": "dpsyngen.release.verify",
+    "write_report": "dpsyngen.fit",
+    "write_samples": "dpsyngen.generator.samples",
 }
 
 

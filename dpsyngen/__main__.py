@@ -1,5 +1,5 @@
 """``python -m dpsyngen``."""
 
-from dpsyngen.cli import main
+from dpsyngen.cli.app import main
 
 main()

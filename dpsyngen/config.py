@@ -17,9 +17,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from dpsyngen.errors import ConfigError
-from dpsyngen.plain_yaml import MAX_DEPTH, MAX_VALUES, read_yaml, read_yaml_file
-from dpsyngen.shown import printable, shown
+from dpsyngen.errors import ConfigError, printable, shown
+from dpsyngen.files import MAX_DEPTH, MAX_VALUES, read_yaml, read_yaml_file
 
 DEFAULT_PRESET = "cpu-small"
 MAX_EPSILON = 10_000.0  # finite; calibrating the noise takes the longer the larger ε is

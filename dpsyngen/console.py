@@ -13,7 +13,7 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
-from dpsyngen.strict_json import strict_text
+from dpsyngen.files import strict_text
 
 LOG_FORMATS = ("text", "json")
 

@@ -23,8 +23,7 @@ from dpsyngen.config import Config, merge_settings
 from dpsyngen.console import Console
 from dpsyngen.data import ImageDataset
 from dpsyngen.distributed import started_by_torchrun
-from dpsyngen.errors import ConfigError
-from dpsyngen.shown import shown
+from dpsyngen.errors import ConfigError, shown
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.public import Progress
 
@@ -86,7 +85,7 @@ def with_options(settings: Mapping[str, Any] | None, **options: Any) -> dict[str
 
 
 def as_source(images: Any, labels: Any, class_names: Sequence[str] | None, config: Config) -> Any:
-    """What :func:`dpsyngen.api.load_private` takes, from what a user holds.
+    """What :func:`dpsyngen.fit.load_private` takes, from what a user holds.
 
     Args:
         images: arrays, PyTorch tensors, lists of Pillow images; or a folder, file, named set or data set.
@@ -213,7 +212,7 @@ def carry_out(
     Raises:
         KeyboardInterrupt: it was interrupted; the message says how to go on.
     """
-    from dpsyngen.doctor import write_health
+    from dpsyngen.evaluation.doctor import write_health
 
     out = console or Console(quiet=True)
     if console is not None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from dpsyngen.training.run import Run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,7 +60,7 @@ def call(monkeypatch, capsys):
     """Run a command line; returns (exit code, stdout, stderr)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        from dpsyngen.cli import main
+        from dpsyngen.cli.app import main
 
         monkeypatch.setattr(sys, "argv", ["dpsyngen", *map(str, arguments)])
         code = 0
@@ -68,3 +73,37 @@ def call(monkeypatch, capsys):
         return code, out.out, out.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    import dpsyngen
+
+    out = tmp_path_factory.mktemp("runs") / "r"
+    return dpsyngen.train(tiny_arrays(), epsilon=4.0, out=out, settings=TINY_SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dpsyngen.release.signing import make_key
+
+    path = tmp_path_factory.mktemp("keys") / "k.pem"
+    make_key(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundle(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unsigned, with samples."""
+    import dpsyngen
+    from dpsyngen.release.bundle import pack
+
+    dpsyngen.write_report(finished)
+    return pack(finished, tmp_path_factory.mktemp("bundles") / "b.zip", samples=9, seed=5).path
+
+
+@pytest.fixture(scope="session")
+def signed(finished: Run, key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dpsyngen.release.bundle import pack
+
+    return pack(finished, tmp_path_factory.mktemp("bundles") / "s.zip", key=key).path

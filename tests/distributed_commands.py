@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from dpsyngen import cli_ranks
-from dpsyngen.cli import main
+from dpsyngen.cli import ranks as cli_ranks
+from dpsyngen.cli.app import main
 from dpsyngen.distributed import joined, numbers
 
 EVALUATE = "--test test.npz -n 300 --bootstrap 40 --classifiers logreg,mlp --features pixels-pca,own.py:flat"

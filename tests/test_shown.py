@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from dpsyngen.plain_file import NotPlainError, open_plain
-from dpsyngen.shown import listed, printable, shown
+from dpsyngen.errors import listed, printable, shown
+from dpsyngen.files import NotPlainError, open_plain
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "\x9b1m", "\u202egnp", "\ud800", "\u2028", "\x00", "\u200b"])

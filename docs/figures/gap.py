@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from docs.figures.canvas import INK, PRIVATE, PUBLIC, SOFT, Axes, Canvas
-from dpsyngen.diffusion.toys import ExactMixture, gaussian_gap, gaussian_loss
+from dpsyngen.thresholds.toys import ExactMixture, gaussian_gap, gaussian_loss
 
 PIXELS = 64
 LEVELS = [-6 + 0.1 * i for i in range(111)]

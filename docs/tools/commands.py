@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from dpsyngen.cli import app
+from dpsyngen.cli.app import app
 
 Words = tuple[str, ...]
 

@@ -24,9 +24,8 @@ from dpsyngen.data.npz import npy_offset, read_npy
 from dpsyngen.data.options import Options, in_memory_bytes
 from dpsyngen.data.source import BLOCK, Bad, Found, Source, Survey, file_identity, split_evenly
 from dpsyngen.data.store import StoredImages
-from dpsyngen.errors import DataError
-from dpsyngen.plain_file import NotPlainError, open_plain
-from dpsyngen.shown import printable
+from dpsyngen.errors import DataError, printable
+from dpsyngen.files import NotPlainError, open_plain
 
 _MAX_NAMES_BYTES = 2**23
 

@@ -12,13 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from dpsyngen.class_names import MAX_NAME_BYTES, check_class_count, check_class_names
 from dpsyngen.data.bad import settle_bad
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import MAX_PIXELS, array_to_image, default_resolution, image_to_array, resize_square
+from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, check_class_names
 from dpsyngen.data.memory import check_fits
-from dpsyngen.errors import DataError
-from dpsyngen.shown import listed, printable
+from dpsyngen.errors import DataError, listed, printable
 
 Channels = Literal["auto", "grey", "rgb"]
 _CHUNK_VALUES = 4 * 2**20

@@ -16,9 +16,8 @@ from dpsyngen.data.columns import choose_columns, features_of
 from dpsyngen.data.memory import check_fits
 from dpsyngen.data.source import Source
 from dpsyngen.data.tables import Part, check_image_type, guarded, indexed, require_arrow
-from dpsyngen.errors import DataError
-from dpsyngen.plain_file import NotPlainError, open_plain
-from dpsyngen.shown import listed, printable
+from dpsyngen.errors import DataError, listed, printable
+from dpsyngen.files import NotPlainError, open_plain
 
 STATE = "state.json"
 SPLITS = "dataset_dict.json"

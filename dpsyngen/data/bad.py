@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dpsyngen.errors import DataError
-from dpsyngen.shown import printable
+from dpsyngen.errors import DataError, printable
 
 LISTED = 1000  # lines of a list: whoever mends the files needs all of them
 

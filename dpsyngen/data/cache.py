@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 
 from dpsyngen.data.array_format import CLASS_NAMES, HEADER_BYTES, IMAGES, LABELS
 from dpsyngen.data.store import StoredImages
-from dpsyngen.errors import DataError
+from dpsyngen.errors import DataError, printable
 from dpsyngen.files import write_text
-from dpsyngen.shown import printable
 
 FORMAT = "dpsyngen-image-cache-1"
 

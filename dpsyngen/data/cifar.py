@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpsyngen.errors import DataError
-from dpsyngen.shown import printable
+from dpsyngen.errors import DataError, printable
 
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

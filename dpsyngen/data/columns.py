@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpsyngen.class_names import check_class_names
-from dpsyngen.errors import DataError
-from dpsyngen.shown import listed
+from dpsyngen.data.labels import check_class_names
+from dpsyngen.errors import DataError, listed
 
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels")

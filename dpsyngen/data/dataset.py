@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpsyngen.class_names import check_class_names
+from dpsyngen.data.labels import check_class_names
 from dpsyngen.data.store import ImageStore, SelectedImages, is_mapped, loaded
 from dpsyngen.errors import DataError
 
@@ -29,7 +29,7 @@ class ImageDataset:
             :meth:`batch`, which works for both; :meth:`array` is all of them in memory.
         labels: int64 ``[N]``, values in ``0 .. len(class_names) - 1``; None for unlabelled images.
         class_names: one name per class, in label order; ``()`` exactly when ``labels`` is None.  What they may be:
-            :mod:`dpsyngen.class_names`.
+            :mod:`dpsyngen.data.labels`.
         source: how the images were asked for, in words a person can read.
         skipped: what was left out under ``skip_bad=True``, each as ``"where: why"``.  Private (it holds file
             names).

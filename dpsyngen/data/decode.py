@@ -31,9 +31,8 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 import numpy as np
 
 from dpsyngen.data.pixel_budget import PixelBudget
-from dpsyngen.errors import ConfigError
-from dpsyngen.plain_file import NotPlainError, open_plain
-from dpsyngen.shown import shown
+from dpsyngen.errors import ConfigError, shown
+from dpsyngen.files import NotPlainError, open_plain
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,10 +18,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dpsyngen.class_names import check_class_names
+from dpsyngen.data.labels import check_class_names
 from dpsyngen.data.source import EncodedJob, Found, Item, Source, split_evenly
-from dpsyngen.errors import DataError
-from dpsyngen.shown import listed, printable
+from dpsyngen.errors import DataError, listed, printable
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 # The last two are what `dpsyngen sample` writes beside its class folders, so that its output can be read back.

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.class_names import check_class_count, check_class_names
 from dpsyngen.data.arrays import to_labels
-from dpsyngen.errors import DataError
-from dpsyngen.shown import listed
+from dpsyngen.data.labels import check_class_count, check_class_names
+from dpsyngen.errors import DataError, listed
 
 
 def index_of_labels(

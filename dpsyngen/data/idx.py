@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dpsyngen.data.memory import check_fits
-from dpsyngen.errors import DataError
-from dpsyngen.shown import printable
+from dpsyngen.errors import DataError, printable
 
 _UBYTE = 0x08
 _READ_BYTES = 2**22

@@ -23,8 +23,7 @@ from dpsyngen.data.named import parse_name, read_named, suggest
 from dpsyngen.data.npz import read_npz
 from dpsyngen.data.options import Options, check_workers
 from dpsyngen.data.shards import SUFFIXES, find_files, find_in_folder, find_pattern, is_pattern
-from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.shown import listed, printable
+from dpsyngen.errors import ConfigError, DataError, listed, printable
 
 _KINDS = (
     "a folder of images, Parquet files, WebDataset .tar files, a folder of save_to_disk, a .npz or .npy file, an IDX "

@@ -29,8 +29,7 @@ from dpsyngen.data.python_items import Label, class_names_of, form_of, keys_of, 
 from dpsyngen.data.quiet import quiet_decoders
 from dpsyngen.data.source import BLOCK, Survey
 from dpsyngen.data.unfinished import Unfinished
-from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.shown import listed, printable
+from dpsyngen.errors import ConfigError, DataError, listed, printable
 
 _TRIED_TWICE = 16
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dpsyngen.errors import DataError
-from dpsyngen.shown import printable
+from dpsyngen.errors import DataError, printable
 
 FRACTION = 0.5  # the rest is for the network, the optimiser and the user's other programs
 

@@ -23,8 +23,7 @@ import numpy as np
 
 from dpsyngen.data.cifar import ARCHIVE_NAME, CIFAR10_CLASSES, cifar_files_in, read_cifar10
 from dpsyngen.data.idx import labels_beside, read_idx_labels, read_idx_pair
-from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.shown import printable
+from dpsyngen.errors import ConfigError, DataError, printable
 
 SPLITS = ("train", "test", "all")
 _SYSTEM_FOLDERS = (Path("/usr/share/datasets"), Path("/usr/share"))

@@ -15,11 +15,10 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from dpsyngen.class_names import MAX_NAME_BYTES, check_class_count
 from dpsyngen.data.arrays import to_text
+from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count
 from dpsyngen.data.memory import check_fits
-from dpsyngen.errors import DataError
-from dpsyngen.shown import listed, printable, shown
+from dpsyngen.errors import DataError, listed, printable, shown
 
 IMAGE_KEYS = ("images", "x", "x_train", "arr_0")
 LABEL_KEYS = ("labels", "y", "y_train")

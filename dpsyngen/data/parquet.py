@@ -15,8 +15,7 @@ from dpsyngen.data.columns import choose_columns, features_of
 from dpsyngen.data.memory import check_fits
 from dpsyngen.data.source import BLOCK, Source
 from dpsyngen.data.tables import Part, check_image_type, guarded, indexed, require_arrow
-from dpsyngen.errors import DataError
-from dpsyngen.shown import printable
+from dpsyngen.errors import DataError, printable
 
 _MAX_THRIFT_BYTES = 2**26  # of a text in a footer
 _MAX_THRIFT_ITEMS = 2**20

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from dpsyngen.data.arrays import arranged, converted
 from dpsyngen.data.columns import IMAGE_NAMES, LABEL_NAMES
 from dpsyngen.data.decode import MAX_PIXELS, BadImage, Colour, decode_image, is_grey
-from dpsyngen.errors import DataError
-from dpsyngen.shown import listed, shown
+from dpsyngen.errors import DataError, listed, shown
 
 Label = int | str | None
 

@@ -13,8 +13,7 @@ from dpsyngen.data.folder import IMAGE_SUFFIXES
 from dpsyngen.data.parquet import index_parquet
 from dpsyngen.data.source import Found, Source, file_identity
 from dpsyngen.data.webdataset import index_tars
-from dpsyngen.errors import DataError
-from dpsyngen.shown import listed, printable
+from dpsyngen.errors import DataError, listed, printable
 
 SUFFIXES = (".parquet", ".tar", ".arrow")
 _KINDS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}

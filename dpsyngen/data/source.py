@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.decode import BadImage, Colour, ImageHeader, read_header, read_image
-from dpsyngen.errors import DataError
-from dpsyngen.shown import listed, printable
+from dpsyngen.errors import DataError, listed, printable
 
 BLOCK = 64
 """Images that are decoded and handed on together; a bound on memory, not on the source."""

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.memory import check_fits
-from dpsyngen.errors import DataError
-from dpsyngen.shown import printable
+from dpsyngen.errors import DataError, printable
 
 _MOST_BYTES = 2**30  # of one system call; Linux reads no more than 2 GiB at a time
 

@@ -12,13 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.class_names import MAX_NAME_BYTES
 from dpsyngen.data.columns import Columns
 from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage
 from dpsyngen.data.given_labels import index_of_labels
+from dpsyngen.data.labels import MAX_NAME_BYTES
 from dpsyngen.data.source import EncodedJob, Item, Source
-from dpsyngen.errors import ConfigError, DataError, DpsyngenError
-from dpsyngen.shown import printable
+from dpsyngen.errors import ConfigError, DataError, DpsyngenError, printable
 
 
 def require_arrow(what: str) -> Any:

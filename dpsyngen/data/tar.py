@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from dpsyngen.errors import DataError
-from dpsyngen.shown import printable
+from dpsyngen.errors import DataError, printable
 
 _BLOCK = 512
 _MAX_EXTRA_BYTES = 2**16  # of a long name, or of a pax header; writers need some hundred

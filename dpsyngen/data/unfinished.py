@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from dpsyngen.data.array_format import HEADER_BYTES, IMAGES, npy_header, write_at, write_labels
 from dpsyngen.data.cache import FORMAT, Cache, Entry
 from dpsyngen.data.store import StoredImages
-from dpsyngen.errors import DataError
+from dpsyngen.errors import DataError, printable
 from dpsyngen.files import sync_folder, write_text
-from dpsyngen.shown import printable
 
 _SPARE_BYTES = 2**24  # for labels, the journal and other programs
 _SYNC_SECONDS = 5.0

@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.class_names import MAX_NAME_BYTES
 from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage
 from dpsyngen.data.given_labels import index_of_labels
+from dpsyngen.data.labels import MAX_NAME_BYTES
 from dpsyngen.data.source import EncodedJob, Item, Source, split_evenly
 from dpsyngen.data.tar import Member, members, read_content
-from dpsyngen.errors import DataError
-from dpsyngen.shown import printable
+from dpsyngen.errors import DataError, printable
 
 IMAGE_ENDINGS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"})
 LABEL_KEYS = ("label", "cls", "class")

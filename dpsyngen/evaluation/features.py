@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, shown
 from dpsyngen.evaluation.extractor import FeatureExtractor, Tell, batches
 from dpsyngen.evaluation.own_features import FORM, OwnFeatures, file_sha256, is_own
 from dpsyngen.evaluation.pixels_pca import PixelsPca
-from dpsyngen.shown import shown
 
 NAMES = ("pixels-pca", "efficientnet-lite0", "inception")
 

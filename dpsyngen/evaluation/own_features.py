@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError, DpsyngenError
+from dpsyngen.errors import ConfigError, DpsyngenError, shown
 from dpsyngen.evaluation.extractor import Tell, batches
-from dpsyngen.shown import shown
 
 FORM = "path/to/module.py:name or package.module:name"
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpsyngen import api
+from dpsyngen import fit as api
 from dpsyngen.config import Config, validate, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
@@ -29,7 +29,7 @@ from dpsyngen.experiments.grid import Job
 from dpsyngen.experiments.moments_time import MomentsTime, coarse_noise
 from dpsyngen.experiments.public_networks import networks_of
 from dpsyngen.experiments.spec import Spec
-from dpsyngen.generator import Generator
+from dpsyngen.generator.generator import Generator
 from dpsyngen.training.moments_phase import MOMENTS
 from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Shape, stages_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from dpsyngen.shown import printable
+from dpsyngen.errors import printable
 
 KINDS = ("run", "real", "programs", "dp-classifier")
 

@@ -17,7 +17,7 @@ from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.experiments.job_result import KINDS, JobResult, is_number
 from dpsyngen.files import write_atomically
-from dpsyngen.generator_file import read_description
+from dpsyngen.generator.files import read_description
 
 FIXED = (
     *("job", "kind", "variant", "epsilon", "delta", "seed", "label", "private"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dpsyngen import api
+from dpsyngen import fit as api
 from dpsyngen.config import Config, load_config
 from dpsyngen.data import ImageDataset
 from dpsyngen.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ from dpsyngen.experiments.public_networks import PublicNetwork, shared
 from dpsyngen.experiments.references import dp_classifier_reference, real_reference
 from dpsyngen.experiments.spec import DataFacts, Spec
 from dpsyngen.files import write_atomically, write_text
-from dpsyngen.generator import Generator
+from dpsyngen.generator.generator import Generator
 from dpsyngen.privacy.accounting import default_delta
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program

@@ -17,9 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dpsyngen.config import MAX_EPSILON, Config, preset_names
 from dpsyngen.diffusion.stages import VARIANTS
-from dpsyngen.errors import ConfigError
-from dpsyngen.plain_yaml import read_yaml, read_yaml_file
-from dpsyngen.shown import listed, printable, shown
+from dpsyngen.errors import ConfigError, listed, printable, shown
+from dpsyngen.files import read_yaml, read_yaml_file
 
 VariantName = Literal["dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "residual", "residual-cleaning"]
 PUBLISHED: tuple[VariantName, ...] = ("dpdm", "finetune", "cleaning", "coarse", "both")

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpsyngen.errors import printable
 from dpsyngen.experiments.measures import View, epsilon_name
 from dpsyngen.experiments.results import Results
 from dpsyngen.experiments.table_values import Cell, Table, all_tables
 from dpsyngen.experiments.wording import answers
 from dpsyngen.files import write_text
-from dpsyngen.shown import printable
 
 if TYPE_CHECKING:
     from rich.text import Text

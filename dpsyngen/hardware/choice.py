@@ -7,10 +7,9 @@ from typing import cast
 import torch
 
 from dpsyngen.config import ComputeConfig
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, shown
 from dpsyngen.hardware.compute import Compute, Precision
 from dpsyngen.hardware.facts import Facts, Gpu, find
-from dpsyngen.shown import shown
 
 _ASKED = "asked for"
 _WARM_UP = 200

@@ -60,7 +60,7 @@ class ClippedGradient:
 
 
 class Shards(Protocol):
-    """How the processes that a model is split over clip together; see :mod:`dpsyngen.privacy.sharded`.
+    """How the processes that a model is split over clip together; see :mod:`dpsyngen.privacy.sharding.sharded`.
 
     Attributes:
         layers: how many layers the whole model has.

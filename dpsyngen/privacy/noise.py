@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from dpsyngen.privacy.per_example import ClippedGradient
-from dpsyngen.privacy.places import ShardedGradient
 from dpsyngen.privacy.randomness import Purpose, Randomness
+from dpsyngen.privacy.sharding.places import ShardedGradient
 
 _SUMMED = 4
 _CHUNK = 1 << 15  # samples at a time: the temporary arrays stay within the cache
@@ -121,7 +121,7 @@ def noisy_mean(
     Returns:
         one tensor for each of ``clipped.sums``.  Of a model that is split over processes each gets its own part of the
         same noise that one process would have added, so that every coordinate has noise once; see
-        :mod:`dpsyngen.privacy.sharded`.
+        :mod:`dpsyngen.privacy.sharding.sharded`.
     """
     if noise_multiplier < 0 or expected_examples <= 0:
         raise ValueError(

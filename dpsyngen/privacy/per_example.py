@@ -22,16 +22,16 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.clipping import ClippedGradient, ClippingStyle, check_clipping, clip, clip_and_sum, valid_mask
 from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.privacy.places import ShardedGradient
 from dpsyngen.privacy.recording import Recorder, Tape
 from dpsyngen.privacy.rules import UnsupportedLayer
+from dpsyngen.privacy.sharding.places import ShardedGradient
 from dpsyngen.workers import Workers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from dpsyngen.privacy.exact import GridGradient
-    from dpsyngen.privacy.sharded import Sharding
+    from dpsyngen.privacy.sharding.sharded import Sharding
 
 __all__ = ["ClippedGradient", "PerExampleGradients", "UnsupportedLayer", "clip_and_sum"]
 
@@ -51,7 +51,7 @@ class PerExampleGradients:
             PyTorch's threads, at most 8 (one on a GPU, and for a model that is split over processes).
         shards: processes that hold parts of one model and see the same examples: the squared norms of an example's
             parts are added up over them.  None for a model that is whole, and for one sharded by ``fully_shard`` whose
-            processes each have their own examples; see :mod:`dpsyngen.privacy.sharded`.
+            processes each have their own examples; see :mod:`dpsyngen.privacy.sharding.sharded`.
 
     Of a model that is split over processes every method but :meth:`zero` and :meth:`per_example` must be called in
     all of them alike, and gives each its own part of the sum, with the sensitivity of the whole.
@@ -119,7 +119,7 @@ class PerExampleGradients:
         self._passing = threading.local()  # has the `tape` of this thread's forward pass
         self._sharding: Sharding | None = None
         if shards is not None or any(hasattr(p, "to_local") for p in self.parameters):
-            from dpsyngen.privacy.sharded import sharding_of
+            from dpsyngen.privacy.sharding.sharded import sharding_of
 
             self._sharding = sharding_of(module, self.names, self.parameters, shards)
         alone = self.parameters[0].device.type != "cpu" or self._sharding is not None

@@ -7,7 +7,6 @@ The files are imported on the first question asked here, not with `dpsyngen.prog
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -54,11 +53,16 @@ def register(name: str) -> Callable[[_P], _P]:
     return add
 
 
+_FAMILIES = (
+    *("contours", "dead_leaves", "faces", "fractal", "garments", "glyphs", "mixture", "random_network", "smooth_noise"),
+    *("spectrum", "strokes", "wavelet_marginal", "wrappers"),
+)
+
+
 def _discover() -> None:
-    """Import every module of ``families/``; imports are cached, so the second call costs microseconds."""
-    package = importlib.import_module(f"{__package__}.families")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    """Import every family; imports are cached, so the second call costs microseconds."""
+    for name in _FAMILIES:
+        importlib.import_module(f"{__package__}.{name}")
 
 
 def program_names() -> list[str]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dpsyngen.certificate import Certificate, number
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.experiments.job_result import JobResult
 from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, View, epsilon_name, row_of
@@ -16,6 +15,7 @@ from dpsyngen.experiments.results import Results
 from dpsyngen.experiments.table_values import Cell, Table, TableRow, all_tables
 from dpsyngen.experiments.wording import answers
 from dpsyngen.files import write_text
+from dpsyngen.privacy.certificate import Certificate, number
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.report.comparison_plots import write_plots
 from dpsyngen.report.comparison_samples import NOISE_SEED, sample_grids

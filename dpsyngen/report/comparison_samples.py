@@ -12,7 +12,7 @@ import numpy as np
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.experiments.job_result import JobResult
 from dpsyngen.experiments.measures import Row, View, epsilon_name, row_of
-from dpsyngen.generator import Generator
+from dpsyngen.generator.generator import Generator
 from dpsyngen.report.plots import png_data
 
 NOISE_SEED = 20_241

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from dpsyngen.errors import RunError
+from dpsyngen.evaluation.pairs import FILE
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.report.charts import Series, line_chart
 from dpsyngen.report.class_accuracy import class_accuracy
 from dpsyngen.report.curves import curves
 from dpsyngen.report.figure_table import figure_table
 from dpsyngen.report.ledger_rows import ledger_rows
-from dpsyngen.report.pairs import FILE
 from dpsyngen.report.tables import memorisation_rows, metric_rows
 from dpsyngen.training.run import JsonLines, Run
 

@@ -12,8 +12,8 @@ import yaml
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.generator import Generator
-from dpsyngen.plain_yaml import read_yaml_file
+from dpsyngen.files import read_yaml_file
+from dpsyngen.generator.generator import Generator
 from dpsyngen.programs import make_program
 from dpsyngen.report.charts import Series, line_chart
 from dpsyngen.report.curves import curves

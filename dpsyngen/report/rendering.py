@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from dpsyngen.certificate import number
+from dpsyngen.privacy.certificate import number
 
 
 def render(template: str, values: dict[str, Any]) -> str:

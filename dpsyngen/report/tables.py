@@ -19,7 +19,7 @@ class MetricRow(NamedTuple):
 
 
 def metric_rows(metrics: dict[str, Any]) -> list[MetricRow]:
-    """A row for each figure of :func:`dpsyngen.api.evaluate`."""
+    """A row for each figure of :func:`dpsyngen.fit.evaluate`."""
     rows: list[MetricRow] = []
     chosen = metrics.get("cas_chosen")
     for name, c in metrics["cas"].items():
@@ -58,7 +58,7 @@ def _number(value: float | None) -> str:
 
 
 def memorisation_rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, protocol) for each figure of :func:`dpsyngen.checks.check_memorisation`."""
+    """(name, value, protocol) for each figure of :func:`dpsyngen.evaluation.check.check_memorisation`."""
     rows: list[tuple[str, str, str]] = []
     for name, space in figures["spaces"].items():
         unit = space["features"]["unit"]

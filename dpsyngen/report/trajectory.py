@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from dpsyngen.generator import Generator
+from dpsyngen.generator.generator import Generator
 from dpsyngen.report.plots import image_data
 
 IMAGES, COLUMNS = 6, 9

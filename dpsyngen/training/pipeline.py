@@ -30,6 +30,7 @@ from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.physical_batch import find_physical_batch
+from dpsyngen.release.write import write_release
 from dpsyngen.training.checkpoint import Checkpoints, TrainState
 from dpsyngen.training.engine_settings import EngineSettings
 from dpsyngen.training.finite import FiniteGuard, require_not_stopped
@@ -41,7 +42,6 @@ from dpsyngen.training.plan import Plan, program_of
 from dpsyngen.training.preview import preview
 from dpsyngen.training.private import Observer, charged_steps, train_private
 from dpsyngen.training.public import Progress, PublicStep, train_public
-from dpsyngen.training.release import write_release
 from dpsyngen.training.run import JsonLines, Run
 from dpsyngen.training.step_log import StepLog, timed
 from dpsyngen.training.steps import PRETRAIN, PUBLIC_INDEX, private_step, public_step

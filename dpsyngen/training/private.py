@@ -27,7 +27,6 @@ from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError
 from dpsyngen.hardware import Compute
 from dpsyngen.privacy.accounting import Mechanism, epsilon
-from dpsyngen.privacy.audit.transcript import StepRecord
 from dpsyngen.privacy.exact import GridGradient, default_grid, exact_noisy_mean
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
@@ -38,6 +37,7 @@ from dpsyngen.privacy.sampling import poisson_sample
 from dpsyngen.training.checkpoint import TrainState
 from dpsyngen.training.plain import summed_gradients
 from dpsyngen.training.public import Progress, PublicStep, set_learning_rate
+from dpsyngen.training.transcript import StepRecord
 from dpsyngen.transfer import send
 from dpsyngen.workers import Workers
 

@@ -18,11 +18,9 @@ from typing import Any
 
 from dpsyngen.config import Config, validate
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.files import remove_temporaries, write_text
-from dpsyngen.plain_yaml import read_yaml_file
+from dpsyngen.files import number, read_yaml_file, remove_temporaries, strict_text, write_text
 from dpsyngen.privacy.chain import Head
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.strict_json import number, strict_text
 from dpsyngen.training.lock import Lock
 from dpsyngen.training.new_run import LOCK, clear_stages, interrupted_start, make_folders, require_new
 from dpsyngen.version import FORMAT, __version__

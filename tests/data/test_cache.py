@@ -347,8 +347,8 @@ def test_headers_are_as_numpy_writes_them(tmp_path: Path) -> None:
 
 
 def test_where_the_cache_lies_is_not_released_and_may_change(tmp_path: Path) -> None:
+    from dpsyngen.release.write import public_config
     from dpsyngen.training.pinned import _fixed_settings
-    from dpsyngen.training.release import public_config
 
     settings = {"data": {"cache": str(tmp_path / "secret-place"), "workers": 3, "source": "x"}}
     config = load_config(settings, preset="cpu-small")
@@ -357,7 +357,7 @@ def test_where_the_cache_lies_is_not_released_and_may_change(tmp_path: Path) -> 
 
 
 def test_the_settings_reach_the_reader(tar: Path, tmp_path: Path) -> None:
-    from dpsyngen.api import load_private
+    from dpsyngen.fit import load_private
 
     settings = {"data": {"cache": str(tmp_path / "c"), "workers": 1, "resolution": 8}}
     data = load_private(tar, load_config(settings, preset="cpu-small"))

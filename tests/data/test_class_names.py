@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpsyngen.class_names import MAX_CLASSES, check_class_names
 from dpsyngen.data import ImageDataset, load_images
+from dpsyngen.data.labels import MAX_CLASSES, check_class_names
 from dpsyngen.errors import DataError
 
 X = np.zeros((2, 8, 8), dtype=np.uint8)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dpsyngen import api
+from dpsyngen import fit as api
 from dpsyngen.errors import BudgetExceeded, RunError
 from dpsyngen.experiments import pool, runner
 from dpsyngen.experiments.cost import privacy_cost

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(
-    include=["dpsyngen.data", "dpsyngen.plain_yaml", "PIL", "numpy.lib", "yaml", "zipfile"]
-):
+with atheris.instrument_imports(include=["dpsyngen.data", "dpsyngen.files", "PIL", "numpy.lib", "yaml", "zipfile"]):
     from PIL import Image
 
     Image.init()  # the decoders are imported late

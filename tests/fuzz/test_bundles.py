@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpsyngen
-from dpsyngen.certificate import Certificate, plain_words
 from dpsyngen.errors import ReleaseError
-from dpsyngen.report.bundle import pack
-from dpsyngen.report.safe_zip import write_zip
-from dpsyngen.report.verify import Verdict, verify
+from dpsyngen.privacy.certificate import Certificate, plain_words
+from dpsyngen.release.bundle import pack
+from dpsyngen.release.safe_zip import write_zip
+from dpsyngen.release.verify import Verdict, verify
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.fuzz.mutations import spoil_bytes, spoil_png, spoil_safetensors, spoil_value
 from tests.fuzz.properties import accepted, examples, is_printable, nothing_else_happens, tried, zip_of

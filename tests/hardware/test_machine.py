@@ -85,7 +85,7 @@ def test_doctor_refuses_a_device_that_is_not_there(call) -> None:
 def test_every_command_takes_a_gpu_where_there_is_one() -> None:
     import typer
 
-    from dpsyngen.cli import app
+    from dpsyngen.cli.app import app
 
     group = typer.main.get_command(app)
     devices = {n: p for n, c in group.commands.items() for p in c.params if p.name == "device"}  # type: ignore[attr-defined]

@@ -30,9 +30,9 @@ from dpsyngen.privacy.contributions import Dense
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import PerExampleGradients
-from dpsyngen.privacy.places import Place, ShardedGradient
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.privacy.sampling import poisson_sample
+from dpsyngen.privacy.sharding.places import Place, ShardedGradient
 
 NORM = 0.7
 WORLD = 2

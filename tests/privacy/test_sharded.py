@@ -20,8 +20,8 @@ from dpsyngen.privacy.contributions import Contribution, Dense, Outer, Rows
 from dpsyngen.privacy.kernels import KERNELS, Convolution, ConvolutionCall
 from dpsyngen.privacy.noise import standard_normal, standard_normal_parts
 from dpsyngen.privacy.per_example import PerExampleGradients
-from dpsyngen.privacy.places import Place
 from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.privacy.sharding.places import Place
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 WAYS = ("own", "same")

@@ -18,7 +18,7 @@ from dpsyngen.programs.drawing.counter_rng import below, fill_normal, fill_unifo
 from dpsyngen.programs.drawing.fourier import inverse_2d, power_of_two, roots
 from dpsyngen.programs.drawing.grounds import ground_colour, ink_colour
 from dpsyngen.programs.drawing.raster import add_segment, fill_polygon, stretch
-from dpsyngen.programs.families.wavelet_marginal import LOW_PASS, fill_heavy_tailed
+from dpsyngen.programs.wavelet_marginal import LOW_PASS, fill_heavy_tailed
 
 ZERO = np.uint64(0)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dpsyngen.programs import fractal, spectrum, wavelet_marginal
 from numpy.typing import NDArray
 from scipy import ndimage, special, stats
 
 from dpsyngen.programs import Program, make_program
+from dpsyngen.programs.contours import POINTS
 from dpsyngen.programs.drawing.fourier import roots
-from dpsyngen.programs.families import fractal, spectrum, wavelet_marginal
-from dpsyngen.programs.families.contours import POINTS
 
 
 def make(name: str, resolution: int = 32, channels: int = 1, **params: Any) -> Program:
@@ -136,7 +136,7 @@ def test_wavelet_images_are_shifted_copies_of_their_field() -> None:
 
 
 def test_perlin_noise_vanishes_at_the_nodes_and_is_smooth() -> None:
-    from dpsyngen.programs.families.smooth_noise import add_octave
+    from dpsyngen.programs.smooth_noise import add_octave
 
     size, cells = 256, 4.0
     field = np.zeros((size, size))
@@ -152,7 +152,7 @@ def test_perlin_noise_vanishes_at_the_nodes_and_is_smooth() -> None:
 
 
 def test_ridged_noise_is_the_fold_of_perlin_noise() -> None:
-    from dpsyngen.programs.families.smooth_noise import add_octave
+    from dpsyngen.programs.smooth_noise import add_octave
 
     plain, ridged = np.zeros((32, 32)), np.zeros((32, 32))
     add_octave(np.uint64(1), np.uint64(1), 0, 3.0, 1.0, False, plain)
@@ -187,7 +187,7 @@ def test_strong_pink_noise_gives_networks_high_frequencies() -> None:
 
 
 def test_filters_of_each_kind_are_what_it_says() -> None:
-    from dpsyngen.programs.families.random_network import ORIENTED, RANDOM, SPARSE, WAVELETS, draw_filters
+    from dpsyngen.programs.random_network import ORIENTED, RANDOM, SPARSE, WAVELETS, draw_filters
 
     def filters(kind: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         out, biases = np.empty((6, 5, 3, 3), dtype=np.float32), np.empty(6, dtype=np.float32)
@@ -214,7 +214,7 @@ def test_filters_of_each_kind_are_what_it_says() -> None:
 
 
 def test_convolution_is_scipys() -> None:
-    from dpsyngen.programs.families.random_network import convolve
+    from dpsyngen.programs.random_network import convolve
 
     rng = np.random.default_rng(0)
     size, inputs, outputs = 9, 3, 2

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dpsyngen import api
-from dpsyngen.generator import Generator
+from dpsyngen import fit as api
+from dpsyngen.generator.generator import Generator
 from dpsyngen.report.html import write_reports
 from dpsyngen.report.plots import image_data
 from dpsyngen.report.release_values import release_values

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpsyngen import api
-from dpsyngen.checks import check_memorisation
+from dpsyngen import fit as api
 from dpsyngen.errors import RunError
+from dpsyngen.evaluation.check import check_memorisation
 from dpsyngen.evaluation.memorisation import memorisation_check
-from dpsyngen.report.neighbours import neighbour_picture
+from dpsyngen.evaluation.neighbour_picture import neighbour_picture
 from dpsyngen.training.run import Run
 
 SETTINGS = {

@@ -35,7 +35,7 @@ import torch
 
 import dpsyngen.privacy.noise as noise_module
 import dpsyngen.training.private as private_module
-from dpsyngen import api
+from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.errors import RunError
 from tests.conftest import TINY_SETTINGS, tiny_arrays

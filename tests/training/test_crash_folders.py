@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import dpsyngen.training.private as private_module
-from dpsyngen import api
+from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.errors import DpsyngenError, LedgerError, RunError

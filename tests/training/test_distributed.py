@@ -217,7 +217,7 @@ def test_a_process_with_other_images_is_refused_before_there_is_a_run(settings, 
     # Each machine of a cluster has its own disk; here a rank stands for a machine.
     script.write_text(
         "import os, sys\n"
-        "from dpsyngen.cli import main\n"
+        "from dpsyngen.cli.app import main\n"
         f"data = '{other}' if os.environ['RANK'] == '1' else '{tmp_path / 'images.npz'}'\n"
         "sys.argv = ['dpsyngen', *sys.argv[1:], '--data', data]\n"
         "main()\n"

@@ -16,7 +16,7 @@ from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import BudgetExceeded, RunError
-from dpsyngen.generator import Generator
+from dpsyngen.generator.generator import Generator
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpsyngen import api
+from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.pipeline import Training

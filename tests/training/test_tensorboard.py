@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpsyngen import api
+from dpsyngen import fit as api
 from dpsyngen.errors import ConfigError
 from dpsyngen.training import tensorboard as tensorboard_module
 from dpsyngen.training.pipeline import Training
@@ -82,7 +82,7 @@ def test_events_are_the_figures_of_the_logs(tmp_path, tiny_settings, tiny_images
 
 def test_last_picture_is_what_the_release_draws(tmp_path, tiny_settings, tiny_images) -> None:
     """From the average, through the stages: the networks that are shown are those that are released."""
-    from dpsyngen.generator import Generator
+    from dpsyngen.generator.generator import Generator
     from dpsyngen.programs.grid import image_grid
 
     training = finish(begin(tiny_settings, tmp_path / "r", tiny_images(), stages={"variant": "both"}))

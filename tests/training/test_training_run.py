@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import dpsyngen.training.private as private_module
-from dpsyngen import api
+from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.errors import BudgetExceeded, ConfigError, RunError
-from dpsyngen.generator import Generator
+from dpsyngen.generator.generator import Generator
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.private import charged_steps
 from dpsyngen.training.run import JsonLines

@@ -1,0 +1,1 @@
+"""Attacks on our own runs: lower bounds on ε beside what is claimed, and exact checks of what was done."""

@@ -1,0 +1,254 @@
+"""Training runs of the audit's own: the audited run's settings, on canary images drawn by a program.
+
+They go the way of every run (``start``, ``Training.steps``, a crash, ``resume``), with entropy from the operating
+system, in a temporary folder.  No private image is touched, so they cost no privacy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpsyngen.audit.attacks import LookupScores, Scores
+from dpsyngen.audit.invariants import Claim
+from dpsyngen.audit.networks import (
+    LIVELY_LEVELS,
+    LOOKUP_LEVELS,
+    lively_denoiser,
+    lookup_denoiser,
+)
+from dpsyngen.audit.one_run import OneRun, plan_guesses
+from dpsyngen.config import Config, DataConfig, PrivacyConfig, StagesConfig
+from dpsyngen.data import ImageDataset
+from dpsyngen.diffusion.loss import NoisyBatch, make_noisy
+from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.per_example import PerExampleGradients
+from dpsyngen.programs import make_program
+from dpsyngen.training.pipeline import Training
+from dpsyngen.training.private import Observer, charged_mechanisms, charged_steps
+from dpsyngen.training.run import Run
+from dpsyngen.training.start import resume, start
+from dpsyngen.training.transcript import StepRecord, Transcript
+
+_DELTA = 4e-3  # δ of the audit's own runs, times their records
+CHECKPOINT_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """m canary images, each in or out by a fair coin, and some images that are always in.
+
+    Attributes:
+        images: uint8 [m, C, H, W].
+        inside: [m], the coins.
+        others: uint8 [o, C, H, W].
+        classes: whether images have classes; then each canary has one of its own, and the others share one.
+    """
+
+    images: NDArray[np.uint8]
+    inside: NDArray[np.bool_]
+    others: NDArray[np.uint8]
+    classes: bool
+
+    @classmethod
+    def draw(cls, count: int, others: int, resolution: int, channels: int, classes: bool, lookup: bool) -> Canaries:
+        """Fresh ones; the coins are the operating system's.
+
+        For a real network canaries are black and white pixels at random, as unlike each other as images can be; for
+        the lookup network, which tells them apart by class, they are white.
+        """
+        rng = np.random.default_rng()
+        shape = (count, channels, resolution, resolution)
+        images = np.full(shape, 255, dtype=np.uint8) if lookup else 255 * rng.integers(0, 2, shape, dtype=np.uint8)
+        program = make_program("dead-leaves", resolution=resolution, channels=channels)
+        return cls(images, rng.random(count) < 0.5, program.batch(range(others)), classes)
+
+    @property
+    def declared(self) -> int:
+        """The public number of records: all that could be in."""
+        return len(self.images) + len(self.others)
+
+    @property
+    def dataset(self) -> ImageDataset:
+        """What is trained on."""
+        images = np.concatenate([self.others, self.images[self.inside]])
+        if not self.classes:
+            return ImageDataset(images, None, (), "canaries of an audit")
+        count = len(self.images)
+        labels = np.concatenate([np.full(len(self.others), count), np.flatnonzero(self.inside)]).astype(np.int64)
+        names = (*(f"canary {i}" for i in range(count)), "others")
+        return ImageDataset(images, labels, names, "canaries of an audit")
+
+    def labels(self) -> Tensor | None:
+        """[m] classes of all canaries."""
+        return torch.arange(len(self.images)) if self.classes else None
+
+
+def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
+    """The audited run's configuration, for a short run without public phases on `records` images.
+
+    Network (unless it is the lookup network), K, clipping, kind of noise and target ε stay.  Every image
+    shows its class, since a canary's class helps to give it away, noise levels are close to each other, and weights
+    hardly move: none of which the guarantee depends on.
+    """
+    p, levels = config.privacy, LOOKUP_LEVELS if plan.lookup else LIVELY_LEVELS
+    # The bound of the one-run audit loses 2mδ: a smaller δ than the run's keeps that small beside 1 - confidence.
+    delta = min(p.delta or 1.0, _DELTA / records)
+    private = config.private.model_copy(
+        update={"steps": plan.steps, "batch": plan.batch, "warmup": 0, "checkpoint_every": CHECKPOINT_EVERY}
+    )
+    if plan.score:
+        # Where weights stay as they are, so does what tells canaries apart.
+        private = private.model_copy(update={"learning_rate": 1e-9})
+    if plan.lookup:
+        private = private.model_copy(update={"learning_rate": 1e-12, "physical_batch": 256})
+    return config.model_copy(
+        update={
+            "data": DataConfig(records=records),
+            "privacy": PrivacyConfig(epsilon=p.epsilon, delta=delta, clipping_norm=p.clipping_norm),
+            "stages": StagesConfig(variant="dpdm"),
+            "network": config.network.model_copy(update={"label_dropout": 0.0, **levels}),
+            "private": private,
+            # Nothing is drawn, and guidance would need labels to be dropped.
+            "sampling": config.sampling.model_copy(update={"guidance": 1.0}),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class CanaryPlan:
+    """The size of a run of the audit's own.
+
+    Attributes:
+        canaries: m.
+        others: images that are always in.
+        batch: expected batch, of all m + others.
+        steps: T.
+        lookup: train the lookup network instead of the run's.
+        resolution, channels, classes: of the images; the lookup network needs classes.
+        crash_after: the session ends like a killed process after so many steps, before they are in a checkpoint;
+            None: it does not.
+        score: whether to attack.
+    """
+
+    canaries: int
+    others: int
+    batch: int
+    steps: int
+    lookup: bool = False
+    resolution: int = 8
+    channels: int = 1
+    classes: bool = True
+    crash_after: int | None = None
+    score: bool = True
+
+
+@dataclass(frozen=True)
+class CanaryRun:
+    """A finished run of the audit's own.
+
+    Attributes:
+        transcript: of its steps, all sessions.
+        claim: what its ledger charged.
+        one_run: what the attack found; None where there were no canaries to score.
+    """
+
+    transcript: Transcript
+    claim: Claim
+    one_run: OneRun | None
+
+
+def train_canaries(
+    config: Config, plan: CanaryPlan, folder: Path, *, confidence: float, device: str = "cpu"
+) -> CanaryRun:
+    """Train on canaries, crash and resume if asked to, and look at what came out.
+
+    Args:
+        config: of the audited run; its ε must be finite.
+        plan: the size of the run.
+        folder: a new run directory.
+        confidence: of the lower bound on ε.
+        device: where to compute.
+    """
+    c = Canaries.draw(plan.canaries, plan.others, plan.resolution, plan.channels, plan.classes, plan.lookup)
+    small, dataset = audit_config(config, plan, c.declared), c.dataset
+    training = start(small, dataset, folder, device)
+    m, delta = training.plan.mechanism, training.plan.delta
+    guesses = 0
+    if plan.score:
+        guesses = plan_guesses(
+            plan.canaries,
+            delta,
+            confidence,
+            sampling_rate=m.sampling_rate,
+            noise_multiplier=m.noise_multiplier,
+            steps=plan.steps,
+        )
+    ledger_path = training.run.ledger_path
+    transcript = Transcript(
+        len(dataset),
+        m.noise_multiplier * m.clipping_norm,
+        m.sampling_rate * m.records,
+        lambda: charged_steps(Ledger(ledger_path)),
+    )
+    attack: Scores | LookupScores | None = None
+    if plan.score:
+        attack = LookupScores(plan.canaries) if plan.lookup else Scores(_noisy(c, small, device), small, transcript)
+
+    def observe(record: StepRecord, engine: PerExampleGradients) -> None:
+        transcript.add(record)
+        if attack is not None:
+            attack.add(record, engine)
+
+    _session(training, plan, observe, plan.crash_after)
+    if plan.crash_after is not None:
+        del training  # and with it whatever was not in a checkpoint
+        _session(resume(Run(folder), dataset, device), plan, observe, None)
+    ledger = Ledger(ledger_path)
+    one_run = None
+    if attack is not None:
+        one_run = OneRun.judge(
+            attack.total, c.inside, guesses, delta=delta, epsilon_claimed=ledger.epsilon(), confidence=confidence
+        )
+    return CanaryRun(transcript, claim_of(ledger, m.clipping_norm, crashed=plan.crash_after is not None), one_run)
+
+
+def _session(training: Training, plan: CanaryPlan, observe: Observer, end: int | None) -> None:
+    training.observer = observe
+    training.make_denoiser = lookup_denoiser if plan.lookup else lively_denoiser
+    with training.run.lock():
+        for progress in training.steps():
+            if progress.step == end:
+                return
+
+
+def claim_of(ledger: Ledger, clipping_norm: float, crashed: bool = False) -> Claim:
+    """What a ledger says of the DP-SGD steps of its run."""
+    # Were there several, the cheapest would be the one to hold the run to.
+    rate = min(m.sampling_rate for m in charged_mechanisms(ledger))
+    noise = max(m.noise_multiplier for m in charged_mechanisms(ledger))
+    return Claim(rate, noise * clipping_norm, charged_steps(ledger), crashed)
+
+
+def _noisy(c: Canaries, config: Config, device: str) -> tuple[NoisyBatch, NoisyBatch]:
+    return _one_draw(c, config, device), _one_draw(c, config, device)
+
+
+def _one_draw(c: Canaries, config: Config, device: str) -> NoisyBatch:
+    n = config.network
+    return make_noisy(
+        to_float(torch.from_numpy(c.images)).to(device),
+        None if (labels := c.labels()) is None else labels.to(device),
+        NoiseLevels(n.noise_mean, n.noise_std),
+        copies=config.private.copies,
+        num_classes=len(c.images) + 1 if c.classes else 0,
+        label_dropout=0.0,
+        generator=torch.Generator().manual_seed(int.from_bytes(np.random.default_rng().bytes(4), "little")),
+    )

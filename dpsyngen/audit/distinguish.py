@@ -1,0 +1,241 @@
+"""The step-level audit: tell two runs of one DP-SGD step apart, with and without a worst-case record.
+
+An attacker who knows everything but whether the canary took part sees what a step releases and compares its projection
+on the canary's direction with a threshold that was fixed before.  If one record makes a difference of at most C and the
+noise is N(0, (zC)²) in each coordinate, the step is μ-GDP with μ = 1/z (Dong, Roth & Su, "Gaussian differential
+privacy", 2022), and then at *every* threshold
+
+    P(false alarm) + P(miss) >= 2 Φ(-μ/2).
+
+In n trials with the canary and n without, the number of errors E is a sum of 2n independent Bernoulli variables whose
+mean is at least 2nΦ(-μ/2).  By Hoeffding ("On the distribution of the number of successes in independent trials",
+1956, theorem 4) its lower tail is at most that of the binomial with equal probabilities, so P(Bin(2n, Φ(-μ/2)) <= E)
+is an exact p-value against μ, and a Clopper-Pearson bound on E/2n is a lower bound on μ.  It is tighter than two
+bounds, one for each kind of error.
+
+At a large z one record hardly shows.  Then the canary is a *group* of G = ⌈z⌉ equal records: a μ-GDP mechanism is
+Gμ-GDP for groups of G (their theorem 2.14), so a bound on the group's μ, over G, is one on μ.  At a very small z (below
+0.15) errors are too rare to be counted and the game has little power; ``invariants`` measures the noise itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpsyngen.audit.findings import Finding, by_p_value, clopper_pearson
+
+if TYPE_CHECKING:
+    from dpsyngen.privacy.exact import GridGradient
+    from dpsyngen.privacy.per_example import ClippedGradient
+
+_BACKGROUND = 6  # coordinates that the other records use
+_HUGE = 1e4  # a canary's gradient before clipping, in units of C
+
+
+class Probe(nn.Module):
+    """Two linear layers whose per-example gradients are the example itself: gradients are chosen by choosing inputs.
+
+    Args:
+        width: coordinates of each layer.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 1, bias=False), nn.Linear(width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [rows, width]; a number for each row, whose gradient is x in either layer."""
+        out: Tensor = (self.first(x) + self.second(x)).squeeze(1)
+        return out
+
+
+@dataclass(frozen=True)
+class StepGame:
+    """What came out of the game.
+
+    Attributes:
+        trials: with the canary, and as many without.
+        slots: games that share a call of the mechanism, each in coordinates of its own.
+        group: records that the canary consists of.
+        threshold: of the score, in units of C.
+        false_alarms, misses: errors of either kind.
+        false_alarm_rate, miss_rate: exact confidence intervals, both together at `confidence`.
+        mu_claimed: 1/z.
+        mu_lower: lower bound on μ of a step (of one record), at `confidence`.
+        noise_ratio: interval for the noise over the claimed noise, at `confidence` each side, if it is Gaussian: for
+            information.
+        confidence: of the bounds.
+        p_value: of the claim; see the module.
+        with_canary, without_canary: the scores, in units of C.
+    """
+
+    trials: int
+    slots: int
+    group: int
+    threshold: float
+    false_alarms: int
+    misses: int
+    false_alarm_rate: tuple[float, float]
+    miss_rate: tuple[float, float]
+    mu_claimed: float
+    mu_lower: float
+    noise_ratio: tuple[float, float]
+    confidence: float
+    p_value: float
+    with_canary: NDArray[np.float64]
+    without_canary: NDArray[np.float64]
+
+    def epsilon(self, delta: float) -> tuple[float, float]:
+        """Of one step without subsampling, at δ: the lower bound, and what is claimed."""
+        return gaussian_epsilon(self.mu_lower, delta), gaussian_epsilon(self.mu_claimed, delta)
+
+    @property
+    def finding(self) -> Finding:
+        """To be judged by :func:`dpsyngen.audit.findings.decide`."""
+        low, high = self.noise_ratio
+        return by_p_value(
+            "a step hides a worst-case record",
+            f"{self.false_alarms} false alarms and {self.misses} misses in 2 x {self.trials}; μ >= {self.mu_lower:.4g}",
+            f"at least binomial: μ <= {self.mu_claimed:.4g}",
+            self.p_value,
+            f"noise is {low:.3f} to {high:.3f} of what is claimed",
+        )
+
+
+def play_step_game(
+    summed: Callable[[nn.Module, Callable[[slice], Tensor], int], ClippedGradient | GridGradient],
+    released: Callable[[ClippedGradient | GridGradient, int], list[Tensor]],
+    *,
+    clipping_norm: float,
+    noise_multiplier: float,
+    expected_examples: float,
+    copies: int = 1,
+    trials: int = 10_000,
+    slots: int = 1,
+    confidence: float = 0.999,
+) -> StepGame:
+    """Play the game with a given implementation of a step.
+
+    Args:
+        summed: (module, loss, examples) -> the clipped sum, as ``PerExampleGradients(module, …).sum``.
+        released: (sum, step) -> the noisy mean; called with a step number of its own for each call.
+        clipping_norm: C as claimed.
+        noise_multiplier: z as claimed, > 0.
+        expected_examples: the constant divisor as claimed.
+        copies: K, rows of each example.
+        trials: with the canary, and as many without, at least.
+        slots: games in one call.  1 makes no assumption on how the noise of different coordinates depends on each
+            other; more is faster where a call is slow, and takes them to be independent, as is claimed.
+        confidence: of the bounds in the result, at least 0.95.
+    """
+    from scipy.stats import binom, norm
+
+    if not (noise_multiplier > 0 and clipping_norm > 0 and expected_examples > 0):
+        raise ValueError(
+            f"noise_multiplier={noise_multiplier}, clipping_norm={clipping_norm} and "
+            f"expected_examples={expected_examples} must be positive: without noise there is no mechanism to audit."
+        )
+    if not 0.95 <= confidence < 1 or trials < 1 or slots < 1:
+        raise ValueError(f"confidence={confidence} must be in [0.95, 1), trials={trials} and slots={slots} positive.")
+    z, c = noise_multiplier, clipping_norm
+    group = math.ceil(z)
+    threshold = group / 2
+
+    module = Probe(slots + _BACKGROUND)
+    sums = [summed(module, *_records(module, present, group, c, copies)) for present in _presence(slots)]
+    calls = -(-2 * trials // slots)
+    calls += calls % 2
+    scores = np.empty((calls, slots))
+    for call in range(calls):
+        first, second = released(sums[call % 2], call)
+        scores[call] = (first.flatten() + second.flatten()).double().cpu().numpy()[:slots]
+    scores *= expected_examples / (math.sqrt(2) * c)
+    present = np.array(_presence(slots))[np.arange(calls) % 2]
+    with_canary, without = scores[present], scores[~present]
+
+    n = len(with_canary)
+    assert len(without) == n
+    misses, false_alarms = int((with_canary <= threshold).sum()), int((without > threshold).sum())
+    errors, error = misses + false_alarms, 1 - confidence
+    most = clopper_pearson(errors, 2 * n, 2 * error)[1]
+    least = clopper_pearson(errors, 2 * n, 2 * error)[0]
+    mu_game = group / z
+    low, high = (max(-2 * float(norm.ppf(p)), 0.0) for p in (most, least))
+    return StepGame(
+        n,
+        slots,
+        group,
+        threshold,
+        false_alarms,
+        misses,
+        clopper_pearson(false_alarms, n, error / 2),
+        clopper_pearson(misses, n, error / 2),
+        1 / z,
+        low / group,
+        (mu_game / high if high > 0 else math.inf, mu_game / low if low > 0 else math.inf),
+        confidence,
+        float(binom.cdf(errors, 2 * n, norm.cdf(-mu_game / 2))),
+        with_canary,
+        without,
+    )
+
+
+def _presence(slots: int) -> list[list[bool]]:
+    """In which slots the canary takes part, in even and in odd calls."""
+    return [[(slot + parity) % 2 == 0 for slot in range(slots)] for parity in range(2)]
+
+
+def _records(
+    module: Probe, present: list[bool], group: int, c: float, copies: int
+) -> tuple[Callable[[slice], Tensor], int]:
+    """The loss and the number of examples: some ordinary records, and the canaries that are present."""
+    slots = len(present)
+    width = slots + _BACKGROUND
+    rows = torch.zeros(_BACKGROUND, width)
+    # From far below C to far above it, in directions that do not touch the canaries'.
+    rows[:, slots:] = torch.diag(c * torch.logspace(-3, 3, _BACKGROUND))
+    for slot in np.flatnonzero(present):
+        canary = torch.zeros(1, width)
+        canary[0, slot] = c * _HUGE
+        rows = torch.cat([rows, canary.repeat(group, 1)])
+
+    def loss(part: slice) -> Tensor:
+        out: Tensor = module(rows[part].repeat_interleave(copies, 0))
+        return out
+
+    return loss, len(rows)
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """ε at δ of a μ-GDP mechanism: δ(ε) = Φ(-ε/μ + μ/2) - e^ε Φ(-ε/μ - μ/2) (Balle & Wang 2018, theorem 5).
+
+    Args:
+        mu: μ >= 0.
+        delta: δ in (0, 1).
+    """
+    from scipy.optimize import brentq
+    from scipy.special import log_ndtr
+
+    if mu < 0 or not 0 < delta < 1:
+        raise ValueError(f"mu={mu} must be >= 0 and delta={delta} in (0, 1).")
+    if mu == 0:
+        return 0.0
+
+    def excess(epsilon: float) -> float:
+        first, second = log_ndtr(-epsilon / mu + mu / 2), epsilon + log_ndtr(-epsilon / mu - mu / 2)
+        return float(np.exp(first) * -np.expm1(min(second - first, 0.0)) - delta)
+
+    if excess(0.0) <= 0:
+        return 0.0
+    top = 1.0
+    while excess(top) > 0:
+        top *= 2
+    return float(brentq(excess, 0.0, top, xtol=1e-12))

@@ -1,0 +1,198 @@
+"""The one-run audit: how much a single training run with many canaries betrays (Steinke, Nasr & Jagielski 2023).
+
+"Privacy auditing with one (1) training run", arXiv 2305.08846.  Each of m canaries is in the data or not by a fair coin
+of its own; from the result the auditor guesses r of the coins and abstains on the others.  If the training is
+(ε, δ)-DP, then (their theorem 5.2), with B ~ Binomial(r, e^ε/(1 + e^ε)),
+
+    P(correct guesses >= v) <= P(B >= v) + 2mδ · max over i = 1..v of P(v > B >= v - i) / i,
+
+whatever the canaries and the guesses have to do with each other.  So too many correct guesses refute an ε, and all
+refuted ε together are a lower bound.  r must be fixed before the guesses are judged: ``plan_guesses`` chooses it by
+simulating the mechanism that is claimed, with random numbers of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.audit.findings import Finding, by_p_value
+
+_LARGEST = 200.0
+
+
+def one_run_p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
+    """Chance of so many correct guesses or more, at most, if the training is (ε, δ)-DP.
+
+    Args:
+        correct: v, from 0 to `guesses`.
+        guesses: r, from 0 to `canaries`.
+        canaries: m.
+        epsilon: ε >= 0.
+        delta: δ in [0, 1).
+    """
+    from scipy.stats import binom
+
+    if not 0 <= correct <= guesses <= canaries:
+        raise ValueError(f"need 0 <= correct={correct} <= guesses={guesses} <= canaries={canaries}.")
+    if epsilon < 0 or not 0 <= delta < 1:
+        raise ValueError(f"epsilon={epsilon} must be >= 0 and delta={delta} in [0, 1).")
+    if correct == 0:
+        return 1.0
+    p = 1 / (1 + math.exp(-epsilon))
+    slope = 0.0
+    if delta > 0:
+        below = np.cumsum(binom.pmf(np.arange(correct - 1, -1, -1), guesses, p))  # P(v > B >= v - i), i = 1..v
+        slope = float((below / np.arange(1, correct + 1)).max())
+    return min(1.0, float(binom.sf(correct - 1, guesses, p)) + 2 * canaries * delta * slope)
+
+
+def one_run_epsilon(correct: int, guesses: int, canaries: int, delta: float, confidence: float) -> float:
+    """Lower bound on ε at `delta`: with probability `confidence` at least, training is not (less than this, δ)-DP.
+
+    Args:
+        correct, guesses, canaries, delta: see :func:`one_run_p_value`.
+        confidence: in (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, but must be in (0, 1).")
+
+    def refuted(epsilon: float) -> bool:
+        return one_run_p_value(correct, guesses, canaries, epsilon, delta) <= 1 - confidence
+
+    if not refuted(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while refuted(high):
+        low, high = high, 2 * high
+        if high > _LARGEST:
+            return low
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
+
+
+def guess(scores: NDArray[np.float64], guesses: int) -> NDArray[np.int64]:
+    """+1 (in) for the highest scores, -1 (out) for the lowest, half of `guesses` each, and 0 (no guess) between.
+
+    Args:
+        scores: [m], higher for canaries that seem to have been used.
+        guesses: r, even, at most m.
+    """
+    if guesses % 2 or not 0 <= guesses <= len(scores):
+        raise ValueError(f"guesses is {guesses}, but must be even and at most the {len(scores)} canaries.")
+    order = np.argsort(scores, kind="stable")
+    out = np.zeros(len(scores), dtype=np.int64)
+    out[order[: guesses // 2]] = -1
+    out[order[len(scores) - guesses // 2 :]] = 1
+    return out
+
+
+def plan_guesses(
+    canaries: int,
+    delta: float,
+    confidence: float,
+    *,
+    sampling_rate: float,
+    noise_multiplier: float,
+    steps: int,
+    simulations: int = 20,
+) -> int:
+    """How many guesses to make, chosen by simulating the claimed mechanism with worst-case canaries.
+
+    The score of a canary is then Binomial(steps, q) + z √steps N(0, 1), the first term for those that are in.  Nothing
+    of the run is used, so the bound keeps its confidence.
+
+    Args:
+        canaries: m.
+        delta, confidence: of the bound.
+        sampling_rate: q.
+        noise_multiplier: z.
+        steps: T.
+        simulations: how many times to try each number.
+
+    Returns:
+        an even number, at least 2 for 2 canaries or more.
+    """
+    rng = np.random.default_rng(0)
+    options = sorted({max(2, 2 * round(canaries * share / 2)) for share in np.geomspace(0.02, 1.0, 14)})
+    options = [r for r in options if r <= canaries]
+    bounds = np.zeros((simulations, len(options)))
+    for s in range(simulations):
+        inside = rng.random(canaries) < 0.5
+        scores = np.where(inside, rng.binomial(steps, sampling_rate, canaries), 0)
+        scores = scores + noise_multiplier * math.sqrt(steps) * rng.standard_normal(canaries)
+        for i, r in enumerate(options):
+            correct = int((guess(scores, r) == np.where(inside, 1, -1)).sum())
+            bounds[s, i] = one_run_epsilon(correct, r, canaries, delta, confidence)
+    return options[int(np.argmax(bounds.mean(0)))]
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """What came out.
+
+    Attributes:
+        canaries: m.
+        guesses: r, fixed beforehand.
+        correct: v.
+        delta: δ of both ε.
+        epsilon_lower: lower bound, at `confidence`.
+        epsilon_claimed: what the run's own ledger says.
+        confidence: of the lower bound.
+        p_value: of the claim.
+        scores: [m]; private.
+        inside: [m], the coins.
+    """
+
+    canaries: int
+    guesses: int
+    correct: int
+    delta: float
+    epsilon_lower: float
+    epsilon_claimed: float
+    confidence: float
+    p_value: float
+    scores: NDArray[np.float64]
+    inside: NDArray[np.bool_]
+
+    @classmethod
+    def judge(
+        cls,
+        scores: NDArray[np.float64],
+        inside: NDArray[np.bool_],
+        guesses: int,
+        *,
+        delta: float,
+        epsilon_claimed: float,
+        confidence: float,
+    ) -> OneRun:
+        """Make the guesses and count."""
+        m = len(scores)
+        correct = int((guess(scores, guesses) == np.where(inside, 1, -1)).sum())
+        return cls(
+            m,
+            guesses,
+            correct,
+            delta,
+            one_run_epsilon(correct, guesses, m, delta, confidence),
+            epsilon_claimed,
+            confidence,
+            one_run_p_value(correct, guesses, m, epsilon_claimed, delta),
+            scores,
+            inside,
+        )
+
+    def finding(self, name: str) -> Finding:
+        """To be judged by :func:`dpsyngen.audit.findings.decide`."""
+        return by_p_value(
+            name,
+            f"{self.correct} of {self.guesses} guesses about {self.canaries} canaries right: "
+            f"ε >= {self.epsilon_lower:.4g}",
+            f"at most binomial, plus what δ allows: ε <= {self.epsilon_claimed:.4g} at δ = {self.delta:.3g}",
+            self.p_value,
+        )

@@ -1,0 +1,207 @@
+"""The audit of a finished run: its books, its mechanism, and short runs of the same code on images of programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpsyngen.audit.attacks import LARGEST
+from dpsyngen.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, CanaryRun, train_canaries
+from dpsyngen.audit.findings import Finding, decide
+from dpsyngen.audit.invariants import check_transcript
+from dpsyngen.audit.mechanism import ClippingAudit, audit_noise
+from dpsyngen.audit.replay import records_present, replay
+from dpsyngen.audit.report import AuditReport
+from dpsyngen.diffusion.stages import GAUSSIAN
+from dpsyngen.errors import ConfigError
+from dpsyngen.files import write_text
+from dpsyngen.hardware import choose
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.training.moments_phase import charged_moments, load_gaussian
+from dpsyngen.training.plan import Shape, stages_of
+from dpsyngen.training.private import DpSgd, charged_mechanisms
+from dpsyngen.training.run import Run
+
+BOOKS, STEP, CLIPPING = "this run's books", "one step with the run's settings", "clipping on the run's network"
+NETWORK, LOOKUP, SPARSE = (
+    "a short run of the run's network",
+    "a short run of the network that betrays most",
+    "a run of batches that are often empty",
+)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to do.
+
+    Attributes:
+        trials: of the step-level game, with and without the canary each.
+        seconds: for the short run of the real network, roughly; sets how many canaries it has.
+        most_canaries: of that run, at most.
+        steps: of that run.
+        lookup_canaries, lookup_steps: of the run of the lookup network.
+        sparse_steps: of the run whose batches are often empty.
+    """
+
+    trials: int = 20_000
+    seconds: float = 60.0
+    most_canaries: int = 256
+    steps: int = 24
+    lookup_canaries: int = 8000
+    lookup_steps: int = 40
+    sparse_steps: int = 60
+
+
+FULL = Effort()
+QUICK = Effort(seconds=6.0, most_canaries=32, steps=10, lookup_canaries=1500, lookup_steps=24, sparse_steps=40)
+
+
+def audit_run(
+    run: Run | Path | str,
+    *,
+    effort: Effort = FULL,
+    confidence: float = 0.999,
+    device: str = "cpu",
+    on_progress: Callable[[str], None] | None = None,
+) -> AuditReport:
+    """Audit a finished run.  No private image is touched, so it costs no privacy; the results are private all the same.
+
+    Args:
+        run: the run.
+        effort: FULL (about two minutes on two cores for small networks) or QUICK (20 seconds).
+        confidence: a correct installation passes all tests together with this probability, at least; each lower bound
+            on ε holds with it, too.  From 0.95 to below 1.
+        device: where to compute; "auto" is a GPU where there is one.
+        on_progress: called with a line about what is being done.
+
+    Returns:
+        the report; it is also in ``private/audit/audit.json``.
+
+    Raises:
+        RunError: the run is not finished.
+        ConfigError: a confidence that is not allowed.
+    """
+    if not 0.95 <= confidence < 1:
+        raise ConfigError(f"--confidence is {confidence}, but must be from 0.95 to below 1.")
+    run = run if isinstance(run, Run) else Run(Path(run))
+    run.require_complete()
+    device = choose(device).device
+    tell = on_progress or (lambda line: None)
+    begun = time.monotonic()
+    ledger = Ledger(run.ledger_path)
+    report = AuditReport(run.path.resolve().name, ledger.epsilon(), ledger.delta, confidence)
+    parts: dict[str, list[Finding]] = {}
+    tell("replaying the run's books")
+    parts[BOOKS] = replay(run)
+    if not Randomness.load(run.randomness_path).secure:
+        report.notes.append(
+            "NOT PRIVATE: this run's noise comes from --insecure-seed, so anyone can subtract it.  The audits are of "
+            "the code and the settings, with unpredictable noise."
+        )
+    if math.isinf(config_epsilon := run.config.privacy.epsilon):
+        report.notes.append(
+            "NOT PRIVATE: this run was trained with ε = ∞, so there is no clipping, no noise and no claim to audit.  "
+            "Only its sampling was looked at."
+        )
+    elif not charged_mechanisms(ledger):
+        report.notes.append(
+            "This run has no DP-SGD steps, so there is none to attack.  DP moments are one Gaussian mechanism a query; "
+            "only their charges were looked at."
+        )
+    else:
+        _audit_mechanism(run, ledger, effort, confidence, device, tell, report, parts)
+        report.notes.append(
+            f"Audits of training are of short runs at the same target ε = {config_epsilon:g}, on images of programs."
+        )
+        if charged_moments(ledger):
+            report.notes.append(
+                "DP-SGD was attacked; of the DP moments only the charges were looked at.  The short runs train the "
+                "network without them, and spend all of ε on their steps."
+            )
+    report.parts = _judged(parts, 1 - confidence)
+    report.seconds = time.monotonic() - begun
+    folder = run.private / "audit"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    write_text(folder / "audit.json", json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", 0o600)
+    return report
+
+
+def _audit_mechanism(
+    run: Run,
+    ledger: Ledger,
+    effort: Effort,
+    confidence: float,
+    device: str,
+    tell: Callable[[str], None],
+    report: AuditReport,
+    parts: dict[str, list[Finding]],
+) -> None:
+    config, shape = run.config, _shape(run)
+    noise = {m.noise_multiplier for m in charged_mechanisms(ledger)}
+    m = DpSgd(shape.records, min(noise), config.privacy.clipping_norm, config.private)
+    tell("telling a step with a worst-case record from one without")
+    report.step_game = audit_noise(config, m, trials=effort.trials, confidence=confidence)
+    parts[STEP] = [report.step_game.finding]
+    tell("clipping hostile images")
+    moments = stages_of(config).moments
+    gaussian = load_gaussian(run.weights(GAUSSIAN), shape).to(device) if moments else None  # released: costs nothing
+    clipping = ClippingAudit(config, m, shape, device, gaussian)
+    parts[CLIPPING] = clipping.findings()
+    # A step trains on a quarter of the canaries and scores all of them twice, K rows each.
+    cost = clipping.seconds_a_row() * 2.5 * config.private.copies * effort.steps
+    fitting = min(int(effort.seconds / cost), LARGEST // sum(p.numel() for p in clipping.engine.parameters))
+    canaries, others = max(16, min(effort.most_canaries, fitting)), 8
+    plans = {
+        NETWORK: CanaryPlan(
+            canaries,
+            others,
+            (canaries + others) // 2,
+            effort.steps,
+            resolution=shape.resolution,
+            channels=shape.channels,
+            classes=bool(shape.class_names),
+            crash_after=CHECKPOINT_EVERY + 2,
+        ),
+        LOOKUP: CanaryPlan(
+            effort.lookup_canaries,
+            16,
+            (effort.lookup_canaries + 16) // 2,
+            effort.lookup_steps,
+            lookup=True,
+            crash_after=CHECKPOINT_EVERY + 2,
+        ),
+        SPARSE: CanaryPlan(24, 16, 1, effort.sparse_steps, lookup=True, score=False),
+    }
+    with tempfile.TemporaryDirectory(prefix="dpsyngen-audit-") as folder:
+        for number, (name, plan) in enumerate(plans.items()):
+            tell(f"training {name}: {plan.canaries} canaries, {plan.steps} steps")
+            done = train_canaries(config, plan, Path(folder) / str(number), confidence=confidence, device=device)
+            parts[name] = _of_training(done)
+            if done.one_run is not None:
+                report.one_runs["the run's network" if name == NETWORK else "lookup network"] = done.one_run
+
+
+def _of_training(done: CanaryRun) -> list[Finding]:
+    findings = check_transcript(done.transcript, done.claim)
+    if done.one_run is not None:
+        findings.append(done.one_run.finding("canaries cannot be told better than ε allows"))
+    return findings
+
+
+def _judged(parts: dict[str, list[Finding]], error: float) -> dict[str, list[Finding]]:
+    """All tests of all parts share the error."""
+    judged = iter(decide([f for findings in parts.values() for f in findings], error))
+    return {part: [next(judged) for _ in findings] for part, findings in parts.items()}
+
+
+def _shape(run: Run) -> Shape:
+    """What is public about the run's images, from its release."""
+    about = json.loads((run.release / "generator.json").read_text(encoding="utf-8"))
+    records = run.config.data.records or records_present(run)
+    return Shape(int(about["resolution"]), int(about["channels"]), tuple(about["class_names"]), records)

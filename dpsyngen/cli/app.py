@@ -1,0 +1,248 @@
+"""The command line: parses, calls the library, prints.  Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpsyngen.cli import audit as cli_audit
+from dpsyngen.cli import checks as cli_checks
+from dpsyngen.cli import compare as cli_compare
+from dpsyngen.cli import evaluate as cli_evaluate
+from dpsyngen.cli import export as cli_export
+from dpsyngen.cli import ranks as cli_ranks
+from dpsyngen.cli import release as cli_release
+from dpsyngen.cli import stages as cli_stages
+from dpsyngen.cli import train as cli_train
+from dpsyngen.cli.options import AsJson, Device, Quiet, RunArgument, epsilon_of
+from dpsyngen.cli.programs import app as programs_app
+from dpsyngen.errors import ConfigError, DpsyngenError
+from dpsyngen.version import __version__
+
+if TYPE_CHECKING:
+    from dpsyngen.console import Console
+
+app = typer.Typer(
+    name="dpsyngen",
+    help="Train an image generator on private images with a differential-privacy guarantee.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.add_typer(programs_app, name="programs")
+app.add_typer(cli_release.budget_app, name="budget")
+app.command()(cli_train.train)
+app.command()(cli_stages.stages)
+app.command()(cli_release.ledger)
+app.command()(cli_audit.audit)
+app.command()(cli_release.release)
+app.command()(cli_release.verify)
+app.command()(cli_export.export)
+app.command()(cli_release.key)
+app.command()(cli_compare.compare)
+app.command()(cli_evaluate.evaluate)
+app.command()(cli_checks.memorisation)
+app.command()(cli_checks.doctor)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"dpsyngen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    cli_ranks.require_shared(context.invoked_subcommand or "")
+
+
+# ----------------------------------------------------------------------------------------------- sample
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or a copy of its release folder")],
+    out: Annotated[Path, typer.Option(help="folder for PNGs and metadata.csv, or a .npz or .parquet file")],
+    count: Annotated[int, typer.Option("-n", "--count", help="number of images")] = 1000,
+    classes: Annotated[
+        str | None, typer.Option(help="comma-separated names or numbers; default: all, balanced")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")] = None,
+    steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")] = None,
+    churn: Annotated[float | None, typer.Option(help="stochasticity of heun")] = None,
+    seed: Annotated[int | None, typer.Option(help="public seed; default: a random one, written down")] = None,
+    batch_size: Annotated[int, typer.Option(help="images at a time")] = 256,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw images from a trained generator; costs no privacy, however many."""
+    from dpsyngen.console import Console
+    from dpsyngen.distributed import joined
+    from dpsyngen.generator.samples import check_target, write_samples
+
+    console = Console(quiet, as_json)
+    with joined() as ranks:
+        if not ranks.main:
+            from dpsyngen.generator.ranks import follow, handlers
+
+            follow(ranks, handlers(ranks))
+            return
+        with ranks.leading():
+            check_target(out)
+            if batch_size < 1:
+                raise ConfigError(f"--batch-size is {batch_size}, but must be at least 1.")
+            if count < 1:
+                raise ConfigError(f"-n is {count}, but must be at least 1.")
+            from dataclasses import asdict
+
+            from dpsyngen.generator.ranks import open_everywhere, stream
+            from dpsyngen.training.run import Run
+
+            if (run / "generator.json").exists():
+                release = run
+            else:
+                opened = Run(run)
+                opened.require_complete()
+                release = opened.release
+            generator = open_everywhere(ranks, release, device)
+            chosen = None if classes is None else [c.strip() for c in classes.split(",") if c.strip()]
+            labels = generator.labels(count, chosen)
+            if seed is None:
+                seed = int.from_bytes(os.urandom(4), "little")
+            settings = generator.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
+            about = {"dpsyngen": __version__, "private": generator.private, "count": count, **asdict(settings)}
+            batches = stream(ranks, generator, count, settings, labels=labels, batch_size=batch_size)
+            if count <= batch_size * (ranks.count - 1):
+                console.note(f"some of the {ranks.count} processes have nothing to do: use a smaller --batch-size")
+            with console.progress("sampling", count, "images") as progress:
+                write_samples(out, batches, labels, generator.class_names, about, progress.update)
+    console.result(
+        {"path": out, "images": count, "class_names": generator.class_names, **about},
+        [f"{count:,} images in {out}" + ("" if generator.private else "  (generator is NOT PRIVATE)")],
+    )
+
+
+# ----------------------------------------------------------------------------------------------- report
+
+
+@app.command()
+def report(run: RunArgument, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Write the report: the full one into private/, the publishable one into release/."""
+    from dpsyngen import fit as api
+    from dpsyngen.console import Console
+
+    private, public = api.write_report(run)
+    Console(quiet, as_json).result(
+        {"private": private, "public": public},
+        [f"full report, PRIVATE: {private}", f"publishable report:   {public}"],
+    )
+
+
+# ------------------------------------------------------------------------------------------------- plan
+
+
+@app.command()
+def plan(
+    records: Annotated[int, typer.Option(help="number of private images")],
+    epsilon: Annotated[str | None, typer.Option(help="ε to spend")] = None,
+    noise: Annotated[float | None, typer.Option(help="noise multiplier, instead of --epsilon")] = None,
+    batch: Annotated[int, typer.Option(help="expected batch")] = 512,
+    steps: Annotated[int, typer.Option(help="DP-SGD steps")] = 300,
+    delta: Annotated[float | None, typer.Option(help="δ; default: the largest power of ten below 1/records")] = None,
+    group_size: Annotated[int, typer.Option(help="images of one person at most: ε is for all of them together")] = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a budget buys, before spending it."""
+    from dataclasses import asdict
+
+    from dpsyngen.console import Console
+    from dpsyngen.privacy.plan import neighbouring_plans, plan_lines
+
+    target = None if epsilon is None else epsilon_of(epsilon)
+    options: dict[str, Any] = {"noise_multiplier": noise, "delta": delta, "group_size": group_size}
+    delta, rows = neighbouring_plans(records, batch, steps, epsilon=target, **options)
+    Console(quiet, as_json).result(
+        {"records": records, "group_size": group_size, "delta": delta, "plans": [asdict(r) for r in rows]},
+        plan_lines(records, group_size, delta, rows),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    """Run the command line: errors that a user can mend are one message, without a traceback."""
+    # With other work on the machine, threads that spin while they wait make each other many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from dpsyngen.console import Console
+
+    console = Console.asked_for(sys.argv[1:])
+    try:
+        sys.exit(_run(console))
+    except DpsyngenError as error:
+        cli_ranks.tell(console, error.kind, str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        cli_ranks.tell(console, "interrupted", "stopped")
+        sys.exit(130)
+    except OSError as error:
+        import errno
+
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            cli_ranks.tell(
+                console,
+                "disk-full",
+                f"the disk is full{f', at {error.filename}' if error.filename else ''}.  Nothing that was finished is "
+                "lost: free some space, then continue (training: --resume).",
+            )
+        elif error.errno == errno.EPIPE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            cli_ranks.tell(console, "system", str(error))
+        sys.exit(1)
+    except Exception as error:
+        if console.as_json:
+            cli_ranks.tell(console, "internal", f"{type(error).__name__}: {error}")
+        raise
+
+
+def _run(console: Console) -> int:
+    """Run the command; its exit code.  With --json, what typer says about wrong options is an error as all others."""
+    follows = cli_ranks.follows()
+    if not console.as_json and not follows:
+        app()
+        return 0
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("dpsyngen", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        # Which class it is depends on the version of typer.
+        if not hasattr(error, "format_message"):
+            raise
+        if follows:  # all processes were given the same options
+            cli_ranks.let_main_speak()
+        else:
+            console.error("usage", error.format_message())
+        return int(getattr(error, "exit_code", 2))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

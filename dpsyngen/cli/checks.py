@@ -1,0 +1,148 @@
+"""The commands `dpsyngen memorisation` and `dpsyngen doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpsyngen.cli.options import AsJson, AskedDevice, Device, Quiet, RunArgument
+
+if TYPE_CHECKING:
+    from dpsyngen.evaluation.doctor import Diagnosis
+    from dpsyngen.evaluation.memorisation import Memorisation
+    from dpsyngen.hardware import Compute
+    from dpsyngen.hardware.machine import Machine
+    from dpsyngen.training.health import Finding
+
+PROBLEMS = 5
+"""Exit code of `dpsyngen doctor` if there is a problem of severity error."""
+
+
+def memorisation(
+    run: RunArgument,
+    held_out: Annotated[
+        str | None, typer.Option(help="real images that were not trained on: the control, such as digits:test")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="the training images, if they have moved; default: the run's")
+    ] = None,
+    count: Annotated[int, typer.Option("-n", "--count", help="number of generated images")] = 1000,
+    features: Annotated[
+        str, typer.Option(help="comma-separated: pixels, pixels-pca, efficientnet-lite0, inception")
+    ] = "pixels",
+    seed: Annotated[int, typer.Option(help="seed of the generated images and of subsets")] = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look for training images among generated ones.  The figures and the picture are private: do not publish them."""
+    from dpsyngen.console import Console
+    from dpsyngen.evaluation.check import check_memorisation
+
+    console = Console(quiet, as_json)
+    result = check_memorisation(
+        run,
+        data=data,
+        held_out=held_out,
+        images=count,
+        features=[name.strip() for name in features.split(",") if name.strip()],
+        seed=seed,
+        device=device,
+        on_progress=console.note,
+    )
+    private = run / "private"
+    console.result(
+        result.to_dict() | {"path": private / "memorisation.json"},
+        [
+            *_lines(result),
+            f"PRIVATE figures and pictures of private images, kept in {private / 'memorisation.json'} and "
+            f"{private / 'memorisation.png'}: publishing them costs privacy",
+        ],
+    )
+
+
+def _lines(result: Memorisation) -> Iterator[str]:
+    from dpsyngen.report.tables import memorisation_rows
+
+    for name, value, note in memorisation_rows(result.to_dict()):
+        yield f"{name:<52} {value:>16}   {note}"
+    yield result.conclusion
+
+
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="a run directory; without one, the machine is looked at")
+    ] = None,
+    machine: Annotated[bool, typer.Option("--machine", help="look at the machine, too")] = False,
+    device: AskedDevice = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is the matter with a run and what to change (exit code 5 if it is no use), or what this machine has."""
+    from dpsyngen.console import Console
+    from dpsyngen.hardware import choose
+    from dpsyngen.hardware.machine import advice, look
+
+    chosen = choose(device)
+    found = None
+    if run is not None:
+        from dpsyngen.evaluation.doctor import diagnose
+        from dpsyngen.training.run import Run
+
+        found = diagnose(Run(run), chosen.device)
+    here = look()
+    helps = list(advice(here, chosen))
+    Console(quiet, as_json).result(
+        {
+            "ok": found is None or found.ok,
+            "state": dict(found.state) if found else {},
+            "findings": [f.to_dict() for f in found.findings] if found else [],
+            "machine": here.to_dict(),
+            "compute": chosen.to_dict(),
+            "advice": helps,
+        },
+        [
+            *(_diagnosis_lines(found) if found else ()),
+            *(_machine_lines(here, chosen, helps) if machine or found is None else ()),
+        ],
+    )
+    if found is not None and not found.ok:
+        raise typer.Exit(PROBLEMS)
+
+
+def _machine_lines(machine: Machine, compute: Compute, helps: list[str]) -> Iterator[str]:
+    for what, text in machine.rows():
+        yield f"{what + ':':<17} {text}"
+    yield "chosen here"
+    for what, value, why in compute.describe():
+        yield f"  {what + ':':<31} {value:<7} {why}"
+    for line in helps:
+        yield f"advice: {line}"
+
+
+def _diagnosis_lines(found: Diagnosis) -> Iterator[str]:
+    for what, how in found.state:
+        yield f"{what + ':':<17} {how}"
+    if not found.findings:
+        yield "nothing found"
+    for finding in found.findings:
+        yield f"{finding.severity.upper():<8} {finding.code}{' (PRIVATE)' if finding.basis == 'private' else ''}"
+        for title, text in (("seen", finding.seen), ("why", finding.why), ("change", finding.change)):
+            yield f"  {title + ':':<8} {text}."
+    if any(f.basis == "private" for f in found.findings):
+        yield (
+            "PRIVATE findings rest on figures of private images: do not publish them.  A setting that is changed "
+            "because of them is tuned on private images, which no ε covers: try it on public images first."
+        )
+
+
+def health_lines(findings: list[Finding]) -> list[str]:
+    """One line for each finding that is more than a note, for the end of `dpsyngen train`."""
+    return [
+        f"{f.severity.upper()}{' (PRIVATE)' if f.basis == 'private' else ''}: {f.code}: {f.seen}"
+        for f in findings
+        if f.severity != "note"
+    ]

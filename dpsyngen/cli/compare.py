@@ -1,0 +1,330 @@
+"""The command `dpsyngen compare`."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpsyngen.cli.options import AsJson, Device, Quiet
+from dpsyngen.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from dpsyngen.console import Console
+    from dpsyngen.distributed import Ranks
+    from dpsyngen.experiments.cost import PrivacyCost
+    from dpsyngen.experiments.experiment import Experiment, Status
+    from dpsyngen.experiments.grid import Job
+    from dpsyngen.experiments.spec import Spec
+    from dpsyngen.training.plan import Shape
+
+FAILED = 4
+"""Exit code if some jobs could not be done."""
+
+
+def compare(
+    spec: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPEC", help="a YAML file, a specification that ships with dpsyngen, or an experiment's folder"
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the experiment, to make or to go on with; all of it is PRIVATE")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="private images instead of data.train")] = None,
+    test: Annotated[str | None, typer.Option(help="real test images instead of data.test")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what would be done, what it costs and how long it takes")
+    ] = False,
+    processes: Annotated[int, typer.Option(help="runs at a time, each with its share of the cores")] = 1,
+    retry: Annotated[bool, typer.Option("--retry", help="try failed jobs again")] = False,
+    tables: Annotated[bool, typer.Option("--tables", help="only write tables and report of what is there")] = False,
+    gpu_teraflops: Annotated[
+        float | None, typer.Option(help="sustained rate that the GPU-hours of --dry-run assume")
+    ] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare variants, ε and settings: a grid of runs with seeds, measured alike, with tables and a report."""
+    from dpsyngen.console import Console
+    from dpsyngen.distributed import END, device_of, joined, numbers
+    from dpsyngen.fit import check_device
+
+    console = Console(quiet, as_json)
+    if not 1 <= processes <= 1024:
+        raise ConfigError(f"--processes is {processes}, but must be from 1 to 1,024.")
+    if gpu_teraflops is not None and not 0 < gpu_teraflops < 1e6:
+        raise ConfigError(f"--gpu-teraflops is {gpu_teraflops}, but must be above 0.")
+    if numbers()[1] > 1 and processes != 1:
+        raise ConfigError("--processes does not go with torchrun, which starts the processes itself.")
+    experiment: Experiment | None = None
+    with joined() as ranks:
+        if ranks.main:
+            with ranks.leading():
+                device = device_of(device, ranks)
+                check_device(device)
+                chosen, out = _spec(spec, out, data, test)
+                if dry_run:
+                    _dry_run(console, chosen, out, device, gpu_teraflops)
+                    return
+                if out is None:
+                    raise ConfigError("--out is missing: the folder of the experiment.")
+                experiment = _prepare(console, chosen, out, tables)
+                if not tables:
+                    with ranks.lead("jobs", folder=out.absolute()):
+                        ranks.agree(lambda: None)
+        else:
+            console = Console(quiet=True)
+            while (command := ranks.next_command()).name != END:
+                experiment, device = ranks.agree(partial(_opened, command.values["folder"], device, ranks))
+    # From here on they meet in the experiment's folder only: no job has to wait for another.
+    if experiment is None:
+        return
+    if not tables:
+        _work(console, experiment, processes, device, retry, ranks)
+    if ranks.main:
+        _finish(console, experiment)
+
+
+def _opened(folder: Path, device: str, ranks: Ranks) -> tuple[Experiment, str]:
+    """In a follower: the experiment that the main process has made, and the device of this one."""
+    from dpsyngen.distributed import device_of
+    from dpsyngen.experiments.experiment import Experiment
+    from dpsyngen.fit import check_device
+
+    own = device_of(device, ranks)
+    check_device(own)
+    return Experiment(folder), own
+
+
+def _spec(given: str, out: Path | None, data: str | None, test: str | None) -> tuple[Spec, Path | None]:
+    from dpsyngen.experiments.experiment import Experiment
+    from dpsyngen.experiments.spec import load_spec, parse_spec
+
+    if (Path(given) / "experiment.json").exists():
+        if out is not None and out != Path(given):
+            raise ConfigError(f"{given} is an experiment already: go on with it without --out.")
+        spec, out = Experiment(Path(given)).spec, Path(given)
+    else:
+        spec = load_spec(given)
+    if data is None and test is None:
+        return spec, out
+    values = spec.model_dump(mode="json")
+    values["data"] |= {k: v for k, v in (("train", data), ("test", test)) if v is not None}
+    return parse_spec(values), out
+
+
+def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experiment:
+    from dpsyngen.experiments.experiment import Experiment
+
+    if tables:
+        return Experiment(out)
+    from dpsyngen.experiments.cost import privacy_cost, require_budget
+    from dpsyngen.experiments.grid import jobs_of
+
+    jobs = jobs_of(spec)
+    shape = _shape(spec)
+    cost = privacy_cost(spec, jobs, shape, out)
+    require_budget(spec, [job for job in jobs if not (out / "runs" / job.name / "run.json").exists()], shape)
+    experiment = Experiment.open_or_create(out, spec)
+    experiment.note(privacy=cost.to_dict(), jobs=len(jobs))
+    console.note(f"{_count(jobs)} in {out}")
+    console.note(cost.note())
+    return experiment
+
+
+def _shape(spec: Spec, without_images: bool = False) -> Shape:
+    from dpsyngen.config import load_config
+    from dpsyngen.experiments.runner import Images
+    from dpsyngen.training.plan import Shape, shape_of
+
+    facts = spec.data.facts
+    try:
+        images = Images(spec)
+    except DataError:
+        if not without_images or facts is None:
+            raise
+        return Shape(facts.resolution, facts.channels, tuple(f"class {i}" for i in range(facts.classes)), facts.records)
+    return shape_of(images.train, load_config(dict(spec.settings), preset=spec.preset))
+
+
+def _count(jobs: Any) -> str:
+    runs = sum(job.kind == "run" for job in jobs)
+    return f"{runs:,} runs and {len(jobs) - runs:,} references"
+
+
+def _work(console: Console, experiment: Experiment, processes: int, device: str, retry: bool, ranks: Ranks) -> None:
+    """Do all jobs, or as many as there is time for."""
+    from dpsyngen.experiments import pool
+
+    total = len(experiment.jobs)
+    done = sum(s.state == "done" for s in experiment.statuses().values())
+    with console.progress("jobs", total, "jobs", start=done) as progress:
+        if processes > 1:
+            pool.processes(
+                experiment,
+                processes,
+                device,
+                retry=retry,
+                watch=lambda statuses: progress.update(_finished(statuses), _running(statuses)),
+            )
+            return
+
+        finished = done
+
+        def tell(job: Job, doing: str, at: int, of: int) -> None:
+            nonlocal finished
+            if doing.startswith("training") and at == 1:
+                finished = _finished(experiment.statuses())
+            progress.update(finished, f"{job.name}: {doing}{f' {at:,}/{of:,}' if of else ''}")
+
+        complete = pool.work(experiment, device, retry=retry, tell=tell)
+        if ranks.main and not ranks.alone and complete:
+            # The others may still be at theirs.
+            while any(s.state in ("running", "waiting") for s in experiment.statuses().values()):
+                time.sleep(2)
+        progress.update(_finished(experiment.statuses()))
+
+
+def _finished(statuses: dict[str, Status]) -> int:
+    return sum(s.state in ("done", "failed") for s in statuses.values())
+
+
+def _running(statuses: dict[str, Status]) -> str:
+    return "; ".join(
+        f"{name}: {s.doing}{f' {s.done:,}/{s.total:,}' if s.total else ''}"
+        for name, s in statuses.items()
+        if s.state == "running"
+    )
+
+
+def _finish(console: Console, experiment: Experiment) -> None:
+    """Write tables and report of what is there, and say what is not."""
+    from dpsyngen.experiments.measures import View
+    from dpsyngen.experiments.results import Results, write_results
+    from dpsyngen.experiments.tables import print_tables
+    from dpsyngen.experiments.wording import answers
+    from dpsyngen.report.comparison import write_comparison
+
+    statuses = experiment.statuses()
+    failed = {name: s.error for name, s in statuses.items() if s.state == "failed"}
+    left = [name for name, s in statuses.items() if s.state not in ("done", "failed")]
+    done = len(statuses) - len(failed) - len(left)
+    experiment.note(failed=failed, missing=left, seconds=experiment.seconds())
+    document: dict[str, Any] = {
+        "path": experiment.path,
+        "jobs": len(statuses),
+        "done": done,
+        "failed": failed,
+        "left": left,
+        "seconds": experiment.seconds(),
+        "report": None,
+        "files": [],
+        "answers": [],
+    }
+    lines = [f"failed: {name}: {error}" for name, error in failed.items()]
+    if done:
+        paths = write_results(experiment.path)
+        report = write_comparison(experiment.path, console.note)
+        document |= {"report": report, "files": paths}
+        document["answers"] = [
+            {"epsilon": a.epsilon, "headline": a.headline, "lines": a.lines}
+            for a in answers(View(Results.load(experiment.path)))
+        ]
+        if not console.as_json:
+            print_tables(experiment.path, console)
+        lines += [f"PRIVATE figures: {', '.join(str(p) for p in paths)}", f"PRIVATE report:  {report}"]
+    code = FAILED if failed else 0
+    if left:
+        hours = experiment.spec.cost.hours
+        used = hours is not None and experiment.seconds() > 3600 * hours
+        why = f"cost.hours = {hours:g} are used up" if used else "interrupted"
+        rest = f"{len(left):,} of {len(statuses):,} jobs are left"
+        lines.append(f"{why}: {rest}; go on with: dpsyngen compare {experiment.path}")
+        code = 0 if used else 130
+    elif failed:
+        lines.append(f"{len(failed):,} jobs failed; try them again with: dpsyngen compare {experiment.path} --retry")
+    console.result(document, lines)
+    if code:
+        raise typer.Exit(code)
+
+
+# ---------------------------------------------------------------------------------------------- dry run
+
+
+def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, teraflops: float | None) -> None:
+    from dpsyngen.experiments.cost import privacy_cost
+    from dpsyngen.experiments.estimate import GPU_TERAFLOPS, estimate, hours
+    from dpsyngen.experiments.experiment import Experiment
+    from dpsyngen.experiments.grid import jobs_of
+
+    jobs = jobs_of(spec)
+    shape = _shape(spec, without_images=True)
+    cost = privacy_cost(spec, jobs, shape, out)
+    console.note("measuring a few steps of each kind …")
+    left = jobs
+    if out is not None and (out / "experiment.json").exists():
+        states = Experiment(out).statuses()
+        left = tuple(job for job in jobs if job.name not in states or states[job.name].state != "done")
+    found = estimate(spec, left, shape, device)
+    lines = _lines(spec, jobs, left, shape, cost)
+    rate = teraflops or GPU_TERAFLOPS
+    core, share = ("core-", f"; {os.cpu_count() or 1} cores here") if device == "cpu" else ("", "")
+    lines.append(
+        f"time         about {hours(found.total, core)} (public {hours(found.public, core)}, private "
+        f"{hours(found.private, core)}, sampling {hours(found.sampling, core)}, evaluation "
+        f"{hours(found.evaluation, core)}; references not counted), from steps measured on {device}{share}"
+    )
+    flops = found.public_flops + found.private_flops
+    lines.append(
+        f"GPU          about {found.gpu_hours(rate):.3g} GPU-hours for {flops:.2g} floating-point operations of "
+        f"training, if a GPU sustains {rate:g} teraflops (an assumption; --gpu-teraflops)"
+    )
+    limit = spec.cost.hours
+    if limit is not None and found.total > 3600 * limit:
+        lines.append(f"BEYOND       cost.hours = {limit:g}: no run is started after that")
+    document = {
+        "name": spec.name,
+        "jobs": [job.name for job in jobs],
+        "left": [job.name for job in left],
+        "privacy": cost.to_dict(),
+        "estimate": found.to_dict() | {"gpu_hours": found.gpu_hours(rate), "gpu_teraflops_assumed": rate},
+    }
+    console.result(document, lines)
+
+
+def _lines(spec: Spec, jobs: Any, left: Any, shape: Shape, cost: PrivacyCost) -> list[str]:
+    from dpsyngen.config import with_batch
+
+    g = spec.grid
+    names = list(g.axes) or ["none"]
+    cases = [c.label or "(plain)" for c in g.cases]
+    size = f"{shape.channels}x{shape.resolution}x{shape.resolution}"
+    first = next((job.config for job in jobs if job.config is not None), None)
+    lines = [
+        f"experiment   {spec.name}",
+        f"data         {spec.data.train}: {shape.records:,} images {size}, {shape.num_classes or 'no'} classes; "
+        f"test {spec.data.test or 'none'}",
+        f"grid         {', '.join(g.variant)} × ε {', '.join(f'{e:g}' for e in g.epsilon)} × seeds "
+        f"{', '.join(map(str, g.seeds))}; axes {', '.join(names)}; cases {', '.join(cases)}",
+        f"jobs         {_count(jobs)}, {len(jobs) - len(left):,} of them done",
+    ]
+    if first is not None:
+        p = with_batch(first, shape.records).private
+        lines.append(
+            f"a run        preset {spec.preset}: network {first.network.size}, {p.steps:,} DP-SGD steps of batch "
+            f"{p.batch:,} (K = {p.copies}), {first.public.steps:,} public steps for each public network"
+        )
+    lines.append(f"privacy      {cost.note()}")
+    if cost.limit is not None:
+        lines.append(f"             within cost.total_epsilon = {cost.limit:g}")
+    return lines
+
+
+__all__ = ["FAILED", "compare"]

@@ -1,0 +1,312 @@
+"""Commands of the guarantee: ledger, budget, release, verify, key.  Thin: parse, call the library, print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpsyngen.cli.options import AsJson, Quiet, RunArgument
+from dpsyngen.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from dpsyngen.privacy.composition import Composition
+    from dpsyngen.privacy.ledger import Ledger
+    from dpsyngen.training.run import Run
+
+budget_app = typer.Typer(
+    help="One ε for all runs on a data set: `train --budget FILE` charges it.", no_args_is_help=True
+)
+
+
+def _numbers(text: str | None, option: str, kind: type, allowed: str) -> list[Any]:
+    try:
+        return [] if text is None else [kind(t) for t in text.split(",") if t.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}, but must be {allowed}, comma-separated.") from None
+
+
+# ------------------------------------------------------------------------------------------------ ledger
+
+
+def ledger(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="run directories of the same images")],
+    delta: Annotated[str | None, typer.Option(help="other δ to state ε at, comma-separated")] = None,
+    group_size: Annotated[str | None, typer.Option(help="images of one person, comma-separated")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compute ε again from the ledgers of one or several runs; refuses one that was edited or cut."""
+    from dpsyngen.console import Console
+    from dpsyngen.privacy.accounting import check_group_size
+    from dpsyngen.privacy.composition import Composition
+    from dpsyngen.privacy.ledger import Ledger
+    from dpsyngen.release.bundle import check_against_ledger
+    from dpsyngen.training.run import Run
+
+    deltas = _numbers(delta, "--delta", float, "numbers between 0 and 1")
+    groups = _numbers(group_size, "--group-size", int, "whole numbers")
+    for d in deltas:
+        if not 0 < d < 1:
+            raise ConfigError(f"--delta is {d}, but must be between 0 and 1.")
+    for g in groups:
+        try:
+            check_group_size(g)
+        except ValueError as error:
+            raise ConfigError(f"--{error}".replace("_", "-")) from None
+    opened = [Run(path) for path in runs]
+    if len({r.path.resolve() for r in opened}) != len(opened):
+        raise ConfigError("a run was named twice; its steps would count twice.")
+    ledgers = [Ledger(run.ledger_path) for run in opened]
+    names = [x.run for x in ledgers]
+    if len(set(names)) != len(names):
+        raise ConfigError("two of the runs are copies of each other: their steps and noise are the same, so name one.")
+    certified = []
+    for run in opened:
+        certified.append(run.complete)
+        if run.complete:
+            check_against_ledger(run)
+    total = Composition.of(ledgers)
+    Console(quiet, as_json).result(
+        {
+            "runs": [r.path for r in opened],
+            "private": total.secure and not total.non_private,
+            "delta": total.delta,
+            "group_size": total.group_size,
+            "epsilon": total.epsilon(),
+            "epsilon_by_rdp": total.epsilon(accountant="rdp"),
+            "what_if": [
+                {"delta": d, "group_size": g, "epsilon": total.epsilon(d, group_size=g)}
+                for d, g in [*((d, total.group_size) for d in deltas), *((total.delta, g) for g in groups)]
+            ],
+            "mechanisms": [m.to_dict() for m in total.mechanisms],
+            "entries": [[e.to_dict() for e in x.entries] for x in ledgers],
+            "heads": [{"lines": x.head.lines, "digest": x.head.digest} for x in ledgers],
+        },
+        _ledger_lines(opened, ledgers, certified, total, deltas, groups),
+    )
+
+
+def _ledger_lines(
+    runs: list[Run],
+    ledgers: list[Ledger],
+    certified: list[bool],
+    total: Composition,
+    deltas: list[float],
+    groups: list[int],
+) -> Iterator[str]:
+    from dpsyngen.privacy.composition import ledger_lines, what_if_lines
+
+    for run, x, whole in zip(runs, ledgers, certified, strict=True):
+        anchor = "as its certificate knew it" if whole else "not finished, so there is no certificate yet"
+        yield f"{run.path}: {x.head.lines} lines, chain and head intact, {anchor}"
+        yield from ledger_lines(x)
+    together = f" of {len(ledgers)} runs together" if len(ledgers) > 1 else ""
+    unit = "one image" if total.group_size == 1 else f"up to {total.group_size} images"
+    yield ""
+    yield f"total{together} for {unit}, added or removed; ε by PLD and by Rényi DP, both upper bounds"
+    yield from what_if_lines(total, deltas or [total.delta / 10], groups or [2, 5])
+    if total.non_private:
+        yield "NOT PRIVATE: private images were used without noise (ε = ∞)"
+    if not total.secure:
+        yield "NOT PRIVATE: the noise came from a reproducible seed"
+
+
+# ------------------------------------------------------------------------------------------------ budget
+
+BudgetFile = Annotated[Path, typer.Argument(metavar="FILE", help="budget file")]
+
+
+@budget_app.command("new")
+def budget_new(
+    file: BudgetFile,
+    epsilon: Annotated[float, typer.Option(help="ε that all runs together may spend")],
+    delta: Annotated[float, typer.Option(help="δ for it; below 1/n")],
+    group_size: Annotated[int, typer.Option(help="images of one person")] = 1,
+    growing: Annotated[bool, typer.Option("--growing", help="allow runs on images that changed since")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a budget file; keep it with the private images."""
+    from dpsyngen.console import Console
+    from dpsyngen.privacy.budget import Budget
+
+    Budget.create(file, epsilon_limit=epsilon, delta=delta, group_size=group_size, growing=growing)
+    Console(quiet, as_json).result(
+        {"path": file, "epsilon": epsilon, "delta": delta, "group_size": group_size, "growing": growing},
+        [f"{file}: ε = {epsilon:g} at δ = {delta:.3g}; charge it with `dpsyngen train --budget {file} …`"],
+    )
+
+
+@budget_app.command("show")
+def budget_show(file: BudgetFile, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """What is spent, by whom, and what is left."""
+    from dpsyngen.console import Console
+    from dpsyngen.privacy.accounting import epsilon
+    from dpsyngen.privacy.budget import Budget
+
+    b = Budget(file)
+    by_pld, by_rdp = b.epsilon(), b.epsilon("rdp")
+    alone = {c.run: epsilon(c.mechanisms, b.delta, group_size=b.group_size) for c in b.charges.values()}
+    runs = [
+        {"run": c.run, "name": c.name, "settled": c.settled, "epsilon_alone": alone[c.run]} for c in b.charges.values()
+    ]
+    unit = "one image" if b.group_size == 1 else f"up to {b.group_size} images together"
+    lines = [f"budget: ε = {b.epsilon_limit:g} at δ = {b.delta:.3g} for {unit}"]
+    for c in b.charges.values():
+        state = "given up" if c.settled else "reserved"
+        lines.append(f"  {c.name:<24} {state}  ε = {alone[c.run]:.4f} on its own  ({c.run[:12]})")
+    lines.append(f"taken by all together: ε = {by_pld:.4f} by PLD, {by_rdp:.4f} by Rényi DP")
+    Console(quiet, as_json).result(
+        {
+            "epsilon": b.epsilon_limit,
+            "delta": b.delta,
+            "group_size": b.group_size,
+            "reserved_epsilon": by_pld,
+            "reserved_epsilon_by_rdp": by_rdp,
+            "runs": runs,
+        },
+        lines,
+    )
+
+
+@budget_app.command("settle")
+def budget_settle(
+    file: BudgetFile,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run that will never be resumed")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give back what an abandoned run had reserved and not used.  The run can never go on."""
+    from dpsyngen.console import Console
+    from dpsyngen.privacy.budget import Budget
+    from dpsyngen.privacy.ledger import Ledger
+    from dpsyngen.training.run import Run
+
+    opened = Run(run)
+    if opened.complete:
+        raise RunError(f"{run} is finished, so it used all that it had reserved; there is nothing to give back.")
+    with opened.lock():
+        charged = Ledger(opened.ledger_path)
+        budget = Budget(file)
+        before = budget.epsilon()
+        budget.settle(charged.run, charged.mechanisms)
+    after, limit = budget.epsilon(), budget.epsilon_limit
+    Console(quiet, as_json).result(
+        {"path": file, "run": run, "epsilon_before": before, "epsilon_after": after, "epsilon": limit},
+        [f"{run} is given up: ε = {before:.4f} -> {after:.4f} taken of {limit:g}"],
+    )
+
+
+# ----------------------------------------------------------------------------------------------- release
+
+
+def release(
+    run: RunArgument,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE.zip", help="file to make")],
+    samples: Annotated[int, typer.Option(help="generated images to put in; costs no privacy")] = 0,
+    seed: Annotated[int | None, typer.Option(help="public seed of the samples; default: a random one")] = None,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="sign with this private key, from `dpsyngen key`")
+    ] = None,
+    not_private: Annotated[
+        bool, typer.Option("--not-private", help="pack a run without a guarantee all the same, stamped as such")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack what may be published into one zip: generator, certificate, checksums, signature."""
+    from dpsyngen.console import Console
+    from dpsyngen.privacy.certificate import number
+    from dpsyngen.release.bundle import pack
+    from dpsyngen.report.html import write_reports
+    from dpsyngen.training.run import Run
+
+    console, opened = Console(quiet, as_json), Run(run)
+    opened.require_complete()
+    with opened.lock():
+        if not (opened.release / "report.html").exists():
+            write_reports(opened)
+        with console.progress("drawing samples", max(samples, 1), "images") as progress:
+            done = pack(
+                opened,
+                bundle,
+                samples=samples,
+                seed=seed,
+                key=sign,
+                not_private=not_private,
+                on_progress=progress.update,
+            )
+    for name in done.left_out:
+        console.note(f"  left out, as it is no part of a release or was changed by hand: {name}")
+    c = done.certificate
+    console.result(
+        {
+            "path": done.path,
+            "files": done.files,
+            "sha256": done.sha256,
+            "signed_by": done.signed_by,
+            "left_out": done.left_out,
+            "private": c.private,
+            "not_private_because": c.not_private_because,
+            "epsilon": c.epsilon,
+            "delta": c.delta,
+            "group_size": c.group_size,
+        },
+        [
+            f"{done.path}: {done.files} files, SHA-256 {done.sha256}",
+            f"signed by the key {done.signed_by}" if done.signed_by else "not signed (--sign KEY)",
+            f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)} for {c.unit}"
+            if c.private and c.epsilon != "inf"
+            else f"NOT PRIVATE: {'; '.join(c.not_private_because)}",
+        ],
+    )
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE.zip", help="a bundle, from anybody")],
+    public_key: Annotated[Path | None, typer.Option(help="the key that must have signed it (PEM)")] = None,
+    all_samples: Annotated[bool, typer.Option("--all-samples", help="draw every sample again")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a bundle with no private image at hand: checksums, signature, ε, generator."""
+    from dpsyngen.console import Console
+    from dpsyngen.release.verify import verify as check_bundle
+
+    verdict = check_bundle(bundle, public_key, all_samples)
+    marks = {True: "ok", False: "FAILED", None: "-"}
+    lines = [f"{marks[c.passed]:<7} {c.name:<13} {c.text}" for c in verdict.checks]
+    if verdict.passed:
+        lines += [
+            "",
+            "The bundle is sound: its claim follows from the mechanisms that it states.",
+            "Not to be seen from a bundle: whether the training did what it states, and how good images are.",
+        ]
+    else:
+        lines += ["", "The bundle is NOT to be relied on."]
+    checks = [{"check": c.name, "passed": c.passed, "text": c.text} for c in verdict.checks]
+    Console(quiet, as_json).result({"passed": verdict.passed, "checks": checks}, lines)
+    if not verdict.passed:
+        raise typer.Exit(6)
+
+
+def key(
+    file: Annotated[Path, typer.Argument(metavar="KEY", help="private key to make; KEY.pub is the public one")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key pair for signing bundles (Ed25519); encrypted if DPSYNGEN_KEY_PASSPHRASE is set."""
+    from dpsyngen.console import Console
+    from dpsyngen.release.signing import make_key
+
+    public, print_of_key = make_key(file)
+    Console(quiet, as_json).result(
+        {"private_key": file, "public_key": public, "fingerprint": print_of_key},
+        [
+            f"private key: {file} (keep it secret)",
+            f"public key:  {public} (give it to those who verify), fingerprint {print_of_key}",
+        ],
+    )

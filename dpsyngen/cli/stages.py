@@ -1,0 +1,235 @@
+"""The command `dpsyngen stages`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpsyngen.cli.assignments import assignments
+from dpsyngen.cli.options import AsJson, Device, Quiet, epsilon_of
+from dpsyngen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dpsyngen.config import Config
+    from dpsyngen.console import Console, Progress
+    from dpsyngen.data import ImageDataset
+    from dpsyngen.thresholds.files import StagesResult
+    from dpsyngen.thresholds.run import Stages
+
+
+def stages(
+    out: Annotated[Path, typer.Option(help="folder of the results; the same call again goes on after an interruption")],
+    programs: Annotated[
+        str,
+        typer.Option(
+            help="comma-separated names, or YAML files of name and params; the first is the one to train with"
+        ),
+    ],
+    proxy: Annotated[
+        str | None, typer.Option(help="images that are PUBLIC and resemble the private ones: as --data of train")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="the private images, for an estimate that costs --epsilon of --budget")
+    ] = None,
+    epsilon: Annotated[str | None, typer.Option(help="ε of that estimate")] = None,
+    delta: Annotated[float | None, typer.Option(help="δ; default: the largest power of ten below 1/n")] = None,
+    budget: Annotated[Path | None, typer.Option(help="budget file of these images; see `dpsyngen budget`")] = None,
+    sampling_rate: Annotated[
+        float, typer.Option(help="share of the private images that are used, Poisson-sampled; less is faster")
+    ] = 1.0,
+    records: Annotated[int | None, typer.Option(help="declared number of private images; default: as found")] = None,
+    group_size: Annotated[int | None, typer.Option(help="images of one person at most")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="named settings; default gpu where there is one, else cpu-small")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
+    network: Annotated[str | None, typer.Option(help="size: nano, tiny, small, base, large, huge")] = None,
+    steps: Annotated[int | None, typer.Option(help="training steps of each network")] = None,
+    seeds: Annotated[int, typer.Option(help="networks of each family")] = 2,
+    images: Annotated[int, typer.Option(help="images of each source to measure on")] = 128,
+    resolution: Annotated[int | None, typer.Option(help="pixels; default: as the images given, or 32")] = None,
+    channels: Annotated[str | None, typer.Option(help="auto, grey or rgb")] = None,
+    tolerance: Annotated[float, typer.Option(help="relative gap that a stage of programs may have")] = 0.05,
+    method: Annotated[str, typer.Option(help="of the thresholds: tolerance, loss or kneedle")] = "tolerance",
+    spacing: Annotated[float, typer.Option(help="of the noise levels, in log σ")] = 0.5,
+    networks: Annotated[
+        Path | None, typer.Option(help="folder of trained networks, shared by several calls; default: in --out")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.NAME=VALUE", help="any other setting")
+    ] = None,
+    insecure_seed: Annotated[
+        int | None, typer.Option(help="reproducible noise, for tests: stamps the estimate NOT PRIVATE")
+    ] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the noise levels that programs may own, without private images (or paying for them with --epsilon)."""
+    from dpsyngen.console import Console
+
+    console, begun = Console(quiet, as_json), time.monotonic()
+    _check_private(data, epsilon, delta, budget, records, group_size, insecure_seed, sampling_rate)
+    from dpsyngen.fit import check_device
+    from dpsyngen.thresholds.run import Stages, StagesOptions, require_usable
+
+    require_usable(out)
+    check_device(device)
+    kept, loaded = _configuration(
+        preset,
+        config,
+        assignments(settings or []),
+        data={"resolution": resolution, "channels": channels},
+        network={"size": network},
+        public={"steps": steps},
+        private_data={"records": records},
+        privacy={
+            "epsilon": None if epsilon is None else epsilon_of(epsilon),
+            "delta": delta,
+            "budget": None if budget is None else str(budget),
+            "group_size": group_size,
+            "insecure_seed": insecure_seed,
+        },
+    )
+    options = StagesOptions(
+        programs=[name.strip() for name in programs.split(",") if name.strip()],
+        proxy=proxy,
+        seeds=seeds,
+        images=images,
+        spacing=spacing,
+        tolerance=tolerance,
+        method=method,
+        sampling_rate=sampling_rate,
+        networks=networks,
+    )
+    options.check()
+    private = _private_images(data, loaded)
+    search = Stages(out, loaded, options, data=private, given=kept, device=device)
+    try:
+        result, files = _with_progress(search, console)
+    except KeyboardInterrupt:
+        text = f"interrupted; the same command goes on, with the networks that are in {search.search.networks.folder}"
+        console.result({"error": {"kind": "interrupted", "message": text}}, [text])
+        raise typer.Exit(130) from None
+    _say(console, out, result, files, time.monotonic() - begun)
+
+
+def _check_private(
+    data: str | None,
+    epsilon: str | None,
+    delta: float | None,
+    budget: Path | None,
+    records: int | None,
+    group_size: int | None,
+    insecure_seed: int | None,
+    sampling_rate: float,
+) -> None:
+    """An ε that nobody asked for, or an option without effect, is a mistake."""
+    if data is not None and epsilon is None:
+        raise ConfigError("--epsilon is missing: what an estimate on the private images of --data may cost.")
+    if data is None:
+        asked = {
+            "--epsilon": epsilon,
+            "--delta": delta,
+            "--budget": budget,
+            "--records": records,
+            "--group-size": group_size,
+            "--insecure-seed": insecure_seed,
+            "--sampling-rate": None if sampling_rate == 1 else sampling_rate,
+        }
+        without = [option for option, value in asked.items() if value is not None]
+        if without:
+            raise ConfigError(f"{', '.join(without)} goes with --data, the private images; none were given.")
+
+
+def _configuration(
+    preset: str | None, file: Path | None, more: dict[str, Any], **sections: dict[str, Any]
+) -> tuple[dict[str, Any], Config]:
+    """What ``stages.yaml`` keeps, and the whole configuration of this call."""
+    from dpsyngen.config import load_config, merge_settings
+    from dpsyngen.files import read_yaml_file
+
+    given = {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
+    own = {name: given.pop(name) for name in ("private_data", "privacy")}
+    given = merge_settings({k: v for k, v in given.items() if v}, more)
+    # What this call spends is not what a training will spend.
+    once = {k: v for k, v in {"data": own["private_data"], "privacy": own["privacy"]}.items() if v}
+    loaded = load_config(merge_settings(given, once), preset=preset, file=file)
+    kept = {} if file is None else dict(read_yaml_file(file, "the configuration"))
+    shape = {"data": given["data"]} if "data" in given else {}
+    return merge_settings(kept, {"preset": loaded.preset, **shape}), loaded
+
+
+def _private_images(data: str | None, loaded: Config) -> ImageDataset | None:
+    if data is None:
+        return None
+    from dpsyngen.fit import load_private
+
+    # As a training reads them, so that the budget knows them again.
+    return load_private(data, loaded)
+
+
+def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list[Path]]:
+    s = search.search
+    tiers = ", ".join(f"{f.label} (tier {f.program.prior_tier})" for f in s.families)
+    console.note(f"programs: {tiers}{'' if s.proxy is None else '; a proxy that you declare PUBLIC'}")
+    if search.plan is not None:
+        p = search.plan
+        console.note(
+            f"private images: {p.records:,} records, ε = {p.epsilon:g} at δ = {p.delta:.3g}, noise multiplier "
+            f"{p.noise_multiplier:.4g}" + ("" if p.insecure_seed is None else "; NOT PRIVATE: reproducible noise")
+        )
+    current: tuple[str, Progress] | None = None
+
+    def tell(title: str, done: int, total: int, unit: str) -> None:
+        nonlocal current
+        if current is None or current[0] != title:
+            if current:
+                current[1].__exit__(None, None, None)
+            current = (title, console.progress(title, total, unit).__enter__())
+        current[1].update(done)
+
+    try:
+        return search.run(tell)
+    finally:
+        if current:
+            current[1].__exit__(*sys.exc_info())
+
+
+def _say(console: Console, out: Path, result: StagesResult, files: list[Path], seconds: float) -> None:
+    from dataclasses import asdict
+
+    from dpsyngen.thresholds.files import elbow_rows, stage_lines, teacher_line
+    from dpsyngen.thresholds.tables import elbow_table, loss_table
+
+    statement = None if result.private is None else result.private[1]
+    lines: list[str] = []
+    if not console.as_json:
+        lines += [elbow_table(result), *([loss_table(result.losses)] if result.losses else [])]
+    lines += [*stage_lines(result), *filter(None, [teacher_line(result)])]
+    if statement is not None:
+        spent = f"ε = {statement['epsilon']:.4f} at δ = {statement['delta']:.3g} of the private images is spent"
+        lines.append(spent if statement["private"] else f"NOT PRIVATE (reproducible noise); it would be: {spent}")
+    lines.append(f"results: {', '.join(str(f) for f in files)}")
+    lines.append(f"train with them: dpsyngen train --config {out / 'stages.yaml'} --data … --epsilon … --out …")
+    console.result(
+        {
+            "path": out,
+            "files": files,
+            "variant": result.variant,
+            "tau_cleaning": result.cleaning.log_sigma,
+            "tau_coarse": None if result.moments else result.coarse.log_sigma,
+            "decided_by": result.decided.by,
+            "elbows": elbow_rows(result),
+            "proxy_loss": [asdict(loss) for loss in result.losses],
+            "private": None if statement is None else statement["private"],
+            "epsilon": 0.0 if statement is None else statement["epsilon"],
+            "delta": None if statement is None else statement["delta"],
+            "seconds": round(seconds, 3),
+        },
+        lines,
+    )

@@ -1,0 +1,107 @@
+"""Which classes a user asks for: by name or by number, one for all images or one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.errors import ConfigError, listed, shown
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+
+def class_number(given: int | str, names: Sequence[str], strict: bool = False) -> int:
+    """The number, from 0, of a class given by its name in `names` or by its number.
+
+    Args:
+        given: the class.
+        names: of all classes.
+        strict: refuse a number that is also the name of another class.
+
+    Raises:
+        ConfigError: there is no such class, or it is not clear which one is meant.
+
+    >>> class_number("dog", ["cat", "dog"]), class_number(0, ["cat", "dog"])
+    (1, 0)
+    """
+    if isinstance(given, str) and given in names:
+        return names.index(given)
+    if strict and not isinstance(given, str) and str(given) in names:
+        number = names.index(str(given))
+        if number != given:  # labels 1 to 9, say, are classes number 0 to 8
+            raise ConfigError(
+                f"class {given} could be the one called {str(given)!r}, which is number {number}, or the one with "
+                f"that number.  Give names: labels={str(given)!r}."
+            )
+    try:
+        number = int(given)
+    except (ValueError, TypeError, OverflowError):
+        number = -1
+    if not 0 <= number < len(names):
+        raise ConfigError(
+            f"there is no class {shown(given)}; the classes are {listed(names)} (or 0 to {len(names) - 1})."
+        )
+    return number
+
+
+def in_turn(count: int, names: Sequence[str], classes: Sequence[int | str] | None) -> NDArray[np.int64] | None:
+    """Labels for `count` images: all classes (or those given, by name or number) in turn; None without classes."""
+    if not names:
+        if classes is not None:
+            raise ConfigError("this generator has no classes, so none can be chosen.")
+        return None
+    chosen = range(len(names)) if classes is None else [class_number(c, names) for c in classes]
+    if not chosen:
+        raise ConfigError("no class was given.")
+    return np.array([chosen[i % len(chosen)] for i in range(count)], dtype=np.int64)
+
+
+def asked_for(
+    count: int | None, labels: ArrayLike | None, classes: Sequence[int | str] | None, names: Sequence[str]
+) -> tuple[int, NDArray[np.int64] | None]:
+    """Number of images and their labels, from what :meth:`dpsyngen.Generator.sample` is given.
+
+    Args:
+        count: how many; None: as many as there are labels.
+        labels: an array or list of names or numbers, or one for all images.
+        classes: in turn, where there are no labels.
+        names: of all classes.
+
+    Raises:
+        ConfigError: too little, too much, or something else was given.
+    """
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1):
+        raise ConfigError(f"the number of images is {shown(count)}, but must be a whole number and at least 1.")
+    if labels is None:
+        if count is None:
+            raise ConfigError("the number of images is missing: sample(100).")
+        return int(count), in_turn(int(count), names, classes)
+    if classes is not None:
+        raise ConfigError("labels and classes were both given: labels say the class of each image already.")
+    if not names:
+        raise ConfigError("this generator has no classes, so none can be chosen.")
+    # NumPy would make one type of them, and texts of the numbers in ["cat", 2].
+    values = np.asarray(labels, dtype=object if isinstance(labels, list | tuple) else None)
+    if values.ndim > 1 or values.dtype.kind not in "iuUO" or not values.size:
+        raise ConfigError(
+            f"labels is {shown(labels)}, but must be one class for all images or a list of one for each, by name or by "
+            "number."
+        )
+    # Arrays hold numbers as Samples.labels does; who writes a number may mean a class that is called so.
+    strict = not (isinstance(labels, np.ndarray) and labels.ndim == 1)
+    if values.ndim == 0:
+        if count is None:
+            raise ConfigError("the number of images is missing: sample(10, labels=…).")
+        values = np.repeat(values, count)
+    elif count is not None and len(values) != count:
+        raise ConfigError(f"{len(values)} labels were given for {count} images.")
+    given = values.tolist()
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer | str):
+            raise ConfigError(f"{shown(value)} is no class: labels are names or whole numbers.")
+    numbers = {value: class_number(value, names, strict) for value in set(given)}
+    return len(given), np.array([numbers[value] for value in given], dtype=np.int64)

@@ -1,0 +1,207 @@
+"""Reading a released generator, which may come from a stranger: ``generator.json`` and the weights.
+
+Everything is checked before memory is taken for it: the description against the bounds below, the weights file against
+the network that the description asks for.  A release needs no trust: nothing in it can run code, and what does not fit
+is refused with :class:`RunError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from dpsyngen.config import SamplingConfig
+from dpsyngen.data.labels import MAX_CLASSES, check_class_names
+from dpsyngen.diffusion.stages import Stage, StageMap
+from dpsyngen.diffusion.unet import check_resolution, named_size
+from dpsyngen.errors import ConfigError, DataError, RunError, printable, shown
+from dpsyngen.files import NotPlainError, open_plain
+from dpsyngen.version import FORMAT, __version__
+
+MAX_RESOLUTION = 1024
+MAX_STAGES = 8
+MAX_RANK = 4096
+MAX_JSON_BYTES = 2**23
+MAX_HEADER_BYTES = 2**20  # of a weights file: names, shapes and places of the tensors
+
+# Names of networks become file names.
+_Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class _Part(BaseModel):
+    # Unknown keys are ignored: a later version may say more, and what changes the meaning changes the format's number.
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StageDescription(_Part):
+    """A piece of the log σ axis; None is ∓∞."""
+
+    name: _Name
+    log_sigma_low: float | None = Field(ge=-100, le=100)
+    log_sigma_high: float | None = Field(ge=-100, le=100)
+    trained_by: Literal["public", "private", "moments"]
+    network: _Name
+
+
+class NetworkDescription(_Part):
+    """What the weights are for."""
+
+    size: Annotated[str, Field(max_length=100)]
+    sigma_data: float = Field(ge=1e-3, le=1e3)
+
+
+class MomentsDescription(_Part):
+    """What the DP moments are, where some stage is answered by them."""
+
+    rank: int = Field(ge=1, le=MAX_RANK)
+
+
+class GeneratorDescription(_Part):
+    """The content of ``generator.json``, validated."""
+
+    resolution: int = Field(ge=1, le=MAX_RESOLUTION)
+    channels: Literal[1, 3]
+    class_names: list[str] = Field(max_length=MAX_CLASSES)
+    stages: list[StageDescription] = Field(min_length=1, max_length=MAX_STAGES)
+    network: NetworkDescription
+    conditional: dict[_Name, bool] = Field(max_length=MAX_STAGES)
+    sampling: SamplingConfig
+    private: bool
+    label_dropout: float | None = Field(None, ge=0, le=1)
+    moments: MomentsDescription | None = None
+
+    def stage_map(self) -> StageMap:
+        """Who answers at which noise level; ConfigError if the pieces do not cover the axis."""
+        return StageMap(
+            tuple(
+                Stage(
+                    s.name,
+                    -math.inf if s.log_sigma_low is None else s.log_sigma_low,
+                    math.inf if s.log_sigma_high is None else s.log_sigma_high,
+                    s.trained_by,
+                    s.network,
+                )
+                for s in self.stages
+            )
+        )
+
+
+def read_description(release: Path) -> tuple[GeneratorDescription, StageMap]:
+    """``generator.json`` of a release, with its stages.
+
+    Raises:
+        RunError: missing, a link, too large, of another format, or with a value that is not allowed.
+    """
+    where = printable(release)
+    try:
+        with open_plain(release / "generator.json", MAX_JSON_BYTES) as file:
+            about = json.loads(file.read(MAX_JSON_BYTES + 1), object_pairs_hook=_without_repeats)
+    except (NotPlainError, ValueError, RecursionError, OSError) as error:
+        raise RunError(
+            f"{where} holds no generator (generator.json: {printable(error)}).  Is the training finished?"
+        ) from None
+    if not isinstance(about, dict) or type(about.get("format")) is not int or about["format"] != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else None
+        raise RunError(
+            f"the generator in {where} is of format {shown(found)}, but this is dpsyngen {__version__}, which reads "
+            f"format {FORMAT}.  Use the version that made it."
+        )
+    try:
+        description = GeneratorDescription.model_validate(about)
+        check_class_names(description.class_names, "generator.json")
+        size = named_size(description.network.size)
+        stages = description.stage_map()
+        if stages.networks:
+            check_resolution(size, description.resolution)
+        if stages.moments != (description.moments is not None):
+            raise ConfigError("its stages and its moments contradict each other")
+        missing = [name for name in stages.networks if name not in description.conditional]
+        if missing:
+            raise ConfigError(f"conditional says nothing of the networks {', '.join(missing)}")
+    except ValidationError as error:
+        raise RunError(f"the generator in {where} is damaged: {_first_problem(error)}") from None
+    except (ConfigError, DataError) as error:
+        raise RunError(f"the generator in {where} is damaged: {printable(error)}") from None
+    return description, stages
+
+
+def moments_shapes(about: GeneratorDescription) -> dict[str, Tensor]:
+    """The tensors of :class:`dpsyngen.diffusion.gaussian.ClassGaussians` as they should be, on the meta device."""
+    assert about.moments is not None
+    classes, rank, pixels = max(len(about.class_names), 1), about.moments.rank, about.channels * about.resolution**2
+    shapes = {
+        "means": (classes, pixels),
+        "basis": (pixels, rank),
+        "covariances": (classes, rank, rank),
+        "rest": (pixels,),
+        "frequencies": (classes,),
+    }
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def load_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        expected: what they should be, by name, on the meta device: it needs no memory.
+
+    Raises:
+        RunError: the file is missing, a link, or damaged; or its tensors are not exactly those expected, in name,
+            shape and type; or some number in them is not finite.
+    """
+    size = sum(t.numel() * t.element_size() for t in expected.values())
+    try:
+        with open_plain(path, 8 + MAX_HEADER_BYTES + size) as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > MAX_HEADER_BYTES:
+                raise ValueError("its header is missing or too long")
+            header = file.read(length)
+            _compare(json.loads(header, object_pairs_hook=_without_repeats), expected)
+            tensors = load(start + header + file.read(size + 1))
+    except (NotPlainError, ValueError, TypeError, RecursionError, OSError, SafetensorError) as error:
+        raise RunError(f"the weights {printable(path)} are damaged: {printable(error)}.") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise RunError(f"the weights {printable(path)} are damaged: {name} holds NaN or infinite numbers.")
+    return tensors
+
+
+def _compare(header: Any, expected: Mapping[str, Tensor]) -> None:
+    """ValueError unless a safetensors header announces exactly the expected tensors."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a mapping")
+    found = {name: about for name, about in header.items() if name != "__metadata__"}
+    odd = sorted(found.keys() ^ expected.keys())
+    if odd:
+        raise ValueError(f"{shown(odd[0])} is {'too much' if odd[0] in found else 'missing'} ({len(odd)} such tensors)")
+    for name, tensor in expected.items():
+        about = found[name]
+        kind, shape = (about.get("dtype"), about.get("shape")) if isinstance(about, dict) else (None, None)
+        if kind != "F32" or tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is of type {shown(kind)}, not F32")
+        if shape != list(tensor.shape):
+            raise ValueError(f"{name} has shape {shown(shape)}, not {list(tensor.shape)}")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name is given twice in one mapping")
+    return out
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = printable(".".join(str(p) for p in problem["loc"]), 100)
+    return f"{place} is {shown(problem['input'])}: {problem['msg'][0].lower() + problem['msg'][1:]}"

@@ -1,0 +1,569 @@
+"""A trained generator: everything it needs is in the release half of a run, so a copy of that folder is enough."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Never, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, GuidedDenoiser, NetworkDenoiser
+from dpsyngen.diffusion.samplers import Observer, Start, Step, evenly_in_log, karras_steps, sample_batches, to_uint8
+from dpsyngen.diffusion.sampling import SamplingSettings
+from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
+from dpsyngen.diffusion.start import sampling_start
+from dpsyngen.errors import ConfigError, DpsyngenError, ReleaseError, RunError, listed, printable, shown
+from dpsyngen.generator.classes import asked_for, in_turn
+from dpsyngen.generator.files import read_description
+from dpsyngen.generator.guarantee import Guarantee
+from dpsyngen.generator.images import Samples, Trajectory
+from dpsyngen.generator.networks import load_gaussian, load_network
+from dpsyngen.generator.saved import PathLike, Place, find, of_release, save
+from dpsyngen.hardware import choose, kind_of
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from dpsyngen.config import ComputeConfig
+    from dpsyngen.data import ImageDataset
+
+_SAMPLE = ("count", "labels", "classes", "batch_size", "on_progress", "progress")
+_SAMPLER = ("seed", "sampler", "steps", "guidance", "churn")
+_FIT = (
+    *("images", "labels", "class_names", "epsilon", "delta", "group_size", "budget", "preset", "variant", "steps"),
+    *("resolution", "settings", "out", "device", "progress"),
+)
+
+
+class Generator:
+    """Draws images.  :meth:`fit` trains one on private images, :meth:`load` takes one from the disk.
+
+    >>> generator = Generator.fit(images, labels, epsilon=3)                  # doctest: +SKIP
+    >>> generator.privacy.epsilon, generator.privacy.delta                    # doctest: +SKIP
+    (2.9996, 1e-05)
+    >>> generator.sample(4, labels=["shoe", "shoe", "bag", "coat"]).show()    # doctest: +SKIP
+    >>> generator.save("shoes.zip")                                           # doctest: +SKIP
+    PosixPath('shoes.zip')
+
+    Args:
+        release: the ``release`` folder of a run, or a copy of it.  It may come from a stranger: nothing in it is run,
+            and it is checked before memory is taken for it (see :mod:`dpsyngen.generator.files`).
+        device: where to compute: "cpu", "cuda", "cuda:1", …, or "auto".
+        compute: precision, memory format, compiling; None: all automatic.  Other ways to compute give images that may
+            differ in the last digits.
+
+    Raises:
+        RunError: not a finished release, or damaged.
+
+    Attributes:
+        class_names: () if unconditional.
+        private: whether there is a privacy guarantee; :attr:`privacy` has all of it.
+        place: where it is on the disk.
+        stages: who answers at which noise level.
+        networks: the denoiser of each network.
+        gaussian: the denoiser of the DP moments; None if there are none.
+    """
+
+    def __init__(
+        self, release: str | os.PathLike[str], device: str = "cpu", compute: ComputeConfig | None = None
+    ) -> None:
+        self.compute = choose(device, compute)
+        self.device = device = self.compute.device
+        release = Path(release)
+        self.place: Place = of_release(release)
+        about, self.stages = read_description(release)
+        self.resolution, self.channels = about.resolution, about.channels
+        self.class_names: tuple[str, ...] = tuple(about.class_names)
+        self.defaults: dict[str, Any] = about.sampling.model_dump()
+        self.private = about.private
+        # None: an earlier version did not say.
+        self._label_dropout = about.label_dropout
+        self.gaussian = load_gaussian(release, about, device)
+        own = self.stages.private.network
+        self.networks: dict[str, NetworkDenoiser] = {
+            name: load_network(release, about, name, self.gaussian if name == own else None, device)
+            for name in self.stages.networks
+        }
+        for network in self.networks.values():
+            self.compute.prepare(network)
+            self.compute.compiled(network.network)
+
+    # ------------------------------------------------------------------------------------------- from where
+
+    @classmethod
+    def fit(
+        cls,
+        images: ArrayLike | PathLike | ImageDataset | Any,
+        labels: ArrayLike | None = None,
+        *,
+        epsilon: float,
+        delta: float | None = None,
+        class_names: Sequence[str] | None = None,
+        group_size: int | None = None,
+        budget: PathLike | None = None,
+        preset: str | None = None,
+        variant: str | None = None,
+        steps: int | None = None,
+        resolution: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        out: PathLike | None = None,
+        device: str = "auto",
+        progress: bool = True,
+        **unknown: Never,
+    ) -> Self:
+        """Train a generator on private images with (ε, δ)-differential privacy.
+
+        Everything is checked before anything is spent.  The training is a run like one of `dpsyngen train`: with a
+        ledger, a certificate, checkpoints, and a private half that stays with you.
+
+        There is no seed.  Whoever knows the seed of the noise can subtract it, so it comes from the operating system's
+        entropy; two fits of one call differ.  ``settings={"privacy": {"insecure_seed": 0}}`` is for tests, and stamps
+        the generator NOT PRIVATE.
+
+        What is printed is public, so that a notebook can be shared with its output: no loss on private images is in it.
+        (The arguments in the notebook, and the run directory's ``private/``, are another matter.)
+
+        Args:
+            images: arrays (or PyTorch tensors, or a list of Pillow images), uint8 or float in [0, 1], ``[N, H, W]``,
+                ``[N, H, W, C]`` or ``[N, C, H, W]``; or a folder, a file, a named set or a data set, as for
+                :func:`dpsyngen.load_images`.
+            labels: for arrays: [N] whole numbers or texts; None: no classes.  Folders, files and data sets bring
+                their own.
+            epsilon: ε > 0, for one image added or removed; ``math.inf`` trains without privacy, for reference.
+            delta: δ; None: the largest power of ten below 1/N.
+            class_names: names for labels 0, 1, …, all of which are then public; None: the labels that occur are.
+            group_size: images of one person at most; ε is then for all of them together.  None: 1.
+            budget: file of the budget that all runs on these images share; see docs/privacy.md.
+            preset: see :func:`dpsyngen.config.preset_names`; None: "gpu" where there is one, else "cpu-small".
+            variant: who trains which noise levels; None: what the preset says.
+            steps: of DP-SGD; None: what the preset says.
+            resolution: pixels; None: what the images have.
+            settings: nested overrides of the preset, such as ``{"private": {"copies": 8}}``, or what
+                :meth:`get_params` of an earlier generator gave with ``deep=False``.  Options above go before them.
+            out: the run directory to make; None: a new one, ``runs/fit-DATE-TIME``.
+            device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
+            progress: tell what is going on: in a notebook below the cell, elsewhere on standard error.
+
+        Raises:
+            ConfigError, DataError, RunError: before anything is spent.
+            KeyboardInterrupt: it was interrupted.  Nothing is lost: :meth:`resume` goes on.
+        """
+        from dpsyngen.config import load_config
+        from dpsyngen.fit import prepare, train_together
+        from dpsyngen.fitting import Reading, as_source, new_folder, refuse_unknown, require_images, with_options
+        from dpsyngen.notebook import console_for
+
+        refuse_unknown("fit", unknown, _FIT, in_settings=True)
+        require_images(images)
+        given = with_options(
+            settings,
+            privacy__epsilon=epsilon,
+            privacy__delta=delta,
+            privacy__group_size=group_size,
+            privacy__budget=None if budget is None else os.fspath(budget),
+            stages__variant=variant,
+            private__steps=steps,
+            data__resolution=resolution,
+            data__source=os.fspath(images) if isinstance(images, str | os.PathLike) else None,
+        )
+        config, device = load_config(given, preset=preset), kind_of(device)
+        source = as_source(images, labels, class_names, config)
+        folder = new_folder() if out is None else Path(out).expanduser()
+        console = console_for(progress)
+        reading = Reading(console, config)
+        run = train_together(
+            lambda own, ranks: prepare(config, folder, source, own, ranks, reading),
+            folder,
+            source,
+            device,
+            console=console,
+        )
+        return cls(run.release, device)
+
+    @classmethod
+    def resume(
+        cls,
+        out: PathLike,
+        images: ArrayLike | PathLike | ImageDataset | Any = None,
+        labels: ArrayLike | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        device: str = "auto",
+        progress: bool = True,
+    ) -> Self:
+        """Go on with a :meth:`fit` (or a `dpsyngen train`) that was interrupted, as if it had not been.
+
+        Args:
+            out: its run directory.
+            images, labels, class_names: the same as at the start.  Images that came from a folder or file may be left
+                out; arrays must be given again, and others than those are refused.
+            device, progress: as for :meth:`fit`.
+
+        Raises:
+            ConfigError, DataError, RunError: the images are missing or others, or there is nothing to resume.
+            KeyboardInterrupt: it was interrupted again.
+        """
+        from dpsyngen.fit import prepare_resume, train_together
+        from dpsyngen.fitting import Reading, as_source
+        from dpsyngen.notebook import console_for
+        from dpsyngen.training.run import Run
+
+        folder, device = Path(out).expanduser(), kind_of(device)
+        run = Run(folder)
+        if run.complete:
+            raise RunError(
+                f"{folder} is finished: there is nothing to resume.  Generator.load({str(folder)!r}) takes it."
+            )
+        source = None if images is None else as_source(images, labels, class_names, run.config)
+        console = console_for(progress)
+        reading = Reading(console, run.config)
+        run = train_together(
+            lambda own, ranks: prepare_resume(folder, source, own, ranks=ranks, on_reading=reading),
+            folder,
+            source,
+            device,
+            console=console,
+        )
+        return cls(run.release, device)
+
+    @classmethod
+    def load(cls, path: PathLike, device: str = "auto") -> Self:
+        """A generator from the disk.
+
+        Args:
+            path: a run directory, its release folder or a copy of that, or a bundle (``.zip``), from anybody: nothing
+                in it is run.  Whether its claim is true is another question, see :func:`dpsyngen.verify`.
+            device: where to compute, as for :meth:`fit`.
+
+        Raises:
+            RunError: there is no generator, its training is not finished, or it is damaged.
+            ReleaseError: a bundle that is damaged or was changed.
+        """
+        place = find(path)
+        generator = cls(place.release, device)
+        generator.place = place
+        return generator
+
+    def save(self, path: PathLike, *, not_private: bool = False) -> Path:
+        """Save what may be published, and nothing else; returns where.
+
+        Args:
+            path: a ``.zip`` for a release bundle, which :func:`dpsyngen.verify` checks anywhere; it is made from the
+                run directory, whose ledger the certificate is compared with.  Anything else is a folder to make.
+                Nothing is overwritten.
+            not_private: save a generator that carries no guarantee all the same, stamped as such.
+
+        Raises:
+            ConfigError, RunError: there is something at `path`, or a bundle cannot be made from what is at hand.
+            ReleaseError: there is no guarantee and `not_private` is false, or something is wrong with the release.
+        """
+        return save(self.place, path, not_private)
+
+    # -------------------------------------------------------------------------------------------- about it
+
+    @property
+    def privacy(self) -> Guarantee:
+        """The privacy guarantee, from the certificate of the release.
+
+        Raises:
+            ReleaseError: the certificate is missing or damaged, or contradicts the generator.
+        """
+        guarantee = Guarantee.read(self.place.release)
+        if guarantee.private != self.private:
+            raise ReleaseError(
+                f"privacy.json and generator.json in {printable(self.place.release)} contradict each other: one says "
+                "private, the other NOT PRIVATE.  Do not rely on it."
+            )
+        return guarantee
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all networks together; those of DP moments are not counted."""
+        return sum(p.numel() for network in self.networks.values() for p in network.parameters())
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The settings of the training, all of them public, as scikit-learn's estimators give theirs.
+
+        Args:
+            deep: flat, ``{"private__steps": 300, …}``; false: nested, as ``fit(…, settings=…)`` takes them.
+
+        Raises:
+            ConfigError, RunError: ``config.yaml`` is missing from the release, or damaged.
+        """
+        from dpsyngen.files import read_yaml_file
+
+        path = self.place.release / "config.yaml"
+        nested = read_yaml_file(path, "the configuration")
+        if not isinstance(nested, dict):
+            raise RunError(f"{printable(path)} holds no settings.")
+        if not deep:
+            return nested
+        flat: dict[str, Any] = {}
+        for section, values in nested.items():
+            inside = (
+                {f"{section}__{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
+            )
+            flat |= inside
+        return flat
+
+    def _about(self) -> dict[str, str]:
+        trainers = {"public": "programs", "private": "DP-SGD", "moments": "DP moments"}
+        try:
+            privacy = self.privacy.line
+        except DpsyngenError as error:
+            privacy = f"UNKNOWN, so NOT PRIVATE: {error}"
+        return {
+            "images": f"{self.channels}x{self.resolution}x{self.resolution}",
+            "classes": f"{len(self.class_names)}: {listed(self.class_names, 10)}" if self.class_names else "none",
+            "stages": ", ".join(f"{s.name} ({trainers[s.trainer]})" for s in reversed(self.stages.stages)),
+            "parameters": f"{self.parameters:,}",
+            "privacy": privacy,
+            "where": printable(self.place.path),
+        }
+
+    def __repr__(self) -> str:
+        return "\n".join(["Generator", *(f"  {name:<10}  {text}" for name, text in self._about().items())])
+
+    def _repr_html_(self) -> str:
+        from dpsyngen.notebook import html_table
+
+        return html_table(self._about().items())
+
+    # --------------------------------------------------------------------------------------------- networks
+
+    def denoiser(self, guidance: float = 1.0) -> StagedDenoiser:
+        """The staged denoiser, with classifier-free guidance of the private stage if asked for."""
+        denoisers: dict[str, Denoiser] = dict(self.networks)
+        if self.gaussian is not None:
+            denoisers[GAUSSIAN] = self.gaussian
+        private = denoisers[self.stages.private.network]
+        return StagedDenoiser(
+            self.stages,
+            denoisers,
+            private=GuidedDenoiser(private, guidance) if self.class_names and guidance != 1 else None,
+        )
+
+    def _start(self, s: SamplingSettings) -> tuple[int, float, Start | None]:
+        """Steps, the noise level where they start, and what draws there; see :func:`sampling_start`."""
+        sigma, start = sampling_start(self.stages, self.gaussian, s.sigma_min, s.sigma_max)
+        # Where all is Gaussian images are drawn at σ_min, and a single step takes that noise off.
+        return 1 if self.stages.gaussian else s.steps, sigma, start
+
+    # ---------------------------------------------------------------------------------------------- drawing
+
+    def labels(self, count: int, classes: Sequence[int | str] | None = None) -> NDArray[np.int64] | None:
+        """Labels for `count` images: all classes (or those given, by name or number) in turn; None if unconditional."""
+        return in_turn(count, self.class_names, classes)
+
+    def settings(
+        self,
+        *,
+        seed: int | None = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        churn: float | None = None,
+    ) -> SamplingSettings:
+        """How to draw: the run's own settings where None is given; see :class:`SamplingSettings`.
+
+        A `seed` of None is a random one.
+
+        Raises:
+            ConfigError: a value that is not allowed, or guidance by a network that cannot give it.
+        """
+        d = self.defaults
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "little")
+        if guidance not in (None, 1) and self.class_names and self.networks and self._label_dropout == 0:
+            raise ConfigError(
+                f"guidance is {shown(guidance)}, but this generator's network always saw the class of an image "
+                "(network.label_dropout = 0), so there is nothing to compare with: use guidance 1."
+            )
+        name = sampler or d["sampler"]
+        if churn is None:
+            # A churn set for the run belongs to its sampler; asking for another sampler drops it.
+            churn = d["churn"] if name == d["sampler"] else 0.0
+        return SamplingSettings(
+            sampler=name,
+            steps=d["steps"] if steps is None else steps,
+            sigma_min=d["sigma_min"],
+            sigma_max=d["sigma_max"],
+            rho=d["rho"],
+            guidance=d["guidance"] if guidance is None else guidance,
+            churn=churn,
+            seed=seed,
+        )
+
+    def stream(
+        self,
+        count: int,
+        settings: SamplingSettings | None = None,
+        *,
+        labels: NDArray[np.int64] | None = None,
+        batch_size: int = 256,
+        take: slice = slice(None),
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Draw `count` images batch by batch, so that any number fits in memory.
+
+        Args:
+            count: how many.
+            settings: from :meth:`settings`; None: the run's.
+            labels: [count] a class for each image; None: no class is asked for.
+            batch_size: images at a time.
+            take: which of the batches, by number; default: all.
+
+        Yields:
+            uint8 [n, C, H, W].
+
+        Raises:
+            ConfigError: a value that is not allowed.
+        """
+        for batch in self._batches(count, settings or self.settings(), labels, batch_size, take=take):
+            yield batch.numpy()
+
+    def _batches(
+        self,
+        count: int,
+        s: SamplingSettings,
+        labels: NDArray[np.int64] | None,
+        batch_size: int,
+        observe: Observer | None = None,
+        take: slice = slice(None),
+    ) -> Iterator[torch.Tensor]:
+        if count < 1:
+            raise ConfigError(f"the number of images is {count}, but must be at least 1.")
+        if labels is not None:
+            if len(labels) != count:
+                raise ConfigError(f"{len(labels)} labels were given for {count} images.")
+            if labels.min() < 0 or labels.max() >= len(self.class_names):
+                raise ConfigError(f"labels must lie in 0 to {len(self.class_names) - 1}.")
+        options: dict[str, Any] = {"churn": s.churn} if s.churn else {}
+        steps, sigma_max, start = self._start(s)
+        batches = sample_batches(
+            self.denoiser(s.guidance),
+            None if labels is None else torch.from_numpy(labels),
+            count,
+            (self.channels, self.resolution, self.resolution),
+            sampler=s.sampler,
+            steps=steps,
+            sigma_min=s.sigma_min,
+            sigma_max=sigma_max,
+            rho=s.rho,
+            seed=s.seed,
+            batch_size=batch_size,
+            device=self.device,
+            observe=observe,
+            start_from=start,
+            take=take,
+            **options,
+        )
+        return self._in_precision(batches)
+
+    def _in_precision(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Draw each batch in the precision that was chosen for the device, and nothing between them."""
+        while True:
+            with self.compute.autocast():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def sample(
+        self,
+        count: int | None = None,
+        labels: ArrayLike | None = None,
+        *,
+        classes: Sequence[int | str] | None = None,
+        seed: int | None = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        churn: float | None = None,
+        batch_size: int = 256,
+        progress: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+        **unknown: Never,
+    ) -> Samples:
+        """Draw images into memory; free of privacy cost, however many.
+
+        Args:
+            count: how many; None: one for each of `labels`.
+            labels: a class for each image, by name or by number, or one class for all; None: `classes` in turn,
+                balanced.  Numbers count :attr:`class_names` from 0, as ``Samples.labels`` do.
+            classes: which classes, by name or number; None: all.
+            seed: public; image i depends on it, i and its label alone, so the same call draws the same images, and a
+                larger `count` more of them.  None: a random one, which the result's ``settings`` tell.
+            sampler, steps, guidance, churn: see :meth:`settings`; None: as the generator was made.
+            batch_size: images at a time.
+            progress: tell how far it is.
+            on_progress: called with (images done, images in all).
+
+        Raises:
+            ConfigError: a value that is not allowed.
+        """
+        from dpsyngen.fitting import refuse_unknown
+        from dpsyngen.notebook import console_for
+
+        refuse_unknown("sample", unknown, (*_SAMPLE, *_SAMPLER))
+        chosen = self.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
+        count, drawn = asked_for(count, labels, classes, self.class_names)
+        out = []
+        done = 0
+        with console_for(progress).progress("sampling", count, "images") as bar:
+            for batch in self.stream(count, chosen, labels=drawn, batch_size=batch_size):
+                out.append(batch)
+                done += len(batch)
+                bar.update(done)
+                if on_progress:
+                    on_progress(done, count)
+        return Samples(np.concatenate(out), drawn, self.class_names, asdict(chosen), self.private)
+
+    def trajectory(
+        self,
+        count: int,
+        columns: int = 9,
+        *,
+        labels: NDArray[np.int64] | None = None,
+        **settings: Any,
+    ) -> Trajectory:
+        """Draw `count` images and keep what the sampler saw on its way; free of privacy cost, as samples are.
+
+        Args:
+            count: how many; they are drawn in one batch.
+            columns: how many steps to keep, evenly in log σ; fewer where the sampler has fewer.
+            labels: as for :meth:`sample`.
+            settings: as for :meth:`sample`.
+
+        Raises:
+            ConfigError: a value that is not allowed.
+        """
+        from dpsyngen.fitting import refuse_unknown
+
+        refuse_unknown("trajectory", {k: v for k, v in settings.items() if k not in _SAMPLER}, _SAMPLER)
+        s = self.settings(**settings)
+        count_steps, sigma_max, _ = self._start(s)
+        kept = evenly_in_log(karras_steps(count_steps, s.sigma_min, sigma_max, s.rho), columns)
+        if labels is None:
+            labels = self.labels(max(count, 0))
+        steps: list[tuple[float, NDArray[np.uint8], NDArray[np.uint8]]] = []
+
+        def observe(step: Step) -> None:
+            if step.index in kept:
+                dimmed = step.x * (UNIFORM_PRIOR_SIGMA / math.hypot(step.sigma, UNIFORM_PRIOR_SIGMA))
+                steps.append((step.sigma, to_uint8(dimmed).cpu().numpy(), to_uint8(step.denoised).cpu().numpy()))
+
+        (images,) = self._batches(count, s, labels, max(count, 1), observe)
+        sigmas, noisy, denoised = zip(*steps, strict=True)
+        return Trajectory(
+            sigmas=sigmas,
+            stages=tuple(self.stages.owner(math.log(sigma)) for sigma in sigmas),
+            noisy=np.stack(noisy),
+            denoised=np.stack(denoised),
+            samples=Samples(images.numpy(), labels, self.class_names, asdict(s), self.private),
+        )

@@ -1,0 +1,142 @@
+"""Sampling by several processes: each draws every n-th batch, and the main one gets them in order.
+
+A batch holds the same images as in one process, so they come out the same to the last bit.  What is in memory at a time
+is a batch in each process and one of each in the main one, however many images there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.diffusion.sampling import SamplingSettings
+from dpsyngen.distributed import END, Ranks, device_of
+from dpsyngen.errors import DpsyngenError
+from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.images import Samples
+
+Handlers = Mapping[str, Callable[..., None]]
+"""What a follower does at each command, called with the command's values."""
+
+_OPEN, _IMAGES, _ROUND = "open a generator", "images", "a round of images"
+
+
+def open_everywhere(ranks: Ranks, release: Path, device: str) -> Generator:
+    """The generator in `release`, opened by all processes; to be called by the main one.
+
+    Args:
+        ranks: the processes.
+        release: a release folder that all of them see.
+        device: as the user gave it; each process takes its own GPU, see :func:`dpsyngen.distributed.device_of`.
+
+    Raises:
+        RunError: not a finished release, or damaged, in any process.
+        ConfigError: a process cannot use the device.
+    """
+    with ranks.lead(_OPEN, release=release.absolute(), device=device):
+        return ranks.agree(lambda: _open(ranks, release, device))
+
+
+def _open(ranks: Ranks, release: Path, device: str) -> Generator:
+    from dpsyngen.fit import check_device
+
+    own = device_of(device, ranks)
+    check_device(own)
+    return Generator(release, own)
+
+
+def stream(
+    ranks: Ranks,
+    generator: Generator,
+    count: int,
+    settings: SamplingSettings,
+    *,
+    labels: NDArray[np.int64] | None,
+    batch_size: int = 256,
+) -> Iterator[NDArray[np.uint8]]:
+    """As :meth:`Generator.stream`, drawn by all processes; to be called by the main one.
+
+    Args:
+        ranks: the processes.
+        generator: what :func:`open_everywhere` gave last.
+        count, settings, labels, batch_size: as for :meth:`Generator.stream`.
+
+    Yields:
+        uint8 [n, C, H, W], in order.
+    """
+    what: dict[str, Any] = {"count": count, "settings": settings, "labels": labels, "batch_size": batch_size}
+    if not ranks.alone:
+        with ranks.lead(_IMAGES, **what):
+            pass
+    for batch in _own(ranks, generator, **what):
+        with ranks.lead(_ROUND):
+            parts = ranks.gather_to_main(batch)
+        yield from (part for part in parts or () if part is not None)
+
+
+def sample(ranks: Ranks, generator: Generator, count: int, **settings: Any) -> Samples:
+    """As :meth:`Generator.sample`, with classes in turn, drawn by all processes; to be called by the main one."""
+    if ranks.alone or count < 1:
+        return generator.sample(count, **settings)
+    chosen = generator.settings(**settings)
+    labels = generator.labels(max(count, 0))
+    images = np.concatenate(list(stream(ranks, generator, count, chosen, labels=labels)))
+    return Samples(images, labels, generator.class_names, asdict(chosen), private=generator.private)
+
+
+def _own(
+    ranks: Ranks,
+    generator: Generator,
+    count: int,
+    settings: SamplingSettings,
+    labels: NDArray[np.int64] | None,
+    batch_size: int,
+) -> Iterator[NDArray[np.uint8] | None]:
+    """This process's batch of each round; None in a last round that has none for it."""
+    mine = generator.stream(
+        count, settings, labels=labels, batch_size=batch_size, take=slice(ranks.rank, None, ranks.count)
+    )
+    for _ in range(_rounds(ranks, count, batch_size)):
+        yield next(mine, None)
+
+
+def _rounds(ranks: Ranks, count: int, batch_size: int) -> int:
+    return -(-count // (batch_size * ranks.count))
+
+
+def handlers(ranks: Ranks) -> Handlers:
+    """What a follower has to know to help with sampling."""
+    opened: list[Generator] = []
+
+    def open_(release: Path, device: str) -> None:
+        opened[:] = [ranks.agree(lambda: _open(ranks, release, device))]
+
+    def images(**what: Any) -> None:
+        own = _own(ranks, opened[0], **what)
+        for _ in range(_rounds(ranks, what["count"], what["batch_size"])):
+            try:
+                batch = next(own)
+            except DpsyngenError:
+                ranks.next_command()  # what went wrong in the main process, too, is said by it
+                raise
+            # The main process may still be writing the images of the round before; if it fails, it says so here.
+            ranks.next_command()
+            ranks.gather_to_main(batch)
+
+    return {_OPEN: open_, _IMAGES: images}
+
+
+def follow(ranks: Ranks, known: Handlers) -> None:
+    """In a follower: do what the main process asks until it says that all is done.
+
+    Raises:
+        Dismissed: the main process failed, and said why.
+        RankLost: a process is gone.
+    """
+    while (command := ranks.next_command()).name != END:
+        known[command.name](**command.values)

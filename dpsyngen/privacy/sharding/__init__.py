@@ -1,0 +1,1 @@
+"""Per-example gradients of models whose parameters lie on several devices."""

@@ -1,1 +1,0 @@
-"""One file a family of images; each registers itself (see `dpsyngen.programs.registry`)."""

@@ -1,0 +1,1 @@
+"""What is published of a run: weights, certificate, card, bundle, and checking a bundle."""

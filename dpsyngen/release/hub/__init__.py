@@ -1,0 +1,1 @@
+"""A release as a pipeline of diffusers, with code that needs no dpsyngen."""

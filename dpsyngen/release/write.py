@@ -1,0 +1,208 @@
+"""What is published: weights, generator description, configuration without paths, certificate, model card, code."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import yaml
+from safetensors import safe_open
+
+from dpsyngen.config import Config
+from dpsyngen.diffusion.stages import GAUSSIAN
+from dpsyngen.files import write_text
+from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.privacy.budget import Budget
+from dpsyngen.privacy.certificate import (
+    Assumptions,
+    BudgetPart,
+    Certificate,
+    LedgerPart,
+    MechanismPart,
+    StagePart,
+    plain_words,
+)
+from dpsyngen.privacy.ledger import Ledger, LedgerEntry
+from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.programs import TIERS, Program
+from dpsyngen.release.card import digest_of
+from dpsyngen.release.companions import companions
+from dpsyngen.training.run import Run
+from dpsyngen.version import FORMAT, __version__
+
+if TYPE_CHECKING:
+    from dpsyngen.training.plan import Plan
+
+
+def certify(
+    config: Config, plan: Plan, ledger: Ledger, randomness: Randomness, program: Program, budget: Budget | None
+) -> Certificate:
+    """The claim and everything needed to check it.  ε is computed from the ledger, not from a setting."""
+    epsilon, by_rdp = ledger.epsilon(), ledger.epsilon(accountant="rdp")
+    reasons = []
+    if math.isinf(epsilon):
+        reasons.append("trained without privacy (ε = ∞), as a reference")
+    if not (randomness.secure and ledger.secure):
+        reasons.append("the noise came from a reproducible seed, so anyone who knows the seed can subtract it")
+    g = ledger.group_size
+    not_covered = [
+        "several images of one person: the guarantee is for one image at a time"
+        if g == 1
+        else f"people with more than {g} images",
+        "settings that were tuned by looking at private metrics of earlier runs on the same images",
+        "side channels such as the time that training took",
+    ]
+    return Certificate(
+        dpsyngen=__version__,
+        preset=config.preset,
+        variant=config.stages.variant,
+        private=not reasons,
+        not_private_because=reasons,
+        epsilon="inf" if math.isinf(epsilon) else epsilon,
+        epsilon_by_rdp="inf" if math.isinf(by_rdp) else by_rdp,
+        delta=ledger.delta,
+        group_size=g,
+        accountant="privacy loss distribution (upper bound), dp-accounting",
+        unit="one image" if g == 1 else f"up to {g} images together",
+        adjacency=(
+            f"add or remove {'one record' if g == 1 else f'up to {g} records'}; sampling rate and normaliser are "
+            "public constants fixed by the declared number of records (replacing an image by nothing, zero-out "
+            "adjacency, costs the same)"
+        ),
+        randomness=(
+            "the operating system's entropy, through AES-256 under a key that is kept secret"
+            if ledger.secure
+            else "a reproducible seed, which is no secret"
+        ),
+        public_assumptions=Assumptions(
+            records=plan.shape.records,
+            class_names=list(plan.shape.class_names),
+            resolution=plan.shape.resolution,
+            channels=cast(Literal[1, 3], plan.shape.channels),
+        ),
+        mechanisms=[_mechanism(e) for e in _merged(ledger)],
+        programmatic_images={
+            **program.config(),
+            "prior_tier": program.prior_tier,
+            "prior_tier_meaning": TIERS[program.prior_tier],
+        },
+        stages=[
+            StagePart(
+                name=s.name,
+                log_sigma_low=None if math.isinf(s.low) else s.low,
+                log_sigma_high=None if math.isinf(s.high) else s.high,
+                trained_by=s.trainer,
+                network=s.network,
+            )
+            for s in plan.stages.stages
+        ],
+        pretrained_on_programmatic_images=plan.stages.pretrain,
+        programs_used=bool(plan.stages.public) or plan.stages.pretrain,
+        budget=None
+        if budget is None
+        else BudgetPart(
+            epsilon=budget.epsilon_limit,
+            delta=budget.delta,
+            group_size=budget.group_size,
+            reserved_epsilon=budget.epsilon(),
+            runs=len(budget.charges),
+        ),
+        ledger=LedgerPart(lines=ledger.head.lines, digest=ledger.head.digest),
+        not_covered=not_covered,
+    )
+
+
+def _mechanism(entry: LedgerEntry) -> MechanismPart:
+    noise = "discrete Gaussian" if entry.details.get("noise") == "discrete" else "Gaussian"
+    m, d = entry.mechanism, entry.details
+    sensitivity, batch = d.get("l2_sensitivity"), d.get("expected_batch")
+    return MechanismPart(
+        mechanism=f"Poisson-subsampled {noise}" if m is not None and m.sampling_rate < 1 else noise,
+        reason=entry.reason,
+        kind="dp" if m else "non-private",
+        sampling_rate=None if m is None else float(m.sampling_rate),
+        noise_multiplier=None if m is None else float(m.noise_multiplier),
+        count=None if m is None else m.count,
+        l2_sensitivity=float(sensitivity) if isinstance(sensitivity, int | float) else sensitivity,
+        clipping=d.get("clipping"),
+        expected_batch=None if batch is None else float(batch),
+        steps=d.get("steps"),
+    )
+
+
+def _merged(ledger: Ledger) -> list[LedgerEntry]:
+    """Entries whose results are released, with equal mechanisms counted together (blocks of DP-SGD steps)."""
+    out: list[LedgerEntry] = []
+    for e in ledger.entries:
+        if e.kind in ("private", "public"):
+            continue
+        last = out[-1] if out else None
+        if last and last.mechanism and e.mechanism and last.reason == e.reason:
+            a, b = last.mechanism, e.mechanism
+            if (a.sampling_rate, a.noise_multiplier) == (b.sampling_rate, b.noise_multiplier):
+                total = Mechanism(a.sampling_rate, a.noise_multiplier, a.count + b.count)
+                out[-1] = replace(last, mechanism=total, details=last.details | {"steps": total.count})
+                continue
+        if last and e.kind == last.kind == "non-private" and last.reason == e.reason:
+            steps = last.details.get("steps", 0) + e.details.get("steps", 0)
+            out[-1] = replace(last, details=last.details | {"steps": steps})
+            continue
+        out.append(e)
+    return out
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The configuration without what is private about the holder: where the images and the budget lie.
+
+    Nor has it the section on logging, which does not decide what is released.
+    """
+    values = config.model_dump(mode="json", exclude={"logging"})
+    for name in ("source", "cache", "workers"):
+        values["data"].pop(name)
+    values["privacy"].pop("budget")
+    return values
+
+
+def _rank(run: Run) -> int:
+    """Columns of the basis that the released moments have."""
+    with safe_open(run.weights(GAUSSIAN), "pt") as file:
+        return int(file.get_slice("basis").get_shape()[1])
+
+
+def write_release(
+    run: Run,
+    config: Config,
+    plan: Plan,
+    ledger: Ledger,
+    randomness: Randomness,
+    program: Program,
+    budget: Budget | None = None,
+) -> None:
+    """Write the release half, ``generator.json`` last: with it the run is complete."""
+    certificate = certify(config, plan, ledger, randomness, program, budget)
+    write_text(run.release / "privacy.json", certificate.to_json())
+    write_text(run.release / "PRIVACY.md", plain_words(certificate))
+    for name, text in companions(certificate, digest_of(certificate.to_json().encode())).items():
+        (run.release / name).parent.mkdir(exist_ok=True)
+        write_text(run.release / name, text)
+    write_text(
+        run.release / "config.yaml",
+        yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True),
+    )
+    generator = {
+        "format": FORMAT,
+        "dpsyngen": __version__,
+        "resolution": plan.shape.resolution,
+        "channels": plan.shape.channels,
+        "class_names": list(plan.shape.class_names),
+        "stages": [s.model_dump() for s in certificate.stages],
+        "network": {"size": config.network.size, "sigma_data": config.network.sigma_data},
+        "conditional": {n: n == plan.stages.private.network for n in plan.stages.networks},
+        "label_dropout": config.network.label_dropout,
+        **({"moments": {"rank": _rank(run)}} if plan.stages.moments else {}),
+        "sampling": config.sampling.model_dump(mode="json"),
+        "private": certificate.private,
+    }
+    write_text(run.release / "generator.json", json.dumps(generator, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,1 @@
+"""Finding the thresholds of the stages: where may programs replace private data?"""

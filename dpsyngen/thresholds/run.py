@@ -1,0 +1,324 @@
+"""Finding the stages of a data set's diffusion model from public images: the front door of ``dpsyngen stages``.
+
+::
+
+    settings.json   what decides the figures; the same call goes on where it was, another one is refused
+    networks/       the trained networks (or in another folder, shared by several calls)
+    private/, private_gap.json   only with private images: see dpsyngen.thresholds.private_estimate
+    gap.csv, proxy_loss.csv, gap.svg, gap.png, stages.yaml, gap.json   the results, gap.json last
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from dpsyngen.config import Config, load_config
+from dpsyngen.data import ImageDataset, load_images
+from dpsyngen.diffusion.stages import USE_MOMENTS
+from dpsyngen.diffusion.unet import check_resolution, named_size
+from dpsyngen.errors import ConfigError, DataError, RunError, printable, shown
+from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_text
+from dpsyngen.programs import make_program
+from dpsyngen.thresholds.denoisers import Family, PublicDenoisers
+from dpsyngen.thresholds.elbow import METHODS, Method
+from dpsyngen.thresholds.files import StagesResult, write_results
+from dpsyngen.thresholds.gap import log_sigma_grid
+from dpsyngen.thresholds.plot import write_plot
+from dpsyngen.thresholds.private_estimate import PrivateEstimate, PrivatePlan, plan_private
+from dpsyngen.thresholds.results import deciding, proxy_loss_rows, stand_in_elbows
+from dpsyngen.thresholds.search import Proxy, StageSearch, Tell, split_proxy
+from dpsyngen.training.lock import Lock
+from dpsyngen.training.plan import Shape
+from dpsyngen.workers import Workers
+
+DEFAULT_RESOLUTION = 32
+"""Pixels, where neither images nor settings say."""
+
+
+@dataclass(frozen=True)
+class StagesOptions:
+    """What to measure.
+
+    Attributes:
+        programs: names, or paths of YAML files with ``name`` and ``params``; the first is the one to train with.
+        proxy: images that are public, as :func:`dpsyngen.data.load_images` takes them; None: none.
+        seeds: networks of each family, 1 to 100.
+        images: of each source, to measure on.
+        spacing: of the grid in log σ.
+        tolerance: relative gap that programs may cost.
+        method: of the elbow that is written into ``stages.yaml``.
+        replicates: of the bootstrap.
+        sampling_rate: of a private estimate.
+        networks: folder of trained networks; None: the output folder's own.
+    """
+
+    programs: Sequence[str]
+    proxy: str | None = None
+    seeds: int = 2
+    images: int = 128
+    spacing: float = 0.5
+    tolerance: float = 0.05
+    method: str = "tolerance"
+    replicates: int = 500
+    sampling_rate: float = 1.0
+    networks: Path | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError unless every number is one that makes sense."""
+        limits: tuple[tuple[str, float, float, float], ...] = (
+            ("seeds", self.seeds, 1, 100),
+            ("images", self.images, 8, 100_000),
+            ("spacing", self.spacing, 0.05, 2.0),
+            ("tolerance", self.tolerance, 1e-4, 1.0),
+            ("replicates", self.replicates, 0, 100_000),
+        )
+        for name, value, low, high in limits:
+            if not low <= value <= high:
+                raise ConfigError(f"--{name} is {value:g}, but must be from {low:g} to {high:g}.")
+        if self.method not in METHODS:
+            raise ConfigError(f"--method is {shown(self.method)}, but must be {' or '.join(METHODS)}.")
+
+
+class Stages:
+    """One call, new or going on; :meth:`run` does it.
+
+    Args:
+        folder: of the results: absent, empty, or of the same call that was interrupted.
+        config: network and public training; with private images also ``data`` and ``privacy``.
+        options: what to measure.
+        data: the private images, for a DP estimate; None: none are looked at.
+        given: settings that ``stages.yaml`` keeps, besides what is found.
+        device: where to compute.
+
+    Raises:
+        ConfigError, DataError, RunError, BudgetExceeded: before anything is written or spent.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        options: StagesOptions,
+        *,
+        data: ImageDataset | None = None,
+        given: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        options.check()
+        self.folder, self.config, self.options = folder, config, options
+        require_usable(folder)
+        if config.stages.variant == "gaussian":
+            raise ConfigError(
+                "variant 'gaussian' has no stage that programs could own.  Choose another stages.variant."
+            )
+        self.moments = config.stages.variant in USE_MOMENTS
+        proxy_images = None if options.proxy is None else _load_proxy(options.proxy, config, data)
+        shape = _shape(config, data, proxy_images)
+        check_resolution(named_size(config.network.size), shape.resolution)
+        named = [_program_entry(entry, config) for entry in options.programs]
+        families = [
+            Family(label, make_program(e["name"], resolution=shape.resolution, channels=shape.channels, **e["rest"]))
+            for label, e in named
+        ]
+        proxy: Proxy | None = None
+        if proxy_images is not None:
+            proxy = split_proxy(proxy_images.array(), options.images, shape.resolution, shape.channels)
+        networks = PublicDenoisers(
+            options.networks or folder / "networks", config, shape, device, Workers(None if device == "cpu" else 1)
+        )
+        self.search = StageSearch(
+            families,
+            proxy,
+            networks,
+            seeds=options.seeds,
+            images=options.images,
+            log_sigma=log_sigma_grid(options.spacing),
+        )
+        self.plan: PrivatePlan | None = None
+        if data is not None:
+            self.plan = plan_private(config, data, options.sampling_rate)
+        self.estimate = None if self.plan is None else PrivateEstimate(folder, self.plan)
+        self._program = named[0][1]
+        self._given = dict(given or {"preset": config.preset})
+        self.settings = json.loads(json.dumps(self._settings()))
+        self._require_same()
+        if self.estimate is not None:
+            self.estimate.require_affordable()
+
+    def run(self, tell: Tell) -> tuple[StagesResult, list[Path]]:
+        """Train, measure, write; the result and its files.
+
+        A call that is interrupted at any moment goes on with the same arguments: networks that are trained are read,
+        one in training goes on from its last checkpoint, and the private images are never charged twice.
+        """
+        search, options = self.search, self.options
+        with self._own():
+            trained = search.train(tell)
+            measured = search.measure(trained, tell)
+            private = None
+            if self.estimate is not None:
+                teacher, student = search.teacher.label, search.student.label
+                title = "measuring on the private images"
+                curve = self.estimate.curve(
+                    trained[teacher, 0],
+                    trained[student, 0],
+                    search.log_sigma,
+                    measured.clipping_norm,
+                    f"stages {self.folder.name}",
+                    search.networks.workers,
+                    # Not a number of images: how many were sampled is private.
+                    lambda done, of: tell(title, 100 * done // of, 100, "%"),
+                )
+                private = curve, self.estimate.statement()
+            by = None if private is None else (search.student.label, private[0])
+            found = stand_in_elbows(measured, options.tolerance, options.replicates, by)
+            result = StagesResult(
+                self.settings,
+                [
+                    {"family": f.label, "seed": s, "file": search.networks.path(f, s).name}
+                    for f in search.all_families
+                    for s in range(search.seeds)
+                ],
+                measured,
+                found,
+                deciding(found, search.student.label, self.moments),
+                cast(Method, options.method),
+                proxy_loss_rows(measured, options.replicates),
+                private,
+                self.moments,
+            )
+            plots = write_plot(self.folder, result)
+            files = write_results(self.folder, result, self._to_keep())
+        return result, [*plots, *files]
+
+    def _to_keep(self) -> dict[str, Any]:
+        program = {"name": self._program["name"]} | {k: v for k, v in self._program["rest"].items() if k == "seed"}
+        params = {k: v for k, v in self._program["rest"].items() if k != "seed"}
+        keep = self._given | {"program": program | ({"params": params} if params else {})}
+        if self.plan is not None and self.plan.budget is not None:
+            keep["privacy"] = dict(keep.get("privacy", {})) | {"budget": str(self.plan.budget)}
+        return keep
+
+    def _settings(self) -> dict[str, Any]:
+        s, o, c = self.search, self.options, self.config
+        plan, proxy = self.plan, s.proxy
+        return {
+            "programs": {f.label: f.program.config() | {"prior_tier": f.program.prior_tier} for f in s.families},
+            "proxy": None if proxy is None else proxy.family.program.config() | {"set_aside": len(proxy.held_out)},
+            "student": s.student.label,
+            "teacher": s.teacher.label,
+            "resolution": s.networks.shape.resolution,
+            "channels": s.networks.shape.channels,
+            "network": c.network.model_dump(mode="json", include={"size", "sigma_data"}),
+            "public": c.public.model_dump(mode="json", exclude={"checkpoint_every"}),
+            "seeds": list(range(o.seeds)),
+            "images": o.images,
+            "log_sigma": list(s.log_sigma),
+            "tolerance": o.tolerance,
+            "method": o.method,
+            "moments": self.moments,
+            "replicates": o.replicates,
+            "private": None
+            if plan is None
+            else {
+                "epsilon": plan.epsilon,
+                "delta": plan.delta,
+                "group_size": plan.group_size,
+                "records": plan.records,
+                "sampling_rate": plan.sampling_rate,
+                "insecure_seed": plan.insecure_seed,
+            },
+        }
+
+    # ---------------------------------------------------------------------------------------- folder
+
+    @property
+    def _settings_path(self) -> Path:
+        return self.folder / "settings.json"
+
+    def _require_same(self) -> None:
+        if not self._settings_path.exists():
+            return
+        try:
+            before = json.loads(self._settings_path.read_text(encoding="utf-8"))
+            changed = sorted(k for k in before.keys() | self.settings.keys() if before.get(k) != self.settings.get(k))
+        except (OSError, ValueError, AttributeError) as error:
+            raise RunError(f"{self._settings_path} is damaged: {error}.  Choose another --out.") from None
+        if changed:
+            raise RunError(
+                f"{self.folder} was begun with other settings ({', '.join(changed)}).  Give the same ones to go on, or "
+                f"choose another --out; with --networks {self.folder / 'networks'} networks that fit are used again."
+            )
+
+    @contextmanager
+    def _own(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with Lock(self.folder / "lock", self.folder).held():
+            require_usable(self.folder)
+            remove_temporaries(self.folder)
+            self._require_same()
+            if not self._settings_path.exists():
+                write_text(self._settings_path, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
+            yield
+
+
+def require_usable(folder: Path) -> None:
+    """Raise RunError unless `folder` is absent, empty, or of a call that was interrupted."""
+    if (folder / "gap.json").exists():
+        raise RunError(f"--out {folder} has results already.  Choose another path, or move it away.")
+    if (folder / "settings.json").exists():
+        return
+    left = [p.name for p in folder.iterdir()] if folder.is_dir() and not folder.is_symlink() else []
+    if not left or any(name != "lock" and not is_temporary(name) for name in left):
+        require_absent_or_empty(folder, "--out")
+
+
+def _load_proxy(source: str, config: Config, data: ImageDataset | None) -> ImageDataset:
+    d = config.data
+    resolution = d.resolution if data is None else data.resolution
+    channels: Any = d.channels if data is None else "grey" if data.channels == 1 else "rgb"
+    loaded = load_images(source, resolution=resolution, channels=channels, labels=False, skip_bad=d.skip_bad)
+    if data is not None and loaded.fingerprint() == _without_labels(data).fingerprint():
+        raise DataError(
+            "--proxy and --data are the same images.  A proxy is public; if these are, leave --data out, and if they "
+            "are not, leave --proxy out."
+        )
+    return loaded
+
+
+def _without_labels(data: ImageDataset) -> ImageDataset:
+    return ImageDataset(data.images, None, (), data.source)
+
+
+def _shape(config: Config, data: ImageDataset | None, proxy: ImageDataset | None) -> Shape:
+    like = data or proxy
+    if like is not None:
+        return Shape(like.resolution, like.channels, (), len(like))
+    return Shape(config.data.resolution or DEFAULT_RESOLUTION, 3 if config.data.channels == "rgb" else 1, (), 1)
+
+
+def _program_entry(entry: str, config: Config) -> tuple[str, dict[str, Any]]:
+    """(label, {"name": …, "rest": seed and parameters}) of a program's name, or of a YAML file that describes one."""
+    if not entry.endswith((".yaml", ".yml")):
+        own = config.program.params if entry == config.program.name else {}
+        return entry, {"name": entry, "rest": {"seed": config.program.seed, **own}}
+    path = Path(entry)
+    values = read_yaml_file(path, "the program")
+    if isinstance(values, dict) and set(values) == {"program"}:
+        values = values["program"]
+    if not isinstance(values, dict) or "name" not in values:
+        raise ConfigError(
+            f"{printable(path)} must hold a program as a configuration does: name, and params if it has any."
+        )
+    # What a configuration would say of it.
+    program = load_config({"program": values}).program
+    label = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.stem)
+    return label, {"name": program.name, "rest": {"seed": program.seed, **program.params}}
+
+
+__all__ = ["Stages", "StagesOptions", "require_usable"]

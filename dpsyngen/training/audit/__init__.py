@@ -1,1 +1,0 @@
-"""Audits of finished runs: see ``run.audit_run``."""

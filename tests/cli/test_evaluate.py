@@ -1,0 +1,128 @@
+"""`dpsyngen evaluate` on whole runs: its options, what it writes, and what it refuses before anything is spent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpsyngen import fit as api
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.programs import make_program
+from dpsyngen.training.run import Run
+
+SETTINGS = {
+    "network": {"size": "nano"},
+    "public": {"steps": 3, "batch": 4, "copies": 1},
+    "private": {"steps": 6, "batch": 12, "copies": 1, "physical_batch": 12, "checkpoint_every": 2},
+    "sampling": {"steps": 3},
+}
+QUICK = ("--classifiers", "", "--features", "pixels-pca")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on data.npz, with test.npz and features of one's own beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, seed in (("data", 0), ("test", 1)):
+        images = np.random.default_rng(seed).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+        np.savez(folder / f"{name}.npz", images=images, labels=np.arange(60) % 3)
+    (folder / "own.py").write_text(
+        "from torch import nn\nflat = nn.Flatten()\n\ndef wrong(images):\n    return images\n"
+    )
+    api.train(folder / "data.npz", epsilon=8, out=folder / "run", settings=SETTINGS)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Run:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def kept(run: Run) -> dict:
+    return json.loads((run.private / "metrics.json").read_text())
+
+
+def test_figures_bounds_and_intervals(call, run, trained) -> None:
+    code, out, err = call("evaluate", run.path, "--test", trained / "test.npz", "-n", 50, *QUICK, "--bootstrap", 60)
+    assert code == 0, err
+    assert "PRIVATE figures" in out
+    line = next(line for line in out.splitlines() if line.startswith("Fréchet distance, pixels-pca"))
+    assert all(word in line for word in ("95 %", "floor", "ceiling", "lower is better", "50 generated against 60 real"))
+    figure = kept(run)["features"]["pixels-pca"]
+    assert (figure["floor_images"], figure["ceiling_images"]) == (50, 50)
+    assert figure["interval"]["replicates"] == 60
+    entry = Ledger(run.ledger_path).entries[-1]
+    assert entry.kind == "private"
+    assert "sliced-wasserstein" in str(entry.details)
+
+
+def test_the_ceiling_is_the_runs_own_program(run, monkeypatch) -> None:
+    seen = []
+    import dpsyngen.evaluation as evaluation
+
+    monkeypatch.setattr(
+        evaluation, "evaluate_images", lambda *a, **k: seen.append(k["programs"]) or {"features": {}, "cas": {}}
+    )
+    api.evaluate(run, images=20, classifiers=())
+    p = run.config.program
+    program = make_program(p.name, resolution=8, channels=1, seed=p.seed, **p.params)
+    np.testing.assert_array_equal(seen[0], program.batch(range(20)))
+
+
+def test_metrics_own_features_and_no_bootstrap(call, run, trained) -> None:
+    own = f"{trained}/own.py:flat"
+    code, out, err = call(
+        *("evaluate", run.path, "-n", 20, "--classifiers", "", "--features", own),
+        *("--metrics", "precision,kid", "--bootstrap", 0, "--max-images", 15),
+    )
+    assert code == 0, err
+    figure = kept(run)["features"][own]
+    assert set(figure["metrics"]) == {"kid", "precision"}
+    assert figure["metrics"]["kid"]["low"] is None
+    assert figure["generated_images"] == figure["real_images"] == 15
+    assert len(figure["config"]["sha256"]) == 64
+    assert "95 %" not in out
+    # Real images' features stay in the private half, for the owner alone.
+    files = list((run.private / "features").iterdir())
+    assert len(files) == 2
+    assert all(stat.S_IMODE(f.stat().st_mode) == 0o600 for f in files)
+    assert not [f for f in run.release.rglob("*") if f.suffix == ".npz"]
+    # What a killed evaluation left there is removed by the next.
+    (run.private / "features" / ".abc.npz.a1b2c3d4.dpsyngen-tmp").write_bytes(b"piece")
+    assert call("evaluate", run.path, "-n", 20, "--classifiers", "", "--features", own)[0] == 0
+    assert sorted((run.private / "features").glob("*.npz")) == sorted((run.private / "features").iterdir())
+    shutil.rmtree(run.private / "features")
+    assert call("evaluate", run.path, "-n", 20, "--classifiers", "", "--features", own, "--no-cache")[0] == 0
+    assert not (run.private / "features").exists()
+
+
+def test_no_metrics_and_no_classifiers(call, run) -> None:
+    code, out, err = call("evaluate", run.path, "-n", 20, "--classifiers", "", "--metrics", "")
+    assert code == 0, err
+    assert kept(run)["features"] == {}
+    assert "Fréchet" not in out
+
+
+def test_mistakes_cost_nothing(call, run, trained) -> None:
+    entries = run.ledger_path.read_bytes()
+    for options, message in (
+        (("--metrics", "fid"), "metrics are 'fid'"),
+        (("--features", "vibes"), "or your own, given as"),
+        (("--features", f"{trained}/own.py:gone"), "has nothing called 'gone'"),
+        (("--features", f"{trained}/own.py:wrong"), "must return [2, d]"),
+        (("--features", f"{trained}/missing.py:f"), "no such file"),
+        (("--features", "inception", "--inception-weights", trained / "own.py"), "does not hold the weights"),
+        (("--bootstrap", 5), "at least 40"),
+        (("--max-images", 1), "at least 2 images"),
+    ):
+        code, _, err = call("evaluate", run.path, "-n", 20, *options)
+        assert code == 2, err
+        assert message in err
+    assert run.ledger_path.read_bytes() == entries
+    assert not (run.private / "metrics.json").exists()

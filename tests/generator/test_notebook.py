@@ -1,0 +1,169 @@
+"""What a notebook shows while work goes on, without a notebook: display is looked at, not seen."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpsyngen import notebook
+from dpsyngen.console import Console
+from tests.conftest import TINY_SETTINGS
+
+
+class Handle:
+    """Stands for IPython's: one output that is replaced."""
+
+    def __init__(self) -> None:
+        self.contents: list[dict[str, str]] = []
+
+    def update(self, content: dict[str, str], raw: bool) -> None:
+        assert raw
+        self.contents.append(content)
+
+
+@pytest.fixture
+def handle(monkeypatch: pytest.MonkeyPatch) -> Handle:
+    shown = Handle()
+    calls: list[int] = []
+
+    def display(content: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        assert raw
+        assert display_id
+        calls.append(1)
+        assert len(calls) == 1, "a second output would flood the notebook"
+        shown.contents.append(content)
+        return shown
+
+    monkeypatch.setattr("IPython.display.display", display)
+    return shown
+
+
+def test_all_goes_into_one_output(handle) -> None:
+    console = notebook.NotebookConsole()
+    console.note("begin <b>")
+    with console.progress("training", 4, "steps") as bar:
+        for step in range(1, 5):
+            bar.update(step, "loss 0.5")
+    console.warn("no pictures")
+    last = handle.contents[-1]
+    assert last["text/plain"].splitlines() == [
+        "begin <b>",
+        "training: 4/4 steps in 0 s  loss 0.5",
+        "warning: no pictures",
+    ]
+    assert "begin &lt;b&gt;" in last["text/html"]
+    assert "<progress" not in last["text/html"]
+    assert any("<progress" in c["text/html"] for c in handle.contents)
+
+
+def test_many_steps_are_few_messages(handle) -> None:
+    console = notebook.NotebookConsole()
+    with console.progress("training", 100_000, "steps") as bar:
+        for step in range(1, 100_001):
+            bar.update(step)
+    # The first, the last, and one for each third of a second in between.
+    assert len(handle.contents) < 100
+
+
+def test_where_it_was_interrupted_stays(handle) -> None:
+    console = notebook.NotebookConsole()
+
+    def work() -> None:
+        with console.progress("training", 9, "steps") as bar:
+            bar.update(3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    console.note("interrupted")
+    assert [line.split(",")[0] for line in handle.contents[-1]["text/plain"].splitlines()] == [
+        "training: 3/9 steps",
+        "interrupted",
+    ]
+
+
+def test_without_a_notebook_it_is_the_console(monkeypatch) -> None:
+    class Shell:
+        kernel: Any = None
+
+    assert type(notebook.console_for(True)) is Console
+    assert notebook.console_for(False).quiet
+    monkeypatch.setattr("IPython.get_ipython", lambda: Shell())
+    assert not notebook.in_notebook()  # IPython in a terminal
+    monkeypatch.setattr(Shell, "kernel", object())
+    assert notebook.in_notebook()
+    assert isinstance(notebook.console_for(True), notebook.NotebookConsole)
+    assert type(notebook.console_for(False)) is Console
+
+
+def test_nobody_needs_ipython() -> None:
+    code = """
+import sys
+sys.modules["IPython"] = None  # as if it were not installed
+import numpy as np
+from dpsyngen.notebook import in_notebook
+from dpsyngen.generator.images import Samples
+assert not in_notebook()
+print(Samples(np.zeros((1, 1, 8, 8), np.uint8), None, (), {})._repr_html_()[:6])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "<table"
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FIT = f"""
+import numpy as np
+import dpsyngen
+rng = np.random.default_rng(0)
+images, labels = rng.integers(0, 256, (60, 8, 8), dtype=np.uint8), np.arange(60) % 3
+settings = {TINY_SETTINGS!r}
+settings["private"] |= {{"steps": 2000, "checkpoint_every": 1000}}
+generator = dpsyngen.Generator.fit(images, labels, epsilon=4, settings=settings, out="run")
+"""
+LOOK = """
+from dpsyngen.fit import prepare_resume
+training = prepare_resume("run", (images, labels))
+steps = iter(training.steps())
+first = next(steps)
+print("goes on with step", first.step, "of", first.steps, first.phase)
+steps.close()
+"""
+
+
+@pytest.mark.slow
+def test_the_stop_button_of_a_notebook_ends_a_fit_with_a_checkpoint(tmp_path, monkeypatch) -> None:
+    from jupyter_client.manager import start_new_kernel
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path), extra_arguments=["--quiet"])
+    outputs: list[str] = []
+    try:
+        asked = client.execute(FIT)
+        log, deadline = tmp_path / "run" / "private" / "training.jsonl", time.monotonic() + 120
+        while not (log.exists() and log.read_bytes().count(b"\n") > 3):  # some steps on private images
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        manager.interrupt_kernel()
+        while (message := client.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != asked:
+            pass  # the answer to what was asked while the kernel started
+        reply = message["content"]
+        assert reply.get("ename") == "KeyboardInterrupt", reply
+        advice = "go on with: Generator.resume('run', images, labels)"
+        assert reply["evalue"] == f"training was interrupted; nothing is lost: {advice}"
+
+        def keep(message: dict[str, Any]) -> None:
+            if message["msg_type"] == "stream":
+                outputs.append(message["content"]["text"])
+
+        taken = log.read_bytes().count(b"\n")
+        client.execute_interactive(LOOK, timeout=120, output_hook=keep)
+        assert f"goes on with step {taken + 1} of 2000 context" in "".join(outputs)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)

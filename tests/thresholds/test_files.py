@@ -1,0 +1,99 @@
+"""What `dpsyngen stages` says of its figures: prices of stages, and where the teacher is no measure."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpsyngen.config import load_config
+from dpsyngen.thresholds.elbow import Elbow
+from dpsyngen.thresholds.files import StagesResult, stage_lines, stage_price, stages_yaml, teacher_line
+from dpsyngen.thresholds.gap import log_sigma_grid
+from dpsyngen.thresholds.results import PROXY, Measured, StandInElbows
+
+U = np.array(log_sigma_grid(0.02))
+
+
+def elbow(side: Any, tau: float | None, found: float = 1.0) -> Elbow:
+    ends = (None, None) if tau is None else (tau - 0.1, tau + 0.1)
+    return Elbow(side, "tolerance", tau, *ends, found, 0.05, "" if tau is not None else "the gap is 9 %")
+
+
+def test_price_of_a_stage_is_the_integral_over_its_levels() -> None:
+    """G = d·σ² costs d nats for each unit of log σ; a threshold between two levels counts for its part."""
+    measured = Measured(U, pixels=10)
+    gap = np.exp(2 * U)
+    assert stage_price(measured, gap, elbow("coarse", 1.33)) == pytest.approx(10 * (U[-1] - 1.33), rel=1e-6)
+    assert stage_price(measured, gap, elbow("cleaning", -2.17)) == pytest.approx(10 * (-2.17 - U[0]), rel=1e-6)
+    # A constant gap: (e^(-2τ) - e^(-2u))/2.
+    exact = 10 * 0.3 * (math.exp(-2) - math.exp(-2 * U[-1])) / 2
+    assert stage_price(measured, 0.3 + 0 * U, elbow("coarse", 1.0)) == pytest.approx(exact, rel=1e-3)
+
+
+def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
+    measured = Measured(np.arange(4.0), 4)
+    result: Any = SimpleNamespace(measured=measured)
+    assert teacher_line(result) is None
+    measured.wiener_loss = np.array([[0.1, 0.2, 0.3, 0.4]] * 3)
+    measured.proxy_losses[PROXY] = np.array([[[0.09, 0.19, 0.29, 0.39]] * 3])
+    assert teacher_line(result) is None
+    measured.proxy_losses[PROXY] = np.array([[[0.2, 0.19, 0.5, 0.39]] * 3])
+    line = teacher_line(result)
+    assert line is not None
+    assert "at 2 of 4 noise levels" in line
+    assert "--steps" in line
+
+
+def result(
+    cleaning: float | None, coarse: float | None, *, by: Any = "proxy", moments: bool = False, share: float = 1.0
+) -> StagesResult:
+    nothing: Any = None
+    elbows: Any = {
+        ("cleaning", "tolerance"): elbow("cleaning", cleaning, share),
+        ("coarse", "tolerance"): elbow("coarse", coarse),
+    }
+    decided = StandInElbows(by, "dead-leaves", nothing, elbows)
+    return StagesResult({}, [], Measured(U, 4), [decided], decided, "tolerance", [], None, moments)
+
+
+def test_stages_in_words() -> None:
+    assert stage_lines(result(-2.5, None)) == [
+        "cleaning: programs own log σ < -2.50 [95 %: -2.60 to -2.40]",
+        "no coarse stage for programs: the gap is 9 %",
+    ]
+    rare = stage_lines(result(-2.5, 2.0, share=0.5))
+    assert "but only 50 % of the bootstrap's curves have such a stage" in rare[0]
+    assert rare[1].startswith("coarse: programs own log σ > 2.00")
+    with_moments = stage_lines(result(-2.5, 2.0, by="wiener", moments=True))
+    assert with_moments[1] == "coarse: owned by DP moments of the private images (variant residual-cleaning)"
+    assert "nothing here says where programs are better" in stage_lines(result(-2.5, 2.0, moments=True))[1]
+
+
+@pytest.mark.parametrize("preset", ["paper-28", "cpu-small"])
+@pytest.mark.parametrize("tau", [(-2.5, 1.0), (-2.5, None), (None, 1.0), (None, None), (2.5, None), (None, -4.0)])
+def test_thresholds_as_yaml_are_taken_by_the_configuration(tmp_path, tau, preset) -> None:
+    path = tmp_path / "stages.yaml"
+    given = {"preset": preset, "stages": {"variant": "coarse", "tau_coarse": 2.25}, "program": {"name": "contours"}}
+    path.write_text(stages_yaml(result(*tau), given), encoding="utf-8")
+    loaded = load_config({}, file=path)
+    variant = {(True, True): "both", (True, False): "cleaning", (False, True): "coarse", (False, False): "dpdm"}
+    assert loaded.stages.variant == variant[tau[0] is not None, tau[1] is not None]
+    assert loaded.program.name == "contours"
+    if tau[0] is not None:
+        assert loaded.stages.tau_cleaning == tau[0]
+    if tau[1] is not None:
+        assert loaded.stages.tau_coarse == tau[1]
+
+
+@pytest.mark.parametrize(("tau", "wanted"), [(-2.5, -2.5), (None, None), (4.0, 1.4)])
+def test_with_moments_their_threshold_stays(tmp_path, tau, wanted) -> None:
+    path = tmp_path / "stages.yaml"
+    given = {"preset": "cpu-small", "stages": {"tau_coarse": 1.5}}
+    path.write_text(stages_yaml(result(tau, 3.0, by="wiener", moments=True), given), encoding="utf-8")
+    loaded = load_config({}, file=path).stages
+    assert (loaded.variant, loaded.tau_coarse) == ("residual" if tau is None else "residual-cleaning", 1.5)
+    assert wanted is None or loaded.tau_cleaning == wanted

@@ -1,0 +1,216 @@
+"""Comparing public denoisers: which pairs on which images, and what the results say of known figures."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dpsyngen.config import load_config
+from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.programs import make_program
+from dpsyngen.thresholds.denoisers import Family, GivenImages, PublicDenoisers
+from dpsyngen.thresholds.gap import GapCurve, log_sigma_grid
+from dpsyngen.thresholds.private_gap import PrivateCurve
+from dpsyngen.thresholds.results import (
+    BINS,
+    Measured,
+    deciding,
+    proxy_loss_rows,
+    stand_in_elbows,
+    variant_of,
+)
+from dpsyngen.thresholds.search import StageSearch, split_proxy
+from dpsyngen.thresholds.toys import ExactMixture
+from dpsyngen.training.plan import Shape
+from dpsyngen.workers import Workers
+
+LEVELS = log_sigma_grid(1.5)
+
+
+def family(label: str, program: str = "dead-leaves", **params: object) -> Family:
+    return Family(label, make_program(program, resolution=8, channels=1, **params))
+
+
+def images(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, 1, 8, 8), dtype=np.uint8)
+
+
+def search(tmp_path, families, proxy=None, seeds: int = 2, count: int = 6) -> StageSearch:
+    config = load_config({"network": {"size": "nano"}, "public": {"steps": 2, "batch": 2, "copies": 1}})
+    networks = PublicDenoisers(tmp_path, config, Shape(8, 1, (), 1), "cpu", Workers(1))
+    return StageSearch(families, proxy, networks, seeds=seeds, images=count, log_sigma=LEVELS)
+
+
+class Constant:
+    """A denoiser that answers one grey level: gaps and losses are known."""
+
+    def __init__(self, level: float) -> None:
+        self.level = level
+
+    def __call__(self, x, sigma, labels=None):
+        return 0 * x + self.level
+
+
+def test_every_program_serves_every_other_and_the_proxy(tmp_path) -> None:
+    proxy = split_proxy(images(20), 6, 8, 1)
+    s = search(tmp_path, [family("a"), family("b", shape="disc"), family("c", "contours")], proxy, seeds=3)
+    levels = {"a": 0.0, "b": 0.2, "c": 0.5, "proxy": -0.1}
+    trained = {(label, seed): Constant(v + 0.01 * seed) for label, v in levels.items() for seed in range(3)}
+    told = []
+    m = s.measure(trained, lambda *a: told.append(a))
+    kinds = {(c.images, c.teacher, c.student) for c in m.programs}
+    assert kinds == {(t, t, s_) for t in "abc" for s_ in "abc" if t != s_}
+    assert {(c.images, c.student) for c in m.proxy} == {("proxy", "a"), ("proxy", "b"), ("proxy", "c")}
+    assert {(c.images, c.teacher, c.student) for c in m.wiener} == {("proxy", "wiener", s_) for s_ in "abc"}
+    assert {c.student: c.seeds for c in m.floors} == {"a": 3, "b": 3, "c": 3, "proxy": 3}
+    for curve in m.programs + m.proxy:
+        gap = (levels[curve.teacher] - levels[curve.student]) ** 2
+        np.testing.assert_allclose(curve.gap, gap, rtol=1e-4)
+        assert curve.gap.shape == (3, 6, len(LEVELS))
+    for curve in m.floors:
+        wanted = np.array([0.01, 0.01, 0.02])[:, None, None] ** 2
+        np.testing.assert_allclose(curve.gap, wanted + 0 * curve.gap, rtol=1e-3)
+    # Losses are of the images that are set aside, and only those.
+    x = proxy.held_out.reshape(6, -1) / 127.5 - 1
+    np.testing.assert_allclose(m.proxy_losses["b"][0, :, 0], np.square(x - 0.2).mean(1), rtol=1e-4)
+    assert m.zero_loss.shape == m.wiener_loss.shape == (6, len(LEVELS))
+    assert told[-1][1:] == (6, 6, "images")
+    assert (s.student.label, s.teacher.label) == ("a", "proxy")
+
+
+def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) -> None:
+    s = search(tmp_path, [family("a"), family("b", shape="disc")], seeds=1)
+    told = []
+    trained = s.train(lambda *a: told.append(a))
+    assert list(trained) == [("a", 0), ("b", 0)]
+    assert told[-1] == ("training on b, seed 0", 2, 2, "steps")
+    m = s.measure(trained, lambda *a: None)
+    assert len(m.programs) == 2
+    assert not m.floors
+    assert m.zero_loss is None
+    assert not proxy_loss_rows(m, 10)
+    assert s.teacher.label == "b"
+    assert m.clipping_norm > 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(["a"], "two programs or more"), ([], "two programs"), (["a", "a"], "name of its own"), (["a", "proxy"], "proxy")],
+)
+def test_families_that_cannot_be_compared(tmp_path, labels, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search(tmp_path, [family(label) for label in labels])
+
+
+def test_proxy_is_split_into_images_to_train_and_to_measure_on() -> None:
+    values = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 8, 8), dtype=np.uint8)
+    proxy = split_proxy(values, 5, 8, 1)
+    assert isinstance(proxy.family.program, GivenImages)
+    held, kept = set(proxy.held_out[:, 0, 0, 0].tolist()), set(proxy.family.program.images[:, 0, 0, 0].tolist())
+    assert (len(held), len(kept)) == (5, 15)
+    assert held | kept == set(range(20))
+    np.testing.assert_array_equal(split_proxy(values, 5, 8, 1).held_out, proxy.held_out)
+    with pytest.raises(DataError, match="20 images, but 11 are set aside"):
+        split_proxy(values, 11, 8, 1)
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def curve(teacher: str, student: str, relative: np.ndarray, seeds: int = 2) -> GapCurve:
+    loss = np.ones((seeds, 10, len(LEVELS)))
+    return GapCurve(teacher, teacher, student, np.array(LEVELS), relative * loss, loss, (1 + relative) * loss)
+
+
+def bump(low: float, high: float) -> np.ndarray:
+    """5 % at `low` and `high`, more between them."""
+    u = np.array(LEVELS)
+    return 0.05 * np.exp(np.minimum(u - low, high - u))
+
+
+def test_the_most_direct_stand_in_decides() -> None:
+    m = Measured(np.array(LEVELS), 64)
+    m.programs = [curve("b", "a", bump(-4, 3)), curve("a", "b", bump(-5, 3))]
+    found = stand_in_elbows(m, 0.05, 50)
+    assert [(f.by, f.student) for f in found] == [("programs", "a"), ("programs", "b")]
+    assert deciding(found, "a").elbows["cleaning", "tolerance"].log_sigma == pytest.approx(-4, abs=0.1)
+    m.proxy = [curve("proxy", "a", bump(-2, 1)), curve("proxy", "b", bump(-1, 1))]
+    found = stand_in_elbows(m, 0.05, 50)
+    assert deciding(found, "a").by == "proxy"
+    assert deciding(found, "a").elbows["cleaning", "loss"].log_sigma == pytest.approx(-2, abs=0.3)
+    u = np.array(LEVELS)
+    private = PrivateCurve(u, bump(-3, 2), 1 + 0 * u, 1 + bump(-3, 2), 1e-4 + 0 * u)
+    found = stand_in_elbows(m, 0.05, 50, ("a", private))
+    decided = deciding(found, "a")
+    assert decided.by == "private"
+    elbow = decided.elbows["coarse", "tolerance"]
+    assert elbow.log_sigma == pytest.approx(2, abs=0.1)
+    assert 0 < elbow.high - elbow.low < 0.05
+    assert deciding(found, "b").by == "proxy"
+    assert deciding(found, "a", moments=True) is decided  # there is no Wiener filter
+    m.wiener = [curve("wiener", "a", bump(-5, 5))]
+    found = stand_in_elbows(m, 0.05, 50, ("a", private))
+    assert deciding(found, "a", moments=True).by == "wiener"
+    assert deciding(found, "a").by == "private"
+
+
+def test_average_is_over_all_that_stand_in() -> None:
+    m = Measured(np.array(LEVELS), 64)
+    m.programs = [curve("b", "a", bump(-4, 3)), curve("c", "a", 3 * bump(-4, 3))]
+    (found,) = stand_in_elbows(m, 0.05, 200)
+    np.testing.assert_allclose(found.mean.relative, 2 * bump(-4, 3))
+    low, high = found.band()
+    assert (low < found.mean.relative).all()
+    assert (high > found.mean.relative).all()
+    assert found.band(excess=True)[0] == pytest.approx(low)
+    (alone,) = stand_in_elbows(m, 0.05, 0)
+    np.testing.assert_array_equal(alone.band()[0], alone.mean.relative)
+
+
+def test_variants() -> None:
+    assert [variant_of(c, 2, moments=True) for c in (-3, None)] == ["residual-cleaning", "residual"]
+    assert [variant_of(*t) for t in ((-3, 2), (-3, None), (None, 2), (None, None))] == [
+        "both",
+        "cleaning",
+        "coarse",
+        "dpdm",
+    ]
+
+
+def test_losses_by_piece_of_the_axis() -> None:
+    m = Measured(np.array(LEVELS), 64)
+    m.zero_loss = np.full((10, len(LEVELS)), 2.0)
+    m.wiener_loss = np.full((10, len(LEVELS)), 1.0)
+    m.proxy_losses = {"a": np.full((2, 10, len(LEVELS)), 1.5), "proxy": np.full((2, 10, len(LEVELS)), 0.5)}
+    m.proxy_losses["a"][1] += 0.2
+    rows = proxy_loss_rows(m, 100)
+    assert {r.family for r in rows} == {"a", "proxy", "wiener"}
+    assert {r.log_sigma for r in rows} == {b[0] for b in BINS}
+    for r in (r for r in rows if r.family == "a"):
+        assert r.over_zero == pytest.approx(0.8)
+        assert r.over_wiener == pytest.approx(1.6)
+        assert r.over_proxy == pytest.approx(3.2)
+        assert (r.over_zero_low, r.over_zero_high) == pytest.approx((0.75, 0.85))  # the two networks
+        assert r.seeds == 2
+    assert next(r.over_zero for r in rows if r.family == "wiener") == 0.5
+
+
+def test_optimal_denoisers_of_gaussians_come_out_as_their_closed_form(tmp_path) -> None:
+    """The whole way from images to the relative gap, with exact denoisers in the place of networks."""
+    from dpsyngen.thresholds.toys import gaussian_gap, gaussian_loss
+
+    rng = np.random.default_rng(0)
+    # Pixels are independent: 128 ± 30 in the proxy; the program's images do not matter here.
+    values = (128 + 30 * rng.standard_normal((900, 1, 8, 8))).clip(0, 255).astype(np.uint8)
+    proxy = split_proxy(values, 400, 8, 1)
+    s = search(tmp_path, [family("a")], proxy, seeds=1, count=400)
+    x = values / 127.5 - 1
+    own = ExactMixture.gaussian(np.full(64, x.mean()).tolist(), (np.eye(64) * x.var()).tolist())
+    other = ExactMixture.gaussian(np.full(64, 0.1).tolist(), (np.eye(64) * 0.02).tolist())
+    m = s.measure({("a", 0): other, ("proxy", 0): own}, lambda *a: None)
+    relative = m.proxy[0].relative()[0]
+    for k, u in enumerate(LEVELS):
+        exact = gaussian_gap(own, other, math.exp(u)) / gaussian_loss(own, math.exp(u))
+        assert relative[k] == pytest.approx(exact, rel=0.05)

@@ -1,0 +1,220 @@
+"""One estimate, charged once: the order of things, what a crash leaves, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import dpsyngen.thresholds.private_gap as private_gap
+from dpsyngen.config import load_config
+from dpsyngen.data import ImageDataset
+from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError, RunError
+from dpsyngen.privacy.accounting import epsilon
+from dpsyngen.privacy.budget import Budget
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.thresholds.private_estimate import PrivateEstimate, plan_private
+from dpsyngen.training.networks import make_denoiser
+from dpsyngen.training.plan import Shape
+
+LEVELS = (-3.0, 0.0, 3.0)
+
+
+def dataset(seed: int = 0, n: int = 30) -> ImageDataset:
+    values = np.random.default_rng(seed).integers(0, 256, (n, 1, 8, 8), dtype=np.uint8)
+    return ImageDataset(values, None, (), "test")
+
+
+def network(seed: int):
+    return make_denoiser(load_config({"network": {"size": "nano"}}), Shape(8, 1, (), 1), False, seed).eval()
+
+
+@pytest.fixture
+def budget(tmp_path) -> Budget:
+    return Budget.create(tmp_path / "budget", epsilon_limit=3.0, delta=1e-3)
+
+
+def plan(budget: Budget | None, data: ImageDataset | None = None, rate: float = 1.0, **privacy: object):
+    settings = {"epsilon": 1.0, "delta": 1e-3, "budget": None if budget is None else str(budget.path), **privacy}
+    return plan_private(load_config({"privacy": settings}), data or dataset(), rate)
+
+
+def run(folder, plan, clip: float = 2.0, seed: int = 2, levels=LEVELS):
+    folder.mkdir(exist_ok=True)
+    return PrivateEstimate(folder, plan).curve(network(1), network(seed), levels, clip, "a name")
+
+
+def test_it_is_charged_before_it_is_computed_and_budget_and_ledger_agree(tmp_path, budget, monkeypatch) -> None:
+    seen = []
+    real = private_gap.noisy_mean
+
+    def spy(*arguments, **options):
+        seen.append((Ledger(tmp_path / "o/private/ledger.jsonl").mechanisms, Budget(budget.path).mechanisms()))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(private_gap, "noisy_mean", spy)
+    p = plan(budget)
+    run(tmp_path / "o", p)
+    ((charged, reserved),) = seen
+    assert charged == reserved == (p.query(1.0).mechanism(),)
+    ledger = Ledger(tmp_path / "o/private/ledger.jsonl")
+    assert ledger.entries[0].kind == "dp"
+    assert ledger.entries[0].details["l2_sensitivity"] == 2.0
+    assert ledger.secure
+    assert ledger.epsilon() == pytest.approx(1.0, rel=2e-3)
+    assert ledger.epsilon() <= 1.0
+    assert Budget(budget.path).epsilon() == ledger.epsilon()
+    assert (tmp_path / "o/private").stat().st_mode & 0o777 == 0o700
+    for name in ("ledger.jsonl", "randomness.json", "data.json"):
+        assert (tmp_path / "o/private" / name).stat().st_mode & 0o777 == 0o600
+    stated = json.loads((tmp_path / "o/private_gap.json").read_text())
+    assert stated["private"] is True
+    assert stated["epsilon"] == ledger.epsilon()
+    assert (stated["records"], stated["l2_sensitivity"], stated["delta"]) == (30, 2.0, 1e-3)
+
+
+def test_result_is_read_and_nothing_is_computed_or_charged_again(tmp_path, budget, monkeypatch) -> None:
+    first = run(tmp_path / "o", plan(budget))
+    monkeypatch.setattr(private_gap.PrivateGap, "summed", lambda *a, **k: pytest.fail("looked again"))
+    second = run(tmp_path / "o", plan(budget))
+    np.testing.assert_array_equal(first.gap, second.gap)
+    assert len(Ledger(tmp_path / "o/private/ledger.jsonl").mechanisms) == 1
+    assert len(Budget(budget.path).charges) == 1
+
+
+@pytest.mark.parametrize("point", ["Ledger.charge", "PrivateGap.summed", "PrivateGap.released", "write_text"])
+def test_killed_anywhere_it_goes_on_with_the_same_noise_and_one_charge(tmp_path, budget, monkeypatch, point) -> None:
+    import dpsyngen.thresholds.private_estimate as module
+
+    with monkeypatch.context() as patch:
+        if point == "write_text":
+            real = module.write_text
+
+            def fails(path, *more):
+                if path.name == "private_gap.json":
+                    raise KeyboardInterrupt
+                real(path, *more)
+
+            patch.setattr(module, "write_text", fails)
+        else:
+            owner, name = point.split(".")
+
+            def stops(*a, **k):
+                raise KeyboardInterrupt
+
+            patch.setattr(getattr(module, owner), name, stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "o", plan(budget))
+    key = (tmp_path / "o/private/randomness.json").read_bytes()
+    # Even where the public clipping norm would come out otherwise now: what was pinned holds.
+    resumed = run(tmp_path / "o", plan(budget), clip=7.0)
+    assert (tmp_path / "o/private/randomness.json").read_bytes() == key
+    assert len(Ledger(tmp_path / "o/private/ledger.jsonl").mechanisms) == 1
+    assert len(Budget(budget.path).charges) == 1
+    (tmp_path / "o/private_gap.json").unlink()
+    np.testing.assert_allclose(run(tmp_path / "o", plan(budget)).gap, resumed.gap, rtol=1e-5, atol=1e-9)
+    assert len(Ledger(tmp_path / "o/private/ledger.jsonl").mechanisms) == 1
+
+
+def test_other_images_networks_or_levels_would_get_the_same_noise_and_are_refused(tmp_path, budget) -> None:
+    run(tmp_path / "o", plan(budget))
+    with pytest.raises(RunError, match="the same noise on another sum"):
+        run(tmp_path / "o", plan(None, dataset(1), insecure_seed=1))
+    with pytest.raises(RunError, match="the same noise on another sum"):
+        run(tmp_path / "o", plan(budget), seed=3)
+    with pytest.raises(RunError, match="the same noise on another sum"):
+        run(tmp_path / "o", plan(budget), levels=(-3.0, 0.5, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("lost", "error", "message"),
+    [
+        ("randomness.json", RunError, "fresh noise for a charged query"),
+        ("ledger.jsonl", RunError, "ledger.jsonl is missing"),
+        ("data.json", RunError, "data.json is missing"),
+    ],
+)
+def test_a_lost_file_is_refused(tmp_path, budget, lost, error, message) -> None:
+    run(tmp_path / "o", plan(budget))
+    (tmp_path / "o/private" / lost).unlink()
+    with pytest.raises(error, match=message):
+        run(tmp_path / "o", plan(budget))
+
+
+def test_an_edited_ledger_a_foreign_key_and_a_damaged_result_are_refused(tmp_path, budget) -> None:
+    run(tmp_path / "o", plan(budget))
+    private = tmp_path / "o/private"
+    (tmp_path / "o/private_gap.json").write_text("{}")
+    with pytest.raises(RunError, match="Remove it and start the same command again"):
+        run(tmp_path / "o", plan(budget))
+    key = (private / "randomness.json").read_text()
+    other = PrivateEstimate(tmp_path / "x", plan(None, insecure_seed=5))
+    (tmp_path / "x").mkdir()
+    other._open()
+    (private / "randomness.json").write_text((tmp_path / "x/private/randomness.json").read_text())
+    with pytest.raises(RunError, match="not the key"):
+        run(tmp_path / "o", plan(budget))
+    (private / "randomness.json").write_text(key)
+    (private / "data.json").write_text("{}")
+    with pytest.raises(RunError, match="cannot be read"):
+        run(tmp_path / "o", plan(budget))
+    ledger = private / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace("gap of", "gaP of"))
+    with pytest.raises(LedgerError):
+        run(tmp_path / "o", plan(budget))
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything(tmp_path) -> None:
+    small = Budget.create(tmp_path / "b", epsilon_limit=0.5, delta=1e-3)
+    p = plan(small)
+    with pytest.raises(BudgetExceeded):
+        PrivateEstimate(tmp_path / "o", p).require_affordable()
+    with pytest.raises(BudgetExceeded):
+        run(tmp_path / "o", p)
+    assert not Budget(small.path).charges
+    assert not Ledger(tmp_path / "o/private/ledger.jsonl").mechanisms
+    assert not (tmp_path / "o/private_gap.json").exists()
+
+
+def test_budget_of_other_images_is_refused(budget, tmp_path) -> None:
+    run(tmp_path / "o", plan(budget))
+    with pytest.raises(ConfigError, match="of other images"):
+        plan(budget, dataset(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": math.inf, "budget": None}, "belong to --proxy"),
+        ({"budget": None}, "--budget is missing"),
+        ({"delta": 0.1}, "below 1/records"),
+        ({"rate": 0.0}, "--sampling-rate is 0"),
+        ({"rate": 1.5}, "--sampling-rate is 1.5"),
+        ({"epsilon": 1e-9}, "Use a larger ε"),
+    ],
+)
+def test_what_is_refused_before_anything_is_written(budget, options, message) -> None:
+    settings = {"epsilon": 1.0, "delta": 1e-3, "budget": str(budget.path)} | options
+    rate = settings.pop("rate", 1.0)
+    with pytest.raises(ConfigError, match=message):
+        plan_private(load_config({"privacy": settings}), dataset(), rate)
+
+
+def test_noise_is_for_epsilon_delta_and_group(budget) -> None:
+    p = plan(budget, group_size=3)
+    assert 0.99 < epsilon([p.query(1.0).mechanism()], 1e-3, group_size=3) <= 1.0
+    assert p.noise_multiplier == pytest.approx(3 * plan(budget).noise_multiplier, rel=2e-3)
+
+
+def test_reproducible_noise_is_stamped(tmp_path) -> None:
+    p = plan(None, insecure_seed=3)
+    curves = [run(tmp_path / name, p) for name in "ab"]
+    np.testing.assert_array_equal(curves[0].gap, curves[1].gap)
+    estimate = PrivateEstimate(tmp_path / "a", p)
+    assert estimate.statement()["private"] is False
+    assert not estimate.ledger.secure
+    budgets = [Budget.create(tmp_path / f"b{name}", epsilon_limit=2, delta=1e-3) for name in "cd"]
+    secret = [run(tmp_path / f"s-{b.path.name}", plan(b)) for b in budgets]
+    assert not np.array_equal(secret[0].gap, secret[1].gap)
