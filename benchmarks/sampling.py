@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpsyngen import Generator
 from dpsyngen.data import load_images
 from dpsyngen.evaluation.cas import classification_accuracy
 from dpsyngen.evaluation.frechet import FeatureStatistics, frechet_distance
-from dpsyngen.generator.generator import Generator
 
 SLOW: dict[str, Any] = {"sampler": "ddim", "steps": 50}
 BATCH = 250

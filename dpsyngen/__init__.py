@@ -28,14 +28,15 @@ if TYPE_CHECKING:
     from dpsyngen.data import ImageDataset, load_images
     from dpsyngen.evaluation.check import check_memorisation
     from dpsyngen.evaluation.doctor import diagnose
-    from dpsyngen.fit import evaluate, train, write_report
-    from dpsyngen.generator.generator import Generator
+    from dpsyngen.evaluation.run import evaluate
+    from dpsyngen.fit import Generator, train
     from dpsyngen.generator.guarantee import Guarantee
     from dpsyngen.generator.images import Samples
     from dpsyngen.generator.samples import write_samples
     from dpsyngen.programs import make_program
     from dpsyngen.release.bundle import pack
     from dpsyngen.release.verify import verify
+    from dpsyngen.report.html import write_report
     from dpsyngen.training.run import Run
 
 __all__ = [
@@ -61,21 +62,21 @@ __all__ = [
 
 _HOME = {
     "Config": "dpsyngen.config",
-    "Generator": "dpsyngen.generator.generator",
+    "Generator": "dpsyngen.fit",
     "Guarantee": "dpsyngen.generator.guarantee",
     "ImageDataset": "dpsyngen.data",
     "Run": "dpsyngen.training.run",
     "Samples": "dpsyngen.generator.images",
     "check_memorisation": "dpsyngen.evaluation.check",
     "diagnose": "dpsyngen.evaluation.doctor",
-    "evaluate": "dpsyngen.fit",
+    "evaluate": "dpsyngen.evaluation.run",
     "load_config": "dpsyngen.config",
     "load_images": "dpsyngen.data",
     "make_program": "dpsyngen.programs",
     "pack": "dpsyngen.release.bundle",
     "train": "dpsyngen.fit",
     "verify": "dpsyngen.release.verify",
-    "write_report": "dpsyngen.fit",
+    "write_report": "dpsyngen.report.html",
     "write_samples": "dpsyngen.generator.samples",
 }
 

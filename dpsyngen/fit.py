@@ -2,70 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never, Self
 
-import numpy as np
-
-from dpsyngen.config import ComputeConfig, Config, load_config
-from dpsyngen.data import ImageDataset, MapStyle, load_images
+from dpsyngen.config import Config, load_config
+from dpsyngen.data import ImageDataset
+from dpsyngen.data.load import PathLike, Source, load_named_or_given
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined
-from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.files import write_text
+from dpsyngen.errors import RunError
+from dpsyngen.generator.generator import ReleasedGenerator
+from dpsyngen.generator.saved import find, save
 from dpsyngen.hardware import kind_of
+from dpsyngen.hardware.choice import check_device
 from dpsyngen.training.follower import follow, read_together
 from dpsyngen.training.new_run import require_new
 from dpsyngen.training.pipeline import Training
-from dpsyngen.training.plan import shape_of
 from dpsyngen.training.public import Progress
 from dpsyngen.training.run import Run
 from dpsyngen.training.start import require_unfinished, resume, start
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from dpsyngen.console import Console
-    from dpsyngen.generator.generator import Generator
-
-PathLike = str | os.PathLike[str]
-Source = PathLike | ImageDataset | MapStyle | tuple[np.ndarray, np.ndarray | None]
-
-
-def load_private(source: Source, config: Config, on_progress: Callable[[int, int], None] | None = None) -> ImageDataset:
-    """The private images as `config` asks for them: size, colour, with or without classes.
-
-    Args:
-        source: see :func:`dpsyngen.data.load_images`; an ImageDataset is taken as it is.
-        config: its section ``data`` counts.
-        on_progress: called as ``(done, total)`` while images are decoded, which can take long for large sets.
-    """
-    d = config.data
-    if isinstance(source, ImageDataset):
-        return source
-    return load_images(
-        source,
-        resolution=d.resolution,
-        channels=d.channels,
-        labels=d.labels,
-        skip_bad=d.skip_bad,
-        cache=d.cache,
-        workers=d.workers,
-        on_progress=on_progress,
-    )
-
-
-def _named_or_given(
-    data: Source | None, config: Config, on_reading: Callable[[int, int], None] | None = None
-) -> ImageDataset:
-    """The images that were given, or else those that the configuration names."""
-    source = config.data.source if data is None else data
-    if isinstance(source, str) and not source:
-        raise ConfigError(
-            "no images were given: use --data with a folder, a file or a named set.  A run that was started from "
-            "arrays in memory needs the same images again as data."
-        )
-    return load_private(source, config, on_reading)
 
 
 def prepare(
@@ -92,7 +53,7 @@ def prepare(
     """
     require_new(Path(out))
     check_device(device, config.compute)
-    dataset = read_together(ranks, config, lambda c: _named_or_given(data, c, on_reading))
+    dataset = read_together(ranks, config, lambda c: load_named_or_given(data, c, on_reading))
     return start(config, dataset, Path(out), device, ranks)
 
 
@@ -119,7 +80,7 @@ def prepare_resume(
     require_unfinished(run)
     # Before the images are read, which can take long.
     run.open_for_writing()
-    dataset = read_together(ranks, run.config, lambda c: _named_or_given(data, c, on_reading))
+    dataset = read_together(ranks, run.config, lambda c: load_named_or_given(data, c, on_reading))
     return resume(run, dataset, device, tensorboard, ranks)
 
 
@@ -136,7 +97,7 @@ def follow_training(ranks: Ranks, data: Source | None = None, device: str = "cpu
         RankLost: a process is gone.
     """
     check_device(device)
-    follow(ranks, lambda config: _named_or_given(data, config), device)
+    follow(ranks, lambda config: load_named_or_given(data, config), device)
 
 
 def train(
@@ -225,185 +186,202 @@ def train_together(
         return training.run
 
 
-def check_device(device: str, compute: ComputeConfig | None = None) -> None:
-    """Raise ConfigError if this machine cannot compute on `device`, or not as `compute` asks; see
-    :func:`dpsyngen.hardware.choose`.
-    """
-    from dpsyngen.hardware import choose
-
-    choose(device, compute)
+_FIT = (
+    *("images", "labels", "class_names", "epsilon", "delta", "group_size", "budget", "preset", "variant", "steps"),
+    *("resolution", "settings", "out", "device", "progress"),
+)
 
 
-def _as_run(run: Run | PathLike) -> Run:
-    return run if isinstance(run, Run) else Run(Path(run))
+class Generator(ReleasedGenerator):
+    """Draws images.  :meth:`fit` trains one on private images, :meth:`load` takes one from the disk.
 
-
-def evaluate(
-    run: Run | PathLike,
-    *,
-    data: Source | None = None,
-    test: Source | None = None,
-    images: int = 10_000,
-    features: Sequence[str] = ("pixels-pca",),
-    metrics: Sequence[str] | None = None,
-    classifiers: Sequence[str] = ("logreg", "mlp", "cnn"),
-    bootstrap: int = 200,
-    max_images: int = 10_000,
-    inception_weights: PathLike | None = None,
-    cache: bool = True,
-    sampling: dict[str, Any] | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    on_progress: Callable[[str], None] | None = None,
-    ranks: Ranks = ALONE,
-) -> dict[str, Any]:
-    """Measure a run against real images.  Every figure is private: it lands in ``private/metrics.json`` only.
+    >>> generator = Generator.fit(images, labels, epsilon=3)                  # doctest: +SKIP
+    >>> generator.privacy.epsilon, generator.privacy.delta                    # doctest: +SKIP
+    (2.9996, 1e-05)
+    >>> generator.sample(4, labels=["shoe", "shoe", "bag", "coat"]).show()    # doctest: +SKIP
+    >>> generator.save("shoes.zip")                                           # doctest: +SKIP
+    PosixPath('shoes.zip')
 
     Args:
-        run: a finished run.
-        data: the real training images; None: those the run was trained on.
-        test: real test images, with labels for the classification accuracy score, and for the floor of the other
-            figures; None: neither.
-        images: how many images to generate.  As many are drawn by the run's program, for the ceiling.
-        features: names of feature extractors, or of a user's own (``path/to/module.py:name``), which are run.
-        metrics: names of metrics, see docs/metrics.md; None: all.
-        classifiers: names of classifiers for the classification accuracy score.
-        bootstrap: replicates for the 95 % intervals; 0: none.
-        max_images: of each set, for `metrics`; a random subset beyond that.
-        inception_weights: weights file for the feature extractor "inception".
-        cache: keep features of real images in the run's private half, so that the next evaluation is faster.
-        sampling: settings of the sampler, as for :meth:`Generator.settings`.
-        seed: seed of the generated images and of the classifiers.
-        device: where to compute, as for :func:`train`.
-        on_progress: called with a line about what is being done.
-        ranks: the processes that share the work; this is the main one, the others are in :func:`follow_evaluation`.
-
-    Returns:
-        the figures and the protocol of each, as written to the file.
-    """
-    from dpsyngen.evaluation import FeatureSpec, evaluate_images
-    from dpsyngen.evaluation.cas import NAMES
-    from dpsyngen.evaluation.figures import NAMES as METRICS
-    from dpsyngen.evaluation.figures import check_sizes, checked_metrics
-    from dpsyngen.evaluation.own_features import OwnFeatures
-    from dpsyngen.generator.ranks import open_everywhere, sample
-
-    run = _as_run(run)
-    run.require_complete()
-    device = kind_of(device)
-    own_device = device_of(device, ranks)
-    check_device(own_device)
-    weights = None if inception_weights is None else Path(inception_weights)
-    specs = [FeatureSpec(name, weights if name == "inception" else None) for name in features]
-    asked = checked_metrics(METRICS if metrics is None else metrics)
-    check_sizes(bootstrap, max_images)
-    unknown = [name for name in classifiers if name not in NAMES]
-    if unknown:
-        raise ConfigError(f"classifiers are {', '.join(map(repr, unknown))}, but must be among {', '.join(NAMES)}.")
-    tell = on_progress or (lambda line: None)
-    config = run.config
-    source = config.data.source if data is None else data
-    if isinstance(source, str) and not source:
-        raise ConfigError("the run was trained on arrays in memory: give the images as data.")
-    generator = open_everywhere(ranks, run.release, device)
-    wanted = config.model_copy(
-        update={
-            "data": config.data.model_copy(
-                update={
-                    "resolution": generator.resolution,
-                    "channels": "grey" if generator.channels == 1 else "rgb",
-                    "labels": bool(generator.class_names),
-                }
-            )
-        }
-    )
-    reference = load_private(source, wanted)
-    held_out = None if test is None else load_private(test, wanted)
-    for name, dataset in (("data", reference), ("test", held_out)):
-        if dataset is not None and dataset.class_names != generator.class_names:
-            raise DataError(
-                f"the {name} images have the classes {', '.join(dataset.class_names) or '(none)'}, but the generator "
-                f"has {', '.join(generator.class_names) or '(none)'}.  Give images with the same class folders."
-            )
-    for spec in specs if asked else []:
-        # What is missing or wrong should show before images are generated and the ledger is written.
-        extractor = spec.make(own_device)
-        if isinstance(extractor, OwnFeatures):
-            extractor.try_out(generator.channels, generator.resolution)
-    # All the while, so that it cannot be refused after an hour's work.
-    with run.lock():
-        ledger = run.finished_ledger()
-        tell(f"generating {images:,} images")
-        chosen = {"seed": seed, **(sampling or {})}
-        samples = sample(ranks, generator, images, **chosen)
-        ledger.note_private_access(
-            "evaluation against real images; the figures stay in the private half",
-            features=list(features),
-            metrics=list(asked),
-            classifiers=list(classifiers) if held_out is not None else [],
-        )
-        result = evaluate_images(
-            samples.images,
-            samples.labels,
-            reference=reference,
-            test=held_out,
-            programs=_drawn_by_program(config, generator, min(images, max_images)) if asked else None,
-            features=specs,
-            metrics=asked,
-            classifiers=tuple(classifiers),
-            seed=seed,
-            device=device,
-            max_images=max_images,
-            bootstrap=bootstrap,
-            cache=run.features_path if cache else None,
-            on_progress=tell,
-            ranks=ranks,
-        )
-        result["sampling"] = samples.settings
-        write_text(run.private / "metrics.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n", 0o600)
-    return result
-
-
-def follow_evaluation(ranks: Ranks) -> None:
-    """In every process but the main one: share the evaluation that the main one leads, to its end.
+        release: the ``release`` folder of a run, or a copy of it.  It may come from a stranger: nothing in it is run,
+            and it is checked before memory is taken for it (see :mod:`dpsyngen.generator.files`).
+        device: where to compute: "cpu", "cuda", "cuda:1", …, or "auto".
+        compute: precision, memory format, compiling; None: all automatic.  Other ways to compute give images that may
+            differ in the last digits.
 
     Raises:
-        Dismissed: the main process failed, and said why.
-        RankLost: a process is gone.
+        RunError: not a finished release, or damaged.
+
+    Attributes:
+        class_names: () if unconditional.
+        private: whether there is a privacy guarantee; :attr:`privacy` has all of it.
+        place: where it is on the disk.
+        stages: who answers at which noise level.
+        networks: the denoiser of each network.
+        gaussian: the denoiser of the DP moments; None if there are none.
     """
-    from dpsyngen.evaluation import shared_out
-    from dpsyngen.generator import ranks as sampling_ranks
 
-    sampling_ranks.follow(ranks, {**sampling_ranks.handlers(ranks), **shared_out.handlers(ranks)})
+    @classmethod
+    def fit(
+        cls,
+        images: ArrayLike | PathLike | ImageDataset | Any,
+        labels: ArrayLike | None = None,
+        *,
+        epsilon: float,
+        delta: float | None = None,
+        class_names: Sequence[str] | None = None,
+        group_size: int | None = None,
+        budget: PathLike | None = None,
+        preset: str | None = None,
+        variant: str | None = None,
+        steps: int | None = None,
+        resolution: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        out: PathLike | None = None,
+        device: str = "auto",
+        progress: bool = True,
+        **unknown: Never,
+    ) -> Self:
+        """Train a generator on private images with (ε, δ)-differential privacy.
 
+        Everything is checked before anything is spent.  The training is a run like one of `dpsyngen train`: with a
+        ledger, a certificate, checkpoints, and a private half that stays with you.
 
-def _drawn_by_program(config: Config, generator: Generator, count: int) -> np.ndarray | None:
-    """The run's public images, from the first; None where they cannot be drawn, as for lack of a font."""
-    from dpsyngen.programs import make_program
+        There is no seed.  Whoever knows the seed of the noise can subtract it, so it comes from the operating system's
+        entropy; two fits of one call differ.  ``settings={"privacy": {"insecure_seed": 0}}`` is for tests, and stamps
+        the generator NOT PRIVATE.
 
-    p = config.program
-    try:
-        program = make_program(
-            p.name, resolution=generator.resolution, channels=generator.channels, seed=p.seed, **p.params
+        What is printed is public, so that a notebook can be shared with its output: no loss on private images is in it.
+        (The arguments in the notebook, and the run directory's ``private/``, are another matter.)
+
+        Args:
+            images: arrays (or PyTorch tensors, or a list of Pillow images), uint8 or float in [0, 1], ``[N, H, W]``,
+                ``[N, H, W, C]`` or ``[N, C, H, W]``; or a folder, a file, a named set or a data set, as for
+                :func:`dpsyngen.load_images`.
+            labels: for arrays: [N] whole numbers or texts; None: no classes.  Folders, files and data sets bring
+                their own.
+            epsilon: ε > 0, for one image added or removed; ``math.inf`` trains without privacy, for reference.
+            delta: δ; None: the largest power of ten below 1/N.
+            class_names: names for labels 0, 1, …, all of which are then public; None: the labels that occur are.
+            group_size: images of one person at most; ε is then for all of them together.  None: 1.
+            budget: file of the budget that all runs on these images share; see docs/privacy.md.
+            preset: see :func:`dpsyngen.config.preset_names`; None: "gpu" where there is one, else "cpu-small".
+            variant: who trains which noise levels; None: what the preset says.
+            steps: of DP-SGD; None: what the preset says.
+            resolution: pixels; None: what the images have.
+            settings: nested overrides of the preset, such as ``{"private": {"copies": 8}}``, or what
+                :meth:`get_params` of an earlier generator gave with ``deep=False``.  Options above go before them.
+            out: the run directory to make; None: a new one, ``runs/fit-DATE-TIME``.
+            device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
+            progress: tell what is going on: in a notebook below the cell, elsewhere on standard error.
+
+        Raises:
+            ConfigError, DataError, RunError: before anything is spent.
+            KeyboardInterrupt: it was interrupted.  Nothing is lost: :meth:`resume` goes on.
+        """
+        from dpsyngen.fitting import Reading, as_source, new_folder, refuse_unknown, require_images, with_options
+        from dpsyngen.notebook import console_for
+
+        refuse_unknown("fit", unknown, _FIT, in_settings=True)
+        require_images(images)
+        given = with_options(
+            settings,
+            privacy__epsilon=epsilon,
+            privacy__delta=delta,
+            privacy__group_size=group_size,
+            privacy__budget=None if budget is None else os.fspath(budget),
+            stages__variant=variant,
+            private__steps=steps,
+            data__resolution=resolution,
+            data__source=os.fspath(images) if isinstance(images, str | os.PathLike) else None,
         )
-    except ConfigError:
-        return None
-    return program.batch(range(count))
+        config, device = load_config(given, preset=preset), kind_of(device)
+        source = as_source(images, labels, class_names, config)
+        folder = new_folder() if out is None else Path(out).expanduser()
+        console = console_for(progress)
+        reading = Reading(console, config)
+        run = train_together(
+            lambda own, ranks: prepare(config, folder, source, own, ranks, reading),
+            folder,
+            source,
+            device,
+            console=console,
+        )
+        return cls(run.release, device)
 
+    @classmethod
+    def resume(
+        cls,
+        out: PathLike,
+        images: ArrayLike | PathLike | ImageDataset | Any = None,
+        labels: ArrayLike | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        device: str = "auto",
+        progress: bool = True,
+    ) -> Self:
+        """Go on with a :meth:`fit` (or a `dpsyngen train`) that was interrupted, as if it had not been.
 
-def write_report(run: Run | PathLike) -> tuple[Path, Path]:
-    """Write the report of a finished run, twice: the full one into ``private/``, the publishable into ``release/``.
+        Args:
+            out: its run directory.
+            images, labels, class_names: the same as at the start.  Images that came from a folder or file may be left
+                out; arrays must be given again, and others than those are refused.
+            device, progress: as for :meth:`fit`.
 
-    Returns:
-        paths of the private and of the public report.
-    """
-    from dpsyngen.report.html import write_reports
+        Raises:
+            ConfigError, DataError, RunError: the images are missing or others, or there is nothing to resume.
+            KeyboardInterrupt: it was interrupted again.
+        """
+        from dpsyngen.fitting import Reading, as_source
+        from dpsyngen.notebook import console_for
 
-    run = _as_run(run)
-    run.require_complete()
-    with run.lock():
-        run.finished_ledger()
-        return write_reports(run)
+        folder, device = Path(out).expanduser(), kind_of(device)
+        run = Run(folder)
+        if run.complete:
+            raise RunError(
+                f"{folder} is finished: there is nothing to resume.  Generator.load({str(folder)!r}) takes it."
+            )
+        source = None if images is None else as_source(images, labels, class_names, run.config)
+        console = console_for(progress)
+        reading = Reading(console, run.config)
+        run = train_together(
+            lambda own, ranks: prepare_resume(folder, source, own, ranks=ranks, on_reading=reading),
+            folder,
+            source,
+            device,
+            console=console,
+        )
+        return cls(run.release, device)
 
+    @classmethod
+    def load(cls, path: PathLike, device: str = "auto") -> Self:
+        """A generator from the disk.
 
-__all__ = ["evaluate", "prepare", "prepare_resume", "shape_of", "train", "write_report"]
+        Args:
+            path: a run directory, its release folder or a copy of that, or a bundle (``.zip``), from anybody: nothing
+                in it is run.  Whether its claim is true is another question, see :func:`dpsyngen.verify`.
+            device: where to compute, as for :meth:`fit`.
+
+        Raises:
+            RunError: there is no generator, its training is not finished, or it is damaged.
+            ReleaseError: a bundle that is damaged or was changed.
+        """
+        place = find(path)
+        generator = cls(place.release, device)
+        generator.place = place
+        return generator
+
+    def save(self, path: PathLike, *, not_private: bool = False) -> Path:
+        """Save what may be published, and nothing else; returns where.
+
+        Args:
+            path: a ``.zip`` for a release bundle, which :func:`dpsyngen.verify` checks anywhere; it is made from the
+                run directory, whose ledger the certificate is compared with.  Anything else is a folder to make.
+                Nothing is overwritten.
+            not_private: save a generator that carries no guarantee all the same, stamped as such.
+
+        Raises:
+            ConfigError, RunError: there is something at `path`, or a bundle cannot be made from what is at hand.
+            ReleaseError: there is no guarantee and `not_private` is false, or something is wrong with the release.
+        """
+        return save(self.place, path, not_private)

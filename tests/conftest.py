@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from dpsyngen.training.run import Run
+    pass
+from dpsyngen.training.run import Run
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpsyngen import Generator
 from dpsyngen import fit as api
-from dpsyngen.generator.generator import Generator
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
 from dpsyngen.programs.saving import save_images

@@ -1,89 +1,107 @@
-"""Who may import whom: programs never see private data, the mechanism knows nothing of diffusion."""
+"""The house: which room may import which, and that no two files import each other in a circle."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import dpsyngen
 
-ROOT = Path(dpsyngen.__file__).parent
-# Files of their own that know nothing of images, privacy or diffusion: anybody may use them.
-LEAVES = {
-    *(
-        "class_names",
-        "distributed",
-        "errors",
-        "files",
-        "full_precision",
-        "plain_file",
-        "plain_yaml",
-        "shown",
-        "strict_json",
-    ),
-    *("transfer", "version"),
-}
-ALLOWED = {
-    "programs": {"programs"},
-    "data": {"data"},
-    "privacy": {"privacy", "workers"},
-    "diffusion": {"diffusion"},
-    "evaluation": {"evaluation", "data"},
-    "training": {
-        *("training", "data", "privacy", "diffusion", "programs", "certificate", "config", "export", "workers"),
-        "hardware",
-    },
-    "hardware": {"hardware", "config"},
-    "export": {"export", "certificate", "diffusion", "generator", "generator_file", "sampling_settings"},
-}
+PACKAGE = Path(dpsyngen.__file__).parent
+
+FOUNDATION = ("config", "console", "distributed", "errors", "files", "hardware", "version", "workers")
+"""Modules of the root that know no room: anybody may use them."""
+
+ROOMS = (
+    *("programs", "data", "privacy", "diffusion", "training", "generator", "release", "fit", "evaluation"),
+    *("thresholds", "audit", "experiments", "report", "cli"),
+)
+"""In the order in which data flows: a room imports only from rooms before it."""
+
+KNOW_NOTHING = ("programs", "privacy", "diffusion")
+"""Rooms that import no other room at all: programs and mechanism know no image, diffusion knows no privacy."""
 
 
-def imported(path: Path, at_once: bool = False) -> set[str]:
-    """What a file imports; `at_once`: as it is imported itself, not when one of its functions is called."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    out = set()
-    for node in tree.body if at_once else ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names = [node.module or ""]
-        out |= {n.split(".")[1] for n in names if n.startswith("dpsyngen.")}
-    return out
+def _name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_package_imports_only_what_it_may(package) -> None:
-    files = list((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
-        assert imported(path) <= ALLOWED[package] | LEAVES, path
+@cache
+def imports() -> dict[str, set[str]]:
+    """For each module of the package the modules of it that it imports, also inside functions and for types."""
+    modules = {_name(path): path for path in PACKAGE.rglob("*.py")}
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        wanted: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                wanted |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: a relative import"
+                whole = [f"{node.module}.{alias.name}" for alias in node.names]
+                wanted |= {w if w in modules else str(node.module) for w in whole}
+        found[name] = {w for w in wanted if w in modules and w != name}
+    return found
 
 
-@pytest.mark.parametrize("leaf", sorted(LEAVES))
-def test_leaves_know_nothing_but_each_other(leaf) -> None:
-    assert imported(ROOT / f"{leaf}.py") <= LEAVES
+def room(module: str) -> str:
+    """The room or module of the root that a module belongs to; "" for the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
 
 
-def test_generator_needs_nothing_private() -> None:
-    """What draws images, that is: `Generator.fit` trains, and asks the training for that when it is called."""
-    drawing = {"chosen_classes", "diffusion", "generator_file", "generator_networks", "hardware", "sampling_settings"}
-    shown = {"guarantee", "sampled_images", "saved_generator"}
-    assert imported(ROOT / "generator.py", at_once=True) <= drawing | shown | LEAVES
-    for name in ("chosen_classes", "generator_networks", "sampled_images", "saved_generator"):
-        assert imported(ROOT / f"{name}.py", at_once=True) <= drawing | shown | LEAVES
-    assert imported(ROOT / "sampling_settings.py") <= {"diffusion"} | LEAVES
-    assert imported(ROOT / "generator_file.py") <= {"diffusion", "config"} | LEAVES
-    assert imported(ROOT / "config.py") <= LEAVES
+def test_every_module_has_its_place() -> None:
+    here = {room(name) for name in imports()}
+    assert here == {"", "__main__", *FOUNDATION, *ROOMS}
 
 
-def test_only_the_comparison_knows_of_experiments() -> None:
-    for path in ROOT.rglob("*.py"):
-        if "experiments" in imported(path):
-            place = path.relative_to(ROOT)
-            assert place.parts[0] == "experiments" or place.name.startswith(("comparison", "cli_compare")), path
+@pytest.mark.parametrize("name", ROOMS)
+def test_room_imports_only_rooms_before_it(name: str) -> None:
+    allowed = {"", name, *FOUNDATION}
+    if name not in KNOW_NOTHING:
+        allowed |= set(ROOMS[: ROOMS.index(name)])
+    for module, wanted in imports().items():
+        if room(module) == name:
+            assert {w for w in wanted if room(w) not in allowed} == set(), module
 
 
-def test_certificate_follows_from_the_mechanism_alone() -> None:
-    assert imported(ROOT / "certificate.py") <= {"privacy"} | LEAVES
+@pytest.mark.parametrize("name", FOUNDATION)
+def test_foundation_knows_no_room(name: str) -> None:
+    for module, wanted in imports().items():
+        if room(module) == name:
+            assert {w for w in wanted if room(w) not in FOUNDATION} == set(), module
+
+
+def circle() -> list[str]:
+    """Modules that import each other in a circle, the package itself left aside; [] if there is none."""
+    state: dict[str, int] = {}
+    path: list[str] = []
+
+    def visit(module: str) -> list[str]:
+        state[module] = 1
+        path.append(module)
+        for wanted in sorted(imports()[module]):
+            if state.get(wanted) == 1:
+                return path[path.index(wanted) :]
+            if wanted not in state and (found := visit(wanted)):
+                return found
+        path.pop()
+        state[module] = 2
+        return []
+
+    for module in imports():
+        if module != "dpsyngen" and module not in state and (found := visit(module)):
+            return found
+    return []
+
+
+def test_no_circle_between_files() -> None:
+    assert circle() == []
+
+
+def test_root_has_at_most_a_dozen_modules() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 12

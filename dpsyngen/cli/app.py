@@ -141,10 +141,10 @@ def sample(
 @app.command()
 def report(run: RunArgument, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Write the report: the full one into private/, the publishable one into release/."""
-    from dpsyngen import fit as api
     from dpsyngen.console import Console
+    from dpsyngen.report.html import write_report
 
-    private, public = api.write_report(run)
+    private, public = write_report(run)
     Console(quiet, as_json).result(
         {"private": private, "public": public},
         [f"full report, PRIVATE: {private}", f"publishable report:   {public}"],

@@ -50,19 +50,19 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a run against real images.  The figures are private: do not publish them."""
-    from dpsyngen import fit as api
     from dpsyngen.console import Console
     from dpsyngen.distributed import joined
+    from dpsyngen.evaluation import run as evaluation_run
     from dpsyngen.report.tables import metric_rows
 
     console = Console(quiet, as_json)
     sampling = {"sampler": sampler, "steps": steps, "guidance": guidance}
     with joined() as ranks:
         if not ranks.main:
-            api.follow_evaluation(ranks)
+            evaluation_run.follow_evaluation(ranks)
             return
         with ranks.leading():
-            result = api.evaluate(
+            result = evaluation_run.evaluate(
                 run,
                 data=data,
                 test=test,

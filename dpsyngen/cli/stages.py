@@ -74,7 +74,7 @@ def stages(
 
     console, begun = Console(quiet, as_json), time.monotonic()
     _check_private(data, epsilon, delta, budget, records, group_size, insecure_seed, sampling_rate)
-    from dpsyngen.fit import check_device
+    from dpsyngen.hardware.choice import check_device
     from dpsyngen.thresholds.run import Stages, StagesOptions, require_usable
 
     require_usable(out)
@@ -167,7 +167,7 @@ def _configuration(
 def _private_images(data: str | None, loaded: Config) -> ImageDataset | None:
     if data is None:
         return None
-    from dpsyngen.fit import load_private
+    from dpsyngen.data.load import load_private
 
     # As a training reads them, so that the budget knows them again.
     return load_private(data, loaded)

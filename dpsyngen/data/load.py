@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpsyngen.config import Config
 from dpsyngen.data.array_files import read_array_file, read_array_folder
 from dpsyngen.data.array_format import IMAGES
 from dpsyngen.data.arrays import dataset_from_arrays
@@ -24,6 +25,9 @@ from dpsyngen.data.npz import read_npz
 from dpsyngen.data.options import Options, check_workers
 from dpsyngen.data.shards import SUFFIXES, find_files, find_in_folder, find_pattern, is_pattern
 from dpsyngen.errors import ConfigError, DataError, listed, printable
+
+PathLike = str | os.PathLike[str]
+Source = PathLike | ImageDataset | MapStyle | tuple[np.ndarray, np.ndarray | None]
 
 _KINDS = (
     "a folder of images, Parquet files, WebDataset .tar files, a folder of save_to_disk, a .npz or .npy file, an IDX "
@@ -206,3 +210,39 @@ def _not_found(path: Path, text: str) -> str:
         pass  # a parent that cannot be listed has no suggestions to offer
     hint = f"Did you mean {printable(path.parent / near[0])}? " if near else ""
     return f"{printable(path)!r} is neither a file or folder nor a named set. {hint}{suggest(text)}"
+
+
+def load_private(source: Source, config: Config, on_progress: Callable[[int, int], None] | None = None) -> ImageDataset:
+    """The private images as `config` asks for them: size, colour, with or without classes.
+
+    Args:
+        source: see :func:`dpsyngen.data.load_images`; an ImageDataset is taken as it is.
+        config: its section ``data`` counts.
+        on_progress: called as ``(done, total)`` while images are decoded, which can take long for large sets.
+    """
+    d = config.data
+    if isinstance(source, ImageDataset):
+        return source
+    return load_images(
+        source,
+        resolution=d.resolution,
+        channels=d.channels,
+        labels=d.labels,
+        skip_bad=d.skip_bad,
+        cache=d.cache,
+        workers=d.workers,
+        on_progress=on_progress,
+    )
+
+
+def load_named_or_given(
+    data: Source | None, config: Config, on_reading: Callable[[int, int], None] | None = None
+) -> ImageDataset:
+    """The images that were given, or else those that the configuration names."""
+    source = config.data.source if data is None else data
+    if isinstance(source, str) and not source:
+        raise ConfigError(
+            "no images were given: use --data with a folder, a file or a named set.  A run that was started from "
+            "arrays in memory needs the same images again as data."
+        )
+    return load_private(source, config, on_reading)

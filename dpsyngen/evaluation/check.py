@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
+from dpsyngen.data.load import Source, load_private
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.files import write_atomically, write_text
-from dpsyngen.fit import PathLike, Source, check_device, load_private
+from dpsyngen.hardware.choice import check_device
 from dpsyngen.training.run import Run
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check_memorisation(
-    run: Run | PathLike,
+    run: Run | str | os.PathLike[str],
     *,
     data: Source | None = None,
     held_out: Source | None = None,
@@ -54,7 +56,7 @@ def check_memorisation(
     from dpsyngen.evaluation.memorisation import checked_names, memorisation_check
     from dpsyngen.evaluation.neighbour_picture import neighbour_picture
     from dpsyngen.evaluation.pairs import FILE, neighbour_pairs
-    from dpsyngen.generator.generator import Generator
+    from dpsyngen.generator.generator import ReleasedGenerator
     from dpsyngen.privacy.ledger import Ledger
 
     run = run if isinstance(run, Run) else Run(Path(run))
@@ -67,7 +69,7 @@ def check_memorisation(
     source = config.data.source if data is None else data
     if isinstance(source, str) and not source:
         raise ConfigError("the run was trained on arrays in memory: give the images as data.")
-    generator = Generator(run.release, device)
+    generator = ReleasedGenerator(run.release, device)
     private = load_private(source, _like(config, generator))
     _require_training_images(run, private)
     control = None if held_out is None else load_private(held_out, _like(config, generator))

@@ -186,11 +186,11 @@ def _parameters(run: Run) -> int:
 
 
 def _of_generator(run: Run, device: str) -> list[Finding]:
-    from dpsyngen.generator.generator import Generator
+    from dpsyngen.generator.generator import ReleasedGenerator
     from dpsyngen.training.health import tensors_finite
 
     try:
-        generator = Generator(run.release, device)
+        generator = ReleasedGenerator(run.release, device)
     except RunError as error:
         return [_damage("release-damaged", str(error), "no image can be drawn from this release")]
     broken = [name for name, net in generator.networks.items() if not tensors_finite(net.state_dict().values())]

@@ -29,7 +29,7 @@ from dpsyngen.experiments.grid import Job
 from dpsyngen.experiments.moments_time import MomentsTime, coarse_noise
 from dpsyngen.experiments.public_networks import networks_of
 from dpsyngen.experiments.spec import Spec
-from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.training.moments_phase import MOMENTS
 from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Shape, stages_of
@@ -147,7 +147,7 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
             if p.step > 1 and p.phase != MOMENTS:
                 taken.setdefault("private" if p.phase == name else "public", []).append(now - last)
             last = now_is()
-        generator = Generator(training.run.release, device)
+        generator = ReleasedGenerator(training.run.release, device)
         count = 16
         generator.sample(2, steps=1, sampler="ddim")
         begun = now_is()

@@ -16,6 +16,7 @@ import numpy as np
 from dpsyngen import fit as api
 from dpsyngen.config import Config, load_config
 from dpsyngen.data import ImageDataset
+from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureSpec, evaluate_images
 from dpsyngen.experiments.experiment import Clock, Experiment, training_digest
@@ -24,7 +25,7 @@ from dpsyngen.experiments.public_networks import PublicNetwork, shared
 from dpsyngen.experiments.references import dp_classifier_reference, real_reference
 from dpsyngen.experiments.spec import DataFacts, Spec
 from dpsyngen.files import write_atomically, write_text
-from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.accounting import default_delta
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
@@ -58,7 +59,7 @@ class Images:
         d = spec.data
         section = {"source": d.train, "resolution": d.resolution, "channels": d.channels, "labels": d.labels}
         config = load_config({"data": section})
-        self.train: ImageDataset = api.load_private(d.train, config)
+        self.train: ImageDataset = load_private(d.train, config)
         _require(d.facts, self.train, d.train)
         self.test: ImageDataset | None = None
         if d.test is not None:
@@ -67,7 +68,7 @@ class Images:
                 "resolution": self.train.resolution,
                 "channels": "grey" if self.train.channels == 1 else "rgb",
             }
-            self.test = api.load_private(d.test, load_config({"data": fixed}))
+            self.test = load_private(d.test, load_config({"data": fixed}))
             if self.test.class_names != self.train.class_names:
                 raise DataError(
                     f"the test images have the classes {', '.join(self.test.class_names) or '(none)'}, but the "
@@ -274,7 +275,7 @@ class Worker:
     def _drawn(self, job: Job, run: Run, clock: Clock) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
         s = self.experiment.spec.sampling
         path = self.experiment.work_path(job) / "samples.npz"
-        generator = Generator(run.release, self.device)
+        generator = ReleasedGenerator(run.release, self.device)
         wanted = s.model_dump(exclude={"images"}, exclude_none=True)
         settings = {"seed": job.seed, **wanted}
         drawn = {"images": s.images, **asdict(generator.settings(**settings))}
@@ -415,7 +416,7 @@ def _of_training(config: Config, ledger: Ledger, records: int) -> dict[str, floa
 
 def _of_network(run: Run) -> dict[str, float]:
     """Numbers in the private network, where there is one."""
-    generator = Generator(run.release)
+    generator = ReleasedGenerator(run.release)
     if generator.stages.gaussian:
         return {}
     private = generator.networks[generator.stages.private.network]

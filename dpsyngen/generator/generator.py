@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never, Self
+from typing import TYPE_CHECKING, Any, Never
 
 import numpy as np
 import torch
@@ -24,24 +24,19 @@ from dpsyngen.generator.files import read_description
 from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.generator.images import Samples, Trajectory
 from dpsyngen.generator.networks import load_gaussian, load_network
-from dpsyngen.generator.saved import PathLike, Place, find, of_release, save
-from dpsyngen.hardware import choose, kind_of
+from dpsyngen.generator.saved import Place, of_release
+from dpsyngen.hardware import choose
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from dpsyngen.config import ComputeConfig
-    from dpsyngen.data import ImageDataset
 
 _SAMPLE = ("count", "labels", "classes", "batch_size", "on_progress", "progress")
 _SAMPLER = ("seed", "sampler", "steps", "guidance", "churn")
-_FIT = (
-    *("images", "labels", "class_names", "epsilon", "delta", "group_size", "budget", "preset", "variant", "steps"),
-    *("resolution", "settings", "out", "device", "progress"),
-)
 
 
-class Generator:
+class ReleasedGenerator:
     """Draws images.  :meth:`fit` trains one on private images, :meth:`load` takes one from the disk.
 
     >>> generator = Generator.fit(images, labels, epsilon=3)                  # doctest: +SKIP
@@ -95,175 +90,6 @@ class Generator:
             self.compute.compiled(network.network)
 
     # ------------------------------------------------------------------------------------------- from where
-
-    @classmethod
-    def fit(
-        cls,
-        images: ArrayLike | PathLike | ImageDataset | Any,
-        labels: ArrayLike | None = None,
-        *,
-        epsilon: float,
-        delta: float | None = None,
-        class_names: Sequence[str] | None = None,
-        group_size: int | None = None,
-        budget: PathLike | None = None,
-        preset: str | None = None,
-        variant: str | None = None,
-        steps: int | None = None,
-        resolution: int | None = None,
-        settings: Mapping[str, Any] | None = None,
-        out: PathLike | None = None,
-        device: str = "auto",
-        progress: bool = True,
-        **unknown: Never,
-    ) -> Self:
-        """Train a generator on private images with (ε, δ)-differential privacy.
-
-        Everything is checked before anything is spent.  The training is a run like one of `dpsyngen train`: with a
-        ledger, a certificate, checkpoints, and a private half that stays with you.
-
-        There is no seed.  Whoever knows the seed of the noise can subtract it, so it comes from the operating system's
-        entropy; two fits of one call differ.  ``settings={"privacy": {"insecure_seed": 0}}`` is for tests, and stamps
-        the generator NOT PRIVATE.
-
-        What is printed is public, so that a notebook can be shared with its output: no loss on private images is in it.
-        (The arguments in the notebook, and the run directory's ``private/``, are another matter.)
-
-        Args:
-            images: arrays (or PyTorch tensors, or a list of Pillow images), uint8 or float in [0, 1], ``[N, H, W]``,
-                ``[N, H, W, C]`` or ``[N, C, H, W]``; or a folder, a file, a named set or a data set, as for
-                :func:`dpsyngen.load_images`.
-            labels: for arrays: [N] whole numbers or texts; None: no classes.  Folders, files and data sets bring
-                their own.
-            epsilon: ε > 0, for one image added or removed; ``math.inf`` trains without privacy, for reference.
-            delta: δ; None: the largest power of ten below 1/N.
-            class_names: names for labels 0, 1, …, all of which are then public; None: the labels that occur are.
-            group_size: images of one person at most; ε is then for all of them together.  None: 1.
-            budget: file of the budget that all runs on these images share; see docs/privacy.md.
-            preset: see :func:`dpsyngen.config.preset_names`; None: "gpu" where there is one, else "cpu-small".
-            variant: who trains which noise levels; None: what the preset says.
-            steps: of DP-SGD; None: what the preset says.
-            resolution: pixels; None: what the images have.
-            settings: nested overrides of the preset, such as ``{"private": {"copies": 8}}``, or what
-                :meth:`get_params` of an earlier generator gave with ``deep=False``.  Options above go before them.
-            out: the run directory to make; None: a new one, ``runs/fit-DATE-TIME``.
-            device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
-            progress: tell what is going on: in a notebook below the cell, elsewhere on standard error.
-
-        Raises:
-            ConfigError, DataError, RunError: before anything is spent.
-            KeyboardInterrupt: it was interrupted.  Nothing is lost: :meth:`resume` goes on.
-        """
-        from dpsyngen.config import load_config
-        from dpsyngen.fit import prepare, train_together
-        from dpsyngen.fitting import Reading, as_source, new_folder, refuse_unknown, require_images, with_options
-        from dpsyngen.notebook import console_for
-
-        refuse_unknown("fit", unknown, _FIT, in_settings=True)
-        require_images(images)
-        given = with_options(
-            settings,
-            privacy__epsilon=epsilon,
-            privacy__delta=delta,
-            privacy__group_size=group_size,
-            privacy__budget=None if budget is None else os.fspath(budget),
-            stages__variant=variant,
-            private__steps=steps,
-            data__resolution=resolution,
-            data__source=os.fspath(images) if isinstance(images, str | os.PathLike) else None,
-        )
-        config, device = load_config(given, preset=preset), kind_of(device)
-        source = as_source(images, labels, class_names, config)
-        folder = new_folder() if out is None else Path(out).expanduser()
-        console = console_for(progress)
-        reading = Reading(console, config)
-        run = train_together(
-            lambda own, ranks: prepare(config, folder, source, own, ranks, reading),
-            folder,
-            source,
-            device,
-            console=console,
-        )
-        return cls(run.release, device)
-
-    @classmethod
-    def resume(
-        cls,
-        out: PathLike,
-        images: ArrayLike | PathLike | ImageDataset | Any = None,
-        labels: ArrayLike | None = None,
-        *,
-        class_names: Sequence[str] | None = None,
-        device: str = "auto",
-        progress: bool = True,
-    ) -> Self:
-        """Go on with a :meth:`fit` (or a `dpsyngen train`) that was interrupted, as if it had not been.
-
-        Args:
-            out: its run directory.
-            images, labels, class_names: the same as at the start.  Images that came from a folder or file may be left
-                out; arrays must be given again, and others than those are refused.
-            device, progress: as for :meth:`fit`.
-
-        Raises:
-            ConfigError, DataError, RunError: the images are missing or others, or there is nothing to resume.
-            KeyboardInterrupt: it was interrupted again.
-        """
-        from dpsyngen.fit import prepare_resume, train_together
-        from dpsyngen.fitting import Reading, as_source
-        from dpsyngen.notebook import console_for
-        from dpsyngen.training.run import Run
-
-        folder, device = Path(out).expanduser(), kind_of(device)
-        run = Run(folder)
-        if run.complete:
-            raise RunError(
-                f"{folder} is finished: there is nothing to resume.  Generator.load({str(folder)!r}) takes it."
-            )
-        source = None if images is None else as_source(images, labels, class_names, run.config)
-        console = console_for(progress)
-        reading = Reading(console, run.config)
-        run = train_together(
-            lambda own, ranks: prepare_resume(folder, source, own, ranks=ranks, on_reading=reading),
-            folder,
-            source,
-            device,
-            console=console,
-        )
-        return cls(run.release, device)
-
-    @classmethod
-    def load(cls, path: PathLike, device: str = "auto") -> Self:
-        """A generator from the disk.
-
-        Args:
-            path: a run directory, its release folder or a copy of that, or a bundle (``.zip``), from anybody: nothing
-                in it is run.  Whether its claim is true is another question, see :func:`dpsyngen.verify`.
-            device: where to compute, as for :meth:`fit`.
-
-        Raises:
-            RunError: there is no generator, its training is not finished, or it is damaged.
-            ReleaseError: a bundle that is damaged or was changed.
-        """
-        place = find(path)
-        generator = cls(place.release, device)
-        generator.place = place
-        return generator
-
-    def save(self, path: PathLike, *, not_private: bool = False) -> Path:
-        """Save what may be published, and nothing else; returns where.
-
-        Args:
-            path: a ``.zip`` for a release bundle, which :func:`dpsyngen.verify` checks anywhere; it is made from the
-                run directory, whose ledger the certificate is compared with.  Anything else is a folder to make.
-                Nothing is overwritten.
-            not_private: save a generator that carries no guarantee all the same, stamped as such.
-
-        Raises:
-            ConfigError, RunError: there is something at `path`, or a bundle cannot be made from what is at hand.
-            ReleaseError: there is no guarantee and `not_private` is false, or something is wrong with the release.
-        """
-        return save(self.place, path, not_private)
 
     # -------------------------------------------------------------------------------------------- about it
 

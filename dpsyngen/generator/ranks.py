@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.distributed import END, Ranks, device_of
 from dpsyngen.errors import DpsyngenError
-from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.images import Samples
 
 Handlers = Mapping[str, Callable[..., None]]
@@ -26,7 +26,7 @@ Handlers = Mapping[str, Callable[..., None]]
 _OPEN, _IMAGES, _ROUND = "open a generator", "images", "a round of images"
 
 
-def open_everywhere(ranks: Ranks, release: Path, device: str) -> Generator:
+def open_everywhere(ranks: Ranks, release: Path, device: str) -> ReleasedGenerator:
     """The generator in `release`, opened by all processes; to be called by the main one.
 
     Args:
@@ -42,17 +42,17 @@ def open_everywhere(ranks: Ranks, release: Path, device: str) -> Generator:
         return ranks.agree(lambda: _open(ranks, release, device))
 
 
-def _open(ranks: Ranks, release: Path, device: str) -> Generator:
-    from dpsyngen.fit import check_device
+def _open(ranks: Ranks, release: Path, device: str) -> ReleasedGenerator:
+    from dpsyngen.hardware.choice import check_device
 
     own = device_of(device, ranks)
     check_device(own)
-    return Generator(release, own)
+    return ReleasedGenerator(release, own)
 
 
 def stream(
     ranks: Ranks,
-    generator: Generator,
+    generator: ReleasedGenerator,
     count: int,
     settings: SamplingSettings,
     *,
@@ -79,7 +79,7 @@ def stream(
         yield from (part for part in parts or () if part is not None)
 
 
-def sample(ranks: Ranks, generator: Generator, count: int, **settings: Any) -> Samples:
+def sample(ranks: Ranks, generator: ReleasedGenerator, count: int, **settings: Any) -> Samples:
     """As :meth:`Generator.sample`, with classes in turn, drawn by all processes; to be called by the main one."""
     if ranks.alone or count < 1:
         return generator.sample(count, **settings)
@@ -91,7 +91,7 @@ def sample(ranks: Ranks, generator: Generator, count: int, **settings: Any) -> S
 
 def _own(
     ranks: Ranks,
-    generator: Generator,
+    generator: ReleasedGenerator,
     count: int,
     settings: SamplingSettings,
     labels: NDArray[np.int64] | None,
@@ -111,7 +111,7 @@ def _rounds(ranks: Ranks, count: int, batch_size: int) -> int:
 
 def handlers(ranks: Ranks) -> Handlers:
     """What a follower has to know to help with sampling."""
-    opened: list[Generator] = []
+    opened: list[ReleasedGenerator] = []
 
     def open_(release: Path, device: str) -> None:
         opened[:] = [ranks.agree(lambda: _open(ranks, release, device))]

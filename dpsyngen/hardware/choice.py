@@ -236,3 +236,10 @@ def _compile(asked: object, gpu: Gpu | None, facts: Facts) -> tuple[bool, str]:
         True,
         f"small layers are fused into few kernels; from call {_WARM_UP + 1} of a network on, as compiling takes time",
     )
+
+
+def check_device(device: str, compute: ComputeConfig | None = None) -> None:
+    """Raise ConfigError if this machine cannot compute on `device`, or not as `compute` asks; see
+    :func:`dpsyngen.hardware.choose`.
+    """
+    choose(device, compute)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError
 from dpsyngen.files import write_atomically
-from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import write_samples
 from dpsyngen.privacy.certificate import Certificate, schema_text
 from dpsyngen.privacy.chain import Head
@@ -171,7 +171,7 @@ def _draw(
     certificate: Certificate,
     on_progress: Callable[[int], None] | None,
 ) -> None:
-    generator = Generator(run.release)
+    generator = ReleasedGenerator(run.release)
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
     settings = generator.settings(seed=seed)

@@ -47,6 +47,6 @@ def code() -> dict[str, str]:
     }
     return {
         MODEL_INDEX: json.dumps(index, indent=1) + "\n",
-        PIPELINE: Path(__file__).with_name("pipeline.py").read_text(encoding="utf-8"),
+        PIPELINE: (Path(__file__).parent / "hub" / "pipeline.py").read_text(encoding="utf-8"),
         DENOISER: assemble("dpsyngen.release.hub.denoiser", _HEADING),
     }

@@ -24,7 +24,7 @@ from dpsyngen.config import Config, validate
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage
 from dpsyngen.errors import DpsyngenError, ReleaseError, printable
 from dpsyngen.files import read_yaml
-from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.certificate import Certificate, number, plain_words, schema_text
 from dpsyngen.release.bundle import (
     FORMAT,
@@ -141,7 +141,7 @@ class _Verification:
         yield self._named("settings", lambda: self._settings(c, config))
         yield self._named("report", self._report)
         self.current = "generator"
-        generator = Generator(self.folder)
+        generator = ReleasedGenerator(self.folder)
         yield self._named("generator", lambda: self._generator(c, generator))
         yield self._named("images", lambda: self._images(generator))
 
@@ -326,7 +326,7 @@ class _Verification:
 
     # ------------------------------------------------------------------------------------- the generator
 
-    def _generator(self, c: Certificate, generator: Generator) -> tuple[bool, str]:
+    def _generator(self, c: Certificate, generator: ReleasedGenerator) -> tuple[bool, str]:
         a = c.public_assumptions
         described = _json((self.folder / "generator.json").read_bytes(), "generator.json")
         facts = [
@@ -348,7 +348,7 @@ class _Verification:
         parts += ["DP moments"] if GAUSSIAN in files else []
         return True, f"its weights are whole; {' and '.join(parts)} as the certificate says"
 
-    def _images(self, generator: Generator) -> tuple[bool | None, str]:
+    def _images(self, generator: ReleasedGenerator) -> tuple[bool | None, str]:
         if not (self.folder / SAMPLES).is_dir():
             drawn = generator.sample(min(4, max(1, len(generator.class_names) or 4)), steps=4).images
             return True, f"it draws images ({drawn.shape[1]} × {drawn.shape[2]} × {drawn.shape[3]}); no samples in it"
@@ -424,7 +424,7 @@ def _check_weights(file: Path) -> None:
         raise ReleaseError(f"{file.name} is damaged: {error}") from None
 
 
-def _table(folder: Path, generator: Generator) -> tuple[list[Path], np.ndarray | None]:
+def _table(folder: Path, generator: ReleasedGenerator) -> tuple[list[Path], np.ndarray | None]:
     """Files and labels of samples, in the order in which they were drawn."""
     try:
         text = (folder / "metadata.csv").read_text(encoding="utf-8")
@@ -441,7 +441,7 @@ def _table(folder: Path, generator: Generator) -> tuple[list[Path], np.ndarray |
     return [folder / f for f in files], labels
 
 
-def _picture(path: Path, generator: Generator) -> np.ndarray:
+def _picture(path: Path, generator: ReleasedGenerator) -> np.ndarray:
     """uint8 [C, H, W] of a PNG that holds pixels and nothing else."""
     from PIL import Image
 
@@ -454,7 +454,7 @@ def _picture(path: Path, generator: Generator) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _check_chunks(path: Path, generator: Generator) -> None:
+def _check_chunks(path: Path, generator: ReleasedGenerator) -> None:
     """Refuse a PNG with anything but its header, its pixels and its end, or of another form than the generator's.
 
     Before Pillow sees it, which takes a large size in the header at its word.

@@ -12,7 +12,7 @@ import numpy as np
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.experiments.job_result import JobResult
 from dpsyngen.experiments.measures import Row, View, epsilon_name, row_of
-from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.report.plots import png_data
 
 NOISE_SEED = 20_241
@@ -79,7 +79,7 @@ def sample_grids(view: View, exp: Path, on_progress: Callable[[str], None] | Non
             if on_progress:
                 on_progress(f"drawing images of {row.name} at {epsilon_name(epsilon)}")
             try:
-                generator = Generator(_release(exp, job))
+                generator = ReleasedGenerator(_release(exp, job))
                 names = generator.class_names[:_MOST_CLASSES] or ("",)
                 if rows and names != classes:
                     raise DpsyngenError("it has other classes than the variant above")
@@ -110,7 +110,7 @@ def _release(exp: Path, job: JobResult) -> Path:
     return release
 
 
-def _pictures(generator: Generator, row: Row, job: JobResult, classes: tuple[str, ...]) -> tuple[Picture, ...]:
+def _pictures(generator: ReleasedGenerator, row: Row, job: JobResult, classes: tuple[str, ...]) -> tuple[Picture, ...]:
     drawn: dict[str, Any] = job.evaluation.get("sampling") or {}
     settings = {k: drawn[k] for k in _SETTINGS if drawn.get(k) is not None}
     where = f"{row.name}, {epsilon_name(job.epsilon)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dpsyngen.files import write_text
@@ -29,3 +30,16 @@ def write_reports(run: Run) -> tuple[Path, Path]:
     private_half = private_values(run, values["statement"]["public_assumptions"]["class_names"])
     write_text(private_path, render("report.html.j2", values | {"private_half": private_half}), 0o600)
     return private_path, public_path
+
+
+def write_report(run: Run | str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write the report of a finished run, twice: the full one into ``private/``, the publishable into ``release/``.
+
+    Returns:
+        paths of the private and of the public report.
+    """
+    run = run if isinstance(run, Run) else Run(Path(run))
+    run.require_complete()
+    with run.lock():
+        run.finished_ledger()
+        return write_reports(run)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import read_yaml_file
-from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.programs import make_program
 from dpsyngen.report.charts import Series, line_chart
 from dpsyngen.report.curves import curves
@@ -41,7 +41,7 @@ def release_values(release: Path) -> dict[str, Any]:
     """
     statement = json.loads((release / "privacy.json").read_text(encoding="utf-8"))
     config = read_yaml_file(release / "config.yaml", "the configuration")
-    generator = Generator(release)
+    generator = ReleasedGenerator(release)
     network, sampling = config["network"], config["sampling"]
     drawn = _drawn_by_program(config["program"], generator)
     lines = curves(JsonLines(release / "public_training.jsonl", 0o644).read(), "loss")
@@ -86,7 +86,7 @@ def _mechanism(m: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _class_rows(generator: Generator) -> list[dict[str, Any]]:
+def _class_rows(generator: ReleasedGenerator) -> list[dict[str, Any]]:
     """A row of images for each class; one of many images if there are no classes."""
     shown = generator.class_names[:_MOST_CLASSES]
     if not shown:
@@ -104,7 +104,7 @@ def _grids(images: NDArray[np.uint8], resolution: int) -> dict[str, str]:
     return {"wide": png_data(images, _PER_CLASS, wide, 3), "narrow": png_data(images, _ON_A_PHONE, narrow, 3)}
 
 
-def _drawn_by_program(config: dict[str, Any], generator: Generator) -> NDArray[np.uint8] | None:
+def _drawn_by_program(config: dict[str, Any], generator: ReleasedGenerator) -> NDArray[np.uint8] | None:
     """Some of the public images; None where they cannot be drawn, as for lack of the fonts that the run had."""
     try:
         program = make_program(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.report.plots import image_data
 
 IMAGES, COLUMNS = 6, 9
 
 
-def trajectory_table(generator: Generator, *, seed: int = 0) -> dict[str, Any]:
+def trajectory_table(generator: ReleasedGenerator, *, seed: int = 0) -> dict[str, Any]:
     """The first images of `seed`, one of each class, at steps that are even in log σ.
 
     They are the images with which the class rows of the report begin, drawn by the run's own sampler.

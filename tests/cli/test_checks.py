@@ -101,7 +101,7 @@ def test_the_ledger_knows_before_private_images_are_looked_at(run, trained, monk
 
 
 def test_a_generator_of_training_images_is_flagged(call, run, trained, monkeypatch) -> None:
-    from dpsyngen.generator.generator import Generator, Samples
+    from dpsyngen import Generator, Samples
 
     images, labels = images_of(0)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dpsyngen
 from dpsyngen import fit as api
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
@@ -69,7 +70,7 @@ def test_the_ceiling_is_the_runs_own_program(run, monkeypatch) -> None:
     monkeypatch.setattr(
         evaluation, "evaluate_images", lambda *a, **k: seen.append(k["programs"]) or {"features": {}, "cas": {}}
     )
-    api.evaluate(run, images=20, classifiers=())
+    dpsyngen.evaluate(run, images=20, classifiers=())
     p = run.config.program
     program = make_program(p.name, resolution=8, channels=1, seed=p.seed, **p.params)
     np.testing.assert_array_equal(seen[0], program.batch(range(20)))

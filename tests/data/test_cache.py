@@ -357,7 +357,7 @@ def test_where_the_cache_lies_is_not_released_and_may_change(tmp_path: Path) -> 
 
 
 def test_the_settings_reach_the_reader(tar: Path, tmp_path: Path) -> None:
-    from dpsyngen.fit import load_private
+    from dpsyngen.data.load import load_private
 
     settings = {"data": {"cache": str(tmp_path / "c"), "workers": 1, "resolution": 8}}
     data = load_private(tar, load_config(settings, preset="cpu-small"))

@@ -13,9 +13,10 @@ from torch.utils.data import Subset, TensorDataset
 
 from dpsyngen.config import load_config
 from dpsyngen.data import MapStyle, load_images, options, save_images
+from dpsyngen.data.load import load_private
 from dpsyngen.data.store import StoredImages
 from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.fit import load_private, shape_of
+from dpsyngen.training.plan import shape_of
 from tests.data.encoded import pixels
 
 IMAGES = pixels(30)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpsyngen import Generator
 from dpsyngen.errors import DpsyngenError, RunError
-from dpsyngen.generator.generator import Generator
 from tests.fuzz.mutations import spoil_bytes, spoil_safetensors, spoil_value
 from tests.fuzz.properties import accepted, examples, is_printable, nothing_else_happens, tried
 from tests.fuzz.releases import description, make_release, weights

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from dpsyngen import Generator
 from dpsyngen.data.labels import MAX_CLASSES
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.generator.files import MAX_JSON_BYTES, read_description
-from dpsyngen.generator.generator import Generator
 from tests.fuzz.releases import description, make_release, weights
 
 
@@ -261,7 +261,7 @@ def test_no_network_takes_memory_before_its_weights_fit(release: Path, monkeypat
 _HUGE = """
 import resource, sys
 from dpsyngen.errors import RunError
-from dpsyngen.generator.generator import Generator
+from dpsyngen import Generator
 Generator(sys.argv[2])  # a sound one: what is imported late is imported now
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import dpsyngen
+from dpsyngen import Generator
 from dpsyngen.config import ComputeConfig
 from dpsyngen.errors import ConfigError, DataError, ReleaseError, RunError
-from dpsyngen.generator.generator import Generator
 from dpsyngen.privacy.certificate import Certificate
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
@@ -87,7 +87,7 @@ def test_images_may_come_in_many_forms(kind, tmp_path, monkeypatch) -> None:
         "list of pictures": [Image.fromarray(i) for i in images],
     }
     config = load_config(TINY_SETTINGS)
-    from dpsyngen.fit import load_private
+    from dpsyngen.data.load import load_private
 
     dataset = load_private(as_source(forms[kind], list(labels), None, config), config)
     assert np.array_equal(dataset.images[:, 0], images)

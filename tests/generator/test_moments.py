@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import dpsyngen
+from dpsyngen import Generator
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.generator.generator import Generator
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
 Tensors = dict[str, Tensor]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import dpsyngen
+from dpsyngen import Generator
 from dpsyngen.errors import ConfigError
-from dpsyngen.generator.generator import Generator
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dpsyngen.programs import fractal, spectrum, wavelet_marginal
 from numpy.typing import NDArray
 from scipy import ndimage, special, stats
 
-from dpsyngen.programs import Program, make_program
+from dpsyngen.programs import Program, fractal, make_program, spectrum, wavelet_marginal
 from dpsyngen.programs.contours import POINTS
 from dpsyngen.programs.drawing.fourier import roots
 

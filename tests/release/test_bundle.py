@@ -117,8 +117,8 @@ def test_taint_the_bundle_depends_on_the_images_through_the_mechanism_alone(pair
         training = api.prepare(config, tmp_path / f"run-{number}")
         for _ in training.steps():
             pass
-        api.evaluate(training.run, test=(images, labels), images=40, classifiers=("logreg",))
-        api.write_report(training.run)
+        dpsyngen.evaluate(training.run, test=(images, labels), images=40, classifiers=("logreg",))
+        dpsyngen.write_report(training.run)
         out = pack(training.run, tmp_path / f"{number}.zip", samples=6, seed=1, not_private=True).path
         folder_now = {p.relative_to(training.run.release): p.read_bytes() for p in training.run.release.rglob("*.*")}
         bundles.append((out.read_bytes(), folder_now))

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import dpsyngen
+from dpsyngen import Generator
 from dpsyngen import fit as api
-from dpsyngen.generator.generator import Generator
 from dpsyngen.report.html import write_reports
 from dpsyngen.report.plots import image_data
 from dpsyngen.report.release_values import release_values
@@ -194,7 +195,7 @@ def test_a_run_without_classes_and_stages_has_a_report(tmp_path) -> None:
     images, _ = tiny_arrays()
     settings = TINY_SETTINGS | {"stages": {"variant": "dpdm"}, "program": {"name": "dead-leaves"}}
     run = api.train((images, None), epsilon=float("inf"), out=tmp_path / "run", settings=settings)
-    private, public = api.write_report(run)
+    private, public = dpsyngen.write_report(run)
     for path in (private, public):
         outline = Outline(path.read_text())
         heads = [outline.texts[i] for i, a in outline.named("th") if a.get("scope") == "colgroup"]

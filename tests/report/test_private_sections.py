@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dpsyngen
 from dpsyngen import fit as api
 from dpsyngen.errors import RunError
 from dpsyngen.evaluation.check import check_memorisation
@@ -39,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
     (run.private / "health.json").unlink()  # training wrote it
-    private, public = api.write_report(run)
+    private, public = dpsyngen.write_report(run)
     assert "Not checked yet" in private.read_text()
     assert "Not looked at yet" in private.read_text()
     before = public.read_bytes()
@@ -48,7 +49,7 @@ def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
         {"code": "diverged", "severity": "error", "seen": f"of class {EVIL}", "why": "w", "change": "c", "basis": "x"}
     ]
     (run.private / "health.json").write_text(json.dumps({"findings": findings}))
-    private, public = api.write_report(run)
+    private, public = dpsyngen.write_report(run)
     text = private.read_text()
     pairs = json.loads((run.private / "memorisation_pairs.json").read_text())
     for pair in (pair for group in pairs["groups"] for pair in group["pairs"]):
@@ -67,11 +68,11 @@ def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
     # Of a check by an earlier version there is the picture alone.
     (run.private / "memorisation_pairs.json").unlink()
     picture = base64.b64encode((run.private / "memorisation.png").read_bytes()).decode()
-    assert f'src="data:image/png;base64,{picture}"' in api.write_report(run)[0].read_text()
+    assert f'src="data:image/png;base64,{picture}"' in dpsyngen.write_report(run)[0].read_text()
     # A check without held-out images and a run without findings are said as such.
     check_memorisation(run, data=images_of(0), images=12)
     (run.private / "health.json").write_text(json.dumps({"findings": []}))
-    text = api.write_report(run)[0].read_text()
+    text = dpsyngen.write_report(run)[0].read_text()
     assert "Not to be told" in text
     assert "Nothing found." in text
 
@@ -79,7 +80,7 @@ def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
 def test_damaged_figures_are_said(run) -> None:
     (run.private / "health.json").write_text("{")
     with pytest.raises(RunError, match=r"health\.json is damaged"):
-        api.write_report(run)
+        dpsyngen.write_report(run)
     (run.private / "health.json").unlink()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import dpsyngen
 import dpsyngen.training.private as private_module
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
@@ -238,7 +239,10 @@ def test_finished_release_with_an_older_private_half_is_not_trained_again(tmp_pa
     shutil.copytree(tmp_path / "old", out / "private")
     with pytest.raises(RunError, match="finished already"):
         finish(out, tiny_images())
-    for use in (lambda: api.evaluate(out, data=tiny_images(), images=9, classifiers=()), lambda: api.write_report(out)):
+    for use in (
+        lambda: dpsyngen.evaluate(out, data=tiny_images(), images=9, classifiers=()),
+        lambda: dpsyngen.write_report(out),
+    ):
         with pytest.raises(RunError, match="of an earlier time"):
             use()
     assert content(out / "release") == before
@@ -313,8 +317,8 @@ def test_whatever_writes_is_refused_while_another_process_works_on_the_run(made,
     for path, use in (
         (out, lambda: finish(out, tiny_images())),
         (out, lambda: api.prepare_resume(out, tiny_images())),
-        (finished, lambda: api.evaluate(finished, data=tiny_images(), images=9, on_progress=said.append)),
-        (finished, lambda: api.write_report(finished)),
+        (finished, lambda: dpsyngen.evaluate(finished, data=tiny_images(), images=9, on_progress=said.append)),
+        (finished, lambda: dpsyngen.write_report(finished)),
     ):
         with open(path / "private" / "lock") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # as another process would hold it

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from dpsyngen import Generator
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import BudgetExceeded, RunError
-from dpsyngen.generator.generator import Generator
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger

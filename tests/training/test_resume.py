@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dpsyngen import Generator
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.errors import BudgetExceeded, RunError
-from dpsyngen.generator.generator import Generator
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.private import charged_steps
 from dpsyngen.training.run import Run

@@ -82,7 +82,7 @@ def test_events_are_the_figures_of_the_logs(tmp_path, tiny_settings, tiny_images
 
 def test_last_picture_is_what_the_release_draws(tmp_path, tiny_settings, tiny_images) -> None:
     """From the average, through the stages: the networks that are shown are those that are released."""
-    from dpsyngen.generator.generator import Generator
+    from dpsyngen import Generator
     from dpsyngen.programs.grid import image_grid
 
     training = finish(begin(tiny_settings, tmp_path / "r", tiny_images(), stages={"variant": "both"}))

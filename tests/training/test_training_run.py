@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dpsyngen
 import dpsyngen.training.private as private_module
+from dpsyngen import Generator
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.errors import BudgetExceeded, ConfigError, RunError
-from dpsyngen.generator.generator import Generator
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.private import charged_steps
 from dpsyngen.training.run import JsonLines
@@ -102,7 +103,7 @@ def test_without_the_patch_the_release_does_depend_on_the_data(tmp_path, tiny_se
 
 def test_files_of_the_release_are_those_we_know(tmp_path, tiny_settings, tiny_images) -> None:
     run = finish(begin(tiny_settings, tiny_images(), tmp_path / "r", stages={"variant": "both"})).run
-    api.write_report(run)
+    dpsyngen.write_report(run)
     assert set(bytes_of(run.release)) == {
         "PRIVACY.md",
         "README.md",
@@ -149,7 +150,7 @@ def test_stamps_of_runs_without_privacy(tmp_path, tiny_settings, tiny_images) ->
         begin(tiny_settings, tiny_images(), tmp_path / "p", stages={"variant": "dpdm"}, privacy={"epsilon": 8})
     ).run
     for run, is_private in ((seeded, False), (open_run, False), (private, True)):
-        private_html, public_html = api.write_report(run)
+        private_html, public_html = dpsyngen.write_report(run)
         statement = json.loads((run.release / "privacy.json").read_text())
         assert statement["private"] is is_private
         for text in ((run.release / "PRIVACY.md").read_text(), public_html.read_text(), private_html.read_text()):
@@ -168,8 +169,8 @@ def test_report_of_the_release_has_nothing_private_and_escapes_names(tmp_path, t
         class_names=np.array(["<script>alert(1)</script>", "b & c", "日本"]),
     )
     run = finish(begin(tiny_settings, tmp_path / "d.npz", tmp_path / "r")).run
-    api.evaluate(run, data=tmp_path / "d.npz", images=30, classifiers=())
-    private_html, public_html = api.write_report(run)
+    dpsyngen.evaluate(run, data=tmp_path / "d.npz", images=30, classifiers=())
+    private_html, public_html = dpsyngen.write_report(run)
     public, private = public_html.read_text(), private_html.read_text()
     assert "<script>" not in public
     assert "&lt;script&gt;" in public

@@ -2,9 +2,9 @@
 
 Three ways to split:
 
-- :class:`dpsyngen.privacy.sharding.fsdp.OwnExamples`: FSDP2; each process has its own examples.  Their norms are complete where
+- ``fsdp.OwnExamples``: FSDP2; each process has its own examples.  Their norms are complete where
   they are; clipped sums are reduced to the shards.
-- :class:`dpsyngen.privacy.sharding.fsdp.SameExamples`: FSDP2; all processes see the same examples, and each has the gradients of
+- ``fsdp.SameExamples``: FSDP2; all processes see the same examples, and each has the gradients of
   its shard alone.  The squared norms are added up over the shards; each process sums its part.
 - :class:`SplitByHand`: like it, of tensors that each process has to itself.
 

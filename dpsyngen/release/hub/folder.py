@@ -10,7 +10,7 @@ from pathlib import Path
 from dpsyngen.errors import ConfigError, ReleaseError
 from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, sync_folder, write_text
 from dpsyngen.generator.files import MAX_JSON_BYTES
-from dpsyngen.generator.generator import Generator
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.certificate import Certificate
 from dpsyngen.release.card import digest_of
 from dpsyngen.release.companions import companions
@@ -69,7 +69,7 @@ def export_release(release: Path, format: str, out: Path, *, not_private: bool =
             f"this generator is NOT PRIVATE: {'; '.join(certificate.not_private_because)}.  It must not be published "
             "if its images are private.  --not-private exports it all the same, stamped as such."
         )
-    generator = Generator(release)
+    generator = ReleasedGenerator(release)
     if generator.private != certificate.private or list(generator.class_names) != (
         certificate.public_assumptions.class_names
     ):
