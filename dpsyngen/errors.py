@@ -105,3 +105,23 @@ _short = _Short()
 def shown(value: object) -> str:
     """``repr(value)`` for a message: at most some hundred printable characters, whatever ``value`` is."""
     return printable(_short.repr(value), 200)
+
+
+def require(ok: object, name: str, given: object, allowed: str | Iterable[str]) -> None:
+    """Raise ConfigError unless `ok`: the one way in which the package states the bounds of an argument.
+
+    >>> require(3 > 0, "steps", 3, "at least 1")
+    >>> require(False, "steps", 0, "at least 1")
+    Traceback (most recent call last):
+    ...
+    dpsyngen.errors.ConfigError: steps is 0, but must be at least 1.
+
+    Args:
+        ok: whether `given` is allowed.
+        name: what the user calls it: an option, a setting or an argument.
+        given: what was given; shown shortened, whatever it is.
+        allowed: what comes after "must be" (a sentence of advice may follow), or the names to choose from.
+    """
+    if not ok:
+        allowed = allowed if isinstance(allowed, str) else "one of " + ", ".join(allowed)
+        raise ConfigError(f"{name} is {shown(given)}, but must be {allowed.rstrip('.')}.")

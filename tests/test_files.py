@@ -11,7 +11,15 @@ import pytest
 
 from dpsyngen import files
 from dpsyngen.errors import RunError
-from dpsyngen.files import is_temporary, remove_temporaries, require_absent_or_empty, write_atomically, write_text
+from dpsyngen.files import (
+    NotPlainError,
+    is_temporary,
+    open_plain,
+    remove_temporaries,
+    require_absent_or_empty,
+    write_atomically,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -131,3 +139,21 @@ def test_missing_folder_is_named(tmp_path) -> None:
         write_text(tmp_path / "gone" / "f", "x")
     assert caught.value.filename == str(tmp_path / "gone" / "f")
     assert files.TEMPORARY_SUFFIX not in str(caught.value)
+
+
+def test_open_plain(tmp_path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    os.mkfifo(tmp_path / "pipe")
+    with open_plain(tmp_path / "a", 5) as file:
+        assert file.read() == b"12345"
+    for name, limit, why in (
+        ("a", 4, "over the limit"),
+        ("link", 5, "symbolic link"),
+        ("pipe", 5, "not a plain file"),
+        (".", 5, "not a plain file"),
+        ("missing", 5, "No such file"),
+        ("a\0", 5, "cannot be a path"),
+    ):
+        with pytest.raises(NotPlainError, match=why):
+            open_plain(tmp_path / name, limit)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
-from dpsyngen.errors import listed, printable, shown
-from dpsyngen.files import NotPlainError, open_plain
+from dpsyngen.errors import ConfigError, listed, printable, require, shown
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "\x9b1m", "\u202egnp", "\ud800", "\u2028", "\x00", "\u200b"])
@@ -61,19 +58,10 @@ def test_both_ends_of_a_long_text_are_shown() -> None:
     assert "end (1,008 characters)" in printable("start" + "x" * 1000 + "end")
 
 
-def test_open_plain(tmp_path) -> None:
-    (tmp_path / "a").write_bytes(b"12345")
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    os.mkfifo(tmp_path / "pipe")
-    with open_plain(tmp_path / "a", 5) as file:
-        assert file.read() == b"12345"
-    for name, limit, why in (
-        ("a", 4, "over the limit"),
-        ("link", 5, "symbolic link"),
-        ("pipe", 5, "not a plain file"),
-        (".", 5, "not a plain file"),
-        ("missing", 5, "No such file"),
-        ("a\0", 5, "cannot be a path"),
-    ):
-        with pytest.raises(NotPlainError, match=why):
-            open_plain(tmp_path / name, limit)
+def test_require_says_what_was_given_and_what_is_allowed() -> None:
+    require(True, "steps", 1, "at least 1")
+    require("a", "sampler", "a", ["a", "b"])
+    with pytest.raises(ConfigError, match=r"^steps is 0, but must be at least 1\. Give more\.$"):
+        require(False, "steps", 0, "at least 1. Give more.")
+    with pytest.raises(ConfigError, match=r"^sampler is 'c', but must be one of a, b\.$"):
+        require("", "sampler", "c", ["a", "b"])
