@@ -41,7 +41,7 @@ def certificate(run) -> Certificate:
 
 def test_schema_in_docs_is_that_of_the_code() -> None:
     assert (DOCS / "certificate.schema.json").read_text() == schema_text(), (
-        "write it again: python -c 'from dpsyngen.privacy.certificate import schema_text; print(schema_text(), end=\"\")'"
+        "write it again: python -c 'from dpsyngen.privacy import certificate as c; print(c.schema_text(), end=\"\")'"
     )
     schema = json.loads(schema_text())
     assert schema["$schema"].startswith("https://json-schema.org/")
