@@ -7,10 +7,10 @@ import inspect
 import sys
 
 import pytest
-from dpsyngen.export import assemble as module
 
 from dpsyngen.diffusion import samplers, unet
 from dpsyngen.release.companions import DENOISER, PIPELINE, code
+from dpsyngen.release.hub import assemble as module
 from dpsyngen.release.hub.assemble import NotSelfContained, assemble
 
 MAY_IMPORT = {"diffusers", "numpy", "PIL", "safetensors", "torch"} | set(sys.stdlib_module_names)

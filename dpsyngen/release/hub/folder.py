@@ -41,7 +41,7 @@ class Exported:
 def check_export(format: str, out: Path) -> None:
     """Raise ConfigError or RunError if an export could not be written, before anything is computed."""
     if format not in FORMATS:
-        raise ConfigError(f"the format is {format!r}, but must be one of {', '.join(FORMATS)}.")
+        raise ConfigError(f"the format is {format!r}, but must be {', '.join(FORMATS)}.")
     require_absent_or_empty(out, "--out")
     if not out.name:
         raise ConfigError(f"--out {out} has no name of its own, so it cannot appear whole.  Give a new folder in it.")
