@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from dpsyngen.audit.report import AuditReport
 from dpsyngen.files import write_text
-from dpsyngen.report.plots import COLOURS
+
+_COLOURS = {"public": "#2a9d8f", "private": "#d1495b"}
 
 
 def write_audit_plot(report: AuditReport, path: Path) -> None:
@@ -57,7 +58,7 @@ def _bounds(panel: Any, report: AuditReport) -> None:
     bounds = report.bounds()
     places = np.arange(len(bounds))[::-1]
     for place, (_, lower, claimed, _) in zip(places, bounds, strict=True):
-        panel.barh(place, lower, height=0.5, color=COLOURS["public" if lower <= claimed else "private"])
+        panel.barh(place, lower, height=0.5, color=_COLOURS["public" if lower <= claimed else "private"])
         panel.plot([claimed, claimed], [place - 0.4, place + 0.4], color="#333", lw=2)
         panel.text(max(lower, claimed), place, f"  {lower:.2f}", va="center", fontsize=8)
     panel.set_yticks(places, [what.replace(", ", ",\n") for what, *_ in bounds], fontsize=8)
@@ -70,7 +71,7 @@ def _curve(panel: Any, name: str, with_it: NDArray[np.float64], without: NDArray
     thresholds = np.sort(np.concatenate([with_it, without]))
     caught = 1 - np.searchsorted(np.sort(with_it), thresholds, side="right") / len(with_it)
     alarms = 1 - np.searchsorted(np.sort(without), thresholds, side="right") / len(without)
-    panel.plot(alarms, caught, color=COLOURS["private"], lw=1.5)
+    panel.plot(alarms, caught, color=_COLOURS["private"], lw=1.5)
     low = 1 / len(without)
     diagonal = np.geomspace(low, 1, 50)
     panel.plot(diagonal, diagonal, color="#999", lw=1, ls="--")

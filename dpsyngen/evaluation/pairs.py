@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from dpsyngen.evaluation.memorisation import Memorisation
-from dpsyngen.report.plots import image_data
 
 FILE = "memorisation_pairs.json"
 """Of the private half."""
@@ -76,3 +78,15 @@ def neighbour_pairs(
             pairs.append(pair)
         groups.append({"title": title, "pairs": pairs})
     return {"unit": unit(result), "groups": groups}
+
+
+def image_data(pixels: NDArray[np.uint8]) -> str:
+    """One image, uint8 [C, H, W], as a ``data:`` URL, a pixel of it a pixel of the PNG: the page enlarges it."""
+    return png_url(Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(np.moveaxis(pixels, 0, -1))))
+
+
+def png_url(image: Image.Image) -> str:
+    """A picture as a PNG in a ``data:`` URL, so that the report is one file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from dpsyngen.errors import DpsyngenError
+from dpsyngen.evaluation.pairs import png_url
 from dpsyngen.experiments.job_result import JobResult
 from dpsyngen.experiments.measures import Row, View, epsilon_name, row_of
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.report.plots import png_data
+from dpsyngen.programs import image_grid
 
 NOISE_SEED = 20_241
 """Of the images in the report.  Fixed, so that they are not selected; no run was scored on them."""
@@ -116,11 +117,13 @@ def _pictures(generator: ReleasedGenerator, row: Row, job: JobResult, classes: t
     where = f"{row.name}, {epsilon_name(job.epsilon)}"
     if classes == ("",):
         images = generator.sample(2 * _MOST_CLASSES, seed=NOISE_SEED, **settings).images
-        return (Picture(png_data(images, _MOST_CLASSES, 1), f"{where}: {len(images)} images"),)
+        return (Picture(png_url(image_grid(images, _MOST_CLASSES)), f"{where}: {len(images)} images"),)
     labels = generator.labels(_PER_CLASS * len(classes), list(range(len(classes))))
     assert labels is not None
     images = generator.sample(len(labels), labels=labels, seed=NOISE_SEED, **settings).images
     return tuple(
-        Picture(png_data(images[np.flatnonzero(labels == c)], 2, 1), f"{where}: {_PER_CLASS} images of class {name}")
+        Picture(
+            png_url(image_grid(images[np.flatnonzero(labels == c)], 2)), f"{where}: {_PER_CLASS} images of class {name}"
+        )
         for c, name in enumerate(classes)
     )

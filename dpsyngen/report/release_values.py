@@ -12,13 +12,13 @@ import yaml
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
+from dpsyngen.evaluation.pairs import png_url
 from dpsyngen.files import read_yaml_file
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.programs import make_program
+from dpsyngen.programs import image_grid, make_program
 from dpsyngen.report.charts import Series, line_chart
 from dpsyngen.report.curves import curves
 from dpsyngen.report.figure_table import figure_table
-from dpsyngen.report.plots import png_data
 from dpsyngen.report.stage_chart import stage_charts
 from dpsyngen.report.trajectory import trajectory_table
 from dpsyngen.training.run import JsonLines
@@ -101,7 +101,10 @@ def _class_rows(generator: ReleasedGenerator) -> list[dict[str, Any]]:
 def _grids(images: NDArray[np.uint8], resolution: int) -> dict[str, str]:
     """The same images in long rows and, for a phone, in short ones."""
     wide, narrow = (max(1, round(side / resolution)) for side in (66, 48))
-    return {"wide": png_data(images, _PER_CLASS, wide, 3), "narrow": png_data(images, _ON_A_PHONE, narrow, 3)}
+    return {
+        "wide": png_url(image_grid(images, _PER_CLASS, scale=wide, pad=3)),
+        "narrow": png_url(image_grid(images, _ON_A_PHONE, scale=narrow, pad=3)),
+    }
 
 
 def _drawn_by_program(config: dict[str, Any], generator: ReleasedGenerator) -> NDArray[np.uint8] | None:

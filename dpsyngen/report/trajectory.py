@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from dpsyngen.evaluation.pairs import image_data
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.report.plots import image_data
 
 IMAGES, COLUMNS = 6, 9
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpsyngen.files import write_atomically, write_text
-from dpsyngen.report.plots import COLOURS
 from dpsyngen.thresholds.results import PROXY
 
 if TYPE_CHECKING:
     from dpsyngen.thresholds.files import StagesResult
 
+_COLOURS = {"public": "#2a9d8f", "private": "#d1495b"}
 _LINES = ("#4c72b0", "#dd8452", "#8172b3", "#937860", "#da8bc3", "#64b5cd", "#ccb974", "#8c8c8c")
 _IN_WORDS = {
     "programs": "other programs",
@@ -68,7 +68,7 @@ def _gap(panel: Any, result: StagesResult) -> None:
         colour = _LINES[number % len(_LINES)]
         style = "-" if f.by == decided.by else (0, (4, 2))
         panel.plot(u, _shown(f.mean.relative), color=colour, lw=1.1, ls=style, label=_label(f.student, f.by))
-    main = COLOURS["public"]
+    main = _COLOURS["public"]
     panel.fill_between(u, *(_shown(b) for b in decided.band()), color=main, alpha=0.25, lw=0)
     label = f"{_label(decided.student, decided.by)}, 95 % band"
     panel.plot(u, _shown(decided.mean.relative), color=main, lw=2.2, label=label)
@@ -82,16 +82,16 @@ def _gap(panel: Any, result: StagesResult) -> None:
     for elbow in (result.cleaning,) if result.moments else (result.cleaning, result.coarse):
         if elbow.log_sigma is None:
             continue
-        panel.axvline(elbow.log_sigma, color=COLOURS["private"], lw=1.4)
+        panel.axvline(elbow.log_sigma, color=_COLOURS["private"], lw=1.4)
         if elbow.low is not None and elbow.high is not None:
-            panel.axvspan(elbow.low, elbow.high, color=COLOURS["private"], alpha=0.12, lw=0)
+            panel.axvspan(elbow.low, elbow.high, color=_COLOURS["private"], alpha=0.12, lw=0)
         left = elbow.side == "cleaning"
         panel.annotate(
             f"τ_{elbow.side} = {elbow.log_sigma:.2f}",
             (elbow.log_sigma, 1.02),
             xycoords=("data", "axes fraction"),
             ha="right" if left else "left",
-            color=COLOURS["private"],
+            color=_COLOURS["private"],
         )
     panel.set_ylim(_LOWEST, None)
     panel.set_ylabel("gap of the denoisers, relative to the teacher's loss")
@@ -121,7 +121,7 @@ def _losses(panel: Any, result: StagesResult) -> None:
         if name == PROXY:
             panel.plot(m.log_sigma, curve, color="#222", lw=1.8, label="trained on the proxy itself")
             continue
-        colour = COLOURS["public"] if name == result.decided.student else _LINES[number % len(_LINES)]
+        colour = _COLOURS["public"] if name == result.decided.student else _LINES[number % len(_LINES)]
         number += name != result.decided.student
         panel.plot(m.log_sigma, curve, color=colour, lw=1.6, label=f"trained on {name}")
     if m.wiener_loss is not None:

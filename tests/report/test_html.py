@@ -13,8 +13,8 @@ import pytest
 import dpsyngen
 from dpsyngen import Generator
 from dpsyngen import fit as api
+from dpsyngen.evaluation.pairs import image_data
 from dpsyngen.report.html import write_reports
-from dpsyngen.report.plots import image_data
 from dpsyngen.report.release_values import release_values
 from dpsyngen.report.rendering import render
 from dpsyngen.version import __version__

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from dpsyngen.evaluation.memorisation import memorisation_check
-from dpsyngen.evaluation.pairs import chosen_images, neighbour_pairs
+from dpsyngen.evaluation.pairs import chosen_images, image_data, neighbour_pairs
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.report.class_accuracy import class_accuracy
 from dpsyngen.report.curves import curves
 from dpsyngen.report.figure_table import figure_table
 from dpsyngen.report.ledger_rows import ledger_rows
-from dpsyngen.report.plots import image_data
 
 
 @dataclass(frozen=True)
