@@ -14,8 +14,7 @@ from dpsyngen.distributed import ALONE, Ranks, device_of, joined
 from dpsyngen.errors import RunError
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.saved import find, save
-from dpsyngen.hardware import kind_of
-from dpsyngen.hardware.choice import check_device
+from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.training.follower import follow, read_together
 from dpsyngen.training.new_run import require_new
 from dpsyngen.training.pipeline import Training

@@ -1,9 +1,9 @@
 """Where numbers must be computed in fp32 whatever the machine would rather do.
 
-Two things make matrix products and convolutions of fp32 tensors coarser than fp32: autocast, which casts their inputs
-to bf16 (8 bits of significand), and TF32, which rounds them to 11 bits.  On an NVIDIA GPU from Ampere on TF32 is on for
-convolutions unless it is turned off.  Neither harms the inside of a network much; both would void a clipping bound, and
-spoil moments that are exact on paper.
+Two things make products of fp32 tensors coarser than fp32: autocast, which casts their inputs to bf16 (8 bits of
+significand), and TF32, which rounds them to 11 bits.  On an NVIDIA GPU from Ampere on PyTorch allows TF32 in
+convolutions by default.  Neither harms the inside of a network much; both would void a clipping bound, and spoil
+moments that are exact on paper.
 """
 
 from __future__ import annotations
@@ -15,31 +15,30 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# What is asked of the products: the precision of matrix products, whether convolutions may use TF32.  In PyTorch's own
-# words, or, where the program that we are part of uses the newer names, the precision of each operation.
 _Setting = dict[str, Any]
-_OPERATIONS = (("cuda", "matmul"), ("cudnn", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
+# "matmul" and "cudnn": PyTorch's older switches.  "each": the newer ones of single operations (2.9), which count alone
+# where the surrounding program has used them: PyTorch then refuses to report the older ones.
 
 
 def _operations() -> Iterator[tuple[str, Any]]:
-    """Objects with ``fp32_precision``, for PyTorch from 2.9 on."""
-    for backend, name in _OPERATIONS:
+    """Objects with ``fp32_precision``."""
+    for backend, name in (("cuda", "matmul"), ("cudnn", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv")):
         operation = getattr(getattr(torch.backends, backend), name, None)
-        if operation is not None:
-            with contextlib.suppress(AttributeError, RuntimeError):
-                str(operation.fp32_precision)
-                yield f"{backend}.{name}", operation
+        with contextlib.suppress(AttributeError, RuntimeError):
+            str(operation.fp32_precision)  # type: ignore[union-attr]
+            yield f"{backend}.{name}", operation
 
 
 def _read() -> _Setting:
     each = {name: str(operation.fp32_precision) for name, operation in _operations()}
     try:
         return {"matmul": torch.get_float32_matmul_precision(), "cudnn": torch.backends.cudnn.allow_tf32, "each": each}
-    except RuntimeError:  # set by the newer names, which PyTorch does not say in the older ones
+    except RuntimeError:
         return {"each": each}
 
 
@@ -55,59 +54,24 @@ def _write(setting: _Setting) -> None:
 
 def _asked_for(now: _Setting, tf32: bool) -> _Setting:
     """Like `now`, but with TF32 for all operations of an NVIDIA GPU, or for none."""
-    each = {
-        name: "tf32" if tf32 and not name.startswith("mkldnn") else "ieee"
-        for name, value in now["each"].items()
-        if "matmul" not in now or (name.startswith("mkldnn") and value not in ("none", "ieee"))
-    }
+    of_cpu = {name: "ieee" for name in now["each"] if name.startswith("mkldnn")}
     if "matmul" not in now:
-        return {"each": each}
-    return {"matmul": "high" if tf32 else "highest", "cudnn": tf32, "each": each}
+        return {"each": dict.fromkeys(now["each"], "tf32" if tf32 else "ieee") | of_cpu}
+    coarse = {name: ieee for name, ieee in of_cpu.items() if now["each"][name] not in ("none", "ieee")}
+    return {"matmul": "high" if tf32 else "highest", "cudnn": tf32, "each": coarse}
 
 
-class _Products:
-    """The setting of the process, which has only one, shared by threads that need different things of it.
-
-    Exactness wins: while any thread needs it, what others ask for is kept for later.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._exact = 0  # threads that need fp32
-        self._later: _Setting = {}
-
-    def begin_exact(self) -> None:
-        with self._lock:
-            if self._exact == 0:
-                self._later = _read()
-                _write(_asked_for(self._later, tf32=False))
-            self._exact += 1
-
-    def end_exact(self) -> None:
-        with self._lock:
-            self._exact -= 1
-            if self._exact == 0:
-                _write(self._later)
-
-    def ask(self, tf32: bool) -> _Setting:
-        """Allow TF32 or forbid it; returns what was before."""
-        with self._lock:
-            before = self._later if self._exact else _read()
-            self._put(_asked_for(before, tf32))
-            return before
-
-    def give_back(self, setting: _Setting) -> None:
-        with self._lock:
-            self._put(setting)
-
-    def _put(self, setting: _Setting) -> None:
-        if self._exact:
-            self._later = setting
-        else:
-            _write(setting)
+_products = threading.Lock()
+_exact = 0  # threads that need fp32 now
+_later: _Setting = {}  # what the process gets when there are none any more
 
 
-_products = _Products()
+def _put(setting: _Setting) -> None:
+    global _later
+    if _exact:
+        _later = setting
+    else:
+        _write(setting)
 
 
 @contextlib.contextmanager
@@ -117,16 +81,23 @@ def full_precision(device: str) -> Iterator[None]:
     Args:
         device: type of the device that is computed on, such as "cuda".
 
-    Threads may be inside of it at the same time.  Whoever allows TF32 through :func:`tf32` meanwhile gets it when the
-    last of them has left.
+    The process has one setting, shared by threads.  Several may be inside at the same time, and exactness wins: whoever
+    allows TF32 through :func:`tf32` meanwhile gets it when the last of them has left.
     """
-    _products.begin_exact()
+    global _exact, _later
+    with _products:
+        if _exact == 0:
+            _later = _read()
+            _write(_asked_for(_later, tf32=False))
+        _exact += 1
     try:
         off = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if off else contextlib.nullcontext():
             yield
     finally:
-        _products.end_exact()
+        with _products:
+            _exact -= 1
+            _put(_later)
 
 
 def in_full_precision(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -136,7 +107,7 @@ def in_full_precision(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def exact(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         if torch.compiler.is_compiling():  # tracing, where modes of the process are not to be changed
             return function(*args, **kwargs)
-        devices = [v.device.type for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        devices = [v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         with full_precision(next((d for d in devices if d != "cpu"), "cpu")):
             return function(*args, **kwargs)
 
@@ -145,15 +116,18 @@ def in_full_precision(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Within, fp32 products on an NVIDIA GPU may use TF32, or must not; what was before is restored.
+    """Within, fp32 products on an NVIDIA GPU may use TF32, or must not; then what was before is restored.
 
     For the whole process, as PyTorch has it.
     """
-    before = _products.ask(allowed)
+    with _products:
+        before = _later if _exact else _read()
+        _put(_asked_for(before, allowed))
     try:
         yield
     finally:
-        _products.give_back(before)
+        with _products:
+            _put(before)
 
 
 def tf32_allowed() -> tuple[bool, bool]:

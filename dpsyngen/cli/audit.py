@@ -31,7 +31,7 @@ def audit(
     console = Console(quiet, as_json)
     from dpsyngen.audit.plot import write_audit_plot
     from dpsyngen.audit.run import FULL, QUICK, audit_run
-    from dpsyngen.hardware.choice import check_device
+    from dpsyngen.hardware import check_device
     from dpsyngen.training.run import Run
 
     check_device(device)

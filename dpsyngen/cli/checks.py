@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +14,7 @@ from dpsyngen.cli.options import AsJson, AskedDevice, Device, Quiet, RunArgument
 if TYPE_CHECKING:
     from dpsyngen.evaluation.doctor import Diagnosis
     from dpsyngen.evaluation.memorisation import Memorisation
-    from dpsyngen.hardware import Compute
-    from dpsyngen.hardware.machine import Machine
+    from dpsyngen.hardware import Compute, Machine
     from dpsyngen.training.health import Finding
 
 PROBLEMS = 5
@@ -83,8 +83,7 @@ def doctor(
 ) -> None:
     """Say what is the matter with a run and what to change (exit code 5 if it is no use), or what this machine has."""
     from dpsyngen.console import Console
-    from dpsyngen.hardware import choose
-    from dpsyngen.hardware.machine import advice, look
+    from dpsyngen.hardware import advice, choose, look
 
     chosen = choose(device)
     found = None
@@ -94,13 +93,13 @@ def doctor(
 
         found = diagnose(Run(run), chosen.device)
     here = look()
-    helps = list(advice(here, chosen))
+    helps = list(advice(here))
     Console(quiet, as_json).result(
         {
             "ok": found is None or found.ok,
             "state": dict(found.state) if found else {},
             "findings": [f.to_dict() for f in found.findings] if found else [],
-            "machine": here.to_dict(),
+            "machine": asdict(here),
             "compute": chosen.to_dict(),
             "advice": helps,
         },

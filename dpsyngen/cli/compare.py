@@ -54,7 +54,7 @@ def compare(
     """Compare variants, ε and settings: a grid of runs with seeds, measured alike, with tables and a report."""
     from dpsyngen.console import Console
     from dpsyngen.distributed import END, device_of, joined, numbers
-    from dpsyngen.hardware.choice import check_device
+    from dpsyngen.hardware import check_device
 
     console = Console(quiet, as_json)
     if not 1 <= processes <= 1024:
@@ -96,7 +96,7 @@ def _opened(folder: Path, device: str, ranks: Ranks) -> tuple[Experiment, str]:
     """In a follower: the experiment that the main process has made, and the device of this one."""
     from dpsyngen.distributed import device_of
     from dpsyngen.experiments.experiment import Experiment
-    from dpsyngen.hardware.choice import check_device
+    from dpsyngen.hardware import check_device
 
     own = device_of(device, ranks)
     check_device(own)

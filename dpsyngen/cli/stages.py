@@ -74,7 +74,7 @@ def stages(
 
     console, begun = Console(quiet, as_json), time.monotonic()
     _check_private(data, epsilon, delta, budget, records, group_size, insecure_seed, sampling_rate)
-    from dpsyngen.hardware.choice import check_device
+    from dpsyngen.hardware import check_device
     from dpsyngen.thresholds.run import Stages, StagesOptions, require_usable
 
     require_usable(out)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpsyngen.diffusion.denoiser import Denoiser
 from dpsyngen.errors import ConfigError
-from dpsyngen.transfer import send
+from dpsyngen.hardware import send
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import Source, load_private
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.files import write_atomically, write_text
-from dpsyngen.hardware.choice import check_device
+from dpsyngen.hardware import check_device
 from dpsyngen.training.run import Run
 
 if TYPE_CHECKING:

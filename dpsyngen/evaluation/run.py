@@ -15,8 +15,7 @@ from dpsyngen.data.load import Source, load_private
 from dpsyngen.distributed import ALONE, Ranks, device_of
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.files import write_text
-from dpsyngen.hardware import kind_of
-from dpsyngen.hardware.choice import check_device
+from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.training.run import Run
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ def open_everywhere(ranks: Ranks, release: Path, device: str) -> ReleasedGenerat
 
 
 def _open(ranks: Ranks, release: Path, device: str) -> ReleasedGenerator:
-    from dpsyngen.hardware.choice import check_device
+    from dpsyngen.hardware import check_device
 
     own = device_of(device, ranks)
     check_device(own)

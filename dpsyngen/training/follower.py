@@ -140,7 +140,7 @@ class _Follower:
         compute = self._compute()
         self.denoiser = make_denoiser(known.config, known.plan.shape, conditional, 0)
         compute.prepare(self.denoiser)
-        compute.compiled(self.denoiser.network)
+        compute.compiled(self.denoiser.network, trains=True)
         self._prepare_public([stage], compute)
 
     def _compute(self) -> Compute:

@@ -198,7 +198,7 @@ class Training:
             return
         denoiser = self._denoiser(conditional, PUBLIC_INDEX[stage.name])
         self.compute.prepare(denoiser)
-        self.compute.compiled(denoiser.network)
+        self.compute.compiled(denoiser.network, trains=True)
         optimizer = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
         state = TrainState(denoiser, Ema(denoiser, self.config.public.ema), {"public": optimizer})
         self.ranks.tell(PUBLIC, stage=stage, conditional=conditional)

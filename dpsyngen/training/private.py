@@ -25,7 +25,7 @@ from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError
-from dpsyngen.hardware import Compute
+from dpsyngen.hardware import Compute, send
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.exact import GridGradient, default_grid, exact_noisy_mean
 from dpsyngen.privacy.kernels import KernelChoices
@@ -38,7 +38,6 @@ from dpsyngen.training.checkpoint import TrainState
 from dpsyngen.training.plain import summed_gradients
 from dpsyngen.training.public import Progress, PublicStep, set_learning_rate
 from dpsyngen.training.transcript import StepRecord
-from dpsyngen.transfer import send
 from dpsyngen.workers import Workers
 
 QUERY = "dp-sgd"

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpsyngen.hardware import send
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
-from dpsyngen.transfer import send
 
 
 class PublicImages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from dpsyngen.diffusion.samplers import sample_batches
 from dpsyngen.diffusion.unet import SIZES, UNet
 from dpsyngen.errors import ConfigError
 from dpsyngen.full_precision import tf32_allowed
-from dpsyngen.hardware import Compute, choose
+from dpsyngen.hardware import Compute, choose, send
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.training.tensor_file import save_file
@@ -44,6 +45,7 @@ def test_on_a_cpu_nothing_changes_by_a_bit() -> None:
     denoiser = network()
     assert CPU.prepare(denoiser) is denoiser
     assert CPU.compiled(denoiser) is denoiser
+    assert denoiser._compiled_call_impl is None
     assert np.array_equal(images(CPU, denoiser), expected)
     before = tf32_allowed()
     with CPU.autocast():
@@ -128,3 +130,49 @@ def test_what_dp_steps_computed_with_can_be_taken_up_again() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             dp.pinned(pins)
+
+
+@pytest.fixture
+def by_name(monkeypatch) -> Compute:
+    """Compiles with a backend that runs the traced graph as it is, which takes no compiler and little time."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
+    return choose("cpu", ComputeConfig(compile=True))
+
+
+def test_a_compiled_module_stays_itself_and_one_that_trains_stays_plain_on_a_cpu(by_name) -> None:
+    plain, made = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    made.load_state_dict(plain.state_dict())
+    assert by_name.compiled(made, trains=True) is made
+    assert made._compiled_call_impl is None
+    assert by_name.compiled(made) is made
+    assert made._compiled_call_impl is not None
+    assert list(made.state_dict()) == list(plain.state_dict())
+    assert torch.equal(made(torch.ones(4, 3)), plain(torch.ones(4, 3)))
+    assert copy.deepcopy(made)._compiled_call_impl is None
+
+
+def test_the_engine_of_per_example_gradients_sees_through_compiled_code(by_name) -> None:
+    """It learns gradients from the functions that a network calls, which compiled code would hide."""
+    x = torch.ones(4, 3)
+
+    def sums(network: torch.nn.Module) -> list[torch.Tensor]:
+        return PerExampleGradients(network, 1.0, workers=1)(lambda: network(x).square().sum(1), 4).sums
+
+    plain = torch.nn.Linear(3, 2)
+    expected, made = sums(plain), by_name.compiled(copy.deepcopy(plain))
+    made(x)
+    assert all(torch.equal(a, b) for a, b in zip(sums(made), expected, strict=True))
+
+
+def test_arrays_may_be_overwritten_once_they_were_sent() -> None:
+    array = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    sent = send(array, "cpu")
+    array[:] = 0
+    assert sent.tolist() == np.arange(12).reshape(3, 4).tolist()
+    sent += 1  # nor the other way round
+    assert array.max() == 0
+    assert send(array, "cpu", torch.float32).dtype is torch.float32
+    array.flags.writeable = False
+    assert send(array[::-1, ::2], "cpu").shape == (3, 2)  # read-only, and no layout that PyTorch has
+    assert send(np.zeros((0, 3), np.int64), "cpu").shape == (0, 3)

@@ -7,10 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from dpsyngen.config import ComputeConfig
-from dpsyngen.hardware import Facts, Gpu
-from dpsyngen.hardware.choice import decide
-from dpsyngen.hardware.machine import Machine, advice, look
+from dpsyngen.hardware import Facts, Gpu, Machine, advice, look
 
 A100 = Gpu("NVIDIA A100", (8, 0), 80 * 2**30)
 
@@ -18,38 +15,37 @@ A100 = Gpu("NVIDIA A100", (8, 0), 80 * 2**30)
 @pytest.fixture
 def machine() -> Machine:
     """With eight cores and room."""
-    nothing = Facts((), "cuda", True, "g++")
+    nothing = Facts((), "cuda")
     return replace(look(), cores=8, threads=8, memory=2**36, available=2**35, disk=2**40, torchrun=None, facts=nothing)
 
 
 def said(machine: Machine) -> str:
-    return "\n".join(advice(machine, decide("auto", ComputeConfig(), machine.facts)))
+    return "\n".join(advice(machine))
 
 
 @pytest.fixture(autouse=True)
 def _no_driver(monkeypatch) -> None:
-    monkeypatch.setattr("dpsyngen.hardware.machine._nvidia_driver", lambda: False)
+    monkeypatch.setattr("dpsyngen.hardware._nvidia_driver", lambda: False)
 
 
 def test_advice_is_for_what_is_the_matter(machine, monkeypatch) -> None:
     assert said(machine).startswith("No GPU")
-    gpu = replace(machine, facts=Facts((A100,), "cuda", True, "g++"))
+    gpu = replace(machine, facts=Facts((A100,), "cuda"))
     assert said(gpu) == ""
-    assert "Triton is not installed" in said(replace(gpu, facts=Facts((A100,), "cuda", False, "g++")))
-    two = replace(gpu, facts=Facts((A100, A100), "cuda", True, "g++"))
+    two = replace(gpu, facts=Facts((A100, A100), "cuda"))
     assert "torchrun --nproc-per-node 2 -m dpsyngen train" in said(two)
     assert said(replace(two, torchrun={"RANK": "0"})) == ""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert "2 of 8 cores (OMP_NUM_THREADS is 2)" in said(replace(gpu, threads=2))
+    assert "2 of 8 cores: OMP_NUM_THREADS is 2" in said(replace(gpu, threads=2))
     assert "OMP_NUM_THREADS=8" in said(replace(gpu, threads=16))
     assert "1.0 GiB of memory" in said(replace(gpu, available=2**30))
     assert "another disk" in said(replace(gpu, disk=2**30))
 
 
 def test_a_gpu_that_pytorch_does_not_see_is_named(machine, monkeypatch) -> None:
-    monkeypatch.setattr("dpsyngen.hardware.machine._nvidia_driver", lambda: True)
+    monkeypatch.setattr("dpsyngen.hardware._nvidia_driver", lambda: True)
     assert "nvidia-smi" in said(machine)
-    assert "built for CPUs only: install one for CUDA" in said(replace(machine, facts=Facts((), "cpu", False, None)))
+    assert "built for CPUs only: install one for CUDA" in said(replace(machine, facts=Facts((), "cpu")))
 
 
 def test_doctor_without_a_run_looks_at_the_machine(call) -> None:

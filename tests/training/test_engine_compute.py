@@ -8,8 +8,7 @@ import pytest
 
 from dpsyngen.config import ComputeConfig, load_config
 from dpsyngen.errors import RunError
-from dpsyngen.hardware import Facts, Gpu, choose
-from dpsyngen.hardware.choice import decide
+from dpsyngen.hardware import Facts, Gpu, choose, decide
 from dpsyngen.training.engine_settings import EngineSettings, computed_with
 from dpsyngen.training.pinned import _fixed_settings
 from dpsyngen.training.run import Run
@@ -24,7 +23,7 @@ def config(**compute):
     return load_config({"compute": compute})
 
 
-GPU = Facts((Gpu("A100", (8, 0), 2**36),), "cuda", True, "g++")
+GPU = Facts((Gpu("A100", (8, 0), 2**36),), "cuda")
 
 
 def test_it_is_kept_and_taken_up(run) -> None:
@@ -47,7 +46,7 @@ def test_what_cannot_be_taken_up_is_refused_before_anything_is_computed(run) -> 
     first.save()
     with pytest.raises(RunError, match=r"computed on 'cuda', and this session would on 'cpu': use --device cuda"):
         EngineSettings.of(run, config(), choose("cpu"))
-    old = Facts((Gpu("V100", (7, 0), 2**34),), "cuda", True, "g++")
+    old = Facts((Gpu("V100", (7, 0), 2**34),), "cuda")
     with pytest.raises(RunError, match=r"'tf32', but cuda:0 here has fp32 only.*same noise"):
         EngineSettings.of(run, config(), decide("cuda", ComputeConfig(), old))
     asked = config(precision="bf16")

@@ -1,0 +1,449 @@
+"""What a machine has, and how it is used: device, precision, memory format, compiling, transfer.
+
+    from dpsyngen.hardware import choose
+
+    compute = choose("auto")
+    network = compute.compiled(compute.prepare(network))
+    with compute.autocast():
+        images = network(compute.send(batch))
+
+Nothing here changes a guarantee: whatever is chosen, gradients are clipped and summed in fp32
+(:mod:`dpsyngen.full_precision`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpsyngen.config import ComputeConfig
+from dpsyngen.errors import ConfigError, shown
+from dpsyngen.full_precision import tf32
+from dpsyngen.version import __version__
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+# ------------------------------------------------------------------------------------------------ what there is
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: its name, CUDA compute capability ((8, 0) is Ampere) and memory in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+    @property
+    def architecture(self) -> str:
+        """Such as "compute capability 8.0"."""
+        return f"compute capability {self.capability[0]}.{self.capability[1]}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a choice rests on."""
+
+    gpus: tuple[Gpu, ...]  # that CUDA sees, by number
+    built_for: str  # "cuda", "rocm" or "cpu": what this PyTorch was built for
+
+
+def find() -> Facts:
+    """The facts of this machine, as PyTorch and the driver of its GPUs state them."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.cuda.get_device_properties(number) for number in range(count)]
+    built_for = "cuda" if torch.version.cuda else "rocm" if torch.version.hip else "cpu"
+    return Facts(tuple(Gpu(p.name, (p.major, p.minor), p.total_memory) for p in gpus), built_for)
+
+
+# ------------------------------------------------------------------------------------------------- what is chosen
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How one process computes, made by :func:`choose`: for drawing images and for training on programs.
+
+    DP-SGD steps compute by :meth:`for_dp_steps`, and so do public steps on a network that DP-SGD steps train as well.
+
+    """
+
+    device: str  # "cpu" or "cuda:0", …
+    precision: Precision  # of a network's products: tf32 rounds factors to 11 bits of significand, bf16 (autocast) to 8
+    channels_last: bool  # images lie in memory with their channels innermost
+    compile: bool  # networks are compiled
+    reasons: dict[str, str] = field(hash=False)  # why, by the names of the other attributes (and "dp_compile")
+    allowed: tuple[Precision, ...] = ("fp32",)  # what this device has
+    dp_precision: Precision = "fp32"  # of networks in DP-SGD steps
+    dp_channels_last: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The device without its number: "cpu" or "cuda"."""
+        return self.device.partition(":")[0]
+
+    def for_dp_steps(self) -> Compute:
+        """How DP-SGD steps compute.
+
+        Never compiled: the engine learns per-example gradients from the functions that a network calls
+        (``dpsyngen.privacy.recording``, a TorchFunctionMode), and compiled code calls none.
+        """
+        reasons = self.reasons | {k[3:]: why for k, why in self.reasons.items() if k.startswith("dp_")}
+        precision, channels_last = self.dp_precision, self.dp_channels_last
+        return replace(self, precision=precision, channels_last=channels_last, compile=False, reasons=reasons)
+
+    def pins(self) -> dict[str, Any]:
+        """What must be the same whenever a step is taken again, as it rounds the sums that noise is added to.
+
+        To be kept before the noise of a first step is used, and given to :meth:`pinned` when a run goes on.
+        """
+        return {"device": self.kind, "precision": self.precision, "channels_last": self.channels_last}
+
+    def pinned(self, pins: dict[str, Any]) -> Compute:
+        """Compute as an earlier session, of these :meth:`pins`, did; ConfigError if this machine cannot."""
+        if self.pins() == pins:
+            return self
+        device, precision, channels_last = pins.get("device"), pins.get("precision"), pins.get("channels_last")
+        if device != self.kind:
+            raise ConfigError(
+                f"it computed on {device!r}, and this session would on {self.kind!r}: use --device {device}"
+            )
+        if precision not in self.allowed or not isinstance(channels_last, bool):
+            raise ConfigError(
+                f"it computed in {precision!r}, but {self.device} here has {', '.join(self.allowed)} only: go on with "
+                "a device like the one that it was begun on"
+            )
+        why = "as in the run's first session: steps that are taken again must round the same way"
+        changed = {k: why for k in ("precision", "channels_last") if getattr(self, k) != pins[k]}
+        return replace(self, precision=precision, channels_last=channels_last, reasons=self.reasons | changed)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Move a module, before optimizers and averages are made, to the device and memory format; returns the same.
+
+        Images follow the format of the weights that they meet.
+        """
+        module = module.to(self.device)
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Within, networks compute in the precision that was chosen.
+
+        bf16: PyTorch's autocast.  Enter it anew for each training step: it keeps casts of weights until it is left.  On
+        a GPU TF32 is allowed or forbidden, too, for the whole process; PyTorch itself allows it for convolutions.  On a
+        CPU in fp32 nothing is changed.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.kind == "cuda":
+                stack.enter_context(tf32(self.precision == "tf32"))
+            if self.precision == "bf16":
+                stack.enter_context(torch.autocast(self.kind, torch.bfloat16))
+            yield
+
+    def compiled(self, network: nn.Module, trains: bool = False) -> nn.Module:
+        """Compile a network by ``torch.compile`` if that was asked for; returns the same module.
+
+        It is changed in place: its class and the names of its parameters stay, and copies of it are not compiled.  On a
+        CPU a network that `trains` stays as it is: PyTorch 2.13 compiles wrong gradients for it (docs/hardware.md).
+        """
+        if self.compile and not (trains and self.kind == "cpu"):
+            network.compile()
+        return network
+
+    def send(self, array: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
+        """The array on the device, without waiting for it; see :func:`send`."""
+        return send(array, self.device, dtype)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Each choice with its ``value`` and ``why``, for programs."""
+        values = {name: getattr(self, name) for name in _WORDS if name != "dp_compile"} | {"dp_compile": False}
+        return {name: {"value": values[name], "why": self.reasons.get(name, "")} for name in _WORDS}
+
+    def describe(self) -> list[tuple[str, str, str]]:
+        """(what, value, why) of each choice, for people."""
+        words = {True: "yes", False: "no"}
+        return [(_WORDS[k], words.get(row["value"], row["value"]), row["why"]) for k, row in self.to_dict().items()]
+
+
+_WORDS = {
+    "device": "device",
+    "precision": "precision",
+    "dp_precision": "precision of DP-SGD steps",
+    "channels_last": "channels last",
+    "dp_channels_last": "channels last in DP-SGD steps",
+    "compile": "compiled networks",
+    "dp_compile": "compiled DP-SGD steps",
+}
+
+
+def kind_of(device: str) -> str:
+    """The device, with "auto" replaced by "cuda" or "cpu"; which GPU it is, :func:`choose` decides in each process."""
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    return there if device == "auto" else device
+
+
+def choose(device: str = "auto", compute: ComputeConfig | None = None, *, local_rank: int | None = None) -> Compute:
+    """How to compute on this machine.
+
+    Args:
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
+        compute: what was asked for; None: all automatic.
+        local_rank: number of this process on its machine, where several work together: that of its GPU.
+
+    Raises:
+        ConfigError: the device is not there, or cannot do what was asked for.
+    """
+    chosen = decide(device, compute or ComputeConfig(), find(), local_rank)
+    if chosen.kind == "cuda":
+        try:
+            torch.zeros(1, device=chosen.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"device {chosen.device} cannot be used ({str(error).strip().splitlines()[0]}).  Another program may "
+                "be on it, or its driver too old for this PyTorch: see `dpsyngen doctor`, or give --device cpu."
+            ) from None
+    return chosen
+
+
+def check_device(device: str, compute: ComputeConfig | None = None) -> None:
+    """Raise ConfigError if this machine cannot compute on `device`, or not as `compute` asks."""
+    choose(device, compute)
+
+
+def decide(device: str, asked: ComputeConfig, facts: Facts, local_rank: int | None = None) -> Compute:
+    """The rules of :func:`choose`, for a machine of these facts; each choice gets its reason."""
+    name, why, gpu = _device(device, facts, local_rank)
+    allowed: tuple[Precision, ...] = ("fp32",)
+    precision: Precision = "fp32"
+    dp_precision: Precision = "fp32"
+    reasons = {
+        "device": why,
+        "compile": "compiling takes up to minutes: only where compute.compile asks for it (docs/hardware.md)",
+        "dp_channels_last": "the engine takes batches apart by example, which the plain layout suits",
+        "dp_compile": "per-example gradients come from the functions that a network calls; compiled code has none",
+    }
+    if gpu is None:
+        allowed = ("fp32", "bf16")
+        reasons["precision"] = "on a CPU results stay the same bits; bf16 seldom pays there (docs/hardware.md)"
+        reasons["channels_last"] = "on a CPU results stay the same bits; it gains little there (docs/hardware.md)"
+        reasons["dp_precision"] = "as on any CPU"
+    elif facts.built_for == "cuda" and gpu.capability >= (8, 0):  # Ampere; AMD's capabilities mean something else
+        allowed, precision, dp_precision = ("fp32", "tf32", "bf16"), "bf16", "tf32"
+        reasons["precision"] = f"{gpu.architecture} has fast units for it, and drawing and public training tolerate it"
+        reasons["dp_precision"] = "products inside the network only, with the range of fp32: no loss scaling"
+        reasons["channels_last"] = "the layout of tensor cores: no transposing around each convolution"
+    else:
+        old = f"{gpu.architecture} has no units for bf16 or TF32; they begin with 8.0 (Ampere)"
+        reasons["precision"] = "nothing else was tried on AMD GPUs" if facts.built_for == "rocm" else old
+        reasons["dp_precision"] = "no TF32 here"
+        reasons["channels_last"] = "it pays with tensor cores, which fp32 does not use"
+    if asked.precision != "auto":
+        if asked.precision not in allowed:
+            called = "the CPU" if gpu is None else f"{gpu.name} ({gpu.architecture})"
+            raise ConfigError(
+                f"compute.precision is {asked.precision}, but {called} has {', '.join(allowed)} only.  Leave it at "
+                "auto, or use an NVIDIA GPU of compute capability 8.0, Ampere, or later."
+            )
+        precision = dp_precision = asked.precision
+        reasons["precision"] = reasons["dp_precision"] = "asked for"
+    reasons["dp_precision"] += "; norms and clipped sums are fp32 whatever is chosen"
+    channels_last = gpu is not None and precision != "fp32"
+    if asked.channels_last != "auto":
+        channels_last, reasons["channels_last"] = asked.channels_last, "asked for"
+    if asked.channels_last is True:
+        reasons["dp_channels_last"] = "asked for"
+    if asked.compile != "auto":
+        reasons["compile"] = "asked for"
+    return Compute(
+        device=name,
+        precision=precision,
+        channels_last=channels_last,
+        compile=asked.compile is True,
+        reasons=reasons,
+        allowed=allowed,
+        dp_precision=dp_precision,
+        dp_channels_last=asked.channels_last is True,
+    )
+
+
+def _device(device: str, facts: Facts, local_rank: int | None) -> tuple[str, str, Gpu | None]:
+    """Name, reason, and the GPU if it is one."""
+    none = "no GPU that PyTorch can use was found"
+    if facts.built_for == "cpu":
+        none = "this PyTorch is built for CPUs only, so it would not see a GPU"
+    there = len(facts.gpus)
+    choices = " or ".join(["auto", "cpu", *["cuda"][:there], *(f"cuda:{i}" for i in range(there))])
+    if device == "auto" and not there:
+        return "cpu", none, None
+    try:
+        parsed = torch.device("cuda" if device == "auto" else device)
+    except (RuntimeError, TypeError):
+        parsed = torch.device("meta")  # refused below
+    if parsed.type == "cpu":
+        return "cpu", "asked for", None
+    if parsed.type == "mps":
+        raise ConfigError(
+            "device is 'mps', which has no fp64: noise levels, and the norms that bound one image's gradient, need "
+            "it.  Use --device cpu on this machine."
+        )
+    if parsed.type == "cuda" and not there:
+        raise ConfigError(f"device is {shown(device)}, which this machine cannot use: {none}.  Choose {choices}.")
+    number = parsed.index if parsed.index is not None else local_rank or 0
+    if local_rank is not None and local_rank >= there:
+        raise ConfigError(
+            f"this machine has {there} GPU{'s' if there > 1 else ''}, but a process number {local_rank} (from 0) was "
+            f"started on it: use --nproc-per-node {there}, or --device cpu."
+        )
+    if parsed.type != "cuda" or number >= there:
+        raise ConfigError(f"device is {shown(device)}, but must be {choices}.")
+    if local_rank not in (None, number):
+        raise ConfigError(
+            f"device is 'cuda:{number}', but with several processes each takes the GPU of its own number: use "
+            "--device cuda."
+        )
+    gpu = facts.gpus[number]
+    why = "asked for" if local_rank is None else f"asked for; process {local_rank} of this machine"
+    if device == "auto":
+        why = f"{gpu.name}, {gpu.architecture}, {gpu.memory / 2**30:.0f} GiB"
+    return f"cuda:{number}", why, gpu
+
+
+# --------------------------------------------------------------------------------------------------- transfer
+
+
+def send(array: NDArray[Any], device: str | torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of the array (of any layout, read-only or not) on the device, which may be overwritten once this returns.
+
+    To a GPU it goes through page-locked memory, which PyTorch reuses only after it has arrived, and travels while the
+    CPU goes on; kernels that use it wait for it.  It becomes `dtype` on the device, so that bytes travel as bytes.
+    """
+    there = torch.from_numpy(np.array(array))
+    if torch.device(device).type == "cuda":
+        there = there.pin_memory()
+    there = there.to(device, non_blocking=True)
+    return there if dtype is None else there.to(dtype)
+
+
+# --------------------------------------------------------------------------------- what `dpsyngen doctor` says
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is, in words, versions (None: PyTorch is built without) and bytes."""
+
+    system: str
+    processor: str
+    python: str
+    dpsyngen: str
+    torch: str
+    cuda: str | None
+    cudnn: str | None
+    nccl: str | None
+    cores: int  # that this process may use
+    threads: int  # that PyTorch uses
+    memory: int  # the limit of a container counted in
+    available: int
+    disk: int  # free in the working directory
+    torchrun: dict[str, str] | None  # what it told this process, if it started it
+    facts: Facts
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """(what, how much) for people."""
+        yield "system", f"{self.system}, Python {self.python}, dpsyngen {self.dpsyngen}"
+        versions = (("CUDA", self.cuda), ("cuDNN", self.cudnn), ("NCCL", self.nccl))
+        built = " and ".join(f"{name} {version}" for name, version in versions if version)
+        yield "PyTorch", f"{self.torch}, {f'with {built}' if built else 'for CPUs only'}"
+        yield "processor", f"{self.processor}, {self.cores} cores, {self.threads} threads"
+        yield "memory", f"{_gib(self.memory)}, {_gib(self.available)} of it available"
+        yield "disk", f"{_gib(self.disk)} free in the working directory"
+        for i, gpu in enumerate(self.facts.gpus):
+            yield f"GPU {i}", f"{gpu.name}, {gpu.architecture}, {_gib(gpu.memory)}"
+        if not self.facts.gpus:
+            yield "GPU", "none"
+        if self.torchrun is not None:
+            rank, world, local, beside = map(self.torchrun.get, _TORCHRUN[:4])
+            yield "torchrun", f"process {rank} of {world}, number {local} of {beside} on this machine"
+
+
+def look() -> Machine:
+    """The machine that this process runs on."""
+    cudnn, nccl = (torch.backends.cudnn.version() or 0) if torch.version.cuda else 0, None
+    with contextlib.suppress(AttributeError, RuntimeError, OSError, ImportError):  # built without
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    memory, available = (int(next(_proc("/proc/meminfo", n)).split()[0]) * 1024 for n in ("MemTotal", "MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):  # of a container (cgroup v2); "max" is no number: no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        memory, available = min(memory, limit), min(available, max(limit - used, 0))
+    return Machine(
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        processor=next(_proc("/proc/cpuinfo", "model name"), platform.processor() or platform.machine()),
+        python=platform.python_version(),
+        dpsyngen=__version__,
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        cudnn=f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}" if cudnn else None,
+        nccl=nccl,
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        memory=memory,
+        available=available,
+        disk=shutil.disk_usage(Path.cwd()).free,
+        torchrun={k: os.environ[k] for k in _TORCHRUN if k in os.environ} if "RANK" in os.environ else None,
+        facts=find(),
+    )
+
+
+def advice(machine: Machine) -> Iterator[str]:
+    """What would make this machine faster, or keep a run from failing; a sentence each."""
+    gpus, alone = len(machine.facts.gpus), machine.torchrun is None
+    if not gpus and _nvidia_driver():
+        if machine.facts.built_for == "cpu":
+            why = "is built for CPUs only: install one for CUDA (pytorch.org has the command for your driver)."
+        else:
+            why = (
+                "cannot use a GPU: `nvidia-smi` says whether the driver works and which CUDA it allows; "
+                "CUDA_VISIBLE_DEVICES may hide the GPU."
+            )
+        yield f"There is an NVIDIA driver, but this PyTorch, {machine.torch}, {why}"
+    elif not gpus:
+        yield "No GPU: presets cpu-small and cpu are made for this; `dpsyngen compare SPEC --dry-run` estimates times."
+    if gpus > 1 and alone:
+        yield f"{gpus} GPUs: one process uses one; `torchrun --nproc-per-node {gpus} -m dpsyngen train …` uses all."
+    if machine.threads < machine.cores and alone:
+        limit = os.environ.get("OMP_NUM_THREADS", "not set")
+        yield f"PyTorch uses {machine.threads} of {machine.cores} cores: OMP_NUM_THREADS is {limit}."
+    if machine.threads > machine.cores:
+        yield f"PyTorch's {machine.threads} threads wait for each other: set OMP_NUM_THREADS={machine.cores}."
+    if machine.available < 4 * 2**30:
+        yield f"Only {_gib(machine.available)} of memory are available: end other programs, or give --physical-batch."
+    if machine.disk < 5 * 2**30:  # a run takes some hundred MB; feature caches and samples take more
+        yield f"Only {_gib(machine.disk)} are free in the working directory: give --out a folder on another disk."
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _nvidia_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def _proc(file: str, name: str) -> Iterator[str]:
+    """Values of the lines "name: value"."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.partition(":")[0].strip() == name:
+                yield line.partition(":")[2].strip()
