@@ -25,7 +25,7 @@ COMMANDS = {
     "taken": "sample run --out folder -n 5",
     "programs": "programs save dead-leaves --out leaves -n 25 --resolution 16 --shard-size 4 --workers 1",
     "resumed": "programs save dead-leaves --out begun -n 25 --resolution 16 --shard-size 4 --resume --quiet",
-    "zip": "programs save strokes --out zip -n 9 --start 3 --resolution 16 --shard-size 2 --format zip",
+    "parquet": "programs save strokes --out tables -n 9 --start 3 --resolution 16 --shard-size 2 --format parquet",
     "finished": "programs save dead-leaves --out leaves -n 25 --resolution 16 --shard-size 4 --resume",
     "evaluate": f"evaluate run {EVALUATE}",
     "bad features": "evaluate run -n 300 --classifiers= --features own.py:picky --json",

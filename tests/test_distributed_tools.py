@@ -95,7 +95,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("name", ["folder", "few", "leaves", "zip"])
+@pytest.mark.parametrize("name", ["folder", "few", "leaves", "tables"])
 def test_files_are_those_of_one_process_byte_for_byte(alone, together, name) -> None:
     expected = contents(alone[0] / name)
     assert len(expected) > 1

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.errors import RunError
 from dpsyngen.files import require_absent_or_empty, write_atomically, write_text
-from dpsyngen.programs.formats import Parquet, png
+from dpsyngen.programs.saving import png, require_parquet
 
 _TAKEN = ("metadata.csv", "about.json")  # files beside the class folders
 _FILES = (".npz", ".parquet")
@@ -29,7 +29,7 @@ _LONGEST = 200  # bytes of a folder name; file systems allow 255
 def check_target(out: Path) -> None:
     """Raise RunError if writing to `out` would overwrite anything, ConfigError if what it needs is not installed."""
     if out.suffix == ".parquet":
-        Parquet.require()
+        require_parquet()
     if out.suffix in _FILES:
         if out.exists():
             raise RunError(f"--out {out} exists already.  Choose another path or move it away.")

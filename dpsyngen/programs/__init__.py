@@ -5,9 +5,9 @@
 >>> leaves.batch(range(64)).shape
 (64, 1, 28, 28)
 
-To add a family, add one file to ``families/`` with a `Program` subclass decorated by ``@register("its-name")``.
+A family is a `Program` subclass decorated by ``@register("its-name")``, in a module that `registry` lists.
 No code in this package reads private data, and its seeds are public (see `Program`).
-Importing this package is cheap: the families, and the compiler some of them use, load on first use.
+Importing this package is cheap: the families, and numba, which compiles them, are imported on first use.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, SupportsIndex
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.checks import as_integer
+from dpsyngen.programs.drawing import Images, Words
 
 MAX_RESOLUTION = 2048  # keeps the 32-bit block counter of one image (`counter_rng`) from wrapping
 MAX_INDEX = 2**63 - 1
@@ -60,7 +61,7 @@ class Program(ABC):
             raise ConfigError("channels=2 is not allowed: give 1 (grey) or 3 (RGB).")
 
     @abstractmethod
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         """Write image ``indices[n]`` to ``out[n]``, every pixel.  Several threads may call this."""
 
     def _params(self, index: int) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Program(ABC):
         number = _as_index(index)
         return {"index": number, **self._params(number)}
 
-    def __call__(self, index: SupportsIndex) -> NDArray[np.uint8]:
+    def __call__(self, index: SupportsIndex) -> Images:
         """Image `index`, uint8 [C, H, W], values 0 to 255.
 
         Raises:
@@ -89,7 +90,7 @@ class Program(ABC):
         """
         return self.batch([_as_index(index)])[0]
 
-    def __getitem__(self, index: SupportsIndex) -> NDArray[np.uint8]:
+    def __getitem__(self, index: SupportsIndex) -> Images:
         """The same as calling; there is no ``len``, so iteration never ends.  For slices use `batch`."""
         return self(index)
 
@@ -114,7 +115,7 @@ class Program(ABC):
         images = self._images(indices, threads)
         return images if np.dtype(dtype) == np.uint8 else as_float(images)
 
-    def _images(self, indices: ArrayLike | Iterable[int], threads: int) -> NDArray[np.uint8]:
+    def _images(self, indices: ArrayLike | Iterable[int], threads: int) -> Images:
         threads = as_integer("threads", threads, 1, 4096)
         chosen = as_indices(indices)
         out = np.empty((len(chosen), self.channels, self.resolution, self.resolution), dtype=np.uint8)
@@ -154,7 +155,7 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def as_float(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def as_float(images: Images) -> NDArray[np.float32]:
     """uint8 values 0 to 255 as float32 from −1 to 1."""
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
@@ -166,7 +167,7 @@ def _as_index(index: SupportsIndex) -> int:
     return number
 
 
-def as_indices(indices: ArrayLike | Iterable[int]) -> NDArray[np.uint64]:
+def as_indices(indices: ArrayLike | Iterable[int]) -> Words:
     if not hasattr(indices, "__array__") and isinstance(indices, set | frozenset | Iterator):
         indices = list(indices)  # numpy would take these for one object
     array = np.asarray(indices)
@@ -183,7 +184,7 @@ def as_indices(indices: ArrayLike | Iterable[int]) -> NDArray[np.uint64]:
     return array.astype(np.uint64)
 
 
-def stream(program: Program, batch_size: int, *, start: int = 0, threads: int = 1) -> Iterator[NDArray[np.uint8]]:
+def stream(program: Program, batch_size: int, *, start: int = 0, threads: int = 1) -> Iterator[Images]:
     """Endless consecutive batches, uint8 [batch_size, C, H, W], beginning with image `start`.
 
     To resume after b batches, pass ``start=start + b * batch_size``.
@@ -196,7 +197,88 @@ def stream(program: Program, batch_size: int, *, start: int = 0, threads: int = 
     return _batches(program, size, first, threads)
 
 
-def _batches(program: Program, size: int, first: int, threads: int) -> Iterator[NDArray[np.uint8]]:
+def _batches(program: Program, size: int, first: int, threads: int) -> Iterator[Images]:
     while True:
         yield program.batch(range(first, first + size), threads=threads)
         first += size
+
+
+def as_integer(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int in [low, high]; ConfigError, naming the option, if it is anything else."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{name}={value!r} is not an integer: give one from {low} to {high}.") from None
+    if not low <= number <= high:
+        raise ConfigError(f"{name}={number} is out of range: give an integer from {low} to {high}.")
+    return number
+
+
+def as_number(name: str, value: Any, low: float, high: float, *, above: bool = False, hint: str = "") -> float:
+    """`value` as a float in [low, high], or in (low, high] if `above`."""
+    allowed = f"give a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
+    allowed += f" ({hint})." if hint else "."
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name}={value!r} is not a number: {allowed}") from None
+    if not low <= number <= high or (above and number == low) or math.isnan(number):
+        raise ConfigError(f"{name}={number} is out of range: {allowed}")
+    return number
+
+
+def as_choice(name: str, value: Any, allowed: Sequence[str], what: str) -> str:
+    """`value`, one of `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not {what}: choose one of {', '.join(allowed)}.")
+    return value
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """`value` as a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigError(f"{name}={value!r} is not a yes or no: give true or false.")
+    return bool(value)
+
+
+def as_range(name: str, value: Any, low: float, high: float) -> tuple[float, float]:
+    """`value` as a pair (a, b) with low ≤ a ≤ b ≤ high; one number stands for both."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = (value, value)
+    if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := list(value)) != 2:
+        raise ConfigError(f"{name}={value!r} is not a range: give two numbers [a, b] with {low:g} ≤ a ≤ b ≤ {high:g}.")
+    a, b = (as_number(name, v, low, high) for v in pair)
+    if a > b:
+        raise ConfigError(f"{name}={[a, b]} is empty: give [a, b] with a ≤ b.")
+    return a, b
+
+
+def as_counts(name: str, value: Any, low: int, high: int) -> tuple[int, int]:
+    """`value` as a pair of whole numbers, low ≤ a ≤ b ≤ high; one number stands for both."""
+    a, b = as_range(name, value, low, high)
+    if a != int(a) or b != int(b):
+        raise ConfigError(f"{name}={[a, b]} are not whole numbers: give two from {low} to {high}.")
+    return int(a), int(b)
+
+
+def as_weights(name: str, value: Any, keys: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Weights of named choices as ((key, weight), …), from a mapping or from such pairs; one at least is positive."""
+    items = list(value.items()) if isinstance(value, dict) else value
+    try:
+        pairs = [(key, weight) for key, weight in items]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{name}={value!r} does not give weights: give a mapping such as {{{keys[0]}: 2, {keys[-1]}: 1}}."
+        ) from None
+    for key, _ in pairs:
+        as_choice(name, key, keys, "something that can be weighted")
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ConfigError(f"{name}={value!r} names something twice: give each one weight.")
+    weights = tuple((key, as_number(f"{name}.{key}", weight, 0.0, 1e9)) for key, weight in pairs)
+    if not any(weight > 0 for _, weight in weights):
+        raise ConfigError(f"{name}={value!r} has no positive weight: give one to at least one of {', '.join(keys)}.")
+    return weights

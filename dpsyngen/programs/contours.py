@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.base import Program
-from dpsyngen.programs.checks import as_choice, as_counts, as_flag, as_number, as_range
-from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.base import Program, as_choice, as_counts, as_flag, as_number, as_range
+from dpsyngen.programs.drawing import Floats, Images, Word, Words
+from dpsyngen.programs.drawing.colours import GROUNDS, ground_colour, ink_colour
 from dpsyngen.programs.drawing.counter_rng import below, fill_uniform, unit32, words32
-from dpsyngen.programs.drawing.grounds import GROUNDS, ground_colour, ink_colour
-from dpsyngen.programs.drawing.portable import cos_sin, exp2, power
+from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, power
 from dpsyngen.programs.drawing.raster import add_segment, blend, blend_gradient, fill_polygon, plain, to_levels
 from dpsyngen.programs.registry import register
 
@@ -89,7 +87,7 @@ class Contours(Program):
     def _law(self) -> tuple[int, float, float, float, float, bool]:
         return SHAPES.index(self.shape), *self.radius, self.roughness, self.outline, self.upright
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         seed, ground = np.uint64(self.seed), GROUNDS.index(self.ground)
         draw(indices, seed, *self.figures, *self._law(), self.gradient, ground, out)
 
@@ -107,14 +105,14 @@ class Contours(Program):
 
 
 @compiled
-def figure_count(seed: np.uint64, index: np.uint64, low: int, high: int) -> int:
+def figure_count(seed: Word, index: Word, low: int, high: int) -> int:
     """How many figures image `index` has."""
     w, _, _, _ = words32(seed, _LAW, index, np.uint64(0))
     return low + below(w, high - low + 1)
 
 
 @compiled
-def _polygon(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.float64]) -> None:
+def _polygon(u: Floats, xs: Floats, ys: Floats) -> None:
     corners = 3 + min(6, int(7.0 * u[0]))
     angles = np.sort(u[1 : 1 + corners])
     per = POINTS // corners
@@ -134,7 +132,7 @@ def _polygon(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.flo
 
 
 @compiled
-def _superellipse(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.float64]) -> None:
+def _superellipse(u: Floats, xs: Floats, ys: Floats) -> None:
     exponent = 2.0 / exp2(4.0 * u[0] - 1.0)
     a = 0.25 + 0.75 * u[1]
     b = 0.25 + 0.75 * u[2]
@@ -147,7 +145,7 @@ def _superellipse(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[n
 
 
 @compiled
-def _mirrored(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.float64]) -> None:
+def _mirrored(u: Floats, xs: Floats, ys: Floats) -> None:
     half = POINTS // 2
     knots = 8
     for k in range(half):
@@ -169,7 +167,7 @@ def _mirrored(u: NDArray[np.float64], xs: NDArray[np.float64], ys: NDArray[np.fl
 
 
 @compiled
-def _harmonics(u: NDArray[np.float64], roughness: float, xs: NDArray[np.float64], ys: NDArray[np.float64]) -> None:
+def _harmonics(u: Floats, roughness: float, xs: Floats, ys: Floats) -> None:
     for k in range(POINTS):
         cos, sin = cos_sin(k / POINTS)
         r = 1.0
@@ -183,8 +181,8 @@ def _harmonics(u: NDArray[np.float64], roughness: float, xs: NDArray[np.float64]
 
 @compiled
 def draw_figure(
-    seed: np.uint64,
-    index: np.uint64,
+    seed: Word,
+    index: Word,
     number: int,
     shape: int,
     small: float,
@@ -193,9 +191,9 @@ def draw_figure(
     outline: float,
     upright: bool,
     size: int,
-    u: NDArray[np.float64],
-    xs: NDArray[np.float64],
-    ys: NDArray[np.float64],
+    u: Floats,
+    xs: Floats,
+    ys: Floats,
 ) -> tuple[int, bool]:
     """Fill xs, ys with the outline of a figure in pixels; returns its shape, and whether only its outline is drawn."""
     block = np.uint64(1 + _PER_FIGURE * number)
@@ -232,8 +230,8 @@ def draw_figure(
 
 @compiled
 def draw(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
+    indices: Words,
+    seed: Word,
     low: int,
     high: int,
     shape: int,
@@ -244,7 +242,7 @@ def draw(
     upright: bool,
     gradient: float,
     ground: int,
-    out: NDArray[np.uint8],
+    out: Images,
 ) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     size = out.shape[2]

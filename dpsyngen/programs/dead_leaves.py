@@ -28,19 +28,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import Program, as_indices
-from dpsyngen.programs.checks import as_choice, as_integer, as_number, as_weights
+from dpsyngen.programs.base import Program, as_choice, as_indices, as_integer, as_number, as_weights
+from dpsyngen.programs.drawing import Canvas, Floats, Images, Ints, Word, Words
 from dpsyngen.programs.drawing.colours import GREY, LAWS
-from dpsyngen.programs.drawing.compiled import compiled
 from dpsyngen.programs.drawing.counter_rng import below, words32
 from dpsyngen.programs.drawing.exact_leaves import RECORDED, cover, draw_exact, unpack_smaller
+from dpsyngen.programs.drawing.portable import compiled
 from dpsyngen.programs.drawing.reference_leaves import draw_reference
 from dpsyngen.programs.drawing.shapes import KINDS
-from dpsyngen.programs.nested import inner_program, tier_of
-from dpsyngen.programs.registry import register
+from dpsyngen.programs.registry import inner_program, register, tier_of
 
 SHAPES = (*KINDS, "mixed")
 MODES = ("exact", "reference")
@@ -136,7 +135,7 @@ class DeadLeaves(Program):
         """0, or that of the texture."""
         return tier_of(0, self.texture)
 
-    def _shares(self) -> tuple[NDArray[np.float64], int]:
+    def _shares(self) -> tuple[Floats, int]:
         """Cumulative weights of the shapes, and the one shape there is or −1."""
         if self.shape != "mixed":
             return np.ones(len(KINDS)), KINDS.index(self.shape)
@@ -149,13 +148,13 @@ class DeadLeaves(Program):
         shares[np.flatnonzero(weights)[-1] :] = 1.0
         return shares, -1
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         if self.texture is not None:
             self._draw_textured(indices, out)
         else:
             self._draw_flat(indices, out, np.empty(len(indices), dtype=np.int64))
 
-    def _draw_flat(self, indices: NDArray[np.uint64], out: NDArray[np.uint8], leaves: NDArray[np.int64]) -> None:
+    def _draw_flat(self, indices: Words, out: Images, leaves: Ints) -> None:
         assert self.colour is not None  # set by __post_init__
         seed, colour, factor = np.uint64(self.seed), LAWS.index(self.colour), self.supersample
         shares, only = self._shares()
@@ -166,7 +165,7 @@ class DeadLeaves(Program):
         low, high = self.r_min * size, self.r_max * size
         draw_exact(indices, seed, shares, only, colour, self.exponent, low, high, factor, out, leaves)
 
-    def _cover(self, index: int, record: NDArray[np.float64]) -> tuple[NDArray[np.int32], int]:
+    def _cover(self, index: int, record: Floats) -> tuple[Canvas, int]:
         """The number of the leaf seen at each pixel of the canvas, and how many leaves were placed."""
         assert self.colour is not None
         size = self.resolution * self.supersample
@@ -193,7 +192,7 @@ class DeadLeaves(Program):
         )
         return canvas, leaves
 
-    def _draw_textured(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw_textured(self, indices: Words, out: Images) -> None:
         nothing = np.empty((0, RECORDED))
         for n, index in enumerate(indices):
             canvas, _ = self._cover(int(index), nothing)
@@ -220,7 +219,7 @@ class DeadLeaves(Program):
             "visible": visible.astype(np.int64),
         }
 
-    def leaf_counts(self, indices: ArrayLike) -> NDArray[np.int64]:
+    def leaf_counts(self, indices: ArrayLike) -> Ints:
         """How many leaves each image took until no ground showed, int64 [N]; to study law and cost."""
         chosen = as_indices(indices)
         if self.texture is not None:
@@ -232,14 +231,7 @@ class DeadLeaves(Program):
 
 
 @compiled
-def fill_leaves(
-    canvas: NDArray[np.int32],
-    textures: NDArray[np.uint8],
-    seed: np.uint64,
-    index: np.uint64,
-    factor: int,
-    out: NDArray[np.uint8],
-) -> None:
+def fill_leaves(canvas: Canvas, textures: Images, seed: Word, index: Word, factor: int, out: Images) -> None:
     """Replace the leaf numbers of `canvas` by pixels of the textures, uint8 [T, C, S, S], in `out`, [C, S, S]."""
     size = out.shape[1]
     fine = canvas.shape[0]

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.base import Program
-from dpsyngen.programs.checks import as_choice, as_counts, as_integer
-from dpsyngen.programs.drawing.colours import uniform_colour
-from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.base import Program, as_choice, as_counts, as_integer
+from dpsyngen.programs.drawing import Floats, Images, Word, Words
+from dpsyngen.programs.drawing.colours import GROUNDS, ground_colour, uniform_colour
 from dpsyngen.programs.drawing.counter_rng import below, unit32, words, words32
-from dpsyngen.programs.drawing.grounds import GROUNDS, ground_colour
-from dpsyngen.programs.drawing.portable import cos_sin, log2
+from dpsyngen.programs.drawing.portable import compiled, cos_sin, log2
 from dpsyngen.programs.drawing.raster import to_levels
 from dpsyngen.programs.registry import register
 
@@ -64,7 +61,7 @@ class Fractal(Program):
         object.__setattr__(self, "points", as_integer("points", self.points, 1, 100))
         as_choice("ground", self.ground, GROUNDS, "a ground")
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         draw(indices, np.uint64(self.seed), *self.maps, self.points, GROUNDS.index(self.ground), out)
 
     def _params(self, index: int) -> dict[str, Any]:
@@ -79,7 +76,7 @@ class Fractal(Program):
 
 
 @compiled
-def draw_maps(seed: np.uint64, index: np.uint64, low: int, high: int, maps: NDArray[np.float64]) -> int:
+def draw_maps(seed: Word, index: Word, low: int, high: int, maps: Floats) -> int:
     """Fill the rows of `maps` with a contracting system; returns how many maps it has.
 
     The σ-factor is dealt to the maps one after another: each gets a uniform share c of what can still be dealt so that
@@ -123,15 +120,7 @@ def draw_maps(seed: np.uint64, index: np.uint64, low: int, high: int, maps: NDAr
 
 
 @compiled
-def draw(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
-    low: int,
-    high: int,
-    per_pixel: int,
-    ground: int,
-    out: NDArray[np.uint8],
-) -> None:
+def draw(indices: Words, seed: Word, low: int, high: int, per_pixel: int, ground: int, out: Images) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     channels = out.shape[1]
     size = out.shape[2]

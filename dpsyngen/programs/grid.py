@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import Program
-from dpsyngen.programs.checks import as_integer
+from dpsyngen.programs.base import Program, as_integer
+from dpsyngen.programs.drawing import Images
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 _GAP_LEVEL = 128  # neither black nor white: both occur at the border of images
 
 
-def image_grid(images: NDArray[np.uint8], columns: int, *, scale: int = 1, pad: int = 1) -> Image.Image:
+def image_grid(images: Images, columns: int, *, scale: int = 1, pad: int = 1) -> Image.Image:
     """Images in reading order, `columns` to a row, as one Pillow image (mode "L" or "RGB").
 
     Args:

@@ -28,12 +28,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.programs.base import Program
-from dpsyngen.programs.checks import as_choice, as_integer, as_range
-from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.base import Program, as_choice, as_integer, as_range
+from dpsyngen.programs.drawing import Floats, Images, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, fill_normal, fill_uniform, unit32, words32
-from dpsyngen.programs.drawing.fourier import inverse_2d, power_of_two, roots
-from dpsyngen.programs.drawing.portable import cos_sin, power
+from dpsyngen.programs.drawing.fields import inverse_2d, power_of_two, roots
+from dpsyngen.programs.drawing.portable import compiled, cos_sin, power
 from dpsyngen.programs.drawing.raster import to_levels
 from dpsyngen.programs.registry import register
 
@@ -83,7 +82,7 @@ class RandomNetwork(Program):
         object.__setattr__(self, "width", as_integer("width", self.width, MIN_CHANNELS, 64))
         object.__setattr__(self, "contrast", as_range("contrast", self.contrast, 1.0, 127.0))
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         side = max(8, power_of_two(self.resolution))
         draw(indices, np.uint64(self.seed), KINDS.index(self.kind), self.width, *self.contrast, side, out)
 
@@ -95,9 +94,7 @@ class RandomNetwork(Program):
 
 
 @compiled
-def law(
-    seed: np.uint64, index: np.uint64, kind: int, low: float, high: float
-) -> tuple[int, float, float, float, float]:
+def law(seed: Word, index: Word, kind: int, low: float, high: float) -> tuple[int, float, float, float, float]:
     """Kind, strength and exponent of the noise, mean and contrast of an image."""
     a, b, c, d = words32(seed, _LAW, index, np.uint64(0))
     e, _, _, _ = words32(seed, _LAW, index, np.uint64(1))
@@ -124,15 +121,15 @@ def channels_at(size: int, width: int) -> int:
 
 @compiled
 def draw_filters(
-    seed: np.uint64,
-    index: np.uint64,
-    block: np.uint64,
+    seed: Word,
+    index: Word,
+    block: Word,
     kind: int,
     inputs: int,
     outputs: int,
     filters: NDArray[np.float32],
     biases: NDArray[np.float32],
-) -> np.uint64:
+) -> Word:
     """Fill filters [outputs, inputs, 3, 3], styled and normalised, and biases [outputs]; returns the next block."""
     styles = np.empty(inputs)
     block = fill_normal(seed, _WEIGHTS, index, block, styles)
@@ -233,15 +230,7 @@ def enlarge(maps: NDArray[np.float32], count: int, size: int, frame: int, out: N
 
 
 @compiled
-def pink_noise(
-    seed: np.uint64,
-    index: np.uint64,
-    alpha: float,
-    cos: NDArray[np.float64],
-    sin: NDArray[np.float64],
-    re: NDArray[np.float64],
-    im: NDArray[np.float64],
-) -> None:
+def pink_noise(seed: Word, index: Word, alpha: float, cos: Floats, sin: Floats, re: Floats, im: Floats) -> None:
     """A field with amplitudes 1/f^α in `re`, [n, n], of variance 1."""
     n = re.shape[0]
     total = 0.0
@@ -266,13 +255,7 @@ def pink_noise(
 
 @compiled
 def fill_noise(
-    seed: np.uint64,
-    index: np.uint64,
-    number: int,
-    pink: bool,
-    size: int,
-    field: NDArray[np.float64],
-    out: NDArray[np.float32],
+    seed: Word, index: Word, number: int, pink: bool, size: int, field: Floats, out: NDArray[np.float32]
 ) -> None:
     """Noise map `number` of an image, [size, size]: white, or a shifted piece of the pink field."""
     if pink:
@@ -296,16 +279,7 @@ def fill_noise(
 
 
 @compiled
-def draw(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
-    kind: int,
-    width: int,
-    low: float,
-    high: float,
-    side: int,
-    out: NDArray[np.uint8],
-) -> None:
+def draw(indices: Words, seed: Word, kind: int, width: int, low: float, high: float, side: int, out: Images) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     channels = out.shape[1]
     size = out.shape[2]
@@ -376,7 +350,7 @@ def draw(
 
 
 @compiled
-def _level(picture: NDArray[np.float32], mean: float, contrast: float, canvas: NDArray[np.float64]) -> None:
+def _level(picture: NDArray[np.float32], mean: float, contrast: float, canvas: Floats) -> None:
     """The top left corner of the picture, brought to a mean and a standard deviation over all its channels."""
     total = 0.0
     square = 0.0

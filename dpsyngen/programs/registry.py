@@ -1,7 +1,7 @@
-"""Programs by name.
+"""Programs by name, and programs inside programs.
 
-A family is one file in ``families/`` whose class carries ``@register("its-name")``; nothing else lists it.
-The files are imported on the first question asked here, not with `dpsyngen.programs`, as many import numba.
+A family is a class with ``@register("its-name")`` in a module that `_FAMILIES` lists.  These modules are imported on
+the first question asked here, not with `dpsyngen.programs`, as they import numba.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
+
+import numpy as np
 
 from dpsyngen.errors import ConfigError
 from dpsyngen.programs.base import Program
@@ -23,6 +25,11 @@ TIERS = {
     1: "generic shape (no knowledge of the domain)",
     2: "domain simulator (prior knowledge of the domain)",
 }
+
+REQUIRED = MISSING  # in place of a default, of a parameter that has none
+
+_NESTED = np.uint64(0x6E657374)  # "nest"
+_GIVEN = ("resolution", "channels", "seed")
 
 _registered: dict[str, type[Program]] = {}
 
@@ -54,8 +61,8 @@ def register(name: str) -> Callable[[_P], _P]:
 
 
 _FAMILIES = (
-    *("contours", "dead_leaves", "faces", "fractal", "garments", "glyphs", "mixture", "random_network", "smooth_noise"),
-    *("spectrum", "strokes", "wavelet_marginal", "wrappers"),
+    *("contours", "dead_leaves", "fractal", "random_network", "smooth_noise", "spectrum", "strokes"),
+    *("wavelet_marginal", "wrappers"),
 )
 
 
@@ -83,6 +90,18 @@ def program_class(name: str) -> type[Program]:
     return _registered[name]
 
 
+def parameters(cls: type[Program]) -> dict[str, Any]:
+    """A family's own parameters with their defaults; `REQUIRED` where a value has to be given."""
+    return {field.name: field.default for field in fields(cls) if field.name not in _GIVEN}
+
+
+def usual_tier(cls: type[Program]) -> int | None:
+    """The prior tier of a family with its default parameters; None if it is that of programs which must be given."""
+    if isinstance(cls.prior_tier, int):
+        return cls.prior_tier
+    return None if REQUIRED in parameters(cls).values() else cls(resolution=8, channels=1).prior_tier
+
+
 def make_program(name: str, *, resolution: int, channels: int, seed: int = 0, **params: Any) -> Program:
     """Build a program.
 
@@ -97,23 +116,48 @@ def make_program(name: str, *, resolution: int, channels: int, seed: int = 0, **
         ConfigError: unknown name or parameter, or a value that is not allowed.
     """
     cls = program_class(name)
-    common = {field.name for field in fields(Program)}
-    own = {field.name: field for field in fields(cls) if field.name not in common}
+    own = parameters(cls)
     unknown = sorted(params.keys() - own.keys())
     if unknown:
-        allowed = ", ".join(
-            key if field.default is MISSING else f"{key} (default {field.default!r})" for key, field in own.items()
-        )
+        known = (k if default is REQUIRED else f"{k} (default {default!r})" for k, default in own.items())
         raise ConfigError(
             f"Program {name!r} has no parameter {', '.join(map(repr, unknown))}: "
-            f"it takes {allowed or 'none of its own'}, besides resolution, channels and seed. "
+            f"it takes {', '.join(known) or 'none of its own'}, besides resolution, channels and seed. "
             "Correct the name or leave it out."
         )
-    missing = sorted(
-        key
-        for key, field in own.items()
-        if key not in params and field.default is MISSING and field.default_factory is MISSING
-    )
+    missing = sorted(k for k, default in own.items() if default is REQUIRED and k not in params)
     if missing:
         raise ConfigError(f"Program {name!r} needs a value for {', '.join(missing)}: give it.")
     return cls(resolution=resolution, channels=channels, seed=seed, **params)
+
+
+def inner_program(outer: Program, key: str, value: Any, *, position: int = 0, resolution: int | None = None) -> Program:
+    """The program that parameter `key` of `outer` describes: a name, a mapping with name and parameters, or a Program.
+
+    It gets the channels of `outer`, its resolution unless another is given, and a seed that is a function of the outer
+    seed and of `position`, so that two inner programs of the same family are independent.
+
+    Raises:
+        ConfigError: `value` is none of these, or sets what the outer program sets.
+    """
+    from dpsyngen.programs.drawing.counter_rng import words
+
+    if isinstance(value, Program):
+        value = {k: v for k, v in value.config().items() if k not in _GIVEN}
+    elif isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ConfigError(
+            f"{key}={value!r} is not a program: give a name such as dead-leaves, or a mapping with name and parameters."
+        )
+    given = [k for k in _GIVEN if k in value]
+    if given:
+        raise ConfigError(f"{key} sets {', '.join(given)}: leave that out, the outer program {outer.name!r} gives it.")
+    seed, _ = words(np.uint64(outer.seed), _NESTED, np.uint64(position), np.uint64(0))
+    settings = {**value, "channels": outer.channels, "seed": int(seed), "resolution": resolution or outer.resolution}
+    return make_program(**settings)
+
+
+def tier_of(own: int, *inner: Program | None) -> int:
+    """The prior tier of a program that holds others: the largest of all, as it assumes what they assume."""
+    return max(own, *(program.prior_tier for program in inner if program is not None), 0)

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.base import Program
-from dpsyngen.programs.checks import as_choice, as_integer, as_range
-from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.base import Program, as_choice, as_integer, as_range
+from dpsyngen.programs.drawing import Floats, Images, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
 from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields
-from dpsyngen.programs.drawing.portable import cos_sin, exp2, log2
+from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, log2
 from dpsyngen.programs.registry import register
 
 KINDS = ("perlin", "ridged", "mixed")
@@ -68,7 +66,7 @@ class SmoothNoise(Program):
     def _law(self) -> tuple[int, float, float, int, float, float]:
         return KINDS.index(self.kind), *self.cells, self.octaves, *self.persistence
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         draw(indices, np.uint64(self.seed), *self._law(), COLOURS.index(self.colour or ""), out)
 
     def _params(self, index: int) -> dict[str, Any]:
@@ -78,8 +76,8 @@ class SmoothNoise(Program):
 
 @compiled
 def law(
-    seed: np.uint64,
-    index: np.uint64,
+    seed: Word,
+    index: Word,
     kind: int,
     cells_low: float,
     cells_high: float,
@@ -98,13 +96,7 @@ def law(
 
 @compiled
 def add_octave(
-    seed: np.uint64,
-    index: np.uint64,
-    octave: int,
-    cells: float,
-    strength: float,
-    ridged: bool,
-    field: NDArray[np.float64],
+    seed: Word, index: Word, octave: int, cells: float, strength: float, ridged: bool, field: Floats
 ) -> None:
     """Add `strength` times one octave of noise to `field`, [S, S]; `octave` numbers those of the image."""
     size = field.shape[0]
@@ -148,8 +140,8 @@ def add_octave(
 
 @compiled
 def draw(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
+    indices: Words,
+    seed: Word,
     kind: int,
     cells_low: float,
     cells_high: float,
@@ -157,7 +149,7 @@ def draw(
     persistence_low: float,
     persistence_high: float,
     colour: int,
-    out: NDArray[np.uint8],
+    out: Images,
 ) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     size = out.shape[2]

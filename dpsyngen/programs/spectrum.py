@@ -12,15 +12,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.base import Program
-from dpsyngen.programs.checks import as_flag, as_number, as_range
-from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.base import Program, as_flag, as_number, as_range
+from dpsyngen.programs.drawing import Floats, Images, Word, Words
 from dpsyngen.programs.drawing.counter_rng import unit32, words32
-from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields
-from dpsyngen.programs.drawing.fourier import inverse_2d, power_of_two, roots
-from dpsyngen.programs.drawing.portable import cos_sin, normal_pair, power
+from dpsyngen.programs.drawing.fields import (
+    COLOURS,
+    ROTATION,
+    field_colour,
+    inverse_2d,
+    paint_fields,
+    power_of_two,
+    roots,
+)
+from dpsyngen.programs.drawing.portable import compiled, cos_sin, normal_pair, power
 from dpsyngen.programs.registry import register
 
 _LAW = np.uint64(0x73706563)  # "spec"
@@ -63,7 +68,7 @@ class Spectrum(Program):
         fix(self, "turn", as_flag("turn", self.turn))
         fix(self, "colour", field_colour(self.colour, self.channels))
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         size = power_of_two(self.resolution)
         cos, sin = np.empty(size // 2), np.empty(size // 2)
         roots(cos, sin)
@@ -76,9 +81,7 @@ class Spectrum(Program):
 
 
 @compiled
-def _law(
-    seed: np.uint64, index: np.uint64, low: float, high: float, spread: float, turn: bool
-) -> tuple[float, float, float]:
+def _law(seed: Word, index: Word, low: float, high: float, spread: float, turn: bool) -> tuple[float, float, float]:
     a, b, c, d = words32(seed, _LAW, index, _ZERO)
     normal, _ = normal_pair(unit32(b), unit32(c))
     turns = unit32(d) if turn else 0.0
@@ -86,7 +89,7 @@ def _law(
 
 
 @compiled
-def _amplitudes(slope: float, difference: float, turns: float, out: NDArray[np.float64]) -> None:
+def _amplitudes(slope: float, difference: float, turns: float, out: Floats) -> None:
     """Amplitude at frequency (i, j) of an n × n field, equal at opposite frequencies, 0 at the origin; [n, n]."""
     n = out.shape[0]
     cos, sin = cos_sin(turns)
@@ -108,15 +111,7 @@ def _amplitudes(slope: float, difference: float, turns: float, out: NDArray[np.f
 
 
 @compiled
-def _phase(
-    re: NDArray[np.float64],
-    im: NDArray[np.float64],
-    amplitude: float,
-    turns: float,
-    second: bool,
-    i: int,
-    j: int,
-) -> None:
+def _phase(re: Floats, im: Floats, amplitude: float, turns: float, second: bool, i: int, j: int) -> None:
     """Add one real wave: at (i, j) and its opposite; a second field goes into the imaginary part of the result."""
     n = re.shape[0]
     cos, sin = cos_sin(turns)
@@ -144,15 +139,7 @@ def _phase(
 
 @compiled
 def _two_fields(
-    seed: np.uint64,
-    index: np.uint64,
-    pair: int,
-    both: bool,
-    amplitudes: NDArray[np.float64],
-    cos: NDArray[np.float64],
-    sin: NDArray[np.float64],
-    re: NDArray[np.float64],
-    im: NDArray[np.float64],
+    seed: Word, index: Word, pair: int, both: bool, amplitudes: Floats, cos: Floats, sin: Floats, re: Floats, im: Floats
 ) -> None:
     """Two fields at the price of one transform: in the real part, and if `both` in the imaginary part."""
     n = re.shape[0]
@@ -173,16 +160,16 @@ def _two_fields(
 
 @compiled
 def _draw(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
+    indices: Words,
+    seed: Word,
     low: float,
     high: float,
     spread: float,
     turn: bool,
     colour: int,
-    cos: NDArray[np.float64],
-    sin: NDArray[np.float64],
-    out: NDArray[np.uint8],
+    cos: Floats,
+    sin: Floats,
+    out: Images,
 ) -> None:
     n = max(1, 2 * cos.shape[0])
     amplitudes = np.empty((n, n))

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.base import Program
-from dpsyngen.programs.checks import as_choice, as_counts, as_number, as_range
-from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.base import Program, as_choice, as_counts, as_number, as_range
+from dpsyngen.programs.drawing import Floats, Images, Word, Words
+from dpsyngen.programs.drawing.colours import GROUNDS, ground_colour, ink_colour
 from dpsyngen.programs.drawing.counter_rng import below, fill_uniform, words32
-from dpsyngen.programs.drawing.grounds import GROUNDS, ground_colour, ink_colour
-from dpsyngen.programs.drawing.portable import exp2, log2
+from dpsyngen.programs.drawing.portable import compiled, exp2, log2
 from dpsyngen.programs.drawing.raster import add_segment, blend, plain, to_levels
 from dpsyngen.programs.registry import register
 
@@ -57,7 +55,7 @@ class Strokes(Program):
         fix(self, "margin", as_number("margin", self.margin, 0.0, 0.45))
         as_choice("ground", self.ground, GROUNDS, "a ground")
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         law = *self.strokes, *self.width, self.margin
         draw(indices, np.uint64(self.seed), *law, GROUNDS.index(self.ground), out)
 
@@ -70,15 +68,7 @@ class Strokes(Program):
 
 @compiled
 def draw_curves(
-    seed: np.uint64,
-    index: np.uint64,
-    low: int,
-    high: int,
-    thin: float,
-    thick: float,
-    margin: float,
-    size: int,
-    values: NDArray[np.float64],
+    seed: Word, index: Word, low: int, high: int, thin: float, thick: float, margin: float, size: int, values: Floats
 ) -> int:
     """Fill rows of `values` with (x, y) four times and two half-widths, in pixels; returns the number of strokes."""
     w, _, _, _ = words32(seed, _LAW, index, np.uint64(0))
@@ -95,7 +85,7 @@ def draw_curves(
 
 
 @compiled
-def add_curve(cover: NDArray[np.float64], row: NDArray[np.float64]) -> None:
+def add_curve(cover: Floats, row: Floats) -> None:
     """Add one stroke to a cover."""
     x, y, half = row[0], row[1], row[8]
     for piece in range(1, _PIECES + 1):
@@ -111,15 +101,7 @@ def add_curve(cover: NDArray[np.float64], row: NDArray[np.float64]) -> None:
 
 @compiled
 def draw(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
-    low: int,
-    high: int,
-    thin: float,
-    thick: float,
-    margin: float,
-    ground: int,
-    out: NDArray[np.uint8],
+    indices: Words, seed: Word, low: int, high: int, thin: float, thick: float, margin: float, ground: int, out: Images
 ) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     size = out.shape[2]

@@ -21,8 +21,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import MAX_INDEX, Program, as_float
-from dpsyngen.programs.checks import as_integer
+from dpsyngen.programs.base import MAX_INDEX, Program, as_float, as_integer
 
 Values = Literal["float", "uint8"]
 Transform = Callable[[torch.Tensor], Any]

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.base import Program
-from dpsyngen.programs.checks import as_range
-from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.base import Program, as_range
+from dpsyngen.programs.drawing import Floats, Images, Ints, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
-from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields
-from dpsyngen.programs.drawing.fourier import power_of_two
-from dpsyngen.programs.drawing.portable import exp2, log2, log2_gamma, normal_pair, power
+from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields, power_of_two
+from dpsyngen.programs.drawing.portable import compiled, exp2, log2, log2_gamma, normal_pair, power
 from dpsyngen.programs.registry import register
 
 COARSEST = 4  # side of the low-pass residual
@@ -80,7 +77,7 @@ class WaveletMarginal(Program):
     def _side(self) -> int:
         return max(8, power_of_two(self.resolution))
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         how = COLOURS.index(self.colour or "")
         draw(indices, np.uint64(self.seed), *self.tails, *self.decay, self._side, how, out)
 
@@ -93,15 +90,15 @@ class WaveletMarginal(Program):
 
 @compiled
 def law(
-    seed: np.uint64,
-    index: np.uint64,
+    seed: Word,
+    index: Word,
     tail_low: float,
     tail_high: float,
     decay_low: float,
     decay_high: float,
     side: int,
-    tails: NDArray[np.float64],
-    offset: NDArray[np.int64],
+    tails: Floats,
+    offset: Ints,
 ) -> float:
     """Fill the tails [levels, 3] and the offset [2] of an image; returns its decay."""
     a, b, c, _ = words32(seed, _LAW, index, np.uint64(0))
@@ -116,9 +113,7 @@ def law(
 
 
 @compiled
-def fill_heavy_tailed(
-    seed: np.uint64, index: np.uint64, block: np.uint64, r: float, deviation: float, out: NDArray[np.float64]
-) -> np.uint64:
+def fill_heavy_tailed(seed: Word, index: Word, block: Word, r: float, deviation: float, out: Floats) -> Word:
     """Fill `out`, [m, m], with draws of density ∝ exp(−|x/s|^r) and given standard deviation; returns the next block.
 
     |x/s|^r has a gamma distribution of shape 1/r, drawn by the method of Marsaglia and Tsang (2000).
@@ -150,7 +145,7 @@ def fill_heavy_tailed(
 
 
 @compiled
-def merge_rows(low: NDArray[np.float64], high: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+def merge_rows(low: Floats, high: Floats, out: Floats) -> None:
     """One level of synthesis down the rows: low, high [m, k] to out [2m, k], periodic."""
     m = low.shape[0]
     out[:] = 0.0
@@ -164,15 +159,7 @@ def merge_rows(low: NDArray[np.float64], high: NDArray[np.float64], out: NDArray
 
 
 @compiled
-def draw_field(
-    seed: np.uint64,
-    index: np.uint64,
-    block: np.uint64,
-    decay: float,
-    tails: NDArray[np.float64],
-    offset: NDArray[np.int64],
-    field: NDArray[np.float64],
-) -> np.uint64:
+def draw_field(seed: Word, index: Word, block: Word, decay: float, tails: Floats, offset: Ints, field: Floats) -> Word:
     """One field, [n, n], from bands with the given tails, shifted by `offset`; returns the first block not used."""
     levels = tails.shape[0]
     side = COARSEST
@@ -202,15 +189,15 @@ def draw_field(
 
 @compiled
 def draw(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
+    indices: Words,
+    seed: Word,
     tail_low: float,
     tail_high: float,
     decay_low: float,
     decay_high: float,
     side: int,
     colour: int,
-    out: NDArray[np.uint8],
+    out: Images,
 ) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     levels = 0

@@ -14,20 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import MAX_RESOLUTION, Program
-from dpsyngen.programs.checks import as_choice, as_counts, as_integer, as_number, as_range
-from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
-from dpsyngen.programs.drawing.portable import cos_sin, exp2, log2
-from dpsyngen.programs.nested import inner_program
-from dpsyngen.programs.registry import register
+from dpsyngen.programs.base import MAX_RESOLUTION, Program, as_choice, as_counts, as_integer, as_number, as_range
+from dpsyngen.programs.drawing import Floats, Images, Ints, Word, Words
+from dpsyngen.programs.drawing.counter_rng import below, pick, unit32, words32
+from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, log2
+from dpsyngen.programs.registry import inner_program, register, tier_of
 
+MAX_PROGRAMS = 64
 BORDERS = ("reflect", "edge", "black")
 
 _AFFINE = np.uint64(0x61666669)  # "affi"
 _BLUR = np.uint64(0x626C7572)  # "blur"
 _INVERT = np.uint64(0x696E7665)  # "inve"
 _QUANTISE = np.uint64(0x7175616E)  # "quan"
+_MIXTURE = np.uint64(0x6D697874)  # "mixt"
 _CROP = np.uint64(0x63726F70)  # "crop"
 _PER_LN2 = 1.4426950408889634
 
@@ -95,7 +95,7 @@ class Affine(Wrapper):
     def _law(self) -> tuple[float, float, float, float, float]:
         return self.turn / 360.0, *self.scale, self.shear, self.shift
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         images = self.source.batch(indices)
         draw_affine(indices, np.uint64(self.seed), images, *self._law(), BORDERS.index(self.border), out)
 
@@ -106,7 +106,7 @@ class Affine(Wrapper):
 
 @compiled
 def affine_law(
-    seed: np.uint64, index: np.uint64, turn: float, low: float, high: float, shear: float, shift: float
+    seed: Word, index: Word, turn: float, low: float, high: float, shear: float, shift: float
 ) -> tuple[float, float, float, float, float]:
     """Turns, scale, shear and the two shifts of an image."""
     a, b, c, d = words32(seed, _AFFINE, index, np.uint64(0))
@@ -121,7 +121,7 @@ def affine_law(
 
 
 @compiled
-def _at(image: NDArray[np.uint8], y: int, x: int, border: int) -> float:
+def _at(image: Images, y: int, x: int, border: int) -> float:
     """A pixel, also outside the image."""
     size = image.shape[0]
     if border == 2:
@@ -135,16 +135,16 @@ def _at(image: NDArray[np.uint8], y: int, x: int, border: int) -> float:
 
 @compiled
 def draw_affine(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
-    images: NDArray[np.uint8],
+    indices: Words,
+    seed: Word,
+    images: Images,
     turn: float,
     low: float,
     high: float,
     shear: float,
     shift: float,
     border: int,
-    out: NDArray[np.uint8],
+    out: Images,
 ) -> None:
     """Write the changed ``images[n]`` to ``out[n]``, both [C, S, S]."""
     size = out.shape[2]
@@ -189,7 +189,7 @@ class Blur(Wrapper):
         super().__post_init__()
         object.__setattr__(self, "deviation", as_range("deviation", self.deviation, 0.0, 64.0))
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         draw_blur(indices, np.uint64(self.seed), self.source.batch(indices), *self.deviation, out)
 
     def _changes(self, index: int) -> dict[str, Any]:
@@ -197,21 +197,14 @@ class Blur(Wrapper):
 
 
 @compiled
-def uniform_law(seed: np.uint64, stream: np.uint64, index: np.uint64, low: float, high: float) -> float:
+def uniform_law(seed: Word, stream: Word, index: Word, low: float, high: float) -> float:
     """One uniform number of an image."""
     a, _, _, _ = words32(seed, stream, index, np.uint64(0))
     return low + unit32(a) * (high - low)
 
 
 @compiled
-def draw_blur(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
-    images: NDArray[np.uint8],
-    low: float,
-    high: float,
-    out: NDArray[np.uint8],
-) -> None:
+def draw_blur(indices: Words, seed: Word, images: Images, low: float, high: float, out: Images) -> None:
     """Write the blurred ``images[n]`` to ``out[n]``, both [C, S, S]; the Gaussian is cut off at 4 deviations."""
     size = out.shape[2]
     rows = np.empty((size, size))
@@ -261,11 +254,11 @@ class Invert(Wrapper):
         super().__post_init__()
         object.__setattr__(self, "probability", as_number("probability", self.probability, 0.0, 1.0))
 
-    def _inverted(self, indices: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    def _inverted(self, indices: Words) -> NDArray[np.bool_]:
         seed = np.uint64(self.seed)
         return np.array([uniform_law(seed, _INVERT, i, 0.0, 1.0) < self.probability for i in indices], dtype=bool)
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         out[:] = self.source.batch(indices)
         inverted = self._inverted(indices)
         out[inverted] = 255 - out[inverted]
@@ -298,7 +291,7 @@ class Quantise(Wrapper):
         low, high = self.levels
         return int(count_law(np.uint64(self.seed), _QUANTISE, np.uint64(index), low, high))
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         images = self.source.batch(indices)
         for n, index in enumerate(indices):
             steps = self._count(int(index)) - 1
@@ -311,7 +304,7 @@ class Quantise(Wrapper):
 
 
 @compiled
-def count_law(seed: np.uint64, stream: np.uint64, index: np.uint64, low: int, high: int) -> int:
+def count_law(seed: Word, stream: Word, index: Word, low: int, high: int) -> int:
     """One whole number of an image, low to high."""
     a, _, _, _ = words32(seed, stream, index, np.uint64(0))
     return low + below(a, high - low + 1)
@@ -348,7 +341,7 @@ class Crop(Wrapper):
         a, b, _, _ = words32(np.uint64(self.seed), _CROP, np.uint64(index), np.uint64(0))
         return int(below(a, room)), int(below(b, room))
 
-    def _draw(self, indices: NDArray[np.uint64], out: NDArray[np.uint8]) -> None:
+    def _draw(self, indices: Words, out: Images) -> None:
         size = self.resolution
         for n, index in enumerate(indices):  # one by one, as the sources can be large
             i, j = self._corner(int(index))
@@ -356,3 +349,70 @@ class Crop(Wrapper):
 
     def _changes(self, index: int) -> dict[str, Any]:
         return {"corner": self._corner(index)}
+
+
+@register("mixture")
+@dataclass(frozen=True, kw_only=True)
+class Mixture(Program):
+    """Image i is image i of one of the inner programs, drawn at random with the given weights.
+
+    Inner programs share resolution and channels and get seeds of their own.  The prior tier is the largest of theirs.
+    `params` gives ``program`` (its place in the list), ``name`` and the ``params`` of the inner program.
+
+    Attributes:
+        programs: list of 1 to 64 programs, each a name or a mapping with name and parameters.
+        weights: list of as many numbers, 0 or more, not all 0; None: evenly.
+
+    Raises:
+        ConfigError: a parameter is not allowed.
+    """
+
+    programs: Any
+    weights: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.programs
+        if not isinstance(given, list | tuple) or not 1 <= len(given) <= MAX_PROGRAMS:
+            raise ConfigError(f"programs={given!r} is not a list of programs: give 1 to {MAX_PROGRAMS} of them.")
+        inner = tuple(inner_program(self, f"programs[{k}]", value, position=k) for k, value in enumerate(given))
+        object.__setattr__(self, "programs", inner)
+        if self.weights is None:
+            return
+        if not isinstance(self.weights, list | tuple) or len(self.weights) != len(inner):
+            raise ConfigError(f"weights={self.weights!r} does not fit {len(inner)} programs: give one number for each.")
+        weights = tuple(as_number(f"weights[{k}]", w, 0.0, 1e9) for k, w in enumerate(self.weights))
+        if sum(weights) <= 0.0:
+            raise ConfigError("weights are all 0: give a positive one to at least one program.")
+        object.__setattr__(self, "weights", weights)
+
+    @property
+    def prior_tier(self) -> int:  # type: ignore[override]
+        """The largest of the inner programs'."""
+        return tier_of(0, *self.programs)
+
+    def _choices(self, indices: Words) -> Ints:
+        weights = np.array(self.weights if self.weights is not None else [1.0] * len(self.programs))
+        shares = np.cumsum(weights) / weights.sum()
+        shares[np.flatnonzero(weights)[-1] :] = 1.0
+        choices = np.empty(len(indices), dtype=np.int64)
+        choose(indices, np.uint64(self.seed), shares, choices)
+        return choices
+
+    def _draw(self, indices: Words, out: Images) -> None:
+        choices = self._choices(indices)
+        for k in np.unique(choices):
+            mine = choices == k
+            out[mine] = self.programs[k].batch(indices[mine])
+
+    def _params(self, index: int) -> dict[str, Any]:
+        k = int(self._choices(np.array([index], dtype=np.uint64))[0])
+        return {"program": k, "name": self.programs[k].name, "params": self.programs[k].params(index)}
+
+
+@compiled
+def choose(indices: Words, seed: Word, shares: Floats, choices: Ints) -> None:
+    """Which program draws image ``indices[n]``, to ``choices[n]``; `shares` are cumulative and end in 1."""
+    for n in range(indices.shape[0]):
+        w, _, _, _ = words32(seed, _MIXTURE, indices[n], np.uint64(0))
+        choices[n] = pick(w, shares)

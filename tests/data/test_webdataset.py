@@ -217,11 +217,3 @@ def test_the_own_writer_of_webdataset_is_read(tmp_path: Path) -> None:
     data = load_images(tmp_path / "s.tar")
     assert np.array_equal(data.images[:, 0], images)
     assert data.labels.tolist() == [0, 1, 0, 1]
-
-
-def test_what_programs_save_is_read(tmp_path: Path, call) -> None:
-    options = ("-n", 5, "--resolution", 8, "--format", "webdataset")
-    code, _, err = call("programs", "save", "dead-leaves", "--out", tmp_path / "p", *options)
-    assert code == 0, err
-    assert len(load_images(tmp_path / "p" / "images-000000.tar")) == 5
-    assert load_images(str(tmp_path / "p" / "*.tar")).labels is None

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
-
-import matplotlib
-
-os.environ["DPSYNGEN_FONTS"] = str(Path(matplotlib.__file__).parent / "mpl-data/fonts/ttf")
 
 if __name__ == "__main__":
     from tests.programs import test_families

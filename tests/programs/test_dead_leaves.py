@@ -18,8 +18,14 @@ from scipy import stats
 from dpsyngen.errors import ConfigError
 from dpsyngen.programs import Program, make_program
 from dpsyngen.programs.dead_leaves import SHAPES, DeadLeaves
-from dpsyngen.programs.drawing.reference_leaves import leaf_radius, paint_over
-from dpsyngen.programs.drawing.scanline import EMPTY, fill_convex, fill_disc, fill_rectangle
+from dpsyngen.programs.drawing.reference_leaves import (
+    EMPTY,
+    fill_convex,
+    fill_disc,
+    fill_rectangle,
+    leaf_radius,
+    paint_over,
+)
 
 # SHA-256 of images 0…7 at seed 7: what other machines and later versions must draw too.
 GOLDEN: dict[tuple[str, str, int], str] = {

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from dpsyngen.programs.drawing import portable
-from dpsyngen.programs.drawing.colours import MIX_COLOURS, MIX_VALUES, colour_mix
+from dpsyngen.programs.drawing.colours import MIX_COLOURS, MIX_VALUES, colour_mix, ground_colour, ink_colour
 from dpsyngen.programs.drawing.counter_rng import below, fill_normal, fill_uniform
-from dpsyngen.programs.drawing.fourier import inverse_2d, power_of_two, roots
-from dpsyngen.programs.drawing.grounds import ground_colour, ink_colour
+from dpsyngen.programs.drawing.fields import inverse_2d, power_of_two, roots
 from dpsyngen.programs.drawing.raster import add_segment, fill_polygon, stretch
 from dpsyngen.programs.wavelet_marginal import LOW_PASS, fill_heavy_tailed
 

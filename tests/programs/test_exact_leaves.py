@@ -15,8 +15,7 @@ from scipy import integrate, stats
 from dpsyngen.errors import ConfigError
 from dpsyngen.programs import make_program
 from dpsyngen.programs.dead_leaves import SHAPES, DeadLeaves
-from dpsyngen.programs.drawing.power_law import padded_masses, padded_radius
-from dpsyngen.programs.drawing.shapes import KINDS
+from dpsyngen.programs.drawing.shapes import KINDS, padded_masses, padded_radius
 
 # SHA-256 of images 0…7 at seed 7.
 GOLDEN: dict[tuple[str, str, int], str] = {

@@ -12,7 +12,7 @@ from scipy import ndimage, special, stats
 
 from dpsyngen.programs import Program, fractal, make_program, spectrum, wavelet_marginal
 from dpsyngen.programs.contours import POINTS
-from dpsyngen.programs.drawing.fourier import roots
+from dpsyngen.programs.drawing.fields import roots
 
 
 def make(name: str, resolution: int = 32, channels: int = 1, **params: Any) -> Program:
@@ -347,85 +347,18 @@ def test_figures_are_where_they_fit() -> None:
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-# --------------------------------------------------------------------------------------- simulators
-
-
-def test_glyphs_are_the_characters_of_their_font() -> None:
-    """Against Pillow's own rendering of the same font: the right character is the best match among four."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    from dpsyngen.programs.drawing.fonts import find_fonts
-
-    font = next(f for f in find_fonts() if f.name == "DejaVu Sans")
-    characters = "BOX7"
-    pictures = {}
-    for c in characters:
-        page = Image.new("L", (200, 200))
-        ImageDraw.Draw(page).text((60, 30), c, fill=255, font=ImageFont.truetype(font.path, 100))
-        box = page.getbbox()
-        assert box is not None
-        pictures[c] = np.asarray(page.crop(box).resize((24, 24)), dtype=float) / 255
-    program = make(
-        "glyphs", 64, characters=characters, fonts="DejaVu Sans", turn=0, slant=0, stretch=1, height=[0.7, 0.9]
-    )
-    for index in range(24):
-        image = program(index)[0]
-        rows, columns = np.nonzero(image)
-        box = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-        mine = np.asarray(Image.fromarray(image).crop(box).resize((24, 24)), dtype=float) / image.max()
-        errors = {c: np.abs(mine - p).mean() for c, p in pictures.items()}
-        assert min(errors, key=lambda c: errors[c]) == program.params(index)["character"]
-        assert min(errors.values()) < 0.08
-
-
-def test_glyphs_keep_within_the_image() -> None:
-    images = make("glyphs", 32, ground="black").batch(range(300))[:, 0].astype(int)
-    border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]])
-    assert (border > 0).mean() < 0.08  # they may touch it
-
-
-def test_garments_that_are_worn_upright_are_symmetric() -> None:
-    images = make("garments", 64, kind="dress", striped=0.0).batch(range(60))[:, 0].astype(float) > 0
-    for image in images:
-        columns = np.flatnonzero(image.any(0))
-        garment = image[:, columns.min() : columns.max() + 1]
-        assert (garment != garment[:, ::-1]).mean() < 0.06
-    feet = make("garments", 64, kind="shoe").batch(range(60))[:, 0] > 0
-    assert np.mean([(f != f[:, ::-1]).mean() for f in feet]) > 0.03  # a shoe is not, and either foot occurs
-
-
-def test_garment_kinds_differ_in_proportion() -> None:
-    def box(kind: str) -> float:
-        images = make("garments", 48, kind=kind).batch(range(60))[:, 0] > 0
-        return float(np.mean([i.any(1).sum() / i.any(0).sum() for i in images]))
-
-    assert box("trousers") > 1.5
-    assert box("shoe") < 0.7
-    assert 0.6 < box("bag") < 1.2
-
-
-def test_faces_have_two_eyes_and_skin_between_them() -> None:
-    program = make("faces", 96, 3, turn=0.0, ground="black")
-    found = 0
-    for index in range(30):
-        white = (program(index) > 235).all(0)
-        _, count = ndimage.label(ndimage.binary_dilation(white, np.ones((3, 7))))  # joins what an iris divides
-        found += count == 2
-    assert found > 20
-
-
 # ------------------------------------------------------------------------------ mixtures and wrappers
 
 
 def test_mixture_follows_its_weights_and_its_parts() -> None:
-    program = make("mixture", 16, programs=["strokes", "garments", "strokes"], weights=[1, 3, 4])
+    program = make("mixture", 16, programs=["strokes", "contours", "strokes"], weights=[1, 3, 4])
     chosen = [program.params(i)["program"] for i in range(2000)]
     assert stats.chisquare(np.bincount(chosen), 2000 * np.array([1, 3, 4]) / 8).pvalue > 1e-3
     for index in range(30):
         assert np.array_equal(program(index), program.programs[chosen[index]](index))
     # Two parts of one family are independent.
     assert not np.array_equal(program.programs[0].batch(range(9)), program.programs[2].batch(range(9)))
-    never = make("mixture", 16, programs=["strokes", "garments"], weights=[0, 1])
+    never = make("mixture", 16, programs=["strokes", "contours"], weights=[0, 1])
     assert {never.params(i)["program"] for i in range(50)} == {1}
 
 

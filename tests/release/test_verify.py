@@ -196,7 +196,7 @@ def not_a_number(tensors: dict) -> dict:
         (edit_certificate(lambda v: v["mechanisms"][0].update(count=1)), "settings"),
         (edit_certificate(lambda v: v["mechanisms"][0].update(l2_sensitivity=0.1)), "settings"),
         (edit_certificate(lambda v: v["mechanisms"][0].update(sampling_rate=0.01)), "settings"),
-        (edit_certificate(lambda v: v["programmatic_images"].update(name="glyphs")), "settings"),
+        (edit_certificate(lambda v: v["programmatic_images"].update(name="strokes")), "settings"),
         (edit_certificate(lambda v: v["programmatic_images"].update(prior_tier=2)), "settings"),
         (edit_text("PRIVACY.md", "ε = [0-9.]+", "ε = 0.1"), "plain words"),
         (edit_text("README.md", "epsilon: [0-9.]+", "epsilon: 0.1"), "model card"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import matplotlib
 import pytest
 
 import dpsyngen
@@ -17,37 +16,29 @@ def train(out: Path, settings: dict, images: tuple, **program: object):
     return dpsyngen.train(images, epsilon=8, out=out, settings=settings | {"program": program})
 
 
-def test_tier_and_parameters_are_carried_everywhere(tmp_path, tiny_settings, tiny_images, monkeypatch) -> None:
-    monkeypatch.setenv("DPSYNGEN_FONTS", str(Path(matplotlib.__file__).parent / "mpl-data/fonts/ttf"))
-    mixture = {"programs": ["strokes", {"name": "glyphs", "characters": "AB"}], "weights": [1, 3]}
+def test_tier_and_parameters_are_carried_everywhere(tmp_path, tiny_settings, tiny_images) -> None:
+    mixture = {"programs": ["strokes", {"name": "contours", "shape": "polygon"}], "weights": [1, 3]}
     run = train(tmp_path / "r", tiny_settings, tiny_images(), name="mixture", params=mixture)
 
     config = run.config.program
-    assert config.prior_tier == 2
-    fonts = config.params["programs"][1]["fonts"]
-    assert len(fonts) > 1
-    assert all("@" in font for font in fonts)  # what None stood for, with hashes
+    assert config.prior_tier == 1
+    assert config.params["programs"][1]["figures"] == [1, 3]  # the default, written out
 
     first = Ledger(run.ledger_path).entries[0]
     assert first.kind == "public"
     assert first.mechanism is None
-    assert first.details["prior_tier"] == 2
+    assert first.details["prior_tier"] == 1
     assert first.details["program"]["programs"] == config.params["programs"]
-    assert "domain simulator" in first.details["prior_tier_meaning"]
+    assert "generic shape" in first.details["prior_tier_meaning"]
 
     statement = json.loads((run.release / "privacy.json").read_text())
-    assert statement["programmatic_images"]["prior_tier"] == 2
+    assert statement["programmatic_images"]["prior_tier"] == 1
     assert statement["programmatic_images"]["weights"] == [1.0, 3.0]
     assert statement["epsilon"] == Ledger(run.ledger_path).epsilon()  # a public choice costs nothing
-    assert "domain simulator" in (run.release / "PRIVACY.md").read_text()
+    assert "generic shape" in (run.release / "PRIVACY.md").read_text()
 
     for report in dpsyngen.write_report(run):
-        assert "mixture, prior tier 2: domain simulator" in report.read_text()
-    # Where the fonts are missing, the report says so and is still written.
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setenv("DPSYNGEN_FONTS", str(tmp_path / "empty"))
-    for report in dpsyngen.write_report(run):
-        assert "cannot be drawn on this machine" in report.read_text()
+        assert "mixture, prior tier 1: generic shape" in report.read_text()
 
 
 def test_without_programs_the_ledger_names_none(tmp_path, tiny_settings, tiny_images) -> None:
@@ -57,8 +48,8 @@ def test_without_programs_the_ledger_names_none(tmp_path, tiny_settings, tiny_im
 
 
 def test_a_wrong_tier_is_refused_before_anything_is_made(tmp_path, tiny_settings, tiny_images) -> None:
-    with pytest.raises(ConfigError, match=r"prior_tier=0, but garments has prior tier 2.*domain simulator"):
-        train(tmp_path / "r", tiny_settings, tiny_images(), name="garments", prior_tier=0)
+    with pytest.raises(ConfigError, match=r"prior_tier=0, but strokes has prior tier 1.*generic shape"):
+        train(tmp_path / "r", tiny_settings, tiny_images(), name="strokes", prior_tier=0)
     assert not (tmp_path / "r").exists()
 
 

@@ -1,4 +1,16 @@
 """What image programs are made of: compiled loops, counter-based random numbers, portable functions, rasters.
 
-Everything here gives the same bits on every machine; see `compiled`.
+Everything here gives the same bits on every machine; see `portable`.
 """
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Word = np.uint64  # a seed, a stream, an index or random bits
+Words = NDArray[np.uint64]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Images = NDArray[np.uint8]  # levels 0 to 255; one image [C, H, W] or several [N, C, H, W]
+Canvas = NDArray[np.int32]  # packed colours or numbers of leaves [S, S]; negative where nothing is yet

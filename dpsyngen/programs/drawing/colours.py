@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.counter_rng import below, words32
+from dpsyngen.programs.drawing import Floats, Ints, Word
+from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
+from dpsyngen.programs.drawing.portable import compiled
 
 LAWS = ("grey", "rgb", "black-white", "palette")
 GREY, RGB, BLACK_WHITE, PALETTE = range(4)
@@ -22,7 +22,7 @@ _LOW_24 = np.uint64(0xFFFFFF)
 
 
 @compiled
-def colour_of(bits: np.uint64, law: int, palette: NDArray[np.int64], count: int) -> int:
+def colour_of(bits: Word, law: int, palette: Ints, count: int) -> int:
     """A colour from 24 random bits; `count` colours of `palette` are in use."""
     packed = int(bits)
     if law == GREY:
@@ -35,7 +35,7 @@ def colour_of(bits: np.uint64, law: int, palette: NDArray[np.int64], count: int)
 
 
 @compiled
-def draw_palette(seed: np.uint64, index: np.uint64, grey: bool, palette: NDArray[np.int64]) -> int:
+def draw_palette(seed: Word, index: Word, grey: bool, palette: Ints) -> int:
     """Fill `palette` with the 2 to 8 colours of image `index`, evenly many and uniform; returns their number."""
     count = 0
     for k in range(MAX_PALETTE):
@@ -48,7 +48,7 @@ def draw_palette(seed: np.uint64, index: np.uint64, grey: bool, palette: NDArray
 
 
 @compiled
-def uniform_colour(a: float, b: float, c: float, grey: bool, out: NDArray[np.float64]) -> None:
+def uniform_colour(a: float, b: float, c: float, grey: bool, out: Floats) -> None:
     """Levels 0 to 255 from three uniforms in [0, 1); one level for all channels if `grey`."""
     out[0] = math.floor(256.0 * a)
     out[1] = out[0] if grey else math.floor(256.0 * b)
@@ -60,9 +60,7 @@ MIX_VALUES = 1 + 4 * MIX_COLOURS  # uniforms that `colour_mix` reads
 
 
 @compiled
-def colour_mix(
-    u: NDArray[np.float64], colours: NDArray[np.float64], weights: NDArray[np.float64], root: NDArray[np.float64]
-) -> int:
+def colour_mix(u: Floats, colours: Floats, weights: Floats, root: Floats) -> int:
     """A random palette with weights, and what makes white noise vary like it.
 
     3 to 22 colours, uniform in the RGB cube, with weights ∝ 0.001 + U (Baradad et al., arXiv 2106.05963).  No colour
@@ -107,7 +105,7 @@ def colour_mix(
 
 
 @compiled
-def mix_channels(fields: NDArray[np.float64], root: NDArray[np.float64]) -> None:
+def mix_channels(fields: Floats, root: Floats) -> None:
     """Replace three fields, [3, H, W], by their linear combinations R·field at each pixel."""
     for i in range(fields.shape[1]):
         for j in range(fields.shape[2]):
@@ -117,3 +115,35 @@ def mix_channels(fields: NDArray[np.float64], root: NDArray[np.float64]) -> None
             fields[0, i, j] = root[0, 0] * a
             fields[1, i, j] = root[1, 0] * a + root[1, 1] * b
             fields[2, i, j] = root[2, 0] * a + root[2, 1] * b + root[2, 2] * c
+
+
+GROUNDS = ("black", "white", "random")
+RANDOM = 2
+
+_GROUND = np.uint64(0x67726F75)  # "grou"
+_LEAST_CONTRAST = 64.0
+
+
+@compiled
+def ground_colour(seed: Word, index: Word, ground: int, grey: bool, out: Floats) -> None:
+    """The ground of image `index`, levels 0 to 255, [3]; "random" is uniform."""
+    a, b, c, _ = words32(seed, _GROUND, index, np.uint64(0))
+    uniform_colour(unit32(a), unit32(b), unit32(c), grey, out)
+    if ground != RANDOM:
+        out[:] = 255.0 * ground
+
+
+@compiled
+def ink_colour(seed: Word, index: Word, number: int, grey: bool, behind: Floats, out: Floats) -> None:
+    """Ink `number` (0, 1, …) of image `index`: uniform among the colours that stand out from the ground.
+
+    At least one channel differs from `behind` by 64 levels or more.  By rejection; half of all colours or more qualify.
+    """
+    block = np.uint64(number * 64 + 1)
+    for _ in range(63):
+        a, b, c, _ = words32(seed, _GROUND, index, block)
+        block = block + np.uint64(1)
+        uniform_colour(unit32(a), unit32(b), unit32(c), grey, out)
+        difference = max(abs(out[0] - behind[0]), max(abs(out[1] - behind[1]), abs(out[2] - behind[2])))
+        if difference >= _LEAST_CONTRAST:
+            return

@@ -18,10 +18,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.portable import normal_pair
+from dpsyngen.programs.drawing import Floats, Word
+from dpsyngen.programs.drawing.portable import compiled, normal_pair
 
 # Everything is uint64: numba, like numpy, turns uint64 with a signed integer into a float.
 _LOW = np.uint64(0xFFFFFFFF)
@@ -38,9 +37,7 @@ _ULP32 = 2.0**-32
 
 
 @compiled
-def philox4x32(
-    c0: np.uint64, c1: np.uint64, c2: np.uint64, c3: np.uint64, k0: np.uint64, k1: np.uint64
-) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
     """Ten rounds of Philox4x32 on counter (c0, c1, c2, c3) with key (k0, k1).
 
     All six arguments and the four results are uint64 that hold 32-bit values.
@@ -58,34 +55,32 @@ def philox4x32(
 
 
 @compiled
-def words(seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64) -> tuple[np.uint64, np.uint64]:
+def words(seed: Word, stream: Word, index: Word, block: Word) -> tuple[Word, Word]:
     """Two uniform 64-bit words; `stream` and `block` are below 2³²."""
     a, b, c, d = philox4x32(block, stream, index & _LOW, index >> _32, seed & _LOW, seed >> _32)
     return a | (b << _32), c | (d << _32)
 
 
 @compiled
-def words32(
-    seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64
-) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+def words32(seed: Word, stream: Word, index: Word, block: Word) -> tuple[Word, Word, Word, Word]:
     """The same block as four uniform 32-bit words, each in a uint64."""
     return philox4x32(block, stream, index & _LOW, index >> _32, seed & _LOW, seed >> _32)
 
 
 @compiled
-def unit32(word: np.uint64) -> float:
+def unit32(word: Word) -> float:
     """A 32-bit word as a double uniform on {½, 1½, …, 2³² − ½} / 2³², so inside (0, 1)."""
     return (float(word) + 0.5) * _ULP32
 
 
 @compiled
-def below(word: np.uint64, count: int) -> int:
+def below(word: Word, count: int) -> int:
     """A 32-bit word as an integer from 0 to count − 1, evenly to 1 part in 2³²/count; `count` is below 2³²."""
     return np.int64((word * np.uint64(count)) >> _32)  # type: ignore[return-value]  # int() would stay unsigned in numba
 
 
 @compiled
-def pick(word: np.uint64, shares: NDArray[np.float64]) -> int:
+def pick(word: Word, shares: Floats) -> int:
     """One of several choices by a 32-bit word; `shares` are their cumulative weights, ending in 1."""
     u = unit32(word)
     choice = 0
@@ -95,9 +90,7 @@ def pick(word: np.uint64, shares: NDArray[np.float64]) -> int:
 
 
 @compiled
-def fill_uniform(
-    seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64, out: NDArray[np.float64]
-) -> np.uint64:
+def fill_uniform(seed: Word, stream: Word, index: Word, block: Word, out: Floats) -> Word:
     """Fill the flat array `out` with uniforms in (0, 1), four to a block; returns the first block not used."""
     n = 0
     while n < out.shape[0]:
@@ -118,9 +111,7 @@ def fill_uniform(
 
 
 @compiled
-def fill_normal(
-    seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64, out: NDArray[np.float64]
-) -> np.uint64:
+def fill_normal(seed: Word, stream: Word, index: Word, block: Word, out: Floats) -> Word:
     """Fill the flat array `out` with standard normals, four to a block; returns the first block not used."""
     n = 0
     while n < out.shape[0]:
@@ -140,15 +131,13 @@ def fill_normal(
 
 
 @compiled
-def to_unit(word: np.uint64) -> float:
+def to_unit(word: Word) -> float:
     """The top 53 bits of a word as a double uniform on {0, 1, …, 2⁵³ − 1} / 2⁵³, so in [0, 1)."""
     return float(word >> _11) * _ULP
 
 
 @compiled
-def unit_vector(
-    seed: np.uint64, stream: np.uint64, index: np.uint64, block: np.uint64
-) -> tuple[float, float, np.uint64]:
+def unit_vector(seed: Word, stream: Word, index: Word, block: Word) -> tuple[float, float, Word]:
     """A uniform direction (cos θ, sin θ), and the first block not used.
 
     By rejection from the square to the disc, which needs only √ and ÷ and is therefore exact everywhere; the

@@ -23,14 +23,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dpsyngen.programs.drawing import Canvas, Floats, Images, Ints, Word, Words
 from dpsyngen.programs.drawing.colours import GREY, PALETTE, colour_of, draw_palette
-from dpsyngen.programs.drawing.compiled import compiled
 from dpsyngen.programs.drawing.counter_rng import below, pick, unit32, words32
-from dpsyngen.programs.drawing.portable import cos_sin
-from dpsyngen.programs.drawing.power_law import inverse, mass, padded_masses, padded_radius
-from dpsyngen.programs.drawing.shapes import DISC, leaf_spans
+from dpsyngen.programs.drawing.portable import compiled, cos_sin
+from dpsyngen.programs.drawing.shapes import DISC, inverse, leaf_spans, mass, padded_masses, padded_radius
 
 UNCOVERED = -1
 RECORDED = 7  # x, y, radius, kind, colour, 1 if from the second list, pixels that stay visible
@@ -47,7 +45,7 @@ _WORTH = 3.0  # leaves of the first list that take as long as one of the second,
 
 
 @compiled
-def ones(word: np.uint64) -> int:
+def ones(word: Word) -> int:
     """How many bits are set."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
@@ -60,15 +58,7 @@ def ones(word: np.uint64) -> int:
 
 
 @compiled
-def paint_under(
-    canvas: NDArray[np.int32],
-    covered: NDArray[np.uint64],
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
-    first: int,
-    stop: int,
-    value: int,
-) -> int:
+def paint_under(canvas: Canvas, covered: Words, starts: Ints, stops: Ints, first: int, stop: int, value: int) -> int:
     """Give `value` to the uncovered pixels of the spans; returns how many there were.
 
     Bit j of ``covered[row, w]`` says that pixel (row, 64·w + j) is covered: most spans fall on covered ground, and are
@@ -95,7 +85,7 @@ def paint_under(
 
 
 @compiled
-def may_show(covered: NDArray[np.uint64], size: int, x: float, y: float, radius: float) -> bool:
+def may_show(covered: Words, size: int, x: float, y: float, radius: float) -> bool:
     """Whether the square around a leaf's circle has an uncovered pixel; half of all leaves are dismissed by this."""
     a = max(0, math.floor(x - radius))
     b = min(size, math.ceil(x + radius))
@@ -111,11 +101,11 @@ def may_show(covered: NDArray[np.uint64], size: int, x: float, y: float, radius:
 
 @compiled
 def cover(
-    canvas: NDArray[np.int32],
-    covered: NDArray[np.uint64],
-    seed: np.uint64,
-    index: np.uint64,
-    shares: NDArray[np.float64],
+    canvas: Canvas,
+    covered: Words,
+    seed: Word,
+    index: Word,
+    shares: Floats,
     only: int,
     colour: int,
     grey: bool,
@@ -123,10 +113,10 @@ def cover(
     r_min: float,
     r_max: float,
     number: bool,
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
-    waiting: NDArray[np.int32],
-    record: NDArray[np.float64],
+    starts: Ints,
+    stops: Ints,
+    waiting: Canvas,
+    record: Floats,
 ) -> int:
     """Draw one image; returns the number of leaves that were placed, those that stay hidden among them.
 
@@ -221,9 +211,7 @@ def cover(
 
 
 @compiled
-def _write(
-    row: NDArray[np.float64], x: float, y: float, radius: float, kind: int, value: int, late: int, fresh: int
-) -> None:
+def _write(row: Floats, x: float, y: float, radius: float, kind: int, value: int, late: int, fresh: int) -> None:
     row[0] = x
     row[1] = y
     row[2] = radius
@@ -234,9 +222,7 @@ def _write(
 
 
 @compiled
-def _uncovered_within(
-    canvas: NDArray[np.int32], waiting: NDArray[np.int32], count: int, x: float, y: float, radius: float
-) -> int:
+def _uncovered_within(canvas: Canvas, waiting: Canvas, count: int, x: float, y: float, radius: float) -> int:
     """Uncovered pixels whose centres lie in a disc; at least 1, as the disc was drawn around one of them.
 
     Looks at the pixels of the disc or at the list of those waiting, whichever is shorter.
@@ -262,7 +248,7 @@ def _uncovered_within(
 
 
 @compiled
-def unpack(canvas: NDArray[np.int32], out: NDArray[np.uint8]) -> None:
+def unpack(canvas: Canvas, out: Images) -> None:
     """Colours to planes: canvas int32 [S, S] to out uint8 [C, S, S]."""
     for c in range(out.shape[0]):
         for i in range(canvas.shape[0]):
@@ -271,7 +257,7 @@ def unpack(canvas: NDArray[np.int32], out: NDArray[np.uint8]) -> None:
 
 
 @compiled
-def unpack_smaller(canvas: NDArray[np.int32], factor: int, out: NDArray[np.uint8]) -> None:
+def unpack_smaller(canvas: Canvas, factor: int, out: Images) -> None:
     """The same with each `factor` × `factor` pixels of the canvas averaged, halves rounded up."""
     area = factor * factor
     for c in range(out.shape[0]):
@@ -286,17 +272,17 @@ def unpack_smaller(canvas: NDArray[np.int32], factor: int, out: NDArray[np.uint8
 
 @compiled
 def draw_exact(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
-    shares: NDArray[np.float64],
+    indices: Words,
+    seed: Word,
+    shares: Floats,
     only: int,
     colour: int,
     exponent: float,
     r_min: float,
     r_max: float,
     factor: int,
-    out: NDArray[np.uint8],
-    leaves: NDArray[np.int64],
+    out: Images,
+    leaves: Ints,
 ) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, H, W], and its number of leaves into ``leaves[n]``.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.checks import as_choice
+from dpsyngen.programs.base import as_choice
+from dpsyngen.programs.drawing import Floats, Images, Word
 from dpsyngen.programs.drawing.colours import MIX_COLOURS, MIX_VALUES, colour_mix, mix_channels
-from dpsyngen.programs.drawing.compiled import compiled
 from dpsyngen.programs.drawing.counter_rng import fill_uniform
+from dpsyngen.programs.drawing.portable import compiled, cos_sin
 from dpsyngen.programs.drawing.raster import stretch
 
 COLOURS = ("grey", "rotation", "palette")
@@ -32,9 +32,7 @@ def field_colour(colour: str | None, channels: int) -> str:
 
 
 @compiled
-def paint_fields(
-    seed: np.uint64, index: np.uint64, fields: NDArray[np.float64], law: int, out: NDArray[np.uint8]
-) -> None:
+def paint_fields(seed: Word, index: Word, fields: Floats, law: int, out: Images) -> None:
     """Write the top left corner of one field, or of three for `ROTATION`, to `out`, uint8 [C, S, S].
 
     `fields` is float64 [3 or more, H, W], and is used up.
@@ -58,13 +56,7 @@ def paint_fields(
 
 
 @compiled
-def cut_into_colours(
-    field: NDArray[np.float64],
-    colours: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    count: int,
-    out: NDArray[np.uint8],
-) -> None:
+def cut_into_colours(field: Floats, colours: Floats, weights: Floats, count: int, out: Images) -> None:
     """Colour the pixels by rank: the lowest share weights[0] gets the first colour, and so on; shares are exact."""
     size = out.shape[1]
     values = np.empty(size * size)
@@ -81,3 +73,77 @@ def cut_into_colours(
         place = order[rank]
         for c in range(3):
             out[c, place // size, place % size] = np.uint8(min(255.0, math.floor(256.0 * colours[colour, c])))
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is `size` or more."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+@compiled
+def roots(cos: Floats, sin: Floats) -> None:
+    """Fill both, of length n/2, with the first half of the n-th roots of unity."""
+    n = 2 * cos.shape[0]
+    for k in range(cos.shape[0]):
+        cos[k], sin[k] = cos_sin(k / n)
+
+
+@compiled
+def _swap_rows(a: Floats, i: int, j: int) -> None:
+    for k in range(a.shape[1]):
+        a[i, k], a[j, k] = a[j, k], a[i, k]
+
+
+@compiled
+def _columns(re: Floats, im: Floats, cos: Floats, sin: Floats) -> None:
+    n = re.shape[0]
+    j = 0
+    for i in range(1, n):  # bit-reversed order
+        bit = n >> 1
+        while j & bit:
+            j ^= bit
+            bit >>= 1
+        j |= bit
+        if i < j:
+            _swap_rows(re, i, j)
+            _swap_rows(im, i, j)
+    half = 1
+    while half < n:
+        step = n // (2 * half)
+        for start in range(0, n, 2 * half):
+            for k in range(half):
+                c = cos[k * step]
+                s = sin[k * step]
+                a_re = re[start + k]
+                a_im = im[start + k]
+                b_re = re[start + k + half]
+                b_im = im[start + k + half]
+                for m in range(n):
+                    x = c * b_re[m] - s * b_im[m]
+                    y = c * b_im[m] + s * b_re[m]
+                    b_re[m] = a_re[m] - x
+                    b_im[m] = a_im[m] - y
+                    a_re[m] += x
+                    a_im[m] += y
+        half *= 2
+
+
+@compiled
+def _transpose(a: Floats) -> None:
+    for i in range(a.shape[0]):
+        for j in range(i):
+            a[i, j], a[j, i] = a[j, i], a[i, j]
+
+
+@compiled
+def inverse_2d(re: Floats, im: Floats, cos: Floats, sin: Floats) -> None:
+    """Replace re + i·im, [n, n], by Σ_f (re + i·im)[f]·e^{2πi f·x/n}, unnormalised; `cos`, `sin` from `roots`.
+
+    Swap the two arrays for the forward transform.
+    """
+    _columns(re, im, cos, sin)
+    _transpose(re)
+    _transpose(im)
+    _columns(re, im, cos, sin)
+    _transpose(re)
+    _transpose(im)

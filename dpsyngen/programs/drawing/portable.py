@@ -8,13 +8,29 @@ Series are cut where the next term is below rounding; the tests bound the relati
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
-from dpsyngen.programs.drawing.compiled import compiled
+from numba import njit
 
 _LN2 = 0.6931471805599453
 _PER_LN2 = 1.4426950408889634
 _ROOT_HALF = 0.7071067811865476
 _HALF_PI = 1.5707963267948966
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `function` on its first call, releasing the interpreter lock so that threads help.
+
+    The machine code is cached beside the source or, if that is read-only, in numba's user cache
+    (``NUMBA_CACHE_DIR``); with no writable place it is compiled anew in each process.  The cache watches
+    only the function's own file: after editing a helper that *another* file calls, delete
+    ``__pycache__/*.nb*``.
+    """
+    try:
+        return njit(function, cache=True, nogil=True, fastmath=False, error_model="numpy")
+    except RuntimeError:  # "cannot cache function: no locator available"
+        return njit(function, nogil=True, fastmath=False, error_model="numpy")
 
 
 @compiled

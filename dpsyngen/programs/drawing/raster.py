@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.drawing.compiled import compiled
+from dpsyngen.programs.drawing import Floats, Images
+from dpsyngen.programs.drawing.portable import compiled
 
 
 @compiled
-def add_edge(area: NDArray[np.float64], x0: float, y0: float, x1: float, y1: float) -> None:
+def add_edge(area: Floats, x0: float, y0: float, x1: float, y1: float) -> None:
     """Add one edge of a polygon to `area`, float64 [H, W + 1]; see `close_polygon`.
 
     Within a row of pixels the edge fills, to its right, a part of the pixels it crosses and all further ones.  What is
@@ -76,7 +76,7 @@ def add_edge(area: NDArray[np.float64], x0: float, y0: float, x1: float, y1: flo
 
 
 @compiled
-def close_polygon(area: NDArray[np.float64], cover: NDArray[np.float64]) -> None:
+def close_polygon(area: Floats, cover: Floats) -> None:
     """Turn edges into a cover, and clear `area` for the next polygon.
 
     Parts that the outline winds around in either direction are filled; holes are outlines of the other direction.
@@ -91,9 +91,7 @@ def close_polygon(area: NDArray[np.float64], cover: NDArray[np.float64]) -> None
 
 
 @compiled
-def fill_polygon(
-    xs: NDArray[np.float64], ys: NDArray[np.float64], count: int, area: NDArray[np.float64], cover: NDArray[np.float64]
-) -> None:
+def fill_polygon(xs: Floats, ys: Floats, count: int, area: Floats, cover: Floats) -> None:
     """Cover of the polygon through the first `count` points; replaces what `cover` held."""
     for k in range(count):
         after = k + 1 if k + 1 < count else 0
@@ -102,9 +100,7 @@ def fill_polygon(
 
 
 @compiled
-def add_segment(
-    cover: NDArray[np.float64], x0: float, y0: float, x1: float, y1: float, half_0: float, half_1: float
-) -> None:
+def add_segment(cover: Floats, x0: float, y0: float, x1: float, y1: float, half_0: float, half_1: float) -> None:
     """Add a round-ended line whose half-width runs from `half_0` to `half_1`; where lines meet, the larger counts."""
     widest = max(half_0, half_1) + 1.0
     dx = x1 - x0
@@ -127,7 +123,7 @@ def add_segment(
 
 
 @compiled
-def blend(canvas: NDArray[np.float64], cover: NDArray[np.float64], colour: NDArray[np.float64]) -> None:
+def blend(canvas: Floats, cover: Floats, colour: Floats) -> None:
     """Paint `colour`, float64 [C or more], where `cover` says."""
     for c in range(canvas.shape[0]):
         level = colour[c]
@@ -137,14 +133,7 @@ def blend(canvas: NDArray[np.float64], cover: NDArray[np.float64], colour: NDArr
 
 
 @compiled
-def blend_gradient(
-    canvas: NDArray[np.float64],
-    cover: NDArray[np.float64],
-    colour: NDArray[np.float64],
-    other: NDArray[np.float64],
-    cos: float,
-    sin: float,
-) -> None:
+def blend_gradient(canvas: Floats, cover: Floats, colour: Floats, other: Floats, cos: float, sin: float) -> None:
     """The same with a colour that runs from one to the other across the canvas, in direction (cos, sin)."""
     size = canvas.shape[1]
     for i in range(canvas.shape[1]):
@@ -157,14 +146,14 @@ def blend_gradient(
 
 
 @compiled
-def plain(canvas: NDArray[np.float64], colour: NDArray[np.float64]) -> None:
+def plain(canvas: Floats, colour: Floats) -> None:
     """Paint everything in one colour."""
     for c in range(canvas.shape[0]):
         canvas[c] = colour[c]
 
 
 @compiled
-def to_levels(canvas: NDArray[np.float64], out: NDArray[np.uint8]) -> None:
+def to_levels(canvas: Floats, out: Images) -> None:
     """Round to uint8 [C, H, W]; levels outside 0 to 255 are cut off."""
     for c in range(out.shape[0]):
         for i in range(out.shape[1]):
@@ -173,7 +162,7 @@ def to_levels(canvas: NDArray[np.float64], out: NDArray[np.uint8]) -> None:
 
 
 @compiled
-def stretch(canvas: NDArray[np.float64], out: NDArray[np.uint8]) -> None:
+def stretch(canvas: Floats, out: Images) -> None:
     """Write the top left corner of `canvas` to `out`, its least value as 0 and its largest as 255, over all channels.
 
     A constant becomes 128.

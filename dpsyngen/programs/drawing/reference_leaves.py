@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dpsyngen.programs.drawing import Canvas, Floats, Images, Ints, Word, Words
 from dpsyngen.programs.drawing.colours import GREY, PALETTE, colour_of, draw_palette
-from dpsyngen.programs.drawing.compiled import compiled
 from dpsyngen.programs.drawing.counter_rng import pick, to_unit, unit_vector, words
 from dpsyngen.programs.drawing.exact_leaves import unpack, unpack_smaller
-from dpsyngen.programs.drawing.scanline import EMPTY, fill_convex, fill_disc, fill_pixel_at, fill_rectangle
+from dpsyngen.programs.drawing.portable import compiled
 from dpsyngen.programs.drawing.shapes import DISC, ORIENTED_SQUARE, RECTANGLE, SQUARE, TRIANGLE
+
+EMPTY = -1
 
 _STREAM = np.uint64(0x6C656166)  # "leaf"
 _ZERO = np.uint64(0)
@@ -29,6 +30,95 @@ _32 = np.uint64(32)
 _COLOUR_BITS = np.uint64(0xFFFFFF)
 _ROOT_HALF = 0.7071067811865476
 _SMALL_STEP = 1e-9
+
+
+@compiled
+def fill_span(canvas: Canvas, row: int, left: float, right: float, value: int) -> tuple[int, int]:
+    """Paint the pixels of `row` whose centres have left ≤ x < right."""
+    start = max(0, math.ceil(left - 0.5))
+    stop = min(canvas.shape[1], math.ceil(right - 0.5))
+    fresh = 0
+    for column in range(start, stop):
+        if canvas[row, column] < 0:
+            fresh += 1
+        canvas[row, column] = value
+    return max(0, stop - start), fresh
+
+
+@compiled
+def fill_disc(canvas: Canvas, x: float, y: float, radius: float, value: int) -> tuple[int, int]:
+    """Paint the disc of centre (x, y)."""
+    painted = 0
+    fresh = 0
+    first = max(0, math.ceil(y - radius - 0.5))
+    stop = min(canvas.shape[0], math.ceil(y + radius - 0.5))
+    for row in range(first, stop):
+        height = row + 0.5 - y
+        half = math.sqrt(max(0.0, radius * radius - height * height))
+        more, new = fill_span(canvas, row, x - half, x + half, value)
+        painted += more
+        fresh += new
+    return painted, fresh
+
+
+@compiled
+def fill_rectangle(
+    canvas: Canvas, x: float, y: float, half_width: float, half_height: float, value: int
+) -> tuple[int, int]:
+    """Paint the axis-aligned rectangle of centre (x, y)."""
+    painted = 0
+    fresh = 0
+    first = max(0, math.ceil(y - half_height - 0.5))
+    stop = min(canvas.shape[0], math.ceil(y + half_height - 0.5))
+    for row in range(first, stop):
+        more, new = fill_span(canvas, row, x - half_width, x + half_width, value)
+        painted += more
+        fresh += new
+    return painted, fresh
+
+
+@compiled
+def fill_convex(canvas: Canvas, xs: Floats, ys: Floats, corners: int, value: int) -> tuple[int, int]:
+    """Paint the convex polygon whose first `corners` vertices (xs, ys) are in cyclic order."""
+    painted = 0
+    fresh = 0
+    low = ys[0]
+    high = ys[0]
+    for k in range(1, corners):
+        low = min(low, ys[k])
+        high = max(high, ys[k])
+    first = max(0, math.ceil(low - 0.5))
+    stop = min(canvas.shape[0], math.ceil(high - 0.5))
+    for row in range(first, stop):
+        y = row + 0.5
+        left = math.inf
+        right = -math.inf
+        x_end = xs[corners - 1]
+        y_end = ys[corners - 1]
+        for k in range(corners):
+            x_start, y_start = x_end, y_end
+            x_end, y_end = xs[k], ys[k]
+            if (y_start <= y) != (y_end <= y):
+                x = x_start + (y - y_start) * (x_end - x_start) / (y_end - y_start)
+                left = min(left, x)
+                right = max(right, x)
+        if left < right:
+            more, new = fill_span(canvas, row, left, right, value)
+            painted += more
+            fresh += new
+    return painted, fresh
+
+
+@compiled
+def fill_pixel_at(canvas: Canvas, x: float, y: float, value: int) -> tuple[int, int]:
+    """Paint the one pixel that contains the point (x, y), if it is on the canvas."""
+    row = math.floor(y)
+    column = math.floor(x)
+    if not (0 <= row < canvas.shape[0] and 0 <= column < canvas.shape[1]):
+        return 0, 0
+    fresh = 1 if canvas[row, column] < 0 else 0
+    canvas[row, column] = value
+    return 1, fresh
 
 
 @compiled
@@ -65,14 +155,7 @@ def _corner_angle(x: float, y: float) -> float:
 
 
 @compiled
-def _corners_on_circle(
-    seed: np.uint64,
-    index: np.uint64,
-    block: np.uint64,
-    xs: NDArray[np.float64],
-    ys: NDArray[np.float64],
-    corners: int,
-) -> np.uint64:
+def _corners_on_circle(seed: Word, index: Word, block: Word, xs: Floats, ys: Floats, corners: int) -> Word:
     """Fill xs, ys with 3 or 4 uniform directions in cyclic order; returns the first block not used."""
     for k in range(corners):
         xs[k], ys[k], block = unit_vector(seed, _STREAM, index, block)
@@ -92,14 +175,7 @@ def _corners_on_circle(
 
 @compiled
 def _paint_polygon(
-    canvas: NDArray[np.int32],
-    x: float,
-    y: float,
-    radius: float,
-    xs: NDArray[np.float64],
-    ys: NDArray[np.float64],
-    corners: int,
-    value: int,
+    canvas: Canvas, x: float, y: float, radius: float, xs: Floats, ys: Floats, corners: int, value: int
 ) -> tuple[int, int]:
     """Paint the polygon with corners (x, y) + radius·(xs, ys), which are moved there.
 
@@ -120,17 +196,17 @@ def _paint_polygon(
 
 @compiled
 def paint_over(
-    canvas: NDArray[np.int32],
-    seed: np.uint64,
-    index: np.uint64,
-    shares: NDArray[np.float64],
+    canvas: Canvas,
+    seed: Word,
+    index: Word,
+    shares: Floats,
     only: int,
     colour: int,
     grey: bool,
     r_min: float,
     r_max: float,
-    xs: NDArray[np.float64],
-    ys: NDArray[np.float64],
+    xs: Floats,
+    ys: Floats,
 ) -> int:
     """Paint leaves, later over earlier, until no pixel is empty; returns their number.
 
@@ -181,16 +257,16 @@ def paint_over(
 
 @compiled
 def draw_reference(
-    indices: NDArray[np.uint64],
-    seed: np.uint64,
-    shares: NDArray[np.float64],
+    indices: Words,
+    seed: Word,
+    shares: Floats,
     only: int,
     colour: int,
     r_min: float,
     r_max: float,
     factor: int,
-    out: NDArray[np.uint8],
-    leaves: NDArray[np.int64],
+    out: Images,
+    leaves: Ints,
 ) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, H, W], and its number of leaves into ``leaves[n]``.
 

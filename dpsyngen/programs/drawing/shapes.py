@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.drawing.compiled import compiled
-from dpsyngen.programs.drawing.portable import cos_sin
+from dpsyngen.programs.drawing import Floats, Ints, Word
+from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, log2, power
 
 DISC, SQUARE, ORIENTED_SQUARE, RECTANGLE, TRIANGLE, QUADRILATERAL = range(6)
 KINDS = ("disc", "square", "oriented-square", "rectangle", "triangle", "quadrilateral")
@@ -25,9 +24,7 @@ _LOW_16 = np.uint64(0xFFFF)
 
 
 @compiled
-def disc_spans(
-    size: int, x: float, y: float, radius: float, starts: NDArray[np.int64], stops: NDArray[np.int64]
-) -> tuple[int, int]:
+def disc_spans(size: int, x: float, y: float, radius: float, starts: Ints, stops: Ints) -> tuple[int, int]:
     """The disc of centre (x, y)."""
     first = max(0, math.ceil(y - radius - 0.5))
     stop = min(size, math.ceil(y + radius - 0.5))
@@ -43,13 +40,7 @@ def disc_spans(
 
 @compiled
 def rectangle_spans(
-    size: int,
-    x: float,
-    y: float,
-    half_width: float,
-    half_height: float,
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
+    size: int, x: float, y: float, half_width: float, half_height: float, starts: Ints, stops: Ints
 ) -> tuple[int, int]:
     """The axis-aligned rectangle of centre (x, y)."""
     first = max(0, math.ceil(y - half_height - 0.5))
@@ -63,14 +54,7 @@ def rectangle_spans(
 
 
 @compiled
-def convex_spans(
-    size: int,
-    xs: NDArray[np.float64],
-    ys: NDArray[np.float64],
-    corners: int,
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
-) -> tuple[int, int]:
+def convex_spans(size: int, xs: Floats, ys: Floats, corners: int, starts: Ints, stops: Ints) -> tuple[int, int]:
     """The convex polygon whose first `corners` vertices (xs, ys) are in cyclic order."""
     low = ys[0]
     high = ys[0]
@@ -111,12 +95,12 @@ def leaf_spans(
     x: float,
     y: float,
     radius: float,
-    angle: np.uint64,
-    angles: np.uint64,
-    xs: NDArray[np.float64],
-    ys: NDArray[np.float64],
-    starts: NDArray[np.int64],
-    stops: NDArray[np.int64],
+    angle: Word,
+    angles: Word,
+    xs: Floats,
+    ys: Floats,
+    starts: Ints,
+    stops: Ints,
 ) -> tuple[int, int]:
     """A shape of `KINDS` whose circumscribed circle has centre (x, y) and the given radius.
 
@@ -153,3 +137,59 @@ def leaf_spans(
         xs[k] = x + radius * cos
         ys[k] = y + radius * sin
     return convex_spans(size, xs, ys, corners, starts, stops)
+
+
+@compiled
+def mass(exponent: float, low: float, high: float) -> float:
+    """∫ r^−exponent from `low` to `high`, 0 < low ≤ high."""
+    if abs(exponent - 1.0) < 1e-9:
+        return log2(high / low) * 0.6931471805599453
+    a = 1.0 - exponent
+    return (power(high, a) - power(low, a)) / a
+
+
+@compiled
+def inverse(u: float, exponent: float, low: float, high: float) -> float:
+    """The radius below which a share u of the density ∝ r^−exponent on [low, high] lies."""
+    if exponent == 3.0:
+        below, above = 1.0 / (low * low), 1.0 / (high * high)
+        r = 1.0 / math.sqrt(below + u * (above - below))
+    elif exponent == 2.0:
+        below, above = 1.0 / low, 1.0 / high
+        r = 1.0 / (below + u * (above - below))
+    elif abs(exponent - 1.0) < 1e-9:
+        r = low * exp2(u * log2(high / low))
+    else:
+        a = 1.0 - exponent
+        below, above = power(low, a), power(high, a)
+        r = power(below + u * (above - below), 1.0 / a)
+    return min(high, max(low, r))
+
+
+@compiled
+def padded_masses(exponent: float, low: float, high: float, size: float, out: Floats) -> float:
+    """Split ∫ r^−exponent·(size + 2r)² dr on [low, high] into the three power laws of its expansion.
+
+    ``out[k]`` becomes the mass of the law r^−(exponent − k), k = 0, 1, 2; returns their sum.
+    """
+    out[0] = size * size * mass(exponent, low, high)
+    out[1] = 4.0 * size * mass(exponent - 1.0, low, high)
+    out[2] = 4.0 * mass(exponent - 2.0, low, high)
+    return out[0] + out[1] + out[2]
+
+
+@compiled
+def padded_radius(u: float, exponent: float, low: float, high: float, masses: Floats) -> float:
+    """Radius of a leaf whose centre is uniform in the canvas padded by the radius: density ∝ r^−exponent·(size + 2r)².
+
+    A mixture of three power laws: u picks the law, and what is left of it the radius.  `masses` is what
+    `padded_masses` wrote.
+    """
+    v = u * (masses[0] + masses[1] + masses[2])
+    if v < masses[0]:
+        return inverse(v / masses[0], exponent, low, high)
+    v -= masses[0]
+    if v < masses[1]:
+        return inverse(v / masses[1], exponent - 1.0, low, high)
+    v -= masses[1]
+    return inverse(min(1.0, v / masses[2]), exponent - 2.0, low, high)

@@ -1,19 +1,14 @@
-"""A page with pictures of every program, made from the programs themselves."""
+"""The page docs/gallery.md and its pictures, drawn by the programs: ``python -m docs.figures.gallery``."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpsyngen.errors import RunError
-from dpsyngen.files import write_atomically, write_text
-from dpsyngen.programs.base import Program
-from dpsyngen.programs.grid import image_grid
-from dpsyngen.programs.registry import TIERS, make_program
+from dpsyngen.programs import TIERS, Program, image_grid, make_program
 
 PAGE = "gallery.md"
 PICTURES = "gallery"
@@ -46,35 +41,23 @@ SHOWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Contours: superellipses", "contours", {"shape": "superellipse", "ground": "white"}),
     ("Contours: mirrored figures", "contours", {"shape": "mirrored", "figures": 1, "upright": True, "radius": 0.45}),
     ("Contours: radial harmonics", "contours", {"shape": "harmonics", "ground": "random"}),
-    ("Glyphs", "glyphs", {"fonts": ["DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono Oblique"]}),
-    ("Garments", "garments", {}),
-    ("Faces", "faces", {}),
     ("Mixture", "mixture", {"programs": ["dead-leaves", "fractal", "contours"], "weights": [2, 1, 1]}),
-    ("Affine", "affine", {"source": {"name": "garments", "striped": 1}, "border": "edge"}),
+    ("Affine", "affine", {"source": "contours", "border": "edge"}),
     ("Blur", "blur", {"source": "dead-leaves", "deviation": [0, 4]}),
     ("Invert", "invert", {"source": "strokes", "probability": 0.5}),
     ("Quantise", "quantise", {"source": "smooth-noise"}),
-    ("Crop", "crop", {"source": "faces"}),
+    ("Crop", "crop", {"source": "contours"}),
 )
 
 
 def write_gallery(folder: Path) -> Path:
-    """Write ``gallery.md`` and a folder of pictures to `folder`; returns the path of the page.
-
-    Raises:
-        RunError: one of them exists already, or the folder does not.
-    """
+    """Write ``gallery.md`` and a folder of pictures to `folder`, over what is there; returns the path of the page."""
     page, pictures = folder / PAGE, folder / PICTURES
-    if not folder.is_dir():
-        raise RunError(f"{folder} is not a folder: make it, or write somewhere else.")
-    for path in (page, pictures):
-        if path.exists() or path.is_symlink():
-            raise RunError(f"{path} exists already.  Choose another folder or move it away.")
-    pictures.mkdir()
+    pictures.mkdir(exist_ok=True)
     lines = [
         "# What the programs draw",
         "",
-        "Made by `dpsyngen programs gallery`; every picture shows images 0 to "
+        "Made by `python -m docs.figures.gallery`; every picture shows images 0 to "
         f"{COLUMNS * ROWS - 1} at {RESOLUTION} pixels, in colour, with seed 0. Not one of them holds a photograph, or "
         "anything measured on one. [How to use them](programs.md).",
         "",
@@ -83,7 +66,7 @@ def write_gallery(folder: Path) -> Path:
         program = make_program(name, resolution=RESOLUTION, channels=3, **params)
         file = re.sub(r"[^a-z]+", "-", title.lower()) + ".png"
         sheet = image_grid(program.batch(range(COLUMNS * ROWS)), COLUMNS)
-        write_atomically(pictures / file, partial(sheet.save, format="PNG", optimize=True))
+        sheet.save(pictures / file, optimize=True)
         lines += [
             f"## {title}",
             "",
@@ -96,7 +79,7 @@ def write_gallery(folder: Path) -> Path:
             "```",
             "",
         ]
-    write_text(page, "\n".join(lines))
+    page.write_text("\n".join(lines), encoding="utf-8")
     return page
 
 
@@ -122,3 +105,7 @@ def _yaml(value: Any) -> str:
 
 def _quoted(text: str) -> str:
     return f"'{text}'" if re.search(r"[^\w=.,:/-]", text) else text
+
+
+if __name__ == "__main__":
+    write_gallery(Path(__file__).parents[1])
