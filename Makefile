@@ -1,15 +1,21 @@
-# Everything that a fresh clone needs.  `make demo` runs the whole job on real data, `make test` all checks.
+# Everything that a fresh clone needs.  `make demo` runs the whole job on real data, `make check` the quick half of the
+# checks, `make test` all of them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What the package needs, which is enough for the demo; and what developers need on top.
+CORE := $(VENV)/.demo-installed
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
 # A new folder each time: nothing that was made before is overwritten.
 DEMO := $(if $(DEMO),$(DEMO),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help setup demo test lint types docs figures clean
+.PHONY: help setup demo check test lint types docs figures clean
 
 help:
 	@echo "make demo   set up, then train, sample, evaluate and report on scikit-learn's digits (into $(DEMO))"
+	@echo "make check  set up, then lint, types, and the tests of mathematics, privacy and contracts: three minutes"
 	@echo "make test   set up, then lint, types, the documentation and all tests"
 	@echo "make docs   set up, then the documentation as a site: open site/index.html"
 	@echo "make setup  a virtual environment in $(VENV) with the pinned versions of constraints.txt"
@@ -20,16 +26,20 @@ setup: $(STAMP)
 # pip then takes that, and nothing later pulls in CUDA packages.  torch-fidelity, which our metrics are tested against, comes
 # without what it depends on (torchvision of the same kind as that torch is on no disk, and another kind does not load), and
 # to a place of its own: it brings a package called "tests", which would stand before ours.
-$(STAMP): pyproject.toml constraints.txt
+$(CORE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dpsyngen needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(VENV)/torch-fidelity torch-fidelity
+	$(PIP) torch numpy
+	$(PIP) --editable .
+	touch $@
+
+$(STAMP): $(CORE)
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/torch-fidelity torch-fidelity
 	touch $@
 
 # The digits have 1,437 training images, which is few for differential privacy: ε = 10 is a weak guarantee, stated as such.
-demo: setup
+demo: $(CORE)
 	@echo "== private: ε = 10"
 	$(BIN)/dpsyngen train --preset demo --data digits --epsilon 10 --out $(DEMO)/private
 	$(BIN)/dpsyngen sample $(DEMO)/private -n 1000 --out $(DEMO)/synthetic
@@ -58,9 +68,13 @@ docs: setup
 figures: setup
 	$(BIN)/python -m docs.figures.make
 
-# pytest last: its summary line ends the output.  A process a core, each with whole files: fixtures are made once a file.
+# pytest last: its summary line ends the output.  A process a core, each with whole files (tests/conftest.py): fixtures are
+# made once a file.
+check: lint types
+	$(PYTEST) -m "not slow"
+
 test: lint types
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(PYTEST) --durations=25
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info

@@ -46,10 +46,15 @@ class Workers:
             return [function(item) for item in items]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.count, "dpsyngen-worker", self._start)
-        modes = _Modes()
+        # The caller's modes, which new threads do not inherit.
+        grad = torch.is_grad_enabled()
+        autocast = {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
 
         def run(item: _In) -> _Out:
-            with modes.applied():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.set_grad_enabled(grad))
+                for device, dtype in autocast.items():
+                    stack.enter_context(torch.autocast(device, dtype=dtype))
                 return function(item)
 
         # Some libraries take their number of threads from a global setting, others from a thread's own.
@@ -58,11 +63,9 @@ class Workers:
             try:
                 return [future.result() for future in futures]
             finally:
-                for future in futures:
-                    future.cancel()
-                for future in futures:
-                    if not future.cancelled():
-                        future.exception()
+                running = [future for future in futures if not future.cancel()]
+                for future in running:
+                    future.exception()  # waits for it
 
     def _start(self) -> None:
         _worker.inside = True
@@ -89,19 +92,3 @@ def _threads(count: int) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
-
-
-class _Modes:
-    """The calling thread's modes, which new threads do not inherit."""
-
-    def __init__(self) -> None:
-        self._grad = torch.is_grad_enabled()
-        self._autocast = {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(self._grad))
-            for device, dtype in self._autocast.items():
-                stack.enter_context(torch.autocast(device, dtype=dtype))
-            yield

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.cli import checks as cli_checks
-from dpsyngen.cli.assignments import assignments
-from dpsyngen.cli.options import AsJson, Device, Quiet, epsilon_of
+from dpsyngen.cli.options import AsJson, Device, Quiet, assignments, epsilon_of
 from dpsyngen.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpsyngen.cli.assignments import assignments
+from dpsyngen.cli.options import assignments
 from dpsyngen.config import Config, load_config, preset_names, validate
 from dpsyngen.errors import ConfigError, DpsyngenError
 from tests.fuzz.mutations import spoil_bytes, spoil_value
