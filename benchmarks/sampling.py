@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from dpsyngen import Generator
 from dpsyngen.data import load_images
 from dpsyngen.evaluation.cas import classification_accuracy
-from dpsyngen.evaluation.frechet import FeatureStatistics, frechet_distance
+from dpsyngen.evaluation.distances import FeatureStatistics, frechet_distance
 
 SLOW: dict[str, Any] = {"sampler": "ddim", "steps": 50}
 BATCH = 250

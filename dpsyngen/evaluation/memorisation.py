@@ -7,7 +7,7 @@ whatever makes generated images nearer to the training set than to them is memor
 Two comparisons are made.  *Equal sizes*: the larger set is subsampled, so that either has the nearest image with
 probability 1/2.  *All images*: no copy of a training image can be missed, and the share to expect follows from the
 sizes.  The second is also made for the few generated images that are nearest to any real one, since a generator may
-repeat some images only.  How the shares are judged is in :mod:`dpsyngen.evaluation.exchange`.
+repeat some images only.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.evaluation.exchange import CONFIDENCE, Share, interval, share
-from dpsyngen.evaluation.features import NAMES, FeatureSpec
-from dpsyngen.evaluation.neighbours import Neighbours, nearest
+from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson
+from dpsyngen.evaluation.extractors import NAMES, FeatureSpec
+from dpsyngen.evaluation.neighbours import Neighbours, Share, nearest, share
 
 PIXELS = "pixels"
 LEVEL = 0.01
@@ -181,20 +181,26 @@ def memorisation_check(
         else:
             of_a, of_b = _subset(of_a, _FEATURE_IMAGES, rng), _subset(of_b, _FEATURE_IMAGES, rng)
             extractor, scale = spec.make(device), 1.0
-            images = _rows(private, of_a)
+            images = np.asarray(private[of_a])
             extractor.fit(images)
             x, a = (extractor(i, on_progress=on_progress) for i in (generated, images))
-            b = None if held_out is None else extractor(_rows(held_out, of_b), on_progress=on_progress)
+            b = None if held_out is None else extractor(np.asarray(held_out[of_b]), on_progress=on_progress)
             about = {**extractor.config(), "unit": "Euclidean distance"}
         about |= {"private_images": len(a), "held_out_images": 0 if b is None else len(b)}
         spaces[name], to_a, to_b = _space(x, a, b, about, scale, rng)
         if first:
             continue
+        # What is said of single images and of classes is in the first features.
         first.append((of_a[to_a.index], to_a.distance * scale))
         if to_b is not None:
             first.append((of_b[to_b.index], to_b.distance * scale))
-        if b is not None and labels is not None:
-            by_class = _by_class((x, a, b), (labels[0], labels[1][of_a], labels[2][of_b]), class_names, rng)
+        for number, name in enumerate(class_names if b is not None and labels is not None else ()):
+            assert b is not None
+            assert labels is not None
+            in_class = (labels[0] == number, labels[1][of_a] == number, labels[2][of_b] == number)
+            made, seen, unseen = (rows[chosen] for rows, chosen in zip((x, a, b), in_class, strict=True))
+            if min(len(made), len(seen), len(unseen)) > 1:
+                by_class[name] = share(nearest(made, seen), nearest(made, unseen), len(seen), len(unseen), rng)
     flagged, conclusion = _verdict(spaces, duplicates, others, len(private), len(control))
     return Memorisation(
         spaces=spaces,
@@ -220,7 +226,7 @@ def memorisation_check(
 
 
 def checked_names(features: Sequence[FeatureSpec | str]) -> Sequence[FeatureSpec | str]:
-    """The features as given.  Raises ConfigError unless there are some and all are known."""
+    """Return the features as given; ConfigError unless there are some and all are known."""
     unknown = [f for f in features if isinstance(f, str) and f not in (PIXELS, *NAMES)]
     if unknown or not features:
         given = ", ".join(map(repr, unknown)) or "empty"
@@ -254,10 +260,6 @@ def _subset(rows: NDArray[np.int64], most: int, rng: np.random.Generator) -> NDA
     return rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False))
 
 
-def _rows(images: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[Any]:
-    return images if len(rows) == len(images) else np.asarray(images[rows])
-
-
 def _space(
     x: NDArray[Any],
     a: NDArray[Any],
@@ -272,7 +274,7 @@ def _space(
     real = nearest(a[asking], a, skip=asking) if b is None else nearest(b[asking], a)
     threshold = float(np.quantile(real.distance, 0.01))
     closer = int((to_a.distance < threshold).sum())
-    low, high = interval(closer, len(x))
+    low, high = clopper_pearson(closer, len(x))
     space = Space(about, float(np.median(to_a.distance)) * unit, threshold * unit, closer / len(x), low, high)
     if b is None:
         return space, to_a, None
@@ -297,20 +299,6 @@ def _space(
     return compared, to_a, to_b
 
 
-def _by_class(
-    sets: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
-    labels: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
-    class_names: Sequence[str],
-    rng: np.random.Generator,
-) -> dict[str, Share]:
-    out: dict[str, Share] = {}
-    for number, name in enumerate(class_names):
-        x, a, b = (rows[of == number] for rows, of in zip(sets, labels, strict=True))
-        if min(map(len, (x, a, b))) > 1:
-            out[name] = share(nearest(x, a), nearest(x, b), len(a), len(b), rng)
-    return out
-
-
 def _verdict(
     spaces: dict[str, Space], duplicates: int, others: int | None, n_private: int, n_held_out: int
 ) -> tuple[bool | None, str]:
@@ -318,7 +306,7 @@ def _verdict(
     # Blank images and the like occur in both sets; then generated ones repeat held-out images as well.
     if duplicates and duplicates > 2 * (others or 0) * n_private / max(n_held_out, 1):
         found.append(f"{duplicates:,} generated images equal a training image in every pixel")
-    level = LEVEL / (2 * len(spaces))
+    level = LEVEL / (2 * len(spaces))  # Bonferroni: two tests in each space
     for name, space in spaces.items():
         for what, s in (("", space.everything), (" among those nearest to any real image", space.nearest_few)):
             if s is not None and s.p_permutation <= level:

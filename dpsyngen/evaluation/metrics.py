@@ -1,10 +1,12 @@
-"""All figures of a set of generated images, each with its protocol.  Every one of them is private."""
+"""All figures of a set of generated images, each with its interval, bounds and protocol.  Every one is private."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +14,150 @@ from numpy.typing import NDArray
 from dpsyngen.data import ImageDataset, ImageStore
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import ConfigError
-from dpsyngen.evaluation.cas import HELD_OUT, best_by_validation
-from dpsyngen.evaluation.feature_cache import FeatureCache
-from dpsyngen.evaluation.features import FeatureSpec
-from dpsyngen.evaluation.figures import NAMES, check_sizes, checked_metrics, figures
-from dpsyngen.evaluation.shared_out import shared_accuracy, shared_extractor
+from dpsyngen.evaluation.cas import DEFAULT, HELD_OUT, best_by_validation, checked_classifiers, shared_accuracy
+from dpsyngen.evaluation.distances import (
+    FEWEST,
+    Bootstrap,
+    Estimate,
+    FeatureStatistics,
+    KernelDistance,
+    SlicedWasserstein,
+    frechet_distance,
+    frechet_influence,
+)
+from dpsyngen.evaluation.extractors import FeatureCache, FeatureSpec, shared_extractor
+from dpsyngen.evaluation.neighbours import Manifold
+
+Features = NDArray[np.float32]
+Tell = Callable[[str], None]
+
+
+class Metric(NamedTuple):
+    """A metric of features: its title in tables, which direction is better ("lower" or "higher"), and its unit."""
+
+    title: str
+    better: str
+    unit: str
+
+
+METRICS: dict[str, Metric] = {
+    "frechet": Metric("Fréchet distance", "lower", "squared units of the features"),
+    "kid": Metric("kernel distance", "lower", "of the kernel (⟨x, y⟩/d + 1)³"),
+    "precision": Metric("precision", "higher", "share of generated images"),
+    "recall": Metric("recall", "higher", "share of real images"),
+    "density": Metric("density", "higher", "1 where generated images are as real ones"),
+    "coverage": Metric("coverage", "higher", "share of real images"),
+    "sliced-wasserstein": Metric("sliced Wasserstein distance", "lower", "units of the features"),
+}
+NAMES = tuple(METRICS)
+_OF_MANIFOLD = ("precision", "recall", "density", "coverage")
+
+
+def checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Return `metrics` in their usual order, each once; ConfigError for unknown names."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise ConfigError(f"metrics are {', '.join(map(repr, unknown))}, but must be among {', '.join(NAMES)}.")
+    return tuple(name for name in NAMES if name in metrics)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured, and how.
+
+    Attributes:
+        features: feature extractors, by name or with their weights file; a user's own are **run**.
+        metrics: names among :data:`METRICS`.
+        classifiers: see :func:`~dpsyngen.evaluation.cas.classification_accuracy`; () for none.
+        bootstrap: replicates for the 95 % intervals (see :class:`~dpsyngen.evaluation.distances.Bootstrap`); 0: none.
+        max_images: of each set, for `metrics`; a random subset beyond that.
+        seed: of splits, subsets, directions, the bootstrap and classifiers.
+        device: where to compute.
+        cache: a **private** folder where features of real and of programmatic images are kept; None: they are not.
+
+    Raises:
+        ConfigError: unknown names, or numbers that no figure or interval can be made of.
+    """
+
+    features: Sequence[FeatureSpec | str] = ("pixels-pca",)
+    metrics: Sequence[str] = NAMES
+    classifiers: Sequence[str] = DEFAULT
+    bootstrap: int = 200
+    max_images: int = 10_000
+    seed: int = 0
+    device: str = "cpu"
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", checked_metrics(self.metrics))
+        checked_classifiers(self.classifiers)
+        if self.max_images < 2:
+            raise ConfigError(f"max_images is {self.max_images}, but metrics need at least 2 images.")
+        if self.bootstrap and self.bootstrap < FEWEST:
+            raise ConfigError(
+                f"bootstrap is {self.bootstrap}, but must be at least {FEWEST} replicates for a 95 % interval, or 0."
+            )
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> EvaluationSettings:
+        """Make settings of keyword arguments.
+
+        Raises:
+            ConfigError: there is no setting of that name, or as for the class.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ConfigError(f"evaluation has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
+        return cls(**given)
+
+    @property
+    def specs(self) -> list[FeatureSpec]:
+        """The feature extractors to be made; none where no metric is asked for."""
+        if not self.metrics:
+            return []
+        return [FeatureSpec(f) if isinstance(f, str) else f for f in self.features]
+
+
+class Measures:
+    """Everything that is measured against the same real features.
+
+    Args:
+        real: features of real training images [m, d].
+        metrics: names, see :data:`METRICS`.
+        seed: of subsets and directions.
+    """
+
+    def __init__(self, real: Features, metrics: Sequence[str], seed: int) -> None:
+        self.metrics = checked_metrics(metrics)
+        self._statistics = FeatureStatistics.of(real) if "frechet" in self.metrics else None
+        self._kernel = KernelDistance(real, seed=seed) if "kid" in self.metrics else None
+        self._manifold = Manifold(real) if set(_OF_MANIFOLD) & set(self.metrics) else None
+        self._sliced = SlicedWasserstein(real, seed=seed) if "sliced-wasserstein" in self.metrics else None
+
+    def of(self, features: Features, scatter: bool = False) -> dict[str, Estimate]:
+        """Measure features [n, d]; `scatter`: with the influence of each image."""
+        found: dict[str, Estimate] = {}
+        if self._statistics is not None:
+            found["frechet"] = _frechet(features, self._statistics, scatter)
+        if self._kernel is not None:
+            found["kid"] = self._kernel(features, scatter)
+        if self._manifold is not None:
+            found |= self._manifold(features, scatter)
+        if self._sliced is not None:
+            found["sliced-wasserstein"] = self._sliced(features, scatter)
+        return {name: found[name] for name in self.metrics}
+
+
+def _frechet(features: Features, real: FeatureStatistics, scatter: bool) -> Estimate:
+    statistics = FeatureStatistics.of(features)
+    with warnings.catch_warnings():
+        # `enough_images` says so on the figure itself, where a warning would be lost.
+        warnings.simplefilter("ignore", UserWarning)
+        value = frechet_distance(statistics, real)
+    few = "" if statistics.full_rank and real.full_rank else ", fewer images than dimensions"
+    influence = frechet_influence(features, real) if scatter else None
+    return Estimate(value, f"of Gaussians{few}; biased upwards by few images", influence, smallest=0.0)
 
 
 def evaluate_images(
@@ -26,16 +167,9 @@ def evaluate_images(
     reference: ImageDataset,
     test: ImageDataset | None,
     programs: NDArray[np.uint8] | None = None,
-    features: Sequence[FeatureSpec | str] = ("pixels-pca",),
-    metrics: Sequence[str] = NAMES,
-    classifiers: Sequence[str] = ("logreg", "mlp", "cnn"),
-    seed: int = 0,
-    device: str = "cpu",
-    max_images: int = 10_000,
-    bootstrap: int = 200,
-    cache: Path | None = None,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Tell | None = None,
     ranks: Ranks = ALONE,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Distances to real training images, and classification accuracy on real test images.
 
@@ -52,16 +186,9 @@ def evaluate_images(
         reference: real training images.
         test: real test images; None: no classification accuracy and no floor.
         programs: images drawn by programs, uint8 [M, C, H, W]; None: no ceiling.
-        features: feature extractors, by name or with their weights file; a user's own are **run**.
-        metrics: among "frechet", "kid", "precision", "recall", "density", "coverage", "sliced-wasserstein".
-        classifiers: see :func:`classification_accuracy`; () for none.
-        seed: of splits, subsets, directions, the bootstrap and classifiers.
-        device: where to compute.
-        max_images: of each set, for `metrics`; a random subset beyond that.
-        bootstrap: replicates for the 95 % intervals (see :mod:`dpsyngen.evaluation.scatter`); 0: none.
-        cache: a **private** folder where features of real and of programmatic images are kept; None: they are not.
         on_progress: called with a line about what is being done.
         ranks: the processes that share the work; this is the main one.
+        settings: see :class:`EvaluationSettings`.
 
     Returns:
         JSON-able.  ``features``: for each extractor its ``config``, the numbers of images (``floor_images`` and
@@ -76,70 +203,40 @@ def evaluate_images(
         ConfigError: shapes that differ, unknown names, too few images, or own features that fail.
         DataError: a weights file is missing or wrong, or `cache` cannot be used.
     """
-    specs = [FeatureSpec(f) if isinstance(f, str) else f for f in features]
-    asked = checked_metrics(metrics)
-    check_sizes(bootstrap, max_images)
-    if specs and asked and len(generated) < 2:
+    s = EvaluationSettings.of(settings)
+    if s.specs and len(generated) < 2:
         raise ConfigError(f"there is {len(generated)} generated image, but metrics need at least 2: generate more.")
-    _require_shape(generated, "generated images", reference)
-    if test is not None:
-        _require_shape(test.images, "test images", reference)
-    if programs is not None:
-        _require_shape(programs, "images drawn by programs", reference)
-    tell = on_progress or (lambda line: None)
+    sets = {"generated": generated, "test": test and test.images, "programs": programs}
+    for name, images in sets.items():
+        if images is not None and images.shape[1:] != reference.images.shape[1:]:
+            what = "images drawn by programs" if name == "programs" else f"{name} images"
+            raise ConfigError(
+                f"{what} are {images.shape[1:]}, but the real training images {reference.images.shape[1:]}: give "
+                "images of the same size and number of channels."
+            )
     out: dict[str, Any] = {
         "private": "computed from private images without noise: publishing these figures costs privacy",
         "features": {},
         "cas": {},
-        "protocol": {"generated_images": len(generated), "real_train_images": len(reference), "seed": seed},
+        "protocol": {"generated_images": len(generated), "real_train_images": len(reference), "seed": s.seed},
     }
-    rng = np.random.default_rng(seed)
-    real = _subset(reference.images, max_images, rng)
-    made = _subset(generated, max_images, rng)
+    rng = np.random.default_rng(s.seed)
+    real = _subset(reference.images, s.max_images, rng)
+    made = _subset(generated, s.max_images, rng)
     held_out = None if test is None else _subset(test.images, len(made), rng)
     drawn = None if programs is None else _subset(programs, len(made), rng)
-    kept = FeatureCache(cache)
-    for spec in specs if asked else []:
+    tell = on_progress or (lambda line: None)
+    for spec in s.specs:
         tell(f"features {spec.name}: {len(made):,} generated, {len(real):,} real training images")
-        extractor = shared_extractor(spec, device, ranks)
-        extractor.fit(real)
-        of_real = kept.features(extractor, real, tell)
-        of_made = extractor(made, on_progress=tell)
-        floor, ceiling = (None if i is None else kept.features(extractor, i, tell) for i in (held_out, drawn))
-        found, interval = figures(
-            of_made,
-            of_real,
-            floor=floor,
-            ceiling=ceiling,
-            metrics=asked,
-            replicates=bootstrap,
-            seed=seed,
-            on_progress=tell,
-        )
-        out["features"][spec.name] = {
-            "config": extractor.config(),
-            "generated_images": len(made),
-            "real_images": len(real),
-            "floor_images": None if held_out is None else len(held_out),
-            "ceiling_images": None if drawn is None else len(drawn),
-            "subset_seed": seed,
-            "enough_images": all(
-                len(x) > of_real.shape[1] for x in (of_made, of_real, floor, ceiling) if x is not None
-            ),
-            "interval": interval,
-            "metrics": found,
-        }
-    if test is not None and classifiers and labels is not None and test.labels is not None:
+        out["features"][spec.name] = _figures(spec, made, real, held_out, drawn, s, tell, ranks)
+    if test is not None and s.classifiers and labels is not None and test.labels is not None:
         results = shared_accuracy(
             ranks,
-            generated,
-            labels,
-            test.array(),
-            test.labels,
+            *(generated, labels, test.array(), test.labels),
             num_classes=test.num_classes,
-            classifiers=tuple(classifiers),
-            seed=seed,
-            device=device,
+            classifiers=tuple(s.classifiers),
+            seed=s.seed,
+            device=s.device,
             on_progress=on_progress,
         )
         out["cas"] = {name: result.to_dict() for name, result in results.items()}
@@ -150,17 +247,59 @@ def evaluate_images(
             "split": "generated images, by class",
             "chosen_on": "held-out generated images",
             "scored_on": "real test images, once",
-            "seed": seed,
+            "seed": s.seed,
         }
     return out
 
 
-def _require_shape(images: NDArray[np.uint8] | ImageStore, what: str, reference: ImageDataset) -> None:
-    if images.shape[1:] != reference.images.shape[1:]:
-        raise ConfigError(
-            f"{what} are {images.shape[1:]}, but the real training images {reference.images.shape[1:]}: give images of "
-            "the same size and number of channels."
-        )
+def _figures(
+    spec: FeatureSpec,
+    made: NDArray[np.uint8],
+    real: NDArray[np.uint8],
+    held_out: NDArray[np.uint8] | None,
+    drawn: NDArray[np.uint8] | None,
+    s: EvaluationSettings,
+    tell: Tell,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """All metrics of one extractor, with the floor from `held_out` and the ceiling from `drawn`."""
+    extractor, kept = shared_extractor(spec, s.device, ranks), FeatureCache(s.cache)
+    extractor.fit(real)
+    of_real, of_made = kept.features(extractor, real, tell), extractor(made, on_progress=tell)
+    floor, ceiling = (None if i is None else kept.features(extractor, i, tell) for i in (held_out, drawn))
+    measures = Measures(of_real, s.metrics, s.seed)
+    tell(f"comparing {len(of_made):,} generated with {len(of_real):,} real images")
+    found = measures.of(of_made, scatter=s.bootstrap > 0)
+    bounds: list[dict[str, Estimate]] = []
+    for what, features in (("real test images", floor), ("images drawn by programs", ceiling)):
+        if features is not None:
+            tell(f"comparing {len(features):,} {what} with {len(of_real):,} real images")
+        bounds.append({} if features is None else measures.of(features))
+    bootstrap = Bootstrap(len(of_made), s.bootstrap, s.seed) if s.bootstrap else None
+    metrics = {}
+    for name, estimate in found.items():
+        low, high = (bootstrap.interval(estimate) if bootstrap else None) or (None, None)
+        metrics[name] = {
+            "value": estimate.value,
+            "low": low,
+            "high": high,
+            "floor": bounds[0][name].value if bounds[0] else None,
+            "ceiling": bounds[1][name].value if bounds[1] else None,
+            "better": METRICS[name].better,
+            "unit": METRICS[name].unit,
+            "protocol": estimate.protocol,
+        }
+    return {
+        "config": extractor.config(),
+        "generated_images": len(made),
+        "real_images": len(real),
+        "floor_images": None if held_out is None else len(held_out),
+        "ceiling_images": None if drawn is None else len(drawn),
+        "subset_seed": s.seed,
+        "enough_images": all(len(x) > of_real.shape[1] for x in (of_made, of_real, floor, ceiling) if x is not None),
+        "interval": bootstrap.protocol() if bootstrap else None,
+        "metrics": metrics,
+    }
 
 
 def _subset(images: NDArray[np.uint8] | ImageStore, most: int, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -1,7 +1,11 @@
-"""Nearest neighbours in blocks: exact distances, bounded memory, no index to build."""
+"""Nearest neighbours: the search, the balls of precision, recall, density and coverage, and whose neighbours are whose.
+
+The search is scikit-learn's.  Distances between all pairs are taken in blocks, so that sets of any size fit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
+from dpsyngen.evaluation.cas import clopper_pearson
+from dpsyngen.evaluation.distances import Estimate
 
-_CANDIDATES = 4  # kept for the exact second look
+NEIGHBOURS = 5
+"""Which neighbour the balls of precision, recall, density and coverage reach to."""
+_PERMUTATIONS = 99_999
 _BLOCK_BYTES = 64 * 2**20
 
 
@@ -28,36 +36,27 @@ class Neighbours:
 
     @property
     def distance(self) -> NDArray[np.float64]:
-        """Euclidean distances [Q]."""
         return np.sqrt(self.squared)
 
     def take(self, rows: NDArray[np.int64]) -> Neighbours:
-        """Those of some of the queries."""
         return Neighbours(self.index[rows], self.squared[rows])
 
 
-def nearest(
-    queries: NDArray[Any],
-    references: NDArray[Any],
-    *,
-    skip: NDArray[np.int64] | None = None,
-    block_bytes: int = _BLOCK_BYTES,
-) -> Neighbours:
-    """The nearest of `references` [N, ...] to each of `queries` [Q, ...], by Euclidean distance.
+def nearest(queries: NDArray[Any], references: NDArray[Any], *, skip: NDArray[np.int64] | None = None) -> Neighbours:
+    """Find the nearest of `references` [N, ...] to each of `queries` [Q, ...], by Euclidean distance (scikit-learn).
 
-    Blocks of references are met by matrix products in fp32, ‖r‖² − 2⟨q, r⟩, and the best few are measured again
-    without cancellation: in whole numbers for uint8, in fp64 otherwise.  For uint8 of at most 1,024 numbers an image
-    the products are exact as well, beyond that neighbours whose distances differ by less than rounding may be swapped.
+    The references are read in blocks, so they may be a memory map; distances are exact (whole numbers for uint8).
 
     Args:
         queries: uint8 or float; further axes are flattened.
-        references: the same type and shape of a row; may be a memory map.
-        skip: [Q] a row of the references that must not be answered (a query that is itself among them), −1 for none.
-        block_bytes: about how much memory a block may take.
+        references: the same type and shape of a row.
+        skip: [Q] a row of the references that must not be answered (a query that is itself among them).
 
     Raises:
         ConfigError: shapes or types that do not fit, or no reference left.
     """
+    from sklearn.neighbors import NearestNeighbors
+
     if queries.shape[1:] != references.shape[1:] or (queries.dtype == np.uint8) != (references.dtype == np.uint8):
         raise ConfigError(
             f"rows of {queries.dtype} {queries.shape[1:]} cannot be compared with {references.dtype} "
@@ -65,63 +64,24 @@ def nearest(
         )
     if not len(queries) or len(references) < (1 if skip is None else 2):
         raise ConfigError(f"{len(queries)} queries and {len(references)} references: too few to find neighbours.")
-    dim = int(np.prod(references.shape[1:]))
-    centre = _centre(references)
-    rows = max(1, block_bytes // (4 * dim))
-    found = [
-        _of_block(queries[a : a + rows], references, None if skip is None else skip[a : a + rows], centre, block_bytes)
-        for a in range(0, len(queries), rows)
-    ]
-    return Neighbours(np.concatenate([f.index for f in found]), np.concatenate([f.squared for f in found]))
-
-
-def _centre(references: NDArray[Any]) -> NDArray[np.float32]:
-    """What is subtracted before products are taken; centred numbers lose fewer digits."""
-    if references.dtype == np.uint8:
-        return np.full(references[0].size, 128, np.float32)
-    sample = references[:: max(1, len(references) // 1000)]
-    return np.asarray(sample.reshape(len(sample), -1).mean(0), np.float32)
-
-
-def _flat(rows: NDArray[Any], centre: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.asarray(rows).reshape(len(rows), -1).astype(np.float32) - centre
-
-
-def _of_block(
-    queries: NDArray[Any],
-    references: NDArray[Any],
-    skip: NDArray[np.int64] | None,
-    centre: NDArray[np.float32],
-    block_bytes: int,
-) -> Neighbours:
-    q = _flat(queries, centre)
-    size = max(_CANDIDATES, block_bytes // (4 * max(q.shape[1], len(q))))
-    best = np.full((len(q), 0), np.inf, np.float32)
-    where = np.zeros((len(q), 0), np.int64)
+    asked = queries.reshape(len(queries), -1).astype(np.float32)
+    index, best = np.zeros(len(queries), np.int64), np.full(len(queries), np.inf)
+    size = max(2, _BLOCK_BYTES // (4 * asked.shape[1]))
     for start in range(0, len(references), size):
-        r = _flat(references[start : start + size], centre)
-        partial = (r * r).sum(1) - 2 * (q @ r.T)
-        if skip is not None:
-            inside = (skip >= start) & (skip < start + len(r))
-            partial[inside, skip[inside] - start] = np.inf
-        if partial.shape[1] > _CANDIDATES:
-            columns = np.argpartition(partial, _CANDIDATES - 1, axis=1)[:, :_CANDIDATES]
-        else:
-            columns = np.broadcast_to(np.arange(partial.shape[1]), partial.shape)
-        best = np.concatenate([best, np.take_along_axis(partial, columns, 1)], 1)
-        where = np.concatenate([where, columns + start], 1)
-        keep = np.argsort(best, axis=1, kind="stable")[:, :_CANDIDATES]
-        best, where = np.take_along_axis(best, keep, 1), np.take_along_axis(where, keep, 1)
-    exact = np.stack([_squared(queries, references, where[:, k]) for k in range(where.shape[1])], 1)
-    exact[~np.isfinite(best)] = np.inf  # skipped, or not a number
-    # Equal distances: the lowest row of those looked at, the same in every run.
-    order = np.lexsort((where, exact), axis=1)[:, :1]
-    return Neighbours(
-        np.take_along_axis(where, order, 1)[:, 0].astype(np.int64), np.take_along_axis(exact, order, 1)[:, 0]
-    )
+        block = np.asarray(references[start : start + size]).reshape(-1, asked.shape[1]).astype(np.float32)
+        # Two, so that one is left where the other is to be skipped.
+        search = NearestNeighbors(n_neighbors=min(2, len(block)), algorithm="brute").fit(block)
+        for rows in search.kneighbors(asked, return_distance=False).T + start:
+            squared = _squared(queries, references, rows)
+            if skip is not None:
+                squared[rows == skip] = np.inf
+            closer = squared < best
+            index[closer], best[closer] = rows[closer], squared[closer]
+    return Neighbours(index, best)
 
 
 def _squared(queries: NDArray[Any], references: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Squared distances [Q] to the given rows without cancellation, so that ties are exact."""
     wide = np.int64 if queries.dtype == np.uint8 else np.float64
     out = np.empty(len(queries), np.float64)
     step = max(1, _BLOCK_BYTES // (8 * queries[0].size))
@@ -130,3 +90,224 @@ def _squared(queries: NDArray[Any], references: NDArray[Any], rows: NDArray[np.i
         difference = queries[part].astype(wide) - np.asarray(references[rows[part]]).astype(wide)
         out[part] = (difference * difference).reshape(len(difference), -1).sum(1)
     return out
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many generated images have a training image as their nearest real one.
+
+    Attributes:
+        images: generated images.
+        nearer_private, nearer_held_out, ties: their numbers; the three add up.
+        share: (nearer_private + ties/2) / images.
+        expected: what it would be if each real image were equally likely to be in either set: 1/2 for equal sizes.
+        low, high: Clopper-Pearson interval of the share at 95 %; a tie counts as held-out for the lower end and as
+            private for the upper.
+        p_binomial: two-sided exact binomial test against `expected`, ties left out (the sign test).  It speaks of these
+            two sets as they are: an image that is the nearest of many counts as that much evidence.
+        p_permutation: one-sided permutation test that the share is too large: the membership of real images is drawn
+            again, with as many in each set.  It speaks of sets like these, and is the one to decide by.
+    """
+
+    images: int
+    nearer_private: int
+    nearer_held_out: int
+    ties: int
+    share: float
+    expected: float
+    low: float
+    high: float
+    p_binomial: float
+    p_permutation: float
+
+
+def share(
+    private: Neighbours, held_out: Neighbours, n_private: int, n_held_out: int, rng: np.random.Generator
+) -> Share:
+    """Compare the neighbours of the same queries in two sets of `n_private` and `n_held_out` images."""
+    from scipy.stats import binomtest
+
+    nearer, tied = private.squared < held_out.squared, private.squared == held_out.squared
+    images, wins, ties = len(nearer), int(nearer.sum()), int(tied.sum())
+    losses = images - wins - ties
+    expected = n_private / (n_private + n_held_out)
+    # The nearest image of the union does not depend on how it is divided.  So twice the number of generated images
+    # whose nearest is private is Σ w over the private images r, where w(r) is twice the number of those that have r as
+    # their nearest (once at a tie).  Drawing the private set anew draws how many images of each w it gets:
+    # multivariate hypergeometric.
+    weights = np.concatenate(
+        [
+            np.bincount(private.index, 2 * nearer + tied, n_private),
+            np.bincount(held_out.index, 2 * (~nearer & ~tied) + tied, n_held_out),
+        ]
+    ).astype(np.int64)
+    values, counts = np.unique(weights, return_counts=True)
+    drawn = rng.multivariate_hypergeometric(counts, n_private, size=_PERMUTATIONS, method="marginals")
+    as_large = int((drawn @ values >= weights[:n_private].sum()).sum())
+    return Share(
+        images=images,
+        nearer_private=wins,
+        nearer_held_out=losses,
+        ties=ties,
+        share=(wins + ties / 2) / images,
+        expected=expected,
+        low=clopper_pearson(wins, images)[0],
+        high=clopper_pearson(wins + ties, images)[1],
+        p_binomial=float(binomtest(wins, wins + losses, expected).pvalue) if wins + losses else 1.0,
+        p_permutation=(1 + as_large) / (1 + _PERMUTATIONS),
+    )
+
+
+class Manifold:
+    """Balls around the features of real images, which generated images are measured by.
+
+    * precision: share of the generated images that lie in the ball of a real one (Kynkäänniemi et al. 2019, eq. 1, 2);
+    * recall: share of the real images that lie in the ball of a generated one (the same);
+    * density: in how many balls of real images a generated image lies, on average, over k (Naeem et al. 2020, eq. 5);
+    * coverage: share of the real images whose ball holds a generated image (the same, eq. 6).
+
+    Distances are Euclidean, in blocks (scikit-learn); the border belongs to the ball.
+
+    Args:
+        real: features of real images [m, d], m >= 2.
+        k: which neighbour a ball reaches to; of smaller sets the farthest.
+    """
+
+    def __init__(self, real: NDArray[np.float32], *, k: int = NEIGHBOURS) -> None:
+        if k < 1:
+            raise ConfigError(f"k is {k}, but must be at least 1.")
+        _require_two(real, "real")
+        self._k = k
+        self._real = real
+        self._radii: dict[int, NDArray[np.float32]] = {}
+
+    def __call__(self, features: NDArray[np.float32], scatter: bool = False) -> dict[str, Estimate]:
+        """Measure features [n, d], n >= 2; `scatter`: with the influence of each image on the four figures.
+
+        The influence on precision and density is exact, they being means; that on recall and coverage is the
+        jackknife's: (n − 1) times what leaving the image out takes away.
+
+        Raises:
+            ConfigError: fewer than two images.
+        """
+        _require_two(features, "generated")
+        n, m = len(features), len(self._real)
+        k = min(self._k, n - 1, m - 1)
+        if k not in self._radii:
+            self._radii[k] = _neighbourhoods(self._real, k)[0][:, k - 1]
+        real_radii = self._radii[k]
+        reach, nearest = _neighbourhoods(features, k + 1 if scatter and n > k + 1 else k)
+        in_balls = np.empty(n, np.int64)  # of real images, for each generated one
+        holds, recalled = _Holders(m), _Holders(m)
+        for part, distance in _blocks(features, self._real):
+            inside = distance <= real_radii
+            in_balls[part] = inside.sum(1)
+            holds.add(inside, part.start)
+            recalled.add(distance <= reach[part, k - 1, None], part.start)
+        influence: dict[str, NDArray[np.float64]] = {}
+        if scatter:
+            gained = self._gained(features, reach, nearest, recalled, k)
+            influence = {
+                "precision": (in_balls > 0) - (in_balls > 0).mean(),
+                "density": (in_balls - in_balls.mean()) / k,
+                "coverage": _centred((n - 1) / m * holds.lost(n)),
+                "recall": _centred((n - 1) / m * (recalled.lost(n) - gained)),
+            }
+        values = {
+            "precision": float((in_balls > 0).mean()),
+            "recall": recalled.share,
+            "density": float(in_balls.mean() / k),
+            "coverage": holds.share,
+        }
+        return {
+            name: Estimate(
+                value,
+                f"k = {k}",
+                influence.get(name),
+                smallest=0.0,
+                largest=np.inf if name == "density" else 1.0,
+            )
+            for name, value in values.items()
+        }
+
+    def _gained(
+        self,
+        made: NDArray[np.float32],
+        reach: NDArray[np.float32],
+        nearest: NDArray[np.int64],
+        recalled: _Holders,
+        k: int,
+    ) -> NDArray[np.int64]:
+        """[n] how many real images are recalled without image j only because balls that ended at or beyond j grow.
+
+        Leaving j out moves the border of each ball that j is among the k neighbours of to the (k + 1)-th.
+        """
+        gained = np.zeros(len(made), np.int64)
+        if reach.shape[1] == k:
+            return gained  # too few images for balls to grow
+        # Others lose no real image by it: those are still in another ball.
+        few = np.flatnonzero(recalled.count <= 1)
+        found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        for part, distance in _blocks(made, self._real[few]):
+            ring = (distance > reach[part, k - 1, None]) & (distance <= reach[part, k, None])
+            ball, image = np.nonzero(ring)
+            left_out = nearest[part][ball, :k].reshape(-1)
+            image = np.repeat(few[image], k)
+            # What was in one ball is only missed if that one is left out.
+            missed = (recalled.count[image] == 0) | (recalled.last[image] == left_out)
+            found.append(np.unique(image[missed] * len(made) + left_out[missed]))
+        return np.bincount(np.unique(np.concatenate(found)) % len(made), minlength=len(made))
+
+
+class _Holders:
+    """For each of m real images, how many generated images hold it (or are held by it), and which one was the last."""
+
+    def __init__(self, m: int) -> None:
+        self.count, self.last = np.zeros(m, np.int64), np.full(m, -1, np.int64)
+
+    def add(self, relation: NDArray[np.bool_], start: int) -> None:
+        """Rows [b, m] of generated images from number `start`."""
+        here = relation.sum(0)
+        self.count += here
+        self.last = np.where(here > 0, start + relation.argmax(0), self.last)
+
+    @property
+    def share(self) -> float:
+        return float((self.count > 0).mean())
+
+    def lost(self, n: int) -> NDArray[np.int64]:
+        """[n] how many real images each generated image is the only one for."""
+        return np.bincount(self.last[self.count == 1], minlength=n)
+
+
+def _centred(x: NDArray[np.floating]) -> NDArray[np.float64]:
+    return np.asarray(x - x.mean(), np.float64)
+
+
+def _require_two(features: NDArray[np.float32], which: str) -> None:
+    if len(features) < 2:
+        raise ConfigError(f"there is {len(features)} {which} image, but neighbourhoods need at least 2.")
+
+
+def _blocks(a: NDArray[np.float32], b: NDArray[np.float32]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Yield squared distances [rows, len(b)] of some rows of a at a time."""
+    from sklearn.metrics import euclidean_distances
+
+    # scikit-learn's products are fp64 inside, so features far from the origin lose no digits.
+    step = max(1, _BLOCK_BYTES // (4 * max(1, len(b))))
+    for start in range(0, len(a) if len(b) else 0, step):
+        part = slice(start, min(start + step, len(a)))
+        yield part, euclidean_distances(a[part], b, squared=True)
+
+
+def _neighbourhoods(features: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Squared distances of the k nearest others, nearest first, and which they are: [n, k] each."""
+    reach, nearest = np.empty((len(features), k), np.float32), np.empty((len(features), k), np.int64)
+    for part, distance in _blocks(features, features):
+        i = np.arange(len(distance))
+        distance[i, part.start + i] = np.inf
+        found = np.argpartition(distance, k - 1, axis=1)[:, :k]
+        values = np.take_along_axis(distance, found, 1)
+        order = np.argsort(values, axis=1, kind="stable")
+        reach[part], nearest[part] = np.take_along_axis(values, order, 1), np.take_along_axis(found, order, 1)
+    return reach, nearest

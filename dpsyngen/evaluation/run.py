@@ -1,20 +1,31 @@
-"""Measuring a run against real images."""
+"""Checks of a whole run for its owner's eyes: the metrics, and memorisation.  All results are private."""
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpsyngen.config import Config
+from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import Source, load_private
 from dpsyngen.distributed import ALONE, Ranks, device_of
-from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.files import write_text
+from dpsyngen.errors import ConfigError, DataError, RunError
+from dpsyngen.evaluation.cas import own_accuracy
+from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
+from dpsyngen.evaluation.features import FeatureExtractor, OwnFeatures
+from dpsyngen.evaluation.memorisation import Memorisation, checked_names, memorisation_check
+from dpsyngen.evaluation.metrics import NAMES, EvaluationSettings, evaluate_images
+from dpsyngen.evaluation.pairs import FILE, neighbour_pairs, neighbour_picture
+from dpsyngen.files import write_atomically, write_text
 from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.training.run import Run
 
@@ -30,18 +41,12 @@ def evaluate(
     data: Source | None = None,
     test: Source | None = None,
     images: int = 10_000,
-    features: Sequence[str] = ("pixels-pca",),
-    metrics: Sequence[str] | None = None,
-    classifiers: Sequence[str] = ("logreg", "mlp", "cnn"),
-    bootstrap: int = 200,
-    max_images: int = 10_000,
     inception_weights: PathLike | None = None,
     cache: bool = True,
     sampling: dict[str, Any] | None = None,
-    seed: int = 0,
-    device: str = "auto",
     on_progress: Callable[[str], None] | None = None,
     ranks: Ranks = ALONE,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Measure a run against real images.  Every figure is private: it lands in ``private/metrics.json`` only.
 
@@ -51,102 +56,67 @@ def evaluate(
         test: real test images, with labels for the classification accuracy score, and for the floor of the other
             figures; None: neither.
         images: how many images to generate.  As many are drawn by the run's program, for the ceiling.
-        features: names of feature extractors, or of a user's own (``path/to/module.py:name``), which are run.
-        metrics: names of metrics, see docs/metrics.md; None: all.
-        classifiers: names of classifiers for the classification accuracy score.
-        bootstrap: replicates for the 95 % intervals; 0: none.
-        max_images: of each set, for `metrics`; a random subset beyond that.
         inception_weights: weights file for the feature extractor "inception".
         cache: keep features of real images in the run's private half, so that the next evaluation is faster.
         sampling: settings of the sampler, as for :meth:`Generator.settings`.
-        seed: seed of the generated images and of the classifiers.
-        device: where to compute, as for :func:`train`.
         on_progress: called with a line about what is being done.
         ranks: the processes that share the work; this is the main one, the others are in :func:`follow_evaluation`.
+        settings: ``features``, ``metrics``, ``classifiers``, ``bootstrap``, ``max_images``, ``seed`` (of the generated
+            images, too) and ``device`` (as for :func:`train`; default "auto"), see
+            :class:`~dpsyngen.evaluation.metrics.EvaluationSettings`.
 
     Returns:
         the figures and the protocol of each, as written to the file.
+
+    Raises:
+        ConfigError, DataError, RunError: see their messages; nothing was looked at or written.
     """
-    from dpsyngen.evaluation import FeatureSpec, evaluate_images
-    from dpsyngen.evaluation.cas import NAMES
-    from dpsyngen.evaluation.figures import NAMES as METRICS
-    from dpsyngen.evaluation.figures import check_sizes, checked_metrics
-    from dpsyngen.evaluation.own_features import OwnFeatures
     from dpsyngen.generator.ranks import open_everywhere, sample
 
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
-    device = kind_of(device)
-    own_device = device_of(device, ranks)
-    check_device(own_device)
+    device = kind_of(settings.pop("device", "auto"))
+    check_device(device_of(device, ranks))
+    given = {"metrics": None, **settings}
+    given["metrics"] = NAMES if given["metrics"] is None else given["metrics"]
+    s = EvaluationSettings.of({**given, "device": device, "cache": run.features_path if cache else None})
     weights = None if inception_weights is None else Path(inception_weights)
-    specs = [FeatureSpec(name, weights if name == "inception" else None) for name in features]
-    asked = checked_metrics(METRICS if metrics is None else metrics)
-    check_sizes(bootstrap, max_images)
-    unknown = [name for name in classifiers if name not in NAMES]
-    if unknown:
-        raise ConfigError(f"classifiers are {', '.join(map(repr, unknown))}, but must be among {', '.join(NAMES)}.")
+    specs = [FeatureSpec(f, weights if f == "inception" else None) for f in map(str, s.features)]
+    s = replace(s, features=specs)
     tell = on_progress or (lambda line: None)
     config = run.config
-    source = config.data.source if data is None else data
-    if isinstance(source, str) and not source:
-        raise ConfigError("the run was trained on arrays in memory: give the images as data.")
     generator = open_everywhere(ranks, run.release, device)
-    wanted = config.model_copy(
-        update={
-            "data": config.data.model_copy(
-                update={
-                    "resolution": generator.resolution,
-                    "channels": "grey" if generator.channels == 1 else "rgb",
-                    "labels": bool(generator.class_names),
-                }
-            )
-        }
-    )
-    reference = load_private(source, wanted)
-    held_out = None if test is None else load_private(test, wanted)
-    for name, dataset in (("data", reference), ("test", held_out)):
-        if dataset is not None and dataset.class_names != generator.class_names:
-            raise DataError(
-                f"the {name} images have the classes {', '.join(dataset.class_names) or '(none)'}, but the generator "
-                f"has {', '.join(generator.class_names) or '(none)'}.  Give images with the same class folders."
-            )
-    for spec in specs if asked else []:
+    reference = _images(data, config, generator, "data")
+    held_out = None if test is None else _images(test, config, generator, "test")
+    for spec in s.specs:
         # What is missing or wrong should show before images are generated and the ledger is written.
-        extractor = spec.make(own_device)
+        extractor = spec.make(device_of(device, ranks))
         if isinstance(extractor, OwnFeatures):
             extractor.try_out(generator.channels, generator.resolution)
     # All the while, so that it cannot be refused after an hour's work.
     with run.lock():
         ledger = run.finished_ledger()
         tell(f"generating {images:,} images")
-        chosen = {"seed": seed, **(sampling or {})}
-        samples = sample(ranks, generator, images, **chosen)
+        samples = sample(ranks, generator, images, **{"seed": s.seed, **(sampling or {})})
+        # The ledger knows before the first private image is looked at.
         ledger.note_private_access(
             "evaluation against real images; the figures stay in the private half",
-            features=list(features),
-            metrics=list(asked),
-            classifiers=list(classifiers) if held_out is not None else [],
+            features=[spec.name for spec in specs],
+            metrics=list(s.metrics),
+            classifiers=list(s.classifiers) if held_out is not None else [],
         )
         result = evaluate_images(
             samples.images,
             samples.labels,
             reference=reference,
             test=held_out,
-            programs=_drawn_by_program(config, generator, min(images, max_images)) if asked else None,
-            features=specs,
-            metrics=asked,
-            classifiers=tuple(classifiers),
-            seed=seed,
-            device=device,
-            max_images=max_images,
-            bootstrap=bootstrap,
-            cache=run.features_path if cache else None,
+            programs=_drawn_by_program(config, generator, min(images, s.max_images)) if s.metrics else None,
             on_progress=tell,
             ranks=ranks,
+            **vars(s),
         )
         result["sampling"] = samples.settings
-        write_text(run.private / "metrics.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n", 0o600)
+        _keep(run, "metrics.json", result)
     return result
 
 
@@ -157,14 +127,145 @@ def follow_evaluation(ranks: Ranks) -> None:
         Dismissed: the main process failed, and said why.
         RankLost: a process is gone.
     """
-    from dpsyngen.evaluation import shared_out
     from dpsyngen.generator import ranks as sampling_ranks
 
-    sampling_ranks.follow(ranks, {**sampling_ranks.handlers(ranks), **shared_out.handlers(ranks)})
+    made: dict[FeatureSpec, FeatureExtractor] = {}
+
+    def features(spec: FeatureSpec, device: str, images: NDArray[np.uint8], size: int) -> None:
+        def extractor() -> FeatureExtractor:
+            if spec not in made:
+                made[spec] = spec.make(device_of(device, ranks))
+            return made[spec]
+
+        shared_features(ranks, extractor, images, size)
+
+    def classifiers(images: tuple[NDArray[Any], ...], classifiers: tuple[str, ...], options: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the main process sees the same images
+            own_accuracy(ranks, images, classifiers, options)
+
+    known = sampling_ranks.handlers(ranks)
+    sampling_ranks.follow(ranks, {**known, "features": features, "classifiers": classifiers})
+
+
+def check_memorisation(
+    run: Run | PathLike,
+    *,
+    data: Source | None = None,
+    held_out: Source | None = None,
+    images: int = 1000,
+    features: Sequence[str] = ("pixels",),
+    sampling: dict[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    on_progress: Callable[[str], None] | None = None,
+) -> Memorisation:
+    """Compare a run's generated images with its training images and with held-out ones.
+
+    The figures go to ``private/memorisation.json``, a picture to ``private/memorisation.png``, and its images to
+    ``private/memorisation_pairs.json``, for the report.  All are private; the release half is not touched.
+
+    Args:
+        run: a finished run.
+        data: the training images; None: what the run was trained on.  Other images are refused.
+        held_out: real images of the same source that were not trained on, the control; None: no conclusion.
+        images: how many images to generate.
+        features: "pixels" and names of feature extractors.
+        sampling: settings of the sampler, as for :meth:`Generator.settings`.
+        seed: of the generated images and of subsets.
+        device: where to compute.
+        on_progress: called with a line about what is being done.
+
+    Raises:
+        ConfigError, DataError, RunError: see their messages; nothing was looked at or written.
+    """
+    from dpsyngen.generator.generator import ReleasedGenerator
+    from dpsyngen.privacy.ledger import Ledger
+
+    run = run if isinstance(run, Run) else Run(Path(run))
+    run.require_complete()
+    check_device(device)
+    checked_names(features)
+    if images < 1:
+        raise ConfigError(f"the number of images is {images}, but must be at least 1.")
+    config = run.config
+    generator = ReleasedGenerator(run.release, device)
+    private = _images(data, config, generator, "training")
+    _require_training_images(run, private)
+    control = None if held_out is None else _images(held_out, config, generator, "held-out")
+    tell = on_progress or (lambda line: None)
+    with run.lock():
+        tell(f"generating {images:,} images")
+        samples = generator.sample(images, **{"seed": seed, **(sampling or {})})
+        labels = None
+        if samples.labels is not None and private.labels is not None and control is not None:
+            assert control.labels is not None
+            labels = (samples.labels, private.labels, control.labels)
+        Ledger(run.ledger_path).note_private_access(
+            "memorisation check: generated images against training images; the figures stay in the private half",
+            features=list(features),
+            generated_images=images,
+            held_out_images=0 if control is None else len(control),
+        )
+        sets = (samples.images, private.array(), None if control is None else control.array())
+        result = memorisation_check(
+            *sets,
+            features=features,
+            labels=labels,
+            class_names=generator.class_names,
+            seed=seed,
+            device=device,
+            on_progress=on_progress,
+        )
+        picture = neighbour_picture(result, *sets, seed=seed)
+        write_atomically(run.private / "memorisation.png", lambda p: picture.save(p, format="PNG"), 0o600)
+        _keep(run, FILE, neighbour_pairs(result, *sets, seed=seed))
+        _keep(run, "memorisation.json", {**result.to_dict(), "sampling": samples.settings})
+    return result
+
+
+def _keep(run: Run, name: str, values: dict[str, Any]) -> None:
+    write_text(run.private / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n", 0o600)
+
+
+def _images(given: Source | None, config: Config, generator: ReleasedGenerator, what: str) -> ImageDataset:
+    """Load real images in the form of the generated ones; None: those that the run was trained on."""
+    source = config.data.source if given is None else given
+    if isinstance(source, str) and not source:
+        raise ConfigError("the run was trained on arrays in memory: give the images as data.")
+    channels = "grey" if generator.channels == 1 else "rgb"
+    asked = {"resolution": generator.resolution, "channels": channels, "labels": bool(generator.class_names)}
+    wanted = config.model_copy(update={"data": config.data.model_copy(update=asked)})
+    dataset = load_private(source, wanted)
+    if dataset.class_names != generator.class_names:
+        raise DataError(
+            f"the {what} images have the classes {', '.join(dataset.class_names) or '(none)'}, but the generator has "
+            f"{', '.join(generator.class_names) or '(none)'}.  Give images with the same class folders."
+        )
+    return dataset
+
+
+def _require_training_images(run: Run, dataset: ImageDataset) -> None:
+    """Refuse images that the run was not trained on: to those nothing can have been memorised."""
+    from dpsyngen.privacy.randomness import Randomness
+
+    try:
+        pinned = str(json.loads(run.data_path.read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(
+            f"{run.data_path} cannot be read, so nobody can tell which images the run was trained on.  Put it back "
+            "from a backup."
+        ) from None
+    found = Randomness.load(run.randomness_path).tag(dataset.fingerprint())
+    if not hmac.compare_digest(pinned, found):
+        raise DataError(
+            f"the images are not those that {run.path} was trained on, so whether they were memorised says nothing.  "
+            "Give the same --data as for training."
+        )
 
 
 def _drawn_by_program(config: Config, generator: ReleasedGenerator, count: int) -> np.ndarray | None:
-    """The run's public images, from the first; None where they cannot be drawn, as for lack of a font."""
+    """The run's public images, from the first; None where the program is no longer known."""
     from dpsyngen.programs import make_program
 
     p = config.program

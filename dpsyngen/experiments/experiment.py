@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from dpsyngen.config import Config
 from dpsyngen.errors import RunError
-from dpsyngen.evaluation.own_features import file_sha256
+from dpsyngen.evaluation.features import file_sha256
 from dpsyngen.experiments.grid import Job, digest, jobs_of
 from dpsyngen.experiments.spec import Spec, load_spec
 from dpsyngen.files import require_absent_or_empty, write_text

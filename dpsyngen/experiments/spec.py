@@ -171,8 +171,8 @@ class EvaluationSpec(_Part):
     @model_validator(mode="after")
     def _known(self) -> EvaluationSpec:
         from dpsyngen.evaluation.cas import NAMES
-        from dpsyngen.evaluation.features import FeatureSpec
-        from dpsyngen.evaluation.figures import check_sizes, checked_metrics
+        from dpsyngen.evaluation.extractors import FeatureSpec
+        from dpsyngen.evaluation.metrics import check_sizes, checked_metrics
 
         # All of this is refused where it is used, too; that would be after hours of training.
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dpsyngen.evaluation.figures import METRICS
+from dpsyngen.evaluation.metrics import METRICS
 
 
 class MetricRow(NamedTuple):
@@ -58,7 +58,7 @@ def _number(value: float | None) -> str:
 
 
 def memorisation_rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, protocol) for each figure of :func:`dpsyngen.evaluation.check.check_memorisation`."""
+    """(name, value, protocol) for each figure of :func:`dpsyngen.evaluation.run.check_memorisation`."""
     rows: list[tuple[str, str, str]] = []
     for name, space in figures["spaces"].items():
         unit = space["features"]["unit"]

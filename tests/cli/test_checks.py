@@ -15,8 +15,8 @@ from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, DataError, RunError
-from dpsyngen.evaluation.check import check_memorisation
 from dpsyngen.evaluation.doctor import assess, diagnose, write_health
+from dpsyngen.evaluation.run import check_memorisation
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
 from dpsyngen.training.start import start
@@ -85,7 +85,7 @@ def test_memorisation_stays_in_the_private_half(call, run, trained) -> None:
 
 
 def test_the_ledger_knows_before_private_images_are_looked_at(run, trained, monkeypatch) -> None:
-    import dpsyngen.evaluation.memorisation as module
+    import dpsyngen.evaluation.run as module
 
     seen = []
 
@@ -101,14 +101,15 @@ def test_the_ledger_knows_before_private_images_are_looked_at(run, trained, monk
 
 
 def test_a_generator_of_training_images_is_flagged(call, run, trained, monkeypatch) -> None:
-    from dpsyngen import Generator, Samples
+    from dpsyngen import Samples
+    from dpsyngen.generator.generator import ReleasedGenerator
 
     images, labels = images_of(0)
 
-    def copies(self: Generator, count: int, **settings: object) -> Samples:
+    def copies(self: ReleasedGenerator, count: int, **settings: object) -> Samples:
         return Samples(images[:count, None], labels[:count], self.class_names, {})
 
-    monkeypatch.setattr(Generator, "sample", copies)
+    monkeypatch.setattr(ReleasedGenerator, "sample", copies)
     code, out, _ = call("memorisation", run.path, "--held-out", trained / "held-out.npz", "-n", 60)
     assert code == 0
     assert "Signs of memorisation: 60 generated images equal a training image in every pixel" in out
@@ -199,12 +200,12 @@ def test_doctor_says_so_where_nothing_is_found(call, run, monkeypatch) -> None:
 
 
 def test_doctor_reads_no_private_image(run, trained, monkeypatch) -> None:
-    import dpsyngen.fit as api_module
+    import dpsyngen.data.load as module
 
     def fails(*arguments: object, **options: object) -> None:
         raise AssertionError("private images were read")
 
-    monkeypatch.setattr(api_module, "load_images", fails)
+    monkeypatch.setattr(module, "load_images", fails)
     entries = run.ledger_path.read_bytes()
     diagnose(run)
     assert run.ledger_path.read_bytes() == entries

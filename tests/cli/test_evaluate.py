@@ -65,7 +65,7 @@ def test_figures_bounds_and_intervals(call, run, trained) -> None:
 
 def test_the_ceiling_is_the_runs_own_program(run, monkeypatch) -> None:
     seen = []
-    import dpsyngen.evaluation as evaluation
+    from dpsyngen.evaluation import run as evaluation
 
     monkeypatch.setattr(
         evaluation, "evaluate_images", lambda *a, **k: seen.append(k["programs"]) or {"features": {}, "cas": {}}

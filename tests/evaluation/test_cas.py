@@ -116,8 +116,6 @@ def test_bad_input(digits) -> None:
         score(train, test, labels=train.labels / 1)
     with pytest.raises(ConfigError, match="at least 1"):
         score(train, test, epochs=0)
-    with pytest.raises(ConfigError, match="at least 1"):
-        score(train, test, batch_size=0)
     with pytest.raises(ConfigError, match="no classifier"):
         best_by_validation({})
 

@@ -9,8 +9,7 @@ import torch
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError
 from dpsyngen.evaluation.cas import DEFAULT, NAMES, classification_accuracy, default_epochs
-from dpsyngen.evaluation.classifiers import HalfDropout
-from dpsyngen.evaluation.resnet import make_resnet, one_cycle, shift_for, shifted, train_resnet
+from dpsyngen.evaluation.classifiers import HalfDropout, make_resnet, one_cycle, shift_for, shifted, train_resnet
 
 
 def score(train, test, *, labels=None, rows=slice(None), **options):

@@ -10,7 +10,7 @@ import pytest
 from dpsyngen.data import load_images
 from dpsyngen.errors import DataError
 from dpsyngen.evaluation import evaluate_images
-from dpsyngen.evaluation.feature_cache import FeatureCache
+from dpsyngen.evaluation.extractors import FeatureCache
 
 
 class Counting:
@@ -128,7 +128,7 @@ def test_damaged_files_are_computed_again(tmp_path, images, damage) -> None:
 
 
 def test_code_is_part_of_the_key(tmp_path, images, monkeypatch) -> None:
-    import dpsyngen.evaluation.feature_cache as module
+    import dpsyngen.evaluation.extractors as module
 
     cache = FeatureCache(tmp_path)
     cache.features(Counting(), images)

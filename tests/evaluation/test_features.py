@@ -115,7 +115,7 @@ def test_wrong_weights_files(stand_in, tmp_path) -> None:
     for name in ("text.pth", "other.pth", "piece.pth", "missing.pth", "shape.pth", "stem.pth"):
         with pytest.raises(DataError, match="does not hold the weights"):
             load_inception(tmp_path / name)
-    with pytest.raises(DataError, match=r"Mixed_7c.branch_pool.conv.weight.*\(3, 5, 1, 1\), not \(12, 128, 1, 1\)"):
+    with pytest.raises(DataError, match=r"(?s)Mixed_7c.branch_pool.conv.weight.*\[3, 5, 1, 1\].*\[12, 128, 1, 1\]"):
         load_inception(tmp_path / "shape.pth")
     with pytest.raises(DataError, match=r"\(64, 3, 7, 7\)"):
         load_inception(tmp_path / "stem.pth")

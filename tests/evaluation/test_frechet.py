@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.errors import ConfigError
 from dpsyngen.evaluation import FeatureStatistics, frechet_distance
-from dpsyngen.evaluation.frechet import frechet_influence
+from dpsyngen.evaluation.distances import frechet_influence
 
 
 def gaussian(mean, covariance, n=100) -> FeatureStatistics:
@@ -74,28 +74,6 @@ def test_no_more_images_than_dimensions_is_warned_of() -> None:
         frechet_distance(x, y)
     with pytest.warns(UserWarning, match="biased upwards"):
         frechet_distance(y, x)
-
-
-def test_statistics_survive_a_file(tmp_path) -> None:
-    s = FeatureStatistics.of(np.random.default_rng(0).normal(size=(30, 4)))
-    s.save(tmp_path / "s.npz")
-    t = FeatureStatistics.load(tmp_path / "s.npz")
-    np.testing.assert_array_equal(s.mean, t.mean)
-    np.testing.assert_array_equal(s.covariance, t.covariance)
-    assert s.count == t.count
-    with pytest.raises(ConfigError, match="npz"):
-        s.save(tmp_path / "s.dat")
-
-
-def test_wrong_statistics_files(tmp_path) -> None:
-    (tmp_path / "text.npz").write_text("no statistics")
-    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
-    np.savez(tmp_path / "shape.npz", mean=np.zeros(3), covariance=np.eye(2), count=9)
-    np.savez(tmp_path / "nan.npz", mean=np.full(2, np.nan), covariance=np.eye(2), count=9)
-    np.savez(tmp_path / "pickle.npz", mean=np.array([{}], dtype=object), covariance=np.eye(1), count=9)
-    for name in ("text", "other", "shape", "nan", "pickle", "missing"):
-        with pytest.raises(DataError, match="does not hold feature statistics"):
-            FeatureStatistics.load(tmp_path / f"{name}.npz")
 
 
 def random_statistics(seed: int, d: int = 6) -> FeatureStatistics:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.evaluation import kernel as module
-from dpsyngen.evaluation.kernel import KernelDistance
+from dpsyngen.evaluation import distances as module
+from dpsyngen.evaluation.distances import KernelDistance
 
 
 def sets(n: int = 40, m: int = 60, d: int = 5) -> tuple[np.ndarray, np.ndarray]:

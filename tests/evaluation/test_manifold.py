@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.evaluation.manifold import Manifold
+from dpsyngen.evaluation import neighbours as module
+from dpsyngen.evaluation.neighbours import Manifold
 
 
 def sets(n: int = 50, m: int = 70, d: int = 4, shift: float = 0.6) -> tuple[np.ndarray, np.ndarray]:
@@ -55,10 +56,11 @@ def test_influence_is_what_leaving_an_image_out_takes_away(shift) -> None:
         np.testing.assert_allclose(estimate.influence, jackknife - jackknife.mean(), atol=1e-9, err_msg=name)
 
 
-def test_blocks_change_nothing() -> None:
+def test_blocks_change_nothing(monkeypatch) -> None:
     made, real = sets()
     whole = Manifold(real)(made, scatter=True)
-    pieces = Manifold(real, block_bytes=4 * 70 * 3)(made, scatter=True)  # three rows at a time
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 70 * 3)
+    pieces = Manifold(real)(made, scatter=True)  # three rows at a time
     for name, estimate in whole.items():
         assert pieces[name].value == pytest.approx(estimate.value)
         np.testing.assert_allclose(pieces[name].influence, estimate.influence, atol=1e-12)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.evaluation import exchange
-from dpsyngen.evaluation.exchange import interval, share
+from dpsyngen.evaluation import neighbours as exchange
+from dpsyngen.evaluation.cas import clopper_pearson as interval
 from dpsyngen.evaluation.memorisation import LEVEL, memorisation_check
-from dpsyngen.evaluation.neighbours import Neighbours
+from dpsyngen.evaluation.neighbours import Neighbours, share
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ import pytest
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError
 from dpsyngen.evaluation import FeatureSpec, evaluate_images, frechet_distance, make_extractor
-from dpsyngen.evaluation.figures import METRICS, NAMES
-from dpsyngen.evaluation.kernel import KernelDistance
-from dpsyngen.evaluation.manifold import Manifold
+from dpsyngen.evaluation.distances import KernelDistance
+from dpsyngen.evaluation.metrics import METRICS, NAMES
+from dpsyngen.evaluation.neighbours import Manifold
 
 PCA = "pixels-pca"
 

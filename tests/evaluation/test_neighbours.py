@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpsyngen.errors import ConfigError
+from dpsyngen.evaluation import neighbours as module
 from dpsyngen.evaluation.neighbours import nearest
 
 
@@ -22,11 +23,18 @@ def brute(queries: np.ndarray, references: np.ndarray, skip: np.ndarray | None =
 
 @pytest.mark.parametrize("block_bytes", [1, 5000, 2**26])
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
-def test_blocks_equal_brute_force(kind, block_bytes) -> None:
+def test_blocks_equal_brute_force(kind, block_bytes, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
     rng = np.random.default_rng(0)
     q, r = rng.integers(0, 256, (37, 1, 9, 9)), rng.integers(0, 256, (211, 1, 9, 9))
     queries, references = (x.astype(np.uint8) if kind == "uint8" else (x / 17).astype(np.float32) for x in (q, r))
-    found, wanted = nearest(queries, references, block_bytes=block_bytes), brute(queries, references)
+    found, wanted = (
+        nearest(
+            queries,
+            references,
+        ),
+        brute(queries, references),
+    )
     assert np.array_equal(found.index, wanted.argmin(1))
     assert np.allclose(found.squared, wanted.min(1), rtol=1e-12, atol=0)
     assert np.allclose(found.distance**2, wanted.min(1))
@@ -43,11 +51,12 @@ def test_distances_of_nearly_equal_images_are_exact() -> None:
     assert np.array_equal(found.squared, np.ones(20))
 
 
-def test_an_image_is_not_its_own_neighbour() -> None:
+def test_an_image_is_not_its_own_neighbour(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 2000)
     rng = np.random.default_rng(2)
     images = rng.integers(0, 256, (50, 1, 8, 8), dtype=np.uint8)
     rows = np.array([0, 7, 49])
-    found = nearest(images[rows], images, skip=rows, block_bytes=2000)
+    found = nearest(images[rows], images, skip=rows)
     assert np.array_equal(found.index, brute(images[rows], images, rows).argmin(1))
     assert (found.squared > 0).all()
     assert np.array_equal(nearest(images[rows], images).index, rows)

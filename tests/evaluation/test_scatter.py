@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from dpsyngen.evaluation.figures import NAMES, Measures
-from dpsyngen.evaluation.scatter import Bootstrap, Estimate
+from dpsyngen.evaluation.distances import Bootstrap, Estimate
+from dpsyngen.evaluation.metrics import NAMES, Measures
 
 
 def test_interval_of_a_mean_is_the_usual_one() -> None:
@@ -76,8 +76,8 @@ def test_coverage_on_gaussians(shift, scale) -> None:
 @pytest.mark.slow
 def test_frechet_interval_holds_the_closed_form_where_images_are_many() -> None:
     """Against exact statistics of N(0, I), of N(δ, s²I): the true distance is d(δ² + (s − 1)²)."""
-    from dpsyngen.evaluation.figures import _frechet
-    from dpsyngen.evaluation.frechet import FeatureStatistics
+    from dpsyngen.evaluation.distances import FeatureStatistics
+    from dpsyngen.evaluation.metrics import _frechet
 
     d, n, runs, delta, s = 4, 4000, 100, 0.3, 1.2
     real = FeatureStatistics(np.zeros(d), np.eye(d), 10**6)

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import linprog
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.evaluation.sliced import SlicedWasserstein, potentials, squared_transport
+from dpsyngen.evaluation.distances import SlicedWasserstein, potentials, squared_transport
 
 
 def as_linear_programme(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> float:

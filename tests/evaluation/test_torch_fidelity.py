@@ -8,9 +8,9 @@ import torch
 
 from dpsyngen.data import load_images
 from dpsyngen.evaluation import frechet_distance, make_extractor
+from dpsyngen.evaluation.distances import KernelDistance
 from dpsyngen.evaluation.inception import FidInception
-from dpsyngen.evaluation.kernel import KernelDistance
-from dpsyngen.evaluation.manifold import Manifold
+from dpsyngen.evaluation.neighbours import Manifold
 
 
 def feature_sets(seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """With all that a report can show, and class names that are long and look like markup; do not change it."""
     from PIL import Image
 
-    from dpsyngen.evaluation.check import check_memorisation
+    from dpsyngen.evaluation.run import check_memorisation
 
     root = tmp_path_factory.mktemp("reported")
     names = ["a", "b & <i>", "pneumoultramicroscopicsilicovolcanoconiosis" * 3]

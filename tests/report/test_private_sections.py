@@ -13,9 +13,9 @@ import pytest
 import dpsyngen
 from dpsyngen import fit as api
 from dpsyngen.errors import RunError
-from dpsyngen.evaluation.check import check_memorisation
 from dpsyngen.evaluation.memorisation import memorisation_check
-from dpsyngen.evaluation.neighbour_picture import neighbour_picture
+from dpsyngen.evaluation.pairs import neighbour_picture
+from dpsyngen.evaluation.run import check_memorisation
 from dpsyngen.training.run import Run
 
 SETTINGS = {

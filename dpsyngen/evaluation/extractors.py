@@ -1,0 +1,217 @@
+"""Making feature extractors by name, keeping features of real images, and sharing their work over processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.distributed import Ranks, device_of
+from dpsyngen.errors import ConfigError, DataError, shown
+from dpsyngen.evaluation.features import FORM, EfficientNetLite0, FeatureExtractor, OwnFeatures, PixelsPca, Tell
+from dpsyngen.files import write_atomically
+from dpsyngen.version import __version__
+
+NAMES = ("pixels-pca", "efficientnet-lite0", "inception")
+_PART = 512
+"""Images of a process in a round, about."""
+_SOURCES = ("features.py", "inception.py", "extractors.py")
+# Taken when the code is loaded: a file may be changed while it runs.
+_CODE = [hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _SOURCES]
+
+
+def make_extractor(name: str, **options: Any) -> FeatureExtractor:
+    """Make the extractor called `name`, with its network loaded.
+
+    Args:
+        name: one of "pixels-pca", "efficientnet-lite0", "inception", or a user's own, ``path/to/module.py:name`` or
+            ``package.module:name`` (which is run).
+        options: the arguments of its class: :class:`PixelsPca`, :class:`EfficientNetLite0`, :class:`Inception`,
+            :class:`~dpsyngen.evaluation.features.OwnFeatures`.
+
+    Raises:
+        ConfigError: unknown name or option, or a value that is not allowed.
+        DataError: a weights file is missing or wrong, or cannot be downloaded.
+    """
+    make, allowed = _maker(name)
+    unknown = [o for o in options if o not in allowed]
+    if unknown:
+        raise ConfigError(f"the features {name!r} take {', '.join(allowed)}, not {', '.join(unknown)}.")
+    return make(**options)
+
+
+def _maker(name: str) -> tuple[Callable[..., FeatureExtractor], tuple[str, ...]]:
+    """What makes the extractor, and the options that it takes; a new extractor is a new line."""
+    if ":" in name:
+        return partial(OwnFeatures, name), ("device", "batch_size")
+    if name == "pixels-pca":
+        return PixelsPca, ("components",)
+    if name == "efficientnet-lite0":
+        return EfficientNetLite0, ("device", "batch_size", "side")
+    if name == "inception":
+        from dpsyngen.evaluation.inception import Inception
+
+        return Inception, ("weights", "device", "batch_size")
+    raise ConfigError(
+        f"features are {shown(name)}, but must be among {', '.join(NAMES)}, or your own, given as {FORM}."
+    )
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """A feature extractor to be made: its name and, for "inception", its weights file.  Nothing is run before."""
+
+    name: str
+    weights: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            _maker(self.name)
+        if self.weights is not None and self.name != "inception":
+            raise ConfigError(f"a weights file goes with the features 'inception' only, not with {self.name!r}.")
+
+    def make(self, device: str = "cpu") -> FeatureExtractor:
+        """Make the extractor, with its network loaded."""
+        given = {"device": device, "weights": self.weights}
+        return make_extractor(self.name, **{k: v for k, v in given.items() if k in _maker(self.name)[1]})
+
+
+class FeatureCache:
+    """Features by what they follow from: the images, the extractor, the code and PyTorch's version.
+
+    A file holds that key in full and a SHA-256 of its numbers.  One that is damaged, or whose key is another than its
+    name says, is computed again and replaced.  An extractor that cannot tell what its features follow from is not
+    cached, nor is one that was fitted to other images.  Features are as private as the images.
+
+    Args:
+        folder: a private folder; made (mode 0700) if it is not there.  None: nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+
+    def features(
+        self, extractor: FeatureExtractor, images: NDArray[np.uint8], on_progress: Tell | None = None
+    ) -> NDArray[np.float32]:
+        """Return ``extractor(images)``, from the folder where it is known.
+
+        Raises:
+            DataError: the folder cannot be made or written.
+        """
+        identity = extractor.identity()
+        if self._folder is None or identity is None:
+            return extractor(images, on_progress=on_progress)
+        import torch
+
+        content = {
+            "images": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
+            "shape": list(images.shape),
+            "extractor": extractor.name,
+            "identity": identity,
+            "code": _CODE,
+            "dpsyngen": __version__,
+            "torch": torch.__version__,
+        }
+        key = json.dumps(content, sort_keys=True)
+        path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.npz"
+        kept = _read(path, key, len(images))
+        if kept is not None:
+            if on_progress:
+                on_progress(f"features of {len(images):,} images were kept from before")
+            return kept
+        features = extractor(images, on_progress=on_progress)
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:  # to a file, for NumPy would add .npz to a name
+                np.savez(file, key=np.frombuffer(key.encode(), np.uint8), features=features, digest=_digest(features))
+
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(path, write, 0o600)
+        except FileExistsError:
+            raise DataError(f"{self._folder} is no folder, so no features can be kept in it.  Move it away.") from None
+        return features
+
+
+def _digest(features: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(features).data).digest(), np.uint8)
+
+
+def _read(path: Path, key: str, n: int) -> NDArray[np.float32] | None:
+    """What `path` holds; None if it is not there or not what it should be."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            features, digest = file["features"], file["digest"]
+            good = (
+                file["key"].tobytes() == key.encode()
+                and features.dtype == np.float32
+                and features.ndim == 2
+                and len(features) == n
+                and np.array_equal(digest, _digest(features))
+                and bool(np.isfinite(features).all())
+            )
+    except Exception:  # np.load raises many kinds; whatever is wrong, the features can be computed again
+        return None
+    return features if good else None
+
+
+class SharedExtractor:
+    """A feature extractor whose images are shared out over processes; for the main one.
+
+    Each process gets whole batches, the same as in one process, so the features are the same up to what processors
+    differ in.  Private images travel to the other processes, as in distributed training; files and figures stay here.
+    """
+
+    def __init__(self, own: FeatureExtractor, spec: FeatureSpec, device: str, ranks: Ranks) -> None:
+        self._own, self._spec, self._device, self._ranks = own, spec, device, ranks
+        self.name, self.config, self.identity = own.name, own.config, own.identity
+
+    @property
+    def dim(self) -> int:
+        return self._own.dim
+
+    def fit(self, reference: NDArray[np.uint8]) -> None:
+        """Nothing to fit: see :func:`shared_extractor`."""
+
+    def __call__(
+        self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
+    ) -> NDArray[np.float32]:
+        size = batch_size or int(getattr(self._own, "batch_size", 64))
+        per_round = size * max(1, _PART // size) * self._ranks.count
+        out = []
+        for start in range(0, len(images), per_round):
+            part = images[start : start + per_round]
+            with self._ranks.lead("features", spec=self._spec, device=self._device, images=part, size=size):
+                found = shared_features(self._ranks, lambda: self._own, part, size)
+            out += [features for features in found or () if features is not None]
+            if on_progress:
+                on_progress(f"features of {min(start + per_round, len(images)):,} of {len(images):,} images")
+        return np.concatenate(out)
+
+
+def shared_features(
+    ranks: Ranks, extractor: Callable[[], FeatureExtractor], images: NDArray[np.uint8], size: int
+) -> list[NDArray[np.float32] | None] | None:
+    """Features of each process's batches among `images`, None where it has none; None but in the main process.
+
+    The main process always has some: it has to know what its extractor gives.
+    """
+    share = size * -(-len(images) // (size * ranks.count))
+    mine = images[ranks.rank * share : (ranks.rank + 1) * share]
+    return ranks.gather_to_main(ranks.agree(lambda: extractor()(mine, size) if len(mine) else None))
+
+
+def shared_extractor(spec: FeatureSpec, device: str, ranks: Ranks) -> FeatureExtractor:
+    """Make the extractor, with its network loaded; to be called by the main process.
+
+    Principal components, which are fitted to private images and take no time, stay with the main process.
+    """
+    own = spec.make(device_of(device, ranks))
+    return own if ranks.alone or isinstance(own, PixelsPca) else SharedExtractor(own, spec, device, ranks)
