@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dpsyngen.config import MAX_EPSILON, Config, preset_names
 from dpsyngen.diffusion.stages import VARIANTS
-from dpsyngen.errors import ConfigError, listed, printable, shown
+from dpsyngen.errors import ConfigError, printable, shown
 from dpsyngen.files import read_yaml, read_yaml_file
 
 VariantName = Literal["dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "residual", "residual-cleaning"]
@@ -170,21 +170,16 @@ class EvaluationSpec(_Part):
 
     @model_validator(mode="after")
     def _known(self) -> EvaluationSpec:
-        from dpsyngen.evaluation.cas import NAMES
         from dpsyngen.evaluation.extractors import FeatureSpec
-        from dpsyngen.evaluation.metrics import check_sizes, checked_metrics
+        from dpsyngen.evaluation.metrics import EvaluationSettings
 
         # All of this is refused where it is used, too; that would be after hours of training.
         try:
             for name in self.features:
                 FeatureSpec(name)
-            checked_metrics(self.metrics)
-            check_sizes(self.bootstrap, self.max_images)
+            EvaluationSettings.of(self.model_dump(exclude={"inception_weights"}))
         except ConfigError as error:
             raise ValueError(str(error).rstrip(".")) from None
-        unknown = [name for name in self.classifiers if name not in NAMES]
-        if unknown:
-            raise ValueError(f"classifiers are {listed(unknown)}, but must be among {', '.join(NAMES)}")
         return self
 
 
