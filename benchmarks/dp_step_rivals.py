@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients
-from dpsyngen.training.plain import summed_gradients
-from dpsyngen.workers import Workers
+from dpsyngen.workers import Workers, summed_gradients
 
 OPACUS = ("opacus-hooks", "opacus-functorch", "opacus-ghost", "opacus-fast")
 RIVALS = (*OPACUS, "vmap")

@@ -45,8 +45,7 @@ from dpsyngen.diffusion.unet import UNet, count_parameters
 from dpsyngen.hardware import Compute, choose, look
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients
-from dpsyngen.training.plain import summed_gradients
-from dpsyngen.workers import Workers
+from dpsyngen.workers import Workers, summed_gradients
 
 CLASSES = 10
 BASELINE = ("fp32", False, False)

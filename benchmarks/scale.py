@@ -119,7 +119,7 @@ class Bench:
 
 def memory(folder: Path, moments: bool) -> dict[str, Any]:
     """Memory of this process for the records in `folder`, and the time of passes over all of them."""
-    from dpsyngen.privacy.sampling import poisson_sample
+    from dpsyngen.privacy.randomness import poisson_sample
     from dpsyngen.training.moments import estimate_moments, plan_moments
 
     bench = Bench()

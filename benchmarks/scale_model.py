@@ -103,8 +103,7 @@ def unit_times() -> dict[str, float]:
     from dpsyngen.diffusion.noise_levels import NoiseLevels
     from dpsyngen.diffusion.unet import UNet
     from dpsyngen.privacy.noise import standard_normal
-    from dpsyngen.privacy.randomness import Randomness
-    from dpsyngen.privacy.sampling import poisson_sample
+    from dpsyngen.privacy.randomness import Randomness, poisson_sample
 
     denoiser = PreconditionedDenoiser(UNet("base", SIDE, 1, CLASSES), CLASSES)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]

@@ -11,9 +11,11 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -92,3 +94,32 @@ def _threads(count: int) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+def summed_gradients(
+    parameters: Sequence[Tensor], loss: Callable[[slice], Tensor], examples: int, workers: Workers
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the summed loss of a batch.
+
+    Args:
+        parameters: what to differentiate by.
+        loss: for a slice of the examples, any number of losses; called from several threads.
+        examples: how many there are, at least 1.
+        workers: who shares them.
+
+    Returns:
+        one gradient for each parameter (zeros where the loss does not depend on it), and the summed loss.
+    """
+    parts = min(workers.count, examples)
+    edges = [i * examples // parts for i in range(parts + 1)]
+
+    def one(part: slice) -> tuple[list[Tensor], Tensor]:
+        total = loss(part).sum()
+        return list(torch.autograd.grad(total, parameters, materialize_grads=True)), total.detach()
+
+    results = workers.map(one, [slice(a, b) for a, b in pairwise(edges)])
+    gradients, total = results[0]
+    for more, value in results[1:]:
+        torch._foreach_add_(gradients, more)
+        total = total + value
+    return gradients, total

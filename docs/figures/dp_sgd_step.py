@@ -10,8 +10,7 @@ import torch
 from docs.figures.canvas import GREY_SOFT, INK, LINE, PRIVATE, PRIVATE_SOFT, PUBLIC, SOFT, Canvas
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import PerExampleGradients
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.sampling import poisson_sample
+from dpsyngen.privacy.randomness import Randomness, poisson_sample
 
 RECORDS, RATE, NOISE = 60, 0.15, 1.0
 PIXELS = 52.0  # of the figure, for the clipping norm C = 1

@@ -1,7 +1,15 @@
 """Training runs of the audit's own: the audited run's settings, on canary images drawn by a program.
 
 They go the way of every run (``start``, ``Training.steps``, a crash, ``resume``), with entropy from the operating
-system, in a temporary folder.  No private image is touched, so they cost no privacy.
+system, in a temporary folder.  No private image is touched, so they cost no privacy.  They train one of two networks
+in which a record shows more than it would in a run:
+
+The *lookup* network has one number for each class and nothing else.  A canary with a class of its own then has a
+gradient along a coordinate of its own, far longer than C, and the same whatever noise is drawn: each step in which it
+is used moves what is released in that coordinate by exactly C.
+
+The *lively* network is the run's, with weights as if it had been trained for a while.  Fresh ones have layers near zero
+behind which nothing has a gradient, so all images pull at the same few weights.
 """
 
 from __future__ import annotations
@@ -12,30 +20,37 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpsyngen.audit.attacks import LookupScores, Scores
-from dpsyngen.audit.invariants import Claim
-from dpsyngen.audit.networks import (
-    LIVELY_LEVELS,
-    LOOKUP_LEVELS,
-    lively_denoiser,
-    lookup_denoiser,
-)
-from dpsyngen.audit.one_run import OneRun, plan_guesses
+from dpsyngen.audit.invariants import Claim, Transcript
+from dpsyngen.audit.one_run import LookupScores, OneRun, Scores, plan_guesses
 from dpsyngen.config import Config, DataConfig, PrivacyConfig, StagesConfig
 from dpsyngen.data import ImageDataset
+from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.programs import make_program
+from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.pipeline import Training
-from dpsyngen.training.private import Observer, charged_mechanisms, charged_steps
+from dpsyngen.training.plan import Shape
+from dpsyngen.training.private import Observer, StepRecord, charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
 from dpsyngen.training.start import resume, start
-from dpsyngen.training.transcript import StepRecord, Transcript
+
+LOOKUP_LEVELS = {"noise_mean": 2.0, "noise_std": 0.1}
+"""Density of log σ: noise far above the image, where the loss hardly depends on which noise it was."""
+
+LIVELY_LEVELS = {"noise_mean": -1.0, "noise_std": 0.05}
+"""Noise levels close to each other, so that those of the training resemble the auditor's."""
+
+_PERTURBATION = 0.05  # standard deviation of what is added to each weight
+
+_STEEP = 1e4
+
 
 _DELTA = 4e-3  # δ of the audit's own runs, times their records
 CHECKPOINT_EVERY = 4
@@ -252,3 +267,47 @@ def _one_draw(c: Canaries, config: Config, device: str) -> NoisyBatch:
         label_dropout=0.0,
         generator=torch.Generator().manual_seed(int.from_bytes(np.random.default_rng().bytes(4), "little")),
     )
+
+
+# ---------------------------------------------------------------------------------------------- the networks
+
+
+class LookupNetwork(nn.Module):
+    """F = the number of the row's class, in all pixels.
+
+    Args:
+        num_classes: classes, besides "no class".
+        channels, resolution: of the images.
+        steep: factor between the number and the output, which makes gradients long.
+    """
+
+    def __init__(self, num_classes: int, channels: int, resolution: int, steep: float) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + 1, 1)
+        nn.init.zeros_(self.table.weight)
+        self.shape, self.steep = (channels, resolution, resolution), steep
+
+    def forward(self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None) -> Tensor:
+        """See :class:`dpsyngen.diffusion.unet.UNet`."""
+        assert classes is not None
+        return self.steep * self.table(classes).view(-1, 1, 1, 1).expand(-1, *self.shape)
+
+
+def lookup_denoiser(
+    config: Config, shape: Shape, conditional: bool, seed: int, gaussian: GaussianDenoiser | None = None
+) -> NetworkDenoiser:
+    """In place of :func:`dpsyngen.training.networks.make_denoiser`."""
+    network = LookupNetwork(shape.num_classes, shape.channels, shape.resolution, _STEEP * config.privacy.clipping_norm)
+    return PreconditionedDenoiser(network, shape.num_classes, config.network.sigma_data)
+
+
+def lively_denoiser(
+    config: Config, shape: Shape, conditional: bool, seed: int, gaussian: GaussianDenoiser | None = None
+) -> NetworkDenoiser:
+    """In place of :func:`dpsyngen.training.networks.make_denoiser`; a pure function of its arguments, like that."""
+    denoiser = make_denoiser(config, shape, conditional, seed, gaussian)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            p.add_(_PERTURBATION * torch.randn(p.shape, generator=generator))
+    return denoiser

@@ -23,18 +23,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpsyngen.audit.findings import Finding, by_p_value, clopper_pearson
-
-if TYPE_CHECKING:
-    from dpsyngen.privacy.exact import GridGradient
-    from dpsyngen.privacy.per_example import ClippedGradient
+from dpsyngen.audit.report import Finding, by_p_value
+from dpsyngen.privacy.clipping import ClippedGradient
 
 _BACKGROUND = 6  # coordinates that the other records use
 _HUGE = 1e4  # a canary's gradient before clipping, in units of C
@@ -97,9 +94,26 @@ class StepGame:
         """Of one step without subsampling, at δ: the lower bound, and what is claimed."""
         return gaussian_epsilon(self.mu_lower, delta), gaussian_epsilon(self.mu_claimed, delta)
 
+    def bound(self, delta: float) -> tuple[float, float, float]:
+        """See :class:`dpsyngen.audit.report.Attack`."""
+        return *self.epsilon(delta), delta
+
+    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return self.with_canary, self.without_canary
+
+    def to_dict(self, delta: float) -> dict[str, Any]:
+        lower, claimed = self.epsilon(delta)
+        names = ("trials", "group", "false_alarm_rate", "miss_rate", "mu_lower", "mu_claimed")
+        return {name: getattr(self, name) for name in names} | {
+            "epsilon_lower": lower,
+            "epsilon_claimed": claimed,
+            "noise_ratio": [r if math.isfinite(r) else None for r in self.noise_ratio],
+            "confidence": self.confidence,
+        }
+
     @property
     def finding(self) -> Finding:
-        """To be judged by :func:`dpsyngen.audit.findings.decide`."""
+        """To be judged by :func:`dpsyngen.audit.report.decide`."""
         low, high = self.noise_ratio
         return by_p_value(
             "a step hides a worst-case record",
@@ -111,8 +125,8 @@ class StepGame:
 
 
 def play_step_game(
-    summed: Callable[[nn.Module, Callable[[slice], Tensor], int], ClippedGradient | GridGradient],
-    released: Callable[[ClippedGradient | GridGradient, int], list[Tensor]],
+    summed: Callable[[nn.Module, Callable[[slice], Tensor], int], ClippedGradient],
+    released: Callable[[ClippedGradient, int], list[Tensor]],
     *,
     clipping_norm: float,
     noise_multiplier: float,
@@ -165,8 +179,7 @@ def play_step_game(
     assert len(without) == n
     misses, false_alarms = int((with_canary <= threshold).sum()), int((without > threshold).sum())
     errors, error = misses + false_alarms, 1 - confidence
-    most = clopper_pearson(errors, 2 * n, 2 * error)[1]
-    least = clopper_pearson(errors, 2 * n, 2 * error)[0]
+    least, most = _interval(errors, 2 * n, 2 * error)
     mu_game = group / z
     low, high = (max(-2 * float(norm.ppf(p)), 0.0) for p in (most, least))
     return StepGame(
@@ -176,8 +189,8 @@ def play_step_game(
         threshold,
         false_alarms,
         misses,
-        clopper_pearson(false_alarms, n, error / 2),
-        clopper_pearson(misses, n, error / 2),
+        _interval(false_alarms, n, error / 2),
+        _interval(misses, n, error / 2),
         1 / z,
         low / group,
         (mu_game / high if high > 0 else math.inf, mu_game / low if low > 0 else math.inf),
@@ -186,6 +199,14 @@ def play_step_game(
         with_canary,
         without,
     )
+
+
+def _interval(events: int, trials: int, error: float) -> tuple[float, float]:
+    """Clopper-Pearson interval of a probability, wrong with a chance of at most `error`, half of it on each side."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(events, trials).proportion_ci(1 - error, method="exact")
+    return float(low), float(high)
 
 
 def _presence(slots: int) -> list[list[bool]]:

@@ -1,15 +1,96 @@
-"""What an audit found, for a program (JSON) and for a person (lines of a table)."""
+"""What an audit found: a finding for each property, lower bounds on ε, for a program, a person and a picture."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
-from dpsyngen.audit.distinguish import StepGame
-from dpsyngen.audit.findings import Finding
-from dpsyngen.audit.one_run import OneRun
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.files import write_text
+
+_COLOURS = {"public": "#2a9d8f", "private": "#d1495b"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One property that was checked.
+
+    Attributes:
+        name: the property, in a few words.
+        passed: whether the evidence is compatible with it.
+        statistic: what was measured.
+        null: what the statistic is if the property holds: a distribution or an exact value.
+        p_value: chance, if the property holds, of a statistic at least so extreme; None for a property that holds
+            exactly or not at all.
+        level: the p-value below which the finding fails; 0 for exact properties, which have no false alarms.
+        detail: more for a reader, such as where it failed.
+    """
+
+    name: str
+    passed: bool
+    statistic: str
+    null: str
+    p_value: float | None = None
+    level: float = 0.0
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def by_p_value(name: str, statistic: str, null: str, p_value: float, detail: str = "") -> Finding:
+    """A finding that :func:`decide` judges by its p-value."""
+    return Finding(name, False, statistic, null, min(max(p_value, 0.0), 1.0), math.nan, detail)
+
+
+def exact(name: str, passed: bool, statistic: str, null: str, detail: str = "") -> Finding:
+    """A finding about a property that holds or does not; there is no chance in it."""
+    return Finding(name, passed, statistic, null, None, 0.0, detail)
+
+
+def decide(findings: Iterable[Finding], error: float) -> list[Finding]:
+    """Judge the tests among the findings so that all of them together fail a correct mechanism with at most `error`.
+
+    Bonferroni: each test gets the same share, which needs no independence.
+
+    Args:
+        findings: from :func:`by_p_value` and :func:`exact`.
+        error: family-wise error rate in (0, 1).
+    """
+    if not 0 < error < 1:
+        raise ValueError(f"error is {error}, but must be in (0, 1).")
+    all_of_them = list(findings)
+    tests = sum(f.p_value is not None for f in all_of_them)
+    out = []
+    for f in all_of_them:
+        if f.p_value is None:
+            out.append(f)
+        else:
+            level = error / tests
+            out.append(replace(f, level=level, passed=f.p_value >= level))
+    return out
+
+
+class Attack(Protocol):
+    """An attack with a lower bound on ε."""
+
+    def bound(self, delta: float) -> tuple[float, float, float]:
+        """Lower bound on ε, the claimed ε, and the δ of both: the given one, or the attack's own."""
+        ...
+
+    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What the attacker saw with the record and without it."""
+        ...
+
+    def to_dict(self, delta: float) -> dict[str, Any]:
+        """For JSON: no infinities, no scores."""
+        ...
 
 
 @dataclass
@@ -34,8 +115,8 @@ class AuditReport:
     confidence: float
     parts: dict[str, list[Finding]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    step_game: StepGame | None = None
-    one_runs: dict[str, OneRun] = field(default_factory=dict)
+    step_game: Attack | None = None
+    one_runs: dict[str, Attack] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -60,41 +141,15 @@ class AuditReport:
             "notes": self.notes,
             "findings": [{"part": part, **f.to_dict()} for part, of in self.parts.items() for f in of],
         }
-        if (g := self.step_game) is not None:
-            lower, claimed = g.epsilon(self.delta)
-            out["step"] = {
-                "trials": g.trials,
-                "group": g.group,
-                "false_alarm_rate": g.false_alarm_rate,
-                "miss_rate": g.miss_rate,
-                "mu_lower": g.mu_lower,
-                "mu_claimed": g.mu_claimed,
-                "epsilon_lower": lower,
-                "epsilon_claimed": claimed,
-                "noise_ratio": [r if math.isfinite(r) else None for r in g.noise_ratio],
-                "confidence": g.confidence,
-            }
-        out["one_run"] = {
-            name: {
-                "canaries": o.canaries,
-                "guesses": o.guesses,
-                "correct": o.correct,
-                "delta": o.delta,
-                "epsilon_lower": o.epsilon_lower,
-                "epsilon_claimed": o.epsilon_claimed,
-                "confidence": o.confidence,
-            }
-            for name, o in self.one_runs.items()
-        }
-        return out
+        if self.step_game is not None:
+            out["step"] = self.step_game.to_dict(self.delta)
+        return out | {"one_run": {name: attack.to_dict(self.delta) for name, attack in self.one_runs.items()}}
 
     def bounds(self) -> list[tuple[str, float, float, float]]:
         """(what, lower bound on ε, claimed ε, δ) of each attack."""
-        out = []
-        if self.step_game is not None:
-            out.append(("one step, worst-case record", *self.step_game.epsilon(self.delta), self.delta))
-        out += [(f"training, {name}", o.epsilon_lower, o.epsilon_claimed, o.delta) for name, o in self.one_runs.items()]
-        return out
+        named = [("one step, worst-case record", self.step_game)] if self.step_game is not None else []
+        named += [(f"training, {name}", attack) for name, attack in self.one_runs.items()]
+        return [(name, *attack.bound(self.delta)) for name, attack in named]
 
     def lines(self) -> Iterator[str]:
         """The table that the command line prints."""
@@ -138,3 +193,63 @@ class AuditReport:
             if all(f.p_value is not None for _, f in self.failures)
             else "This is no matter of chance: do not release the run."
         )
+
+
+def write_audit_plot(report: AuditReport, path: Path) -> None:
+    """Draw the attacks of an audit as SVG; the file is private.
+
+    Args:
+        report: with at least one attack.
+        path: where to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    attacks = {"one step": report.step_game} if report.step_game is not None else {}
+    attacks |= report.one_runs
+    figure, axes = plt.subplots(1, 1 + len(attacks), figsize=(4.2 * (1 + len(attacks)), 3.4))
+    panels = np.atleast_1d(axes)
+    _bounds(panels[0], report)
+    for panel, (name, attack) in zip(panels[1:], attacks.items(), strict=True):
+        _curve(panel, name, *attack.scores())
+    for panel in panels:
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+        panel.tick_params(labelsize=8)
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    write_text(path, buffer.getvalue(), 0o600)
+
+
+def _bounds(panel: Any, report: AuditReport) -> None:
+    bounds = report.bounds()
+    places = np.arange(len(bounds))[::-1]
+    for place, (_, lower, claimed, _) in zip(places, bounds, strict=True):
+        panel.barh(place, lower, height=0.5, color=_COLOURS["public" if lower <= claimed else "private"])
+        panel.plot([claimed, claimed], [place - 0.4, place + 0.4], color="#333", lw=2)
+        panel.text(max(lower, claimed), place, f"  {lower:.2f}", va="center", fontsize=8)
+    panel.set_yticks(places, [what.replace(", ", ",\n") for what, *_ in bounds], fontsize=8)
+    panel.set_xlim(0, 1.25 * max(claimed for _, _, claimed, _ in bounds))
+    panel.set_xlabel(f"ε: lower bound at confidence {report.confidence:g} (bar), claimed (line)", fontsize=8)
+
+
+def _curve(panel: Any, name: str, with_it: NDArray[np.float64], without: NDArray[np.float64]) -> None:
+    """Receiver operating characteristic, on logarithmic axes where attacks matter."""
+    thresholds = np.sort(np.concatenate([with_it, without]))
+    caught = 1 - np.searchsorted(np.sort(with_it), thresholds, side="right") / len(with_it)
+    alarms = 1 - np.searchsorted(np.sort(without), thresholds, side="right") / len(without)
+    panel.plot(alarms, caught, color=_COLOURS["private"], lw=1.5)
+    low = 1 / len(without)
+    diagonal = np.geomspace(low, 1, 50)
+    panel.plot(diagonal, diagonal, color="#999", lw=1, ls="--")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlim(low, 1)
+    panel.set_ylim(low, 1.05)
+    panel.set_title(name, fontsize=9)
+    panel.set_xlabel("false alarms", fontsize=8)
+    panel.set_ylabel("records recognised", fontsize=8)

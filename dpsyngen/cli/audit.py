@@ -29,7 +29,7 @@ def audit(
     from dpsyngen.console import Console
 
     console = Console(quiet, as_json)
-    from dpsyngen.audit.plot import write_audit_plot
+    from dpsyngen.audit.report import write_audit_plot
     from dpsyngen.audit.run import FULL, QUICK, audit_run
     from dpsyngen.hardware import check_device
     from dpsyngen.training.run import Run

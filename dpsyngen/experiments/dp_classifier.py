@@ -32,8 +32,7 @@ from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import PerExampleGradients
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.sampling import poisson_sample
+from dpsyngen.privacy.randomness import Randomness, poisson_sample
 
 Network = Literal["scattering", "cnn"]
 NETWORKS: tuple[Network, ...] = get_args(Network)

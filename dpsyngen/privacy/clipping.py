@@ -1,13 +1,29 @@
-"""Clipping each example's gradient, and the sum that carries its own sensitivity."""
+"""Clipping each example's gradient, and the sum that carries its own sensitivity.
+
+Symbols are those of Abadi et al. ("Deep learning with differential privacy", CCS 2016): g is the gradient of one
+example over all parameters, C the clipping norm, and g · min(1, C/‖g‖) what the example adds to the sum.
+
+=============================================  ============================================================
+an example                                     adds
+=============================================  ============================================================
+of padding (``valid`` is False)                exactly zero; neither counted nor in ``norms``
+with a NaN or an infinity in its gradient      exactly zero; counted in ``examples`` and ``not_finite``
+whose C/‖g‖ is below the smallest normal fp32  exactly zero; counted in ``examples`` and ``not_finite``
+with a gradient of zero                        zero
+none at all: an empty Poisson batch            the sum is zero and has sensitivity C all the same: a legal step
+=============================================  ============================================================
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpsyngen.errors import ConfigError
@@ -20,8 +36,19 @@ STYLES: tuple[ClippingStyle, ...] = get_args(ClippingStyle)
 AUTOMATIC_GAMMA = 0.01
 """γ of automatic clipping (Bu et al., arXiv 2206.07136, their default)."""
 
+LARGEST_STEPS = 1 << 31
+"""One example's norm on a grid stays below it, in steps of the grid, so that squares fit into 64 bits."""
+
 _SMALL_SQUARE = 1e-24  # below it squares in fp32 lose digits
-_SMALL_TENSOR = 4096  # numbers an example; smaller ones are handled together
+_SMALL_TENSOR = 4096  # numbers an example; smaller tensors are handled together
+
+
+class Draw(Protocol):
+    """Draws parts of one vector of standard normal noise; see :func:`dpsyngen.privacy.noise.standard_normal_parts`."""
+
+    def __call__(self, count: int, spans: Iterable[tuple[int, int]]) -> Iterator[NDArray[np.float32]]:
+        """Of the vector of `count` numbers, the parts (start, length)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,21 @@ class ClippedGradient:
     norms: Tensor
     not_finite: int
 
+    @property
+    def gradient(self) -> list[Tensor]:
+        """The sums in units of the gradient.  Private."""
+        return self.sums
+
+    def noisy(self, scale: float, divisor: float, draw: Draw) -> list[Tensor]:
+        """(sum + scale · noise) / divisor, one tensor a parameter: coordinate i gets entry i of one noise vector."""
+        sizes = [s.numel() for s in self.sums]
+        starts = np.cumsum([0, *sizes])
+        noise = draw(int(starts[-1]), zip(starts[:-1].tolist(), sizes, strict=True))
+        return [
+            (total + scale * torch.from_numpy(n).view(total.shape).to(total.device, total.dtype)) / divisor
+            for total, n in zip(self.sums, noise, strict=True)
+        ]
+
     def __add__(self, other: ClippedGradient) -> ClippedGradient:
         """The clipped gradient of both sets of examples, which must be disjoint; the sensitivity stays."""
         return replace(
@@ -59,24 +101,53 @@ class ClippedGradient:
         )
 
 
-class Shards(Protocol):
-    """How the processes that a model is split over clip together; see :mod:`dpsyngen.privacy.sharding.sharded`.
+@dataclass(frozen=True)
+class GridGradient(ClippedGradient):
+    """A sum of clipped gradients in whole steps of a grid (int64), for the discrete Gaussian mechanism.
+
+    Formal guarantee: adding or removing one example changes ``sums`` by a vector of integers whose L2 norm is at most
+    ``l2_sensitivity`` = floor(C / grid), in steps of the grid.  Both facts are statements about integers that were
+    checked as such.
 
     Attributes:
-        layers: how many layers the whole model has.
+        grid: what 1 stands for; a power of two.
     """
 
-    layers: int
+    grid: float
+
+    @property
+    def gradient(self) -> list[Tensor]:
+        return [s.double() * self.grid for s in self.sums]
+
+    def noisy(self, scale: float, divisor: float, draw: Draw) -> list[Tensor]:
+        raise ValueError("a sum on a grid needs noise in whole numbers: use DiscreteGaussian.")
+
+    def __add__(self, other: ClippedGradient) -> ClippedGradient:
+        if not isinstance(other, GridGradient) or other.grid != self.grid:
+            raise ValueError("sums on different grids cannot be added.")
+        return super().__add__(other)
+
+
+class Whole:
+    """How this process's part of a model clips together with the others: here it is the whole model.
+
+    A sharded engine overrides it; see :mod:`dpsyngen.privacy.sharding`.
+
+    Attributes:
+        layer_count: layers of the whole model; None: those of the contributions.
+    """
+
+    layer_count: int | None = None
 
     def total(self, squares: Tensor) -> Tensor:
         """[layers, B] squared norms of whole gradients, from those of this process's part; the same numbers, to the
         last bit, in all processes that see the same examples, so that they decide alike.
         """
-        ...
+        return squares
 
     def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
         """This process's part of the sums over all processes, from its own sums in the order of the parameters."""
-        ...
+        return list(sums)
 
 
 def check_clipping(clipping_norm: float, style: str) -> None:
@@ -126,7 +197,7 @@ def clip(
     style: ClippingStyle,
     *,
     valid: Tensor | None = None,
-    shards: Shards | None = None,
+    whole: Whole | None = None,
 ) -> ClippedGradient:
     """Clip each example's gradient and sum over examples.
 
@@ -145,18 +216,20 @@ def clip(
         style: see the table.
         valid: [B] booleans; where it is False there is no example but padding, which adds exactly zero and is not
             counted.  None: all are examples.
-        shards: the processes that hold the rest of the model; None: there are none.
+        whole: how the parts of a model that is split over processes clip together; None: it is not split.
     """
+    whole = whole or Whole()
     # Factors come from norms in fp32 or more, so what they are multiplied with must not be rounded further: in TF32 an
     # example's part of the sum would exceed C by up to a thousandth, in bf16 by up to a hundredth.
     with torch.no_grad(), full_precision(contributions[0].device.type):
-        parts = _Parts(contributions, layers, style != "per-layer", shards)
-        squares = parts.squared_norms()  # [layers, B]
-        norms = squares.sum(0).sqrt()
+        parts = _Parts(contributions, layers, style != "per-layer", whole)
+        squares = parts.squared_norms()  # ‖g_l‖², [layers, B]
+        norms = squares.sum(0).sqrt()  # ‖g‖, [B]
         bounded = squares if style == "per-layer" else squares.sum(0, keepdim=True)
-        # The products round to nearest; shrink C by a few units in the last place to stay within it.
+        # Products round to nearest, so C shrinks by a few units in the last place: the clipped norm stays within C.
         slack = 1.0 - 4.0 * torch.finfo(parts.dtype).eps
-        limit = clipping_norm * slack / math.sqrt(len(bounded))
+        limit = clipping_norm * slack / math.sqrt(len(bounded))  # C, or C/√L for each of L layers
+        # One factor an example, min(1, C/‖g‖).
         if style == "automatic":
             factors = limit / (bounded.sqrt() + AUTOMATIC_GAMMA)
         else:
@@ -172,20 +245,88 @@ def clip(
             left_out = ~kept
         dropped = int(left_out.sum())
         factors = torch.where(kept, factors, torch.zeros_like(factors)).to(parts.dtype)
+        # The sum of factor times gradient.  0 · NaN is NaN, so where something is dropped it is set to zero by `kept`.
         weighted = parts.weighted_sums(factors, None if dropped == 0 and valid is None else kept)
-        sums = list(weighted) if shards is None else shards.collect(weighted)
+        sums = whole.collect(weighted)
     return ClippedGradient(sums, clipping_norm, len(norms), norms, dropped)
+
+
+def default_grid(clipping_norm: float, parameters: int) -> float:
+    """A power of two so fine that rounding towards zero takes at most a thousandth of C off a gradient (in L2).
+
+    Args:
+        clipping_norm: C > 0.
+        parameters: how many numbers a gradient has.
+    """
+    return 2.0 ** math.floor(math.log2(1e-3 * clipping_norm / math.sqrt(parameters)))
+
+
+def _sensitivity(clipping_norm: float, grid: float) -> int:
+    if not grid > 0 or math.frexp(grid)[0] != 0.5:
+        raise ConfigError(f"the grid is {grid}, but must be a power of two, so that multiples of it are exact.")
+    bound = math.floor(clipping_norm / grid)
+    if not 1 <= bound < LARGEST_STEPS:  # strictly, so that a number clamped to it is seen to be too large
+        raise ConfigError(
+            f"clipping norm {clipping_norm} is {clipping_norm / grid:.3g} steps of the grid {grid}, but must be "
+            f"at least 1 and below {LARGEST_STEPS}: choose a {'finer' if bound < 1 else 'coarser'} grid (see "
+            "default_grid)."
+        )
+    return bound
+
+
+def empty_on_grid(parameters: list[Tensor], clipping_norm: float, grid: float) -> GridGradient:
+    """The sum over no examples."""
+    sums = [torch.zeros_like(p, dtype=torch.int64) for p in parameters]
+    norms = torch.zeros(0, dtype=torch.float64)
+    return GridGradient(sums, _sensitivity(clipping_norm, grid), 0, norms, 0, grid)
+
+
+def clip_to_grid(gradients: list[Tensor], clipping_norm: float, grid: float) -> GridGradient:
+    """Clip each example's gradient to `clipping_norm`, round it towards zero to the grid, and sum.
+
+    Args:
+        gradients: per-example tensors [B, ...]; examples with a NaN or an infinity contribute zero.
+        clipping_norm: C > 0, fewer than 2^31 steps of the grid.
+        grid: a power of two.
+
+    Raises:
+        ConfigError: the grid is no power of two, or too coarse or too fine.
+    """
+    bound = _sensitivity(clipping_norm, grid)
+    total = empty_on_grid([g[0] for g in gradients], clipping_norm, grid)
+    norms, bad = [], 0
+    for b in range(len(gradients[0])):
+        # Alone and in fp64: the clipped gradient is the clipped sum of one example.  To whole steps of the grid: a
+        # gradient of few coordinates loses almost nothing to truncation, and would else exceed the bound.
+        one = clip([Dense(g[b : b + 1].double()) for g in gradients], [0] * len(gradients), bound * grid, "flat")
+        norms.append(one.norms.double().cpu())
+        bad += one.not_finite
+        # Dividing by a power of two is exact; truncation never makes a number larger.
+        steps = [(s / grid).trunc().to(torch.int64) for s in one.sums]
+        if _squared_norm(steps) <= bound * bound:
+            for whole, part in zip(total.sums, steps, strict=True):
+                whole += part
+        else:  # rounding in fp64 went the wrong way by a hair; the bound is what counts
+            bad += 1
+    return GridGradient(total.sums, bound, len(norms), torch.cat([total.norms, *norms]), bad, grid)
+
+
+def _squared_norm(steps: list[Tensor]) -> int:
+    """Exactly: squares below 2^62 are added in two halves that cannot overflow."""
+    total = 0
+    for s in steps:
+        squares = s.abs().clamp_max(LARGEST_STEPS).square()
+        total += (int((squares >> 31).sum()) << 31) + int((squares & ((1 << 31) - 1)).sum())
+    return total
 
 
 class _Parts:
     """The contributions, the small ones of them laid side by side so that they cost one operation and not many."""
 
-    def __init__(
-        self, contributions: list[Contribution], layers: list[int], together: bool, shards: Shards | None
-    ) -> None:
-        self.contributions, self.shards = contributions, shards
+    def __init__(self, contributions: list[Contribution], layers: list[int], together: bool, whole: Whole) -> None:
+        self.contributions, self.whole = contributions, whole
         self.layers = [0] * len(layers) if together else layers
-        self.layer_count = 1 if together else shards.layers if shards else max(layers) + 1
+        self.layer_count = 1 if together else whole.layer_count or max(layers) + 1
         self.dtype, self.device = contributions[0].dtype, contributions[0].device
         small = {i: c for i, c in enumerate(contributions) if type(c) is Dense and c.size <= _SMALL_TENSOR}
         self.small: dict[int, Dense] = small if together and len(small) > 1 else {}
@@ -194,16 +335,12 @@ class _Parts:
 
     def squared_norms(self) -> Tensor:
         """[layers, B]."""
-        total = self._squared_norms(wide=False)
-        # Of whole gradients, which all shards know, so that all of them or none go on to the second round.
+        total = self.whole.total(self._own_squared_norms(wide=False))
+        # Of whole gradients, which all shards know, so that all of them or none go on to the second round, in fp64.
         doubtful = ~torch.isfinite(total) | (total < _SMALL_SQUARE)
         if self.dtype == torch.float32 and bool(doubtful.any()):
-            total = torch.where(doubtful, self._squared_norms(wide=True), total)
+            total = torch.where(doubtful, self.whole.total(self._own_squared_norms(wide=True)), total)
         return total
-
-    def _squared_norms(self, wide: bool) -> Tensor:
-        own = self._own_squared_norms(wide)
-        return own if self.shards is None else self.shards.total(own)
 
     def _own_squared_norms(self, wide: bool) -> Tensor:
         totals: dict[int, Tensor] = {}

@@ -77,6 +77,8 @@ def squared_row_norms(gradients: Tensor, wide: bool = False) -> Tensor:
     """
     dtype = wide_dtype(gradients)
     rows = len(gradients)
+    if gradients.numel() == 0:  # of a shard that holds no part of the parameter
+        return torch.zeros(rows, dtype=dtype, device=gradients.device)
     if gradients.dtype == torch.float64 or wide:
         return torch.linalg.vector_norm(gradients.reshape(rows, -1), dim=1, dtype=dtype).square()
     if gradients.dim() > 2 and gradients[0, 0].numel() <= _PIECE:  # a weight: one piece for each output
@@ -124,51 +126,19 @@ class Dense(_Like):
         return self.flat.shape[1]
 
     def squared_norms(self, wide: bool = False) -> Tensor:
-        """See :class:`Contribution`."""
         return squared_row_norms(self.gradients, wide)
 
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
-        """See :class:`Contribution`."""
         flat = self.flat
         if kept is not None:
             flat[~kept] = 0.0
         return torch.mv(flat.t(), factors.to(flat.dtype)).view(self.gradients.shape[1:])
 
     def dense(self) -> Tensor:
-        """See :class:`Contribution`."""
         return self.gradients
 
     def part(self, dim: int, first: int, length: int) -> Dense:
-        """See :class:`Contribution`."""
         return Dense(self.gradients.narrow(dim + 1, first, length).clone(memory_format=torch.contiguous_format))
-
-
-class Nothing(_Like):
-    """Gradients of a parameter of which this process holds no part.
-
-    Args:
-        gradients: [B, *shape] without a single number.
-    """
-
-    def __init__(self, gradients: Tensor) -> None:
-        self.gradients = at_least_fp32(gradients)
-        super().__init__(self.gradients)
-
-    def squared_norms(self, wide: bool = False) -> Tensor:
-        """See :class:`Contribution`."""
-        return torch.zeros(len(self.gradients), dtype=wide_dtype(self.gradients), device=self.device)
-
-    def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
-        """See :class:`Contribution`."""
-        return self.gradients.new_zeros(self.gradients.shape[1:])
-
-    def dense(self) -> Tensor:
-        """See :class:`Contribution`."""
-        return self.gradients
-
-    def part(self, dim: int, first: int, length: int) -> Nothing:
-        """See :class:`Contribution`."""
-        return self
 
 
 class Pieces(_Like):
@@ -193,11 +163,9 @@ class Pieces(_Like):
         self._squares.append(squared_row_norms(piece))
 
     def squared_norms(self, wide: bool = False) -> Tensor:
-        """See :class:`Contribution`."""
         return torch.cat([squared_row_norms(p, True) for p in self.pieces] if wide else self._squares)
 
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
-        """See :class:`Contribution`."""
         factors = factors.to(self.dtype)
         out = torch.zeros_like(self.pieces[0][0]).view(-1)
         start = 0
@@ -211,11 +179,9 @@ class Pieces(_Like):
         return self._in_place(out.view(self.pieces[0].shape[1:]), 1)
 
     def dense(self) -> Tensor:
-        """See :class:`Contribution`."""
         return self._in_place(torch.cat(self.pieces), 2)
 
     def part(self, dim: int, first: int, length: int) -> Pieces:
-        """See :class:`Contribution`."""
         out = Pieces(self.permuted)
         axis = -1 if self.permuted and dim == 1 else dim if self.permuted and dim > 1 else dim + 1
         for piece in self.pieces:
@@ -259,7 +225,6 @@ class Outer(_Like):
         return 2 * time * (outputs + inputs) < outputs * inputs
 
     def squared_norms(self, wide: bool = False) -> Tensor:
-        """See :class:`Contribution`."""
         dtype = wide_dtype(self.g)
         g, x = self.g.to(dtype), self.x.to(dtype)
         bound = g.square().sum((1, 2)) * x.square().sum((1, 2))
@@ -269,17 +234,14 @@ class Outer(_Like):
         return ghost_norms(product, bound, self.g.dtype)
 
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
-        """See :class:`Contribution`."""
         g, x = _blanked(self.g, kept), _blanked(self.x, kept)
         weighted = g * factors.to(g.dtype)[:, None, None]
         return weighted.flatten(0, 1).t() @ x.flatten(0, 1)
 
     def dense(self) -> Tensor:
-        """See :class:`Contribution`."""
         return torch.bmm(self.g.transpose(1, 2), self.x)
 
     def part(self, dim: int, first: int, length: int) -> Outer:
-        """See :class:`Contribution`."""
         own = (self.x if dim else self.g).narrow(2, first, length).clone(memory_format=torch.contiguous_format)
         return Outer(self.g, own) if dim else Outer(own, self.x)
 
@@ -303,7 +265,6 @@ class Rows(_Like):
         return time * time <= 16 * rows
 
     def squared_norms(self, wide: bool = False) -> Tensor:
-        """See :class:`Contribution`."""
         g = self.g.to(wide_dtype(self.g))
         bound = g.square().sum((1, 2))
         if g.shape[1] == 1:
@@ -315,18 +276,15 @@ class Rows(_Like):
         return ghost_norms(product, bound, self.g.dtype)
 
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
-        """See :class:`Contribution`."""
         g = _blanked(self.g, kept) * factors.to(self.g.dtype)[:, None, None]
         out = g.new_zeros(self.rows, g.shape[2])
         return out.index_add_(0, self.indices.flatten(), g.flatten(0, 1))
 
     def dense(self) -> Tensor:
-        """See :class:`Contribution`."""
         out = self.g.new_zeros(len(self.g), self.rows, self.g.shape[2])
         return out.scatter_add_(1, self.indices[..., None].expand_as(self.g), self.g)
 
     def part(self, dim: int, first: int, length: int) -> Rows:
-        """See :class:`Contribution`."""
         if dim:
             own = self.g.narrow(2, first, length).clone(memory_format=torch.contiguous_format)
             return Rows(self.indices, own, self.rows)
@@ -337,8 +295,6 @@ class Rows(_Like):
 
 def merged(a: Contribution, b: Contribution) -> Contribution:
     """The contribution of a parameter that was used twice: gradients add up *before* their norm is taken."""
-    if isinstance(a, Nothing):
-        return a
     if isinstance(a, Outer) and isinstance(b, Outer):
         time = a.g.shape[1] + b.g.shape[1]
         if a.g.dtype == b.g.dtype and Outer.pays(time, a.g.shape[2], a.x.shape[2]):

@@ -1,10 +1,10 @@
-"""The Gaussian mechanism in whole numbers: nothing about it rests on floating point.
+"""The discrete Gaussian mechanism: nothing about it rests on floating point.
 
-Each example's gradient is clipped and rounded towards zero to multiples of a grid; from there on there are only
-integers: the norm of what an example contributes is checked exactly, sums are exact in any order, and the noise is
-*discrete* Gaussian, drawn by comparing integers (Canonne, Kamath & Steinke, "The discrete Gaussian for differential
-privacy", NeurIPS 2020, arXiv 2004.00010).  Slower than the default, since every example's gradient is looked at in
-fp64.
+Each example's gradient is clipped and rounded towards zero to multiples of a grid
+(:func:`dpsyngen.privacy.clipping.clip_to_grid`); from there on there are only integers.  The norm of what an example
+contributes is checked exactly, sums are exact in any order, and the noise is *discrete* Gaussian, drawn by comparing
+integers (Canonne, Kamath & Steinke, "The discrete Gaussian for differential privacy", NeurIPS 2020, arXiv 2004.00010;
+CKS below).  Slower than the default, since every example's gradient is looked at in fp64.
 """
 
 from __future__ import annotations
@@ -20,123 +20,79 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.clipping import clip
-from dpsyngen.privacy.contributions import Dense
+from dpsyngen.privacy.clipping import ClippedGradient, GridGradient, default_grid
+from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
 
 SMALLEST_SIGMA = 1 << 10
 """Least noise in grid units for training.  By Poisson summation the discrete and the continuous Gaussian of one σ have
 normalising constants and divergences that agree to terms of the order exp(-2π²σ²), which is below 1e-8,000,000 here."""
 
-_LARGEST = 1 << 31  # of one example's norm in grid units: squares then fit into 64 bits
 _MOST_SIGMAS = 60  # candidates beyond it are turned down; exp(-59²/2) is less than 1e-750
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class GridGradient:
-    """A sum of clipped gradients in multiples of a grid.
+class DiscreteGaussian:
+    """The discrete Gaussian mechanism on a sum of gradients that were clipped and rounded to a grid.
 
-    Formal guarantee: adding or removing one example changes ``sums`` by a vector of integers whose L2 norm is at most
-    ``l2_sensitivity``.  Both facts are statements about integers that were checked as such.
+    Formal guarantee: on integer vectors with L2 sensitivity D, discrete Gaussian noise of parameter σ satisfies the
+    same bounds on Rényi divergences as the continuous one, for every order (CKS, section 2); σ = ceil(z · D) here.  The
+    accountant treats the Poisson-subsampled mechanism as its continuous counterpart, of which it is an approximation
+    finer than exp(-2π²σ²) at σ >= 2^10, which is required.  Division and conversion to `dtype` are post-processing.
 
     Attributes:
-        sums: int64, one tensor a parameter.
-        grid: what 1 stands for; a power of two.
-        l2_sensitivity: floor(C / grid), in grid units.
-        examples: how many went in.  Private.
-        norms: [examples], norms before clipping.  Private.
-        not_finite: examples that contribute zero because their gradient was not finite.  Private.
+        noise_multiplier: z > 0.
+        expected_examples: the constant divisor, sampling rate times declared number of records, > 0.
+        grid: a power of two; None: :func:`dpsyngen.privacy.clipping.default_grid`.
+        dtype: of what is released.
     """
 
-    sums: list[Tensor]
-    grid: float
-    l2_sensitivity: int
-    examples: int
-    norms: Tensor
-    not_finite: int
+    noise_multiplier: float
+    expected_examples: float
+    grid: float | None = None
+    dtype: torch.dtype = torch.float32
 
-    def __add__(self, other: GridGradient) -> GridGradient:
-        """The sum over both sets of examples, which must be disjoint."""
-        if (self.grid, self.l2_sensitivity) != (other.grid, other.l2_sensitivity):
-            raise ValueError(f"grids {self.grid} and {other.grid} or their sensitivities differ: they cannot be added.")
-        return GridGradient(
-            [a + b for a, b in zip(self.sums, other.sums, strict=True)],
-            self.grid,
-            self.l2_sensitivity,
-            self.examples + other.examples,
-            torch.cat([self.norms, other.norms]),
-            self.not_finite + other.not_finite,
-        )
+    def __post_init__(self) -> None:
+        if not (self.noise_multiplier > 0 and self.expected_examples > 0):
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier} and expected_examples={self.expected_examples} must be "
+                "positive."
+            )
 
+    def sum(
+        self,
+        engine: PerExampleGradients,
+        loss: Callable[[slice], Tensor],
+        examples: int,
+        *,
+        copies: int = 1,
+        physical_batch: int = 32,
+    ) -> GridGradient:
+        """The clipped sum in whole steps of the grid; arguments as of :meth:`PerExampleGradients.sum`."""
+        grid = self.grid or default_grid(engine.clipping_norm, sum(p.numel() for p in engine.parameters))
+        return engine.sum_on_grid(loss, examples, grid=grid, copies=copies, physical_batch=physical_batch)
 
-def default_grid(clipping_norm: float, parameters: int) -> float:
-    """A power of two so fine that rounding towards zero takes at most a thousandth of C off a gradient (in L2).
+    def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
+        """(sum + discrete noise) · grid / expected batch, one tensor a parameter: from here on it is public.
 
-    Args:
-        clipping_norm: C > 0.
-        parameters: how many numbers a gradient has.
-    """
-    return 2.0 ** math.floor(math.log2(1e-3 * clipping_norm / math.sqrt(parameters)))
-
-
-def _sensitivity(clipping_norm: float, grid: float) -> int:
-    if not grid > 0 or math.frexp(grid)[0] != 0.5:
-        raise ConfigError(f"the grid is {grid}, but must be a power of two, so that multiples of it are exact.")
-    bound = math.floor(clipping_norm / grid)
-    if not 1 <= bound < _LARGEST:  # strictly, so that a number clamped to it is seen to be too large
-        raise ConfigError(
-            f"clipping norm {clipping_norm} is {clipping_norm / grid:.3g} steps of the grid {grid}, but must be "
-            f"at least 1 and below {_LARGEST}: choose a {'finer' if bound < 1 else 'coarser'} grid (see default_grid)."
-        )
-    return bound
-
-
-def empty_on_grid(parameters: list[Tensor], clipping_norm: float, grid: float) -> GridGradient:
-    """The sum over no examples."""
-    sums = [torch.zeros_like(p, dtype=torch.int64) for p in parameters]
-    norms = torch.zeros(0, dtype=torch.float64)
-    return GridGradient(sums, grid, _sensitivity(clipping_norm, grid), 0, norms, 0)
-
-
-def clip_to_grid(gradients: list[Tensor], clipping_norm: float, grid: float) -> GridGradient:
-    """Clip each example's gradient to `clipping_norm`, round it towards zero to the grid, and sum.
-
-    Args:
-        gradients: per-example tensors [B, ...]; examples with a NaN or an infinity contribute zero.
-        clipping_norm: C > 0, fewer than 2^31 steps of the grid.
-        grid: a power of two.
-
-    Raises:
-        ConfigError: the grid is no power of two, or too coarse or too fine.
-    """
-    bound = _sensitivity(clipping_norm, grid)
-    total = empty_on_grid([g[0] for g in gradients], clipping_norm, grid)
-    norms, bad = [], 0
-    for b in range(len(gradients[0])):
-        # Alone and in fp64: the clipped gradient is the clipped sum of one example.  To whole steps of the grid: a
-        # gradient of few coordinates loses almost nothing to truncation, and would else exceed the bound.
-        one = clip([Dense(g[b : b + 1].double()) for g in gradients], [0] * len(gradients), bound * grid, "flat")
-        norms.append(one.norms.double().cpu())
-        bad += one.not_finite
-        # Dividing by a power of two is exact; truncation never makes a number larger.
-        steps = [(s / grid).trunc().to(torch.int64) for s in one.sums]
-        if _squared_norm(steps) <= bound * bound:
-            for whole, part in zip(total.sums, steps, strict=True):
-                whole += part
-        else:  # rounding in fp64 went the wrong way by a hair; the bound is what counts
-            bad += 1
-    return GridGradient(total.sums, grid, bound, len(norms), torch.cat([total.norms, *norms]), bad)
-
-
-def _squared_norm(steps: list[Tensor]) -> int:
-    """Exactly: squares below 2^62 are added in two halves that cannot overflow."""
-    total = 0
-    for s in steps:
-        squares = s.abs().clamp_max(_LARGEST).square()
-        total += (int((squares >> 31).sum()) << 31) + int((squares & ((1 << 31) - 1)).sum())
-    return total
+        Raises:
+            ConfigError: the grid is so coarse that σ would be below 2^10 of its steps.
+        """
+        assert isinstance(total, GridGradient)
+        sigma = math.ceil(self.noise_multiplier * total.l2_sensitivity)
+        if sigma < SMALLEST_SIGMA:
+            raise ConfigError(
+                f"the noise would have a standard deviation of {sigma} steps of the grid, but must have at least "
+                f"{SMALLEST_SIGMA}: choose a finer grid (see default_grid)."
+            )
+        sizes = [s.numel() for s in total.sums]
+        noise = torch.from_numpy(discrete_gaussian(randomness, step, sum(sizes), sigma)).split(sizes)
+        return [
+            ((s + n.view(s.shape).to(s.device)).double() * (total.grid / self.expected_examples)).to(self.dtype)
+            for s, n in zip(total.sums, noise, strict=True)
+        ]
 
 
 # --------------------------------------------------------------------------------- the discrete Gaussian, exactly
@@ -174,7 +130,7 @@ def _bernoulli(words: _Words, fractions: _Fractions) -> NDArray[np.bool_]:
 
 
 def _bernoulli_exp(words: _Words, fractions: _Fractions) -> NDArray[np.bool_]:
-    """True with probability exp(-x), x the product of the fractions, in [0, 1] (CKS 2020, algorithm 1)."""
+    """True with probability exp(-x), x the product of the fractions, in [0, 1] (CKS, algorithm 1)."""
     n = len(fractions[0][0])
     out = np.zeros(n, dtype=bool)
     active = np.arange(n)
@@ -203,7 +159,7 @@ def _all_of(words: _Words, times: Ints, fractions: _Fractions) -> NDArray[np.boo
 def discrete_gaussian(randomness: Randomness, step: int, count: int, sigma: int) -> Ints:
     """`count` integers, each n with probability proportional to exp(-n² / 2σ²), a function of (key, step, count, σ).
 
-    Rejection from a discrete Laplace distribution of scale σ (CKS 2020, algorithms 2 and 3); every decision compares
+    Rejection from a discrete Laplace distribution of scale σ (CKS, algorithms 2 and 3); every decision compares
     integers.
 
     Args:
@@ -258,49 +214,3 @@ def _acceptance(q: Ints, r: Ints, scale: Ints) -> list[Callable[[_Words, Ints], 
         return _bernoulli_exp(words, [(one[i], 2 * one[i]), (r[i], scale[i]), (r[i], scale[i])])
 
     return [rest, mixed, odd_half, squares]
-
-
-def exact_noisy_mean(
-    clipped: GridGradient,
-    *,
-    noise_multiplier: float,
-    expected_examples: float,
-    randomness: Randomness,
-    step: int,
-    dtype: torch.dtype = torch.float32,
-) -> list[Tensor]:
-    """The discrete Gaussian mechanism on a sum in grid units, turned into numbers and divided by the expected batch.
-
-    Formal guarantee: on integer vectors with L2 sensitivity D, discrete Gaussian noise of parameter σ satisfies the
-    same bounds on Rényi divergences as the continuous one, for every order (CKS 2020, section 2);
-    σ = ceil(noise_multiplier * D) here.  The accountant treats the Poisson-subsampled mechanism as its continuous
-    counterpart, of which it is an approximation finer than exp(-2π²σ²) at σ >= 2^10, which is required.  The division
-    and the conversion to `dtype` are post-processing.
-
-    Args:
-        clipped: the sum.
-        noise_multiplier: z > 0.
-        expected_examples: sampling rate times declared number of records, > 0.
-        randomness: the run's secret streams.
-        step: number of the step.
-        dtype: of the result.
-
-    Raises:
-        ConfigError: the grid is so coarse that σ would be below 2^10 grid units.
-    """
-    if not noise_multiplier > 0 or not expected_examples > 0:
-        raise ValueError(
-            f"noise_multiplier={noise_multiplier} and expected_examples={expected_examples} must be positive."
-        )
-    sigma = math.ceil(noise_multiplier * clipped.l2_sensitivity)
-    if sigma < SMALLEST_SIGMA:
-        raise ConfigError(
-            f"the noise would have a standard deviation of {sigma} steps of the grid, but must have at least "
-            f"{SMALLEST_SIGMA}: choose a finer grid (see default_grid)."
-        )
-    sizes = [s.numel() for s in clipped.sums]
-    noise = torch.from_numpy(discrete_gaussian(randomness, step, sum(sizes), sigma)).split(sizes)
-    return [
-        ((s + n.view(s.shape).to(s.device)).double() * (clipped.grid / expected_examples)).to(dtype)
-        for s, n in zip(clipped.sums, noise, strict=True)
-    ]

@@ -238,7 +238,6 @@ class _Ghost:
         return ghost_norms((g * taps).flatten(1).sum(1), bound, at_least_fp32(call.g).dtype)
 
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
-        """See :class:`Contribution`."""
         call = self.call
         k = call.copies
         g, x = at_least_fp32(call.g), at_least_fp32(call.x)
@@ -250,11 +249,9 @@ class _Ghost:
         return out
 
     def dense(self) -> Tensor:
-        """See :class:`Contribution`."""
         return Dense(_grouped(self.call.g, self.call.x, self.call)).dense()
 
     def part(self, dim: int, first: int, length: int) -> Contribution:
-        """See :class:`dpsyngen.privacy.contributions.Contribution`."""
         if dim > 1:
             return Dense(self.dense()).part(dim, first, length)
         call = self.call

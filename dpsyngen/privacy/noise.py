@@ -1,4 +1,8 @@
-"""Gaussian noise from a cryptographically secure stream.
+"""Gaussian noise from a cryptographically secure stream, and the mechanisms that add it.
+
+A *mechanism* is an object that sums an engine's gradients (``sum``) and releases the sum (``release``): everything
+before ``release`` is private, everything after it public.  There are :class:`GaussianMechanism`,
+:class:`dpsyngen.privacy.exact.DiscreteGaussian` and :class:`NoPrivacy` (ε = ∞).
 
 What is hardened, and what is not:
 
@@ -15,33 +19,161 @@ What is hardened, and what is not:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from dpsyngen.privacy.per_example import ClippedGradient
+from dpsyngen.privacy.clipping import ClippedGradient
+from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Purpose, Randomness
-from dpsyngen.privacy.sharding.places import ShardedGradient
+from dpsyngen.workers import summed_gradients
 
-_SUMMED = 4
+_SUMMED = 4  # Gaussians in a sample, each of which hides the others
 _CHUNK = 1 << 15  # samples at a time: the temporary arrays stay within the cache
 _UNIT = 2.0**-53
 
 
+class StepMechanism(Protocol):
+    """Sums the clipped gradients of a step and releases the sum."""
+
+    def sum(
+        self,
+        engine: PerExampleGradients,
+        loss: Callable[[slice], Tensor],
+        examples: int,
+        *,
+        copies: int = 1,
+        physical_batch: int = 32,
+    ) -> ClippedGradient:
+        """The sum over examples of their clipped gradients; arguments as of :meth:`PerExampleGradients.sum`."""
+        ...
+
+    def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
+        """The noisy mean, one tensor a parameter: public from here on."""
+        ...
+
+
+@dataclass(frozen=True)
+class GaussianMechanism:
+    """The Gaussian mechanism on a sum of clipped gradients; see :func:`noisy_mean` for the guarantee.
+
+    Attributes:
+        noise_multiplier: z > 0.
+        expected_examples: the constant divisor, sampling rate times declared number of records, > 0.
+    """
+
+    noise_multiplier: float
+    expected_examples: float
+
+    def sum(
+        self,
+        engine: PerExampleGradients,
+        loss: Callable[[slice], Tensor],
+        examples: int,
+        *,
+        copies: int = 1,
+        physical_batch: int = 32,
+    ) -> ClippedGradient:
+        return engine.sum(loss, examples, copies=copies, physical_batch=physical_batch)
+
+    def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
+        constants: dict[str, Any] = {**vars(self), "randomness": randomness, "step": step}
+        return noisy_mean(total, **constants)
+
+
+@dataclass(frozen=True)
+class NoPrivacy:
+    """Neither clipping nor noise, for a non-private reference: ε = ∞.
+
+    Attributes:
+        expected_examples: the constant divisor, > 0.
+    """
+
+    expected_examples: float
+
+    def sum(
+        self,
+        engine: PerExampleGradients,
+        loss: Callable[[slice], Tensor],
+        examples: int,
+        *,
+        copies: int = 1,
+        physical_batch: int = 32,
+    ) -> ClippedGradient:
+        """The unclipped sum of gradients; its sensitivity is infinite, so no mechanism takes it for a clipped one."""
+        sums = engine.zero().sums
+        for start in range(0, examples, physical_batch):
+            count = min(physical_batch, examples - start)
+
+            def of_piece(part: slice, start: int = start) -> Tensor:
+                return loss(slice(start + part.start, start + part.stop))
+
+            gradients, _ = summed_gradients(engine.parameters, of_piece, count, engine.workers)
+            torch._foreach_add_(sums, gradients, alpha=1 / copies)
+        return ClippedGradient(sums, math.inf, examples, sums[0].new_zeros(0), 0)
+
+    def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
+        return [s / self.expected_examples for s in total.sums]
+
+
+def noisy_mean(
+    clipped: ClippedGradient,
+    *,
+    noise_multiplier: float,
+    expected_examples: float,
+    randomness: Randomness,
+    step: int,
+) -> list[Tensor]:
+    """The Gaussian mechanism on a clipped sum, divided by the *expected* number of examples.
+
+    Formal guarantee: with the examples of this step chosen by Poisson sampling at rate q, the result is one run of
+    the Poisson-subsampled Gaussian mechanism with rate q and the given noise multiplier (noise standard deviation
+    over sensitivity), under adding or removing one record.  The divisor is a constant, so dividing is
+    post-processing; the realised number of examples must never be used for it.
+
+    Args:
+        clipped: the sum; the noise is scaled from its own ``l2_sensitivity``.
+        noise_multiplier: z >= 0; the noise has standard deviation z * l2_sensitivity in each coordinate.
+        expected_examples: sampling rate times declared number of records, > 0.
+        randomness: the run's secret streams.
+        step: number of the step; each step has its own noise.
+
+    Returns:
+        one tensor for each of ``clipped.sums``.  Of a model that is split over processes each gets its own part of the
+        same noise that one process would have added, so that every coordinate has noise once; see
+        :mod:`dpsyngen.privacy.sharding`.
+    """
+    if noise_multiplier < 0 or expected_examples <= 0:
+        raise ValueError(
+            f"noise_multiplier={noise_multiplier} must be >= 0 and expected_examples={expected_examples} > 0."
+        )
+    if noise_multiplier == 0:
+        return [total / expected_examples for total in clipped.sums]
+    if not math.isfinite(clipped.l2_sensitivity):
+        raise ValueError("the sum has no finite sensitivity, so no noise makes it private: clip it first.")
+    scale = noise_multiplier * clipped.l2_sensitivity
+
+    def draw(count: int, spans: Iterable[tuple[int, int]]) -> Iterator[NDArray[np.float32]]:
+        return standard_normal_parts(randomness, step, count, spans)
+
+    return clipped.noisy(scale, expected_examples, draw)
+
+
 def standard_normal(randomness: Randomness, step: int, count: int, purpose: Purpose = "noise") -> NDArray[np.float32]:
     """`count` samples of N(0, 1), a pure function of (key, purpose, step)."""
-    out = np.empty(count, dtype=np.float32)
-    _fill(out, randomness, step, purpose)
-    return out
+    return next(standard_normal_parts(randomness, step, count, [(0, count)], purpose))
 
 
 def fine_normal(randomness: Randomness, step: int, count: int, purpose: Purpose) -> NDArray[np.float64]:
     """The same samples before they are rounded to fp32, for noise that is then rounded to a grid of its own."""
-    out = np.empty(count, dtype=np.float64)
-    _fill(out, randomness, step, purpose)
-    return out
+    starts = range(0, count, _CHUNK)
+    chunks = [_chunk(randomness, step, purpose, i, min(_CHUNK, count - s)) for i, s in enumerate(starts)]
+    return np.concatenate([np.empty(0), *chunks])
 
 
 def standard_normal_parts(
@@ -71,13 +203,6 @@ def standard_normal_parts(
         yield out
 
 
-def _fill(out: NDArray[np.floating], randomness: Randomness, step: int, purpose: Purpose) -> None:
-    count = len(out)
-    for part, start in enumerate(range(0, count, _CHUNK)):
-        n = min(_CHUNK, count - start)
-        out[start : start + n] = _chunk(randomness, step, purpose, part, n)
-
-
 def _chunk(randomness: Randomness, step: int, purpose: Purpose, part: int, n: int) -> NDArray[np.float64]:
     """The `n` samples from number part * _CHUNK on; which they are depends on n, too."""
     # Half as many pairs of uniforms as Gaussians: each gives radius * cos and radius * sin of one angle, whose sum
@@ -94,55 +219,3 @@ def _chunk(randomness: Randomness, step: int, purpose: Purpose, part: int, n: in
     radius *= angle
     total: NDArray[np.float64] = radius.sum(0)
     return total
-
-
-def noisy_mean(
-    clipped: ClippedGradient,
-    *,
-    noise_multiplier: float,
-    expected_examples: float,
-    randomness: Randomness,
-    step: int,
-) -> list[torch.Tensor]:
-    """The Gaussian mechanism on a clipped sum, divided by the *expected* number of examples.
-
-    Formal guarantee: with the examples of this step chosen by Poisson sampling at rate q, the result is one run of
-    the Poisson-subsampled Gaussian mechanism with rate q and the given noise multiplier (noise standard deviation
-    over sensitivity), under adding or removing one record.  The divisor is a constant, so dividing is
-    post-processing; the realised number of examples must never be used for it.
-
-    Args:
-        clipped: the sum; the noise is scaled from its own ``l2_sensitivity``.
-        noise_multiplier: z >= 0; the noise has standard deviation z * l2_sensitivity in each coordinate.
-        expected_examples: sampling rate times declared number of records, > 0.
-        randomness: the run's secret streams.
-        step: number of the step; each step has its own noise.
-
-    Returns:
-        one tensor for each of ``clipped.sums``.  Of a model that is split over processes each gets its own part of the
-        same noise that one process would have added, so that every coordinate has noise once; see
-        :mod:`dpsyngen.privacy.sharding.sharded`.
-    """
-    if noise_multiplier < 0 or expected_examples <= 0:
-        raise ValueError(
-            f"noise_multiplier={noise_multiplier} must be >= 0 and expected_examples={expected_examples} > 0."
-        )
-    if noise_multiplier == 0:
-        return [total / expected_examples for total in clipped.sums]
-    if not math.isfinite(clipped.l2_sensitivity):
-        raise ValueError("the sum has no finite sensitivity, so no noise makes it private: clip it first.")
-    scale = noise_multiplier * clipped.l2_sensitivity
-    if isinstance(clipped, ShardedGradient):
-        spans = (place.span for place in clipped.places)
-        drawn = standard_normal_parts(randomness, step, clipped.coordinates, spans)
-        return [
-            place.like(total, (own + scale * place.cut(noise, own)) / expected_examples)
-            for total, place, noise in zip(clipped.sums, clipped.places, drawn, strict=True)
-            for own in (place.own(total),)
-        ]
-    sizes = [s.numel() for s in clipped.sums]
-    noise = torch.from_numpy(standard_normal(randomness, step, sum(sizes))).split(sizes)
-    return [
-        (total + scale * n.view(total.shape).to(total.device, total.dtype)) / expected_examples
-        for total, n in zip(clipped.sums, noise, strict=True)
-    ]

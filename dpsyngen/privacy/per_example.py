@@ -8,35 +8,54 @@ reused: each pass has its own tape.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.clipping import ClippedGradient, ClippingStyle, check_clipping, clip, clip_and_sum, valid_mask
+from dpsyngen.privacy.clipping import (
+    ClippedGradient,
+    ClippingStyle,
+    GridGradient,
+    Whole,
+    check_clipping,
+    clip,
+    clip_and_sum,
+    clip_to_grid,
+    empty_on_grid,
+    valid_mask,
+)
 from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.recording import Recorder, Tape
 from dpsyngen.privacy.rules import UnsupportedLayer
-from dpsyngen.privacy.sharding.places import ShardedGradient
 from dpsyngen.workers import Workers
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+__all__ = ["ClippedGradient", "PerExampleGradients", "UnsupportedLayer", "clip_and_sum", "find_physical_batch"]
 
-    from dpsyngen.privacy.exact import GridGradient
-    from dpsyngen.privacy.sharding.sharded import Sharding
-
-__all__ = ["ClippedGradient", "PerExampleGradients", "UnsupportedLayer", "clip_and_sum"]
+_T = TypeVar("_T")
 
 
-class PerExampleGradients:
+def layer_numbers(names: list[str]) -> list[int]:
+    """For each parameter the number of its module: the layer that per-layer clipping counts it to.
+
+    >>> layer_numbers(["a.weight", "a.bias", "b.weight"])
+    [0, 0, 1]
+    """
+    modules = [name.rpartition(".")[0] for name in names]
+    numbers = {module: i for i, module in enumerate(dict.fromkeys(modules))}
+    return [numbers[module] for module in modules]
+
+
+class PerExampleGradients(Whole):
     """Clipped per-example gradients of a module.
 
     Args:
@@ -48,17 +67,10 @@ class PerExampleGradients:
             the result is C in each.
         kernels: how convolutions compute; None: measure on first use (:class:`KernelChoices`).
         workers: how many threads share a batch in :meth:`sum`, or the threads themselves; None: one for each of
-            PyTorch's threads, at most 8 (one on a GPU, and for a model that is split over processes).
-        shards: processes that hold parts of one model and see the same examples: the squared norms of an example's
-            parts are added up over them.  None for a model that is whole, and for one sharded by ``fully_shard`` whose
-            processes each have their own examples; see :mod:`dpsyngen.privacy.sharding.sharded`.
-
-    Of a model that is split over processes every method but :meth:`zero` and :meth:`per_example` must be called in
-    all of them alike, and gives each its own part of the sum, with the sensitivity of the whole.
+            PyTorch's threads, at most 8 (one on a GPU).
 
     Raises:
-        ConfigError: the parameters are split in a way that is not supported, or `workers` is more than one for a
-            model that is split.
+        ConfigError: the parameters are sharded; :func:`dpsyngen.privacy.sharding.sharded` makes the engine for those.
 
     The model must treat the rows of a batch independently.  Layers known to mix them are refused; ordinary arithmetic
     that does (``h - h.mean(0)``) would void the sensitivity and cannot be seen in a single pass:
@@ -70,7 +82,7 @@ class PerExampleGradients:
         >>> from dpsyngen.privacy.noise import noisy_mean
         >>> from dpsyngen.privacy.per_example import PerExampleGradients
         >>> from dpsyngen.privacy.randomness import Randomness
-        >>> from dpsyngen.privacy.sampling import poisson_sample
+        >>> from dpsyngen.privacy.randomness import poisson_sample
         >>> x, y = torch.randn(100, 3), torch.randn(100, 1)
         >>> model = torch.nn.Linear(3, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -103,7 +115,6 @@ class PerExampleGradients:
         style: ClippingStyle = "flat",
         kernels: KernelChoices | None = None,
         workers: Workers | int | None = None,
-        shards: ProcessGroup | None = None,
     ) -> None:
         check_clipping(clipping_norm, style)
         self.module, self.style = module, style
@@ -117,48 +128,37 @@ class PerExampleGradients:
         self.constants = {id(t) for t in (*frozen, *module.buffers())}
         self.kernels = kernels or KernelChoices()
         self._passing = threading.local()  # has the `tape` of this thread's forward pass
-        self._sharding: Sharding | None = None
-        if shards is not None or any(hasattr(p, "to_local") for p in self.parameters):
-            from dpsyngen.privacy.sharding.sharded import sharding_of
+        if workers is None and self.parameters[0].device.type != "cpu":
+            workers = 1
+        self.workers = workers if isinstance(workers, Workers) else Workers(workers)
+        self.layers = self._layers()
 
-            self._sharding = sharding_of(module, self.names, self.parameters, shards)
-        alone = self.parameters[0].device.type != "cpu" or self._sharding is not None
-        self.workers = workers if isinstance(workers, Workers) else Workers(1 if workers is None and alone else workers)
-        if self._sharding is not None and self.workers.count > 1:
+    def _layers(self) -> list[int]:
+        """For each parameter the number of its layer in the whole model."""
+        if any(hasattr(p, "to_local") for p in self.parameters):
             raise ConfigError(
-                f"workers is {self.workers.count}, but a model that is split over processes runs in one thread of "
-                "each, since its collectives must come in one order: leave `workers` out."
+                "the parameters are sharded over processes (DTensor): make the engine with "
+                "dpsyngen.privacy.sharding.sharded."
             )
-        modules = [n.rpartition(".")[0] for n in self.names]
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(modules))}
-        self._layers = [numbers[m] for m in modules] if self._sharding is None else self._sharding.numbers
+        return layer_numbers(self.names)
 
     def zero(self) -> ClippedGradient:
         """The clipped gradient of an empty batch: zeros, with the same sensitivity.  A legal Poisson outcome."""
-        first = self.parameters[0]
         sums = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        if self._sharding is not None:
-            norms = torch.zeros(0, dtype=first.dtype, device=first.device)
-            places = self._sharding.places, self._sharding.coordinates
-            return ShardedGradient(sums, self.clipping_norm, 0, norms, 0, *places)
-        return ClippedGradient(sums, self.clipping_norm, 0, first.new_zeros(0, requires_grad=False), 0)
+        return ClippedGradient(sums, self.clipping_norm, 0, self.parameters[0].new_zeros(0, requires_grad=False), 0)
 
     def contributions(self, loss: Callable[[], Tensor], examples: int, copies: int = 1) -> list[Contribution]:
         """One pass: what each parameter's per-example gradients are, in the cheapest form.
 
         Args and errors: as :meth:`per_example`.
         """
-        if self._sharding is None:
-            parameters = dict(zip(self.names, self.parameters, strict=True))
-            tape = Tape(parameters, self.constants, self.kernels, examples, copies)
-        else:
-            tape = self._sharding.tape(self.constants, self.kernels, examples, copies)
-        try:
-            self._run(tape, loss, examples, copies)
-        except Exception:
-            if self._sharding is not None:
-                self._sharding.abandon()
-            raise
+        tape = self._tape(examples, copies)
+        with torch.enable_grad():
+            # Forward: rules replace the functions that use parameters, and losses of the K copies are averaged.
+            rows = self._losses(tape, loss)
+            # Backward: each rule hands its layer's per-example gradients to the tape.
+            (rows.sum() / copies).backward()
+        tape.send_back()
         missing = [n for i, n in enumerate(self.names) if i not in tape.recorded]
         if missing:
             raise UnsupportedLayer(
@@ -167,6 +167,10 @@ class PerExampleGradients:
             )
         recorded, tape.recorded = tape.recorded, {}  # the graph holds the tape: leave nothing large on it
         return [recorded[i] for i in range(len(self.parameters))]
+
+    def _tape(self, examples: int, copies: int) -> Tape:
+        parameters = dict(zip(self.names, self.parameters, strict=True))
+        return Tape(parameters, self.constants, self.kernels, examples, copies)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         """For ``torch.utils.checkpoint.checkpoint(…, use_reentrant=False, context_fn=engine.checkpoint_contexts)``.
@@ -177,23 +181,20 @@ class PerExampleGradients:
         tape = getattr(self._passing, "tape", None)
         return nullcontext(), nullcontext() if tape is None else Recorder(tape)
 
-    def _run(self, tape: Tape, loss: Callable[[], Tensor], examples: int, copies: int) -> None:
-        with torch.enable_grad():
-            self._passing.tape = tape
-            try:
-                with Recorder(tape):
-                    rows = loss()
-            finally:
-                self._passing.tape = None
-            if rows.shape != (examples * copies,):
-                raise ValueError(
-                    f"the loss has shape {tuple(rows.shape)}, but must be one number a row: "
-                    f"({examples * copies},) = examples x copies."
-                )
-            if self._sharding is not None:
-                self._sharding.check_same(rows.detach())
-            (rows.sum() / copies).backward()
-        tape.send_back()
+    def _losses(self, tape: Tape, loss: Callable[[], Tensor]) -> Tensor:
+        """[examples · copies], computed while the tape watches."""
+        self._passing.tape = tape
+        try:
+            with Recorder(tape):
+                rows = loss()
+        finally:
+            self._passing.tape = None
+        if rows.shape != (tape.examples * tape.copies,):
+            raise ValueError(
+                f"the loss has shape {tuple(rows.shape)}, but must be one number a row: "
+                f"({tape.examples * tape.copies},) = examples x copies."
+            )
+        return rows
 
     def per_example(self, loss: Callable[[], Tensor], examples: int, copies: int = 1) -> list[Tensor]:
         """Unclipped per-example gradients, one tensor [examples, *parameter.shape] for each parameter.
@@ -222,17 +223,9 @@ class PerExampleGradients:
         """
         mask = valid_mask(valid, examples, self.parameters[0].device)
         if examples == 0:
-            if self._sharding is not None:
-                raise ConfigError(
-                    "examples is 0, but each process must run the same passes of a model that is split: give it one "
-                    "example of any kind, with valid=0."
-                )
             return self.zero()
         contributions = self.contributions(loss, examples, copies)
-        if self._sharding is None and mask is None:
-            return clip(contributions, self._layers, self.clipping_norm, self.style)
-        clipped = clip(contributions, self._layers, self.clipping_norm, self.style, valid=mask, shards=self._sharding)
-        return clipped if self._sharding is None else self._sharding.finish(clipped)
+        return clip(contributions, self.layers, self.clipping_norm, self.style, valid=mask, whole=self)
 
     def sum(
         self,
@@ -252,38 +245,31 @@ class PerExampleGradients:
             copies: K >= 1, rows of each example; their losses are averaged.
             physical_batch: examples in memory at a time, over all workers together.  It changes the rounding of the
                 sums and nothing else.
-            valid: which of the examples are more than padding, as of :meth:`__call__`.  The processes of a model
-                that is split must give the same number of examples, so those with fewer fill up.
+            valid: which of the examples are more than padding, as of :meth:`__call__`.
 
         Returns:
             the sum, added up in the order of the examples: for given settings it is the same each time.
         """
         mask = valid_mask(valid, examples, self.parameters[0].device)
-        if self._sharding is not None:
-            self._sharding.check_agreement(examples=examples, copies=copies, physical_batch=physical_batch)
 
         def one(part: slice) -> ClippedGradient:
-            count = part.stop - part.start
-            if mask is None:
-                return self(lambda: loss(part), count, copies)
-            return self(lambda: loss(part), count, copies, valid=mask[part])
+            own = None if mask is None else mask[part]
+            return self(lambda: loss(part), part.stop - part.start, copies, valid=own)
 
         sums: list[Tensor] | None = None
         norms: list[Tensor] = []
         bad = count = 0
-        for parts in self._partition(examples, copies, physical_batch):
-            for clipped in self.workers.map(one, parts):
-                if sums is None:
-                    sums = clipped.sums
-                else:
-                    torch._foreach_add_(sums, clipped.sums)
-                norms.append(clipped.norms)
-                bad += clipped.not_finite
-                count += clipped.examples
+        for clipped in self._in_parts(one, examples, copies, physical_batch):
+            if sums is None:
+                sums = clipped.sums
+            else:
+                torch._foreach_add_(sums, clipped.sums)
+            norms.append(clipped.norms)
+            bad += clipped.not_finite
+            count += clipped.examples
         if sums is None:
             return self.zero()
-        total = ClippedGradient(sums, self.clipping_norm, count, torch.cat(norms), bad)
-        return total if self._sharding is None else self._sharding.placed(total)
+        return ClippedGradient(sums, self.clipping_norm, count, torch.cat(norms), bad)
 
     def sum_on_grid(
         self,
@@ -294,29 +280,22 @@ class PerExampleGradients:
         copies: int = 1,
         physical_batch: int = 32,
     ) -> GridGradient:
-        """Like :meth:`sum`, in multiples of `grid` and exact; see :mod:`dpsyngen.privacy.exact`.  Flat clipping only.
+        """Like :meth:`sum`, in multiples of `grid` and exact.  Flat clipping only.
 
         Args:
-            grid: a power of two; see :func:`dpsyngen.privacy.exact.default_grid`.
+            grid: a power of two; see :func:`dpsyngen.privacy.clipping.default_grid`.
             loss, examples, copies, physical_batch: as :meth:`sum`.
         """
-        from dpsyngen.privacy.exact import clip_to_grid, empty_on_grid
-
         if self.style != "flat":
             raise ValueError(f"clipping style is {self.style!r}, but sums on a grid know only 'flat'.")
-        if self._sharding is not None:
-            raise ConfigError(
-                "sums on a grid do not exist for a model that is split over processes: use `sum`, or keep it whole."
-            )
 
         def one(part: slice) -> GridGradient:
             gradients = self.per_example(lambda: loss(part), part.stop - part.start, copies)
             return clip_to_grid(gradients, self.clipping_norm, grid)
 
         total = empty_on_grid(self.parameters, self.clipping_norm, grid)
-        for parts in self._partition(examples, copies, physical_batch):
-            for clipped in self.workers.map(one, parts):
-                total = total + clipped
+        for clipped in self._in_parts(one, examples, copies, physical_batch):
+            total = total + clipped
         return total
 
     def verify(self, loss: Callable[[slice], Tensor], examples: int, copies: int = 1, tolerance: float = 1e-3) -> None:
@@ -326,7 +305,7 @@ class PerExampleGradients:
         layers must be off.
 
         Args:
-            loss: as in :meth:`sum`; for a model that is split, of the same examples in all processes.
+            loss: as in :meth:`sum`.
             examples: at least 2.
             copies: K.
             tolerance: allowed difference, relative to the norm of the example's gradient.
@@ -342,9 +321,7 @@ class PerExampleGradients:
             differences = [float((t[b] - a[0]).norm()) for t, a in zip(together, alone, strict=True)]
             norm = math.hypot(*(float(a.norm()) for a in alone))
             worst = max(range(len(differences)), key=lambda i: differences[i])
-            change = math.hypot(*differences)
-            if self._sharding is not None:  # all come to the same result, or some would wait for the others
-                change, norm = self._sharding.whole(change, norm)
+            change, norm = self._norms_of_whole(math.hypot(*differences), norm)
             if not change <= tolerance * norm:
                 raise UnsupportedLayer(
                     f"the gradient of example {b} depends on the other examples of its batch (most of all that of "
@@ -352,8 +329,14 @@ class PerExampleGradients:
                     "mixes the batch, or is random: means over the batch axis, batch statistics, dropout."
                 )
 
-    def _partition(self, examples: int, copies: int, physical_batch: int) -> Iterator[list[slice]]:
-        """Slices of the examples, as many at a time as there are workers, at most `physical_batch` examples in all."""
+    def _norms_of_whole(self, *norms: float) -> tuple[float, ...]:
+        """L2 norms over the whole model, from those of this process's part of it."""
+        return norms
+
+    def _in_parts(
+        self, function: Callable[[slice], _T], examples: int, copies: int, physical_batch: int
+    ) -> Iterator[_T]:
+        """``function`` of slices of the examples, as many at a time as there are workers; results in their order."""
         if physical_batch < 1 or examples < 0 or copies < 1:
             raise ValueError(
                 f"physical_batch={physical_batch} and copies={copies} must be at least 1, examples={examples} at "
@@ -366,4 +349,83 @@ class PerExampleGradients:
         step = min(count, physical_batch)
         for i in range(0, parts, step):
             ends = edges[i : i + step + 1]
-            yield [slice(a, b) for a, b in pairwise(ends)]
+            yield from self.workers.map(function, [slice(a, b) for a, b in pairwise(ends)])
+
+
+# ------------------------------------------------------------------------------------------- the physical batch
+
+_SHARE = 0.5  # of the memory that is free; the rest is for what else the program and the machine do
+_TEMPORARY = 1.5  # gradients of activations and workspaces come on top of what is kept
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be used now on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def bytes_for_each_example(engine: PerExampleGradients, loss: Callable[[slice], Tensor], copies: int = 1) -> int:
+    """Memory that one more example in a pass takes: what autograd keeps and the per-example gradients.
+
+    Args:
+        engine: the engine.
+        loss: for a slice of at least two examples, the loss of each of their rows; see ``PerExampleGradients.sum``.
+            Random numbers in place of private images do.
+        copies: K.
+    """
+    counts = []
+    for examples in (1, 2):
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            contributions = engine.contributions(partial(loss, slice(0, examples)), examples, copies)
+        counts.append(sum(kept.values()) + sum(_bytes_of(c) for c in contributions))
+    return max(counts[1] - counts[0], 1)
+
+
+def _bytes_of(contribution: Contribution) -> int:
+    tensors = [v for v in vars(contribution).values() if isinstance(v, Tensor)]
+    tensors += [t for v in vars(contribution).values() if isinstance(v, list) for t in v if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def find_physical_batch(
+    engine: PerExampleGradients,
+    loss: Callable[[slice], Tensor],
+    *,
+    copies: int = 1,
+    memory: int | None = None,
+    most: int | None = None,
+) -> int:
+    """The largest power of two of examples that fits into memory, with room to spare.
+
+    Args:
+        engine, loss, copies: see :func:`bytes_for_each_example`.
+        memory: bytes that may be used; None: half of what is available now.
+        most: upper end; None: 64 examples on a CPU, where more is no faster, and 4096 on a GPU.
+
+    Returns:
+        at least 1, and at least one for each worker if they fit.
+    """
+    device = engine.parameters[0].device
+    budget = available_memory(device) * _SHARE if memory is None else memory
+    limit = (64 if device.type == "cpu" else 4096) if most is None else most
+    if budget < 1 or limit < 1:
+        raise ValueError(f"memory={memory} and most={most} must be positive.")
+    fits = budget / (_TEMPORARY * bytes_for_each_example(engine, loss, copies))
+    batch = 1
+    while 2 * batch <= min(fits, limit):
+        batch *= 2
+    return batch

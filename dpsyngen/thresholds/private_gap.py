@@ -34,8 +34,7 @@ from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.clipping import ClippedGradient, clip_and_sum
 from dpsyngen.privacy.noise import noisy_mean
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.sampling import poisson_sample
+from dpsyngen.privacy.randomness import Randomness, poisson_sample
 from dpsyngen.thresholds.gap import Answers, Array, MeanCurve, Pair, measure
 from dpsyngen.workers import Workers
 

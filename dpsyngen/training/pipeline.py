@@ -28,8 +28,7 @@ from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.files import write_atomically
 from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.privacy.per_example import PerExampleGradients
-from dpsyngen.privacy.physical_batch import find_physical_batch
+from dpsyngen.privacy.per_example import PerExampleGradients, find_physical_batch
 from dpsyngen.release.write import write_release
 from dpsyngen.training.checkpoint import Checkpoints, TrainState
 from dpsyngen.training.engine_settings import EngineSettings

@@ -1,7 +1,14 @@
-"""Training on private images by DP-SGD (Abadi et al. 2016) with noise multiplicity (DPDM, arXiv 2210.09929).
+"""Training on private images by DP-SGD (Abadi et al., CCS 2016) with noise multiplicity (DPDM, arXiv 2210.09929).
 
-Each step: Poisson sampling of records; per-example gradients of the loss averaged over K noise levels, clipped to C
-and summed; Gaussian noise; division by the *expected* batch; Adam.  The ledger has the steps before they are taken.
+A step, in their symbols (n records, sampling rate q, clipping norm C, noise multiplier z, K noise levels an image):
+
+1. B: each record on its own with probability q (Poisson sampling; an empty B is a step like any other);
+2. g_i = ∇ (1/K) Σ_k ℓ(x_i, σ_k), the gradient of an image's loss averaged over its K noise levels;
+3. S = Σ_{i in B} g_i · min(1, C / ‖g_i‖), whose L2 sensitivity is C;
+4. g = (S + z C N(0, I)) / (q n): the divisor is a constant, never the realised batch;
+5. Adam takes g.  From 4 on everything is public.
+
+The ledger has the steps before they are taken.
 """
 
 from __future__ import annotations
@@ -10,7 +17,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,20 +33,35 @@ from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError
 from dpsyngen.hardware import Compute, send
 from dpsyngen.privacy.accounting import Mechanism, epsilon
-from dpsyngen.privacy.exact import GridGradient, default_grid, exact_noisy_mean
+from dpsyngen.privacy.exact import DiscreteGaussian
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
-from dpsyngen.privacy.noise import noisy_mean
+from dpsyngen.privacy.noise import GaussianMechanism, NoPrivacy, StepMechanism
 from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.sampling import poisson_sample
+from dpsyngen.privacy.randomness import Randomness, poisson_sample
 from dpsyngen.training.checkpoint import TrainState
-from dpsyngen.training.plain import summed_gradients
 from dpsyngen.training.public import Progress, PublicStep, set_learning_rate
-from dpsyngen.training.transcript import StepRecord
 from dpsyngen.workers import Workers
 
 QUERY = "dp-sgd"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One DP-SGD step, as it was taken.  Everything but `released` is private.
+
+    Attributes:
+        step: its number, from 0.
+        chosen: [B] int64, the records that Poisson sampling chose.
+        sums: the clipped sum, one tensor a parameter, in units of the gradient.
+        released: what the optimizer gets, one tensor a parameter.
+    """
+
+    step: int
+    chosen: NDArray[np.int64]
+    sums: list[Tensor]
+    released: list[Tensor]
+
 
 Observer = Callable[[StepRecord, PerExampleGradients], None]
 """Looks on as steps are taken, for audits.  What it sees is private."""
@@ -71,6 +92,14 @@ class DpSgd:
         """What `steps` steps are to the accountant."""
         return Mechanism(self.sampling_rate, self.noise_multiplier, steps)
 
+    def step_mechanism(self) -> StepMechanism:
+        """What sums and releases the gradients of a step."""
+        expected = self.sampling_rate * self.records
+        if self.noise_multiplier == 0:
+            return NoPrivacy(expected)
+        kind = DiscreteGaussian if self.config.noise == "discrete" else GaussianMechanism
+        return kind(self.noise_multiplier, expected)
+
 
 # Images whose noise is drawn together.  Fixed, so that the noise of a step does not depend on how the batch is divided
 # among memory and cores: a step that is repeated after a crash is the same step.
@@ -86,7 +115,7 @@ class PrivateStep:
         dataset: the private images.
         levels: noise levels of the private stage.
         label_dropout: probability of training a row without its class.
-        mechanism: the constants.
+        dp: the constants of DP-SGD.
         randomness: the run's secret streams.
         physical_batch: images in memory at a time.
         kernels: how convolutions compute; None: measured on first use.
@@ -106,7 +135,7 @@ class PrivateStep:
         dataset: ImageDataset,
         levels: NoiseLevels,
         label_dropout: float,
-        mechanism: DpSgd,
+        dp: DpSgd,
         randomness: Randomness,
         *,
         physical_batch: int,
@@ -118,7 +147,8 @@ class PrivateStep:
     ) -> None:
         self.ranks, self.compute = ranks, compute
         self.dataset, self.levels, self.label_dropout = dataset, levels, label_dropout
-        self.mechanism, self.randomness, self.physical_batch = mechanism, randomness, physical_batch
+        self.dp, self.randomness, self.physical_batch = dp, randomness, physical_batch
+        self.mechanism = dp.step_mechanism()
         self.kernels, self.workers = kernels or KernelChoices(), workers or Workers(1)
         self.observer = observer
         self.before_release: Callable[[], None] | None = None  # called when a step's sum is known, before its noise is
@@ -127,26 +157,30 @@ class PrivateStep:
     def engine(self, denoiser: torch.nn.Module) -> PerExampleGradients:
         """The engine for this network, kept from step to step."""
         if self._engine is None or self._engine.module is not denoiser:
-            m = self.mechanism
             self._engine = PerExampleGradients(
-                denoiser, m.clipping_norm, style=m.config.clipping, kernels=self.kernels, workers=self.workers
+                denoiser,
+                self.dp.clipping_norm,
+                style=self.dp.config.clipping,
+                kernels=self.kernels,
+                workers=self.workers,
             )
         return self._engine
 
     def __call__(self, denoiser: NetworkDenoiser, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
         """Take step number `step` (from 0); returns private figures about it."""
-        m, c = self.mechanism, self.mechanism.config
-        private = m.noise_multiplier > 0
+        dp, c = self.dp, self.dp.config
         engine = self.engine(denoiser)
         with self.ranks.lead(self.name, step=step):
             chosen, total, loss = self._clipped(denoiser, step)
         if self.before_release is not None:
             self.before_release()
-        gradients = self.released(total, step)
+        # 4. S + z C N(0, I), over the expected batch: the one line after which everything is public.
+        gradients = self.mechanism.release(total, self.randomness, step)
         if self.observer is not None:
-            self.observer(StepRecord(step, chosen, in_units_of_the_gradient(total), gradients), engine)
+            self.observer(StepRecord(step, chosen, total.gradient, gradients), engine)
         for parameter, gradient in zip(engine.parameters, gradients, strict=True):
             parameter.grad = gradient
+        # 5. Adam.
         rate = c.learning_rate * self._rate(step)
         set_learning_rate(optimizer, rate)
         optimizer.step()
@@ -155,7 +189,7 @@ class PrivateStep:
         return {
             "loss": loss / c.copies / count,
             "examples": total.examples,
-            "clipped": float((finite > m.clipping_norm).double().mean()) if private and len(finite) else 0.0,
+            "clipped": float((finite > dp.clipping_norm).double().mean()) if len(finite) else 0.0,
             "median_norm": float(finite.median()) if len(finite) else 0.0,
             "not_finite": total.not_finite,
             "learning_rate": rate,
@@ -166,15 +200,14 @@ class PrivateStep:
         """In a follower: do this process's part of step number `step`, which the main process takes."""
         self._clipped(denoiser, step)
 
-    def _clipped(
-        self, denoiser: NetworkDenoiser, step: int
-    ) -> tuple[NDArray[np.int64], ClippedGradient | GridGradient, float]:
+    def _clipped(self, denoiser: NetworkDenoiser, step: int) -> tuple[NDArray[np.int64], ClippedGradient, float]:
         """The records of a step, the sum of their clipped gradients, and the sum of their losses over all copies; in
         the followers the last two are of this process's part.
         """
         engine, ranks = self.engine(denoiser), self.ranks
         ranks.copy_from_main(engine.parameters)
-        chosen = poisson_sample(self.randomness, step, len(self.dataset), self.mechanism.sampling_rate)
+        # 1. B, the same in all processes, each of which takes a part of it.
+        chosen = poisson_sample(self.randomness, step, len(self.dataset), self.dp.sampling_rate)
         mine = ranks.share(len(chosen))
         seen: dict[int, float] = {}
 
@@ -184,6 +217,7 @@ class PrivateStep:
             seen[part.start] = float(value.detach().sum())
             return value
 
+        # 2. and 3. The engine averages the losses of an image's K rows before it clips.
         with contextlib.nullcontext() if self.compute is None else self.compute.autocast():
             total = self.summed(engine, loss, mine.stop - mine.start)
         losses = sum(seen[start] for start in sorted(seen))
@@ -201,65 +235,32 @@ class PrivateStep:
         joined = replace(total, sums=sums, norms=torch.cat(norms), not_finite=sum(dropped), examples=len(chosen))
         return chosen, joined, sum(all_losses)
 
-    def _noise_and_signal(self, total: ClippedGradient | GridGradient, engine: PerExampleGradients) -> dict[str, float]:
-        """Norms (L2) of the averaged clipped gradient, and of the noise that is added to it, as it is expected."""
-        m, parameters = self.mechanism, sum(p.numel() for p in engine.parameters)
-        signal = math.sqrt(sum(float(s.square().sum()) for s in in_units_of_the_gradient(total))) / m.config.batch
-        noise = m.noise_multiplier * m.clipping_norm * math.sqrt(parameters) / m.config.batch
-        norms = {"gradient_norm": signal, "noise_norm": noise}
-        # An empty batch has no signal, so no ratio.
-        return norms | {"noise_to_signal": noise / signal} if signal > 0 else norms
-
-    def summed(
-        self, engine: PerExampleGradients, loss: Callable[[slice], Tensor], examples: int
-    ) -> ClippedGradient | GridGradient:
-        """The sum over examples of their clipped gradients, as the configuration asks for it.
+    def summed(self, engine: PerExampleGradients, loss: Callable[[slice], Tensor], examples: int) -> ClippedGradient:
+        """The sum over examples of their clipped gradients.
 
         Args:
             engine: see :meth:`engine`.
             loss: for a slice of the examples, the loss of each of their rows.
             examples: how many there are; 0 is legal.
         """
-        m, c = self.mechanism, self.mechanism.config
-        if m.noise_multiplier == 0:
-            return self._plain(engine, loss, examples)
-        if c.noise == "discrete":
-            grid = default_grid(m.clipping_norm, sum(p.numel() for p in engine.parameters))
-            return engine.sum_on_grid(loss, examples, grid=grid, copies=c.copies, physical_batch=self.physical_batch)
-        return engine.sum(loss, examples, copies=c.copies, physical_batch=self.physical_batch)
+        copies = self.dp.config.copies
+        return self.mechanism.sum(engine, loss, examples, copies=copies, physical_batch=self.physical_batch)
 
-    def released(self, total: ClippedGradient | GridGradient, step: int) -> list[Tensor]:
-        """The mechanism: from here on everything is public."""
-        m = self.mechanism
-        constants: dict[str, Any] = {
-            "noise_multiplier": m.noise_multiplier,
-            "expected_examples": m.sampling_rate * m.records,
-            "randomness": self.randomness,
-            "step": step,
-        }
-        if isinstance(total, GridGradient):
-            return exact_noisy_mean(total, **constants)
-        return noisy_mean(total, **constants)
-
-    def _plain(self, engine: PerExampleGradients, loss: Callable[[slice], Tensor], examples: int) -> ClippedGradient:
-        """The unclipped sum of gradients, for the non-private reference; its sensitivity is infinite."""
-        sums = engine.zero().sums
-        for start in range(0, examples, self.physical_batch):
-            piece = slice(start, min(start + self.physical_batch, examples))
-
-            def of_piece(part: slice, start: int = start) -> Tensor:
-                return loss(slice(start + part.start, start + part.stop))
-
-            gradients, _ = summed_gradients(engine.parameters, of_piece, piece.stop - start, self.workers)
-            torch._foreach_add_(sums, gradients, alpha=1 / self.mechanism.config.copies)
-        return ClippedGradient(sums, math.inf, examples, sums[0].new_zeros(0), 0)
+    def _noise_and_signal(self, total: ClippedGradient, engine: PerExampleGradients) -> dict[str, float]:
+        """Norms (L2) of the averaged clipped gradient, and of the noise that is added to it, as it is expected."""
+        dp, parameters = self.dp, sum(p.numel() for p in engine.parameters)
+        signal = math.sqrt(sum(float(s.square().sum()) for s in total.gradient)) / dp.config.batch
+        noise = dp.noise_multiplier * dp.clipping_norm * math.sqrt(parameters) / dp.config.batch
+        norms = {"gradient_norm": signal, "noise_norm": noise}
+        # An empty batch has no signal, so no ratio.
+        return norms | {"noise_to_signal": noise / signal} if signal > 0 else norms
 
     def _noisy(self, chosen: NDArray[np.int64], part: slice, denoiser: NetworkDenoiser, step: int) -> NoisyBatch:
         """Noisy rows of the examples ``chosen[part]``."""
         first = part.start // _BLOCK
         blocks = range(first, -(-part.stop // _BLOCK))
         whole = [self._block(chosen[i * _BLOCK : (i + 1) * _BLOCK], denoiser, step, i) for i in blocks]
-        copies, skip = self.mechanism.config.copies, part.start - first * _BLOCK
+        copies, skip = self.dp.config.copies, part.start - first * _BLOCK
         return NoisyBatch.joined(whole).rows(slice(skip * copies, (skip + part.stop - part.start) * copies))
 
     def _block(self, records: NDArray[np.int64], denoiser: NetworkDenoiser, step: int, number: int) -> NoisyBatch:
@@ -273,26 +274,21 @@ class PrivateStep:
             images,
             labels,
             self.levels,
-            copies=self.mechanism.config.copies,
+            copies=self.dp.config.copies,
             num_classes=denoiser.num_classes,
             label_dropout=self.label_dropout,
             generator=torch.Generator().manual_seed(self.randomness.seed("augmentation", step, number)),
         )
 
     def _rate(self, step: int) -> float:
-        c = self.mechanism.config
+        c = self.dp.config
         warm = min(1.0, (step + 1) / (c.warmup + 1))
         if c.schedule == "constant":
             return warm
         return warm * 0.5 * (1 + math.cos(math.pi * step / c.steps))
 
 
-def in_units_of_the_gradient(total: ClippedGradient | GridGradient) -> list[Tensor]:
-    """The tensors of a sum, those of a sum on a grid turned into numbers (fp64)."""
-    return [s.double() * total.grid for s in total.sums] if isinstance(total, GridGradient) else total.sums
-
-
-def charge_ahead(ledger: Ledger, mechanism: DpSgd, step: int) -> None:
+def charge_ahead(ledger: Ledger, dp: DpSgd, step: int) -> None:
     """Make sure that the ledger has the step numbered `step` (from 0) before it is taken.
 
     Steps are charged in blocks of a checkpoint interval.  A step that a killed run had charged already is not
@@ -303,8 +299,8 @@ def charge_ahead(ledger: Ledger, mechanism: DpSgd, step: int) -> None:
         RunError: earlier steps were charged at another sampling rate or noise, so settings were changed in between
             and steps that are charged already would not be the ones that are taken.
     """
-    c = mechanism.config
-    one = mechanism.mechanism(1)
+    c = dp.config
+    one = dp.mechanism(1)
     for entry in _entries(ledger):
         m = entry.mechanism
         if m is not None and (m.sampling_rate, m.noise_multiplier) != (one.sampling_rate, one.noise_multiplier):
@@ -319,12 +315,12 @@ def charge_ahead(ledger: Ledger, mechanism: DpSgd, step: int) -> None:
     if block < 1:
         raise AssertionError(f"step {step} is beyond the {c.steps} steps that were planned")
     ledger.charge(
-        mechanism.mechanism(block),
+        dp.mechanism(block),
         "DP-SGD steps that train the context stage on private images",
         query=QUERY,
         first_step=step,
         steps=block,
-        l2_sensitivity=mechanism.clipping_norm if mechanism.noise_multiplier else "unbounded",
+        l2_sensitivity=dp.clipping_norm if dp.noise_multiplier else "unbounded",
         clipping=c.clipping,
         noise=c.noise,
         expected_batch=c.batch,
@@ -341,17 +337,15 @@ def charged_mechanisms(ledger: Ledger) -> list[Mechanism]:
     return [e.mechanism for e in _entries(ledger) if e.mechanism is not None]
 
 
-def epsilon_so_far(ledger: Ledger, mechanism: DpSgd, step: int) -> float:
+def epsilon_so_far(ledger: Ledger, dp: DpSgd, step: int) -> float:
     """ε, at the ledger's δ, after `step` steps and all that came before them (DP moments), in twentieths of the run: of
     the next one that is whole.
 
     So many evaluations take seconds in all, and the last gives the ε of the certificate.
     """
-    steps = mechanism.config.steps
-    if mechanism.noise_multiplier == 0:
-        return math.inf
+    steps = dp.config.steps
     part = -(-steps // _EPSILON_POINTS)
-    charged = mechanism.mechanism(min(steps, -(-step // part) * part))
+    charged = dp.mechanism(min(steps, -(-step // part) * part))
     others = [e.mechanism for e in ledger.entries if e.mechanism is not None and e.details.get("query") != QUERY]
     return epsilon([*others, charged], ledger.delta, group_size=ledger.group_size)
 
@@ -381,7 +375,7 @@ def train_private(
         with_epsilon: whether to compute ε so far, for the log.
     """
     assert isinstance(state.module, NetworkDenoiser)
-    m, steps = take.mechanism, take.mechanism.config.steps
+    dp, steps = take.dp, take.dp.config.steps
     while state.step < steps:
         step = state.step
         losses = []
@@ -389,13 +383,13 @@ def train_private(
             total = sum(p.config.steps for p in public)
             for i in range(step * total // steps, (step + 1) * total // steps):
                 losses.append(public[i % len(public)](state.module, state.optimizers["public"], i // len(public)))
-        charge_ahead(ledger, m, step)
+        charge_ahead(ledger, dp, step)
         values = take(state.module, state.optimizers["private"], step)
         state.step += 1
         state.ema.update(state.module)
-        values["epochs"] = state.step * m.sampling_rate
+        values["epochs"] = state.step * dp.sampling_rate
         if losses:
             values["public_loss"] = sum(losses) / len(losses)
         if with_epsilon:
-            values["epsilon"] = epsilon_so_far(ledger, m, state.step)
+            values["epsilon"] = epsilon_so_far(ledger, dp, state.step)
         yield Progress(phase, state.step, steps, values)

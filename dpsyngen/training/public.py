@@ -23,9 +23,8 @@ from dpsyngen.hardware import Compute
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
 from dpsyngen.training.checkpoint import TrainState
-from dpsyngen.training.plain import summed_gradients
 from dpsyngen.training.public_images import PublicImages
-from dpsyngen.workers import Workers
+from dpsyngen.workers import Workers, summed_gradients
 
 
 class Progress(NamedTuple):

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import dpsyngen.audit.canaries as canaries
+import dpsyngen.privacy.noise as noise
 import dpsyngen.privacy.per_example as per_example
 import dpsyngen.training.private as private
 from dpsyngen.audit.canaries import CanaryPlan, train_canaries
-from dpsyngen.audit.findings import Finding, decide
 from dpsyngen.audit.invariants import check_transcript
-from dpsyngen.audit.mechanism import ClippingAudit, audit_noise
+from dpsyngen.audit.report import Finding, decide
+from dpsyngen.audit.sensitivity import ClippingAudit, audit_noise
 from dpsyngen.config import Config, load_config
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.plan import Shape
@@ -77,8 +78,8 @@ Patch = pytest.MonkeyPatch
 
 def _with_release(patch: Patch, change: Callable[..., dict]) -> None:
     """`change` gets the clipped sum and the constants of noisy_mean, and returns what to change of them."""
-    real = private.noisy_mean
-    patch.setattr(private, "noisy_mean", lambda total, **k: real(total, **(k | change(total, **k))))
+    real = noise.noisy_mean
+    patch.setattr(noise, "noisy_mean", lambda total, **k: real(total, **(k | change(total, **k))))
 
 
 def noise_scaled_by_batch(patch: Patch) -> None:
@@ -101,8 +102,8 @@ def divided_by_realised_batch(patch: Patch) -> None:
 def one_layer_unclipped(patch: Patch) -> None:
     real = per_example.clip
 
-    def clip(contributions, layers, norm, style):
-        out = real(contributions, layers, norm, style)
+    def clip(contributions, *rest, **options):
+        out = real(contributions, *rest, **options)
         whole = contributions[4].weighted_sum(torch.ones(len(out.norms)))
         return replace(out, sums=[whole if i == 4 else s for i, s in enumerate(out.sums)])
 
@@ -112,7 +113,7 @@ def one_layer_unclipped(patch: Patch) -> None:
 def _clip_each_copy(patch: Patch, averaged: bool) -> None:
     real = per_example.PerExampleGradients.__call__
 
-    def call(self, loss, examples, copies=1):
+    def call(self, loss, examples, copies=1, **options):
         if examples == 0:
             return real(self, loss, 0)
         out = real(self, loss, examples * copies)
@@ -193,7 +194,7 @@ def empty_batches_skipped(patch: Patch) -> None:
     real = PrivateStep.__call__
 
     def call(self, denoiser, optimizer, step):
-        chosen = private.poisson_sample(self.randomness, step, len(self.dataset), self.mechanism.sampling_rate)
+        chosen = private.poisson_sample(self.randomness, step, len(self.dataset), self.dp.sampling_rate)
         return real(self, denoiser, optimizer, step) if len(chosen) else {"loss": 0.0, "examples": 0}
 
     patch.setattr(PrivateStep, "__call__", call)
@@ -205,7 +206,7 @@ def one_step_more(patch: Patch) -> None:
 
     def call(self, denoiser, optimizer, step):
         out = real(self, denoiser, optimizer, step)
-        if step == self.mechanism.config.steps - 1:
+        if step == self.dp.config.steps - 1:
             real(self, denoiser, optimizer, step + 1)
         return out
 
@@ -218,13 +219,13 @@ def charged_afterwards(patch: Patch) -> None:
 
 
 def noise_missing_in_one_layer(patch: Patch) -> None:
-    real = private.noisy_mean
+    real = noise.noisy_mean
 
     def noisy(total, **k):
         out = real(total, **k)
         return [total.sums[0] / k["expected_examples"], *out[1:]]
 
-    patch.setattr(private, "noisy_mean", noisy)
+    patch.setattr(noise, "noisy_mean", noisy)
 
 
 def noise_of_one_key_for_all(patch: Patch) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dpsyngen.audit.distinguish import Probe, StepGame, gaussian_epsilon, play_step_game
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.clipping import ClippingStyle
-from dpsyngen.privacy.exact import default_grid, exact_noisy_mean
-from dpsyngen.privacy.noise import noisy_mean
+from dpsyngen.privacy.exact import DiscreteGaussian
+from dpsyngen.privacy.noise import GaussianMechanism
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
 
@@ -25,17 +25,13 @@ C, EXPECTED = 0.7, 5.0
 def play(z: float, actual: float, *, style: ClippingStyle = "flat", discrete: bool = False, **settings) -> StepGame:
     """The game on the engine and the mechanism, with noise `actual` times what is claimed."""
     key = Randomness.from_system()
+    mechanism = (DiscreteGaussian if discrete else GaussianMechanism)(z * actual, EXPECTED)
 
     def summed(module: nn.Module, loss: Callable[[slice], Tensor], examples: int):
-        engine = PerExampleGradients(module, C, style=style, workers=1)
-        if discrete:
-            grid = default_grid(C, sum(p.numel() for p in engine.parameters))
-            return engine.sum_on_grid(loss, examples, grid=grid)
-        return engine.sum(loss, examples)
+        return mechanism.sum(PerExampleGradients(module, C, style=style, workers=1), loss, examples)
 
     def released(total, step: int) -> list[Tensor]:
-        constants = {"noise_multiplier": z * actual, "expected_examples": EXPECTED, "randomness": key, "step": step}
-        return exact_noisy_mean(total, **constants) if discrete else noisy_mean(total, **constants)
+        return mechanism.release(total, key, step)
 
     return play_step_game(summed, released, clipping_norm=C, noise_multiplier=z, expected_examples=EXPECTED, **settings)
 
@@ -105,9 +101,7 @@ def test_a_sum_that_is_not_clipped_is_caught() -> None:
     key = Randomness.from_system()
     game = play_step_game(
         lambda module, loss, examples: PerExampleGradients(module, 1.3 * C, workers=1).sum(loss, examples),
-        lambda total, step: noisy_mean(
-            total, noise_multiplier=1 / 1.3, expected_examples=EXPECTED, randomness=key, step=step
-        ),
+        lambda total, step: GaussianMechanism(1 / 1.3, EXPECTED).release(total, key, step),
         clipping_norm=C,
         noise_multiplier=1.0,
         expected_examples=EXPECTED,

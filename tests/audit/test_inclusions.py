@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from dpsyngen.audit.inclusions import _dispersion, check_batches, check_sizes
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.sampling import poisson_sample
+from dpsyngen.audit.invariants import _dispersion, check_batches, check_sizes
+from dpsyngen.privacy.randomness import Randomness, poisson_sample
 
 SIZES, RECORDS = (
     "batch sizes vary as Poisson sampling says",

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpsyngen.audit.findings import decide
-from dpsyngen.audit.invariants import Claim, check_transcript
-from dpsyngen.training.transcript import StepRecord, Transcript
+from dpsyngen.audit.invariants import Claim, Transcript, check_transcript
+from dpsyngen.audit.report import decide
+from dpsyngen.training.private import StepRecord
 
 RECORDS, RATE, SCALE, EXPECTED = 60, 0.3, 2.0, 18.0
 SHAPES = ((30, 20), (50,), (7, 3, 3))
@@ -110,7 +110,7 @@ def test_noise_that_is_used_twice() -> None:
 
 
 def test_large_networks_keep_a_selection_of_coordinates(monkeypatch) -> None:
-    import dpsyngen.training.transcript as module
+    import dpsyngen.audit.invariants as module
 
     monkeypatch.setattr(module, "KEPT", 100)
     made, _ = transcript()

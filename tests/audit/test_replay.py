@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import dpsyngen.training.private as private
-from dpsyngen.audit.findings import decide
-from dpsyngen.audit.replay import replay
+from dpsyngen.audit.report import decide
+from dpsyngen.audit.run import replay
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.errors import RunError

@@ -13,7 +13,7 @@ import typer
 from safetensors.torch import load_file
 
 import dpsyngen.audit.run as audit_module
-import dpsyngen.training.private as private
+import dpsyngen.privacy.noise as noise
 from dpsyngen.audit.run import Effort, audit_run
 from dpsyngen.cli.audit import CONTRADICTED, audit
 from dpsyngen.config import load_config
@@ -86,9 +86,9 @@ def test_command_prints_draws_and_exits_with_4_on_a_contradiction(
     picture = run.private / "audit" / "audit.svg"
     assert "<svg" in picture.read_text()
     assert stat.S_IMODE(picture.stat().st_mode) == 0o600
-    real = private.noisy_mean
+    real = noise.noisy_mean
     monkeypatch.setattr(
-        private, "noisy_mean", lambda total, **k: real(total, **(k | {"noise_multiplier": k["noise_multiplier"] / 2}))
+        noise, "noisy_mean", lambda total, **k: real(total, **(k | {"noise_multiplier": k["noise_multiplier"] / 2}))
     )
     with pytest.raises(typer.Exit) as stopped:
         audit(run.path, quick=True, confidence=CONFIDENCE, quiet=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpsyngen.audit.sensitivity import check_gradients, check_sensitivity, clip_by_hand, layers_of
-from dpsyngen.privacy.per_example import PerExampleGradients
+from dpsyngen.audit.sensitivity import check_gradients, check_sensitivity, clip_by_hand
+from dpsyngen.privacy.per_example import PerExampleGradients, layer_numbers
 
 C, COPIES = 0.5, 3
 
@@ -34,7 +34,7 @@ class Setting:
         ]
 
     def gradients(self, style, summed=None):
-        layers = layers_of(self.engine.names)
+        layers = layer_numbers(self.engine.names)
         return check_gradients(summed or self.summed, self.reference, layers, 5, C, style)
 
 
@@ -87,4 +87,4 @@ def test_the_hand_written_clipping() -> None:
     by_layer = clip_by_hand(gradient, [0, 1], 2**0.5, "per-layer")
     assert torch.cat(by_layer).tolist() == pytest.approx([0.6, 0.8, 1.0])
     assert torch.cat(clip_by_hand(gradient, [0, 0], 13.01, "automatic")).tolist() == pytest.approx([3.0, 4.0, 12.0])
-    assert layers_of(["a.weight", "a.bias", "b.c.weight"]) == [0, 0, 1]
+    assert layer_numbers(["a.weight", "a.bias", "b.c.weight"]) == [0, 0, 1]

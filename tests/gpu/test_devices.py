@@ -15,8 +15,7 @@ from dpsyngen.diffusion.samplers import sample_batches
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.full_precision import full_precision, tf32
 from dpsyngen.hardware import Compute, choose, kind_of
-from dpsyngen.training.plain import summed_gradients
-from dpsyngen.workers import Workers
+from dpsyngen.workers import Workers, summed_gradients
 
 
 def denoiser() -> PreconditionedDenoiser:

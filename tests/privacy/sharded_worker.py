@@ -24,15 +24,14 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from dpsyngen.diffusion.unet import UNet
-from dpsyngen.privacy import fsdp
 from dpsyngen.privacy.clipping import STYLES, ClippedGradient
 from dpsyngen.privacy.contributions import Dense
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import PerExampleGradients
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.sampling import poisson_sample
-from dpsyngen.privacy.sharding.places import Place, ShardedGradient
+from dpsyngen.privacy.randomness import Randomness, poisson_sample
+from dpsyngen.privacy.sharding import fsdp, sharded
+from dpsyngen.privacy.sharding.engine import Place, ShardedGradient
 
 NORM = 0.7
 WORLD = 2
@@ -122,7 +121,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, **settings: Any) -> nn.Module:
 
 
 def engine_of(module: nn.Module, style: Any = "flat", **settings: Any) -> PerExampleGradients:
-    return PerExampleGradients(module, NORM, style=style, kernels=KernelChoices(measure=False), **settings)
+    make = PerExampleGradients if "workers" in settings else sharded
+    return make(module, NORM, style=style, kernels=KernelChoices(measure=False), **settings)
 
 
 def own_error(got: list[Tensor], places: tuple[Place, ...], whole: list[Tensor]) -> float:
@@ -211,7 +211,7 @@ def other_ways_to_shard(mesh: DeviceMesh) -> None:
     for name, (settings, kernels) in cases.items():
         split = shard(module, mesh, **settings)
         for shards in (None, mesh.get_group()):
-            engine = PerExampleGradients(split, NORM, kernels=kernels or KernelChoices(measure=False), shards=shards)
+            engine = sharded(split, NORM, kernels=kernels or KernelChoices(measure=False), shards=shards)
             rows, valid = own_share(x, (4, 2)) if shards is None else (x, 6)
             got = engine.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid)  # noqa: B023
             compare(name, got, whole)
@@ -346,7 +346,7 @@ def training(mesh: DeviceMesh) -> None:
     # What a process holds between two steps.
     whole = sum(p.numel() for p in plain.parameters)
     state = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
-    gathered = own._sharding._gathered._kept  # type: ignore[union-attr]
+    gathered = own._gathered._kept
     found["numbers held"] = {
         "parameters": sum(Place.own(p).numel() for p in split.parameters() if p.requires_grad) / whole,
         "gradients": sum(Place.own(p.grad).numel() for p in split.parameters() if p.grad is not None) / whole,
@@ -475,7 +475,8 @@ def refusals(mesh: DeviceMesh) -> None:
         "other examples": lambda: same.sum(lambda part: loss(split, x[3 * RANK :][part]), 3),
         "another order": lambda: same.sum(lambda part: loss(split, (x if RANK else x.flip(0))[part]), 6),
         "none": lambda: own(lambda: loss(split, x[:0]), 0),
-        "threads": lambda: engine_of(split, workers=2),
+        "the engine of a whole model": lambda: engine_of(split, workers=1),
+        "a whole model": lambda: engine_of(module),
         "grid": lambda: own.sum_on_grid(lambda part: loss(split, x[part]), 3, grid=2.0**-20),
         "another group": lambda: engine_of(split, shards=alone),
         "partly sharded": lambda: engine_of(partly),

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dpsyngen.privacy.kernels import KERNELS, ConvolutionCall, KernelChoices
-from dpsyngen.privacy.per_example import PerExampleGradients, UnsupportedLayer
-from dpsyngen.privacy.physical_batch import bytes_for_each_example, find_physical_batch
+from dpsyngen.privacy.per_example import (
+    PerExampleGradients,
+    UnsupportedLayer,
+    bytes_for_each_example,
+    find_physical_batch,
+)
 
 NORM = 0.8
 

@@ -10,15 +10,9 @@ import torch
 from scipy import stats
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.clipping import clip_and_sum
-from dpsyngen.privacy.exact import (
-    GridGradient,
-    clip_to_grid,
-    default_grid,
-    discrete_gaussian,
-    empty_on_grid,
-    exact_noisy_mean,
-)
+from dpsyngen.privacy.clipping import GridGradient, clip_and_sum, clip_to_grid, default_grid, empty_on_grid
+from dpsyngen.privacy.exact import DiscreteGaussian, discrete_gaussian
+from dpsyngen.privacy.noise import GaussianMechanism
 from dpsyngen.privacy.randomness import Randomness
 
 KEY = Randomness.from_insecure_seed(7)
@@ -129,13 +123,15 @@ def test_bad_grids_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be added"):
         a + b
     with pytest.raises(ConfigError, match="finer grid"):
-        exact_noisy_mean(a, noise_multiplier=0.1, expected_examples=1, randomness=KEY, step=0)
+        DiscreteGaussian(0.1, 1.0).release(a, KEY, step=0)
+    with pytest.raises(ValueError, match="whole numbers"):
+        GaussianMechanism(1.0, 1.0).release(a, KEY, step=0)
     for bad in (
         {"noise_multiplier": 0.0, "expected_examples": 1.0},
         {"noise_multiplier": 1.0, "expected_examples": 0.0},
     ):
         with pytest.raises(ValueError, match="must be positive"):
-            exact_noisy_mean(a, randomness=KEY, step=0, **bad)
+            DiscreteGaussian(**bad)
 
 
 @pytest.mark.parametrize("examples", [0, 3])
@@ -144,8 +140,8 @@ def test_mean_and_deviation_of_the_release(examples) -> None:
     clipped = empty_on_grid(parameters, 2.0, GRID)
     if examples:
         sums = [torch.full_like(s, 1 << 14) for s in clipped.sums]  # 4.0
-        clipped = GridGradient(sums, GRID, clipped.l2_sensitivity, examples, torch.zeros(examples), 0)
-    out = exact_noisy_mean(clipped, noise_multiplier=3.0, expected_examples=8.0, randomness=KEY, step=1)
+        clipped = GridGradient(sums, clipped.l2_sensitivity, examples, torch.zeros(examples), 0, GRID)
+    out = DiscreteGaussian(3.0, 8.0).release(clipped, KEY, step=1)
     assert [o.shape for o in out] == [p.shape for p in parameters]
     values = torch.cat([o.flatten() for o in out]).double()
     n = len(values)

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.sampling import poisson_sample
+from dpsyngen.privacy.randomness import Randomness, poisson_sample
 
 RECORDS, RATE, STEPS = 400, 0.05, 4000
 

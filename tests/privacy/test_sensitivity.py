@@ -14,8 +14,7 @@ from torch import nn
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients, clip_and_sum
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.sampling import poisson_sample
+from dpsyngen.privacy.randomness import Randomness, poisson_sample
 
 
 def flat(tensors: list[torch.Tensor]) -> torch.Tensor:

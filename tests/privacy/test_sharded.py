@@ -21,7 +21,7 @@ from dpsyngen.privacy.kernels import KERNELS, Convolution, ConvolutionCall
 from dpsyngen.privacy.noise import standard_normal, standard_normal_parts
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.sharding.places import Place
+from dpsyngen.privacy.sharding.engine import Place
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 WAYS = ("own", "same")
@@ -144,7 +144,8 @@ def test_models_split_by_hand(found, case) -> None:
         ("other examples", "RunError: .*do not see the same examples"),
         ("another order", "RunError: .*do not see the same examples"),
         ("none", "valid=0"),
-        ("threads", "workers is 2"),
+        ("the engine of a whole model", "sharding.sharded"),
+        ("a whole model", "use PerExampleGradients"),
         ("grid", "grid"),
         ("another group", r"sharded over \[0, 1\]"),
         ("partly sharded", "not sharded while"),

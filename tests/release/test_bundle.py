@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dpsyngen
-import dpsyngen.training.private as private_module
+import dpsyngen.privacy.noise as noise_module
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError
@@ -92,12 +92,12 @@ def test_taint_the_bundle_depends_on_the_images_through_the_mechanism_alone(pair
     """
     from dataclasses import replace
 
-    real = private_module.noisy_mean
+    real = noise_module.noisy_mean
 
     def only_noise(clipped, **kwargs):
         return real(replace(clipped, sums=[torch.zeros_like(s) for s in clipped.sums]), **kwargs)
 
-    monkeypatch.setattr(private_module, "noisy_mean", only_noise)
+    monkeypatch.setattr(noise_module, "noisy_mean", only_noise)
     bundles, logs = [], []
     for number in (1, 2):
         images, labels = tiny_arrays(1 if pair == "neighbours" else number)

@@ -152,7 +152,7 @@ def record_mechanism(path: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     chosen: dict[int, str] = {}
     drawn: list[str] = []
-    sample, mean, normal = private_module.poisson_sample, private_module.noisy_mean, noise_module.standard_normal
+    sample, mean, normal = private_module.poisson_sample, noise_module.noisy_mean, noise_module.standard_normal_parts
 
     def digest(*parts: Any) -> str:
         return hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()[:24]
@@ -163,9 +163,9 @@ def record_mechanism(path: str) -> None:
         return indices
 
     def spy_normal(*arguments: Any, **options: Any) -> Any:
-        noise = normal(*arguments, **options)
-        drawn.append(digest(noise))
-        return noise
+        noise = list(normal(*arguments, **options))
+        drawn.append(digest(*noise))
+        return iter(noise)
 
     def spy_mean(clipped: Any, **options: Any) -> Any:
         drawn.clear()
@@ -174,8 +174,8 @@ def record_mechanism(path: str) -> None:
         os.write(fd, (json.dumps([step, chosen[step], total, *drawn]) + "\n").encode())
         return result
 
-    private_module.poisson_sample, private_module.noisy_mean = spy_sample, spy_mean
-    noise_module.standard_normal = spy_normal
+    private_module.poisson_sample, noise_module.noisy_mean = spy_sample, spy_mean
+    noise_module.standard_normal_parts = spy_normal
 
 
 def child(request: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.distributed import Ranks, joined
 from dpsyngen.training import private as private_module
 from dpsyngen.training.follower import follow, read_together
+from dpsyngen.training.private import StepRecord
 from dpsyngen.training.start import start
-from dpsyngen.training.transcript import StepRecord
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.training.short_runs import merged
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import dpsyngen
-import dpsyngen.training.private as private_module
+import dpsyngen.privacy.noise as noise_module
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
@@ -352,14 +352,14 @@ def test_measured_kernels_are_on_the_disk_before_noise_is_used_with_them(
     tmp_path, tiny_settings, tiny_images, monkeypatch
 ) -> None:
     """Else a step that is repeated after a crash could be summed in another order under the same noise."""
-    real, seen = private_module.noisy_mean, []
+    real, seen = noise_module.noisy_mean, []
 
     def spy(clipped, **constants):
         stored = json.loads((tmp_path / "r" / "private" / "engine.json").read_text())
         seen.append(len(stored["kernels"]))
         return real(clipped, **constants)
 
-    monkeypatch.setattr(private_module, "noisy_mean", spy)
+    monkeypatch.setattr(noise_module, "noisy_mean", spy)
     training = begin(tiny_settings, tiny_images(), tmp_path / "r", seed=None)
     chosen = json.loads(training.run.engine_path.read_text())["kernels"]
     assert len(seen) == STEPS

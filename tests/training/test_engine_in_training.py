@@ -14,7 +14,8 @@ import dpsyngen.training.private as private_module
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.privacy.exact import GridGradient
+from dpsyngen.privacy.clipping import GridGradient
+from dpsyngen.privacy.exact import DiscreteGaussian
 from dpsyngen.privacy.kernels import KERNELS
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.pipeline import Training
@@ -43,13 +44,13 @@ def finish(training: Training) -> None:
 
 def test_discrete_noise_is_used_and_said(tiny_settings, tiny_images, tmp_path, monkeypatch) -> None:
     kinds = []
-    real = private_module.exact_noisy_mean
+    real = DiscreteGaussian.release
 
-    def spy(clipped, **kwargs):
-        kinds.append(type(clipped))
-        return real(clipped, **kwargs)
+    def spy(self, total, *rest):
+        kinds.append(type(total))
+        return real(self, total, *rest)
 
-    monkeypatch.setattr(private_module, "exact_noisy_mean", spy)
+    monkeypatch.setattr(DiscreteGaussian, "release", spy)
     finish(begin(tiny_settings, tiny_images(), tmp_path / "d", noise="discrete"))
     assert kinds == [GridGradient] * 6
     assert torch.isfinite(weights(tmp_path / "d")).all()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import dpsyngen
-import dpsyngen.training.private as private_module
+import dpsyngen.privacy.noise as noise_module
 from dpsyngen import Generator
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
@@ -209,13 +209,13 @@ def test_training_refuses_to_exceed_the_target(tmp_path, tiny_settings, tiny_ima
 def test_no_step_is_taken_before_it_is_in_the_ledger(tmp_path, tiny_settings, tiny_images, monkeypatch) -> None:
     training = begin(tiny_settings, tiny_images(), tmp_path / "r", stages={"variant": "dpdm"})
     seen = []
-    real = private_module.noisy_mean
+    real = noise_module.noisy_mean
 
     def spy(clipped, **kwargs):
         seen.append((kwargs["step"], charged_steps(Ledger(training.run.ledger_path))))
         return real(clipped, **kwargs)
 
-    monkeypatch.setattr(private_module, "noisy_mean", spy)
+    monkeypatch.setattr(noise_module, "noisy_mean", spy)
     finish(training)
     assert [s for s, _ in seen] == list(range(6))
     assert all(charged > step for step, charged in seen)
@@ -228,14 +228,14 @@ def test_batches_are_divided_by_the_expected_size_and_may_be_empty(
     settings = merged(tiny_settings, private={"batch": 1, "steps": 12})
     training = begin(settings, tiny_images(), tmp_path / "r", stages={"variant": "dpdm"})
     divisors, sizes = [], []
-    real = private_module.noisy_mean
+    real = noise_module.noisy_mean
 
     def spy(clipped, **kwargs):
         divisors.append(kwargs["expected_examples"])
         sizes.append(clipped.examples)
         return real(clipped, **kwargs)
 
-    monkeypatch.setattr(private_module, "noisy_mean", spy)
+    monkeypatch.setattr(noise_module, "noisy_mean", spy)
     finish(training)
     assert divisors == [pytest.approx(1.0)] * 12
     assert 0 in sizes
@@ -248,13 +248,13 @@ def test_physical_batch_does_not_change_the_sum_that_is_released(
 ) -> None:
     """One logical batch in pieces of 5 or whole: the same number of examples, each used once."""
     counts = []
-    real = private_module.noisy_mean
+    real = noise_module.noisy_mean
 
     def spy(clipped, **kwargs):
         counts[-1].append((clipped.examples, len(clipped.norms)))
         return real(clipped, **kwargs)
 
-    monkeypatch.setattr(private_module, "noisy_mean", spy)
+    monkeypatch.setattr(noise_module, "noisy_mean", spy)
     for physical in (5, 100):
         counts.append([])
         settings = merged(tiny_settings, private={"physical_batch": physical})

@@ -1,20 +1,27 @@
-"""Clipping together in a module sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``)."""
+"""Clipping together in a module sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+Between passes such a module holds its shards (``DTensor``).  Just before a layer runs, other tensors take their places:
+whole parameters, which are given back once the layer is done and gathered again for its backward pass.  Those are
+the ones that the layer's functions see, so those are the ones to follow.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.privacy.contributions import Contribution, Dense
 from dpsyngen.privacy.kernels import KernelChoices
+from dpsyngen.privacy.per_example import layer_numbers
 from dpsyngen.privacy.recording import Tape
-from dpsyngen.privacy.sharding.gathered import Gathered, GatheredTape
-from dpsyngen.privacy.sharding.places import Place
-from dpsyngen.privacy.sharding.sharded import Sharding, added_up, layer_numbers, reduced, starts_of
+from dpsyngen.privacy.sharding.engine import Place, ShardedGradients, added_up, reduced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,26 +31,33 @@ _BUCKET = 1 << 22  # numbers that are reduced in one go: enough to be quick, few
 _SAME = 1e-3  # relative difference that rounding may make between losses of the same examples
 
 
-class OwnExamples(Sharding):
+class OwnExamples(ShardedGradients):
     """FSDP2; each process has its own examples.  Layers are whole while they run, so norms are complete."""
 
-    def __init__(self, module: nn.Module, names: list[str], parameters: list[Tensor]) -> None:
-        shards, self._mesh = _sharded_parameters(module, names, parameters)
-        super().__init__(shards[0].to_local().device)
-        self._shards, self._gathered = shards, Gathered(module, names)
-        self.numbers, self.layers = layer_numbers(names)
-        starts = starts_of([p.numel() for p in shards])
-        self.coordinates = starts.pop()
-        self.places = tuple(_place(p, start, n) for p, start, n in zip(shards, starts, names, strict=True))
-        self._own_part_only: tuple[Place, ...] | None = None
+    _own_part_only: tuple[Place, ...] | None = None
 
-    def tape(self, constants: set[int], kernels: KernelChoices, examples: int, copies: int) -> Tape:
-        """See :class:`Sharding`."""
-        return GatheredTape(self._gathered, constants, kernels, examples, copies, self._own_part_only)
+    def _layers(self) -> list[int]:
+        self._distributed, self._mesh = _sharded_parameters(self.module, self.names, self.parameters)
+        self._gathered = Gathered(self.module, self.names)
+        *starts, self.coordinates = accumulate((p.numel() for p in self._distributed), initial=0)
+        parts = zip(self._distributed, starts, self.names, strict=True)
+        self.places = tuple(_place(p, start, name) for p, start, name in parts)
+        layers = layer_numbers(self.names)
+        self.layer_count = max(layers) + 1
+        return layers
 
-    def abandon(self) -> None:
-        """See :class:`Sharding`."""
-        self._gathered.abandon()
+    def contributions(self, loss: Callable[[], Tensor], examples: int, copies: int = 1) -> list[Contribution]:
+        try:
+            return super().contributions(loss, examples, copies)
+        except Exception:
+            self._gathered.abandon()
+            raise
+
+    def _tape(self, examples: int, copies: int) -> Tape:
+        return GatheredTape(self._gathered, self.constants, self.kernels, examples, copies, self._own_part_only)
+
+    def _check_same(self, losses: Tensor) -> None:
+        """Examples differ, so there is nothing to compare."""
 
     def _everyone(self) -> list[ProcessGroup]:
         return [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
@@ -88,36 +102,38 @@ class OwnExamples(Sharding):
             place = self.places[i]
             rest = [n for d, n in enumerate(place.shape) if d != place.dim]
             rows = part[: place.length * math.prod(rest)].view(place.length, *rest)
-            out.append(self._placed(i, rows.movedim(0, place.dim).contiguous()))
+            out.append(self._as_shard(i, rows.movedim(0, place.dim).contiguous()))
         return out
 
-    def _placed(self, i: int, own: Tensor) -> Tensor:
-        shard = self._shards[i]
+    def _as_shard(self, i: int, own: Tensor) -> Tensor:
+        shard = self._distributed[i]
         return Place.like(shard, own.to(shard.to_local().device))
 
 
 class SameExamples(OwnExamples):
     """FSDP2; the processes of a group of shards see the same examples; each keeps its part of their gradients."""
 
-    def __init__(self, module: nn.Module, names: list[str], parameters: list[Tensor], shards: ProcessGroup) -> None:
+    def _layers(self) -> list[int]:
         import torch.distributed as dist
 
-        super().__init__(module, names, parameters)
+        layers = super()._layers()
+        assert self._shards is not None
         self._group = self._everyone()[-1]
-        given, own = dist.get_process_group_ranks(shards), dist.get_process_group_ranks(self._group)
+        given, own = dist.get_process_group_ranks(self._shards), dist.get_process_group_ranks(self._group)
         if given != own:
             raise ConfigError(
                 f"`shards` is the group of processes {given}, but the parameters are sharded over {own}: give it the "
                 "last dimension of the mesh that fully_shard got (mesh.get_group() if it has one)."
             )
         self._own_part_only = self.places
+        return layers
 
-    def check_same(self, losses: Tensor) -> None:
-        """See :class:`Sharding`.  Parts of different examples, clipped as one, would void the sensitivity."""
+    def _check_same(self, losses: Tensor) -> None:
+        """Parts of different examples, clipped as one, would void the sensitivity."""
         finite = torch.isfinite(losses)
         weights = torch.linspace(1.0, 2.0, len(losses), dtype=torch.float64)  # so that order counts
         values = torch.where(finite, losses, 0.0).double().cpu() * weights
-        mine = torch.stack([values.sum(), values.abs().sum(), finite.sum().cpu().double()]).to(self._device)
+        mine = torch.stack([values.sum(), values.abs().sum(), finite.sum().cpu().double()]).to(self.device)
         least, most = reduced(torch.stack([-mine, mine]), [self._group], "max").cpu() * torch.tensor([[-1.0], [1.0]])
         if most[0] - least[0] > _SAME * most[1] or most[2] > least[2]:
             raise RunError(
@@ -127,15 +143,147 @@ class SameExamples(OwnExamples):
             )
 
     def total(self, squares: Tensor) -> Tensor:
-        """See :class:`dpsyngen.privacy.clipping.Shards`."""
         return added_up(squares, self._group)
 
     def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
         """What each process has is its part already; copies of it are added up over replicas with other examples."""
-        return [self._placed(i, reduced(value, self._replicas, "sum")) for i, value in enumerate(sums)]
+        return [self._as_shard(i, reduced(value, self._replicas, "sum")) for i, value in enumerate(sums)]
 
     def _counting(self) -> list[ProcessGroup]:
         return self._replicas
+
+
+class Gathered:
+    """Which whole parameter stands for which of the module's shards.
+
+    Args:
+        module: with the sharded parameters.
+        names: of the trainable ones, in order.
+    """
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        self._module, self._positions = module, {name: i for i, name in enumerate(names)}
+        self.names = names
+        # FSDP makes a whole parameter once and from then on fills and empties it, so what was found stays true.  The
+        # tensors are kept with their numbers, which Python could else give to others.
+        self.known: dict[int, int] = {}
+        self.frozen: set[int] = set()
+        self._kept: list[Tensor] = []
+
+    def look_for(self, value: Tensor) -> bool:
+        """Whether `value` stands in the module now, as a whole parameter.  It is known from then on."""
+        if id(value) in self.known or id(value) in self.frozen:
+            return True
+        found = False
+        for name, parameter in self._module.named_parameters():
+            if type(parameter) is not nn.Parameter or id(parameter) in self.known or id(parameter) in self.frozen:
+                continue
+            self._kept.append(parameter)
+            if name in self._positions:
+                self.known[id(parameter)] = self._positions[name]
+            else:
+                self.frozen.add(id(parameter))
+            found = found or parameter is value
+        return found
+
+    @contextmanager
+    def whole(self, positions: Iterable[int]) -> Iterator[None]:
+        """Within it, these parameters have their values.  All processes must come here with the same ones."""
+        from torch.distributed.fsdp import FSDPModule
+
+        owners: dict[int, FSDPModule] = {}
+        for position in sorted(set(positions)):
+            path, _, own = self.names[position].rpartition(".")
+            if not hasattr(getattr(self._module.get_submodule(path), own), "to_local"):
+                continue  # it has been left whole, as FSDP does where it is told not to reshard
+            while not isinstance(self._module.get_submodule(path), FSDPModule):
+                path = path.rpartition(".")[0]
+            owner: Any = self._module.get_submodule(path)
+            owners[id(owner)] = owner
+        with ExitStack() as stack:
+            for owner in owners.values():
+                owner.unshard()
+                stack.callback(owner.reshard)
+            yield
+
+    def abandon(self) -> None:
+        """After a pass that failed on its way: FSDP forgets it, and no parameter is left whole."""
+        if not self._kept:
+            return  # none has ever been run
+        from torch.distributed.fsdp import FSDPModule
+
+        inner: set[int] = set()
+        for module in self._module.modules():  # parents first
+            if not isinstance(module, FSDPModule) or id(module) in inner:
+                continue
+            inner |= {id(m) for m in module.modules() if m is not module}
+            # In PyTorch 2.6 to 2.12 there is no more to be done than to give back what is whole.
+            getattr(module, "reset_iter_state", module.reshard)()
+
+
+class GatheredTape(Tape):
+    """A tape of one pass of a module with gathered parameters.
+
+    Args:
+        gathered: which tensor is which parameter.
+        constants, kernels, examples, copies: as of :class:`dpsyngen.privacy.recording.Tape`.
+        places: the parts of the parameters whose gradients are wanted; None: whole ones.
+    """
+
+    def __init__(
+        self,
+        gathered: Gathered,
+        constants: set[int],
+        kernels: KernelChoices,
+        examples: int,
+        copies: int,
+        places: tuple[Place, ...] | None,
+    ) -> None:
+        super().__init__({}, constants, kernels, examples, copies)
+        self._names, self._gathered, self._places = gathered.names, gathered, places
+        self._position = dict(gathered.known)
+
+    def tracks(self, value: object) -> bool:
+        if id(value) in self._position:
+            return True
+        # Shards are no plain parameters: what FSDP itself does with them on the way is none of our business.
+        if type(value) is not nn.Parameter or not self._gathered.look_for(value):
+            return False
+        self._position.update(self._gathered.known)
+        return id(value) in self._position
+
+    def any_tracked(self, values: Iterable[Any]) -> bool:
+        for value in values:
+            if self.tracks(value):
+                return True
+            if isinstance(value, (list, tuple)) and self.any_tracked(value):
+                return True
+        return False
+
+    def is_constant(self, value: Tensor) -> bool:
+        return super().is_constant(value) or id(value) in self._gathered.frozen
+
+    def add(self, parameter: Tensor, contribution: Contribution) -> None:
+        position = self._position[id(parameter)]
+        if position < len(self._names) and self._places is not None:
+            contribution = self._own_part(contribution, self._places[position])
+        without_weight = getattr(contribution, "without_weight", None)
+        super().add(parameter, contribution if without_weight is None else without_weight())
+
+    def send_back(self) -> None:
+        """What parameters were derived from is gathered once more."""
+        count = len(self._names)
+        origins = {self._position[id(o)] for _, _, sources, _ in self._derived for o in sources}
+        with self._gathered.whole(p for p in origins if p < count):
+            super().send_back()
+
+    def _own_part(self, contribution: Contribution, place: Place) -> Contribution:
+        if place.length == place.shape[place.dim]:
+            return contribution
+        if place.length:
+            return contribution.part(place.dim, place.first, place.length)
+        shape = [0 if d == place.dim else n for d, n in enumerate(place.shape)]
+        return Dense(torch.zeros(self.examples, *shape, dtype=contribution.dtype, device=contribution.device))
 
 
 def _sharded_parameters(
