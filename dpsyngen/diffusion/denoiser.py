@@ -68,8 +68,9 @@ class PreconditionedDenoiser(NetworkDenoiser):
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """See :class:`Denoiser`.  A label equal to ``num_classes``, or None, means "no class"."""
-        s = sigma.to(x.dtype).view(-1, 1, 1, 1)
-        total = s.square() + self.sigma_data**2
+        s = sigma.to(x.dtype).view(-1, 1, 1, 1)  # [N, 1, 1, 1]
+        total = s.square() + self.sigma_data**2  # σ² + σ_d²
+        # c_in gives the input of F unit variance and c_out its target; c_skip keeps its error from being amplified.
         c_skip = self.sigma_data**2 / total
         c_out = s * self.sigma_data / total.sqrt()
         c_in = total.rsqrt()
@@ -77,7 +78,7 @@ class PreconditionedDenoiser(NetworkDenoiser):
         return c_skip * x + c_out * self.network(c_in * x, c_noise, self.classes_of(x, labels))
 
     def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """:func:`loss_weight`: whatever the label."""
+        """:func:`loss_weight`, whatever the label."""
         return loss_weight(sigma, self.sigma_data)
 
 

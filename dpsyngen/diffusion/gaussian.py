@@ -1,4 +1,4 @@
-"""The denoiser that follows from means and covariances alone, in closed form.
+"""The denoiser that follows from means and covariances alone, in closed form, and a network on top of it.
 
 If images of a class c are N(μ_c, Σ_c), then E[x₀ | x₀ + σ·n = x, c] = μ_c + Σ_c (Σ_c + σ²I)⁻¹ (x - μ_c), the Wiener
 filter.  Whatever the images are, this is the best *affine* denoiser, and as σ → ∞ the best of all.  It needs no network
@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.errors import ConfigError
 from dpsyngen.full_precision import in_full_precision
 
@@ -38,7 +39,7 @@ class ClassGaussians:
         frequencies: [K], of the classes, >= 0, summing to 1.
 
     Raises:
-        ConfigError: the tensors are not such: they may come from a stranger's file.
+        ConfigError: the tensors are not of this form: they may come from a stranger's file.
     """
 
     means: Tensor
@@ -92,12 +93,12 @@ class ClassGaussians:
         return int(self.means.shape[0])
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, to be kept in a file."""
+        """The tensors by name, as a file keeps them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ClassGaussians:
-        """What :meth:`to_tensors` gave.  Raises ConfigError unless it is such."""
+        """The inverse of :meth:`to_tensors`.  Raises ConfigError for anything else."""
         names = {f.name for f in fields(cls)}
         if set(tensors) != names:
             raise ConfigError(f"Gaussian moments need the tensors {sorted(names)}, but there are {sorted(tensors)}.")
@@ -138,17 +139,17 @@ class GaussianDenoiser(nn.Module):
         size, d = gaussians.basis.shape
         if math.prod(shape) != size:
             raise ConfigError(
-                f"Gaussian moments are of {size} pixel values, but an image {list(shape)} has other many."
+                f"Gaussian moments are of {size} pixel values, but an image {list(shape)} has {math.prod(shape)}."
             )
         self.gaussians, self.shape, self.classes, self.dimension = gaussians, shape, gaussians.classes, size
         means, rest = gaussians.means.double(), gaussians.rest.double()
-        # V to the last digit, and a basis of what is orthogonal to it.
+        # V, orthonormal to the last digit, and a basis of its orthogonal complement.
         complete, triangle = torch.linalg.qr(gaussians.basis.double(), mode="complete")
         basis, outer = complete[:, :d] * triangle.diagonal().sign(), complete[:, d:]
         values, turns = _eigh(gaussians.covariances.double())
         self.spherical = bool((rest == rest[0]).all()) or size > LARGEST_DIMENSION
         if self.spherical:
-            share = 1 - basis.square().sum(1)
+            share = 1 - basis.square().sum(1)  # [D], diagonal of P
             rho = (share @ rest / share.sum().clamp_min(1e-12)).clamp_min(0).view(1)
             outer = outer[:, :0]
         else:
@@ -170,8 +171,6 @@ class GaussianDenoiser(nn.Module):
             # Not persistent: the model's own tensors are what is kept.
             self.register_buffer(name, tensor.to(dtype).contiguous(), persistent=False)
 
-    # ----------------------------------------------------------------------------------------------- denoising
-
     @in_full_precision
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """E[x₀ | x, label], exact for the model.
@@ -184,10 +183,10 @@ class GaussianDenoiser(nn.Module):
         Returns:
             [N, C, H, W], in the dtype of x.
         """
-        flat = x.to(self.means.dtype).flatten(1)
-        square = sigma.to(self.means.dtype).square().view(-1, 1)
+        flat = x.to(self.means.dtype).flatten(1)  # [N, D]
+        square = sigma.to(self.means.dtype).square().view(-1, 1)  # σ², [N, 1]
         known = torch.full((len(x),), self.classes, device=x.device) if labels is None else labels
-        along, across = flat @ self.basis, self._across(flat)
+        along, across = flat @ self.basis, self._across(flat)  # coordinates in V, [N, d], and outside it
         inner, mean_out = torch.empty_like(along), torch.empty_like(across)
         for label, rows in self._groups(known):
             if label < self.classes:
@@ -195,7 +194,7 @@ class GaussianDenoiser(nn.Module):
                 mean_out[rows] = self._means_across(label)
             else:
                 inner[rows], mean_out[rows] = self._mixture(along[rows], across[rows], square[rows])
-        gain = self.outer_variances / (self.outer_variances + square)
+        gain = self.outer_variances / (self.outer_variances + square)  # ρ/(ρ + σ²), the same for all classes
         return self._image(inner, mean_out + gain * (across - mean_out), x.dtype)
 
     def _across(self, flat: Tensor) -> Tensor:
@@ -221,29 +220,27 @@ class GaussianDenoiser(nn.Module):
             yield label, (labels == label).nonzero()[:, 0]
 
     def _filtered(self, along: Tensor, square: Tensor, label: int) -> tuple[Tensor, Tensor]:
-        """Coordinates in V of the filtered image, [N, d], and those of the noisy one in the class's own axes."""
+        """Coordinates in V of the filtered image, [N, d], and those of the noisy one in the eigenvectors of A_c."""
         turned = (along - self.means_in[label]) @ self.turns[label]
         variances = self.inner_variances[label]
-        gain = variances / (variances + square)
+        gain = variances / (variances + square)  # λ/(λ + σ²) in each direction
         return self.means_in[label] + (gain * turned) @ self.turns[label].mT, turned
 
     def _mixture(self, along: Tensor, across: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for an unknown class: filtered coordinates in V and the mean outside, weighted by p(class | x)."""
+        """The same for an unknown class: filtered coordinates in V and mean outside it, averaged over p(class | x)."""
         outer_total = self.outer_variances + square
         log_chances, filtered, means = [], [], []
         for label in range(self.classes):
             image, turned = self._filtered(along, square, label)
             total = self.inner_variances[label] + square
             mean = self._means_across(label)
-            # Terms that all classes share, the determinant outside the basis among them, are left out.
+            # -2 log p(x | class) without the terms that all classes share (the determinant outside the basis is one).
             distance = (turned.square() / total + total.log()).sum(1) + ((across - mean).square() / outer_total).sum(1)
             log_chances.append(self.log_frequencies[label] - distance / 2)
             filtered.append(image)
             means.append(mean)
         chances = torch.softmax(torch.stack(log_chances, 1), 1)
         return torch.einsum("nk,knd->nd", chances, torch.stack(filtered)), chances @ torch.stack(means)
-
-    # ------------------------------------------------------------------------------------------------- drawing
 
     @in_full_precision
     def draw(
@@ -285,8 +282,6 @@ class GaussianDenoiser(nn.Module):
         drawn = torch.searchsorted(edges / edges[-1], uniform.double().to(device), right=True)
         return torch.where(unknown, drawn.clamp_max(self.classes - 1), known)
 
-    # ---------------------------------------------------------------------------------------- how sure it is
-
     @in_full_precision
     def residual_std(self, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """[N], how far x₀ lies from what :meth:`forward` gives: root mean square over pixels, if the model is right.
@@ -324,3 +319,54 @@ def _pixel_std(means: Tensor, inner: Tensor, rho: Tensor, outside: int, frequenc
     rest = float(rho.sum()) if len(rho) == outside else float(rho[0]) * outside
     energy = float(frequencies @ (means.square().sum(1) + inner.sum(1))) + rest
     return math.sqrt(energy / means.shape[1])
+
+
+class ResidualDenoiser(NetworkDenoiser):
+    """D = G(x; σ, y) + c_out·F([c_in·x, c_base·G], c_noise, y): a network learns what second moments do not say.
+
+    G is the Gaussian's denoiser.  Above some σ it is the optimal one, and below, still most of the answer.  A network
+    that had to learn it again, from noisy gradients, would spend its privacy budget on what is known already.
+
+    c_out(σ, y) is the root mean square of G's error if the data were that Gaussian
+    (:meth:`GaussianDenoiser.residual_std`), and λ = 1/c_out²: the loss of each σ is 1 where F = 0 and the data are
+    Gaussian, as EDM's is at the start.  c_in = 1/√(σ² + σ_g²) and c_base = 1/σ_g with σ_g the Gaussian's own root
+    mean square.  F ends in a layer that starts at almost 0, so training starts from G.
+
+    The moments are constants: only the network has parameters and an entry in ``state_dict``.
+
+    Args:
+        network: F(input [N, 2C, H, W], c_noise [N], classes [N] or None) -> [N, C, H, W].
+        num_classes: 0 for an unconditional network.
+        gaussian: G.
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int, gaussian: GaussianDenoiser) -> None:
+        super().__init__()
+        self.network, self.num_classes = network, num_classes
+        # In a list, so that PyTorch does not register it: G is not trained, saved or released with the network.
+        self._gaussian = [gaussian]
+
+    @property
+    def gaussian(self) -> GaussianDenoiser:
+        """G."""
+        return self._gaussian[0]
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """See :class:`dpsyngen.diffusion.denoiser.Denoiser`.  A label equal to ``num_classes`` means "no class"."""
+        levels = sigma.to(x.dtype)
+        with torch.no_grad():
+            base = self.gaussian(x, levels, labels)  # [N, C, H, W]
+            c_out = self.gaussian.residual_std(levels, labels).view(-1, 1, 1, 1)
+            c_in = (levels.square() + self.gaussian.pixel_std**2).rsqrt().view(-1, 1, 1, 1)
+            both = torch.cat([c_in * x, base / self.gaussian.pixel_std], 1)  # [N, 2C, H, W]
+        return base + c_out * self.network(both, levels.log() / 4, self.classes_of(x, labels))
+
+    def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """λ = 1/c_out², [N]."""
+        with torch.no_grad():
+            return self.gaussian.residual_std(sigma, labels).square().reciprocal()
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Move G along with the network (``.to(device)``)."""
+        self._gaussian[0] = self._gaussian[0]._apply(fn, recurse)
+        return super()._apply(fn, recurse)

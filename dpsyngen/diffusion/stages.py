@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dpsyngen.diffusion.denoiser import Denoiser
-from dpsyngen.errors import ConfigError
+from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser
+from dpsyngen.errors import ConfigError, require
 
 Trainer = Literal["public", "private", "moments"]
 Networks = Literal["experts", "shared"]
@@ -144,18 +144,15 @@ def stage_map(
     Raises:
         ConfigError: unknown variant, τ_cleaning >= τ_coarse, or networks or pretrain that the variant cannot have.
     """
-    if variant not in VARIANTS:
-        raise ConfigError(f"variant is {variant!r}, but must be one of {', '.join(VARIANTS)}.")
+    require(variant in VARIANTS, "variant", variant, VARIANTS)
     for name, tau in (("tau_cleaning", tau_cleaning), ("tau_coarse", tau_coarse)):
-        if not math.isfinite(tau):
-            raise ConfigError(f"{name} is {tau}, but must be a finite log σ (choose another variant for no threshold).")
+        require(math.isfinite(tau), name, tau, "a finite log σ (choose another variant for no threshold)")
     if variant in ("both", "residual-cleaning") and not tau_cleaning < tau_coarse:
         raise ConfigError(
             f"tau_cleaning = {tau_cleaning} must be below tau_coarse = {tau_coarse}: between them lies the stage that "
             "private images train."
         )
-    if networks not in ("experts", "shared"):
-        raise ConfigError(f"networks is {networks!r}, but must be 'experts' or 'shared'.")
+    require(networks in ("experts", "shared"), "networks", networks, "'experts' or 'shared'")
     if pretrain is False and variant == "finetune":
         raise ConfigError("variant 'finetune' is pre-training; without it choose 'dpdm'.")
     if variant == "gaussian":
@@ -198,21 +195,29 @@ class StagedDenoiser:
     Args:
         stages: who owns what.
         denoisers: one Denoiser for each name in ``stages.networks``, and for ``GAUSSIAN`` where that is an owner.
-        private: the Denoiser of the private stage where it differs from its network's (guidance); None: the same.
+
+    Raises:
+        ConfigError: one is missing.
     """
 
-    def __init__(self, stages: StageMap, denoisers: Mapping[str, Denoiser], private: Denoiser | None = None) -> None:
+    def __init__(self, stages: StageMap, denoisers: Mapping[str, Denoiser]) -> None:
         missing = sorted({s.network for s in stages.stages} - denoisers.keys())
         if missing:
             raise ConfigError(f"no denoiser for {', '.join(missing)}; given: {', '.join(denoisers) or 'none'}.")
-        self.stages = stages
+        self.stages, self.denoisers = stages, dict(denoisers)
         self._of_stage: dict[str, Denoiser] = {s.name: denoisers[s.network] for s in stages.stages}
-        if private is not None:
-            self._of_stage[stages.private.name] = private
+
+    def guided(self, weight: float) -> StagedDenoiser:
+        """The same with classifier-free guidance of the private stage, the only one that labels reach."""
+        out = StagedDenoiser(self.stages, self.denoisers)
+        private = self.stages.private
+        out._of_stage[private.name] = GuidedDenoiser(self.denoisers[private.network], weight)
+        return out
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         owners = [self.stages.owner(log_sigma) for log_sigma in sigma.detach().double().log().tolist()]
         present = list(dict.fromkeys(owners))
+        # In a sampler all rows are at one σ, so this is the usual way.
         if len(present) == 1:
             return self._answer(present[0], x, sigma, labels)
         out = torch.empty_like(x)

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, GuidedDenoiser, NetworkDenoiser
-from dpsyngen.diffusion.samplers import Observer, Start, Step, evenly_in_log, karras_steps, sample_batches, to_uint8
+from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, NetworkDenoiser
+from dpsyngen.diffusion.samplers import Observer, Step, evenly_in_log, to_uint8
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
-from dpsyngen.diffusion.start import sampling_start
 from dpsyngen.errors import ConfigError, DpsyngenError, ReleaseError, RunError, listed, printable, shown
 from dpsyngen.generator.classes import asked_for, in_turn
 from dpsyngen.generator.files import read_description
@@ -168,18 +167,8 @@ class ReleasedGenerator:
         denoisers: dict[str, Denoiser] = dict(self.networks)
         if self.gaussian is not None:
             denoisers[GAUSSIAN] = self.gaussian
-        private = denoisers[self.stages.private.network]
-        return StagedDenoiser(
-            self.stages,
-            denoisers,
-            private=GuidedDenoiser(private, guidance) if self.class_names and guidance != 1 else None,
-        )
-
-    def _start(self, s: SamplingSettings) -> tuple[int, float, Start | None]:
-        """Steps, the noise level where they start, and what draws there; see :func:`sampling_start`."""
-        sigma, start = sampling_start(self.stages, self.gaussian, s.sigma_min, s.sigma_max)
-        # Where all is Gaussian images are drawn at σ_min, and a single step takes that noise off.
-        return 1 if self.stages.gaussian else s.steps, sigma, start
+        staged = StagedDenoiser(self.stages, denoisers)
+        return staged if guidance == 1 else staged.guided(guidance)
 
     # ---------------------------------------------------------------------------------------------- drawing
 
@@ -269,25 +258,15 @@ class ReleasedGenerator:
                 raise ConfigError(f"{len(labels)} labels were given for {count} images.")
             if labels.min() < 0 or labels.max() >= len(self.class_names):
                 raise ConfigError(f"labels must lie in 0 to {len(self.class_names) - 1}.")
-        options: dict[str, Any] = {"churn": s.churn} if s.churn else {}
-        steps, sigma_max, start = self._start(s)
-        batches = sample_batches(
-            self.denoiser(s.guidance),
+        batches = s.draw(
+            self.denoiser(),
+            (self.channels, self.resolution, self.resolution),
             None if labels is None else torch.from_numpy(labels),
             count,
-            (self.channels, self.resolution, self.resolution),
-            sampler=s.sampler,
-            steps=steps,
-            sigma_min=s.sigma_min,
-            sigma_max=sigma_max,
-            rho=s.rho,
-            seed=s.seed,
             batch_size=batch_size,
             device=self.device,
             observe=observe,
-            start_from=start,
             take=take,
-            **options,
         )
         return self._in_precision(batches)
 
@@ -373,8 +352,7 @@ class ReleasedGenerator:
 
         refuse_unknown("trajectory", {k: v for k, v in settings.items() if k not in _SAMPLER}, _SAMPLER)
         s = self.settings(**settings)
-        count_steps, sigma_max, _ = self._start(s)
-        kept = evenly_in_log(karras_steps(count_steps, s.sigma_min, sigma_max, s.rho), columns)
+        kept = evenly_in_log(s.levels(self.denoiser()), columns)
         if labels is None:
             labels = self.labels(max(count, 0))
         steps: list[tuple[float, NDArray[np.uint8], NDArray[np.uint8]]] = []

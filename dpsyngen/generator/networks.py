@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
-from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
-from dpsyngen.diffusion.residual import ResidualDenoiser
+from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser, ResidualDenoiser
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError, RunError, printable

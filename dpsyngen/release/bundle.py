@@ -23,9 +23,7 @@ from dpsyngen.privacy.certificate import Certificate, schema_text
 from dpsyngen.privacy.chain import Head
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.release.card import digest_of
-from dpsyngen.release.companions import companions
-from dpsyngen.release.contents import release_files
+from dpsyngen.release.card import companions, digest_of, release_files
 from dpsyngen.release.safe_zip import write_zip
 from dpsyngen.release.signing import fingerprint, read_private_key, sign
 from dpsyngen.training.run import Run

@@ -33,9 +33,7 @@ from dpsyngen.release.bundle import (
     SCHEMA,
     SIGNATURE,
 )
-from dpsyngen.release.card import digest_of, model_card
-from dpsyngen.release.companions import CARD, COMPANIONS, code
-from dpsyngen.release.contents import OPTIONAL, REQUIRED, WEIGHTS
+from dpsyngen.release.card import CARD, COMPANIONS, OPTIONAL, REQUIRED, WEIGHTS, code, digest_of, model_card
 from dpsyngen.release.safe_zip import SafeZip, open_zip
 from dpsyngen.release.signing import check_signature, fingerprint, read_public_key
 from dpsyngen.training.plan import stages_of

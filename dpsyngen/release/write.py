@@ -27,8 +27,7 @@ from dpsyngen.privacy.certificate import (
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import TIERS, Program
-from dpsyngen.release.card import digest_of
-from dpsyngen.release.companions import companions
+from dpsyngen.release.card import companions, digest_of
 from dpsyngen.training.run import Run
 from dpsyngen.version import FORMAT, __version__
 

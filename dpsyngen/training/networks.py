@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
-from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.residual import ResidualDenoiser
+from dpsyngen.diffusion.gaussian import GaussianDenoiser, ResidualDenoiser
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import RunError
 from dpsyngen.training.plan import Shape

@@ -18,7 +18,7 @@ from dpsyngen.audit.run import Effort, audit_run
 from dpsyngen.cli.audit import CONTRADICTED, audit
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
-from dpsyngen.diffusion.residual import ResidualDenoiser
+from dpsyngen.diffusion.gaussian import ResidualDenoiser
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run

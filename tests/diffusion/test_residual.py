@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpsyngen.diffusion.gaussian import GaussianDenoiser
+from dpsyngen.diffusion.gaussian import GaussianDenoiser, ResidualDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
-from dpsyngen.diffusion.residual import ResidualDenoiser
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients

@@ -9,7 +9,8 @@ import torch
 from scipy import stats
 
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-from dpsyngen.diffusion.samplers import SAMPLERS, evenly_in_log, karras_steps, sample_batches, to_float, to_uint8
+from dpsyngen.diffusion.samplers import SAMPLERS, evenly_in_log, karras_steps, to_float, to_uint8
+from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError
 
@@ -75,8 +76,9 @@ def test_churn_keeps_the_law() -> None:
 
 
 def draw(count: int, **options) -> torch.Tensor:
-    settings = {"steps": 8, "seed": 1, "batch_size": 4} | options
-    return torch.cat(list(sample_batches(gaussian, None, count, (1, 6, 6), **settings)))
+    drawing = {name: options.pop(name) for name in ("batch_size", "observe") if name in options}
+    settings = SamplingSettings(**{"steps": 8, "seed": 1} | options)
+    return torch.cat(list(settings.draw(gaussian, (1, 6, 6), None, count, **{"batch_size": 4} | drawing)))
 
 
 @pytest.mark.parametrize("options", [{}, {"sampler": "dpmpp"}, {"sampler": "heun", "churn": 10.0}])
@@ -98,7 +100,7 @@ def test_no_two_images_of_many_share_their_noise() -> None:
         starts.append(x[:, 0, 0, :2].clone())
         return x * 0
 
-    for _ in sample_batches(denoiser, None, 100_000, (1, 2, 2), steps=1, batch_size=20_000, seed=0):
+    for _ in SamplingSettings(steps=1).draw(denoiser, (1, 2, 2), None, 100_000, batch_size=20_000):
         pass
     assert len(torch.cat(starts).unique(dim=0)) == 100_000
 
@@ -110,7 +112,7 @@ def starts(seed: int, count: int = 200) -> torch.Tensor:
         seen.append(x.clone())
         return x * 0
 
-    list(sample_batches(denoiser, None, count, (1, 8, 8), steps=1, seed=seed, sigma_max=80.0))
+    list(SamplingSettings(steps=1, seed=seed).draw(denoiser, (1, 8, 8), None, count))
     return torch.cat(seen) / 80
 
 
@@ -134,9 +136,8 @@ def test_image_of_a_network_is_the_same_in_any_batch() -> None:
     labels = torch.arange(9) % 2
 
     def images(batch_size: int, count: int = 9, seed: int = 3) -> torch.Tensor:
-        return torch.cat(
-            list(sample_batches(denoiser, labels[:count], count, (3, 8, 8), steps=6, batch_size=batch_size, seed=seed))
-        )
+        settings = SamplingSettings(steps=6, seed=seed)
+        return torch.cat(list(settings.draw(denoiser, (3, 8, 8), labels[:count], count, batch_size=batch_size)))
 
     whole = images(9)
     assert whole.int().float().std() > 10
@@ -201,7 +202,7 @@ def test_labels_reach_the_denoiser_in_order() -> None:
         seen.append(labels.tolist())
         return x * 0
 
-    list(sample_batches(denoiser, torch.arange(5), 5, (1, 4, 4), steps=1, batch_size=2))
+    list(SamplingSettings(steps=1).draw(denoiser, (1, 4, 4), torch.arange(5), 5, batch_size=2))
     assert seen == [[0, 1], [2, 3], [4]]
 
 

@@ -11,7 +11,7 @@ from dpsyngen.config import ComputeConfig, load_config
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
-from dpsyngen.diffusion.samplers import sample_batches
+from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.full_precision import full_precision, tf32
 from dpsyngen.hardware import Compute, choose, kind_of
@@ -101,7 +101,7 @@ def test_images_agree_with_those_of_a_cpu(compute, last) -> None:
     def images(own: Compute) -> np.ndarray:
         network = own.prepare(denoiser()).eval()
         with own.autocast():
-            (out,) = sample_batches(network, torch.arange(6) % 3, 6, (1, 16, 16), steps=8, device=own.device)
+            (out,) = SamplingSettings(steps=8).draw(network, (1, 16, 16), torch.arange(6) % 3, 6, device=own.device)
         return out.numpy().astype(int)
 
     expected = images(choose("cpu"))

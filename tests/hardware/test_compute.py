@@ -11,7 +11,7 @@ import torch
 
 from dpsyngen.config import ComputeConfig
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-from dpsyngen.diffusion.samplers import sample_batches
+from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.unet import SIZES, UNet
 from dpsyngen.errors import ConfigError
 from dpsyngen.full_precision import tf32_allowed
@@ -36,7 +36,7 @@ def rows(n: int, resolution: int = 16) -> tuple[torch.Tensor, torch.Tensor, torc
 
 def images(compute: Compute, denoiser: PreconditionedDenoiser) -> np.ndarray:
     with compute.autocast():
-        (out,) = sample_batches(denoiser, torch.arange(4) % 3, 4, (1, 16, 16), steps=4)
+        (out,) = SamplingSettings(steps=4).draw(denoiser, (1, 16, 16), torch.arange(4) % 3, 4)
     return out.numpy()
 
 

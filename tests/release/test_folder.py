@@ -11,7 +11,7 @@ import pytest
 import dpsyngen
 from dpsyngen.errors import ConfigError, ReleaseError, RunError
 from dpsyngen.release.bundle import pack
-from dpsyngen.release.companions import COMPANIONS
+from dpsyngen.release.card import COMPANIONS
 from dpsyngen.release.hub.folder import export_release
 from dpsyngen.training.run import Run
 

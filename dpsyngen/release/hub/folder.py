@@ -12,9 +12,7 @@ from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, s
 from dpsyngen.generator.files import MAX_JSON_BYTES
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.certificate import Certificate
-from dpsyngen.release.card import digest_of
-from dpsyngen.release.companions import companions
-from dpsyngen.release.contents import release_files
+from dpsyngen.release.card import companions, digest_of, release_files
 
 FORMATS = ("diffusers",)
 

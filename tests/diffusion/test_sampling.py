@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dpsyngen.diffusion.denoiser import Denoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
-from dpsyngen.diffusion.samplers import SAMPLERS, sample_batches
+from dpsyngen.diffusion.samplers import SAMPLERS
+from dpsyngen.diffusion.sampling import SamplingSettings, sampling_start
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, stage_map
-from dpsyngen.diffusion.start import sampling_start
 from tests.diffusion.test_gaussian import dense, example
 
 SHAPE = (1, 2, 3)
@@ -118,22 +118,12 @@ def draw(variant: str, count: int, batch_size: int, *, labelled: bool, sampler: 
     g = gaussian().float()
     stages = stage_map(variant, tau_coarse=1.0)
     denoisers: dict[str, Denoiser] = {GAUSSIAN: g, "context": Shrink()}
-    sigma, start = sampling_start(stages, g, 0.02, 80.0)
-    batches = sample_batches(
-        StagedDenoiser(stages, denoisers),
-        torch.arange(count) % 3 if labelled else None,
-        count,
-        SHAPE,
-        sampler=sampler,
-        steps=4,
-        sigma_min=0.02,
-        sigma_max=sigma,
-        seed=seed,
-        batch_size=batch_size,
-        start_from=start,
-        **({"churn": 2.0} if sampler == "heun" else {}),
-    )
-    return torch.cat(list(batches))
+    labels = torch.arange(count) % 3 if labelled else None
+    churn = 2.0 if sampler == "heun" else 0.0
+    settings = SamplingSettings(sampler, steps=4, sigma_min=0.02, churn=churn, seed=seed)
+    staged = StagedDenoiser(stages, denoisers)
+    assert settings.levels(staged)[0] == pytest.approx(sampling_start(stages, g, 0.02, 80.0)[0])
+    return torch.cat(list(settings.draw(staged, SHAPE, labels, count, batch_size=batch_size)))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -1,0 +1,51 @@
+"""The code of a release needs nothing that is not there, and its networks are ours; pixels: test_strangers.py."""
+
+from __future__ import annotations
+
+import ast
+import sys
+
+import pytest
+import torch
+
+from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.unet import SIZES, UNet
+from dpsyngen.release.card import DENOISER, PIPELINE, code
+from dpsyngen.release.hub import denoiser
+
+MAY_IMPORT = {"diffusers", "numpy", "PIL", "safetensors", "torch"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", [DENOISER, PIPELINE])
+def test_the_code_of_a_release_imports_no_dpsyngen(name) -> None:
+    tree = ast.parse(code()[name])
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert {i.split(".")[0] for i in imported} <= MAY_IMPORT
+    assert not any(isinstance(n, ast.ImportFrom) and n.level for n in ast.walk(tree))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_networks_of_every_size_are_ours(name) -> None:
+    assert denoiser.SIZES.keys() == SIZES.keys()
+    with torch.device("meta"):
+        theirs = denoiser.NetworkDenoiser(denoiser.UNet(name, 32, 3, 5, 6), 5, 0.5, None)
+        ours = PreconditionedDenoiser(UNet(name, 32, 3, 5, 6), 5, 0.5)
+    assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
+
+
+def test_the_owner_of_a_noise_level_is_ours(releases) -> None:
+    """At thresholds, next to them, and in batches of mixed levels."""
+    import dpsyngen
+
+    rng = torch.Generator().manual_seed(0)
+    for kind in ("both", "shared", "residual-cleaning", "gaussian-colour"):
+        ours, theirs = dpsyngen.Generator(releases[kind]), denoiser.ReleasedDenoiser(releases[kind])
+        ends = [s.high for s in ours.stages.stages if s.high < 9]
+        levels = torch.tensor([-6.0, 0.0, 4.0, *ends, *(e - 1e-6 for e in ends), *(e + 1e-6 for e in ends)]).double()
+        x = torch.randn(len(levels), ours.channels, 8, 8, generator=rng)
+        labels = torch.arange(len(levels)) % len(ours.class_names) if ours.class_names else None
+        for guidance in (1.0, 2.5):
+            with torch.no_grad():
+                expected = ours.denoiser(guidance)(x, levels.exp(), labels)
+            assert torch.equal(theirs(x, levels.exp(), labels, guidance), expected), kind
