@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
-
 from docs.figures.canvas import INK, PRIVATE, PUBLIC, SOFT, Axes, Canvas
-from dpsyngen.thresholds.toys import ExactMixture, gaussian_gap, gaussian_loss
 
 PIXELS = 64
 LEVELS = [-6 + 0.1 * i for i in range(111)]
@@ -41,25 +38,29 @@ def draw() -> str:
     return c.svg()
 
 
-def images(mean: float, slope: float) -> ExactMixture:
-    """A Gaussian on a row of pixels whose variance falls with frequency j like j^-slope, with a little sensor noise."""
-    j = torch.arange(PIXELS, dtype=torch.float64)
-    basis = torch.cos(math.pi * (j[None] + 0.5) * j[:, None] / PIXELS)
-    basis = basis / basis.norm(dim=1, keepdim=True)
-    variances = (j + 1) ** -slope
-    covariance = basis.mT @ torch.diag(variances * 0.15 * PIXELS / variances.sum() + 0.03**2) @ basis
-    return ExactMixture(
-        torch.ones(1, dtype=torch.float64),
-        torch.full((1, PIXELS), mean, dtype=torch.float64),
-        covariance[None],
-    )
+def images(mean: float, slope: float) -> tuple[float, list[float]]:
+    """A Gaussian on a row of pixels: its mean, of every pixel, and its variances, the eigenvalues of the covariance.
+
+    The eigenvectors are cosines, so both models share them; variances fall with frequency j like j^-slope, and there
+    is a little sensor noise.
+    """
+    variances = [(j + 1) ** -slope for j in range(PIXELS)]
+    return mean, [0.15 * PIXELS * v / sum(variances) + 0.03**2 for v in variances]
 
 
-def gap(teacher: ExactMixture, student: ExactMixture) -> Callable[[float], float]:
-    """log₁₀ of the relative gap, as a function of log σ."""
+def gap(teacher: tuple[float, list[float]], student: tuple[float, list[float]]) -> Callable[[float], float]:
+    """log₁₀ of the relative gap, as a function of log σ.
+
+    With the Wiener filters A and B of teacher and student, D_a(x) - D_b(x) = (A - B)(x - m_a) + (I - B)(m_a - m_b); the
+    means differ along the first cosine alone.
+    """
+    (mean_a, values_a), (mean_b, values_b) = teacher, student
 
     def at(log_sigma: float) -> float:
-        sigma = math.exp(log_sigma)
-        return math.log10(gaussian_gap(teacher, student, sigma) / gaussian_loss(teacher, sigma))
+        square = math.exp(2 * log_sigma)
+        a, b = ([v / (v + square) for v in values] for values in (values_a, values_b))
+        difference = sum((f - g) ** 2 * (v + square) for f, g, v in zip(a, b, values_a, strict=True))
+        difference += PIXELS * ((1 - b[0]) * (mean_a - mean_b)) ** 2
+        return math.log10(difference / sum(square * f for f in a))  # the loss of A is Σ λσ²/(λ + σ²)
 
     return at

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,6 @@ from dpsyngen.errors import ConfigError
 if TYPE_CHECKING:
     from dpsyngen.config import Config
     from dpsyngen.console import Console, Progress
-    from dpsyngen.data import ImageDataset
     from dpsyngen.thresholds.files import StagesResult
     from dpsyngen.thresholds.run import Stages
 
@@ -72,7 +72,15 @@ def stages(
     from dpsyngen.console import Console
 
     console, begun = Console(quiet, as_json), time.monotonic()
-    _check_private(data, epsilon, delta, budget, records, group_size, insecure_seed, sampling_rate)
+    names = ("--epsilon", "--delta", "--budget", "--records", "--group-size", "--insecure-seed", "--sampling-rate")
+    rate = None if sampling_rate == 1 else sampling_rate
+    asked = zip(names, (epsilon, delta, budget, records, group_size, insecure_seed, rate), strict=True)
+    # An ε that nobody asked for, or an option without effect, is a mistake.
+    if data is not None and epsilon is None:
+        raise ConfigError("--epsilon is missing: what an estimate on the private images of --data may cost.")
+    if data is None and (without := [option for option, value in asked if value is not None]):
+        raise ConfigError(f"{', '.join(without)} goes with --data, the private images; none were given.")
+    from dpsyngen.data.load import load_private
     from dpsyngen.hardware import check_device
     from dpsyngen.thresholds.run import Stages, StagesOptions, require_usable
 
@@ -106,7 +114,8 @@ def stages(
         networks=networks,
     )
     options.check()
-    private = _private_images(data, loaded)
+    # As a training reads them, so that the budget knows them again.
+    private = None if data is None else load_private(data, loaded)
     search = Stages(out, loaded, options, data=private, given=kept, device=device)
     try:
         result, files = _with_progress(search, console)
@@ -117,34 +126,6 @@ def stages(
     _say(console, out, result, files, time.monotonic() - begun)
 
 
-def _check_private(
-    data: str | None,
-    epsilon: str | None,
-    delta: float | None,
-    budget: Path | None,
-    records: int | None,
-    group_size: int | None,
-    insecure_seed: int | None,
-    sampling_rate: float,
-) -> None:
-    """An ε that nobody asked for, or an option without effect, is a mistake."""
-    if data is not None and epsilon is None:
-        raise ConfigError("--epsilon is missing: what an estimate on the private images of --data may cost.")
-    if data is None:
-        asked = {
-            "--epsilon": epsilon,
-            "--delta": delta,
-            "--budget": budget,
-            "--records": records,
-            "--group-size": group_size,
-            "--insecure-seed": insecure_seed,
-            "--sampling-rate": None if sampling_rate == 1 else sampling_rate,
-        }
-        without = [option for option, value in asked.items() if value is not None]
-        if without:
-            raise ConfigError(f"{', '.join(without)} goes with --data, the private images; none were given.")
-
-
 def _configuration(
     preset: str | None, file: Path | None, more: dict[str, Any], **sections: dict[str, Any]
 ) -> tuple[dict[str, Any], Config]:
@@ -153,23 +134,13 @@ def _configuration(
     from dpsyngen.files import read_yaml_file
 
     given = {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
-    own = {name: given.pop(name) for name in ("private_data", "privacy")}
+    # What this call spends is not what a training will spend, so it is not kept.
+    once = {"data": given.pop("private_data"), "privacy": given.pop("privacy")}
     given = merge_settings({k: v for k, v in given.items() if v}, more)
-    # What this call spends is not what a training will spend.
-    once = {k: v for k, v in {"data": own["private_data"], "privacy": own["privacy"]}.items() if v}
-    loaded = load_config(merge_settings(given, once), preset=preset, file=file)
+    loaded = load_config(merge_settings(given, {k: v for k, v in once.items() if v}), preset=preset, file=file)
     kept = {} if file is None else dict(read_yaml_file(file, "the configuration"))
     shape = {"data": given["data"]} if "data" in given else {}
     return merge_settings(kept, {"preset": loaded.preset, **shape}), loaded
-
-
-def _private_images(data: str | None, loaded: Config) -> ImageDataset | None:
-    if data is None:
-        return None
-    from dpsyngen.data.load import load_private
-
-    # As a training reads them, so that the budget knows them again.
-    return load_private(data, loaded)
 
 
 def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list[Path]]:
@@ -179,38 +150,29 @@ def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list
     if search.plan is not None:
         p = search.plan
         console.note(
-            f"private images: {p.records:,} records, ε = {p.epsilon:g} at δ = {p.delta:.3g}, noise multiplier "
-            f"{p.noise_multiplier:.4g}" + ("" if p.insecure_seed is None else "; NOT PRIVATE: reproducible noise")
+            f"private images: {p.query.records:,} records, ε = {p.privacy.epsilon:g} at δ = {p.delta:.3g}, noise "
+            f"multiplier {p.query.noise_multiplier:.4g}"
+            + ("" if p.privacy.insecure_seed is None else "; NOT PRIVATE: reproducible noise")
         )
-    current: tuple[str, Progress] | None = None
+    bars: dict[str, Progress] = {}
+    with ExitStack() as stack:
 
-    def tell(title: str, done: int, total: int, unit: str) -> None:
-        nonlocal current
-        if current is None or current[0] != title:
-            if current:
-                current[1].__exit__(None, None, None)
-            current = (title, console.progress(title, total, unit).__enter__())
-        current[1].update(done)
+        def tell(title: str, done: int, total: int, unit: str) -> None:
+            if title not in bars:
+                stack.close()  # the bar before
+                bars[title] = stack.enter_context(console.progress(title, total, unit))
+            bars[title].update(done)
 
-    try:
         return search.run(tell)
-    finally:
-        if current:
-            current[1].__exit__(*sys.exc_info())
 
 
 def _say(console: Console, out: Path, result: StagesResult, files: list[Path], seconds: float) -> None:
-    from dataclasses import asdict
+    from dpsyngen.thresholds.files import elbow_rows, stage_lines, tables, teacher_line
 
-    from dpsyngen.thresholds.files import elbow_rows, stage_lines, teacher_line
-    from dpsyngen.thresholds.tables import elbow_table, loss_table
-
-    statement = None if result.private is None else result.private[1]
-    lines: list[str] = []
-    if not console.as_json:
-        lines += [elbow_table(result), *([loss_table(result.losses)] if result.losses else [])]
+    statement = {} if result.private is None else result.private[1]
+    lines = [] if console.as_json else list(tables(result))
     lines += [*stage_lines(result), *filter(None, [teacher_line(result)])]
-    if statement is not None:
+    if statement:
         spent = f"ε = {statement['epsilon']:.4f} at δ = {statement['delta']:.3g} of the private images is spent"
         lines.append(spent if statement["private"] else f"NOT PRIVATE (reproducible noise); it would be: {spent}")
     lines.append(f"results: {', '.join(str(f) for f in files)}")
@@ -225,9 +187,9 @@ def _say(console: Console, out: Path, result: StagesResult, files: list[Path], s
             "decided_by": result.decided.by,
             "elbows": elbow_rows(result),
             "proxy_loss": [asdict(loss) for loss in result.losses],
-            "private": None if statement is None else statement["private"],
-            "epsilon": 0.0 if statement is None else statement["epsilon"],
-            "delta": None if statement is None else statement["delta"],
+            "private": statement.get("private"),
+            "epsilon": statement.get("epsilon", 0.0),
+            "delta": statement.get("delta"),
             "seconds": round(seconds, 3),
         },
         lines,

@@ -1,7 +1,15 @@
-"""Denoisers trained on public images alone, for measuring; each is kept in a file named by all that decides it.
+"""The denoisers that are compared: networks trained on public images alone, and what two moments of images give.
 
-Unlike the experts of a run they are trained on *all* noise levels alike (log σ uniform), so that what they answer at
-the ends of the axis is what they learned there and not what they guess.
+Each network is kept in a file that is named by all that decides its weights.  Unlike the experts of a run they are
+trained on *all* noise levels alike (log σ uniform), so that what they answer at the ends of the axis is learned there.
+
+The reference predictors are affine in x = x₀ + σ·n, so that their expected loss over the noise is known for each image
+x₀, with no noise drawn: for D(x) = m + A(x - m) it is |(I - A)(x₀ - m)|² + σ²·tr(A Aᵀ).
+
+- *zero-information*: A = a·I and m one grey level.  It knows the mean and the variance of all pixels together and
+  nothing of how pixels depend on each other; a = v/(v + σ²) is the best.
+- *Wiener*: m the mean image and A = C(C + σ²I)⁻¹ with the pixels' covariance C: the optimal denoiser of a Gaussian with
+  these moments, and the best affine one of any images that have them.
 """
 
 from __future__ import annotations
@@ -9,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +31,13 @@ from safetensors import SafetensorError, safe_open
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from dpsyngen.diffusion.noise_levels import NoiseLevels
-from dpsyngen.errors import RunError
+from dpsyngen.errors import DataError, RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
-from dpsyngen.thresholds.gap import HIGHEST, LOWEST
+from dpsyngen.thresholds.gap import HIGHEST, LOWEST, Array
 from dpsyngen.training.checkpoint import TrainState
 from dpsyngen.training.networks import load_weights, make_denoiser
 from dpsyngen.training.plan import Shape
@@ -40,6 +49,14 @@ FIRST_IMAGE = 10**12
 """Programs' images from here on are for measuring and for the networks of this module; no run gets that far."""
 
 _PER_SEED = 10**9
+
+PROXY, WIENER = "proxy", "wiener"
+"""What the proxy and its Wiener filter are called among the families."""
+
+MOST_PIXELS = 4096
+"""Beyond that the Wiener filter is left out: its covariance matrix would take minutes and gigabytes."""
+
+_CHUNK = 4096  # images in float64 at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,28 +83,39 @@ class GivenImages(Program):
         return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One kind of public images.
 
     Attributes:
         label: what it is called in tables; unique.
-        program: what draws it.
+        program: what draws the images that a network is trained on.
+        held_out: of given images, those to measure on, uint8 [N, C, H, W].
     """
 
     label: str
     program: Program
-
-    @property
-    def given(self) -> bool:
-        """Whether it is a fixed number of images rather than a program."""
-        return isinstance(self.program, GivenImages)
+    held_out: NDArray[np.uint8] | None = None
 
     def measuring_images(self, count: int) -> NDArray[np.uint8]:
-        """The first `count` images of a program that no network here was trained on, uint8 [count, C, H, W]."""
-        if self.given:
-            raise ValueError("given images are set aside by whoever gives them.")
-        return self.program.batch(range(FIRST_IMAGE, FIRST_IMAGE + count))
+        """Images that no network here was trained on: those held out, or the first `count` that a program has there."""
+        return self.program.batch(range(FIRST_IMAGE, FIRST_IMAGE + count)) if self.held_out is None else self.held_out
+
+
+def split_proxy(images: NDArray[np.uint8], measured: int, resolution: int, channels: int) -> Family:
+    """Images that the user declares public: `measured` of them, chosen by a fixed seed, are set aside to measure on.
+
+    Raises:
+        DataError: there are fewer than twice as many.
+    """
+    if len(images) < 2 * measured:
+        raise DataError(
+            f"the proxy has {len(images):,} images, but {measured:,} are set aside for measuring and at least as many "
+            "are needed for training.  Give more images, or measure on fewer: --images."
+        )
+    order = np.random.default_rng(0).permutation(len(images))
+    kept, held_out = (np.ascontiguousarray(images[np.sort(part)]) for part in (order[measured:], order[:measured]))
+    return Family(PROXY, GivenImages(resolution=resolution, channels=channels, images=kept), held_out)
 
 
 def every_level() -> NoiseLevels:
@@ -140,13 +168,17 @@ class PublicDenoisers:
         Raises:
             RunError: the file of the weights is damaged, or training diverged.
         """
-        # The start is independent between families, too: networks that share it would be alike in their faults.
+        # The start differs between families, too: networks with a common start would share their errors.
         start = int(self.key(family, seed)[:15], 16)
         denoiser = make_denoiser(self.config, self.shape, False, start).to(self.device)
         path = self.path(family, seed)
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._train(family, seed, start, denoiser, path, on_progress)
+            state = TrainState(denoiser, Ema(denoiser, self.config.public.ema), {})
+            self._train(family, seed, start, state, path.with_suffix(".unfinished"), on_progress)
+            average = {k: v.detach().cpu().contiguous() for k, v in state.ema.average.items()}
+            write_atomically(path, lambda p: save_file(average, p))
+            path.with_suffix(".unfinished").unlink(missing_ok=True)
         load_weights(path, denoiser)
         return denoiser.eval()
 
@@ -155,18 +187,15 @@ class PublicDenoisers:
         family: Family,
         seed: int,
         start: int,
-        denoiser: NetworkDenoiser,
-        path: Path,
+        state: TrainState,
+        unfinished: Path,
         on_progress: Callable[[int, float], None] | None,
     ) -> None:
-        c = self.config.public
-        offset = 0 if family.given else FIRST_IMAGE + _PER_SEED * (seed + 1)
+        c, offset = self.config.public, FIRST_IMAGE + _PER_SEED * (seed + 1)
         if isinstance(family.program, GivenImages):
-            c = c.model_copy(update={"distinct": len(family.program.images)})
+            c, offset = c.model_copy(update={"distinct": len(family.program.images)}), 0
         take = PublicStep(family.program, every_level(), c, Randomness.from_insecure_seed(start), offset, self.workers)
-        optimizer = torch.optim.Adam(denoiser.parameters(), lr=c.learning_rate)
-        state = TrainState(denoiser, Ema(denoiser, c.ema), {"public": optimizer})
-        unfinished = path.with_suffix(".unfinished")
+        state.optimizers["public"] = torch.optim.Adam(state.module.parameters(), lr=c.learning_rate)
         _restore(unfinished, state, c.steps)
         for progress in train_public("public", state, take):
             if not math.isfinite(progress.values["loss"]):
@@ -175,22 +204,15 @@ class PublicDenoisers:
                     "lower learning rate: --set public.learning_rate=…"
                 )
             if progress.step % c.checkpoint_every == 0 and progress.step < c.steps:
-                _save(unfinished, state)
+                counts = json.dumps({"step": state.step, "ema_steps": state.ema.steps})
+                tensors = {k: v.cpu() for k, v in state.tensors().items()}
+                write_atomically(unfinished, lambda p, t=tensors, n=counts: save_file(t, p, {"dpsyngen": n}))  # type: ignore[misc]
             if on_progress is not None:
                 on_progress(progress.step, progress.values["loss"])
-        average = {k: v.detach().cpu().contiguous() for k, v in state.ema.average.items()}
-        write_atomically(path, lambda p: save_file(average, p))
-        unfinished.unlink(missing_ok=True)
-
-
-def _save(path: Path, state: TrainState) -> None:
-    counts = json.dumps({"step": state.step, "ema_steps": state.ema.steps})
-    tensors = {k: v.cpu() for k, v in state.tensors().items()}
-    write_atomically(path, lambda p: save_file(tensors, p, {"dpsyngen": counts}))
 
 
 def _restore(path: Path, state: TrainState, steps: int) -> None:
-    """Go on from an unfinished file; one that cannot be read counts for nothing, as it is only time."""
+    """Go on from an unfinished file; one that cannot be read is ignored, as it is only time."""
     try:
         with safe_open(path, framework="pt") as f:
             counts = json.loads(f.metadata()["dpsyngen"])
@@ -200,3 +222,81 @@ def _restore(path: Path, state: TrainState, steps: int) -> None:
         return
     if 0 <= step <= steps and state.misfit(tensors) is None:
         state.restore(tensors, step, ema_steps)
+
+
+# ------------------------------------------------------------------------------- predictors that know moments
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the pixels of some images in [-1, 1].
+
+    Attributes:
+        mean: [d].
+        covariance: [d, d]; None with more than ``MOST_PIXELS`` pixels.
+        level, variance: mean and variance of all pixels together.
+    """
+
+    mean: Array
+    covariance: Array | None
+    level: float
+    variance: float
+
+    @classmethod
+    def of(cls, images: NDArray[np.uint8]) -> Moments:
+        """Of uint8 images [n, C, H, W], a few thousand in memory at a time."""
+        n, pixels = len(images), int(np.prod(images.shape[1:]))
+        total, square = np.zeros(pixels), 0.0
+        second = np.zeros((pixels, pixels)) if pixels <= MOST_PIXELS else None
+        for start in range(0, n, _CHUNK):
+            x = as_range(images[start : start + _CHUNK])
+            total += x.sum(0)
+            square += float(np.square(x).sum())
+            if second is not None:
+                second += x.T @ x
+        mean, level = total / n, float(total.sum() / (n * pixels))
+        covariance = None if second is None else second / n - np.outer(mean, mean)
+        return cls(mean, covariance, level, square / (n * pixels) - level**2)
+
+
+def as_range(images: NDArray[np.uint8]) -> Array:
+    """uint8 [n, C, H, W] as float64 [n, d] in [-1, 1]."""
+    return images.reshape(len(images), -1).astype(np.float64) / 127.5 - 1
+
+
+def zero_information_loss(images: NDArray[np.uint8], fitted: Moments, log_sigma: Sequence[float] | Array) -> Array:
+    """Expected loss of each image, mean over its pixels, [N, M].
+
+    Args:
+        images: x₀, uint8 [N, C, H, W].
+        fitted: moments of other images of the same kind.
+        log_sigma: M levels.
+    """
+    square = np.exp(2 * np.asarray(log_sigma, dtype=np.float64))
+    a = fitted.variance / (fitted.variance + square)
+    distance = np.square(as_range(images) - fitted.level).mean(1)
+    return np.asarray(distance[:, None] * (1 - a) ** 2 + square * a**2)
+
+
+def wiener_loss(images: NDArray[np.uint8], fitted: Moments, log_sigma: Sequence[float] | Array) -> Array | None:
+    """The same of the Wiener filter; None with more than ``MOST_PIXELS`` pixels."""
+    if fitted.covariance is None:
+        return None
+    values, axes = np.linalg.eigh(fitted.covariance)
+    square = np.exp(2 * np.asarray(log_sigma, dtype=np.float64))[:, None]
+    a = np.maximum(values, 0) / (np.maximum(values, 0) + square)  # [M, d]
+    along = np.square((as_range(images) - fitted.mean) @ axes)  # [N, d], in the axes of C
+    return np.asarray(along @ np.square(1 - a).T + (square * np.square(a)).sum(1)) / len(values)
+
+
+def wiener_filter(fitted: Moments, shape: tuple[int, int, int], device: str = "cpu") -> GaussianDenoiser:
+    """The Wiener filter as a denoiser of images [C, H, W]; there are no classes.
+
+    Raises:
+        ValueError: the moments have no covariance.
+    """
+    if fitted.covariance is None:
+        raise ValueError(f"images of more than {MOST_PIXELS} pixels have no covariance here.")
+    d = len(fitted.mean)
+    tensors = fitted.mean[None], np.eye(d), fitted.covariance[None], np.zeros(d), np.ones(1)
+    return GaussianDenoiser(ClassGaussians(*map(torch.from_numpy, tensors)), shape).to(device)

@@ -1,4 +1,4 @@
-"""Where the gap curve ends to be small: the thresholds τ_cleaning and τ_coarse, with their uncertainty.
+"""Where the gap curve stops being small: the thresholds τ_cleaning and τ_coarse, with their uncertainty.
 
 Three methods; all look from an end of the axis (clean or noisy) to the curve's peak and no further.
 
@@ -7,20 +7,21 @@ Three methods; all look from an end of the axis (clean or noisy) to the curve's 
   loss at *every* σ.  It says so if there is no such stage.  This is the statement of the paper's theorems (arXiv
   2412.09842): noise levels beyond which the loss is within a tolerance.
 - **loss**: the same of the excess, what the student's loss really is over the teacher's.  The two agree for an optimal
-  teacher.  A network that was trained for a short time is none: the student may differ from it and be no worse.
+  teacher.  A network that was trained briefly is far from optimal: the student may differ from it and be no worse.
 - **kneedle**: the point of the relative gap that lies farthest below the straight line from the end to the peak, both
   axes scaled to [0, 1] (Satopää, Albrecht, Irwin, Raghavan, "Finding a 'Kneedle' in a haystack", ICDCSW 2011).  It is
-  what the eye calls an elbow and needs no tolerance, but it finds an elbow in curves that are never small, too.
+  what the eye calls an elbow and needs no tolerance, but it also finds an elbow in curves that are never small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+
+from dpsyngen.thresholds.gap import Array
 
 Side = Literal["cleaning", "coarse"]
 Method = Literal["tolerance", "loss", "kneedle"]
@@ -52,14 +53,11 @@ class Elbow:
     value: float | None
     reason: str
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def find_elbow(
-    log_sigma: Sequence[float] | NDArray[np.float64],
-    curve: NDArray[np.float64],
-    replicates: NDArray[np.float64],
+    log_sigma: Sequence[float] | Array,
+    curve: Array,
+    replicates: Array,
     side: Side,
     method: Method = "tolerance",
     tolerance: float = 0.05,
@@ -72,28 +70,19 @@ def find_elbow(
         replicates: the curve as it could have come out, [B, M], as :func:`dpsyngen.thresholds.gap.mean_curve` gives it;
             B = 0 is allowed.
         side: which end of the axis.
-        method: how.
+        method: see the module.
         tolerance: of the methods that have one.
     """
     u = np.asarray(log_sigma, dtype=np.float64)
     value, reason = _locate(u, curve, side, method, tolerance)
     found = [v for v in (_locate(u, c, side, method, tolerance)[0] for c in replicates) if v is not None]
-    low, high = np.percentile(found, [2.5, 97.5]) if found else (None, None)
-    return Elbow(
-        side,
-        method,
-        value,
-        None if low is None else float(low),
-        None if high is None else float(high),
-        len(found) / len(replicates) if len(replicates) else float(value is not None),
-        None if value is None else float(np.interp(value, u, curve)) if method == "kneedle" else tolerance,
-        reason,
-    )
+    low, high = (float(v) for v in np.percentile(found, [2.5, 97.5])) if found else (None, None)
+    share = len(found) / len(replicates) if len(replicates) else float(value is not None)
+    at = None if value is None else float(np.interp(value, u, curve)) if method == "kneedle" else tolerance
+    return Elbow(side, method, value, low, high, share, at, reason)
 
 
-def _locate(
-    u: NDArray[np.float64], curve: NDArray[np.float64], side: Side, method: Method, tolerance: float
-) -> tuple[float | None, str]:
+def _locate(u: Array, curve: Array, side: Side, method: Method, tolerance: float) -> tuple[float | None, str]:
     """τ, or None and why there is none."""
     if side == "coarse":
         value, reason = _locate(-u[::-1], curve[::-1], "cleaning", method, tolerance)
@@ -103,9 +92,7 @@ def _locate(
     return _kneedle(u, curve, peak) if method == "kneedle" else _tolerance(u, curve, peak, method, tolerance)
 
 
-def _tolerance(
-    u: NDArray[np.float64], curve: NDArray[np.float64], peak: int, method: Method, tolerance: float
-) -> tuple[float | None, str]:
+def _tolerance(u: Array, curve: Array, peak: int, method: Method, tolerance: float) -> tuple[float | None, str]:
     what = "gap" if method == "tolerance" else "excess of the loss"
     if curve[peak] <= tolerance:
         # Networks that were hardly trained are all alike.
@@ -120,7 +107,7 @@ def _tolerance(
     return float(u[first - 1] + (limit - below) / (above - below) * (u[first] - u[first - 1])), ""
 
 
-def _kneedle(u: NDArray[np.float64], curve: NDArray[np.float64], peak: int) -> tuple[float | None, str]:
+def _kneedle(u: Array, curve: Array, peak: int) -> tuple[float | None, str]:
     if peak < 2:
         return None, "the gap is largest at this end"
     x = (u[: peak + 1] - u[0]) / (u[peak] - u[0])
@@ -131,9 +118,6 @@ def _kneedle(u: NDArray[np.float64], curve: NDArray[np.float64], peak: int) -> t
     if depth[i] <= 0 or i in (0, peak):
         return None, "the curve bends nowhere at this end"
     # The vertex of the parabola through the deepest point and its neighbours: the grid is coarser than what is sought.
-    step_down, step_up = x[i] - x[i - 1], x[i + 1] - x[i]
-    slope_down, slope_up = (depth[i] - depth[i - 1]) / step_down, (depth[i + 1] - depth[i]) / step_up
-    bend = (slope_up - slope_down) / (step_down + step_up)
-    shift = 0.0 if bend >= 0 else -((slope_down * step_up + slope_up * step_down) / (step_down + step_up)) / (2 * bend)
-    shift = float(np.clip(shift, -step_down / 2, step_up / 2))
+    a, b, _ = np.polyfit(x[i - 1 : i + 2] - x[i], depth[i - 1 : i + 2], 2)
+    shift = 0.0 if a >= 0 else float(np.clip(-b / (2 * a), (x[i - 1] - x[i]) / 2, (x[i + 1] - x[i]) / 2))
     return float(u[0] + (x[i] + shift) * (u[peak] - u[0])), ""

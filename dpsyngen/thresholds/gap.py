@@ -4,9 +4,8 @@
 
 D_a, the *teacher*, was trained on that source; D_b, the *student*, on another.  The denominator is the teacher's own
 loss on the same noisy images (unweighted; EDM's weight λ(σ) would cancel).  For an optimal teacher the gap is what the
-student loses more than the teacher: E‖D_b - x₀‖² = E‖D_a - x₀‖² + E‖D_a - D_b‖².  For trained networks, which are not
-optimal, the *excess*, E‖D_b - x₀‖²/E‖D_a - x₀‖² - 1, is another figure: below 0 where the student is the better
-denoiser even of the teacher's images.
+student loses more: E‖D_b - x₀‖² = E‖D_a - x₀‖² + E‖D_a - D_b‖².  Trained networks are not optimal, so the *excess*,
+E‖D_b - x₀‖²/E‖D_a - x₀‖² - 1, stands beside it: below 0 the student is the better denoiser of the teacher's images.
 
 Everything is kept image by image, so that images can be drawn again for the uncertainty.
 """
@@ -16,25 +15,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.integrate import trapezoid
 from torch import Tensor
 
 from dpsyngen.diffusion.denoiser import Denoiser
-from dpsyngen.thresholds.theory import price_density
+from dpsyngen.workers import Workers
 
 Array = NDArray[np.float64]
 Pair = tuple[str, str]
-Map = Callable[[Callable[[slice], Any], Sequence[slice]], list[Any]]
-"""Runs a function over parts of the images, such as :meth:`dpsyngen.workers.Workers.map`."""
 
 LOWEST, HIGHEST = math.log(0.002), math.log(80)
 """log σ at the ends of EDM's sampling."""
 
-_TOGETHER = 8  # parts that are handed to `run` at a time
+_TOGETHER = 8  # parts between two reports of progress
 
 
 def log_sigma_grid(spacing: float = 0.5, low: float = LOWEST, high: float = HIGHEST) -> tuple[float, ...]:
@@ -46,7 +43,7 @@ def log_sigma_grid(spacing: float = 0.5, low: float = LOWEST, high: float = HIGH
 
 
 def seeded_noise(shape: tuple[int, ...], seed: int) -> Callable[[slice], Tensor]:
-    """Standard normal noise of each image from a public seed: the same for image i whatever part it is asked for in.
+    """Standard normal noise of each image from a public seed: the same for image i in whatever slice it is asked for.
 
     Args:
         shape: of one image, [C, H, W].
@@ -54,11 +51,8 @@ def seeded_noise(shape: tuple[int, ...], seed: int) -> Callable[[slice], Tensor]
     """
 
     def noise(part: slice) -> Tensor:
-        rows = []
-        for index in range(part.start, part.stop):
-            generator = torch.Generator().manual_seed((seed << 22) + index)
-            rows.append(torch.randn(shape, generator=generator))
-        return torch.stack(rows)
+        generators = (torch.Generator().manual_seed((seed << 22) + i) for i in range(part.start, part.stop))
+        return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
     return noise
 
@@ -86,7 +80,7 @@ def measure(
     noise: Callable[[slice], Tensor],
     *,
     block: int = 32,
-    run: Map | None = None,
+    workers: Workers | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Answers:
     """Ask all denoisers about the same noisy images.
@@ -100,14 +94,15 @@ def measure(
         pairs: of names, whose answers are compared.
         noise: n of a slice of the images, on the CPU.
         block: images at a time.
-        run: see ``Map``; None: one part after the other.
+        workers: threads that share the images.
         on_progress: called now and then with the number of images that are done.
     """
     pairs = list(dict.fromkeys(pairs))
-    wanted = dict.fromkeys(name for pair in pairs for name in pair)
-    missing = [name for name in wanted if name not in denoisers]
+    missing = {name for pair in pairs for name in pair} - denoisers.keys()
     if missing:
-        raise ValueError(f"no denoiser is called {', '.join(missing)}; given: {', '.join(denoisers) or 'none'}.")
+        raise ValueError(
+            f"no denoiser is called {', '.join(sorted(missing))}; given: {', '.join(denoisers) or 'none'}."
+        )
 
     def one(part: slice) -> tuple[Array, Array]:
         x0 = images[part]
@@ -126,20 +121,27 @@ def measure(
         return losses, gaps
 
     parts = [slice(i, min(i + block, len(images))) for i in range(0, len(images), block)]
-    done: list[tuple[Array, Array]] = []
+    # An empty part first: without images the arrays still have their shapes.
+    empty = np.empty((len(denoisers), 0, len(log_sigma))), np.empty((len(pairs), 0, len(log_sigma)))
+    done = [empty]
     for start in range(0, len(parts), _TOGETHER):
         some = parts[start : start + _TOGETHER]
-        done += [one(part) for part in some] if run is None else run(one, some)
+        done += (workers or Workers(1)).map(one, some)
         if on_progress is not None:
             on_progress(some[-1].stop)
-    empty = np.empty((0, len(log_sigma)))
-    losses = {name: np.concatenate([empty, *(d[0][k] for d in done)]) for k, name in enumerate(denoisers)}
-    gaps = {pair: np.concatenate([empty, *(d[1][k] for d in done)]) for k, pair in enumerate(pairs)}
-    return Answers(np.asarray(log_sigma, dtype=np.float64), losses, gaps)
+    losses, gaps = (np.concatenate(arrays, axis=1) for arrays in zip(*done, strict=True))
+    return Answers(
+        np.asarray(log_sigma, dtype=np.float64),
+        dict(zip(denoisers, losses, strict=True)),
+        dict(zip(pairs, gaps, strict=True)),
+    )
 
 
 def _mean_square(difference: Tensor) -> Array:
     return difference.square().flatten(1).mean(1).double().cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------- curves
 
 
 @dataclass(frozen=True)
@@ -162,18 +164,6 @@ class GapCurve:
     teacher_loss: Array
     student_loss: Array
 
-    @property
-    def seeds(self) -> int:
-        """S."""
-        return len(self.gap)
-
-    @property
-    def name(self) -> str:
-        """In words."""
-        if self.teacher == self.student:
-            return f"{self.student}, another seed, on {self.images}"
-        return f"{self.student} in place of {self.teacher} on {self.images}"
-
     def relative(self) -> Array:
         """The relative gap g of each seed, [S, M]: the ratio of the means over the images."""
         return np.asarray(self.gap.mean(1) / self.teacher_loss.mean(1))
@@ -181,10 +171,6 @@ class GapCurve:
     def excess(self) -> Array:
         """The student's loss over the teacher's, less 1, of each seed, [S, M]."""
         return np.asarray(self.student_loss.mean(1) / self.teacher_loss.mean(1) - 1)
-
-    def nats(self, pixels: int) -> Array:
-        """G(σ)/σ² of each seed, [S, M], in nats for each unit of log σ; see :func:`theory.price`."""
-        return price_density(np.exp(self.log_sigma), pixels * self.gap.mean(1))
 
 
 @dataclass(frozen=True)
@@ -201,6 +187,12 @@ class MeanCurve:
     relative_drawn: Array
     excess_drawn: Array
 
+    def band(self, excess: bool = False) -> tuple[Array, Array]:
+        """95 % interval of the relative gap, or of the excess, at each level: [M] and [M]."""
+        curve, drawn = (self.excess, self.excess_drawn) if excess else (self.relative, self.relative_drawn)
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=0) if len(drawn) else (curve, curve)
+        return low, high
+
 
 def mean_curve(curves: Sequence[GapCurve], replicates: int, seed: int = 0) -> MeanCurve:
     """Average all seeds of all curves, each counting the same, with the bootstrap (Efron & Tibshirani 1993).
@@ -214,14 +206,53 @@ def mean_curve(curves: Sequence[GapCurve], replicates: int, seed: int = 0) -> Me
         seed: of the drawing; public.
     """
     rng = np.random.default_rng(seed)
-    pairs = [np.stack([c.gap[s], c.student_loss[s], c.teacher_loss[s]]) for c in curves for s in range(c.seeds)]
+    pairs = [np.stack(parts) for c in curves for parts in zip(c.gap, c.student_loss, c.teacher_loss, strict=True)]
     drawn = np.zeros((2, replicates, pairs[0].shape[2]))
     for b in range(replicates):
         for p in rng.integers(len(pairs), size=len(pairs)):
             images = pairs[p].shape[1]
-            weights = rng.multinomial(images, np.full(images, 1 / images))
-            gap, student, teacher = weights @ pairs[p]
+            # Drawing N images with replacement = multinomial counts as weights.
+            gap, student, teacher = rng.multinomial(images, np.full(images, 1 / images)) @ pairs[p]
             drawn[:, b] += np.stack([gap, student]) / teacher / len(pairs)
     relative = np.concatenate([c.relative() for c in curves]).mean(0)
     excess = np.concatenate([c.excess() for c in curves]).mean(0)
     return MeanCurve(relative, excess, drawn[0], drawn[1] - 1)
+
+
+# ------------------------------------------------------------------------------- what theory says of gaps
+# G(σ) = E|D_p(x; σ) - D_q(x; σ)|² of optimal denoisers, summed over the d pixels.  docs/stages.md has the proofs.
+
+
+def data_radius(pixels: int) -> float:
+    """R = √d: the ball about 0 that holds [-1, 1]^d; its diameter, 2√d, bounds every W₂ distance there."""
+    return math.sqrt(pixels)
+
+
+def kl_bound(w2: float, sigma: float) -> float:
+    """KL(p_σ ‖ q_σ) <= W₂(p, q)²/(2σ²), in nats: the joint convexity of KL along the optimal coupling.
+
+    Args:
+        w2: W₂(p, q), or any bound on it, such as twice :func:`data_radius`.
+        sigma: σ > 0.
+    """
+    return w2**2 / (2 * sigma**2)
+
+
+def price_density(log_sigma: Array, gap: Array) -> Array:
+    """G(σ)/σ²: nats for each unit of log σ in which q's denoiser answers in place of p's (see :func:`price`)."""
+    return np.asarray(gap * np.exp(-2 * log_sigma))
+
+
+def price(log_sigma: Sequence[float] | Array, gap: Array) -> float:
+    """∫ G(σ)/σ² d log σ in nats, by the trapezoidal rule: what it costs to let q's denoiser own these noise levels.
+
+    Over log σ > τ the exact integral is KL(p_τ ‖ q_τ) (de Bruijn's identity), and over log σ < τ it bounds what q's
+    denoiser adds to the KL divergence of the samples from p (Girsanov's theorem, reverse diffusion); over the whole
+    axis it is KL(p ‖ q).
+
+    Args:
+        log_sigma: [M], ascending; one point alone costs nothing.
+        gap: [M], summed over the pixels.
+    """
+    u = np.asarray(log_sigma, dtype=np.float64)
+    return float(trapezoid(price_density(u, np.asarray(gap)), u))

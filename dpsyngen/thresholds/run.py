@@ -1,43 +1,42 @@
-"""Finding the stages of a data set's diffusion model from public images: the front door of ``dpsyngen stages``.
+"""Finding the stages of a data set's diffusion model from public images: one call of ``dpsyngen stages``.
 
 ::
 
     settings.json   what decides the figures; the same call goes on where it was, another one is refused
     networks/       the trained networks (or in another folder, shared by several calls)
-    private/, private_gap.json   only with private images: see dpsyngen.thresholds.private_estimate
-    gap.csv, proxy_loss.csv, gap.svg, gap.png, stages.yaml, gap.json   the results, gap.json last
+    private/, private_gap.json   only with private images: see dpsyngen.thresholds.private
+    gap.png, gap.svg, gap.csv, proxy_loss.csv, stages.yaml, gap.json   the results, gap.json last
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from dpsyngen.config import Config, load_config
+from dpsyngen.config import Config, ProgramConfig, load_config
 from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.diffusion.unet import check_resolution, named_size
-from dpsyngen.errors import ConfigError, DataError, RunError, printable, shown
+from dpsyngen.errors import ConfigError, DataError, RunError, printable, require
 from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_text
 from dpsyngen.programs import make_program
-from dpsyngen.thresholds.denoisers import Family, PublicDenoisers
+from dpsyngen.thresholds.denoisers import Family, PublicDenoisers, split_proxy
 from dpsyngen.thresholds.elbow import METHODS, Method
 from dpsyngen.thresholds.files import StagesResult, write_results
 from dpsyngen.thresholds.gap import log_sigma_grid
-from dpsyngen.thresholds.plot import write_plot
-from dpsyngen.thresholds.private_estimate import PrivateEstimate, PrivatePlan, plan_private
-from dpsyngen.thresholds.results import deciding, proxy_loss_rows, stand_in_elbows
-from dpsyngen.thresholds.search import Proxy, StageSearch, Tell, split_proxy
+from dpsyngen.thresholds.private import PrivateEstimate, plan_private
+from dpsyngen.thresholds.search import StageSearch, Tell, deciding, proxy_loss_rows, stand_in_elbows
 from dpsyngen.training.lock import Lock
 from dpsyngen.training.plan import Shape
 from dpsyngen.workers import Workers
 
 DEFAULT_RESOLUTION = 32
-"""Pixels, where neither images nor settings say."""
+"""Pixels, where neither images nor settings give a size."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,8 @@ class StagesOptions:
             ("replicates", self.replicates, 0, 100_000),
         )
         for name, value, low, high in limits:
-            if not low <= value <= high:
-                raise ConfigError(f"--{name} is {value:g}, but must be from {low:g} to {high:g}.")
-        if self.method not in METHODS:
-            raise ConfigError(f"--method is {shown(self.method)}, but must be {' or '.join(METHODS)}.")
+            require(low <= value <= high, f"--{name}", value, f"from {low:g} to {high:g}")
+        require(self.method in METHODS, "--method", self.method, METHODS)
 
 
 class Stages:
@@ -120,28 +117,17 @@ class Stages:
         proxy_images = None if options.proxy is None else _load_proxy(options.proxy, config, data)
         shape = _shape(config, data, proxy_images)
         check_resolution(named_size(config.network.size), shape.resolution)
-        named = [_program_entry(entry, config) for entry in options.programs]
-        families = [
-            Family(label, make_program(e["name"], resolution=shape.resolution, channels=shape.channels, **e["rest"]))
-            for label, e in named
-        ]
-        proxy: Proxy | None = None
+        named = [_program(entry, config) for entry in options.programs]
+        size = {"resolution": shape.resolution, "channels": shape.channels}
+        families = [Family(label, make_program(p.name, **size, seed=p.seed, **p.params)) for label, p in named]
+        proxy = None
         if proxy_images is not None:
             proxy = split_proxy(proxy_images.array(), options.images, shape.resolution, shape.channels)
-        networks = PublicDenoisers(
-            options.networks or folder / "networks", config, shape, device, Workers(None if device == "cpu" else 1)
-        )
-        self.search = StageSearch(
-            families,
-            proxy,
-            networks,
-            seeds=options.seeds,
-            images=options.images,
-            log_sigma=log_sigma_grid(options.spacing),
-        )
-        self.plan: PrivatePlan | None = None
-        if data is not None:
-            self.plan = plan_private(config, data, options.sampling_rate)
+        workers = Workers(None if device == "cpu" else 1)
+        networks = PublicDenoisers(options.networks or folder / "networks", config, shape, device, workers)
+        grid = log_sigma_grid(options.spacing)
+        self.search = StageSearch(families, proxy, networks, seeds=options.seeds, images=options.images, log_sigma=grid)
+        self.plan = None if data is None else plan_private(config, data, options.sampling_rate)
         self.estimate = None if self.plan is None else PrivateEstimate(folder, self.plan)
         self._program = named[0][1]
         self._given = dict(given or {"preset": config.preset})
@@ -157,25 +143,23 @@ class Stages:
         one in training goes on from its last checkpoint, and the private images are never charged twice.
         """
         search, options = self.search, self.options
+        teacher, student = search.teacher.label, search.student.label
         with self._own():
             trained = search.train(tell)
             measured = search.measure(trained, tell)
             private = None
             if self.estimate is not None:
-                teacher, student = search.teacher.label, search.student.label
-                title = "measuring on the private images"
                 curve = self.estimate.curve(
-                    trained[teacher, 0],
-                    trained[student, 0],
+                    (trained[teacher, 0], trained[student, 0]),
                     search.log_sigma,
                     measured.clipping_norm,
                     f"stages {self.folder.name}",
                     search.networks.workers,
                     # Not a number of images: how many were sampled is private.
-                    lambda done, of: tell(title, 100 * done // of, 100, "%"),
+                    lambda done, of: tell("measuring on the private images", 100 * done // of, 100, "%"),
                 )
                 private = curve, self.estimate.statement()
-            by = None if private is None else (search.student.label, private[0])
+            by = None if private is None else (student, private[0])
             found = stand_in_elbows(measured, options.tolerance, options.replicates, by)
             result = StagesResult(
                 self.settings,
@@ -186,22 +170,19 @@ class Stages:
                 ],
                 measured,
                 found,
-                deciding(found, search.student.label, self.moments),
+                deciding(found, student, self.moments),
                 cast(Method, options.method),
                 proxy_loss_rows(measured, options.replicates),
                 private,
                 self.moments,
             )
-            plots = write_plot(self.folder, result)
-            files = write_results(self.folder, result, self._to_keep())
-        return result, [*plots, *files]
+            return result, write_results(self.folder, result, self._to_keep())
 
     def _to_keep(self) -> dict[str, Any]:
-        program = {"name": self._program["name"]} | {k: v for k, v in self._program["rest"].items() if k == "seed"}
-        params = {k: v for k, v in self._program["rest"].items() if k != "seed"}
-        keep = self._given | {"program": program | ({"params": params} if params else {})}
-        if self.plan is not None and self.plan.budget is not None:
-            keep["privacy"] = dict(keep.get("privacy", {})) | {"budget": str(self.plan.budget)}
+        """The settings that ``stages.yaml`` keeps: those given, the program, and the budget that this call charged."""
+        keep = self._given | {"program": self._program.model_dump(mode="json", include={"name", "seed", "params"})}
+        if self.plan is not None and (budget := self.plan.budget) is not None:
+            keep["privacy"] = dict(keep.get("privacy", {})) | {"budget": str(budget.path)}
         return keep
 
     def _settings(self) -> dict[str, Any]:
@@ -209,7 +190,7 @@ class Stages:
         plan, proxy = self.plan, s.proxy
         return {
             "programs": {f.label: f.program.config() | {"prior_tier": f.program.prior_tier} for f in s.families},
-            "proxy": None if proxy is None else proxy.family.program.config() | {"set_aside": len(proxy.held_out)},
+            "proxy": None if proxy is None else proxy.program.config() | {"set_aside": len(proxy.measuring_images(0))},
             "student": s.student.label,
             "teacher": s.teacher.label,
             "resolution": s.networks.shape.resolution,
@@ -226,12 +207,12 @@ class Stages:
             "private": None
             if plan is None
             else {
-                "epsilon": plan.epsilon,
+                "epsilon": plan.privacy.epsilon,
                 "delta": plan.delta,
-                "group_size": plan.group_size,
-                "records": plan.records,
-                "sampling_rate": plan.sampling_rate,
-                "insecure_seed": plan.insecure_seed,
+                "group_size": plan.privacy.group_size,
+                "records": plan.query.records,
+                "sampling_rate": plan.query.sampling_rate,
+                "insecure_seed": plan.privacy.insecure_seed,
             },
         }
 
@@ -283,16 +264,13 @@ def _load_proxy(source: str, config: Config, data: ImageDataset | None) -> Image
     resolution = d.resolution if data is None else data.resolution
     channels: Any = d.channels if data is None else "grey" if data.channels == 1 else "rgb"
     loaded = load_images(source, resolution=resolution, channels=channels, labels=False, skip_bad=d.skip_bad)
-    if data is not None and loaded.fingerprint() == _without_labels(data).fingerprint():
+    without_labels = None if data is None else ImageDataset(data.images, None, (), data.source)
+    if without_labels is not None and loaded.fingerprint() == without_labels.fingerprint():
         raise DataError(
             "--proxy and --data are the same images.  A proxy is public; if these are, leave --data out, and if they "
             "are not, leave --proxy out."
         )
     return loaded
-
-
-def _without_labels(data: ImageDataset) -> ImageDataset:
-    return ImageDataset(data.images, None, (), data.source)
 
 
 def _shape(config: Config, data: ImageDataset | None, proxy: ImageDataset | None) -> Shape:
@@ -302,23 +280,16 @@ def _shape(config: Config, data: ImageDataset | None, proxy: ImageDataset | None
     return Shape(config.data.resolution or DEFAULT_RESOLUTION, 3 if config.data.channels == "rgb" else 1, (), 1)
 
 
-def _program_entry(entry: str, config: Config) -> tuple[str, dict[str, Any]]:
-    """(label, {"name": …, "rest": seed and parameters}) of a program's name, or of a YAML file that describes one."""
+def _program(entry: str, config: Config) -> tuple[str, ProgramConfig]:
+    """Label and settings of a program, given by name or as a YAML file that describes it."""
     if not entry.endswith((".yaml", ".yml")):
-        own = config.program.params if entry == config.program.name else {}
-        return entry, {"name": entry, "rest": {"seed": config.program.seed, **own}}
-    path = Path(entry)
-    values = read_yaml_file(path, "the program")
+        params = config.program.params if entry == config.program.name else {}
+        return entry, config.program.model_copy(update={"name": entry, "params": params})
+    values = read_yaml_file(Path(entry), "the program")
     if isinstance(values, dict) and set(values) == {"program"}:
         values = values["program"]
     if not isinstance(values, dict) or "name" not in values:
         raise ConfigError(
-            f"{printable(path)} must hold a program as a configuration does: name, and params if it has any."
+            f"{printable(entry)} must hold a program as a configuration does: name, and params if it has any."
         )
-    # What a configuration would say of it.
-    program = load_config({"program": values}).program
-    label = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.stem)
-    return label, {"name": program.name, "rest": {"seed": program.seed, **program.params}}
-
-
-__all__ = ["Stages", "StagesOptions", "require_usable"]
+    return re.sub(r"[^\w.-]", "-", Path(entry).stem), load_config({"program": values}).program

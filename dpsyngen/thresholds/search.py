@@ -1,70 +1,85 @@
 """Which noise levels may programs own?  Measured with denoisers that saw public images only.
 
 Denoisers are trained on each family of programs (and on a public proxy, if there is one) and compared on the images of
-each: see :mod:`dpsyngen.thresholds.gap`.  What the private images are like, nobody may look at without paying, so
-something stands in for them:
+each: see :mod:`dpsyngen.thresholds.gap`.  Nobody may look at the private images without paying, so something stands in
+for them:
 
 1. the other families of programs (always),
-2. a public proxy that the user declares to resemble them, or
-3. the private images themselves, through the Gaussian mechanism (:mod:`dpsyngen.thresholds.private_gap`).
+2. a public proxy that the user declares to resemble them, by its Wiener filter and by networks trained on it, or
+3. the private images themselves, through the Gaussian mechanism (:mod:`dpsyngen.thresholds.private`).
 
-The first family is the one that a training would use; its curve against the last of the three that is there decides.
+The first family is the one that a training would use; its curve against the last of these that is there decides.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-from dpsyngen.diffusion.denoiser import Denoiser, NetworkDenoiser, loss_weight
+from dpsyngen.diffusion.denoiser import Denoiser, NetworkDenoiser
 from dpsyngen.diffusion.samplers import to_float
-from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.thresholds.denoisers import Family, GivenImages, PublicDenoisers
-from dpsyngen.thresholds.gap import Answers, GapCurve, measure, seeded_noise
-from dpsyngen.thresholds.private_gap import public_clipping_norm, weighted_vectors
-from dpsyngen.thresholds.references import Moments, WienerFilter, wiener_loss, zero_information_loss
-from dpsyngen.thresholds.results import PROXY, WIENER, Measured
+from dpsyngen.errors import ConfigError
+from dpsyngen.thresholds.denoisers import (
+    PROXY,
+    WIENER,
+    Family,
+    GivenImages,
+    Moments,
+    PublicDenoisers,
+    wiener_filter,
+    wiener_loss,
+    zero_information_loss,
+)
+from dpsyngen.thresholds.elbow import METHODS, SIDES, Elbow, Method, Side, find_elbow
+from dpsyngen.thresholds.gap import Answers, Array, GapCurve, MeanCurve, Pair, mean_curve, measure, seeded_noise
+from dpsyngen.thresholds.private import PrivateCurve, gap_weights, public_clipping_norm, weighted_vectors
+
+StandIn = Literal["programs", "wiener", "proxy", "private"]
+BINS: tuple[tuple[str, float, float], ...] = (
+    ("below -3", -np.inf, -3.0),
+    ("-3 to -1", -3.0, -1.0),
+    ("-1 to 0", -1.0, 0.0),
+    ("0 to 2", 0.0, 2.0),
+    ("above 2", 2.0, np.inf),
+)
+"""Pieces of the log σ axis in which losses are averaged."""
+
+Tell = Callable[[str, int, int, str], None]
+"""Progress: what is being done, how many units are done, of how many, and the unit's name in the plural."""
 
 _NOISE_SEED = 0
 
 
-@dataclass(frozen=True)
-class Proxy:
-    """Public images that the user declares to resemble the private ones.
+@dataclass
+class Measured:
+    """All that was measured without private images.
 
     Attributes:
-        family: what the proxy's network is trained on.
-        held_out: other images, to measure on, uint8 [N, C, H, W].
+        log_sigma: [M].
+        pixels: d, of an image.
+        curves: by stand-in: "programs" (programs in place of programs), "wiener" (of the proxy's Wiener filter),
+            "proxy" (of networks trained on it); "floor" has networks in place of others of their own family.
+        proxy_losses: of each family's networks on the held-out proxy images, [S, N, M].
+        zero_loss, wiener_loss: of the reference predictors on them, [N, M].
+        clipping_norm: C that public images suggest for a private estimate.
     """
 
-    family: Family
-    held_out: NDArray[np.uint8]
-
-
-def split_proxy(images: NDArray[np.uint8], measured: int, resolution: int, channels: int) -> Proxy:
-    """Set aside `measured` of the images, chosen by a fixed public seed.
-
-    Raises:
-        DataError: there are fewer than twice as many.
-    """
-    if len(images) < 2 * measured:
-        raise DataError(
-            f"the proxy has {len(images):,} images, but {measured:,} are set aside for measuring and at least as many "
-            "are needed for training.  Give more images, or measure on fewer: --images."
-        )
-    order = np.random.default_rng(0).permutation(len(images))
-    kept = np.ascontiguousarray(images[np.sort(order[measured:])])
-    program = GivenImages(resolution=resolution, channels=channels, images=kept)
-    return Proxy(Family(PROXY, program), np.ascontiguousarray(images[np.sort(order[:measured])]))
-
-
-Tell = Callable[[str, int, int, str], None]
-"""Progress: what is being done, how many units are done, of how many, and the unit's name in the plural."""
+    log_sigma: Array
+    pixels: int
+    curves: dict[str, list[GapCurve]] = field(
+        default_factory=lambda: {"programs": [], "wiener": [], "proxy": [], "floor": []}
+    )
+    proxy_losses: dict[str, Array] = field(default_factory=dict)
+    zero_loss: Array | None = None
+    wiener_loss: Array | None = None
+    clipping_norm: float = 1.0
 
 
 class StageSearch:
@@ -72,7 +87,7 @@ class StageSearch:
 
     Args:
         families: programs, the one that a training would use first.
-        proxy: public images, or None.
+        proxy: public images that the user gives, with some held out; or None.
         networks: where trained networks come from.
         seeds: networks of each family; their seeds are 0, 1, …
         images: of each source, to measure on.
@@ -85,7 +100,7 @@ class StageSearch:
     def __init__(
         self,
         families: Sequence[Family],
-        proxy: Proxy | None,
+        proxy: Family | None,
         networks: PublicDenoisers,
         *,
         seeds: int,
@@ -104,126 +119,195 @@ class StageSearch:
             )
         self.families, self.proxy, self.networks = tuple(families), proxy, networks
         self.seeds, self.images, self.log_sigma = seeds, images, log_sigma
-
-    @property
-    def student(self) -> Family:
-        """The family that a training would use."""
-        return self.families[0]
-
-    @property
-    def teacher(self) -> Family:
-        """The family that the student is compared with on private images: the proxy, or else the second one."""
-        return self.families[1] if self.proxy is None else self.proxy.family
-
-    @property
-    def all_families(self) -> tuple[Family, ...]:
-        return self.families if self.proxy is None else (*self.families, self.proxy.family)
+        self.all_families = self.families if proxy is None else (*self.families, proxy)
+        self.student = self.families[0]
+        # What the student is compared with on private images.
+        self.teacher = self.families[1] if proxy is None else proxy
 
     def train(self, tell: Tell) -> dict[tuple[str, int], NetworkDenoiser]:
         """All networks, by family and seed; those that are there are read."""
         out: dict[tuple[str, int], NetworkDenoiser] = {}
         steps = self.networks.config.public.steps
         for family, seed in itertools.product(self.all_families, range(self.seeds)):
-            title = f"training on {family.label}, seed {seed}"
-
-            def on_progress(step: int, loss: float, title: str = title) -> None:
-                tell(title, step, steps, "steps")
-
-            out[family.label, seed] = self.networks.get(family, seed, on_progress)
+            told = partial(tell, f"training on {family.label}, seed {seed}")
+            out[family.label, seed] = self.networks.get(
+                family,
+                seed,
+                lambda step, loss, told=told: told(step, steps, "steps"),  # type: ignore[misc]
+            )
         return out
 
-    def measure(self, trained: Mapping[tuple[str, int], NetworkDenoiser], tell: Tell) -> Measured:
+    def measure(self, trained: Mapping[tuple[str, int], Denoiser], tell: Tell) -> Measured:
         """Compare all networks on the images of each family."""
-        result = Measured(np.array(self.log_sigma), self.networks.shape.channels * self.networks.shape.resolution**2)
-        vectors = []
+        shape = self.networks.shape
+        result = Measured(np.array(self.log_sigma), shape.channels * shape.resolution**2)
+        asked: Pair = (f"{self.teacher.label}/0", f"{self.student.label}/0")  # what a private estimate will compare
+        weights = gap_weights(self.log_sigma, self.networks.config.network.sigma_data)
+        vectors: list[Tensor] = []
         for family in self.all_families:
-            is_proxy = self.proxy is not None and family is self.proxy.family
-            images = self._images(family)
+            images = family.measuring_images(self.images)
+            denoisers: dict[str, Denoiser] = {f"{label}/{seed}": d for (label, seed), d in trained.items()}
             moments = Moments.of(family.program.images) if isinstance(family.program, GivenImages) else None
-            answers = self._answers(trained, family, images, moments, tell)
-            curves = [self._curve(answers, family, other) for other in self.families if other is not family]
-            (result.proxy if is_proxy else result.programs).extend(curves)
-            if self.seeds > 1:
-                result.floors.append(self._floor(answers, family))
-            if is_proxy or self.proxy is None:
-                pair = (f"{self.teacher.label}/0", f"{self.student.label}/0")
-                weights = loss_weight(
-                    torch.tensor(self.log_sigma, dtype=torch.float64).exp(), self.networks.config.network.sigma_data
-                )
-                vectors.append(weighted_vectors(answers, pair, weights))
+            if moments is not None and moments.covariance is not None:
+                size = shape.channels, shape.resolution, shape.resolution
+                denoisers[WIENER] = wiener_filter(moments, size, self.networks.device)
+            compared = list(self._compared(family, WIENER in denoisers))
+            answers = measure(
+                denoisers,
+                to_float(torch.from_numpy(np.array(images)).to(self.networks.device)),
+                self.log_sigma,
+                [*(pair for *_, pairs in compared for pair in pairs), asked],
+                seeded_noise(tuple(images.shape[1:]), _NOISE_SEED),
+                workers=self.networks.workers,
+                on_progress=partial(_told, tell, f"measuring on images of {family.label}", len(images)),
+            )
+            for stand_in, teacher, student, pairs in compared:
+                curve = GapCurve(family.label, teacher, student, answers.log_sigma, *_stacked(answers, pairs))
+                result.curves[stand_in].append(curve)
+            if self.proxy is None or family is self.proxy:
+                vectors.append(weighted_vectors(answers, asked, weights))
             if moments is not None:
-                self._add_proxy_losses(result, answers, images, moments)
+                for label in (f.label for f in self.all_families):
+                    losses = [answers.losses[f"{label}/{s}"] for s in range(self.seeds)]
+                    result.proxy_losses[label] = np.stack(losses)
+                result.zero_loss = zero_information_loss(images, moments, self.log_sigma)
+                result.wiener_loss = wiener_loss(images, moments, self.log_sigma)
         result.clipping_norm = public_clipping_norm(vectors)
         return result
 
-    def _images(self, family: Family) -> NDArray[np.uint8]:
-        if self.proxy is not None and family is self.proxy.family:
-            return self.proxy.held_out
-        return family.measuring_images(self.images)
-
-    def _answers(
-        self,
-        trained: Mapping[tuple[str, int], NetworkDenoiser],
-        family: Family,
-        images: NDArray[np.uint8],
-        moments: Moments | None,
-        tell: Tell,
-    ) -> Answers:
-        device = self.networks.device
-        denoisers: dict[str, Denoiser] = {f"{label}/{seed}": d for (label, seed), d in trained.items()}
-        others = [f for f in self.families if f is not family]
-        pairs = [(f"{family.label}/{s}", f"{o.label}/{s}") for o in others for s in range(self.seeds)]
-        pairs += _floor_pairs(family.label, self.seeds)
-        # The private estimate compares the teacher with the student, on whatever images.
-        pairs.append((f"{self.teacher.label}/0", f"{self.student.label}/0"))
-        if moments is not None and moments.covariance is not None:
-            denoisers[WIENER] = WienerFilter(moments, device)
-            pairs += [(WIENER, f"{o.label}/{s}") for o in others for s in range(self.seeds)]
-        title = f"measuring on images of {family.label}"
-        return measure(
-            denoisers,
-            to_float(torch.from_numpy(np.array(images)).to(device)),
-            self.log_sigma,
-            pairs,
-            seeded_noise(tuple(images.shape[1:]), _NOISE_SEED),
-            run=self.networks.workers.map,
-            on_progress=lambda done: tell(title, done, len(images), "images"),
-        )
-
-    def _curve(self, answers: Answers, teacher: Family, student: Family) -> GapCurve:
-        pairs = [(f"{teacher.label}/{s}", f"{student.label}/{s}") for s in range(self.seeds)]
-        return _curve(answers, teacher.label, teacher.label, student.label, pairs)
-
-    def _floor(self, answers: Answers, family: Family) -> GapCurve:
-        return _curve(answers, family.label, family.label, family.label, _floor_pairs(family.label, self.seeds))
-
-    def _add_proxy_losses(
-        self, result: Measured, answers: Answers, images: NDArray[np.uint8], moments: Moments
-    ) -> None:
-        for family in self.all_families:
-            losses = [answers.losses[f"{family.label}/{s}"] for s in range(self.seeds)]
-            result.proxy_losses[family.label] = np.stack(losses)
-        result.zero_loss = zero_information_loss(images, moments, self.log_sigma)
-        result.wiener_loss = wiener_loss(images, moments, self.log_sigma)
-        if WIENER in answers.losses:
-            for student in self.families:
-                pairs = [(WIENER, f"{student.label}/{s}") for s in range(self.seeds)]
-                result.wiener.append(_curve(answers, PROXY, WIENER, student.label, pairs))
+    def _compared(self, family: Family, wiener: bool) -> list[tuple[str, str, str, list[Pair]]]:
+        """(stand-in, teacher, student, pairs of networks) of all comparisons on the images of a family."""
+        own, seeds = family.label, range(self.seeds)
+        others = [f.label for f in self.families if f is not family]
+        stand_in = PROXY if family is self.proxy else "programs"
+        out = [(stand_in, own, o, [(f"{own}/{s}", f"{o}/{s}") for s in seeds]) for o in others]
+        if wiener:
+            out += [(WIENER, WIENER, o, [(WIENER, f"{o}/{s}") for s in seeds]) for o in others]
+        if self.seeds > 1:
+            # Each network against the next of its family; two networks make one pair.
+            count = self.seeds if self.seeds > 2 else 1
+            pairs = [(f"{own}/{s}", f"{own}/{(s + 1) % self.seeds}") for s in range(count)]
+            out.append(("floor", own, own, pairs))
+        return out
 
 
-def _floor_pairs(label: str, seeds: int) -> list[tuple[str, str]]:
-    """Each network against the next of its family; two networks make one pair."""
-    count = seeds if seeds > 2 else seeds - 1
-    return [(f"{label}/{s}", f"{label}/{(s + 1) % seeds}") for s in range(count)]
+def _told(tell: Tell, title: str, total: int, done: int) -> None:
+    tell(title, done, total, "images")
 
 
-def _curve(answers: Answers, images: str, teacher: str, student: str, pairs: Sequence[tuple[str, str]]) -> GapCurve:
-    return GapCurve(
-        images,
-        teacher,
-        student,
-        answers.log_sigma,
+def _stacked(answers: Answers, pairs: Sequence[Pair]) -> tuple[Array, Array, Array]:
+    """Gap, teacher's and student's losses of some pairs, each [S, N, M]."""
+    return (
         np.stack([answers.gaps[pair] for pair in pairs]),
         np.stack([answers.losses[a] for a, _ in pairs]),
         np.stack([answers.losses[b] for _, b in pairs]),
     )
+
+
+# ------------------------------------------------------------------------------------- what follows from it
+
+
+@dataclass(frozen=True)
+class StandInElbows:
+    """The elbows of one student against one stand-in for the private images.
+
+    Attributes:
+        by: what stands in for the private images.
+        student: label of the family.
+        mean: relative gap and excess, averaged over networks.
+        elbows: by (side, method).
+    """
+
+    by: StandIn
+    student: str
+    mean: MeanCurve
+    elbows: Mapping[tuple[Side, Method], Elbow]
+
+
+def stand_in_elbows(
+    measured: Measured, tolerance: float, replicates: int, private: tuple[str, PrivateCurve] | None = None
+) -> list[StandInElbows]:
+    """The elbows of every student against every stand-in, the most direct stand-in last.
+
+    Args:
+        measured: see :class:`StageSearch`.
+        tolerance: relative gap that the method "tolerance" allows.
+        replicates: of the bootstrap.
+        private: label of the student of a private estimate, and the estimate.
+    """
+    means: list[tuple[StandIn, str, MeanCurve]] = []
+    stand_ins: tuple[StandIn, ...] = ("programs", "wiener", "proxy")
+    for by in stand_ins:
+        curves = measured.curves[by]
+        for student in dict.fromkeys(c.student for c in curves):
+            means.append((by, student, mean_curve([c for c in curves if c.student == student], replicates)))
+    if private is not None:
+        means.append(("private", private[0], private[1].mean_curve(replicates)))
+    out = []
+    for by, student, mean in means:
+        elbows = {}
+        for side, method in itertools.product(SIDES, METHODS):
+            excess = method == "loss"
+            curve, drawn = (mean.excess, mean.excess_drawn) if excess else (mean.relative, mean.relative_drawn)
+            elbows[side, method] = find_elbow(measured.log_sigma, curve, drawn, side, method, tolerance)
+        out.append(StandInElbows(by, student, mean, elbows))
+    return out
+
+
+def deciding(found: Sequence[StandInElbows], student: str, moments: bool = False) -> StandInElbows:
+    """The elbows that decide: of `student`, against the most direct stand-in there is.
+
+    With `moments` a training has the private images' mean and covariance, so programs must be better than what follows
+    from these in closed form: they are held against the Wiener filter, where there is one.
+    """
+    mine = [f for f in found if f.student == student]
+    return next((f for f in mine if f.by == WIENER), mine[-1]) if moments else mine[-1]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How well one family's denoisers do on the proxy in one piece of the axis.
+
+    Attributes:
+        family: label; "proxy" for the networks trained on the proxy, "wiener" for the Wiener filter.
+        log_sigma: name of the piece, from ``BINS``.
+        over_zero, over_wiener, over_proxy: mean over the levels in the piece of the loss over that of the
+            zero-information predictor, of the Wiener filter (None: too many pixels) and of the proxy's own networks.
+        over_zero_low, over_zero_high: 95 % interval, over images and seeds.
+        seeds: number of networks.
+    """
+
+    family: str
+    log_sigma: str
+    over_zero: float
+    over_zero_low: float
+    over_zero_high: float
+    over_wiener: float | None
+    over_proxy: float
+    seeds: int
+
+
+def proxy_loss_rows(measured: Measured, replicates: int) -> list[Loss]:
+    """How well each family's networks denoise the proxy, piece by piece of the axis; [] without a proxy."""
+    if measured.zero_loss is None:
+        return []
+    zero, wiener, own = measured.zero_loss, measured.wiener_loss, measured.proxy_losses[PROXY]
+    losses = measured.proxy_losses | ({} if wiener is None else {WIENER: wiener[None]})
+    rng = np.random.default_rng(0)
+    # The bootstrap: images by multinomial weights, the same for all families, then seeds.
+    weights = rng.multinomial(len(zero), np.full(len(zero), 1 / len(zero)), size=replicates) / len(zero)
+    rows = []
+    for name, values in losses.items():
+        seeds = rng.integers(len(values), size=(replicates, len(values)))
+        drawn = np.einsum("bn,snm->bsm", weights, values)
+        drawn = np.take_along_axis(drawn, seeds[:, :, None], 1).mean(1) / (weights @ zero)
+        mean = values.mean((0, 1))
+        for title, low, high in BINS:
+            inside = (measured.log_sigma >= low) & (measured.log_sigma < high)
+            if not inside.any():
+                continue
+            ends = np.percentile(drawn[:, inside].mean(1), [2.5, 97.5]) if replicates else (np.nan, np.nan)
+            over = [float((mean / loss.mean(0))[inside].mean()) for loss in (zero, own.mean(0))]
+            over_wiener = None if wiener is None else float((mean / wiener.mean(0))[inside].mean())
+            rows.append(Loss(name, title, over[0], float(ends[0]), float(ends[1]), over_wiener, over[1], len(values)))
+    return rows

@@ -258,7 +258,7 @@ def test_reproducible_noise_is_said_to_be_not_private(stages) -> None:
 
 
 def test_killed_between_charge_and_result_it_is_charged_once(stages, budget, monkeypatch, tmp_path) -> None:
-    from dpsyngen.thresholds.private_gap import PrivateGap
+    from dpsyngen.thresholds.private import PrivateGap
 
     given = [*PRIVATE, "--budget", budget.path]
     with monkeypatch.context() as patch:
@@ -291,7 +291,7 @@ def test_killed_between_charge_and_result_it_is_charged_once(stages, budget, mon
         (["--seeds", "0"], "--seeds is 0"),
         (["--spacing", "9"], "--spacing is 9"),
         (["--tolerance", "0"], "--tolerance is 0"),
-        (["--method", "eye"], "tolerance or loss or kneedle"),
+        (["--method", "eye"], "one of tolerance, loss, kneedle"),
         (["--resolution", "9"], "resolution"),
         (["--network", "enormous"], "network size"),
         (["--set", "stages.variant=gaussian"], "no stage that programs could own"),

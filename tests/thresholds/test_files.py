@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from dpsyngen.config import load_config
+from dpsyngen.thresholds.denoisers import PROXY
 from dpsyngen.thresholds.elbow import Elbow
 from dpsyngen.thresholds.files import StagesResult, stage_lines, stage_price, stages_yaml, teacher_line
 from dpsyngen.thresholds.gap import log_sigma_grid
-from dpsyngen.thresholds.results import PROXY, Measured, StandInElbows
+from dpsyngen.thresholds.search import Measured, StandInElbows
 
 U = np.array(log_sigma_grid(0.02))
 
@@ -70,7 +71,7 @@ def test_stages_in_words() -> None:
     assert rare[1].startswith("coarse: programs own log σ > 2.00")
     with_moments = stage_lines(result(-2.5, 2.0, by="wiener", moments=True))
     assert with_moments[1] == "coarse: owned by DP moments of the private images (variant residual-cleaning)"
-    assert "nothing here says where programs are better" in stage_lines(result(-2.5, 2.0, moments=True))[1]
+    assert "nothing here shows where programs are better" in stage_lines(result(-2.5, 2.0, moments=True))[1]
 
 
 @pytest.mark.parametrize("preset", ["paper-28", "cpu-small"])

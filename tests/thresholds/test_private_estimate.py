@@ -8,14 +8,14 @@ import math
 import numpy as np
 import pytest
 
-import dpsyngen.thresholds.private_gap as private_gap
+import dpsyngen.thresholds.private as private_gap
 from dpsyngen.config import load_config
 from dpsyngen.data import ImageDataset
 from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError, RunError
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.thresholds.private_estimate import PrivateEstimate, plan_private
+from dpsyngen.thresholds.private import PrivateEstimate, plan_private
 from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Shape
 
@@ -43,7 +43,7 @@ def plan(budget: Budget | None, data: ImageDataset | None = None, rate: float = 
 
 def run(folder, plan, clip: float = 2.0, seed: int = 2, levels=LEVELS):
     folder.mkdir(exist_ok=True)
-    return PrivateEstimate(folder, plan).curve(network(1), network(seed), levels, clip, "a name")
+    return PrivateEstimate(folder, plan).curve((network(1), network(seed)), levels, clip, "a name")
 
 
 def test_it_is_charged_before_it_is_computed_and_budget_and_ledger_agree(tmp_path, budget, monkeypatch) -> None:
@@ -58,7 +58,7 @@ def test_it_is_charged_before_it_is_computed_and_budget_and_ledger_agree(tmp_pat
     p = plan(budget)
     run(tmp_path / "o", p)
     ((charged, reserved),) = seen
-    assert charged == reserved == (p.query(1.0).mechanism(),)
+    assert charged == reserved == (p.query.mechanism(),)
     ledger = Ledger(tmp_path / "o/private/ledger.jsonl")
     assert ledger.entries[0].kind == "dp"
     assert ledger.entries[0].details["l2_sensitivity"] == 2.0
@@ -86,7 +86,7 @@ def test_result_is_read_and_nothing_is_computed_or_charged_again(tmp_path, budge
 
 @pytest.mark.parametrize("point", ["Ledger.charge", "PrivateGap.summed", "PrivateGap.released", "write_text"])
 def test_killed_anywhere_it_goes_on_with_the_same_noise_and_one_charge(tmp_path, budget, monkeypatch, point) -> None:
-    import dpsyngen.thresholds.private_estimate as module
+    import dpsyngen.thresholds.private as module
 
     with monkeypatch.context() as patch:
         if point == "write_text":
@@ -152,7 +152,7 @@ def test_an_edited_ledger_a_foreign_key_and_a_damaged_result_are_refused(tmp_pat
     key = (private / "randomness.json").read_text()
     other = PrivateEstimate(tmp_path / "x", plan(None, insecure_seed=5))
     (tmp_path / "x").mkdir()
-    other._open()
+    other._key()
     (private / "randomness.json").write_text((tmp_path / "x/private/randomness.json").read_text())
     with pytest.raises(RunError, match="not the key"):
         run(tmp_path / "o", plan(budget))
@@ -204,8 +204,8 @@ def test_what_is_refused_before_anything_is_written(budget, options, message) ->
 
 def test_noise_is_for_epsilon_delta_and_group(budget) -> None:
     p = plan(budget, group_size=3)
-    assert 0.99 < epsilon([p.query(1.0).mechanism()], 1e-3, group_size=3) <= 1.0
-    assert p.noise_multiplier == pytest.approx(3 * plan(budget).noise_multiplier, rel=2e-3)
+    assert 0.99 < epsilon([p.query.mechanism()], 1e-3, group_size=3) <= 1.0
+    assert p.query.noise_multiplier == pytest.approx(3 * plan(budget).query.noise_multiplier, rel=2e-3)
 
 
 def test_reproducible_noise_is_stamped(tmp_path) -> None:
@@ -214,7 +214,7 @@ def test_reproducible_noise_is_stamped(tmp_path) -> None:
     np.testing.assert_array_equal(curves[0].gap, curves[1].gap)
     estimate = PrivateEstimate(tmp_path / "a", p)
     assert estimate.statement()["private"] is False
-    assert not estimate.ledger.secure
+    assert not Ledger(tmp_path / "a/private/ledger.jsonl").secure
     budgets = [Budget.create(tmp_path / f"b{name}", epsilon_limit=2, delta=1e-3) for name in "cd"]
     secret = [run(tmp_path / f"s-{b.path.name}", plan(b)) for b in budgets]
     assert not np.array_equal(secret[0].gap, secret[1].gap)

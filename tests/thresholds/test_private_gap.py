@@ -14,7 +14,7 @@ from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.thresholds.gap import measure
-from dpsyngen.thresholds.private_gap import GapQuery, PrivateCurve, PrivateGap, public_clipping_norm
+from dpsyngen.thresholds.private import GapQuery, PrivateCurve, PrivateGap, public_clipping_norm
 from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Shape
 from dpsyngen.workers import Workers

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import dpsyngen.thresholds.references as references
-from dpsyngen.thresholds.references import Moments, WienerFilter, as_range, wiener_loss, zero_information_loss
+import dpsyngen.thresholds.denoisers as references
+from dpsyngen.thresholds.denoisers import Moments, as_range, wiener_filter, wiener_loss, zero_information_loss
 
 LEVELS = (-3.0, -1.0, 0.0, 2.0, 5.0)
 
@@ -65,14 +65,14 @@ def test_wiener_filter_as_a_denoiser_has_that_loss(images) -> None:
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     for k, level in enumerate(LEVELS):
         sigma = torch.full((len(x),), math.exp(level))
-        answer = WienerFilter(m)(x + sigma[:, None, None, None] * noise, sigma, None)
+        answer = wiener_filter(m, (1, 4, 4))(x + sigma[:, None, None, None] * noise, sigma, None)
         assert answer.shape == x.shape
         assert float((answer - x).square().mean()) == pytest.approx(
             wiener_loss(images, m, LEVELS)[:, k].mean(), rel=0.02
         )
     # Each row at its own level.
-    both = WienerFilter(m)(x[:2], torch.tensor([0.1, 10.0]))
-    torch.testing.assert_close(both[1:], WienerFilter(m)(x[1:2], torch.tensor([10.0])))
+    both = wiener_filter(m, (1, 4, 4))(x[:2], torch.tensor([0.1, 10.0]))
+    torch.testing.assert_close(both[1:], wiener_filter(m, (1, 4, 4))(x[1:2], torch.tensor([10.0])))
 
 
 def test_no_wiener_filter_of_large_images(monkeypatch, images) -> None:
@@ -81,5 +81,5 @@ def test_no_wiener_filter_of_large_images(monkeypatch, images) -> None:
     assert m.covariance is None
     assert wiener_loss(images, m, LEVELS) is None
     with pytest.raises(ValueError, match="more than 15 pixels"):
-        WienerFilter(m)
+        wiener_filter(m, (1, 4, 4))
     assert zero_information_loss(images, m, LEVELS).shape == (3000, 5)

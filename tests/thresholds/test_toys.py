@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dpsyngen.thresholds.toys import (
+from tests.thresholds.toys import (
     ExactMixture,
     gap_in_one_dimension,
     gaussian_gap,

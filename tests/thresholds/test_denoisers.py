@@ -113,12 +113,9 @@ def test_families_share_neither_start_nor_images(tmp_path) -> None:
 
 def test_given_images_stand_in_for_a_program() -> None:
     family = given()
-    assert family.given
     np.testing.assert_array_equal(family.program.batch([3, 0]), family.program.images[[3, 0]])
     assert family.program.config()["images"] == 20
     assert len(family.program.config()["sha256"]) == 64
-    with pytest.raises(ValueError, match="set aside"):
-        family.measuring_images(3)
 
 
 def test_all_given_images_are_used_and_no_others(tmp_path, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Distributions whose optimal denoiser is known in closed form, to hold the code to and to explain it by.
+"""Distributions whose optimal denoiser is known in closed form: what tests hold the code to.
 
 Everything is in float64.  D is the dimension d; an image is a point with its pixels in a row.
 """

@@ -10,21 +10,20 @@ import pytest
 from dpsyngen.config import load_config
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.programs import make_program
-from dpsyngen.thresholds.denoisers import Family, GivenImages, PublicDenoisers
+from dpsyngen.thresholds.denoisers import Family, GivenImages, PublicDenoisers, split_proxy
 from dpsyngen.thresholds.gap import GapCurve, log_sigma_grid
-from dpsyngen.thresholds.private_gap import PrivateCurve
-from dpsyngen.thresholds.results import (
+from dpsyngen.thresholds.private import PrivateCurve
+from dpsyngen.thresholds.search import (
     BINS,
     Measured,
+    StageSearch,
     deciding,
     proxy_loss_rows,
     stand_in_elbows,
-    variant_of,
 )
-from dpsyngen.thresholds.search import StageSearch, split_proxy
-from dpsyngen.thresholds.toys import ExactMixture
 from dpsyngen.training.plan import Shape
 from dpsyngen.workers import Workers
+from tests.thresholds.toys import ExactMixture
 
 LEVELS = log_sigma_grid(1.5)
 
@@ -60,16 +59,16 @@ def test_every_program_serves_every_other_and_the_proxy(tmp_path) -> None:
     trained = {(label, seed): Constant(v + 0.01 * seed) for label, v in levels.items() for seed in range(3)}
     told = []
     m = s.measure(trained, lambda *a: told.append(a))
-    kinds = {(c.images, c.teacher, c.student) for c in m.programs}
+    kinds = {(c.images, c.teacher, c.student) for c in m.curves["programs"]}
     assert kinds == {(t, t, s_) for t in "abc" for s_ in "abc" if t != s_}
-    assert {(c.images, c.student) for c in m.proxy} == {("proxy", "a"), ("proxy", "b"), ("proxy", "c")}
-    assert {(c.images, c.teacher, c.student) for c in m.wiener} == {("proxy", "wiener", s_) for s_ in "abc"}
-    assert {c.student: c.seeds for c in m.floors} == {"a": 3, "b": 3, "c": 3, "proxy": 3}
-    for curve in m.programs + m.proxy:
+    assert {(c.images, c.student) for c in m.curves["proxy"]} == {("proxy", "a"), ("proxy", "b"), ("proxy", "c")}
+    assert {(c.images, c.teacher, c.student) for c in m.curves["wiener"]} == {("proxy", "wiener", s_) for s_ in "abc"}
+    assert {c.student: len(c.gap) for c in m.curves["floor"]} == {"a": 3, "b": 3, "c": 3, "proxy": 3}
+    for curve in m.curves["programs"] + m.curves["proxy"]:
         gap = (levels[curve.teacher] - levels[curve.student]) ** 2
         np.testing.assert_allclose(curve.gap, gap, rtol=1e-4)
         assert curve.gap.shape == (3, 6, len(LEVELS))
-    for curve in m.floors:
+    for curve in m.curves["floor"]:
         wanted = np.array([0.01, 0.01, 0.02])[:, None, None] ** 2
         np.testing.assert_allclose(curve.gap, wanted + 0 * curve.gap, rtol=1e-3)
     # Losses are of the images that are set aside, and only those.
@@ -87,8 +86,8 @@ def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) ->
     assert list(trained) == [("a", 0), ("b", 0)]
     assert told[-1] == ("training on b, seed 0", 2, 2, "steps")
     m = s.measure(trained, lambda *a: None)
-    assert len(m.programs) == 2
-    assert not m.floors
+    assert len(m.curves["programs"]) == 2
+    assert not m.curves["floor"]
     assert m.zero_loss is None
     assert not proxy_loss_rows(m, 10)
     assert s.teacher.label == "b"
@@ -107,8 +106,8 @@ def test_families_that_cannot_be_compared(tmp_path, labels, message) -> None:
 def test_proxy_is_split_into_images_to_train_and_to_measure_on() -> None:
     values = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 8, 8), dtype=np.uint8)
     proxy = split_proxy(values, 5, 8, 1)
-    assert isinstance(proxy.family.program, GivenImages)
-    held, kept = set(proxy.held_out[:, 0, 0, 0].tolist()), set(proxy.family.program.images[:, 0, 0, 0].tolist())
+    assert isinstance(proxy.program, GivenImages)
+    held, kept = set(proxy.held_out[:, 0, 0, 0].tolist()), set(proxy.program.images[:, 0, 0, 0].tolist())
     assert (len(held), len(kept)) == (5, 15)
     assert held | kept == set(range(20))
     np.testing.assert_array_equal(split_proxy(values, 5, 8, 1).held_out, proxy.held_out)
@@ -132,11 +131,11 @@ def bump(low: float, high: float) -> np.ndarray:
 
 def test_the_most_direct_stand_in_decides() -> None:
     m = Measured(np.array(LEVELS), 64)
-    m.programs = [curve("b", "a", bump(-4, 3)), curve("a", "b", bump(-5, 3))]
+    m.curves["programs"] = [curve("b", "a", bump(-4, 3)), curve("a", "b", bump(-5, 3))]
     found = stand_in_elbows(m, 0.05, 50)
     assert [(f.by, f.student) for f in found] == [("programs", "a"), ("programs", "b")]
     assert deciding(found, "a").elbows["cleaning", "tolerance"].log_sigma == pytest.approx(-4, abs=0.1)
-    m.proxy = [curve("proxy", "a", bump(-2, 1)), curve("proxy", "b", bump(-1, 1))]
+    m.curves["proxy"] = [curve("proxy", "a", bump(-2, 1)), curve("proxy", "b", bump(-1, 1))]
     found = stand_in_elbows(m, 0.05, 50)
     assert deciding(found, "a").by == "proxy"
     assert deciding(found, "a").elbows["cleaning", "loss"].log_sigma == pytest.approx(-2, abs=0.3)
@@ -150,7 +149,7 @@ def test_the_most_direct_stand_in_decides() -> None:
     assert 0 < elbow.high - elbow.low < 0.05
     assert deciding(found, "b").by == "proxy"
     assert deciding(found, "a", moments=True) is decided  # there is no Wiener filter
-    m.wiener = [curve("wiener", "a", bump(-5, 5))]
+    m.curves["wiener"] = [curve("wiener", "a", bump(-5, 5))]
     found = stand_in_elbows(m, 0.05, 50, ("a", private))
     assert deciding(found, "a", moments=True).by == "wiener"
     assert deciding(found, "a").by == "private"
@@ -158,25 +157,15 @@ def test_the_most_direct_stand_in_decides() -> None:
 
 def test_average_is_over_all_that_stand_in() -> None:
     m = Measured(np.array(LEVELS), 64)
-    m.programs = [curve("b", "a", bump(-4, 3)), curve("c", "a", 3 * bump(-4, 3))]
+    m.curves["programs"] = [curve("b", "a", bump(-4, 3)), curve("c", "a", 3 * bump(-4, 3))]
     (found,) = stand_in_elbows(m, 0.05, 200)
     np.testing.assert_allclose(found.mean.relative, 2 * bump(-4, 3))
-    low, high = found.band()
+    low, high = found.mean.band()
     assert (low < found.mean.relative).all()
     assert (high > found.mean.relative).all()
-    assert found.band(excess=True)[0] == pytest.approx(low)
+    assert found.mean.band(excess=True)[0] == pytest.approx(low)
     (alone,) = stand_in_elbows(m, 0.05, 0)
-    np.testing.assert_array_equal(alone.band()[0], alone.mean.relative)
-
-
-def test_variants() -> None:
-    assert [variant_of(c, 2, moments=True) for c in (-3, None)] == ["residual-cleaning", "residual"]
-    assert [variant_of(*t) for t in ((-3, 2), (-3, None), (None, 2), (None, None))] == [
-        "both",
-        "cleaning",
-        "coarse",
-        "dpdm",
-    ]
+    np.testing.assert_array_equal(alone.mean.band()[0], alone.mean.relative)
 
 
 def test_losses_by_piece_of_the_axis() -> None:
@@ -199,7 +188,7 @@ def test_losses_by_piece_of_the_axis() -> None:
 
 def test_optimal_denoisers_of_gaussians_come_out_as_their_closed_form(tmp_path) -> None:
     """The whole way from images to the relative gap, with exact denoisers in the place of networks."""
-    from dpsyngen.thresholds.toys import gaussian_gap, gaussian_loss
+    from tests.thresholds.toys import gaussian_gap, gaussian_loss
 
     rng = np.random.default_rng(0)
     # Pixels are independent: 128 ± 30 in the proxy; the program's images do not matter here.
@@ -210,7 +199,7 @@ def test_optimal_denoisers_of_gaussians_come_out_as_their_closed_form(tmp_path) 
     own = ExactMixture.gaussian(np.full(64, x.mean()).tolist(), (np.eye(64) * x.var()).tolist())
     other = ExactMixture.gaussian(np.full(64, 0.1).tolist(), (np.eye(64) * 0.02).tolist())
     m = s.measure({("a", 0): other, ("proxy", 0): own}, lambda *a: None)
-    relative = m.proxy[0].relative()[0]
+    relative = m.curves["proxy"][0].relative()[0]
     for k, u in enumerate(LEVELS):
         exact = gaussian_gap(own, other, math.exp(u)) / gaussian_loss(own, math.exp(u))
         assert relative[k] == pytest.approx(exact, rel=0.05)

@@ -1,0 +1,476 @@
+"""The gap of two public denoisers on *private* images, by one run of the Gaussian mechanism.
+
+**The query.**  For each image x₀ and each of M noise levels three squares, means over the pixels: (D_a - D_b)²,
+(D_a - x₀)² and (D_b - x₀)², where D_a and D_b saw public images only.  Multiplied by EDM's weight λ(σ) they are of the
+order of 1 at every σ.  The vector of these 3M numbers is scaled down to L2 norm C if it is longer, summed over the
+images, and Gaussian noise of standard deviation zC is added to each entry; the sum is divided by the declared number of
+records (times the sampling rate).
+
+**Sensitivity.**  Adding or removing one image adds or removes one vector of norm at most C and changes no other, so the
+sum moves by at most C in L2: the noise that blurs x₀ follows from the run's key and the *content* of the image, not
+from its place among the others.  C is chosen by public images.  (Two equal images have the same blur; the bound holds
+all the same.)
+
+Formal guarantee: the estimate is one run of the (Poisson-subsampled, with a sampling rate below 1) Gaussian mechanism
+with noise multiplier z under adding or removing one image, with the declared number of records and the sampling rate
+fixed as public constants.
+
+**On the disk.**  ``private/`` (mode 0700) holds the key, the ledger and ``data.json``, which pins images, networks and
+constants; ``private_gap.json`` is what the mechanism released.  The order is: key; ledger; ``data.json``; reservation
+in the budget file; charge in the ledger; computation; result.  A call that was killed goes on behind the last of these
+that is on the disk, with the same key, so that the noise it adds is the noise it would have added, to the same sum, and
+nothing is charged twice.  Other images, networks or constants are refused: they would get that noise, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpsyngen.config import Config, PrivacyConfig
+from dpsyngen.data import ImageDataset
+from dpsyngen.diffusion.denoiser import NetworkDenoiser, loss_weight
+from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.errors import ConfigError, RunError, require
+from dpsyngen.files import write_text
+from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
+from dpsyngen.privacy.budget import Budget
+from dpsyngen.privacy.clipping import ClippedGradient, clip_and_sum
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.noise import noisy_mean
+from dpsyngen.privacy.randomness import Randomness, poisson_sample
+from dpsyngen.thresholds.gap import Answers, Array, MeanCurve, Pair, measure
+from dpsyngen.workers import Workers
+
+_PAIR: Pair = ("teacher", "student")
+_CHUNK = 512  # images in memory at a time
+
+
+@dataclass(frozen=True)
+class GapQuery:
+    """The constants of the mechanism.
+
+    Attributes:
+        records: declared number of records n, public.
+        noise_multiplier: z > 0.
+        clipping_norm: C > 0.
+        sampling_rate: q in (0, 1]; 1 uses every image.
+    """
+
+    records: int
+    noise_multiplier: float
+    clipping_norm: float
+    sampling_rate: float = 1.0
+
+    def mechanism(self) -> Mechanism:
+        """The query as the accountant sees it."""
+        return Mechanism(self.sampling_rate, self.noise_multiplier, 1)
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise in an entry of the released mean: zC/(qn)."""
+        return self.noise_multiplier * self.clipping_norm / (self.sampling_rate * self.records)
+
+
+@dataclass(frozen=True)
+class PrivateCurve:
+    """What the mechanism released; from here on everything is post-processing.
+
+    Attributes:
+        log_sigma: [M].
+        gap, teacher_loss, student_loss: means over the private images and their pixels, with noise, [M]; images whose
+            vector was longer than C count with less than their share.
+        noise: standard deviation of the noise in each of the three, [M].
+    """
+
+    log_sigma: Array
+    gap: Array
+    teacher_loss: Array
+    student_loss: Array
+    noise: Array
+
+    def relative(self) -> Array:
+        """The relative gap, [M], at least 0."""
+        return self._ratio(self.gap, self.teacher_loss)
+
+    def excess(self) -> Array:
+        """The student's loss over the teacher's, less 1, [M]."""
+        return self._ratio(self.student_loss, self.teacher_loss) - 1
+
+    def mean_curve(self, replicates: int, seed: int = 0) -> MeanCurve:
+        """With the relative gap and the excess as they could have come out with other noise of the mechanism; the
+        spread between images is not in it.
+        """
+        rng = np.random.default_rng(seed)
+        shape = (replicates, len(self.log_sigma))
+        gap, student, teacher = (
+            v + self.noise * rng.standard_normal(shape) for v in (self.gap, self.student_loss, self.teacher_loss)
+        )
+        drawn = self._ratio(gap, teacher), self._ratio(student, teacher) - 1
+        return MeanCurve(self.relative(), self.excess(), *drawn)
+
+    def _ratio(self, above: Array, below: Array) -> Array:
+        # Squares are not negative; a denominator within its noise of 0 counts as that noise.
+        return np.asarray(np.maximum(above, 0) / np.maximum(below, np.maximum(self.noise, 1e-300)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {name: values.tolist() for name, values in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PrivateCurve:
+        """The inverse.  Raises KeyError, TypeError or ValueError if something does not fit."""
+        arrays = [np.array([float(v) for v in values[name]]) for name in cls.__dataclass_fields__]
+        if len({len(a) for a in arrays}) != 1:
+            raise ValueError("its curves differ in length")
+        return cls(*arrays)
+
+
+class PrivateGap:
+    """Computes what images contribute, and releases their noisy mean.
+
+    Args:
+        teacher, student: D_a and D_b, trained on public images only.
+        log_sigma: M levels.
+        sigma_data: σ_d of the weight λ(σ).
+        randomness: the secret streams; their key decides the blur of every image, the sampling and the noise.
+        workers: threads that share the images.
+    """
+
+    def __init__(
+        self,
+        teacher: NetworkDenoiser,
+        student: NetworkDenoiser,
+        log_sigma: tuple[float, ...],
+        sigma_data: float,
+        randomness: Randomness,
+        workers: Workers | None = None,
+    ) -> None:
+        self.denoisers = dict(zip(_PAIR, (teacher, student), strict=True))
+        self.log_sigma, self.randomness, self.workers = log_sigma, randomness, workers or Workers(1)
+        self.weights = gap_weights(log_sigma, sigma_data)
+        self.device = next(teacher.parameters()).device
+
+    def contributions(self, images: NDArray[np.uint8]) -> Tensor:
+        """The vector of each image before clipping, float64 [n, 3M]; a function of the image and the key alone.
+
+        Args:
+            images: uint8 [n, C, H, W].
+        """
+        answers = measure(
+            self.denoisers,
+            to_float(torch.from_numpy(np.ascontiguousarray(images)).to(self.device)),
+            self.log_sigma,
+            [_PAIR],
+            lambda part: torch.stack([self._blur(image) for image in images[part]]),
+            workers=self.workers,
+        )
+        return weighted_vectors(answers, _PAIR, self.weights)
+
+    def _blur(self, image: NDArray[np.uint8]) -> Tensor:
+        # Keyed by the content: were it keyed by the place, removing one image would change the vectors of all others.
+        content = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).digest()
+        seed = self.randomness.seed("augmentation", int.from_bytes(content, "little"))
+        return torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
+
+    def summed(
+        self, dataset: ImageDataset, query: GapQuery, on_progress: Callable[[int, int], None] | None = None
+    ) -> ClippedGradient:
+        """The clipped sum over the (sampled) images, with its sensitivity.  Private.
+
+        Args:
+            dataset: the private images.
+            query: the constants.
+            on_progress: called with the number of images that are done, and of all.
+        """
+        chosen = poisson_sample(self.randomness, 0, len(dataset), query.sampling_rate)
+        empty = [torch.zeros(3 * len(self.log_sigma), dtype=torch.float64)]
+        total = ClippedGradient(empty, query.clipping_norm, 0, torch.zeros(0), 0)
+        for start in range(0, len(chosen), _CHUNK):
+            part = chosen[start : start + _CHUNK]
+            total = total + clip_and_sum([self.contributions(dataset.batch(part))], query.clipping_norm)
+            if on_progress is not None:
+                on_progress(start + len(part), len(chosen))
+        return total
+
+    def released(self, total: ClippedGradient, query: GapQuery) -> PrivateCurve:
+        """The mechanism.  Its event has to be in the ledger before."""
+        (mean,) = noisy_mean(
+            total,
+            noise_multiplier=query.noise_multiplier,
+            expected_examples=query.sampling_rate * query.records,
+            randomness=self.randomness,
+            step=0,
+        )
+        weights = self.weights.numpy()
+        gap, teacher, student = mean.double().cpu().numpy().reshape(3, -1) / weights
+        return PrivateCurve(np.array(self.log_sigma), gap, teacher, student, query.noise / weights)
+
+
+def gap_weights(log_sigma: tuple[float, ...], sigma_data: float) -> Tensor:
+    """EDM's λ(σ) at each level, float64 [M]."""
+    return loss_weight(torch.tensor(log_sigma, dtype=torch.float64).exp(), sigma_data)
+
+
+def weighted_vectors(answers: Answers, pair: Pair, weights: Tensor) -> Tensor:
+    """The vectors of the module's first paragraph, float64 [N, 3M]."""
+    parts = [answers.gaps[pair], answers.losses[pair[0]], answers.losses[pair[1]]]
+    return torch.cat([torch.from_numpy(p) * weights for p in parts], 1)
+
+
+def public_clipping_norm(vectors: list[Tensor], share: float = 0.9) -> float:
+    """C: the norm that `share` of *public* images' vectors do not exceed, to two digits."""
+    norms = torch.cat([v.norm(dim=1) for v in vectors])
+    return float(f"{float(torch.quantile(norms, share)):.2g}")
+
+
+# ------------------------------------------------------------------------------------ charged once
+
+
+@dataclass(frozen=True)
+class PrivatePlan:
+    """What is fixed before anything else is done.
+
+    Attributes:
+        dataset: the private images.
+        privacy: what the estimate may cost, and the budget file; that is None only with a reproducible seed.
+        delta: δ.
+        query: the constants, but for the clipping norm, which public images decide later.
+        sigma_data: σ_d of the weight λ(σ).
+    """
+
+    dataset: ImageDataset
+    privacy: PrivacyConfig
+    delta: float
+    query: GapQuery
+    sigma_data: float
+
+    @property
+    def budget(self) -> Budget | None:
+        return None if self.privacy.budget is None else Budget(Path(self.privacy.budget).resolve())
+
+
+def plan_private(config: Config, dataset: ImageDataset, sampling_rate: float = 1.0) -> PrivatePlan:
+    """Check everything and calibrate the noise; nothing is written or spent.
+
+    Args:
+        config: its sections ``privacy`` and ``data``.
+        dataset: the private images.
+        sampling_rate: q in (0, 1].
+
+    Raises:
+        ConfigError, BudgetExceeded, LedgerError: see their messages.
+    """
+    p = config.privacy
+    if not p.epsilon < float("inf"):
+        raise ConfigError(
+            "--epsilon inf would publish figures of the private images without noise.  Give a finite ε; images that "
+            "are public belong to --proxy."
+        )
+    if p.budget is None and p.insecure_seed is None:
+        raise ConfigError(
+            "--budget is missing: the thresholds would come from the private images, so a training that uses them has "
+            "to count this estimate, and the budget file is where it does.  Make one with `dpsyngen budget new FILE "
+            "--epsilon … --delta …` for this estimate and the trainings after it together."
+        )
+    require(0 < sampling_rate <= 1, "--sampling-rate", sampling_rate, "above 0 and at most 1")
+    records = config.data.records or len(dataset)
+    delta = default_delta(records) if p.delta is None else p.delta
+    require(delta < 1 / records, "--delta", delta, f"below 1/records = {1 / records:.3g}")
+    try:
+        noise = calibrate_noise(
+            p.epsilon, delta, sampling_rate=sampling_rate, steps=1, group_size=p.group_size, tolerance=1e-3
+        )
+    except ValueError as error:
+        raise ConfigError(f"no noise gives ε = {p.epsilon} at δ = {delta:.3g} ({error})  Use a larger ε.") from None
+    query = GapQuery(records, noise, 1.0, sampling_rate)
+    plan = PrivatePlan(dataset, p, delta, query, config.network.sigma_data)
+    if (budget := plan.budget) is not None:
+        budget.require_data(dataset.fingerprint())
+    return plan
+
+
+class PrivateEstimate:
+    """The private half of a folder of ``dpsyngen stages``.
+
+    Args:
+        folder: the command's output folder; its lock is held.
+        plan: see :func:`plan_private`.
+
+    Raises:
+        RunError, LedgerError: the files in the folder do not fit together.
+    """
+
+    def __init__(self, folder: Path, plan: PrivatePlan) -> None:
+        self.plan, self.private, self.result_path = plan, folder / "private", folder / "private_gap.json"
+        self._ledger_path = self.private / "ledger.jsonl"
+        self._data_path, self._key_path = self.private / "data.json", self.private / "randomness.json"
+
+    def require_affordable(self) -> None:
+        """Raise BudgetExceeded unless the estimate fits into the budget beside what else is in it."""
+        if (budget := self.plan.budget) is not None:
+            run = Ledger(self._ledger_path).run if self._ledger_path.exists() else None
+            budget.require((self.plan.query.mechanism(),), run)
+
+    def curve(
+        self,
+        networks: tuple[NetworkDenoiser, NetworkDenoiser],
+        log_sigma: tuple[float, ...],
+        clipping_norm: float,
+        name: str,
+        workers: Workers | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> PrivateCurve:
+        """Charge and run the query, or read what it gave before.
+
+        Args:
+            networks: teacher and student, which saw public images only.
+            log_sigma: M levels.
+            clipping_norm: C, chosen by public images.
+            name: what the budget file calls this estimate.
+            workers: threads that share the images.
+            on_progress: called with the number of images that are done, and of all.
+        """
+        plan = self.plan
+        randomness = self._key()
+        ledger = self._ledger(randomness)
+        query = self._pinned(randomness, ledger, networks, log_sigma, clipping_norm)
+        if self.result_path.exists():
+            return self._read()
+        if (budget := plan.budget) is not None:
+            budget.reserve(ledger.run, name, (query.mechanism(),), plan.dataset.fingerprint())
+        if not ledger.mechanisms:
+            ledger.charge(
+                query.mechanism(),
+                "gap of two public denoisers on the private images, by noise level (dpsyngen stages)",
+                l2_sensitivity=query.clipping_norm,
+                values=3 * len(log_sigma),
+            )
+        gap = PrivateGap(*networks, log_sigma, plan.sigma_data, randomness, workers)
+        curve = gap.released(gap.summed(plan.dataset, query, on_progress), query)
+        statement = {
+            "private": ledger.secure,
+            "epsilon": ledger.epsilon(),
+            "delta": ledger.delta,
+            "group_size": ledger.group_size,
+            "adjacency": "add or remove records; sampling rate and normaliser are public constants",
+            "records": query.records,
+            "sampling_rate": query.sampling_rate,
+            "noise_multiplier": query.noise_multiplier,
+            "l2_sensitivity": query.clipping_norm,
+        }
+        write_text(self.result_path, json.dumps(curve.to_dict() | statement, indent=1, ensure_ascii=False) + "\n")
+        return curve
+
+    def statement(self) -> dict[str, Any]:
+        """What was spent and how: the part of the result that is not the curve."""
+        stored = json.loads(self.result_path.read_text(encoding="utf-8"))
+        return {k: v for k, v in stored.items() if k not in ("log_sigma", "gap", "teacher_loss", "student_loss")}
+
+    def _key(self) -> Randomness:
+        self.private.mkdir(mode=0o700, exist_ok=True)
+        os.chmod(self.private, 0o700)
+        if self._key_path.exists():
+            return Randomness.load(self._key_path)
+        self._refuse_lost(self._key_path, "fresh noise for a charged query would be wrong")
+        seed = self.plan.privacy.insecure_seed
+        randomness = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
+        randomness.save(self._key_path)
+        return randomness
+
+    def _ledger(self, randomness: Randomness) -> Ledger:
+        run, plan = randomness.tag("name of the run")[:32], self.plan
+        if self._ledger_path.exists():
+            ledger = Ledger(self._ledger_path)
+            ledger.catch_up()
+            if ledger.run != run:
+                raise RunError(f"{self._key_path} is not the key with which {self._ledger_path} was begun.")
+            return ledger
+        self._refuse_lost(self._ledger_path, "what was charged is no longer known")
+        return Ledger.create(
+            self._ledger_path,
+            target_epsilon=plan.privacy.epsilon,
+            delta=plan.delta,
+            records=plan.query.records,
+            group_size=plan.privacy.group_size,
+            run=run,
+            secure=randomness.secure,
+        )
+
+    def _refuse_lost(self, path: Path, why: str) -> None:
+        """Raise RunError if anything that is made after `path` is there."""
+        if any(p.exists() for p in (self._ledger_path, self._data_path, self.result_path)):
+            raise RunError(
+                f"{path} is missing, though the estimate was begun: {why}.  Put it back from a backup, or start again "
+                "in another folder, which charges again."
+            )
+
+    def _pinned(
+        self,
+        randomness: Randomness,
+        ledger: Ledger,
+        networks: tuple[NetworkDenoiser, NetworkDenoiser],
+        log_sigma: tuple[float, ...],
+        clipping_norm: float,
+    ) -> GapQuery:
+        """Pin what is measured with what; the query as it was pinned, if it was before."""
+        constants = self.plan.query
+        fingerprint = randomness.tag(self.plan.dataset.fingerprint())
+        fixed: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "networks": [_digest(network) for network in networks],
+            "log_sigma": list(log_sigma),
+            "records": constants.records,
+            "sampling_rate": constants.sampling_rate,
+        }
+        if not self._data_path.exists():
+            if ledger.mechanisms:
+                raise RunError(
+                    f"{self._data_path} is missing, though the query was charged: nothing shows any more that images "
+                    "and networks are the same.  Start again in another folder, which charges again."
+                )
+            # Calibration and public clipping could differ in the last digits with another version of a library.
+            values = {"noise_multiplier": constants.noise_multiplier, "clipping_norm": clipping_norm}
+            write_text(self._data_path, json.dumps(fixed | values) + "\n", 0o600)
+        try:
+            stored = json.loads(self._data_path.read_text(encoding="utf-8"))
+            noise, norm = float(stored["noise_multiplier"]), float(stored["clipping_norm"])
+            same = hmac.compare_digest(str(stored["fingerprint"]), fingerprint)
+            same = same and all(stored[k] == v for k, v in fixed.items())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self._data_path} cannot be read: {error!r}.  Put it back from a backup.") from None
+        if not same:
+            raise RunError(
+                f"the private images, the networks or the noise levels are not those with which {self.private} was "
+                "begun: the same noise on another sum can reveal both.  Undo the change, or start again in another "
+                "folder, which charges again."
+            )
+        return GapQuery(constants.records, noise, norm, constants.sampling_rate)
+
+    def _read(self) -> PrivateCurve:
+        try:
+            return PrivateCurve.from_dict(json.loads(self.result_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RunError(
+                f"{self.result_path} is damaged: {error!r}.  Remove it and start the same command again: it is "
+                "computed again with the same noise, and nothing is charged."
+            ) from None
+
+
+def _digest(denoiser: NetworkDenoiser) -> str:
+    h = hashlib.sha256()
+    for name, value in sorted(denoiser.state_dict().items()):
+        h.update(name.encode())
+        h.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
