@@ -40,18 +40,16 @@ CHUNK = 10_000
 
 def make_records(folder: Path, count: int) -> float:
     """Draw `count` images into a folder of arrays, a chunk in memory at a time; returns the seconds that it took."""
-    from dpsyngen.data.array_format import HEADER_BYTES, npy_header, write_at, write_labels
+    from dpsyngen.data.arrays import write_images
     from dpsyngen.programs import make_program
 
     program = make_program("dead-leaves", resolution=RESOLUTION, channels=1, seed=0)
     begun = time.perf_counter()
     folder.mkdir(mode=0o700)
-    with open(folder / "images.npy", "wb", buffering=0) as file:
-        file.write(npy_header((count, 1, RESOLUTION, RESOLUTION)))
-        for start in range(0, count, CHUNK):
-            images = program.batch(range(start, min(start + CHUNK, count)), threads=os.cpu_count())
-            write_at(file.fileno(), images, HEADER_BYTES + start * RESOLUTION**2)
-    write_labels(folder, np.arange(count, dtype=np.int64) % CLASSES, tuple(map(str, range(CLASSES))))
+    chunks = (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+    images = (program.batch(chunk, threads=os.cpu_count()) for chunk in chunks)
+    labels = np.arange(count, dtype=np.int64) % CLASSES
+    write_images(folder, (count, 1, RESOLUTION, RESOLUTION), images, labels, tuple(map(str, range(CLASSES))))
     return time.perf_counter() - begun
 
 

@@ -188,7 +188,6 @@ def _run_training(training: Training, console: Console) -> bool:
     import math
     import time
 
-    from dpsyngen.data.store import StoredImages
     from dpsyngen.evaluation.doctor import write_health
     from dpsyngen.training.moments_phase import MOMENTS
     from dpsyngen.training.signals import stop_on_signals
@@ -199,8 +198,8 @@ def _run_training(training: Training, console: Console) -> bool:
     m, n = plan.mechanism, plan.shape
     classes = f", {n.num_classes} classes" if n.num_classes else ", no classes"
     console.note(f"{len(training.dataset):,} images {n.channels}x{n.resolution}x{n.resolution}{classes}")
-    if isinstance(training.dataset.images, StoredImages):
-        console.note(f"  read from {training.dataset.images.path}, which holds them decoded and is PRIVATE")
+    if training.dataset.file is not None:
+        console.note(f"  read from {training.dataset.file}, which holds them decoded and is PRIVATE")
     for line in training.dataset.skipped:
         console.note(f"  left out: {line}")
     if not training.ranks.alone or training.compute.kind != "cpu":

@@ -14,7 +14,7 @@ person.
 
 from __future__ import annotations
 
-from dpsyngen.data.array_files import save_images
+from dpsyngen.data.arrays import save_images
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.load import load_images
 from dpsyngen.data.map_style import MapStyle

@@ -1,27 +1,65 @@
-"""From arrays in any accepted layout to an :class:`ImageDataset`; files of arrays come through here too.
+"""Images that are arrays already: in Python, in ``.npy`` and ``.npz`` files, and in folders of arrays.
 
-Layouts: ``[N, H, W]`` (grey), ``[N, H, W, C]`` and ``[N, C, H, W]`` with C = 1 or 3.  Values: uint8, or
-floating point in [0, 1] (multiplied by 255 and rounded).
+Layouts: ``[N, H, W]`` (grey), ``[N, H, W, C]`` and ``[N, C, H, W]`` with C = 1 or 3.  Values: uint8, or floating point
+in [0, 1] (multiplied by 255 and rounded).  Nothing is copied where nothing has to change, and nothing is ever
+unpickled.  The header of a file says how much memory its array takes, so it is read first, with bounds of its own.
 """
 
 from __future__ import annotations
 
-import sys
+import io
+import json
+import math
+import os
+import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dpsyngen.data.bad import settle_bad
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import MAX_PIXELS, array_to_image, default_resolution, image_to_array, resize_square
-from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, check_class_names
-from dpsyngen.data.memory import check_fits
-from dpsyngen.errors import DataError, listed, printable
+from dpsyngen.data.decode import (
+    MAX_PIXELS,
+    Colour,
+    ImageHeader,
+    array_to_image,
+    default_resolution,
+    image_to_array,
+    resize_square,
+)
+from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, index_labels, to_text
+from dpsyngen.data.source import (
+    BLOCK,
+    Bad,
+    Channels,
+    Found,
+    Options,
+    Source,
+    Survey,
+    build,
+    file_identity,
+    settle_bad,
+    split_evenly,
+)
+from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, StoredImages, check_fits
+from dpsyngen.errors import DataError, listed, printable, shown
+from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, write_atomically, write_text
 
-Channels = Literal["auto", "grey", "rgb"]
-_CHUNK_VALUES = 4 * 2**20
+IMAGE_KEYS = ("images", "x", "x_train", "arr_0")
+LABEL_KEYS = ("labels", "y", "y_train")
+NAME_KEY = "class_names"
+MAX_HEADER_BYTES = 10_000  # numpy writes about 100
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # what numpy writes; others have dictionaries of any size
+_MAX_NAMES_BYTES = 2**23
 _MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
+_CHUNK_VALUES = 4 * 2**20
+
+
+# --------------------------------------------------------------------------------------------------- arrays in memory
 
 
 def dataset_from_arrays(
@@ -34,14 +72,12 @@ def dataset_from_arrays(
     channels: Channels,
     skip_bad: bool,
 ) -> ImageDataset:
-    """A data set from arrays in any accepted layout, without copying where nothing has to change.
+    """A data set from arrays in any accepted layout.
 
     Args:
         images: uint8 or float in [0, 1]; ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``, C = 1 or 3.
         labels: whole numbers or strings ``[N]`` (or ``[N, 1]``), or None.
-        class_names: names in label order (labels are then 0, 1, …).  Without them, the distinct label values,
-            sorted, are the classes, and their text is their name: which values occur is then taken as public.
-            Names of bytes are read as UTF-8.
+        class_names: see :func:`dpsyngen.data.labels.index_labels`.
         source: shown in messages and kept in the data set.
         resolution: None keeps the size of square images of 8..64 pixels, else 32.
         channels: ``"auto"`` keeps what is there.
@@ -53,17 +89,16 @@ def dataset_from_arrays(
     pixels = arranged(images, source)
     if len(pixels) == 0:
         raise DataError(f"{source}: there are no images in it. Give at least one.")
-    label_index, names = to_labels(labels, class_names, len(pixels), source)
+    index, names = index_labels(labels, class_names, len(pixels), source)
     skipped: tuple[str, ...] = ()
     if pixels.dtype != np.uint8:
         pixels, good, skipped = _from_float(pixels, source, skip_bad)
-        if label_index is not None:
-            label_index = label_index[good]
+        index = None if index is None else index[good]
     pixels = _to_channels(pixels, channels, source)
     pixels = _to_resolution(pixels, resolution or default_resolution({(pixels.shape[3], pixels.shape[2])}), source)
     pixels = pixels.view()
     pixels.flags.writeable = False
-    return ImageDataset(pixels, label_index, names, source, skipped)
+    return ImageDataset(pixels, index, names, source, skipped)
 
 
 def arranged(images: np.ndarray, source: str) -> np.ndarray:
@@ -72,7 +107,6 @@ def arranged(images: np.ndarray, source: str) -> np.ndarray:
     Raises:
         DataError: another type or shape.
     """
-    shape = list(images.shape)
     if isinstance(images, np.ma.MaskedArray):
         raise DataError(f"{source}: masked images; the mask would be lost. Fill it first: images.filled(255).")
     if images.dtype.hasobject:
@@ -82,7 +116,7 @@ def arranged(images: np.ndarray, source: str) -> np.ndarray:
             f"{source}: images of type {images.dtype}; uint8 (0..255) or floating point (0..1) is allowed. "
             "If the values are 0..255, save images.astype('uint8')."
         )
-    result = _arrange(images, shape, source)
+    result = _arrange(images, source)
     height, width = result.shape[2:]
     if 0 in (height, width) and len(result):
         raise DataError(f"{source}: images of {height}×{width} pixels are empty.")
@@ -94,115 +128,37 @@ def arranged(images: np.ndarray, source: str) -> np.ndarray:
     return result
 
 
-def _arrange(images: np.ndarray, shape: list[int], source: str) -> np.ndarray:
+def _arrange(images: np.ndarray, source: str) -> np.ndarray:
+    shape = list(images.shape)
     if images.ndim == 3 and not (shape[-1] in (1, 3) and shape[0] != 0):
         return images[:, None]
     if images.ndim == 4:
         first, last = shape[1] in (1, 3), shape[3] in (1, 3)
         if first and last:
             raise DataError(
-                f"{source}: shape {shape} could be [N, C, H, W] or [N, H, W, C]. Use images of at least 8×8 "
-                "pixels, "
+                f"{source}: shape {shape} could be [N, C, H, W] or [N, H, W, C]. Use images of at least 8×8 pixels, "
                 "or save grey images as [N, H, W]."
             )
-        if first:
-            return images
-        if last:
-            return images.transpose(0, 3, 1, 2)
-    hint = (
-        "Composite an alpha channel first, " if images.ndim == 4 else "Reshape flattened rows or add the axis N first, "
-    )
+        if first or last:
+            return images if first else images.transpose(0, 3, 1, 2)
+    hint = "Composite an alpha channel" if images.ndim == 4 else "Reshape flattened rows, or add the axis N"
     raise DataError(
-        f"{source}: images of shape {shape}; [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3 is "
-        "allowed. "
-        f"{hint}then save again."
+        f"{source}: images of shape {shape}; [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3 is allowed. "
+        f"{hint} first, then save again."
     )
 
 
-def to_labels(
-    labels: np.ndarray | None, class_names: Sequence[str] | None, count: int, source: str
-) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """int64 labels ``[N]`` and the class names, from numbers or texts; see :func:`dataset_from_arrays`.
-
-    Raises:
-        DataError: another type or shape, a count that differs, or impossible names.
-    """
-    if labels is None:
-        return None, ()
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1:
-        raise DataError(f"{source}: labels of shape {list(labels.shape)}; [N] is allowed. For one-hot rows: argmax(1).")
-    if len(labels) != count:
-        raise DataError(f"{source}: {count} images but {len(labels)} labels. Give one label per image.")
-    if labels.dtype.kind in "US" and _length(labels.dtype) > 4 * MAX_NAME_BYTES:
-        raise DataError(
-            f"{source}: labels that are texts of {_length(labels.dtype):,} characters; class names have at most "
-            f"{MAX_NAME_BYTES} bytes. Use short names, or numbers with class_names."
-        )
-    if class_names is not None:
-        check_class_names(class_names, source)
-    if labels.dtype.kind not in "iuUS":
-        raise DataError(
-            f"{source}: labels of type {labels.dtype}; whole numbers or strings are allowed. "
-            "Save labels.astype('int64'), after replacing missing values."
-        )
-    if labels.dtype.kind in "iu":
-        if labels.min() < 0:
-            raise DataError(f"{source}: {int((labels < 0).sum())} labels are negative. Leave out unlabelled images.")
-        if class_names is not None:
-            if labels.max() >= len(class_names):
-                raise DataError(
-                    f"{source}: labels go up to {labels.max()} but there are {len(class_names)} class names. "
-                    "Number the classes from 0."
-                )
-            return labels.astype(np.int64), tuple(class_names)
-    distinct, index = np.unique(labels, return_inverse=True)
-    check_class_count(len(distinct), source)
-    texts = to_text(distinct, f"{source}: labels")
-    if class_names is None:
-        return index.astype(np.int64), texts
-    order = {name: i for i, name in enumerate(class_names)}
-    unknown = sorted(set(texts) - set(order))
-    if unknown:
-        raise DataError(f"{source}: labels {listed(unknown)} are not among the class names {listed(order)}.")
-    return np.array([order[text] for text in texts], dtype=np.int64)[index], tuple(class_names)
-
-
-def converted(
-    pixels: np.ndarray, resolution: int, colour: Literal["grey", "rgb"]
-) -> tuple[np.ndarray, list[tuple[int, str]]]:
+def converted(pixels: np.ndarray, resolution: int, colour: Colour) -> tuple[NDArray[np.uint8], list[Bad]]:
     """A few images ``[N, C, H, W]``, uint8 or floating point in [0, 1], as uint8 of the form that is wanted.
 
     Returns:
         contiguous uint8 ``[N, C, resolution, resolution]``; (which, why) of those that are no images, which are black.
     """
-    bad: list[tuple[int, str]] = []
+    bad: list[Bad] = []
     if pixels.dtype != np.uint8:
         pixels, bad = _rounded(pixels)
     pixels = _to_resolution(_to_channels(pixels, colour, "images"), resolution, "images")
     return np.ascontiguousarray(pixels), bad
-
-
-def to_text(values: np.ndarray, what: str) -> tuple[str, ...]:
-    """Whole numbers, texts or bytes (UTF-8) of an array ``[N]`` as strings.
-
-    Raises:
-        DataError: they are not valid Unicode.
-    """
-    try:
-        if values.dtype.kind == "U" and values.dtype.itemsize and len(values):
-            codes = np.ascontiguousarray(values).view(values.dtype.byteorder + "u4")
-            if codes.max() > sys.maxunicode:  # numpy would make broken strings of them, which crash Python later
-                raise ValueError(f"code point {codes.max():#x}")
-        return tuple(v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values.tolist())
-    except ValueError as error:
-        raise DataError(f"{what} are not valid Unicode ({printable(error)}). Save them as UTF-8 text.") from error
-
-
-def _length(dtype: np.dtype) -> int:
-    """Characters of a text type."""
-    return dtype.itemsize // (4 if dtype.kind == "U" else 1)
 
 
 def _from_float(pixels: np.ndarray, source: str, skip_bad: bool) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -223,7 +179,7 @@ def _from_float(pixels: np.ndarray, source: str, skip_bad: bool) -> tuple[np.nda
     return (result[good] if bad else result), good, skipped
 
 
-def _rounded(values: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str]]]:
+def _rounded(values: np.ndarray) -> tuple[np.ndarray, list[Bad]]:
     """Floating point in [0, 1] times 255, rounded; images with other values are black, and listed."""
     flat = values.reshape(len(values), -1)
     finite = np.isfinite(flat).all(axis=1)
@@ -246,8 +202,7 @@ def _to_channels(pixels: np.ndarray, channels: Channels, source: str) -> np.ndar
     grey = np.empty((len(pixels), 1, *pixels.shape[2:]), dtype=np.uint8)
     for part in _chunks(pixels.shape):
         red, green, blue = np.moveaxis(np.asarray(pixels[part], dtype=np.uint32), 1, 0)
-        # Luma of ITU-R BT.601 in the fixed-point form Pillow uses, so that folders and arrays agree to the
-        # bit.
+        # Luma of ITU-R BT.601 in the fixed-point form Pillow uses, so that folders and arrays agree to the bit.
         grey[part, 0] = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
     return grey
 
@@ -264,5 +219,283 @@ def _to_resolution(pixels: np.ndarray, resolution: int, source: str) -> np.ndarr
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    step = max(1, _CHUNK_VALUES // max(1, int(np.prod(shape[1:]))))
+    step = max(1, _CHUNK_VALUES // max(1, math.prod(shape[1:])))
     return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+# -------------------------------------------------------------------------------------------------- .npy and .npz
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        # In Python's integers, so that a hostile shape does not overflow to something small.
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _read_header(stream: IO[bytes], path: Path, key: str | None) -> _Header:
+    """The header of a ``.npy`` stream, which is left at the first value."""
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"it is of .npy version {version}, which is not known")
+    length_bytes = stream.read(2 if version == (1, 0) else 4)
+    length = int.from_bytes(length_bytes, "little")
+    if length > MAX_HEADER_BYTES:  # in time: numpy reads as much as is declared, up to 4 GiB
+        raise ValueError(f"its header of {length:,} bytes is too long")
+    whole = io.BytesIO(length_bytes + stream.read(length))
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+        header = _Header(*read(whole))
+    if header.dtype.hasobject:
+        what = f": '{key}'" if key else ""
+        raise DataError(
+            f"{printable(path)}{what} holds Python objects, which could run code when read. Save it as a plain array: "
+            "np.stack(images) for images, np.array(names, dtype=str) for names."
+        )
+    if any(n < 0 for n in header.shape):
+        raise ValueError(f"its shape {shown(header.shape)} is negative")
+    return header
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{printable(path)} is broken or truncated ({printable(error)}). Save or copy it again.")
+
+
+def read_npy(path: Path) -> tuple[np.ndarray, int]:
+    """The array of a ``.npy`` file, memory-mapped read-only, and how many bytes are before its first value.
+
+    Raises:
+        DataError: broken, or it holds Python objects.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise DataError(f"{printable(path)} is a .npz file by its content. Rename it to end in .npz.")
+            file.seek(0)
+            header = _read_header(file, path, None)
+            offset = file.tell()
+            if os.fstat(file.fileno()).st_size - offset < header.num_bytes:
+                raise ValueError(f"{header.num_bytes:,} bytes are declared, but fewer are there")
+        if header.num_bytes == 0:  # cannot be mapped
+            return np.zeros(header.shape, header.dtype), offset
+        order = "F" if header.fortran_order else "C"
+        return np.memmap(path, header.dtype, "r", offset, header.shape, order), offset  # type: ignore[call-overload]
+    except DataError:
+        raise
+    except Exception as error:  # numpy raises many types for broken files
+        raise _unreadable(path, error) from error
+
+
+def read_npz(path: Path, *, labels: bool) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
+    """Images, labels and class names of a ``.npz`` file.  Only these are read, whatever else the file holds.
+
+    Keys: images under ``images``, ``x``, ``x_train`` or ``arr_0``; labels under ``labels``, ``y`` or
+    ``y_train``; names under ``class_names`` (strings).  The first key that is there wins.
+
+    Raises:
+        DataError: broken, without images, of Python objects, declaring more than half of the memory, with a key that is
+            there twice, or compressed in another way than numpy does.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = _members(archive, path)
+            image_key = next((key for key in IMAGE_KEYS if key in members), None)
+            if image_key is None:
+                keys = [i.filename.removesuffix(".npy") for i in archive.infolist() if i.filename.endswith(".npy")]
+                raise DataError(
+                    f"{printable(path)} has no images: its keys are {listed(keys)}. Save them under 'images' "
+                    f"({listed(IMAGE_KEYS)} are known)."
+                )
+            label_key = next((key for key in LABEL_KEYS if labels and key in members), None)
+            wanted = [key for key in (image_key, label_key, NAME_KEY if label_key else None) if key in members]
+            headers: dict[str, _Header] = {}
+            for key in wanted:
+                with archive.open(members[key]) as member:
+                    headers[key] = _read_header(member, path, key)
+            if NAME_KEY in headers:
+                _check_names(headers[NAME_KEY], path)
+            check_fits(sum(header.num_bytes for header in headers.values()), what=str(path))
+            arrays = {}
+            for key in wanted:
+                with archive.open(members[key]) as member:
+                    arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
+                    if member.read(1):  # at the end of a member its check sum is checked, too
+                        raise ValueError(f"'{key}' has more bytes than declared")
+    except DataError:
+        raise
+    except Exception as error:  # OSError, BadZipFile, RuntimeError (a password), zlib.error, …
+        raise _unreadable(path, error) from error
+    names = to_text(arrays[NAME_KEY], f"{printable(path)}: '{NAME_KEY}'") if NAME_KEY in arrays else None
+    return arrays[image_key], arrays[label_key] if label_key else None, names
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The members of known keys.  Unlike numpy's loader it takes no name for another: the array whose size was checked
+    is the one that is read."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        key = info.filename.removesuffix(".npy")
+        if key == info.filename or key not in (*IMAGE_KEYS, *LABEL_KEYS, NAME_KEY):
+            continue
+        if key in found:
+            raise DataError(f"{printable(path)}: '{key}' is in it twice, and only one can be meant. Save it again.")
+        if info.compress_type not in _METHODS:
+            raise DataError(f"{printable(path)}: '{key}' is not compressed as numpy does. Use np.savez_compressed.")
+        found[key] = info
+    return found
+
+
+def _check_names(header: _Header, path: Path) -> None:
+    if len(header.shape) != 1 or header.dtype.kind not in "US":
+        raise DataError(f"{printable(path)}: '{NAME_KEY}' must be a one-dimensional array of strings.")
+    check_class_count(header.shape[0], str(path))
+    if header.dtype.itemsize > 16 * MAX_NAME_BYTES:
+        raise DataError(f"{printable(path)}: class names have at most {MAX_NAME_BYTES} bytes. Use shorter ones.")
+
+
+# -------------------------------------------------------------------------------------- large files, folders of arrays
+
+
+def read_array_folder(folder: Path, options: Options) -> ImageDataset:
+    """A folder with ``images.npy``, and ``labels.npy`` and ``class_names.json`` (a list of texts) if there are any.
+
+    Raises:
+        DataError: they are broken, do not fit together, or are links.
+    """
+    for name in (IMAGES, LABELS, CLASS_NAMES):
+        if (folder / name).is_symlink():
+            raise DataError(f"{printable(folder / name)} is a link, which is not followed. Copy the file here.")
+    labels: np.ndarray | None = None
+    names: list[str] | None = None
+    if options.labels and (folder / LABELS).is_file():
+        labels = np.asarray(read_npy(folder / LABELS)[0])
+        if (folder / CLASS_NAMES).is_file():
+            names = _names(folder / CLASS_NAMES)
+    return read_array_file(folder / IMAGES, labels, names, options, where=printable(folder))
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with open_plain(path, _MAX_NAMES_BYTES) as file:
+            names = json.load(file)
+    except (NotPlainError, ValueError, RecursionError) as error:
+        raise DataError(f"{printable(path)} cannot be read ({printable(error)}). It holds a list of texts.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{printable(path)} must hold a list of texts, the names of the classes in order.")
+    return names
+
+
+def read_array_file(
+    path: Path, labels: np.ndarray | None, names: list[str] | None, options: Options, *, where: str
+) -> ImageDataset:
+    """The images of a ``.npy`` file; arguments and errors as of :func:`dataset_from_arrays`.
+
+    An array of the right form is used where it lies.  One that must be converted (floating point, another size or
+    colour) is converted once, into memory or into the cache, as its size says.
+    """
+    images, offset = read_npy(path)
+    pixels = arranged(images, where)
+    count, channels, height, width = pixels.shape
+    if count == 0:
+        raise DataError(f"{where}: there are no images in it. Give at least one.")
+    shape = options.shape(count, Survey().with_header(ImageHeader(width, height, channels == 1)))
+    small, right = options.in_memory(shape), pixels.dtype == np.uint8 and pixels.shape[2:] == shape[2:]
+    if right and channels == shape[1] and not small and pixels.flags.c_contiguous:
+        index, class_names = index_labels(labels, names, count, where)
+        return ImageDataset(StoredImages(path, shape, offset), index, class_names, where)
+    if small or (right and channels <= shape[1]):
+        # Converted in memory, or a view of the file with nothing to convert.
+        return dataset_from_arrays(
+            images, labels, names, source=where, resolution=options.resolution, channels=options.channels,
+            skip_bad=options.skip_bad,
+        )  # fmt: skip
+
+    def index_file() -> Source:
+        index, class_names = index_labels(labels, names, count, where)
+        jobs = [_ArrayJob(str(path), r.start, r.stop) for r in split_evenly(count)]
+        return Source(where, jobs, index, class_names, lambda i: f"image {i}", every_class=False)
+
+    files = [p for p in (path, path.with_name(LABELS), path.with_name(CLASS_NAMES)) if p == path or p.is_file()]
+    return build(Found(where, "npy", lambda: file_identity(files), index_file), options)
+
+
+@dataclass(frozen=True)
+class _ArrayJob:
+    """Consecutive images of a ``.npy`` file; see :class:`dpsyngen.data.source.Job`."""
+
+    path: str
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    def survey(self) -> Survey:
+        _, channels, height, width = arranged(read_npy(Path(self.path))[0], self.path).shape
+        return Survey().with_header(ImageHeader(width, height, channels == 1))
+
+    def blocks(self, resolution: int, colour: Colour) -> Iterator[tuple[NDArray[np.uint8], list[Bad]]]:
+        pixels = arranged(read_npy(Path(self.path))[0], self.path)
+        for start in range(self.start, self.stop, BLOCK):
+            images, bad = converted(np.array(pixels[start : min(start + BLOCK, self.stop)]), resolution, colour)
+            yield images, [(start - self.start + i, why) for i, why in bad]
+
+
+def save_images(dataset: ImageDataset, folder: Path) -> None:
+    """Write a data set as a folder of arrays, which :func:`~dpsyngen.data.load.load_images` reads without copying it.
+
+    The folder gets mode 0700 and its files 0600: they are as private as the images.
+
+    Args:
+        dataset: its images may lie in a file; 16 MiB of them are in memory at a time.
+        folder: must not exist, or be empty.
+
+    Raises:
+        RunError: the folder has something in it.
+    """
+    require_absent_or_empty(folder, "the folder")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    count, *row = dataset.images.shape
+    blocks = (dataset.batch(np.arange(part.start, min(part.stop, count))) for part in _chunks((count, *row)))
+    write_images(folder, (count, *row), blocks, dataset.labels, dataset.class_names)
+
+
+def write_images(
+    folder: Path,
+    shape: tuple[int, ...],
+    blocks: Iterator[NDArray[np.uint8]],
+    labels: NDArray[np.int64] | None,
+    class_names: Sequence[str],
+) -> None:
+    """Write ``images.npy``, and with labels ``labels.npy`` and ``class_names.json``, of mode 0600.
+
+    Args:
+        folder: it exists.
+        shape: of all images.
+        blocks: the images in order, some at a time.
+        labels: one for each image, or None.
+        class_names: of the classes.
+    """
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block).data)
+
+    def write_labels(path: Path) -> None:
+        with open(path, "wb") as file:
+            np.save(file, labels, allow_pickle=False)
+
+    if labels is not None:
+        write_atomically(folder / LABELS, write_labels, 0o600)
+        write_text(folder / CLASS_NAMES, json.dumps(class_names, ensure_ascii=False), 0o600)
+    write_atomically(folder / IMAGES, write, 0o600)

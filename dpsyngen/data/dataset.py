@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -20,19 +21,17 @@ _HASH_CHUNK_BYTES = 16 * 2**20
 class ImageDataset:
     """Private images with their labels.
 
-    The shape ``[C, H, W]``, the class names and the number of images are treated as public; all else is
-    private.
+    The shape ``[C, H, W]``, the class names and the number of images are treated as public; all else is private.
 
     Attributes:
         images: uint8 ``[N, C, H, W]``, C = 1 (grey) or 3 (RGB), H = W.  An array (perhaps a read-only memory map
-            or view), or an :class:`~dpsyngen.data.store.ImageStore`, whose images are not in memory.  Read them with
-            :meth:`batch`, which works for both; :meth:`array` is all of them in memory.
+            or view), or an :class:`~dpsyngen.data.store.ImageStore`, whose images are not in memory.  :meth:`batch`
+            reads both; :meth:`array` is all of them in memory.
         labels: int64 ``[N]``, values in ``0 .. len(class_names) - 1``; None for unlabelled images.
-        class_names: one name per class, in label order; ``()`` exactly when ``labels`` is None.  What they may be:
+        class_names: one name per class, in label order; ``()`` exactly when `labels` is None.  What they may be:
             :mod:`dpsyngen.data.labels`.
-        source: how the images were asked for, in words a person can read.
-        skipped: what was left out under ``skip_bad=True``, each as ``"where: why"``.  Private (it holds file
-            names).
+        source: what was asked for, in words a person can read.
+        skipped: what was left out under ``skip_bad=True``, each as ``"where: why"``.  Private (it holds file names).
 
     Raises:
         DataError: the fields do not fit together as above.
@@ -48,8 +47,7 @@ class ImageDataset:
         images, labels = self.images, self.labels
         if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3):
             raise DataError(
-                f"images must be uint8 [N, C, H, W] with C = 1 or 3, not {images.dtype} "
-                f"{list(images.shape)}. "
+                f"images must be uint8 [N, C, H, W] with C = 1 or 3, not {images.dtype} {list(images.shape)}. "
                 "Use load_images, which converts."
             )
         if images.shape[2] != images.shape[3]:
@@ -72,7 +70,7 @@ class ImageDataset:
             )
 
     def __repr__(self) -> str:
-        """What is public, and where the images are; none of their pixels."""
+        """Tell what is public, and where the images are; none of their pixels."""
         count, channels, side, _ = self.images.shape
         classes = f", {self.num_classes} classes" if self.class_names else ""
         where = "in memory" if isinstance(self.images, np.ndarray) and not is_mapped(self.images) else "in a file"
@@ -98,8 +96,16 @@ class ImageDataset:
         """Number of classes; 0 for unlabelled images."""
         return len(self.class_names)
 
+    @property
+    def file(self) -> Path | None:
+        """The private file that the decoded images are read from, if they are not in memory."""
+        images = self.images
+        while isinstance(images, SelectedImages):
+            images = images.images
+        return getattr(images, "path", None)
+
     def subset(self, indices: np.ndarray | Sequence[int]) -> ImageDataset:
-        """The images at ``indices`` (int ``[M]``, any order, or a bool mask ``[N]``); classes stay the same.
+        """The images at `indices` (int ``[M]``, any order, or a bool mask ``[N]``); classes stay the same.
 
         Images in memory are copied.  Images in a file stay there: the result remembers which ones it has.
 
@@ -113,7 +119,7 @@ class ImageDataset:
         return replace(self, images=SelectedImages(self.images, index), labels=labels)
 
     def batch(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
-        """The images at ``indices`` as a fresh, contiguous, writable uint8 array ``[B, C, H, W]``.
+        """The images at `indices` as a fresh, contiguous, writable uint8 array ``[B, C, H, W]``.
 
         B = 0 is legal: Poisson sampling draws empty batches.  Memory is taken for the B images alone, wherever the
         images lie.  Several threads may call this at the same time.
@@ -126,9 +132,7 @@ class ImageDataset:
         return np.ascontiguousarray(np.asarray(self.images[self._rows(indices)]))
 
     def array(self) -> np.ndarray:
-        """All images as one array ``[N, C, H, W]``, read-only where it is not a copy.
-
-        For what needs all of them at a time; training does not.
+        """All images as one array ``[N, C, H, W]``, read-only where it is not a copy; training does not need it.
 
         Raises:
             DataError: they lie in a file and would take more than half of the memory.  Take a :meth:`subset`.
@@ -136,7 +140,7 @@ class ImageDataset:
         return self.images if isinstance(self.images, np.ndarray) else loaded(self.images, self.source)
 
     def _rows(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
-        """``indices`` as int64 in 0..N - 1."""
+        """Indices or a mask as int64 in 0..N - 1."""
         index = np.asarray(indices)
         if index.dtype == bool:
             if index.shape != (len(self),):
@@ -151,13 +155,10 @@ class ImageDataset:
         return np.where(index < 0, index + len(self), index)
 
     def fingerprint(self) -> str:
-        """SHA-256 (64 hex digits) over the shape, the images, the labels and the class names.
+        """SHA-256 (64 hex digits) over the shape, the images, the labels and the class names, wherever they lie.
 
-        It does not depend on where the images lie; of a file, 16 MiB at a time are in memory.
-
-        It serves to recognise the same data in a resumed run.  **The digest is derived from private data**:
-        someone who guesses the whole data set can confirm the guess, so it belongs in the private half of a
-        run.
+        It serves to recognise the same data in a resumed run.  **The digest is derived from private data**: someone
+        who guesses the whole data set can confirm the guess, so it belongs in the private half of a run.
         """
         header = {
             "format": "dpsyngen-images-1",

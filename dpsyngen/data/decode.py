@@ -21,17 +21,20 @@ The choices, made once for all readers:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+import logging
 import os
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from dpsyngen.data.pixel_budget import PixelBudget
-from dpsyngen.errors import ConfigError, shown
+from dpsyngen.errors import require
 from dpsyngen.files import NotPlainError, open_plain
 
 if TYPE_CHECKING:
@@ -39,20 +42,12 @@ if TYPE_CHECKING:
 
 Colour = Literal["grey", "rgb"]
 Encoded = str | os.PathLike[str] | bytes
-"""An image file: its path, or what is in it."""
+"""An image file: its path, or its content."""
 DEFAULT_RESOLUTION = 32
 MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
-
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
-_budget = PixelBudget(MAX_PIXELS)
-
-
-def share_budget(path: str) -> None:
-    """From now on, take turns with the other processes that gave this lock file: one large image at a time."""
-    global _budget
-    _budget = PixelBudget(MAX_PIXELS, path)
-
+_LARGE = 2**22  # pixels from which images of several processes take turns
 
 # Only these decoders are reachable: the others are little used and have had more security faults (EPS runs a
 # program).
@@ -65,8 +60,7 @@ class BadImage(Exception):
     """One image cannot be used; the message says why, and the reader adds where."""
 
 
-@dataclass(frozen=True)
-class ImageHeader:
+class ImageHeader(NamedTuple):
     """What a file's header tells without decoding its pixels."""
 
     width: int
@@ -75,20 +69,17 @@ class ImageHeader:
 
 
 def check_resolution(resolution: int | None) -> int | None:
-    """``resolution`` as an int in 8..256, or None (choose by :func:`default_resolution`).
-
-    Raises:
-        ConfigError: it is something else.
-    """
+    """`resolution` as an int in 8..256, or None (choose by :func:`default_resolution`); otherwise ConfigError."""
     if resolution is None:
         return None
     whole = isinstance(resolution, int | np.integer) and not isinstance(resolution, bool)
-    if not whole or not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
-        raise ConfigError(
-            f"resolution must be a whole number from {MIN_RESOLUTION} to {MAX_RESOLUTION}, not "
-            f"{shown(resolution)}. "
-            "Use 28, 32 or 64, or leave it out to keep the size of small square images."
-        )
+    require(
+        whole and MIN_RESOLUTION <= resolution <= MAX_RESOLUTION,
+        "resolution",
+        resolution,
+        f"a whole number from {MIN_RESOLUTION} to {MAX_RESOLUTION}. Use 28, 32 or 64, or leave it out to keep the size "
+        "of small square images",
+    )
     return int(resolution)
 
 
@@ -99,6 +90,9 @@ def default_resolution(sizes: set[tuple[int, int]]) -> int:
         if width == height and MIN_RESOLUTION <= width <= MAX_NATIVE_RESOLUTION:
             return width
     return DEFAULT_RESOLUTION
+
+
+# -------------------------------------------------------------------------------------------------------------- files
 
 
 def read_header(path: Encoded) -> ImageHeader:
@@ -141,68 +135,6 @@ def read_image(path: Encoded, *, resolution: int, colour: Colour) -> np.ndarray:
             raise BadImage(f"broken or truncated ({_reason(error)})") from error
 
 
-def decode_image(image: Image.Image, *, resolution: int, colour: Colour) -> np.ndarray:
-    """An opened image as uint8 ``[C, resolution, resolution]``, by the rules at the top of this module.
-
-    Raises:
-        BadImage: its pixels have no defined range (floating point), or more than 16 bits.
-        OSError: the file is truncated.  Pillow raises other types as well for broken files.
-    """
-    mode = "L" if colour == "grey" else "RGB"
-    plain = _plain(_upright(image))
-    if plain.mode != mode:
-        plain = plain.convert(mode)
-    return image_to_array(resize_square(plain, resolution))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; unlike Pillow's own function this makes no copy where none is
-    needed and does not write the EXIF data anew, which fails for data that can be read."""
-    from PIL import Image
-
-    turn = Image.Transpose
-    turns = (
-        turn.FLIP_LEFT_RIGHT,
-        turn.ROTATE_180,
-        turn.FLIP_TOP_BOTTOM,
-        turn.TRANSPOSE,
-        turn.ROTATE_270,
-        turn.TRANSVERSE,
-        turn.ROTATE_90,
-    )
-    image.load()  # PNG may have its EXIF data behind the pixels
-    orientation = image.getexif().get(0x0112)
-    if isinstance(orientation, int) and 2 <= orientation <= 8:
-        return image.transpose(turns[orientation - 2])
-    return image
-
-
-def resize_square(image: Image.Image, resolution: int) -> Image.Image:
-    """The largest centred square of an 8-bit L or RGB image, scaled to ``resolution``."""
-    from PIL import Image
-
-    width, height = image.size
-    if (width, height) == (resolution, resolution):
-        return image
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-
-
-def image_to_array(image: Image.Image) -> np.ndarray:
-    """An L or RGB image as uint8 ``[C, H, W]``."""
-    pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def array_to_image(pixels: np.ndarray) -> Image.Image:
-    """uint8 ``[1 or 3, H, W]`` as an L or RGB image; the inverse of :func:`image_to_array`."""
-    from PIL import Image
-
-    return Image.fromarray(np.ascontiguousarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))
-
-
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
@@ -236,24 +168,83 @@ def _open_checked(encoded: Encoded) -> Iterator[Image.Image]:
         except Exception as error:
             raise BadImage(f"cannot be opened ({_reason(error)})") from error
         with image:
-            _check_size_and_frames(image)
+            check_pixels(image)
+            try:
+                frames = getattr(image, "n_frames", 1)
+            except Exception as error:  # counting frames parses the file
+                raise BadImage(f"broken or truncated ({_reason(error)})") from error
+            if frames > 1 and image.format != "MPO":
+                raise BadImage(f"animated or of several pages ({frames} frames); save the one that is meant")
             yield image
 
 
-def _check_size_and_frames(image: Image.Image) -> None:
+def check_pixels(image: Image.Image) -> None:
+    """Raise BadImage for an image of more than 2²⁶ pixels."""
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{image.width}×{image.height} pixels: over the limit of {MAX_PIXELS:,} (decompression bomb?)")
-    try:
-        frames = getattr(image, "n_frames", 1)
-    except Exception as error:  # counting frames parses the file
-        raise BadImage(f"broken or truncated ({_reason(error)})") from error
-    if frames > 1 and image.format != "MPO":
-        raise BadImage(f"animated or of several pages ({frames} frames); save the one that is meant")
+
+
+# ------------------------------------------------------------------------------------------------------------- pixels
+
+
+def decode_image(image: Image.Image, *, resolution: int, colour: Colour) -> np.ndarray:
+    """An opened image as uint8 ``[C, resolution, resolution]``, by the rules at the top of this module.
+
+    Raises:
+        BadImage: its pixels have no defined range (floating point), or more than 16 bits.
+        OSError: the file is truncated.  Pillow raises other types as well for broken files.
+    """
+    mode = "L" if colour == "grey" else "RGB"
+    plain = _plain(_upright(image))
+    if plain.mode != mode:
+        plain = plain.convert(mode)
+    return image_to_array(resize_square(plain, resolution))
+
+
+def resize_square(image: Image.Image, resolution: int) -> Image.Image:
+    """The largest centred square of an 8-bit L or RGB image, scaled to `resolution`."""
+    from PIL import Image
+
+    width, height = image.size
+    if (width, height) == (resolution, resolution):
+        return image
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+
+
+def image_to_array(image: Image.Image) -> np.ndarray:
+    """An L or RGB image as uint8 ``[C, H, W]``."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def array_to_image(pixels: np.ndarray) -> Image.Image:
+    """uint8 ``[1 or 3, H, W]`` as an L or RGB image; the inverse of :func:`image_to_array`."""
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says.
+
+    Unlike ``ImageOps.exif_transpose`` this makes no copy where none is needed, and does not write the EXIF data anew,
+    which fails for data that can be read.
+    """
+    from PIL import Image
+
+    image.load()  # PNG may have its EXIF data behind the pixels
+    orientation = image.getexif().get(0x0112)
+    turns = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+    if isinstance(orientation, int) and 2 <= orientation <= 8:
+        return image.transpose(Image.Transpose[turns[orientation - 2]])
+    return image
 
 
 def _plain(image: Image.Image) -> Image.Image:
     """The image with 8 bits a channel and nothing transparent: mode 1, L or RGB."""
-
     if image.mode == "F":
         raise BadImage("floating-point pixels have no fixed white; save it with 8 or 16 bits a channel")
     if image.mode.startswith("I"):
@@ -294,3 +285,92 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     for start in range(0, len(values), rows):  # in parts, as an index takes 8 bytes a pixel
         grey[start : start + rows] = table[values[start : start + rows]]
     return Image.fromarray(grey)
+
+
+# ----------------------------------------------------------------------------------------------------- memory, silence
+
+
+class PixelBudget:
+    """Lets threads in while the pixels that they decode stay within a total.
+
+    A file of some kilobytes can decode to hundreds of megabytes.  One such file is bounded by the limit on pixels; this
+    bounds what several of them take together.
+
+    Args:
+        total: pixels.
+        turns: a lock file; of the processes that have the same one, one at a time decodes a large image.
+    """
+
+    def __init__(self, total: int, turns: str | os.PathLike[str] | None = None) -> None:
+        self.total, self.turns = total, turns
+        self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def spend(self, pixels: int) -> Iterator[None]:
+        """Hold `pixels` of the total, waiting until they are free.  More than the total counts as all of it."""
+        from filelock import FileLock
+
+        pixels = min(pixels, self.total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            large = self.turns is not None and pixels > _LARGE
+            with FileLock(self.turns, mode=0o600) if large else contextlib.nullcontext():
+                yield
+        finally:
+            if pixels > _LARGE:
+                # The C library keeps what a thread freed for that thread, so eight threads would hold eight large
+                # images' worth.  Other libraries than GNU's have no such function, and another policy.
+                with contextlib.suppress(OSError, AttributeError):
+                    ctypes.CDLL(None).malloc_trim(0)
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_budget = PixelBudget(MAX_PIXELS)
+
+
+def share_budget(path: str | os.PathLike[str]) -> None:
+    """From now on, take turns with the other processes that gave this lock file: one large image at a time."""
+    global _budget
+    if _budget.turns != path:
+        _budget = PixelBudget(MAX_PIXELS, path)
+
+
+@contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """No warnings, no log lines on the terminal, and no messages of libtiff while the context lasts.
+
+    What decoders say of a broken file names no file; whatever of it matters is raised as an error and reported with
+    the file's name.  An application that collects the log of Pillow still gets it.
+    """
+    logger, ignored = logging.getLogger("PIL"), logging.NullHandler()
+    logger.addHandler(ignored)  # without any handler, Python prints errors to the terminal
+    handler = _set_tiff_handler(None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _set_tiff_handler(handler)
+        logger.removeHandler(ignored)
+
+
+def _set_tiff_handler(handler: int | None) -> int | None:
+    """Have libtiff call this function (an address; None: nothing) for errors; returns the one before it.
+
+    libtiff prints to the terminal by itself, and Pillow has no switch for that.
+    """
+    try:
+        from PIL import _imaging
+
+        # A symbol is looked up in the libraries that a module was linked with, too.
+        change = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+    except (ImportError, OSError, AttributeError):
+        return None  # a Pillow without libtiff, or with its names hidden: it may print
+    change.restype, change.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    before: int | None = change(handler)
+    return before

@@ -1,32 +1,45 @@
-"""A folder of image files: its sub-folders are the classes, or it is flat and has no labels.
+"""Folders: image files in class folders, shards of Parquet, WebDataset or Arrow, and patterns that name shards.
 
-Left out without a word: dot files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``, and the ``metadata.csv`` and
-``about.json`` that this tool writes beside generated images.  Everything else that is not
-a PNG, JPEG, WebP, BMP, TIFF or still GIF file is *odd* and listed as bad, because a data set with surprises
-in it should be looked at once.  Symbolic links are not followed: one that leaves the folder reads files that
-nobody named, and one that stays counts an image twice, while the guarantee says one image = one record.
+In a folder of images the sub-folders are the classes, or it is flat and has no labels.  Left out without a word: dot
+files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``, and the ``metadata.csv`` and ``about.json`` that this tool writes
+beside generated images.  Everything else that is not a PNG, JPEG, WebP, BMP, TIFF or still GIF file is listed as bad,
+because a data set with surprises in it should be looked at once.
+
+Symbolic links in a folder are not followed: one that leaves it reads files that nobody named, and one that stays counts
+an image twice, while the guarantee says one image = one record.  A pattern may match links, which it names.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from dpsyngen.data.labels import check_class_names
-from dpsyngen.data.source import EncodedJob, Found, Item, Source, split_evenly
+from dpsyngen.data.source import EncodedJob, Found, Item, Source, file_identity, split_evenly
+from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
+from dpsyngen.data.webdataset import index_tars
 from dpsyngen.errors import DataError, listed, printable
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+SHARD_SUFFIXES = (".parquet", ".tar", ".arrow")
 # The last two are what `dpsyngen sample` writes beside its class folders, so that its output can be read back.
 _IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx", "metadata.csv", "about.json"})
-_SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
+_SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
+_SPLIT = re.compile(f"({'|'.join(_SPLIT_NAMES)})(?=[-_.0-9])", re.IGNORECASE)
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST_FILES = 1_000_000
 _Bad = list[tuple[str, str]]
+
+
+# ------------------------------------------------------------------------------------------------------------- images
 
 
 def find_folder(root: Path, *, labels: bool) -> Found:
@@ -39,7 +52,7 @@ def find_folder(root: Path, *, labels: bool) -> Found:
     """
 
     def identity() -> Any:
-        files, _, names = _listed(root, labels, [])
+        files, _, names = _list_files(root, labels, [])
         digest = hashlib.sha256()
         for name in files:
             status = os.lstat(root / name)
@@ -50,25 +63,30 @@ def find_folder(root: Path, *, labels: bool) -> Found:
 
 
 def index_folder(root: Path, *, labels: bool) -> Source:
-    """What is in the folder, nothing of it opened.
+    """The images in a folder, none of them opened.
 
     Raises:
-        DataError: an empty folder or class, unless there are bad or odd files, which are told of later.
+        DataError: an empty folder or class, unless there are bad files, which are told of later.
     """
-    bad: list[tuple[str, str]] = []
-    files, classes, class_names = _listed(root, labels, bad)
-    empty = sorted(set(range(len(class_names))) - set(classes))
-    if (empty or not files) and not bad:
-        _raise_empty(root, [class_names[c] for c in empty], bad)
+    bad: _Bad = []
+    files, classes, names = _list_files(root, labels, bad)
     jobs = [_FolderJob(str(root), tuple(files[r.start : r.stop])) for r in split_evenly(len(files))]
-    return Source(
-        printable(root),
-        jobs,
-        np.array(classes, dtype=np.int64) if class_names else None,
-        class_names,
-        lambda i: files[i],
-        tuple(bad),
-        empty=lambda names, left_out: _raise_empty(root, names, left_out),
+    index = np.array(classes, dtype=np.int64) if names else None
+    source = Source(printable(root), jobs, index, names, lambda i: files[i], tuple(bad), empty=_say_empty)
+    empty = sorted(set(range(len(names))) - set(classes))
+    if (empty or not files) and not bad:
+        source.raise_empty([names[c] for c in empty], bad)
+    return source
+
+
+def _say_empty(names: Sequence[str]) -> tuple[str, str]:
+    if names:
+        what = f"class folder{'s' if len(names) > 1 else ''} without a usable image: {listed(names)}"
+        return what, "Add images, or remove the folder if the class does not exist."
+    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+    return (
+        "no usable image in this folder",
+        f"Give a folder with image files ({suffixes}) or with one sub-folder per class.",
     )
 
 
@@ -86,81 +104,151 @@ class _FolderJob(EncodedJob):
             yield os.path.join(self.root, name)
 
 
-def _listed(root: Path, labels: bool, bad: _Bad) -> tuple[list[str], list[int], tuple[str, ...]]:
-    try:
-        files, classes, names = _list_files(root, labels=labels, bad=bad)
-    except OSError as error:
-        where = printable(error.filename or root)
-        raise DataError(f"{where}: cannot be listed ({error.strerror}). Check its permissions.") from error
-    # Texts below the root: of millions of files, paths would fill the memory.
-    return [str(file.relative_to(root)) for file in files], classes, names
-
-
-def _list_files(root: Path, *, labels: bool, bad: _Bad) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Image files, the class index of each, and the class names (``()`` when there are no labels)."""
-    folders, top = _scan(root, root, bad)
+def _list_files(root: Path, labels: bool, bad: _Bad) -> tuple[list[str], list[int], tuple[str, ...]]:
+    """Image files (texts below the root, as millions of paths would fill the memory), the class index of each, and the
+    class names; ``()`` when there are no labels."""
+    folders, top = _scan(root, "", bad)
     if not labels:
         while folders:
-            inner, images = _scan(folders.pop(), root, bad)
+            inner, images = _scan(root, folders.pop(), bad)
             top += images
             folders += inner
         return sorted(top), [0] * len(top), ()
     if not folders:
         return top, [0] * len(top), ()
-    bad += [(image.name, "an image beside the class folders, so it has no label") for image in top]
-    files: list[Path] = []
+    bad += [(image, "an image beside the class folders, so it has no label") for image in top]
+    files: list[str] = []
     classes: list[int] = []
-    nested = 0
+    nested = False
     for index, folder in enumerate(folders):
-        inner, images = _scan(folder, root, bad)
-        nested += bool(inner)
-        bad += [(str(path.relative_to(root)), "a folder inside a class folder") for path in inner]
+        inner, images = _scan(root, folder, bad)
+        nested |= bool(inner)
+        bad += [(path, "a folder inside a class folder") for path in inner]
         files += images
         classes += [index] * len(images)
-    names = tuple(folder.name for folder in folders)
-    check_class_names(names, str(root))
-    if nested and _SPLIT_NAMES.issuperset(name.lower() for name in names):
+    check_class_names(folders, str(root))
+    if nested and set(_SPLIT_NAMES).issuperset(name.lower() for name in folders):
         raise DataError(
-            f"{printable(root)} holds the splits {', '.join(map(printable, names))}, not classes. "
-            f"Give one of them, such as {printable(root / names[-1])}."
+            f"{printable(root)} holds the splits {', '.join(map(printable, folders))}, not classes. "
+            f"Give one of them, such as {printable(root / folders[-1])}."
         )
-    return files, classes, names
+    return files, classes, tuple(folders)
 
 
-def _scan(folder: Path, root: Path, bad: _Bad) -> tuple[list[Path], list[Path]]:
-    """Sub-folders and image files of one folder, sorted; all else that is not ignored goes to ``bad``."""
-    folders: list[Path] = []
-    images: list[Path] = []
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith(".") or entry.name.lower() in _IGNORED:
-                continue
-            path = folder / entry.name
-            if entry.is_symlink():
-                bad.append(
-                    (
-                        str(path.relative_to(root)),
-                        "a symbolic link, which is not followed; copy the file here",
-                    )
-                )
-            elif entry.is_dir():
-                folders.append(path)
-            elif not entry.is_file():  # a pipe or device would block or never end
-                bad.append((str(path.relative_to(root)), "not a plain file"))
-            elif path.suffix.lower() not in IMAGE_SUFFIXES:
-                bad.append((str(path.relative_to(root)), "not an image file by its name"))
-            else:
-                images.append(path)
+def _scan(root: Path, folder: str, bad: _Bad) -> tuple[list[str], list[str]]:
+    """Sub-folders and image files of one folder, sorted; all else that is not ignored goes to `bad`."""
+    folders: list[str] = []
+    images: list[str] = []
+    try:
+        with os.scandir(root / folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        where = printable(error.filename or root)
+        raise DataError(f"{where}: cannot be listed ({error.strerror}). Check its permissions.") from error
+    for entry in found:
+        path = os.path.join(folder, entry.name)
+        if entry.name.startswith(".") or entry.name.lower() in _IGNORED:
+            continue
+        if entry.is_symlink():
+            bad.append((path, "a symbolic link, which is not followed; copy the file here"))
+        elif entry.is_dir():
+            folders.append(path)
+        elif not entry.is_file():  # a pipe or device would block or never end
+            bad.append((path, "not a plain file"))
+        elif os.path.splitext(path)[1].lower() not in IMAGE_SUFFIXES:
+            bad.append((path, "not an image file by its name"))
+        else:
+            images.append(path)
     return folders, images
 
 
-def _raise_empty(root: Path, names: Sequence[str], bad: Sequence[tuple[str, str]]) -> NoReturn:
-    if names:
-        what = f"class folder{'s' if len(names) > 1 else ''} without a usable image: {listed(names)}"
-        todo = "Add images, or remove the folder if the class does not exist."
-    else:
-        what = "no usable image in this folder"
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        todo = f"Give a folder with image files ({suffixes}) or with one sub-folder per class."
-    unused = f" ({len(bad)} bad items were left out, first {printable(': '.join(bad[0]))})" if bad else ""
-    raise DataError(f"{printable(root)}: {what}{unused}. {todo}")
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a path that does not exist may be a pattern: ``*``, ``?``, ``[…]`` or ``{0000..0099}``."""
+    return any(c in text for c in "*?[") or _RANGE.search(text) is not None
+
+
+def find_pattern(text: str, *, labels: bool) -> Found:
+    """The source that a pattern names.  Its files may be links: whoever wrote the pattern named them.
+
+    Raises:
+        DataError: no file, or files of several kinds.
+    """
+    paths = [Path(p) for pattern in _expanded(text) for p in sorted(glob.glob(os.path.expanduser(pattern)))]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise DataError(f"{printable(text)!r} matches no file. Patterns have *, ?, [0-9] or {{0000..0099}}.")
+    kinds = sorted({path.suffix.lower() for path in paths})
+    if len(kinds) > 1 or kinds[0] not in SHARD_SUFFIXES:
+        raise DataError(
+            f"{printable(text)!r} matches files that end in {listed(kinds)}; a pattern names files of one kind, one "
+            f"of {', '.join(SHARD_SUFFIXES)}."
+        )
+    return find_files(paths, printable(text), labels=labels)
+
+
+def find_in_folder(folder: Path, *, labels: bool) -> Found | None:
+    """The source in a folder of shards or of ``save_to_disk``; None if it is a folder of images.
+
+    Raises:
+        DataError: shards of several splits or kinds, or links to shards.
+    """
+    where = printable(folder)
+    if (folder / SPLITS).is_file() or (folder / STATE).is_file():
+        return find_files(saved_files(folder), where, labels=labels)
+    for place in (folder, folder / "data"):  # the second as on the hub
+        try:
+            with os.scandir(place) as entries:
+                seen = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError:
+            return None
+        folders = [e.name for e in seen if e.is_dir()]
+        shards = [e for e in seen if Path(e.name).suffix.lower() in SHARD_SUFFIXES and not e.is_dir()]
+        if shards or folders != ["data"]:
+            break
+    if not shards or folders or any(Path(e.name).suffix.lower() in IMAGE_SUFFIXES for e in seen):
+        return None  # a folder of images, perhaps with something odd in it, which is listed
+    kinds = sorted({Path(e.name).suffix.lower() for e in shards})
+    if len(kinds) > 1:
+        raise DataError(
+            f"{where} holds files that end in {listed(kinds)}. Give a pattern, such as {where}/*{kinds[0]}."
+        )
+    linked = [e.name for e in shards if e.is_symlink()]
+    if linked:
+        raise DataError(
+            f"{where}: {listed(linked, 3)} {'is a link' if len(linked) == 1 else 'are links'}, and links in a folder "
+            f"are not followed. If they are meant, name them by a pattern: {printable(place)}/*{kinds[0]}."
+        )
+    splits = sorted({match.group(1).lower() for e in shards if (match := _SPLIT.match(e.name))})
+    if len(splits) > 1:
+        raise DataError(
+            f"{printable(place)} holds the splits {listed(splits)}. Give one of them by a pattern, such as "
+            f"{printable(place)}/{splits[-1]}*{kinds[0]}."
+        )
+    return find_files([place / e.name for e in shards], where, labels=labels)
+
+
+def find_files(paths: Sequence[Path], where: str, *, labels: bool) -> Found:
+    """The source in these shards of one kind, in this order."""
+    if len(paths) > _MOST_FILES:
+        raise DataError(f"{where}: {len(paths):,} files; at most {_MOST_FILES:,} are read.")
+    suffix = paths[0].suffix.lower()
+    index: Callable[..., Source] = index_tars if suffix == ".tar" else index_tables
+    return Found(where, suffix, lambda: file_identity(paths), lambda: index(paths, where, labels=labels))
+
+
+def _expanded(text: str) -> list[str]:
+    match = _RANGE.search(text)
+    if match is None:
+        return [text]
+    first, last = match.groups()
+    count = int(last[:12]) - int(first[:12]) + 1
+    if not 0 < count <= _MOST_FILES:
+        raise DataError(f"{printable(text)!r}: a range of {count:,} files; 1 to {_MOST_FILES:,} are allowed.")
+    return [
+        whole
+        for i in range(int(first), int(last) + 1)
+        for whole in _expanded(f"{text[: match.start()]}{i:0{len(first)}d}{text[match.end() :]}")
+    ]

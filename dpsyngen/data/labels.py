@@ -1,14 +1,18 @@
-"""What a class may be called.
+"""Classes: what they may be called, and the class of each image from labels of any form.
 
-Class names are public.  They end up in terminals, JSON, YAML, CSV, HTML and ``.npz`` files, and so as file names where
-they can be.  A name that some of these could not hold, or that would not look like what it is, is refused while nothing
-is trained yet; all others are kept as they are, to the last character.
+Class names are public.  They end up in terminals, JSON, YAML, CSV, HTML and ``.npz`` files, and as file names where
+they can be.  A name that some of these could not hold, or that would not look like what it is, is refused before
+anything is trained; all others are kept to the last character.
 """
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dpsyngen.errors import DataError, listed, printable
 
@@ -17,6 +21,7 @@ MAX_NAME_BYTES = 255  # in UTF-8, like file names
 # Marks that make text read in another order than it is stored in.  Those that only join or separate letters, which
 # several scripts need, are allowed.
 _REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+Label = int | str | None
 
 
 def check_class_count(count: int, source: str) -> None:
@@ -68,3 +73,101 @@ def _why_not(name: str) -> str | None:
     if not _REORDERING.isdisjoint(name):
         return "holds characters that reverse the direction of reading"
     return None
+
+
+def index_labels(
+    labels: NDArray | Sequence[Label] | None, class_names: Sequence[str] | None, count: int, source: str
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """The class of each image, int64 ``[N]``, and the names of the classes; (None, ()) without labels.
+
+    Args:
+        labels: whole numbers or texts, an array ``[N]`` or ``[N, 1]`` or a sequence of either kind.
+        class_names: names in label order (numbers are then 0, 1, …).  Without them the distinct labels, sorted, are
+            the classes and their text is their name: which values occur is then taken as public.
+        count: N.
+        source: for messages.
+
+    Raises:
+        DataError: another type or shape, a count that differs, numbers that are negative or beyond the names, texts
+            that are not among them, or impossible names.
+    """
+    if labels is None:
+        return None, ()
+    if class_names is not None:
+        check_class_names(class_names, source)
+    if not isinstance(labels, np.ndarray):
+        texts = {label for label in labels if isinstance(label, str)}
+        if texts:
+            # Looked up one by one: in an array each text would take what the longest takes.
+            if not all(isinstance(label, str) for label in labels):
+                raise DataError(f"{source}: some labels are numbers, some texts. Use one kind for all images.")
+            check_class_count(len(texts), source)
+            rank = {text: i for i, text in enumerate(sorted(texts))}
+            index = np.fromiter((rank[text] for text in labels), dtype=np.int64, count=count)
+            return _named(index, tuple(rank), class_names, source)
+        labels = np.asarray(labels, dtype=np.int64)
+    labels = _checked(labels, count, source)
+    if labels.dtype.kind in "iu":
+        if labels.min() < 0:
+            raise DataError(f"{source}: {int((labels < 0).sum())} labels are negative. Leave out unlabelled images.")
+        if class_names is not None:
+            if labels.max() >= len(class_names):
+                raise DataError(
+                    f"{source}: labels go up to {labels.max()} but there are {len(class_names)} class names. "
+                    "Number the classes from 0."
+                )
+            return labels.astype(np.int64), tuple(class_names)
+    distinct, index = np.unique(labels, return_inverse=True)
+    check_class_count(len(distinct), source)
+    return _named(index.astype(np.int64), to_text(distinct, f"{source}: labels"), class_names, source)
+
+
+def _checked(labels: NDArray, count: int, source: str) -> NDArray:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise DataError(f"{source}: labels of shape {list(labels.shape)}; [N] is allowed. For one-hot rows: argmax(1).")
+    if len(labels) != count:
+        raise DataError(f"{source}: {count} images but {len(labels)} labels. Give one label per image.")
+    if labels.dtype.kind not in "iuUS":
+        raise DataError(
+            f"{source}: labels of type {labels.dtype}; whole numbers or strings are allowed. "
+            "Save labels.astype('int64'), after replacing missing values."
+        )
+    length = labels.dtype.itemsize // {"U": 4, "S": 1}.get(labels.dtype.kind, 8)
+    if length > 4 * MAX_NAME_BYTES:  # in time: sorting them would fill the memory
+        raise DataError(
+            f"{source}: labels that are texts of {length:,} characters; class names have at most {MAX_NAME_BYTES} "
+            "bytes. Use short names, or numbers with class_names."
+        )
+    return labels
+
+
+def _named(
+    index: NDArray[np.int64], texts: tuple[str, ...], class_names: Sequence[str] | None, source: str
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Classes by their texts, which `index` counts, in the order of the names that were given, if any."""
+    if class_names is None:
+        check_class_names(texts, source)
+        return index, texts
+    order = {name: i for i, name in enumerate(class_names)}
+    unknown = sorted(set(texts) - set(order))
+    if unknown:
+        raise DataError(f"{source}: labels {listed(unknown)} are not among the class names {listed(order)}.")
+    return np.array([order[text] for text in texts], dtype=np.int64)[index], tuple(class_names)
+
+
+def to_text(values: NDArray, what: str) -> tuple[str, ...]:
+    """Whole numbers, texts or bytes (UTF-8) of an array ``[N]`` as strings.
+
+    Raises:
+        DataError: they are not valid Unicode.
+    """
+    try:
+        if values.dtype.kind == "U" and values.dtype.itemsize and len(values):
+            codes = np.ascontiguousarray(values).view(values.dtype.byteorder + "u4")
+            if codes.max() > sys.maxunicode:  # numpy would make broken strings of them, which crash Python later
+                raise ValueError(f"code point {codes.max():#x}")
+        return tuple(v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values.tolist())
+    except ValueError as error:
+        raise DataError(f"{what} are not valid Unicode ({printable(error)}). Save them as UTF-8 text.") from error

@@ -11,20 +11,15 @@ from typing import Any, Literal
 import numpy as np
 
 from dpsyngen.config import Config
-from dpsyngen.data.array_files import read_array_file, read_array_folder
-from dpsyngen.data.array_format import IMAGES
-from dpsyngen.data.arrays import dataset_from_arrays
-from dpsyngen.data.build import build
+from dpsyngen.data.arrays import dataset_from_arrays, read_array_file, read_array_folder, read_npz
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import check_resolution
-from dpsyngen.data.folder import find_folder
-from dpsyngen.data.idx import find_train_images, is_idx, read_idx_pair
+from dpsyngen.data.folder import SHARD_SUFFIXES, find_files, find_folder, find_in_folder, find_pattern, is_pattern
 from dpsyngen.data.map_style import MapStyle, is_map_style, read_map_style
-from dpsyngen.data.named import parse_name, read_named, suggest
-from dpsyngen.data.npz import read_npz
-from dpsyngen.data.options import Options, check_workers
-from dpsyngen.data.shards import SUFFIXES, find_files, find_in_folder, find_pattern, is_pattern
-from dpsyngen.errors import ConfigError, DataError, listed, printable
+from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_pair, read_named, suggest
+from dpsyngen.data.source import Options, build
+from dpsyngen.data.store import IMAGES
+from dpsyngen.errors import ConfigError, DataError, listed, printable, require
 
 PathLike = str | os.PathLike[str]
 Source = PathLike | ImageDataset | MapStyle | tuple[np.ndarray, np.ndarray | None]
@@ -88,12 +83,12 @@ def load_images(
         DataError: the images or labels cannot be read; all bad files are listed in one message.
         ConfigError: an argument has a value that is not allowed.
     """
-    resolution = check_resolution(resolution)
-    if channels not in ("auto", "grey", "rgb"):
-        raise ConfigError(f"channels must be 'auto', 'grey' or 'rgb', not {channels!r}.")
-    options = Options(
-        resolution, channels, labels, skip_bad, _checked_cache(cache), check_workers(workers), on_progress
-    )
+    require(channels in ("auto", "grey", "rgb"), "channels", channels, ("auto", "grey", "rgb"))
+    whole = isinstance(workers, int) and not isinstance(workers, bool) and 1 <= workers <= 1024
+    require(workers is None or whole, "workers", workers, "a whole number from 1 to 1024, or left out for one a core")
+    place = os.fsdecode(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else ""
+    require(place.strip() and "\0" not in place, "cache", cache, "'auto' or the path of a folder")
+    options = Options(check_resolution(resolution), channels, labels, skip_bad, place, workers, on_progress)
 
     if isinstance(source, tuple | list):
         return _from_pair(tuple(source), labels, options)
@@ -105,9 +100,7 @@ def load_images(
     named = parse_name(text) if isinstance(source, str) else None
     if named is not None:
         images, values, names = read_named(*named)
-        if not labels:
-            return _from_arrays(images, None, None, ":".join(named), options)
-        return _from_arrays(images, values, names, ":".join(named), options)
+        return _from_arrays(images, *((values, names) if labels else (None, None)), ":".join(named), options)
 
     text = os.fsdecode(text)
     try:
@@ -124,13 +117,6 @@ def load_images(
     if is_pattern(text):
         return build(find_pattern(text, labels=labels), options)
     raise DataError(_not_found(path, text))
-
-
-def _checked_cache(cache: str | os.PathLike[str]) -> str:
-    text = os.fsdecode(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else ""
-    if not text.strip() or "\0" in text:
-        raise ConfigError(f"cache must be 'auto' or the path of a folder, not {cache!r}.")
-    return text
 
 
 def _from_object(source: Any, options: Options) -> ImageDataset:
@@ -170,8 +156,8 @@ def _from_file(path: Path, options: Options) -> ImageDataset:
         return _from_arrays(images, values, names, where, options)
     if suffix == ".npy":
         return read_array_file(path, None, None, options, where=where)
-    if suffix in SUFFIXES:
-        return build(find_files([path], suffix, where, labels=options.labels), options)
+    if suffix in SHARD_SUFFIXES:
+        return build(find_files([path], where, labels=options.labels), options)
     if "idx" in path.name.lower() or "ubyte" in path.name.lower() or is_idx(path):
         images, values = read_idx_pair(path, labels=options.labels)
         return _from_arrays(images, values, None, where, options)
@@ -213,26 +199,17 @@ def _not_found(path: Path, text: str) -> str:
 
 
 def load_private(source: Source, config: Config, on_progress: Callable[[int, int], None] | None = None) -> ImageDataset:
-    """The private images as `config` asks for them: size, colour, with or without classes.
+    """The private images as the section ``data`` of `config` asks for them.
 
     Args:
-        source: see :func:`dpsyngen.data.load_images`; an ImageDataset is taken as it is.
-        config: its section ``data`` counts.
+        source: see :func:`load_images`; an ImageDataset is taken as it is.
+        config: size, colour, with or without classes, …
         on_progress: called as ``(done, total)`` while images are decoded, which can take long for large sets.
     """
-    d = config.data
     if isinstance(source, ImageDataset):
         return source
-    return load_images(
-        source,
-        resolution=d.resolution,
-        channels=d.channels,
-        labels=d.labels,
-        skip_bad=d.skip_bad,
-        cache=d.cache,
-        workers=d.workers,
-        on_progress=on_progress,
-    )
+    asked = config.data.model_dump(exclude={"source", "records"})
+    return load_images(source, **asked, on_progress=on_progress)
 
 
 def load_named_or_given(

@@ -10,26 +10,20 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.array_format import write_at
-from dpsyngen.data.bad import LISTED, settle_bad
+from dpsyngen.data.arrays import arranged, converted
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import BadImage, Colour, default_resolution
-from dpsyngen.data.given_labels import index_of_labels
-from dpsyngen.data.memory import check_fits
-from dpsyngen.data.options import Options, in_memory_bytes
-from dpsyngen.data.python_items import Label, class_names_of, form_of, keys_of, label_of, pixels_of, same
-from dpsyngen.data.quiet import quiet_decoders
-from dpsyngen.data.source import BLOCK, Survey
-from dpsyngen.data.unfinished import Unfinished
-from dpsyngen.errors import ConfigError, DataError, listed, printable
+from dpsyngen.data.decode import BadImage, Colour, ImageHeader, check_pixels, decode_image, is_grey, quiet_decoders
+from dpsyngen.data.labels import Label, index_labels
+from dpsyngen.data.source import BLOCK, LISTED, Options, Survey, keep_of, settle_bad
+from dpsyngen.data.store import check_fits, kept_of
+from dpsyngen.data.tables import IMAGE_NAMES, LABEL_NAMES
+from dpsyngen.errors import ConfigError, DataError, listed, printable, shown
 
 _TRIED_TWICE = 16
 
@@ -79,22 +73,26 @@ def read_map_style(source: Any, options: Options) -> ImageDataset:
     reader = _Reader(source, where, options)
     with quiet_decoders():
         reader.require_fixed()
-        resolution, colour = options.resolution, options.channels
-        if resolution is None or colour == "auto":
-            survey = reader.survey()
-            resolution = resolution or default_resolution(set(survey.sizes))
-            if colour == "auto":
-                colour = "grey" if survey.readable and survey.grey else "rgb"
-        shape = (len(source), 1 if colour == "grey" else 3, resolution, resolution)
-        if options.always_in_memory_if_small and math.prod(shape) <= in_memory_bytes():
-            return _into_memory(reader, shape, colour)
-        return _into_file(reader, shape, colour)
+        unknown = options.resolution is None or options.channels == "auto"
+        shape = options.shape(len(source), reader.survey() if unknown else Survey())
+        colour: Colour = "grey" if shape[1] == 1 else "rgb"
+        if options.in_memory(shape):
+            check_fits(math.prod(shape), what=where)
+            images = np.zeros(shape, dtype=np.uint8)
+            for start, block in reader.blocks(shape[2], colour):
+                images[start : start + len(block)] = block
+            return reader.dataset(images)
+        # The file loses its name at once: nobody could tell later of which dataset it is.
+        with options.store.making(f"nameless-{secrets.token_hex(8)}", shape) as part:
+            for start, block in reader.blocks(shape[2], colour):
+                part.write(start, block)
+            return reader.dataset(part.images())
 
 
 class _Reader:
     def __init__(self, source: Any, where: str, options: Options) -> None:
         self.source, self.where, self.options = source, where, options
-        self.image_key, self.label_key = keys_of(source, where)
+        self.image_key, self.label_key = _keys_of(source, where)
         self.labels: list[Label] = []
         self.bad: dict[int, str] = {}
 
@@ -102,15 +100,10 @@ class _Reader:
         """Raise DataError if items are not the same when they are read again."""
         count = len(self.source)
         for i in sorted({round(k * (count - 1) / max(1, _TRIED_TWICE - 1)) for k in range(_TRIED_TWICE)}):
-            try:
-                first, again = (self._plain(self.source[i]) for _ in range(2))
-            except BadImage:
+            first, again = (_tried(self.source, self._plain, i) for _ in range(2))
+            if isinstance(first, BadImage) or isinstance(again, BadImage):
                 continue  # it is told of later, with all others
-            except ConfigError:
-                raise
-            except Exception:
-                continue
-            if first[1] != again[1] or not same(first[0], again[0]):
+            if first[1] != again[1] or not _same(first[0], again[0]):
                 raise DataError(
                     f"{self.where}: item {i} is not the same when it is read again. Random augmentation (flips, crops, "
                     "jitter) must be left out: differential privacy is about fixed records, and a resumed run must "
@@ -120,9 +113,9 @@ class _Reader:
     def survey(self) -> Survey:
         """Sizes and colours of all items."""
         found = Survey()
-        for item in self._items(lambda item: form_of(self._plain(item)[0])):
-            if not isinstance(item, BadImage):
-                found = found.with_(Survey(frozenset({item[:2]}), item[2], 1))
+        for header in self._items(lambda item: _header_of(self._plain(item)[0])):
+            if not isinstance(header, BadImage):
+                found = found.with_header(header)
         return found
 
     def blocks(self, resolution: int, colour: Colour) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -130,7 +123,7 @@ class _Reader:
 
         def convert(item: Any) -> tuple[NDArray[np.uint8], Label]:
             image, label = self._plain(item)
-            return pixels_of(image, resolution, colour), label
+            return _pixels_of(image, resolution, colour), label
 
         items, done, count = self._items(convert), 0, len(self.source)
         shape = (1 if colour == "grey" else 3, resolution, resolution)
@@ -148,42 +141,40 @@ class _Reader:
             if self.options.on_progress is not None:
                 self.options.on_progress(done, count)
             if len(self.bad) > LISTED and not self.options.skip_bad:
-                settle_bad(self._bad_lines(), where=self.where, skip_bad=False)
+                self._settle()
 
-    def settled(self) -> tuple[NDArray[np.bool_], NDArray[np.int64] | None, tuple[str, ...], tuple[str, ...]]:
-        """(which items are kept, labels of all, class names, what was skipped)."""
+    def dataset(self, images: Any) -> ImageDataset:
+        """The data set, of an array or store in which bad images are black."""
         labelled = any(label is not None for label in self.labels)
         if labelled:
             self.bad.update({i: "no label" for i, v in enumerate(self.labels) if v is None and i not in self.bad})
-        skipped = settle_bad(self._bad_lines(), where=self.where, skip_bad=self.options.skip_bad)
-        keep = np.ones(len(self.labels), dtype=bool)
-        keep[list(self.bad)] = False
-        if not keep.any():
+        skipped = self._settle()
+        if len(self.bad) == len(self.labels):
             raise DataError(f"{self.where}: no usable image in it. Give at least one.")
-        if not labelled:
-            return keep, None, (), skipped
-        names = class_names_of(self.source, self.label_key)
-        values = [v for v, good in zip(self.labels, keep.tolist(), strict=True) if good]
-        good, class_names = index_of_labels(values, names, self.where)
-        assert good is not None
-        labels = np.zeros(len(keep), dtype=np.int64)
-        labels[keep] = good
-        return keep, labels, class_names, skipped
+        labels, names = None, ()
+        if labelled:
+            values = [value for i, value in enumerate(self.labels) if i not in self.bad]
+            given = _class_names_of(self.source, self.label_key)
+            labels, names = index_labels(values, given, len(values), self.where)
+        images = kept_of(images, keep_of(len(images), self.bad))
+        if isinstance(images, np.ndarray):
+            images.flags.writeable = False
+        return ImageDataset(images, labels, names, self.where, skipped)
 
-    def _bad_lines(self) -> list[tuple[str, str]]:
-        return [(f"item {i}", self.bad[i]) for i in sorted(self.bad)]
+    def _settle(self) -> tuple[str, ...]:
+        lines = [(f"item {i}", self.bad[i]) for i in sorted(self.bad)]
+        return settle_bad(lines, where=self.where, skip_bad=self.options.skip_bad)
 
     def _items(self, work: Any) -> Iterator[Any]:
         """``work`` of each item in order; BadImage where it fails."""
         count, workers = len(self.source), self.options.workers or 1
-        tried = _Tried(self.source, work)
         if workers <= 1:
-            yield from (tried[i] for i in range(count))
+            yield from (_tried(self.source, work, i) for i in range(count))
             return
         from torch.utils.data import DataLoader
 
-        dataset: Any = tried
-        yield from DataLoader(dataset, batch_size=None, num_workers=min(workers, count), collate_fn=_as_it_is)
+        tried: Any = _Tried(self.source, work)
+        yield from DataLoader(tried, batch_size=None, num_workers=min(workers, count), collate_fn=_as_it_is)
 
     def _plain(self, item: Any) -> tuple[Any, Label]:
         """The image and the label of an item."""
@@ -203,15 +194,27 @@ class _Reader:
             image, label = item[0], item[1] if len(item) == 2 else None
         else:
             image = item
-        return image, label_of(label) if self.options.labels else None
+        return image, _label_of(label) if self.options.labels else None
 
 
 def _as_it_is(item: Any) -> Any:
     return item
 
 
+def _tried(source: Any, work: Any, index: int) -> Any:
+    """``work(source[index])``, or BadImage if that fails."""
+    try:
+        return work(source[index])
+    except BadImage as error:
+        return error
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's own code, or Pillow, which raises nearly anything
+        return BadImage(f"{type(error).__name__}: {printable(error)}")
+
+
 class _Tried:
-    """Items through a function, errors made into :class:`BadImage`; for use in other processes too."""
+    """Items through a function, for the processes of a DataLoader."""
 
     def __init__(self, source: Any, work: Any) -> None:
         self.source, self.work = source, work
@@ -220,49 +223,92 @@ class _Tried:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Any:
-        try:
-            return self.work(self.source[index])
-        except BadImage as error:
-            return error
-        except ConfigError:
-            raise
-        except Exception as error:  # the user's own code, or Pillow, which raises nearly anything
-            return BadImage(f"{type(error).__name__}: {printable(error)}")
+        return _tried(self.source, self.work, index)
 
 
-def _into_memory(reader: _Reader, shape: tuple[int, int, int, int], colour: Colour) -> ImageDataset:
-    check_fits(math.prod(shape), what=reader.where)
-    images = np.zeros(shape, dtype=np.uint8)
-    for start, block in reader.blocks(shape[2], colour):
-        images[start : start + len(block)] = block
-    keep, labels, names, skipped = reader.settled()
-    if not keep.all():
-        images, labels = images[keep], None if labels is None else labels[keep]
-    images.flags.writeable = False
-    return ImageDataset(images, labels, names, reader.where, skipped)
+# -------------------------------------------------------------------------------------------------------------- items
 
 
-def _into_file(reader: _Reader, shape: tuple[int, int, int, int], colour: Colour) -> ImageDataset:
-    """Into a file that has no name any more when this returns: nobody could tell later of which dataset it is."""
-    store = reader.options.store
-    key = f"nameless-{secrets.token_hex(8)}"
-    with store.locked("nameless"):
-        part = Unfinished(store, key, shape, resumable=False)
+def _is_pil(image: Any) -> bool:
+    return hasattr(image, "getexif") and hasattr(image, "mode")
+
+
+def _array(image: Any) -> NDArray[Any]:
+    """An image that is an array or a tensor as ``[1, C, H, W]``."""
+    if not isinstance(image, np.ndarray) and not hasattr(image, "__array__"):
+        raise BadImage(f"the image is {shown(type(image).__name__)}: a PIL image, an array or a CPU tensor is read")
+    array = np.asarray(image)
+    if array.ndim not in (2, 3):
+        raise BadImage(f"the image has shape {list(array.shape)}: [H, W], [H, W, C] or [C, H, W] is read")
+    if 0 in array.shape:
+        raise BadImage(f"the image has shape {list(array.shape)}, which is empty")
     try:
-        import os
+        whole: NDArray[Any] = arranged(array[None, None] if array.ndim == 2 else array[None], "the image")
+    except DataError as error:
+        raise BadImage(str(error).removeprefix("the image: ")) from None
+    return whole
 
-        descriptor = os.open(part.images, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            row_bytes = part.row_bytes
-            for start, block in reader.blocks(shape[2], colour):
-                write_at(descriptor, block, part.offset + start * row_bytes)
-        finally:
-            os.close(descriptor)
-        _, labels, names, skipped = reader.settled()
-        part.bad.update(reader.bad)
-        entry = part.publish(labels, names, skipped)
-    finally:
-        part.close()
-        for left in (part.folder, Path(store.folder) / key):
-            shutil.rmtree(left, ignore_errors=True)
-    return ImageDataset(entry.images, entry.labels, entry.class_names, reader.where, entry.skipped)
+
+def _header_of(image: Any) -> ImageHeader:
+    if _is_pil(image):
+        return ImageHeader(*image.size, is_grey(image))
+    _, channels, height, width = _array(image).shape
+    return ImageHeader(width, height, channels == 1)
+
+
+def _pixels_of(image: Any, resolution: int, colour: Colour) -> NDArray[np.uint8]:
+    """uint8 ``[C, resolution, resolution]``."""
+    if _is_pil(image):
+        check_pixels(image)
+        return decode_image(image, resolution=resolution, colour=colour)
+    pixels, bad = converted(_array(image), resolution, colour)
+    if bad:
+        raise BadImage(f"{bad[0][1]}; [0, 1] or uint8 is read, for [-1, 1] give (x + 1) / 2")
+    return pixels[0]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if _is_pil(a) and _is_pil(b):
+        return bool(a.mode == b.mode and a.size == b.size and a.tobytes() == b.tobytes())
+    return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind == "f")
+
+
+def _label_of(value: Any) -> Label:
+    if value is None or isinstance(value, str):
+        return value
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "iu":
+        raise BadImage(f"the label is {shown(value)}: a whole number or a text is read")
+    return int(array.reshape(()))
+
+
+def _keys_of(source: Any, where: str) -> tuple[str, str]:
+    """Names of the image and of the label in items that are mappings."""
+    features: Any = getattr(source, "features", None)
+    if hasattr(features, "items"):
+        kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    else:
+        first = source[0]
+        kinds = dict.fromkeys(first, "") if isinstance(first, dict) else {}
+    keys = []
+    for kind, usual in (("Image", IMAGE_NAMES), ("ClassLabel", LABEL_NAMES)):
+        typed = [name for name, of in kinds.items() if of == kind]
+        if len(typed) > 1 and not set(typed) & set(usual):
+            raise DataError(f"{where} has several columns of {kind}: {listed(typed)}. Rename one to {usual[0]!r}.")
+        names = [*(typed if len(typed) == 1 else ()), *usual]
+        keys.append(next((name for name in names if name in kinds), usual[0]))
+    return keys[0], keys[1]
+
+
+def _class_names_of(source: Any, label_key: str) -> tuple[str, ...] | None:
+    features: Any = getattr(source, "features", None)
+    if hasattr(features, "get"):
+        names = getattr(features.get(label_key), "names", None)
+        return None if names is None else tuple(names)
+    for _ in range(8):  # through torch.utils.data.Subset and its like
+        classes = getattr(source, "classes", None)
+        if isinstance(classes, list | tuple) and classes:
+            # torchvision's ImageNet has several words for a class.
+            return tuple(", ".join(map(str, c)) if isinstance(c, list | tuple) else str(c) for c in classes)
+        source = getattr(source, "dataset", None)
+    return None

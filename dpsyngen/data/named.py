@@ -1,28 +1,32 @@
-"""Named sets: ``digits``, ``fashion-mnist``, ``mnist`` and ``cifar10``, each with ``:train``, ``:test`` or
-``:all``.
+"""Named sets: ``digits``, ``fashion-mnist``, ``mnist`` and ``cifar10``, each with ``:train``, ``:test`` or ``:all``.
 
-These sets are public; they stand in for private ones in examples, tests and comparisons.
+These sets are public; they stand in for private ones in examples, tests and comparisons.  Their formats are here, too:
+IDX (MNIST's, with ``.gz`` or not, which is read from any file) and CIFAR's binary records.
 
-Where the files are looked for, in this order: ``$DPSYNGEN_DATA``, ``~/.cache/dpsyngen``,
-``/usr/share/datasets`` and ``/usr/share``, each in a sub-folder with the set's name, and directly; and in
-``/usr/share/dataset-<name>``, where a Linux distribution may put them.  If none has them they are downloaded
-to ``~/.cache/dpsyngen/<name>`` and checked against a known checksum.  MNIST and Fashion-MNIST use the *same
-file names*, so files that are found count only if they begin with the labels of the right set.
+Where the files are looked for, in this order: ``$DPSYNGEN_DATA``, ``~/.cache/dpsyngen``, ``/usr/share/datasets`` and
+``/usr/share``, each in a sub-folder with the set's name, and directly; and in ``/usr/share/dataset-<name>``, where a
+Linux distribution may put them.  If none has them they are downloaded to ``~/.cache/dpsyngen/<name>`` and checked
+against a known checksum.  MNIST and Fashion-MNIST use the *same file names*, so files that are found count only if they
+begin with the labels of the right set.
 """
 
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
+import math
 import os
-from collections.abc import Iterator
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from dpsyngen.data.cifar import ARCHIVE_NAME, CIFAR10_CLASSES, cifar_files_in, read_cifar10
-from dpsyngen.data.idx import labels_beside, read_idx_labels, read_idx_pair
+from dpsyngen.data.store import check_fits
 from dpsyngen.errors import ConfigError, DataError, printable
 
 SPLITS = ("train", "test", "all")
@@ -36,39 +40,33 @@ class NamedSet:
     name: str
     class_names: tuple[str, ...]
     folders: tuple[str, ...] = ()
-    checksums: tuple[tuple[str, str], ...] = ()  # (file name, pooch hash) of each file to download
+    checksums: tuple[tuple[str, str], ...] = ()  # (file name, MD5) of each file to download
     mirrors: tuple[str, ...] = ()  # URL prefixes
     first_labels: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (split, the labels of its first images)
 
 
-_DIGIT_NAMES = tuple(str(i) for i in range(10))
+def _idx_files(*md5: str) -> tuple[tuple[str, str], ...]:
+    files = [f"{s}-{kind}-ubyte.gz" for s in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    return tuple(zip(files, md5, strict=True))
+
+
+# The published name "T-shirt/top" stays: names are shown, never used as paths.
+_GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_DIGITS = tuple(str(i) for i in range(10))
 _SETS = {
     entry.name: entry
     for entry in (
-        NamedSet("digits", _DIGIT_NAMES),
+        NamedSet("digits", _DIGITS),
         NamedSet(
             "fashion-mnist",
-            # The published name "T-shirt/top" stays: names are shown, never used as paths.
-            (
-                "T-shirt/top",
-                "Trouser",
-                "Pullover",
-                "Dress",
-                "Coat",
-                "Sandal",
-                "Shirt",
-                "Sneaker",
-                "Bag",
-                "Ankle boot",
-            ),
+            _GARMENTS,
             ("fashion-mnist", "fashion_mnist", "FashionMNIST/raw", "FashionMNIST", "dataset-fashion-mnist"),
-            # The publishers' MD5 sums.  Re-packed copies (Linux distributions) differ; only downloads are
-            # checked.
-            (
-                ("train-images-idx3-ubyte.gz", "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-                ("train-labels-idx1-ubyte.gz", "md5:25c81989df183df01b3e8a0aad5dffbe"),
-                ("t10k-images-idx3-ubyte.gz", "md5:bef4ecab320f06d8554ea6380940ec79"),
-                ("t10k-labels-idx1-ubyte.gz", "md5:bb300cfdad3c16e7a12a480ee83cd310"),
+            # The publishers' sums.  Re-packed copies (Linux distributions) differ; only downloads are checked.
+            _idx_files(
+                "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                "25c81989df183df01b3e8a0aad5dffbe",
+                "bef4ecab320f06d8554ea6380940ec79",
+                "bb300cfdad3c16e7a12a480ee83cd310",
             ),
             (
                 "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -78,13 +76,13 @@ _SETS = {
         ),
         NamedSet(
             "mnist",
-            _DIGIT_NAMES,
+            _DIGITS,
             ("mnist", "MNIST/raw", "MNIST", "dataset-mnist"),
-            (
-                ("train-images-idx3-ubyte.gz", "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-                ("train-labels-idx1-ubyte.gz", "md5:d53e105ee54ea40749a09fcbcd1e9432"),
-                ("t10k-images-idx3-ubyte.gz", "md5:9fb629c4189551a2d022fa330f9573f3"),
-                ("t10k-labels-idx1-ubyte.gz", "md5:ec29112dd5afa0611ce80d1b7f02629c"),
+            _idx_files(
+                "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+                "d53e105ee54ea40749a09fcbcd1e9432",
+                "9fb629c4189551a2d022fa330f9573f3",
+                "ec29112dd5afa0611ce80d1b7f02629c",
             ),
             (
                 "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -94,10 +92,10 @@ _SETS = {
         ),
         NamedSet(
             "cifar10",
-            CIFAR10_CLASSES,
+            ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
             ("cifar10", "cifar-10", "CIFAR10", "dataset-cifar10"),
             # The binary version: the Python one holds pickles, which can run code when read.
-            ((ARCHIVE_NAME, "md5:c32a1d4ab5d03f1284b67883e8d87530"),),
+            (("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
             ("https://www.cs.toronto.edu/~kriz/",),
         ),
     )
@@ -106,7 +104,7 @@ NAMES = tuple(_SETS)
 
 
 def parse_name(source: str) -> tuple[str, str] | None:
-    """(set, split) when ``source`` names a set, as in ``"mnist"`` or ``"CIFAR-10:test"``, else None.
+    """(set, split) when `source` names a set, as in ``"mnist"`` or ``"CIFAR-10:test"``, else None.
 
     Case, hyphens and underscores do not matter.  A text with a path separator is always a path.
 
@@ -124,8 +122,12 @@ def parse_name(source: str) -> tuple[str, str] | None:
     return found, split or "train"
 
 
+def _folded(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
 def suggest(source: str) -> str:
-    """A sentence with the named sets, beginning with the one that ``source`` resembles."""
+    """A sentence with the named sets, beginning with the one that `source` resembles."""
     close = difflib.get_close_matches(source.partition(":")[0].lower(), NAMES, n=1, cutoff=0.6)
     return (f"Did you mean '{close[0]}'? " if close else "") + f"Named sets: {', '.join(NAMES)}."
 
@@ -142,24 +144,19 @@ def read_named(name: str, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str
     parts = ("train", "test") if split == "all" else (split,)
     if name == "digits":
         read = [_read_digits(part) for part in parts]
-    elif name == "cifar10":
-        folder = _locate(known, parts)
-        read = [read_cifar10(folder, part) for part in parts]
     else:
         folder = _locate(known, parts)
-        read = [_read_mnist_like(folder, part) for part in parts]
+        read = [_read_cifar10(folder, part) if name == "cifar10" else _read_mnist(folder, part) for part in parts]
     images = read[0][0] if len(read) == 1 else np.concatenate([images for images, _ in read])
     return images, np.concatenate([labels for _, labels in read]), known.class_names
 
 
 def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1,797 digits, 8×8, values 0..16 scaled to 0..255; 1,437 to train on and 360 to test
-    with.
+    """scikit-learn's 1,797 digits, 8×8, values 0..16 scaled to 0..255; 1,437 to train on and 360 to test with.
 
-    The set has no standard split.  Ours is stratified and in an order that needs no random generator, whose
-    stream a later version might change: the images of a class are ordered by SHA-256 of
-    ``"dpsyngen-digits-<index>"`` and the first ones are tested with, about 360/1797 of each class (largest
-    remainders).
+    The set has no standard split.  Ours is stratified and in an order that needs no random generator, whose stream a
+    later version might change: the images of a class are ordered by SHA-256 of ``"dpsyngen-digits-<index>"`` and the
+    first ones are tested with, about 360/1797 of each class (largest remainders).
     """
     from sklearn.datasets import load_digits
 
@@ -177,39 +174,15 @@ def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     return images[keep], labels[keep]
 
 
-def _read_mnist_like(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    images_path = _mnist_images(folder, split)
-    if images_path is None:  # removed since it was located
-        raise DataError(f"{printable(folder)}: the images of the {split} split are gone. Put them back.")
-    images, labels = read_idx_pair(images_path, labels=True)
-    if labels is None:
-        raise AssertionError("labels were asked for")
-    return images, labels
-
-
-def _mnist_images(folder: Path, split: str) -> Path | None:
-    stem = "train" if split == "train" else "t10k"
-    names = (f"{stem}-images{dot}idx3-ubyte{ending}" for ending in ("", ".gz") for dot in "-.")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _folders(known: NamedSet) -> Iterator[Path]:
-    """Every folder where the files of a set may lie, best first."""
-    given = os.environ.get("DPSYNGEN_DATA")
-    roots = ([Path(given).expanduser()] if given else []) + [_cache(), *_SYSTEM_FOLDERS]
-    for root in roots:
-        yield from (root / folder for folder in known.folders)
-        yield root
-
-
-def _cache() -> Path:
-    return Path.home() / ".cache" / "dpsyngen"
+# --------------------------------------------------------------------------------------------- finding and downloading
 
 
 def _locate(known: NamedSet, parts: tuple[str, ...]) -> Path:
     """The folder that holds the files of these splits, downloading them if need be."""
+    given, cache = os.environ.get("DPSYNGEN_DATA"), Path.home() / ".cache" / "dpsyngen"
+    roots = ([Path(given).expanduser()] if given else []) + [cache, *_SYSTEM_FOLDERS]
     looked: list[str] = []
-    for folder in _folders(known):
+    for folder in (folder for root in roots for folder in (*(root / name for name in known.folders), root)):
         try:
             why_not = _missing(known, folder, parts)
         except OSError as error:
@@ -217,20 +190,21 @@ def _locate(known: NamedSet, parts: tuple[str, ...]) -> Path:
         if why_not is None:
             return folder
         looked.append(printable(folder) + (f" ({why_not})" if why_not else ""))
-    target = _cache() / known.name
-    failures = _fetch(known, target, parts)
+    target = cache / known.name
+    stems = {"train": "train-", "test": "t10k-"}
+    wanted = tuple(stems[part] for part in parts)
+    files = {name: md5 for name, md5 in known.checksums if known.name == "cifar10" or name.startswith(wanted)}
+    failures = _fetch(files, known.mirrors, target)
     if not failures:
         why_not = _missing(known, target, parts)
         if why_not is None:
             return target
         failures = [f"{printable(target)}: {why_not or 'files still missing'}"]
-    by_hand = os.environ.get("DPSYNGEN_DATA") or str(_cache())
-    files = ", ".join(_needed(known, parts))
     raise DataError(
         f"'{known.name}' is not on this machine and could not be downloaded.\n"
         f"Looked in:\n  " + "\n  ".join(looked) + "\nTried to download:\n  " + "\n  ".join(failures) + "\n"
-        f"By hand: put {files} into {printable(Path(by_hand) / known.name)} (or set DPSYNGEN_DATA to the "
-        "folder above it). 'digits' needs no files."
+        f"By hand: put {', '.join(files)} into {printable(Path(given or cache) / known.name)} (or set DPSYNGEN_DATA to "
+        "the folder above it). 'digits' needs no files."
     )
 
 
@@ -239,17 +213,17 @@ def _missing(known: NamedSet, folder: Path, parts: tuple[str, ...]) -> str | Non
     if not folder.is_dir():
         return ""
     if known.name == "cifar10":
-        if all(cifar_files_in(folder, part) for part in parts):
+        if all(_cifar_files(folder, part) for part in parts):
             return None
         pickles = (folder / "cifar-10-python.tar.gz", folder / "cifar-10-batches-py")
         return "only the Python version, whose pickles are not read" if any(p.exists() for p in pickles) else ""
     for part in parts:
-        images = _mnist_images(folder, part)
+        images = _idx_images(folder, "train" if part == "train" else "t10k")
         if images is None:
             return ""
         expected = dict(known.first_labels)[part]
         try:
-            labels = read_idx_labels(labels_beside(images))
+            labels = _read_idx(_labels_beside(images), dims=1, what="labels [N]")
         except DataError as error:
             return str(error)
         if tuple(labels[: len(expected)].tolist()) != expected:
@@ -257,22 +231,15 @@ def _missing(known: NamedSet, folder: Path, parts: tuple[str, ...]) -> str | Non
     return None
 
 
-def _needed(known: NamedSet, parts: tuple[str, ...]) -> list[str]:
-    stems = {"train": "train-", "test": "t10k-"}
-    wanted = tuple(stems[part] for part in parts)
-    return [name for name, _ in known.checksums if known.name == "cifar10" or name.startswith(wanted)]
-
-
-def _fetch(known: NamedSet, target: Path, parts: tuple[str, ...]) -> list[str]:
-    """Download the files of these splits; the failures in words, none if all is well."""
+def _fetch(files: dict[str, str], mirrors: Sequence[str], target: Path) -> list[str]:
+    """Download files, by name and MD5; the failures in words, none if all is well."""
     import pooch
 
-    checksums = dict(known.checksums)
-    for name in _needed(known, parts):
+    for name, md5 in files.items():
         failures = []
-        for mirror in known.mirrors:
+        for mirror in mirrors:
             try:
-                pooch.retrieve(mirror + name, known_hash=checksums[name], fname=name, path=target)
+                pooch.retrieve(mirror + name, known_hash=f"md5:{md5}", fname=name, path=target)
                 break
             except Exception as error:  # no network, wrong checksum, full disk: all lead to the same advice
                 failures.append(f"{mirror}{name}: {printable(error)[:200]}")
@@ -281,5 +248,172 @@ def _fetch(known: NamedSet, target: Path, parts: tuple[str, ...]) -> list[str]:
     return []
 
 
-def _folded(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
+# ---------------------------------------------------------------------------------------------------------------- IDX
+
+
+def is_idx(path: Path) -> bool:
+    """Whether a file (gzip-compressed or not) begins like an IDX file of unsigned bytes."""
+    try:
+        with _idx_stream(path) as stream:
+            return stream.read(3) == b"\0\0\x08"
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
+def find_train_images(folder: Path) -> Path | None:
+    """The IDX training images in a folder, or None.  Links do not count: nobody named what they lead to."""
+    found = _idx_images(folder, "train")
+    return None if found is None or found.is_symlink() else found
+
+
+def read_idx_pair(images_path: Path, *, labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images ``[N, H, W]``, mapped unless compressed, and if asked for the labels ``[N]`` found beside them.
+
+    Raises:
+        DataError: not IDX, not of unsigned bytes, labels instead of images, a size that its header denies, no labels
+            beside them, or as many labels as there are no images.
+    """
+    images = _read_idx(images_path, dims=3, what="images [N, H, W]")
+    if not labels:
+        return images, None
+    labels_path = _labels_beside(images_path)
+    values = _read_idx(labels_path, dims=1, what="labels [N]")
+    if len(images) != len(values):
+        raise DataError(
+            f"{printable(images_path)} has {len(images)} images but {printable(labels_path.name)} has {len(values)} "
+            "labels. They must come from the same split of the same set."
+        )
+    return images, values
+
+
+def _read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    path = _idx_images(folder, "train" if split == "train" else "t10k")
+    if path is None:  # removed since it was located
+        raise DataError(f"{printable(folder)}: the images of the {split} split are gone. Put them back.")
+    images, labels = read_idx_pair(path, labels=True)
+    assert labels is not None
+    return images, labels
+
+
+def _idx_images(folder: Path, stem: str) -> Path | None:
+    names = (f"{stem}-images{dot}idx3-ubyte{ending}" for ending in ("", ".gz") for dot in "-.")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _labels_beside(images: Path) -> Path:
+    """The label file that belongs to an image file: ``images`` → ``labels``, ``idx3`` → ``idx1``, ``.gz`` or not."""
+    stem = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    endings = (".gz", "") if images.suffix == ".gz" else ("", ".gz")
+    candidates = [images.with_name(stem + ending) for ending in endings]
+    for path in candidates:
+        if path.is_file() and path.name != images.name:
+            return path
+    raise DataError(
+        f"{printable(images)}: no labels beside it (looked for {candidates[0].name} and {candidates[1].name}). "
+        "Put them there, or ask for images without labels (labels=False)."
+    )
+
+
+def _idx_stream(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _read_idx(path: Path, *, dims: int, what: str) -> np.ndarray:
+    """Big-endian: two zero bytes, the type, the number of dimensions, each dimension as uint32, then the values."""
+    where = printable(path)
+    try:
+        with _idx_stream(path) as stream:
+            header = stream.read(4 + 4 * dims)
+            shape = _idx_shape(header, where, dims, what)
+            size = math.prod(shape)
+            if path.suffix != ".gz":
+                right = os.stat(path).st_size == len(header) + size
+                # What is empty cannot be mapped, and its other dimensions may be larger than any array's.
+                if right and size:
+                    return np.memmap(path, dtype=np.uint8, mode="r", offset=len(header), shape=shape)
+                data = np.zeros(0, dtype=np.uint8)
+            else:
+                check_fits(size, what=str(path))
+                # Into memory that is taken once; one byte more shows that there is too much, so a gzip bomb is never
+                # inflated.
+                data = np.empty(size, dtype=np.uint8)
+                right = stream.readinto(data.data) == size and not stream.read(1)  # type: ignore[attr-defined]
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{where} is broken or truncated ({error}). Copy or download it again.") from error
+    if not right:
+        raise DataError(
+            f"{where} is truncated or has extra bytes: its header says {'×'.join(map(str, shape))} values. Copy or "
+            "download it again."
+        )
+    return data.reshape(shape) if size else np.zeros((0,) * dims, dtype=np.uint8)
+
+
+def _idx_shape(header: bytes, where: str, dims: int, what: str) -> tuple[int, ...]:
+    if len(header) < 4 or header[:2] != b"\0\0":
+        raise DataError(f"{where} is not an IDX file: it begins with {header[:4].hex(' ') or 'nothing'}.")
+    if header[2] != 8:
+        raise DataError(f"{where}: IDX values of type 0x{header[2]:02x}; only unsigned bytes (0x08) are read.")
+    if header[3] != dims:
+        kind = {1: "labels", 3: "images"}.get(header[3], "other data")
+        raise DataError(f"{where} holds {kind} ({header[3]} dimensions) where {what} are wanted. Check the name.")
+    if len(header) != 4 + 4 * dims:
+        raise DataError(f"{where} is truncated within its header. Copy or download it again.")
+    return tuple(int(n) for n in np.frombuffer(header, dtype=">u4", offset=4))
+
+
+# -------------------------------------------------------------------------------------------------------------- CIFAR
+
+_CIFAR_FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
+_CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, and the red, green and blue planes
+_CIFAR_BYTES = 10_000 * _CIFAR_RECORD  # of each file
+
+
+def _cifar_files(folder: Path, split: str) -> list[Path] | Path | None:
+    """The extracted files of a split in `folder` (or its ``cifar-10-batches-bin``), or the archive."""
+    for place in (folder, folder / "cifar-10-batches-bin"):
+        files = [place / name for name in _CIFAR_FILES[split]]
+        if all(file.is_file() for file in files):
+            return files
+    archive = folder / "cifar-10-binary.tar.gz"
+    return archive if archive.is_file() else None
+
+
+def _read_cifar10(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 ``[N, 3, 32, 32]`` and labels uint8 ``[N]`` of a split.
+
+    Raises:
+        DataError: files are missing, broken, of the wrong size, or hold labels over 9.
+    """
+    found = _cifar_files(folder, split) or folder / "cifar-10-binary.tar.gz"
+    raw: dict[str, bytes] = {}
+    try:
+        for name, size, stream in _cifar_streams(found, _CIFAR_FILES[split]):
+            if size != _CIFAR_BYTES:
+                raise DataError(f"{name} has {size:,} bytes, not {_CIFAR_BYTES:,}. Copy or download it again.")
+            raw[name] = stream.read()
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"{printable(found)} is broken or truncated ({error}). Copy or download it again.") from error
+    lacking = sorted(set(_CIFAR_FILES[split]) - set(raw))
+    if lacking:
+        raise DataError(f"{printable(found)} lacks {', '.join(lacking)}. Download it again.")
+    content = b"".join(raw[name] for name in _CIFAR_FILES[split])
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, _CIFAR_RECORD)
+    labels = records[:, 0]
+    if labels.max() > 9:
+        raise DataError(f"{printable(folder)}: labels over 9, so this is not CIFAR-10 (CIFAR-100, perhaps).")
+    return records[:, 1:].reshape(-1, 3, 32, 32), labels
+
+
+def _cifar_streams(found: list[Path] | Path, names: Sequence[str]) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """(base name, size, content) of each file; nothing is unpacked, so a member's path cannot lead anywhere."""
+    if isinstance(found, list):
+        for path in found:
+            with path.open("rb") as file:
+                yield path.name, path.stat().st_size, file
+        return
+    with tarfile.open(found, "r:gz") as tar:
+        for member in tar:
+            name = member.name.rpartition("/")[2]
+            stream = tar.extractfile(member) if name in names and member.isreg() else None
+            if stream is not None:
+                yield name, member.size, stream

@@ -1,55 +1,108 @@
-"""Image columns of Arrow data, whether they come from Parquet or from ``save_to_disk``."""
+"""Parquet, and what ``Dataset.save_to_disk`` of Hugging Face datasets writes: tables with a column of image files.
+
+The metadata of ``datasets``, where a schema has them, say which column has the images, which the labels, and what the
+classes are called; without them names of columns do.  Paths in a table are not followed.  A row group of Parquet, or a
+record batch of an Arrow stream, is the smallest part that can be read on its own, so it is one job.
+"""
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.columns import Columns
 from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage
-from dpsyngen.data.given_labels import index_of_labels
-from dpsyngen.data.labels import MAX_NAME_BYTES
-from dpsyngen.data.source import EncodedJob, Item, Source
-from dpsyngen.errors import ConfigError, DataError, DpsyngenError, printable
+from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_names, index_labels
+from dpsyngen.data.source import BLOCK, EncodedJob, Item, Source
+from dpsyngen.data.store import check_fits
+from dpsyngen.errors import ConfigError, DataError, DpsyngenError, listed, printable
+from dpsyngen.files import NotPlainError, open_plain
+
+IMAGE_NAMES = ("image", "img")
+LABEL_NAMES = ("label", "labels")
+STATE, SPLITS = "state.json", "dataset_dict.json"
+_MAX_JSON_BYTES = 2**23
+_MAX_THRIFT_BYTES = 2**26  # of a text in the footer of a Parquet file
+_MAX_THRIFT_ITEMS = 2**20
 
 
-def require_arrow(what: str) -> Any:
-    """The package pyarrow.
+# ------------------------------------------------------------------------------------------------------------ columns
 
-    Raises:
-        ConfigError: it is not installed.
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that are read.
+
+    Attributes:
+        image: name of the column of images.
+        label: name of the column of labels, or None.
+        class_names: what the numbers in it stand for; None if the table does not say.
     """
-    try:
-        import pyarrow
-    except ImportError:
-        raise ConfigError(
-            f"{what} is read with pyarrow, which is not installed: pip install 'dpsyngen[parquet]'."
-        ) from None
-    return pyarrow
+
+    image: str
+    label: str | None
+    class_names: tuple[str, ...] | None
 
 
-@contextmanager
-def guarded(path: Path, what: str) -> Iterator[None]:
-    """Make a DataError of whatever a damaged file has pyarrow raise, which is nearly anything."""
-    try:
-        yield
-    except DpsyngenError:
-        raise
-    except Exception as error:
+def _columns_of(schema: Any, where: str, *, labels: bool) -> Columns:
+    """Which columns are read; DataError if there is no column of images, or it is unclear which one is meant."""
+    features = _features(schema.metadata, where)
+    image = _one(schema.names, features, "Image", IMAGE_NAMES, where)
+    if image is None:
         raise DataError(
-            f"{printable(path)} is not {what}, or is damaged ({printable(error)}). Copy or save it again."
+            f"{where} has no column of images: its columns are {listed(schema.names)}. Name it 'image'; its values are "
+            "the content of image files (struct of bytes and path, as Hugging Face datasets writes it, or binary)."
+        )
+    _check_image_type(schema.field(image).type, image, where)
+    label = _one(schema.names, features, "ClassLabel", LABEL_NAMES, where) if labels else None
+    feature = features.get(label) if label is not None else None
+    names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
+    if names is None:
+        return Columns(image, label, None)
+    if not isinstance(names, list):
+        raise DataError(f"{where}: the class names in its metadata are damaged. Save it again.")
+    check_class_names(names, where)
+    return Columns(image, label, tuple(names))
+
+
+def _features(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, Any]:
+    """By column, a mapping with ``_type``, as ``datasets`` writes it; ``{}`` where there is none."""
+    text = (metadata or {}).get(b"huggingface")
+    if text is None:
+        return {}
+    try:
+        if len(text) > _MAX_JSON_BYTES:
+            raise ValueError("too long")
+        features: dict[str, Any] = dict(json.loads(text)["info"]["features"].items())
+        return features
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{where}: the metadata that Hugging Face datasets wrote are damaged. Save it again."
         ) from error
 
 
-def check_image_type(kind: Any, name: str, where: str) -> None:
-    """Raise DataError unless the Arrow type is binary, or a struct with binary ``bytes``."""
+def _one(names: Sequence[str], features: dict[str, Any], kind: str, usual: Sequence[str], where: str) -> str | None:
+    typed = [n for n in names if isinstance(features.get(n), dict) and features[n].get("_type") == kind]
+    if len(typed) == 1:
+        return typed[0]
+    known = next((name for name in usual if name in (typed or names)), None)
+    if known is None and typed:
+        what, advice = ("images", "") if kind == "Image" else ("labels", ", or ask for images without (labels=False)")
+        raise DataError(
+            f"{where} has several columns of {what}: {listed(typed)}. Rename the one that is meant to {usual[0]!r}"
+            f"{advice}."
+        )
+    return known
+
+
+def _check_image_type(kind: Any, name: str, where: str) -> None:
     import pyarrow.types as types
 
     inner = kind
@@ -63,160 +116,259 @@ def check_image_type(kind: Any, name: str, where: str) -> None:
         )
 
 
-def images_of(column: Any) -> Iterator[Item]:
-    """The image files in an Arrow array."""
-    import pyarrow.types as types
-
-    column.validate(full=True)  # offsets of a stranger's file may point anywhere in memory
-    if types.is_struct(column.type):
-        column = column.flatten()[column.type.get_field_index("bytes")]  # null where the struct is
-    for value in column:
-        buffer = value.as_buffer() if value.is_valid else None
-        if buffer is None:
-            yield BadImage("there is no image in the table (only a path, perhaps, and paths are not followed)")
-        elif buffer.size > MAX_FILE_BYTES:
-            yield BadImage(f"{buffer.size:,} bytes: over the limit of {MAX_FILE_BYTES:,}")
-        else:
-            yield buffer.to_pybytes()
+# -------------------------------------------------------------------------------------------------------------- files
 
 
-class Labels:
-    """Labels of a table, collected part by part.
-
-    Args:
-        columns: which column they are in, and the names of the classes.
-        where: the source, for messages.
-    """
-
-    def __init__(self, columns: Columns, where: str) -> None:
-        self.columns, self.where = columns, where
-        self._parts: list[np.ndarray | list[str]] = []
-
-    def add(self, column: Any) -> NDArray[np.bool_]:
-        """Take in an Arrow array; which of its rows have a label.
-
-        A row without one is null, or -1 where classes have names, as in Hugging Face datasets.
-
-        Raises:
-            DataError: the labels are neither whole numbers nor texts.
-        """
-        import pyarrow as pa
-        import pyarrow.types as types
-
-        column.validate(full=True)
-        if types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        kind = column.type
-        whole = types.is_integer(kind) or types.is_null(kind)
-        if not (whole or types.is_string(kind) or types.is_large_string(kind)):
-            raise DataError(
-                f"{self.where}: column {printable(self.columns.label)!r} is {printable(kind, 100)}; labels are whole "
-                "numbers or texts. Convert it, or ask for images without labels (labels=False)."
-            )
-        present = np.array(column.is_valid().to_numpy(zero_copy_only=False), dtype=bool)
-        if not whole:
-            values = [value for value in column.to_pylist() if value is not None]
-            if any(not 0 < len(value) <= MAX_NAME_BYTES for value in values):
-                raise DataError(f"{self.where}: a label is empty, or too long for the name of a class.")
-            self._parts.append(values)
-            return present
-        numbers = column.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
-        if self.columns.class_names is not None:
-            present &= numbers != -1
-        self._parts.append(numbers[present])
-        return present
-
-    def index(self) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-        """Class of each row that has a label, and the names of the classes."""
-        if all(isinstance(part, np.ndarray) for part in self._parts):
-            return index_of_labels(np.concatenate(self._parts), self.columns.class_names, self.where)
-        texts = [value for part in self._parts for value in (part.tolist() if isinstance(part, np.ndarray) else part)]
-        return index_of_labels(texts, self.columns.class_names, self.where)
+@contextmanager
+def _guarded(path: Path | str) -> Iterator[None]:
+    """Make a DataError of whatever a damaged file has pyarrow raise, which is nearly anything."""
+    try:
+        yield
+    except DpsyngenError:
+        raise
+    except Exception as error:
+        kind = "an Arrow stream" if _is_arrow(path) else "a Parquet file"
+        raise DataError(
+            f"{printable(path)} is not {kind}, or is damaged ({printable(error)}). Copy or save it again."
+        ) from error
 
 
-def indexed(
-    where: str,
-    columns: Columns,
-    parts: Iterable[tuple[Part, Any]],
-) -> Source:
-    """The index of a table.
+def _is_arrow(path: Path | str) -> bool:
+    return str(path).lower().endswith(".arrow")
 
-    Args:
-        where: what was asked for.
-        columns: see :func:`dpsyngen.data.columns.choose_columns`.
-        parts: its parts in order, each with its column of labels (None without labels).
+
+def _parquet(path: Path | str) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(
+        path,
+        memory_map=False,  # a file that is cut short while it is mapped ends the process
+        pre_buffer=False,
+        buffer_size=2**20,  # pages are read as they are needed, so a row group of any size takes little memory
+        thrift_string_size_limit=_MAX_THRIFT_BYTES,
+        thrift_container_size_limit=_MAX_THRIFT_ITEMS,
+    )
+
+
+def _schema(path: Path) -> Any:
+    import pyarrow as pa
+
+    if _is_arrow(path):
+        with pa.OSFile(str(path), "rb") as file:
+            return pa.ipc.open_stream(file).schema
+    with _parquet(path) as table:
+        return table.schema_arrow
+
+
+def _parts(path: Path, label: str | None) -> Iterator[tuple[int, int, Any]]:
+    """(place, rows, column of labels or None) of each row group (its number) or record batch (where it begins)."""
+    import pyarrow as pa
+
+    if not _is_arrow(path):
+        with _parquet(path) as table:
+            for group in range(table.num_row_groups):
+                rows, column = table.metadata.row_group(group).num_rows, None
+                if label is not None:
+                    check_fits(8 * rows, what=f"{path}: labels of a row group of {rows:,} rows")
+                    column = table.read_row_group(group, columns=[label], use_threads=False).column(0).combine_chunks()
+                yield group, rows, column
+        return
+    with pa.memory_map(str(path), "rb") as file:  # of which only headers and labels are touched
+        schema = pa.ipc.open_stream(file).schema
+        while True:
+            place = file.tell()
+            try:
+                message = pa.ipc.read_message(file)
+            except EOFError:
+                return
+            if message.type != "record batch":
+                raise DataError(f"{printable(path)}: a {message.type} where rows were expected. Save it without them.")
+            check_fits(message.body.size, what=f"{path}: a record batch")
+            batch = pa.ipc.read_record_batch(message, schema)
+            yield place, batch.num_rows, None if label is None else batch.column(schema.get_field_index(label))
+
+
+def _arrays(path: str, place: int, column: str) -> Iterator[Any]:
+    """A column of one row group (some rows at a time) or of one record batch."""
+    import pyarrow as pa
+
+    if not _is_arrow(path):
+        with _parquet(path) as table:
+            for batch in table.iter_batches(BLOCK, row_groups=[place], columns=[column], use_threads=False):
+                yield batch.column(0)
+        return
+    with pa.OSFile(path, "rb") as file:
+        schema = pa.ipc.open_stream(file).schema
+        file.seek(place)
+        yield pa.ipc.read_record_batch(pa.ipc.read_message(file), schema).column(schema.get_field_index(column))
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """The files of a data set that ``save_to_disk`` wrote to `folder`, in order.
 
     Raises:
-        DataError: there is no row, or labels cannot be used.
+        DataError: it holds several splits, or its description is damaged.
     """
-    labels = None if columns.label is None else Labels(columns, where)
-    jobs: list[TableJob] = []
+    if (folder / SPLITS).is_file():
+        splits = _json(folder / SPLITS).get("splits")
+        splits = [s for s in splits if isinstance(s, str)] if isinstance(splits, list) else []
+        raise DataError(
+            f"{printable(folder)} holds the splits {listed(splits)}. Give one of them, such as "
+            f"{printable(folder / splits[0]) if splits else 'its folder'}."
+        )
+    entries = _json(folder / STATE).get("_data_files")
+    names: list[Any] = [e.get("filename") for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+    if not names or not all(isinstance(n, str) and n and "/" not in n and not n.startswith(".") for n in names):
+        raise DataError(f"{printable(folder / STATE)} does not list the files beside it. Save the data set again.")
+    paths = [folder / name for name in names]
+    for path in paths:
+        if path.is_symlink() or not path.is_file():
+            raise DataError(f"{printable(path)} is missing, or a link, which is not followed. Copy the data set again.")
+    return paths
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        with open_plain(path, _MAX_JSON_BYTES) as file:
+            found = json.load(file)
+    except (NotPlainError, ValueError, RecursionError) as error:
+        raise DataError(f"{printable(path)} cannot be read ({printable(error)}). Save the data set again.") from error
+    return found if isinstance(found, dict) else {}
+
+
+# -------------------------------------------------------------------------------------------------------------- index
+
+
+def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
+    """The rows of all files, in their order.
+
+    Raises:
+        DataError: a file is damaged, files differ in their columns, there is no column of images, no row, or labels
+            cannot be used.
+        ConfigError: pyarrow is missing.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "Parquet and Arrow are read with pyarrow, which is not installed: pip install 'dpsyngen[parquet]'."
+        ) from None
+    columns = None
+    for path in paths:
+        with _guarded(path):
+            found = _columns_of(_schema(path), printable(path), labels=labels)
+        if columns not in (None, found):
+            raise DataError(
+                f"{where}: {printable(path.name)} has other columns or class names than {printable(paths[0].name)}. "
+                "Give files of one data set."
+            )
+        columns = found
+    assert columns is not None
+
+    jobs: list[_TableJob] = []
+    values: list[Any] = []
+    places: list[tuple[int, str, int, NDArray[np.int64]]] = []  # first image, file, its row, rows of it that are used
     bad: list[tuple[str, str]] = []
-    places: list[tuple[int, Part, NDArray[np.int64] | None]] = []  # first image, part, rows that are used
     done = 0
-    for part, column in parts:
-        if labels is None:
-            job = TableJob(part, None, columns.image)
-        else:
-            if len(column) != part.rows:
-                raise DataError(f"{where} is damaged: {len(column):,} labels for {part.rows:,} rows. Copy it again.")
-            with guarded(Path(part.path), "what it was"):
-                present = labels.add(column)
-            job = TableJob(part, None if present.all() else present, columns.image)
-            bad += [(part.called(row), "no label") for row in np.flatnonzero(~present).tolist()]
-        if job.count:
-            jobs.append(job)
-            places.append((done, part, None if job.keep is None else np.flatnonzero(job.keep)))
-            done += job.count
+    for path in paths:
+        first = 0
+        with _guarded(path):
+            for place, rows, column in _parts(path, columns.label):
+                present = np.ones(rows, dtype=bool)
+                if column is not None:
+                    present, labels_of_part = _labels_of(column, columns, where)
+                    values.append(labels_of_part)
+                    bad += [(f"{path.name}: row {first + i}", "no label") for i in np.flatnonzero(~present).tolist()]
+                if len(present) != rows:
+                    raise DataError(f"{where} is damaged: {len(present):,} labels for {rows:,} rows. Copy it again.")
+                if present.any():
+                    places.append((done, path.name, first, np.flatnonzero(present)))
+                    jobs.append(_TableJob(str(path), place, present, columns.image))
+                    done += jobs[-1].count
+                first += rows
     if not done:
         raise DataError(f"{where}: there is no image{' with a label' if bad else ''} in it. Give at least one.")
-    index, names = (None, ()) if labels is None else labels.index()
-    starts = [start for start, _, _ in places]
+    index, names = None, ()
+    if columns.label is not None:
+        whole = all(isinstance(part, np.ndarray) for part in values)
+        flat = np.concatenate(values) if whole else [value for part in values for value in part]
+        index, names = index_labels(flat, columns.class_names, done, where)
+    starts = [start for start, *_ in places]
 
     def name(i: int) -> str:
-        start, part, rows = places[bisect_right(starts, i) - 1]
-        return part.called(i - start if rows is None else int(rows[i - start]))
+        start, file, first, used = places[bisect_right(starts, i) - 1]
+        return f"{file}: row {first + used[i - start]}"
 
     return Source(where, jobs, index, names, name, tuple(bad), every_class=columns.class_names is None)
 
 
-class Part(Protocol):
-    """Consecutive rows of a file that are read together."""
+def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bool_], NDArray[np.int64] | list[str]]:
+    """(which rows have a label, those labels) of an Arrow array.
 
-    @property
-    def path(self) -> str:
-        """The file."""
+    A row without one is null, or -1 where classes have names, as in Hugging Face datasets.
 
-    @property
-    def rows(self) -> int:
-        """How many."""
+    Raises:
+        DataError: the labels are neither whole numbers nor texts.
+    """
+    import pyarrow as pa
+    import pyarrow.types as types
 
-    def called(self, row: int) -> str:
-        """What a row is called in messages."""
-
-    def arrays(self, column: str) -> Iterator[Any]:
-        """The column as Arrow arrays, together of ``rows`` rows."""
+    column.validate(full=True)
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    whole = types.is_integer(kind) or types.is_null(kind)
+    if not (whole or types.is_string(kind) or types.is_large_string(kind)):
+        raise DataError(
+            f"{where}: column {printable(columns.label)!r} is {printable(kind, 100)}; labels are whole numbers or "
+            "texts. Convert it, or ask for images without labels (labels=False)."
+        )
+    present = np.array(column.is_valid().to_numpy(zero_copy_only=False), dtype=bool)
+    if not whole:
+        texts = [value for value in column.to_pylist() if value is not None]
+        if any(not 0 < len(text) <= MAX_NAME_BYTES for text in texts):
+            raise DataError(f"{where}: a label is empty, or too long for the name of a class.")
+        return present, texts
+    numbers = column.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+    if columns.class_names is not None:
+        present &= numbers != -1
+    return present, numbers[present]
 
 
 @dataclass(frozen=True)
-class TableJob(EncodedJob):
-    """The images in one part; of its rows those in `keep`, or all."""
+class _TableJob(EncodedJob):
+    """The images in one part of a file; of its rows those in `keep`."""
 
-    part: Part
-    keep: NDArray[np.bool_] | None
+    path: str
+    place: int
+    keep: NDArray[np.bool_]
     column: str
 
     @property
     def count(self) -> int:
-        """How many images."""
-        return self.part.rows if self.keep is None else int(self.keep.sum())
+        return int(self.keep.sum())
 
     def items(self) -> Iterator[Item]:
-        """See :class:`EncodedJob`.  A part that cannot be read is an error, as its rows cannot be told apart."""
+        """A part that cannot be read is an error, as its rows cannot be told apart."""
+        import pyarrow.types as types
+
         row = 0
-        with guarded(Path(self.part.path), "what it was"):
-            for array in self.part.arrays(self.column):
-                for item in images_of(array):
-                    if self.keep is None or self.keep[row]:
-                        yield item
+        with _guarded(self.path):
+            for array in _arrays(self.path, self.place, self.column):
+                array.validate(full=True)  # offsets of a stranger's file may point anywhere in memory
+                if types.is_struct(array.type):
+                    array = array.flatten()[array.type.get_field_index("bytes")]  # null where the struct is
+                for value in array:
+                    if self.keep[row]:
+                        yield _content(value)
                     row += 1
+
+
+def _content(value: Any) -> Item:
+    buffer = value.as_buffer() if value.is_valid else None
+    if buffer is None:
+        return BadImage("there is no image in the table (only a path, perhaps, and paths are not followed)")
+    if buffer.size > MAX_FILE_BYTES:
+        return BadImage(f"{buffer.size:,} bytes: over the limit of {MAX_FILE_BYTES:,}")
+    content: bytes = buffer.to_pybytes()
+    return content

@@ -7,26 +7,30 @@ left alone.  Nothing is unpacked, so no name can lead anywhere; links, devices a
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import sys
+import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage
-from dpsyngen.data.given_labels import index_of_labels
-from dpsyngen.data.labels import MAX_NAME_BYTES
+from dpsyngen.data.labels import MAX_NAME_BYTES, Label, index_labels
 from dpsyngen.data.source import EncodedJob, Item, Source, split_evenly
-from dpsyngen.data.tar import Member, members, read_content
 from dpsyngen.errors import DataError, printable
 
 IMAGE_ENDINGS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"})
 LABEL_KEYS = ("label", "cls", "class")
 _MAX_LABEL_BYTES = 2**20
+_MAX_HEADER_BYTES = 2**16  # of a long name, or of a pax header; writers need some hundred
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,45 @@ class _TarJob(EncodedJob):
                 if size > MAX_FILE_BYTES:
                     yield BadImage(f"{size:,} bytes: over the limit of {MAX_FILE_BYTES:,}")
                     continue
-                content = read_content(file, offset, size)
+                content = os.pread(file.fileno(), size, offset)
                 yield content if len(content) == size else BadImage("truncated: the tar file was changed")
+
+
+def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
+    """The samples of all shards, in the order of the shards and of their members.
+
+    Raises:
+        DataError: a shard is no tar file, or damaged; no sample has an image.
+    """
+    shards = [_Shard(path) for path in paths]
+    for shard in shards:
+        shard.read(labels=labels)
+    bad = [item for shard in shards for item in shard.bad]
+    if any(label is not None for shard in shards for label in shard.labels):
+        bad += [item for shard in shards for item in shard.drop_unlabelled()]
+        index, names = index_labels([label for s in shards for label in s.labels], None, sum(map(len, shards)), where)
+    else:
+        index, names = None, ()
+    if not any(map(len, shards)):
+        first = f" ({len(bad):,} bad items, first {printable(': '.join(bad[0]))})" if bad else ""
+        raise DataError(f"{where}: no sample with an image in it{first}. WebDataset has 0001.jpg with 0001.cls.")
+    jobs = [job for shard in shards for job in shard.jobs()]
+
+    def name(i: int) -> str:
+        for shard in shards:
+            if i < len(shard):
+                return f"{shard.path.name}: {shard.stems[i]}"
+            i -= len(shard)
+        return str(i)
+
+    return Source(where, jobs, index, names, name, tuple(bad))
 
 
 @dataclass
 class _Sample:
     stem: str
-    images: list[Member]
-    label: Member | None = None
+    images: list[tarfile.TarInfo] = field(default_factory=list)
+    label: tarfile.TarInfo | None = None
     is_json: bool = False
 
 
@@ -64,40 +98,61 @@ class _Shard:
         self.path = path
         self.offsets = array("q")
         self.sizes = array("q")
-        self.labels: list[int | str | None] = []
+        self.labels: list[Label] = []
         self.stems: list[str] = []
         self.bad: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def jobs(self) -> list[_TarJob]:
+        offsets, sizes = np.array(self.offsets, dtype=np.int64), np.array(self.sizes, dtype=np.int64)
+        return [
+            _TarJob(str(self.path), offsets[r.start : r.stop], sizes[r.start : r.stop]) for r in split_evenly(len(self))
+        ]
 
     def read(self, *, labels: bool) -> None:
         with open(self.path, "rb", buffering=0) as file:
             for sample in self._samples():
                 which = f"{self.path.name}: {sample.stem}"
-                if len(sample.images) != 1:
-                    why = "no image, only other files" if not sample.images else "two images in one sample"
-                    self.bad.append((which, why))
+                label: Label = None
+                try:
+                    if len(sample.images) != 1:
+                        why = "no image, only other files" if not sample.images else "two images in one sample"
+                        raise ValueError(why)
+                    if labels and sample.label is not None:
+                        label = _label(file.fileno(), sample.label, sample.is_json)
+                except ValueError as error:
+                    self.bad.append((which, str(error)))
                     continue
-                label: int | str | None = None
-                if labels and sample.label is not None:
-                    try:
-                        label = _label(read_content(file, sample.label.offset, _bounded(sample.label)), sample.is_json)
-                    except ValueError as error:
-                        self.bad.append((which, str(error)))
-                        continue
-                self.offsets.append(sample.images[0].offset)
+                self.offsets.append(sample.images[0].offset_data)
                 self.sizes.append(sample.images[0].size)
                 self.labels.append(sys.intern(label) if isinstance(label, str) else label)
                 self.stems.append(sample.stem)
+
+    def drop_unlabelled(self) -> list[tuple[str, str]]:
+        """Leave out samples without a label; (which, why) of each."""
+        keep = [i for i, label in enumerate(self.labels) if label is not None]
+        bad = [
+            (f"{self.path.name}: {stem}", "no label")
+            for stem, label in zip(self.stems, self.labels, strict=True)
+            if label is None
+        ]
+        self.offsets, self.sizes = (array("q", [a[i] for i in keep]) for a in (self.offsets, self.sizes))
+        self.labels, self.stems = [self.labels[i] for i in keep], [self.stems[i] for i in keep]
+        return bad
 
     def _samples(self) -> Iterator[_Sample]:
         """Consecutive members with one stem.  That stem again, further on, would be a second record of one sample."""
         sample: _Sample | None = None
         seen: set[int] = set()
-        for member in members(self.path):
+        for member in _members(self.path):
             folder, _, file_name = member.name.rpartition("/")
-            if member.kind == "folder" or file_name.startswith("."):
+            if member.isdir() or file_name.startswith("."):
                 continue
-            if member.kind != "file":
-                why = "a link, which is not followed" if member.kind == "link" else "not a plain file"
+            if not member.isreg() or member.issparse():
+                linked = member.issym() or member.islnk()
+                why = "a link, which is not followed" if linked else "not a plain file"
                 self.bad.append((f"{self.path.name}: {member.name}", why))
                 continue
             stem, _, ending = file_name.partition(".")
@@ -111,7 +166,7 @@ class _Shard:
                         "is there twice. Write each sample once, its files one after the other."
                     )
                 seen.add(hash(stem))
-                sample = _Sample(stem, [])
+                sample = _Sample(stem)
             if ending in IMAGE_ENDINGS:
                 sample.images.append(member)
             elif ending == "cls" or (ending == "json" and (sample.label is None or sample.is_json)):
@@ -120,61 +175,54 @@ class _Shard:
             yield sample
 
 
-def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
-    """The samples of all shards, in the order of the shards and of their members.
+class _Headers(io.FileIO):
+    """A file of which tarfile can read headers only: they may declare any size, and it believes them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:  # type: ignore[override]
+        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header has more than {_MAX_HEADER_BYTES:,} bytes")
+        return super().read(size)
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """All members of an uncompressed tar file, in order.
 
     Raises:
-        DataError: a shard is no tar file, or damaged; no sample has an image.
+        DataError: not a tar file, compressed, truncated, or with a header that is damaged or too long.
     """
-    shards = [_Shard(path) for path in paths]
-    for shard in shards:
-        shard.read(labels=labels)
-    bad = [item for shard in shards for item in shard.bad]
-    labelled = any(label is not None for shard in shards for label in shard.labels)
-    if labelled:
-        for shard in shards:
-            _drop_unlabelled(shard, bad)
-    jobs = []
-    for shard in shards:
-        offsets, sizes = np.array(shard.offsets, dtype=np.int64), np.array(shard.sizes, dtype=np.int64)
-        jobs += [
-            _TarJob(str(shard.path), offsets[r.start : r.stop], sizes[r.start : r.stop])
-            for r in split_evenly(len(offsets))
-        ]
-    names = [(shard.path.name, shard.stems) for shard in shards]
-    values = [label for shard in shards for label in shard.labels] if labelled else None
-    if not any(shard.offsets for shard in shards):
-        first = f" ({len(bad):,} bad items, first {printable(': '.join(bad[0]))})" if bad else ""
-        raise DataError(f"{where}: no sample with an image in it{first}. WebDataset has 0001.jpg with 0001.cls.")
-    index, class_names = index_of_labels(values, None, where)
-    return Source(where, jobs, index, class_names, lambda i: _name_of(names, i), tuple(bad))
+    where = printable(path)
+    try:
+        with _Headers(path) as file:
+            start = file.read(2)
+            if start in _COMPRESSED:
+                raise DataError(
+                    f"{where} is compressed, so its images can only be read from the beginning. Image files are small "
+                    f"already: unpack the outer layer once, with {_COMPRESSED[start]}, and give the .tar file."
+                )
+            file.seek(0)
+            total = os.fstat(file.fileno()).st_size
+            with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # it would keep them all
+                    if member.isreg() and not member.issparse() and not 0 <= member.size <= total - member.offset_data:
+                        raise DataError(f"{where} is truncated within {printable(member.name)}. Copy it again.")
+                    yield member
+                # tarfile takes a damaged header for the end, which would silently leave out the rest.
+                file.seek(tar.offset)
+                if file.read(512).strip(b"\0"):
+                    raise DataError(f"{where}: the header at byte {tar.offset:,} is damaged. Copy it again.")
+    except DataError:
+        raise
+    except Exception as error:  # tarfile raises many types for broken files
+        why = printable(error) or type(error).__name__
+        raise DataError(f"{where} is not a tar file, or is damaged or truncated ({why}). Copy it again.") from error
 
 
-def _drop_unlabelled(shard: _Shard, bad: list[tuple[str, str]]) -> None:
-    keep = [i for i, label in enumerate(shard.labels) if label is not None]
-    if len(keep) == len(shard.labels):
-        return
-    kept = set(keep)
-    bad += [(f"{shard.path.name}: {stem}", "no label") for i, stem in enumerate(shard.stems) if i not in kept]
-    shard.offsets, shard.sizes = (array("q", [a[i] for i in keep]) for a in (shard.offsets, shard.sizes))
-    shard.labels, shard.stems = [shard.labels[i] for i in keep], [shard.stems[i] for i in keep]
-
-
-def _name_of(names: Sequence[tuple[str, Sequence[str]]], i: int) -> str:
-    for shard, stems in names:
-        if i < len(stems):
-            return f"{shard}: {stems[i]}"
-        i -= len(stems)
-    return str(i)
-
-
-def _bounded(member: Member) -> int:
+def _label(descriptor: int, member: tarfile.TarInfo, is_json: bool) -> Label:
     if member.size > _MAX_LABEL_BYTES:
         raise ValueError(f"a label of {member.size:,} bytes")
-    return member.size
-
-
-def _label(content: bytes, is_json: bool) -> int | str | None:
+    content = os.pread(descriptor, member.size, member.offset_data)
+    found: Label
     if is_json:
         try:
             values = json.loads(content)
@@ -183,17 +231,15 @@ def _label(content: bytes, is_json: bool) -> int | str | None:
         found = next((values[k] for k in LABEL_KEYS if k in values), None) if isinstance(values, dict) else None
         if isinstance(found, bool) or not isinstance(found, int | str | None):
             raise ValueError("its label in .json is neither a whole number nor a text")
-        if isinstance(found, str) and not 0 < len(found) <= MAX_NAME_BYTES:
-            raise ValueError("its label in .json is empty, or too long for the name of a class")
     else:
         try:
             found = content.decode("utf-8").strip()
         except UnicodeDecodeError:
             raise ValueError("its label in .cls is not UTF-8") from None
-        if not found or len(found) > MAX_NAME_BYTES:
-            raise ValueError("its label in .cls is empty, or too long for the name of a class")
-        digits = found.removeprefix("-")
-        found = int(found) if digits.isascii() and digits.isdigit() else found
+    if isinstance(found, str) and not 0 < len(found) <= MAX_NAME_BYTES:
+        raise ValueError("its label is empty, or too long for the name of a class")
+    if isinstance(found, str) and not is_json and re.fullmatch("-?[0-9]+", found):
+        found = int(found)
     if isinstance(found, int) and not -(2**63) <= found < 2**63:
         raise ValueError("its label is a number beyond 64 bits")
     return found

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dpsyngen.config import load_config
-from dpsyngen.data import build, cache, load_images, options, unfinished
-from dpsyngen.data.array_format import npy_header
-from dpsyngen.data.cache import default_folder
-from dpsyngen.data.decode_worker import Processes
+from dpsyngen.data import load_images, source, store
 from dpsyngen.data.source import EncodedJob
-from dpsyngen.data.store import StoredImages
+from dpsyngen.data.store import Cache, SelectedImages, StoredImages
 from dpsyngen.errors import ConfigError, DataError
 from tests.data.encoded import pixels, png, samples, write_tar
 
@@ -63,9 +58,6 @@ def test_what_is_in_the_file_is_what_is_in_memory_otherwise(tar: Path, tmp_path:
     for data in (first, again):
         assert isinstance(data.images, StoredImages)
         assert data.fingerprint() == memory.fingerprint()
-    # The size that was asked for beforehand is the size that was found: one file serves both.
-    assert load_images(tar, cache=folder, resolution=16, channels="grey").fingerprint() == memory.fingerprint()
-    assert decoded.count == COUNT
     assert load_images(tar, cache=folder, resolution=8).resolution == 8
     assert decoded.count == 2 * COUNT
 
@@ -81,7 +73,7 @@ def test_it_is_for_its_owner_alone(tar: Path, tmp_path: Path) -> None:
     for path in folder.rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
     entry = entries(folder)[0]
-    assert sorted(p.name for p in entry.iterdir()) == ["about.json", "class_names.json", "images.npy", "labels.npy"]
+    assert sorted(p.name for p in entry.iterdir()) == ["about.json", "images.npy", "labels.npy"]
     assert np.array_equal(np.load(entry / "images.npy")[:, 0], pixels(COUNT))
     os.chmod(entry, 0o750)
     with pytest.raises(DataError, match="only you can read"):
@@ -92,7 +84,7 @@ def test_large_sets_go_to_a_file_by_themselves(tar: Path, tmp_path: Path, monkey
     monkeypatch.setenv("DPSYNGEN_CACHE", str(tmp_path / "own"))
     assert isinstance(load_images(tar).images, np.ndarray)
     assert not (tmp_path / "own").exists()
-    monkeypatch.setattr(options, "IN_MEMORY_BYTES", COUNT * 256)
+    monkeypatch.setattr(source, "IN_MEMORY_BYTES", COUNT * 256)
     assert isinstance(load_images(tar).images, np.ndarray)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes on this machine share the memory
     assert isinstance(load_images(tar).images, StoredImages)
@@ -103,11 +95,11 @@ def test_where_it_lies_by_default(monkeypatch, tmp_path: Path) -> None:
     for name in ("DPSYNGEN_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_folder() == tmp_path / ".cache" / "dpsyngen" / "images"
+    assert Cache().folder == tmp_path / ".cache" / "dpsyngen" / "images"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert default_folder() == tmp_path / "x" / "dpsyngen" / "images"
+    assert Cache().folder == tmp_path / "x" / "dpsyngen" / "images"
     monkeypatch.setenv("DPSYNGEN_CACHE", "~/own")
-    assert default_folder() == tmp_path / "own"
+    assert Cache().folder == tmp_path / "own"
 
 
 def test_a_source_that_changed_is_read_again(tar: Path, tmp_path: Path) -> None:
@@ -124,58 +116,33 @@ def test_a_source_that_changes_meanwhile_is_refused(tar: Path, tmp_path: Path) -
 
     with pytest.raises(DataError, match="changed while it was read"):
         load_images(tar, cache=tmp_path / "cache", workers=1, on_progress=touch)
-    assert not [p for p in entries(tmp_path / "cache") if not p.name.endswith(".part")]
+    assert entries(tmp_path / "cache") == []
 
 
-@pytest.mark.parametrize("after", [0, 20, 145])
-def test_an_interrupted_decoding_goes_on(tar: Path, tmp_path: Path, monkeypatch, after: int) -> None:
+def test_an_interrupted_decoding_leaves_nothing_and_starts_again(tar: Path, tmp_path: Path, monkeypatch) -> None:
     memory = load_images(tar)
     folder = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        stopped = _Counted(patch, after)
+        stopped = _Counted(patch, 70)
         with pytest.raises(KeyboardInterrupt):
             load_images(tar, cache=folder, workers=1)
-    assert [p.suffix for p in entries(folder)] == [".part"]
-    with monkeypatch.context() as patch:
-        rest = _Counted(patch)
-        assert load_images(tar, cache=folder, workers=1).fingerprint() == memory.fingerprint()
-    assert stopped.count + rest.count == COUNT
+    assert 0 < stopped.count <= 70
+    assert entries(folder) == []
+    assert load_images(tar, cache=folder, workers=1).fingerprint() == memory.fingerprint()
 
 
-def test_a_line_that_a_power_failure_tore_off_costs_its_own_work_only(tar: Path, tmp_path: Path, monkeypatch) -> None:
+def test_what_a_killed_process_left_is_removed_with_a_word_and_never_used(tar: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    for most in (20, 40):
-        with monkeypatch.context() as patch:
-            stopped = _Counted(patch, most)
-            with pytest.raises(KeyboardInterrupt):
-                load_images(tar, cache=folder, workers=1)
-        assert stopped.count == most
-        journal = entries(folder)[0] / "done.jsonl"
-        journal.write_text(journal.read_text() + "[9, [[")
-    decoded = _Counted(monkeypatch)
-    assert load_images(tar, cache=folder, workers=1).fingerprint() == load_images(tar).fingerprint()
-    assert decoded.count == COUNT - 60 + COUNT
-
-
-@pytest.mark.parametrize("damage", ["journal", "size", "mode"])
-def test_an_interrupted_decoding_that_was_tampered_with_begins_anew(
-    tar: Path, tmp_path: Path, monkeypatch, damage: str
-) -> None:
-    folder = tmp_path / "cache"
-    with monkeypatch.context() as patch:
-        _Counted(patch, 20)
-        with pytest.raises(KeyboardInterrupt):
-            load_images(tar, cache=folder, workers=1)
-    part = entries(folder)[0]
-    if damage == "journal":
-        (part / "done.jsonl").write_text("[1]\n")
-    elif damage == "size":
-        os.truncate(part / "images.npy", 500)
-    else:
-        os.chmod(part, 0o777)
-    decoded = _Counted(monkeypatch)
-    assert load_images(tar, cache=folder, workers=1).fingerprint() == load_images(tar).fingerprint()
-    assert decoded.count == 2 * COUNT
+    kill = "import os, sys; from dpsyngen.data import load_images as load; load(sys.argv[1], cache=sys.argv[2], "
+    kill += "workers=1, on_progress=lambda done, total: os.kill(os.getpid(), 9))"
+    assert subprocess.run([sys.executable, "-c", kill, tar, folder]).returncode == -9
+    (part,) = entries(folder)
+    assert part.suffix == ".part"
+    assert part.stat().st_mode & 0o077 == 0
+    with pytest.warns(UserWarning, match="starts again"):
+        data = load_images(tar, cache=folder)
+    assert data.fingerprint() == load_images(tar).fingerprint()
+    assert [p.suffix for p in entries(folder)] == [""]
 
 
 def test_too_little_room_is_told_before_anything_is_decoded(tar: Path, tmp_path: Path, monkeypatch) -> None:
@@ -183,7 +150,7 @@ def test_too_little_room_is_told_before_anything_is_decoded(tar: Path, tmp_path:
 
     decoded = _Counted(monkeypatch)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(unfinished.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(DataError, match=r"need 0\.02 GiB(.|\n)*0\.00 GiB are free(.|\n)*data\.cache=PATH"):
         load_images(tar, cache=tmp_path / "cache")
     assert decoded.count == 0
@@ -196,7 +163,7 @@ def test_room_that_the_disk_refuses_is_told_before_anything_is_decoded(tar: Path
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(unfinished.os, "posix_fallocate", full)
+    monkeypatch.setattr(store.os, "posix_fallocate", full)
     with pytest.raises(DataError, match="are free"):
         load_images(tar, cache=tmp_path / "cache")
     assert decoded.count == 0
@@ -207,10 +174,10 @@ def test_a_folder_that_cannot_be_used(tar: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot be used(.|\n)*data\.cache=PATH"):
         load_images(tar, cache=tmp_path / "file")
     for wrong in ("", " ", 3, "a\0b"):
-        with pytest.raises(ConfigError, match="cache must be"):
+        with pytest.raises(ConfigError, match="cache is"):
             load_images(tar, cache=wrong)
     for wrong in (0, -1, 2000, True, 1.5):
-        with pytest.raises(ConfigError, match="workers must be"):
+        with pytest.raises(ConfigError, match="workers is"):
             load_images(tar, workers=wrong)
 
 
@@ -238,6 +205,8 @@ def test_bad_images_are_left_out_of_the_file(tmp_path: Path) -> None:
     memory = load_images(path, skip_bad=True)
     data = load_images(path, cache=folder, skip_bad=True)
     assert (len(data), data.fingerprint(), data.skipped) == (COUNT - 4, memory.fingerprint(), memory.skipped)
+    assert isinstance(data.images, SelectedImages)
+    assert data.file is not None
     # They are still bad when the file is there.
     with pytest.raises(DataError, match="4 items"):
         load_images(path, cache=folder)
@@ -269,7 +238,7 @@ print(data.fingerprint())
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough images for decoding in processes; a script without a main guard reads them, three at the same time."""
     folder = tmp_path_factory.mktemp("many")
-    count = build._FEW + 100
+    count = source._FEW + 100
     write_tar(folder / "s.tar", samples(pixels(count, 8), [i % 3 for i in range(count)]))
     (folder / "script.py").write_text(_LOAD)
     started = [
@@ -292,29 +261,6 @@ def test_one_process_decodes_and_the_others_wait(many: Path) -> None:
     assert len(entries(many / "cache")) == 1
 
 
-def test_a_lock_outlives_its_owner_while_decoders_live(tmp_path: Path) -> None:
-    """A killed parent's decoders may still write: nobody else may begin before they have ended."""
-    with cache.Cache(tmp_path).locked("x") as lock:
-        processes = Processes(1, _slow, str(tmp_path / "large"), lock)
-    # The lock was given back here, but not by the child.
-    waiting = multiprocessing.get_context("fork").Process(target=_take, args=(tmp_path,))
-    waiting.start()
-    waiting.join(0.5)
-    assert waiting.is_alive()
-    processes.close()
-    waiting.join(20)
-    assert waiting.exitcode == 0
-
-
-def _slow(job: object) -> None:
-    time.sleep(60)
-
-
-def _take(folder: Path) -> None:
-    with cache.Cache(folder).locked("x"):
-        pass
-
-
 def _dies(job: object) -> None:
     os.kill(os.getpid(), 9)
 
@@ -323,27 +269,13 @@ def _fails(job: object) -> None:
     raise DataError("this file")
 
 
-@pytest.mark.parametrize(("task", "why"), [(_dies, "SIGKILL(.|\n)*data.workers=1"), (_fails, "this file")])
-def test_decoders_that_end_or_fail_are_an_error(tmp_path: Path, task, why: str) -> None:
-    with cache.Cache(tmp_path).locked("x") as lock:
-        processes = Processes(1, task, str(tmp_path / "large"), lock)
-        try:
-            with pytest.raises(DataError, match=why):
-                list(processes.map([(0, "a job")]))  # type: ignore[list-item]
-        finally:
-            processes.close()
+@pytest.mark.parametrize(("task", "why"), [(_dies, "ended from outside(.|\n)*data.workers=1"), (_fails, "this file")])
+def test_decoders_that_end_or_fail_are_an_error(task, why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        list(source._by_processes(task, ["a job", "another"], 2))
 
 
 # ------------------------------------------------------------------------------------------------------ settings
-
-
-def test_headers_are_as_numpy_writes_them(tmp_path: Path) -> None:
-    for shape in ((1, 1, 8, 8), (12_345_678, 3, 256, 256)):
-        assert len(npy_header(shape)) == 128
-        (tmp_path / "x.npy").write_bytes(npy_header(shape))
-        with open(tmp_path / "x.npy", "rb") as file:
-            assert np.lib.format.read_magic(file) == (1, 0)
-            assert np.lib.format.read_array_header_1_0(file) == (shape, False, np.uint8)
 
 
 def test_where_the_cache_lies_is_not_released_and_may_change(tmp_path: Path) -> None:

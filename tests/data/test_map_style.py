@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 from dpsyngen.config import load_config
-from dpsyngen.data import MapStyle, load_images, options, save_images
+from dpsyngen.data import MapStyle, load_images, save_images
+from dpsyngen.data import source as source_module
 from dpsyngen.data.load import load_private
 from dpsyngen.data.store import StoredImages
 from dpsyngen.errors import ConfigError, DataError
@@ -205,17 +206,17 @@ def test_what_cannot_be_sampled_from_is_refused_with_advice() -> None:
 
 
 def test_large_ones_lie_in_a_file_without_a_name(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(options, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(source_module, "IN_MEMORY_BYTES", 1000)
     monkeypatch.setenv("DPSYNGEN_CACHE", str(tmp_path / "cache"))
     data = load_images(Vision())
     assert isinstance(data.images, StoredImages)
     assert data.images.shape == REFERENCE.images.shape
     assert np.array_equal(data.array(), REFERENCE.images)
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["nameless.lock"]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == []
     assert np.array_equal(data.subset([3, 1]).batch([0, 1])[:, 0], IMAGES[[3, 1]])
     with pytest.raises(DataError, match="item 29"):
         load_images(Items([*IMAGES[:29], "x"]), resolution=16, channels="grey")
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["nameless.lock"]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == []
     save_images(data, tmp_path / "saved")
     assert load_images(tmp_path / "saved").fingerprint() == data.fingerprint()
 

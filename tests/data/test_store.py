@@ -23,7 +23,7 @@ def colour(count: int = 40, side: int = 8) -> np.ndarray:
 def stored(tmp_path: Path) -> tuple[np.ndarray, StoredImages]:
     images = colour()
     (tmp_path / "raw").write_bytes(b"head" + images.tobytes())
-    return images, StoredImages(tmp_path / "raw", 40, (3, 8, 8), offset=4)
+    return images, StoredImages(tmp_path / "raw", (40, 3, 8, 8), 4)
 
 
 @pytest.mark.parametrize("index", [[3, 4, 5, 20], [39, 0, 0, 7], [], list(range(40))])
@@ -41,16 +41,6 @@ def test_slices_and_fresh_arrays(stored) -> None:
     assert np.array_equal(store[5:30:3], images[5:30:3])
 
 
-def test_images_stored_with_channels_last(tmp_path: Path) -> None:
-    images = colour()
-    (tmp_path / "raw").write_bytes(np.ascontiguousarray(images.transpose(0, 2, 3, 1)).tobytes())
-    store = StoredImages(tmp_path / "raw", 40, (8, 8, 3), channels_last=True)
-    assert store.shape == (40, 3, 8, 8)
-    batch = store[np.array([9, 2])]
-    assert np.array_equal(batch, images[[9, 2]])
-    assert batch.flags.c_contiguous
-
-
 def test_a_file_that_is_cut_short_is_an_error_and_not_the_end_of_the_process(stored, tmp_path: Path) -> None:
     _, store = stored
     os.truncate(tmp_path / "raw", 4 + 10 * 192)
@@ -58,7 +48,7 @@ def test_a_file_that_is_cut_short_is_an_error_and_not_the_end_of_the_process(sto
     with pytest.raises(DataError, match="shorter"):
         store[np.array([12])]
     with pytest.raises(DataError, match="shorter"):
-        StoredImages(tmp_path / "raw", 40, (3, 8, 8), offset=4)
+        StoredImages(tmp_path / "raw", (40, 3, 8, 8), 4)
 
 
 def test_the_file_is_closed_when_nobody_needs_it(stored) -> None:
@@ -156,7 +146,7 @@ def test_all_of_a_store_is_refused_where_it_does_not_fit(stored, monkeypatch) ->
     images, store = stored
     dataset = ImageDataset(store, None, (), "much")
     assert np.array_equal(dataset.array(), images)
-    monkeypatch.setattr("dpsyngen.data.memory.available_bytes", lambda: images.nbytes)
+    monkeypatch.setattr("dpsyngen.data.store.available_bytes", lambda: images.nbytes)
     with pytest.raises(DataError, match="half of what is available"):
         dataset.array()
     with pytest.raises(DataError):

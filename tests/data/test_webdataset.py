@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpsyngen.data import load_images
-from dpsyngen.data.tar import members
+from dpsyngen.data.webdataset import _members
 from dpsyngen.errors import DataError
 from tests.data.encoded import pixels, png, samples, write_tar
 
@@ -76,7 +76,7 @@ def test_long_names_and_other_alphabets(tmp_path: Path) -> None:
         stem = "ordner/" + "ß" * 150
         path = write_tar(tmp_path / f"{k}.tar", [(f"{stem}.png", png(pixels(1)[0])), (f"{stem}.cls", b"a")], layout)
         assert load_images(path).class_names == ("a",)
-        assert [m.name for m in members(path)] == [f"{stem}.png", f"{stem}.cls"]
+        assert [m.name for m in _members(path)] == [f"{stem}.png", f"{stem}.cls"]
 
 
 def test_bad_samples_are_listed_or_left_out(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_sparse_members_are_not_inflated(tmp_path: Path) -> None:
     info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2**40)}
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         tar.addfile(info)
-    with pytest.raises(DataError, match="not a plain file"):
+    with pytest.raises(DataError, match="damaged"):
         load_images(tmp_path / "s.tar")
 
 
@@ -166,9 +166,9 @@ def _with_header(changes: dict[int, bytes], *, sum_right: bool = True) -> bytes:
         (_with_header({0: b"x"}, sum_right=False), "not a tar file"),
         (_with_header({124: b"77777777777\0"}), "truncated within"),
         (_with_header({124: b"\x80" + b"\xff" * 11}), "truncated within"),
-        (_with_header({124: b"99999999999\0"}), "its size is no number"),
+        (_with_header({124: b"99999999999\0"}), "not a tar file"),
         (_with_header({124: b"00000700000\0", 156: b"L"}), "more than 65,536"),
-        (_with_header({156: b"x"}), "pax records"),
+        (_with_header({156: b"x"}), "not a tar file, or is damaged"),
     ],
 )
 def test_tars_that_are_none_or_that_lie(tmp_path: Path, content: bytes, why: str) -> None:
