@@ -354,12 +354,6 @@ def test_figures_are_what_the_code_draws_now(name: str) -> None:
     assert almost_equal(DRAWINGS[name](), kept), "run: make figures"
 
 
-def test_packages_import_only_what_stands_before_them() -> None:
-    from docs.figures.imports import PACKAGES, edges
-
-    assert all(PACKAGES.index(a) > PACKAGES.index(b) for a, b in edges()), "docs/contributing/architecture.md says so"
-
-
 def test_new_figures_are_small_and_have_an_alternative_text() -> None:
     for path in DOCS.joinpath("figures").iterdir():
         assert path.stat().st_size < LARGEST_FIGURE, path.name

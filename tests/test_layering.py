@@ -12,7 +12,9 @@ import dpsyngen
 
 PACKAGE = Path(dpsyngen.__file__).parent
 
-FOUNDATION = ("config", "console", "distributed", "errors", "files", "hardware", "version", "workers")
+FOUNDATION = (
+    *("config", "console", "distributed", "errors", "files", "full_precision", "hardware", "version", "workers"),
+)
 """Modules of the root that know no room: anybody may use them."""
 
 ROOMS = (
