@@ -67,6 +67,7 @@ class Fetched(HTMLParser):
         self.addresses += re.findall(r"url\(([^)]*)\)", found.get("style", ""))
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_holds_every_kind_of_page(site: Path) -> None:
     for page in ("index", "getting-started", "concepts/stages", "how-to/resume", "reference/privacy", "reference/cli"):
         assert (site / f"{page}.html").is_file(), page
@@ -75,6 +76,7 @@ def test_the_site_builds_without_a_warning_and_holds_every_kind_of_page(site: Pa
     assert (site / "files/benchmarks/results/dp-step-2-cores.json").is_file(), "links out of docs/ lead to a copy"
 
 
+@pytest.mark.slow
 def test_no_page_fetches_anything_from_elsewhere(site: Path) -> None:
     for path in site.rglob("*.html"):
         page = Fetched()
@@ -102,6 +104,7 @@ class Linked(HTMLParser):
             self.links.append(found["href"])
 
 
+@pytest.mark.slow
 def test_every_link_leads_somewhere_also_in_notebooks_and_the_reference(site: Path) -> None:
     pages = {path.resolve(): Linked(path) for path in site.rglob("*.html")}
     lost = []
@@ -116,6 +119,7 @@ def test_every_link_leads_somewhere_also_in_notebooks_and_the_reference(site: Pa
     assert not lost, "\n".join(lost)
 
 
+@pytest.mark.slow
 def test_no_docstring_is_shown_raw(site: Path) -> None:
     for path in (site / "reference").glob("*.html"):
         text = re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8"))
@@ -123,6 +127,7 @@ def test_no_docstring_is_shown_raw(site: Path) -> None:
         assert "```" not in text, f"{path.name}: a fence"
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("page", ["index", "concepts/differential-privacy", "reference/diffusion"])
 @pytest.mark.parametrize("width", [1280, 400])
@@ -134,6 +139,7 @@ def test_pages_open_from_the_disk_without_errors_or_requests(site: Path, page: s
     assert seen.overflow == 0
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_search_works_from_the_disk(site: Path) -> None:
     search = """(async () => {
@@ -348,7 +354,9 @@ def almost_equal(a: str, b: str) -> bool:
     return all(abs(float(x) - float(y)) <= 0.5 for x, y in pairs)
 
 
-@pytest.mark.parametrize("name", DRAWINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "epsilon.svg" else n for n in DRAWINGS]
+)
 def test_figures_are_what_the_code_draws_now(name: str) -> None:
     kept = (DOCS / "figures" / name).read_text(encoding="utf-8")
     assert almost_equal(DRAWINGS[name](), kept), "run: make figures"

@@ -29,7 +29,7 @@ def cells(notebook, kind: str, tag: str | None = None) -> list:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", execute.NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in execute.NAMES])
 def test_a_tutorial_runs_and_shows_again_what_it_is_committed_with(name, tmp_path, monkeypatch) -> None:
     """In an empty folder.  The asserts in its cells hold, or running it raises."""
     monkeypatch.setenv("PYTHONPATH", str(HERE.parent.parent))  # where the package is not installed
