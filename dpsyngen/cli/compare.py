@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from dpsyngen.distributed import Ranks
     from dpsyngen.experiments.cost import PrivacyCost
     from dpsyngen.experiments.experiment import Experiment, Status
-    from dpsyngen.experiments.grid import Job
-    from dpsyngen.experiments.spec import Spec
+    from dpsyngen.experiments.spec import Job, Spec
     from dpsyngen.training.plan import Shape
 
 FAILED = 4
@@ -126,7 +125,7 @@ def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experimen
     if tables:
         return Experiment(out)
     from dpsyngen.experiments.cost import privacy_cost, require_budget
-    from dpsyngen.experiments.grid import jobs_of
+    from dpsyngen.experiments.spec import jobs_of
 
     jobs = jobs_of(spec)
     shape = _shape(spec)
@@ -207,9 +206,8 @@ def _running(statuses: dict[str, Status]) -> str:
 def _finish(console: Console, experiment: Experiment) -> None:
     """Write tables and report of what is there, and say what is not."""
     from dpsyngen.experiments.measures import View
-    from dpsyngen.experiments.results import Results, write_results
-    from dpsyngen.experiments.tables import print_tables
-    from dpsyngen.experiments.wording import answers
+    from dpsyngen.experiments.results import Results
+    from dpsyngen.experiments.tables import answers, print_tables, write_results
     from dpsyngen.report.comparison import write_comparison
 
     statuses = experiment.statuses()
@@ -259,10 +257,9 @@ def _finish(console: Console, experiment: Experiment) -> None:
 
 
 def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, teraflops: float | None) -> None:
-    from dpsyngen.experiments.cost import privacy_cost
-    from dpsyngen.experiments.estimate import GPU_TERAFLOPS, estimate, hours
+    from dpsyngen.experiments.cost import GPU_TERAFLOPS, estimate, hours, privacy_cost
     from dpsyngen.experiments.experiment import Experiment
-    from dpsyngen.experiments.grid import jobs_of
+    from dpsyngen.experiments.spec import jobs_of
 
     jobs = jobs_of(spec)
     shape = _shape(spec, without_images=True)

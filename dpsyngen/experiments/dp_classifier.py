@@ -1,23 +1,25 @@
-"""A classifier trained on private images by DP-SGD: what the images could be used for without a generator.
+"""What generated images compete with: classifiers trained on the real images, freely or by DP-SGD at the same ε.
 
-What is taken from where:
+The second is what the images could be used for without a generator: a linear classifier on normalised scattering
+features, a large batch and momentum (Tramèr & Boneh, arXiv 2011.11660), with the largest batch that can be computed,
+few steps and an exponential moving average of the weights (De et al., arXiv 2204.13650).  No private image is held back
+to choose anything: the last average is what is scored.
 
-- Tramèr & Boneh (arXiv 2011.11660): a linear classifier on normalised scattering features ("scattering"), a large
-  batch and momentum.  It is the default: the stronger of the two, and the cheaper.
-- Papernot et al. (arXiv 2007.14191): tanh, which keeps activations and so gradients bounded ("cnn").
-- De et al. (arXiv 2204.13650): group normalisation, the largest batch that can be computed, few steps, an
-  exponential moving average of the weights.
-
-No private image is held back to choose anything: the last average is what is scored.
+A scattering network is a convolutional network whose filters are fixed (Bruna & Mallat, arXiv 1203.1513): |x * ψ| and
+||x * ψ| * ψ'| for oriented Morlet wavelets ψ, each averaged over a few pixels.  Nobody's data went into it, and a
+linear classifier on it does better than a convolutional network trained by DP-SGD from end to end: far fewer numbers
+share the noise (docs/cas.md).
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,21 +27,192 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.ema import Ema
-from dpsyngen.errors import ConfigError
-from dpsyngen.experiments.dp_scattering import Scattering
-from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.errors import ConfigError, LedgerError
+from dpsyngen.evaluation.cas import (
+    DEFAULT,
+    ClassifierResult,
+    classification_accuracy,
+    confusion_matrix,
+    per_class_accuracy,
+)
+from dpsyngen.privacy.accounting import Mechanism, calibrate_noise
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
 
-Network = Literal["scattering", "cnn"]
-NETWORKS: tuple[Network, ...] = get_args(Network)
-
+SCALES = 2
 _LARGEST_BATCH = 4096
 _MOMENTUM = 0.9
-_AT_ONCE = 500
+_AT_ONCE = 250
+_LARGEST = 32
+_ORIENTATIONS = 4
+_STRIDE = 2**SCALES
+
+
+def real_reference(
+    train: ImageDataset,
+    test: ImageDataset,
+    *,
+    classifiers: Sequence[str] = DEFAULT,
+    seed: int = 0,
+    device: str = "cpu",
+    on_progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Score classifiers trained on all real training images, by the protocol of generated ones; no privacy (ε = ∞).
+
+    A tenth of the real training images, by class, chooses the epoch.  Arguments as for
+    :func:`~dpsyngen.evaluation.cas.classification_accuracy`.
+
+    Returns:
+        for each classifier what :meth:`ClassifierResult.to_dict` gives, JSON-able.
+
+    Raises:
+        ConfigError: no classes, or sets that do not fit together.
+    """
+    train_labels, test_labels = _labels(train, test)
+
+    def told(line: str) -> None:
+        if on_progress:
+            on_progress(line.replace("generated images", "real images"))
+
+    results = classification_accuracy(
+        *(train.array(), train_labels, test.array(), test_labels),
+        num_classes=train.num_classes,
+        classifiers=classifiers,
+        seed=seed,
+        device=device,
+        on_progress=told,
+    )
+    return {name: result.to_dict() for name, result in results.items()}
+
+
+def dp_classifier_reference(
+    train: ImageDataset,
+    test: ImageDataset,
+    *,
+    epsilon: float,
+    delta: float,
+    seed: int | None = None,
+    device: str = "cpu",
+    ledger: Path | None = None,
+    on_progress: Callable[[str], None] | None = None,
+    **given: Any,
+) -> dict[str, Any]:
+    """Score a classifier trained on the real training images by DP-SGD at (ε, δ).
+
+    Formal guarantee, with `seed` None: the classifier is (ε, δ)-differentially private in the training images, under
+    adding or removing one of them; n is public.  It has nothing to do with the test images: a score is computed from
+    them and is as private as they are.
+
+    Args:
+        train: private training images with classes.
+        test: real test images with classes.
+        epsilon: ε > 0, finite.
+        delta: δ in (0, 1).
+        seed: None: noise from the operating system's entropy.  A number: the same result each time, and NOT PRIVATE.
+        device: where to compute.
+        ledger: a file that does not exist yet, to keep the ledger in.  None: a temporary one, so that whoever adds up
+            what was spent on these images has to take it from the result.
+        on_progress: called with a line now and then.
+        given: ``steps``, ``batch``, ``learning_rate`` and ``clipping_norm`` where :func:`settings_by_rule` is not
+            followed.
+
+    Returns:
+        JSON-able: ``cas``, with the score under "dp-cnn" (scattering is convolutional) as
+        :meth:`ClassifierResult.to_dict` gives it, without held-out images; ``accuracy``, ``accuracy_low``,
+        ``accuracy_high``, ``balanced_accuracy``, ``per_class_accuracy`` of it; ``epsilon`` and ``delta`` as asked;
+        ``ledger_epsilon``, which the ledger comes to; ``private``, whether the noise was unpredictable;
+        ``noise_multiplier``, ``sampling_rate``, ``steps``, ``batch``, ``learning_rate``, ``clipping_norm``, ``ema``,
+        ``network``, ``records``, ``parameters``, ``seed`` and ``seconds``.
+
+    Raises:
+        ConfigError: no classes, sets that do not fit together, or settings out of range.
+        LedgerError: the ledger file exists.
+    """
+    train_labels, test_labels = _labels(train, test)
+    n = len(train)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ConfigError(f"training images are {train.images.shape[1:]}, but test images {test.images.shape[1:]}.")
+    if not (0 < epsilon < float("inf")) or not 0 < delta < 1:
+        raise ConfigError(f"ε is {epsilon} and δ {delta}, but must be positive and finite, and in (0, 1).")
+    started = time.monotonic()
+    chosen = settings_by_rule(n, epsilon) | {k: v for k, v in given.items() if v is not None}
+    # Noise of 1 stands in while the rest is checked; what is needed depends on the checked rest.
+    unchecked = DpSettings(records=n, noise_multiplier=1.0, **chosen)
+    try:
+        noise = calibrate_noise(epsilon, delta, sampling_rate=unchecked.sampling_rate, steps=unchecked.steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    settings = DpSettings(records=n, noise_multiplier=noise, **chosen)
+    randomness = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
+    classifier = DpClassifier(train.images.shape[1:], train.num_classes, device=device)
+    with tempfile.TemporaryDirectory(prefix="dpsyngen-") as folder:
+        path = Path(folder) / "ledger.jsonl" if ledger is None else ledger
+        if path.exists():
+            raise LedgerError(f"there is a ledger already: {path}.  A reference keeps its own; give another file.")
+        book = Ledger.create(
+            path,
+            target_epsilon=epsilon,
+            delta=delta,
+            records=n,
+            run=randomness.tag("dp classifier")[:16],
+            secure=randomness.secure,
+        )
+        if on_progress:
+            on_progress(f"training a classifier by DP-SGD on {n:,} real images")
+        inputs = classifier.prepared(train.array())
+        train_dp_classifier(
+            classifier, inputs, train_labels, settings, ledger=book, randomness=randomness, on_progress=on_progress
+        )
+        spent = Ledger(path).epsilon()
+    predicted = classifier.predict(classifier.prepared(test.array()))
+    score = _score(predicted, test_labels, train.num_classes, n)
+    kept = ("accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "per_class_accuracy")
+    return {
+        "cas": {"dp-cnn": score},
+        **{key: score[key] for key in kept},
+        "epsilon": epsilon,
+        "delta": delta,
+        "ledger_epsilon": spent,
+        "private": randomness.secure,
+        "noise_multiplier": noise,
+        "sampling_rate": settings.sampling_rate,
+        **chosen,
+        "network": "scattering",
+        "records": n,
+        "parameters": sum(p.numel() for p in classifier.module.parameters()),
+        "seed": seed,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _labels(train: ImageDataset, test: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
+    if train.labels is None or test.labels is None:
+        raise ConfigError("a classifier needs classes, but the training or the test images have none: give labels.")
+    if train.class_names != test.class_names:
+        raise ConfigError(
+            f"the training images have the classes {', '.join(train.class_names)}, but the test images "
+            f"{', '.join(test.class_names)}: give sets of the same classes."
+        )
+    return train.labels, test.labels
+
+
+def _score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, n_train: int) -> dict[str, Any]:
+    confusion = confusion_matrix(truth, predicted, num_classes)
+    result = ClassifierResult(
+        accuracy=float((predicted == truth).mean()),
+        validation_accuracy=float("nan"),
+        chosen="the last average of the weights",
+        per_class_accuracy=per_class_accuracy(confusion),
+        n_train=n_train,
+        n_validation=0,
+        n_test=len(truth),
+        confusion=confusion,
+    )
+    return result.to_dict() | {"validation_accuracy": None}
 
 
 @dataclass(frozen=True)
@@ -47,7 +220,6 @@ class DpSettings:
     """The constants of a training; all of them public.
 
     Attributes:
-        network: "scattering" (linear on fixed features) or "cnn".
         records: declared number of records n.
         steps: DP-SGD steps.
         batch: expected batch, at most n.
@@ -58,7 +230,6 @@ class DpSettings:
         physical_batch: images in memory at a time.
     """
 
-    network: Network
     records: int
     steps: int
     batch: int
@@ -69,8 +240,6 @@ class DpSettings:
     physical_batch: int = 256
 
     def __post_init__(self) -> None:
-        if self.network not in NETWORKS:
-            raise ConfigError(f"network is {self.network!r}, but must be one of {', '.join(NETWORKS)}.")
         if not 1 <= self.batch <= self.records:
             raise ConfigError(f"batch is {self.batch}, but must be 1 to {self.records}, the number of images.")
         if self.steps < 1:
@@ -85,89 +254,49 @@ class DpSettings:
         """q: expected batch over declared records."""
         return self.batch / self.records
 
-    def mechanism(self) -> Mechanism:
-        """What the whole training is to the accountant."""
-        return Mechanism(self.sampling_rate, self.noise_multiplier, self.steps)
 
-
-def settings_by_rule(network: Network, records: int, epsilon: float) -> dict[str, Any]:
+def settings_by_rule(records: int, epsilon: float) -> dict[str, Any]:
     """steps, batch, learning_rate, clipping_norm and ema from what is public: n and ε.
 
     The noise of a mean falls with the batch at given ε and steps, so the batch is the largest that is cheap: all images
-    up to 4,096.  Steps: 400 (cnn: 200) where ε·n reaches 50,000, in proportion fewer below but 50 (25) at least: the
-    noise of each grows with their number, and with less signal there is less to be learned from many.  The learning
-    rate of the linear classifier grows with √(ε·n) from there, up to fourfold.  These figures were chosen on a held-out
-    sixth of Fashion-MNIST's training images (docs/cas.md); for any other data they are constants.
+    up to 4,096.  Steps: 400 where ε·n reaches 50,000, in proportion fewer below but 50 at least: the noise of each
+    grows with their number, and with less signal there is less to be learned from many.  The learning rate grows with
+    √(ε·n) from there, up to fourfold.  These figures were chosen on a held-out sixth of Fashion-MNIST's training images
+    (docs/cas.md); for any other data they are constants.
     """
     signal = epsilon * records / 50_000
-    most, rate, norm = (400, 8.0, 0.1) if network == "scattering" else (200, 2.0, 1.0)
-    if network == "scattering":
-        rate *= min(max(math.sqrt(signal), 1.0), 4.0)
     return {
-        "steps": max(most // 8, round(most * min(1.0, signal))),
+        "steps": max(50, round(400 * min(1.0, signal))),
         "batch": min(records, _LARGEST_BATCH),
-        "learning_rate": rate,
-        "clipping_norm": norm,
+        "learning_rate": 8.0 * min(max(math.sqrt(signal), 1.0), 4.0),
+        "clipping_norm": 0.1,
         "ema": 0.98,
     }
 
 
-def make_dp_cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Three strided convolutions of 16, 32 and 32 channels with group normalisation and tanh, and a linear layer.
-
-    19,594 parameters on 1×28×28 images in 10 classes.  Above 32 pixels images are averaged down to 32 at most.
-    """
-    channels, height, width = shape
-    shrink = -(-max(height, width) // 32)
-    layers: list[nn.Module] = [nn.AvgPool2d(shrink, ceil_mode=True)] if shrink > 1 else []
-    for before, after, kernel in ((channels, 16, 5), (16, 32, 3), (32, 32, 3)):
-        layers += [nn.Conv2d(before, after, kernel, 2, kernel // 2), nn.GroupNorm(4, after), nn.Tanh()]
-    layers.append(nn.Flatten())
-    with torch.no_grad():
-        flat = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(*layers, nn.Linear(flat, classes))
-
-
 class DpClassifier:
-    """A network, and what turns images into its inputs.
+    """A linear classifier, all weights zero, on the scattering features of images.
 
     Args:
-        network: see :class:`DpSettings`.
         shape: [C, H, W] of the images.
         classes: number of classes.
-        seed: of the initial weights, which are public.
         device: where to compute.
     """
 
-    def __init__(
-        self, network: Network, shape: tuple[int, ...], classes: int, *, seed: int = 0, device: str = "cpu"
-    ) -> None:
-        self.device = device
-        self._features = Scattering(shape) if network == "scattering" else None
-        if self._features:
-            linear = nn.Linear(math.prod(self._features.features), classes)
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-            module: nn.Module = nn.Sequential(nn.Flatten(), linear)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                module = make_dp_cnn(shape, classes)
-        self.module = module.to(device)
-
-    @property
-    def parameters(self) -> int:
-        """Trainable numbers."""
-        return sum(p.numel() for p in self.module.parameters())
+    def __init__(self, shape: tuple[int, ...], classes: int, *, device: str = "cpu") -> None:
+        self.device, self._features = device, Scattering(shape)
+        linear = nn.Linear(math.prod(self._features.features), classes)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.module = nn.Sequential(nn.Flatten(), linear).to(device)
 
     def prepared(self, images: NDArray[np.uint8]) -> Tensor:
         """uint8 [N, C, H, W] -> inputs [N, ...], each from its own image and public constants."""
-        return self._features.of(images) if self._features else torch.from_numpy(np.ascontiguousarray(images).copy())
+        return self._features.of(images)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Rows of :meth:`prepared` -> [B, classes]."""
-        x = inputs.to(self.device).float()
-        out: Tensor = self.module(x if self._features else x.div_(127.5).sub_(1))
+        out: Tensor = self.module(inputs.to(self.device).float())
         return out
 
     @torch.no_grad()
@@ -209,8 +338,9 @@ def train_dp_classifier(
     optimizer = torch.optim.SGD(engine.parameters, lr=s.learning_rate, momentum=_MOMENTUM)
     ema = Ema(classifier.module, s.ema)
     targets = torch.from_numpy(labels)
+    # All steps are in the ledger before the first one looks at a record.
     ledger.charge(
-        s.mechanism(),
+        Mechanism(s.sampling_rate, s.noise_multiplier, s.steps),
         "DP-SGD steps that train a classifier on private images, as a reference",
         query="dp-sgd classifier",
         steps=s.steps,
@@ -227,14 +357,11 @@ def train_dp_classifier(
                 classifier.logits(inputs[rows]), targets[rows].to(classifier.device), reduction="none"
             )
 
+        # Each record's gradient is clipped to C before the sum, whose noise has deviation z·C; then the mean over the
+        # *expected* batch: the size of the drawn one is private.
         clipped = engine.sum(loss, len(chosen), physical_batch=s.physical_batch)
-        noisy = noisy_mean(
-            clipped,
-            noise_multiplier=s.noise_multiplier,
-            expected_examples=s.batch,
-            randomness=randomness,
-            step=step,
-        )
+        z, batch = s.noise_multiplier, s.batch
+        noisy = noisy_mean(clipped, noise_multiplier=z, expected_examples=batch, randomness=randomness, step=step)
         for parameter, gradient in zip(engine.parameters, noisy, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -243,3 +370,103 @@ def train_dp_classifier(
             last = time.monotonic()
             on_progress(f"training a classifier by DP-SGD: step {step + 1:,} of {s.steps:,}")
     classifier.module.load_state_dict(ema.average)
+
+
+class Scattering:
+    """Two scales, orders 0 to 2, then each image's features normalised in groups of channels.
+
+    Each image's features are a function of that image and of public constants alone.
+
+    Args:
+        shape: [C, H, W] of the images.
+        angles: orientations of the wavelets, a multiple of 4; None: 8 for grey images, 4 for colour ones, whose
+            features take three times the memory.
+
+    Attributes:
+        features: the shape [channels, h, w] of what :meth:`of` returns for an image: C (1 + 2·angles + angles²)
+            channels, and a position for every 4×4 pixels.  Images above 32 pixels are averaged down to 32 at most.
+    """
+
+    def __init__(self, shape: tuple[int, ...], angles: int | None = None) -> None:
+        channels, height, width = shape
+        self.angles = (8 if channels == 1 else 4) if angles is None else angles
+        self._shrink = -(-max(height, width) // _LARGEST)
+        size = [-(-s // self._shrink) for s in (height, width)]
+        whole = [-(-s // _STRIDE) * _STRIDE for s in size]
+        self._pad = (_STRIDE, _STRIDE + whole[1] - size[1], _STRIDE, _STRIDE + whole[0] - size[0])
+        padded = [s + 2 * _STRIDE for s in whole]
+        half = [s // 2 for s in padded]
+        turns = [math.pi * a / self.angles for a in range(self.angles)]
+        slant = 4 / self.angles
+        self._fine = [_wavelet(padded, 0.8, 0.75 * math.pi, t, slant) for t in turns]
+        # The second scale: of the image itself, and of what the first has left, at half the resolution.
+        self._coarse = [_wavelet(padded, 1.6, 0.375 * math.pi, t, slant) for t in turns]
+        self._average = [_averaging(n, 1.6, _STRIDE) for n in padded]
+        self._average_half = [_averaging(n, 0.8, _STRIDE // 2) for n in half]
+        paths = channels * (1 + SCALES * self.angles + self.angles**2)
+        self.features = paths, whole[0] // _STRIDE, whole[1] // _STRIDE
+
+    def of(self, images: NDArray[np.uint8]) -> Tensor:
+        """uint8 [N, C, H, W] -> fp16 [N, channels, h, w]."""
+        out = torch.empty((len(images), *self.features), dtype=torch.float16)
+        for start in range(0, len(images), _AT_ONCE):
+            part = torch.from_numpy(images[start : start + _AT_ONCE].copy())
+            out[start : start + len(part)] = self._normalised(part.float().div_(127.5).sub_(1))
+        return out
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """Mean 0 and variance 1 over the positions of four neighbouring orientations at a time (and of order 0)."""
+        if self._shrink > 1:
+            x = F.avg_pool2d(x, self._shrink, ceil_mode=True)
+        orders = self._scattered(F.pad(x, self._pad, mode="replicate"))
+        zeroth, *rest = (o.flatten(1, 2) for o in orders)
+        return torch.cat([F.group_norm(zeroth, 1), *(F.group_norm(o, o.shape[1] // _ORIENTATIONS) for o in rest)], 1)
+
+    def _scattered(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, C, H, W] -> orders 0, 1 and 2, each [B, C, paths, h, w]."""
+        spectrum = torch.fft.fft2(x)
+        first, second = [], []
+        for fine in self._fine:
+            inner = torch.fft.ifft2(spectrum * fine).abs()
+            first.append(_averaged(inner, self._average))
+            inner_spectrum = torch.fft.fft2(inner)
+            # |x * ψ| has little above half the frequencies, so half the resolution will do from here on.
+            second += [_averaged(self._coarser(inner_spectrum, coarse), self._average_half) for coarse in self._coarse]
+        first += [_averaged(self._coarser(spectrum, coarse), self._average_half) for coarse in self._coarse]
+        return _averaged(x, self._average).unsqueeze(2), torch.stack(first, 2), torch.stack(second, 2)
+
+    @staticmethod
+    def _coarser(spectrum: Tensor, wavelet: Tensor) -> Tensor:
+        """The modulus of what a wavelet of the second scale leaves, at half the resolution."""
+        return torch.fft.ifft2(_folded(spectrum * wavelet, 2)).abs()
+
+
+def _averaged(x: Tensor, average: list[Tensor]) -> Tensor:
+    rows, columns = average
+    return rows @ x @ columns.T
+
+
+def _averaging(size: int, sigma: float, stride: int) -> Tensor:
+    """Matrix [positions, size] of a Gaussian average around every `stride`-th position, none of them padding."""
+    distance = torch.arange(size, dtype=torch.float64) - torch.arange(0, size, stride, dtype=torch.float64)[:, None]
+    distance = torch.minimum(distance.abs(), size - distance.abs())  # as the transform has it: the border wraps
+    bump = torch.exp(-(distance**2) / (2 * sigma**2))
+    return (bump / bump.sum(1, keepdim=True))[1:-1].float()
+
+
+def _folded(spectrum: Tensor, stride: int) -> Tensor:
+    """The spectrum of every `stride`-th position: the mean of its aliases."""
+    *lead, height, width = spectrum.shape
+    return spectrum.reshape(*lead, stride, height // stride, stride, width // stride).mean((-4, -2))
+
+
+def _wavelet(size: list[int], sigma: float, frequency: float, turn: float, slant: float) -> Tensor:
+    """Spectrum of a Morlet wavelet: a wave under a Gaussian, less the constant that makes its mean 0."""
+    y, x = (torch.arange(s, dtype=torch.float64) - s // 2 for s in size)
+    y, x = y[:, None], x[None, :]
+    along, across = math.cos(turn) * x + math.sin(turn) * y, -math.sin(turn) * x + math.cos(turn) * y
+    envelope = torch.exp(-(along**2 + (slant * across) ** 2) / (2 * sigma**2))
+    wave = torch.exp(1j * frequency * along)
+    morlet = envelope * (wave - (envelope * wave).sum() / envelope.sum()) * slant / (2 * math.pi * sigma**2)
+    # The wavelet is its own conjugate mirrored, so its spectrum is real.
+    return torch.fft.fft2(torch.fft.ifftshift(morlet)).real.float()

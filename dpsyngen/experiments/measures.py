@@ -9,9 +9,8 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from dpsyngen.experiments.grid import programs_share
-from dpsyngen.experiments.job_result import Figure, JobResult
-from dpsyngen.experiments.results import Results
+from dpsyngen.experiments.results import Figure, JobResult, Results
+from dpsyngen.experiments.spec import programs_share
 from dpsyngen.experiments.statistics import Better
 
 VARIANT_NAMES = {
@@ -178,7 +177,7 @@ class View:
         return {name: values for name, values in found.items() if values}
 
     def programs_share(self, row: Row) -> float | None:
-        """See :func:`dpsyngen.experiments.grid.programs_share`; None where the specification has no such run."""
+        """See :func:`dpsyngen.experiments.spec.programs_share`; None where the specification has no such run."""
         if self.results.experiment is None:
             return None
         for job in self.results.experiment.jobs:

@@ -1,4 +1,8 @@
-"""Doing all jobs of an experiment: in this process, in several, or as one rank of torchrun."""
+"""Doing all jobs of an experiment: in this process, in several, or as one rank of torchrun.
+
+Jobs are claimed by lock files in the experiment's folder, so processes may join, be killed and come back at any time.
+``python -m dpsyngen.experiments.pool EXPERIMENT DEVICE [--retry]`` is one such process.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,14 @@ from pathlib import Path
 
 from dpsyngen.errors import DpsyngenError, RunError
 from dpsyngen.experiments.experiment import Experiment, Status, claimed
-from dpsyngen.experiments.grid import Job
 from dpsyngen.experiments.runner import Images, Stopped, Worker
+from dpsyngen.experiments.spec import Job
 from dpsyngen.files import write_text
 
 Watch = Callable[[dict[str, Status]], None]
+Say = Callable[[Job, str, int, int], None]
+STOPPED = 3
+"""Exit status of a worker that stopped before all jobs were done."""
 
 
 def work(
@@ -28,7 +35,7 @@ def work(
     device: str = "cpu",
     *,
     retry: bool = False,
-    tell: Callable[[Job, str, int, int], None] | None = None,
+    tell: Say | None = None,
 ) -> bool:
     """Do jobs that nobody else does until none is left; several processes may work on one experiment.
 
@@ -61,20 +68,14 @@ def work(
                     continue
                 (folder / "failed.json").unlink()
             images = images or Images(experiment.spec)
-            if not _one(experiment, images, job, device, folder, tell):
+            if not _one(experiment, images, job, device, tell):
                 return False
     return True
 
 
-def _one(
-    experiment: Experiment,
-    images: Images,
-    job: Job,
-    device: str,
-    folder: Path,
-    tell: Callable[[Job, str, int, int], None] | None,
-) -> bool:
+def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Say | None) -> bool:
     """Do one job; False if it was stopped."""
+    folder = experiment.work_path(job)
     told = 0.0
 
     def say(doing: str, done: int, total: int) -> None:
@@ -87,7 +88,14 @@ def _one(
             tell(job, doing, done, total)
 
     worker = Worker(experiment, images, device, say)
-    with _signals(worker):
+
+    def stop(number: int, frame: object) -> None:
+        # Everything is kept; a second signal ends it at once.
+        if worker.stop_requested:
+            raise KeyboardInterrupt
+        worker.stop_requested = True
+
+    with _signals(stop):
         try:
             worker.do(job)
         except Stopped:
@@ -104,14 +112,8 @@ def _one(
 
 
 @contextmanager
-def _signals(worker: Worker) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the job with everything kept; a second one at once."""
-
-    def handler(number: int, frame: object) -> None:
-        if worker.stop_requested:
-            raise KeyboardInterrupt
-        worker.stop_requested = True
-
+def _signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle Ctrl-C and SIGTERM."""
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -128,7 +130,7 @@ def processes(experiment: Experiment, count: int, device: str, *, retry: bool, w
     """
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "dpsyngen.experiments.worker", str(experiment.path), device]
+    command = [sys.executable, "-m", "dpsyngen.experiments.pool", str(experiment.path), device]
     command += ["--retry"] if retry else []
     logs = experiment.path / "work"
     running: list[subprocess.Popen[bytes]] = []
@@ -141,33 +143,31 @@ def processes(experiment: Experiment, count: int, device: str, *, retry: bool, w
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in range(count):
-            log = os.open(logs / f"worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            # A group of its own: Ctrl-C on the terminal would otherwise reach them twice, and end them at once.
-            running.append(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
+    with _signals(stop):
+        try:
+            for number in range(count):
+                log = os.open(logs / f"worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                # A session of its own: Ctrl-C on the terminal would otherwise reach it twice, and end it at once.
+                running.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
                 )
-            )
-            os.close(log)
-        while any(process.poll() is None for process in running):
-            time.sleep(0.5)
-            if watch:
-                watch(experiment.statuses())
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-        for number, old in before.items():
-            signal.signal(number, old)
+                os.close(log)
+            while any(process.poll() is None for process in running):
+                time.sleep(0.5)
+                if watch:
+                    watch(experiment.statuses())
+        finally:
+            for process in running:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
     failed = [i for i, process in enumerate(running) if process.returncode not in (0, STOPPED)]
     if failed and not stopped:
         path = logs / f"worker-{failed[0]}.log"
@@ -179,5 +179,18 @@ def processes(experiment: Experiment, count: int, device: str, *, retry: bool, w
     return not stopped and all(process.returncode == 0 for process in running)
 
 
-STOPPED = 3
-"""Exit status of a worker that stopped before all jobs were done."""
+def main() -> None:
+    """Work on an experiment as one of several processes."""
+    path, device, *rest = sys.argv[1:]
+    try:
+        finished = work(Experiment(Path(path)), device, retry="--retry" in rest)
+    except DpsyngenError as error:
+        print(f"dpsyngen: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0 if finished else STOPPED)
+
+
+if __name__ == "__main__":
+    main()

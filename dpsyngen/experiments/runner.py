@@ -19,11 +19,9 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureSpec, evaluate_images
-from dpsyngen.experiments.experiment import Clock, Experiment, training_digest
-from dpsyngen.experiments.grid import Job, digest
-from dpsyngen.experiments.public_networks import PublicNetwork, shared
-from dpsyngen.experiments.references import dp_classifier_reference, real_reference
-from dpsyngen.experiments.spec import DataFacts, Spec
+from dpsyngen.experiments.dp_classifier import dp_classifier_reference, real_reference
+from dpsyngen.experiments.experiment import Clock, Experiment, PublicNetwork, shared, training_digest
+from dpsyngen.experiments.spec import DataFacts, Job, Spec, digest
 from dpsyngen.files import write_atomically, write_text
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.accounting import default_delta

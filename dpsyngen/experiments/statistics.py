@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Literal
 
 import numpy as np
@@ -204,14 +205,70 @@ def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]
     """(p, low, high) of mean(a) - mean(b); None where the values do not allow a test."""
     from scipy import stats
 
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if len(x) < 2 or len(y) < 2:
+    if len(a) < 2 or len(b) < 2:
         return None
-    u, v = float(x.var(ddof=1)) / len(x), float(y.var(ddof=1)) / len(y)
+    error = math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))
     # Equal values leave rounding errors of the mean behind.
-    if u + v <= (1e-12 * max(float(np.abs(x).max()), float(np.abs(y).max()))) ** 2:
+    if error <= 1e-12 * float(np.abs([*a, *b]).max()):
         return None
-    freedom = (u + v) ** 2 / (u**2 / (len(x) - 1) + v**2 / (len(y) - 1))
-    difference, error = float(x.mean() - y.mean()), math.sqrt(u + v)
-    half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
-    return float(2 * stats.t.sf(abs(difference) / error, freedom)), difference - half, difference + half
+    found = stats.ttest_ind(a, b, equal_var=False)
+    interval = found.confidence_interval(1 - LEVEL)
+    return float(found.pvalue), float(interval.low), float(interval.high)
+
+
+# --------------------------------------------------------------------------------------------------- digits
+
+
+def decimals_for(spread: float) -> int:
+    """Digits after the point for a figure with a standard deviation of `spread`; negative: round to tens, ….
+
+    The rule of the Particle Data Group: two digits of the spread if they are 10 to 35, else one.
+
+    >>> [decimals_for(s) for s in (0.123, 0.5, 4.2, 42.0, 0.98)]
+    [2, 1, 0, -1, 1]
+    """
+    exponent = math.floor(math.log10(spread))
+    leading = round(spread / 10.0 ** (exponent - 2))  # three digits
+    if leading > 949:
+        return -exponent
+    return 1 - exponent if leading <= 354 else -exponent
+
+
+def number(value: float, decimals: int, sign: bool = False) -> str:
+    """A figure with a true minus sign.
+
+    >>> number(-1234.5, -1), number(2.0, 1, sign=True)
+    ('−1,230', '+2.0')
+    """
+    rounded = round(value, decimals) + 0.0  # no minus zero
+    return f"{rounded:{'+' if sign else ''},.{max(0, decimals)}f}".replace("-", "−")
+
+
+def column_decimals(summaries: Sequence[Summary], intervals: Sequence[float] = ()) -> int:
+    """The digits of a column: those of its median spread; of intervals or of the values where there is one seed.
+
+    Args:
+        summaries: of the column's rows.
+        intervals: half widths of 95 % intervals of single runs.
+    """
+    spreads = [s.sd for s in summaries if s.sd] or [w / 2 for w in intervals if w > 0]
+    if spreads:
+        return decimals_for(median_low(spreads))
+    largest = max((abs(s.mean) for s in summaries), default=0.0)
+    return 2 if largest == 0 else 2 - math.floor(math.log10(largest))
+
+
+def mean_text(s: Summary, decimals: int) -> str:
+    """ "63.4 ± 1.2"."""
+    return number(s.mean, decimals) + ("" if s.sd is None else f" ± {number(s.sd, decimals)}")
+
+
+def p_text(p: float) -> str:
+    """ "0.031", or "< 0.001", never 0."""
+    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.995 else "1"
+
+
+def difference_decimals(c: Comparison) -> int:
+    if c.low is None or c.high is None:
+        return 2 if c.difference == 0 else max(0, 2 - math.floor(math.log10(abs(c.difference))))
+    return decimals_for((c.high - c.low) / 4)

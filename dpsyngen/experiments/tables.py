@@ -1,17 +1,38 @@
-"""The tables of a comparison as text: Markdown for files and documentation, rich for the terminal."""
+"""The answers and tables of a comparison, as values and as text: Markdown for files, rich for the terminal.
+
+What a table says is decided in :class:`Table`; the HTML report shows the same values.  Numbers have as many digits as
+their spread allows, so that nobody reads a difference out of a last digit, and sentences say no more than was shown.
+"""
 
 from __future__ import annotations
 
 import io
+import math
+import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dpsyngen.errors import printable
-from dpsyngen.experiments.measures import View, epsilon_name
+from dpsyngen.experiments.measures import Measure, Row, View, epsilon_name, row_of
 from dpsyngen.experiments.results import Results
-from dpsyngen.experiments.table_values import Cell, Table, all_tables
-from dpsyngen.experiments.wording import answers
+from dpsyngen.experiments.statistics import (
+    Comparison,
+    Summary,
+    against_baselines,
+    against_best,
+    best_of,
+    column_decimals,
+    decimals_for,
+    difference_decimals,
+    mean_text,
+    number,
+    p_text,
+    seeds_in_words,
+    summarise,
+)
 from dpsyngen.files import write_text
 
 if TYPE_CHECKING:
@@ -19,14 +40,393 @@ if TYPE_CHECKING:
 
     from dpsyngen.console import Console
 
+
+@dataclass(frozen=True)
+class Answer:
+    """What the experiment says at one ε.
+
+    Attributes:
+        epsilon: ε.
+        headline: which variant did best, and whether that means anything.
+        lines: each variant against its baseline, in one sentence each.
+    """
+
+    epsilon: float
+    headline: str
+    lines: tuple[str, ...]
+
+
+def comparison_text(c: Comparison, measure: Measure) -> str:
+    """ "Cleaning is better than DPDM by 2.1 points (95 % CI 0.4 to 3.8)", or what was not shown and why."""
+    unit = measure.difference_unit
+    if c.low is None or c.high is None:
+        return f"{c.first} against {c.second}: {number(c.difference, difference_decimals(c), True)}{unit}; {c.reason}"
+    digits = difference_decimals(c)
+    if c.verdict == "not shown":
+        interval = f"95 % CI {number(c.low, digits)} to {number(c.high, digits)}"
+        return f"{c.first} against {c.second}: {number(c.difference, digits, True)}{unit}, {interval}: {c.reason}"
+    low, high = sorted((abs(c.low), abs(c.high)))
+    by = f"by {number(abs(c.difference), digits)}{unit} (95 % CI {number(low, digits)} to {number(high, digits)})"
+    return f"{c.first} is {c.verdict} than {c.second} {by}"
+
+
+def answers(view: View) -> list[Answer]:
+    """The answer of the primary measure at each ε; [] if nothing was measured."""
+    measure = view.primary
+    out = []
+    for epsilon in view.epsilons if measure is not None else ():
+        assert measure is not None
+        groups = view.groups(measure, epsilon)
+        if groups:
+            families = against_baselines(view.baselines(measure, epsilon), groups, measure.better)
+            lines = tuple(comparison_text(c, measure) + "." for c in families)
+            out.append(Answer(epsilon, _headline(groups, measure), lines))
+    return out
+
+
+def _headline(groups: dict[str, list[float]], measure: Measure) -> str:
+    best = best_of(groups, measure.better)
+    summaries = {name: summarise(values) for name, values in groups.items()}
+    digits = column_decimals(list(summaries.values()))
+    text = f"the best mean {measure.name} is that of {best}, {mean_text(summaries[best], digits)}{measure.unit}"
+    if len(groups) == 1:
+        return f"{text}; there is nothing to compare it with."
+    compared = against_best(groups, measure.better)
+    open_ = [c.first for c in compared if c.verdict != "worse"]
+    untested = [c for c in compared if c.verdict == "not tested"]
+    if len(untested) == len(compared):
+        return f"{text}; {untested[0].reason}."
+    if not open_:
+        return f"{text}; with {_seeds_of(groups)} all others are shown to be worse."
+    seeds = _seeds_of(groups)
+    if len(open_) == len(compared):
+        return f"{text}; with {seeds} no other variant is shown to differ from it."
+    return f"{text}; with {seeds} no difference from it is shown for {_and(open_)}."
+
+
+def _seeds_of(groups: dict[str, list[float]]) -> str:
+    counts = [len(values) for values in groups.values()]
+    return seeds_in_words(min(counts), max(counts)).replace(" and ", " to ")
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+REFERENCES = (
+    ("test", "real test images (floor)"),
+    ("real", "trained on real images"),
+    ("dp-classifier", "DP-SGD classifier, same ε"),
+    ("programs", "images of programs (ceiling)"),
+)
+_MOST_CLASSES = 60
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: what it says.
+        mark: "best" for the best mean of its column, "tied" for those not shown to differ from it, else "".
+        n: number of seeds, where it is not the usual one.
+    """
+
+    text: str
+    mark: Literal["", "best", "tied"] = ""
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row.
+
+    Attributes:
+        heads: texts of the head columns.
+        cells: one a column.
+        reference: no row of the grid.
+    """
+
+    heads: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        key: short name, for links.
+        title: caption.
+        heads: names of the head columns.
+        groups: (name of the group, names of its columns); the name is "" where there is one group.
+        rows: references last.
+        notes: how to read it.
+        numeric: whether cells are figures.
+    """
+
+    key: str
+    title: str
+    heads: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[str, ...]], ...]
+    rows: tuple[TableRow, ...]
+    notes: tuple[str, ...] = ()
+    numeric: bool = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(column for _, columns in self.groups for column in columns)
+
+
+def all_tables(view: View) -> list[Table]:
+    """Every table for which there is data, in the order of the report."""
+    accuracies = [m for m in view.measures if m.metric == "accuracy"]
+    out = [figures_table(view, "accuracy", "Accuracy on real test images (CAS), %, by classifier", accuracies)]
+    for on in dict.fromkeys(m.on for m in view.measures if m.metric != "accuracy"):
+        for better, what in (("lower", "distances"), ("higher", "fidelity and diversity")):
+            these = [m for m in view.measures if m.on == on and m.metric != "accuracy" and m.better == better]
+            if these:
+                title = f"Features of {these[0].on_name}: {what} ({better} is better)"
+                out.append(figures_table(view, f"{on}-{better}", title, these))
+    out += [class_table(view), verdict_table(view), best_table(view), compute_table(view)]
+    return [table for table in out if table is not None]
+
+
+def figures_table(view: View, key: str, title: str, measures: Sequence[Measure]) -> Table | None:
+    """Rows are variants, a column group is an ε, a column in it a measure; None if there are no measures."""
+    if not measures:
+        return None
+    usual = max(view.seeds(), default=None)
+    grid: dict[Row, list[Cell]] = {row: [] for row in view.rows}
+    references: dict[str, list[Cell]] = {kind: [] for kind, _ in REFERENCES}
+    tested = False
+    for epsilon in view.epsilons:
+        for measure in measures:
+            groups = view.groups(measure, epsilon)
+            summaries = {name: summarise(values) for name, values in groups.items()}
+            digits = column_decimals(list(summaries.values()), _half_widths(view, measure, epsilon))
+            marks = marks_of(groups, measure)
+            tested = tested or "tied" in marks.values()
+            for row, cells in grid.items():
+                s = summaries.get(row.name)
+                if s is None:
+                    cells.append(Cell(_NONE))
+                else:
+                    n = None if s.n == usual else s.n
+                    cells.append(Cell(mean_text(s, digits), marks.get(row.name, ""), n))
+            for kind, cells in references.items():
+                values = view.reference(kind, measure, epsilon)
+                if not values:
+                    cells.append(Cell(_NONE))
+                    continue
+                s = summarise(values)
+                cells.append(Cell(mean_text(s, max(digits, _own_decimals(s)) if kind == "test" else digits)))
+    rows = [TableRow(_heads(view, row), tuple(cells)) for row, cells in grid.items()]
+    for kind, name in REFERENCES:
+        if any(cell.text != _NONE for cell in references[kind]):
+            heads = (name, "") if view.labels else (name,)
+            rows.append(TableRow(heads, tuple(references[kind]), reference=True))
+    on = len({m.metric for m in measures}) == 1 and measures[0].metric == "accuracy"
+    columns = tuple(m.on_name if on else m.metric_name for m in measures)
+    groups_ = tuple((epsilon_name(e), columns) for e in view.epsilons)
+    return Table(key, title, _head_names(view), groups_, tuple(rows), tuple(_notes(view, tested)))
+
+
+def marks_of(groups: dict[str, list[float]], measure: Measure) -> dict[str, Literal["", "best", "tied"]]:
+    """Which rows of a column are best, and which are not shown to differ from the best."""
+    if len(groups) < 2:
+        return {}
+    best = best_of(groups, measure.better)
+    out: dict[str, Literal["", "best", "tied"]] = {best: "best"}
+    for c in against_best(groups, measure.better):
+        if c.verdict == "not shown":
+            out[c.first] = "tied"
+    return out
+
+
+def _notes(view: View, tested: bool) -> list[str]:
+    counts = view.seeds()
+    if counts == [1]:
+        return ["One seed each: bold is the best value of its column, and no difference can be tested."]
+    notes = [
+        f"Mean ± standard deviation over {max(counts, default=0)} seeds, or n where it is given; the spread is that "
+        "of whole runs (noise, starting weights, programs, sampling).  Bold: best mean of its column."
+    ]
+    if tested:
+        notes.append(
+            "†: not shown to differ from the best of its column (Welch's t test, Holm's correction over all pairs of "
+            "the column, 5 %; stricter than against the baseline, as the best is read off the same figures).  It does "
+            "not mean that they are equal."
+        )
+    return notes
+
+
+def class_table(view: View) -> Table | None:
+    """Accuracy on the real test images of each class; rows are classes."""
+    measure = view.primary
+    if measure is None or measure.metric != "accuracy" or not (names := view.classes(measure.on)):
+        return None
+    columns = [(e, row) for e in view.epsilons for row in view.rows if view.values(measure, e, row, names[0])]
+    by_class = {name: [view.values(measure, e, row, name) for e, row in columns] for name in names}
+    notes = ["No tests here: among many classes some differ by chance."]
+    shown = names
+    if len(names) > _MOST_CLASSES:
+        shown = sorted(names, key=lambda n: statistics.fmean(v for values in by_class[n] for v in values))
+        shown = shown[:_MOST_CLASSES]
+        notes.append(f"The {_MOST_CLASSES} hardest of {len(names):,} classes.")
+    digits = [
+        column_decimals([summarise(by_class[n][i]) for n in names if by_class[n][i]]) for i in range(len(columns))
+    ]
+
+    def cells(values: Sequence[Sequence[float]]) -> tuple[Cell, ...]:
+        return tuple(
+            Cell(mean_text(summarise(v), min(d, 1))) if v else Cell(_NONE) for v, d in zip(values, digits, strict=True)
+        )
+
+    rows = [TableRow((name,), cells(by_class[name])) for name in shown]
+    worst = [
+        [min(at) for at in zip(*(by_class[n][i] for n in names if by_class[n][i]), strict=False)]
+        for i in range(len(columns))
+    ]
+    rows.append(TableRow(("worst class of each run",), cells(worst), reference=True))
+    groups = tuple(
+        (epsilon_name(e), tuple(row.name for at, row in columns if at == e))
+        for e in view.epsilons
+        if any(at == e for at, _ in columns)
+    )
+    return Table("classes", f"{measure.name} by class, %", ("class",), groups, tuple(rows), tuple(notes))
+
+
+def verdict_table(view: View) -> Table | None:
+    """Every variant against its baseline, by every measure and at every ε."""
+    rows = []
+    for measure in view.measures:
+        for epsilon in view.epsilons:
+            groups = view.groups(measure, epsilon)
+            family = against_baselines(view.baselines(measure, epsilon), groups, measure.better)
+            rows += [_verdict_row(c, measure, epsilon, (measure.name,)) for c in family]
+    heads = ("figure", "variant", "ε")
+    return _verdicts("verdicts", "Every figure against the baseline", heads, rows, "one figure at one ε")
+
+
+def best_table(view: View) -> Table | None:
+    """Every variant against the best one, by the primary measure."""
+    measure = view.primary
+    if measure is None:
+        return None
+    rows = []
+    for epsilon in view.epsilons:
+        groups = view.groups(measure, epsilon)
+        if len(groups) > 1:
+            rows += [_verdict_row(c, measure, epsilon) for c in against_best(groups, measure.better)]
+    title = f"{measure.name}: against the best mean"
+    return _verdicts("best", title, ("variant", "ε"), rows, "all pairs of variants at one ε")
+
+
+def _verdicts(key: str, title: str, heads: tuple[str, ...], rows: list[TableRow], family: str) -> Table | None:
+    if not rows:
+        return None
+    columns = ("compared with", "difference", "95 % CI", "p", "p, corrected", "verdict")
+    notes = (
+        "Welch's t test on runs.  The interval and p are those of one comparison alone; the verdict is at 5 % after "
+        f"Holm's correction within a family: {family}.  Over many families, expect one false alarm in twenty.",
+    )
+    return Table(key, title, heads, (("", columns),), tuple(rows), notes, numeric=False)
+
+
+def _verdict_row(c: Comparison, measure: Measure, epsilon: float, before: tuple[str, ...] = ()) -> TableRow:
+    digits = difference_decimals(c)
+    words = "no difference shown" if c.verdict == "not shown" else c.verdict
+    interval = _NONE if c.low is None or c.high is None else f"{number(c.low, digits)} to {number(c.high, digits)}"
+    cells = (
+        Cell(c.second),
+        Cell(number(c.difference, digits, True) + measure.difference_unit),
+        Cell(interval),
+        *(Cell(_NONE if p is None else p_text(p)) for p in (c.p, c.p_corrected)),
+        Cell(words, "best" if c.verdict in ("better", "worse") else ""),
+    )
+    return TableRow((*before, c.first, epsilon_name(epsilon).removeprefix("ε = ")), cells)
+
+
+def compute_table(view: View) -> Table | None:
+    """What the runs took."""
+    minutes = f"{view.results.core}min"
+    columns = (
+        ("seconds_public", f"public training, {minutes}", 60.0),
+        ("seconds_private", f"private training, {minutes}", 60.0),
+        ("seconds_training", f"training, {minutes}", 60.0),
+        ("seconds_sampling", f"sampling, {minutes}", 60.0),
+        ("seconds_evaluation", f"evaluation, {minutes}", 60.0),
+        ("private_images_seen", "private images used", 1.0),
+        ("parameters", "parameters", 1.0),
+    )
+    figures: dict[tuple[Row, float], dict[str, list[float]]] = {}
+    for job in view.results.runs:
+        mine = figures.setdefault((row_of(job), job.epsilon), {})
+        for f in job.figures():
+            mine.setdefault(f.metric, []).append(f.value)
+    present = [c for c in columns if any(c[0] in found for found in figures.values())]
+    if not present:
+        return None
+    rows = []
+    for (row, epsilon), found in figures.items():
+        cells = []
+        for metric, _, unit in present:
+            s = summarise([v / unit for v in found[metric]]) if metric in found else None
+            cells.append(Cell(_NONE) if s is None else Cell(_plain(s)))
+        rows.append(TableRow((*_heads(view, row), epsilon_name(epsilon).removeprefix("ε = ")), tuple(cells)))
+    groups = (("", tuple(title for _, title, _ in present)),)
+    notes = (
+        "Mean ± standard deviation over seeds.  Times depend on the machine and on what else it did; on a CPU they are "
+        "those of all cores together.  A public network that several runs share counts for each of them.  “private "
+        "images used” counts each use.",
+    )
+    return Table("compute", "Compute", (*_head_names(view), "ε"), groups, tuple(rows), notes)
+
+
+def _plain(s: Summary) -> str:
+    if not s.sd:
+        return f"{s.mean:,.0f}" if s.mean >= 100 else f"{s.mean:,.3g}"
+    return mean_text(s, max(0, min(2, decimals_for(s.sd))))
+
+
+def _own_decimals(s: Summary) -> int:
+    return 0 if s.mean == 0 else min(4, 1 - math.floor(math.log10(abs(s.mean))))
+
+
+def _half_widths(view: View, measure: Measure, epsilon: float) -> list[float]:
+    return [
+        measure.scale * (f.high - f.low) / 2
+        for job in view.results.runs
+        if job.epsilon == epsilon
+        for f in job.figures()
+        if (f.metric, f.on, f.of_class) == (measure.metric, measure.on, "") and f.low is not None and f.high is not None
+    ]
+
+
+def _heads(view: View, row: Row) -> tuple[str, ...]:
+    return (row.variant_name, row.settings_name or _NONE) if view.labels else (row.variant_name,)
+
+
+def _head_names(view: View) -> tuple[str, ...]:
+    return ("variant", "settings") if view.labels else ("variant",)
+
+
 PRIVATE = "PRIVATE: these figures come from private images.  To publish them costs privacy that no ε here covers."
 
 
-def write_tables(results: Results, exp: Path) -> Path:
-    """Write ``tables.md`` into the folder of an experiment."""
-    path = exp / "tables.md"
+def write_results(exp: Path) -> list[Path]:
+    """Write ``results.csv``, ``results.parquet`` (where pyarrow is installed) and ``tables.md``; returns their paths.
+
+    Raises:
+        RunError: not the folder of an experiment.
+    """
+    results, path = Results.load(exp), exp / "tables.md"
+    written = results.write(exp)
     write_text(path, markdown(View(results)), 0o600)
-    return path
+    return [*written, path]
 
 
 def markdown(view: View) -> str:

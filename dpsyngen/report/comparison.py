@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dpsyngen.errors import DpsyngenError
-from dpsyngen.experiments.job_result import JobResult
 from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, View, epsilon_name, row_of
-from dpsyngen.experiments.results import Results
-from dpsyngen.experiments.table_values import Cell, Table, TableRow, all_tables
-from dpsyngen.experiments.wording import answers
+from dpsyngen.experiments.results import JobResult, Results
+from dpsyngen.experiments.tables import Cell, Table, TableRow, all_tables, answers
 from dpsyngen.files import write_text
 from dpsyngen.privacy.certificate import Certificate, number
 from dpsyngen.privacy.ledger import Ledger

@@ -11,8 +11,8 @@ import numpy as np
 
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.evaluation.pairs import png_url
-from dpsyngen.experiments.job_result import JobResult
 from dpsyngen.experiments.measures import Row, View, epsilon_name, row_of
+from dpsyngen.experiments.results import JobResult
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.programs import image_grid
 

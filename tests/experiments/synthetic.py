@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpsyngen.experiments.experiment import Experiment
-from dpsyngen.experiments.grid import Job
-from dpsyngen.experiments.spec import parse_spec
+from dpsyngen.experiments.spec import Job, parse_spec
 
 EFFECTS = {"dpdm": 0.0, "finetune": 3.0, "cleaning": 0.5, "coarse": 1.5, "both": 8.0, "": 0.0}
 """Points of accuracy that each variant adds in truth."""

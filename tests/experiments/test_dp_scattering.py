@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpsyngen.experiments.dp_scattering import Scattering, _folded
+from dpsyngen.experiments.dp_classifier import Scattering, _folded
 
 
 @pytest.mark.parametrize(

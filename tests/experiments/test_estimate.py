@@ -6,10 +6,9 @@ import tempfile
 
 import pytest
 
-from dpsyngen.experiments import estimate as module
-from dpsyngen.experiments.estimate import StepTimes, estimate, hours, measure
-from dpsyngen.experiments.grid import jobs_of
-from dpsyngen.experiments.spec import load_spec
+from dpsyngen.experiments import cost as module
+from dpsyngen.experiments.cost import StepTimes, estimate, hours, measure
+from dpsyngen.experiments.spec import jobs_of, load_spec
 from dpsyngen.training.plan import Shape
 
 SHAPE = Shape(8, 1, ("a", "b", "c"), 60)

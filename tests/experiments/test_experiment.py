@@ -20,9 +20,8 @@ from dpsyngen.errors import BudgetExceeded, RunError
 from dpsyngen.experiments import pool, runner
 from dpsyngen.experiments.cost import privacy_cost
 from dpsyngen.experiments.experiment import Experiment
-from dpsyngen.experiments.grid import jobs_of
 from dpsyngen.experiments.runner import Images, Stopped, Worker
-from dpsyngen.experiments.spec import load_spec
+from dpsyngen.experiments.spec import jobs_of, load_spec
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.composition import Composition
 from dpsyngen.privacy.ledger import Ledger
@@ -256,7 +255,7 @@ def test_damaged_samples_are_drawn_again(tiny_spec, tmp_path) -> None:
 def test_killed_processes_lose_nothing_and_no_job_is_done_twice(tiny_spec, tmp_path) -> None:
     spec = tiny_spec(grid={"variant": ["dpdm", "cleaning", "both"], "epsilon": [3], "seeds": 1})
     experiment = made(spec, tmp_path / "x")
-    command = [sys.executable, "-m", "dpsyngen.experiments.worker", str(experiment.path), "cpu"]
+    command = [sys.executable, "-m", "dpsyngen.experiments.pool", str(experiment.path), "cpu"]
     killed = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     ledger = experiment.run_path(experiment.jobs[0]) / "private" / "ledger.jsonl"
     deadline = time.monotonic() + 120

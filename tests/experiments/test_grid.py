@@ -7,8 +7,7 @@ import math
 import pytest
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.experiments.grid import jobs_of, programs_share
-from dpsyngen.experiments.spec import parse_spec
+from dpsyngen.experiments.spec import jobs_of, parse_spec, programs_share
 
 SMALL = {"name": "x", "data": {"train": "digits", "test": "digits:test"}, "references": []}
 

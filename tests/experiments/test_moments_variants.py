@@ -8,15 +8,12 @@ import pytest
 
 from dpsyngen.config import load_config
 from dpsyngen.diffusion.stages import USE_MOMENTS, VARIANTS
-from dpsyngen.experiments import estimate as module
+from dpsyngen.experiments import cost as module
 from dpsyngen.experiments import pool
-from dpsyngen.experiments.cost import privacy_cost
-from dpsyngen.experiments.estimate import StepTimes, estimate, measure
+from dpsyngen.experiments.cost import MomentsTime, StepTimes, coarse_noise, estimate, measure, privacy_cost
 from dpsyngen.experiments.experiment import Experiment
-from dpsyngen.experiments.grid import jobs_of, programs_share
 from dpsyngen.experiments.measures import VARIANT_NAMES
-from dpsyngen.experiments.moments_time import MomentsTime, coarse_noise
-from dpsyngen.experiments.spec import load_spec, parse_spec
+from dpsyngen.experiments.spec import jobs_of, load_spec, parse_spec, programs_share
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.report.comparison import write_comparison
 from dpsyngen.report.comparison_svg import STYLES

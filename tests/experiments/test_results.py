@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dpsyngen.errors import RunError
-from dpsyngen.experiments.results import FIXED, Results, write_results
+from dpsyngen.experiments.results import FIXED, Results
+from dpsyngen.experiments.tables import write_results
 from tests.experiments.synthetic import make_experiment
 
 GRID = {"variant": ["both", "dpdm"], "epsilon": ["inf", 1], "seeds": 2, "axes": {"stages.tau_coarse": [1, 2]}}

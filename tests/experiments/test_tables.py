@@ -6,11 +6,9 @@ import pytest
 
 from dpsyngen.console import Console
 from dpsyngen.experiments.measures import View
-from dpsyngen.experiments.results import Results, write_results
-from dpsyngen.experiments.statistics import summarise
-from dpsyngen.experiments.table_values import all_tables
-from dpsyngen.experiments.tables import markdown, print_tables, terminal_table
-from dpsyngen.experiments.wording import answers, column_decimals, decimals_for, number, p_text
+from dpsyngen.experiments.results import Results
+from dpsyngen.experiments.statistics import column_decimals, decimals_for, number, p_text, summarise
+from dpsyngen.experiments.tables import all_tables, answers, markdown, print_tables, terminal_table, write_results
 from tests.experiments.synthetic import make_experiment
 
 
