@@ -7,6 +7,7 @@ unpickled.  The header of a file says how much memory its array takes, so it is 
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -14,37 +15,17 @@ import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsyngen.data.cache import build, in_memory
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import (
-    MAX_PIXELS,
-    Colour,
-    ImageHeader,
-    array_to_image,
-    default_resolution,
-    image_to_array,
-    resize_square,
-)
+from dpsyngen.data.decode import ImageHeader, arranged, chunks, default_resolution, to_channels, to_resolution, to_uint8
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, index_labels, to_text
-from dpsyngen.data.source import (
-    BLOCK,
-    Bad,
-    Channels,
-    Found,
-    Options,
-    Source,
-    Survey,
-    build,
-    file_identity,
-    settle_bad,
-    split_evenly,
-)
+from dpsyngen.data.source import Channels, Found, Job, Options, Source, file_identity, settle_bad, split_evenly
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, StoredImages, check_fits
 from dpsyngen.errors import DataError, listed, printable, shown
 from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, write_atomically, write_text
@@ -55,8 +36,6 @@ NAME_KEY = "class_names"
 MAX_HEADER_BYTES = 10_000  # numpy writes about 100
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # what numpy writes; others have dictionaries of any size
 _MAX_NAMES_BYTES = 2**23
-_MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
-_CHUNK_VALUES = 4 * 2**20
 
 
 # --------------------------------------------------------------------------------------------------- arrays in memory
@@ -94,71 +73,11 @@ def dataset_from_arrays(
     if pixels.dtype != np.uint8:
         pixels, good, skipped = _from_float(pixels, source, skip_bad)
         index = None if index is None else index[good]
-    pixels = _to_channels(pixels, channels, source)
-    pixels = _to_resolution(pixels, resolution or default_resolution({(pixels.shape[3], pixels.shape[2])}), source)
+    pixels = to_channels(pixels, channels, source)
+    pixels = to_resolution(pixels, resolution or default_resolution({(pixels.shape[3], pixels.shape[2])}), source)
     pixels = pixels.view()
     pixels.flags.writeable = False
     return ImageDataset(pixels, index, names, source, skipped)
-
-
-def arranged(images: np.ndarray, source: str) -> np.ndarray:
-    """Images in any accepted layout as a view ``[N, C, H, W]``.
-
-    Raises:
-        DataError: another type or shape.
-    """
-    if isinstance(images, np.ma.MaskedArray):
-        raise DataError(f"{source}: masked images; the mask would be lost. Fill it first: images.filled(255).")
-    if images.dtype.hasobject:
-        raise DataError(f"{source}: the images are Python objects, perhaps of several sizes. Make one array: np.stack.")
-    if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise DataError(
-            f"{source}: images of type {images.dtype}; uint8 (0..255) or floating point (0..1) is allowed. "
-            "If the values are 0..255, save images.astype('uint8')."
-        )
-    result = _arrange(images, source)
-    height, width = result.shape[2:]
-    if 0 in (height, width) and len(result):
-        raise DataError(f"{source}: images of {height}×{width} pixels are empty.")
-    if max(height, width) > _MAX_SIDE or height * width > MAX_PIXELS:
-        raise DataError(
-            f"{source}: images of {height}×{width} pixels; at most {_MAX_SIDE:,} a side and {MAX_PIXELS:,} in all "
-            "are allowed. Cut them into smaller ones."
-        )
-    return result
-
-
-def _arrange(images: np.ndarray, source: str) -> np.ndarray:
-    shape = list(images.shape)
-    if images.ndim == 3 and not (shape[-1] in (1, 3) and shape[0] != 0):
-        return images[:, None]
-    if images.ndim == 4:
-        first, last = shape[1] in (1, 3), shape[3] in (1, 3)
-        if first and last:
-            raise DataError(
-                f"{source}: shape {shape} could be [N, C, H, W] or [N, H, W, C]. Use images of at least 8×8 pixels, "
-                "or save grey images as [N, H, W]."
-            )
-        if first or last:
-            return images if first else images.transpose(0, 3, 1, 2)
-    hint = "Composite an alpha channel" if images.ndim == 4 else "Reshape flattened rows, or add the axis N"
-    raise DataError(
-        f"{source}: images of shape {shape}; [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3 is allowed. "
-        f"{hint} first, then save again."
-    )
-
-
-def converted(pixels: np.ndarray, resolution: int, colour: Colour) -> tuple[NDArray[np.uint8], list[Bad]]:
-    """A few images ``[N, C, H, W]``, uint8 or floating point in [0, 1], as uint8 of the form that is wanted.
-
-    Returns:
-        contiguous uint8 ``[N, C, resolution, resolution]``; (which, why) of those that are no images, which are black.
-    """
-    bad: list[Bad] = []
-    if pixels.dtype != np.uint8:
-        pixels, bad = _rounded(pixels)
-    pixels = _to_resolution(_to_channels(pixels, colour, "images"), resolution, "images")
-    return np.ascontiguousarray(pixels), bad
 
 
 def _from_float(pixels: np.ndarray, source: str, skip_bad: bool) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -166,8 +85,8 @@ def _from_float(pixels: np.ndarray, source: str, skip_bad: bool) -> tuple[np.nda
     result = np.zeros(pixels.shape, dtype=np.uint8)
     bad: list[tuple[str, str]] = []
     good = np.ones(len(pixels), dtype=bool)
-    for part in _chunks(pixels.shape):
-        result[part], wrong = _rounded(np.asarray(pixels[part]))
+    for part in chunks(pixels.shape):
+        result[part], wrong = to_uint8(np.asarray(pixels[part]))
         bad += [(f"image {part.start + i}", why) for i, why in wrong]
         good[[part.start + i for i, _ in wrong]] = False
     if bad and not good.any():
@@ -177,50 +96,6 @@ def _from_float(pixels: np.ndarray, source: str, skip_bad: bool) -> tuple[np.nda
         )
     skipped = settle_bad(bad, where=source, skip_bad=skip_bad)
     return (result[good] if bad else result), good, skipped
-
-
-def _rounded(values: np.ndarray) -> tuple[np.ndarray, list[Bad]]:
-    """Floating point in [0, 1] times 255, rounded; images with other values are black, and listed."""
-    flat = values.reshape(len(values), -1)
-    finite = np.isfinite(flat).all(axis=1)
-    inside = np.asarray((flat >= 0) & (flat <= 1)).all(axis=1)
-    bad = [
-        (i, "values outside 0..1" if finite[i] else "NaN or infinite values") for i in np.flatnonzero(~inside).tolist()
-    ]
-    # float64: float16 cannot hold 255·x to half a grey level; bad images are blanked, as NaN has no uint8.
-    clean = np.where(inside.reshape(-1, 1, 1, 1), values, 0).astype(np.float64)
-    return np.rint(255 * clean).astype(np.uint8), bad
-
-
-def _to_channels(pixels: np.ndarray, channels: Channels, source: str) -> np.ndarray:
-    have = pixels.shape[1]
-    if channels == "rgb" and have == 1:
-        return np.broadcast_to(pixels, (len(pixels), 3, *pixels.shape[2:]))  # a view: costs no memory
-    if channels != "grey" or have == 1:
-        return pixels
-    check_fits(pixels.size // 3, what=source)
-    grey = np.empty((len(pixels), 1, *pixels.shape[2:]), dtype=np.uint8)
-    for part in _chunks(pixels.shape):
-        red, green, blue = np.moveaxis(np.asarray(pixels[part], dtype=np.uint32), 1, 0)
-        # Luma of ITU-R BT.601 in the fixed-point form Pillow uses, so that folders and arrays agree to the bit.
-        grey[part, 0] = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
-    return grey
-
-
-def _to_resolution(pixels: np.ndarray, resolution: int, source: str) -> np.ndarray:
-    count, channels, height, width = pixels.shape
-    if height == width == resolution:
-        return pixels
-    check_fits(count * channels * resolution**2, what=f"{source} at resolution {resolution}")
-    result = np.empty((count, channels, resolution, resolution), dtype=np.uint8)
-    for i in range(count):
-        result[i] = image_to_array(resize_square(array_to_image(pixels[i]), resolution))
-    return result
-
-
-def _chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    step = max(1, _CHUNK_VALUES // max(1, math.prod(shape[1:])))
-    return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 # -------------------------------------------------------------------------------------------------- .npy and .npz
@@ -403,8 +278,8 @@ def read_array_file(
     count, channels, height, width = pixels.shape
     if count == 0:
         raise DataError(f"{where}: there are no images in it. Give at least one.")
-    shape = options.shape(count, Survey().with_header(ImageHeader(width, height, channels == 1)))
-    small, right = options.in_memory(shape), pixels.dtype == np.uint8 and pixels.shape[2:] == shape[2:]
+    shape = options.shape(count, {ImageHeader(width, height, channels == 1)})
+    small, right = in_memory(shape, options), pixels.dtype == np.uint8 and pixels.shape[2:] == shape[2:]
     if right and channels == shape[1] and not small and pixels.flags.c_contiguous:
         index, class_names = index_labels(labels, names, count, where)
         return ImageDataset(StoredImages(path, shape, offset), index, class_names, where)
@@ -417,34 +292,15 @@ def read_array_file(
 
     def index_file() -> Source:
         index, class_names = index_labels(labels, names, count, where)
-        jobs = [_ArrayJob(str(path), r.start, r.stop) for r in split_evenly(count)]
+        jobs = [Job(part.stop - part.start, functools.partial(_npy_items, path, part)) for part in split_evenly(count)]
         return Source(where, jobs, index, class_names, lambda i: f"image {i}", every_class=False)
 
     files = [p for p in (path, path.with_name(LABELS), path.with_name(CLASS_NAMES)) if p == path or p.is_file()]
-    return build(Found(where, "npy", lambda: file_identity(files), index_file), options)
+    return build(Found(where, lambda: ["npy", *file_identity(files)], index_file), options)
 
 
-@dataclass(frozen=True)
-class _ArrayJob:
-    """Consecutive images of a ``.npy`` file; see :class:`dpsyngen.data.source.Job`."""
-
-    path: str
-    start: int
-    stop: int
-
-    @property
-    def count(self) -> int:
-        return self.stop - self.start
-
-    def survey(self) -> Survey:
-        _, channels, height, width = arranged(read_npy(Path(self.path))[0], self.path).shape
-        return Survey().with_header(ImageHeader(width, height, channels == 1))
-
-    def blocks(self, resolution: int, colour: Colour) -> Iterator[tuple[NDArray[np.uint8], list[Bad]]]:
-        pixels = arranged(read_npy(Path(self.path))[0], self.path)
-        for start in range(self.start, self.stop, BLOCK):
-            images, bad = converted(np.array(pixels[start : min(start + BLOCK, self.stop)]), resolution, colour)
-            yield images, [(start - self.start + i, why) for i, why in bad]
+def _npy_items(path: Path, part: slice) -> Iterator[np.ndarray]:
+    yield from arranged(read_npy(path)[0], str(path))[part]
 
 
 def save_images(dataset: ImageDataset, folder: Path) -> None:
@@ -463,7 +319,7 @@ def save_images(dataset: ImageDataset, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
     count, *row = dataset.images.shape
-    blocks = (dataset.batch(np.arange(part.start, min(part.stop, count))) for part in _chunks((count, *row)))
+    blocks = (dataset.batch(np.arange(part.start, min(part.stop, count))) for part in chunks((count, *row)))
     write_images(folder, (count, *row), blocks, dataset.labels, dataset.class_names)
 
 

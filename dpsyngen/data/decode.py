@@ -1,4 +1,4 @@
-"""One image file, of any size and pixel format, to one uint8 array.
+"""One image of any form (a file, its content, a PIL image, an array) to one uint8 array.
 
 The choices, made once for all readers:
 
@@ -8,6 +8,7 @@ The choices, made once for all readers:
 * **16-bit** values are scaled by 255/65535 (white stays white), not clipped as Pillow's own conversion does
   (16-bit RGB is read by Pillow itself, which keeps the high byte).
   The scale is fixed: stretching to an image's own range would change what its grey values mean.
+* **Floating point** in an array lies in [0, 1]; it is multiplied by 255 and rounded.  In files it is refused.
 * **Palette, CMYK and YCbCr** become RGB by Pillow's plain formulas; embedded colour profiles are ignored.
 * **Resizing** cuts the largest centred square and scales it with LANCZOS, antialiased: the filter with which
   EDM's data sets are prepared.  A box filter blurs more at ratios that are not whole, and sampling without
@@ -21,33 +22,33 @@ The choices, made once for all readers:
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import io
-import logging
+import math
 import os
-import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dpsyngen.errors import require
+from dpsyngen.data.store import PixelBudget, check_fits
+from dpsyngen.errors import DataError, require, shown
 from dpsyngen.files import NotPlainError, open_plain
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Colour = Literal["grey", "rgb"]
-Encoded = str | os.PathLike[str] | bytes
-"""An image file: its path, or its content."""
+Item = Any
+"""An image: a path, the content of a file, a PIL image, or an array or CPU tensor ``[H, W]``, ``[H, W, C]`` or
+``[C, H, W]``; or a BadImage, which says why there is none."""
 DEFAULT_RESOLUTION = 32
 MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
-_LARGE = 2**22  # pixels from which images of several processes take turns
+_MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
+_CHUNK_VALUES = 4 * 2**20
 
 # Only these decoders are reachable: the others are little used and have had more security faults (EPS runs a
 # program).
@@ -92,54 +93,98 @@ def default_resolution(sizes: set[tuple[int, int]]) -> int:
     return DEFAULT_RESOLUTION
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------------------------- items
 
 
-def read_header(path: Encoded) -> ImageHeader:
-    """Size and colour of an image file.
+def read_header(item: Item) -> ImageHeader:
+    """Size and colour of an image; of a file nothing is decoded.
 
     Raises:
         BadImage: not an image, animated, or too large.
     """
-    with _open_checked(path) as image:
-        return ImageHeader(*image.size, is_grey(image))
+    if isinstance(item, str | bytes | os.PathLike):
+        with _open_checked(item) as image:
+            return ImageHeader(*image.size, image.mode in _GREY_MODES)
+    if _is_pil(item):
+        return ImageHeader(*item.size, item.mode in _GREY_MODES)
+    _, channels, height, width = _array(item).shape
+    return ImageHeader(width, height, channels == 1)
 
 
-def is_grey(image: Image.Image) -> bool:
-    """Whether an image is stored in grey: 1, 8 or 16 bits, with or without alpha."""
-    return image.mode in _GREY_MODES
-
-
-def read_image(path: Encoded, *, resolution: int, colour: Colour) -> np.ndarray:
-    """An image file as uint8 ``[C, resolution, resolution]``, C = 1 for ``"grey"``, 3 for ``"rgb"``.
+def read_image(item: Item, *, resolution: int, colour: Colour) -> NDArray[np.uint8]:
+    """An image as uint8 ``[C, resolution, resolution]``, C = 1 for ``"grey"``, 3 for ``"rgb"``.
 
     Raises:
         BadImage: not an image, truncated, animated, too large, or with pixels of no defined range.
     """
-    with _open_checked(path) as image:
+    try:
+        if isinstance(item, str | bytes | os.PathLike):
+            with _open_checked(item) as image:
+                return _decoded(image, resolution, colour)
+        if _is_pil(item):
+            _check_pixels(item)
+            return _from_pil(item, resolution, colour)
+    except BadImage:
+        raise
+    except Exception as error:  # broken files make Pillow raise nearly anything: OSError, SyntaxError, struct.error
+        raise BadImage(f"broken or truncated ({_reason(error)})") from error
+    pixels, bad = to_uint8(_array(item))
+    if bad:
+        raise BadImage(bad[0][1])
+    return np.ascontiguousarray(to_resolution(to_channels(pixels, colour, "image"), resolution, "image")[0])
+
+
+def _is_pil(image: Any) -> bool:
+    return hasattr(image, "getexif") and hasattr(image, "mode")
+
+
+def _array(image: Any) -> NDArray[Any]:
+    """An image that is an array or a tensor as ``[1, C, H, W]``."""
+    if isinstance(image, BadImage):
+        raise image
+    if not isinstance(image, np.ndarray) and not hasattr(image, "__array__"):
+        raise BadImage(f"the image is {shown(type(image).__name__)}: a PIL image, an array or a CPU tensor is read")
+    array = np.asarray(image)
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        why = ": [H, W], [H, W, C] or [C, H, W] is read" if array.ndim not in (2, 3) else ", which is empty"
+        raise BadImage(f"the image has shape {list(array.shape)}{why}")
+    try:
+        return arranged(array[None, None] if array.ndim == 2 else array[None], "the image")
+    except DataError as error:
+        raise BadImage(str(error).removeprefix("the image: ")) from None
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+_budget = PixelBudget(MAX_PIXELS)
+
+
+def share_budget(path: str | os.PathLike[str]) -> None:
+    """From now on, take turns with the other processes that gave this lock file: one large image at a time."""
+    global _budget
+    if _budget.turns != path:
+        _budget = PixelBudget(MAX_PIXELS, path)
+
+
+def _decoded(image: Image.Image, resolution: int, colour: Colour) -> NDArray[np.uint8]:
+    whole = image.width * image.height
+    # JPEG can decode at 1/2, 1/4 or 1/8 size at a fraction of the cost; a margin of 4× leaves LANCZOS its say.
+    image.draft(None, (4 * resolution, 4 * resolution))
+    # A progressive JPEG is held whole, whatever size is asked for.
+    pixels = whole if image.info.get("progressive") else image.width * image.height
+    with _budget.spend(pixels):
         try:
-            whole = image.width * image.height
-            # JPEG can decode at 1/2, 1/4 or 1/8 size at a fraction of the cost; a margin of 4× leaves LANCZOS its
-            # say.
-            image.draft(None, (4 * resolution, 4 * resolution))
-            # A progressive JPEG is held whole, whatever size is asked for.
-            pixels = whole if image.info.get("progressive") else image.width * image.height
-            with _budget.spend(pixels):
-                try:
-                    return decode_image(image, resolution=resolution, colour=colour)
-                finally:
-                    image.close()  # its pixels go before the next image comes
-        except BadImage:
-            raise
-        except Exception as error:  # broken files make Pillow raise nearly anything: OSError, SyntaxError, struct.error
-            raise BadImage(f"broken or truncated ({_reason(error)})") from error
+            return _from_pil(image, resolution, colour)
+        finally:
+            image.close()  # its pixels go before the next image comes
 
 
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _file_of(encoded: Encoded) -> BinaryIO:
+def _file_of(encoded: str | bytes | os.PathLike[str]) -> BinaryIO:
     if isinstance(encoded, bytes):
         if len(encoded) > MAX_FILE_BYTES:
             raise BadImage(f"{len(encoded):,} bytes: over the limit of {MAX_FILE_BYTES:,}")
@@ -153,7 +198,7 @@ def _file_of(encoded: Encoded) -> BinaryIO:
 
 
 @contextmanager
-def _open_checked(encoded: Encoded) -> Iterator[Image.Image]:
+def _open_checked(encoded: str | bytes | os.PathLike[str]) -> Iterator[Image.Image]:
     """The opened image, whose pixels are not decoded yet."""
     from PIL import Image
 
@@ -168,7 +213,7 @@ def _open_checked(encoded: Encoded) -> Iterator[Image.Image]:
         except Exception as error:
             raise BadImage(f"cannot be opened ({_reason(error)})") from error
         with image:
-            check_pixels(image)
+            _check_pixels(image)
             try:
                 frames = getattr(image, "n_frames", 1)
             except Exception as error:  # counting frames parses the file
@@ -178,8 +223,7 @@ def _open_checked(encoded: Encoded) -> Iterator[Image.Image]:
             yield image
 
 
-def check_pixels(image: Image.Image) -> None:
-    """Raise BadImage for an image of more than 2²⁶ pixels."""
+def _check_pixels(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{image.width}×{image.height} pixels: over the limit of {MAX_PIXELS:,} (decompression bomb?)")
 
@@ -187,18 +231,12 @@ def check_pixels(image: Image.Image) -> None:
 # ------------------------------------------------------------------------------------------------------------- pixels
 
 
-def decode_image(image: Image.Image, *, resolution: int, colour: Colour) -> np.ndarray:
-    """An opened image as uint8 ``[C, resolution, resolution]``, by the rules at the top of this module.
-
-    Raises:
-        BadImage: its pixels have no defined range (floating point), or more than 16 bits.
-        OSError: the file is truncated.  Pillow raises other types as well for broken files.
-    """
+def _from_pil(image: Image.Image, resolution: int, colour: Colour) -> NDArray[np.uint8]:
     mode = "L" if colour == "grey" else "RGB"
     plain = _plain(_upright(image))
     if plain.mode != mode:
         plain = plain.convert(mode)
-    return image_to_array(resize_square(plain, resolution))
+    return _to_array(resize_square(plain, resolution))
 
 
 def resize_square(image: Image.Image, resolution: int) -> Image.Image:
@@ -214,17 +252,9 @@ def resize_square(image: Image.Image, resolution: int) -> Image.Image:
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
 
 
-def image_to_array(image: Image.Image) -> np.ndarray:
-    """An L or RGB image as uint8 ``[C, H, W]``."""
+def _to_array(image: Image.Image) -> NDArray[np.uint8]:
     pixels = np.asarray(image, dtype=np.uint8)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def array_to_image(pixels: np.ndarray) -> Image.Image:
-    """uint8 ``[1 or 3, H, W]`` as an L or RGB image; the inverse of :func:`image_to_array`."""
-    from PIL import Image
-
-    return Image.fromarray(np.ascontiguousarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -287,90 +317,105 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-# ----------------------------------------------------------------------------------------------------- memory, silence
+# ------------------------------------------------------------------------------------------------------------- arrays
 
 
-class PixelBudget:
-    """Lets threads in while the pixels that they decode stay within a total.
+def arranged(images: np.ndarray, source: str) -> np.ndarray:
+    """Images in any accepted layout as a view ``[N, C, H, W]``.
 
-    A file of some kilobytes can decode to hundreds of megabytes.  One such file is bounded by the limit on pixels; this
-    bounds what several of them take together.
-
-    Args:
-        total: pixels.
-        turns: a lock file; of the processes that have the same one, one at a time decodes a large image.
+    Raises:
+        DataError: another type or shape.
     """
-
-    def __init__(self, total: int, turns: str | os.PathLike[str] | None = None) -> None:
-        self.total, self.turns = total, turns
-        self._free = total
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def spend(self, pixels: int) -> Iterator[None]:
-        """Hold `pixels` of the total, waiting until they are free.  More than the total counts as all of it."""
-        from filelock import FileLock
-
-        pixels = min(pixels, self.total)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
-        try:
-            large = self.turns is not None and pixels > _LARGE
-            with FileLock(self.turns, mode=0o600) if large else contextlib.nullcontext():
-                yield
-        finally:
-            if pixels > _LARGE:
-                # The C library keeps what a thread freed for that thread, so eight threads would hold eight large
-                # images' worth.  Other libraries than GNU's have no such function, and another policy.
-                with contextlib.suppress(OSError, AttributeError):
-                    ctypes.CDLL(None).malloc_trim(0)
-            with self._changed:
-                self._free += pixels
-                self._changed.notify_all()
+    if isinstance(images, np.ma.MaskedArray):
+        raise DataError(f"{source}: masked images; the mask would be lost. Fill it first: images.filled(255).")
+    if images.dtype.hasobject:
+        raise DataError(f"{source}: the images are Python objects, perhaps of several sizes. Make one array: np.stack.")
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise DataError(
+            f"{source}: images of type {images.dtype}; uint8 (0..255) or floating point (0..1) is allowed. "
+            "If the values are 0..255, save images.astype('uint8')."
+        )
+    result = _arrange(images, source)
+    height, width = result.shape[2:]
+    if 0 in (height, width) and len(result):
+        raise DataError(f"{source}: images of {height}×{width} pixels are empty.")
+    if max(height, width) > _MAX_SIDE or height * width > MAX_PIXELS:
+        raise DataError(
+            f"{source}: images of {height}×{width} pixels; at most {_MAX_SIDE:,} a side and {MAX_PIXELS:,} in all "
+            "are allowed. Cut them into smaller ones."
+        )
+    return result
 
 
-_budget = PixelBudget(MAX_PIXELS)
+def _arrange(images: np.ndarray, source: str) -> np.ndarray:
+    shape = list(images.shape)
+    if images.ndim == 3 and not (shape[-1] in (1, 3) and shape[0] != 0):
+        return images[:, None]
+    if images.ndim == 4:
+        first, last = shape[1] in (1, 3), shape[3] in (1, 3)
+        if first and last:
+            raise DataError(
+                f"{source}: shape {shape} could be [N, C, H, W] or [N, H, W, C]. Use images of at least 8×8 pixels, "
+                "or save grey images as [N, H, W]."
+            )
+        if first or last:
+            return images if first else images.transpose(0, 3, 1, 2)
+    hint = "Composite an alpha channel" if images.ndim == 4 else "Reshape flattened rows, or add the axis N"
+    raise DataError(
+        f"{source}: images of shape {shape}; [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3 is allowed. "
+        f"{hint} first, then save again."
+    )
 
 
-def share_budget(path: str | os.PathLike[str]) -> None:
-    """From now on, take turns with the other processes that gave this lock file: one large image at a time."""
-    global _budget
-    if _budget.turns != path:
-        _budget = PixelBudget(MAX_PIXELS, path)
+def to_uint8(values: np.ndarray) -> tuple[NDArray[np.uint8], list[tuple[int, str]]]:
+    """Images ``[N, C, H, W]``, uint8 or floating point in [0, 1], as uint8.
 
-
-@contextmanager
-def quiet_decoders() -> Iterator[None]:
-    """No warnings, no log lines on the terminal, and no messages of libtiff while the context lasts.
-
-    What decoders say of a broken file names no file; whatever of it matters is raised as an error and reported with
-    the file's name.  An application that collects the log of Pillow still gets it.
+    Those with other values are black, and returned as (which, why).
     """
-    logger, ignored = logging.getLogger("PIL"), logging.NullHandler()
-    logger.addHandler(ignored)  # without any handler, Python prints errors to the terminal
-    handler = _set_tiff_handler(None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        _set_tiff_handler(handler)
-        logger.removeHandler(ignored)
+    if values.dtype == np.uint8:
+        return values, []
+    flat = values.reshape(len(values), -1)
+    finite = np.isfinite(flat).all(axis=1)
+    inside = np.asarray((flat >= 0) & (flat <= 1)).all(axis=1)
+    outside = "values outside 0..1; for [-1, 1] give (x + 1) / 2"
+    bad = [(i, outside if finite[i] else "NaN or infinite values") for i in np.flatnonzero(~inside).tolist()]
+    # float64: float16 cannot hold 255·x to half a grey level; bad images are blanked, as NaN has no uint8.
+    clean = np.where(inside.reshape(-1, 1, 1, 1), values, 0).astype(np.float64)
+    return np.rint(255 * clean).astype(np.uint8), bad
 
 
-def _set_tiff_handler(handler: int | None) -> int | None:
-    """Have libtiff call this function (an address; None: nothing) for errors; returns the one before it.
+def to_channels(pixels: np.ndarray, channels: str, source: str) -> np.ndarray:
+    """uint8 ``[N, C, H, W]`` in "grey" or "rgb"; "auto" keeps what is there."""
+    have = pixels.shape[1]
+    if channels == "rgb" and have == 1:
+        return np.broadcast_to(pixels, (len(pixels), 3, *pixels.shape[2:]))  # a view: costs no memory
+    if channels != "grey" or have == 1:
+        return pixels
+    check_fits(pixels.size // 3, what=source)
+    grey = np.empty((len(pixels), 1, *pixels.shape[2:]), dtype=np.uint8)
+    for part in chunks(pixels.shape):
+        red, green, blue = np.moveaxis(np.asarray(pixels[part], dtype=np.uint32), 1, 0)
+        # Luma of ITU-R BT.601 in the fixed-point form Pillow uses, so that folders and arrays agree to the bit.
+        grey[part, 0] = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return grey
 
-    libtiff prints to the terminal by itself, and Pillow has no switch for that.
-    """
-    try:
-        from PIL import _imaging
 
-        # A symbol is looked up in the libraries that a module was linked with, too.
-        change = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
-    except (ImportError, OSError, AttributeError):
-        return None  # a Pillow without libtiff, or with its names hidden: it may print
-    change.restype, change.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    before: int | None = change(handler)
-    return before
+def to_resolution(pixels: np.ndarray, resolution: int, source: str) -> np.ndarray:
+    """uint8 ``[N, C, H, W]``, each cut to its largest centred square and scaled."""
+    from PIL import Image
+
+    count, channels, height, width = pixels.shape
+    if height == width == resolution:
+        return pixels
+    check_fits(count * channels * resolution**2, what=f"{source} at resolution {resolution}")
+    result = np.empty((count, channels, resolution, resolution), dtype=np.uint8)
+    for i in range(count):
+        one = pixels[i, 0] if channels == 1 else pixels[i].transpose(1, 2, 0)
+        result[i] = _to_array(resize_square(Image.fromarray(np.ascontiguousarray(one)), resolution))
+    return result
+
+
+def chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of an array of this shape that have some million values."""
+    step = max(1, _CHUNK_VALUES // max(1, math.prod(shape[1:])))
+    return (slice(start, start + step) for start in range(0, shape[0], step))

@@ -11,19 +11,19 @@ an image twice, while the guarantee says one image = one record.  A pattern may 
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpsyngen.data.labels import check_class_names
-from dpsyngen.data.source import EncodedJob, Found, Item, Source, file_identity, split_evenly
+from dpsyngen.data.source import Found, Job, Source, file_identity, split_evenly
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars
 from dpsyngen.errors import DataError, listed, printable
@@ -57,9 +57,9 @@ def find_folder(root: Path, *, labels: bool) -> Found:
         for name in files:
             status = os.lstat(root / name)
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
-        return [os.path.realpath(root), len(files), names, digest.hexdigest()]
+        return ["folder", os.path.realpath(root), len(files), names, digest.hexdigest()]
 
-    return Found(printable(root), "folder", identity, lambda: index_folder(root, labels=labels))
+    return Found(printable(root), identity, lambda: index_folder(root, labels=labels))
 
 
 def index_folder(root: Path, *, labels: bool) -> Source:
@@ -70,38 +70,23 @@ def index_folder(root: Path, *, labels: bool) -> Source:
     """
     bad: _Bad = []
     files, classes, names = _list_files(root, labels, bad)
-    jobs = [_FolderJob(str(root), tuple(files[r.start : r.stop])) for r in split_evenly(len(files))]
-    index = np.array(classes, dtype=np.int64) if names else None
-    source = Source(printable(root), jobs, index, names, lambda i: files[i], tuple(bad), empty=_say_empty)
-    empty = sorted(set(range(len(names))) - set(classes))
+    empty = [name for c, name in enumerate(names) if c not in set(classes)]
     if (empty or not files) and not bad:
-        source.raise_empty([names[c] for c in empty], bad)
-    return source
+        what = f"no usable image of the classes {listed(empty)}" if empty else "no usable image in this folder"
+        raise DataError(
+            f"{printable(root)}: {what}. Give a folder with image files ({', '.join(sorted(IMAGE_SUFFIXES))}), or with "
+            "one sub-folder per class, each with images."
+        )
+    jobs = [
+        Job(len(files[part]), functools.partial(_file_items, str(root), tuple(files[part])))
+        for part in split_evenly(len(files))
+    ]
+    index = np.array(classes, dtype=np.int64) if names else None
+    return Source(printable(root), jobs, index, names, lambda i: files[i], tuple(bad))
 
 
-def _say_empty(names: Sequence[str]) -> tuple[str, str]:
-    if names:
-        what = f"class folder{'s' if len(names) > 1 else ''} without a usable image: {listed(names)}"
-        return what, "Add images, or remove the folder if the class does not exist."
-    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-    return (
-        "no usable image in this folder",
-        f"Give a folder with image files ({suffixes}) or with one sub-folder per class.",
-    )
-
-
-@dataclass(frozen=True)
-class _FolderJob(EncodedJob):
-    root: str
-    files: tuple[str, ...]
-
-    @property
-    def count(self) -> int:
-        return len(self.files)
-
-    def items(self) -> Iterator[Item]:
-        for name in self.files:
-            yield os.path.join(self.root, name)
+def _file_items(root: str, files: Sequence[str]) -> Iterator[str]:
+    return (os.path.join(root, name) for name in files)
 
 
 def _list_files(root: Path, labels: bool, bad: _Bad) -> tuple[list[str], list[int], tuple[str, ...]]:
@@ -236,7 +221,7 @@ def find_files(paths: Sequence[Path], where: str, *, labels: bool) -> Found:
         raise DataError(f"{where}: {len(paths):,} files; at most {_MOST_FILES:,} are read.")
     suffix = paths[0].suffix.lower()
     index: Callable[..., Source] = index_tars if suffix == ".tar" else index_tables
-    return Found(where, suffix, lambda: file_identity(paths), lambda: index(paths, where, labels=labels))
+    return Found(where, lambda: [suffix, *file_identity(paths)], lambda: index(paths, where, labels=labels))
 
 
 def _expanded(text: str) -> list[str]:

@@ -12,12 +12,13 @@ import numpy as np
 
 from dpsyngen.config import Config
 from dpsyngen.data.arrays import dataset_from_arrays, read_array_file, read_array_folder, read_npz
+from dpsyngen.data.cache import build
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import check_resolution
 from dpsyngen.data.folder import SHARD_SUFFIXES, find_files, find_folder, find_in_folder, find_pattern, is_pattern
 from dpsyngen.data.map_style import MapStyle, is_map_style, read_map_style
 from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_pair, read_named, suggest
-from dpsyngen.data.source import Options, build
+from dpsyngen.data.source import Options
 from dpsyngen.data.store import IMAGES
 from dpsyngen.errors import ConfigError, DataError, listed, printable, require
 

@@ -1,4 +1,4 @@
-"""Images that lie in a file: reading them by their numbers, and the private cache of decoded images.
+"""Images that are not in memory, and how much memory others may take.
 
 Files are read with ``pread``, not mapped: memory stays what the caller holds however many images there are, a file that
 another program cuts short is an error instead of a SIGBUS that ends the process, and threads do not disturb each other.
@@ -7,17 +7,13 @@ another program cuts short is an error instead of a SIGBUS that ends the process
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import hashlib
-import json
 import math
 import os
-import shutil
-import tempfile
-import warnings
+import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import DataError, printable
-from dpsyngen.files import write_text
 
 FORMAT = "dpsyngen-image-cache-2"
 IMAGES, LABELS, CLASS_NAMES = "images.npy", "labels.npy", "class_names.json"
+_LARGE_PIXELS = 2**22  # from which images of several processes take turns
 _MOST_BYTES = 2**30  # of one system call; Linux reads no more than 2 GiB at a time
 _SPARE_BYTES = 2**24  # on the disk, for labels and other programs
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -216,190 +212,41 @@ def loaded(images: ImageStore, what: str) -> NDArray[np.uint8]:
     return images[slice(0, len(images))]
 
 
-# -------------------------------------------------------------------------------------------------------------- cache
+class PixelBudget:
+    """Lets threads in while the pixels that they decode stay within a total.
 
-
-def digest_of(*parts: Any) -> str:
-    """A name for what these JSON-able values describe."""
-    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Decoded images in the cache: the good ones, int64 labels ``[N]``, class names, and what was left out."""
-
-    images: ImageStore
-    labels: NDArray[np.int64] | None
-    class_names: tuple[str, ...]
-    skipped: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The file of an entry that is being made; images are written to it by number.
-
-    Attributes:
-        path: ``images.npy`` in a folder of its own.
-        shape: of all images, ``(N, C, H, W)``, those included that turn out bad.
-        offset: bytes before the first image.
-    """
-
-    path: Path
-    shape: Shape
-    offset: int
-
-    def write(self, row: int, images: NDArray[np.uint8]) -> None:
-        """Write contiguous images ``[B, C, H, W]`` from number `row` on; several processes may do so at a time."""
-        with open(self.path, "r+b") as file:
-            file.seek(self.offset + row * math.prod(self.shape[1:]))
-            file.write(images.data)
-
-    def images(self) -> StoredImages:
-        """The images, to be read."""
-        return StoredImages(self.path, self.shape, self.offset)
-
-
-class Cache:
-    """A folder of decoded private images: folders of mode 0700, files of mode 0600.
-
-    An entry is named by a digest of its source's files (paths, sizes, times) and of the options.  It is made under
-    another name and renamed when it is whole; one that was interrupted is removed and starts again.
+    A file of some kilobytes can decode to hundreds of megabytes.  One such file is bounded by the limit on pixels; this
+    bounds what several of them take together.
 
     Args:
-        folder: None: ``$DPSYNGEN_CACHE``, else ``$XDG_CACHE_HOME/dpsyngen/images``, else ``~/.cache/dpsyngen/images``.
-            It is made when something is to be written.
+        total: pixels.
+        turns: a lock file; of the processes that have the same one, one at a time decodes a large image.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        own, base = os.environ.get("DPSYNGEN_CACHE"), os.environ.get("XDG_CACHE_HOME")
-        default = Path(own) if own else Path(base or "~/.cache") / "dpsyngen" / "images"
-        self.folder = (folder or default).expanduser()
-
-    def get(self, key: str) -> Entry | None:
-        """The entry of this name, if there is one.
-
-        Raises:
-            DataError: others can write to it, so nobody knows whose images it has; or it is damaged.
-        """
-        path = self.folder / key
-        try:
-            status = os.lstat(path)
-        except OSError:
-            return None
-        if not path.is_dir() or path.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise DataError(
-                f"{printable(path)} is not a folder that only you can read, so it is not used for private images. "
-                "Remove it, or give another folder: --set data.cache=PATH (from Python: cache=PATH)."
-            )
-        try:
-            about = json.loads((path / "about.json").read_text(encoding="utf-8"))
-            stored = Part(path / IMAGES, tuple(about["shape"]), about["offset"]).images()
-            keep = np.ones(len(stored), dtype=bool)
-            keep[about["bad"]] = False
-            labels = np.load(path / LABELS, allow_pickle=False) if about["labelled"] else None
-            if labels is not None and (labels.dtype != np.int64 or labels.shape != (keep.sum(),)):
-                raise ValueError("the labels do not fit the images")
-            return Entry(kept_of(stored, keep), labels, tuple(about["class_names"]), tuple(about["skipped"]))
-        except (OSError, ValueError, LookupError, TypeError, DataError) as error:
-            raise DataError(
-                f"{printable(path)}, a copy of decoded images, is damaged ({printable(error)}). Remove it: it is made "
-                "again from the source."
-            ) from error
+    def __init__(self, total: int, turns: str | os.PathLike[str] | None = None) -> None:
+        self.total, self.turns = total, turns
+        self._free = total
+        self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold the lock of this name, waiting for it; one process makes an entry while others wait.
-
-        Raises:
-            DataError: the folder cannot be written, or its file system has no locks.
-        """
+    def spend(self, pixels: int) -> Iterator[None]:
+        """Hold `pixels` of the total, waiting until they are free.  More than the total counts as all of it."""
         from filelock import FileLock
 
-        lock = FileLock(self.folder / f"{name}.lock", mode=0o600)
+        pixels = min(pixels, self.total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            raise self._unusable(error) from error
-        try:
-            yield
+            large = self.turns is not None and pixels > _LARGE_PIXELS
+            with FileLock(self.turns, mode=0o600) if large else contextlib.nullcontext():
+                yield
         finally:
-            lock.release()
-
-    @contextlib.contextmanager
-    def making(self, key: str, shape: Shape) -> Iterator[Part]:
-        """A fresh part, with its room on the disk taken before anything is decoded; call it with the lock held.
-
-        Whatever :meth:`publish` has not renamed is removed in the end.
-
-        Raises:
-            DataError: the disk has too little space, or the folder cannot be written.
-        """
-        for left in self.folder.glob(f"{key}-*.part"):
-            warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
-            shutil.rmtree(left, ignore_errors=True)
-        size = math.prod(shape) + _SPARE_BYTES
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if size > shutil.disk_usage(self.folder).free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=f"{key}-", suffix=".part"))  # mode 0700
-        except OSError as error:
-            raise self._unusable(error, size) from error
-        try:
-            yield self._claimed(folder, shape)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise self._unusable(error, size) from error
-            raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _claimed(self, folder: Path, shape: Shape) -> Part:
-        descriptor = os.open(folder / IMAGES, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            offset = file.tell()
-            try:
-                os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))
-            except OSError as error:
-                if error.errno in _FULL:
-                    raise
-                file.truncate(offset + math.prod(shape))  # a file system that cannot take room ahead
-        return Part(folder / IMAGES, shape, offset)
-
-    def publish(self, key: str, part: Part, bad: Iterable[int], entry: Entry) -> None:
-        """Give a part, all of whose images are written, its name.
-
-        Args:
-            key: the name.
-            part: from :meth:`making`.
-            bad: numbers of the images that are left out; their rows stay in the file, unused.
-            entry: labels of the other images, class names, and what was left out, in words.
-        """
-        folder = part.path.parent
-        about = {"shape": part.shape, "offset": part.offset, "bad": sorted(bad), "labelled": entry.labels is not None}
-        about |= {"class_names": entry.class_names, "skipped": entry.skipped}
-        if entry.labels is not None:
-            np.save(folder / LABELS, entry.labels, allow_pickle=False)
-            os.chmod(folder / LABELS, 0o600)
-        with open(part.path, "rb+") as file:
-            os.fsync(file.fileno())
-        write_text(folder / "about.json", json.dumps(about), 0o600)
-        os.rename(folder, self.folder / key)
-
-    def _unusable(self, error: OSError | NotImplementedError, size: int = 0) -> DataError:
-        if getattr(error, "errno", None) in _FULL:
-            free = shutil.disk_usage(self.folder).free
-            return DataError(
-                f"the decoded images need {size / 2**30:,.2f} GiB in {printable(self.folder)}, but "
-                f"{free / 2**30:,.2f} GiB are free. Free some space, give a folder on a larger disk (--set "
-                "data.cache=PATH; from Python: cache=PATH), or use a smaller resolution."
-            )
-        why = getattr(error, "strerror", None) or error
-        return DataError(
-            f"the decoded images are too many for memory and go to a file, but the folder {printable(self.folder)} "
-            f"cannot be used ({printable(why)}). Give one that you can write to, on a disk with locks: --set "
-            "data.cache=PATH (from Python: cache=PATH)."
-        )
+            if pixels > _LARGE_PIXELS:
+                # The C library keeps what a thread freed for that thread, so eight threads would hold eight large
+                # images' worth.  Other libraries than GNU's have no such function, and another policy.
+                with contextlib.suppress(OSError, AttributeError):
+                    ctypes.CDLL(None).malloc_trim(0)
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()

@@ -7,6 +7,7 @@ record batch of an Arrow stream, is the smallest part that can be read on its ow
 
 from __future__ import annotations
 
+import functools
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage
+from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage, Item
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_names, index_labels
-from dpsyngen.data.source import BLOCK, EncodedJob, Item, Source
+from dpsyngen.data.source import BLOCK, Job, Source
 from dpsyngen.data.store import check_fits
 from dpsyngen.errors import ConfigError, DataError, DpsyngenError, listed, printable
 from dpsyngen.files import NotPlainError, open_plain
@@ -120,7 +121,7 @@ def _check_image_type(kind: Any, name: str, where: str) -> None:
 
 
 @contextmanager
-def _guarded(path: Path | str) -> Iterator[None]:
+def _guarded(path: Path) -> Iterator[None]:
     """Make a DataError of whatever a damaged file has pyarrow raise, which is nearly anything."""
     try:
         yield
@@ -133,11 +134,11 @@ def _guarded(path: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _is_arrow(path: Path | str) -> bool:
-    return str(path).lower().endswith(".arrow")
+def _is_arrow(path: Path) -> bool:
+    return path.suffix.lower() == ".arrow"
 
 
-def _parquet(path: Path | str) -> Any:
+def _parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(
@@ -188,7 +189,7 @@ def _parts(path: Path, label: str | None) -> Iterator[tuple[int, int, Any]]:
             yield place, batch.num_rows, None if label is None else batch.column(schema.get_field_index(label))
 
 
-def _arrays(path: str, place: int, column: str) -> Iterator[Any]:
+def _arrays(path: Path, place: int, column: str) -> Iterator[Any]:
     """A column of one row group (some rows at a time) or of one record batch."""
     import pyarrow as pa
 
@@ -197,7 +198,7 @@ def _arrays(path: str, place: int, column: str) -> Iterator[Any]:
             for batch in table.iter_batches(BLOCK, row_groups=[place], columns=[column], use_threads=False):
                 yield batch.column(0)
         return
-    with pa.OSFile(path, "rb") as file:
+    with pa.OSFile(str(path), "rb") as file:
         schema = pa.ipc.open_stream(file).schema
         file.seek(place)
         yield pa.ipc.read_record_batch(pa.ipc.read_message(file), schema).column(schema.get_field_index(column))
@@ -265,7 +266,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
         columns = found
     assert columns is not None
 
-    jobs: list[_TableJob] = []
+    jobs: list[Job] = []
     values: list[Any] = []
     places: list[tuple[int, str, int, NDArray[np.int64]]] = []  # first image, file, its row, rows of it that are used
     bad: list[tuple[str, str]] = []
@@ -283,7 +284,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
                     raise DataError(f"{where} is damaged: {len(present):,} labels for {rows:,} rows. Copy it again.")
                 if present.any():
                     places.append((done, path.name, first, np.flatnonzero(present)))
-                    jobs.append(_TableJob(str(path), place, present, columns.image))
+                    jobs.append(Job(int(present.sum()), functools.partial(_items, path, place, present, columns.image)))
                     done += jobs[-1].count
                 first += rows
     if not done:
@@ -335,33 +336,23 @@ def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bo
     return present, numbers[present]
 
 
-@dataclass(frozen=True)
-class _TableJob(EncodedJob):
-    """The images in one part of a file; of its rows those in `keep`."""
+def _items(path: Path, place: int, keep: NDArray[np.bool_], column: str) -> Iterator[Item]:
+    """The images in one part of a file; of its rows those in `keep`.
 
-    path: str
-    place: int
-    keep: NDArray[np.bool_]
-    column: str
+    A part that cannot be read is an error, as its rows cannot be told apart.
+    """
+    import pyarrow.types as types
 
-    @property
-    def count(self) -> int:
-        return int(self.keep.sum())
-
-    def items(self) -> Iterator[Item]:
-        """A part that cannot be read is an error, as its rows cannot be told apart."""
-        import pyarrow.types as types
-
-        row = 0
-        with _guarded(self.path):
-            for array in _arrays(self.path, self.place, self.column):
-                array.validate(full=True)  # offsets of a stranger's file may point anywhere in memory
-                if types.is_struct(array.type):
-                    array = array.flatten()[array.type.get_field_index("bytes")]  # null where the struct is
-                for value in array:
-                    if self.keep[row]:
-                        yield _content(value)
-                    row += 1
+    row = 0
+    with _guarded(path):
+        for array in _arrays(path, place, column):
+            array.validate(full=True)  # offsets of a stranger's file may point anywhere in memory
+            if types.is_struct(array.type):
+                array = array.flatten()[array.type.get_field_index("bytes")]  # null where the struct is
+            for value in array:
+                if keep[row]:
+                    yield _content(value)
+                row += 1
 
 
 def _content(value: Any) -> Item:

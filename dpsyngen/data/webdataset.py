@@ -7,6 +7,7 @@ left alone.  Nothing is unpacked, so no name can lead anywhere; links, devices a
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -21,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage
+from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage, Item
 from dpsyngen.data.labels import MAX_NAME_BYTES, Label, index_labels
-from dpsyngen.data.source import EncodedJob, Item, Source, split_evenly
+from dpsyngen.data.source import Job, Source, split_evenly
 from dpsyngen.errors import DataError, printable
 
 IMAGE_ENDINGS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"})
@@ -33,24 +34,14 @@ _MAX_HEADER_BYTES = 2**16  # of a long name, or of a pax header; writers need so
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
 
 
-@dataclass(frozen=True)
-class _TarJob(EncodedJob):
-    path: str
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-
-    @property
-    def count(self) -> int:
-        return len(self.offsets)
-
-    def items(self) -> Iterator[Item]:
-        with open(self.path, "rb", buffering=0) as file:
-            for offset, size in zip(self.offsets.tolist(), self.sizes.tolist(), strict=True):
-                if size > MAX_FILE_BYTES:
-                    yield BadImage(f"{size:,} bytes: over the limit of {MAX_FILE_BYTES:,}")
-                    continue
-                content = os.pread(file.fileno(), size, offset)
-                yield content if len(content) == size else BadImage("truncated: the tar file was changed")
+def _items(path: Path, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Iterator[Item]:
+    with open(path, "rb", buffering=0) as file:
+        for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
+            if size > MAX_FILE_BYTES:
+                yield BadImage(f"{size:,} bytes: over the limit of {MAX_FILE_BYTES:,}")
+                continue
+            content = os.pread(file.fileno(), size, offset)
+            yield content if len(content) == size else BadImage("truncated: the tar file was changed")
 
 
 def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
@@ -105,11 +96,10 @@ class _Shard:
     def __len__(self) -> int:
         return len(self.stems)
 
-    def jobs(self) -> list[_TarJob]:
-        offsets, sizes = np.array(self.offsets, dtype=np.int64), np.array(self.sizes, dtype=np.int64)
-        return [
-            _TarJob(str(self.path), offsets[r.start : r.stop], sizes[r.start : r.stop]) for r in split_evenly(len(self))
-        ]
+    def jobs(self) -> list[Job]:
+        places = (np.array(self.offsets, dtype=np.int64), np.array(self.sizes, dtype=np.int64))
+        parts = split_evenly(len(self))
+        return [Job(p.stop - p.start, functools.partial(_items, self.path, *(a[p] for a in places))) for p in parts]
 
     def read(self, *, labels: bool) -> None:
         with open(self.path, "rb", buffering=0) as file:

@@ -90,7 +90,7 @@ def test_floats_in_0_1(rng: np.random.Generator, dtype: Any) -> None:
 
 
 def test_bad_floats(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpsyngen.data.arrays._CHUNK_VALUES", 128)  # two images a chunk
+    monkeypatch.setattr("dpsyngen.data.decode._CHUNK_VALUES", 128)  # two images a chunk
     x = rng.random((5, 8, 8))
     x[1, 0, 0], x[3, 7, 7], x[4, 1, 1] = np.nan, 1.5, -np.inf
     with pytest.raises(DataError, match="3 items") as caught:

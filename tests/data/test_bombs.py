@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpsyngen.data.decode import PixelBudget
+from dpsyngen.data.store import PixelBudget
 from tests.data.test_hostile_images import blank_png
 
 _MEASURE = """

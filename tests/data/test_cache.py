@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from dpsyngen.config import load_config
-from dpsyngen.data import load_images, source, store
-from dpsyngen.data.source import EncodedJob
-from dpsyngen.data.store import Cache, SelectedImages, StoredImages
+from dpsyngen.data import cache, load_images
+from dpsyngen.data.cache import Cache
+from dpsyngen.data.source import Job
+from dpsyngen.data.store import SelectedImages, StoredImages
 from dpsyngen.errors import ConfigError, DataError
 from tests.data.encoded import pixels, png, samples, write_tar
 
@@ -35,16 +36,16 @@ class _Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 10**9) -> None:
         self.count, self.most = 0, most
-        whole = EncodedJob.blocks
+        whole = Job.blocks
 
-        def blocks(job, resolution, colour):
-            for images, bad in whole(job, resolution, colour):
+        def blocks(job, shape):
+            for images, bad in whole(job, shape):
                 if self.count >= self.most:
                     raise KeyboardInterrupt
                 self.count += len(images)
                 yield images, bad
 
-        monkeypatch.setattr(EncodedJob, "blocks", blocks)
+        monkeypatch.setattr(Job, "blocks", blocks)
 
 
 def test_what_is_in_the_file_is_what_is_in_memory_otherwise(tar: Path, tmp_path: Path, monkeypatch) -> None:
@@ -84,7 +85,7 @@ def test_large_sets_go_to_a_file_by_themselves(tar: Path, tmp_path: Path, monkey
     monkeypatch.setenv("DPSYNGEN_CACHE", str(tmp_path / "own"))
     assert isinstance(load_images(tar).images, np.ndarray)
     assert not (tmp_path / "own").exists()
-    monkeypatch.setattr(source, "IN_MEMORY_BYTES", COUNT * 256)
+    monkeypatch.setattr(cache, "IN_MEMORY_BYTES", COUNT * 256)
     assert isinstance(load_images(tar).images, np.ndarray)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes on this machine share the memory
     assert isinstance(load_images(tar).images, StoredImages)
@@ -150,7 +151,7 @@ def test_too_little_room_is_told_before_anything_is_decoded(tar: Path, tmp_path:
 
     decoded = _Counted(monkeypatch)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(DataError, match=r"need 0\.02 GiB(.|\n)*0\.00 GiB are free(.|\n)*data\.cache=PATH"):
         load_images(tar, cache=tmp_path / "cache")
     assert decoded.count == 0
@@ -163,7 +164,7 @@ def test_room_that_the_disk_refuses_is_told_before_anything_is_decoded(tar: Path
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "posix_fallocate", full)
+    monkeypatch.setattr(cache.os, "posix_fallocate", full)
     with pytest.raises(DataError, match="are free"):
         load_images(tar, cache=tmp_path / "cache")
     assert decoded.count == 0
@@ -238,7 +239,7 @@ print(data.fingerprint())
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough images for decoding in processes; a script without a main guard reads them, three at the same time."""
     folder = tmp_path_factory.mktemp("many")
-    count = source._FEW + 100
+    count = cache._FEW + 100
     write_tar(folder / "s.tar", samples(pixels(count, 8), [i % 3 for i in range(count)]))
     (folder / "script.py").write_text(_LOAD)
     started = [
@@ -272,7 +273,7 @@ def _fails(job: object) -> None:
 @pytest.mark.parametrize(("task", "why"), [(_dies, "ended from outside(.|\n)*data.workers=1"), (_fails, "this file")])
 def test_decoders_that_end_or_fail_are_an_error(task, why: str) -> None:
     with pytest.raises(DataError, match=why):
-        list(source._by_processes(task, ["a job", "another"], 2))
+        list(cache._by_processes(task, ["a job", "another"], 2))
 
 
 # ------------------------------------------------------------------------------------------------------ settings

@@ -12,8 +12,7 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 from dpsyngen.config import load_config
-from dpsyngen.data import MapStyle, load_images, save_images
-from dpsyngen.data import source as source_module
+from dpsyngen.data import MapStyle, cache, load_images, save_images
 from dpsyngen.data.load import load_private
 from dpsyngen.data.store import StoredImages
 from dpsyngen.errors import ConfigError, DataError
@@ -206,7 +205,7 @@ def test_what_cannot_be_sampled_from_is_refused_with_advice() -> None:
 
 
 def test_large_ones_lie_in_a_file_without_a_name(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(source_module, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 1000)
     monkeypatch.setenv("DPSYNGEN_CACHE", str(tmp_path / "cache"))
     data = load_images(Vision())
     assert isinstance(data.images, StoredImages)

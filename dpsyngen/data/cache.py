@@ -1,0 +1,402 @@
+"""From the index of a source to a data set: images are decoded once, into memory or into a private file.
+
+Few images are decoded by threads.  Many of them go to a file, by processes; it is read again as long as the source does
+not change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsyngen.data.dataset import ImageDataset
+from dpsyngen.data.decode import ImageHeader, share_budget
+from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
+from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of
+from dpsyngen.errors import DataError, listed, printable
+from dpsyngen.files import write_text
+
+FORMAT = "dpsyngen-image-cache-2"
+IN_MEMORY_BYTES = 2**30
+"""Decoded images that take more go to a file (with ``cache="auto"``)."""
+_SPARE_BYTES = 2**24  # on the disk, for labels and other programs
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FEW = 1024  # images for which starting processes costs more than they gain
+_MOST_THREADS = 8
+
+
+def in_memory(shape: Shape, options: Options) -> bool:
+    """Whether decoded images of this shape stay in memory; a machine's torchrun processes share 1 GiB."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    most = IN_MEMORY_BYTES // max(1, int(ranks) if ranks.isdigit() else 1)
+    return options.cache == "auto" and math.prod(shape) <= most
+
+
+def build(found: Found, options: Options) -> ImageDataset:
+    """The images of a source, decoded, or as they were decoded before.
+
+    Raises:
+        DataError: bad images, all in one message; no images; too little memory or space on the disk; a source that
+            changes while it is read.
+    """
+    store = Cache(options.cache)
+    key = _key(found, options) if options.cache != "auto" or store.folder.is_dir() else ""
+    made = store.get(key, found.where) if key else None
+    source = None
+    if made is None and options.cache == "auto":
+        source = found.index()
+        shape = options.shape(len(source), _headers(source, options, None))
+        if in_memory(shape, options):
+            check_fits(math.prod(shape), what=f"{source.where} at resolution {shape[2]}")
+            images = np.zeros(shape, dtype=np.uint8)
+            bad = _decode(source, images, options, None)
+            return _settled(source, images, bad, options)
+    if made is None:
+        key = key or _key(found, options)
+        with store.locked(key):
+            if store.get(key, found.where) is None:  # another process may have made it meanwhile
+                _into_file(found, source, key, store, options)
+            made = store.get(key, found.where)
+    assert made is not None
+    if made.skipped and not options.skip_bad:  # it was made with skip_bad
+        settle_bad([(line, "") for line in made.skipped], where=found.where, skip_bad=False)
+    return made
+
+
+def _key(found: Found, options: Options) -> str:
+    parts = [FORMAT, found.identity(), options.resolution, options.channels, options.labels]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _into_file(found: Found, source: Source | None, key: str, store: Cache, options: Options) -> None:
+    before, turns = found.identity(), store.folder / "large-images.lock"
+    source = source or found.index()
+    shape = options.shape(len(source), _headers(source, options, turns))
+    with store.making(key, shape) as part:
+        bad = _decode(source, part, options, turns)
+        if found.identity() != before:
+            raise DataError(f"{source.where} was changed while it was read. Try again when nothing writes to it.")
+        store.publish(key, part, bad, _settled(source, part.images(), bad, options))
+
+
+def _settled(source: Source, images: Any, bad: dict[int, str], options: Options) -> ImageDataset:
+    """The good images; an error for bad ones that may not be, and for classes that have none left."""
+    left_out = sorted([*source.bad, *((source.name(i), why) for i, why in bad.items())])
+    skipped = settle_bad(left_out, where=source.where, skip_bad=options.skip_bad)
+    keep = keep_of(len(source), bad)
+    labels = None if source.labels is None else source.labels[keep]
+    empty = []
+    if labels is not None and source.every_class:
+        counts = np.bincount(labels, minlength=len(source.class_names))
+        empty = [source.class_names[c] for c in np.flatnonzero(counts == 0)]
+    if empty or not keep.any():
+        what = f"no usable image of {listed(empty)}" if empty else "no usable image in it"
+        unused = f" ({len(left_out):,} were left out, first {printable(': '.join(left_out[0]))})" if left_out else ""
+        raise DataError(f"{source.where}: {what}{unused}. Add images, or leave the class out.")
+    images = kept_of(images, keep)
+    if isinstance(images, np.ndarray):
+        images.flags.writeable = False
+    return ImageDataset(images, labels, source.class_names, source.where, skipped)
+
+
+# ------------------------------------------------------------------------------------------------------------- decode
+
+
+def _headers(source: Source, options: Options, turns: Path | None) -> set[ImageHeader]:
+    """What headers say, where that is needed."""
+    found: set[ImageHeader] = set()
+    if not options.form_is_known:
+        for headers in _each(Job.headers, source.jobs, len(source), options, turns):
+            found = few(found | headers)
+    return found
+
+
+def _decode(source: Source, target: NDArray[np.uint8] | Part, options: Options, turns: Path | None) -> dict[int, str]:
+    """Decode all images into an array or a file; the numbers of the bad ones, with the reasons."""
+    firsts = np.cumsum([0, *(job.count for job in source.jobs)]).tolist()
+    placed = list(zip(firsts, source.jobs, strict=False))
+    bad: dict[int, str] = {}
+    done = 0
+    for count, wrong in _each(functools.partial(_decode_job, target), placed, len(source), options, turns):
+        bad.update(wrong)
+        done += count
+        if options.on_progress is not None:
+            options.on_progress(done, len(source))
+    return bad
+
+
+def _decode_job(target: NDArray[np.uint8] | Part, placed: tuple[int, Job]) -> tuple[int, list[Bad]]:
+    first, job = placed
+    bad: list[Bad] = []
+    row = first
+    for images, wrong in job.blocks(target.shape):
+        put(target, row, images)
+        row += len(images)
+        bad += [(first + i, why) for i, why in wrong]
+    return row - first, bad
+
+
+def put(target: NDArray[np.uint8] | Part, row: int, images: NDArray[np.uint8]) -> None:
+    """Write contiguous images ``[B, C, H, W]`` from number `row` on; threads and processes may do so at a time."""
+    if isinstance(target, np.ndarray):
+        target[row : row + len(images)] = images
+        return
+    with open(target.path, "r+b") as file:
+        file.seek(target.offset + row * math.prod(target.shape[1:]))
+        file.write(images.data)
+
+
+def _each(
+    task: Callable[[Any], Any], jobs: Sequence[Any], images: int, options: Options, turns: Path | None
+) -> Iterator[Any]:
+    """Results of the task for all jobs, in any order: from processes for many images in a file, else from threads."""
+    count = min(options.workers or len(os.sched_getaffinity(0)), len(jobs))
+    if turns is not None and count > 1 and images >= _FEW:
+        yield from _by_processes(functools.partial(_apart, task, turns), jobs, count)
+        return
+    from PIL import Image
+
+    Image.init()  # registers the decoders once, so that the first files do not race to do it
+    # Threads suffice for few images: Pillow decodes without the interpreter's lock.
+    with quiet_decoders(), ThreadPoolExecutor(max(1, min(_MOST_THREADS, count)), "dpsyngen-decoding") as pool:
+        try:
+            yield from pool.map(task, jobs)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _by_processes(task: Callable[[Any], Any], jobs: Sequence[Any], count: int) -> Iterator[Any]:
+    # joblib, as the processes of multiprocessing import the user's main module again, which would run a script without
+    # an `if __name__ == "__main__"` a second time.
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    # Without max_nbytes=None joblib would write large arguments, that is private data, to a temporary folder.
+    parallel = Parallel(count, return_as="generator_unordered", max_nbytes=None, idle_worker_timeout=5)
+    try:
+        yield from parallel(delayed(task)(job) for job in jobs)
+    except TerminatedWorkerError as error:
+        raise DataError(
+            "a process that decoded images was ended from outside. Perhaps memory ran out (use fewer: --set "
+            "data.workers=1), or a file is broken in a way that the image library does not survive (read it in parts "
+            "to find which)."
+        ) from error
+
+
+def _apart(task: Callable[[Any], Any], turns: Path, job: Any) -> Any:
+    """The task in a process of its own."""
+    share_budget(turns)
+    with quiet_decoders():
+        return task(job)
+
+
+@contextlib.contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """No warnings, no log lines on the terminal, and no messages of libtiff while the context lasts.
+
+    What decoders say of a broken file names no file; whatever of it matters is raised as an error and reported with
+    the file's name.  An application that collects the log of Pillow still gets it.
+    """
+    logger, ignored = logging.getLogger("PIL"), logging.NullHandler()
+    logger.addHandler(ignored)  # without any handler, Python prints errors to the terminal
+    handler = _set_tiff_handler(None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _set_tiff_handler(handler)
+        logger.removeHandler(ignored)
+
+
+def _set_tiff_handler(handler: int | None) -> int | None:
+    """Have libtiff call this function (an address; None: nothing) for errors; returns the one before it.
+
+    libtiff prints to the terminal by itself, and Pillow has no switch for that.
+    """
+    try:
+        from PIL import _imaging
+
+        # A symbol is looked up in the libraries that a module was linked with, too.
+        change = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+    except (ImportError, OSError, AttributeError):
+        return None  # a Pillow without libtiff, or with its names hidden: it may print
+    change.restype, change.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    before: int | None = change(handler)
+    return before
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+
+@dataclass(frozen=True)
+class Part:
+    """The file of an entry that is being made: its shape ``(N, C, H, W)``, and the bytes before the first image."""
+
+    path: Path
+    shape: Shape
+    offset: int
+
+    def images(self) -> StoredImages:
+        """The images, to be read."""
+        return StoredImages(self.path, self.shape, self.offset)
+
+
+class Cache:
+    """A folder of decoded private images: folders of mode 0700, files of mode 0600.
+
+    An entry is named by a digest of its source's files (paths, sizes, times) and of the options.  It is made under
+    another name and renamed when it is whole; one that was interrupted is removed and starts again.
+
+    Args:
+        folder: it is made when something is to be written.  "auto": ``$DPSYNGEN_CACHE``, else
+            ``$XDG_CACHE_HOME/dpsyngen/images``, else ``~/.cache/dpsyngen/images``.
+    """
+
+    def __init__(self, folder: str = "auto") -> None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpsyngen" / "images"
+        self.folder = Path((os.environ.get("DPSYNGEN_CACHE") or base) if folder == "auto" else folder).expanduser()
+
+    def get(self, key: str, source: str) -> ImageDataset | None:
+        """The entry of this name, if there is one, as images of this source.
+
+        Raises:
+            DataError: others can write to it, so nobody knows whose images it has; or it is damaged.
+        """
+        path = self.folder / key
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return None
+        if not path.is_dir() or path.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise DataError(
+                f"{printable(path)} is not a folder that only you can read, so it is not used for private images. "
+                "Remove it, or give another folder: --set data.cache=PATH (from Python: cache=PATH)."
+            )
+        try:
+            about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+            stored = StoredImages(path / IMAGES, tuple(about["shape"]), about["offset"])
+            labels = np.load(path / LABELS, allow_pickle=False) if about["labelled"] else None
+            images = kept_of(stored, keep_of(len(stored), about["bad"]))
+            return ImageDataset(images, labels, tuple(about["class_names"]), source, tuple(about["skipped"]))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(
+                f"{printable(path)}, a copy of decoded images, is damaged ({printable(error)}). Remove it: it is made "
+                "again from the source."
+            ) from error
+
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold the lock of this name, waiting for it; one process makes an entry while others wait.
+
+        Raises:
+            DataError: the folder cannot be written, or its file system has no locks.
+        """
+        from filelock import FileLock
+
+        lock = FileLock(self.folder / f"{name}.lock", mode=0o600)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            raise self._unusable(error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def making(self, key: str, shape: Shape) -> Iterator[Part]:
+        """A fresh part, with its room on the disk taken before anything is decoded; call it with the lock held.
+
+        Whatever :meth:`publish` has not renamed is removed in the end.
+
+        Raises:
+            DataError: the disk has too little space, or the folder cannot be written.
+        """
+        for left in self.folder.glob(f"{key}-*.part"):
+            warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
+            shutil.rmtree(left, ignore_errors=True)
+        size = math.prod(shape) + _SPARE_BYTES
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if size > shutil.disk_usage(self.folder).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=f"{key}-", suffix=".part"))  # mode 0700
+        except OSError as error:
+            raise self._unusable(error, size) from error
+        try:
+            yield self._claimed(folder, shape)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise self._unusable(error, size) from error
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _claimed(self, folder: Path, shape: Shape) -> Part:
+        descriptor = os.open(folder / IMAGES, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            offset = file.tell()
+            try:
+                os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))
+            except OSError as error:
+                if error.errno in _FULL:
+                    raise
+                file.truncate(offset + math.prod(shape))  # a file system that cannot take room ahead
+        return Part(folder / IMAGES, shape, offset)
+
+    def publish(self, key: str, part: Part, bad: Iterable[int], made: ImageDataset) -> None:
+        """Give a part, all of whose images are written, its name.
+
+        Args:
+            key: the name.
+            part: from :meth:`making`.
+            bad: numbers of the images that are left out; their rows stay in the file, unused.
+            made: labels of the other images, class names, and what was left out.
+        """
+        folder = part.path.parent
+        about = {"shape": part.shape, "offset": part.offset, "bad": sorted(bad), "labelled": made.labels is not None}
+        about |= {"class_names": made.class_names, "skipped": made.skipped}
+        if made.labels is not None:
+            np.save(folder / LABELS, made.labels, allow_pickle=False)
+            os.chmod(folder / LABELS, 0o600)
+        with open(part.path, "rb+") as file:
+            os.fsync(file.fileno())
+        write_text(folder / "about.json", json.dumps(about), 0o600)
+        os.rename(folder, self.folder / key)
+
+    def _unusable(self, error: OSError | NotImplementedError, size: int = 0) -> DataError:
+        if getattr(error, "errno", None) in _FULL:
+            free = shutil.disk_usage(self.folder).free
+            return DataError(
+                f"the decoded images need {size / 2**30:,.2f} GiB in {printable(self.folder)}, but "
+                f"{free / 2**30:,.2f} GiB are free. Free some space, give a folder on a larger disk (--set "
+                "data.cache=PATH; from Python: cache=PATH), or use a smaller resolution."
+            )
+        why = getattr(error, "strerror", None) or error
+        return DataError(
+            f"the decoded images are too many for memory and go to a file, but the folder {printable(self.folder)} "
+            f"cannot be used ({printable(why)}). Give one that you can write to, on a disk with locks: --set "
+            "data.cache=PATH (from Python: cache=PATH)."
+        )
