@@ -7,9 +7,9 @@ import math
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, SupportsIndex
 
 import numpy as np
@@ -21,6 +21,95 @@ from dpsyngen.programs.drawing import Images, Words
 MAX_RESOLUTION = 2048  # keeps the 32-bit block counter of one image (`counter_rng`) from wrapping
 MAX_INDEX = 2**63 - 1
 _LEAST_CHUNK = 32  # images
+
+
+def as_integer(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int in [low, high]; ConfigError, naming the option, if it is anything else."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{name}={value!r} is not an integer: give one from {low} to {high}.") from None
+    if not low <= number <= high:
+        raise ConfigError(f"{name}={number} is out of range: give an integer from {low} to {high}.")
+    return number
+
+
+def as_number(name: str, value: Any, low: float, high: float, *, above: bool = False, hint: str = "") -> float:
+    """`value` as a float in [low, high], or in (low, high] if `above`."""
+    allowed = f"give a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
+    allowed += f" ({hint})." if hint else "."
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name}={value!r} is not a number: {allowed}") from None
+    if not low <= number <= high or (above and number == low) or math.isnan(number):
+        raise ConfigError(f"{name}={number} is out of range: {allowed}")
+    return number
+
+
+def as_choice(name: str, value: Any, allowed: Sequence[str], what: str) -> str:
+    """`value`, one of `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not {what}: choose one of {', '.join(allowed)}.")
+    return value
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """`value` as a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigError(f"{name}={value!r} is not a yes or no: give true or false.")
+    return bool(value)
+
+
+def as_range(name: str, value: Any, low: float, high: float) -> tuple[float, float]:
+    """`value` as a pair (a, b) with low ≤ a ≤ b ≤ high; one number stands for both."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = (value, value)
+    if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := list(value)) != 2:
+        raise ConfigError(f"{name}={value!r} is not a range: give two numbers [a, b] with {low:g} ≤ a ≤ b ≤ {high:g}.")
+    a, b = (as_number(name, v, low, high) for v in pair)
+    if a > b:
+        raise ConfigError(f"{name}={[a, b]} is empty: give [a, b] with a ≤ b.")
+    return a, b
+
+
+def as_counts(name: str, value: Any, low: int, high: int) -> tuple[int, int]:
+    """`value` as a pair of whole numbers, low ≤ a ≤ b ≤ high; one number stands for both."""
+    a, b = as_range(name, value, low, high)
+    if a != int(a) or b != int(b):
+        raise ConfigError(f"{name}={[a, b]} are not whole numbers: give two from {low} to {high}.")
+    return int(a), int(b)
+
+
+def as_weights(name: str, value: Any, keys: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Weights of named choices as ((key, weight), …), from a mapping or from such pairs; one at least is positive."""
+    items = list(value.items()) if isinstance(value, dict) else value
+    try:
+        pairs = [(key, weight) for key, weight in items]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{name}={value!r} does not give weights: give a mapping such as {{{keys[0]}: 2, {keys[-1]}: 1}}."
+        ) from None
+    for key, _ in pairs:
+        as_choice(name, key, keys, "something that can be weighted")
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ConfigError(f"{name}={value!r} names something twice: give each one weight.")
+    weights = tuple((key, as_number(f"{name}.{key}", weight, 0.0, 1e9)) for key, weight in pairs)
+    if not any(weight > 0 for _, weight in weights):
+        raise ConfigError(f"{name}={value!r} has no positive weight: give one to at least one of {', '.join(keys)}.")
+    return weights
+
+
+def param(default: Any, check: Callable[..., Any], *bounds: Any, **options: Any) -> Any:
+    """A parameter of a family: a dataclass field with its default, and ``check(name, value, *bounds, **options)``.
+
+    `Program` stores what the check returns, so that a configuration is plain and JSON-able whatever types were given.
+    """
+    return field(default=default, metadata={"check": lambda name, value: check(name, value, *bounds, **options)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +137,14 @@ class Program(ABC):
     name: ClassVar[str]
     prior_tier: ClassVar[int]
 
-    resolution: int
-    channels: int
-    seed: int = 0
+    resolution: int = param(MISSING, as_integer, 1, MAX_RESOLUTION)
+    channels: int = param(MISSING, as_integer, 1, 3)
+    seed: int = param(0, as_integer, 0, 2**64 - 1)
 
     def __post_init__(self) -> None:
-        # Stored as plain ints, so that config() is JSON-able whatever integer type was given.
-        object.__setattr__(self, "resolution", as_integer("resolution", self.resolution, 1, MAX_RESOLUTION))
-        object.__setattr__(self, "seed", as_integer("seed", self.seed, 0, 2**64 - 1))
-        object.__setattr__(self, "channels", as_integer("channels", self.channels, 1, 3))
+        for each in fields(self):
+            if "check" in each.metadata:
+                object.__setattr__(self, each.name, each.metadata["check"](each.name, getattr(self, each.name)))
         if self.channels == 2:
             raise ConfigError("channels=2 is not allowed: give 1 (grey) or 3 (RGB).")
 
@@ -201,84 +289,3 @@ def _batches(program: Program, size: int, first: int, threads: int) -> Iterator[
     while True:
         yield program.batch(range(first, first + size), threads=threads)
         first += size
-
-
-def as_integer(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int in [low, high]; ConfigError, naming the option, if it is anything else."""
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigError(f"{name}={value!r} is not an integer: give one from {low} to {high}.") from None
-    if not low <= number <= high:
-        raise ConfigError(f"{name}={number} is out of range: give an integer from {low} to {high}.")
-    return number
-
-
-def as_number(name: str, value: Any, low: float, high: float, *, above: bool = False, hint: str = "") -> float:
-    """`value` as a float in [low, high], or in (low, high] if `above`."""
-    allowed = f"give a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
-    allowed += f" ({hint})." if hint else "."
-    try:
-        if isinstance(value, bool | str):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name}={value!r} is not a number: {allowed}") from None
-    if not low <= number <= high or (above and number == low) or math.isnan(number):
-        raise ConfigError(f"{name}={number} is out of range: {allowed}")
-    return number
-
-
-def as_choice(name: str, value: Any, allowed: Sequence[str], what: str) -> str:
-    """`value`, one of `allowed`."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not {what}: choose one of {', '.join(allowed)}.")
-    return value
-
-
-def as_flag(name: str, value: Any) -> bool:
-    """`value` as a bool."""
-    if not isinstance(value, bool | np.bool_):
-        raise ConfigError(f"{name}={value!r} is not a yes or no: give true or false.")
-    return bool(value)
-
-
-def as_range(name: str, value: Any, low: float, high: float) -> tuple[float, float]:
-    """`value` as a pair (a, b) with low ≤ a ≤ b ≤ high; one number stands for both."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = (value, value)
-    if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := list(value)) != 2:
-        raise ConfigError(f"{name}={value!r} is not a range: give two numbers [a, b] with {low:g} ≤ a ≤ b ≤ {high:g}.")
-    a, b = (as_number(name, v, low, high) for v in pair)
-    if a > b:
-        raise ConfigError(f"{name}={[a, b]} is empty: give [a, b] with a ≤ b.")
-    return a, b
-
-
-def as_counts(name: str, value: Any, low: int, high: int) -> tuple[int, int]:
-    """`value` as a pair of whole numbers, low ≤ a ≤ b ≤ high; one number stands for both."""
-    a, b = as_range(name, value, low, high)
-    if a != int(a) or b != int(b):
-        raise ConfigError(f"{name}={[a, b]} are not whole numbers: give two from {low} to {high}.")
-    return int(a), int(b)
-
-
-def as_weights(name: str, value: Any, keys: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """Weights of named choices as ((key, weight), …), from a mapping or from such pairs; one at least is positive."""
-    items = list(value.items()) if isinstance(value, dict) else value
-    try:
-        pairs = [(key, weight) for key, weight in items]
-    except (TypeError, ValueError):
-        raise ConfigError(
-            f"{name}={value!r} does not give weights: give a mapping such as {{{keys[0]}: 2, {keys[-1]}: 1}}."
-        ) from None
-    for key, _ in pairs:
-        as_choice(name, key, keys, "something that can be weighted")
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ConfigError(f"{name}={value!r} names something twice: give each one weight.")
-    weights = tuple((key, as_number(f"{name}.{key}", weight, 0.0, 1e9)) for key, weight in pairs)
-    if not any(weight > 0 for _, weight in weights):
-        raise ConfigError(f"{name}={value!r} has no positive weight: give one to at least one of {', '.join(keys)}.")
-    return weights

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_choice, as_counts, as_flag, as_number, as_range
-from dpsyngen.programs.drawing import Floats, Images, Word, Words
+from dpsyngen.programs.base import Program, as_choice, as_counts, as_flag, as_number, as_range, param
+from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.colours import GROUNDS, ground_colour, ink_colour
 from dpsyngen.programs.drawing.counter_rng import below, fill_uniform, unit32, words32
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, power
@@ -64,50 +64,38 @@ class Contours(Program):
 
     prior_tier: ClassVar[int] = 1
 
-    shape: str = "mixed"
-    figures: Any = (1, 3)
-    radius: Any = (0.15, 0.45)
-    roughness: float = 0.6
-    outline: float = 0.25
-    gradient: float = 0.25
-    upright: bool = False
-    ground: str = "black"
+    shape: str = param("mixed", as_choice, SHAPES, "a shape")
+    figures: Any = param((1, 3), as_counts, 1, MAX_FIGURES)
+    radius: Any = param((0.15, 0.45), as_range, 0.02, 1.0)
+    roughness: float = param(0.6, as_number, 0.0, 1.0)
+    outline: float = param(0.25, as_number, 0.0, 1.0)
+    gradient: float = param(0.25, as_number, 0.0, 1.0)
+    upright: bool = param(False, as_flag)
+    ground: str = param("black", as_choice, GROUNDS, "a ground")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fix = object.__setattr__
-        as_choice("shape", self.shape, SHAPES, "a shape")
-        fix(self, "figures", as_counts("figures", self.figures, 1, MAX_FIGURES))
-        fix(self, "radius", as_range("radius", self.radius, 0.02, 1.0))
-        fix(self, "upright", as_flag("upright", self.upright))
-        for key in ("roughness", "outline", "gradient"):
-            fix(self, key, as_number(key, getattr(self, key), 0.0, 1.0))
-        as_choice("ground", self.ground, GROUNDS, "a ground")
-
-    def _law(self) -> tuple[int, float, float, float, float, bool]:
-        return SHAPES.index(self.shape), *self.radius, self.roughness, self.outline, self.upright
+    def _law(self) -> Law:
+        shape, ground = SHAPES.index(self.shape), GROUNDS.index(self.ground)
+        return self.figures, shape, self.radius, self.roughness, self.outline, self.upright, self.gradient, ground
 
     def _draw(self, indices: Words, out: Images) -> None:
-        seed, ground = np.uint64(self.seed), GROUNDS.index(self.ground)
-        draw(indices, seed, *self.figures, *self._law(), self.gradient, ground, out)
+        draw(indices, np.uint64(self.seed), self._law(), out)
 
     def _params(self, index: int) -> dict[str, Any]:
-        seed, number = np.uint64(self.seed), np.uint64(index)
-        count = figure_count(seed, number, *self.figures)
-        points = np.empty((count, POINTS, 2))
-        u = np.empty(_VALUES)
+        seed, number, law = np.uint64(self.seed), np.uint64(index), self._law()
+        points = np.empty((figure_count(seed, number, law), POINTS, 2))
         drawn = []
-        for k in range(count):
+        for k in range(len(points)):
             xs, ys = np.empty(POINTS), np.empty(POINTS)
-            drawn.append(draw_figure(seed, number, k, *self._law(), self.resolution, u, xs, ys))
+            drawn.append(draw_figure(seed, number, k, law, self.resolution, np.empty(_VALUES), xs, ys))
             points[k] = np.stack([xs, ys], 1)
         return {"shapes": [SHAPES[s] for s, _ in drawn], "outlines": [bool(o) for _, o in drawn], "points": points}
 
 
 @compiled
-def figure_count(seed: Word, index: Word, low: int, high: int) -> int:
+def figure_count(seed: Word, index: Word, law: Law) -> int:
     """How many figures image `index` has."""
     w, _, _, _ = words32(seed, _LAW, index, np.uint64(0))
+    low, high = law[0]
     return low + below(w, high - low + 1)
 
 
@@ -181,21 +169,10 @@ def _harmonics(u: Floats, roughness: float, xs: Floats, ys: Floats) -> None:
 
 @compiled
 def draw_figure(
-    seed: Word,
-    index: Word,
-    number: int,
-    shape: int,
-    small: float,
-    large: float,
-    roughness: float,
-    outline: float,
-    upright: bool,
-    size: int,
-    u: Floats,
-    xs: Floats,
-    ys: Floats,
+    seed: Word, index: Word, number: int, law: Law, size: int, u: Floats, xs: Floats, ys: Floats
 ) -> tuple[int, bool]:
     """Fill xs, ys with the outline of a figure in pixels; returns its shape, and whether only its outline is drawn."""
+    _, shape, (small, large), roughness, outline, upright, _, _ = law
     block = np.uint64(1 + _PER_FIGURE * number)
     a, b, c, d = words32(seed, _LAW, index, block)
     e, f, _, _ = words32(seed, _LAW, index, block + np.uint64(1))
@@ -210,6 +187,7 @@ def draw_figure(
         _mirrored(u, xs, ys)
     else:
         _harmonics(u, roughness, xs, ys)
+    # Scale to the unit circle, except polygons, whose corners lie within it as drawn; then to the radius, and turn.
     radius = size * (small + unit32(b) * (large - small))
     largest = 1.0 if shape == POLYGON else 0.0
     for k in range(POINTS):
@@ -219,7 +197,7 @@ def draw_figure(
         xs[k] /= largest
         ys[k] /= largest
     cos, sin = cos_sin(0.0 if upright else unit32(c))
-    # The centre is where the figure fits into the image, or in the middle if it cannot.
+    # The centre is uniform where the whole figure fits into the image, or in the middle if it does not fit.
     room = max(0.0, size - 2.0 * radius)
     x = 0.5 * size + (unit32(d) - 0.5) * room
     y = 0.5 * size + (unit32(e) - 0.5) * room
@@ -229,22 +207,9 @@ def draw_figure(
 
 
 @compiled
-def draw(
-    indices: Words,
-    seed: Word,
-    low: int,
-    high: int,
-    shape: int,
-    small: float,
-    large: float,
-    roughness: float,
-    outline: float,
-    upright: bool,
-    gradient: float,
-    ground: int,
-    out: Images,
-) -> None:
+def draw(indices: Words, seed: Word, law: Law, out: Images) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
+    gradient, ground = law[6:]
     size = out.shape[2]
     grey = out.shape[1] == 1
     canvas = np.empty((out.shape[1], size, size))
@@ -260,8 +225,8 @@ def draw(
         index = indices[n]
         ground_colour(seed, index, ground, grey, behind)
         plain(canvas, behind)
-        for k in range(figure_count(seed, index, low, high)):
-            _, hollow = draw_figure(seed, index, k, shape, small, large, roughness, outline, upright, size, u, xs, ys)
+        for k in range(figure_count(seed, index, law)):
+            _, hollow = draw_figure(seed, index, k, law, size, u, xs, ys)
             ink_colour(seed, index, 2 * k, grey, behind, ink)
             a, b, c, _ = words32(seed, _LAW, index, np.uint64(_PER_FIGURE * (k + 1)))
             if hollow:

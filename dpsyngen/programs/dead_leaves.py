@@ -31,14 +31,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import Program, as_choice, as_indices, as_integer, as_number, as_weights
+from dpsyngen.programs.base import Program, as_choice, as_indices, as_integer, as_number, as_weights, param
 from dpsyngen.programs.drawing import Canvas, Floats, Images, Ints, Word, Words
 from dpsyngen.programs.drawing.colours import GREY, LAWS
-from dpsyngen.programs.drawing.counter_rng import below, words32
-from dpsyngen.programs.drawing.exact_leaves import RECORDED, cover, draw_exact, unpack_smaller
+from dpsyngen.programs.drawing.counter_rng import below, cumulative, words32
+from dpsyngen.programs.drawing.exact_leaves import RECORDED, cover, draw_exact, unpack, workspace
 from dpsyngen.programs.drawing.portable import compiled
 from dpsyngen.programs.drawing.reference_leaves import draw_reference
-from dpsyngen.programs.drawing.shapes import KINDS
+from dpsyngen.programs.drawing.shapes import KINDS, LeafLaw
 from dpsyngen.programs.registry import inner_program, register, tier_of
 
 SHAPES = (*KINDS, "mixed")
@@ -47,6 +47,11 @@ MAX_CANVAS = 4096
 TEXTURES = 8  # to an image: enough that neighbours differ, and few enough to draw fast
 
 _STREAM = np.uint64(0x74657874)  # "text"
+
+
+def as_shape(name: str, value: Any) -> str:
+    """A shape of leaves; "circle", the literature's name, is a disc."""
+    return "disc" if value == "circle" else as_choice(name, value, SHAPES, "a shape")
 
 
 @register("dead-leaves")
@@ -78,22 +83,19 @@ class DeadLeaves(Program):
         ConfigError: a parameter is not allowed.
     """
 
-    shape: str = "mixed"
+    shape: str = param("mixed", as_shape)
     colour: str | None = None
-    r_min: float = 0.03
-    r_max: float = 1.0
-    exponent: float = 3.0
-    mode: str = "exact"
+    r_min: float = param(0.03, as_number, 0.0, 1.0, above=True, hint="a fraction of the resolution")
+    r_max: float = param(1.0, as_number, 0.0, 1.0, above=True, hint="a fraction of the resolution")
+    exponent: float = param(3.0, as_number, 0.0, 8.0)
+    mode: str = param("exact", as_choice, MODES, "a mode")
     weights: Any = None
-    supersample: int = 1
+    supersample: int = param(1, as_integer, 1, 8)
     texture: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         fix = object.__setattr__
-        if self.shape == "circle":  # the literature's name for it
-            fix(self, "shape", "disc")
-        as_choice("shape", self.shape, SHAPES, "a shape")
         if self.weights is not None:
             if self.shape != "mixed":
                 raise ConfigError(f"weights are for shape='mixed', and shape={self.shape!r} was given: leave out one.")
@@ -105,18 +107,11 @@ class DeadLeaves(Program):
                 "colour='rgb' needs 3 channels, and channels=1 was given: "
                 "choose channels=3, or colour='grey', 'black-white' or 'palette'."
             )
-        for key in ("r_min", "r_max"):
-            fix(
-                self, key, as_number(key, getattr(self, key), 0.0, 1.0, above=True, hint="a fraction of the resolution")
-            )
         if not self.r_min < self.r_max:
             raise ConfigError(
                 f"r_min={self.r_min} and r_max={self.r_max} leave no radius between them: "
                 "give 0 < r_min < r_max ≤ 1 (fractions of the resolution; published: 0.03 and 1)."
             )
-        as_choice("mode", self.mode, MODES, "a mode")
-        fix(self, "exponent", as_number("exponent", self.exponent, 0.0, 8.0))
-        fix(self, "supersample", as_integer("supersample", self.supersample, 1, 8))
         if self.resolution * self.supersample > MAX_CANVAS:
             raise ConfigError(
                 f"supersample={self.supersample} at resolution {self.resolution} needs a canvas of "
@@ -135,18 +130,15 @@ class DeadLeaves(Program):
         """0, or that of the texture."""
         return tier_of(0, self.texture)
 
-    def _shares(self) -> tuple[Floats, int]:
-        """Cumulative weights of the shapes, and the one shape there is or −1."""
-        if self.shape != "mixed":
-            return np.ones(len(KINDS)), KINDS.index(self.shape)
-        weights = (
-            np.array([dict(self.weights).get(kind, 0.0) for kind in KINDS]) if self.weights else np.ones(len(KINDS))
-        )
+    def _law(self) -> LeafLaw:
+        assert self.colour is not None  # set by __post_init__
+        weights = [1.0] * len(KINDS) if self.weights is None else [dict(self.weights).get(kind, 0.0) for kind in KINDS]
+        only = KINDS.index(self.shape) if self.shape != "mixed" else -1
         if np.count_nonzero(weights) == 1:
-            return np.ones(len(KINDS)), int(np.argmax(weights > 0))
-        shares = np.cumsum(weights) / weights.sum()
-        shares[np.flatnonzero(weights)[-1] :] = 1.0
-        return shares, -1
+            only = int(np.argmax(weights))
+        colour = LAWS.index(self.colour)
+        grey = self.channels == 1 or colour == GREY
+        return LeafLaw(cumulative(weights), only, colour, grey, self.exponent, self.r_min, self.r_max)
 
     def _draw(self, indices: Words, out: Images) -> None:
         if self.texture is not None:
@@ -155,42 +147,14 @@ class DeadLeaves(Program):
             self._draw_flat(indices, out, np.empty(len(indices), dtype=np.int64))
 
     def _draw_flat(self, indices: Words, out: Images, leaves: Ints) -> None:
-        assert self.colour is not None  # set by __post_init__
-        seed, colour, factor = np.uint64(self.seed), LAWS.index(self.colour), self.supersample
-        shares, only = self._shares()
-        if self.mode == "reference":
-            draw_reference(indices, seed, shares, only, colour, self.r_min, self.r_max, factor, out, leaves)
-            return
-        size = float(self.resolution * factor)
-        low, high = self.r_min * size, self.r_max * size
-        draw_exact(indices, seed, shares, only, colour, self.exponent, low, high, factor, out, leaves)
+        draw = draw_exact if self.mode == "exact" else draw_reference
+        draw(indices, np.uint64(self.seed), self._law(), self.supersample, out, leaves)
 
     def _cover(self, index: int, record: Floats) -> tuple[Canvas, int]:
         """The number of the leaf seen at each pixel of the canvas, and how many leaves were placed."""
-        assert self.colour is not None
-        size = self.resolution * self.supersample
-        canvas = np.empty((size, size), dtype=np.int32)
-        shares, only = self._shares()
-        colour = LAWS.index(self.colour)
-        leaves = cover(
-            canvas,
-            np.empty((size, (size + 63) // 64), dtype=np.uint64),
-            np.uint64(self.seed),
-            np.uint64(index),
-            shares,
-            only,
-            colour,
-            self.channels == 1 or colour == GREY,
-            self.exponent,
-            self.r_min * size,
-            self.r_max * size,
-            True,
-            np.empty(size, dtype=np.int64),
-            np.empty(size, dtype=np.int64),
-            np.empty(size * size, dtype=np.int32),
-            record,
-        )
-        return canvas, leaves
+        work = workspace(self.resolution * self.supersample)
+        leaves = cover(np.uint64(self.seed), np.uint64(index), self._law(), True, work, record)
+        return work[0], leaves
 
     def _draw_textured(self, indices: Words, out: Images) -> None:
         nothing = np.empty((0, RECORDED))
@@ -204,12 +168,10 @@ class DeadLeaves(Program):
     def _params(self, index: int) -> dict[str, Any]:
         if self.mode == "reference":
             return {"leaves": int(self.leaf_counts([index])[0])}
-        record = np.empty((4096, RECORDED))
-        leaves = self._cover(index, record)[1]
-        while leaves > len(record):
-            record = np.empty((leaves, RECORDED))
-            self._cover(index, record)
-        x, y, radius, kind, _, _, visible = record[:leaves].T / np.array([[self.supersample] * 3 + [1] * 4]).T
+        leaves = self._cover(index, np.empty((0, RECORDED)))[1]
+        record = np.empty((leaves, RECORDED))
+        self._cover(index, record)
+        x, y, radius, kind, _, _, visible = record.T / np.array([[self.supersample] * 3 + [1] * 4]).T
         return {
             "leaves": leaves,
             "x": x,
@@ -248,4 +210,4 @@ def fill_leaves(canvas: Canvas, textures: Images, seed: Word, index: Word, facto
             for k in range(out.shape[0]):
                 value |= int(textures[texture, k, y, x]) << (8 * k)
             packed[i, j] = value
-    unpack_smaller(packed, factor, out)
+    unpack(packed, factor, out)

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_choice, as_counts, as_integer
+from dpsyngen.programs.base import Program, as_choice, as_counts, as_integer, param
 from dpsyngen.programs.drawing import Floats, Images, Word, Words
 from dpsyngen.programs.drawing.colours import GROUNDS, ground_colour, uniform_colour
-from dpsyngen.programs.drawing.counter_rng import below, unit32, words, words32
+from dpsyngen.programs.drawing.counter_rng import below, pick, unit32, words, words32
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, log2
 from dpsyngen.programs.drawing.raster import to_levels
 from dpsyngen.programs.registry import register
@@ -51,15 +51,9 @@ class Fractal(Program):
 
     prior_tier: ClassVar[int] = 0
 
-    maps: Any = (2, 6)
-    points: int = 8
-    ground: str = "black"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "maps", as_counts("maps", self.maps, 2, MAX_MAPS))
-        object.__setattr__(self, "points", as_integer("points", self.points, 1, 100))
-        as_choice("ground", self.ground, GROUNDS, "a ground")
+    maps: Any = param((2, 6), as_counts, 2, MAX_MAPS)
+    points: int = param(8, as_integer, 1, 100)
+    ground: str = param("black", as_choice, GROUNDS, "a ground")
 
     def _draw(self, indices: Words, out: Images) -> None:
         draw(indices, np.uint64(self.seed), *self.maps, self.points, GROUNDS.index(self.ground), out)
@@ -88,6 +82,7 @@ def draw_maps(seed: Word, index: Word, low: int, high: int, maps: Floats) -> int
     left = 0.5 * (5.0 + count + unit32(w1))
     total = 0.0
     for k in range(count):
+        # This map's share of the σ-factor: what is left, less the most that the maps to come can take, is the least.
         w0, w1, w2, w3 = words32(seed, _MAPS, index, np.uint64(2 * k))
         after = 3.0 * (count - 1 - k)
         least = max(0.0, left - after)
@@ -144,32 +139,27 @@ def draw(indices: Words, seed: Word, low: int, high: int, per_pixel: int, ground
                 colours[k] = 0.75 * colours[k] + (64.0 if ground == 0 else 0.0)
         ground_colour(seed, index, ground, channels == 1, behind)
 
+        chances = maps[:count, 6].copy()
         x, y = 0.0, 0.0
         red, green, blue = 128.0, 128.0, 128.0
+        # The chaos game: a random map at each step; after a few steps the point is on the attractor.
         for step in range(-_BURN_IN, steps):
             word, _ = words(seed, _STEPS, index, np.uint64(step + _BURN_IN))
-            u = unit32(word >> np.uint64(32))
-            k = 0
-            while k < count - 1 and u >= maps[k, 6]:
-                k += 1
+            k = pick(word >> np.uint64(32), chances)
             row = maps[k]
             x, y = row[0] * x + row[1] * y + row[4], row[2] * x + row[3] * y + row[5]
             red = 0.5 * (red + colours[k, 0])
             green = 0.5 * (green + colours[k, 1])
             blue = 0.5 * (blue + colours[k, 2])
             if step >= 0:
-                xs[step] = x
-                ys[step] = y
-                shades[step, 0] = red
-                shades[step, 1] = green
-                shades[step, 2] = blue
+                xs[step], ys[step] = x, y
+                shades[step, 0], shades[step, 1], shades[step, 2] = red, green, blue
 
+        # Fit the points into the image, a pixel from its border.
         left, right, top, bottom = xs[0], xs[0], ys[0], ys[0]
         for step in range(steps):
-            left = min(left, xs[step])
-            right = max(right, xs[step])
-            top = min(top, ys[step])
-            bottom = max(bottom, ys[step])
+            left, right = min(left, xs[step]), max(right, xs[step])
+            top, bottom = min(top, ys[step]), max(bottom, ys[step])
         span = max(max(right - left, bottom - top), 1e-9)
         scale = (size - 2.0) / span if size > 4 else size / span
         shift_x = 0.5 * size - scale * 0.5 * (left + right)
@@ -184,6 +174,7 @@ def draw(indices: Words, seed: Word, low: int, high: int, per_pixel: int, ground
             most = max(most, visits[i, j])
             for c in range(3):
                 sums[i, j, c] += shades[step, c]
+        # Density spans orders of magnitude: show its logarithm (Draves).
         per = 1.0 / log2(1.0 + most)
         for i in range(size):
             for j in range(size):

@@ -26,10 +26,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dpsyngen.programs.base import Program, as_choice, as_integer, as_range
-from dpsyngen.programs.drawing import Floats, Images, Word, Words
+from dpsyngen.programs.base import Program, as_choice, as_integer, as_range, param
+from dpsyngen.programs.drawing import Floats, Images, Law, Singles, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, fill_normal, fill_uniform, unit32, words32
 from dpsyngen.programs.drawing.fields import inverse_2d, power_of_two, roots
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, power
@@ -72,30 +71,24 @@ class RandomNetwork(Program):
 
     prior_tier: ClassVar[int] = 0
 
-    kind: str = "oriented"
-    width: int = 12
-    contrast: Any = (35.0, 75.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        as_choice("kind", self.kind, KINDS, "a kind of network")
-        object.__setattr__(self, "width", as_integer("width", self.width, MIN_CHANNELS, 64))
-        object.__setattr__(self, "contrast", as_range("contrast", self.contrast, 1.0, 127.0))
+    kind: str = param("oriented", as_choice, KINDS, "a kind of network")
+    width: int = param(12, as_integer, MIN_CHANNELS, 64)
+    contrast: Any = param((35.0, 75.0), as_range, 1.0, 127.0)
 
     def _draw(self, indices: Words, out: Images) -> None:
-        side = max(8, power_of_two(self.resolution))
-        draw(indices, np.uint64(self.seed), KINDS.index(self.kind), self.width, *self.contrast, side, out)
+        law = KINDS.index(self.kind), self.contrast
+        draw(indices, np.uint64(self.seed), law, self.width, max(8, power_of_two(self.resolution)), out)
 
     def _params(self, index: int) -> dict[str, Any]:
-        kind, noise, alpha, mean, contrast = law(
-            np.uint64(self.seed), np.uint64(index), KINDS.index(self.kind), *self.contrast
-        )
-        return {"kind": KINDS[int(kind)], "noise": noise, "alpha": alpha, "mean": mean, "contrast": contrast}
+        law = KINDS.index(self.kind), self.contrast
+        kind, *drawn = law_of(np.uint64(self.seed), np.uint64(index), law)
+        return {"kind": KINDS[int(kind)], **dict(zip(("noise", "alpha", "mean", "contrast"), drawn, strict=True))}
 
 
 @compiled
-def law(seed: Word, index: Word, kind: int, low: float, high: float) -> tuple[int, float, float, float, float]:
+def law_of(seed: Word, index: Word, law: Law) -> tuple[int, float, float, float, float]:
     """Kind, strength and exponent of the noise, mean and contrast of an image."""
+    kind, (low, high) = law
     a, b, c, d = words32(seed, _LAW, index, np.uint64(0))
     e, _, _, _ = words32(seed, _LAW, index, np.uint64(1))
     if kind == MIXED:
@@ -127,8 +120,8 @@ def draw_filters(
     kind: int,
     inputs: int,
     outputs: int,
-    filters: NDArray[np.float32],
-    biases: NDArray[np.float32],
+    filters: Singles,
+    biases: Singles,
 ) -> Word:
     """Fill filters [outputs, inputs, 3, 3], styled and normalised, and biases [outputs]; returns the next block."""
     styles = np.empty(inputs)
@@ -157,11 +150,11 @@ def draw_filters(
                 for k in range(9):
                     filters[o, i, k // 3, k % 3] = factor * wavelet[k // 3, k % 3]
     for o in range(outputs):
+        # StyleGAN's demodulation: each output channel gets weights of one norm, whatever the styles were.
         square = 0.0
         for i in range(inputs):
             for k in range(9):
-                w = float(filters[o, i, k // 3, k % 3])
-                square += w * w
+                square += float(filters[o, i, k // 3, k % 3]) * float(filters[o, i, k // 3, k % 3])
         scale = np.float32(1.4 / math.sqrt(square + 1e-8))  # keeps the mean square through a leaky ReLU
         for i in range(inputs):
             for k in range(9):
@@ -171,15 +164,15 @@ def draw_filters(
 
 @compiled
 def convolve(
-    maps: NDArray[np.float32],
+    maps: Singles,
     inputs: int,
     size: int,
-    filters: NDArray[np.float32],
-    biases: NDArray[np.float32],
-    strengths: NDArray[np.float32],
-    noise: NDArray[np.float32],
+    filters: Singles,
+    biases: Singles,
+    strengths: Singles,
+    noise: Singles,
     outputs: int,
-    out: NDArray[np.float32],
+    out: Singles,
 ) -> None:
     """A 3 × 3 convolution, noise, bias and leaky ReLU.
 
@@ -213,7 +206,7 @@ def convolve(
 
 
 @compiled
-def enlarge(maps: NDArray[np.float32], count: int, size: int, frame: int, out: NDArray[np.float32]) -> None:
+def enlarge(maps: Singles, count: int, size: int, frame: int, out: Singles) -> None:
     """Double the size of the maps by linear interpolation; `frame` is the width of the frame in both arrays."""
     near = np.float32(0.75)
     far = np.float32(0.25)
@@ -247,16 +240,11 @@ def pink_noise(seed: Word, index: Word, alpha: float, cos: Floats, sin: Floats, 
             total += amplitude * amplitude
     # The real part of a complex field is real; it has half of the power.
     inverse_2d(re, im, cos, sin)
-    scale = 1.0 / math.sqrt(0.5 * total)
-    for i in range(n):
-        for j in range(n):
-            re[i, j] *= scale
+    re *= 1.0 / math.sqrt(0.5 * total)
 
 
 @compiled
-def fill_noise(
-    seed: Word, index: Word, number: int, pink: bool, size: int, field: Floats, out: NDArray[np.float32]
-) -> None:
+def fill_noise(seed: Word, index: Word, number: int, pink: bool, size: int, field: Floats, out: Singles) -> None:
     """Noise map `number` of an image, [size, size]: white, or a shifted piece of the pink field."""
     if pink:
         n = field.shape[0]
@@ -279,7 +267,7 @@ def fill_noise(
 
 
 @compiled
-def draw(indices: Words, seed: Word, kind: int, width: int, low: float, high: float, side: int, out: Images) -> None:
+def draw(indices: Words, seed: Word, law: Law, width: int, side: int, out: Images) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     channels = out.shape[1]
     size = out.shape[2]
@@ -302,7 +290,7 @@ def draw(indices: Words, seed: Word, kind: int, width: int, low: float, high: fl
     canvas = np.empty((channels, size, size))
     for n in range(indices.shape[0]):
         index = indices[n]
-        chosen, strength, alpha, mean, contrast = law(seed, index, kind, low, high)
+        chosen, strength, alpha, mean, contrast = law_of(seed, index, law)
         if chosen == HIGH_FREQUENCY:
             pink_noise(seed, index, alpha, cos, sin, re, im)
         block = np.uint64(0)
@@ -314,7 +302,7 @@ def draw(indices: Words, seed: Word, kind: int, width: int, low: float, high: fl
         picture[:] = np.float32(0.0)
         here = 4
         layer = 0
-        while True:
+        while True:  # a block: two convolutions, to the picture, and twice the size
             outputs = channels_at(here, width)
             for part in range(2):
                 if part == 0 or chosen != ORIENTED:
@@ -322,8 +310,7 @@ def draw(indices: Words, seed: Word, kind: int, width: int, low: float, high: fl
                 layer += 1
                 block = draw_filters(seed, index, block, chosen, inputs, outputs, filters, biases)
                 block = fill_normal(seed, _WEIGHTS, index, block, scales)
-                for o in range(outputs):
-                    strengths[o] = strength * scales[o]
+                strengths[:outputs] = strength * scales[:outputs]
                 convolve(maps, inputs, here, filters, biases, strengths, noise, outputs, next_maps)
                 maps, next_maps = next_maps, maps
                 inputs = outputs
@@ -340,33 +327,23 @@ def draw(indices: Words, seed: Word, kind: int, width: int, low: float, high: fl
             maps, next_maps = next_maps, maps
             enlarge(picture, channels, here, 0, next_picture)
             picture, next_picture = next_picture, picture
-            for c in range(channels):
-                for y in range(2 * here):
-                    for x in range(2 * here):
-                        picture[c, y, x] *= _FADE
             here *= 2
+            picture[:, :here, :here] *= _FADE
         _level(picture, mean, contrast, canvas)
         to_levels(canvas, out[n])
 
 
 @compiled
-def _level(picture: NDArray[np.float32], mean: float, contrast: float, canvas: Floats) -> None:
+def _level(picture: Singles, mean: float, contrast: float, canvas: Floats) -> None:
     """The top left corner of the picture, brought to a mean and a standard deviation over all its channels."""
+    size = canvas.shape[1]
+    canvas[:] = picture[:, :size, :size]
     total = 0.0
+    for level in canvas.flat:
+        total += level
+    centre = total / canvas.size
     square = 0.0
-    count = canvas.shape[0] * canvas.shape[1] * canvas.shape[2]
-    for c in range(canvas.shape[0]):
-        for i in range(canvas.shape[1]):
-            for j in range(canvas.shape[2]):
-                canvas[c, i, j] = picture[c, i, j]
-                total += canvas[c, i, j]
-    centre = total / count
-    for c in range(canvas.shape[0]):
-        for i in range(canvas.shape[1]):
-            for j in range(canvas.shape[2]):
-                square += (canvas[c, i, j] - centre) * (canvas[c, i, j] - centre)
-    scale = contrast / math.sqrt(square / count + 1e-12)
-    for c in range(canvas.shape[0]):
-        for i in range(canvas.shape[1]):
-            for j in range(canvas.shape[2]):
-                canvas[c, i, j] = mean + scale * (canvas[c, i, j] - centre)
+    for level in canvas.flat:
+        square += (level - centre) * (level - centre)
+    scale = contrast / math.sqrt(square / canvas.size + 1e-12)
+    canvas[:] = mean + scale * (canvas - centre)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_choice, as_integer, as_range
-from dpsyngen.programs.drawing import Floats, Images, Word, Words
+from dpsyngen.programs.base import Program, as_choice, as_integer, as_range, param
+from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
 from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, log2
@@ -48,44 +48,31 @@ class SmoothNoise(Program):
 
     prior_tier: ClassVar[int] = 0
 
-    kind: str = "mixed"
-    cells: Any = (1.0, 8.0)
-    octaves: int = 5
-    persistence: Any = (0.3, 0.8)
+    kind: str = param("mixed", as_choice, KINDS, "a kind of noise")
+    cells: Any = param((1.0, 8.0), as_range, 0.5, 256.0)
+    octaves: int = param(5, as_integer, 1, 10)
+    persistence: Any = param((0.3, 0.8), as_range, 0.0, 1.0)
     colour: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fix = object.__setattr__
-        as_choice("kind", self.kind, KINDS, "a kind of noise")
-        fix(self, "cells", as_range("cells", self.cells, 0.5, 256.0))
-        fix(self, "octaves", as_integer("octaves", self.octaves, 1, 10))
-        fix(self, "persistence", as_range("persistence", self.persistence, 0.0, 1.0))
-        fix(self, "colour", field_colour(self.colour, self.channels))
+        object.__setattr__(self, "colour", field_colour(self.colour, self.channels))
 
-    def _law(self) -> tuple[int, float, float, int, float, float]:
-        return KINDS.index(self.kind), *self.cells, self.octaves, *self.persistence
+    def _law(self) -> Law:
+        return KINDS.index(self.kind), self.cells, self.octaves, self.persistence
 
     def _draw(self, indices: Words, out: Images) -> None:
-        draw(indices, np.uint64(self.seed), *self._law(), COLOURS.index(self.colour or ""), out)
+        draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour or ""), out)
 
     def _params(self, index: int) -> dict[str, Any]:
-        kind, cells, octaves, persistence = law(np.uint64(self.seed), np.uint64(index), *self._law())
+        kind, cells, octaves, persistence = law_of(np.uint64(self.seed), np.uint64(index), self._law())
         return {"kind": KINDS[kind], "cells": cells, "octaves": octaves, "persistence": persistence}
 
 
 @compiled
-def law(
-    seed: Word,
-    index: Word,
-    kind: int,
-    cells_low: float,
-    cells_high: float,
-    octaves: int,
-    persistence_low: float,
-    persistence_high: float,
-) -> tuple[int, float, int, float]:
+def law_of(seed: Word, index: Word, law: Law) -> tuple[int, float, int, float]:
     """Kind, cells, octaves and persistence of an image."""
+    kind, (cells_low, cells_high), octaves, (persistence_low, persistence_high) = law
     a, b, c, d = words32(seed, _LAW, index, np.uint64(0))
     if kind == 2:
         kind = below(a, 2)
@@ -106,28 +93,25 @@ def add_octave(
     nodes = math.floor(cells) + 3
     xs = np.empty((nodes, nodes))
     ys = np.empty((nodes, nodes))
-    for p in range(nodes):
+    for p in range(nodes):  # a unit slope at each node of the lattice
         for q in range(0, nodes, 4):
             block = np.uint64((octave << 20) | (p << 8) | (q >> 2))
-            w0, w1, w2, w3 = words32(seed, _SLOPES, index, block)
-            xs[p, q], ys[p, q] = cos_sin(unit32(w0))
-            if q + 1 < nodes:
-                xs[p, q + 1], ys[p, q + 1] = cos_sin(unit32(w1))
-            if q + 2 < nodes:
-                xs[p, q + 2], ys[p, q + 2] = cos_sin(unit32(w2))
-            if q + 3 < nodes:
-                xs[p, q + 3], ys[p, q + 3] = cos_sin(unit32(w3))
+            four = words32(seed, _SLOPES, index, block)
+            for k in range(min(4, nodes - q)):
+                xs[p, q + k], ys[p, q + k] = cos_sin(unit32(four[k]))
     step = cells / size
     for i in range(size):
         y = top + (i + 0.5) * step
         p = math.floor(y)
         y -= p
+        # Perlin's blend 6t⁵ − 15t⁴ + 10t³: first and second derivative vanish at the nodes, so cells join smoothly.
         fade_y = y * y * y * (y * (y * 6.0 - 15.0) + 10.0)
         for j in range(size):
             x = left + (j + 0.5) * step
             q = math.floor(x)
             x -= q
             fade_x = x * x * x * (x * (x * 6.0 - 15.0) + 10.0)
+            # At each corner: its slope times the way from there.
             a00 = xs[p, q] * x + ys[p, q] * y
             a01 = xs[p, q + 1] * (x - 1.0) + ys[p, q + 1] * y
             a10 = xs[p + 1, q] * x + ys[p + 1, q] * (y - 1.0)
@@ -139,26 +123,13 @@ def add_octave(
 
 
 @compiled
-def draw(
-    indices: Words,
-    seed: Word,
-    kind: int,
-    cells_low: float,
-    cells_high: float,
-    octaves: int,
-    persistence_low: float,
-    persistence_high: float,
-    colour: int,
-    out: Images,
-) -> None:
+def draw(indices: Words, seed: Word, law: Law, colour: int, out: Images) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     size = out.shape[2]
     fields = np.empty((3, size, size))
     for n in range(indices.shape[0]):
         index = indices[n]
-        chosen, first, count, persistence = law(
-            seed, index, kind, cells_low, cells_high, octaves, persistence_low, persistence_high
-        )
+        chosen, first, count, persistence = law_of(seed, index, law)
         for k in range(3 if colour == ROTATION else 1):
             fields[k] = 0.0
             strength = 1.0

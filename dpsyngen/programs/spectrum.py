@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_flag, as_number, as_range
-from dpsyngen.programs.drawing import Floats, Images, Word, Words
+from dpsyngen.programs.base import Program, as_flag, as_number, as_range, param
+from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import unit32, words32
 from dpsyngen.programs.drawing.fields import (
     COLOURS,
@@ -30,7 +30,6 @@ from dpsyngen.programs.registry import register
 
 _LAW = np.uint64(0x73706563)  # "spec"
 _PHASES = np.uint64(0x70686173)  # "phas"
-_ZERO = np.uint64(0)
 
 
 @register("spectrum")
@@ -55,45 +54,44 @@ class Spectrum(Program):
 
     prior_tier: ClassVar[int] = 0
 
-    slope: Any = (0.5, 3.5)
-    difference: float = 0.05
-    turn: bool = True
+    slope: Any = param((0.5, 3.5), as_range, 0.0, 6.0)
+    difference: float = param(0.05, as_number, 0.0, 1.0)
+    turn: bool = param(True, as_flag)
     colour: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fix = object.__setattr__
-        fix(self, "slope", as_range("slope", self.slope, 0.0, 6.0))
-        fix(self, "difference", as_number("difference", self.difference, 0.0, 1.0))
-        fix(self, "turn", as_flag("turn", self.turn))
-        fix(self, "colour", field_colour(self.colour, self.channels))
+        object.__setattr__(self, "colour", field_colour(self.colour, self.channels))
+
+    def _law(self) -> Law:
+        return self.slope, self.difference, self.turn
 
     def _draw(self, indices: Words, out: Images) -> None:
         size = power_of_two(self.resolution)
         cos, sin = np.empty(size // 2), np.empty(size // 2)
         roots(cos, sin)
-        how = COLOURS.index(self.colour or "")
-        _draw(indices, np.uint64(self.seed), *self.slope, self.difference, self.turn, how, cos, sin, out)
+        draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour or ""), cos, sin, out)
 
     def _params(self, index: int) -> dict[str, Any]:
-        slope, difference, turns = _law(np.uint64(self.seed), np.uint64(index), *self.slope, self.difference, self.turn)
+        slope, difference, turns = law_of(np.uint64(self.seed), np.uint64(index), self._law())
         return {"slope": slope, "difference": difference, "angle": 2 * math.pi * turns}
 
 
 @compiled
-def _law(seed: Word, index: Word, low: float, high: float, spread: float, turn: bool) -> tuple[float, float, float]:
-    a, b, c, d = words32(seed, _LAW, index, _ZERO)
+def law_of(seed: Word, index: Word, law: Law) -> tuple[float, float, float]:
+    """Slope, difference and turns of the axes of an image."""
+    (low, high), spread, turn = law
+    a, b, c, d = words32(seed, _LAW, index, np.uint64(0))
     normal, _ = normal_pair(unit32(b), unit32(c))
-    turns = unit32(d) if turn else 0.0
-    return low + unit32(a) * (high - low), spread * normal, turns
+    return low + unit32(a) * (high - low), spread * normal, unit32(d) if turn else 0.0
 
 
 @compiled
-def _amplitudes(slope: float, difference: float, turns: float, out: Floats) -> None:
+def amplitudes_of(slope: float, difference: float, turns: float, out: Floats) -> None:
     """Amplitude at frequency (i, j) of an n × n field, equal at opposite frequencies, 0 at the origin; [n, n]."""
     n = out.shape[0]
     cos, sin = cos_sin(turns)
-    for i in range(n // 2 + 1):
+    for i in range(n // 2 + 1):  # the other half follows: a real field has equal amplitudes at f and −f
         for j in range(n):
             fy = i / n
             fx = (j if 2 * j <= n else j - n) / n
@@ -138,7 +136,7 @@ def _phase(re: Floats, im: Floats, amplitude: float, turns: float, second: bool,
 
 
 @compiled
-def _two_fields(
+def two_fields(
     seed: Word, index: Word, pair: int, both: bool, amplitudes: Floats, cos: Floats, sin: Floats, re: Floats, im: Floats
 ) -> None:
     """Two fields at the price of one transform: in the real part, and if `both` in the imaginary part."""
@@ -159,26 +157,16 @@ def _two_fields(
 
 
 @compiled
-def _draw(
-    indices: Words,
-    seed: Word,
-    low: float,
-    high: float,
-    spread: float,
-    turn: bool,
-    colour: int,
-    cos: Floats,
-    sin: Floats,
-    out: Images,
-) -> None:
+def draw(indices: Words, seed: Word, law: Law, colour: int, cos: Floats, sin: Floats, out: Images) -> None:
+    """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]; `cos` and `sin` are from `fields.roots`."""
     n = max(1, 2 * cos.shape[0])
     amplitudes = np.empty((n, n))
     fields = np.empty((4, n, n))
     for k in range(indices.shape[0]):
         index = indices[k]
-        slope, difference, turns = _law(seed, index, low, high, spread, turn)
-        _amplitudes(slope, difference, turns, amplitudes)
-        _two_fields(seed, index, 0, colour == ROTATION, amplitudes, cos, sin, fields[0], fields[1])
+        slope, difference, turns = law_of(seed, index, law)
+        amplitudes_of(slope, difference, turns, amplitudes)
+        two_fields(seed, index, 0, colour == ROTATION, amplitudes, cos, sin, fields[0], fields[1])
         if colour == ROTATION:
-            _two_fields(seed, index, 1, False, amplitudes, cos, sin, fields[2], fields[3])
+            two_fields(seed, index, 1, False, amplitudes, cos, sin, fields[2], fields[3])
         paint_fields(seed, index, fields, colour, out[k])

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_choice, as_counts, as_number, as_range
-from dpsyngen.programs.drawing import Floats, Images, Word, Words
+from dpsyngen.programs.base import Program, as_choice, as_counts, as_number, as_range, param
+from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.colours import GROUNDS, ground_colour, ink_colour
 from dpsyngen.programs.drawing.counter_rng import below, fill_uniform, words32
 from dpsyngen.programs.drawing.portable import compiled, exp2, log2
@@ -42,35 +42,27 @@ class Strokes(Program):
 
     prior_tier: ClassVar[int] = 1
 
-    strokes: Any = (1, 4)
-    width: Any = (0.04, 0.14)
-    margin: float = 0.1
-    ground: str = "black"
+    strokes: Any = param((1, 4), as_counts, 1, MAX_STROKES)
+    width: Any = param((0.04, 0.14), as_range, 0.005, 0.5)
+    margin: float = param(0.1, as_number, 0.0, 0.45)
+    ground: str = param("black", as_choice, GROUNDS, "a ground")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fix = object.__setattr__
-        fix(self, "strokes", as_counts("strokes", self.strokes, 1, MAX_STROKES))
-        fix(self, "width", as_range("width", self.width, 0.005, 0.5))
-        fix(self, "margin", as_number("margin", self.margin, 0.0, 0.45))
-        as_choice("ground", self.ground, GROUNDS, "a ground")
+    def _law(self) -> Law:
+        return self.strokes, self.width, self.margin
 
     def _draw(self, indices: Words, out: Images) -> None:
-        law = *self.strokes, *self.width, self.margin
-        draw(indices, np.uint64(self.seed), *law, GROUNDS.index(self.ground), out)
+        draw(indices, np.uint64(self.seed), self._law(), GROUNDS.index(self.ground), out)
 
     def _params(self, index: int) -> dict[str, Any]:
         values = np.empty((MAX_STROKES, _VALUES))
-        law = *self.strokes, *self.width, self.margin
-        count = draw_curves(np.uint64(self.seed), np.uint64(index), *law, self.resolution, values)
+        count = draw_curves(np.uint64(self.seed), np.uint64(index), self._law(), self.resolution, values)
         return {"points": values[:count, :8].reshape(count, 4, 2), "widths": 2 * values[:count, 8:]}
 
 
 @compiled
-def draw_curves(
-    seed: Word, index: Word, low: int, high: int, thin: float, thick: float, margin: float, size: int, values: Floats
-) -> int:
+def draw_curves(seed: Word, index: Word, law: Law, size: int, values: Floats) -> int:
     """Fill rows of `values` with (x, y) four times and two half-widths, in pixels; returns the number of strokes."""
+    (low, high), (thin, thick), margin = law
     w, _, _, _ = words32(seed, _LAW, index, np.uint64(0))
     count = low + below(w, high - low + 1)
     ratio = log2(thick / thin)
@@ -91,7 +83,7 @@ def add_curve(cover: Floats, row: Floats) -> None:
     for piece in range(1, _PIECES + 1):
         t = piece / _PIECES
         s = 1.0 - t
-        a, b, c, d = s * s * s, 3.0 * s * s * t, 3.0 * s * t * t, t * t * t
+        a, b, c, d = s * s * s, 3.0 * s * s * t, 3.0 * s * t * t, t * t * t  # Bernstein's polynomials
         x_next = a * row[0] + b * row[2] + c * row[4] + d * row[6]
         y_next = a * row[1] + b * row[3] + c * row[5] + d * row[7]
         half_next = row[8] + t * (row[9] - row[8])
@@ -100,9 +92,7 @@ def add_curve(cover: Floats, row: Floats) -> None:
 
 
 @compiled
-def draw(
-    indices: Words, seed: Word, low: int, high: int, thin: float, thick: float, margin: float, ground: int, out: Images
-) -> None:
+def draw(indices: Words, seed: Word, law: Law, ground: int, out: Images) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     size = out.shape[2]
     grey = out.shape[1] == 1
@@ -112,7 +102,7 @@ def draw(
     behind = np.empty(3)
     ink = np.empty(3)
     for n in range(indices.shape[0]):
-        count = draw_curves(seed, indices[n], low, high, thin, thick, margin, size, values)
+        count = draw_curves(seed, indices[n], law, size, values)
         ground_colour(seed, indices[n], ground, grey, behind)
         ink_colour(seed, indices[n], 0, grey, behind, ink)
         plain(canvas, behind)

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_range
-from dpsyngen.programs.drawing import Floats, Images, Ints, Word, Words
+from dpsyngen.programs.base import Program, as_range, param
+from dpsyngen.programs.drawing import Floats, Images, Ints, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
 from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields, power_of_two
 from dpsyngen.programs.drawing.portable import compiled, exp2, log2, log2_gamma, normal_pair, power
@@ -63,14 +63,12 @@ class WaveletMarginal(Program):
 
     prior_tier: ClassVar[int] = 0
 
-    tails: Any = (0.4, 0.8)
-    decay: Any = (1.2, 2.2)
+    tails: Any = param((0.4, 0.8), as_range, 0.2, 4.0)
+    decay: Any = param((1.2, 2.2), as_range, 0.0, 4.0)
     colour: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "tails", as_range("tails", self.tails, 0.2, 4.0))
-        object.__setattr__(self, "decay", as_range("decay", self.decay, 0.0, 4.0))
         object.__setattr__(self, "colour", field_colour(self.colour, self.channels))
 
     @property
@@ -78,37 +76,28 @@ class WaveletMarginal(Program):
         return max(8, power_of_two(self.resolution))
 
     def _draw(self, indices: Words, out: Images) -> None:
-        how = COLOURS.index(self.colour or "")
-        draw(indices, np.uint64(self.seed), *self.tails, *self.decay, self._side, how, out)
+        law = self.tails, self.decay, self._side
+        draw(indices, np.uint64(self.seed), law, COLOURS.index(self.colour or ""), out)
 
     def _params(self, index: int) -> dict[str, Any]:
         tails = np.empty((int(math.log2(self._side // COARSEST)), 3))
         offset = np.empty(2, dtype=np.int64)
-        decay = law(np.uint64(self.seed), np.uint64(index), *self.tails, *self.decay, self._side, tails, offset)
+        law = self.tails, self.decay, self._side
+        decay = law_of(np.uint64(self.seed), np.uint64(index), law, tails, offset)
         return {"decay": decay, "tails": tails, "offset": offset}
 
 
 @compiled
-def law(
-    seed: Word,
-    index: Word,
-    tail_low: float,
-    tail_high: float,
-    decay_low: float,
-    decay_high: float,
-    side: int,
-    tails: Floats,
-    offset: Ints,
-) -> float:
+def law_of(seed: Word, index: Word, law: Law, tails: Floats, offset: Ints) -> float:
     """Fill the tails [levels, 3] and the offset [2] of an image; returns its decay."""
+    (tail_low, tail_high), (decay_low, decay_high), side = law
     a, b, c, _ = words32(seed, _LAW, index, np.uint64(0))
     offset[0] = below(b, side)
     offset[1] = below(c, side)
     for level in range(tails.shape[0]):
-        x, y, z, _ = words32(seed, _LAW, index, np.uint64(level + 1))
-        tails[level, 0] = tail_low + unit32(x) * (tail_high - tail_low)
-        tails[level, 1] = tail_low + unit32(y) * (tail_high - tail_low)
-        tails[level, 2] = tail_low + unit32(z) * (tail_high - tail_low)
+        four = words32(seed, _LAW, index, np.uint64(level + 1))
+        for k in range(3):
+            tails[level, k] = tail_low + unit32(four[k]) * (tail_high - tail_low)
     return decay_low + unit32(a) * (decay_high - decay_low)
 
 
@@ -121,6 +110,7 @@ def fill_heavy_tailed(seed: Word, index: Word, block: Word, r: float, deviation:
     shape = 1.0 / r
     # The variance of the law is s²·Γ(3/r)/Γ(1/r).
     scale = deviation * exp2(0.5 * (log2_gamma(shape) - log2_gamma(3.0 * shape)))
+    # Marsaglia and Tsang: d·v has the law of shape d + ⅓, if v = (1 + cx)³ of a normal x is accepted as below.
     boost = shape < 1.0  # the method needs a shape of 1 at least: gamma(a) = gamma(a + 1)·U^(1/a)
     d = (shape + 1.0 if boost else shape) - 1.0 / 3.0
     c = 1.0 / math.sqrt(9.0 * d)
@@ -140,7 +130,7 @@ def fill_heavy_tailed(seed: Word, index: Word, block: Word, r: float, deviation:
             if boost:
                 value *= power(unit32(w3 >> np.uint64(1) << np.uint64(1)), 1.0 / shape)
             value = scale * power(value, 1.0 / r)
-            out[i, j] = value if w3 & _ONE else -value
+            out[i, j] = value if w3 & _ONE else -value  # the bit that the boost does not use
     return block
 
 
@@ -152,7 +142,7 @@ def merge_rows(low: Floats, high: Floats, out: Floats) -> None:
     for k in range(m):
         for t in range(8):
             row = (2 * k + t) % (2 * m)
-            a = _LOW[t]
+            a = _LOW[t]  # low pass; the high pass is its mirror image with alternating signs
             b = _LOW[7 - t] if t % 2 == 0 else -_LOW[7 - t]
             for j in range(low.shape[1]):
                 out[row, j] += a * low[k, j] + b * high[k, j]
@@ -163,20 +153,18 @@ def draw_field(seed: Word, index: Word, block: Word, decay: float, tails: Floats
     """One field, [n, n], from bands with the given tails, shifted by `offset`; returns the first block not used."""
     levels = tails.shape[0]
     side = COARSEST
+    # From the coarsest: each level doubles the side, joining four bands along columns and then along rows.
     low = np.empty((side, side))
     block = fill_heavy_tailed(seed, index, block, 2.0, exp2(decay * levels), low)
     for level in range(levels, 0, -1):
         deviation = exp2(decay * level)
-        across = np.empty((side, side))
-        down = np.empty((side, side))
-        both = np.empty((side, side))
-        block = fill_heavy_tailed(seed, index, block, tails[level - 1, 0], deviation, across)
-        block = fill_heavy_tailed(seed, index, block, tails[level - 1, 1], deviation, down)
-        block = fill_heavy_tailed(seed, index, block, tails[level - 1, 2], deviation, both)
+        bands = np.empty((3, side, side))  # details across, down and in both directions
+        for k in range(3):
+            block = fill_heavy_tailed(seed, index, block, tails[level - 1, k], deviation, bands[k])
         left = np.empty((2 * side, side))
         right = np.empty((2 * side, side))
-        merge_rows(low, across, left)
-        merge_rows(down, both, right)
+        merge_rows(low, bands[0], left)
+        merge_rows(bands[1], bands[2], right)
         whole = np.empty((2 * side, 2 * side))
         merge_rows(np.ascontiguousarray(left.T), np.ascontiguousarray(right.T), whole)
         low = np.ascontiguousarray(whole.T)
@@ -188,18 +176,9 @@ def draw_field(seed: Word, index: Word, block: Word, decay: float, tails: Floats
 
 
 @compiled
-def draw(
-    indices: Words,
-    seed: Word,
-    tail_low: float,
-    tail_high: float,
-    decay_low: float,
-    decay_high: float,
-    side: int,
-    colour: int,
-    out: Images,
-) -> None:
+def draw(indices: Words, seed: Word, law: Law, colour: int, out: Images) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
+    side = law[2]
     levels = 0
     while COARSEST << levels < side:
         levels += 1
@@ -207,7 +186,7 @@ def draw(
     offset = np.empty(2, dtype=np.int64)
     fields = np.empty((3, side, side))
     for n in range(indices.shape[0]):
-        decay = law(seed, indices[n], tail_low, tail_high, decay_low, decay_high, side, tails, offset)
+        decay = law_of(seed, indices[n], law, tails, offset)
         block = np.uint64(0)
         for k in range(3 if colour == ROTATION else 1):
             block = draw_field(seed, indices[n], block, decay, tails, offset, fields[k])

@@ -1,6 +1,6 @@
-"""Programs that change the images of another program: affine maps, blur, inversion, fewer levels, crops.
+"""Programs made of programs: changed images of one (affine maps, blur, inversion, fewer levels, crops), or mixtures.
 
-Image i of a wrapper is made from image i of its source, whose prior tier it has.
+Image i of a wrapper is made from image i of its source, and has the prior tier of the source.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import MAX_RESOLUTION, Program, as_choice, as_counts, as_integer, as_number, as_range
-from dpsyngen.programs.drawing import Floats, Images, Ints, Word, Words
-from dpsyngen.programs.drawing.counter_rng import below, pick, unit32, words32
+from dpsyngen.programs.base import MAX_RESOLUTION, Program, as_choice, as_counts, as_integer, as_number, as_range, param
+from dpsyngen.programs.drawing import Images, Law, Word, Words
+from dpsyngen.programs.drawing.counter_rng import below, cumulative, pick, unit32, words32
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, log2
 from dpsyngen.programs.registry import inner_program, register, tier_of
 
@@ -77,38 +77,28 @@ class Affine(Wrapper):
         ConfigError: a parameter is not allowed.
     """
 
-    turn: float = 180.0
-    scale: Any = (0.7, 1.4)
-    shear: float = 0.2
-    shift: float = 0.1
-    border: str = "reflect"
+    turn: float = param(180.0, as_number, 0.0, 180.0)
+    scale: Any = param((0.7, 1.4), as_range, 0.1, 10.0)
+    shear: float = param(0.2, as_number, 0.0, 1.0)
+    shift: float = param(0.1, as_number, 0.0, 1.0)
+    border: str = param("reflect", as_choice, BORDERS, "a border")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fix = object.__setattr__
-        fix(self, "turn", as_number("turn", self.turn, 0.0, 180.0))
-        fix(self, "scale", as_range("scale", self.scale, 0.1, 10.0))
-        fix(self, "shear", as_number("shear", self.shear, 0.0, 1.0))
-        fix(self, "shift", as_number("shift", self.shift, 0.0, 1.0))
-        as_choice("border", self.border, BORDERS, "a border")
-
-    def _law(self) -> tuple[float, float, float, float, float]:
-        return self.turn / 360.0, *self.scale, self.shear, self.shift
+    def _law(self) -> Law:
+        return self.turn / 360.0, self.scale, self.shear, self.shift
 
     def _draw(self, indices: Words, out: Images) -> None:
         images = self.source.batch(indices)
-        draw_affine(indices, np.uint64(self.seed), images, *self._law(), BORDERS.index(self.border), out)
+        draw_affine(indices, np.uint64(self.seed), images, self._law(), BORDERS.index(self.border), out)
 
     def _changes(self, index: int) -> dict[str, Any]:
-        turns, scale, shear, right, down = affine_law(np.uint64(self.seed), np.uint64(index), *self._law())
+        turns, scale, shear, right, down = affine_law(np.uint64(self.seed), np.uint64(index), self._law())
         return {"turn": 360.0 * turns, "scale": scale, "shear": shear, "shift": (right, down)}
 
 
 @compiled
-def affine_law(
-    seed: Word, index: Word, turn: float, low: float, high: float, shear: float, shift: float
-) -> tuple[float, float, float, float, float]:
+def affine_law(seed: Word, index: Word, law: Law) -> tuple[float, float, float, float, float]:
     """Turns, scale, shear and the two shifts of an image."""
+    turn, (low, high), shear, shift = law
     a, b, c, d = words32(seed, _AFFINE, index, np.uint64(0))
     e, _, _, _ = words32(seed, _AFFINE, index, np.uint64(1))
     return (
@@ -134,27 +124,16 @@ def _at(image: Images, y: int, x: int, border: int) -> float:
 
 
 @compiled
-def draw_affine(
-    indices: Words,
-    seed: Word,
-    images: Images,
-    turn: float,
-    low: float,
-    high: float,
-    shear: float,
-    shift: float,
-    border: int,
-    out: Images,
-) -> None:
+def draw_affine(indices: Words, seed: Word, images: Images, law: Law, border: int, out: Images) -> None:
     """Write the changed ``images[n]`` to ``out[n]``, both [C, S, S]."""
     size = out.shape[2]
     middle = 0.5 * size
     for n in range(indices.shape[0]):
-        turns, scale, slant, right, down = affine_law(seed, indices[n], turn, low, high, shear, shift)
+        turns, scale, slant, right, down = affine_law(seed, indices[n], law)
         cos, sin = cos_sin(turns)
         for i in range(size):
             for j in range(size):
-                # From a pixel of the result back to its place in the source.
+                # From a pixel of the result back to its place (x, y) in the source: shift, scale, turn, shear inverted.
                 x = (j + 0.5 - middle - right * size) / scale
                 y = (i + 0.5 - middle - down * size) / scale
                 x, y = cos * x + sin * y, cos * y - sin * x
@@ -164,7 +143,7 @@ def draw_affine(
                 p = math.floor(y)
                 x -= q
                 y -= p
-                for c in range(out.shape[1]):
+                for c in range(out.shape[1]):  # mix the four pixels around it
                     image = images[n, c]
                     upper = (1.0 - x) * _at(image, p, q, border) + x * _at(image, p, q + 1, border)
                     lower = (1.0 - x) * _at(image, p + 1, q, border) + x * _at(image, p + 1, q + 1, border)
@@ -183,11 +162,7 @@ class Blur(Wrapper):
         ConfigError: a parameter is not allowed.
     """
 
-    deviation: Any = (0.0, 2.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "deviation", as_range("deviation", self.deviation, 0.0, 64.0))
+    deviation: Any = param((0.0, 2.0), as_range, 0.0, 64.0)
 
     def _draw(self, indices: Words, out: Images) -> None:
         draw_blur(indices, np.uint64(self.seed), self.source.batch(indices), *self.deviation, out)
@@ -216,7 +191,7 @@ def draw_blur(indices: Words, seed: Word, images: Images, low: float, high: floa
         for k in range(reach + 1):
             weights[k] = exp2(-0.5 * _PER_LN2 * (k / deviation) * (k / deviation)) if k > 0 else 1.0
             total += weights[k] if k == 0 else 2.0 * weights[k]
-        for c in range(out.shape[1]):
+        for c in range(out.shape[1]):  # the Gaussian is a product: along rows first, then along columns
             for i in range(size):
                 for j in range(size):
                     value = weights[0] * images[n, c, i, j]
@@ -248,11 +223,7 @@ class Invert(Wrapper):
         ConfigError: a parameter is not allowed.
     """
 
-    probability: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "probability", as_number("probability", self.probability, 0.0, 1.0))
+    probability: float = param(1.0, as_number, 0.0, 1.0)
 
     def _inverted(self, indices: Words) -> NDArray[np.bool_]:
         seed = np.uint64(self.seed)
@@ -281,15 +252,12 @@ class Quantise(Wrapper):
         ConfigError: a parameter is not allowed.
     """
 
-    levels: Any = (2, 8)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "levels", as_counts("levels", self.levels, 2, 256))
+    levels: Any = param((2, 8), as_counts, 2, 256)
 
     def _count(self, index: int) -> int:
         low, high = self.levels
-        return int(count_law(np.uint64(self.seed), _QUANTISE, np.uint64(index), low, high))
+        w, _, _, _ = words32(np.uint64(self.seed), _QUANTISE, np.uint64(index), np.uint64(0))
+        return low + int(below(w, high - low + 1))
 
     def _draw(self, indices: Words, out: Images) -> None:
         images = self.source.batch(indices)
@@ -301,13 +269,6 @@ class Quantise(Wrapper):
 
     def _changes(self, index: int) -> dict[str, Any]:
         return {"levels": self._count(index)}
-
-
-@compiled
-def count_law(seed: Word, stream: Word, index: Word, low: int, high: int) -> int:
-    """One whole number of an image, low to high."""
-    a, _, _, _ = words32(seed, stream, index, np.uint64(0))
-    return low + below(a, high - low + 1)
 
 
 @register("crop")
@@ -391,28 +352,18 @@ class Mixture(Program):
         """The largest of the inner programs'."""
         return tier_of(0, *self.programs)
 
-    def _choices(self, indices: Words) -> Ints:
-        weights = np.array(self.weights if self.weights is not None else [1.0] * len(self.programs))
-        shares = np.cumsum(weights) / weights.sum()
-        shares[np.flatnonzero(weights)[-1] :] = 1.0
-        choices = np.empty(len(indices), dtype=np.int64)
-        choose(indices, np.uint64(self.seed), shares, choices)
-        return choices
+    def _choices(self, indices: Words) -> list[int]:
+        """Which program draws each image."""
+        shares = cumulative(self.weights or [1.0] * len(self.programs))
+        drawn = (words32(np.uint64(self.seed), _MIXTURE, index, np.uint64(0)) for index in indices)
+        return [pick(words[0], shares) for words in drawn]
 
     def _draw(self, indices: Words, out: Images) -> None:
-        choices = self._choices(indices)
+        choices = np.array(self._choices(indices))
         for k in np.unique(choices):
             mine = choices == k
             out[mine] = self.programs[k].batch(indices[mine])
 
     def _params(self, index: int) -> dict[str, Any]:
-        k = int(self._choices(np.array([index], dtype=np.uint64))[0])
+        k = self._choices(np.array([index], dtype=np.uint64))[0]
         return {"program": k, "name": self.programs[k].name, "params": self.programs[k].params(index)}
-
-
-@compiled
-def choose(indices: Words, seed: Word, shares: Floats, choices: Ints) -> None:
-    """Which program draws image ``indices[n]``, to ``choices[n]``; `shares` are cumulative and end in 1."""
-    for n in range(indices.shape[0]):
-        w, _, _, _ = words32(seed, _MIXTURE, indices[n], np.uint64(0))
-        choices[n] = pick(w, shares)

@@ -18,6 +18,7 @@ from scipy import stats
 from dpsyngen.errors import ConfigError
 from dpsyngen.programs import Program, make_program
 from dpsyngen.programs.dead_leaves import SHAPES, DeadLeaves
+from dpsyngen.programs.drawing.colours import RGB
 from dpsyngen.programs.drawing.reference_leaves import (
     EMPTY,
     fill_convex,
@@ -26,6 +27,7 @@ from dpsyngen.programs.drawing.reference_leaves import (
     leaf_radius,
     paint_over,
 )
+from dpsyngen.programs.drawing.shapes import LeafLaw
 
 # SHA-256 of images 0…7 at seed 7: what other machines and later versions must draw too.
 GOLDEN: dict[tuple[str, str, int], str] = {
@@ -99,9 +101,9 @@ def test_indices_seeds_and_shapes_give_different_images() -> None:
 @settings(max_examples=60, deadline=None)
 def test_every_pixel_is_covered(resolution: int, shape: int, seed: int, r_min: float, width: float) -> None:
     canvas = np.full((resolution, resolution), EMPTY, dtype=np.int32)
-    corners = np.empty(4), np.empty(4)
-    shares, only = np.arange(1.0, 7.0) / 6, shape if shape < 6 else -1
-    paint_over(canvas, np.uint64(seed), np.uint64(5), shares, only, 1, False, r_min, r_min + width, *corners)
+    only = shape if shape < 6 else -1
+    law = LeafLaw(np.arange(1.0, 7.0) / 6, only, RGB, False, 3.0, r_min, r_min + width)
+    paint_over(canvas, np.uint64(seed), np.uint64(5), law, np.empty(4), np.empty(4))
     assert canvas.min() >= 0  # an unpainted pixel is EMPTY = −1
     assert canvas.max() <= 0xFFFFFF
 

@@ -29,8 +29,8 @@ def test_spectrum_has_exactly_its_amplitudes() -> None:
     roots(cos, sin)
     amplitudes, re, im = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
     slope, difference, turns = 1.3, 0.1, 0.07
-    spectrum._amplitudes(slope, difference, turns, amplitudes)
-    spectrum._two_fields(np.uint64(1), np.uint64(2), 0, True, amplitudes, cos, sin, re, im)
+    spectrum.amplitudes_of(slope, difference, turns, amplitudes)
+    spectrum.two_fields(np.uint64(1), np.uint64(2), 0, True, amplitudes, cos, sin, re, im)
     f = np.fft.fftfreq(n)
     a = 2 * np.pi * turns
     u = np.abs(f[None, :] * np.cos(a) + f[:, None] * np.sin(a))

@@ -1,6 +1,6 @@
-"""Colour laws of flat regions.
+"""Colours: laws of flat regions, random palettes, plain grounds and the inks on them.
 
-A colour is an int: red | green << 8 | blue << 16, each 0 to 255.
+A packed colour is an int: red | green << 8 | blue << 16, each 0 to 255.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ from dpsyngen.programs.drawing.portable import compiled
 LAWS = ("grey", "rgb", "black-white", "palette")
 GREY, RGB, BLACK_WHITE, PALETTE = range(4)
 MAX_PALETTE = 8
+MIX_COLOURS = 22
+MIX_VALUES = 1 + 4 * MIX_COLOURS  # uniforms that `colour_mix` reads
+GROUNDS = ("black", "white", "random")
+RANDOM = 2
 
-_STREAM = np.uint64(0x70616C65)  # "pale"
+_PALETTE = np.uint64(0x70616C65)  # "pale"
+_GROUND = np.uint64(0x67726F75)  # "grou"
+_LEAST_CONTRAST = 64.0  # levels
 _LOW_24 = np.uint64(0xFFFFFF)
 
 
@@ -39,7 +45,7 @@ def draw_palette(seed: Word, index: Word, grey: bool, palette: Ints) -> int:
     """Fill `palette` with the 2 to 8 colours of image `index`, evenly many and uniform; returns their number."""
     count = 0
     for k in range(MAX_PALETTE):
-        a, b, _, _ = words32(seed, _STREAM, index, np.uint64(k))
+        a, b, _, _ = words32(seed, _PALETTE, index, np.uint64(k))
         if k == 0:
             count = 2 + below(b, MAX_PALETTE - 1)
         packed = int(a & _LOW_24)
@@ -53,10 +59,6 @@ def uniform_colour(a: float, b: float, c: float, grey: bool, out: Floats) -> Non
     out[0] = math.floor(256.0 * a)
     out[1] = out[0] if grey else math.floor(256.0 * b)
     out[2] = out[0] if grey else math.floor(256.0 * c)
-
-
-MIX_COLOURS = 22
-MIX_VALUES = 1 + 4 * MIX_COLOURS  # uniforms that `colour_mix` reads
 
 
 @compiled
@@ -92,13 +94,13 @@ def colour_mix(u: Floats, colours: Floats, weights: Floats, root: Floats) -> int
             for j in range(3):
                 covariance[i, j] += weights[k] * (colours[k, i] - mean[i]) * (colours[k, j] - mean[j])
     root[:] = 0.0
-    for i in range(3):  # Cholesky
+    for i in range(3):  # Cholesky: R·Rᵀ = covariance, row by row
         for j in range(i + 1):
             left = covariance[i, j]
             for k in range(j):
                 left -= root[i, k] * root[j, k]
             if i == j:
-                root[i, i] = math.sqrt(max(left, 1e-12))
+                root[i, i] = math.sqrt(max(left, 1e-12))  # two colours on a line leave rounding
             else:
                 root[i, j] = left / root[j, j]
     return count
@@ -115,13 +117,6 @@ def mix_channels(fields: Floats, root: Floats) -> None:
             fields[0, i, j] = root[0, 0] * a
             fields[1, i, j] = root[1, 0] * a + root[1, 1] * b
             fields[2, i, j] = root[2, 0] * a + root[2, 1] * b + root[2, 2] * c
-
-
-GROUNDS = ("black", "white", "random")
-RANDOM = 2
-
-_GROUND = np.uint64(0x67726F75)  # "grou"
-_LEAST_CONTRAST = 64.0
 
 
 @compiled

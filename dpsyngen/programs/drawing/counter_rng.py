@@ -9,13 +9,15 @@ How its 128-bit counter and 64-bit key are used here::
     key     = seed                       (64 bits)
     counter = block | stream | index     (32, 32 and 64 bits)
 
-`index` is the image, `block` counts within the image, and `stream` is a constant of the family, so that
-families with one seed stay independent.  A block yields two 64-bit words.
+`index` is the image, `block` counts within the image, and `stream` is a constant of what asks (four letters of its name
+as a number), so that families with one seed stay independent.  No state is carried from image to image: that is why
+image i is the same in any order and by any number of threads.  A block yields two 64-bit words, or four of 32 bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from dpsyngen.programs.drawing.portable import compiled, normal_pair
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 _11 = np.uint64(11)
-_MULTIPLIER_0 = np.uint64(0xD2511F53)
+_MULTIPLIER_0 = np.uint64(0xD2511F53)  # this and the next: of Random123, chosen for their avalanche
 _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
 _WEYL_0 = np.uint64(0x9E3779B9)  # golden ratio
 _WEYL_1 = np.uint64(0xBB67AE85)  # √3 − 1
@@ -43,6 +45,7 @@ def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tu
     All six arguments and the four results are uint64 that hold 32-bit values.
     """
     for _ in range(_ROUNDS):
+        # A round: multiply two of the words, and mix high halves, neighbours and key; then step the key.
         product_0 = _MULTIPLIER_0 * c0  # 32 × 32 bits: cannot overflow
         product_1 = _MULTIPLIER_1 * c2
         c0 = (product_1 >> _32) ^ c1 ^ k0
@@ -89,44 +92,40 @@ def pick(word: Word, shares: Floats) -> int:
     return choice
 
 
+def cumulative(weights: Sequence[float]) -> Floats:
+    """Shares for `pick` from weights, not all 0; rounding never chooses a weight of 0."""
+    shares = np.cumsum(weights) / np.sum(weights)
+    shares[np.flatnonzero(weights)[-1] :] = 1.0
+    return shares
+
+
+@compiled
+def _put(out: Floats, n: int, four: tuple[float, float, float, float]) -> None:
+    """Write ``out[n]`` to ``out[n + 3]``, as far as there are."""
+    if n + 4 <= out.shape[0]:
+        out[n], out[n + 1], out[n + 2], out[n + 3] = four
+    else:
+        for k in range(out.shape[0] - n):
+            out[n + k] = four[k]
+
+
 @compiled
 def fill_uniform(seed: Word, stream: Word, index: Word, block: Word, out: Floats) -> Word:
     """Fill the flat array `out` with uniforms in (0, 1), four to a block; returns the first block not used."""
-    n = 0
-    while n < out.shape[0]:
+    for n in range(0, out.shape[0], 4):
         a, b, c, d = words32(seed, stream, index, block)
         block = block + _ONE
-        out[n] = unit32(a)
-        if n + 3 < out.shape[0]:
-            out[n + 1] = unit32(b)
-            out[n + 2] = unit32(c)
-            out[n + 3] = unit32(d)
-        else:
-            if n + 1 < out.shape[0]:
-                out[n + 1] = unit32(b)
-            if n + 2 < out.shape[0]:
-                out[n + 2] = unit32(c)
-        n += 4
+        _put(out, n, (unit32(a), unit32(b), unit32(c), unit32(d)))
     return block
 
 
 @compiled
 def fill_normal(seed: Word, stream: Word, index: Word, block: Word, out: Floats) -> Word:
     """Fill the flat array `out` with standard normals, four to a block; returns the first block not used."""
-    n = 0
-    while n < out.shape[0]:
+    for n in range(0, out.shape[0], 4):
         a, b, c, d = words32(seed, stream, index, block)
         block = block + _ONE
-        x, y = normal_pair(unit32(a), unit32(b))
-        out[n] = x
-        if n + 1 < out.shape[0]:
-            out[n + 1] = y
-        if n + 2 < out.shape[0]:
-            x, y = normal_pair(unit32(c), unit32(d))
-            out[n + 2] = x
-            if n + 3 < out.shape[0]:
-                out[n + 3] = y
-        n += 4
+        _put(out, n, normal_pair(unit32(a), unit32(b)) + normal_pair(unit32(c), unit32(d)))
     return block
 
 

@@ -25,10 +25,10 @@ import math
 import numpy as np
 
 from dpsyngen.programs.drawing import Canvas, Floats, Images, Ints, Word, Words
-from dpsyngen.programs.drawing.colours import GREY, PALETTE, colour_of, draw_palette
+from dpsyngen.programs.drawing.colours import PALETTE, colour_of, draw_palette
 from dpsyngen.programs.drawing.counter_rng import below, pick, unit32, words32
 from dpsyngen.programs.drawing.portable import compiled, cos_sin
-from dpsyngen.programs.drawing.shapes import DISC, inverse, leaf_spans, mass, padded_masses, padded_radius
+from dpsyngen.programs.drawing.shapes import DISC, LeafLaw, inverse, leaf_spans, mass, padded_masses, padded_radius
 
 UNCOVERED = -1
 RECORDED = 7  # x, y, radius, kind, colour, 1 if from the second list, pixels that stay visible
@@ -100,43 +100,44 @@ def may_show(covered: Words, size: int, x: float, y: float, radius: float) -> bo
 
 
 @compiled
+def workspace(size: int) -> tuple[Canvas, Words, Ints, Ints, Canvas]:
+    """Arrays for `cover`: the canvas [S, S], which pixels are covered [S, ⌈S/64⌉], spans [S] twice, a list [S·S]."""
+    return (
+        np.empty((size, size), dtype=np.int32),
+        np.empty((size, (size + 63) // 64), dtype=np.uint64),
+        np.empty(size, dtype=np.int64),
+        np.empty(size, dtype=np.int64),
+        np.empty(size * size, dtype=np.int32),
+    )
+
+
+@compiled
 def cover(
-    canvas: Canvas,
-    covered: Words,
     seed: Word,
     index: Word,
-    shares: Floats,
-    only: int,
-    colour: int,
-    grey: bool,
-    exponent: float,
-    r_min: float,
-    r_max: float,
+    law: LeafLaw,
     number: bool,
-    starts: Ints,
-    stops: Ints,
-    waiting: Canvas,
+    work: tuple[Canvas, Words, Ints, Ints, Canvas],
     record: Floats,
 ) -> int:
     """Draw one image; returns the number of leaves that were placed, those that stay hidden among them.
 
     Args:
-        canvas: int32 [S, S], receives colours, or the leaf's number if `number`.
-        covered: working space, uint64 [S, ⌈S/64⌉].
-        shares: cumulative weights of the six shapes; unless `only` ≥ 0, the one shape there is.
-        colour: a law of `colours`; `grey` makes palettes grey.
-        exponent, r_min, r_max: radius law in pixels.
-        starts, stops, waiting: working space, int64 [S] twice and int32 [S·S].
+        number: write the leaf's number to the canvas, not its colour.
+        work: what `workspace` made; its canvas receives the image.
         record: receives a row of `RECORDED` numbers for each leaf while it has room.
     """
+    canvas, covered, starts, stops, waiting = work
+    only, colour, exponent = law.only, law.colour, law.exponent
     size = canvas.shape[0]
+    r_min, r_max = law.r_min * size, law.r_max * size
     canvas[:] = UNCOVERED
     covered[:] = np.uint64(0)
-    xs = np.empty(4)
-    ys = np.empty(4)
+    corners = np.empty((2, 4))
     palette = np.empty(8, dtype=np.int64)
-    colours = draw_palette(seed, index, grey, palette) if colour == PALETTE else 0
+    colours = draw_palette(seed, index, law.grey, palette) if colour == PALETTE else 0
     masses = np.empty(3)
+    # Rates at which the two lists run through time; what is compared below is leaves until the next that matters.
     everywhere = padded_masses(exponent, r_min, r_max, float(size), masses)
     at_pixel = _PI * mass(exponent - 2.0, r_min, r_max)
     left = size * size
@@ -146,6 +147,7 @@ def cover(
     word_shape = np.uint64(0)
     word_angle = np.uint64(0)
 
+    # First list: all leaves that could touch the canvas.
     while left > 0 and _WORTH * left * at_pixel > everywhere:
         word_x, word_y, word_r, word_c = words32(seed, _STREAM, index, block)
         block += _ONE
@@ -159,17 +161,18 @@ def cover(
             if only != DISC:
                 word_shape, word_angle, low, high = words32(seed, _STREAM, index, block)
                 angles = low | (high << _32)
-            kind = only if only >= 0 else pick(word_shape, shares)
-            first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, xs, ys, starts, stops)
+            kind = only if only >= 0 else pick(word_shape, law.shares)
+            first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, corners, starts, stops)
             value = colour_of(word_c & _LOW_24, colour, palette, colours)
             fresh = paint_under(canvas, covered, starts, stops, first, stop, leaves if number else value)
             left -= fresh
             if recorded:
-                _write(record[leaves], x, y, radius, kind, value, 0, fresh)
+                record[leaves] = (x, y, radius, float(kind), float(value), 0.0, float(fresh))
         if only != DISC:
             block += _ONE
         leaves += 1
 
+    # Second list: only leaves around what is uncovered, thinned so that its law is the same.
     count = 0
     if left > 0:
         for row in range(size):
@@ -193,32 +196,22 @@ def cover(
         cos, sin = cos_sin(unit32(word_turn))
         x = column + 0.5 + distance * cos
         y = row + 0.5 + distance * sin
+        # Each of the k uncovered pixels in the disc could have proposed this leaf: keep one in k.
         if unit32(word_keep) * _uncovered_within(canvas, waiting, count, x, y, radius) > 1.0:
             continue
         if only < 0 or only > DISC:
             low, high, _, _ = words32(seed, _STREAM, index, block)
             block += _ONE
             angles = low | (high << _32)
-        kind = only if only >= 0 else pick(word_shape, shares)
-        first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, xs, ys, starts, stops)
+        kind = only if only >= 0 else pick(word_shape, law.shares)
+        first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, corners, starts, stops)
         value = colour_of(word_c & _LOW_24, colour, palette, colours)
         fresh = paint_under(canvas, covered, starts, stops, first, stop, leaves if number else value)
         left -= fresh
         if leaves < record.shape[0]:
-            _write(record[leaves], x, y, radius, kind, value, 1, fresh)
+            record[leaves] = (x, y, radius, float(kind), float(value), 1.0, float(fresh))
         leaves += 1
     return leaves
-
-
-@compiled
-def _write(row: Floats, x: float, y: float, radius: float, kind: int, value: int, late: int, fresh: int) -> None:
-    row[0] = x
-    row[1] = y
-    row[2] = radius
-    row[3] = kind
-    row[4] = value
-    row[5] = late
-    row[6] = fresh
 
 
 @compiled
@@ -248,21 +241,15 @@ def _uncovered_within(canvas: Canvas, waiting: Canvas, count: int, x: float, y: 
 
 
 @compiled
-def unpack(canvas: Canvas, out: Images) -> None:
-    """Colours to planes: canvas int32 [S, S] to out uint8 [C, S, S]."""
-    for c in range(out.shape[0]):
-        for i in range(canvas.shape[0]):
-            for j in range(canvas.shape[1]):
-                out[c, i, j] = (canvas[i, j] >> (8 * c)) & 0xFF
-
-
-@compiled
-def unpack_smaller(canvas: Canvas, factor: int, out: Images) -> None:
-    """The same with each `factor` × `factor` pixels of the canvas averaged, halves rounded up."""
+def unpack(canvas: Canvas, factor: int, out: Images) -> None:
+    """Colours to planes, out uint8 [C, S, S], each the mean of `factor` × `factor` pixels, halves rounded up."""
     area = factor * factor
     for c in range(out.shape[0]):
         for i in range(out.shape[1]):
             for j in range(out.shape[2]):
+                if factor == 1:
+                    out[c, i, j] = (canvas[i, j] >> (8 * c)) & 0xFF
+                    continue
                 total = 0
                 for di in range(factor):
                     for dj in range(factor):
@@ -271,51 +258,13 @@ def unpack_smaller(canvas: Canvas, factor: int, out: Images) -> None:
 
 
 @compiled
-def draw_exact(
-    indices: Words,
-    seed: Word,
-    shares: Floats,
-    only: int,
-    colour: int,
-    exponent: float,
-    r_min: float,
-    r_max: float,
-    factor: int,
-    out: Images,
-    leaves: Ints,
-) -> None:
+def draw_exact(indices: Words, seed: Word, law: LeafLaw, factor: int, out: Images, leaves: Ints) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, H, W], and its number of leaves into ``leaves[n]``.
 
-    Radii are in pixels of the canvas, whose side is `factor` times the image's.
+    The side of the canvas is `factor` times the image's.
     """
-    size = out.shape[2] * factor
-    canvas = np.empty((size, size), dtype=np.int32)
-    covered = np.empty((size, (size + 63) // 64), dtype=np.uint64)
-    starts = np.empty(size, dtype=np.int64)
-    stops = np.empty(size, dtype=np.int64)
-    waiting = np.empty(size * size, dtype=np.int32)
+    work = workspace(out.shape[2] * factor)
     record = np.empty((0, RECORDED))
-    grey = out.shape[1] == 1 or colour == GREY
     for n in range(indices.shape[0]):
-        leaves[n] = cover(
-            canvas,
-            covered,
-            seed,
-            indices[n],
-            shares,
-            only,
-            colour,
-            grey,
-            exponent,
-            r_min,
-            r_max,
-            False,
-            starts,
-            stops,
-            waiting,
-            record,
-        )
-        if factor == 1:
-            unpack(canvas, out[n])
-        else:
-            unpack_smaller(canvas, factor, out[n])
+        leaves[n] = cover(seed, indices[n], law, False, work, record)
+        unpack(work[0], factor, out[n])

@@ -1,4 +1,8 @@
-"""From random fields to colours."""
+"""Random fields: a Fourier transform whose bits are the same on every machine, and colours for fields.
+
+The transform is Cooley and Tukey's (1965) radix 2, down the columns, so that the inner loop runs along memory, then a
+transposition.  The libraries' transforms choose their order of operations by the processor they find.
+"""
 
 from __future__ import annotations
 
@@ -89,26 +93,21 @@ def roots(cos: Floats, sin: Floats) -> None:
 
 
 @compiled
-def _swap_rows(a: Floats, i: int, j: int) -> None:
-    for k in range(a.shape[1]):
-        a[i, k], a[j, k] = a[j, k], a[i, k]
-
-
-@compiled
 def _columns(re: Floats, im: Floats, cos: Floats, sin: Floats) -> None:
     n = re.shape[0]
     j = 0
-    for i in range(1, n):  # bit-reversed order
+    for i in range(1, n):  # put the rows in bit-reversed order: j counts with its bits mirrored
         bit = n >> 1
         while j & bit:
             j ^= bit
             bit >>= 1
         j |= bit
         if i < j:
-            _swap_rows(re, i, j)
-            _swap_rows(im, i, j)
+            for a in (re, im):
+                for k in range(n):
+                    a[i, k], a[j, k] = a[j, k], a[i, k]
     half = 1
-    while half < n:
+    while half < n:  # join transforms of length `half` in pairs: (a + w·b, a − w·b), w a root of unity
         step = n // (2 * half)
         for start in range(0, n, 2 * half):
             for k in range(half):
@@ -129,21 +128,12 @@ def _columns(re: Floats, im: Floats, cos: Floats, sin: Floats) -> None:
 
 
 @compiled
-def _transpose(a: Floats) -> None:
-    for i in range(a.shape[0]):
-        for j in range(i):
-            a[i, j], a[j, i] = a[j, i], a[i, j]
-
-
-@compiled
 def inverse_2d(re: Floats, im: Floats, cos: Floats, sin: Floats) -> None:
     """Replace re + i·im, [n, n], by Σ_f (re + i·im)[f]·e^{2πi f·x/n}, unnormalised; `cos`, `sin` from `roots`.
 
     Swap the two arrays for the forward transform.
     """
-    _columns(re, im, cos, sin)
-    _transpose(re)
-    _transpose(im)
-    _columns(re, im, cos, sin)
-    _transpose(re)
-    _transpose(im)
+    for _ in range(2):  # columns, then rows
+        _columns(re, im, cos, sin)
+        re[:] = re.T.copy()
+        im[:] = im.T.copy()

@@ -15,11 +15,11 @@ import math
 import numpy as np
 
 from dpsyngen.programs.drawing import Canvas, Floats, Images, Ints, Word, Words
-from dpsyngen.programs.drawing.colours import GREY, PALETTE, colour_of, draw_palette
+from dpsyngen.programs.drawing.colours import PALETTE, colour_of, draw_palette
 from dpsyngen.programs.drawing.counter_rng import pick, to_unit, unit_vector, words
-from dpsyngen.programs.drawing.exact_leaves import unpack, unpack_smaller
+from dpsyngen.programs.drawing.exact_leaves import unpack
 from dpsyngen.programs.drawing.portable import compiled
-from dpsyngen.programs.drawing.shapes import DISC, ORIENTED_SQUARE, RECTANGLE, SQUARE, TRIANGLE
+from dpsyngen.programs.drawing.shapes import DISC, ORIENTED_SQUARE, RECTANGLE, SQUARE, TRIANGLE, LeafLaw
 
 EMPTY = -1
 
@@ -195,19 +195,7 @@ def _paint_polygon(
 
 
 @compiled
-def paint_over(
-    canvas: Canvas,
-    seed: Word,
-    index: Word,
-    shares: Floats,
-    only: int,
-    colour: int,
-    grey: bool,
-    r_min: float,
-    r_max: float,
-    xs: Floats,
-    ys: Floats,
-) -> int:
+def paint_over(canvas: Canvas, seed: Word, index: Word, law: LeafLaw, xs: Floats, ys: Floats) -> int:
     """Paint leaves, later over earlier, until no pixel is empty; returns their number.
 
     Ends with probability 1, and soon: a leaf never vanishes (one too small or thin to hold a pixel centre
@@ -215,7 +203,8 @@ def paint_over(
     """
     size = canvas.shape[0]
     palette = np.empty(8, dtype=np.int64)
-    colours = draw_palette(seed, index, grey, palette) if colour == PALETTE else 0
+    only, colour = law.only, law.colour
+    colours = draw_palette(seed, index, law.grey, palette) if colour == PALETTE else 0
     canvas[:] = EMPTY
     empty = size * size
     leaves = 0
@@ -226,9 +215,9 @@ def paint_over(
         block = block + _ONE + _ONE
         x = to_unit(word_x) * size
         y = to_unit(word_y) * size
-        radius = leaf_radius(to_unit(word_radius), r_min, r_max) * size
+        radius = leaf_radius(to_unit(word_radius), law.r_min, law.r_max) * size
         value = colour_of(word_kind & _COLOUR_BITS, colour, palette, colours)
-        kind = only if only >= 0 else pick(word_kind >> _32, shares)
+        kind = only if only >= 0 else pick(word_kind >> _32, law.shares)
 
         painted, fresh = 0, 0
         if kind == DISC:
@@ -256,30 +245,15 @@ def paint_over(
 
 
 @compiled
-def draw_reference(
-    indices: Words,
-    seed: Word,
-    shares: Floats,
-    only: int,
-    colour: int,
-    r_min: float,
-    r_max: float,
-    factor: int,
-    out: Images,
-    leaves: Ints,
-) -> None:
+def draw_reference(indices: Words, seed: Word, law: LeafLaw, factor: int, out: Images, leaves: Ints) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, H, W], and its number of leaves into ``leaves[n]``.
 
-    Radii are fractions of the canvas, whose side is `factor` times the image's.
+    The side of the canvas is `factor` times the image's.
     """
     size = out.shape[2] * factor
     canvas = np.empty((size, size), dtype=np.int32)
-    xs = np.empty(4, dtype=np.float64)
-    ys = np.empty(4, dtype=np.float64)
-    grey = out.shape[1] == 1 or colour == GREY
+    xs = np.empty(4)
+    ys = np.empty(4)
     for n in range(indices.shape[0]):
-        leaves[n] = paint_over(canvas, seed, indices[n], shares, only, colour, grey, r_min, r_max, xs, ys)
-        if factor == 1:
-            unpack(canvas, out[n])
-        else:
-            unpack_smaller(canvas, factor, out[n])
+        leaves[n] = paint_over(canvas, seed, indices[n], law, xs, ys)
+        unpack(canvas, factor, out[n])

@@ -1,4 +1,6 @@
-"""Simple shapes as one span of pixels to a row.
+"""Leaves: the law of their radii, and their shapes as one span of pixels to a row.
+
+Radii have density ∝ r^−α, so their distribution is inverted in closed form: no table and no rejection.
 
 A pixel (row i, column j) belongs to a shape when its centre (x, y) = (j + ½, i + ½) does.  Each function here writes,
 for every row it returns, the pixels ``starts[row] ≤ column < stops[row]``, clipped to a canvas of `size` × `size`, and
@@ -8,6 +10,7 @@ returns the rows as (first, stop).  Rows of a convex shape have one span; it may
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -88,6 +91,27 @@ def convex_spans(size: int, xs: Floats, ys: Floats, corners: int, starts: Ints, 
     return first, stop
 
 
+class LeafLaw(NamedTuple):
+    """How the leaves of a program are drawn.
+
+    Attributes:
+        shares: cumulative weights of the six `KINDS`.
+        only: the one kind there is, or −1.
+        colour: a law of `colours.LAWS`, by number.
+        grey: whether palettes are grey.
+        exponent: α of the density r^−α.
+        r_min, r_max: range of the radius, in sides of the canvas.
+    """
+
+    shares: Floats
+    only: int
+    colour: int
+    grey: bool
+    exponent: float
+    r_min: float
+    r_max: float
+
+
 @compiled
 def leaf_spans(
     size: int,
@@ -97,15 +121,14 @@ def leaf_spans(
     radius: float,
     angle: Word,
     angles: Word,
-    xs: Floats,
-    ys: Floats,
+    corners: Floats,
     starts: Ints,
     stops: Ints,
 ) -> tuple[int, int]:
     """A shape of `KINDS` whose circumscribed circle has centre (x, y) and the given radius.
 
     `angle` holds 32 random bits that turn an oriented square or make a rectangle; `angles` holds four times 16, the
-    corners of a triangle or quadrilateral.  `xs` and `ys` are working space of length 4.
+    corners of a triangle or quadrilateral.  `corners` is working space, [2, 4].
     """
     if kind == DISC:
         return disc_spans(size, x, y, radius, starts, stops)
@@ -115,28 +138,29 @@ def leaf_spans(
     if kind == RECTANGLE:
         cos, sin = cos_sin((float(angle) + 0.5) * 2.0**-34)  # a quarter turn
         return rectangle_spans(size, x, y, radius * cos, radius * sin, starts, stops)
+    xs, ys = corners[0], corners[1]
     if kind == ORIENTED_SQUARE:
         cos, sin = cos_sin((float(angle) + 0.5) * 2.0**-32)
         xs[0], xs[1], xs[2], xs[3] = x + radius * cos, x - radius * sin, x - radius * cos, x + radius * sin
         ys[0], ys[1], ys[2], ys[3] = y + radius * sin, y + radius * cos, y - radius * sin, y - radius * cos
         return convex_spans(size, xs, ys, 4, starts, stops)
-    corners = 3 if kind == TRIANGLE else 4
+    count = 3 if kind == TRIANGLE else 4
     a0 = angles & _LOW_16
     a1 = (angles >> _16) & _LOW_16
     a2 = (angles >> _16 >> _16) & _LOW_16
     a3 = angles >> _16 >> _16 >> _16
-    if corners == 4:  # in cyclic order; any order of three is
+    if count == 4:  # sort, as corners have to be in cyclic order; any order of three is
         a0, a1 = min(a0, a1), max(a0, a1)
         a2, a3 = min(a2, a3), max(a2, a3)
         a0, a2 = min(a0, a2), max(a0, a2)
         a1, a3 = min(a1, a3), max(a1, a3)
         a1, a2 = min(a1, a2), max(a1, a2)
-    for k in range(corners):
+    for k in range(count):
         turn = a0 if k == 0 else a1 if k == 1 else a2 if k == 2 else a3
         cos, sin = cos_sin((float(turn) + 0.5) * _PER_TURN_16)
         xs[k] = x + radius * cos
         ys[k] = y + radius * sin
-    return convex_spans(size, xs, ys, corners, starts, stops)
+    return convex_spans(size, xs, ys, count, starts, stops)
 
 
 @compiled
