@@ -163,8 +163,7 @@ def training_share(
     from dpsyngen.diffusion.noise_levels import NoiseLevels
     from dpsyngen.training.networks import make_denoiser
     from dpsyngen.training.plan import Shape
-    from dpsyngen.training.public import PublicStep, public_randomness
-    from dpsyngen.training.public_images import PublicImages
+    from dpsyngen.training.public import PublicImages, PublicStep, public_randomness
     from dpsyngen.workers import Workers
 
     drawing: list[float] = []

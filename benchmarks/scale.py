@@ -118,7 +118,8 @@ class Bench:
 def memory(folder: Path, moments: bool) -> dict[str, Any]:
     """Memory of this process for the records in `folder`, and the time of passes over all of them."""
     from dpsyngen.privacy.randomness import poisson_sample
-    from dpsyngen.training.moments import estimate_moments, plan_moments
+    from dpsyngen.training.moments import estimate_moments
+    from dpsyngen.training.plan import plan_moments
 
     bench = Bench()
     before = status_mb("VmRSS")

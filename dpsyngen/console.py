@@ -1,11 +1,13 @@
 """What a person or a program sees while the tool works.
 
-Results go to standard output: lines for people, or with ``--json`` exactly one document.  All else goes to standard
-error: a live bar on a terminal, plain lines elsewhere, or with ``--log-format json`` one JSON object a line.
+Results go to standard output: lines for people, or with ``--json`` exactly one document.  Everything else goes to
+standard error: a live bar on a terminal, plain lines elsewhere, or with ``--log-format json`` one JSON object a line.
+In a notebook it goes into one output below the cell, which is replaced as things go on.
 """
 
 from __future__ import annotations
 
+import html
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +33,7 @@ class Console:
     def __init__(self, quiet: bool = False, as_json: bool = False, log_format: str = "text") -> None:
         self.quiet, self.as_json, self.log_json = quiet, as_json, log_format == "json"
         self.live = sys.stderr.isatty() and not quiet and not self.log_json
+        self._tracked: Progress | None = None
 
     @classmethod
     def asked_for(cls, arguments: Sequence[str]) -> Console:
@@ -55,39 +58,144 @@ class Console:
 
     def error(self, kind: str, message: str) -> None:
         """Why the command failed: on standard error, and with ``--json`` on standard output, too."""
-        if self.log_json:
-            tell("error", kind=kind, message=message)
-        else:
-            print(f"dpsyngen: {message}", file=sys.stderr, flush=True)
+        self._say(f"dpsyngen: {message}", "error", kind=kind, message=message)
         self.result({"error": {"kind": kind, "message": message}})
 
     def warn(self, text: str) -> None:
         """Something that was given up, but not the work; said however quiet."""
-        if self.log_json:
-            tell("warning", message=text)
-        else:
-            print(f"dpsyngen: warning: {text}", file=sys.stderr, flush=True)
+        self._say(f"dpsyngen: warning: {text}", "warning", message=text)
 
     def note(self, text: str) -> None:
         """A line about what is going on."""
-        if self.quiet:
-            return
-        if self.log_json:
-            tell("note", message=text)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        if not self.quiet:
+            self._say(text, "note", message=text)
 
     def progress(self, title: str, total: int, unit: str, start: int = 0) -> Progress:
         """Progress of `total` units of work, `start` of which were done before."""
-        if self.live:
-            return _Bar(title, total, unit, start)
-        kind = _JsonProgress if self.log_json else Progress
-        return kind(title, total, unit, start, self.quiet)
+        return (_Bar if self.live else Progress)(self, title, total, unit, start)
+
+    def track(self, title: str, done: int, total: int, unit: str, note: str = "", start: int = 0) -> None:
+        """Say that `done` of `total` units are done, `start` of which before; a new title ends the progress before."""
+        if self._tracked is None or self._tracked.title != title:
+            self.track_ends()
+            self._tracked = self.progress(title, total, unit, start).__enter__()
+        self._tracked.update(done, note)
+
+    def track_ends(self, error: BaseException | None = None) -> None:
+        """End the progress of :meth:`track`, because the work is done or because of `error`."""
+        if self._tracked is not None:
+            self._tracked.__exit__(type(error) if error is not None else None, error, None)
+            self._tracked = None
+
+    def show(self, progress: Progress) -> None:
+        """Say how far `progress` is; called every ``progress.every`` seconds at most."""
+        # The note is left out of JSON, as it may be a figure of private images.
+        self._say(progress.line(), "progress", **progress.figures())
+
+    def show_end(self, progress: Progress, failed: bool) -> None:
+        """Say that `progress` has ended."""
+        mine = progress.done - progress.start
+        if not failed and mine:
+            seconds = progress.seconds()
+            figures = {"title": progress.title, "done": mine, "unit": progress.unit, "seconds": round(seconds, 3)}
+            self._say(f"{progress.title}: {mine:,} {progress.unit} in {_clock(seconds)}", "finished", **figures)
+
+    def _say(self, text: str, event: str, **values: Any) -> None:
+        if self.log_json:
+            text = strict_text({"time": round(time.time(), 3), "event": event, **values})
+        print(text, file=sys.stderr, flush=True)
 
 
-def tell(event: str, **values: Any) -> None:
-    """One JSON object on a line of standard error."""
-    print(strict_text({"time": round(time.time(), 3), "event": event, **values}), file=sys.stderr, flush=True)
+class Progress:
+    """Counts units of work, and shows the count every ten seconds and at the end; a context manager.
+
+    Attributes:
+        title: what is being done.
+        done, total: units of work.
+        unit: name of a unit, in the plural.
+        start: units that were done before, in a resumed run.
+    """
+
+    every = 10.0
+
+    def __init__(self, console: Console, title: str, total: int, unit: str, start: int = 0) -> None:
+        self.console, self.title, self.total, self.unit = console, title, total, unit
+        self.start = self.done = start
+        self.note = ""
+        self._begun = self._shown = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.console.quiet:
+            self.console.show_end(self, failed=kind is not None)
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say that `done` units are done in all."""
+        self.done, self.note = done, note
+        if not self.console.quiet:
+            self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if now - self._shown >= self.every and self.done < self.total:
+            self._shown = now
+            self.console.show(self)
+
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self._begun
+
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self.done - self.start) / max(self.seconds(), 1e-9)
+
+    def left(self) -> float:
+        """Seconds to go at this rate."""
+        return (self.total - self.done) / max(self.rate(), 1e-9)
+
+    def line(self) -> str:
+        """How far it is, in words."""
+        rate = self.rate()
+        speed = f"{rate:.2f}/s" if rate >= 0.1 else f"{60 * rate:.2f}/min"
+        # Before the first unit there is no rate.
+        speed = f", {speed}, {_clock(self.left())} left" if self.done > self.start else ""
+        return f"{self.title}: {self.done:,}/{self.total:,} {self.unit}{speed}  {self.note}".rstrip()
+
+    def figures(self) -> dict[str, Any]:
+        """The same for programs, without the note."""
+        count = {"title": self.title, "done": self.done, "total": self.total, "unit": self.unit}
+        return count | {"per_second": round(self.rate(), 4), "seconds_left": round(self.left(), 1)}
+
+
+class _Bar(Progress):
+    """A live bar, drawn by rich."""
+
+    def __init__(self, console: Console, title: str, total: int, unit: str, start: int = 0) -> None:
+        super().__init__(console, title, total, unit, start)
+        from rich import progress
+        from rich.console import Console as RichConsole
+
+        fields = [progress.TextColumn(f"{{task.{name}}}") for name in ("description", "fields[rate]", "fields[note]")]
+        columns = (fields[0], progress.BarColumn(), progress.MofNCompleteColumn(), fields[1])
+        self._bar = progress.Progress(
+            *columns, progress.TimeRemainingColumn(), fields[2], console=RichConsole(stderr=True), transient=True
+        )
+        self._task = self._bar.add_task(title, total=total, completed=start, rate="", note="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+        super().__exit__(*error)
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self.done, rate=f"{self.rate():.2f} {self.unit}/s", note=self.note)
 
 
 def _clock(seconds: float) -> str:
@@ -96,111 +204,71 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-class Progress:
-    """Plain lines: at the start, every ten seconds and at the end; a context manager.
-
-    Args:
-        title: what is being done.
-        total: units of work.
-        unit: name of a unit, in the plural.
-        start: units that were done before, in a resumed run.
-        quiet: nothing.
-    """
-
-    every = 10.0
-
-    def __init__(self, title: str, total: int, unit: str, start: int = 0, quiet: bool = False) -> None:
-        self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
-        self.start = self.done = start
-        self._begun = self._told = time.monotonic()
-        self._last_note = ""
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        mine = self.done - self.start
-        if kind is None and mine and not self.quiet:
-            self._say_end(mine, time.monotonic() - self._begun)
-
-    def update(self, done: int, note: str = "") -> None:
-        """Say that `done` units are done in all."""
-        self.done, self._last_note = done, note
-        self._show()
-
-    def rate(self) -> float:
-        """Units a second since the start."""
-        elapsed = max(time.monotonic() - self._begun, 1e-9)
-        return (self.done - self.start) / elapsed
-
-    def _show(self) -> None:
-        now = time.monotonic()
-        if self.quiet or now - self._told < self.every or self.done >= self.total:
-            return
-        self._told = now
-        self._say((self.total - self.done) / max(self.rate(), 1e-9))
-
-    def _say(self, left: float) -> None:
-        """One line about how far it is, with `left` seconds to go."""
-        rate = self.rate()
-        speed = f"{rate:.2f}/s" if rate >= 0.1 else f"{60 * rate:.2f}/min"
-        print(
-            f"{self.title}: {self.done:,}/{self.total:,} {self.unit}"
-            # Nothing can be told from nothing.
-            f"{f', {speed}, {_clock(left)} left' if self.done > self.start else ''}"
-            f"{'  ' + self._last_note if self._last_note else ''}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def _say_end(self, mine: int, seconds: float) -> None:
-        """One line at the end, about the `mine` units that were done."""
-        print(f"{self.title}: {mine:,} {self.unit} in {_clock(seconds)}", file=sys.stderr)
+# --------------------------------------------------------------------------------------------- notebooks
 
 
-class _JsonProgress(Progress):
-    """The same lines as JSON.  The note is left out, as it may be a figure of private images."""
-
-    def _say(self, left: float) -> None:
-        figures = {"done": self.done, "total": self.total, "unit": self.unit, "per_second": round(self.rate(), 4)}
-        tell("progress", title=self.title, **figures, seconds_left=round(left, 1))
-
-    def _say_end(self, mine: int, seconds: float) -> None:
-        tell("finished", title=self.title, done=mine, unit=self.unit, seconds=round(seconds, 3))
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, which can show HTML and pictures."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    # A shell in a terminal has no kernel.
+    return getattr(shell, "kernel", None) is not None
 
 
-class _Bar(Progress):
-    """A live bar, drawn by rich."""
+def console_for(progress: bool) -> Console:
+    """Where to tell what is going on: the notebook, or standard error; nowhere if `progress` is false."""
+    return NotebookConsole() if progress and in_notebook() else Console(quiet=not progress)
 
-    def __init__(self, title: str, total: int, unit: str, start: int = 0) -> None:
-        super().__init__(title, total, unit, start)
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
 
-        self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=RichConsole(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task(title, total=total, completed=start, rate="", note="")
+def html_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and texts as a table of two columns; both are escaped."""
+    lines = (
+        f'<tr><th scope="row" style="text-align: left; vertical-align: top">{html.escape(name)}</th>'
+        f'<td style="text-align: left">{html.escape(text)}</td></tr>'
+        for name, text in rows
+    )
+    return f'<table class="dpsyngen">{"".join(lines)}</table>'
 
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-        super().__exit__(kind, error, trace)
+class NotebookConsole(Console):
+    """The same as a console, in one output below the cell; rich's own needs ipywidgets, which few kernels have."""
 
-    def _show(self) -> None:
-        self._bar.update(self._task, completed=self.done, rate=f"{self.rate():.2f} {self.unit}/s", note=self._last_note)
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = False
+        self._lines: list[str] = []
+        self._handle: Any = None
+
+    def progress(self, title: str, total: int, unit: str, start: int = 0) -> Progress:
+        """A bar for `total` units of work, `start` of which were done before."""
+        bar = super().progress(title, total, unit, start)
+        bar.every = 0.3  # seconds, as each drawing is a message to the browser
+        return bar
+
+    def show(self, progress: Progress) -> None:
+        """Draw the bar below the lines."""
+        self._draw([*self._lines, progress.line()], progress)
+
+    def show_end(self, progress: Progress, failed: bool) -> None:
+        """Leave a line in place of the bar: how far it came, or how long it took."""
+        if failed:
+            self._say(progress.line(), "progress")
+        else:
+            super().show_end(progress, failed)
+
+    def _say(self, text: str, event: str, **values: Any) -> None:
+        self._lines.append(text)
+        self._draw(self._lines)
+
+    def _draw(self, lines: Sequence[str], bar: Progress | None = None) -> None:
+        from IPython.display import display
+
+        shown = "" if bar is None else f'<progress value="{bar.done}" max="{bar.total}" style="width: 30em"></progress>'
+        content = {
+            "text/plain": "\n".join(lines),
+            "text/html": f'<div class="dpsyngen-progress">{"<br>".join(map(html.escape, lines))}<br>{shown}</div>',
+        }
+        if self._handle is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)

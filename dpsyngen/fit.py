@@ -1,31 +1,43 @@
-"""The library's front door: train, evaluate, report.  The command line is a thin layer over these."""
+"""The assembly: images → plan → training → release → Generator.
+
+This is the one path to a trained generator.  The command line, :meth:`Generator.fit`, :func:`train`, experiments and
+all processes of torchrun take it; they differ in where the settings come from and in what they do with events.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from dpsyngen.config import Config, load_config
+import numpy as np
+
+from dpsyngen.config import Config, load_config, merge_settings
+from dpsyngen.console import console_for
 from dpsyngen.data import ImageDataset
+from dpsyngen.data.arrays import dataset_from_arrays
 from dpsyngen.data.load import PathLike, Source, load_named_or_given
-from dpsyngen.distributed import ALONE, Ranks, device_of, joined
-from dpsyngen.errors import RunError
+from dpsyngen.distributed import ALONE, Ranks, device_of, joined, started_by_torchrun
+from dpsyngen.errors import ConfigError, DataError, RunError, shown
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.saved import find, save
 from dpsyngen.hardware import check_device, kind_of
-from dpsyngen.training.follower import follow, read_together
-from dpsyngen.training.new_run import require_new
-from dpsyngen.training.pipeline import Training
-from dpsyngen.training.public import Progress
-from dpsyngen.training.run import Run
-from dpsyngen.training.start import require_unfinished, resume, start
+from dpsyngen.release.write import write_release
+from dpsyngen.training.findings import Finding
+from dpsyngen.training.follower import follow, read_together, stop_on_signals
+from dpsyngen.training.health import assess, write_health
+from dpsyngen.training.log import Display, Event, Note, OnEvent, Reading, Step, ignore
+from dpsyngen.training.pipeline import Hooks, Training, require_unfinished
+from dpsyngen.training.run import Run, require_new
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from dpsyngen.console import Console
+# ------------------------------------------------------------------------- images, plan, training, release
 
 
 def prepare(
@@ -34,7 +46,7 @@ def prepare(
     data: Source | None = None,
     device: str = "cpu",
     ranks: Ranks = ALONE,
-    on_reading: Callable[[int, int], None] | None = None,
+    on_event: OnEvent = ignore,
 ) -> Training:
     """Read the images, check everything, and make the run directory; nothing is spent yet.
 
@@ -43,26 +55,25 @@ def prepare(
         out: a folder that does not exist or is empty.  The training that is returned holds its lock.
         data: the private images; None: what ``config.data.source`` names.
         device: "cpu", "cuda", …
-        ranks: the processes that share the work; this is the main one, the others are in :func:`follow_training`.
-        on_reading: called as ``(done, total)`` while images are decoded.  How many there are is private where the
-            configuration declares another number.
+        ranks: the processes that share the work; this is the main one, the others are in :func:`train_together`.
+        on_event: told what happens, now and in the training; see :data:`dpsyngen.training.log.Event`.
 
     Raises:
         ConfigError, DataError, RunError: see their messages.
     """
     require_new(Path(out))
     check_device(device, config.compute)
-    dataset = read_together(ranks, config, lambda c: load_named_or_given(data, c, on_reading))
-    return start(config, dataset, Path(out), device, ranks)
+    dataset = _read(config, data, ranks, on_event)
+    return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, finish))
 
 
 def prepare_resume(
     out: PathLike,
     data: Source | None = None,
     device: str = "cpu",
-    tensorboard: bool | None = None,
     ranks: Ranks = ALONE,
-    on_reading: Callable[[int, int], None] | None = None,
+    on_event: OnEvent = ignore,
+    tensorboard: bool | None = None,
 ) -> Training:
     """Go on with the interrupted run in `out`, by default with the images it was started with.
 
@@ -70,33 +81,121 @@ def prepare_resume(
         out: the run directory.
         data: the same images, if they have moved.
         device: where to compute.
+        ranks: as in :func:`prepare`; the number of processes may be another than before.
+        on_event: as in :func:`prepare`.
         tensorboard: whether this session writes files for TensorBoard; None: what the run's settings say.
-        ranks: as in :func:`prepare`; another number of processes than before will do.
-        on_reading: as in :func:`prepare`.
     """
     check_device(device)
     run = Run(Path(out))
     require_unfinished(run)
-    # Before the images are read, which can take long.
-    run.open_for_writing()
-    dataset = read_together(ranks, run.config, lambda c: load_named_or_given(data, c, on_reading))
-    return resume(run, dataset, device, tensorboard, ranks)
+    run.open_for_writing()  # before the images are read, which can take long
+    dataset = _read(run.config, data, ranks, on_event)
+    return Training.resume(run, dataset, device, ranks, Hooks(on_event, finish), tensorboard)
 
 
-def follow_training(ranks: Ranks, data: Source | None = None, device: str = "cpu") -> None:
-    """In every process but the main one: share the training that the main one leads, to its end.
+def _read(config: Config, data: Source | None, ranks: Ranks, on_event: OnEvent) -> ImageDataset:
+    # How many images are found is private where the configuration declares another number.
+    private = config.data.records is not None
+
+    def load(c: Config) -> ImageDataset:
+        return load_named_or_given(data, c, lambda done, total: on_event(Reading(done, total, private)))
+
+    dataset = read_together(ranks, config, load)
+    if not len(dataset):
+        raise DataError("the data set has no images.")
+    if private:
+        on_event(Note(f"{len(dataset):,} images were found", private=True))
+    if dataset.file is not None:
+        on_event(Note(f"  read from {dataset.file}, which holds them decoded and is PRIVATE", private=True))
+    for line in dataset.skipped:
+        on_event(Note(f"  left out: {line}", private=True))
+    return dataset
+
+
+def finish(t: Training) -> None:
+    """Write the release of a training that is at its end."""
+    write_release(t.run, t.config, t.plan, t.ledger, t.randomness, t.program, t.budget)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training, and what looks wrong with it."""
+
+    training: Training
+    findings: list[Finding]
+
+
+class Interrupted(KeyboardInterrupt):
+    """The training was asked to stop, and did after a checkpoint; the message says how to go on."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(f"training was interrupted; nothing is lost: {_advice(training)}")
+        self.run = training.run
+
+
+def train_together(begin: Callable[..., Training], data: Source | None, device: str) -> Trained | None:
+    """Train to the end, in this process or in all that torchrun started; all of them call this alike.
+
+    Ctrl-C (in a notebook: "interrupt") ends it after the current step with a checkpoint; a second one ends it at once,
+    and the steps since the last checkpoint are taken again, with the same noise, when the run is resumed.
 
     Args:
-        ranks: the processes.
-        data: as it is given to :func:`prepare` in the main process.
+        begin: makes the training (:func:`prepare` or :func:`prepare_resume`), called in the main process with
+            ``device`` and ``ranks``.
+        data: the private images; None: what the run's settings name.
         device: where to compute.
 
+    Returns:
+        what was trained; None in a process that is not the main one.
+
     Raises:
-        Dismissed: the main process failed, and said why.
-        RankLost: a process is gone.
+        Interrupted: see above.
+        Dismissed, RankLost: the main process failed and said why, or a process is gone.
     """
-    check_device(device)
-    follow(ranks, lambda config: load_named_or_given(data, config), device)
+    with joined() as ranks:
+        device = device_of(device, ranks)
+        if not ranks.main:
+            check_device(device)
+            follow(ranks, lambda config: load_named_or_given(data, config), device)
+            return None
+        with ranks.leading():
+            training = begin(device=device, ranks=ranks)
+            findings = _carry_out(training)
+    if findings is None:
+        raise Interrupted(training)
+    return Trained(training, findings)
+
+
+def _carry_out(training: Training) -> list[Finding] | None:
+    """Take all steps, and write down what looks wrong; None if it was interrupted."""
+    run, tell = training.run, training.hooks.on_event
+    for line in training.describe():
+        tell(Note(line))
+    try:
+        with run.lock(), stop_on_signals(training, lambda text: tell(Note(text))):
+            for _ in training.steps():
+                pass
+            if not run.complete:
+                return None
+            findings = assess(run, lambda release: ReleasedGenerator(release, training.device))
+            write_health(run, findings)
+            return findings
+    except KeyboardInterrupt:
+        if run.complete:
+            raise
+        return None
+    except Exception as error:
+        if not run.complete:
+            error.add_note(f"the run is in {run.path}; when that is mended, {_advice(training)}")
+        raise
+
+
+def _advice(training: Training) -> str:
+    again = "" if training.config.data.source else ", images, labels"  # arrays are written down nowhere
+    return f"go on with: Generator.resume({str(training.run.path)!r}{again})"
+
+
+# ------------------------------------------------------------------------------------------ front doors
 
 
 def train(
@@ -108,7 +207,7 @@ def train(
     preset: str | None = None,
     settings: Mapping[str, Any] | None = None,
     device: str = "auto",
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Step], None] | None = None,
 ) -> Run:
     """Train a generator on private images with (ε, δ)-differential privacy.
 
@@ -123,72 +222,24 @@ def train(
         preset: see :func:`dpsyngen.config.preset_names`.
         settings: nested overrides of the preset, such as ``{"private": {"steps": 500}}``.
         device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
-        on_progress: called after each step.
+        on_progress: called after each step; figures of private phases are private.
 
     Returns:
         the finished run; ``run.release`` is safe to publish.  ``run.private / "health.json"`` says what looks wrong.
 
     Raises:
         ConfigError, DataError, RunError: before anything is spent.
-        KeyboardInterrupt: it was interrupted, with a checkpoint; :func:`prepare_resume` goes on.
+        KeyboardInterrupt: it was interrupted, with a checkpoint; :meth:`Generator.resume` goes on.
     """
-    from dpsyngen.fitting import with_options
 
-    given = with_options(
-        settings,
-        privacy__epsilon=epsilon,
-        privacy__delta=delta,
-        data__source=os.fspath(data) if isinstance(data, str | os.PathLike) else None,
-    )
-    config, device = load_config(given, preset=preset), kind_of(device)
-    return train_together(
-        lambda own, ranks: prepare(config, out, data, own, ranks), out, data, device, on_progress=on_progress
-    )
+    def on_event(event: Event) -> None:
+        if on_progress is not None and isinstance(event, Step):
+            on_progress(event)
 
-
-def train_together(
-    begin: Callable[[str, Ranks], Training],
-    out: PathLike,
-    data: Source | None,
-    device: str,
-    *,
-    console: Console | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Run:
-    """Train to the end, in this process or in all that torchrun started; all of them call this alike.
-
-    Args:
-        begin: what makes the training (:func:`prepare` or :func:`prepare_resume`), given the device of this process and
-            the processes; called in the main one.
-        out: the run directory.
-        data: the private images; None: what the run's settings name.
-        device: where to compute.
-        console: where the main process tells what is going on; None: nowhere.
-        on_progress: called in the main process after each step.
-
-    Returns:
-        the finished run.
-
-    Raises:
-        KeyboardInterrupt: it was interrupted; the message says how to go on.
-    """
-    from dpsyngen.fitting import carry_out
-
-    with joined() as ranks:
-        device = device_of(device, ranks)
-        if not ranks.main:
-            follow_training(ranks, data, device)
-            return Run(Path(out))
-        with ranks.leading():
-            training = begin(device, ranks)
-            carry_out(training, console, on_progress)
-        return training.run
-
-
-_FIT = (
-    *("images", "labels", "class_names", "epsilon", "delta", "group_size", "budget", "preset", "variant", "steps"),
-    *("resolution", "settings", "out", "device", "progress"),
-)
+    given = with_options(settings, privacy__epsilon=epsilon, privacy__delta=delta, data__source=_named(data))
+    config = load_config(given, preset=preset)
+    train_together(partial(prepare, config, out, data, on_event=on_event), data, kind_of(device))
+    return Run(Path(out))
 
 
 class Generator(ReleasedGenerator):
@@ -239,7 +290,6 @@ class Generator(ReleasedGenerator):
         out: PathLike | None = None,
         device: str = "auto",
         progress: bool = True,
-        **unknown: Never,
     ) -> Self:
         """Train a generator on private images with (ε, δ)-differential privacy.
 
@@ -278,11 +328,8 @@ class Generator(ReleasedGenerator):
             ConfigError, DataError, RunError: before anything is spent.
             KeyboardInterrupt: it was interrupted.  Nothing is lost: :meth:`resume` goes on.
         """
-        from dpsyngen.fitting import Reading, as_source, new_folder, refuse_unknown, require_images, with_options
-        from dpsyngen.notebook import console_for
-
-        refuse_unknown("fit", unknown, _FIT, in_settings=True)
-        require_images(images)
+        if images is None or (isinstance(images, str) and not images.strip()):
+            raise ConfigError("no images were given: arrays, a folder, a file, a named set or a data set.")
         given = with_options(
             settings,
             privacy__epsilon=epsilon,
@@ -292,21 +339,12 @@ class Generator(ReleasedGenerator):
             stages__variant=variant,
             private__steps=steps,
             data__resolution=resolution,
-            data__source=os.fspath(images) if isinstance(images, str | os.PathLike) else None,
+            data__source=_named(images),
         )
         config, device = load_config(given, preset=preset), kind_of(device)
         source = as_source(images, labels, class_names, config)
         folder = new_folder() if out is None else Path(out).expanduser()
-        console = console_for(progress)
-        reading = Reading(console, config)
-        run = train_together(
-            lambda own, ranks: prepare(config, folder, source, own, ranks, reading),
-            folder,
-            source,
-            device,
-            console=console,
-        )
-        return cls(run.release, device)
+        return cls._trained(partial(prepare, config, folder, source), folder, source, device, progress)
 
     @classmethod
     def resume(
@@ -331,9 +369,6 @@ class Generator(ReleasedGenerator):
             ConfigError, DataError, RunError: the images are missing or others, or there is nothing to resume.
             KeyboardInterrupt: it was interrupted again.
         """
-        from dpsyngen.fitting import Reading, as_source
-        from dpsyngen.notebook import console_for
-
         folder, device = Path(out).expanduser(), kind_of(device)
         run = Run(folder)
         if run.complete:
@@ -341,16 +376,21 @@ class Generator(ReleasedGenerator):
                 f"{folder} is finished: there is nothing to resume.  Generator.load({str(folder)!r}) takes it."
             )
         source = None if images is None else as_source(images, labels, class_names, run.config)
+        return cls._trained(partial(prepare_resume, folder, source), folder, source, device, progress)
+
+    @classmethod
+    def _trained(
+        cls, begin: Callable[..., Training], folder: Path, source: Source | None, device: str, progress: bool
+    ) -> Self:
         console = console_for(progress)
-        reading = Reading(console, run.config)
-        run = train_together(
-            lambda own, ranks: prepare_resume(folder, source, own, ranks=ranks, on_reading=reading),
-            folder,
-            source,
-            device,
-            console=console,
-        )
-        return cls(run.release, device)
+        with Display(console) as on_event:
+            trained = train_together(partial(begin, on_event=on_event), source, device)
+        for f in () if trained is None else trained.findings:
+            # What rests on private images is not shown: a notebook keeps its output, and is published.
+            if f.basis == "released" and f.severity != "note":
+                console.note(f"{f.severity}: {f.seen}; {f.why}.  {f.change}.")
+        console.note(f"done.  What the private images say about the training: dpsyngen doctor {folder}")
+        return cls(Run(folder).release, device)
 
     @classmethod
     def load(cls, path: PathLike, device: str = "auto") -> Self:
@@ -384,3 +424,88 @@ class Generator(ReleasedGenerator):
             ReleaseError: there is no guarantee and `not_private` is false, or something is wrong with the release.
         """
         return save(self.place, path, not_private)
+
+
+# ------------------------------------------------------------------------------------- what a user holds
+
+
+def with_options(settings: Mapping[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """`settings` with the options in force that are not None; ``private__steps`` is the setting private.steps.
+
+    >>> with_options({"private": {"steps": 5}}, private__copies=2, stages__variant=None)
+    {'private': {'steps': 5, 'copies': 2}}
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"settings is {shown(settings)}, but must be a mapping such as {{'private': {{'steps': 500}}}}."
+        )
+    chosen: dict[str, Any] = {}
+    for key, value in options.items():
+        if value is not None:
+            section, name = key.split("__")
+            chosen.setdefault(section, {})[name] = value
+    return merge_settings(dict(settings or {}), chosen)
+
+
+def _named(images: Any) -> str | None:
+    """What the settings say that the images are; None for images in memory, which are written down nowhere."""
+    return os.fspath(images) if isinstance(images, str | os.PathLike) else None
+
+
+def as_source(images: Any, labels: Any, class_names: Sequence[str] | None, config: Config) -> Any:
+    """A source of images (see :func:`dpsyngen.load_images`) from what a user holds.
+
+    Args:
+        images: arrays, PyTorch tensors, lists of Pillow images; or a folder, file, named set or data set.
+        labels: for arrays: one an image, numbers or names; None: no classes.
+        class_names: names for labels 0, 1, …; None: the labels themselves.
+        config: says what size and colour are wanted.
+
+    Raises:
+        ConfigError: labels where the images bring their own.
+        DataError: images and labels do not fit together.
+    """
+    if not (isinstance(images, list) or hasattr(images, "__array__")):
+        if labels is not None or class_names is not None:
+            raise ConfigError(
+                "labels and class_names go with arrays of images only; a folder, file or data set has classes of its "
+                "own (settings={'data': {'labels': False}} leaves them out)."
+            )
+        return images
+    pixels, values = _as_array(images), None if labels is None else _as_array(labels)
+    if class_names is None:
+        return pixels, values
+    if values is None:
+        raise ConfigError("class_names are names for labels 0, 1, …, but there are no labels.")
+    d = config.data
+    return dataset_from_arrays(
+        pixels,
+        values if d.labels else None,
+        list(class_names) if d.labels else None,
+        source=f"arrays of shape {list(pixels.shape)}",
+        resolution=d.resolution,
+        channels=d.channels,
+        skip_bad=d.skip_bad,
+    )
+
+
+def _as_array(values: Any) -> np.ndarray:
+    if hasattr(values, "detach"):  # a tensor, which may be on a GPU or need a gradient
+        values = values.detach().cpu()
+    return np.asarray(values)
+
+
+def new_folder() -> Path:
+    """A run directory that does not exist yet: ``runs/fit-20260101-120000``.
+
+    Raises:
+        ConfigError: torchrun started this process, and each of its processes would choose another one.
+    """
+    if started_by_torchrun():
+        raise ConfigError("out is missing: the processes of torchrun have to be given one run directory.")
+    first = Path("runs") / f"fit-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = first, 1
+    while path.exists():
+        number += 1
+        path = first.with_name(f"{first.name}-{number}")
+    return path

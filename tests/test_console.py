@@ -16,7 +16,7 @@ def clock(monkeypatch):
 
 
 def test_plain_lines_have_rate_and_time_left(clock, capsys) -> None:
-    with Progress("work", 100, "things") as p:
+    with Console().progress("work", 100, "things") as p:
         for i in range(1, 101):
             clock[0] += 1.0
             p.update(i, "note")
@@ -27,7 +27,7 @@ def test_plain_lines_have_rate_and_time_left(clock, capsys) -> None:
 
 
 def test_resumed_work_counts_its_own_part(clock, capsys) -> None:
-    with Progress("work", 100, "things", start=80) as p:
+    with Console().progress("work", 100, "things", start=80) as p:
         clock[0] += 10.0
         p.update(90)
         assert p.rate() == 1.0
@@ -40,7 +40,7 @@ def test_quiet_has_nothing_and_errors_have_no_end(clock, capsys) -> None:
             clock[0] += 60.0
             p.update(i)
     assert capsys.readouterr() == ("", "")
-    p = Progress("work", 10, "things")
+    p = Console().progress("work", 10, "things")
     p.update(1)
     p.__exit__(RuntimeError, RuntimeError(), None)
     assert capsys.readouterr().err == ""

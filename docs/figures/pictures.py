@@ -14,7 +14,8 @@ from dpsyngen.diffusion.samplers import to_float, to_uint8
 from dpsyngen.privacy.accounting import calibrate_noise, default_delta
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import image_grid, make_program
-from dpsyngen.training.moments import estimate_moments, plan_moments
+from dpsyngen.training.moments import estimate_moments
+from dpsyngen.training.plan import plan_moments
 
 SIGMAS = (0.0, 0.02, 0.05, 0.2, 0.7, 2.0, 7.0, 80.0)
 EPSILONS = (float("inf"), 10.0, 1.0, 0.2)

@@ -35,11 +35,10 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.programs import make_program
 from dpsyngen.training.networks import make_denoiser
-from dpsyngen.training.pipeline import Training
+from dpsyngen.training.pipeline import Hooks, Training
 from dpsyngen.training.plan import Shape
-from dpsyngen.training.private import Observer, StepRecord, charged_mechanisms, charged_steps
+from dpsyngen.training.private import StepRecord, charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
-from dpsyngen.training.start import resume, start
 
 LOOKUP_LEVELS = {"noise_mean": 2.0, "noise_std": 0.1}
 """Density of log σ: noise far above the image, where the loss hardly depends on which noise it was."""
@@ -194,7 +193,14 @@ def train_canaries(
     """
     c = Canaries.draw(plan.canaries, plan.others, plan.resolution, plan.channels, plan.classes, plan.lookup)
     small, dataset = audit_config(config, plan, c.declared), c.dataset
-    training = start(small, dataset, folder, device)
+
+    def observe(record: StepRecord, engine: PerExampleGradients) -> None:
+        transcript.add(record)
+        if attack is not None:
+            attack.add(record, engine)
+
+    hooks = Hooks(observer=observe, make_denoiser=lookup_denoiser if plan.lookup else lively_denoiser)
+    training = Training.start(small, dataset, folder, device, hooks=hooks)
     m, delta = training.plan.mechanism, training.plan.delta
     guesses = 0
     if plan.score:
@@ -216,16 +222,10 @@ def train_canaries(
     attack: Scores | LookupScores | None = None
     if plan.score:
         attack = LookupScores(plan.canaries) if plan.lookup else Scores(_noisy(c, small, device), small, transcript)
-
-    def observe(record: StepRecord, engine: PerExampleGradients) -> None:
-        transcript.add(record)
-        if attack is not None:
-            attack.add(record, engine)
-
-    _session(training, plan, observe, plan.crash_after)
+    _session(training, plan.crash_after)
     if plan.crash_after is not None:
         del training  # and with it whatever was not in a checkpoint
-        _session(resume(Run(folder), dataset, device), plan, observe, None)
+        _session(Training.resume(Run(folder), dataset, device, hooks=hooks), None)
     ledger = Ledger(ledger_path)
     one_run = None
     if attack is not None:
@@ -235,9 +235,7 @@ def train_canaries(
     return CanaryRun(transcript, claim_of(ledger, m.clipping_norm, crashed=plan.crash_after is not None), one_run)
 
 
-def _session(training: Training, plan: CanaryPlan, observe: Observer, end: int | None) -> None:
-    training.observer = observe
-    training.make_denoiser = lookup_denoiser if plan.lookup else lively_denoiser
+def _session(training: Training, end: int | None) -> None:
     with training.run.lock():
         for progress in training.steps():
             if progress.step == end:

@@ -24,12 +24,12 @@ from dpsyngen.hardware import choose
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
-from dpsyngen.training.moments import MomentsPlan
-from dpsyngen.training.moments_phase import charged_moments, load_gaussian
-from dpsyngen.training.pinned import pinned
-from dpsyngen.training.plan import Shape, stages_of
+from dpsyngen.training.log import JsonLines
+from dpsyngen.training.moments import charged_moments, load_gaussian
+from dpsyngen.training.plan import MomentsPlan, Shape, stages_of
 from dpsyngen.training.private import DpSgd, charged_mechanisms, charged_steps
-from dpsyngen.training.run import JsonLines, Run
+from dpsyngen.training.run import Run
+from dpsyngen.training.session import pinned
 
 BOOKS, STEP, CLIPPING = "this run's books", "one step with the run's settings", "clipping on the run's network"
 NETWORK, LOOKUP, SPARSE = (
@@ -275,7 +275,7 @@ def records_present(run: Run) -> int:
 
 def _moments(run: Run, ledger: Ledger) -> Finding:
     """Each query of the DP moments is in the ledger, once, with the noise that was fixed at the start."""
-    known = pinned(run)
+    known = pinned(run.data_path)
     noises = None if known is None else known["moments"]
     planned = [] if noises is None else list(MomentsPlan(*noises).mechanisms())
     wanted: list[Mechanism | None] = [m if m.noise_multiplier > 0 else None for m in planned]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dpsyngen.evaluation.doctor import Diagnosis
     from dpsyngen.evaluation.memorisation import Memorisation
     from dpsyngen.hardware import Compute, Machine
-    from dpsyngen.training.health import Finding
+    from dpsyngen.training.findings import Finding
 
 PROBLEMS = 5
 """Exit code of `dpsyngen doctor` if there is a problem of severity error."""

@@ -8,27 +8,18 @@ import json
 import math
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from dpsyngen.config import Config
 from dpsyngen.errors import DpsyngenError, LedgerError, RunError
-from dpsyngen.files import write_text
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.checkpoint import describe_checkpoints
-from dpsyngen.training.engine_settings import computed_with
-from dpsyngen.training.finite import stopped_because
-from dpsyngen.training.health import Finding, by_severity, of_losses
-from dpsyngen.training.health_images import of_images
-from dpsyngen.training.health_private import Facts, of_private_training
-from dpsyngen.training.plan import stages_of
-from dpsyngen.training.private import QUERY
-from dpsyngen.training.run import JsonLines, Run
-
-_EACH, _CLASSES, _UNLABELLED = 8, 10, 64  # generated images looked at: of a class, classes, or in all
-_SAMPLER_STEPS = 20  # at most, so that looking takes seconds
+from dpsyngen.training.findings import Finding, by_severity
+from dpsyngen.training.health import assess, damage, stopped_because, write_health
+from dpsyngen.training.log import JsonLines
+from dpsyngen.training.run import Run
+from dpsyngen.training.session import computed_with
 
 
 @dataclass(frozen=True)
@@ -49,54 +40,6 @@ class Diagnosis:
         return all(f.severity != "error" for f in self.findings)
 
 
-def assess(run: Run, device: str = "cpu") -> list[Finding]:
-    """Findings about the training and the generated images of a run, finished or not, by severity.
-
-    It reads logs, settings, weights and the ledger, and draws a few images; the run is not changed.
-
-    Raises:
-        RunError: the configuration cannot be read.
-        LedgerError: the ledger is damaged.
-    """
-    out: list[Finding] = []
-    stopped = stopped_because(run.private)
-    if stopped is not None:
-        out.append(stopped)
-    phases: dict[str, list[dict[str, Any]]] = {}
-    for line in _whole(JsonLines(run.release / "public_training.jsonl", 0o644).read(), "loss"):
-        phases.setdefault(line["phase"], []).append(line)
-    for name, lines in phases.items():
-        out += of_losses(lines, name, "--set public.learning_rate=…", "released")
-    ledger, stages = Ledger(run.ledger_path), stages_of(run.config)
-    if not stages.gaussian:
-        facts = _facts(run, run.config, ledger)
-        log = JsonLines(run.private / "training.jsonl", 0o600).read()
-        out += of_private_training(_whole(log, "loss", "examples", "clipped", "median_norm", "not_finite"), facts)
-    if run.complete:
-        found = _of_generator(run, device)
-        out += [_without_network(f) for f in found] if stages.gaussian else found
-    return by_severity(out)
-
-
-def _without_network(f: Finding) -> Finding:
-    """What to do about images where there is no network that could be trained otherwise."""
-    if f.basis != "released" or f.code == "release-damaged":
-        return f
-    return replace(
-        f,
-        why="the images come from DP moments alone, so that is what these say: noise hides the rest, or the images "
-        "have little in common",
-        change="raise --epsilon, use more images, or choose a variant with a network (residual)",
-    )
-
-
-def write_health(run: Run, device: str = "cpu") -> list[Finding]:
-    """:func:`assess` a run and keep the findings in ``private/health.json``."""
-    findings = assess(run, device)
-    _keep(run, findings)
-    return findings
-
-
 def diagnose(run: Run, device: str = "cpu") -> Diagnosis:
     """Everything that `dpsyngen doctor` says: state of the files, ledger, health.
 
@@ -111,7 +54,7 @@ def diagnose(run: Run, device: str = "cpu") -> Diagnosis:
     if not _begun(run):
         state.append(("ledger", "none yet; nothing was spent"))
         return Diagnosis(state, by_severity(findings))
-    pins = computed_with(run)
+    pins = computed_with(run.engine_path)
     if pins is not None:
         state.append(("computed with", _computed(pins)))
     try:
@@ -119,109 +62,22 @@ def diagnose(run: Run, device: str = "cpu") -> Diagnosis:
         state.append(("ledger", _spent(ledger)))
     except LedgerError as error:
         state.append(("ledger", "DAMAGED"))
-        findings.append(_damage("ledger-damaged", str(error), "no ε can be stated, so nothing may be released"))
+        findings.append(damage("ledger-damaged", str(error), "no ε can be stated, so nothing may be released"))
     try:
-        findings += assess(run, device)
+        findings += assess(run, lambda release: ReleasedGenerator(release, device))
     except LedgerError:
         pass  # said above
     except DpsyngenError as error:
-        findings.append(_damage("run-damaged", str(error), "the run can neither be judged nor continued"))
+        findings.append(damage("run-damaged", str(error), "the run can neither be judged nor continued"))
     findings = by_severity(findings)
     if not busy:
         # On a disk that cannot be written, looking must still do.
         with contextlib.suppress(RunError, OSError), run.lock():
-            _keep(run, findings)
+            write_health(run, findings)
     return Diagnosis(state, findings)
 
 
-def _keep(run: Run, findings: list[Finding]) -> None:
-    kept = {
-        "private": "findings with basis 'private' rest on figures of private images: publishing them costs privacy",
-        "findings": [f.to_dict() for f in findings],
-    }
-    write_text(run.private / "health.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n", 0o600)
-
-
-# ------------------------------------------------------------------------------------------------ health
-
-
-def _whole(log: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
-    """Lines that have numbers under all of `keys`; a damaged log must not hide what the rest of it says."""
-    return [v for v in log if all(isinstance(v.get(k), int | float) for k in keys)]
-
-
-def _facts(run: Run, config: Config, ledger: Ledger) -> Facts:
-    c, stages = config.private, stages_of(config)
-    noise = [e.mechanism.noise_multiplier for e in ledger.entries if e.mechanism and e.details.get("query") == QUERY]
-    return Facts(
-        steps=c.steps,
-        batch=c.batch,
-        records=ledger.records,
-        noise_multiplier=noise[0] if noise else 0.0,
-        clipping_norm=config.privacy.clipping_norm,
-        clipping=c.clipping,
-        ema=c.ema,
-        parameters=_parameters(run),
-        pretrained=stages.pretrain,
-        residual=stages.moments,
-        complete=run.complete,
-    )
-
-
-def _parameters(run: Run) -> int:
-    """Trainable numbers of the private network, from its weights or a checkpoint; 0 if there is neither."""
-    from safetensors import SafetensorError, safe_open
-
-    names = [(run.weights(n), "") for n in ("context", "shared")]
-    names += [(run.private / n, "model/") for n, phase, _ in describe_checkpoints(run.private)[0] if phase == "context"]
-    for path, prefix in names:
-        if path.exists():
-            try:
-                with safe_open(path, framework="pt") as f:
-                    shapes = [f.get_slice(k).get_shape() for k in f.keys() if k.startswith(prefix)]  # noqa: SIM118
-                return sum(math.prod(shape) for shape in shapes)
-            except (SafetensorError, OSError):
-                continue
-    return 0
-
-
-def _of_generator(run: Run, device: str) -> list[Finding]:
-    from dpsyngen.generator.generator import ReleasedGenerator
-    from dpsyngen.training.health import tensors_finite
-
-    try:
-        generator = ReleasedGenerator(run.release, device)
-    except RunError as error:
-        return [_damage("release-damaged", str(error), "no image can be drawn from this release")]
-    broken = [name for name, net in generator.networks.items() if not tensors_finite(net.state_dict().values())]
-    if broken:
-        return [
-            Finding(
-                "released-weights-not-finite",
-                "error",
-                f"weights of {', '.join(broken)} in the release are NaN, infinite or too large to compute with",
-                "such a network draws nothing",
-                "do not publish this release; train again with a lower --lr",
-                "released",
-            )
-        ]
-    classes = len(generator.class_names)
-    labels = None
-    if classes:
-        chosen = np.unique(np.linspace(0, classes - 1, min(classes, _CLASSES)).astype(int)).tolist()
-        labels = generator.labels(_EACH * len(chosen), chosen)
-    count = _UNLABELLED if labels is None else len(labels)
-    steps = min(int(generator.defaults["steps"]), _SAMPLER_STEPS)
-    samples = generator.sample(count, labels=labels, steps=steps)
-    return of_images(samples.images, samples.labels, generator.class_names)
-
-
 # ------------------------------------------------------------------------------------------------- state
-
-
-def _damage(code: str, seen: str, why: str) -> Finding:
-    change = "put private/ and release/ back from one backup, or start a new run"
-    return Finding(code, "error", seen.rstrip("."), why, change, "released")
 
 
 def _begun(run: Run) -> bool:
@@ -294,7 +150,7 @@ def _of_files(run: Run, state: list[tuple[str, str]]) -> list[Finding]:
             json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             why = "the run cannot be continued, and not checked for memorisation; a finished release is not touched"
-            out.append(_damage("file-damaged", f"{path.name}, {what}, cannot be read: {error}", why))
+            out.append(damage("file-damaged", f"{path.name}, {what}, cannot be read: {error}", why))
     for path in (run.private / "training.jsonl", run.release / "public_training.jsonl"):
         if path.exists():
             lines, read_lines = path.read_bytes().count(b"\n"), len(JsonLines(path, 0o600).read())

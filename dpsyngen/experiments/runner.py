@@ -27,7 +27,7 @@ from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.accounting import default_delta
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
-from dpsyngen.training.moments_phase import MOMENTS, charged_moments
+from dpsyngen.training.moments import charged_moments
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
@@ -239,12 +239,10 @@ class Worker:
             return Run(path)
         assert job.config is not None
         begun = (path / "run.json").exists()
-        training = (
-            api.prepare_resume(path, self.images.train, self.device)
-            if begun
-            else api.prepare(job.config, path, self.images.train, self.device)
-        )
-        private = training.plan.stages.private.name
+        if begun:
+            training = api.prepare_resume(path, self.images.train, self.device)
+        else:
+            training = api.prepare(job.config, path, self.images.train, self.device)
         self._training, training.stop_requested = training, self._stop
         try:
             with training.run.lock():
@@ -256,7 +254,7 @@ class Worker:
                         clock.credit("shared public", known)
                     phase = ""
                     for p in training.steps():
-                        part = "private" if p.phase in (private, MOMENTS) else f"public {p.phase}"
+                        part = "private" if p.private else f"public {p.phase}"
                         clock.add(part)
                         if p.phase != phase:
                             # The public networks before this phase are finished.

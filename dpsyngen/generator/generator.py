@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from dpsyngen.config import ComputeConfig
-
-_SAMPLE = ("count", "labels", "classes", "batch_size", "on_progress", "progress")
-_SAMPLER = ("seed", "sampler", "steps", "guidance", "churn")
 
 
 class ReleasedGenerator:
@@ -156,7 +153,7 @@ class ReleasedGenerator:
         return "\n".join(["Generator", *(f"  {name:<10}  {text}" for name, text in self._about().items())])
 
     def _repr_html_(self) -> str:
-        from dpsyngen.notebook import html_table
+        from dpsyngen.console import html_table
 
         return html_table(self._about().items())
 
@@ -293,7 +290,6 @@ class ReleasedGenerator:
         batch_size: int = 256,
         progress: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
-        **unknown: Never,
     ) -> Samples:
         """Draw images into memory; free of privacy cost, however many.
 
@@ -312,10 +308,8 @@ class ReleasedGenerator:
         Raises:
             ConfigError: a value that is not allowed.
         """
-        from dpsyngen.fitting import refuse_unknown
-        from dpsyngen.notebook import console_for
+        from dpsyngen.console import console_for
 
-        refuse_unknown("sample", unknown, (*_SAMPLE, *_SAMPLER))
         chosen = self.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
         count, drawn = asked_for(count, labels, classes, self.class_names)
         out = []
@@ -348,9 +342,6 @@ class ReleasedGenerator:
         Raises:
             ConfigError: a value that is not allowed.
         """
-        from dpsyngen.fitting import refuse_unknown
-
-        refuse_unknown("trajectory", {k: v for k, v in settings.items() if k not in _SAMPLER}, _SAMPLER)
         s = self.settings(**settings)
         kept = evenly_in_log(s.levels(self.denoiser()), columns)
         if labels is None:

@@ -169,7 +169,7 @@ class Guarantee:
         return "\n".join([self.line, *(f"  {name:<{width}}  {text}" for name, text in self._rows())])
 
     def _repr_html_(self) -> str:
-        from dpsyngen.notebook import html_table
+        from dpsyngen.console import html_table
 
         loud = "" if self.private else ' style="color: #b00020"'
         return f"<p{loud}><strong>{html.escape(self.line)}</strong></p>{html_table(self._rows())}"

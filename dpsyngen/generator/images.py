@@ -143,7 +143,7 @@ class Samples:
 
     def show(self) -> None:
         """Show them: in a notebook below the cell, elsewhere in the system's picture viewer."""
-        from dpsyngen.notebook import in_notebook
+        from dpsyngen.console import in_notebook
 
         if in_notebook():
             from IPython.display import display

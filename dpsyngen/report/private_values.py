@@ -19,7 +19,8 @@ from dpsyngen.report.curves import curves
 from dpsyngen.report.figure_table import figure_table
 from dpsyngen.report.ledger_rows import ledger_rows
 from dpsyngen.report.tables import memorisation_rows, metric_rows
-from dpsyngen.training.run import JsonLines, Run
+from dpsyngen.training.log import JsonLines
+from dpsyngen.training.run import Run
 
 _CURVES = (
     ("loss", "Loss", False),

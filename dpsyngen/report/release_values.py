@@ -21,7 +21,7 @@ from dpsyngen.report.curves import curves
 from dpsyngen.report.figure_table import figure_table
 from dpsyngen.report.stage_chart import stage_charts
 from dpsyngen.report.trajectory import trajectory_table
-from dpsyngen.training.run import JsonLines
+from dpsyngen.training.log import JsonLines
 
 SEED = 0
 """Public, and the same in every report: image i of two runs starts from the same noise, so their grids compare."""

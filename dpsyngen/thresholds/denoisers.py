@@ -38,11 +38,10 @@ from dpsyngen.files import write_atomically
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
 from dpsyngen.thresholds.gap import HIGHEST, LOWEST, Array
-from dpsyngen.training.checkpoint import TrainState
+from dpsyngen.training.checkpoint import TrainState, save_file
 from dpsyngen.training.networks import load_weights, make_denoiser
 from dpsyngen.training.plan import Shape
 from dpsyngen.training.public import PublicStep, train_public
-from dpsyngen.training.tensor_file import save_file
 from dpsyngen.workers import Workers
 
 FIRST_IMAGE = 10**12

@@ -31,8 +31,8 @@ from dpsyngen.thresholds.files import StagesResult, write_results
 from dpsyngen.thresholds.gap import log_sigma_grid
 from dpsyngen.thresholds.private import PrivateEstimate, plan_private
 from dpsyngen.thresholds.search import StageSearch, Tell, deciding, proxy_loss_rows, stand_in_elbows
-from dpsyngen.training.lock import Lock
 from dpsyngen.training.plan import Shape
+from dpsyngen.training.run import FolderLock
 from dpsyngen.workers import Workers
 
 DEFAULT_RESOLUTION = 32
@@ -239,7 +239,7 @@ class Stages:
     @contextmanager
     def _own(self) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with Lock(self.folder / "lock", self.folder).held():
+        with FolderLock(self.folder / "lock", self.folder).held():
             require_usable(self.folder)
             remove_temporaries(self.folder)
             self._require_same()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dpsyngen.diffusion.ema import Ema
@@ -20,7 +21,19 @@ from dpsyngen.errors import RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.chain import Head
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training.tensor_file import save_file
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in place.
+
+    The library's own ``save_file`` goes through a temporary file of its own, which a killed process leaves behind, and
+    tells of a full disk as a SafetensorError.
+
+    Raises:
+        OSError: the disk is full, read-only, …
+    """
+    # Convolutions may have their channels last in memory (docs/hardware.md); files never do.
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 @dataclass

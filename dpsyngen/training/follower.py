@@ -7,10 +7,13 @@ reads itself.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -24,8 +27,7 @@ from dpsyngen.errors import RunError
 from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.training.moments import Stopped, estimate_moments
-from dpsyngen.training.moments_phase import MOMENTS
+from dpsyngen.training.moments import MOMENTS, Stopped, estimate_moments
 from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Plan, program_of
 from dpsyngen.training.private import PrivateStep
@@ -195,3 +197,50 @@ class _Follower:
             raise AssertionError(f"rank {self.ranks.rank} does not know the command {command.name!r}")
         arguments: dict[str, Any] = command.values
         self.steps[command.name].help(self.denoiser, **arguments)
+
+
+class Stoppable(Protocol):
+    """A training that ends after the current step when it is asked to."""
+
+    stop_requested: bool
+    ranks: Ranks
+
+
+@contextlib.contextmanager
+def stop_on_signals(training: Stoppable, tell: Callable[[str], None]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal end the run after the current step, with a checkpoint; a second one ends it
+    at once.
+
+    torchrun passes signals on to its processes, to which a terminal has sent them already, and kills what still runs
+    after half a minute: with several processes one signal after another counts as one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's; in another one an interrupt cannot arrive
+        return
+
+    def handler(number: int, frame: object) -> None:
+        if training.stop_requested:
+            if not training.ranks.alone:
+                return
+            raise KeyboardInterrupt
+        training.stop_requested = True
+        try:
+            at_once = " (Ctrl-C again to stop at once)" if training.ranks.alone else ""
+            tell(f"stopping after this step{at_once} …")
+        except OSError:
+            # The terminal is gone, and with it every place to write to: what is said from now on must not end the step.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for output in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(nowhere, output.fileno())
+            os.close(nowhere)
+
+    chosen = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        chosen.append(signal.SIGHUP)
+    before = {s: signal.signal(s, handler) for s in chosen}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,66 +1,33 @@
-"""What is wrong with a run, and what to change: findings, finite weights, and loss curves.
+"""The health of a run: ending it when its network breaks, and writing down at the end what looks wrong.
 
-A finding says what was seen, in numbers, why it matters and what to do.  Thresholds are justified where they stand.
-Rules for the private phase are in :mod:`dpsyngen.training.health_private`, for generated images in
-:mod:`dpsyngen.training.health_images`.
-
-Losses, norms and counts of examples come from private images.  Weights and generated images do not: they are
-post-processing of the mechanism's output, so a run may stop because of them (:func:`weights_finite`).
+Weights are the mechanism's output and the noise that a network is asked about here is public, so a run may stop because
+of them.  Whether an image's loss or gradient was finite is private, and nothing stops for it.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-Severity = Literal["error", "warning", "note"]
-Basis = Literal["private", "released"]
-
-UNTRAINED = 3.0
-"""No untrained network has a larger loss.  With F = 0 the weighted loss at σ is (x₀²σ²/σ_d² + σ_d²)/(σ² + σ_d²), which
-for pixels in [-1, 1] and σ_d² = 1/3 is at most 3 (black images at large σ).  A residual network has no such bound: with
-F = 0 its loss is 1 if the images have the DP moments, and the larger the less they have."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know about a run.
-
-    Attributes:
-        code: a fixed name, for programs and for the documentation.
-        severity: "error": the generator is no use, or will not be; "warning": it could be better, or part of it is
-            broken; "note": nothing to do.
-        seen: what was seen, in numbers.
-        why: why it matters.
-        change: what to change.
-        basis: "private" if it rests on figures of private images: then neither it nor a setting that was chosen by it
-            is covered by ε.  "released": it follows from released weights, settings and files.
-    """
-
-    code: str
-    severity: Severity
-    seen: str
-    why: str
-    change: str
-    basis: Basis = "private"
-
-    def to_dict(self) -> dict[str, str]:
-        """JSON-able."""
-        return asdict(self)
-
-
-def by_severity(findings: Iterable[Finding]) -> list[Finding]:
-    """Errors first; within a severity the order stays."""
-    order = get_args(Severity)
-    return sorted(findings, key=lambda f: order.index(f.severity))
-
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
+from dpsyngen.errors import RunError
+from dpsyngen.files import write_text
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.training.checkpoint import TrainState, describe_checkpoints
+from dpsyngen.training.findings import Facts, Finding, by_severity, of_images, of_losses, of_private_training
+from dpsyngen.training.log import JsonLines
+from dpsyngen.training.plan import stages_of
+from dpsyngen.training.private import charged_mechanisms
+from dpsyngen.training.run import Run
 
 # ---------------------------------------------------------------------------------------------- weights
 
@@ -94,130 +61,224 @@ def not_finite_weights(phase: str, step: int, learning_rate: float, option: str)
     )
 
 
-# ------------------------------------------------------------------------------------------------ losses
+_SIGMAS = (0.02, 0.5, 20.0)
 
 
-@dataclass(frozen=True)
-class Trend:
-    """A loss curve in a few robust numbers; medians, as single steps are noisy.
-
-    Attributes:
-        start: of the first three steps.
-        early: of the first window.
-        best, worst: lowest and highest of any window of `window` steps.
-        end: of the last window.
-        error: standard error of `end`, from the differences of neighbouring steps.
-        window: steps, a tenth of the run.
-    """
-
-    start: float
-    early: float
-    best: float
-    worst: float
-    end: float
-    error: float
-    window: int
-
-    @classmethod
-    def of(cls, losses: NDArray[np.float64]) -> Trend:
-        """Of at least three finite losses."""
-        window = max(3, len(losses) // 10)
-        windows = np.median(np.lib.stride_tricks.sliding_window_view(losses, window), axis=1)
-        # A normal distribution has standard deviation 1.4826 × median absolute deviation; a difference has √2 of it.
-        step = 1.4826 * float(np.median(np.abs(np.diff(losses)))) / math.sqrt(2)
-        return cls(
-            float(np.median(losses[:3])),
-            float(windows[0]),
-            float(windows.min()),
-            float(windows.max()),
-            float(windows[-1]),
-            1.25 * step / math.sqrt(window),  # 1.25: a median is that much less exact than a mean
-            window,
-        )
-
-    @property
-    def learned(self) -> bool:
-        """Whether the loss fell, by 2 % and by more than its noise."""
-        first = self.error * math.sqrt(self.window / 3)  # of `start`
-        return self.end < self.start - max(0.02 * self.start, 2 * math.hypot(first, self.error)) or (
-            self.end < self.early - max(0.02 * self.early, 3 * self.error)
-        )
-
-    @property
-    def rose(self) -> bool:
-        """Whether it rose again, by 30 % of its best and by more than its noise: `best` is picked, hence 6 errors."""
-        return self.end > self.best + max(0.3 * abs(self.best), 6 * self.error)
-
-
-def of_losses(
-    log: Sequence[dict[str, Any]], phase: str, lower: str, basis: Basis, residual: bool = False
-) -> list[Finding]:
-    """Losses that are not finite, diverged or rose again.
+def answers_finite(denoiser: NetworkDenoiser, shape: tuple[int, int, int]) -> bool:
+    """Whether the network answers public noise of three strengths with numbers; one small forward pass.
 
     Args:
-        log: lines with "loss", in order.
-        phase: its name, for the text.
-        lower: the option that sets the learning rate.
-        basis: what the losses are of.
-        residual: whether the network is a residual on DP moments: what it had at the start takes the place of the bound
-            for untrained networks.
+        denoiser: the network.
+        shape: (C, H, W) of an image.
     """
-    losses = np.array([float(v["loss"]) for v in log])
-    finite = np.isfinite(losses)
+    device = next(denoiser.parameters()).device
+    sigma = torch.tensor(_SIGMAS)
+    noise = torch.randn(len(_SIGMAS), *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answer = denoiser((noise * sigma.view(-1, 1, 1, 1)).to(device), sigma.to(device))
+    return bool(torch.isfinite(answer).all())
+
+
+class FiniteGuard:
+    """Ends a phase when its network is no longer finite, and writes that down.
+
+    Args:
+        private: the run's private folder.
+        phase: name of the phase.
+        learning_rate: its learning rate, for the message.
+        option: the option that sets it.
+        shape: (C, H, W) of an image.
+    """
+
+    def __init__(
+        self, private: Path, phase: str, learning_rate: float, option: str, shape: tuple[int, int, int]
+    ) -> None:
+        self.private, self.phase, self.shape = private, phase, shape
+        self.learning_rate, self.option = learning_rate, option
+
+    def check(self, state: TrainState, step: int, *, last: bool = False) -> None:
+        """Look at the weights; now and then, and where `last` is set, also at their average and the network's answers.
+
+        Args:
+            state: after the step.
+            step: steps done, from 1.
+            last: before a checkpoint or a release.
+
+        Raises:
+            RunError: something is not finite.  No checkpoint may be written then.
+        """
+        good = weights_finite(state.module)
+        # Steps 1, 2, 4, 8, …: a network that breaks mostly does so early, and a forward pass at each step would cost.
+        if good and (last or step & (step - 1) == 0):
+            assert isinstance(state.module, NetworkDenoiser)
+            good = tensors_finite(state.ema.average.values()) and answers_finite(state.module, self.shape)
+        if not good:
+            finding = not_finite_weights(self.phase, step, self.learning_rate, self.option)
+            write_text(_record(self.private), json.dumps(finding.to_dict(), ensure_ascii=False) + "\n", 0o600)
+            raise _stopped(finding)
+
+
+def stopped_because(private: Path) -> Finding | None:
+    """Why the run was stopped; None if it was not."""
+    try:
+        return Finding(**json.loads(_record(private).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        return not_finite_weights("unknown", 0, math.nan, "--lr")
+
+
+def require_not_stopped(private: Path) -> None:
+    """Raise RunError if the run was stopped because its weights were not finite: it would only do it again."""
+    finding = stopped_because(private)
+    if finding is not None:
+        raise _stopped(finding)
+
+
+def _record(private: Path) -> Path:
+    return private / "stopped.json"
+
+
+def _stopped(finding: Finding) -> RunError:
+    return RunError(f"training was stopped: {finding.seen}.  Nothing is released.  Do this: {finding.change}.")
+
+
+# -------------------------------------------------------------------------------------------- assessment
+
+_EACH, _CLASSES, _UNLABELLED = 8, 10, 64  # generated images looked at: of a class, classes, or in all
+_SAMPLER_STEPS = 20  # at most, so that looking takes seconds
+
+
+class Drawer(Protocol):
+    """A generator that a release holds."""
+
+    class_names: tuple[str, ...]
+    networks: Mapping[str, nn.Module]
+    defaults: Mapping[str, Any]
+
+    def labels(self, count: int, classes: list[int]) -> Any: ...
+
+    def sample(self, count: int, *, labels: Any, steps: int) -> Any: ...
+
+
+def assess(run: Run, open_release: Callable[[Path], Drawer]) -> list[Finding]:
+    """Findings about the training and the generated images of a run, finished or not, by severity.
+
+    It reads logs, settings, weights and the ledger, and draws a few images; the run is not changed.
+
+    Args:
+        run: the run.
+        open_release: loads the generator from the release half of a finished run.
+
+    Raises:
+        RunError: the configuration cannot be read.
+        LedgerError: the ledger is damaged.
+    """
     out: list[Finding] = []
-    bad, last = int((~finite).sum()), losses[-max(3, len(losses) // 10) :]
-    if bad:
-        broken = not np.isfinite(last).any() or bad > 0.05 * len(losses)
-        out.append(
-            Finding(
-                "loss-not-finite",
-                "error" if broken else "warning",
-                f"phase {phase!r}: the loss was NaN or infinite in {bad:,} of {len(losses):,} steps, the first of them "
-                f"step {int(np.argmin(finite)) + 1:,}",
-                "the network computed something that is no number" + (", to the end" if broken else ", and recovered"),
-                f"lower the learning rate, {lower}, by a factor of 10 to begin with; or begin with a warm-up",
-                basis,
-            )
+    stopped = stopped_because(run.private)
+    if stopped is not None:
+        out.append(stopped)
+    phases: dict[str, list[dict[str, Any]]] = {}
+    for line in _whole(JsonLines(run.release / "public_training.jsonl", 0o644), "loss"):
+        phases.setdefault(line["phase"], []).append(line)
+    for name, lines in phases.items():
+        out += of_losses(lines, name, "--set public.learning_rate=…", "released")
+    ledger, config = Ledger(run.ledger_path), run.config
+    stages = stages_of(config)
+    if not stages.gaussian:
+        c = config.private
+        noise = [m.noise_multiplier for m in charged_mechanisms(ledger)]
+        facts = Facts(
+            steps=c.steps,
+            batch=c.batch,
+            records=ledger.records,
+            noise_multiplier=noise[0] if noise else 0.0,
+            clipping_norm=config.privacy.clipping_norm,
+            clipping=c.clipping,
+            ema=c.ema,
+            parameters=_parameters(run),
+            pretrained=stages.pretrain,
+            residual=stages.moments,
+            complete=run.complete,
         )
-    if finite.sum() < 3:
-        return out
-    t = Trend.of(losses[finite])
-    untrained = t.start if residual else UNTRAINED
-    known = f"an untrained network has {'' if residual else 'at most '}{untrained:.3g}"
-    if t.end > 1.5 * untrained or (t.end > 1.5 * t.start and t.rose):
-        out.append(
+        log = JsonLines(run.private / "training.jsonl", 0o600)
+        out += of_private_training(_whole(log, "loss", "examples", "clipped", "median_norm", "not_finite"), facts)
+    if run.complete:
+        found = _of_generator(run, open_release)
+        out += [_without_network(f) for f in found] if stages.gaussian else found
+    return by_severity(out)
+
+
+def write_health(run: Run, findings: list[Finding]) -> None:
+    """Keep findings in ``private/health.json``."""
+    kept = {
+        "private": "findings with basis 'private' rest on figures of private images: publishing them costs privacy",
+        "findings": [f.to_dict() for f in findings],
+    }
+    write_text(run.private / "health.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n", 0o600)
+
+
+def damage(code: str, seen: str, why: str) -> Finding:
+    """The finding for a file that cannot be read."""
+    change = "put private/ and release/ back from one backup, or start a new run"
+    return Finding(code, "error", seen.rstrip("."), why, change, "released")
+
+
+def _whole(log: JsonLines, *keys: str) -> list[dict[str, Any]]:
+    """Lines that have numbers under all of `keys`; a damaged log must not hide what the rest of it says."""
+    return [v for v in log.read() if all(isinstance(v.get(k), int | float) for k in keys)]
+
+
+def _parameters(run: Run) -> int:
+    """Trainable numbers of the private network, from its weights or a checkpoint; 0 if there is neither."""
+    names = [(run.weights(n), "") for n in ("context", "shared")]
+    names += [(run.private / n, "model/") for n, phase, _ in describe_checkpoints(run.private)[0] if phase == "context"]
+    for path, prefix in names:
+        if path.exists():
+            try:
+                with safe_open(path, framework="pt") as f:
+                    shapes = [f.get_slice(k).get_shape() for k in f.keys() if k.startswith(prefix)]  # noqa: SIM118
+                return sum(math.prod(shape) for shape in shapes)
+            except (SafetensorError, OSError):
+                continue
+    return 0
+
+
+def _of_generator(run: Run, open_release: Callable[[Path], Drawer]) -> list[Finding]:
+    try:
+        generator = open_release(run.release)
+    except RunError as error:
+        return [damage("release-damaged", str(error), "no image can be drawn from this release")]
+    broken = [name for name, net in generator.networks.items() if not weights_finite(net)]
+    if broken:
+        return [
             Finding(
-                "diverged",
+                "released-weights-not-finite",
                 "error",
-                f"phase {phase!r}: the loss began at {t.start:.3g} and ended at {t.end:.3g} (best: {t.best:.3g}); "
-                f"{known}",
-                "the steps led away from a denoiser: the generator is worse than an untrained one",
-                f"lower the learning rate, {lower}, by a factor of 10 to begin with"
-                + (".  Too much noise does the same: raise --batch or --epsilon" if basis == "private" else ""),
-                basis,
+                f"weights of {', '.join(broken)} in the release are NaN, infinite or too large to compute with",
+                "such a network draws nothing",
+                "do not publish this release; train again with a lower --lr",
+                "released",
             )
-        )
-    elif t.worst > 1.5 * untrained:
-        out.append(
-            Finding(
-                "loss-exploded",
-                "warning",
-                f"phase {phase!r}: on the way the loss rose to {t.worst:.3g}, where {known}, and ended at {t.end:.3g}",
-                "the first steps threw the network far off; parts of it may never come back",
-                f"lower the learning rate, {lower}, by a factor of 10 to begin with, or begin with a warm-up",
-                basis,
-            )
-        )
-    elif len(losses) >= 20 and t.rose:
-        out.append(
-            Finding(
-                "loss-rose",
-                "warning",
-                f"phase {phase!r}: the loss fell to {t.best:.3g} and rose again to {t.end:.3g}",
-                "the last steps did harm: they were too large, or noise had taken over",
-                f"lower the learning rate, {lower}"
-                + (", use --set private.schedule=cosine, or fewer --steps" if basis == "private" else ""),
-                basis,
-            )
-        )
-    return out
+        ]
+    classes = len(generator.class_names)
+    labels = None
+    if classes:
+        chosen = np.unique(np.linspace(0, classes - 1, min(classes, _CLASSES)).astype(int)).tolist()
+        labels = generator.labels(_EACH * len(chosen), chosen)
+    count = _UNLABELLED if labels is None else len(labels)
+    steps = min(int(generator.defaults["steps"]), _SAMPLER_STEPS)
+    samples = generator.sample(count, labels=labels, steps=steps)
+    return of_images(samples.images, samples.labels, generator.class_names)
+
+
+def _without_network(f: Finding) -> Finding:
+    """What to do about images where there is no network that could be trained otherwise."""
+    if f.basis != "released" or f.code == "release-damaged":
+        return f
+    return replace(
+        f,
+        why="the images come from DP moments alone, so that is what these say: noise hides the rest, or the images "
+        "have little in common",
+        change="raise --epsilon, use more images, or choose a variant with a network (residual)",
+    )

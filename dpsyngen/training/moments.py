@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.gaussian import LARGEST_DIMENSION, ClassGaussians
+from dpsyngen.diffusion.gaussian import LARGEST_DIMENSION, ClassGaussians, GaussianDenoiser
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.distributed import ALONE, Ranks
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.files import write_atomically
 from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.moments import Rows, VectorSum, class_sums, matrices, released, scatter_sums
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.training.frequencies import Frequencies
-from dpsyngen.training.shrinkage import (
+from dpsyngen.training.checkpoint import save_file
+from dpsyngen.training.plan import MomentsPlan, Shape
+from dpsyngen.training.spectra import (
+    Frequencies,
     debiased,
     denoised_white_covariance,
     noise_edge,
@@ -32,9 +39,6 @@ from dpsyngen.training.shrinkage import (
     shrink_bands,
     shrunk_number,
 )
-
-SHARES = {"mean": 0.2, "pooled": 0.4, "by_class": 0.4}
-"""Of 1/z², which the cost of Gaussian mechanisms adds up in."""
 
 COUNT_WEIGHT = 0.25  # of √D, the norm of an image
 RESIDUAL_NORM = 0.5  # of √D
@@ -57,45 +61,6 @@ Progress = Callable[[int, int], None]
 
 class Stopped(Exception):
     """The estimate was given up, because somebody asked for it."""
-
-
-@dataclass(frozen=True)
-class MomentsPlan:
-    """Noise of the queries.
-
-    Attributes:
-        mean: z of the class sums.
-        pooled: z of the pooled scatter matrix.
-        by_class: z of the scatter matrices by class; None where there is no more than one class.
-    """
-
-    mean: float
-    pooled: float
-    by_class: float | None
-
-    def mechanisms(self) -> tuple[Mechanism, ...]:
-        """What the queries cost, all of them together."""
-        queries = (self.mean, self.pooled) if self.by_class is None else (self.mean, self.pooled, self.by_class)
-        return tuple(Mechanism(1.0, z, 1) for z in queries)
-
-
-def plan_moments(noise_multiplier: float, classes: int) -> MomentsPlan:
-    """Split one Gaussian mechanism of noise multiplier z among the queries: Σ 1/z_i² = 1/z².
-
-    k Gaussian mechanisms compose to one exactly (the vector of all queries, each over its own sensitivity and noise).
-
-    Args:
-        noise_multiplier: z >= 0; 0 is without noise (ε = ∞).
-        classes: 0 or 1 for images without labels.
-
-    Raises:
-        ConfigError: z is negative or not finite.
-    """
-    if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
-        raise ConfigError(f"the noise multiplier of the moments is {noise_multiplier}, but must be >= 0 and finite.")
-    shares = dict(SHARES) if classes > 1 else {"mean": 1 / 3, "pooled": 2 / 3}
-    z = {name: noise_multiplier / math.sqrt(share) for name, share in shares.items()}
-    return MomentsPlan(z["mean"], z["pooled"], z.get("by_class"))
 
 
 def scatter_frequencies(noise_multiplier: float, records: int, size: int) -> int:
@@ -308,3 +273,95 @@ def _by_class(
             for s, n in zip(scatter, counts.tolist(), strict=True)
         ]
     )
+
+
+# ------------------------------------------------------------------------------------------------- the phase
+
+MOMENTS = "moments"
+"""Name of the phase."""
+
+QUERY = "moments"
+UNBOUNDED: dict[str, Any] = {"l2_sensitivity": "unbounded"}
+
+
+def queries(plan: MomentsPlan, shape: Shape) -> list[tuple[str, Mechanism, float | None]]:
+    """What is asked, what it costs and its L2 sensitivity, where that is known before the first answer."""
+    size = shape.channels * shape.resolution**2
+    counted = 1 + COUNT_WEIGHT**2 if shape.num_classes > 1 else 1.0
+    known = [
+        ("sum and number of the images of each class", math.sqrt(size * counted)),
+        ("scatter matrix of the images around their class means", size * RESIDUAL_NORM**2),
+        (f"scatter matrix of each class in the directions found ({WHITE_NORM**2:g} a direction)", None),
+    ]
+    return [(text, m, bound) for (text, bound), m in zip(known, plan.mechanisms(), strict=False)]
+
+
+def charged_moments(ledger: Ledger) -> list[Mechanism | None]:
+    """The queries that the ledger has; None for one without noise."""
+    return [e.mechanism for e in ledger.entries if e.details.get("query") == QUERY]
+
+
+def uncharged(ledger: Ledger, plan: MomentsPlan) -> tuple[Mechanism, ...]:
+    """The queries that the ledger does not have yet."""
+    return plan.mechanisms()[len(charged_moments(ledger)) :]
+
+
+def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
+    """Make sure that the ledger has the moments before they are taken.
+
+    A run that was killed in between takes them again, with the same noise: the same result, charged once.
+
+    Raises:
+        BudgetExceeded: they would exceed the target ε.
+        RunError: moments of other noise were charged before, so the settings were changed in between.
+    """
+    wanted = queries(plan, shape)
+    charged = charged_moments(ledger)
+    for known, (_, mechanism, _) in zip(charged, wanted, strict=False):
+        expected = mechanism if mechanism.noise_multiplier > 0 else None
+        if known != expected:
+            raise RunError(
+                "the ledger has moments with another noise than the run would take now: its configuration was "
+                "changed.  Undo the change, or start a new run."
+            )
+    for what, mechanism, sensitivity in wanted[len(charged) :]:
+        bound = {} if sensitivity is None else {"l2_sensitivity": sensitivity}
+        ledger.charge(mechanism, what, query=QUERY, **(bound if mechanism.noise_multiplier else UNBOUNDED))
+
+
+def release_moments(
+    path: Path,
+    dataset: ImageDataset,
+    shape: Shape,
+    plan: MomentsPlan,
+    randomness: Randomness,
+    *,
+    rank: int,
+    stopped: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Estimate the moments and write them; nothing is written if `stopped`, asked now and then, says so."""
+    with ranks.lead(MOMENTS):
+        try:
+            moments = estimate_moments(
+                dataset, shape.num_classes, shape.records, plan, randomness, rank=rank, stopped=stopped, ranks=ranks
+            )
+        except Stopped:
+            return
+    write_atomically(path, lambda p: save_file(moments.to_tensors(), p))
+
+
+def load_gaussian(path: Path, shape: Shape) -> GaussianDenoiser:
+    """The denoiser of released moments.
+
+    Raises:
+        RunError: they are damaged.
+    """
+    try:
+        moments = ClassGaussians.from_tensors(load_file(path))
+        return GaussianDenoiser(moments, (shape.channels, shape.resolution, shape.resolution))
+    except (SafetensorError, OSError, ConfigError) as error:
+        raise RunError(
+            f"{path} is damaged: {str(error).splitlines()[0]}.  Remove it and resume: the same moments are taken "
+            "again, with the same noise."
+        ) from None

@@ -1,19 +1,24 @@
-"""Networks of a run: a fresh one, and one with weights that an earlier phase released."""
+"""Networks of a run: a fresh one, one with weights that an earlier phase released, and what one draws meanwhile."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import Denoiser, NetworkDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.ema import Ema
 from dpsyngen.diffusion.gaussian import GaussianDenoiser, ResidualDenoiser
+from dpsyngen.diffusion.sampling import SamplingSettings
+from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import RunError
-from dpsyngen.training.plan import Shape
+from dpsyngen.training.plan import Plan, Shape
 
 
 def make_denoiser(
@@ -56,3 +61,42 @@ def load_weights(path: Path, denoiser: NetworkDenoiser) -> None:
             f"{path} is damaged: {str(error).splitlines()[0]}.  Remove it and resume: it is trained again, to the same "
             "weights."
         ) from None
+
+
+_SHOWN = 16
+_STEPS = 20  # at most, so that looking costs less than a step
+
+
+def preview(
+    config: Config, plan: Plan, networks: dict[str, NetworkDenoiser], average: Ema, device: str
+) -> NDArray[np.uint8]:
+    """Draw images with the network in training at its average, always from the same noise.
+
+    The average is made of the mechanism's outputs, so drawing from it is post-processing and costs no privacy.
+
+    Args:
+        config: the run's settings of the sampler, but of at most 20 steps.
+        plan: the run's stages and shape.
+        networks: one for each name in the stages; the private one is loaded with the average.
+        average: of the private network.
+        device: where to compute.
+
+    Returns:
+        uint8 [16, C, H, W], classes in turn.
+    """
+    shape = plan.shape
+    network = networks[plan.stages.private.network]
+    network.load_state_dict(average.average)
+    denoisers: dict[str, Denoiser] = dict(networks)
+    if isinstance(network, ResidualDenoiser):
+        denoisers[GAUSSIAN] = network.gaussian
+    given = config.sampling.model_dump()
+    settings = SamplingSettings(**given | {"steps": min(config.sampling.steps, _STEPS)})
+    (batch,) = settings.draw(
+        StagedDenoiser(plan.stages, denoisers),
+        (shape.channels, shape.resolution, shape.resolution),
+        torch.arange(_SHOWN) % shape.num_classes if shape.num_classes else None,
+        _SHOWN,
+        device=device,
+    )
+    return batch.numpy()

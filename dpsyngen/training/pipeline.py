@@ -1,4 +1,4 @@
-"""The phases of a run, one after the other, to the release.
+"""The phases of a run, one after the other: pre-training, public experts, DP moments, DP-SGD, release.
 
 They follow from its stage map alone: pre-training if the map asks for it, a public phase for each public expert, DP
 moments if some stage is answered by them, then the private phase.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpsyngen.config import Config
+from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.ema import Ema
@@ -25,31 +26,70 @@ from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage
 from dpsyngen.diffusion.unet import count_parameters
 from dpsyngen.distributed import ALONE, Ranks
+from dpsyngen.errors import RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.hardware import Compute, choose
+from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients, find_physical_batch
-from dpsyngen.release.write import write_release
-from dpsyngen.training.checkpoint import Checkpoints, TrainState
-from dpsyngen.training.engine_settings import EngineSettings
-from dpsyngen.training.finite import FiniteGuard, require_not_stopped
+from dpsyngen.programs import TIERS
+from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints, save_file
 from dpsyngen.training.follower import PRIVATE, PUBLIC, SET_UP, Setting
-from dpsyngen.training.moments_phase import MOMENTS, charge_moments, load_gaussian, release_moments, uncharged
-from dpsyngen.training.networks import load_weights, make_denoiser, make_network
-from dpsyngen.training.pinned import budget_of, ledger_of, pin_data, randomness_of
-from dpsyngen.training.plan import Plan, program_of
-from dpsyngen.training.preview import preview
+from dpsyngen.training.health import FiniteGuard, require_not_stopped
+from dpsyngen.training.log import (
+    JsonLines,
+    Note,
+    OnEvent,
+    Step,
+    StepLog,
+    TensorBoard,
+    Warned,
+    ignore,
+    require_tensorboard,
+    timed,
+)
+from dpsyngen.training.moments import (
+    MOMENTS,
+    MomentsPlan,
+    charge_moments,
+    load_gaussian,
+    release_moments,
+    uncharged,
+)
+from dpsyngen.training.networks import load_weights, make_denoiser, make_network, preview
+from dpsyngen.training.plan import Plan, make_plan, program_of, shape_of, with_whole_program
 from dpsyngen.training.private import Observer, charged_steps, train_private
-from dpsyngen.training.public import Progress, PublicStep, train_public
-from dpsyngen.training.run import JsonLines, Run
-from dpsyngen.training.step_log import StepLog, timed
+from dpsyngen.training.public import PublicStep, train_public
+from dpsyngen.training.run import Run
+from dpsyngen.training.session import EngineSettings, Session, Terms, fixed_settings
 from dpsyngen.training.steps import PRETRAIN, PUBLIC_INDEX, private_step, public_step
-from dpsyngen.training.tensor_file import save_file
 from dpsyngen.workers import Workers
+
+_TRAINERS = {"public": "images drawn by programs", "private": "private images, DP-SGD", "moments": "DP moments"}
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller of a training adds to it.
+
+    Attributes:
+        on_event: told what happens; see :data:`dpsyngen.training.log.Event`.
+        finish: called with the training when all is trained: writes the release.
+        observer: looks on as private steps are taken, for audits.
+        make_denoiser: makes the networks; audits train others.
+    """
+
+    on_event: OnEvent = ignore
+    finish: Callable[[Training], None] | None = None
+    observer: Observer | None = None
+    make_denoiser: Callable[..., NetworkDenoiser] = make_denoiser
+
+
+NO_HOOKS = Hooks()
 
 
 class Training:
-    """One training run, new or resumed; iterate :meth:`steps` to the end.
+    """One training run, new (:meth:`start`) or continued (:meth:`resume`); iterate :meth:`steps` to the end.
 
     Args:
         run: the run directory.
@@ -58,6 +98,13 @@ class Training:
         plan: from :func:`dpsyngen.training.plan.make_plan`.
         device: where to compute.
         ranks: the processes that share the work; this is the main one.
+        hooks: what the caller adds.
+
+    Attributes:
+        stop_requested: set it to end the training after the current step, with a checkpoint.
+        randomness, ledger, budget: the key, what was charged, and the budget that all runs on these images share.
+        program: what draws the public images.
+        checkpoints: the last two.
     """
 
     def __init__(
@@ -68,8 +115,9 @@ class Training:
         plan: Plan,
         device: str = "cpu",
         ranks: Ranks = ALONE,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
-        self.run, self.config, self.dataset, self.plan, self.ranks = run, config, dataset, plan, ranks
+        self.run, self.config, self.dataset, self.ranks, self.hooks = run, config, dataset, ranks, hooks
         self.compute = choose(device, config.compute, local_rank=None if ranks.alone else ranks.local_rank)
         self.device = device = self.compute.device
         # Before anything is read that another process could be changing.
@@ -77,27 +125,107 @@ class Training:
         self.private_log = JsonLines(run.private / "training.jsonl", 0o600)
         self.public_log = JsonLines(run.release / "public_training.jsonl", 0o644)
         self.stop_requested = False
-        self.warn: Callable[[str], None] = warnings.warn
-        self.tell: Callable[[str], None] = lambda text: None  # what is being done that has no steps
-        # Audits look on, and train another network.
-        self.observer: Observer | None = None
-        self.make_denoiser = make_denoiser
         self._shown: dict[str, NetworkDenoiser] | None = {}  # the networks that draw for TensorBoard
         self.workers = Workers(None if device == "cpu" else 1)
         self.program = program_of(config, plan.shape)
-        self.randomness = randomness_of(run, config)
-        self.ledger = ledger_of(run, config, plan, self.program, self.randomness)
-        pin_data(run, config, dataset, self.randomness, self.ledger, plan)
+        # The order of what follows is that of a crash-safe session: key, ledger, data, reservation; charges come later.
+        p = config.privacy
+        terms = Terms(p.epsilon, plan.delta, plan.shape.records, p.group_size, p.insecure_seed)
+        session = Session(run.private, terms, later=[run.engine_path])
+        self.randomness, self.ledger = session.randomness, session.ledger
+        if (plan.stages.public or plan.stages.pretrain) and not self.ledger.entries:
+            self.ledger.note_public_choice(
+                "public images are drawn by this program; ε holds if it was chosen without looking at private images",
+                program=self.program.config(),
+                prior_tier=self.program.prior_tier,
+                prior_tier_meaning=TIERS[self.program.prior_tier],
+            )
+        moments = plan.moments
+        known = session.pin(
+            dataset.fingerprint(),
+            fixed_settings(config),
+            records=len(dataset),
+            source=dataset.source,
+            skipped=list(dataset.skipped),
+            noise_multiplier=plan.mechanism.noise_multiplier,
+            moments=None if moments is None else [moments.mean, moments.pooled, moments.by_class],
+        )
+        # Calibrating again could differ in the last digits with another version of the accountant.
+        mechanism = replace(plan.mechanism, noise_multiplier=known["noise_multiplier"])
+        if moments is not None and known["moments"] is not None:
+            moments = MomentsPlan(*known["moments"])
+        self.plan = plan = replace(plan, mechanism=mechanism, moments=moments)
         self.checkpoints = Checkpoints(run.private, self.ledger)
-        self.budget = budget_of(config)
-        if self.budget is not None:
-            self.budget.reserve(self.ledger.run, run.path.name, plan.mechanisms, dataset.fingerprint())
+        self.budget = None if p.budget is None else Budget(Path(p.budget))
+        session.reserve(self.budget, run.path.name, plan.mechanisms, dataset.fingerprint())
         left = plan.steps - charged_steps(self.ledger)
         wanted = () if plan.moments is None else uncharged(self.ledger, plan.moments)
         if left > 0:
             wanted += (plan.mechanism.mechanism(left),)
         if wanted:
             self.ledger.require(*wanted)
+
+    @classmethod
+    def start(
+        cls,
+        config: Config,
+        dataset: ImageDataset,
+        out: Path,
+        device: str = "cpu",
+        ranks: Ranks = ALONE,
+        hooks: Hooks = NO_HOOKS,
+    ) -> Training:
+        """Plan a new run and make its directory `out`.
+
+        Raises:
+            ConfigError, RunError: before anything is written or spent.
+        """
+        if config.logging.tensorboard:
+            require_tensorboard()
+        shape = shape_of(dataset, config)
+        config = with_batch(config, shape.records)
+        plan = make_plan(config, shape)
+        # A program that cannot draw such images must say so before the directory is made.
+        config = with_whole_program(config, program_of(config, shape))
+        if config.privacy.budget is not None:
+            path = Path(config.privacy.budget).resolve()
+            # Training reserves it again under the file's lock; here it is refused while there is no run directory yet.
+            budget = Budget(path)
+            budget.require_data(dataset.fingerprint())
+            budget.require(plan.mechanisms)
+            privacy = config.privacy.model_copy(update={"budget": str(path)})
+            config = config.model_copy(update={"privacy": privacy})
+        return cls(Run.create(out, config), config, dataset, plan, device, ranks, hooks)
+
+    @classmethod
+    def resume(
+        cls,
+        run: Run,
+        dataset: ImageDataset,
+        device: str = "cpu",
+        ranks: Ranks = ALONE,
+        hooks: Hooks = NO_HOOKS,
+        tensorboard: bool | None = None,
+    ) -> Training:
+        """Go on with an interrupted run.
+
+        Args:
+            run: the run.
+            dataset: the images that it was started with.
+            device: where to compute.
+            ranks: the processes that share the work, of any number.
+            hooks: what the caller adds.
+            tensorboard: whether this session writes files for TensorBoard; None: what the run's settings say.
+        """
+        require_unfinished(run)
+        run.open_for_writing()
+        config = run.config
+        if tensorboard is not None:
+            logging = config.logging.model_copy(update={"tensorboard": tensorboard})
+            config = config.model_copy(update={"logging": logging})
+        if config.logging.tensorboard:
+            require_tensorboard()
+        return cls(run, config, dataset, make_plan(config, shape_of(dataset, config)), device, ranks, hooks)
 
     @property
     def parameters(self) -> int:
@@ -107,11 +235,45 @@ class Training:
         with torch.device("meta"):
             return count_parameters(make_network(self.config, self.plan.shape, residual=self.plan.stages.moments))
 
-    def steps(self) -> Iterator[Progress]:
-        """Run what is left, yielding after each step; the release is written at the end.
+    def describe(self) -> Iterator[str]:
+        """What is about to be done, in lines that hold nothing private."""
+        plan, config = self.plan, self.config
+        shape, m, g = plan.shape, plan.mechanism, config.privacy.group_size
+        classes = f"{shape.num_classes} classes" if shape.num_classes else "no classes"
+        size = f"{shape.channels}x{shape.resolution}x{shape.resolution}"
+        yield f"run directory: {self.run.path}"
+        yield f"{shape.records:,} images {size}, {classes}"
+        if not self.ranks.alone or self.compute.kind != "cpu":
+            where = f"{self.ranks.count} processes, each on" if self.ranks.count > 1 else "computing on"
+            dp = self.compute.for_dp_steps().precision
+            yield f"{where} {self.compute.kind}: DP-SGD in {dp}, all else in {self.compute.precision}"
+        stages = ", ".join(f"{s.name} ({_TRAINERS[s.trainer]})" for s in reversed(plan.stages.stages))
+        pretrained = "; pre-trained on programs" if plan.stages.pretrain else ""
+        network = f"{config.network.size} network, {self.parameters:,} parameters"
+        network = "no network" if plan.stages.gaussian else network
+        yield f"preset {config.preset}; stages, noisy to clean: {stages}{pretrained}; {network}"
+        if math.isinf(config.privacy.epsilon):
+            yield "NOT PRIVATE: ε = ∞, no clipping, no noise"
+        else:
+            unit = "one image" if g == 1 else f"up to {g} images of one person together"
+            costs = []
+            if plan.moments is not None:
+                noises = ", ".join(f"{q.noise_multiplier:.4g}" for q in plan.moments.mechanisms())
+                costs.append(f"moments at noise multipliers {noises}")
+            if plan.steps:
+                rate, noise = f"sampling rate {m.sampling_rate:.4g}", f"noise multiplier {m.noise_multiplier:.4g}"
+                costs.append(f"{plan.steps} steps at {rate}, {noise}")
+            yield (
+                f"target ε = {config.privacy.epsilon:g} at δ = {plan.delta:.3g} for {unit} (add/remove), "
+                f"n = {m.records:,} public: {'; '.join(costs)}"
+            )
+        if config.privacy.insecure_seed is not None:
+            yield "NOT PRIVATE: the noise comes from a reproducible seed"
 
-        Setting ``stop_requested`` ends it after the current step with a checkpoint.  The run directory is locked until
-        the end of the iteration, whichever way it ends.
+    def steps(self) -> Iterator[Step]:
+        """Train what is left, yielding each step after telling ``hooks.on_event``; the release is written at the end.
+
+        The run directory is locked until the end of the iteration, whichever way it ends.
 
         Raises:
             RunError: another process works on the run, or its files do not fit together.
@@ -119,33 +281,56 @@ class Training:
         with self.run.lock():
             require_not_stopped(self.run.private)
             self.ranks.tell(SET_UP, setting=Setting(self.config, self.plan, self.randomness))
-            yield from self._phases()
+            with contextlib.closing(self._phases()) as steps:  # type: ignore[type-var]
+                for step in steps:
+                    self.hooks.on_event(step)
+                    yield step
 
-    def _phases(self) -> Iterator[Progress]:
-        public = self.plan.stages.public
-        expert_stages = [s for s in public if s.network != self.plan.stages.private.network]
-        if self.plan.stages.pretrain:
-            everywhere = Stage(PRETRAIN, -math.inf, math.inf, "public", PRETRAIN)
-            yield from self._public(everywhere, conditional=True)
-        for stage in expert_stages:
+    def _phases(self) -> Iterator[Step]:
+        stages = self.plan.stages
+        public = [(s, False) for s in stages.public if s.network != stages.private.network]
+        if stages.pretrain:
+            public.insert(0, (Stage(PRETRAIN, -math.inf, math.inf, "public", PRETRAIN), True))
+        for stage, conditional in public:
             if not self.stop_requested:
-                yield from self._public(stage, conditional=False)
-        if self.plan.stages.moments and not self.stop_requested:
+                yield from self._public(stage, conditional)
+        if stages.moments and not self.stop_requested:
             yield from self._moments()
-        if not self.stop_requested:
+        if self.stop_requested:
+            return
+        if stages.gaussian:
+            self._gaussian()  # which refuses damaged moments
+            self._release()
+        else:
             yield from self._private()
+
+    # ------------------------------------------------------------------------------------------ public phases
+
+    def _public(self, stage: Stage, conditional: bool) -> Iterator[Step]:
+        """Train a network on programmatic images and release its weights; nothing to do if that was done before."""
+        if self.run.weights(stage.network).exists():
+            return
+        denoiser = self._denoiser(conditional, PUBLIC_INDEX[stage.name])
+        self.compute.prepare(denoiser)
+        self.compute.compiled(denoiser.network, trains=True)
+        optimizer = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
+        state = TrainState(denoiser, Ema(denoiser, self.config.public.ema), {"public": optimizer})
+        self.ranks.tell(PUBLIC, stage=stage, conditional=conditional)
+        progress = train_public(stage.name, state, self._public_step(stage, self.compute))
+        yield from self._checkpointed(stage.name, state, progress)
+        if not self.stop_requested:
+            self._save_weights(stage.network, state)
+
+    def _public_step(self, stage: Stage, compute: Compute) -> PublicStep:
+        return public_step(self.config, self.program, stage, self.workers, self.ranks, compute)
 
     def _denoiser(self, conditional: bool, index: int, gaussian: GaussianDenoiser | None = None) -> NetworkDenoiser:
         seed = self.config.network.seed + index
-        return self.make_denoiser(self.config, self.plan.shape, conditional, seed, gaussian).to(self.device)
+        return self.hooks.make_denoiser(self.config, self.plan.shape, conditional, seed, gaussian).to(self.device)
 
-    def _gaussian(self) -> GaussianDenoiser | None:
-        """The denoiser of the DP moments, if there are any."""
-        if not self.plan.stages.moments:
-            return None
-        return load_gaussian(self.run.weights(GAUSSIAN), self.plan.shape).to(self.device)
+    # ----------------------------------------------------------------------------------------- private phases
 
-    def _moments(self) -> Iterator[Progress]:
+    def _moments(self) -> Iterator[Step]:
         """Release moments of the private images; nothing to do if that was done before."""
         path, plan = self.run.weights(GAUSSIAN), self.plan.moments
         assert plan is not None
@@ -153,7 +338,7 @@ class Training:
         if path.exists():
             return
         queries = len(plan.mechanisms())
-        self.tell(f"{MOMENTS}: reading the private images, {queries} times")
+        self.hooks.on_event(Note(f"{MOMENTS}: reading the private images, {queries} times"))
         release_moments(
             path,
             self.dataset,
@@ -165,10 +350,61 @@ class Training:
             ranks=self.ranks,
         )
         if path.exists():
-            yield Progress(MOMENTS, queries, queries, {})
+            yield Step(MOMENTS, queries, queries, {}, private=True)
 
-    def _public_step(self, stage: Stage, compute: Compute) -> PublicStep:
-        return public_step(self.config, self.program, stage, self.workers, self.ranks, compute)
+    def _gaussian(self) -> GaussianDenoiser | None:
+        """The denoiser of the DP moments, if there are any."""
+        if not self.plan.stages.moments:
+            return None
+        return load_gaussian(self.run.weights(GAUSSIAN), self.plan.shape).to(self.device)
+
+    def _private(self) -> Iterator[Step]:
+        c, stages = self.config.private, self.plan.stages
+        network, name, gaussian = stages.private.network, stages.private.name, self._gaussian()
+        denoiser = self._denoiser(conditional=True, index=0, gaussian=gaussian)
+        engine = EngineSettings.of(self.run.engine_path, self.config, self.compute)
+        engine.compute.prepare(denoiser)
+        if stages.pretrain:
+            load_weights(self.run.weights(PRETRAIN), denoiser)
+        optimizers: dict[str, torch.optim.Optimizer] = {
+            "private": torch.optim.Adam(
+                denoiser.parameters(),
+                lr=c.learning_rate,
+                betas=(c.beta1, c.beta2),
+                weight_decay=c.weight_decay,
+            )
+        }
+        shared = [s for s in stages.public if s.network == network]
+        if shared:
+            optimizers["public"] = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
+        state = TrainState(denoiser, Ema(denoiser, c.ema), optimizers)
+        take = private_step(
+            self.config,
+            self.plan,
+            self.dataset,
+            self.randomness,
+            physical_batch=engine.physical_batch or self._fitting_batch(denoiser, engine.compute),
+            kernels=engine.kernels,
+            workers=self.workers,
+            ranks=self.ranks,
+            compute=engine.compute,
+            observer=self.hooks.observer,
+        )
+        moments = None if gaussian is None else load_file(self.run.weights(GAUSSIAN))
+        about = {"physical_batch": take.physical_batch, "pins": engine.compute.pins()}
+        self.ranks.tell(PRIVATE, shared=shared, moments=moments, **about)
+        engine.physical_batch = take.physical_batch
+        # What was measured must be known before noise is used: a step that is repeated has to sum in the same order.
+        take.before_release = engine.save
+        public = [self._public_step(stage, engine.compute) for stage in shared]
+        progress = train_private(name, state, take, self.ledger, public, with_epsilon=self.hooks.observer is None)
+        yield from self._checkpointed(name, state, progress, private=True)
+        if self.stop_requested and state.step < c.steps:
+            return
+        if charged_steps(self.ledger) != state.step:
+            raise AssertionError(f"{state.step} steps taken, {charged_steps(self.ledger)} in the ledger")
+        self._save_weights(network, state)
+        self._release()
 
     def _fitting_batch(self, denoiser: NetworkDenoiser, compute: Compute) -> int:
         """Images that fit into memory at a time, found with random numbers instead of images."""
@@ -191,109 +427,41 @@ class Training:
         with compute.autocast():
             return find_physical_batch(engine, loss, copies=copies)
 
-    def _public(self, stage: Stage, conditional: bool) -> Iterator[Progress]:
-        """Train a network on programmatic images and release its weights; nothing to do if that was done before."""
-        if self.run.weights(stage.network).exists():
-            return
-        denoiser = self._denoiser(conditional, PUBLIC_INDEX[stage.name])
-        self.compute.prepare(denoiser)
-        self.compute.compiled(denoiser.network, trains=True)
-        optimizer = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
-        state = TrainState(denoiser, Ema(denoiser, self.config.public.ema), {"public": optimizer})
-        self.ranks.tell(PUBLIC, stage=stage, conditional=conditional)
-        progress = train_public(stage.name, state, self._public_step(stage, self.compute))
-        yield from self._checkpointed(stage.name, state, progress, self.public_log, self.config.public.checkpoint_every)
-        if not self.stop_requested:
-            self._save_weights(stage.network, state)
-
-    def _private(self) -> Iterator[Progress]:
-        c, plan = self.config.private, self.plan
-        network = plan.stages.private.network
-        gaussian = self._gaussian()
-        if plan.stages.gaussian:
-            self._release()
-            return
-        denoiser = self._denoiser(conditional=True, index=0, gaussian=gaussian)
-        engine = EngineSettings.of(self.run, self.config, self.compute)
-        compute = engine.compute or self.compute.for_dp_steps()
-        compute.prepare(denoiser)
-        if plan.stages.pretrain:
-            load_weights(self.run.weights(PRETRAIN), denoiser)
-        optimizers: dict[str, torch.optim.Optimizer] = {
-            "private": torch.optim.Adam(
-                denoiser.parameters(),
-                lr=c.learning_rate,
-                betas=(c.beta1, c.beta2),
-                weight_decay=c.weight_decay,
-            )
-        }
-        shared = [s for s in plan.stages.public if s.network == network]
-        if shared:
-            optimizers["public"] = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
-        state = TrainState(denoiser, Ema(denoiser, c.ema), optimizers)
-        take = private_step(
-            self.config,
-            plan,
-            self.dataset,
-            self.randomness,
-            physical_batch=engine.physical_batch or self._fitting_batch(denoiser, compute),
-            kernels=engine.kernels,
-            workers=self.workers,
-            ranks=self.ranks,
-            compute=compute,
-            observer=self.observer,
-        )
-        moments = None if gaussian is None else load_file(self.run.weights(GAUSSIAN))
-        self.ranks.tell(
-            PRIVATE, physical_batch=take.physical_batch, shared=shared, moments=moments, pins=compute.pins()
-        )
-        engine.physical_batch = take.physical_batch
-        # What was measured must be known before noise is used: a step that is repeated has to sum in the same order.
-        take.before_release = engine.save
-        public = [self._public_step(stage, compute) for stage in shared]
-        name = plan.stages.private.name
-        progress = train_private(name, state, take, self.ledger, public, with_epsilon=self.observer is None)
-        yield from self._checkpointed(name, state, progress, self.private_log, c.checkpoint_every)
-        if self.stop_requested and state.step < c.steps:
-            return
-        if charged_steps(self.ledger) != state.step:
-            raise AssertionError(f"{state.step} steps taken, {charged_steps(self.ledger)} in the ledger")
-        self._save_weights(network, state)
-        self._release()
-
-    def _release(self) -> None:
-        write_release(self.run, self.config, self.plan, self.ledger, self.randomness, self.program, self.budget)
-        self.checkpoints.clear()
+    # ----------------------------------------------------------------------------------- checkpoints, release
 
     def _checkpointed(
-        self, phase: str, state: TrainState, progress: Iterator[Progress], figures: JsonLines, every: int
-    ) -> Iterator[Progress]:
+        self, phase: str, state: TrainState, progress: Iterator[Step], private: bool = False
+    ) -> Iterator[Step]:
         """Pass `progress` on, with a checkpoint every so many steps and when asked to stop."""
+        c = self.config.private if private else self.config.public
         # `progress` has not started, so it goes on from what is restored here.
-        private = phase == self.plan.stages.private.name
-        steps, charged = (
-            (self.config.private.steps, charged_steps(self.ledger)) if private else (self.config.public.steps, None)
-        )
-        self.checkpoints.load(phase, state, steps, charged)
-        guard = self._guard(phase, private)
-        board = self.config.logging.tensorboard
-        log = StepLog(self.run.private, phase, state.step, figures, tensorboard=board, warn=self.warn)
+        told = len(self.checkpoints.damaged)
+        self.checkpoints.load(phase, state, c.steps, charged_steps(self.ledger) if private else None)
+        for name in self.checkpoints.damaged[told:]:
+            self.hooks.on_event(Note(f"a damaged checkpoint was passed over: {name}"))
+        option = "--lr" if private else "--set public.learning_rate=…"
+        shape = (self.plan.shape.channels, self.plan.shape.resolution, self.plan.shape.resolution)
+        guard = FiniteGuard(self.run.private, phase, c.learning_rate, option, shape)
+        board = None
+        if self.config.logging.tensorboard:
+            board = TensorBoard(self.run.private, phase, state.step, self.hooks.on_event)
+        log = StepLog(self.run.private, phase, state.step, self.private_log if private else self.public_log, board)
         with contextlib.closing(log):
             for report, seconds in timed(progress):
                 log.write(report, seconds)
+                saves = report.step % c.checkpoint_every == 0 or self.stop_requested
                 # Before a checkpoint is written: the last one stays finite.
-                saves = report.step % every == 0 or self.stop_requested
-                guard.check(state, report.step, last=saves or report.step == steps)
-                if private and board:
-                    self._draw(log, state, report)
+                guard.check(state, report.step, last=saves or report.step == c.steps)
+                if private and board is not None:
+                    self._draw(board, state, report)
                 yield report
-                if report.step % every == 0 or self.stop_requested:
+                if report.step % c.checkpoint_every == 0 or self.stop_requested:
                     log.sync()
                     self.checkpoints.save(phase, state)
                 if self.stop_requested:
                     return
 
-    def _draw(self, log: StepLog, state: TrainState, report: Progress) -> None:
+    def _draw(self, board: TensorBoard, state: TrainState, report: Step) -> None:
         """Show TensorBoard what the average of the weights draws, now and then."""
         if self._shown is None or (report.step % self.config.logging.images_every and report.step != report.steps):
             return
@@ -305,20 +473,26 @@ class Training:
                     self._shown[name] = self._denoiser(own, 0, gaussian if own else None).eval()
                     if not own:
                         load_weights(self.run.weights(name), self._shown[name])
-            log.draw(report.step, preview(self.config, self.plan, self._shown, state.ema, self.device))
+            board.images(report.step, "samples", preview(self.config, self.plan, self._shown, state.ema, self.device))
         except (RuntimeError, OSError) as error:  # such as: no memory for a second network
             self._shown = None
-            self.warn(f"no pictures for TensorBoard from here on ({str(error).splitlines()[0]}); the training goes on")
-
-    def _guard(self, phase: str, private: bool) -> FiniteGuard:
-        rate, option = (
-            (self.config.private.learning_rate, "--lr")
-            if private
-            else (self.config.public.learning_rate, "--set public.learning_rate=…")
-        )
-        shape = (self.plan.shape.channels, self.plan.shape.resolution, self.plan.shape.resolution)
-        return FiniteGuard(self.run.private, phase, rate, option, shape)
+            why = str(error).splitlines()[0]
+            self.hooks.on_event(Warned(f"no pictures for TensorBoard from here on ({why}); the training goes on"))
 
     def _save_weights(self, network: str, state: TrainState) -> None:
         average = {k: v.detach().cpu().contiguous() for k, v in state.ema.average.items()}
         write_atomically(self.run.weights(network), lambda p: save_file(average, p))
+
+    def _release(self) -> None:
+        if self.hooks.finish is not None:
+            self.hooks.finish(self)
+            self.checkpoints.clear()
+
+
+def require_unfinished(run: Run) -> None:
+    """Raise RunError if the run is finished."""
+    if run.complete:
+        # Its last act, which a crash may have cut off.
+        with contextlib.suppress(RunError, OSError), run.lock():
+            remove_checkpoints(run.private)
+        raise RunError(f"{run.path} is finished already; there is nothing to resume.")

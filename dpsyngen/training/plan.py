@@ -13,7 +13,6 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
 from dpsyngen.privacy.accounting import epsilon as epsilon_of
 from dpsyngen.programs import TIERS, Program, make_program
-from dpsyngen.training.moments import MomentsPlan, plan_moments
 from dpsyngen.training.private import DpSgd
 
 
@@ -36,6 +35,49 @@ class Shape:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+SHARES = {"mean": 0.2, "pooled": 0.4, "by_class": 0.4}
+"""Of 1/z², which the cost of Gaussian mechanisms adds up in."""
+
+
+@dataclass(frozen=True)
+class MomentsPlan:
+    """Noise of the queries.
+
+    Attributes:
+        mean: z of the class sums.
+        pooled: z of the pooled scatter matrix.
+        by_class: z of the scatter matrices by class; None where there is no more than one class.
+    """
+
+    mean: float
+    pooled: float
+    by_class: float | None
+
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """What the queries cost, all of them together."""
+        queries = (self.mean, self.pooled) if self.by_class is None else (self.mean, self.pooled, self.by_class)
+        return tuple(Mechanism(1.0, z, 1) for z in queries)
+
+
+def plan_moments(noise_multiplier: float, classes: int) -> MomentsPlan:
+    """Split one Gaussian mechanism of noise multiplier z among the queries: Σ 1/z_i² = 1/z².
+
+    k Gaussian mechanisms compose to one exactly (the vector of all queries, each over its own sensitivity and noise).
+
+    Args:
+        noise_multiplier: z >= 0; 0 is without noise (ε = ∞).
+        classes: 0 or 1 for images without labels.
+
+    Raises:
+        ConfigError: z is negative or not finite.
+    """
+    if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
+        raise ConfigError(f"the noise multiplier of the moments is {noise_multiplier}, but must be >= 0 and finite.")
+    shares = dict(SHARES) if classes > 1 else {"mean": 1 / 3, "pooled": 2 / 3}
+    z = {name: noise_multiplier / math.sqrt(share) for name, share in shares.items()}
+    return MomentsPlan(z["mean"], z["pooled"], z.get("by_class"))
 
 
 @dataclass(frozen=True)

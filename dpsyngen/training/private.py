@@ -40,7 +40,8 @@ from dpsyngen.privacy.noise import GaussianMechanism, NoPrivacy, StepMechanism
 from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
 from dpsyngen.training.checkpoint import TrainState
-from dpsyngen.training.public import Progress, PublicStep, set_learning_rate
+from dpsyngen.training.log import Step
+from dpsyngen.training.public import PublicStep, set_learning_rate
 from dpsyngen.workers import Workers
 
 QUERY = "dp-sgd"
@@ -362,7 +363,7 @@ def train_private(
     public: list[PublicStep] | None = None,
     *,
     with_epsilon: bool = True,
-) -> Iterator[Progress]:
+) -> Iterator[Step]:
     """Go on from ``state.step`` to the end of the private phase, yielding after each step.
 
     Args:
@@ -392,4 +393,4 @@ def train_private(
             values["public_loss"] = sum(losses) / len(losses)
         if with_epsilon:
             values["epsilon"] = epsilon_so_far(ledger, dp, state.step)
-        yield Progress(phase, state.step, steps, values)
+        yield Step(phase, state.step, steps, values, private=True)

@@ -3,27 +3,39 @@
 ::
 
     run.json      format version
-    private/      mode 0700: ledger, random state, checkpoints, losses, private metrics, the full report
+    private/      mode 0700: lock, key, ledger, checkpoints, losses, private metrics, the full report
     release/      weights, generator.json, configuration, privacy statement, samples, the public report
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dpsyngen.config import Config, validate
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.files import number, read_yaml_file, remove_temporaries, strict_text, write_text
+from dpsyngen.files import (
+    TEMPORARY_SUFFIX,
+    is_temporary,
+    read_yaml_file,
+    remove_temporaries,
+    require_absent_or_empty,
+    sync_folder,
+    write_text,
+)
 from dpsyngen.privacy.chain import Head
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training.lock import Lock
-from dpsyngen.training.new_run import LOCK, clear_stages, interrupted_start, make_folders, require_new
 from dpsyngen.version import FORMAT, __version__
+
+LOCK = "lock"
 
 
 class Run:
@@ -31,27 +43,21 @@ class Run:
 
     Args:
         path: an existing run directory (see :meth:`create`).
-        lock: its lock, if the caller holds it already.
 
     Raises:
         RunError: not a run directory, or written in another format.
     """
 
-    def __init__(self, path: Path, lock: Lock | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.private, self.release = path / "private", path / "release"
-        self._lock = lock or Lock(self.private / LOCK, path)
+        self._lock = FolderLock(self.private / LOCK, path)
         if not path.is_dir():
             raise RunError(f"{path} is not a folder.  Give the folder that `dpsyngen train --out` made.")
         try:
             stamp = json.loads((path / "run.json").read_text())
             found = stamp["format"]
         except (OSError, ValueError, KeyError, TypeError):
-            if interrupted_start(path):
-                raise RunError(
-                    f"{path} is not a run yet: it was stopped while it was being made, before anything was trained.  "
-                    "Start it again, without --resume."
-                ) from None
             raise RunError(
                 f"{path} is not a run directory (no readable run.json).  Give the folder that "
                 "`dpsyngen train --out` made."
@@ -64,14 +70,52 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Run:
-        """Make a run directory at `path` and hold its lock, until the run's :meth:`lock` context or its object ends.
+        """Make a run directory at `path`, which is absent or an empty folder, and hold its lock.
+
+        Everything is made in a hidden folder beside `path` and renamed onto it, so at any moment there is either no
+        run or a whole one, and of two processes that start at once one is refused: a folder that is not empty cannot
+        be renamed onto.
 
         Raises:
             RunError: there is something at `path` already, or it cannot be written.
         """
         require_new(path)
-        stamp = json.dumps({"format": FORMAT, "dpsyngen": __version__}) + "\n"
-        return cls(path, make_folders(path, stamp, config.to_yaml()))
+        target = path.resolve()
+        if target == Path.cwd():
+            raise RunError(f"--out {path} is the current folder.  Give a folder inside it, or another path.")
+        stage = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(target)
+            stage.mkdir()
+            try:
+                (stage / "private").mkdir(mode=0o700)
+                # While it is held, no other start takes the stage for one that was killed.
+                with FolderLock(stage / "private" / LOCK, path).held():
+                    write_text(stage / "private" / "config.yaml", config.to_yaml(), 0o600)
+                    (stage / "release" / "weights").mkdir(parents=True)
+                    write_text(stage / "run.json", json.dumps({"format": FORMAT, "dpsyngen": __version__}) + "\n")
+                    if target.exists():
+                        stage.chmod(stat.S_IMODE(target.stat().st_mode))
+                    os.rename(stage, target)
+            except BaseException:
+                _remove_stage(stage)
+                raise
+            with contextlib.suppress(OSError):  # the parent need not be readable for us
+                sync_folder(target.parent)
+        except OSError as error:
+            why = error.strerror
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                why = "another process has just made it"
+            elif error.errno == errno.EBUSY:
+                why = "it is in use, as a mounted disk is; give a folder inside it"
+            raise RunError(
+                f"the run directory {path} cannot be made: {why}.  Nothing was trained yet.  Mend that or choose "
+                "another path, and start again."
+            ) from None
+        run = cls(path)
+        run.open_for_writing()
+        return run
 
     @property
     def complete(self) -> bool:
@@ -140,79 +184,114 @@ class Run:
         return ledger
 
     def open_for_writing(self) -> None:
-        """Take the lock, for as long as this object lives, and clear away what killed processes left.
+        """Take the lock until the next :meth:`lock` context or this object ends; remove what killed processes left.
 
         Raises:
             RunError: another process works on the run, or it cannot be written.
         """
         if self._lock.acquire():
-            self._tidy()
+            released = (self.release, self.release / "weights", self.release / "denoiser")
+            for folder in (self.path, self.private, self.features_path, *released):
+                if folder.is_dir():
+                    remove_temporaries(folder)
 
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run directory alone; contexts of one object nest.
 
         Raises:
             RunError: another process works on the run, or it cannot be written.
         """
-        with self._lock.held() as fresh:
-            if fresh:
-                self._tidy()
+        self.open_for_writing()
+        with self._lock.held():
             yield
 
-    def _tidy(self) -> None:
-        clear_stages(self.path)
-        released = (self.release, self.release / "weights", self.release / "denoiser")
-        for folder in (self.path, self.private, self.features_path, *released):
-            if folder.is_dir():
-                remove_temporaries(folder)
 
+class FolderLock:
+    """An exclusive lock on a folder (``flock``); the system frees it when the process ends, however it ends.
 
-class JsonLines:
-    """A log of one JSON object a line, each with a phase and a step, that can be cut back when a run resumes.
-
-    Nothing rests on it: what cannot be read in it is left out.  A number that JSON lacks, such as a loss that is not
-    finite, is the word "inf", "-inf" or "nan" in the file, and a number again when it is read here.
+    :meth:`acquire` holds it until the outermost :meth:`held` context ends, or until the object does.
 
     Args:
-        path: the file; made on the first line.
-        mode: permissions.
+        path: the lock file; made if it is missing, never removed.
+        whose: the folder, for messages.
     """
 
-    def __init__(self, path: Path, mode: int) -> None:
-        self.path, self.mode = path, mode
+    def __init__(self, path: Path, whose: Path) -> None:
+        self.path, self.whose = path, whose
+        self._lock = FileLock(path, timeout=0, mode=0o600, thread_local=False)
+        self._contexts = 0
 
-    def append(self, **values: Any) -> None:
-        """Add a line."""
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, self.mode)
-        with os.fdopen(fd, "w") as f:
-            f.write(strict_text(values) + "\n")
+    def acquire(self) -> bool:
+        """Take the lock; whether it had to be taken, because this object did not hold it already.
 
-    def sync(self) -> None:
-        """Flush the lines to the disk, so that a checkpoint never outlives the lines before it."""
-        if self.path.exists():
-            with open(self.path, "rb+") as f:
-                os.fsync(f.fileno())
+        Raises:
+            RunError: another process holds it, the folder cannot be written, or its file system has no locks.
+        """
+        if self._lock.is_locked:
+            return False
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunError(f"another process is working on {self.whose}.  Wait for it or stop it first.") from None
+        except (OSError, NotImplementedError) as error:
+            number = getattr(error, "errno", None)
+            reason = getattr(error, "strerror", None) or str(error)
+            if number in (errno.ENOSPC, errno.EDQUOT):
+                raise RunError(f"{self.whose} cannot be written: {reason}.  Free some space, then try again.") from None
+            if number in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP) or number is None:
+                raise RunError(
+                    f"{self.whose} is on a file system without locks ({reason}), so nothing would stop two processes "
+                    "from working on one run.  Use a local disk, or a network disk that has locks."
+                ) from None
+            raise RunError(
+                f"{self.whose} cannot be written: {reason}.  Make it writable, or work on a copy that is."
+            ) from None
+        return True
 
-    def read(self) -> list[dict[str, Any]]:
-        """All complete lines."""
-        if not self.path.exists():
-            return []
-        lines = (_log_line(line) for line in self.path.read_bytes().split(b"\n")[:-1])
-        return [line for line in lines if line is not None]
+    @contextlib.contextmanager
+    def held(self) -> Iterator[bool]:
+        """Hold the lock; yields what :meth:`acquire` returns."""
+        fresh = self.acquire()
+        self._contexts += 1
+        try:
+            yield fresh
+        finally:
+            self._contexts -= 1
+            if not self._contexts:
+                self._lock.release(force=True)
 
-    def cut(self, phase: str, step: int) -> None:
-        """Drop the lines of `phase` from `step` on: they will be written again."""
-        if self.path.exists():
-            kept = [v for v in self.read() if v["phase"] != phase or v["step"] < step]
-            write_text(self.path, "".join(strict_text(v) + "\n" for v in kept), self.mode)
+
+def require_new(path: Path) -> None:
+    """Raise RunError unless a run can be made at `path`: it is absent or an empty folder."""
+    if (path / "run.json").exists():
+        if (path / "release" / "generator.json").exists():
+            raise RunError(f"--out {path} exists already and holds a finished run.  Choose another path.")
+        raise RunError(
+            f"--out {path} exists already and holds an unfinished run.  Continue it with "
+            f"`dpsyngen train --resume --out {path}`, or choose another path."
+        )
+    require_absent_or_empty(path, "--out")
 
 
-def _log_line(line: bytes) -> dict[str, Any] | None:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(values, dict) and isinstance(values.get("phase"), str) and type(values.get("step")) is int:
-        return {k: v if k == "phase" else number(v) for k, v in values.items()}
-    return None
+def _remove_abandoned(target: Path) -> None:
+    """Remove the stages of :meth:`Run.create` that killed processes left beside `target`."""
+    for stage in target.parent.iterdir():
+        if stage.name.startswith(f".{target.name[:50]}.") and is_temporary(stage.name) and stage.is_dir():
+            if not (stage / "private").is_dir():
+                _remove_stage(stage)  # killed before its lock was there; one that is alive is refused
+                continue
+            with contextlib.suppress(RunError), FolderLock(stage / "private" / LOCK, target).held():
+                _remove_stage(stage)
+
+
+def _remove_stage(stage: Path) -> None:
+    """Remove a stage, each file by its name: whatever else somebody put there stays, with the folder around it."""
+    with contextlib.suppress(OSError):
+        for folder in (stage, stage / "private"):
+            remove_temporaries(folder)
+        for name in ("private/config.yaml", f"private/{LOCK}", "run.json"):
+            (stage / name).unlink(missing_ok=True)
+        for name in ("private", "release/weights", "release", "."):
+            if (stage / name).is_dir():
+                (stage / name).rmdir()

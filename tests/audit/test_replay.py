@@ -19,7 +19,7 @@ from dpsyngen.errors import RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.private import PrivateStep
 from dpsyngen.training.run import Run
-from dpsyngen.training.start import start
+from tests.training.short_runs import start
 
 KEY = "each batch is the Poisson sample that the run's key gives"
 LOGGED = "steps logged are the steps charged"
@@ -65,7 +65,7 @@ def test_honest_run_with_moments_passes(variant, checks, epsilon, tmp_path, tiny
 def test_moments_that_were_charged_otherwise_than_planned(
     edit, tmp_path, tiny_settings, tiny_images, monkeypatch
 ) -> None:
-    import dpsyngen.training.moments_phase as phase
+    import dpsyngen.training.moments as phase
 
     real = phase.queries
 

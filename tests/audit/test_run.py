@@ -22,7 +22,7 @@ from dpsyngen.diffusion.gaussian import ResidualDenoiser
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
-from dpsyngen.training.start import start
+from tests.training.short_runs import start
 
 SMALL = Effort(
     trials=2000, seconds=0.2, most_canaries=8, steps=7, lookup_canaries=300, lookup_steps=10, sparse_steps=25

@@ -15,11 +15,12 @@ from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, DataError, RunError
-from dpsyngen.evaluation.doctor import assess, diagnose, write_health
+from dpsyngen.evaluation.doctor import diagnose
 from dpsyngen.evaluation.run import check_memorisation
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.training.health import assess
 from dpsyngen.training.run import Run
-from dpsyngen.training.start import start
 
 SETTINGS = {
     "preset": "paper-cpu",
@@ -193,7 +194,7 @@ def test_doctor_of_a_finished_run(call, run) -> None:
 def test_doctor_says_so_where_nothing_is_found(call, run, monkeypatch) -> None:
     import dpsyngen.evaluation.doctor as module
 
-    monkeypatch.setattr(module, "assess", lambda run, device: [])
+    monkeypatch.setattr(module, "assess", lambda run, release: [])
     code, out, _ = call("doctor", run.path)
     assert code == 0
     assert out.endswith("nothing found\n")
@@ -213,7 +214,7 @@ def test_doctor_reads_no_private_image(run, trained, monkeypatch) -> None:
 
 def test_doctor_of_an_interrupted_run(call, tmp_path) -> None:
     config = load_config({**SETTINGS, "privacy": {"epsilon": 8}})
-    training = start(config, load_images(images_of(0)), tmp_path / "r")
+    training = api.prepare(config, tmp_path / "r", load_images(images_of(0)))
     private_steps = 0
     for progress in training.steps():
         private_steps += progress.phase == "context"
@@ -282,12 +283,11 @@ def test_small_damage_is_a_warning(run) -> None:
     found = codes(findings)
     assert found["log-damaged"] == found["private-half-open"] == "warning"
     log.write_text('{"phase": "context", "step": 1}\n')
-    assert "few-steps" in codes(assess(run))
+    assert "few-steps" in codes(assess(run, ReleasedGenerator))
 
 
 def test_health_is_written_at_the_end_of_training(run) -> None:
-    findings = write_health(run)
-    assert findings == assess(run)
+    findings = assess(run, ReleasedGenerator)
     kept = json.loads((run.private / "health.json").read_text())
     assert [f["code"] for f in kept["findings"]] == [f.code for f in findings]
 

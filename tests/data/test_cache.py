@@ -281,12 +281,13 @@ def test_decoders_that_end_or_fail_are_an_error(task, why: str) -> None:
 
 def test_where_the_cache_lies_is_not_released_and_may_change(tmp_path: Path) -> None:
     from dpsyngen.release.write import public_config
-    from dpsyngen.training.pinned import _fixed_settings
 
     settings = {"data": {"cache": str(tmp_path / "secret-place"), "workers": 3, "source": "x"}}
     config = load_config(settings, preset="cpu-small")
     assert "secret-place" not in json.dumps(public_config(config))
-    assert not {"data.cache", "data.workers"} & set(_fixed_settings(config))
+    from dpsyngen.training.session import fixed_settings
+
+    assert not {"data.cache", "data.workers"} & set(fixed_settings(config))
 
 
 def test_the_settings_reach_the_reader(tar: Path, tmp_path: Path) -> None:

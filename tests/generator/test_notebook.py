@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dpsyngen import notebook
+from dpsyngen import console as notebook
 from dpsyngen.console import Console
 from tests.conftest import TINY_SETTINGS
 
@@ -53,8 +53,8 @@ def test_all_goes_into_one_output(handle) -> None:
     last = handle.contents[-1]
     assert last["text/plain"].splitlines() == [
         "begin <b>",
-        "training: 4/4 steps in 0 s  loss 0.5",
-        "warning: no pictures",
+        "training: 4 steps in 0:00",
+        "dpsyngen: warning: no pictures",
     ]
     assert "begin &lt;b&gt;" in last["text/html"]
     assert "<progress" not in last["text/html"]
@@ -106,7 +106,7 @@ def test_nobody_needs_ipython() -> None:
 import sys
 sys.modules["IPython"] = None  # as if it were not installed
 import numpy as np
-from dpsyngen.notebook import in_notebook
+from dpsyngen.console import in_notebook
 from dpsyngen.generator.images import Samples
 assert not in_notebook()
 print(Samples(np.zeros((1, 1, 8, 8), np.uint8), None, (), {})._repr_html_()[:6])

@@ -18,7 +18,7 @@ from dpsyngen.full_precision import tf32_allowed
 from dpsyngen.hardware import Compute, choose, send
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients
-from dpsyngen.training.tensor_file import save_file
+from dpsyngen.training.checkpoint import save_file
 
 CPU = choose("cpu")
 

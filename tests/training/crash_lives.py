@@ -16,8 +16,8 @@ import pytest
 
 from dpsyngen.files import is_temporary
 from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.training.log import CLOCK
 from dpsyngen.training.private import charged_steps
-from dpsyngen.training.step_log import CLOCK
 
 LONG = os.environ.get("DPSYNGEN_LONG") == "1"
 long_test = pytest.mark.skipif(not LONG, reason="takes many minutes; set DPSYNGEN_LONG=1")

@@ -13,10 +13,11 @@ import torch
 from dpsyngen.config import load_config
 from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.distributed import Ranks, joined
+from dpsyngen.fit import finish
 from dpsyngen.training import private as private_module
 from dpsyngen.training.follower import follow, read_together
+from dpsyngen.training.pipeline import Hooks, Training
 from dpsyngen.training.private import StepRecord
-from dpsyngen.training.start import start
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.training.short_runs import merged
 
@@ -46,9 +47,10 @@ def train(name: str, out: Path, ranks: Ranks) -> None:
         return
     with ranks.leading():
         dataset = read_together(ranks, config, lambda config: images())
-        training = start(config, dataset, out / name, ranks=ranks)
-        mechanism, noise = training.plan.mechanism, []
-        training.observer = lambda record, engine: noise.append(noise_of(record, config.private.batch))
+        noise: list[np.ndarray] = []
+        hooks = Hooks(finish=finish, observer=lambda r, engine: noise.append(noise_of(r, config.private.batch)))
+        training = Training.start(config, dataset, out / name, ranks=ranks, hooks=hooks)
+        mechanism = training.plan.mechanism
         for _ in training.steps():
             pass
         std = mechanism.noise_multiplier * mechanism.clipping_norm

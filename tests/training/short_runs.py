@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from dpsyngen.config import load_config
-from dpsyngen.data import load_images
+from dpsyngen import fit as api
+from dpsyngen.config import Config, load_config
+from dpsyngen.data import ImageDataset, load_images
+from dpsyngen.training.log import OnEvent, ignore
 from dpsyngen.training.pipeline import Training
-from dpsyngen.training.start import start
+from dpsyngen.training.run import Run
 
 
 def merged(settings: dict, **sections: dict) -> dict:
@@ -17,9 +20,17 @@ def merged(settings: dict, **sections: dict) -> dict:
     return out
 
 
-def begin(settings: dict, data, out: Path, **sections: dict) -> Training:
+def begin(settings: dict, data, out: Path, on_event: OnEvent = ignore, **sections: dict) -> Training:
     config = load_config(merged(settings, **{"privacy": {"epsilon": 8, "insecure_seed": 7}, **sections}))
-    return start(config, load_images(data), out)
+    return start(config, load_images(data), out, on_event=on_event)
+
+
+def start(config: Config, dataset: ImageDataset, out: Path, **options: Any) -> Training:
+    return api.prepare(config, out, dataset, **options)
+
+
+def resume(run: Run, dataset: ImageDataset) -> Training:
+    return api.prepare_resume(run.path, dataset)
 
 
 def finish(training: Training) -> Training:

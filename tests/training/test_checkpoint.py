@@ -18,8 +18,7 @@ from dpsyngen.errors import RunError
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training import checkpoint
-from dpsyngen.training.checkpoint import Checkpoints, TrainState, _digest
-from dpsyngen.training.tensor_file import save_file
+from dpsyngen.training.checkpoint import Checkpoints, TrainState, _digest, save_file
 
 STEPS = 100
 

@@ -22,13 +22,13 @@ from dpsyngen.data import load_images
 from dpsyngen.errors import DpsyngenError, LedgerError, RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.training import pipeline
-from dpsyngen.training.pipeline import Training
+from dpsyngen.training.log import JsonLines
+from dpsyngen.training.pipeline import Training, require_unfinished
 from dpsyngen.training.private import charged_steps
-from dpsyngen.training.run import JsonLines, Run
-from dpsyngen.training.start import require_unfinished, resume, start
+from dpsyngen.training.run import Run
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.training.crash_lives import content, require_sound
+from tests.training.short_runs import resume, start
 
 pytestmark = pytest.mark.slow
 
@@ -208,7 +208,7 @@ def test_whole_private_half_of_an_earlier_time_gives_the_same_weights(
         raise InterruptedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_release", stop)
+        patch.setattr(api, "write_release", stop)
         with pytest.raises(InterruptedError):
             for _ in training.steps():
                 pass
@@ -413,7 +413,7 @@ def test_training_does_not_look_at_a_clock(tmp_path, whole, tiny_settings, tiny_
 
         def look(real: Callable[[], float] = getattr(time, name), name: str = name) -> float:
             module = sys._getframe(1).f_globals.get("__name__", "")
-            if module.startswith("dpsyngen") and module != "dpsyngen.training.step_log":
+            if module.startswith("dpsyngen") and module != "dpsyngen.training.log":
                 looked.append(name)
             return real()
 
@@ -436,7 +436,7 @@ def test_only_the_logs_of_the_private_half_and_the_choice_of_kernels_import_a_cl
     }
     # The last one counts seconds between two writes of a journal.
     assert importing == {
-        *("privacy/kernels.py", "training/step_log.py", "training/tensorboard.py"),
+        *("privacy/kernels.py", "training/log.py"),
         "data/unfinished.py",
     }
 

@@ -18,10 +18,8 @@ import pytest
 from dpsyngen.config import load_config
 from dpsyngen.distributed import ALONE
 from dpsyngen.errors import RunError
-from dpsyngen.training import new_run
-from dpsyngen.training.lock import Lock
-from dpsyngen.training.new_run import interrupted_start
-from dpsyngen.training.run import Run
+from dpsyngen.training import run as run_module
+from dpsyngen.training.run import FolderLock, Run
 
 CONFIG = load_config({"privacy": {"epsilon": 1}})
 
@@ -114,13 +112,12 @@ def test_run_that_is_made_is_locked_from_its_first_moment(tmp_path) -> None:
     assert python(code, tmp_path / "r").communicate()[0] == ""
 
 
-def test_within_a_process_an_abandoned_run_gives_its_lock_away_but_not_within_a_context(tmp_path) -> None:
+def test_within_a_process_only_one_object_holds_it(tmp_path) -> None:
     first = Run.create(tmp_path / "r", CONFIG)
     second = Run(tmp_path / "r")
-    second.open_for_writing()
-    with second.lock(), second.lock():
-        with pytest.raises(RunError, match="another process"):
-            first.open_for_writing()
+    with first.lock(), first.lock(), pytest.raises(RunError, match="another process"):
+        second.open_for_writing()
+    with second.lock():
         code = "try: Run(out).open_for_writing()\nexcept RunError: print('refused')"
         assert python(code, tmp_path / "r").communicate()[0] == "refused\n"
     first.open_for_writing()
@@ -139,7 +136,6 @@ def test_lock_goes_with_its_object(tmp_path) -> None:
     [
         (errno.EWOULDBLOCK, "another process is working"),
         (errno.ENOLCK, "file system without locks"),
-        (errno.ENOSYS, "file system without locks"),
         (errno.ENOTSUP, "file system without locks"),
     ],
 )
@@ -149,20 +145,7 @@ def test_file_systems_without_locks_are_not_called_busy(tmp_path, monkeypatch, n
 
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(RunError, match=message):
-        Lock(tmp_path / "lock", tmp_path).acquire()
-
-
-def test_folder_that_was_exchanged_meanwhile_is_noticed(tmp_path, monkeypatch) -> None:
-    real = fcntl.flock
-
-    def exchange(fd: int, how: int) -> None:
-        real(fd, how)
-        (tmp_path / "lock").unlink()
-
-    monkeypatch.setattr(fcntl, "flock", exchange)
-    lock = Lock(tmp_path / "lock", tmp_path)
-    with pytest.raises(RunError, match="is changing"):
-        lock.acquire()
+        FolderLock(tmp_path / "lock", tmp_path).acquire()
 
 
 def test_temporaries_go_when_the_run_is_opened_for_writing_and_nothing_else_does(tmp_path) -> None:
@@ -188,85 +171,64 @@ def test_temporaries_go_when_the_run_is_opened_for_writing_and_nothing_else_does
 # -------------------------------------------------------------------------------------------- new folders
 
 
-def killed_after(path: Path, renames: int, monkeypatch) -> None:
-    """What a kill leaves after so many of the moves that make a run directory, in a process of its own."""
+def killed_at(path: Path, operation: str, monkeypatch) -> None:
+    """What a kill leaves just before an operation of the making of a run directory, in a process of its own."""
     pid = os.fork()
     if pid == 0:
-        real, done = Path.rename, [0]
 
-        def rename(self: Path, target: Path) -> Path:
-            if done[0] == renames:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done[0] += 1
-            return real(self, target)
+        def kill(*_: object, **__: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        Path.rename = rename  # type: ignore[method-assign]
-        rmdir = Path.rmdir
-        Path.rmdir = lambda self: os.kill(os.getpid(), signal.SIGKILL) if renames == 3 else rmdir(self)  # type: ignore
+        where = {"rename": (os, "rename"), "stamp": (run_module.json, "dumps"), "config": (run_module, "write_text")}
+        monkeypatch.setattr(*where.get(operation, (Path, "chmod")), kill)
+        if operation == "lock":
+            monkeypatch.setattr(run_module.FolderLock, "acquire", kill)
         Run.create(path, CONFIG)
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_interrupted_start_is_said_and_started_again(tmp_path, monkeypatch, renames, existing) -> None:
+@pytest.mark.parametrize("operation", ["lock", "config", "stamp", "rename"])
+def test_an_interrupted_start_is_no_run_and_is_started_again(tmp_path, monkeypatch, operation, existing) -> None:
     path = tmp_path / "a" / "r"
     if existing:
-        path.mkdir(parents=True)
-    killed_after(path, renames, monkeypatch)
-    assert interrupted_start(path)
-    with pytest.raises(RunError, match="Start it again, without --resume"):
+        path.mkdir(parents=True, mode=0o750)
+    killed_at(path, operation, monkeypatch)
+    assert path.exists() == existing
+    assert not existing or not names(path)
+    with pytest.raises(RunError, match="not a"):
         Run(path)
+    assert len(names(path.parent) - {"r"}) == 1
     Run.create(path, CONFIG)
+    assert names(path.parent) == {"r"}
     assert names(path) == {"private", "release", "run.json"}
     assert names(path / "private") == {"lock", "config.yaml"}
     assert (path / "private").stat().st_mode & 0o777 == 0o700
+    assert not existing or path.stat().st_mode & 0o777 == 0o750
 
 
-def test_kill_after_the_last_move_leaves_a_run(tmp_path, monkeypatch) -> None:
-    killed_after(tmp_path / "r", 3, monkeypatch)
-    assert len(names(tmp_path / "r")) == 4
-    run = Run(tmp_path / "r")
-    run.open_for_writing()
-    assert names(tmp_path / "r") == {"private", "release", "run.json"}
-
-
-@pytest.mark.parametrize("foreign", ["notes.txt", "private/results.csv", "release/weights/w", "release/w", "stage/x"])
-def test_anything_else_in_an_interrupted_start_is_left_alone(tmp_path, monkeypatch, foreign) -> None:
+@pytest.mark.parametrize("foreign", ["notes.txt", "private/results.csv", "release/weights/w"])
+def test_what_somebody_put_into_an_interrupted_start_stays(tmp_path, monkeypatch, foreign) -> None:
     path = tmp_path / "r"
-    killed_after(path, 2, monkeypatch)
-    stage = next(p.name for p in path.iterdir() if p.name.startswith("."))
-    mine = path / foreign.replace("stage", stage)
-    mine.write_text("precious")
-    with pytest.raises(RunError):
-        Run.create(path, CONFIG)
-    assert mine.read_text() == "precious"
-    mine.unlink()
+    killed_at(path, "rename", monkeypatch)
+    stage = next(tmp_path.iterdir())
+    (stage / foreign).write_text("precious")
+    (tmp_path / ".r.notes").mkdir()
     Run.create(path, CONFIG)
-
-
-def test_folders_that_look_alike_are_not_taken_for_interrupted_starts(tmp_path) -> None:
-    """Without our stage with its run.json, `private` and `release` are somebody's folders."""
-    path = tmp_path / "r"
-    (path / "private").mkdir(parents=True)
-    assert not interrupted_start(path)
-    (path / ".new-run.abcdefgh.dpsyngen-tmp").mkdir()
-    assert not interrupted_start(path)
-    with pytest.raises(RunError, match="not an empty folder"):
-        Run.create(path, CONFIG)
-    assert names(path) == {"private", ".new-run.abcdefgh.dpsyngen-tmp"}
+    assert (stage / foreign).read_text() == "precious"
+    assert (tmp_path / ".r.notes").exists()
 
 
 def test_an_interrupted_start_of_a_living_process_is_not_cleared(tmp_path) -> None:
     path = tmp_path / "r"
     code = """
-        real = Path.rename
-        def rename(self, target):
-            print("moving", flush=True)
+        real = os.rename
+        def rename(source, target):
+            print("moving", source, flush=True)
             sys.stdin.readline()
-            return real(self, target)
-        Path.rename = rename
+            return real(source, target)
+        os.rename = rename
         try:
             Run.create(out, load_config({"privacy": {"epsilon": 1}}))
             print("made")
@@ -275,10 +237,12 @@ def test_an_interrupted_start_of_a_living_process_is_not_cleared(tmp_path) -> No
         """
     other = python(code, path)
     assert other.stdout is not None
-    assert other.stdout.readline() == "moving\n"
-    with pytest.raises(RunError, match="another process"):
-        Run.create(path, CONFIG)
-    assert other.communicate("\n" * 5)[0].endswith("made\n")
+    stage = Path(other.stdout.readline().split()[1])
+    run = Run.create(path, CONFIG)
+    assert names(stage) == {"private", "release", "run.json"}
+    assert "another process has just made it" in other.communicate("\n")[0]
+    assert names(tmp_path) == {"r"}
+    assert Run(path).config == run.config
     with pytest.raises(RunError, match=r"unfinished run.*--resume"):
         Run.create(path, CONFIG)
 
@@ -313,32 +277,34 @@ def test_of_two_that_start_at_once_one_makes_the_run(tmp_path) -> None:
             assert Run(tmp_path / str(number)).config == CONFIG
 
 
-@pytest.mark.parametrize("fault", ["mkdir", "write", "rename"])
+@pytest.mark.parametrize("fault", ["mkdir", "write_text", "rename"])
 def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, fault) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if fault == "write":
-        monkeypatch.setattr(new_run, "write_text", fail)
-    elif fault == "rename":
-        monkeypatch.setattr(Path, "rename", fail)
-    else:
-        monkeypatch.setattr(new_run, "tempfile", SimpleNamespace(mkdtemp=fail))
-    with pytest.raises(RunError, match=r"cannot be made: No space left on device.*start again"):
-        Run.create(tmp_path / "r", CONFIG)
-    assert not (tmp_path / "r").exists()
+    target = {"mkdir": Path, "write_text": run_module, "rename": os}[fault]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, fault, fail)
+        with pytest.raises(RunError, match=r"cannot be made: No space left on device.*start again"):
+            Run.create(tmp_path / "r", CONFIG)
+    assert names(tmp_path) == set()
 
 
-def test_a_mounted_empty_folder_can_be_the_run_directory(tmp_path) -> None:
-    """Nothing may be written beside it or renamed over it."""
+def test_folders_that_cannot_be_renamed_onto_are_refused_with_advice(tmp_path, monkeypatch) -> None:
+    """The current folder, and a disk that is mounted there."""
     path = tmp_path / "volume"
     path.mkdir()
+    monkeypatch.chdir(path)
+    with pytest.raises(RunError, match="Give a folder inside it"):
+        Run.create(Path("."), CONFIG)
+    monkeypatch.chdir(tmp_path)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
     try:
-        Run.create(path, CONFIG)
-        assert names(path) == {"private", "release", "run.json"}
+        with pytest.raises(RunError, match="give a folder inside it"):
+            Run.create(path, CONFIG)
+        Run.create(path / "r", CONFIG)
         assert names(tmp_path) == {"volume"}
     finally:
         subprocess.run(["umount", path], check=True)
@@ -363,7 +329,7 @@ def hang_up() -> Iterator[None]:
 @pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_asks_and_second_ends(training, number) -> None:
-    from dpsyngen.training.signals import stop_on_signals
+    from dpsyngen.training.follower import stop_on_signals
 
     before = signal.getsignal(number)
     said: list[str] = []
@@ -377,7 +343,7 @@ def test_first_signal_asks_and_second_ends(training, number) -> None:
 
 
 def test_nohup_stays_in_force(training) -> None:
-    from dpsyngen.training.signals import stop_on_signals
+    from dpsyngen.training.follower import stop_on_signals
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -426,29 +392,3 @@ def test_closed_terminal_ends_training_with_a_checkpoint(tmp_path, tiny_images) 
     from dpsyngen.training.private import charged_steps
 
     assert 3 <= done <= charged_steps(Ledger(out / "private" / "ledger.jsonl"))
-
-
-def test_a_clearing_that_was_cut_off_is_cleared_by_the_next_start(tmp_path) -> None:
-    stage = tmp_path / "r" / f"{new_run._STAGE}x{new_run.TEMPORARY_SUFFIX}"
-    (stage / "release").mkdir(parents=True)
-    (stage / "run.json").write_text("{}")
-    run = Run.create(tmp_path / "r", CONFIG)
-    assert names(tmp_path / "r") == {"private", "release", "run.json"}
-    assert run.config == CONFIG
-
-
-def test_a_start_that_another_process_has_just_begun_is_left_alone(tmp_path, monkeypatch) -> None:
-    """Its private half comes between the two looks at its stage."""
-    stage = tmp_path / "r" / f"{new_run._STAGE}x{new_run.TEMPORARY_SUFFIX}"
-    stage.mkdir(parents=True)
-    (stage / "run.json").write_text("{}")
-
-    def hold(folder: Path, *_: object) -> bool:
-        (stage / "private").mkdir(exist_ok=True)
-        return False
-
-    monkeypatch.setattr(new_run, "_hold", hold)
-    with pytest.raises(RunError, match="another process is making"):
-        Run.create(tmp_path / "r", CONFIG)
-    assert (stage / "private").is_dir()
-    assert (stage / "run.json").exists()

@@ -20,7 +20,7 @@ from dpsyngen.privacy.kernels import KERNELS
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.run import Run
-from dpsyngen.training.start import resume, start
+from tests.training.short_runs import resume, start
 
 
 def begin(settings: dict, data, out: Path, seed: int | None = 7, **private) -> Training:

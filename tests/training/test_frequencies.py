@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpsyngen.training.frequencies import Frequencies, cosine_matrix
+from dpsyngen.training.spectra import Frequencies, cosine_matrix
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 28])

@@ -16,15 +16,13 @@ from dpsyngen.data import load_images
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
-from dpsyngen.training.finite import answers_finite, stopped_because
-from dpsyngen.training.health import Finding, by_severity, of_losses, weights_finite
-from dpsyngen.training.health_images import of_images
-from dpsyngen.training.health_private import Facts, of_private_training
+from dpsyngen.training.findings import Facts, Finding, by_severity, of_images, of_losses, of_private_training
+from dpsyngen.training.health import answers_finite, stopped_because, weights_finite
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import PrivateStep, charged_steps
 from dpsyngen.training.public import PublicStep
 from dpsyngen.training.run import Run
-from dpsyngen.training.start import start
+from tests.training.short_runs import start
 
 # `make demo`: 1,437 digits, the nano network, ε = 10.
 DEMO = Facts(
@@ -320,7 +318,7 @@ def test_the_last_finite_checkpoint_stays(tmp_path, tiny_settings, tiny_images, 
 
 def test_a_network_that_answers_nothing_is_not_released(tmp_path, tiny_settings, tiny_images, monkeypatch) -> None:
     """Finite weights that multiply to infinity: found before the release, whichever step it comes after."""
-    import dpsyngen.training.finite as finite
+    import dpsyngen.training.health as finite
 
     training = begin(tiny_settings, tiny_images(), tmp_path / "r", steps=5, checkpoint_every=100)
     done = set()

@@ -17,8 +17,9 @@ from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.moments import VectorSum
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training import moments
-from dpsyngen.training.frequencies import Frequencies
-from dpsyngen.training.moments import MomentsPlan, estimate_moments, plan_moments, scatter_frequencies
+from dpsyngen.training.moments import estimate_moments, scatter_frequencies
+from dpsyngen.training.plan import MomentsPlan, plan_moments
+from dpsyngen.training.spectra import Frequencies
 
 KEY = Randomness.from_insecure_seed(0)
 

@@ -20,13 +20,14 @@ from dpsyngen.errors import BudgetExceeded, RunError
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training import moments_phase, pipeline
-from dpsyngen.training.moments_phase import QUERY, charged_moments, load_gaussian, queries
+from dpsyngen.training import moments as moments_phase
+from dpsyngen.training import pipeline
+from dpsyngen.training.log import Event, Note, Step
+from dpsyngen.training.moments import QUERY, charged_moments, load_gaussian, queries
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import charged_steps
 from dpsyngen.training.run import Run
-from dpsyngen.training.start import resume, start
-from tests.training.short_runs import begin, bytes_of, finish, merged
+from tests.training.short_runs import begin, bytes_of, finish, merged, resume, start
 
 
 def begun(settings: dict, data, out: Path, variant: str, **sections: dict) -> Training:
@@ -133,7 +134,7 @@ def test_a_run_that_would_exceed_its_target_does_not_begin(tmp_path, tiny_settin
     noise = begun(tiny_settings, tiny_images(), tmp_path / "d", "dpdm").plan.mechanism.noise_multiplier
     too_much = replace(plan, mechanism=replace(plan.mechanism, noise_multiplier=noise))
     with pytest.raises(BudgetExceeded, match="above the target"):
-        Training(training.run, training.config, training.dataset, too_much)
+        Training(Run.create(tmp_path / "x", training.config), training.config, training.dataset, too_much)
 
 
 # --------------------------------------------------------------------------------------------- interruptions
@@ -247,6 +248,7 @@ def test_noise_that_was_fixed_at_the_start_is_taken_after_a_resume(
 
     training = begun(tiny_settings, tiny_images(), tmp_path / "r", "residual")
     planned = training.plan
+    del training
     real = plan_module.calibrate_noise
     monkeypatch.setattr(plan_module, "calibrate_noise", lambda *a, **k: real(*a, **k) * (1 + 1e-9))
     resumed = again(tmp_path / "r", tiny_images())
@@ -341,10 +343,10 @@ def test_no_network_is_needed_where_the_moments_are_all(tmp_path, tiny_settings)
 
 
 def test_the_phase_says_when_it_begins_and_when_it_is_done(tmp_path, tiny_settings, tiny_images) -> None:
-    training = begun(tiny_settings, tiny_images(), tmp_path / "r", "residual")
-    told: list[str] = []
-    training.tell = told.append
-    assert [p[1:] for p in training.steps() if p.phase == "moments"] == [(3, 3, {})]
-    assert told == ["moments: reading the private images, 3 times"]
+    told: list[Event] = []
+    training = begun(tiny_settings, tiny_images(), tmp_path / "r", "residual", on_event=told.append)
+    done = Step("moments", 3, 3, {}, private=True)
+    assert [p for p in training.steps() if p.phase == "moments"] == [done]
+    assert told[:2] == [Note("moments: reading the private images, 3 times"), done]
     with pytest.raises(RunError, match="damaged"):
         load_gaussian(training.run.weights("context"), training.plan.shape)

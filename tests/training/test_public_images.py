@@ -10,7 +10,7 @@ from dpsyngen.config import load_config
 from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import make_program
-from dpsyngen.training.public_images import PublicImages
+from dpsyngen.training.public import PublicImages
 
 PROGRAM = make_program("strokes", resolution=8, channels=1, seed=3)
 CPU = torch.device("cpu")

@@ -14,8 +14,7 @@ from dpsyngen.errors import BudgetExceeded, RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.private import charged_steps
 from dpsyngen.training.run import Run
-from dpsyngen.training.start import resume, start
-from tests.training.short_runs import begin, bytes_of, finish, merged
+from tests.training.short_runs import begin, bytes_of, finish, merged, resume, start
 
 
 @pytest.mark.parametrize("stages", [{"variant": "both", "pretrain": True}, {"variant": "coarse", "networks": "shared"}])

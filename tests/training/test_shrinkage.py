@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dpsyngen.training.shrinkage import (
+from dpsyngen.training.spectra import (
     debiased,
     denoised_white_covariance,
     noise_edge,

@@ -12,17 +12,17 @@ import pytest
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.training.log import CLOCK, JsonLines, OnEvent, ignore
 from dpsyngen.training.pipeline import Training
-from dpsyngen.training.run import JsonLines, Run
-from dpsyngen.training.step_log import CLOCK
+from dpsyngen.training.run import Run
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "logging.md"
 
 
-def begin(settings: dict, out: Path, data, **sections: dict) -> Training:
+def begin(settings: dict, out: Path, data, on_event: OnEvent = ignore, **sections: dict) -> Training:
     merged = {k: {**settings.get(k, {}), **sections.get(k, {})} for k in {*settings, *sections}}
     merged["privacy"] = {"epsilon": 8, "insecure_seed": 7, **merged.get("privacy", {})}
-    return api.prepare(load_config(merged), out, data)
+    return api.prepare(load_config(merged), out, data, on_event=on_event)
 
 
 def finish(training: Training) -> Training:

@@ -17,9 +17,9 @@ from PIL import Image
 
 from dpsyngen import fit as api
 from dpsyngen.errors import ConfigError
-from dpsyngen.training import tensorboard as tensorboard_module
+from dpsyngen.training import log as tensorboard_module
+from dpsyngen.training.log import OnEvent, TensorBoard, Warned
 from dpsyngen.training.pipeline import Training
-from dpsyngen.training.tensorboard import TensorBoard
 from tests.training.test_step_log import begin as begin_run
 from tests.training.test_step_log import clock, finish
 
@@ -27,6 +27,10 @@ from tests.training.test_step_log import clock, finish
 def begin(settings: dict, out: Path, data: Any, **sections: dict) -> Training:
     logging = {"tensorboard": True, "images_every": 4, **sections.pop("logging", {})}
     return begin_run(settings, out, data, logging=logging, **{"stages": {"variant": "cleaning"}, **sections})
+
+
+def kept(warnings: list[str]) -> OnEvent:
+    return lambda event: warnings.append(event.text) if isinstance(event, Warned) else None
 
 
 def events(folder: Path) -> dict[tuple[str, int], Any]:
@@ -142,9 +146,8 @@ def test_full_disk_gives_up_the_pictures_and_not_the_training(
     def opened(file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
         return Full(file, "w") if "tfevents" in str(file) and "w" in mode else real_open(file, mode, *rest, **options)
 
-    training = begin(tiny_settings, tmp_path / "r", tiny_images())
     warnings: list[str] = []
-    training.warn = warnings.append
+    training = begin(tiny_settings, tmp_path / "r", tiny_images(), on_event=kept(warnings))
     monkeypatch.setattr(builtins, "open", opened)
     finish(training)
     assert writes > 40
@@ -160,7 +163,7 @@ def test_full_disk_gives_up_the_pictures_and_not_the_training(
 def test_folder_that_cannot_be_made_is_a_warning(tmp_path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     warnings: list[str] = []
-    board = TensorBoard(tmp_path, "context", 0, warnings.append)
+    board = TensorBoard(tmp_path, "context", 0, kept(warnings))
     board.scalars(1, {"loss": 1.0})
     board.images(1, "samples", np.zeros((4, 1, 8, 8), np.uint8))
     board.close()
@@ -174,9 +177,8 @@ def test_pictures_that_fail_do_not_end_the_training(tmp_path, tiny_settings, tin
         raise RuntimeError("out of memory\nand much more text")
 
     monkeypatch.setattr(pipeline_module, "preview", no_memory)
-    training = begin(tiny_settings, tmp_path / "r", tiny_images(), logging={"images_every": 1})
     warnings: list[str] = []
-    training.warn = warnings.append
+    training = begin(tiny_settings, tmp_path / "r", tiny_images(), on_event=kept(warnings), logging={"images_every": 1})
     finish(training)
     assert training.run.complete
     assert len(warnings) == 1

@@ -19,8 +19,8 @@ from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.errors import BudgetExceeded, ConfigError, RunError
 from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.training.log import JsonLines
 from dpsyngen.training.private import charged_steps
-from dpsyngen.training.run import JsonLines
 from tests.training.short_runs import begin, bytes_of, finish, merged
 
 # ------------------------------------------------------------------------------------------------ variants

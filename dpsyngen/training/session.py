@@ -1,0 +1,309 @@
+"""What ties noise to one key, one ledger and one set of sums, so that it is never added to another.
+
+A computation on private images keeps these files in a private folder, made in this order:
+
+===================  =======================================================================================
+randomness.json      the key: all noise follows from it
+ledger.jsonl         what was charged, begun under a name that follows from the key
+data.json            what the noise is for: the images, and all settings that decide what is summed
+later files          what the computation itself writes (``engine.json`` of a run, the result of an estimate)
+===================  =======================================================================================
+
+A process that was killed goes on behind the last of these that is on the disk: with the same key, so that the noise it
+adds is the noise it would have added, to the same sums, and nothing is charged twice.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpsyngen.config import Config
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.files import write_text
+from dpsyngen.hardware import Compute
+from dpsyngen.privacy.accounting import Mechanism
+from dpsyngen.privacy.budget import Budget
+from dpsyngen.privacy.kernels import KernelChoices
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a computation on private images may cost.
+
+    Attributes:
+        epsilon, delta: the target; ε may be infinite.
+        records: declared number of records.
+        group_size: images of one person at most.
+        insecure_seed: reproducible noise, NOT PRIVATE; None: a key from the operating system.
+    """
+
+    epsilon: float
+    delta: float
+    records: int
+    group_size: int = 1
+    insecure_seed: int | None = None
+
+
+class Session:
+    """Key, ledger and pinned facts of one computation on private images.
+
+    Args:
+        private: its private folder, which the caller has locked.
+        terms: what it may cost.
+        later: files that are made after ``data.json``.
+        again: what to advise where nothing can be continued.
+
+    Attributes:
+        randomness: the key.
+        ledger: what was charged; charge it *before* a result is used.
+
+    Raises:
+        RunError, LedgerError: the files do not fit together, or one is missing.
+    """
+
+    def __init__(self, private: Path, terms: Terms, later: Sequence[Path] = (), again: str = "start a new run") -> None:
+        self.key_path, self.ledger_path = private / "randomness.json", private / "ledger.jsonl"
+        self.data_path, self.later, self.again = private / "data.json", tuple(later), again
+        self.randomness = self._key(terms)
+        self.ledger = self._ledger(terms)
+
+    def _key(self, terms: Terms) -> Randomness:
+        """The key; a new one only where nothing can have used the old one."""
+        head = self.ledger_path.with_name(self.ledger_path.name + ".head")
+        begun = any(p.exists() for p in (self.ledger_path, head, self.data_path, *self.later))
+        if self.key_path.exists():
+            try:
+                return Randomness.load(self.key_path)
+            except RunError:
+                if begun:
+                    raise
+            self.key_path.unlink()
+        elif begun:
+            raise RunError(
+                f"{self.key_path} is missing: without it the run cannot be continued privately, as steps that are "
+                f"charged would get fresh noise.  Put it back from a backup, or {self.again}."
+            )
+        seed = terms.insecure_seed
+        fresh = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
+        fresh.save(self.key_path)
+        return fresh
+
+    def _ledger(self, terms: Terms) -> Ledger:
+        name = self.randomness.tag("name of the run")[:32]
+        if self.ledger_path.exists():
+            ledger = Ledger(self.ledger_path)
+            ledger.catch_up()
+            if ledger.run != name:
+                raise RunError(
+                    f"{self.key_path} is not the random state with which {self.ledger_path} was begun: steps that are "
+                    f"charged would get other noise.  Put back the files of this run, or {self.again}."
+                )
+            return ledger
+        if any(p.exists() for p in (self.data_path, *self.later)):
+            raise RunError(
+                f"{self.ledger_path} is missing, though the run had begun: what it charged is no longer known.  Put it "
+                f"back from a backup, or {self.again}."
+            )
+        return Ledger.create(
+            self.ledger_path,
+            target_epsilon=terms.epsilon,
+            delta=terms.delta,
+            records=terms.records,
+            group_size=terms.group_size,
+            run=name,
+            secure=self.randomness.secure,
+        )
+
+    def pin(self, fingerprint: str, settings: Mapping[str, Any], **about: Any) -> dict[str, Any]:
+        """Write down what the noise is for, or refuse to go on with anything else.
+
+        Args:
+            fingerprint: of the images; only a keyed tag of it is written.
+            settings: what decides the sums; JSON-able.
+            about: more facts to write down, such as calibrated noise, which another version of a library could compute
+                differently in the last digits.
+
+        Returns:
+            `about`, as it was written down the first time.
+
+        Raises:
+            RunError: the noise belongs to other images or settings, or nothing says any more to which.
+        """
+        tag, settings = self.randomness.tag(fingerprint), json.loads(json.dumps(settings))
+        known = pinned(self.data_path)
+        if known is None:
+            if self.ledger.mechanisms or self.ledger.non_private:
+                raise RunError(
+                    f"{self.data_path} is missing, though private steps were charged: nothing says any more that the "
+                    f"images are the same.  Put it back from a backup, or {self.again}."
+                )
+            facts = {"fingerprint": tag, **about, "settings": settings}
+            write_text(self.data_path, json.dumps(facts, indent=1) + "\n", 0o600)
+            return about
+        if not hmac.compare_digest(known["fingerprint"], tag):
+            raise RunError(
+                f"the images are not those that {self.data_path.parent.parent} was started with.  Continuing would add "
+                f"the same noise to different data, which can reveal both.  Give the same --data, or {self.again}."
+            )
+        before = known["settings"]
+        changed = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
+        if changed:
+            raise RunError(
+                f"{self.data_path.with_name('config.yaml')} was changed since the run was started "
+                f"({', '.join(changed[:5])}).  Continuing would add the same noise to different sums, which can reveal "
+                f"both.  Undo the change, or {self.again}."
+            )
+        return {k: v for k, v in known.items() if k not in ("fingerprint", "settings")}
+
+    def reserve(self, budget: Budget | None, name: str, mechanisms: Sequence[Mechanism], fingerprint: str) -> None:
+        """Reserve the whole cost in the budget file, if there is one, under the ledger's name.
+
+        Raises:
+            BudgetExceeded, LedgerError: it does not fit, or the file is of other images.
+        """
+        if budget is not None:
+            budget.reserve(self.ledger.run, name, tuple(mechanisms), fingerprint)
+
+
+def pinned(path: Path) -> dict[str, Any] | None:
+    """What :meth:`Session.pin` wrote to `path`; None if it did not come to that yet.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        noise, moments = float(about["noise_multiplier"]), about.get("moments")
+        moments = None if moments is None else [None if z is None else float(z) for z in moments]
+        settings = dict(about["settings"])
+        return about | {
+            "fingerprint": str(about["fingerprint"]),
+            "noise_multiplier": noise,
+            "moments": moments,
+            "settings": settings,
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path}, which says what images the run is of, cannot be read: {error!r}.  Put it back from a backup, or "
+            "start a new run."
+        ) from None
+
+
+# What may change between two sessions of a run: it decides neither what a step is nor what is made of the steps.
+_FREE = {
+    "data": {"source", "cache", "workers"},
+    "privacy": {"budget"},
+    "private": {"physical_batch", "checkpoint_every"},
+    "public": {"checkpoint_every"},
+    "compute": {"compile"},  # DP-SGD steps are never compiled
+}
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """All settings that a resumed run must share with its beginning, by their full names, as JSON has them."""
+    out: dict[str, Any] = {}
+    for section, values in config.model_dump(mode="json", exclude={"sampling", "logging"}).items():
+        if isinstance(values, dict):
+            out |= {f"{section}.{k}": v for k, v in values.items() if k not in _FREE.get(section, ())}
+        else:
+            out[section] = values
+    # What "auto" came to is pinned by EngineSettings.
+    return {k: v for k, v in out.items() if not (k.startswith("compute.") and v == "auto")}
+
+
+@dataclass
+class EngineSettings:
+    """How this machine computes, kept so that a resumed run rounds the same way: steps since the last checkpoint are
+    taken again with the same noise.
+
+    Attributes:
+        path: where they are kept.
+        physical_batch: images in memory at a time; 0 while not yet known.
+        kernels: what each convolution uses.
+        compute: how DP-SGD steps compute.
+    """
+
+    path: Path
+    physical_batch: int
+    kernels: KernelChoices
+    compute: Compute
+    _saved: str = field(default="", repr=False)
+
+    @classmethod
+    def of(cls, path: Path, config: Config, compute: Compute) -> EngineSettings:
+        """Those of an earlier session of the run, or new ones.
+
+        With an insecure seed, for reproducible runs, kernels follow from the shapes instead of measurements.
+
+        Args:
+            path: ``engine.json`` of the run.
+            config: its configuration.
+            compute: what was chosen for this session.  The kind of device, the precision and the memory format of
+                DP-SGD steps are those of the run's first session.
+
+        Raises:
+            RunError: this session cannot compute as the first one did, or the file is damaged.
+        """
+        kernels: dict[str, str] = {}
+        found, dp = 0, compute.for_dp_steps()
+        if path.exists():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                kernels = {str(k): str(v) for k, v in stored["kernels"].items()}
+                found, pins = int(stored["physical_batch"]), dict(stored["compute"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RunError(
+                    f"{path} cannot be read: {error}.  It holds how this machine computes: put it back from a backup "
+                    "or, on the machine that the run was begun on, remove it to have that measured again."
+                ) from None
+            dp = _as_begun(path, config, dp, pins)
+        choices = KernelChoices(measure=config.privacy.insecure_seed is None, chosen=kernels)
+        asked = config.private.physical_batch
+        return cls(path, found if asked is None else asked, choices, dp)
+
+    def save(self) -> None:
+        """Write them down, if there is anything new."""
+        text = json.dumps(
+            {
+                "physical_batch": self.physical_batch,
+                "kernels": self.kernels.chosen,
+                "milliseconds": self.kernels.milliseconds,
+                "compute": self.compute.pins(),
+            },
+            indent=1,
+        )
+        if text != self._saved:
+            write_text(self.path, text + "\n", 0o600)
+            self._saved = text
+
+
+def computed_with(path: Path) -> dict[str, Any] | None:
+    """Device, precision and memory format of a run's DP-SGD steps, from its ``engine.json``; None if not known yet."""
+    try:
+        pins = json.loads(path.read_text(encoding="utf-8"))["compute"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pins if isinstance(pins, dict) else None
+
+
+def _as_begun(path: Path, config: Config, compute: Compute, pins: dict[str, Any]) -> Compute:
+    why = "Steps since the last checkpoint are taken again with the same noise, so their sums must round the same way"
+    asked, run = config.compute.precision, path.parent.parent
+    if asked not in ("auto", pins.get("precision")):
+        raise RunError(
+            f"compute.precision is {asked}, but {run} was begun in {pins.get('precision')}.  {why}.  Undo the change, "
+            "or start a new run."
+        )
+    try:
+        return compute.pinned(pins)
+    except ConfigError as error:
+        raise RunError(f"{run} cannot be continued like this: {error}.  {why}.") from None
