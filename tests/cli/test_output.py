@@ -24,7 +24,7 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "logging.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "logging.md"
 SMALL = [
     *("--network", "nano", "--public-steps", 2, "--steps", 4, "--batch", 12, "-k", 1, "--physical-batch", 8),
     *("--set", "public.batch=4", "--set", "sampling.steps=3", "--variant", "cleaning", "--delta", "1e-3"),

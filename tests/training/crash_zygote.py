@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -74,11 +75,14 @@ class Points:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.out = str(request["out"])
+        out = Path(self.out)
+        self.stage = str(out.with_name(f".{out.name}."))  # beside the run directory, while that is made
         self.kill_at, self.full_at = request.get("kill_at"), request.get("full_at")
         self.interrupt_at = request.get("interrupt_at")
         self.names: list[str] = []
 
     def tick(self, what: str, path: str) -> None:
+        path = re.sub(re.escape(self.stage) + r"\w+\.dpsyngen-tmp", ".", path)
         self.names.append(f"{what} {path.removeprefix(self.out).lstrip('/') or '.'}")
         if len(self.names) == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -89,7 +93,7 @@ class Points:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     def concerns(self, path: object) -> bool:
-        return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(self.out)
+        return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith((self.out, self.stage))
 
     def install(self) -> None:
         def audit(event: str, arguments: tuple[Any, ...]) -> None:

@@ -73,7 +73,7 @@ def full_at(lives: Lives, whole: tuple, folder: Path, points: range) -> int:
             failures += 1
             assert "No space left" in answer["error"], (point, answer)
             # The message names a file that the user knows, and a start that failed leaves nothing.
-            assert "dpsyngen-tmp" not in answer["error"].replace(".new-run.", ""), (point, answer)
+            assert "dpsyngen-tmp" not in answer["error"], (point, answer)
             assert (out / "run.json").exists() or not out.exists(), (point, answer)
         assert lives.live(out, seed=SEED, record=str(record))
         assert content(out) == expected, f"full at operation {point}"
@@ -85,7 +85,7 @@ def full_at(lives: Lives, whole: tuple, folder: Path, points: range) -> int:
 
 
 def test_full_at_some_operations(lives, whole, tmp_path) -> None:
-    assert full_at(lives, whole, tmp_path, range(11, whole[1], 37)) >= 5
+    assert full_at(lives, whole, tmp_path, range(11, whole[1], 73)) >= 3
 
 
 @long_test
