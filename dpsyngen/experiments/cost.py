@@ -37,10 +37,9 @@ from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delt
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger, check_affordable
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.training.moments import MomentsPlan, estimate_moments, plan_moments
-from dpsyngen.training.moments_phase import MOMENTS
+from dpsyngen.training.moments import MOMENTS, estimate_moments
 from dpsyngen.training.networks import make_denoiser
-from dpsyngen.training.plan import Shape, make_plan, stages_of
+from dpsyngen.training.plan import MomentsPlan, Shape, make_plan, plan_moments, stages_of
 
 GPU_TERAFLOPS = 3.0
 """Sustained rate that GPU-hours assume, in 10^12 floating-point operations a second.

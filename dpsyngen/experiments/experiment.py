@@ -33,9 +33,9 @@ from dpsyngen.errors import RunError
 from dpsyngen.evaluation.features import file_sha256
 from dpsyngen.experiments.spec import Job, Spec, digest, jobs_of, load_spec
 from dpsyngen.files import require_absent_or_empty, write_atomically, write_text
+from dpsyngen.training.log import JsonLines
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.plan import Shape
-from dpsyngen.training.run import JsonLines
 from dpsyngen.training.steps import PRETRAIN
 from dpsyngen.version import __version__
 
