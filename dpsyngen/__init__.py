@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from dpsyngen.evaluation.run import check_memorisation, evaluate
     from dpsyngen.fit import Generator, train
     from dpsyngen.generator.guarantee import Guarantee
-    from dpsyngen.generator.images import Samples
-    from dpsyngen.generator.samples import write_samples
+    from dpsyngen.generator.samples import Samples, write_samples
     from dpsyngen.programs import make_program
     from dpsyngen.release.bundle import pack
     from dpsyngen.release.verify import verify
@@ -65,7 +64,7 @@ _HOME = {
     "Guarantee": "dpsyngen.generator.guarantee",
     "ImageDataset": "dpsyngen.data",
     "Run": "dpsyngen.training.run",
-    "Samples": "dpsyngen.generator.images",
+    "Samples": "dpsyngen.generator.samples",
     "check_memorisation": "dpsyngen.evaluation.run",
     "diagnose": "dpsyngen.evaluation.doctor",
     "evaluate": "dpsyngen.evaluation.run",

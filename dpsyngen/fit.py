@@ -24,8 +24,8 @@ from dpsyngen.data.load import PathLike, Source, load_named_or_given
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined, started_by_torchrun
 from dpsyngen.errors import ConfigError, DataError, RunError, shown
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.generator.saved import find, save
 from dpsyngen.hardware import check_device, kind_of
+from dpsyngen.release.place import find, save
 from dpsyngen.release.write import write_release
 from dpsyngen.training.findings import Finding
 from dpsyngen.training.follower import follow, read_together, stop_on_signals

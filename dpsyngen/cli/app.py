@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,14 +12,14 @@ from dpsyngen.cli import audit as cli_audit
 from dpsyngen.cli import checks as cli_checks
 from dpsyngen.cli import compare as cli_compare
 from dpsyngen.cli import evaluate as cli_evaluate
-from dpsyngen.cli import export as cli_export
 from dpsyngen.cli import ranks as cli_ranks
 from dpsyngen.cli import release as cli_release
+from dpsyngen.cli import sample as cli_sample
 from dpsyngen.cli import stages as cli_stages
 from dpsyngen.cli import train as cli_train
-from dpsyngen.cli.options import AsJson, Device, Quiet, RunArgument, epsilon_of
+from dpsyngen.cli.options import AsJson, Quiet, RunArgument, epsilon_of
 from dpsyngen.cli.programs import app as programs_app
-from dpsyngen.errors import ConfigError, DpsyngenError
+from dpsyngen.errors import DpsyngenError
 from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
@@ -38,12 +37,13 @@ app = typer.Typer(
 app.add_typer(programs_app, name="programs")
 app.add_typer(cli_release.budget_app, name="budget")
 app.command()(cli_train.train)
+app.command()(cli_sample.sample)
 app.command()(cli_stages.stages)
 app.command()(cli_release.ledger)
 app.command()(cli_audit.audit)
 app.command()(cli_release.release)
 app.command()(cli_release.verify)
-app.command()(cli_export.export)
+app.command()(cli_sample.export)
 app.command()(cli_release.key)
 app.command()(cli_compare.compare)
 app.command()(cli_evaluate.evaluate)
@@ -65,74 +65,6 @@ def _root(
     ] = False,
 ) -> None:
     cli_ranks.require_shared(context.invoked_subcommand or "")
-
-
-# ----------------------------------------------------------------------------------------------- sample
-
-
-@app.command()
-def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or a copy of its release folder")],
-    out: Annotated[Path, typer.Option(help="folder for PNGs and metadata.csv, or a .npz or .parquet file")],
-    count: Annotated[int, typer.Option("-n", "--count", help="number of images")] = 1000,
-    classes: Annotated[
-        str | None, typer.Option(help="comma-separated names or numbers; default: all, balanced")
-    ] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")] = None,
-    steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")] = None,
-    churn: Annotated[float | None, typer.Option(help="stochasticity of heun")] = None,
-    seed: Annotated[int | None, typer.Option(help="public seed; default: a random one, written down")] = None,
-    batch_size: Annotated[int, typer.Option(help="images at a time")] = 256,
-    device: Device = "auto",
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Draw images from a trained generator; costs no privacy, however many."""
-    from dpsyngen.console import Console
-    from dpsyngen.distributed import joined
-    from dpsyngen.generator.samples import check_target, write_samples
-
-    console = Console(quiet, as_json)
-    with joined() as ranks:
-        if not ranks.main:
-            from dpsyngen.generator.ranks import follow, handlers
-
-            follow(ranks, handlers(ranks))
-            return
-        with ranks.leading():
-            check_target(out)
-            if batch_size < 1:
-                raise ConfigError(f"--batch-size is {batch_size}, but must be at least 1.")
-            if count < 1:
-                raise ConfigError(f"-n is {count}, but must be at least 1.")
-            from dataclasses import asdict
-
-            from dpsyngen.generator.ranks import open_everywhere, stream
-            from dpsyngen.training.run import Run
-
-            if (run / "generator.json").exists():
-                release = run
-            else:
-                opened = Run(run)
-                opened.require_complete()
-                release = opened.release
-            generator = open_everywhere(ranks, release, device)
-            chosen = None if classes is None else [c.strip() for c in classes.split(",") if c.strip()]
-            labels = generator.labels(count, chosen)
-            if seed is None:
-                seed = int.from_bytes(os.urandom(4), "little")
-            settings = generator.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
-            about = {"dpsyngen": __version__, "private": generator.private, "count": count, **asdict(settings)}
-            batches = stream(ranks, generator, count, settings, labels=labels, batch_size=batch_size)
-            if count <= batch_size * (ranks.count - 1):
-                console.note(f"some of the {ranks.count} processes have nothing to do: use a smaller --batch-size")
-            with console.progress("sampling", count, "images") as progress:
-                write_samples(out, batches, labels, generator.class_names, about, progress.update)
-    console.result(
-        {"path": out, "images": count, "class_names": generator.class_names, **about},
-        [f"{count:,} images in {out}" + ("" if generator.private else "  (generator is NOT PRIVATE)")],
-    )
 
 
 # ----------------------------------------------------------------------------------------------- report

@@ -12,6 +12,7 @@ from dpsyngen.cli.options import AsJson, Quiet, RunArgument
 from dpsyngen.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from dpsyngen.privacy.certificate import Certificate
     from dpsyngen.privacy.composition import Composition
     from dpsyngen.privacy.ledger import Ledger
     from dpsyngen.training.run import Run
@@ -219,7 +220,6 @@ def release(
 ) -> None:
     """Pack what may be published into one zip: generator, certificate, checksums, signature."""
     from dpsyngen.console import Console
-    from dpsyngen.privacy.certificate import number
     from dpsyngen.release.bundle import pack
     from dpsyngen.report.html import write_reports
     from dpsyngen.training.run import Run
@@ -249,20 +249,28 @@ def release(
             "sha256": done.sha256,
             "signed_by": done.signed_by,
             "left_out": done.left_out,
-            "private": c.private,
-            "not_private_because": c.not_private_because,
-            "epsilon": c.epsilon,
-            "delta": c.delta,
-            "group_size": c.group_size,
+            **claim(c),
         },
         [
             f"{done.path}: {done.files} files, SHA-256 {done.sha256}",
             f"signed by the key {done.signed_by}" if done.signed_by else "not signed (--sign KEY)",
-            f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)} for {c.unit}"
-            if c.private and c.epsilon != "inf"
-            else f"NOT PRIVATE: {'; '.join(c.not_private_because)}",
+            claim_line(c),
         ],
     )
+
+
+def claim(c: Certificate) -> dict[str, Any]:
+    """What a certificate claims, for ``--json``."""
+    return {name: getattr(c, name) for name in ("private", "not_private_because", "epsilon", "delta", "group_size")}
+
+
+def claim_line(c: Certificate) -> str:
+    """What a certificate claims, in one line."""
+    from dpsyngen.privacy.certificate import number
+
+    if not c.private or c.epsilon == "inf":
+        return f"NOT PRIVATE: {'; '.join(c.not_private_because)}"
+    return f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)} for {c.unit}"
 
 
 def verify(

@@ -56,7 +56,7 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.sampler in SAMPLERS, "sampler", self.sampler, SAMPLERS)
+        require(self.sampler in tuple(SAMPLERS), "sampler", self.sampler, SAMPLERS)
         steps_allowed = _is_whole(self.steps) and 1 <= self.steps <= MAX_STEPS
         require(steps_allowed, "the number of sampler steps", self.steps, f"at least 1 and at most {MAX_STEPS:,}")
         require(_is_whole(self.seed), "the seed", self.seed, "a whole number")

@@ -1,4 +1,4 @@
-"""Reading a released generator, which may come from a stranger: ``generator.json`` and the weights.
+"""The format of a release: ``generator.json`` and the weights, read as files from a stranger.
 
 Everything is checked before memory is taken for it: the description against the bounds below, the weights file against
 the network that the description asks for.  A release needs no trust: nothing in it can run code, and what does not fit
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +23,10 @@ from torch import Tensor
 
 from dpsyngen.config import SamplingConfig
 from dpsyngen.data.labels import MAX_CLASSES, check_class_names
-from dpsyngen.diffusion.stages import Stage, StageMap
-from dpsyngen.diffusion.unet import check_resolution, named_size
+from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser, ResidualDenoiser
+from dpsyngen.diffusion.stages import GAUSSIAN, Stage, StageMap
+from dpsyngen.diffusion.unet import UNet, check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, shown
 from dpsyngen.files import NotPlainError, open_plain
 from dpsyngen.version import FORMAT, __version__
@@ -35,6 +39,31 @@ MAX_HEADER_BYTES = 2**20  # of a weights file: names, shapes and places of the t
 
 # Names of networks become file names.
 _Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a generator lies on the disk.
+
+    Attributes:
+        path: what the user would give to load it again.
+        release: the folder with its files.
+        run: the run directory, if it is at hand.
+        bundle: the bundle that it was unpacked from.
+        scratch: keeps what was unpacked for as long as it lives.
+    """
+
+    path: Path
+    release: Path
+    run: Path | None = None
+    bundle: Path | None = None
+    scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def of_release(cls, release: Path) -> Place:
+        """The place of a release folder, with its run directory if it is in one."""
+        run = release.parent if release.name == "release" and (release.parent / "run.json").is_file() else None
+        return cls(run or release, release, run)
 
 
 class _Part(BaseModel):
@@ -134,9 +163,14 @@ def read_description(release: Path) -> tuple[GeneratorDescription, StageMap]:
     return description, stages
 
 
-def moments_shapes(about: GeneratorDescription) -> dict[str, Tensor]:
-    """The tensors of :class:`dpsyngen.diffusion.gaussian.ClassGaussians` as they should be, on the meta device."""
-    assert about.moments is not None
+def load_gaussian(release: Path, about: GeneratorDescription, device: str) -> GaussianDenoiser | None:
+    """The denoiser of the DP moments, from the weights of a release; None if there are none.
+
+    Raises:
+        RunError: the weights are missing or damaged.
+    """
+    if about.moments is None:
+        return None
     classes, rank, pixels = max(len(about.class_names), 1), about.moments.rank, about.channels * about.resolution**2
     shapes = {
         "means": (classes, pixels),
@@ -145,7 +179,46 @@ def moments_shapes(about: GeneratorDescription) -> dict[str, Tensor]:
         "rest": (pixels,),
         "frequencies": (classes,),
     }
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    path = release / "weights" / f"{GAUSSIAN}.safetensors"
+    tensors = load_weights(path, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    try:
+        moments = ClassGaussians.from_tensors(tensors)
+    except ConfigError as error:
+        raise RunError(f"the weights {printable(path)} are damaged: {error}") from None
+    return GaussianDenoiser(moments, (about.channels, about.resolution, about.resolution)).to(device)
+
+
+def load_network(
+    release: Path, about: GeneratorDescription, name: str, gaussian: GaussianDenoiser | None, device: str
+) -> NetworkDenoiser:
+    """The denoiser of the network `name`, from the weights of a release.
+
+    Args:
+        release: the folder.
+        about: its description.
+        name: one of its networks.
+        gaussian: the denoiser that it is a residual of; None: it stands alone.
+        device: where to compute.
+
+    Raises:
+        RunError: the weights are missing, damaged, or not those of this network.
+    """
+    classes = len(about.class_names) if about.conditional[name] else 0
+    inputs = None if gaussian is None else 2 * about.channels
+
+    def make() -> UNet:
+        return UNet(about.network.size, about.resolution, about.channels, classes, inputs)
+
+    with torch.device("meta"):  # takes no memory
+        expected = {f"network.{k}": v for k, v in make().state_dict().items()}
+    weights = load_weights(release / "weights" / f"{name}.safetensors", expected)
+    denoiser: NetworkDenoiser
+    if gaussian is None:
+        denoiser = PreconditionedDenoiser(make(), classes, about.network.sigma_data)
+    else:
+        denoiser = ResidualDenoiser(make(), classes, gaussian)
+    denoiser.load_state_dict(weights)
+    return denoiser.to(device).eval()
 
 
 def load_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -153,7 +226,7 @@ def load_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
 
     Args:
         path: the file.
-        expected: what they should be, by name, on the meta device: it needs no memory.
+        expected: the tensors that should be in it, by name, on the meta device.
 
     Raises:
         RunError: the file is missing, a link, or damaged; or its tensors are not exactly those expected, in name,

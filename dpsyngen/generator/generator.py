@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,12 @@ from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, NetworkDe
 from dpsyngen.diffusion.samplers import Observer, Step, evenly_in_log, to_uint8
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
-from dpsyngen.errors import ConfigError, DpsyngenError, ReleaseError, RunError, listed, printable, shown
+from dpsyngen.errors import ConfigError, DpsyngenError, ReleaseError, RunError, listed, printable, require, shown
+from dpsyngen.files import read_yaml_file
 from dpsyngen.generator.classes import asked_for, in_turn
-from dpsyngen.generator.files import read_description
+from dpsyngen.generator.files import Place, load_gaussian, load_network, read_description
 from dpsyngen.generator.guarantee import Guarantee
-from dpsyngen.generator.images import Samples, Trajectory
-from dpsyngen.generator.networks import load_gaussian, load_network
-from dpsyngen.generator.saved import Place, of_release
+from dpsyngen.generator.samples import Samples, Trajectory
 from dpsyngen.hardware import choose
 
 if TYPE_CHECKING:
@@ -33,21 +32,13 @@ if TYPE_CHECKING:
 
 
 class ReleasedGenerator:
-    """Draws images.  :meth:`fit` trains one on private images, :meth:`load` takes one from the disk.
-
-    >>> generator = Generator.fit(images, labels, epsilon=3)                  # doctest: +SKIP
-    >>> generator.privacy.epsilon, generator.privacy.delta                    # doctest: +SKIP
-    (2.9996, 1e-05)
-    >>> generator.sample(4, labels=["shoe", "shoe", "bag", "coat"]).show()    # doctest: +SKIP
-    >>> generator.save("shoes.zip")                                           # doctest: +SKIP
-    PosixPath('shoes.zip')
+    """Draws images from a release; :class:`dpsyngen.Generator` adds training, loading and saving.
 
     Args:
         release: the ``release`` folder of a run, or a copy of it.  It may come from a stranger: nothing in it is run,
             and it is checked before memory is taken for it (see :mod:`dpsyngen.generator.files`).
         device: where to compute: "cpu", "cuda", "cuda:1", …, or "auto".
-        compute: precision, memory format, compiling; None: all automatic.  Other ways to compute give images that may
-            differ in the last digits.
+        compute: precision, memory format, compiling; None: all automatic.  They change the last digits of images.
 
     Raises:
         RunError: not a finished release, or damaged.
@@ -67,11 +58,11 @@ class ReleasedGenerator:
         self.compute = choose(device, compute)
         self.device = device = self.compute.device
         release = Path(release)
-        self.place: Place = of_release(release)
+        self.place = Place.of_release(release)
         about, self.stages = read_description(release)
         self.resolution, self.channels = about.resolution, about.channels
         self.class_names: tuple[str, ...] = tuple(about.class_names)
-        self.defaults: dict[str, Any] = about.sampling.model_dump()
+        self.defaults = SamplingSettings(**about.sampling.model_dump())
         self.private = about.private
         # None: an earlier version did not say.
         self._label_dropout = about.label_dropout
@@ -84,10 +75,6 @@ class ReleasedGenerator:
         for network in self.networks.values():
             self.compute.prepare(network)
             self.compute.compiled(network.network)
-
-    # ------------------------------------------------------------------------------------------- from where
-
-    # -------------------------------------------------------------------------------------------- about it
 
     @property
     def privacy(self) -> Guarantee:
@@ -118,8 +105,6 @@ class ReleasedGenerator:
         Raises:
             ConfigError, RunError: ``config.yaml`` is missing from the release, or damaged.
         """
-        from dpsyngen.files import read_yaml_file
-
         path = self.place.release / "config.yaml"
         nested = read_yaml_file(path, "the configuration")
         if not isinstance(nested, dict):
@@ -128,10 +113,7 @@ class ReleasedGenerator:
             return nested
         flat: dict[str, Any] = {}
         for section, values in nested.items():
-            inside = (
-                {f"{section}__{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
-            )
-            flat |= inside
+            flat |= {f"{section}__{k}": v for k, v in values.items()} if isinstance(values, dict) else {section: values}
         return flat
 
     def _about(self) -> dict[str, str]:
@@ -157,8 +139,6 @@ class ReleasedGenerator:
 
         return html_table(self._about().items())
 
-    # --------------------------------------------------------------------------------------------- networks
-
     def denoiser(self, guidance: float = 1.0) -> StagedDenoiser:
         """The staged denoiser, with classifier-free guidance of the private stage if asked for."""
         denoisers: dict[str, Denoiser] = dict(self.networks)
@@ -166,8 +146,6 @@ class ReleasedGenerator:
             denoisers[GAUSSIAN] = self.gaussian
         staged = StagedDenoiser(self.stages, denoisers)
         return staged if guidance == 1 else staged.guided(guidance)
-
-    # ---------------------------------------------------------------------------------------------- drawing
 
     def labels(self, count: int, classes: Sequence[int | str] | None = None) -> NDArray[np.int64] | None:
         """Labels for `count` images: all classes (or those given, by name or number) in turn; None if unconditional."""
@@ -189,28 +167,16 @@ class ReleasedGenerator:
         Raises:
             ConfigError: a value that is not allowed, or guidance by a network that cannot give it.
         """
-        d = self.defaults
-        if seed is None:
-            seed = int.from_bytes(os.urandom(4), "little")
         if guidance not in (None, 1) and self.class_names and self.networks and self._label_dropout == 0:
             raise ConfigError(
                 f"guidance is {shown(guidance)}, but this generator's network always saw the class of an image "
                 "(network.label_dropout = 0), so there is nothing to compare with: use guidance 1."
             )
-        name = sampler or d["sampler"]
-        if churn is None:
-            # A churn set for the run belongs to its sampler; asking for another sampler drops it.
-            churn = d["churn"] if name == d["sampler"] else 0.0
-        return SamplingSettings(
-            sampler=name,
-            steps=d["steps"] if steps is None else steps,
-            sigma_min=d["sigma_min"],
-            sigma_max=d["sigma_max"],
-            rho=d["rho"],
-            guidance=d["guidance"] if guidance is None else guidance,
-            churn=churn,
-            seed=seed,
-        )
+        if churn is None and sampler not in (None, self.defaults.sampler):
+            churn = 0.0  # a churn set for the run belongs to its sampler
+        given = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
+        seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+        return replace(self.defaults, seed=seed, **{k: v for k, v in given.items() if v is not None})
 
     def stream(
         self,
@@ -248,8 +214,7 @@ class ReleasedGenerator:
         observe: Observer | None = None,
         take: slice = slice(None),
     ) -> Iterator[torch.Tensor]:
-        if count < 1:
-            raise ConfigError(f"the number of images is {count}, but must be at least 1.")
+        require(count >= 1, "the number of images", count, "at least 1")
         if labels is not None:
             if len(labels) != count:
                 raise ConfigError(f"{len(labels)} labels were given for {count} images.")
@@ -265,10 +230,7 @@ class ReleasedGenerator:
             observe=observe,
             take=take,
         )
-        return self._in_precision(batches)
-
-    def _in_precision(self, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Draw each batch in the precision that was chosen for the device, and nothing between them."""
+        # In the precision that was chosen for the device, which must not leak into the caller between two batches.
         while True:
             with self.compute.autocast():
                 batch = next(batches, None)

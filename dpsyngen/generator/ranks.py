@@ -18,7 +18,7 @@ from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.distributed import END, Ranks, device_of
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.generator.images import Samples
+from dpsyngen.generator.samples import Samples
 
 Handlers = Mapping[str, Callable[..., None]]
 """What a follower does at each command, called with the command's values."""

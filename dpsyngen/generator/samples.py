@@ -1,29 +1,217 @@
-"""Writing generated images: PNGs in class folders with a metadata.csv, one .npz, or one .parquet.
+"""Generated images: looked at in a notebook, sliced, converted, and written to the disk.
 
-Hugging Face ``datasets`` opens the folder ("imagefolder") and the Parquet file as they are.
+On the disk they are PNGs in class folders with a metadata.csv, one .npz, or one .parquet.  Hugging Face ``datasets``
+opens the folder ("imagefolder") and the Parquet file as they are.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
+import html
+import io
 import json
+import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import RunError
-from dpsyngen.files import require_absent_or_empty, write_atomically, write_text
+from dpsyngen.console import in_notebook
+from dpsyngen.diffusion.stages import Stage
+from dpsyngen.errors import ConfigError, RunError, listed, printable
+from dpsyngen.files import require_absent_or_empty, sync_folder, write_atomically, write_text
+from dpsyngen.programs.grid import image_grid
 from dpsyngen.programs.saving import png, require_parquet
+from dpsyngen.version import __version__
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+_CLASSES, _EACH, _UNLABELLED = 10, 8, 32  # shown at most: classes, images of each; images without classes
+_SIDE = 48  # pixels that an image is enlarged to, about
 _TAKEN = ("metadata.csv", "about.json")  # files beside the class folders
 _FILES = (".npz", ".parquet")
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
+
+Item = tuple[NDArray[np.uint8], int] | NDArray[np.uint8]
+Several = slice | Sequence[int] | NDArray[np.integer[Any]] | NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Generated images.
+
+    A notebook shows some of them, a row a class.  They are a map-style data set: ``samples[i]`` is ``(image, label)``,
+    or the image alone where there are no classes, so a PyTorch ``DataLoader`` takes them.  ``samples[10:20]``,
+    ``samples[[3, 1]]`` and ``samples[samples.labels == 2]`` are Samples again.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], or None.
+        class_names: names of the classes.
+        settings: sampler, steps, seed, guidance: enough, with the labels, to draw them again.
+        private: whether the generator carries a privacy guarantee, which its images share; None: not known.
+
+    >>> pixels = np.zeros((3, 1, 8, 8), dtype=np.uint8)
+    >>> samples = Samples(pixels, np.array([0, 1, 1]), ("cat", "dog"), {"seed": 0}, private=True)
+    >>> samples
+    Samples(3 images of 1x8x8; classes 'cat', 'dog')
+    >>> len(samples[samples.labels == 1]), samples[2][1]
+    (2, 1)
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...]
+    settings: dict[str, Any]
+    private: bool | None = None
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: Several) -> Samples: ...
+    def __getitem__(self, index: int | Several) -> Item | Samples:
+        """One image with its label, or several as Samples.
+
+        Raises:
+            IndexError: beyond the last image.
+        """
+        if isinstance(index, int | np.integer):
+            image = self.images[index]
+            return image if self.labels is None else (image, int(self.labels[index]))
+        chosen = index if isinstance(index, slice) else np.asarray(index)
+        if isinstance(chosen, np.ndarray) and not chosen.size:
+            chosen = chosen.astype(np.int64)  # an empty list has no type of its own
+        return replace(self, images=self.images[chosen], labels=None if self.labels is None else self.labels[chosen])
+
+    def __iter__(self) -> Iterator[Item]:
+        """What ``samples[i]`` gives, for each i."""
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The same as `class_names`, by the name that torchvision's data sets have for it."""
+        return self.class_names
+
+    def to_pil(self) -> list[Image.Image]:
+        """Each image as a Pillow image, of mode "L" or "RGB"."""
+        return [_picture(pixels) for pixels in self.images]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write all images, as :func:`write_samples` does; returns where.
+
+        Args:
+            path: a ``.npz`` or ``.parquet`` file or a folder, which must not exist (or be an empty folder).
+
+        Raises:
+            RunError: there is something at `path` already.
+        """
+        target = Path(path).expanduser()
+        about = {"dpsyngen": __version__, "private": self.private, "count": len(self), **self.settings}
+        write_samples(target, [self.images], self.labels, self.class_names, about)
+        return target
+
+    def grid(self, columns: int | None = None, scale: int | None = None) -> Image.Image:
+        """Images side by side in one Pillow image.
+
+        Args:
+            columns: images to a row, in their order; None: a row a class, and of each class the first few, as a
+                notebook shows them.
+            scale: side of the square of pixels that shows one pixel; None: what makes an image about 48 pixels wide.
+
+        Raises:
+            ConfigError: there are no images, or an argument is not a number above 0.
+        """
+        if not len(self):
+            raise ConfigError("there are no images to be shown.")
+        scale = self._scale if scale is None else scale
+        if columns is not None:
+            return image_grid(self.images, columns, scale=scale)
+        rows = self._rows()
+        width = max(len(images) for _, images in rows)
+        blank = np.full((width, *self.images.shape[1:]), 128, dtype=np.uint8)  # the level of the gaps
+        filled = [np.concatenate([images, blank[len(images) :]]) for _, images in rows]
+        return image_grid(np.concatenate(filled), width, scale=scale)
+
+    def show(self) -> None:
+        """Show them: in a notebook below the cell, elsewhere in the system's picture viewer."""
+        if in_notebook():
+            from IPython.display import display
+
+            display(self)
+        else:
+            self.grid().show()
+
+    @property
+    def _scale(self) -> int:
+        return max(1, round(_SIDE / self.images.shape[-1]))
+
+    def _rows(self) -> list[tuple[str, NDArray[np.uint8]]]:
+        """What is shown: (class name or "", images [n, C, H, W]) for each row."""
+        if self.labels is None:
+            shown = self.images[:_UNLABELLED]
+            return [("", shown[i : i + _EACH]) for i in range(0, len(shown), _EACH)]
+        present = np.unique(self.labels)[:_CLASSES].tolist()
+        return [(self.class_names[c], self.images[np.flatnonzero(self.labels == c)[:_EACH]]) for c in present]
+
+    def __repr__(self) -> str:
+        count, (channels, height, width) = len(self), self.images.shape[1:]
+        classes = f"; classes {listed(self.class_names)}" if self.labels is not None else ""
+        loud = "; NOT PRIVATE" if self.private is False else ""
+        return f"Samples({count:,} image{'' if count == 1 else 's'} of {channels}x{height}x{width}{classes}{loud})"
+
+    def _repr_png_(self) -> bytes | None:
+        return _png_file(self.grid()) if len(self) else None
+
+    def _repr_html_(self) -> str:
+        if not len(self):
+            return html.escape(repr(self))
+        lines, shown = [], 0
+        for name, images in self._rows():
+            shown += len(images)
+            strip, name = image_grid(images, len(images)), html.escape(printable(name, 80))
+            size = f'width="{self._scale * strip.width}" height="{self._scale * strip.height}"'
+            alt = f"{len(images)} generated images{f' of class {name}' if name else ''}"
+            data = base64.b64encode(_png_file(strip)).decode()
+            picture = f'<img alt="{alt}" {size} style="image-rendering: pixelated" src="data:image/png;base64,{data}">'
+            head = f'<th scope="row" style="text-align: right">{name}</th>' if name else ""
+            lines.append(f'<tr>{head}<td style="text-align: left">{picture}</td></tr>')
+        text = f"{len(self):,} generated image{'' if len(self) == 1 else 's'}"
+        text += f", {shown:,} of them shown" if shown < len(self) else ""
+        text += "; the generator is <strong>NOT PRIVATE</strong>" if self.private is False else ""
+        return f'<table class="dpsyngen-samples"><caption>{text}</caption>{"".join(lines)}</table>'
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How some images came about, at K of the sampler's steps, from pure noise to the image.
+
+    Attributes:
+        sigmas: [K] noise levels, from σ_max down to σ_min.
+        stages: [K] the stage that owns each.
+        noisy: uint8 [K, N, C, H, W], what the sampler had, dimmed by σ_d/√(σ² + σ_d²) with σ_d = √(1/3), so that it is
+            not saturated.
+        denoised: uint8 [K, N, C, H, W], D(x; σ): the images that were expected of it.
+        samples: the images that it became, as :meth:`dpsyngen.Generator.sample` gives them.
+    """
+
+    sigmas: tuple[float, ...]
+    stages: tuple[Stage, ...]
+    noisy: NDArray[np.uint8]
+    denoised: NDArray[np.uint8]
+    samples: Samples
 
 
 def check_target(out: Path) -> None:
@@ -81,46 +269,65 @@ def write_samples(
     """
     check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    drawn = _Drawn(_counted(batches, on_progress), labels, class_names, about)
     if out.suffix == ".npz":
-        _write_npz(out, batches, labels, class_names, about, on_progress)
+        write_atomically(out, lambda path: _write_npz(path, drawn))
     elif out.suffix == ".parquet":
-        _write_parquet(out, batches, labels, class_names, about, on_progress)
+        write_atomically(out, lambda path: _write_parquet(path, drawn))
     else:
-        _write_folder(out, batches, labels, class_names, about, on_progress)
+        with new_folder(out) as partial:
+            _write_folder(partial, drawn)
 
 
-def _write_npz(
-    out: Path,
-    batches: Iterable[NDArray[np.uint8]],
-    labels: NDArray[np.int64] | None,
-    class_names: tuple[str, ...],
-    about: dict[str, Any],
-    on_progress: Callable[[int], None] | None,
-) -> None:
-    collected: list[NDArray[np.uint8]] = []
+@dataclass(frozen=True)
+class _Drawn:
+    """What is written, see :func:`write_samples`."""
+
+    batches: Iterator[NDArray[np.uint8]]
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...]
+    about: dict[str, Any]
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` (absent or empty) at the end, and goes if something fails."""
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():  # of a process that was killed
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+        sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _counted(
+    batches: Iterable[NDArray[np.uint8]], on_progress: Callable[[int], None] | None
+) -> Iterator[NDArray[np.uint8]]:
+    """The batches; when the next one is asked for, the last one has been written."""
+    done = 0
     for batch in batches:
-        collected.append(batch)
+        yield batch
+        done += len(batch)
         if on_progress:
-            on_progress(sum(map(len, collected)))
-    arrays: dict[str, Any] = {"images": np.concatenate(collected), "about": json.dumps(about)}
-    if labels is not None:
-        arrays |= {"labels": labels, "class_names": np.array(class_names)}
-
-    def write(path: Path) -> None:
-        with open(path, "wb") as f:
-            np.savez_compressed(f, **arrays)
-
-    write_atomically(out, write)
+            on_progress(done)
 
 
-def _write_parquet(
-    out: Path,
-    batches: Iterable[NDArray[np.uint8]],
-    labels: NDArray[np.int64] | None,
-    class_names: tuple[str, ...],
-    about: dict[str, Any],
-    on_progress: Callable[[int], None] | None,
-) -> None:
+def _write_npz(path: Path, drawn: _Drawn) -> None:
+    arrays: dict[str, Any] = {"images": np.concatenate(list(drawn.batches)), "about": json.dumps(drawn.about)}
+    if drawn.labels is not None:
+        arrays |= {"labels": drawn.labels, "class_names": np.array(drawn.class_names)}
+    with open(path, "wb") as f:
+        np.savez_compressed(f, **arrays)
+
+
+def _write_parquet(path: Path, drawn: _Drawn) -> None:
     """A row group for each batch; columns ``image`` and, with classes, ``label``, in the form of ``datasets``."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -128,71 +335,49 @@ def _write_parquet(
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     columns = [("image", image)]
-    if labels is not None:
-        features["label"] = {"names": list(class_names), "_type": "ClassLabel"}
+    if drawn.labels is not None:
+        features["label"] = {"names": list(drawn.class_names), "_type": "ClassLabel"}
         columns.append(("label", pa.int64()))
-    notes = {"huggingface": json.dumps({"info": {"features": features}}), "about": json.dumps(about)}
+    notes = {"huggingface": json.dumps({"info": {"features": features}}), "about": json.dumps(drawn.about)}
     schema = pa.schema(columns, metadata=notes)
-
-    def write(path: Path) -> None:
-        number = 0
-        with pq.ParquetWriter(path, schema, compression="none") as file:  # PNG is compressed
-            for batch in batches:
-                rows = range(number, number + len(batch))
-                named = [{"bytes": png(x), "path": f"{n:07d}.png"} for n, x in zip(rows, batch, strict=True)]
-                values = [pa.array(named, image)]
-                if labels is not None:
-                    values.append(pa.array(labels[rows.start : rows.stop], pa.int64()))
-                file.write_table(pa.table(values, schema=schema))
-                number = rows.stop
-                if on_progress:
-                    on_progress(number)
-
-    write_atomically(out, write)
+    number = 0
+    with pq.ParquetWriter(path, schema, compression="none") as file:  # PNG is compressed
+        for batch in drawn.batches:
+            rows = range(number, number + len(batch))
+            named = [{"bytes": png(x), "path": f"{n:07d}.png"} for n, x in zip(rows, batch, strict=True)]
+            values = [pa.array(named, image)]
+            if drawn.labels is not None:
+                values.append(pa.array(drawn.labels[rows.start : rows.stop], pa.int64()))
+            file.write_table(pa.table(values, schema=schema))
+            number = rows.stop
 
 
-def _write_folder(
-    out: Path,
-    batches: Iterable[NDArray[np.uint8]],
-    labels: NDArray[np.int64] | None,
-    class_names: tuple[str, ...],
-    about: dict[str, Any],
-    on_progress: Callable[[int], None] | None,
-) -> None:
+def _write_folder(folder: Path, drawn: _Drawn) -> None:
+    folders = folder_names(drawn.class_names)
+    # Only those with images: a folder without any is refused when the samples are read back.
+    for present in () if drawn.labels is None else np.unique(drawn.labels).tolist():
+        (folder / folders[present]).mkdir()
+    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as f:
+        table = csv.writer(f)
+        table.writerow(["file_name", *(["label", "class_name"] if drawn.labels is not None else [])])
+        for number, pixels in enumerate(pixels for batch in drawn.batches for pixels in batch):
+            name, row = f"{number:07d}.png", []
+            if drawn.labels is not None:
+                label = int(drawn.labels[number])
+                name, row = f"{folders[label]}/{name}", [label, drawn.class_names[label]]
+            _picture(pixels).save(folder / name)
+            table.writerow([name, *row])
+    names = {} if drawn.labels is None else {"class_names": list(drawn.class_names)}
+    write_text(folder / "about.json", json.dumps(drawn.about | names, indent=1, ensure_ascii=False) + "\n")
+
+
+def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
     from PIL import Image
 
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        folders = folder_names(class_names)
-        # Only those with images: a folder without any is refused when the samples are read back.
-        for present in () if labels is None else np.unique(labels).tolist():
-            (partial / folders[present]).mkdir()
-        number = 0
-        with open(partial / "metadata.csv", "w", newline="", encoding="utf-8") as f:
-            table = csv.writer(f)
-            table.writerow(["file_name", *(["label", "class_name"] if labels is not None else [])])
-            for batch in batches:
-                for pixels in batch:
-                    name = f"{number:07d}.png"
-                    row: list[Any] = [name]
-                    if labels is not None:
-                        label = int(labels[number])
-                        name = f"{folders[label]}/{name}"
-                        row = [name, label, class_names[label]]
-                    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))
-                    image.save(partial / name)
-                    table.writerow(row)
-                    number += 1
-                if on_progress:
-                    on_progress(number)
-        names = {} if labels is None else {"class_names": list(class_names)}
-        write_text(partial / "about.json", json.dumps(about | names, indent=1, ensure_ascii=False) + "\n")
-        if out.is_dir():
-            out.rmdir()  # empty, as checked
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
+
+
+def _png_file(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

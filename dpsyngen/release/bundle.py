@@ -2,6 +2,10 @@
 
 What goes in is decided by an allow-list of names; the private half is read only to check that the certificate follows
 from the ledger and to search what was packed for secrets.
+
+A bundle may come from a stranger.  Reading refuses everything that a bundle has no use for: paths that lead elsewhere,
+links, folders, encryption, odd compression, two members of one name, members that are larger than they say, and bytes
+that belong to no member (a zip can carry those before, between and after its members, in comments and extra fields).
 """
 
 from __future__ import annotations
@@ -10,12 +14,17 @@ import hashlib
 import json
 import math
 import os
+import re
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError
+from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError, printable, require
 from dpsyngen.files import write_atomically
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import write_samples
@@ -24,7 +33,6 @@ from dpsyngen.privacy.chain import Head
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.release.card import companions, digest_of, release_files
-from dpsyngen.release.safe_zip import write_zip
 from dpsyngen.release.signing import fingerprint, read_private_key, sign
 from dpsyngen.training.run import Run
 from dpsyngen.version import __version__
@@ -33,6 +41,19 @@ FORMAT = 1
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 SCHEMA = "certificate.schema.json"
 SAMPLES = "samples/"
+
+MOST_MEMBERS = 2_000_000
+MOST_BYTES = 64 * 2**30
+LONGEST_NAME = 1024
+SMALL = 64 * 2**20
+"""Largest member that is read into memory."""
+
+_CHUNK = 1 << 20
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_DATE = (1980, 1, 1, 0, 0, 0)  # the first that a zip can state
+
+
+# ------------------------------------------------------------------------------------------------ packing
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,7 @@ def pack(
     not_private: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Packed:
-    """Write the bundle of a finished run.
+    """Write the bundle of a finished run.  A report page is in it if the release folder has one.
 
     Args:
         run: a finished run.
@@ -82,59 +103,40 @@ def pack(
         LedgerError, ReleaseError: the certificate does not follow from the ledger, or something private is in the
             release.
     """
-    if out.suffix.lower() != ".zip":
-        raise ConfigError(f"the bundle is {out}, but its name must end in .zip.")
+    require(out.suffix.lower() == ".zip", "the name of the bundle", str(out), "one that ends in .zip")
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists already.  Choose another name or move it away.")
     if not out.parent.is_dir():
         raise ConfigError(f"{out.parent} is not a folder: a bundle is written into an existing one.")
-    if samples < 0:
-        raise ConfigError(f"the number of samples is {samples}, but must be 0 or more.")
+    require(samples >= 0, "the number of samples", samples, "0 or more")
     signer = None if key is None else read_private_key(key)
     run.require_complete()
     certificate = check_against_ledger(run)
-    if not certificate.private and not not_private:
-        raise ReleaseError(
-            f"this run is NOT PRIVATE: {'; '.join(certificate.not_private_because)}.  It must not be published if its "
-            "images are private.  --not-private packs it all the same, stamped as such (for tests and references)."
-        )
+    require_private(certificate, not_private, "--not-private packs")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         content: dict[str, Path | bytes] = dict(release_files(run.release, certificate))
         content[SCHEMA] = schema_text().encode()
-        # Written anew: what was changed by hand is no part of what the certificate says.
+        # Written anew: what was changed by hand does not follow from the certificate.
         follow = companions(certificate, digest_of((run.release / "privacy.json").read_bytes()))
         content |= {name: text.encode() for name, text in follow.items()}
         if samples:
             folder = Path(scratch) / "samples"
             _draw(run, folder, samples, seed, certificate, on_progress)
-            for file in sorted(folder.rglob("*")):
-                if file.is_file():
-                    content[SAMPLES + file.relative_to(folder).as_posix()] = file
+            content |= {SAMPLES + f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
         _search_for_secrets(run, content)
-        names = sorted(content)
-        manifest = {
-            "format": FORMAT,
-            "dpsyngen": __version__,
-            "files": {n: {"bytes": _size(content[n]), "sha256": _sha256(content[n])} for n in names},
-        }
+        members = sorted(content.items())
+        listed = {name: {"bytes": _size(x), "sha256": _sha256(x)} for name, x in members}
+        manifest = {"format": FORMAT, "dpsyngen": __version__, "files": listed}
         text = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
-        ends: list[tuple[str, Path | bytes]] = [(MANIFEST, text)]
+        members.append((MANIFEST, text))
         if signer is not None:
-            ends.append((SIGNATURE, sign(text, signer).encode()))
-        write_atomically(out, lambda p: write_zip(p, [*((n, content[n]) for n in names), *ends]))
-    left_out = tuple(
-        str(p.relative_to(run.release))
-        for p in sorted(run.release.rglob("*"))
-        if p.is_file() and not _is_packed(p, content.get(p.relative_to(run.release).as_posix()))
-    )
-    return Packed(
-        out,
-        len(names) + len(ends),
-        _sha256(out),
-        None if signer is None else fingerprint(signer.public_key()),
-        left_out,
-        certificate,
-    )
+            members.append((SIGNATURE, sign(text, signer).encode()))
+        write_atomically(out, lambda path: write_zip(path, members))
+    there = {p.relative_to(run.release).as_posix(): p for p in sorted(run.release.rglob("*")) if p.is_file()}
+    written_anew = {n for n, x in content.items() if isinstance(x, bytes) and n in there and there[n].read_bytes() != x}
+    left_out = tuple(n for n in there if n not in content or n in written_anew)
+    signed_by = None if signer is None else fingerprint(signer.public_key())
+    return Packed(out, len(members), _sha256(out), signed_by, left_out, certificate)
 
 
 def check_against_ledger(run: Run) -> Certificate:
@@ -161,6 +163,21 @@ def check_against_ledger(run: Run) -> Certificate:
     return certificate
 
 
+def require_private(certificate: Certificate, not_private: bool, way: str) -> None:
+    """Raise ReleaseError unless there is a guarantee, or `not_private` says that none is wanted.
+
+    Args:
+        certificate: of the release.
+        not_private: what the user said.
+        way: how the user says so, and what happens then, such as "--not-private packs".
+    """
+    if not certificate.private and not not_private:
+        raise ReleaseError(
+            f"this generator is NOT PRIVATE: {printable('; '.join(certificate.not_private_because))}.  It must not be "
+            f"published if its images are private.  {way} it all the same, stamped as such (for tests and references)."
+        )
+
+
 def _draw(
     run: Run,
     folder: Path,
@@ -170,17 +187,10 @@ def _draw(
     on_progress: Callable[[int], None] | None,
 ) -> None:
     generator = ReleasedGenerator(run.release)
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4), "little")
-    settings = generator.settings(seed=seed)
-    labels = generator.labels(count)
+    settings, labels = generator.settings(seed=seed), generator.labels(count)
     about = {"dpsyngen": __version__, "private": certificate.private, "count": count, **asdict(settings)}
     batches = generator.stream(count, settings, labels=labels)
     write_samples(folder, batches, labels, generator.class_names, about, on_progress)
-
-
-def _is_packed(file: Path, content: Path | bytes | None) -> bool:
-    return content is not None and (not isinstance(content, bytes) or file.read_bytes() == content)
 
 
 def _size(content: Path | bytes) -> int:
@@ -231,6 +241,207 @@ def _windows(content: Path | bytes, longest: int) -> Iterator[bytes]:
         return
     with open(content, "rb") as f:
         tail = b""
-        while chunk := f.read(1 << 22):
+        while chunk := f.read(4 * _CHUNK):
             yield tail + chunk
             tail = chunk[-longest:]
+
+
+def write_zip(path: Path, members: Iterable[tuple[str, Path | bytes]]) -> None:
+    """Write a zip whose bytes depend on names and contents only: no dates, owners or modes of files."""
+    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
+        for name, content in members:
+            info = zipfile.ZipInfo(name, _DATE)
+            info.external_attr, info.create_system = (stat.S_IFREG | 0o644) << 16, 3
+            # Weights and pictures are dense already.
+            dense = name.endswith((".safetensors", ".png"))
+            info.compress_type = zipfile.ZIP_STORED if dense else zipfile.ZIP_DEFLATED
+            if isinstance(content, bytes):
+                archive.writestr(info, content)
+                continue
+            info.file_size = content.stat().st_size
+            with open(content, "rb") as source, archive.open(info, "w") as target:
+                while chunk := source.read(_CHUNK):
+                    target.write(chunk)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def unpack(bundle: Path, folder: Path) -> None:
+    """Extract the generator of a bundle from a stranger, its samples left aside; files are compared with the manifest.
+
+    Raises:
+        ReleaseError: it is no bundle, is damaged or was changed.
+    """
+    with open_zip(bundle) as archive:
+        try:
+            files = archive.manifest()["files"]
+            for name in files:
+                if not name.startswith(SAMPLES):
+                    archive.extract(name, folder)
+        except ReleaseError as error:
+            raise ReleaseError(f"{printable(bundle)} cannot be used: {error}") from None
+
+
+class SafeZip:
+    """A zip that was found to be sound; see :func:`open_zip`.
+
+    Attributes:
+        sizes: declared size of each member in bytes, by name.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._archive = archive
+        self._listed: dict[str, Any] | None = None
+        self.sizes = {i.filename: i.file_size for i in archive.infolist()}
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The content of a member, checked against its declared size and its CRC; ReleaseError if it is damaged."""
+        left = self.sizes[name]
+        try:
+            with self._archive.open(name) as member:
+                while chunk := member.read(_CHUNK):
+                    left -= len(chunk)
+                    if left < 0:
+                        break
+                    yield chunk
+        except Exception as error:  # decompressors raise nearly anything
+            raise ReleaseError(f"{name!a} is damaged: {error}.") from None
+        if left:
+            raise ReleaseError(f"{name!a} is larger or smaller than it says.")
+
+    def read(self, name: str) -> bytes:
+        """The content of a small member.  Raises ReleaseError if it is damaged, or larger than SMALL."""
+        if self.sizes[name] > SMALL:
+            raise ReleaseError(f"{name!a} has {self.sizes[name]:,} bytes, but at most {SMALL:,} are read.")
+        return b"".join(self.chunks(name))
+
+    def manifest(self) -> dict[str, Any]:
+        """What the bundle's manifest says; :meth:`extract` holds files to it from then on.
+
+        Raises:
+            ReleaseError: it is missing, damaged, of another format, or does not list exactly the other files.
+        """
+        if MANIFEST not in self.sizes:
+            raise ReleaseError(f"it has no {MANIFEST}.")
+        try:
+            manifest = json.loads(self.read(MANIFEST))
+            found, files = manifest["format"], dict(manifest["files"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ReleaseError(f"its {MANIFEST} is damaged.") from None
+        if found != FORMAT:
+            raise ReleaseError(f"its {MANIFEST} is of format {printable(found)}, but this version reads {FORMAT}.")
+        odd = sorted(map(ascii, set(files) ^ (set(self.sizes) - {MANIFEST, SIGNATURE})))
+        if odd:
+            raise ReleaseError(f"its {MANIFEST} and its files do not agree on {', '.join(odd[:10])}.")
+        self._listed = files
+        return {**manifest, "files": files}
+
+    def extract(self, name: str, folder: Path) -> Path:
+        """Write a member below `folder`; its name was checked when the zip was opened.
+
+        Raises:
+            ReleaseError: it is damaged, or not what the manifest says.
+        """
+        target, digest = folder / name, hashlib.sha256()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "xb") as f:
+            for chunk in self.chunks(name):
+                digest.update(chunk)
+                f.write(chunk)
+        found = {"bytes": self.sizes[name], "sha256": digest.hexdigest()}
+        if self._listed is not None and self._listed.get(name) != found:
+            raise ReleaseError(f"{name!a} is not what its manifest says: it was changed or damaged.")
+        return target
+
+
+@contextmanager
+def open_zip(path: Path) -> Iterator[SafeZip]:
+    """Open a zip from a stranger.
+
+    Raises:
+        ReleaseError: not a zip, or one that holds what a bundle has no use for; the message lists up to ten faults.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise ReleaseError(f"{path} cannot be read: {error.strerror}.") from None
+    with file:
+        try:
+            archive = zipfile.ZipFile(file)
+            faults = list(_faults(archive, os.fstat(file.fileno()).st_size))
+        except Exception as error:  # zipfile raises nearly anything for broken files
+            raise ReleaseError(f"{path} is not a zip file, or is damaged ({error}).") from None
+        if faults:
+            more = f"; and {len(faults) - 10:,} more" if len(faults) > 10 else ""
+            raise ReleaseError(f"{path} is not a bundle to be trusted: {'; '.join(faults[:10])}{more}.")
+        with archive:
+            yield SafeZip(archive)
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a member's name is a plain relative path: no "..", no empty part, no drive, no control character."""
+    raw = name.encode("utf-8", "surrogateescape")
+    parts = raw.split(b"/")
+    printable_path = 0 < len(raw) <= LONGEST_NAME and name.isprintable() and not re.search(r"[\\:]", name)
+    return printable_path and all(part not in (b"", b".", b"..") and len(part) <= 255 for part in parts)
+
+
+def _faults(archive: zipfile.ZipFile, length: int) -> Iterator[str]:
+    members = sorted(archive.infolist(), key=lambda m: m.header_offset)
+    if len(members) > MOST_MEMBERS:
+        yield f"it has {len(members):,} members, more than {MOST_MEMBERS:,}"
+        return
+    total = sum(i.file_size for i in members)
+    if total > MOST_BYTES:
+        yield f"it would unpack to {total:,} bytes, more than {MOST_BYTES:,}"
+    if archive.comment:
+        yield "it has a comment"
+    seen: set[str] = set()
+    end, directory = 0, 0
+    for i in members:
+        name, stored = ascii(i.filename[:200]), i.compress_type == zipfile.ZIP_STORED
+        header, extra = _local_header(archive, i)
+        for fault, text in (
+            (not is_safe_name(i.filename) or i.orig_filename != i.filename, f"the name {name} is not allowed"),
+            # Two names that differ in case only are one file on some systems.
+            (i.filename.casefold() in seen, f"{name} is there twice"),
+            (i.is_dir() or stat.S_IFMT(i.external_attr >> 16) not in (0, stat.S_IFREG), f"{name} is not a plain file"),
+            (i.flag_bits & 0x1, f"{name} is encrypted"),
+            (i.flag_bits & 0x8, f"{name} is written as a stream"),
+            (i.compress_type not in _METHODS, f"{name} is compressed by method {i.compress_type}"),
+            (not i.filename.isascii() and not i.flag_bits & 0x800, f"the name {name} is not in UTF-8"),
+            (stored and i.compress_size != i.file_size, f"{name} has two sizes"),
+            (i.comment, f"{name} has a comment"),
+            (_foreign(i.extra) or _foreign(extra), f"{name} has extra fields"),
+            # Members follow each other without a gap, so none overlaps another and nothing lies between them.
+            (i.header_offset != end, f"there are bytes before {name} that belong to nothing"),
+        ):
+            if fault:
+                yield text
+        seen.add(i.filename.casefold())
+        end = i.header_offset + header + i.compress_size
+        directory += 46 + len(i.orig_filename.encode("utf-8", "surrogateescape")) + len(i.extra)
+    if end != archive.start_dir:
+        yield "there are bytes before the directory that belong to nothing"
+    # The end record has 22 bytes; with ZIP64 56 and 20 more.
+    if members and length - archive.start_dir - directory not in (22, 22 + 76):
+        yield "there are bytes in or after the directory that belong to nothing"
+
+
+def _local_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, bytes]:
+    """Length of the header before a member, and its extra field, which may differ from that in the directory."""
+    assert archive.fp is not None
+    archive.fp.seek(info.header_offset)
+    header = archive.fp.read(30)
+    if len(header) != 30 or header[:4] != b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"no header for {info.filename!r}")
+    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    archive.fp.seek(name, os.SEEK_CUR)
+    return 30 + name + extra, archive.fp.read(extra)
+
+
+def _foreign(extra: bytes) -> bool:
+    """Whether an extra field holds anything but the sizes of a large file (ZIP64)."""
+    kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
+    return bool(extra) and not (kind == 1 and size <= 28 and len(extra) == 4 + size)

@@ -16,8 +16,9 @@ from dpsyngen.errors import ConfigError, ReleaseError
 PASSPHRASE = "DPSYNGEN_KEY_PASSPHRASE"
 """Environment variable with the passphrase of an encrypted key."""
 
-# A signature of this can be mistaken for one of nothing else that the key may have signed.
+# In front of what is signed, so that the signature of a manifest is never one of anything else under the same key.
 _DOMAIN = b"dpsyngen bundle manifest, version 1\n"
+_OTHER_KIND = "{} is a key of another kind; bundles are signed with Ed25519."
 
 
 def make_key(path: Path) -> tuple[Path, str]:
@@ -55,13 +56,11 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     """A private key from a PEM file (PKCS #8), as :func:`make_key` or OpenSSL write it.
 
     Raises:
-        ConfigError: missing, encrypted without a passphrase, or no Ed25519 key.
+        ConfigError: missing, encrypted without a passphrase, or not an Ed25519 key.
     """
-    passphrase = os.environ.get(PASSPHRASE)
+    passphrase, data = os.environ.get(PASSPHRASE), _read(path)
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), passphrase.encode() if passphrase else None)
-    except OSError as error:
-        raise ConfigError(f"the key {path} cannot be read: {error.strerror}.") from None
+        key = serialization.load_pem_private_key(data, passphrase.encode() if passphrase else None)
     except TypeError:
         state, change = ("not encrypted", "unset") if passphrase else ("encrypted", "set")
         raise ConfigError(f"the key {path} is {state}: {change} the environment variable {PASSPHRASE}.") from None
@@ -71,25 +70,27 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
             "`dpsyngen key`."
         ) from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"{path} is a key of another kind; bundles are signed with Ed25519.")
+        raise ConfigError(_OTHER_KIND.format(path))
     return key
 
 
 def read_public_key(path: Path) -> Ed25519PublicKey:
-    """A public key from a PEM file.
-
-    Raises:
-        ConfigError: missing, or no Ed25519 public key.
-    """
+    """A public key from a PEM file.  Raises ConfigError if it is missing or not an Ed25519 key."""
+    data = _read(path)
     try:
-        key = serialization.load_pem_public_key(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"the public key {path} cannot be read: {error.strerror}.") from None
+        key = serialization.load_pem_public_key(data)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise ConfigError(f"{path} is no public key in PEM form.") from None
     if not isinstance(key, Ed25519PublicKey):
-        raise ConfigError(f"{path} is a key of another kind; bundles are signed with Ed25519.")
+        raise ConfigError(_OTHER_KIND.format(path))
     return key
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"the key {path} cannot be read: {error.strerror}.") from None
 
 
 def _raw(key: Ed25519PublicKey) -> bytes:
@@ -104,21 +105,15 @@ def fingerprint(key: Ed25519PublicKey) -> str:
 
 def sign(manifest: bytes, key: Ed25519PrivateKey) -> str:
     """The signature file of a manifest, as JSON."""
-    return json.dumps(
-        {
-            "algorithm": "Ed25519",
-            "public_key": _raw(key.public_key()).hex(),
-            "signature": key.sign(_DOMAIN + manifest).hex(),
-        },
-        indent=1,
-    )
+    signature, public = key.sign(_DOMAIN + manifest).hex(), _raw(key.public_key()).hex()
+    return json.dumps({"algorithm": "Ed25519", "public_key": public, "signature": signature}, indent=1)
 
 
 def check_signature(manifest: bytes, signature: bytes) -> Ed25519PublicKey:
-    """The key that signed `manifest`, going by the signature file.
+    """Check the signature file of a manifest; returns the key that it names.
 
     Raises:
-        ReleaseError: the file is damaged, or the signature is not of this manifest.
+        ReleaseError: the file is damaged, or the signature does not fit.
     """
     try:
         stored = json.loads(signature)
@@ -127,7 +122,7 @@ def check_signature(manifest: bytes, signature: bytes) -> Ed25519PublicKey:
         if stored["algorithm"] != "Ed25519":
             raise ValueError(stored["algorithm"])
     except InvalidSignature:
-        raise ReleaseError("the signature is not of this manifest: files were changed after signing.") from None
+        raise ReleaseError("the signature does not fit this manifest: files were changed after signing.") from None
     except (ValueError, KeyError, TypeError, RecursionError, UnsupportedAlgorithm):
         raise ReleaseError("the signature file is damaged.") from None
     return key

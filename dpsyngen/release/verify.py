@@ -7,39 +7,38 @@ what the certificate says.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 
-from dpsyngen.config import Config, validate
-from dpsyngen.diffusion.stages import GAUSSIAN, Stage
+from dpsyngen.config import validate
+from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import DpsyngenError, ReleaseError, printable
 from dpsyngen.files import read_yaml
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.certificate import Certificate, number, plain_words, schema_text
-from dpsyngen.release.bundle import (
-    FORMAT,
-    MANIFEST,
-    SAMPLES,
-    SCHEMA,
-    SIGNATURE,
-)
+from dpsyngen.release.bundle import MANIFEST, SAMPLES, SCHEMA, SIGNATURE, open_zip
 from dpsyngen.release.card import CARD, COMPANIONS, OPTIONAL, REQUIRED, WEIGHTS, code, digest_of, model_card
-from dpsyngen.release.safe_zip import SafeZip, open_zip
 from dpsyngen.release.signing import check_signature, fingerprint, read_public_key
+from dpsyngen.release.write import stage_parts
 from dpsyngen.training.plan import stages_of
 from dpsyngen.version import __version__
 
 _NAMES = frozenset({*REQUIRED, *OPTIONAL, *COMPANIONS, SCHEMA, MANIFEST, SIGNATURE})
+_OF_WEIGHTS = re.compile(WEIGHTS + r"[a-z][a-z-]{0,40}\.safetensors")
+_OF_SAMPLES = re.compile(SAMPLES + r"(.*\.png|metadata\.csv|about\.json)", re.DOTALL)
 _REDRAWN = 16
 _MOST_STEPS = 1000
 _LEAST_NOISE = 0.03  # an ε of thousands, which would take minutes to compute
@@ -49,6 +48,9 @@ _TOLERANCE = 1e-3  # relative, between versions of the accountant
 # In lower case.  One embedded PNG in some two thousand has "/on…=" where its base64 ends, and always with these
 # letters, which are the end of every PNG and of no event's name.
 _ACTIVE = re.compile(r"<script|<iframe|<object|<embed|\bon(?!\w*(?:suvork5cyii|jru5erkjggg)=)\w+\s*=|javascript:")
+_OUTSIDE = re.compile(r"(?:src|href|action|url)\s*[=(]\s*[\"']?\s*(?:https?:|//|file:)")
+
+Finding = tuple[bool | None, str]
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,8 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether no check failed and the checks were made to the end."""
-        return (
-            bool(self.checks) and self.checks[-1].name == "images" and all(c.passed is not False for c in self.checks)
-        )
+        last = self.checks[-1].name if self.checks else ""
+        return last == "images" and all(c.passed is not False for c in self.checks)
 
 
 def verify(path: Path, public_key: Path | None = None, all_samples: bool = False) -> Verdict:
@@ -101,108 +102,79 @@ def verify(path: Path, public_key: Path | None = None, all_samples: bool = False
     Raises:
         ConfigError: `public_key` is no key.
     """
-    trusted = None if public_key is None else read_public_key(public_key)
+    trusted = None if public_key is None else fingerprint(read_public_key(public_key))
     verdict = Verdict()
-    with tempfile.TemporaryDirectory(prefix="dpsyngen-verify-") as scratch:
-        steps = _Verification(path, Path(scratch), None if trusted is None else fingerprint(trusted), all_samples)
-        try:
-            for check in steps.checks():
-                # What a stranger wrote may hold anything, and is on its way to a terminal.
-                verdict.checks.append(replace(check, text=printable(check.text, _LONGEST)))
-        except DpsyngenError as error:
-            verdict.checks.append(Check(steps.current, False, printable(error, _LONGEST)))
-        verdict.certificate = steps.certificate
+    with tempfile.TemporaryDirectory(prefix="dpsyngen-verify-") as scratch, ExitStack() as stack:
+        bundle = _Bundle(path, Path(scratch), stack, trusted, all_samples)
+        for name, check in bundle.checks().items():
+            try:
+                passed, text = check()
+            except DpsyngenError as error:
+                # Later checks rest on this one.
+                verdict.checks.append(Check(name, False, printable(error, _LONGEST)))
+                break
+            # What a stranger wrote may hold anything, and is on its way to a terminal.
+            verdict.checks.append(Check(name, passed, printable(text, _LONGEST)))
+        verdict.certificate = bundle.certificate
     return verdict
 
 
-class _Verification:
-    """The checks in their order; one that raises ends them."""
+class _Bundle:
+    """A bundle under examination.  A check gives (passed, text); one that raises DpsyngenError ends them."""
 
-    def __init__(self, path: Path, folder: Path, trusted: str | None, all_samples: bool) -> None:
-        self.path, self.folder, self.trusted, self.all_samples = path, folder, trusted, all_samples
-        self.current = "archive"
-        self.certificate: Certificate | None = None
+    certificate: Certificate | None = None
 
-    def checks(self) -> Iterator[Check]:
-        with open_zip(self.path) as bundle:
-            yield self._archive(bundle)
-            yield self._named("signature", lambda: self._signature(bundle))
-            yield self._named("checksums", lambda: self._checksums(bundle))
-        c = self.certificate = self._certificate()
-        yield Check("certificate", True, "is of the published schema")
-        yield self._named("guarantee", lambda: self._guarantee(c))
-        yield self._named("privacy cost", lambda: self._cost(c))
-        yield self._named("plain words", lambda: self._words(c))
-        yield self._named("model card", lambda: self._card(c))
-        yield self._named("code", lambda: self._code(c))
-        config = self._config()
-        yield self._named("settings", lambda: self._settings(c, config))
-        yield self._named("report", self._report)
-        self.current = "generator"
-        generator = ReleasedGenerator(self.folder)
-        yield self._named("generator", lambda: self._generator(c, generator))
-        yield self._named("images", lambda: self._images(generator))
+    def __init__(self, path: Path, folder: Path, stack: ExitStack, trusted: str | None, all_samples: bool) -> None:
+        self.path, self.folder, self.stack = path, folder, stack
+        self.trusted, self.all_samples = trusted, all_samples
 
-    def _named(self, name: str, check: Callable[[], tuple[bool | None, str]]) -> Check:
-        self.current = name
-        passed, text = check()
-        return Check(name, passed, text)
+    def checks(self) -> dict[str, Callable[[], Finding]]:
+        return {
+            "archive": self._archive,
+            "signature": self._signature,
+            "checksums": self._checksums,
+            "certificate": self._certificate,
+            "guarantee": self._guarantee,
+            "privacy cost": self._cost,
+            "plain words": self._words,
+            "model card": self._card,
+            "code": self._code,
+            "settings": self._settings,
+            "report": self._report,
+            "generator": self._generator,
+            "images": self._images,
+        }
 
-    # ------------------------------------------------------------------------------------- the container
-
-    def _archive(self, bundle: SafeZip) -> Check:
-        def expected(name: str) -> bool:
-            weights = re.fullmatch(WEIGHTS + r"[a-z][a-z-]{0,40}\.safetensors", name)
-            in_samples = name.startswith(SAMPLES) and (
-                name.endswith(".png") or name in (f"{SAMPLES}metadata.csv", f"{SAMPLES}about.json")
-            )
-            return name in _NAMES or bool(weights) or in_samples
-
-        foreign = sorted(n for n in bundle.sizes if not expected(n))
+    def _archive(self) -> Finding:
+        self.zip = self.stack.enter_context(open_zip(self.path))
+        sizes = self.zip.sizes
+        foreign = sorted(
+            n for n in sizes if n not in _NAMES and not _OF_WEIGHTS.fullmatch(n) and not _OF_SAMPLES.fullmatch(n)
+        )
         if foreign:
             raise ReleaseError(f"it holds files that no release has: {', '.join(map(ascii, foreign[:10]))}")
-        missing = sorted({*REQUIRED, *COMPANIONS, SCHEMA, MANIFEST} - set(bundle.sizes))
+        missing = sorted({*REQUIRED, *COMPANIONS, SCHEMA, MANIFEST} - set(sizes))
         if missing:
             raise ReleaseError(f"it lacks {', '.join(missing)}")
-        self.manifest = _json(bundle.read(MANIFEST), MANIFEST)
-        files = self.manifest.get("files")
-        if self.manifest.get("format") != FORMAT or not isinstance(files, dict):
-            raise ReleaseError(
-                f"its manifest is of format {self.manifest.get('format')!r}, but this version reads format {FORMAT}"
-            )
-        listed, there = set(files), set(bundle.sizes) - {MANIFEST, SIGNATURE}
-        if listed != there:
-            odd = sorted(map(ascii, listed ^ there))[:10]
-            raise ReleaseError(f"its manifest and its files do not agree on {', '.join(odd)}")
-        size = sum(bundle.sizes.values())
-        return Check("archive", True, f"{len(bundle.sizes):,} files, {size / 1e6:,.1f} MB, and nothing else in it")
+        self.files = self.zip.manifest()["files"]
+        return True, f"{len(sizes):,} files, {sum(sizes.values()) / 1e6:,.1f} MB, and nothing else in it"
 
-    def _signature(self, bundle: SafeZip) -> tuple[bool | None, str]:
-        if SIGNATURE not in bundle.sizes:
+    def _signature(self) -> Finding:
+        if SIGNATURE not in self.zip.sizes:
             if self.trusted is not None:
                 return False, "is missing, but a key to check it with was given"
             return None, "there is none: anybody could have made this bundle"
-        key = fingerprint(check_signature(bundle.read(MANIFEST), bundle.read(SIGNATURE)))
+        key = fingerprint(check_signature(self.zip.read(MANIFEST), self.zip.read(SIGNATURE)))
         if self.trusted is None:
             return None, f"is whole, by the key {key}; compare that with what you know, or give --public-key"
         if key != self.trusted:
             return False, f"is by the key {key}, not by the one that was given ({self.trusted})"
         return True, f"is by the key that was given ({key})"
 
-    def _checksums(self, bundle: SafeZip) -> tuple[bool, str]:
-        for name, entry in self.manifest["files"].items():
-            digest = hashlib.sha256()
-            target = self.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "xb") as f:
-                for chunk in bundle.chunks(name):
-                    digest.update(chunk)
-                    f.write(chunk)
-            if not isinstance(entry, dict) or entry != {"bytes": bundle.sizes[name], "sha256": digest.hexdigest()}:
-                raise ReleaseError(f"{name!a} is not what the manifest says: it was changed or damaged")
-        return True, f"all {len(self.manifest['files']):,} files are as they were packed (SHA-256)"
-
-    # ----------------------------------------------------------------------------------------- the claim
+    def _checksums(self) -> Finding:
+        for name in self.files:
+            self.zip.extract(name, self.folder)
+        return True, f"all {len(self.files):,} files are as they were packed (SHA-256)"
 
     def _text(self, name: str) -> str:
         try:
@@ -210,22 +182,22 @@ class _Verification:
         except UnicodeDecodeError:
             raise ReleaseError(f"{name} is not UTF-8 text") from None
 
-    def _certificate(self) -> Certificate:
-        self.current = "certificate"
-        certificate = Certificate.from_json(self._text("privacy.json"), "privacy.json")
+    def _certificate(self) -> Finding:
+        self.certificate = self.c = Certificate.from_json(self._text("privacy.json"), "privacy.json")
         if self._text(SCHEMA) != schema_text():
             raise ReleaseError(f"{SCHEMA} is not the schema of this version of dpsyngen")
-        return certificate
+        return True, "is of the published schema"
 
-    def _guarantee(self, c: Certificate) -> tuple[bool, str]:
-        if not c.private:
+    def _guarantee(self) -> Finding:
+        c = self.c
+        if not c.private or c.epsilon == "inf":
             return False, f"NOT PRIVATE: {'; '.join(c.not_private_because)}"
         if c.delta >= 1 / c.public_assumptions.records:
             return False, f"δ = {c.delta} is not below 1/n = 1/{c.public_assumptions.records:,}"
-        assert c.epsilon != "inf"
         return True, f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)}, for {c.unit}"
 
-    def _cost(self, c: Certificate) -> tuple[bool, str]:
+    def _cost(self) -> Finding:
+        c = self.c
         least = min((m.noise_multiplier for m in c.mechanisms if m.noise_multiplier is not None), default=1.0)
         if least < _LEAST_NOISE:
             return False, f"a noise multiplier of {number(least)} is as good as none: ε is beyond all measure"
@@ -233,44 +205,36 @@ class _Verification:
             by_pld, by_rdp = c.recompute("pld"), c.recompute("rdp")
         except (ValueError, ArithmeticError, MemoryError) as error:
             return False, f"ε cannot be computed from these mechanisms: {error}"
-        text = f"computed again: ε ≤ {number(by_pld, up=True)} by PLD, ε ≤ {number(by_rdp, up=True)} by Rényi DP"
-        if math.isinf(by_rdp):
-            text = f"computed again: ε ≤ {number(by_pld, up=True)} by PLD" if math.isfinite(by_pld) else "no bound"
+        bounds = [("PLD", by_pld), ("Rényi DP", by_rdp)]
+        text = ", ".join(f"ε ≤ {number(x, up=True)} by {name}" for name, x in bounds if math.isfinite(x)) or "no bound"
         stated = math.inf if c.epsilon == "inf" else c.epsilon
         if by_pld > stated * (1 + _TOLERANCE):
-            return False, f"{text}, more than the ε = {number(stated)} that is stated"
-        return True, text
+            return False, f"computed again: {text}, more than the ε = {number(stated)} that is stated"
+        return True, f"computed again: {text}"
 
-    def _words(self, c: Certificate) -> tuple[bool, str]:
-        if self._text("PRIVACY.md") != plain_words(c):
-            return False, "PRIVACY.md does not say what privacy.json says"
-        return True, "PRIVACY.md says what privacy.json says"
+    def _words(self) -> Finding:
+        same = self._text("PRIVACY.md") == plain_words(self.c)
+        return same, f"PRIVACY.md {'says' if same else 'does not say'} what privacy.json says"
 
-    def _card(self, c: Certificate) -> tuple[bool, str]:
-        if self._text(CARD) != model_card(c, digest_of((self.folder / "privacy.json").read_bytes())):
-            return False, f"{CARD} does not say what privacy.json says"
-        return True, f"{CARD} says what privacy.json says"
+    def _card(self) -> Finding:
+        same = self._text(CARD) == model_card(self.c, digest_of((self.folder / "privacy.json").read_bytes()))
+        return same, f"{CARD} {'says' if same else 'does not say'} what privacy.json says"
 
-    def _code(self, c: Certificate) -> tuple[bool, str]:
+    def _code(self) -> Finding:
         other = [name for name, text in code().items() if self._text(name) != text]
         if other:
             return False, (
                 f"{', '.join(other)}: not what dpsyngen {__version__} writes.  Diffusers would run it: do not.  "
-                f"(The certificate names dpsyngen {c.dpsyngen}; another version writes other code.)"
+                f"(The certificate names dpsyngen {self.c.dpsyngen}; another version writes other code.)"
             )
         return True, f"what diffusers would run is the code that dpsyngen {__version__} writes"
 
-    # -------------------------------------------------------------------------------------- the settings
-
-    def _config(self) -> Config:
-        self.current = "settings"
+    def _settings(self) -> Finding:
+        """Whether the settings would have led to what the certificate states."""
         loaded = read_yaml(self._text("config.yaml"), "config.yaml")
         if not isinstance(loaded, dict):
             raise ReleaseError("config.yaml holds no settings")
-        return validate(loaded)
-
-    def _settings(self, c: Certificate, config: Config) -> tuple[bool, str]:
-        """Whether the settings would have led to what the certificate states."""
+        config, c = validate(loaded), self.c
         n = c.public_assumptions.records
         steps = [m for m in c.mechanisms if m.expected_batch is not None]
         taken = sum(m.count or 0 for m in steps)
@@ -290,7 +254,7 @@ class _Verification:
         if config.data.records is not None:
             facts.append(("number of images", config.data.records, n))
         stages = stages_of(config)
-        facts.append(("stages", [_stage_of(s) for s in stages.stages], [s.model_dump() for s in c.stages]))
+        facts.append(("stages", stage_parts(stages), c.stages))
         if stages.moments:
             # Each is charged before it is taken, so a certificate without them states too small an ε.
             queries = 2 if len(c.public_assumptions.class_names) < 2 else 3
@@ -311,21 +275,17 @@ class _Verification:
             return False, f"config.yaml contradicts the certificate in: {', '.join(dict.fromkeys(wrong))}"
         return True, "config.yaml agrees with the certificate, and names no path of the holder's"
 
-    def _report(self) -> tuple[bool | None, str]:
-        file = self.folder / "report.html"
-        if not file.exists():
+    def _report(self) -> Finding:
+        if not (self.folder / "report.html").exists():
             return None, "there is none"
         text = self._text("report.html").lower()
-        active = _ACTIVE.search(text)
-        outside = re.search(r"(?:src|href|action|url)\s*[=(]\s*[\"']?\s*(?:https?:|//|file:)", text)
-        if active or outside:
+        if _ACTIVE.search(text) or _OUTSIDE.search(text):
             return False, "report.html would run a script or fetch something: do not open it"
         return True, "report.html runs no script and fetches nothing (what it says was not checked)"
 
-    # ------------------------------------------------------------------------------------- the generator
-
-    def _generator(self, c: Certificate, generator: ReleasedGenerator) -> tuple[bool, str]:
-        a = c.public_assumptions
+    def _generator(self) -> Finding:
+        generator = self.generator = ReleasedGenerator(self.folder)
+        c, a = self.c, self.c.public_assumptions
         described = _json((self.folder / "generator.json").read_bytes(), "generator.json")
         facts = [
             ("size", (generator.resolution, generator.channels), (a.resolution, a.channels)),
@@ -346,37 +306,29 @@ class _Verification:
         parts += ["DP moments"] if GAUSSIAN in files else []
         return True, f"its weights are whole; {' and '.join(parts)} as the certificate says"
 
-    def _images(self, generator: ReleasedGenerator) -> tuple[bool | None, str]:
-        if not (self.folder / SAMPLES).is_dir():
+    def _images(self) -> Finding:
+        """Whether the generator draws, and the samples are what it draws."""
+        generator, folder = self.generator, self.folder / SAMPLES
+        if not folder.is_dir():
             drawn = generator.sample(min(4, max(1, len(generator.class_names) or 4)), steps=4).images
             return True, f"it draws images ({drawn.shape[1]} × {drawn.shape[2]} × {drawn.shape[3]}); no samples in it"
-        about = _json((self.folder / SAMPLES / "about.json").read_bytes(), "samples/about.json")
-        paths, labels = _table(self.folder / SAMPLES, generator)
+        about = _json((folder / "about.json").read_bytes(), "samples/about.json")
+        paths, labels = _table(folder, generator)
         if about.get("count") != len(paths):
             return False, f"samples/about.json speaks of {about.get('count')!r} images, but there are {len(paths):,}"
-        keys = ("seed", "sampler", "steps", "guidance")
-        settings: dict[str, Any] = {k: about.get(k) for k in keys} | (
-            {"churn": about["churn"]} if about.get("churn") else {}
-        )
-        known: dict[str, Any] = {
-            "seed": int,
-            "sampler": str,
-            "steps": int,
-            "guidance": (int, float),
-            "churn": (int, float),
-        }
-        if any(
-            isinstance(v, bool) or not isinstance(v, known[k]) or (k != "sampler" and not -(2**63) < v < 2**63)
-            for k, v in settings.items()
-        ):
+        how = {key: about.get(key) for key in ("seed", "sampler", "steps", "guidance")}
+        try:
+            settings = generator.settings(**how, churn=about.get("churn") or 0.0)  # type: ignore[arg-type]
+        except DpsyngenError:
+            settings = None
+        if settings is None or None in how.values():
             return False, "samples/about.json does not say how the images were drawn"
-        if settings["steps"] > _MOST_STEPS:
-            return (
-                False,
-                f"samples/about.json asks for {settings['steps']:,} sampler steps; at most {_MOST_STEPS:,} are taken",
-            )
+        if settings.steps > _MOST_STEPS:
+            wanted = f"{settings.steps:,} sampler steps; at most {_MOST_STEPS:,} are taken"
+            return False, f"samples/about.json asks for {wanted}"
         count = len(paths) if self.all_samples else min(_REDRAWN, len(paths))
-        drawn = generator.sample(count, labels=None if labels is None else labels[:count], **settings).images
+        some = None if labels is None else labels[:count]
+        drawn = np.concatenate(list(generator.stream(count, settings, labels=some)))
         stored = np.stack([_picture(p, generator) for p in paths[:count]])
         for path in paths[count:]:
             _picture(path, generator)
@@ -385,13 +337,6 @@ class _Verification:
             return False, f"{int((apart > _SAME).sum())} of {count} samples are not what the generator draws"
         rest = "" if count == len(paths) else f" of {len(paths):,} (--all-samples draws all)"
         return True, f"drew {count:,} samples again{rest}: they are the generator's"
-
-
-def _stage_of(stage: Stage) -> dict[str, Any]:
-    """As a certificate has it."""
-    low, high = (None if math.isinf(x) else x for x in (stage.low, stage.high))
-    values = {"name": stage.name, "log_sigma_low": low, "log_sigma_high": high}
-    return values | {"trained_by": stage.trainer, "network": stage.network}
 
 
 def _json(data: bytes, name: str) -> dict[str, Any]:
@@ -406,9 +351,6 @@ def _json(data: bytes, name: str) -> dict[str, Any]:
 
 def _check_weights(file: Path) -> None:
     """Refuse weights with text beside the tensors, or that are not finite."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt") as f:
             if f.metadata():
@@ -441,8 +383,6 @@ def _table(folder: Path, generator: ReleasedGenerator) -> tuple[list[Path], np.n
 
 def _picture(path: Path, generator: ReleasedGenerator) -> np.ndarray:
     """uint8 [C, H, W] of a PNG that holds pixels and nothing else."""
-    from PIL import Image
-
     _check_chunks(path, generator)
     try:
         with Image.open(path, formats=("PNG",)) as image:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import yaml
 from safetensors import safe_open
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.stages import GAUSSIAN
+from dpsyngen.diffusion.stages import GAUSSIAN, StageMap
 from dpsyngen.files import write_text
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.budget import Budget
@@ -28,11 +28,9 @@ from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import TIERS, Program
 from dpsyngen.release.card import companions, digest_of
+from dpsyngen.training.plan import Plan
 from dpsyngen.training.run import Run
 from dpsyngen.version import FORMAT, __version__
-
-if TYPE_CHECKING:
-    from dpsyngen.training.plan import Plan
 
 
 def certify(
@@ -87,16 +85,7 @@ def certify(
             "prior_tier": program.prior_tier,
             "prior_tier_meaning": TIERS[program.prior_tier],
         },
-        stages=[
-            StagePart(
-                name=s.name,
-                log_sigma_low=None if math.isinf(s.low) else s.low,
-                log_sigma_high=None if math.isinf(s.high) else s.high,
-                trained_by=s.trainer,
-                network=s.network,
-            )
-            for s in plan.stages.stages
-        ],
+        stages=stage_parts(plan.stages),
         pretrained_on_programmatic_images=plan.stages.pretrain,
         programs_used=bool(plan.stages.public) or plan.stages.pretrain,
         budget=None
@@ -111,6 +100,20 @@ def certify(
         ledger=LedgerPart(lines=ledger.head.lines, digest=ledger.head.digest),
         not_covered=not_covered,
     )
+
+
+def stage_parts(stages: StageMap) -> list[StagePart]:
+    """The stages as a certificate has them; None is ∓∞."""
+    return [
+        StagePart(
+            name=s.name,
+            log_sigma_low=None if math.isinf(s.low) else s.low,
+            log_sigma_high=None if math.isinf(s.high) else s.high,
+            trained_by=s.trainer,
+            network=s.network,
+        )
+        for s in stages.stages
+    ]
 
 
 def _mechanism(entry: LedgerEntry) -> MechanismPart:

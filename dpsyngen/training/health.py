@@ -267,7 +267,7 @@ def _of_generator(run: Run, open_release: Callable[[Path], Drawer]) -> list[Find
         chosen = np.unique(np.linspace(0, classes - 1, min(classes, _CLASSES)).astype(int)).tolist()
         labels = generator.labels(_EACH * len(chosen), chosen)
     count = _UNLABELLED if labels is None else len(labels)
-    steps = min(int(generator.defaults["steps"]), _SAMPLER_STEPS)
+    steps = min(generator.defaults.steps, _SAMPLER_STEPS)
     samples = generator.sample(count, labels=labels, steps=steps)
     return of_images(samples.images, samples.labels, generator.class_names)
 

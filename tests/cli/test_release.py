@@ -281,7 +281,7 @@ def test_bundle_that_was_changed(call, runs, tmp_path) -> None:
 
 def test_wrong_options_of_release(call, runs, tmp_path) -> None:
     for options, message in (
-        ([tmp_path / "b.tar"], "must end in .zip"),
+        ([tmp_path / "b.tar"], "ends in .zip"),
         ([tmp_path / "none" / "b.zip"], "not a folder"),
         ([tmp_path / "b.zip", "--samples", -1], "0 or more"),
         ([tmp_path / "b.zip", "--sign", tmp_path / "none"], "cannot be read"),

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 import dpsyngen
 from dpsyngen.errors import ReleaseError
 from dpsyngen.privacy.certificate import Certificate, plain_words
-from dpsyngen.release.bundle import pack
-from dpsyngen.release.safe_zip import write_zip
+from dpsyngen.release.bundle import pack, write_zip
 from dpsyngen.release.verify import Verdict, verify
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.fuzz.mutations import spoil_bytes, spoil_png, spoil_safetensors, spoil_value

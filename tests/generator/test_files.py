@@ -241,8 +241,8 @@ def test_weights_behind_a_link(release: Path, tmp_path: Path) -> None:
 
 
 def test_no_network_takes_memory_before_its_weights_fit(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpsyngen import generator_networks
     from dpsyngen.diffusion.unet import UNet
+    from dpsyngen.generator import files
 
     devices = []
 
@@ -251,7 +251,7 @@ def test_no_network_takes_memory_before_its_weights_fit(release: Path, monkeypat
         devices.append({p.device.type for p in made.parameters()})
         return made
 
-    monkeypatch.setattr(generator_networks, "UNet", noted)
+    monkeypatch.setattr(files, "UNet", noted)
     (release / "weights" / "context.safetensors").write_bytes(weights(0))
     (release / "weights" / "coarse.safetensors").write_bytes(weights(2))
     refused(release, "weights")

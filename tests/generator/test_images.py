@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.generator.images import Samples
+from dpsyngen.generator.samples import Samples
 
 
 def make(count: int = 12, classes: int = 3, channels: int = 1, names: tuple[str, ...] | None = None) -> Samples:

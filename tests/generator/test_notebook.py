@@ -107,7 +107,7 @@ import sys
 sys.modules["IPython"] = None  # as if it were not installed
 import numpy as np
 from dpsyngen.console import in_notebook
-from dpsyngen.generator.images import Samples
+from dpsyngen.generator.samples import Samples
 assert not in_notebook()
 print(Samples(np.zeros((1, 1, 8, 8), np.uint8), None, (), {})._repr_html_()[:6])
 """

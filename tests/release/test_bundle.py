@@ -210,7 +210,7 @@ def test_certificate_must_follow_from_the_ledger(finished, tmp_path) -> None:
 def test_refusals_leave_nothing_behind(finished, bundle, tmp_path) -> None:
     before = bundle.read_bytes()
     for out, options, message in (
-        (tmp_path / "b.tar", {}, "must end in .zip"),
+        (tmp_path / "b.tar", {}, "ends in .zip"),
         (bundle, {}, "exists already"),
         (tmp_path / "none" / "b.zip", {}, "not a folder"),
         (tmp_path / "b.zip", {"samples": -1}, "0 or more"),

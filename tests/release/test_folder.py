@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import dpsyngen
-from dpsyngen.errors import ConfigError, ReleaseError, RunError
+from dpsyngen.errors import ReleaseError, RunError
 from dpsyngen.release.bundle import pack
 from dpsyngen.release.card import COMPANIONS
-from dpsyngen.release.hub.folder import export_release
+from dpsyngen.release.place import export_release
 from dpsyngen.training.run import Run
 
 
@@ -22,7 +22,7 @@ def test_diffusers_folder_is_the_release_also_of_one_that_had_no_code(releases, 
     for name in COMPANIONS:
         (old / name).unlink()
     (old / "notes-on-patients.txt").write_text("ward 7")
-    done = export_release(old, "diffusers", tmp_path / "new")
+    done = export_release(old, tmp_path / "new")
     there = {p.relative_to(releases["shared"]).as_posix() for p in releases["shared"].rglob("*") if p.is_file()}
     assert set(done.files) == there
     for name in done.files:
@@ -46,15 +46,14 @@ def test_refusals_leave_nothing_behind(releases, tmp_path) -> None:
     (linked / "config.yaml").unlink()
     (linked / "config.yaml").symlink_to("/etc/hostname")
     before = sorted(p.name for p in tmp_path.iterdir())
-    for release, format, out, error, message in (
-        (source, "tflite", tmp_path / "x", ConfigError, "must be diffusers"),
-        (source, "diffusers", full, RunError, "exists already"),
-        (bare, "diffusers", tmp_path / "x", ReleaseError, "no certificate"),
-        (mixed, "diffusers", tmp_path / "x", ReleaseError, "not of one release"),
-        (linked, "diffusers", tmp_path / "x", ReleaseError, "symbolic link"),
+    for release, out, error, message in (
+        (source, full, RunError, "exists already"),
+        (bare, tmp_path / "x", ReleaseError, "no certificate"),
+        (mixed, tmp_path / "x", ReleaseError, "not of one release"),
+        (linked, tmp_path / "x", ReleaseError, "symbolic link"),
     ):
         with pytest.raises(error, match=message):
-            export_release(release, format, out)
+            export_release(release, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert [p.name for p in full.iterdir()] == ["mine"]
 
@@ -64,9 +63,9 @@ def test_without_a_guarantee_only_when_that_is_said(tmp_path) -> None:
 
     release = make_release("dpdm", tmp_path, insecure_seed=1)
     with pytest.raises(ReleaseError, match="NOT PRIVATE"):
-        export_release(release, "diffusers", tmp_path / "x")
+        export_release(release, tmp_path / "x")
     assert not (tmp_path / "x").exists()
-    done = export_release(release, "diffusers", tmp_path / "x", not_private=True)
+    done = export_release(release, tmp_path / "x", not_private=True)
     assert "**NOT PRIVATE" in (done.path / "README.md").read_text(encoding="utf-8")
 
 
@@ -85,6 +84,10 @@ def test_command(releases, tmp_path, call) -> None:
     assert (code, json.loads(out)["certificate_sha256"]) == (0, about["certificate_sha256"])
     same = dpsyngen.Generator(tmp_path / "f").sample(2).images
     assert np.array_equal(same, dpsyngen.Generator(releases["gaussian"]).sample(2).images)
-    code, _, err = call("export", run, "--out", tmp_path / "d")
-    assert code == 2
-    assert "exists already" in err
+    for options, message in (
+        (("--out", tmp_path / "d"), "exists already"),
+        (("--format", "onnx"), "must be diffusers"),
+    ):
+        code, _, err = call("export", run, "--out", tmp_path / "x", *options)
+        assert code == 2
+        assert message in err

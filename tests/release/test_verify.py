@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load, save
 
 from dpsyngen.privacy.certificate import Certificate, plain_words
+from dpsyngen.release.bundle import write_zip
 from dpsyngen.release.card import digest_of, model_card
-from dpsyngen.release.safe_zip import write_zip
 from dpsyngen.release.signing import make_key
 from dpsyngen.release.verify import verify
 

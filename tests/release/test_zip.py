@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpsyngen.errors import ReleaseError
-from dpsyngen.release.safe_zip import is_safe_name, open_zip, write_zip
+from dpsyngen.release.bundle import is_safe_name, open_zip, write_zip
 
 CONTENT = {"a.txt": b"hello" * 100, "weights/b.safetensors": bytes(range(256)) * 50, "samples/ä/日本.png": b"png"}
 
@@ -145,7 +145,7 @@ def test_comment_of_the_archive(tmp_path) -> None:
 
 
 def test_bombs_are_refused_by_what_they_declare(tmp_path, monkeypatch) -> None:
-    import dpsyngen.release.safe_zip as module
+    import dpsyngen.release.bundle as module
 
     write_zip(tmp_path / "z.zip", [("a.txt", bytes(1_000_000))])
     assert (tmp_path / "z.zip").stat().st_size < 5000

@@ -1,1 +1,0 @@
-"""A release as a pipeline of diffusers, with code that needs no dpsyngen."""

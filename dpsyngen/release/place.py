@@ -1,0 +1,164 @@
+"""Where a generator is kept (a run directory, a release folder or a bundle): finding it, and saving it elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpsyngen.errors import ConfigError, ReleaseError, RunError, printable
+from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, write_atomically, write_text
+from dpsyngen.generator.files import MAX_JSON_BYTES, Place
+from dpsyngen.generator.generator import ReleasedGenerator
+from dpsyngen.generator.samples import new_folder
+from dpsyngen.privacy.certificate import Certificate
+from dpsyngen.release.bundle import pack, require_private, unpack
+from dpsyngen.release.card import companions, digest_of, release_files
+from dpsyngen.training.run import Run
+
+PathLike = str | os.PathLike[str]
+
+_MOST_BYTES = 2**40
+
+
+def find(path: PathLike) -> Place:
+    """Where the generator at `path` is: a run directory, a release folder or a copy of one, or a bundle (``.zip``).
+
+    A bundle is unpacked into a temporary folder, and its files are compared with its manifest.
+
+    Raises:
+        RunError: there is none, or its training is not finished.
+        ReleaseError: a bundle that is damaged or was changed.
+    """
+    given = Path(path).expanduser()
+    if (given / "generator.json").is_file():  # written last, so the release is whole
+        return Place.of_release(given)
+    allowed = "a run directory, its release folder or a bundle (.zip)"
+    if given.is_file():
+        if given.suffix.lower() != ".zip":
+            raise RunError(f"{printable(given)} is not a generator: give {allowed}.")
+        scratch = tempfile.TemporaryDirectory(prefix="dpsyngen-bundle-")
+        unpack(given, Path(scratch.name))
+        return Place(given, Path(scratch.name), bundle=given, scratch=scratch)
+    if not given.exists():
+        raise RunError(f"{printable(given)} does not exist.  Give {allowed}.")
+    run = Run(given)
+    run.require_complete()
+    return Place(given, run.release, given)
+
+
+def save(place: Place, out: PathLike, not_private: bool = False) -> Path:
+    """Copy the releasable files of a generator, and nothing else; returns where.
+
+    Args:
+        place: where it is.
+        out: a ``.zip``: the release bundle, which is made from a run directory or copied from a bundle.  Anything else:
+            a folder, which must not exist or be empty.  It appears whole or not at all.
+        not_private: save a generator without a guarantee all the same.
+
+    Raises:
+        ConfigError, RunError: there is something at `out`, or a bundle cannot be made from what is at hand.
+        ReleaseError: not private, or something is wrong with the release.
+    """
+    target = Path(out).expanduser()
+    certificate, _ = _certificate(place.release)
+    require_private(certificate, not_private, "not_private=True saves")
+    if target.suffix.lower() != ".zip":
+        export_release(place.release, target, not_private=not_private)
+        return target
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"{target} exists already.  Choose another name or move it away.")
+    if place.run is None and place.bundle is None:
+        raise ConfigError(
+            f"a bundle is made from a run directory, as its certificate is checked against the ledger there, but this "
+            f"generator comes from {printable(place.path)}.  Save it to a folder, or load it from its run directory."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if place.bundle is not None:
+        write_atomically(target, _copy_of(place.bundle))
+    elif place.run is not None:
+        run = Run(place.run)
+        with run.lock():
+            pack(run, target, not_private=not_private)
+    return target
+
+
+def _copy_of(bundle: Path) -> Callable[[Path], None]:
+    def copy(target: Path) -> None:
+        try:
+            with open_plain(bundle, _MOST_BYTES) as read, open(target, "wb") as written:
+                shutil.copyfileobj(read, written)
+        except NotPlainError as error:
+            raise ReleaseError(f"{printable(bundle)} {error}; a release holds plain files only.") from None
+
+    return copy
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the folder.
+        files: names of the files in it.
+        certificate: what the generator claims.
+        certificate_sha256: digest of ``privacy.json``.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    certificate: Certificate
+    certificate_sha256: str
+
+
+def check_export(out: Path) -> None:
+    """Raise ConfigError or RunError if an export could not be written, before anything is computed."""
+    require_absent_or_empty(out, "--out")
+    if not out.name:
+        raise ConfigError(f"--out {out} has no name of its own, so it cannot appear whole.  Give a new folder in it.")
+
+
+def export_release(release: Path, out: Path, *, not_private: bool = False) -> Exported:
+    """Write the generator of a release to a folder for diffusers, which appears whole or not at all.
+
+    It holds the code that diffusers loads it with, also where `release` is of an earlier version and lacks that.
+
+    Args:
+        release: the ``release`` folder of a run, or a copy of it.  It may come from a stranger: nothing in it is run.
+        out: must not exist (or be an empty folder).
+        not_private: export a generator without a guarantee all the same, stamped as such.
+
+    Raises:
+        ConfigError, RunError: before anything is written.
+        ReleaseError: no guarantee, or something is wrong with the release.
+    """
+    check_export(out)
+    certificate, digest = _certificate(release)
+    require_private(certificate, not_private, "--not-private exports")
+    generator = ReleasedGenerator(release)
+    names = certificate.public_assumptions.class_names
+    if generator.private != certificate.private or list(generator.class_names) != names:
+        raise ReleaseError(f"generator.json and privacy.json of {release} are not of one release.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(out) as folder:
+        for name, file in release_files(release, certificate):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
+        for name, text in companions(certificate, digest).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_text(folder / name, text)
+        files = tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
+    return Exported(out, files, certificate, digest)
+
+
+def _certificate(release: Path) -> tuple[Certificate, str]:
+    """The certificate of a release folder, and the digest of its file."""
+    try:
+        with open_plain(release / "privacy.json", MAX_JSON_BYTES) as file:
+            data = file.read()
+    except (NotPlainError, OSError) as error:
+        raise ReleaseError(f"{release} has no certificate to go with it (privacy.json: {error}).") from None
+    return Certificate.from_json(data, printable(release / "privacy.json")), digest_of(data)
