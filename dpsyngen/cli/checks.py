@@ -67,8 +67,8 @@ def memorisation(
 def _lines(result: Memorisation) -> Iterator[str]:
     from dpsyngen.report.tables import memorisation_rows
 
-    for name, value, note in memorisation_rows(result.to_dict()):
-        yield f"{name:<52} {value:>16}   {note}"
+    for row in memorisation_rows(result.to_dict()):
+        yield f"{row.name:<52} {row.value:>16}   {row.note}"
     yield result.conclusion
 
 

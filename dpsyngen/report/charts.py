@@ -1,164 +1,208 @@
-"""Charts of the reports as inline SVG: text stays text, and every colour comes from the page's style sheet.
+"""Charts of the reports: drawn by matplotlib, put into the page as inline SVG.
 
-A chart is drawn about as wide as a phone, so that its letters keep their size there; a page puts several side by side
-where there is room.  Each says in its label what it shows, for those who do not see it.
+Text stays text, and colours are those of the page's style sheet (``style.css``), so that a chart follows the reader's
+colour scheme.  A chart is drawn about as wide as a phone, where its letters keep their size; a page puts several side
+by side where there is room.  Each says in its label what it shows, for those who do not see it.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
 
-WIDTH, HEIGHT = 340, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 26, 40
+Points = Sequence[tuple[float, float]]
+
+INK, EDGE = "#010203", "#010204"
+"""What becomes the colour of the page's text, and of its edges."""
+_TONES = {  # line, fill and ground; all are stand-ins for colours of the style sheet
+    "public": ("#010205", "#010206", "#010207"),
+    "private": ("#010208", "#010209", "#01020a"),
+    "moments": ("#01020b", "#01020c", "#01020d"),
+}
+_CSS = {INK: "currentColor", EDGE: "var(--edge)"}
+for _tone, _variable in (("public", "--pub"), ("private", "--priv"), ("moments", "--mom")):
+    _CSS |= {c: f"var({_variable}{part})" for c, part in zip(_TONES[_tone], ("", "-fill", "-soft"), strict=True)}
+
+WHO = {
+    "private": "private images, DP-SGD",
+    "public": "programs, no privacy cost",
+    "moments": "DP moments, in closed form",
+}
+_SHORT = {"private": "private, DP-SGD", "public": "programs", "moments": "DP moments"}
 _MOST_POINTS = 240
-_MOST_SERIES = 4  # as many as style.css has dashes for
 
 
-@dataclass(frozen=True)
-class Series:
-    """One line of a chart.
+@contextmanager
+def new_axes(width: float, height: float, size: float = 8.5) -> Iterator[tuple[Any, Any]]:
+    """A figure of so many inches and its axes, with letters of `size` points; everything is drawn within the context.
 
-    Attributes:
-        name: as the legend has it.
-        points: (x, y), x ascending, all finite.
-        tone: "public", "private" or "plain"; the style sheet gives it a colour.
+    Names of classes and phases come from users: they are never taken for formulas.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    name: str
-    points: Sequence[tuple[float, float]]
-    tone: str = "plain"
+    look = {"text.parse_math": False, "svg.fonttype": "none", "font.size": size, "text.color": INK}
+    look |= {"axes.edgecolor": "#888", "axes.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False}
+    look |= {f"{axis}tick.{what}": colour for axis in "xy" for what, colour in (("color", "#888"), ("labelcolor", INK))}
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=(width, height))
+        yield figure, figure.subplots()
+
+
+def inline(figure: Any, name: str, alt: str, css_class: str = "") -> Markup:
+    """The figure as SVG that can stand in a page beside others: the same figure gives the same text.
+
+    Args:
+        figure: of :func:`new_axes`.
+        name: letters and digits, unique in the page.
+        alt: what it shows, in words and numbers.
+        css_class: besides "chart".
+    """
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(file, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box is not None
+    text = text[text.index(">", text.index("<svg")) + 1 :].strip()
+    # Neither metadata nor rules for the whole page, which matplotlib writes into each picture.
+    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    used = set(re.findall(r"""(?:href="|url\()#([^")]+)""", text))
+    # Names must be unique in the page, and most are not used at all.
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    # The letters are the page's.
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", re.sub(r"\s*\n\s*", " ", text))
+    for colour, css in _CSS.items():
+        text = text.replace(colour, css)
+    look = f"chart {css_class}".strip()
+    opening = f'<svg class="{look}" viewBox="{box[1]}" role="img" aria-label="{escape(alt)}" stroke-linejoin="round">'
+    return Markup(opening + text)
 
 
 def line_chart(
-    series: Sequence[Series], title: str, *, x_label: str, percent: bool = False, smooth: bool = True
+    lines: Mapping[str, Points], title: str, tone: str, *, x_label: str = "step", percent: bool = False
 ) -> Markup | None:
-    """Lines with a running mean over the values themselves; None if no series has two points.
+    """Lines with a running mean over the values themselves; None if no line has two points.
 
     The y axis is logarithmic where the values, all above 0, span more than a factor of 30.
 
     Args:
-        series: at most four are drawn with dashes of their own.
+        lines: (x, y) of each by name, x ascending, all finite.
         title: of the chart, for its label.
-        x_label: of the x axis, which counts something, such as steps.
+        tone: "public" or "private".
+        x_label: of the x axis, which counts something.
         percent: values are shares, shown as 0 to 100 %.
-        smooth: draw the running mean (over a twentieth of the points).
     """
-    shown = [s for s in series if len(s.points) > 1]
-    if not shown:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    if not lines:
         return None
-    x_low, x_high = (f(x for s in shown for x, _ in s.points) for f in (min, max))
-    y_low, y_high = (f(y for s in shown for _, y in s.points) for f in (min, max))
-    logarithmic = not percent and y_low > 0 and y_high / y_low > 30
-    if percent:
-        y_low, y_high = 0.0, 1.0
-    y_ticks = _decades(y_low, y_high) if logarithmic else nice_ticks(y_low, y_high)
-    y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
-    inner_width, inner_height = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
-
-    def across(x: float) -> float:
-        return _LEFT + inner_width * (x - x_low) / ((x_high - x_low) or 1)
-
-    def down(y: float) -> float:
-        if logarithmic:
-            part = math.log(y / y_low) / math.log(y_high / y_low)
-        else:
-            part = (y - y_low) / ((y_high - y_low) or 1)
-        return _TOP + inner_height * (1 - part)
-
-    out: list[str] = []
-    for tick in y_ticks:
-        y = down(tick)
-        text = f"{100 * tick:g} %" if percent else f"{tick:g}"
-        out.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
-    for tick in nice_ticks(x_low, x_high, 5):
-        if x_low <= tick <= x_high and tick == round(tick):
-            place = f'x="{across(tick):.1f}" y="{HEIGHT - _BOTTOM + 15}"'
-            out.append(f'<text class="tick" {place} text-anchor="middle">{tick:,g}</text>')
-    out.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{escape(x_label)}</text>')
-    legend = _LEFT
-    for number, one in enumerate(shown):
-        points = _thinned(one.points)
-        look = f"tone-{one.tone} dash-{number % _MOST_SERIES}"
-        mean = _running_mean(points, max(1, len(points) // 20))
-        drawn = mean if smooth and len(mean) > 1 else points
-        if drawn is not points:
-            out.append(f'<polyline class="raw tone-{one.tone}" points="{_points(points, across, down)}"/>')
-        out.append(f'<polyline class="line {look}" points="{_points(drawn, across, down)}"/>')
-        if len(shown) > 1:
-            out.append(f'<line class="line {look}" x1="{legend}" x2="{legend + 20}" y1="10" y2="10"/>')
-            out.append(f'<text class="tick" x="{legend + 25}" y="13.5">{escape(one.name)}</text>')
-            legend += 38 + 7 * len(one.name)
-    label = ". ".join([title, *(_in_words(s, x_label, percent) for s in shown)])
-    return svg(WIDTH, HEIGHT, label, out)
+    colour, fill, _ = _TONES[tone]
+    with new_axes(4.2, 2.3, 10.5) as (figure, axes):
+        dashes: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1.5, 2)))
+        for number, (name, points) in enumerate(lines.items()):
+            x, y, mean = smoothed(points)
+            start = (len(x) - len(mean)) // 2  # in the middle of what it is the mean of, so that the line is not late
+            axes.plot(x, y, color=fill, lw=1, alpha=0.4)
+            axes.plot(x[start : start + len(mean)], mean, color=colour, lw=2, ls=dashes[number % 4], label=name)
+        values = [y for points in lines.values() for _, y in points]
+        if percent:
+            axes.set_ylim(0, 1)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
+        elif min(values) > 0 and max(values) > 30 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.grid(axis="y", color=EDGE, alpha=0.3, lw=0.8)
+        axes.set_xlabel(x_label)
+        if len(lines) > 1:
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2)
+        words = [f"{name}: {_in_words(points, x_label, percent)}" for name, points in lines.items()]
+        return inline(figure, "line-" + slug(title), ". ".join([title, *words]))
 
 
-def _in_words(series: Series, x_label: str, percent: bool) -> str:
-    def value(y: float) -> str:
-        return f"{100 * y:.0f} %" if percent else f"{y:.3g}"
-
-    (x_first, first), (x_last, last) = series.points[0], series.points[-1]
-    x_best, best = min(series.points, key=lambda p: p[1])
-    return (
-        f"{series.name}: {value(first)} at {x_label} {x_first:g}, {value(last)} at {x_label} {x_last:g}, "
-        f"lowest {value(best)} at {x_label} {x_best:g}"
-    )
+def smoothed(points: Points) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """x, y and running mean of y over a twentieth of the points; of a long line at most 240 points, means of runs."""
+    run = -(-len(points) // _MOST_POINTS)
+    x, y = (np.array([v[i : i + run].mean() for i in range(0, len(v), run)]) for v in np.array(points, float).T)
+    width = max(1, len(y) // 20)
+    return x, y, np.convolve(y, np.full(width, 1 / width), "valid")
 
 
-def svg(width: int, height: int, label: str, parts: Sequence[str], *, css_class: str = "") -> Markup:
-    """An inline SVG picture.
+def _in_words(points: Points, x_label: str, percent: bool) -> str:
+    (x_first, first), (x_last, last) = points[0], points[-1]
+    x_low, low = min(points, key=lambda p: p[1])
+    first_, last_, low_ = (f"{100 * y:.0f} %" if percent else f"{y:.3g}" for y in (first, last, low))
+    return f"{first_} at {x_label} {x_first:g}, {last_} at {x_label} {x_last:g}, lowest {low_} at {x_label} {x_low:g}"
+
+
+def slug(text: str) -> str:
+    """A name for files and for elements of a page."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text)
+
+
+def stage_charts(
+    stages: Sequence[Mapping[str, Any]], mean: float, std: float, sigma_min: float, sigma_max: float
+) -> list[Markup]:
+    """The log σ axis: who trained which stage, and how training noise levels are spread, for a wide page and a phone.
 
     Args:
-        width, height: of its own coordinates; about CSS pixels.
-        label: what it shows, in words.
-        parts: SVG elements; texts in them are escaped already.
-        css_class: more classes, next to "chart".
+        stages: of the certificate, from the clean end: name, log_sigma_low, log_sigma_high, trained_by.
+        mean, std: of log σ in training.
+        sigma_min, sigma_max: of the sampler.
     """
-    look = f"chart {css_class}" if css_class else "chart"
-    opening = f'<svg class="{look}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-    return Markup(opening + "".join(parts) + "</svg>")
+    low, high = math.log(sigma_min) - 0.6, math.log(sigma_max) + 0.6
+    words = "; ".join(
+        f"stage {s['name']}, {_where(s)}: {'' if s['trained_by'] == 'moments' else 'trained on '}{WHO[s['trained_by']]}"
+        for s in stages
+    )
+    ticks = [sigma_min]
+    ticks += [t for t in (0.01, 0.1, 1.0, 10.0, 100.0) if 6 * sigma_min < t < sigma_max / 6] + [sigma_max]
+    out = []
+    for css_class, width, who in (("wide", 10.5, WHO), ("narrow", 4.2, _SHORT)):
+        with new_axes(width, 2.0, 11) as (figure, axes):
+            for stage in stages:
+                a, b = (
+                    end if stage[name] is None else min(max(stage[name], low), high)
+                    for name, end in (("log_sigma_low", low), ("log_sigma_high", high))
+                )
+                _, fill, soft = _TONES[stage["trained_by"]]
+                u = np.linspace(a, b, 160)
+                axes.axvspan(a, b, color=soft, lw=0)
+                label = f"{stage['name']} ({_where(stage)}): {who[stage['trained_by']]}"
+                axes.fill_between(u, np.exp(-(((u - mean) / std) ** 2) / 2), color=fill, alpha=0.6, lw=0, label=label)
+                if stage["log_sigma_low"] is not None:
+                    axes.axvline(a, color=EDGE, lw=1, ls=(0, (4, 3)))
+            axes.set(xlim=(low, high), ylim=(0, 1.1), yticks=[])
+            axes.set_xticks([math.log(t) for t in ticks], [f"{t:g}" for t in ticks])
+            axes.spines["left"].set_visible(False)
+            axes.set_xlabel("← clean image  ·  noise level σ  ·  pure noise →")
+            axes.legend(
+                frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handlelength=1.2, labelspacing=0.3
+            )
+            out.append(inline(figure, f"stages-{css_class}", f"Stages of the noise levels. {words}.", css_class))
+    return out
 
 
-def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) that enclose low to high; one more than `about` or so."""
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
-    raw = (high - low) / about
-    scale = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
-
-
-def _decades(low: float, high: float) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    step = max(1, -(-(last - first) // 5))
-    return [10.0**n for n in range(first, last + step, step)]
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most 240 points: the means of equal runs of them."""
-    run = -(-len(points) // _MOST_POINTS)
-    if run <= 1:
-        return list(points)
-    groups = [points[i : i + run] for i in range(0, len(points), run)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-
-
-def _running_mean(points: Sequence[tuple[float, float]], width: int) -> list[tuple[float, float]]:
-    """Means of `width` neighbours, each in the middle of them, so that the line is not late."""
-    return [
-        (points[i + width // 2][0], sum(y for _, y in points[i : i + width]) / width)
-        for i in range(len(points) - width + 1)
+def _where(stage: Mapping[str, Any]) -> str:
+    ends = [
+        f"{sign} {round(stage[name], 3):g}".replace("-", "−")
+        for sign, name in ((">", "log_sigma_low"), ("<", "log_sigma_high"))
+        if stage[name] is not None
     ]
-
-
-def _points(
-    points: Sequence[tuple[float, float]], across: Callable[[float], float], down: Callable[[float], float]
-) -> str:
-    return " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
+    if len(ends) == 2:
+        return f"log σ from {ends[0][2:]} to {ends[1][2:]}"
+    return f"log σ {ends[0]}" if ends else "all noise levels"

@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpsyngen.errors import DpsyngenError
-from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, View, epsilon_name, row_of
+from dpsyngen.evaluation.pairs import png_url
+from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, Row, View, epsilon_name, row_of
 from dpsyngen.experiments.results import JobResult, Results
 from dpsyngen.experiments.tables import Cell, Table, TableRow, all_tables, answers
 from dpsyngen.files import write_text
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.certificate import Certificate, number
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.report.comparison_plots import write_plots
-from dpsyngen.report.comparison_samples import NOISE_SEED, sample_grids
-from dpsyngen.report.rendering import render
-from dpsyngen.version import __version__
+from dpsyngen.programs import image_grid
+from dpsyngen.report.comparison_plots import KINDS, write_plots
+from dpsyngen.report.html import render
+
+NOISE_SEED = 20_241
+"""Of the images in the report.  Fixed, so that they are not selected; no run was scored on them."""
+_PER_CLASS = 4
+_MOST_CLASSES = 10
+_MOST_ROWS = 12
 
 
 def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None) -> Path:
@@ -39,7 +47,6 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
     tables = {table.key: table for table in all_tables(view)}
     about = _about(exp)
     values = {
-        "version": __version__,
         "name": exp.resolve().name if results.experiment is None else results.experiment.spec.name,
         "description": "" if results.experiment is None else results.experiment.spec.description,
         "facts": list(_facts(view, about)),
@@ -53,13 +60,7 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
         "failed": list(_failed(view, about)),
         "tables": tables,
         "features": [t for key, t in tables.items() if key.endswith(("-lower", "-higher"))],
-        "accuracy_plots": [p for p in plots if p.name.startswith("epsilon-accuracy")],
-        "feature_plots": [
-            p for p in plots if p.name.startswith("epsilon-") and not p.name.startswith("epsilon-accuracy")
-        ],
-        "threshold_plots": [p for p in plots if p.name.startswith("threshold-")],
-        "compute_plots": [p for p in plots if p.name.startswith("compute-")],
-        "class_plots": [p for p in plots if p.name == "classes"],
+        "plots": {kind: [p for p in plots if p.kind == kind] for kind in KINDS},
         "grids": sample_grids(view, exp, on_progress),
         "noise_seed": NOISE_SEED,
         "protocol": list(_protocol(view)),
@@ -72,7 +73,7 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
 
 
 def _about(exp: Path) -> dict[str, Any]:
-    """What ``experiment.json`` says; {} if it cannot be read."""
+    """The content of ``experiment.json``; {} if it cannot be read."""
     try:
         about = json.loads((exp / "experiment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -96,7 +97,7 @@ def _facts(view: View, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _failed(view: View, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(job, what is the matter) of every job without figures."""
+    """(job, why) of every job without figures."""
     experiment = view.results.experiment
     have = {job.job for job in view.results.jobs}
     kept = about.get("failed")
@@ -230,3 +231,102 @@ def _cost(job: JobResult, exp: Path) -> list[str]:
         str(entries),
         "private" if c.private else f"NOT PRIVATE: {'; '.join(c.not_private_because)}",
     ]
+
+
+# ------------------------------------------------------------------------------- images from the same noise
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """Images of one variant: for each class a picture, and what it shows."""
+
+    name: str
+    pictures: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The images at one ε.
+
+    Attributes:
+        epsilon: in words.
+        classes: names of the columns; one empty name without classes.
+        rows: one a variant.
+        missing: (variant, why) of those that could not be drawn.
+        omitted_classes, omitted_rows: numbers of those that are left out for length.
+    """
+
+    epsilon: str
+    classes: tuple[str, ...]
+    rows: tuple[GridRow, ...]
+    missing: tuple[tuple[str, str], ...]
+    omitted_classes: int
+    omitted_rows: int
+
+
+def sample_grids(view: View, exp: Path, on_progress: Callable[[str], None] | None = None) -> list[Grid]:
+    """A grid for each ε that has a generator.
+
+    Args:
+        view: of the experiment.
+        exp: its folder.
+        on_progress: called with a line for each variant.
+    """
+    out = []
+    for epsilon in view.epsilons:
+        chosen = _chosen(view, epsilon)
+        rows: list[GridRow] = []
+        missing: list[tuple[str, str]] = []
+        classes: tuple[str, ...] = ()
+        left = 0
+        for row, job in chosen[:_MOST_ROWS]:
+            if on_progress:
+                on_progress(f"drawing images of {row.name} at {epsilon_name(epsilon)}")
+            try:
+                generator = ReleasedGenerator(_release(exp, job))
+                names = generator.class_names[:_MOST_CLASSES] or ("",)
+                if rows and names != classes:
+                    raise DpsyngenError("it has other classes than the variant above")
+                classes, left = names, max(0, len(generator.class_names) - _MOST_CLASSES)
+                rows.append(GridRow(row.name, _pictures(generator, row, job, classes)))
+            except (DpsyngenError, OSError) as error:
+                missing.append((row.name, str(error)))
+        if rows or missing:
+            omitted = max(0, len(chosen) - _MOST_ROWS)
+            out.append(Grid(epsilon_name(epsilon), classes, tuple(rows), tuple(missing), left, omitted))
+    return out
+
+
+def _chosen(view: View, epsilon: float) -> list[tuple[Row, JobResult]]:
+    """The run of each row whose images are shown: of the lowest seed that all have, or of its own lowest."""
+    by_row: dict[Row, dict[int, JobResult]] = {}
+    for job in view.results.runs:
+        if job.epsilon == epsilon and job.release is not None:
+            by_row.setdefault(row_of(job), {})[job.seed] = job
+    common = set.intersection(*(set(jobs) for jobs in by_row.values())) if by_row else set()
+    return [(row, by_row[row][min(common or by_row[row])]) for row in view.rows if row in by_row]
+
+
+def _release(exp: Path, job: JobResult) -> Path:
+    release = (exp / (job.release or "")).resolve()
+    if not release.is_relative_to(exp.resolve()):
+        raise DpsyngenError("its generator lies outside the folder of the experiment")
+    return release
+
+
+def _pictures(
+    generator: ReleasedGenerator, row: Row, job: JobResult, classes: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    drawn: dict[str, Any] = job.evaluation.get("sampling") or {}
+    settings = {k: drawn[k] for k in ("sampler", "steps", "guidance", "churn") if drawn.get(k) is not None}
+    where = f"{row.name}, {epsilon_name(job.epsilon)}"
+    if classes == ("",):
+        images = generator.sample(2 * _MOST_CLASSES, seed=NOISE_SEED, **settings).images
+        return ((png_url(image_grid(images, _MOST_CLASSES)), f"{where}: {len(images)} images"),)
+    labels = generator.labels(_PER_CLASS * len(classes), list(range(len(classes))))
+    assert labels is not None
+    images = generator.sample(len(labels), labels=labels, seed=NOISE_SEED, **settings).images
+    return tuple(
+        (png_url(image_grid(images[labels == c], 2)), f"{where}: {_PER_CLASS} images of class {name}")
+        for c, name in enumerate(classes)
+    )

@@ -1,46 +1,109 @@
-"""Plots of a comparison: quality against ε, the thresholds, compute and classes, every seed shown beside its mean."""
+"""Plots of a comparison: quality against ε, the thresholds, compute and classes, every seed shown beside its mean.
+
+Colours stand out from white and from black by 3:1, differ for the colour-blind, and never stand alone: each variant
+has a marker and a dash of its own.  Text takes the colour of the page.
+"""
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from dpsyngen.experiments.measures import Measure, Row, View, epsilon_name
 from dpsyngen.experiments.statistics import summarise
-from dpsyngen.files import write_atomically, write_text
-from dpsyngen.report.comparison_svg import INK, Plot, finished, label, legend, new_axes, style
+from dpsyngen.files import write_bytes, write_text
+from dpsyngen.report.charts import INK, inline, new_axes, slug
 
+STYLES: dict[str, tuple[str, str, Any]] = {
+    "dpdm": ("#7d838c", "o", "-"),
+    "finetune": ("#b87400", "s", (0, (6, 2))),
+    "cleaning": ("#009070", "^", (0, (2, 1.5))),
+    "coarse": ("#2b7fc4", "D", (0, (7, 2, 1.5, 2))),
+    "both": ("#c0519b", "v", (0, (4, 1, 1, 1, 1, 1))),
+    "gaussian": ("#a1532f", "p", (0, (1, 1))),
+    "residual": ("#2f8f57", "*", (0, (9, 1.5))),
+    "residual-cleaning": ("#7d6bc9", "h", (0, (3, 1, 1, 1))),
+}
+"""Colour, marker and dashes of each variant."""
+_OTHER = (("#8a6d3b", "P", "-"), ("#6f6fc4", "X", "--"))
 THRESHOLDS = {"stages.tau_cleaning": "τ_cleaning (log σ)", "stages.tau_coarse": "τ_coarse (log σ)"}
-_LINES = {
+_REFERENCES = {
     "real": ("trained on real images", (0, (1, 1.5))),
     "test": ("real test images", (0, (1, 1.5))),
     "programs": ("images of programs", (0, (5, 3))),
 }
+KINDS = ("epsilon-accuracy", "epsilon", "threshold", "compute", "classes")
+"""The first words of plots' names, one for each section of the report that has plots."""
+_SIZE = (4.3, 3.1)  # inches
+_MARKS = "Small marks: single runs.  Line and bar: mean ± standard deviation over seeds."
 
 
-def comparison_plots(view: View) -> list[Plot]:
-    """All plots for which there is data."""
-    return [plot for plot, _ in _plots(view)]
+@dataclass(frozen=True)
+class Plot:
+    """One picture.
+
+    Attributes:
+        name: of its files.
+        title: above it.
+        alt: what it shows, in words and numbers.
+        note: how to read it.
+        svg: to put into a page; its text has the colour of the page's text.
+        png: on white.
+        kind: the section of the report that it belongs to.
+    """
+
+    name: str
+    title: str
+    alt: str
+    note: str
+    svg: Markup
+    png: bytes
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in KINDS if self.name.startswith(kind))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot.
+
+    Attributes:
+        variant: decides its look.
+        name: in the legend.
+        points: (x, name in words, values over seeds) of each.
+        dash: in place of the variant's; "" joins nothing.
+    """
+
+    variant: str
+    name: str
+    points: Sequence[tuple[float, str, Sequence[float]]]
+    dash: Any = None
 
 
 def write_plots(view: View, folder: Path) -> list[Plot]:
     """Write each plot as SVG and as PNG (on white) into `folder`, made if need be; plots of before are removed."""
     folder.mkdir(mode=0o700, exist_ok=True)
-    out = []
-    for plot, png in _plots(view):
-        # Alone, the picture has no page to take its colour from.
-        own = "<style>svg{color:#1d2129}@media(prefers-color-scheme:dark){svg{color:#e7e9ec}}</style>"
+    out = list(comparison_plots(view))
+    for plot in out:
+        # Alone, the picture has no page to take its letters and its colour from.
+        own = (
+            "<style>svg{color:#1d2129;font-family:sans-serif}"
+            "@media(prefers-color-scheme:dark){svg{color:#e7e9ec}}</style>"
+        )
         namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        text = re.sub(r"(<svg)([^>]*>)", rf"\1 {namespaces}\2{own}", plot.svg, count=1)
+        text = re.sub(r"(<svg)([^>]*>)", rf"\1 {namespaces}\2{own}", str(plot.svg), count=1)
         write_text(folder / f"{plot.name}.svg", text, 0o600)
-        write_atomically(folder / f"{plot.name}.png", lambda path, png=png: _save(path, png), 0o600)  # type: ignore[misc]
-        out.append(plot)
+        write_bytes(folder / f"{plot.name}.png", plot.png, 0o600)
     wanted = {f"{plot.name}.{suffix}" for plot in out for suffix in ("svg", "png")}
     for path in folder.iterdir():
         if path.suffix in (".svg", ".png") and path.name not in wanted:
@@ -48,237 +111,188 @@ def write_plots(view: View, folder: Path) -> list[Plot]:
     return out
 
 
-def _save(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def _plots(view: View) -> Iterator[tuple[Plot, bytes]]:
+def comparison_plots(view: View) -> Iterator[Plot]:
+    """All plots for which there is data."""
     accuracies = [m for m in view.measures if m.metric == "accuracy"]
-    distances = [m for m in view.measures if m.metric == "frechet"] or [
-        m for m in view.measures if m.metric != "accuracy"
-    ][:1]
+    others = [m for m in view.measures if m.metric != "accuracy"]
+    distances = [m for m in others if m.metric == "frechet"] or others[:1]
     for measure in [*accuracies, *distances]:
-        yield _against_epsilon(view, measure)
-    main = [m for m in (view.primary, *distances[:1]) if m is not None]
-    for axis in THRESHOLDS:
-        for measure in dict.fromkeys(main):
-            for epsilon in view.epsilons:
-                found = _against_threshold(view, measure, axis, epsilon)
-                if found is not None:
-                    yield found
-    for measure in dict.fromkeys(main):
-        for epsilon in view.epsilons:
-            found = _against_share(view, measure, epsilon)
-            if found is not None:
-                yield found
+        yield _at_one_epsilon(view, measure) if len(view.epsilons) == 1 else _against_epsilon(view, measure)
+    main = list(dict.fromkeys(m for m in (view.primary, *distances[:1]) if m is not None))
+    found = [_against_threshold(view, m, axis, e) for axis in THRESHOLDS for m in main for e in view.epsilons]
+    found += [_against_share(view, m, e) for m in main for e in view.epsilons]
     if view.primary is not None:
-        for what in ("seconds", "images"):
-            found = _against_compute(view, view.primary, what)
-            if found is not None:
-                yield found
-        found = _by_class(view, view.primary)
-        if found is not None:
-            yield found
+        found += [_against_compute(view, view.primary, what) for what in ("seconds", "images")]
+        found.append(_by_class(view, view.primary))
+    yield from filter(None, found)
 
 
 # ------------------------------------------------------------------------------------------------ the plots
 
 
-def _against_epsilon(view: View, measure: Measure) -> tuple[Plot, bytes]:
-    """A line for each variant; with one ε, a line of points for each (see :func:`_at_one_epsilon`)."""
-    if len(view.epsilons) == 1:
-        return _at_one_epsilon(view, measure)
-    rows = [r for r in _plain_rows(view) if any(view.values(measure, e, r) for e in view.epsilons)]
-    figure, axes = new_axes(4.3, 3.1)
-    said = []
-    for number, row in enumerate(rows):
-        colour, marker, dash = style(row.variant, number)
-        shift = 0.5 * (number - (len(rows) - 1) / 2) / max(5, len(rows))
-        places, means = [], []
-        for index, epsilon in enumerate(view.epsilons):
-            if values := view.values(measure, epsilon, row):
-                _points(axes, index + shift, values, colour, marker, 0.035)
-                places.append(index + shift)
-                means.append(summarise(values).mean)
-                said.append(f"{row.name} at {epsilon_name(epsilon)}: {_in_words(values)}")
-        axes.plot(places, means, color=colour, ls=dash, lw=1.6, label=row.name, marker=marker, ms=5)
-    said += _reference_lines(axes, view, measure)
-    axes.set_xticks(range(len(view.epsilons)), [epsilon_name(e).removeprefix("ε = ") for e in view.epsilons])
-    axes.set_xlim(-0.5, len(view.epsilons) - 0.5)
-    label(axes.set_xlabel, "ε (not to scale)")
-    label(axes.set_ylabel, _axis_name(measure))
-    legend(axes)
-    note = f"Small marks: single runs.  Line and bar: mean ± standard deviation over seeds.  {_direction(measure)}"
-    title = f"{_capital(measure.name)} against ε"
-    return finished(figure, f"epsilon-{measure.metric}-{measure.on}", title, said, note)
+def _against_epsilon(view: View, measure: Measure) -> Plot:
+    """A line for each variant."""
+    lines = [
+        Line(
+            row.variant,
+            row.name,
+            [
+                (index, f"{row.name} at {epsilon_name(epsilon)}", values)
+                for index, epsilon in enumerate(view.epsilons)
+                if (values := view.values(measure, epsilon, row))
+            ],
+        )
+        for row in _plain_rows(view)
+    ]
+    lines = [line for line in lines if line.points]
+    with new_axes(*_SIZE) as (figure, axes):
+        said = _draw(axes, lines, shift=0.5 / max(5, len(lines)), beside=0.035)
+        said += _reference_lines(axes, view, measure)
+        axes.set_xticks(range(len(view.epsilons)), [_bare(e) for e in view.epsilons])
+        axes.set(xlim=(-0.5, len(view.epsilons) - 0.5), xlabel="ε (not to scale)", ylabel=_axis_name(measure))
+        _legend(axes)
+        title = f"{_capital(measure.name)} against ε"
+        return _finished(figure, _name("epsilon", measure), title, said, f"{_MARKS}  {_direction(measure)}")
 
 
-def _at_one_epsilon(view: View, measure: Measure) -> tuple[Plot, bytes]:
+def _at_one_epsilon(view: View, measure: Measure) -> Plot:
     """A line of points for each row, its name beside it."""
     epsilon = view.epsilons[0]
     rows = [r for r in view.rows if view.values(measure, epsilon, r)]
-    figure, axes = new_axes(4.3, 0.9 + 0.36 * len(rows))
     said = []
-    for number, row in enumerate(rows):
-        colour, marker, _ = style(row.variant, number)
-        values = view.values(measure, epsilon, row)
-        s = summarise(values)
-        axes.errorbar(s.mean, number, xerr=s.sd or None, color=colour, marker=marker, ms=6, capsize=2.5, lw=1.3)
-        if len(values) > 1:
-            axes.scatter(values, [number + 0.27] * len(values), s=10, color=colour, marker=marker, alpha=0.7, lw=0)
-        said.append(f"{row.name}: {_in_words(values)}")
-    said += _reference_lines(axes, view, measure)
-    axes.set_yticks(range(len(rows)), [r.name.replace(" (", "\n(") for r in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    label(axes.set_xlabel, _axis_name(measure))
-    legend(axes, columns=1)
-    note = f"Small marks: single runs.  Mark and bar: mean ± standard deviation over seeds.  {_direction(measure)}"
-    title = f"{_capital(measure.name)}, {epsilon_name(epsilon)}"
-    return finished(figure, f"epsilon-{measure.metric}-{measure.on}", title, said, note)
+    with new_axes(_SIZE[0], 0.9 + 0.36 * len(rows)) as (figure, axes):
+        for number, row in enumerate(rows):
+            colour, marker, _ = style(row.variant, number)
+            values = view.values(measure, epsilon, row)
+            s = summarise(values)
+            axes.errorbar(s.mean, number, xerr=s.sd or None, color=colour, marker=marker, ms=6, capsize=2.5, lw=1.3)
+            if len(values) > 1:
+                axes.scatter(values, [number + 0.27] * len(values), s=10, color=colour, marker=marker, alpha=0.7, lw=0)
+            said.append(f"{row.name}: {_in_words(values)}")
+        said += _reference_lines(axes, view, measure)
+        axes.set_yticks(range(len(rows)), [r.name.replace(" (", "\n(") for r in rows])
+        axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=_axis_name(measure))
+        _legend(axes, columns=1)
+        title = f"{_capital(measure.name)}, {epsilon_name(epsilon)}"
+        note = f"{_MARKS.replace('Line', 'Mark')}  {_direction(measure)}"
+        return _finished(figure, _name("epsilon", measure), title, said, note)
 
 
-def _against_threshold(view: View, measure: Measure, axis: str, epsilon: float) -> tuple[Plot, bytes] | None:
-    """A line for each variant and each combination of the other settings."""
-    lines: dict[tuple[str, str], list[tuple[float, Row]]] = {}
+def _against_threshold(view: View, measure: Measure, axis: str, epsilon: float) -> Plot | None:
+    """A line for each variant and each combination of the other settings; None where the threshold does not vary."""
+    found: dict[tuple[str, str], list[tuple[float, Row]]] = {}
     for row in view.rows:
         settings = dict(row.settings)
         value = settings.pop(axis, None)
         if isinstance(value, int | float) and view.values(measure, epsilon, row):
             others = ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in sorted(settings.items()))
-            lines.setdefault((row.variant, others), []).append((float(value), row))
-    if not any(len({x for x, _ in line}) > 1 for line in lines.values()):
+            found.setdefault((row.variant, others), []).append((float(value), row))
+    if not any(len({x for x, _ in line}) > 1 for line in found.values()):
         return None
-    figure, axes = new_axes(4.3, 3.1)
-    said = []
-    count = len(lines)
-    thresholds = sorted({x for line in lines.values() for x, _ in line})
-    step = min((b - a for a, b in itertools.pairwise(thresholds)), default=1.0)
-    for number, ((variant, others), line) in enumerate(lines.items()):
-        colour, marker, dash = style(variant, number)
-        name = line[0][1].variant_name + (f", {others}" if others else "")
-        same = [k for k in lines if k[0] == variant]
-        if len(same) > 1:  # told apart by the dash
-            dash = ("-", "--", ":", "-.")[same.index((variant, others)) % 4]
-        shift = 0.06 * step * (number - (count - 1) / 2)
-        places, means = [], []
-        for x, row in sorted(line, key=lambda at: at[0]):
-            values = view.values(measure, epsilon, row)
-            _points(axes, x + shift, values, colour, marker, 0.025 * step)
-            places.append(x + shift)
-            means.append(summarise(values).mean)
-            said.append(f"{name} at {x:g}: {means[-1]:.4g}")
-        axes.plot(places, means, color=colour, ls=dash, lw=1.6, label=name, marker=marker, ms=5)
-    base = [r for r in view.rows if r.variant == view.baseline and not r.settings]
-    if base and (values := view.values(measure, epsilon, base[0])):
-        colour, _, _ = style(view.baseline, 0)
-        axes.axhline(summarise(values).mean, color=colour, lw=1.2, ls=(0, (1, 1.5)), label=f"{base[0].name} (mean)")
-        said.append(f"{base[0].name}: {summarise(values).mean:.4g}")
-    axes.set_xticks(thresholds, [f"{x:g}" for x in thresholds])
-    label(axes.set_xlabel, THRESHOLDS[axis])
-    label(axes.set_ylabel, _axis_name(measure))
-    legend(axes)
-    title = f"{_capital(measure.name)} against {THRESHOLDS[axis].split(' ')[0]}, {epsilon_name(epsilon)}"
-    name = f"threshold-{axis.rsplit('.', 1)[-1]}-{measure.metric}-{measure.on}-eps{epsilon:g}"
-    note = f"Small marks: single runs.  Line and bar: mean ± standard deviation over seeds.  {_direction(measure)}"
-    return finished(figure, name, title, said, note)
+    lines = []
+    for (variant, others), at in found.items():
+        name = at[0][1].variant_name + (f", {others}" if others else "")
+        same = [k for k in found if k[0] == variant]
+        # Lines of one variant are told apart by the dash.
+        dash = ("-", "--", ":", "-.")[same.index((variant, others)) % 4] if len(same) > 1 else None
+        points = [(x, f"{name} at {x:g}", view.values(measure, epsilon, r)) for x, r in sorted(at, key=lambda p: p[0])]
+        lines.append(Line(variant, name, points, dash))
+    thresholds = sorted({x for line in lines for x, _, _ in line.points})
+    step = min(b - a for a, b in itertools.pairwise(thresholds))
+    with new_axes(*_SIZE) as (figure, axes):
+        said = _draw(axes, lines, shift=0.06 * step, beside=0.025 * step)
+        base = [r for r in view.rows if r.variant == view.baseline and not r.settings]
+        if base and (values := view.values(measure, epsilon, base[0])):
+            colour, name = style(view.baseline, 0)[0], base[0].name
+            axes.axhline(summarise(values).mean, color=colour, lw=1.2, ls=(0, (1, 1.5)), label=f"{name} (mean)")
+            said.append(f"{name}: {_in_words(values)}")
+        axes.set_xticks(thresholds, [f"{x:g}" for x in thresholds])
+        axes.set(xlabel=THRESHOLDS[axis], ylabel=_axis_name(measure))
+        _legend(axes)
+        title = f"{_capital(measure.name)} against {THRESHOLDS[axis].split(' ')[0]}, {epsilon_name(epsilon)}"
+        name = f"{_name('threshold-' + axis.rsplit('.', 1)[-1], measure)}-eps{epsilon:g}"
+        return _finished(figure, name, title, said, f"{_MARKS}  {_direction(measure)}")
 
 
-def _against_share(view: View, measure: Measure, epsilon: float) -> tuple[Plot, bytes] | None:
+def _against_share(view: View, measure: Measure, epsilon: float) -> Plot | None:
     """A line for each variant whose thresholds vary, over the share of the noise levels that programs train alone.
 
     It holds both thresholds at once, where :func:`_against_threshold` shows one.
     """
     if not set(THRESHOLDS) & set(view.results.axes):
         return None
-    lines: dict[str, list[tuple[float, Row]]] = {}
+    found: dict[str, list[tuple[float, Row]]] = {}
     for row in view.rows:
         share = view.programs_share(row)
         if share is not None and view.values(measure, epsilon, row):
-            lines.setdefault(row.variant, []).append((100 * share, row))
-    if not any(len({x for x, _ in line}) > 1 for line in lines.values()):
+            found.setdefault(row.variant, []).append((100 * share, row))
+    if not any(len({x for x, _ in line}) > 1 for line in found.values()):
         return None
-    figure, axes = new_axes(4.3, 3.1)
-    said = []
-    for number, (variant, line) in enumerate(lines.items()):
-        colour, marker, dash = style(variant, number)
-        line.sort(key=lambda at: at[0])
-        means = []
-        for x, row in line:
-            values = view.values(measure, epsilon, row)
-            _points(axes, x, values, colour, marker, 1.2)
-            means.append(summarise(values).mean)
-            said.append(f"{row.name} at {x:.0f} %: {_in_words(values)}")
+    lines = []
+    for variant, at in found.items():
+        points = [
+            (x, f"{r.name} at {x:.0f} %", view.values(measure, epsilon, r)) for x, r in sorted(at, key=lambda p: p[0])
+        ]
         # Settings of one share are points of their own, not a line.
-        joined = dash if len({x for x, _ in line}) == len(line) else ""
-        name = line[0][1].variant_name
-        axes.plot([x for x, _ in line], means, color=colour, ls=joined, lw=1.6, label=name, marker=marker, ms=5)
-    label(axes.set_xlabel, "noise levels trained on programs alone, %")
-    label(axes.set_ylabel, _axis_name(measure))
-    legend(axes)
-    title = f"{_capital(measure.name)} against the share of programs, {epsilon_name(epsilon)}"
-    name = f"threshold-share-{measure.metric}-{measure.on}-eps{epsilon:g}"
-    note = f"Small marks: single runs.  Line and bar: mean ± standard deviation over seeds.  {_direction(measure)}"
-    return finished(figure, name, title, said, note)
+        lines.append(Line(variant, at[0][1].variant_name, points, None if len({x for x, _ in at}) == len(at) else ""))
+    with new_axes(*_SIZE) as (figure, axes):
+        said = _draw(axes, lines, shift=0, beside=1.2)
+        axes.set(xlabel="noise levels trained on programs alone, %", ylabel=_axis_name(measure))
+        _legend(axes)
+        title = f"{_capital(measure.name)} against the share of programs, {epsilon_name(epsilon)}"
+        name = f"{_name('threshold-share', measure)}-eps{epsilon:g}"
+        return _finished(figure, name, title, said, f"{_MARKS}  {_direction(measure)}")
 
 
-def _against_compute(view: View, measure: Measure, what: str) -> tuple[Plot, bytes] | None:
-    """A point for each run; the marker says which variant, the size which ε."""
+def _against_compute(view: View, measure: Measure, what: str) -> Plot | None:
+    """A point for each run over its training time, or over the private images that it used; None without such figures.
+
+    The marker stands for the variant, the size for ε.
+    """
     points: list[tuple[float, float, str, float]] = []
     for job in view.results.runs:
-        cost: float | None = job.seconds_training
-        if cost is not None:
-            cost /= 60
+        cost = None if job.seconds_training is None else job.seconds_training / 60
         if what == "images":
             seen, parameters = job.images_of_steps, job.facts.get("parameters")
             cost = None if seen is None or parameters is None else seen * job.facts.get("copies", 1) * parameters
-        value = next(
-            (f.value for f in job.figures() if (f.metric, f.on, f.of_class) == (measure.metric, measure.on, "")), None
-        )
+        wanted = (measure.metric, measure.on, "")
+        value = next((f.value for f in job.figures() if (f.metric, f.on, f.of_class) == wanted), None)
         if cost and value is not None:
             points.append((cost, measure.scale * value, job.variant, job.epsilon))
     costs = [p[0] for p in points]
-    # Where all runs cost the same by design, the picture would say nothing.
+    # Where all runs cost the same by design, the picture would show nothing.
     if len(points) < 2 or (what == "images" and max(costs) < 1.2 * min(costs)):
         return None
-    figure, axes = new_axes(4.3, 3.1)
     said = []
     sizes = {e: 22 + 26 * i for i, e in enumerate(view.epsilons)}
-    for number, variant in enumerate(dict.fromkeys(p[2] for p in points)):
-        colour, marker, _ = style(variant, number)
-        mine = [p for p in points if p[2] == variant]
-        axes.scatter(
-            [p[0] for p in mine],
-            [p[1] for p in mine],
-            s=[sizes[p[3]] for p in mine],
-            color=colour,
-            marker=marker,
-            alpha=0.75,
-            lw=0,
-            label=Row(variant, "").variant_name,
+    with new_axes(*_SIZE) as (figure, axes):
+        for number, variant in enumerate(dict.fromkeys(p[2] for p in points)):
+            colour, marker, _ = style(variant, number)
+            x, y, _, epsilons = zip(*(p for p in points if p[2] == variant), strict=True)
+            look = {"color": colour, "marker": marker, "alpha": 0.75, "lw": 0}
+            name = Row(variant, "").variant_name
+            axes.scatter(x, y, s=[sizes[e] for e in epsilons], label=name, **look)
+            said.append(f"{name}: {np.mean(y):.4g} for {np.mean(x):.3g} on average")
+        if max(costs) > 20 * min(costs):
+            axes.set_xscale("log")
+        elif what == "seconds":
+            axes.set_xlim(0, 1.08 * max(costs))
+        time = f"training time, {view.results.core}minutes"
+        axes.set(
+            xlabel=time if what == "seconds" else "private images used × copies × parameters",
+            ylabel=_axis_name(measure),
         )
-        at = float(np.mean([p[0] for p in mine])), float(np.mean([p[1] for p in mine]))
-        said.append(f"{Row(variant, '').variant_name}: {at[1]:.4g} for {at[0]:.3g} on average")
-    if max(costs) > 20 * min(costs):
-        axes.set_xscale("log")
-    elif what == "seconds":
-        axes.set_xlim(0, 1.08 * max(costs))
-    x = (
-        f"training time, {view.results.core}minutes"
-        if what == "seconds"
-        else "private images used × copies × parameters"
-    )
-    label(axes.set_xlabel, x)
-    label(axes.set_ylabel, _axis_name(measure))
-    legend(axes)
-    scale = "" if len(view.epsilons) == 1 else f"  Larger marks: larger ε ({_listed(view.epsilons)})."
-    note = f"One mark a run.{scale}  {_direction(measure)}" + (
-        "  Times depend on the machine and on what else it did." if what == "seconds" else ""
-    )
-    title = f"{_capital(measure.name)} against {'training time' if what == 'seconds' else 'private computation'}"
-    return finished(figure, f"compute-{what}-{measure.metric}-{measure.on}", title, said, note)
+        _legend(axes)
+        listed = ", ".join(map(_bare, view.epsilons))
+        note = f"One mark a run.{'' if len(view.epsilons) == 1 else f'  Larger marks: larger ε ({listed}).'}"
+        note += f"  {_direction(measure)}"
+        if what == "seconds":
+            note += "  Times depend on the machine and on what else it did."
+        title = f"{_capital(measure.name)} against {'training time' if what == 'seconds' else 'private computation'}"
+        return _finished(figure, _name(f"compute-{what}", measure), title, said, note)
 
 
-def _by_class(view: View, measure: Measure) -> tuple[Plot, bytes] | None:
+def _by_class(view: View, measure: Measure) -> Plot | None:
     """Mean accuracy of each class, as a map: variants by classes."""
     names = view.classes(measure.on)
     if measure.metric != "accuracy" or not 2 <= len(names) <= 40:
@@ -289,51 +303,63 @@ def _by_class(view: View, measure: Measure) -> tuple[Plot, bytes] | None:
     grid = np.array(
         [[np.mean(v) if (v := view.values(measure, e, r, n)) else math.nan for n in names] for e, r in rows]
     )
-    figure, axes = new_axes(min(9.0, 2.2 + 0.62 * len(names)), 0.9 + 0.3 * len(rows))
-    picture = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for y, x in np.ndindex(*grid.shape):
-        if not math.isnan(grid[y, x]):
-            dark = grid[y, x] < 55  # of cividis: light letters there
-            axes.text(x, y, f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=8, color="#fff" if dark else "#000")
-    axes.set_xticks(range(len(names)), [_short(n) for n in names], rotation=0 if max(map(len, names)) < 5 else 35)
-    if max(map(len, names)) >= 5:
-        for text in axes.get_xticklabels():
-            text.set_ha("right")
-    several = len(view.epsilons) > 1
-    axes.set_yticks(range(len(rows)), [f"{r.name}, {epsilon_name(e)}" if several else r.name for e, r in rows])
-    for index in range(1, len(rows)):
-        if rows[index][0] != rows[index - 1][0]:
-            axes.axhline(index - 0.5, color="#888", lw=2.5)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(length=0)
-    bar = figure.colorbar(picture, ax=axes, fraction=0.03, pad=0.015)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, colors=INK, length=0)
-    said = [
-        f"{r.name} at {epsilon_name(e)}: {np.nanmin(g):.3g} to {np.nanmax(g):.3g}"
-        for (e, r), g in zip(rows, grid, strict=True)
-    ]
-    note = "Percent of the real test images of each class, mean over seeds."
-    return finished(figure, "classes", f"{_capital(measure.name)} by class", said, note, wide=True)
+    long = max(map(len, names)) >= 5
+    with new_axes(min(9.0, 2.2 + 0.62 * len(names)), 0.9 + 0.3 * len(rows)) as (figure, axes):
+        picture = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        for (y, x), value in np.ndenumerate(grid):
+            if not math.isnan(value):
+                # The lower half of cividis is dark: light letters there.
+                colour = "#fff" if value < 55 else "#000"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        short = [n if len(n) <= 14 else f"{n[:13]}…" for n in names]
+        axes.set_xticks(range(len(names)), short, rotation=35 if long else 0, ha="right" if long else "center")
+        several = len(view.epsilons) > 1
+        axes.set_yticks(range(len(rows)), [f"{r.name}, {epsilon_name(e)}" if several else r.name for e, r in rows])
+        for index in range(1, len(rows)):
+            if rows[index][0] != rows[index - 1][0]:
+                axes.axhline(index - 0.5, color="#888", lw=2.5)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        bar = figure.colorbar(picture, ax=axes, fraction=0.03, pad=0.015)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8, length=0)
+        said = [
+            f"{r.name} at {epsilon_name(e)}: {np.nanmin(g):.3g} to {np.nanmax(g):.3g}"
+            for (e, r), g in zip(rows, grid, strict=True)
+        ]
+        note = "Percent of the real test images of each class, mean over seeds."
+        return _finished(figure, "classes", f"{_capital(measure.name)} by class", said, note, wide=True)
 
 
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def _plain_rows(view: View) -> Sequence[Row]:
-    """Rows without varied settings, if each variant has one; else all."""
-    plain = [row for row in view.rows if not row.label]
-    return plain if {r.variant for r in plain} == {r.variant for r in view.rows} else view.rows
+def style(variant: str, number: int) -> tuple[str, str, Any]:
+    """Colour, marker and dashes of a variant; `number` chooses those of one that is not ours."""
+    return STYLES.get(variant) or _OTHER[number % len(_OTHER)]
 
 
-def _points(axes: Any, x: float, values: Sequence[float], colour: str, marker: str, beside: float) -> None:
-    """A bar of one standard deviation, and every run `beside` it."""
-    s = summarise(values)
-    if s.sd is not None:
-        axes.errorbar(x, s.mean, yerr=s.sd, color=colour, capsize=2.5, lw=1.3)
-    if len(values) > 1:
-        axes.scatter([x + beside] * len(values), values, s=10, color=colour, marker=marker, alpha=0.7, lw=0)
+def _draw(axes: Any, lines: Sequence[Line], shift: float, beside: float) -> list[str]:
+    """Draw lines through means, with a bar of one standard deviation and every run `beside` it; returns all in words.
+
+    Lines are `shift` apart, so that their bars do not cover each other.
+    """
+    said = []
+    for number, line in enumerate(lines):
+        colour, marker, dash = style(line.variant, number)
+        left = shift * (number - (len(lines) - 1) / 2)
+        for x, name, values in line.points:
+            s = summarise(values)
+            if s.sd is not None:
+                axes.errorbar(x + left, s.mean, yerr=s.sd, color=colour, capsize=2.5, lw=1.3)
+            if len(values) > 1:
+                places = [x + left + beside] * len(values)
+                axes.scatter(places, values, s=10, color=colour, marker=marker, alpha=0.7, lw=0)
+            said.append(f"{name}: {_in_words(values)}")
+        means = [summarise(values).mean for _, _, values in line.points]
+        look = {"color": colour, "ls": dash if line.dash is None else line.dash, "marker": marker}
+        axes.plot([x + left for x, _, _ in line.points], means, lw=1.6, label=line.name, ms=5, **look)
+    return said
 
 
 def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
@@ -357,7 +383,7 @@ def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
         else:
             axes.plot([], [], ls=dash, label=f"{name}: {mean:.3g} (off scale)", **look)
 
-    for kind, (name, line_dash) in _LINES.items():
+    for kind, (name, line_dash) in _REFERENCES.items():
         if values := view.reference(kind, measure, math.inf):
             said.append(f"{name}: {_in_words(values)}")
             draw(summarise(values).mean, name, line_dash)
@@ -371,9 +397,37 @@ def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
     return said
 
 
+def _legend(axes: Any, columns: int = 3) -> None:
+    """Above the axes, in so many columns or as many as fit."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
+    if longest:
+        columns = min(columns, 3 if longest < 14 else 2 if longest < 36 else 1)
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
+        axes.legend(frameon=False, fontsize=8, ncols=columns, handlelength=3.4, columnspacing=1.2, **place)
+
+
+def _finished(figure: Any, name: str, title: str, said: Sequence[str], note: str, wide: bool = False) -> Plot:
+    """The plot as SVG for a page, and as PNG on white."""
+    alt, name = f"{title}.  {'; '.join(said)}.", slug(name)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=200, bbox_inches="tight", facecolor="white", metadata={"Software": None})
+    svg = inline(figure, name, alt, "plot wide-plot" if wide else "plot")
+    return Plot(name, title, alt, note, svg, png.getvalue())
+
+
+def _plain_rows(view: View) -> Sequence[Row]:
+    """Rows without varied settings, if each variant has one; else all."""
+    plain = [row for row in view.rows if not row.label]
+    return plain if {r.variant for r in plain} == {r.variant for r in view.rows} else view.rows
+
+
 def _in_words(values: Sequence[float]) -> str:
     s = summarise(values)
     return f"{s.mean:.4g}" if s.sd is None else f"{s.mean:.4g} ± {s.sd:.2g}"
+
+
+def _name(kind: str, measure: Measure) -> str:
+    return f"{kind}-{measure.metric}-{measure.on}"
 
 
 def _axis_name(measure: Measure) -> str:
@@ -384,12 +438,8 @@ def _direction(measure: Measure) -> str:
     return f"{measure.better.capitalize()} is better."
 
 
-def _listed(epsilons: Sequence[float]) -> str:
-    return ", ".join(epsilon_name(e).removeprefix("ε = ") for e in epsilons)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"{name[:13]}…"
+def _bare(epsilon: float) -> str:
+    return epsilon_name(epsilon).removeprefix("ε = ")
 
 
 def _capital(text: str) -> str:

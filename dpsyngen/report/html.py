@@ -1,16 +1,39 @@
-"""Writing the report: everything from files of the run, nothing computed from private images here."""
+"""Writing the run report: everything comes from files of the run, and no private image is read here."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpsyngen.files import write_text
-from dpsyngen.report.private_values import private_values
-from dpsyngen.report.release_values import release_values
-from dpsyngen.report.rendering import render
+from dpsyngen.privacy.certificate import number
+from dpsyngen.report.sections import private_values, release_values
 from dpsyngen.training.run import Run
 from dpsyngen.version import __version__
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """The page that `template`, a file of ``dpsyngen/report/templates``, makes of `values`.
+
+    Text of `values` is escaped (class names come from the user's folders).  Filter ``bound`` rounds a bound up.
+
+    Raises:
+        jinja2.TemplateNotFound: no such template.
+        jinja2.UndefinedError: the template names a value that is not given.
+    """
+    environment = Environment(
+        loader=PackageLoader("dpsyngen.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["bound"] = partial(number, up=True)
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 def write_reports(run: Run) -> tuple[Path, Path]:
@@ -24,7 +47,7 @@ def write_reports(run: Run) -> tuple[Path, Path]:
     Raises:
         RunError: a file of the run is damaged.
     """
-    values = {"version": __version__, **release_values(run.release)}
+    values = release_values(run.release)
     private_path, public_path = run.private / "report.html", run.release / "report.html"
     write_text(public_path, render("report.html.j2", values | {"private_half": None}))
     private_half = private_values(run, values["statement"]["public_assumptions"]["class_names"])
@@ -36,7 +59,7 @@ def write_report(run: Run | str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write the report of a finished run, twice: the full one into ``private/``, the publishable into ``release/``.
 
     Returns:
-        paths of the private and of the public report.
+        paths of the private and of the publishable report.
     """
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()

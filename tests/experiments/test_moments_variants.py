@@ -16,7 +16,7 @@ from dpsyngen.experiments.measures import VARIANT_NAMES
 from dpsyngen.experiments.spec import jobs_of, load_spec, parse_spec, programs_share
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.report.comparison import write_comparison
-from dpsyngen.report.comparison_svg import STYLES
+from dpsyngen.report.comparison_plots import STYLES
 from dpsyngen.training.plan import Shape, make_plan
 
 SHAPE = Shape(8, 1, ("a", "b", "c"), 60)

@@ -6,8 +6,7 @@ import pytest
 
 from dpsyngen.experiments.measures import View
 from dpsyngen.experiments.results import Results
-from dpsyngen.report.comparison_plots import comparison_plots, write_plots
-from dpsyngen.report.comparison_svg import STYLES
+from dpsyngen.report.comparison_plots import STYLES, comparison_plots, write_plots
 from tests.experiments.synthetic import make_experiment
 
 
@@ -21,7 +20,7 @@ def view(tmp_path_factory) -> View:
 
 @pytest.fixture(scope="module")
 def plots(view):
-    return comparison_plots(view)
+    return list(comparison_plots(view))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_plots_for_which_there_is_data(plots, tmp_path) -> None:
     # What the published thresholds, and the wider ones, cut off log σ ~ N(−1.2, 1.2²).
     assert all(part in share.alt for part in ("DPDM at 0 %", "Both at 7 %", "Both (wider) at 29 %"))
     bare = make_experiment(tmp_path / "f", grid={"epsilon": [1]}, classes=0, features=())
-    assert comparison_plots(View(Results.load(bare))) == []
+    assert not list(comparison_plots(View(Results.load(bare))))
 
 
 def test_alternative_text_has_the_numbers(view, plots) -> None:

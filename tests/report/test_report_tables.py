@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from dpsyngen.data import load_images
+from dpsyngen.evaluation import evaluate_images
 from dpsyngen.evaluation.memorisation import memorisation_check
 from dpsyngen.evaluation.pairs import chosen_images, image_data, neighbour_pairs
 from dpsyngen.privacy.accounting import Mechanism
-from dpsyngen.report.class_accuracy import class_accuracy
-from dpsyngen.report.curves import curves
-from dpsyngen.report.figure_table import figure_table
-from dpsyngen.report.ledger_rows import ledger_rows
+from dpsyngen.report.sections import class_accuracy, curves, ledger_rows
+from dpsyngen.report.tables import FigureRow, figure_table, metric_rows
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str
-    value: str
-    floor: str = ""
-    interval: str | None = None
-
-
-class Named(NamedTuple):
-    name: str
-    value: str
-    floor: str = ""
-    interval: str | None = None
-
-
-@pytest.mark.parametrize("kind", [Row, Named, lambda *a: Row(*a).__dict__])
-def test_rows_of_any_kind_and_no_empty_columns(kind) -> None:
-    table = figure_table([kind("CAS", "90 %", "", "88 to 92 %"), kind("FID", "3", "")])
+def test_no_empty_columns() -> None:
+    table = figure_table([FigureRow("CAS", "90 %", "88 to 92 %"), FigureRow("FID", "3")])
     assert table == {
         "columns": ["figure", "value", "95 % interval"],
         "rows": [["CAS", "90 %", "88 to 92 %"], ["FID", "3", ""]],
     }
-
-
-def test_plain_rows() -> None:
-    table = figure_table([("CAS", "90 %", "of 100")])
-    assert table == {"columns": ["figure", "value", "how to read it"], "rows": [["CAS", "90 %", "of 100"]]}
+    assert figure_table([{"kind": "dp", "rate": ""}]) == {"columns": ["kind"], "rows": [["dp"]]}
     assert figure_table([]) == {"columns": [], "rows": []}
 
 
@@ -55,10 +33,7 @@ def test_accuracy_by_class() -> None:
     }
     found = class_accuracy({"cas": cas, "cas_chosen": "cnn"}, ["a", "b"])
     assert found["classifiers"] == ["logreg", "cnn"]
-    assert [[cell["text"] for cell in row["cells"]] for row in found["rows"]] == [
-        ["50.0 %", "100.0 %"],
-        ["no test image", "25.0 %"],
-    ]
+    assert [row["percents"] for row in found["rows"]] == [[50.0, 100.0], [None, 25.0]]
     assert found["confusion"]["classifier"] == "cnn"
     assert [[(c["count"], c["right"], c["many"]) for c in row["cells"]] for row in found["confusion"]["rows"]] == [
         [(9, True, False), (1, False, False)],
@@ -127,3 +102,41 @@ def test_pairs_show_each_image_with_its_own_neighbours_and_distances(held_out) -
             assert pair["to_private"] == pytest.approx(distances.min(), abs=1e-5)
             assert pair["private"] == image_data(private[distances.argmin()])
             assert (pair["held_out"] is not None) == (pair["to_held_out"] is not None) == held_out
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict:
+    train, test = load_images("digits"), load_images("digits:test")
+    return evaluate_images(
+        train.images[:100],
+        train.labels[:100],
+        reference=train,
+        test=test,
+        programs=255 - train.images[:30],
+        classifiers=("logreg",),
+    )
+
+
+def test_a_row_for_each_figure(figures) -> None:
+    rows = {row.name: row for row in metric_rows(figures)}
+    assert len(rows) == 1 + 7
+    frechet, m = rows["Fréchet distance, pixels-pca"], figures["features"]["pixels-pca"]["metrics"]["frechet"]
+    assert frechet.value == f"{m['value']:.4g}"
+    assert frechet.interval == f"{m['low']:.4g} to {m['high']:.4g}"
+    assert (frechet.floor, frechet.ceiling) == (f"{m['floor']:.4g}", f"{m['ceiling']:.4g}")
+    assert "lower is better; 100 generated against" in frechet.note
+    assert "ceiling of 30" in frechet.note  # fewer than were generated: not the same figure
+    assert "floor of" not in frechet.note
+    assert "TOO FEW IMAGES" in frechet.note  # 30 images in 64 dimensions
+    assert "TOO FEW" not in rows["precision, pixels-pca"].note
+    assert "higher is better" in rows["coverage, pixels-pca"].note
+    assert rows["CAS, logreg (chosen by validation)"].value.endswith("%")
+    table = figure_table(metric_rows(figures))
+    assert {"figure", "value", "95 % interval", "floor", "ceiling", "how to read it"} == set(table["columns"])
+
+
+def test_what_was_not_measured_is_left_empty(figures) -> None:
+    train = load_images("digits")
+    bare = evaluate_images(train.images[:100], None, reference=train, test=None, metrics=("kid",), bootstrap=0)
+    (row,) = metric_rows(bare)
+    assert (row.interval, row.floor, row.ceiling) == ("", "", "")

@@ -1,0 +1,327 @@
+"""What the run report shows: of the release half in both copies, of the private half in the private copy alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.evaluation.pairs import FILE, image_data, png_url
+from dpsyngen.files import read_yaml_file
+from dpsyngen.generator.generator import ReleasedGenerator
+from dpsyngen.privacy.ledger import Ledger, LedgerEntry
+from dpsyngen.programs import image_grid, make_program
+from dpsyngen.report.charts import Points, line_chart, stage_charts
+from dpsyngen.report.tables import figure_table, memorisation_rows, metric_rows
+from dpsyngen.training.log import JsonLines
+from dpsyngen.training.run import Run
+
+SEED = 0
+"""Public, and the same in every report: image i of two runs starts from the same noise, so their grids compare."""
+_PER_CLASS, _ON_A_PHONE = 12, 6  # images in a row
+_MOST_CLASSES = 20
+_CURVES = (
+    ("loss", "Loss", False),
+    ("clipped", "Share of clipped gradients", True),
+    ("median_norm", "Median gradient norm before clipping", False),
+)
+
+
+# ----------------------------------------------------------------- of the release half: opens nothing else
+
+
+def release_values(release: Path) -> dict[str, Any]:
+    """The values of the template that need files of `release` alone.
+
+    Args:
+        release: the release half of a finished run, or a copy of it.
+
+    Raises:
+        RunError, ConfigError: a file of it is damaged.
+    """
+    statement = json.loads((release / "privacy.json").read_text(encoding="utf-8"))
+    config = read_yaml_file(release / "config.yaml", "the configuration")
+    generator = ReleasedGenerator(release)
+    network, sampling = config["network"], config["sampling"]
+    drawn = _drawn_by_program(config["program"], generator)
+    lines = curves(JsonLines(release / "public_training.jsonl", 0o644).read(), "loss")
+    charts = {name: line_chart({name: points}, f"Loss of {name}", "public") for name, points in lines.items()}
+    epsilon = None if statement["epsilon"] == "inf" else statement["epsilon"]
+    return {
+        "statement": statement,
+        "mechanisms": figure_table([_mechanism(m) for m in statement["mechanisms"]]),
+        "epsilon": epsilon,
+        "odds": None if epsilon is None else math.exp(min(epsilon, 700)),
+        "config_yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        "samples": _class_rows(generator),
+        "omitted_classes": max(0, len(generator.class_names) - _MOST_CLASSES),
+        "sampling": generator.settings(seed=SEED),
+        "trajectory": trajectory_table(generator),
+        "programs": None if drawn is None else _grids(drawn, generator.resolution),
+        "stage_charts": stage_charts(
+            statement["stages"],
+            network["noise_mean"],
+            network["noise_std"],
+            sampling["sigma_min"],
+            sampling["sigma_max"],
+        ),
+        "public_charts": {name: chart for name, chart in charts.items() if chart is not None},
+    }
+
+
+def _mechanism(m: dict[str, Any]) -> dict[str, str]:
+    """A row of a table; a mechanism without noise has no rate."""
+    noise = m.get("noise_multiplier")
+    return {
+        "mechanism": m["mechanism"],
+        "runs": f"{m.get('count') or m.get('steps') or 1:,}",
+        "sampling rate": f"{m['sampling_rate']:.5g}" if m.get("sampling_rate") else "–",
+        "noise multiplier": "no noise" if noise is None else f"{noise:.5g}",
+        "sensitivity": str(m.get("l2_sensitivity", "–")),
+        "what for": m["reason"],
+    }
+
+
+def _class_rows(generator: ReleasedGenerator) -> list[dict[str, Any]]:
+    """A row of images for each class; one of many images if there are no classes."""
+    shown = generator.class_names[:_MOST_CLASSES]
+    if not shown:
+        images = generator.sample(4 * _PER_CLASS, seed=SEED).images
+        return [{"name": "", **_grids(images, generator.resolution)}]
+    labels = generator.labels(_PER_CLASS * len(shown), list(range(len(shown))))
+    assert labels is not None
+    images = generator.sample(len(labels), labels=labels, seed=SEED).images
+    return [{"name": name, **_grids(images[labels == i], generator.resolution)} for i, name in enumerate(shown)]
+
+
+def _grids(images: NDArray[np.uint8], resolution: int) -> dict[str, str]:
+    """The same images in long rows and, for a phone, in short ones."""
+    looks = (("wide", _PER_CLASS, 66), ("narrow", _ON_A_PHONE, 48))
+    return {
+        look: png_url(image_grid(images, columns, scale=max(1, round(side / resolution)), pad=3))
+        for look, columns, side in looks
+    }
+
+
+def _drawn_by_program(config: dict[str, Any], generator: ReleasedGenerator) -> NDArray[np.uint8] | None:
+    """Some of the public images; None where this version has no such program."""
+    size = {"resolution": generator.resolution, "channels": generator.channels}
+    try:
+        program = make_program(config["name"], **size, seed=config["seed"], **config["params"])
+    except ConfigError:
+        return None
+    return program.batch(range(24))
+
+
+def trajectory_table(generator: ReleasedGenerator, images: int = 6, columns: int = 9) -> dict[str, Any]:
+    """The first images of the seed, one of each class, at steps that are even in log σ.
+
+    They are the images with which the class rows of the report begin, drawn by the run's own sampler.
+
+    Returns:
+        ``sigmas``: a text for each column; ``trainers``: of each column; ``stages``: name, trainer and number of
+        columns of each run of columns that one stage owns; ``noisy``: pictures of x, what the sampler had, for the
+        first image; ``rows``: for each image its name, pictures of D(x; σ), what was expected of it, and the image.
+    """
+    count = min(images, len(generator.class_names)) or 4
+    found = generator.trajectory(count, columns, seed=SEED)
+    labels = found.samples.labels
+    return {
+        # Two digits, without an exponent where that is short.
+        "sigmas": [f"{float(f'{s:.2g}'):g}" if s >= 1e-4 else f"{s:.1e}" for s in found.sigmas],
+        "stages": [
+            {"name": stage.name, "trainer": stage.trainer, "columns": len(list(run))}
+            for stage, run in itertools.groupby(found.stages)
+        ],
+        "trainers": [stage.trainer for stage in found.stages],
+        "noisy": [image_data(images[0]) for images in found.noisy],
+        "rows": [
+            {
+                "name": generator.class_names[labels[i]] if labels is not None else f"image {i + 1}",
+                "expected": [image_data(images[i]) for images in found.denoised],
+                "image": image_data(found.samples.images[i]),
+            }
+            for i in range(count)
+        ],
+    }
+
+
+def curves(log: Iterable[Mapping[str, Any]], name: str) -> dict[str, Points]:
+    """(step, value) of a figure of each phase of a log; values that are missing or not finite are left out.
+
+    Args:
+        log: lines with ``phase`` and ``step``, as :meth:`JsonLines.read` gives them.
+        name: of the figure, such as "loss".
+    """
+    out: dict[str, list[tuple[float, float]]] = {}
+    for line in log:
+        value = line.get(name)
+        if isinstance(value, int | float) and math.isfinite(value):
+            out.setdefault(str(line["phase"]), []).append((line["step"], float(value)))
+    return {phase: sorted(points) for phase, points in out.items()}
+
+
+# ------------------------------------------------------------------------------------ of the private half
+
+
+def private_values(run: Run, class_names: Sequence[str]) -> dict[str, Any]:
+    """The values of the template that the publishable copy must not have.
+
+    Args:
+        run: a finished run.
+        class_names: of its generator, for the table of classes.
+
+    Raises:
+        RunError: a file of the private half is damaged.
+        LedgerError: the ledger is.
+    """
+    log = JsonLines(run.private / "training.jsonl", 0o600).read()
+    metrics, health = _kept(run.private / "metrics.json"), _kept(run.private / "health.json")
+    charts = {
+        title: line_chart(curves(log, name), title, "private", percent=percent) for name, title, percent in _CURVES
+    }
+    return {
+        "ledger": figure_table(ledger_rows(Ledger(run.ledger_path).entries)),
+        "charts": {title: chart for title, chart in charts.items() if chart is not None},
+        "summary": _summary(log),
+        "metrics": figure_table(metric_rows(metrics)) if metrics else None,
+        "classes": class_accuracy(metrics, class_names) if metrics else None,
+        # Short lists on one line.
+        "protocol": yaml.safe_dump(metrics, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+        if metrics
+        else None,
+        "memorisation": _memorisation(run),
+        "health": None if health is None else health["findings"],
+    }
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """What a command left in the private half; None if it was not run.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}).  Remove it, or run the command that made it again.") from None
+    return values
+
+
+def _summary(log: list[dict[str, Any]]) -> dict[str, float] | None:
+    if not log:
+        return None
+    last = log[-max(1, len(log) // 10) :]
+    return {
+        "clipped": sum(v["clipped"] for v in last) / len(last),
+        "median_norm": sum(v["median_norm"] for v in last) / len(last),
+        "not_finite": sum(v["not_finite"] for v in log),
+        "examples": sum(v["examples"] for v in log) / len(log),
+    }
+
+
+def _memorisation(run: Run) -> dict[str, Any] | None:
+    """The figures and the images of the last memorisation check; None if there was none."""
+    figures = _kept(run.private / "memorisation.json")
+    if figures is None:
+        return None
+    everything = next(iter(figures["spaces"].values()))["everything"]
+    by_class = [
+        (name, f"{100 * s['share']:.1f} %", f"{100 * s['expected']:.1f} %", f"{s['p_permutation']:.2g}", s["images"])
+        for name, s in figures["by_class"].items()
+    ]
+    return {
+        "conclusion": figures["conclusion"],
+        "flagged": figures["flagged"],
+        "rows": figure_table(memorisation_rows(figures)),
+        "by_class": by_class,
+        "pairs": _kept(run.private / FILE),
+        "expected": None if everything is None else f"{100 * everything['expected']:.0f} %",
+    }
+
+
+def class_accuracy(metrics: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any] | None:
+    """Accuracy by class, and which classes were mistaken for which; None if no classifier was scored.
+
+    Args:
+        metrics: ``private/metrics.json``.
+        class_names: in the order of the labels.
+
+    Returns:
+        ``classifiers``: names; ``rows``: of each class its name and, for each classifier, the accuracy in percent (None
+        where the class has no test image); ``confusion``: None, or ``classifier`` and, for each real class, its name
+        and cells of ``count``, ``right`` (the diagonal) and ``many`` (more than a tenth of the class went there).
+    """
+    scored = {name: c for name, c in metrics.get("cas", {}).items() if c.get("per_class_accuracy")}
+    if not scored:
+        return None
+    rows = [
+        {
+            "name": name,
+            "percents": [
+                None if (a := c["per_class_accuracy"][i]) is None else round(100 * a, 1) for c in scored.values()
+            ],
+        }
+        for i, name in enumerate(class_names)
+    ]
+    chosen = str(metrics.get("cas_chosen"))
+    chosen = chosen if chosen in scored else next(iter(scored))
+    counts, confusion = scored[chosen].get("confusion"), None
+    if counts and len(counts) == len(class_names) <= _MOST_CLASSES:
+        cells = [
+            [{"count": n, "right": i == j, "many": i != j and n > 0.1 * max(1, sum(row))} for j, n in enumerate(row)]
+            for i, row in enumerate(counts)
+        ]
+        named = [{"name": name, "cells": row} for name, row in zip(class_names, cells, strict=True)]
+        confusion = {"classifier": chosen, "rows": named}
+    return {"classifiers": list(scored), "rows": rows, "confusion": confusion}
+
+
+def ledger_rows(entries: Sequence[LedgerEntry]) -> list[dict[str, str]]:
+    """Rows of texts: ``entry`` (numbers, from 1), ``kind``, ``reason``, ``runs``, ``rate``, ``noise``, ``details``.
+
+    Neighbouring entries, such as steps of DP-SGD, share a row if all but their counts and their places agree.  Its runs
+    are their sum, and its details those on which they agree.
+    """
+
+    def alike(pair: tuple[int, LedgerEntry]) -> tuple[Any, ...]:
+        entry, m = pair[1], pair[1].mechanism
+        return entry.kind, entry.reason, m and (m.sampling_rate, m.noise_multiplier)
+
+    rows = []
+    for _, group in itertools.groupby(enumerate(entries, 1), alike):
+        numbers, same = zip(*group, strict=True)
+        first, m = same[0], same[0].mechanism
+        details = {k: v for k, v in first.details.items() if all(e.details.get(k) == v for e in same)}
+        rows.append(
+            {
+                "entry": str(numbers[0]) if len(same) == 1 else f"{numbers[0]}–{numbers[-1]}",
+                "kind": first.kind,
+                "reason": first.reason,
+                "runs": "" if m is None else f"{sum(e.mechanism.count for e in same if e.mechanism):,}",
+                "rate": "" if m is None else f"{m.sampling_rate:.5g}",
+                "noise": "" if m is None else f"{m.noise_multiplier:.5g}",
+                "details": "; ".join(f"{k.replace('_', ' ')} {_text(v)}" for k, v in details.items()),
+            }
+        )
+    return rows
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{k} {_text(v)}" for k, v in value.items() if v is not None) + ")"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
