@@ -10,6 +10,7 @@ file from running for years, or from failing only after ε was spent.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -320,6 +321,24 @@ def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]
         below = out.get(key)
         out[key] = merge_settings(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return out
+
+
+def with_options(settings: Mapping[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """`settings` with the options in force that are not None; ``private__steps`` is the setting private.steps.
+
+    >>> with_options({"private": {"steps": 5}}, private__copies=2, stages__variant=None)
+    {'private': {'steps': 5, 'copies': 2}}
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"settings is {shown(settings)}, but must be a mapping such as {{'private': {{'steps': 500}}}}."
+        )
+    chosen: dict[str, Any] = {}
+    for key, value in options.items():
+        if value is not None:
+            section, name = key.split("__")
+            chosen.setdefault(section, {})[name] = value
+    return merge_settings(dict(settings or {}), chosen)
 
 
 def _sections(loaded: Any, name: str) -> dict[str, Any]:

@@ -10,19 +10,17 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
-import numpy as np
-
-from dpsyngen.config import Config, load_config, merge_settings
+from dpsyngen.config import Config, load_config, with_options
 from dpsyngen.console import console_for
 from dpsyngen.data import ImageDataset
-from dpsyngen.data.arrays import dataset_from_arrays
-from dpsyngen.data.load import PathLike, Source, load_named_or_given
+from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined, started_by_torchrun
-from dpsyngen.errors import ConfigError, DataError, RunError, shown
+from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.release.place import find, save
@@ -142,8 +140,7 @@ def train_together(begin: Callable[..., Training], data: Source | None, device: 
     Args:
         begin: makes the training (:func:`prepare` or :func:`prepare_resume`), called in the main process with
             ``device`` and ``ranks``.
-        data: the private images; None: what the run's settings name.
-        device: where to compute.
+        data, device: as for `begin`, for the processes that follow.
 
     Returns:
         what was trained; None in a process that is not the main one.
@@ -242,6 +239,18 @@ def train(
     return Run(Path(out))
 
 
+class FitOptions(TypedDict, total=False):
+    """More options of :meth:`Generator.fit`; what they are is said there."""
+
+    delta: float | None
+    class_names: Sequence[str] | None
+    group_size: int | None
+    budget: PathLike | None
+    variant: str | None
+    steps: int | None
+    resolution: int | None
+
+
 class Generator(ReleasedGenerator):
     """Draws images.  :meth:`fit` trains one on private images, :meth:`load` takes one from the disk.
 
@@ -252,23 +261,8 @@ class Generator(ReleasedGenerator):
     >>> generator.save("shoes.zip")                                           # doctest: +SKIP
     PosixPath('shoes.zip')
 
-    Args:
-        release: the ``release`` folder of a run, or a copy of it.  It may come from a stranger: nothing in it is run,
-            and it is checked before memory is taken for it (see :mod:`dpsyngen.generator.files`).
-        device: where to compute: "cpu", "cuda", "cuda:1", …, or "auto".
-        compute: precision, memory format, compiling; None: all automatic.  Other ways to compute give images that may
-            differ in the last digits.
-
-    Raises:
-        RunError: not a finished release, or damaged.
-
-    Attributes:
-        class_names: () if unconditional.
-        private: whether there is a privacy guarantee; :attr:`privacy` has all of it.
-        place: where it is on the disk.
-        stages: who answers at which noise level.
-        networks: the denoiser of each network.
-        gaussian: the denoiser of the DP moments; None if there are none.
+    Arguments and attributes are those of :class:`dpsyngen.generator.generator.ReleasedGenerator`; ``place`` is where
+    it is on the disk.
     """
 
     @classmethod
@@ -278,18 +272,12 @@ class Generator(ReleasedGenerator):
         labels: ArrayLike | None = None,
         *,
         epsilon: float,
-        delta: float | None = None,
-        class_names: Sequence[str] | None = None,
-        group_size: int | None = None,
-        budget: PathLike | None = None,
         preset: str | None = None,
-        variant: str | None = None,
-        steps: int | None = None,
-        resolution: int | None = None,
         settings: Mapping[str, Any] | None = None,
         out: PathLike | None = None,
         device: str = "auto",
         progress: bool = True,
+        **options: Unpack[FitOptions],
     ) -> Self:
         """Train a generator on private images with (ε, δ)-differential privacy.
 
@@ -310,39 +298,47 @@ class Generator(ReleasedGenerator):
             labels: for arrays: [N] whole numbers or texts; None: no classes.  Folders, files and data sets bring
                 their own.
             epsilon: ε > 0, for one image added or removed; ``math.inf`` trains without privacy, for reference.
-            delta: δ; None: the largest power of ten below 1/N.
-            class_names: names for labels 0, 1, …, all of which are then public; None: the labels that occur are.
-            group_size: images of one person at most; ε is then for all of them together.  None: 1.
-            budget: file of the budget that all runs on these images share; see docs/privacy.md.
             preset: see :func:`dpsyngen.config.preset_names`; None: "gpu" where there is one, else "cpu-small".
-            variant: who trains which noise levels; None: what the preset says.
-            steps: of DP-SGD; None: what the preset says.
-            resolution: pixels; None: what the images have.
             settings: nested overrides of the preset, such as ``{"private": {"copies": 8}}``, or what
-                :meth:`get_params` of an earlier generator gave with ``deep=False``.  Options above go before them.
+                :meth:`get_params` of an earlier generator gave with ``deep=False``.  Options go before them.
             out: the run directory to make; None: a new one, ``runs/fit-DATE-TIME``.
             device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
             progress: tell what is going on: in a notebook below the cell, elsewhere on standard error.
+            options: ``delta`` (δ; default: the largest power of ten below 1/N), ``class_names`` (names for labels
+                0, 1, …, all of which are then public; default: the labels that occur are), ``group_size`` (images of
+                one person at most; ε is then for all of them together), ``budget`` (file of the budget that all runs
+                on these images share; see docs/privacy.md), ``variant`` (who trains which noise levels), ``steps``
+                (of DP-SGD) and ``resolution`` (pixels; default: what the images have).
 
         Raises:
+            TypeError: there is no such option.
             ConfigError, DataError, RunError: before anything is spent.
             KeyboardInterrupt: it was interrupted.  Nothing is lost: :meth:`resume` goes on.
         """
+        unknown = sorted(options.keys() - FitOptions.__annotations__.keys())
+        if unknown:
+            known = ["epsilon", "preset", "settings", "out", "device", "progress", *FitOptions.__annotations__]
+            near = "".join(f"  Did you mean {name}?" for name in get_close_matches(unknown[0], known, 1))
+            raise TypeError(
+                f"fit has no option {unknown[0]!r}.{near}  It has: {', '.join(known)}; every other setting goes into "
+                "settings, and the noise has no seed."
+            )
         if images is None or (isinstance(images, str) and not images.strip()):
             raise ConfigError("no images were given: arrays, a folder, a file, a named set or a data set.")
+        budget = options.get("budget")
         given = with_options(
             settings,
             privacy__epsilon=epsilon,
-            privacy__delta=delta,
-            privacy__group_size=group_size,
+            privacy__delta=options.get("delta"),
+            privacy__group_size=options.get("group_size"),
             privacy__budget=None if budget is None else os.fspath(budget),
-            stages__variant=variant,
-            private__steps=steps,
-            data__resolution=resolution,
+            stages__variant=options.get("variant"),
+            private__steps=options.get("steps"),
+            data__resolution=options.get("resolution"),
             data__source=_named(images),
         )
         config, device = load_config(given, preset=preset), kind_of(device)
-        source = as_source(images, labels, class_names, config)
+        source = as_source(images, labels, options.get("class_names"), config)
         folder = new_folder() if out is None else Path(out).expanduser()
         return cls._trained(partial(prepare, config, folder, source), folder, source, device, progress)
 
@@ -429,70 +425,9 @@ class Generator(ReleasedGenerator):
 # ------------------------------------------------------------------------------------- what a user holds
 
 
-def with_options(settings: Mapping[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    """`settings` with the options in force that are not None; ``private__steps`` is the setting private.steps.
-
-    >>> with_options({"private": {"steps": 5}}, private__copies=2, stages__variant=None)
-    {'private': {'steps': 5, 'copies': 2}}
-    """
-    if settings is not None and not isinstance(settings, Mapping):
-        raise ConfigError(
-            f"settings is {shown(settings)}, but must be a mapping such as {{'private': {{'steps': 500}}}}."
-        )
-    chosen: dict[str, Any] = {}
-    for key, value in options.items():
-        if value is not None:
-            section, name = key.split("__")
-            chosen.setdefault(section, {})[name] = value
-    return merge_settings(dict(settings or {}), chosen)
-
-
 def _named(images: Any) -> str | None:
     """What the settings say that the images are; None for images in memory, which are written down nowhere."""
     return os.fspath(images) if isinstance(images, str | os.PathLike) else None
-
-
-def as_source(images: Any, labels: Any, class_names: Sequence[str] | None, config: Config) -> Any:
-    """A source of images (see :func:`dpsyngen.load_images`) from what a user holds.
-
-    Args:
-        images: arrays, PyTorch tensors, lists of Pillow images; or a folder, file, named set or data set.
-        labels: for arrays: one an image, numbers or names; None: no classes.
-        class_names: names for labels 0, 1, …; None: the labels themselves.
-        config: says what size and colour are wanted.
-
-    Raises:
-        ConfigError: labels where the images bring their own.
-        DataError: images and labels do not fit together.
-    """
-    if not (isinstance(images, list) or hasattr(images, "__array__")):
-        if labels is not None or class_names is not None:
-            raise ConfigError(
-                "labels and class_names go with arrays of images only; a folder, file or data set has classes of its "
-                "own (settings={'data': {'labels': False}} leaves them out)."
-            )
-        return images
-    pixels, values = _as_array(images), None if labels is None else _as_array(labels)
-    if class_names is None:
-        return pixels, values
-    if values is None:
-        raise ConfigError("class_names are names for labels 0, 1, …, but there are no labels.")
-    d = config.data
-    return dataset_from_arrays(
-        pixels,
-        values if d.labels else None,
-        list(class_names) if d.labels else None,
-        source=f"arrays of shape {list(pixels.shape)}",
-        resolution=d.resolution,
-        channels=d.channels,
-        skip_bad=d.skip_bad,
-    )
-
-
-def _as_array(values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):  # a tensor, which may be on a GPU or need a gradient
-        values = values.detach().cpu()
-    return np.asarray(values)
 
 
 def new_folder() -> Path:

@@ -87,8 +87,8 @@ def train(
 
     if log_format not in LOG_FORMATS:
         raise ConfigError(f"--log-format is {log_format!r}, but must be text or json.")
-    from dpsyngen.config import load_config, merge_settings
-    from dpsyngen.fit import Interrupted, prepare, prepare_resume, train_together, with_options
+    from dpsyngen.config import load_config, merge_settings, with_options
+    from dpsyngen.fit import Interrupted, prepare, prepare_resume, train_together
     from dpsyngen.training.log import Display
 
     options = with_options(

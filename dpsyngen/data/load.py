@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,3 +224,46 @@ def load_named_or_given(
             "arrays in memory needs the same images again as data."
         )
     return load_private(source, config, on_reading)
+
+
+def as_source(images: Any, labels: Any, class_names: Sequence[str] | None, config: Config) -> Any:
+    """A source of images (see :func:`dpsyngen.load_images`) from what a user holds.
+
+    Args:
+        images: arrays, PyTorch tensors, lists of Pillow images; or a folder, file, named set or data set.
+        labels: for arrays: one an image, numbers or names; None: no classes.
+        class_names: names for labels 0, 1, …; None: the labels themselves.
+        config: says what size and colour are wanted.
+
+    Raises:
+        ConfigError: labels where the images bring their own.
+        DataError: images and labels do not fit together.
+    """
+    if not (isinstance(images, list) or hasattr(images, "__array__")):
+        if labels is not None or class_names is not None:
+            raise ConfigError(
+                "labels and class_names go with arrays of images only; a folder, file or data set has classes of its "
+                "own (settings={'data': {'labels': False}} leaves them out)."
+            )
+        return images
+    pixels, values = _as_array(images), None if labels is None else _as_array(labels)
+    if class_names is None:
+        return pixels, values
+    if values is None:
+        raise ConfigError("class_names are names for labels 0, 1, …, but there are no labels.")
+    d = config.data
+    return dataset_from_arrays(
+        pixels,
+        values if d.labels else None,
+        list(class_names) if d.labels else None,
+        source=f"arrays of shape {list(pixels.shape)}",
+        resolution=d.resolution,
+        channels=d.channels,
+        skip_bad=d.skip_bad,
+    )
+
+
+def _as_array(values: Any) -> np.ndarray:
+    if hasattr(values, "detach"):  # a tensor, which may be on a GPU or need a gradient
+        values = values.detach().cpu()
+    return np.asarray(values)

@@ -9,15 +9,21 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import Denoiser, NetworkDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.ema import Ema
 from dpsyngen.diffusion.gaussian import GaussianDenoiser, ResidualDenoiser
+from dpsyngen.diffusion.loss import denoising_loss, make_noisy
+from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import RunError
+from dpsyngen.hardware import Compute
+from dpsyngen.privacy.kernels import KernelChoices
+from dpsyngen.privacy.per_example import PerExampleGradients, find_physical_batch
 from dpsyngen.training.plan import Plan, Shape
 
 
@@ -61,6 +67,27 @@ def load_weights(path: Path, denoiser: NetworkDenoiser) -> None:
             f"{path} is damaged: {str(error).splitlines()[0]}.  Remove it and resume: it is trained again, to the same "
             "weights."
         ) from None
+
+
+def fitting_batch(denoiser: NetworkDenoiser, config: Config, shape: Shape, compute: Compute) -> int:
+    """Images that fit into memory at a time in a DP-SGD step, found with random numbers instead of images."""
+    n, copies = config.network, config.private.copies
+    batch = make_noisy(
+        torch.zeros(2, shape.channels, shape.resolution, shape.resolution, device=compute.device),
+        None,
+        NoiseLevels(n.noise_mean, n.noise_std),
+        copies=copies,
+        num_classes=denoiser.num_classes,
+        label_dropout=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    engine = PerExampleGradients(denoiser, 1.0, kernels=KernelChoices(measure=False), workers=1)
+
+    def loss(part: slice) -> Tensor:
+        return denoising_loss(denoiser, batch.rows(slice(part.start * copies, part.stop * copies)))
+
+    with compute.autocast():
+        return find_physical_batch(engine, loss, copies=copies)
 
 
 _SHOWN = 16

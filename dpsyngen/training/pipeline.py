@@ -14,15 +14,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.ema import Ema
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.loss import denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage
 from dpsyngen.diffusion.unet import count_parameters
 from dpsyngen.distributed import ALONE, Ranks
@@ -30,8 +27,6 @@ from dpsyngen.errors import RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.budget import Budget
-from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.privacy.per_example import PerExampleGradients, find_physical_batch
 from dpsyngen.programs import TIERS
 from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints, save_file
 from dpsyngen.training.follower import PRIVATE, PUBLIC, SET_UP, Setting
@@ -56,16 +51,14 @@ from dpsyngen.training.moments import (
     release_moments,
     uncharged,
 )
-from dpsyngen.training.networks import load_weights, make_denoiser, make_network, preview
-from dpsyngen.training.plan import Plan, make_plan, program_of, shape_of, with_whole_program
+from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview
+from dpsyngen.training.plan import Plan, describe, make_plan, program_of, shape_of, with_whole_program
 from dpsyngen.training.private import Observer, charged_steps, train_private
 from dpsyngen.training.public import PublicStep, train_public
 from dpsyngen.training.run import Run
 from dpsyngen.training.session import EngineSettings, Session, Terms, fixed_settings
 from dpsyngen.training.steps import PRETRAIN, PUBLIC_INDEX, private_step, public_step
 from dpsyngen.workers import Workers
-
-_TRAINERS = {"public": "images drawn by programs", "private": "private images, DP-SGD", "moments": "DP moments"}
 
 
 @dataclass(frozen=True)
@@ -237,38 +230,12 @@ class Training:
 
     def describe(self) -> Iterator[str]:
         """What is about to be done, in lines that hold nothing private."""
-        plan, config = self.plan, self.config
-        shape, m, g = plan.shape, plan.mechanism, config.privacy.group_size
-        classes = f"{shape.num_classes} classes" if shape.num_classes else "no classes"
-        size = f"{shape.channels}x{shape.resolution}x{shape.resolution}"
         yield f"run directory: {self.run.path}"
-        yield f"{shape.records:,} images {size}, {classes}"
+        yield from describe(self.plan, self.config, self.parameters)
         if not self.ranks.alone or self.compute.kind != "cpu":
             where = f"{self.ranks.count} processes, each on" if self.ranks.count > 1 else "computing on"
             dp = self.compute.for_dp_steps().precision
             yield f"{where} {self.compute.kind}: DP-SGD in {dp}, all else in {self.compute.precision}"
-        stages = ", ".join(f"{s.name} ({_TRAINERS[s.trainer]})" for s in reversed(plan.stages.stages))
-        pretrained = "; pre-trained on programs" if plan.stages.pretrain else ""
-        network = f"{config.network.size} network, {self.parameters:,} parameters"
-        network = "no network" if plan.stages.gaussian else network
-        yield f"preset {config.preset}; stages, noisy to clean: {stages}{pretrained}; {network}"
-        if math.isinf(config.privacy.epsilon):
-            yield "NOT PRIVATE: ε = ∞, no clipping, no noise"
-        else:
-            unit = "one image" if g == 1 else f"up to {g} images of one person together"
-            costs = []
-            if plan.moments is not None:
-                noises = ", ".join(f"{q.noise_multiplier:.4g}" for q in plan.moments.mechanisms())
-                costs.append(f"moments at noise multipliers {noises}")
-            if plan.steps:
-                rate, noise = f"sampling rate {m.sampling_rate:.4g}", f"noise multiplier {m.noise_multiplier:.4g}"
-                costs.append(f"{plan.steps} steps at {rate}, {noise}")
-            yield (
-                f"target ε = {config.privacy.epsilon:g} at δ = {plan.delta:.3g} for {unit} (add/remove), "
-                f"n = {m.records:,} public: {'; '.join(costs)}"
-            )
-        if config.privacy.insecure_seed is not None:
-            yield "NOT PRIVATE: the noise comes from a reproducible seed"
 
     def steps(self) -> Iterator[Step]:
         """Train what is left, yielding each step after telling ``hooks.on_event``; the release is written at the end.
@@ -383,7 +350,8 @@ class Training:
             self.plan,
             self.dataset,
             self.randomness,
-            physical_batch=engine.physical_batch or self._fitting_batch(denoiser, engine.compute),
+            physical_batch=engine.physical_batch
+            or fitting_batch(denoiser, self.config, self.plan.shape, engine.compute),
             kernels=engine.kernels,
             workers=self.workers,
             ranks=self.ranks,
@@ -405,27 +373,6 @@ class Training:
             raise AssertionError(f"{state.step} steps taken, {charged_steps(self.ledger)} in the ledger")
         self._save_weights(network, state)
         self._release()
-
-    def _fitting_batch(self, denoiser: NetworkDenoiser, compute: Compute) -> int:
-        """Images that fit into memory at a time, found with random numbers instead of images."""
-        n, copies = self.config.network, self.config.private.copies
-        shape = self.plan.shape
-        batch = make_noisy(
-            torch.zeros(2, shape.channels, shape.resolution, shape.resolution, device=self.device),
-            None,
-            NoiseLevels(n.noise_mean, n.noise_std),
-            copies=copies,
-            num_classes=denoiser.num_classes,
-            label_dropout=0.0,
-            generator=torch.Generator().manual_seed(0),
-        )
-        engine = PerExampleGradients(denoiser, 1.0, kernels=KernelChoices(measure=False), workers=1)
-
-        def loss(part: slice) -> Tensor:
-            return denoising_loss(denoiser, batch.rows(slice(part.start * copies, part.stop * copies)))
-
-        with compute.autocast():
-            return find_physical_batch(engine, loss, copies=copies)
 
     # ----------------------------------------------------------------------------------- checkpoints, release
 

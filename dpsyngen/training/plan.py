@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpsyngen.config import Config, with_batch
@@ -227,3 +228,34 @@ def with_whole_program(config: Config, program: Program) -> Config:
     params = {k: v for k, v in program.config().items() if k not in ("name", "resolution", "channels", "seed")}
     section = config.program.model_copy(update={"params": params, "prior_tier": program.prior_tier})
     return config.model_copy(update={"program": section})
+
+
+_TRAINERS = {"public": "images drawn by programs", "private": "private images, DP-SGD", "moments": "DP moments"}
+
+
+def describe(plan: Plan, config: Config, parameters: int) -> Iterator[str]:
+    """What is about to be done, in lines that hold nothing private."""
+    shape, m, g = plan.shape, plan.mechanism, config.privacy.group_size
+    classes = f"{shape.num_classes} classes" if shape.num_classes else "no classes"
+    yield f"{shape.records:,} images {shape.channels}x{shape.resolution}x{shape.resolution}, {classes}"
+    stages = ", ".join(f"{s.name} ({_TRAINERS[s.trainer]})" for s in reversed(plan.stages.stages))
+    pretrained = "; pre-trained on programs" if plan.stages.pretrain else ""
+    network = "no network" if plan.stages.gaussian else f"{config.network.size} network, {parameters:,} parameters"
+    yield f"preset {config.preset}; stages, noisy to clean: {stages}{pretrained}; {network}"
+    if math.isinf(config.privacy.epsilon):
+        yield "NOT PRIVATE: ε = ∞, no clipping, no noise"
+    else:
+        unit = "one image" if g == 1 else f"up to {g} images of one person together"
+        costs = []
+        if plan.moments is not None:
+            noises = ", ".join(f"{q.noise_multiplier:.4g}" for q in plan.moments.mechanisms())
+            costs.append(f"moments at noise multipliers {noises}")
+        if plan.steps:
+            rate, noise = f"sampling rate {m.sampling_rate:.4g}", f"noise multiplier {m.noise_multiplier:.4g}"
+            costs.append(f"{plan.steps} steps at {rate}, {noise}")
+        yield (
+            f"target ε = {config.privacy.epsilon:g} at δ = {plan.delta:.3g} for {unit} (add/remove), "
+            f"n = {m.records:,} public: {'; '.join(costs)}"
+        )
+    if config.privacy.insecure_seed is not None:
+        yield "NOT PRIVATE: the noise comes from a reproducible seed"

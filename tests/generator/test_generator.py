@@ -76,7 +76,7 @@ def test_images_may_come_in_many_forms(kind, tmp_path, monkeypatch) -> None:
     from PIL import Image
 
     from dpsyngen.config import load_config
-    from dpsyngen.fit import as_source
+    from dpsyngen.data.load import as_source
 
     images, labels = tiny_arrays(n=12)
     forms = {
@@ -96,7 +96,7 @@ def test_images_may_come_in_many_forms(kind, tmp_path, monkeypatch) -> None:
 
 def test_class_names_name_the_labels_and_need_not_all_occur() -> None:
     from dpsyngen.config import load_config
-    from dpsyngen.fit import as_source
+    from dpsyngen.data.load import as_source
 
     images, labels = tiny_arrays(n=12)
     dataset = as_source(images, labels, ["a", "b", "c", "never"], load_config(TINY_SETTINGS))
@@ -107,7 +107,8 @@ def test_class_names_name_the_labels_and_need_not_all_occur() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": 1}, "unexpected keyword argument 'seed'"),
+        ({"varient": "both"}, "Did you mean variant"),
+        ({"seed": 1}, "the noise has no seed"),
         ({"settings": [1]}, "must be a mapping"),
         ({"settings": {"privat": {"steps": 2}}}, "did you mean private"),
         ({"epsilon": -1}, "epsilon"),
@@ -514,7 +515,7 @@ def test_processes_of_torchrun_must_be_given_one_run_directory(monkeypatch) -> N
         new_folder()
 
 
-@pytest.mark.parametrize("module", ["fit", "generator.classes", "generator.samples"])
+@pytest.mark.parametrize("module", ["config", "generator.classes", "generator.samples"])
 def test_examples_in_docstrings_are_true(module) -> None:
     import doctest
     from importlib import import_module

@@ -16,8 +16,8 @@ from dpsyngen.data import load_images
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
-from dpsyngen.training.findings import Facts, Finding, by_severity, of_images, of_losses, of_private_training
-from dpsyngen.training.health import answers_finite, stopped_because, weights_finite
+from dpsyngen.training.findings import Facts, Finding, by_severity, of_losses, of_private_training
+from dpsyngen.training.health import answers_finite, of_images, stopped_because, weights_finite
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import PrivateStep, charged_steps
 from dpsyngen.training.public import PublicStep
