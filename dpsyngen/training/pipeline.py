@@ -345,13 +345,13 @@ class Training:
         if shared:
             optimizers["public"] = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
         state = TrainState(denoiser, Ema(denoiser, c.ema), optimizers)
+        fits = engine.physical_batch or fitting_batch(denoiser, self.config, self.plan.shape, engine.compute)
         take = private_step(
             self.config,
             self.plan,
             self.dataset,
             self.randomness,
-            physical_batch=engine.physical_batch
-            or fitting_batch(denoiser, self.config, self.plan.shape, engine.compute),
+            physical_batch=fits,
             kernels=engine.kernels,
             workers=self.workers,
             ranks=self.ranks,
