@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
+from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.errors import RunError
 from dpsyngen.files import write_text
 from dpsyngen.privacy.ledger import Ledger
@@ -155,7 +156,7 @@ class Drawer(Protocol):
 
     class_names: tuple[str, ...]
     networks: Mapping[str, nn.Module]
-    defaults: Mapping[str, Any]
+    defaults: SamplingSettings
 
     def labels(self, count: int, classes: list[int]) -> Any: ...
 
