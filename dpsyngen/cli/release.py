@@ -42,7 +42,7 @@ def ledger(
     """Compute ε again from the ledgers of one or several runs; refuses one that was edited or cut."""
     from dpsyngen.console import Console
     from dpsyngen.privacy.accounting import check_group_size
-    from dpsyngen.privacy.composition import Composition
+    from dpsyngen.privacy.budget import Composition
     from dpsyngen.privacy.ledger import Ledger
     from dpsyngen.release.bundle import check_against_ledger
     from dpsyngen.training.run import Run
@@ -98,7 +98,7 @@ def _ledger_lines(
     deltas: list[float],
     groups: list[int],
 ) -> Iterator[str]:
-    from dpsyngen.privacy.composition import ledger_lines, what_if_lines
+    from dpsyngen.privacy.budget import ledger_lines, what_if_lines
 
     for run, x, whole in zip(runs, ledgers, certified, strict=True):
         anchor = "as its certificate knew it" if whole else "not finished, so there is no certificate yet"

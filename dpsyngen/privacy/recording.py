@@ -103,7 +103,7 @@ class Tape:
         return follow(func(*args, **kwargs))
 
     def expanded_from(self, value: Tensor) -> Tensor | None:
-        """See :class:`rules.constants.DerivingTape`."""
+        """See :class:`rules.Tape`."""
         position = self._position[id(value)]
         if position < len(self._names):
             return None

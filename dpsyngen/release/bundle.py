@@ -29,8 +29,7 @@ from dpsyngen.files import write_atomically
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import write_samples
 from dpsyngen.privacy.certificate import Certificate, schema_text
-from dpsyngen.privacy.chain import Head
-from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.ledger import Head, Ledger
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.release.card import companions, digest_of, release_files
 from dpsyngen.release.signing import fingerprint, read_private_key, sign

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from dpsyngen.diffusion.ema import Ema
 from dpsyngen.errors import RunError
 from dpsyngen.files import write_atomically
-from dpsyngen.privacy.chain import Head
-from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.ledger import Head, Ledger
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -31,8 +31,7 @@ from dpsyngen.files import (
     sync_folder,
     write_text,
 )
-from dpsyngen.privacy.chain import Head
-from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.ledger import Head, Ledger
 from dpsyngen.version import FORMAT, __version__
 
 LOCK = "lock"

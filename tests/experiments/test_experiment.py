@@ -22,8 +22,7 @@ from dpsyngen.experiments.cost import privacy_cost
 from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.experiments.runner import Images, Stopped, Worker
 from dpsyngen.experiments.spec import jobs_of, load_spec
-from dpsyngen.privacy.budget import Budget
-from dpsyngen.privacy.composition import Composition
+from dpsyngen.privacy.budget import Budget, Composition
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.plan import shape_of
 

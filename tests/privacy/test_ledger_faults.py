@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import dpsyngen.files as files_module
-import dpsyngen.privacy.chain as chain_module
+import dpsyngen.privacy.ledger as chain_module
 from dpsyngen.errors import BudgetExceeded, LedgerError
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.ledger import Ledger

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.accounting import Mechanism, epsilon
-from dpsyngen.privacy.plan import neighbouring_plans, plan_lines
+from dpsyngen.privacy.accounting import Mechanism, epsilon, neighbouring_plans, plan_lines
 
 
 def budget_table(records: int, batch: int, steps: int, **options) -> list[str]:

@@ -11,18 +11,7 @@ Rows and examples: a layer sees ``rows = examples * copies`` rows, the copies of
 Adding a layer type is adding one rule: a function under ``@rule(function, *argument_names)``.
 """
 
-from dpsyngen.privacy.rules import attention, constants, convolution, embedding, linear, normalisation
+from dpsyngen.privacy.rules import constants, layers
 from dpsyngen.privacy.rules.registry import RULES, Tape, UnsupportedLayer, rule
 
-__all__ = [
-    "RULES",
-    "Tape",
-    "UnsupportedLayer",
-    "attention",
-    "constants",
-    "convolution",
-    "embedding",
-    "linear",
-    "normalisation",
-    "rule",
-]
+__all__ = ["RULES", "Tape", "UnsupportedLayer", "constants", "layers", "rule"]

@@ -9,30 +9,14 @@ sum, a product, a concatenation), each row gets its own copy to take its gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpsyngen.privacy.contributions import Dense
-from dpsyngen.privacy.rules.linear import linear
+from dpsyngen.privacy.rules.layers import linear
 from dpsyngen.privacy.rules.registry import RULES, Rule, Tape, UnsupportedLayer, per_example
-
-
-class DerivingTape(Tape, Protocol):
-    """A tape that can also follow functions of parameters alone."""
-
-    def derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The function's value as a derived parameter, or as several."""
-        ...
-
-    def expanded_from(self, value: Tensor) -> Tensor | None:
-        """The parameter that `value` repeats along new or single axes, or None if it is not such a repetition."""
-        ...
-
-    def is_constant(self, value: Tensor) -> bool:
-        """Whether `value` is a parameter, derived from some, or a buffer or frozen parameter of the module."""
-        ...
 
 
 class _ForEachRow(torch.autograd.Function):
@@ -52,7 +36,7 @@ class _ForEachRow(torch.autograd.Function):
         return None, None, None
 
 
-def _for_each_row(tape: DerivingTape, parameter: Tensor, dims: int, function: str) -> Tensor:
+def _for_each_row(tape: Tape, parameter: Tensor, dims: int, function: str) -> Tensor:
     """The parameter with a leading axis of rows, in `dims` axes; broadcasting does the rest."""
     if parameter.dim() == dims and parameter.shape[0] != 1:
         base = tape.expanded_from(parameter)
@@ -86,7 +70,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def _elementwise(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _elementwise(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A function that pairs entries by broadcasting, so that rows stay apart."""
     name = getattr(func, "__name__", "a function")
     others = [v for v in tensors_in((args, kwargs)) if isinstance(v, Tensor) and not tape.is_constant(v)]
@@ -101,7 +85,7 @@ def _elementwise(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, 
     return out
 
 
-def _concatenate(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _concatenate(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A parameter that was expanded to the batch, beside the batch's own rows."""
     parts = list(kwargs.get("tensors", args[0] if args else ()))
     axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
@@ -115,7 +99,7 @@ def _concatenate(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, 
     return func([_for_each_row(tape, p, dims, func.__name__) if tape.tracks(p) else p for p in parts], axis)
 
 
-def _matrix_product(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _matrix_product(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows times a matrix of parameters is a linear layer without a bias."""
     x, matrix = (*args, *kwargs.values())[:2]
     if tape.tracks(x) or matrix.dim() != 2 or x.dim() < 2:
@@ -126,7 +110,7 @@ def _matrix_product(tape: DerivingTape, func: Callable[..., Any], args: tuple[An
     return linear(tape, x, tape.derive(torch.t, (matrix,), {}), None)
 
 
-def _expand_as(tape: DerivingTape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _expand_as(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Only the shape of the batch is used."""
     parameter, like = (*args, *kwargs.values())[:2]
     return tape.derive(Tensor.expand, (parameter, like.shape), {})

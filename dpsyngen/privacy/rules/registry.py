@@ -46,6 +46,18 @@ class Tape(Protocol):
         """Raise unless the leading dimension of `value` is examples * copies."""
         ...
 
+    def derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function's value as a derived parameter, or as several."""
+        ...
+
+    def expanded_from(self, value: Tensor) -> Tensor | None:
+        """The parameter that `value` repeats along new or single axes, or None if it is not such a repetition."""
+        ...
+
+    def is_constant(self, value: Tensor) -> bool:
+        """Whether `value` is a parameter, derived from some, or a buffer or frozen parameter of the module."""
+        ...
+
 
 Rule = Callable[[Tape, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 RULES: dict[Callable[..., Any], Rule] = {}

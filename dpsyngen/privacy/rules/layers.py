@@ -1,0 +1,374 @@
+"""Rules of the layers: linear, convolutions and their transposes, normalisation, embedding, multi-head attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dpsyngen.privacy.contributions import Dense, Outer, Rows
+from dpsyngen.privacy.kernels import Convolution, ConvolutionCall, each_axis
+from dpsyngen.privacy.rules.registry import (
+    RULES,
+    Tape,
+    UnsupportedLayer,
+    full_precision,
+    low_precision,
+    per_example,
+    refuse_argument,
+    rule,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tape: Tape) -> Tensor:
+        x_used, weight_used, bias_used = low_precision(x, weight, bias)
+        assert x_used is not None
+        assert weight_used is not None
+        ctx.save_for_backward(x_used, weight_used)
+        ctx.tape, ctx.weight, ctx.bias, ctx.input_dtype = tape, weight, bias, x.dtype
+        return F.linear(x_used, weight_used, bias_used)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        tape: Tape = ctx.tape
+        # The copies and any sequence axes of an example fold into one "time" axis: [examples, time, features].
+        g_time = g.reshape(tape.examples, -1, g.shape[-1])
+        x_time = x.reshape(tape.examples, -1, x.shape[-1])
+        if tape.tracks(ctx.weight):
+            pair = Outer(g_time, x_time)
+            small = Outer.pays(g_time.shape[1], g.shape[-1], x.shape[-1])
+            tape.add(ctx.weight, pair if small else Dense(pair.dense()))
+        if ctx.bias is not None and tape.tracks(ctx.bias):
+            tape.add(ctx.bias, Dense(g_time.sum(1)))
+        return ((g @ weight).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def linear(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, recorded."""
+    if tape.tracks(x):
+        refuse_argument("linear", "input")
+    tape.check_rows("linear", x)
+    out: Tensor = _Linear.apply(x, weight, bias, tape)
+    return out
+
+
+@rule(F.linear, "input", "weight", "bias")
+def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear(tape, input, weight, bias)
+
+
+# -------------------------------------------------------------------------------------------------------- convolution
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Convolution, tape: Tape) -> Tensor:
+        x_used, weight_used, bias_used = low_precision(x, weight, bias)
+        assert x_used is not None
+        assert weight_used is not None
+        ctx.save_for_backward(x_used, weight_used)
+        ctx.tape, ctx.weight, ctx.bias, ctx.settings, ctx.input_dtype = tape, weight, bias, settings, x.dtype
+        return settings.forward(x_used, weight_used, bias_used)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        tape: Tape = ctx.tape
+        settings: Convolution = ctx.settings
+        if not g.is_contiguous(memory_format=torch.channels_last if g.dim() == 4 else torch.contiguous_format):
+            g = g.contiguous()
+        if tape.tracks(ctx.weight):
+            call = ConvolutionCall(g, x, weight, settings, tape.examples, tape.copies)
+            tape.add(ctx.weight, tape.kernels.run(call))
+        if ctx.bias is not None and tape.tracks(ctx.bias):
+            tape.add(ctx.bias, Dense(per_example(g.flatten(2).sum(2), tape)))
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = settings.backward(g, x, weight, settings.groups, [True, False, False])[0].to(ctx.input_dtype)
+        return gx, None, None, None, None
+
+
+def _register_convolution(function: Any, dims: int, *names: str) -> None:
+    @rule(function, "input", "weight", "bias", "stride", "padding", *names)
+    def body(
+        tape: Tape,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        output_padding: Any = 0,
+    ) -> Tensor:
+        tape.check_rows(function.__name__, input)
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":
+            # The library pads the end by one more where the total is odd; do that part beforehand.
+            reach = [d * (k - 1) for d, k in zip(each_axis(dilation, dims), weight.shape[2:], strict=True)]
+            if any(r % 2 for r in reach):
+                input = F.pad(input, [side for r in reversed(reach) for side in (0, r % 2)])
+            padding = [r // 2 for r in reach]
+        settings = Convolution(
+            stride=each_axis(stride, dims),
+            padding=each_axis(padding, dims),
+            dilation=each_axis(dilation, dims),
+            groups=groups,
+            transposed="output_padding" in names,
+            output_padding=each_axis(output_padding, dims),
+        )
+        out: Tensor = _Conv.apply(input, weight, bias, settings, tape)
+        return out
+
+
+_register_convolution(F.conv1d, 1, "dilation", "groups")
+_register_convolution(F.conv2d, 2, "dilation", "groups")
+_register_convolution(F.conv_transpose1d, 1, "output_padding", "groups", "dilation")
+_register_convolution(F.conv_transpose2d, 2, "output_padding", "groups", "dilation")
+
+
+# --------------------------------------------------------- group and layer normalisation, which see one row at a time
+
+
+_group_norm_backward = torch.ops.aten.native_group_norm_backward
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, tape: Tape
+    ) -> Tensor:
+        x_used = full_precision(x).contiguous()
+        rows, channels = x_used.shape[:2]
+        positions = x_used[0, 0].numel()  # 1 for inputs [N, C]
+        out, mean, rstd = torch.native_group_norm(x_used, weight, bias, rows, channels, positions, groups, eps)
+        ctx.save_for_backward(x_used, weight, mean, rstd)
+        ctx.tape, ctx.weight, ctx.bias, ctx.groups, ctx.input_dtype = tape, weight, bias, groups, x.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, mean, rstd = ctx.saved_tensors
+        tape: Tape = ctx.tape
+        rows, channels = x.shape[:2]
+        positions = x[0, 0].numel()
+        own = [p is not None and tape.tracks(p) for p in (ctx.weight, ctx.bias)]
+        # Taken as one row of rows*channels channels, the same call gives the gradients of weight and bias for each row
+        # instead of their sum.
+        gx, g_weight, g_bias = _group_norm_backward(
+            g.contiguous(),
+            x,
+            mean,
+            rstd,
+            None if weight is None else weight.repeat(rows),
+            1,
+            rows * channels,
+            positions,
+            rows * ctx.groups,
+            [ctx.needs_input_grad[0], *own],
+        )
+        if own[0]:
+            tape.add(ctx.weight, Dense(per_example(g_weight.view(rows, channels), tape)))
+        if own[1]:
+            tape.add(ctx.bias, Dense(per_example(g_bias.view(rows, channels), tape)))
+        return None if gx is None else gx.view_as(x).to(ctx.input_dtype), None, None, None, None, None
+
+
+@rule(F.group_norm, "input", "num_groups", "weight", "bias", "eps")
+def _group_norm(
+    tape: Tape,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    tape.check_rows("group_norm", input)
+    out: Tensor = _GroupNorm.apply(input, num_groups, weight, bias, eps, tape)
+    return out
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shape: list[int],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        tape: Tape,
+    ) -> Tensor:
+        x_used = full_precision(x)
+        out, mean, rstd = torch.native_layer_norm(x_used, shape, weight, bias, eps)
+        ctx.save_for_backward(x_used, weight, mean, rstd)
+        ctx.tape, ctx.weight, ctx.bias, ctx.shape, ctx.input_dtype = tape, weight, bias, shape, x.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, mean, rstd = ctx.saved_tensors
+        tape: Tape = ctx.tape
+        g = g.contiguous()
+
+        def summed(t: Tensor) -> Tensor:
+            return t.reshape(tape.examples, -1, *ctx.shape).sum(1)
+
+        if ctx.weight is not None and tape.tracks(ctx.weight):
+            tape.add(ctx.weight, Dense(summed(g * (x - mean) * rstd)))
+        if ctx.bias is not None and tape.tracks(ctx.bias):
+            tape.add(ctx.bias, Dense(summed(g)))
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = torch.ops.aten.native_layer_norm_backward(
+                g, x, ctx.shape, mean, rstd, weight, ctx.bias, [True, False, False]
+            )[0].to(ctx.input_dtype)
+        return gx, None, None, None, None, None
+
+
+@rule(F.layer_norm, "input", "normalized_shape", "weight", "bias", "eps")
+def _layer_norm(
+    tape: Tape,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    tape.check_rows("layer_norm", input)
+    out: Tensor = _LayerNorm.apply(input, list(normalized_shape), weight, bias, eps, tape)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- embedding
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, weight: Tensor, padding_idx: int | None, tape: Tape) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.tape, ctx.weight, ctx.padding_idx = tape, weight, padding_idx
+        return F.embedding(indices, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        (indices,) = ctx.saved_tensors
+        tape: Tape = ctx.tape
+        vocabulary, width = ctx.weight.shape
+        flat = indices.reshape(tape.examples, -1)
+        g_flat = g.reshape(tape.examples, flat.shape[1], width)
+        if ctx.padding_idx is not None:
+            g_flat = g_flat.masked_fill((flat == ctx.padding_idx)[..., None], 0.0)
+        read = Rows(flat, g_flat, vocabulary)
+        tape.add(ctx.weight, read if Rows.pays(flat.shape[1], vocabulary) else Dense(read.dense()))
+        return None, None, None, None
+
+
+@rule(F.embedding, "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+def _embedding(
+    tape: Tape,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None or scale_grad_by_freq:
+        # Both make one example's gradient depend on, or change the weights by, the others.
+        raise UnsupportedLayer(
+            "an Embedding with max_norm or scale_grad_by_freq cannot be trained privately: turn both options off."
+        )
+    tape.check_rows("embedding", input)
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    out: Tensor = _Embedding.apply(input, weight, padding_idx, tape)
+    return out
+
+
+# ------------------------------------- multi-head attention: projections in one parameter, and the batch comes second
+
+
+_ARGUMENTS = (
+    *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k"),
+    *("bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask"),
+    *("need_weights", "attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    *("static_k", "static_v", "average_attn_weights", "is_causal"),
+)
+
+
+def _multi_head_attention(
+    tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    for name in ("bias_k", "bias_v", "static_k", "static_v", "add_zero_attn"):
+        if given.get(name) is not None and given[name] is not False:
+            raise UnsupportedLayer(f"multi-head attention with {name} has no per-example rule: leave it out.")
+    query, key, value = (given[n] for n in ("query", "key", "value"))
+    if query.dim() != 3:
+        raise UnsupportedLayer(
+            f"multi-head attention got a query of shape {tuple(query.shape)}: give it a batch axis (batch_first=True "
+            "and inputs [rows, positions, features])."
+        )
+    bias = given["in_proj_bias"]
+    weights = _projections(tape, given)
+    biases = (None, None, None) if bias is None else _thirds(tape, bias)
+    heads = given["num_heads"]
+    q, k, v = (
+        linear(tape, x.transpose(0, 1), w, b).unflatten(2, (heads, -1)).transpose(1, 2)
+        for x, w, b in zip((query, key, value), weights, biases, strict=True)
+    )
+    mask = _mask(given, q, k)
+    dropout = given.get("dropout_p", 0.0) if given.get("training", True) else 0.0
+    attention: Tensor | None = None
+    if given.get("need_weights", True):
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+        attention = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        mixed = F.dropout(attention, dropout) @ v
+        if given.get("average_attn_weights", True):
+            attention = attention.mean(1)
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    out = linear(tape, mixed.transpose(1, 2).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
+    return out.transpose(0, 1), attention
+
+
+def _projections(tape: Tape, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    if given.get("use_separate_proj_weight"):
+        return tuple(given[f"{n}_proj_weight"] for n in "qkv")
+    return _thirds(tape, given["in_proj_weight"])
+
+
+def _thirds(tape: Tape, value: Tensor) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = tape.derive(torch.chunk, (value, 3), {}) if tape.tracks(value) else value.chunk(3)
+    return parts
+
+
+def _mask(given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor | None:
+    """All masks as one that is added to the scores, [rows or 1, heads or 1, queries, keys]."""
+
+    def additive(mask: Tensor) -> Tensor:
+        if mask.dtype != torch.bool:
+            return mask
+        return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(mask, -math.inf)
+
+    out = None
+    if given.get("attn_mask") is not None:
+        out = additive(given["attn_mask"])
+        out = out[None, None] if out.dim() == 2 else out.view(len(q), q.shape[1], *out.shape[1:])
+    if given.get("key_padding_mask") is not None:
+        padding = additive(given["key_padding_mask"])[:, None, None, :]
+        out = padding if out is None else out + padding
+    return out
+
+
+RULES[F.multi_head_attention_forward] = _multi_head_attention  # type: ignore[assignment]
