@@ -237,13 +237,7 @@ class ClippingAudit:
         return of_copies
 
 
-def _hostile_rows(
-    config: Config,
-    denoiser: NetworkDenoiser,
-    shape: Shape,
-    copies: int,
-    device: str,
-) -> NoisyBatch:
+def _hostile_rows(config: Config, denoiser: NetworkDenoiser, shape: Shape, copies: int, device: str) -> NoisyBatch:
     """Two random images, a third equal to the second, a blank one, and two whose pixels are far out of range."""
     size = (shape.channels, shape.resolution, shape.resolution)
     generator = torch.Generator().manual_seed(0)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 
 Accountant = Literal["pld", "rdp"]
 
@@ -49,12 +49,9 @@ class Mechanism:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.sampling_rate <= 1:
-            raise ValueError(f"sampling_rate is {self.sampling_rate}, but must be in (0, 1].")
-        if not self.noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier is {self.noise_multiplier}, but must be >= 0.")
-        if self.count < 1:
-            raise ValueError(f"count is {self.count}, but must be >= 1.")
+        require(0 < self.sampling_rate <= 1, "sampling_rate", self.sampling_rate, "in (0, 1]")
+        require(self.noise_multiplier >= 0, "noise_multiplier", self.noise_multiplier, ">= 0")
+        require(self.count >= 1, "count", self.count, ">= 1")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -197,9 +194,14 @@ def _group_lemma(epsilon_at: Callable[[float], float], delta: float, group_size:
 
 
 def check_group_size(group_size: int) -> None:
-    """Raise ValueError unless it is a whole number in 1 .. LARGEST_GROUP."""
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or not 1 <= group_size <= LARGEST_GROUP:
-        raise ValueError(f"group_size is {group_size!r}, but must be a whole number from 1 to {LARGEST_GROUP}.")
+    """Raise ConfigError unless it is a whole number in 1 .. LARGEST_GROUP."""
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+    require(
+        whole and 1 <= group_size <= LARGEST_GROUP,
+        "group_size",
+        group_size,
+        f"a whole number from 1 to {LARGEST_GROUP}",
+    )
 
 
 def epsilon(
@@ -213,8 +215,7 @@ def epsilon(
         accountant: "pld" (tight) or "rdp" (looser, a cross-check).
         group_size: g; the bound is for adding or removing up to g records together.
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta is {delta}, but must be in (0, 1).")
+    require(0 < delta < 1, "delta", delta, "in (0, 1)")
     check_group_size(group_size)
     return _epsilon(merge(mechanisms), delta, accountant, group_size)
 
@@ -247,8 +248,7 @@ def calibrate_noise(
     Raises:
         ValueError: the target is below ``SMALLEST_EPSILON``, or the earlier mechanisms alone exceed it.
     """
-    if not target_epsilon > 0:
-        raise ValueError(f"target_epsilon is {target_epsilon}, but must be positive.")
+    require(target_epsilon > 0, "target_epsilon", target_epsilon, "positive")
     if target_epsilon < SMALLEST_EPSILON:
         raise ValueError(
             f"target_epsilon is {target_epsilon:.3g}, below {SMALLEST_EPSILON}: so little lets nothing be learned, and "
@@ -387,21 +387,16 @@ def neighbouring_plans(
     """
     if (epsilon is None) == (noise_multiplier is None):
         raise ConfigError("give one of --epsilon (how much noise does it need?) and --noise (what does it cost?).")
-    if records < 1 or steps < 1 or batch < 1:
-        raise ConfigError(f"records={records}, batch={batch} and steps={steps} must be at least 1.")
-    if batch > records:
-        raise ConfigError(f"the batch is {batch}, but there are only {records:,} records.")
+    require(records >= 1, "records", records, "at least 1")
+    require(steps >= 1, "steps", steps, "at least 1")
+    require(1 <= batch <= records, "the batch", batch, f"from 1 to the {records:,} records")
     delta = default_delta(records) if delta is None else delta
-    if not 0 < delta < 1 / records:
-        raise ConfigError(f"delta is {delta:.3g}, but must be above 0 and below 1/records = {1 / records:.3g}.")
-    if epsilon is not None and not SMALLEST_EPSILON <= epsilon < math.inf:
-        raise ConfigError(f"epsilon is {epsilon}, but must be a positive number, {SMALLEST_EPSILON} at least.")
-    if noise_multiplier is not None and not 0 < noise_multiplier < math.inf:
-        raise ConfigError(f"the noise multiplier is {noise_multiplier}, but must be a positive number.")
-    try:
-        check_group_size(group_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    require(0 < delta < 1 / records, "delta", delta, f"above 0 and below 1/records = {1 / records:.3g}")
+    ok = epsilon is None or SMALLEST_EPSILON <= epsilon < math.inf
+    require(ok, "epsilon", epsilon, f"a positive number, {SMALLEST_EPSILON} at least")
+    ok = noise_multiplier is None or 0 < noise_multiplier < math.inf
+    require(ok, "the noise multiplier", noise_multiplier, "a positive number")
+    check_group_size(group_size)
 
     plans = [(steps, batch)]
     plans += [(max(1, steps // 2), batch), (steps * 2, batch)]
@@ -409,10 +404,7 @@ def neighbouring_plans(
     rows = []
     for number, (t, b) in enumerate(dict.fromkeys(plans)):
         q = b / records
-        z = noise_multiplier
-        if z is None:
-            assert epsilon is not None
-            z = calibrate_noise(epsilon, delta, sampling_rate=q, steps=t, group_size=group_size)
+        z = noise_multiplier or calibrate_noise(epsilon or 0.0, delta, sampling_rate=q, steps=t, group_size=group_size)
         m = Mechanism(q, z, t)
         by_pld, by_rdp = _eps(m, delta, "pld", group_size), _eps(m, delta, "rdp", group_size)
         rows.append(PlanRow(t, b, q, q * t, z, by_pld, by_rdp, z / b, number == 0))

@@ -22,16 +22,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError
-from dpsyngen.privacy.accounting import (
-    Accountant,
-    Mechanism,
-    calibrate_noise,
-    check_group_size,
-    epsilon,
-    merge,
-)
-from dpsyngen.privacy.ledger import HashChain, Ledger, check_affordable
+from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError, require
+from dpsyngen.privacy.accounting import Accountant, Mechanism, calibrate_noise, check_group_size, epsilon, merge
+from dpsyngen.privacy.ledger import HashChain, Ledger, check_affordable, start_chain
 
 FORMAT = 1
 
@@ -53,7 +46,7 @@ class Charge:
     settled: bool
 
 
-class Budget:
+class Budget(HashChain):
     """The budget of a data set.
 
     Args:
@@ -70,9 +63,8 @@ class Budget:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._chain = HashChain(path, "budget file")
-        header, *records = self._chain.records
+        super().__init__(path, "budget file")
+        header, *records = self.bodies
         if header.get("format") != FORMAT or header.get("kind") != "budget":
             raise LedgerError(f"{path} is not a budget file of format {FORMAT}.  Make one with `dpsyngen budget new`.")
         try:
@@ -104,16 +96,10 @@ class Budget:
             ConfigError: a value that is not allowed, or no such folder.
             LedgerError: the file exists.
         """
-        if not 0 < epsilon_limit < float("inf"):
-            raise ConfigError(f"the budget is ε = {epsilon_limit}, but must be a positive number.")
-        if not 0 < delta < 1:
-            raise ConfigError(f"delta is {delta}, but must be between 0 and 1.")
-        if not path.parent.is_dir():
-            raise ConfigError(f"{path.parent} is not a folder: a budget file is made in an existing one.")
-        try:
-            check_group_size(group_size)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        require(0 < epsilon_limit < math.inf, "the budget ε", epsilon_limit, "positive and finite")
+        require(0 < delta < 1, "delta", delta, "between 0 and 1")
+        require(path.parent.is_dir(), "the folder of the budget file", path.parent, "an existing one")
+        check_group_size(group_size)
         header = {
             "format": FORMAT,
             "kind": "budget",
@@ -123,7 +109,7 @@ class Budget:
             "growing": growing,
             "salt": os.urandom(32).hex(),
         }
-        HashChain.create(path, "budget file", header)
+        start_chain(path, "budget file", header)
         return cls(path)
 
     # ------------------------------------------------------------------------------------------ reading
@@ -236,16 +222,12 @@ class Budget:
             "settled": settled,
             "data": data,
         }
-        self._chain.append(body)
+        self._write(body)
         self._take(body)
 
     def _take(self, body: dict[str, Any]) -> None:
-        charge = Charge(
-            str(body["run"]),
-            str(body["name"]),
-            tuple(Mechanism(**m) for m in body["mechanisms"]),
-            bool(body["settled"]),
-        )
+        mechanisms = tuple(Mechanism(**m) for m in body["mechanisms"])
+        charge = Charge(str(body["run"]), str(body["name"]), mechanisms, bool(body["settled"]))
         if (charge.run in self.charges) != charge.settled:
             raise ValueError(f"run {charge.run}")
         self.charges[charge.run] = charge

@@ -232,10 +232,7 @@ def plain_words(certificate: Certificate) -> str:
     if not c.private:
         lines += [f"**NOT PRIVATE: {'; '.join(c.not_private_because)}.**", ""]
     if c.epsilon == "inf":
-        lines += [
-            "This generator carries no privacy guarantee.  Do not publish it if its images are private.",
-            "",
-        ]
+        lines += ["This generator carries no privacy guarantee.  Do not publish it if its images are private.", ""]
     else:
         lines += _guarantee(c, c.epsilon)
     lines += ["## What it rests on", "", *foundations(c), ""]

@@ -55,9 +55,9 @@ class Contribution(Protocol):
         ...
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
+def wide_dtype(device: torch.device) -> torch.dtype:
     """fp64, or fp32 on a device without it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def squared_row_norms(gradients: Tensor, wide: bool = False) -> Tensor:
     fp32 sums at most a few thousand squares at a time, so its rounding stays near 1e-7 however large the tensors are;
     only with `wide` are the squares fp64 too, which is several times slower.
     """
-    dtype = wide_dtype(gradients)
+    dtype = wide_dtype(gradients.device)
     rows = len(gradients)
     if gradients.numel() == 0:  # of a shard that holds no part of the parameter
         return torch.zeros(rows, dtype=dtype, device=gradients.device)
@@ -94,7 +94,7 @@ def squared_row_norms(gradients: Tensor, wide: bool = False) -> Tensor:
     return total
 
 
-def _blanked(tensor: Tensor, kept: Tensor | None) -> Tensor:
+def blanked(tensor: Tensor, kept: Tensor | None) -> Tensor:
     """Zeros in the rows (examples) that are not kept; 0 * NaN would still be NaN."""
     if kept is None:
         return tensor
@@ -225,7 +225,7 @@ class Outer(_Like):
         return 2 * time * (outputs + inputs) < outputs * inputs
 
     def squared_norms(self, wide: bool = False) -> Tensor:
-        dtype = wide_dtype(self.g)
+        dtype = wide_dtype(self.g.device)
         g, x = self.g.to(dtype), self.x.to(dtype)
         bound = g.square().sum((1, 2)) * x.square().sum((1, 2))
         if g.shape[1] == 1:
@@ -234,7 +234,7 @@ class Outer(_Like):
         return ghost_norms(product, bound, self.g.dtype)
 
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
-        g, x = _blanked(self.g, kept), _blanked(self.x, kept)
+        g, x = blanked(self.g, kept), blanked(self.x, kept)
         weighted = g * factors.to(g.dtype)[:, None, None]
         return weighted.flatten(0, 1).t() @ x.flatten(0, 1)
 
@@ -265,7 +265,7 @@ class Rows(_Like):
         return time * time <= 16 * rows
 
     def squared_norms(self, wide: bool = False) -> Tensor:
-        g = self.g.to(wide_dtype(self.g))
+        g = self.g.to(wide_dtype(self.g.device))
         bound = g.square().sum((1, 2))
         if g.shape[1] == 1:
             return bound
@@ -276,7 +276,7 @@ class Rows(_Like):
         return ghost_norms(product, bound, self.g.dtype)
 
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
-        g = _blanked(self.g, kept) * factors.to(self.g.dtype)[:, None, None]
+        g = blanked(self.g, kept) * factors.to(self.g.dtype)[:, None, None]
         out = g.new_zeros(self.rows, g.shape[2])
         return out.index_add_(0, self.indices.flatten(), g.flatten(0, 1))
 

@@ -75,79 +75,33 @@ def _dot_products(x: Any, g: Any, out: Any, copies: int) -> None:  # pragma: no 
                     for p in range(length):
                         u, v, w = ga[p], gb[p], gc[p]
                         t = x0[p]
-                        a0 += u * t
-                        b0 += v * t
-                        c0 += w * t
+                        a0, b0, c0 = a0 + u * t, b0 + v * t, c0 + w * t
                         t = x1[p]
-                        a1 += u * t
-                        b1 += v * t
-                        c1 += w * t
+                        a1, b1, c1 = a1 + u * t, b1 + v * t, c1 + w * t
                         t = x2[p]
-                        a2 += u * t
-                        b2 += v * t
-                        c2 += w * t
+                        a2, b2, c2 = a2 + u * t, b2 + v * t, c2 + w * t
                         t = x3[p]
-                        a3 += u * t
-                        b3 += v * t
-                        c3 += w * t
+                        a3, b3, c3 = a3 + u * t, b3 + v * t, c3 + w * t
                         t = x4[p]
-                        a4 += u * t
-                        b4 += v * t
-                        c4 += w * t
+                        a4, b4, c4 = a4 + u * t, b4 + v * t, c4 + w * t
                         t = x5[p]
-                        a5 += u * t
-                        b5 += v * t
-                        c5 += w * t
+                        a5, b5, c5 = a5 + u * t, b5 + v * t, c5 + w * t
                         t = x6[p]
-                        a6 += u * t
-                        b6 += v * t
-                        c6 += w * t
+                        a6, b6, c6 = a6 + u * t, b6 + v * t, c6 + w * t
                         t = x7[p]
-                        a7 += u * t
-                        b7 += v * t
-                        c7 += w * t
+                        a7, b7, c7 = a7 + u * t, b7 + v * t, c7 + w * t
                         t = x8[p]
-                        a8 += u * t
-                        b8 += v * t
-                        c8 += w * t
-                    to = out[b, o, c]
-                    if k == 0:
-                        to[:] = zero
-                    to[0] += a0
-                    to[1] += a1
-                    to[2] += a2
-                    to[3] += a3
-                    to[4] += a4
-                    to[5] += a5
-                    to[6] += a6
-                    to[7] += a7
-                    to[8] += a8
-                    if o + 1 < outputs:
-                        to = out[b, o + 1, c]
-                        if k == 0:
-                            to[:] = zero
-                        to[0] += b0
-                        to[1] += b1
-                        to[2] += b2
-                        to[3] += b3
-                        to[4] += b4
-                        to[5] += b5
-                        to[6] += b6
-                        to[7] += b7
-                        to[8] += b8
-                    if o + 2 < outputs:
-                        to = out[b, o + 2, c]
-                        if k == 0:
-                            to[:] = zero
-                        to[0] += c0
-                        to[1] += c1
-                        to[2] += c2
-                        to[3] += c3
-                        to[4] += c4
-                        to[5] += c5
-                        to[6] += c6
-                        to[7] += c7
-                        to[8] += c8
+                        a8, b8, c8 = a8 + u * t, b8 + v * t, c8 + w * t
+                    sums = (
+                        (a0, a1, a2, a3, a4, a5, a6, a7, a8),
+                        (b0, b1, b2, b3, b4, b5, b6, b7, b8),
+                        (c0, c1, c2, c3, c4, c5, c6, c7, c8),
+                    )
+                    for i in range(min(3, outputs - o)):
+                        for tap in range(9):
+                            if k == 0:
+                                out[b, o + i, c, tap] = zero
+                            out[b, o + i, c, tap] += sums[i][tap]
 
 
 def dot_products(g: Tensor, x: Tensor, examples: int, copies: int) -> Tensor:

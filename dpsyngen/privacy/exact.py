@@ -10,7 +10,6 @@ CKS below).  Slower than the default, since every example's gradient is looked a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count as count_from
 
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.clipping import ClippedGradient, GridGradient, default_grid
-from dpsyngen.privacy.per_example import PerExampleGradients
+from dpsyngen.privacy.noise import GaussianMechanism
+from dpsyngen.privacy.per_example import Loss, PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
 
 SMALLEST_SIGMA = 1 << 10
@@ -34,7 +34,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class DiscreteGaussian:
+class DiscreteGaussian(GaussianMechanism):
     """The discrete Gaussian mechanism on a sum of gradients that were clipped and rounded to a grid.
 
     Formal guarantee: on integer vectors with L2 sensitivity D, discrete Gaussian noise of parameter σ satisfies the
@@ -43,34 +43,16 @@ class DiscreteGaussian:
     finer than exp(-2π²σ²) at σ >= 2^10, which is required.  Division and conversion to `dtype` are post-processing.
 
     Attributes:
-        noise_multiplier: z > 0.
-        expected_examples: the constant divisor, sampling rate times declared number of records, > 0.
         grid: a power of two; None: :func:`dpsyngen.privacy.clipping.default_grid`.
         dtype: of what is released.
     """
 
-    noise_multiplier: float
-    expected_examples: float
     grid: float | None = None
     dtype: torch.dtype = torch.float32
 
-    def __post_init__(self) -> None:
-        if not (self.noise_multiplier > 0 and self.expected_examples > 0):
-            raise ValueError(
-                f"noise_multiplier={self.noise_multiplier} and expected_examples={self.expected_examples} must be "
-                "positive."
-            )
-
     def sum(
-        self,
-        engine: PerExampleGradients,
-        loss: Callable[[slice], Tensor],
-        examples: int,
-        *,
-        copies: int = 1,
-        physical_batch: int = 32,
+        self, engine: PerExampleGradients, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32
     ) -> GridGradient:
-        """The clipped sum in whole steps of the grid; arguments as of :meth:`PerExampleGradients.sum`."""
         grid = self.grid or default_grid(engine.clipping_norm, sum(p.numel() for p in engine.parameters))
         return engine.sum_on_grid(loss, examples, grid=grid, copies=copies, physical_batch=physical_batch)
 
@@ -188,29 +170,24 @@ def discrete_gaussian(randomness: Randomness, step: int, count: int, sigma: int)
         value = rest + sigma * whole
         negative = words.below(2 * one) == 1
         good &= ~(negative & (value == 0))  # zero must not come twice
-        # Accept with exp(-(|value| - σ)² / 2σ²).  With ||value| - σ| = qσ + r the exponent is q²/2 + q r/σ + r²/2σ².
-        q, r = np.divmod(np.abs(value - sigma), sigma)
-        for accept in _acceptance(q, r, scale):
-            still = np.flatnonzero(good)
-            good[still] = accept(words, still)
+        _accept(words, good, value, scale)
         out[missing[good]] = np.where(negative, -value, value)[good]
         missing = missing[~good]
     return out
 
 
-def _acceptance(q: Ints, r: Ints, scale: Ints) -> list[Callable[[_Words, Ints], NDArray[np.bool_]]]:
+def _accept(words: _Words, good: NDArray[np.bool_], value: Ints, scale: Ints) -> None:
+    """Keep what is `good` with probability exp(-(value - σ)² / 2σ²), a product of factors that can be drawn.
+
+    With |value - σ| = qσ + r the exponent is r²/2σ² + q r/σ + (q mod 2)/2 + floor(q²/2).
+    """
+    q, r = np.divmod(np.abs(value - scale), scale)
     one = np.ones_like(q)
-
-    def squares(words: _Words, i: Ints) -> NDArray[np.bool_]:
-        return _all_of(words, q[i] * q[i] // 2, [(one[i], one[i])])
-
-    def odd_half(words: _Words, i: Ints) -> NDArray[np.bool_]:
-        return _all_of(words, q[i] % 2, [(one[i], 2 * one[i])])
-
-    def mixed(words: _Words, i: Ints) -> NDArray[np.bool_]:
-        return _all_of(words, q[i], [(r[i], scale[i])])
-
-    def rest(words: _Words, i: Ints) -> NDArray[np.bool_]:
-        return _bernoulli_exp(words, [(one[i], 2 * one[i]), (r[i], scale[i]), (r[i], scale[i])])
-
-    return [rest, mixed, odd_half, squares]
+    i = np.flatnonzero(good)
+    good[i] = _bernoulli_exp(words, [(one[i], 2 * one[i]), (r[i], scale[i]), (r[i], scale[i])])
+    i = np.flatnonzero(good)
+    good[i] = _all_of(words, q[i], [(r[i], scale[i])])
+    i = np.flatnonzero(good)
+    good[i] = _all_of(words, q[i] % 2, [(one[i], 2 * one[i])])
+    i = np.flatnonzero(good)
+    good[i] = _all_of(words, q[i] * q[i] // 2, [(one[i], one[i])])

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.contributions import Contribution, Dense, Pieces, at_least_fp32, ghost_norms, wide_dtype
+from dpsyngen.errors import require
+from dpsyngen.privacy.contributions import Contribution, Dense, Pieces, at_least_fp32, blanked, ghost_norms, wide_dtype
 
 _convolution_backward = torch.ops.aten.convolution_backward
 _ONLY_WEIGHT = [False, True, False]
@@ -41,45 +41,22 @@ class Convolution:
     transposed: bool = False
     output_padding: list[int] = field(default_factory=lambda: [0, 0])
 
+    @property
+    def _steps(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.transposed, self.output_padding
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
-        return torch.convolution(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-        )
+        return torch.convolution(x, weight, bias, *self._steps, self.groups)
 
     def backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]) -> Any:
         """Gradients of (input, weight, bias) as `mask` asks."""
-        return _convolution_backward(
-            g,
-            x,
-            weight,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            groups,
-            mask,
-        )
+        return _convolution_backward(g, x, weight, None, *self._steps, groups, mask)
 
     @property
     def dense_steps(self) -> bool:
         """Whether it is an ordinary convolution with stride, dilation and groups 1."""
-        return (
-            not self.transposed
-            and self.groups == 1
-            and all(s == 1 for s in self.stride)
-            and all(d == 1 for d in self.dilation)
-        )
+        return not self.transposed and self.groups == 1 and {*self.stride, *self.dilation} == {1}
 
 
 @dataclass(frozen=True)
@@ -157,22 +134,13 @@ def _few_at_a_time(examples: int) -> Callable[[ConvolutionCall], Contribution]:
     return run
 
 
-def _groups(call: ConvolutionCall) -> Contribution:
-    """One call for all examples."""
-    return Dense(_grouped(call.g, call.x, call))
-
-
 def _each_channels_last(call: ConvolutionCall) -> Contribution:
     """Example by example with the channels innermost, which some libraries handle better on small images."""
     form = torch.channels_last
     weight = call.weight.contiguous(memory_format=form)
     out = Pieces(permuted=True)
-    pairs = zip(
-        call.g.contiguous(memory_format=form).split(call.copies),
-        call.x.contiguous(memory_format=form).split(call.copies),
-        strict=True,
-    )
-    for g, x in pairs:
+    gs, xs = (t.contiguous(memory_format=form).split(call.copies) for t in (call.g, call.x))
+    for g, x in zip(gs, xs, strict=True):
         gradient = call.settings.backward(g, x, weight, call.settings.groups, _ONLY_WEIGHT)[1]
         out.append(gradient.movedim(1, -1).contiguous()[None])
     return out
@@ -196,8 +164,7 @@ def _unfold(call: ConvolutionCall) -> Contribution:
 
 
 def _dot(call: ConvolutionCall) -> Contribution:
-    """Our own dot products (CPU)."""
-    from dpsyngen.privacy.dot_kernel import dot_products
+    from dpsyngen.privacy.dot_kernel import dot_products  # Numba loads when it is first used
 
     return Dense(dot_products(call.g, call.x, call.examples, call.copies))
 
@@ -206,13 +173,15 @@ class _Ghost:
     """Norms from Gram matrices, the sum from one weight gradient of the whole batch with weighted rows."""
 
     def __init__(self, call: ConvolutionCall) -> None:
-        self.call = replace(call, g=call.g.detach(), x=call.x.detach(), weight=call.weight.detach())
+        # Of the weight only the shape matters: with no hold on its values FSDP can take their memory back.
+        weight = call.weight.detach().new_empty(()).expand(call.weight.shape)
+        self.call = replace(call, g=call.g.detach(), x=call.x.detach(), weight=weight)
         self.dtype, self.device = at_least_fp32(call.g[:0]).dtype, call.g.device
 
     def squared_norms(self, wide: bool = False) -> Tensor:
         """‖Σ_t g_t x_{t+τ}ᵀ‖², summed over taps τ, is Σ_{t,s} <g_t, g_s> Σ_τ <x_{t+τ}, x_{s+τ}>."""
         call = self.call
-        dtype = wide_dtype(call.g)
+        dtype = wide_dtype(call.g.device)
         height, width = call.weight.shape[2:]
         out_h, out_w = call.g.shape[2:]
 
@@ -240,10 +209,8 @@ class _Ghost:
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
         call = self.call
         k = call.copies
-        g, x = at_least_fp32(call.g), at_least_fp32(call.x)
-        if kept is not None:
-            rows = kept.repeat_interleave(k).view(-1, 1, 1, 1)
-            g, x = torch.where(rows, g, torch.zeros_like(g)), torch.where(rows, x, torch.zeros_like(x))
+        rows = None if kept is None else kept.repeat_interleave(k)
+        g, x = (blanked(at_least_fp32(t), rows) for t in (call.g, call.x))
         weighted = g * factors.to(g.dtype).repeat_interleave(k).view(-1, 1, 1, 1)
         out: Tensor = call.settings.backward(weighted, x, call.weight.to(g.dtype), 1, _ONLY_WEIGHT)[1]
         return out
@@ -258,11 +225,6 @@ class _Ghost:
         own = (call.x if dim else call.g).narrow(1, first, length).clone(memory_format=torch.contiguous_format)
         weight = call.weight.narrow(dim, first, length)
         return _Ghost(replace(call, x=own, weight=weight) if dim else replace(call, g=own, weight=weight))
-
-    def without_weight(self) -> _Ghost:
-        """The same with no hold on the weight, of which only the shape matters: FSDP takes its memory back."""
-        weight = self.call.weight
-        return _Ghost(replace(self.call, weight=weight.new_empty(()).expand(weight.shape)))
 
 
 # ------------------------------------------------------------------------------------------ which may be used
@@ -296,10 +258,6 @@ def _may_unfold(call: ConvolutionCall) -> bool:
     return call.weight.dim() == 4 and s.groups == 1 and not s.transposed
 
 
-def _positions(call: ConvolutionCall) -> int:
-    return call.copies * call.g[0, 0].numel()
-
-
 @dataclass(frozen=True)
 class Kernel:
     """A way to compute, and where it is possible."""
@@ -319,7 +277,7 @@ KERNELS = {
         Kernel("by-2", _few_at_a_time(2), lambda call: call.examples > 2),
         Kernel("by-4", _few_at_a_time(4), lambda call: call.examples > 4),
         Kernel("by-8", _few_at_a_time(8), lambda call: call.examples > 8),
-        Kernel("groups", _groups, lambda call: True),
+        Kernel("groups", lambda call: Dense(_grouped(call.g, call.x, call)), lambda call: True),
         Kernel("unfold", _unfold, _may_unfold),
         Kernel("ghost", _Ghost, _may_ghost),
     )
@@ -335,7 +293,7 @@ def fixed_choice(call: ConvolutionCall) -> str:
     positions = call.g[0, 0].numel()
     if _may_dot(call) and call.copies == 1 and positions >= 512:
         return "dot"
-    return "each" if _positions(call) >= 512 else "groups"
+    return "each" if call.copies * positions >= 512 else "groups"
 
 
 _SLOW_ON_CPU = {"unfold"}  # 2 to 13 times the plain weight gradient wherever it was measured
@@ -363,9 +321,8 @@ class KernelChoices:
         self.milliseconds: dict[str, dict[str, float]] = {}
         self._by_key: dict[tuple[Any, ...], str] = {}
         self._lock = threading.Lock()
-        unknown = set(self.chosen.values()) - set(KERNELS)
-        if unknown:
-            raise ConfigError(f"kernels {sorted(unknown)} do not exist; there are {', '.join(KERNELS)}.")
+        for name in self.chosen.values():
+            require(name in KERNELS, "a kernel", name, KERNELS)
 
     def run(self, call: ConvolutionCall) -> Contribution:
         """The weight gradients of the examples, by the kernel chosen for such layers."""
@@ -387,11 +344,8 @@ class KernelChoices:
     def _measured(self, signature: str, call: ConvolutionCall) -> str:
         """The fastest candidate on random numbers of the same shapes; the real tensors are not looked at."""
         generator = torch.Generator(call.g.device).manual_seed(0)
-
-        def like(t: Tensor) -> Tensor:
-            return torch.empty_like(t).normal_(generator=generator)
-
-        trial = ConvolutionCall(like(call.g), like(call.x), call.weight, call.settings, call.examples, call.copies)
+        g, x = (torch.empty_like(t).normal_(generator=generator) for t in (call.g, call.x))
+        trial = replace(call, g=g, x=x)
         factors = torch.ones(call.examples, device=call.g.device)
         on_cpu = call.g.device.type == "cpu"
         candidates = [k for k in KERNELS.values() if k.possible(call) and not (on_cpu and k.name in _SLOW_ON_CPU)]

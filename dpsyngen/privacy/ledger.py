@@ -24,7 +24,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -62,11 +62,11 @@ class HashChain:
     """An append-only file of JSON objects.
 
     Args:
-        path: an existing file (see :meth:`create`).
+        path: an existing file (see :func:`start_chain`).
         what: what the file is called in messages, such as "ledger".
 
     Attributes:
-        records: the objects, without the digests that chain them.
+        bodies: the objects, without the digests that chain them.
 
     Raises:
         LedgerError: the file was edited, truncated or reordered, or its head is missing or does not fit.
@@ -74,50 +74,30 @@ class HashChain:
 
     def __init__(self, path: Path, what: str) -> None:
         self.path, self.what = path, what
-        self.head_path = _head_path(path)
-        self.records: list[dict[str, Any]] = []
+        self.bodies: list[dict[str, Any]] = []
         self._digests: list[str] = []
         self._known: Head | None = None  # what the head file says
         self._end = self._size = 0  # bytes up to the end of the last whole line, and in all
         self._read()
 
-    @classmethod
-    def create(cls, path: Path, what: str, first: dict[str, Any]) -> HashChain:
-        """Start a file with its first line.  It appears whole or not at all, with mode 0600.
-
-        Raises:
-            LedgerError: the file is there already, or its head says that it was and had more lines.
-        """
-        if path.exists():
-            raise LedgerError(f"{path} exists already; a {what} is never started twice.")
-        head = _read_head(path, what) if _head_path(path).exists() else None
-        if head is not None and head.lines > 1:
-            raise LedgerError(
-                f"the {what} {path} is gone, but {_head_path(path).name} says that it had {head.lines} lines: what it "
-                "charged is no longer known.  Put it back from a backup, or start a new run."
-            )
-        line = _line(first, _GENESIS)
-        # The head first: a chain without one is refused, as somebody may have cut it.
-        _write_head(path, Head(1, _digest(line)))
-        write_text(path, line.decode() + "\n", 0o600)
-        return cls(path, what)
-
     @property
     def head(self) -> Head:
-        """Length and last digest, as they are now."""
-        return Head(len(self.records), self._digests[-1])
+        """Length and last digest, as they are now: what to keep elsewhere as proof that nothing was changed since."""
+        return Head(len(self.bodies), self._digests[-1])
 
     def has_been(self, head: Head) -> bool:
         """Whether the chain had this head at some time: everything up to it is as it was then."""
         return 1 <= head.lines <= len(self._digests) and self._digests[head.lines - 1] == head.digest
 
     def catch_up(self) -> None:
-        """Write the head again if a crash left it a line behind, so that this line cannot be cut off unseen."""
+        """Write the head again if a crash left it a line behind, so that this line cannot be cut off unseen; only for
+        the process that may write.
+        """
         if self._known != self.head:
             _write_head(self.path, self.head)
             self._known = self.head
 
-    def append(self, body: dict[str, Any]) -> None:
+    def _write(self, body: dict[str, Any]) -> None:
         """Add a line; returns once it is on the disk.
 
         Raises:
@@ -138,7 +118,7 @@ class HashChain:
             self._size = end
             f.seek(end)
             data = line + b"\n"
-            head = Head(len(self.records) + 1, _digest(line))
+            head = Head(len(self.bodies) + 1, _digest(line))
             try:
                 if f.write(data) != len(data):
                     raise OSError(28, "No space left on device")
@@ -150,8 +130,8 @@ class HashChain:
                     f.truncate(end)
                 raise
         self._end = self._size = end + len(data)
-        self.records.append(json.loads(line))
-        self.records[-1].pop("previous")
+        self.bodies.append(json.loads(line))
+        self.bodies[-1].pop("previous")
         self._digests.append(_digest(line))
         self._known = self.head
 
@@ -180,19 +160,40 @@ class HashChain:
                 )
             previous = _digest(line)
             self._digests.append(previous)
-            self.records.append(body)
+            self.bodies.append(body)
         self._known = head = _read_head(self.path, self.what)
         if not self.has_been(head):
             raise LedgerError(
-                f"the {self.what} {self.path} has {len(lines)} lines that do not fit {self.head_path.name}, which "
-                f"knows of {head.lines}: lines were cut off, or the two files are not of the same time.  No ε can be "
-                "stated from it."
+                f"the {self.what} {self.path} has {len(lines)} lines that do not fit {_head_path(self.path).name}, "
+                f"which knows of {head.lines}: lines were cut off, or the two files are not of the same time.  No ε "
+                "can be stated from it."
             )
         if len(lines) > head.lines + 1:
             raise LedgerError(
-                f"the {self.what} {self.path} has {len(lines) - head.lines} lines more than {self.head_path.name} "
-                "knows of; a crash can leave one.  Something else wrote into it, so no ε can be stated from it."
+                f"the {self.what} {self.path} has {len(lines) - head.lines} lines more than "
+                f"{_head_path(self.path).name} knows of; a crash can leave one.  Something else wrote into it, so no ε "
+                "can be stated from it."
             )
+
+
+def start_chain(path: Path, what: str, first: dict[str, Any]) -> None:
+    """Start a :class:`HashChain` with its first line.  It appears whole or not at all, with mode 0600.
+
+    Raises:
+        LedgerError: the file is there already, or its head says that it was and had more lines.
+    """
+    if path.exists():
+        raise LedgerError(f"{path} exists already; a {what} is never started twice.")
+    head = _read_head(path, what) if _head_path(path).exists() else None
+    if head is not None and head.lines > 1:
+        raise LedgerError(
+            f"the {what} {path} is gone, but {_head_path(path).name} says that it had {head.lines} lines: what it "
+            "charged is no longer known.  Put it back from a backup, or start a new run."
+        )
+    line = _line(first, _GENESIS)
+    # The head first: a chain without one is refused, as somebody may have cut it.
+    _write_head(path, Head(1, _digest(line)))
+    write_text(path, line.decode() + "\n", 0o600)
 
 
 def _head_path(path: Path) -> Path:
@@ -215,7 +216,7 @@ def _read_head(path: Path, what: str) -> Head:
 
 
 def _write_head(path: Path, head: Head) -> None:
-    write_text(_head_path(path), json.dumps({"lines": head.lines, "digest": head.digest}) + "\n", 0o600)
+    write_text(_head_path(path), json.dumps(asdict(head)) + "\n", 0o600)
 
 
 # ------------------------------------------------------------------------------------------------- the ledger
@@ -241,24 +242,13 @@ class LedgerEntry:
     details: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the file."""
-        return {
-            "kind": self.kind,
-            "reason": self.reason,
-            "mechanism": self.mechanism and self.mechanism.to_dict(),
-            "details": self.details,
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> LedgerEntry:
         """The inverse.  Raises ValueError, KeyError or TypeError if something does not fit."""
         mechanism = body["mechanism"]
-        entry = cls(
-            body["kind"],
-            str(body["reason"]),
-            None if mechanism is None else Mechanism(**mechanism),
-            dict(body["details"]),
-        )
+        entry = cls(body["kind"], str(body["reason"]), mechanism and Mechanism(**mechanism), dict(body["details"]))
         if entry.kind not in get_args(Kind):
             raise ValueError(f"kind {entry.kind!r}")
         if (entry.kind == "dp") != (entry.mechanism is not None):
@@ -277,7 +267,7 @@ def check_affordable(mechanisms: Iterable[Mechanism], target: float, delta: floa
         )
 
 
-class Ledger:
+class Ledger(HashChain):
     """The accesses to one data set by one run, and the budget that they may not exceed.
 
     Args:
@@ -297,13 +287,11 @@ class Ledger:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._chain = HashChain(path, "ledger")
+        super().__init__(path, "ledger")
         self._affordable: list[dict[tuple[float, float], int]] = []
-        header, *records = self._chain.records
-        self._header(header)
+        self._header(self.bodies[0])
         self.entries: list[LedgerEntry] = []
-        for number, body in enumerate(records, 2):
+        for number, body in enumerate(self.bodies[1:], 2):
             try:
                 self.entries.append(LedgerEntry.from_dict(body))
             except (ValueError, KeyError, TypeError) as error:
@@ -341,7 +329,7 @@ class Ledger:
             "run": run,
             "randomness": "operating system" if secure else "reproducible seed",
         }
-        HashChain.create(path, "ledger", header)
+        start_chain(path, "ledger", header)
         ledger = cls(path)
         for mechanism in earlier:
             ledger.charge(mechanism, "earlier access to the same data, declared by the user")
@@ -367,15 +355,6 @@ class Ledger:
     # ------------------------------------------------------------------------------------------ reading
 
     @property
-    def head(self) -> Head:
-        """Length and last digest: what to keep elsewhere as proof that the ledger was not changed since."""
-        return self._chain.head
-
-    def has_been(self, head: Head) -> bool:
-        """Whether everything up to `head`, kept elsewhere, is still as it was then."""
-        return self._chain.has_been(head)
-
-    @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
         """All mechanisms charged so far."""
         return tuple(e.mechanism for e in self.entries if e.mechanism is not None)
@@ -398,10 +377,6 @@ class Ledger:
         return epsilon(self.mechanisms, self.delta if delta is None else delta, accountant, g)
 
     # ------------------------------------------------------------------------------------------ writing
-
-    def catch_up(self) -> None:
-        """After a crash: make sure that the last line is known to the head; only for the process that may write."""
-        self._chain.catch_up()
 
     def charge(self, mechanism: Mechanism, reason: str, **details: Any) -> None:
         """Write down a mechanism that is about to run; returns once the line is on the disk.
@@ -436,5 +411,5 @@ class Ledger:
         self._append(LedgerEntry("public", reason, None, details))
 
     def _append(self, entry: LedgerEntry) -> None:
-        self._chain.append(entry.to_dict())
+        self._write(entry.to_dict())
         self.entries.append(entry)

@@ -19,17 +19,18 @@ What is hardened, and what is not:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpsyngen.errors import require
 from dpsyngen.privacy.clipping import ClippedGradient
-from dpsyngen.privacy.per_example import PerExampleGradients
+from dpsyngen.privacy.per_example import Loss, PerExampleGradients
 from dpsyngen.privacy.randomness import Purpose, Randomness
 from dpsyngen.workers import summed_gradients
 
@@ -42,13 +43,7 @@ class StepMechanism(Protocol):
     """Sums the clipped gradients of a step and releases the sum."""
 
     def sum(
-        self,
-        engine: PerExampleGradients,
-        loss: Callable[[slice], Tensor],
-        examples: int,
-        *,
-        copies: int = 1,
-        physical_batch: int = 32,
+        self, engine: PerExampleGradients, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32
     ) -> ClippedGradient:
         """The sum over examples of their clipped gradients; arguments as of :meth:`PerExampleGradients.sum`."""
         ...
@@ -70,20 +65,19 @@ class GaussianMechanism:
     noise_multiplier: float
     expected_examples: float
 
+    def __post_init__(self) -> None:
+        z, expected = self.noise_multiplier, self.expected_examples
+        require(z > 0, "noise_multiplier", z, "positive")
+        require(expected > 0, "expected_examples", expected, "positive")
+
     def sum(
-        self,
-        engine: PerExampleGradients,
-        loss: Callable[[slice], Tensor],
-        examples: int,
-        *,
-        copies: int = 1,
-        physical_batch: int = 32,
+        self, engine: PerExampleGradients, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32
     ) -> ClippedGradient:
         return engine.sum(loss, examples, copies=copies, physical_batch=physical_batch)
 
     def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
-        constants: dict[str, Any] = {**vars(self), "randomness": randomness, "step": step}
-        return noisy_mean(total, **constants)
+        z, expected = self.noise_multiplier, self.expected_examples
+        return noisy_mean(total, noise_multiplier=z, expected_examples=expected, randomness=randomness, step=step)
 
 
 @dataclass(frozen=True)
@@ -97,13 +91,7 @@ class NoPrivacy:
     expected_examples: float
 
     def sum(
-        self,
-        engine: PerExampleGradients,
-        loss: Callable[[slice], Tensor],
-        examples: int,
-        *,
-        copies: int = 1,
-        physical_batch: int = 32,
+        self, engine: PerExampleGradients, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32
     ) -> ClippedGradient:
         """The unclipped sum of gradients; its sensitivity is infinite, so no mechanism takes it for a clipped one."""
         sums = engine.zero().sums
@@ -122,12 +110,7 @@ class NoPrivacy:
 
 
 def noisy_mean(
-    clipped: ClippedGradient,
-    *,
-    noise_multiplier: float,
-    expected_examples: float,
-    randomness: Randomness,
-    step: int,
+    clipped: ClippedGradient, *, noise_multiplier: float, expected_examples: float, randomness: Randomness, step: int
 ) -> list[Tensor]:
     """The Gaussian mechanism on a clipped sum, divided by the *expected* number of examples.
 

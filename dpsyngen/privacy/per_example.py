@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.privacy.clipping import (
     ClippedGradient,
     ClippingStyle,
@@ -35,13 +35,17 @@ from dpsyngen.privacy.clipping import (
 )
 from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.privacy.recording import Recorder, Tape
-from dpsyngen.privacy.rules import UnsupportedLayer
+from dpsyngen.privacy.recording import Recorder
+from dpsyngen.privacy.rules import Tape, UnsupportedLayer
 from dpsyngen.workers import Workers
 
 __all__ = ["ClippedGradient", "PerExampleGradients", "UnsupportedLayer", "clip_and_sum", "find_physical_batch"]
 
 _T = TypeVar("_T")
+RowsLoss = Callable[[], Tensor]
+"""Computes the loss of each row, [examples · copies], the copies of one example next to each other."""
+Loss = Callable[[slice], Tensor]
+"""The same for a slice of the examples."""
 
 
 def layer_numbers(names: list[str]) -> list[int]:
@@ -70,7 +74,7 @@ class PerExampleGradients(Whole):
             PyTorch's threads, at most 8 (one on a GPU).
 
     Raises:
-        ConfigError: the parameters are sharded; :func:`dpsyngen.privacy.sharding.sharded` makes the engine for those.
+        ConfigError: the parameters are sharded; :mod:`dpsyngen.privacy.sharding` has the engines for those.
 
     The model must treat the rows of a batch independently.  Layers known to mix them are refused; ordinary arithmetic
     that does (``h - h.mean(0)``) would void the sensitivity and cannot be seen in a single pass:
@@ -79,24 +83,22 @@ class PerExampleGradients(Whole):
     Example: DP-SGD without our trainer.
 
         >>> import torch
-        >>> from dpsyngen.privacy.noise import noisy_mean
+        >>> from dpsyngen.privacy.noise import GaussianMechanism
         >>> from dpsyngen.privacy.per_example import PerExampleGradients
-        >>> from dpsyngen.privacy.randomness import Randomness
-        >>> from dpsyngen.privacy.randomness import poisson_sample
+        >>> from dpsyngen.privacy.randomness import Randomness, poisson_sample
         >>> x, y = torch.randn(100, 3), torch.randn(100, 1)
         >>> model = torch.nn.Linear(3, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> engine = PerExampleGradients(model, clipping_norm=1.0)
+        >>> mechanism = GaussianMechanism(noise_multiplier=1.0, expected_examples=20)
         >>> randomness = Randomness.from_system()
         >>> for step in range(3):
         ...     chosen = torch.from_numpy(poisson_sample(randomness, step, records=100, sampling_rate=0.2))
         ...     def loss(part):  # of the examples chosen[part], one number each
         ...         rows = chosen[part]
         ...         return (model(x[rows]) - y[rows]).square().sum(1)
-        ...     clipped = engine.sum(loss, len(chosen))
-        ...     noisy = noisy_mean(
-        ...         clipped, noise_multiplier=1.0, expected_examples=20, randomness=randomness, step=step
-        ...     )
+        ...     clipped = mechanism.sum(engine, loss, len(chosen))
+        ...     noisy = mechanism.release(clipped, randomness, step)
         ...     for parameter, gradient in zip(engine.parameters, noisy, strict=True):
         ...         parameter.grad = gradient
         ...     optimizer.step()
@@ -117,13 +119,11 @@ class PerExampleGradients(Whole):
         workers: Workers | int | None = None,
     ) -> None:
         check_clipping(clipping_norm, style)
-        self.module, self.style = module, style
-        self.clipping_norm = float(clipping_norm)
+        self.module, self.style, self.clipping_norm = module, style, float(clipping_norm)
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("the module has no parameter with requires_grad=True, so there is nothing to train.")
-        self.names = [n for n, _ in named]
-        self.parameters: list[Tensor] = [p for _, p in named]
+        self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
         frozen = [p for p in module.parameters() if not p.requires_grad]
         self.constants = {id(t) for t in (*frozen, *module.buffers())}
         self.kernels = kernels or KernelChoices()
@@ -138,7 +138,7 @@ class PerExampleGradients(Whole):
         if any(hasattr(p, "to_local") for p in self.parameters):
             raise ConfigError(
                 "the parameters are sharded over processes (DTensor): make the engine with "
-                "dpsyngen.privacy.sharding.sharded."
+                "OwnExamples or SameExamples of dpsyngen.privacy.sharding."
             )
         return layer_numbers(self.names)
 
@@ -147,7 +147,7 @@ class PerExampleGradients(Whole):
         sums = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         return ClippedGradient(sums, self.clipping_norm, 0, self.parameters[0].new_zeros(0, requires_grad=False), 0)
 
-    def contributions(self, loss: Callable[[], Tensor], examples: int, copies: int = 1) -> list[Contribution]:
+    def contributions(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Contribution]:
         """One pass: what each parameter's per-example gradients are, in the cheapest form.
 
         Args and errors: as :meth:`per_example`.
@@ -181,7 +181,7 @@ class PerExampleGradients(Whole):
         tape = getattr(self._passing, "tape", None)
         return nullcontext(), nullcontext() if tape is None else Recorder(tape)
 
-    def _losses(self, tape: Tape, loss: Callable[[], Tensor]) -> Tensor:
+    def _losses(self, tape: Tape, loss: RowsLoss) -> Tensor:
         """[examples · copies], computed while the tape watches."""
         self._passing.tape = tape
         try:
@@ -196,7 +196,7 @@ class PerExampleGradients(Whole):
             )
         return rows
 
-    def per_example(self, loss: Callable[[], Tensor], examples: int, copies: int = 1) -> list[Tensor]:
+    def per_example(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Tensor]:
         """Unclipped per-example gradients, one tensor [examples, *parameter.shape] for each parameter.
 
         Args:
@@ -210,7 +210,7 @@ class PerExampleGradients(Whole):
         return [c.dense() for c in self.contributions(loss, examples, copies)]
 
     def __call__(
-        self, loss: Callable[[], Tensor], examples: int, copies: int = 1, *, valid: int | Tensor | None = None
+        self, loss: RowsLoss, examples: int, copies: int = 1, *, valid: int | Tensor | None = None
     ) -> ClippedGradient:
         """Sum over examples of clipped gradients, in one pass of this thread; see :meth:`per_example`.
 
@@ -228,13 +228,7 @@ class PerExampleGradients(Whole):
         return clip(contributions, self.layers, self.clipping_norm, self.style, valid=mask, whole=self)
 
     def sum(
-        self,
-        loss: Callable[[slice], Tensor],
-        examples: int,
-        *,
-        copies: int = 1,
-        physical_batch: int = 32,
-        valid: int | Tensor | None = None,
+        self, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32, valid: int | Tensor | None = None
     ) -> ClippedGradient:
         """Sum over any number of examples of clipped gradients, a bounded number of them in memory at a time.
 
@@ -272,13 +266,7 @@ class PerExampleGradients(Whole):
         return ClippedGradient(sums, self.clipping_norm, count, torch.cat(norms), bad)
 
     def sum_on_grid(
-        self,
-        loss: Callable[[slice], Tensor],
-        examples: int,
-        *,
-        grid: float,
-        copies: int = 1,
-        physical_batch: int = 32,
+        self, loss: Loss, examples: int, *, grid: float, copies: int = 1, physical_batch: int = 32
     ) -> GridGradient:
         """Like :meth:`sum`, in multiples of `grid` and exact.  Flat clipping only.
 
@@ -286,8 +274,7 @@ class PerExampleGradients(Whole):
             grid: a power of two; see :func:`dpsyngen.privacy.clipping.default_grid`.
             loss, examples, copies, physical_batch: as :meth:`sum`.
         """
-        if self.style != "flat":
-            raise ValueError(f"clipping style is {self.style!r}, but sums on a grid know only 'flat'.")
+        require(self.style == "flat", "clipping style", self.style, "'flat' for a sum on a grid")
 
         def one(part: slice) -> GridGradient:
             gradients = self.per_example(lambda: loss(part), part.stop - part.start, copies)
@@ -298,7 +285,7 @@ class PerExampleGradients(Whole):
             total = total + clipped
         return total
 
-    def verify(self, loss: Callable[[slice], Tensor], examples: int, copies: int = 1, tolerance: float = 1e-3) -> None:
+    def verify(self, loss: Loss, examples: int, copies: int = 1, tolerance: float = 1e-3) -> None:
         """Check on some examples that the gradient of each does not depend on the others.
 
         Worth doing once for a model of your own, on random numbers in place of private data.  Dropout and other random
@@ -313,8 +300,7 @@ class PerExampleGradients(Whole):
         Raises:
             UnsupportedLayer: an example's gradient alone differs from its gradient in the batch.
         """
-        if examples < 2:
-            raise ValueError(f"examples is {examples}, but it takes at least 2 to see whether they mix.")
+        require(examples >= 2, "examples", examples, "at least 2, to see whether they mix")
         together = self.per_example(lambda: loss(slice(0, examples)), examples, copies)
         for b in range(examples):
             alone = self.per_example(partial(loss, slice(b, b + 1)), 1, copies)
@@ -337,11 +323,9 @@ class PerExampleGradients(Whole):
         self, function: Callable[[slice], _T], examples: int, copies: int, physical_batch: int
     ) -> Iterator[_T]:
         """``function`` of slices of the examples, as many at a time as there are workers; results in their order."""
-        if physical_batch < 1 or examples < 0 or copies < 1:
-            raise ValueError(
-                f"physical_batch={physical_batch} and copies={copies} must be at least 1, examples={examples} at "
-                "least 0."
-            )
+        require(examples >= 0, "examples", examples, "at least 0")
+        require(copies >= 1, "copies", copies, "at least 1")
+        require(physical_batch >= 1, "physical_batch", physical_batch, "at least 1")
         # Parts of nearly equal size, a multiple of the workers of them, so that none waits long for the others.
         count = self.workers.count
         parts = min(examples, -(-examples // physical_batch) * count)
@@ -371,13 +355,12 @@ def available_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def bytes_for_each_example(engine: PerExampleGradients, loss: Callable[[slice], Tensor], copies: int = 1) -> int:
+def bytes_for_each_example(engine: PerExampleGradients, loss: Loss, copies: int = 1) -> int:
     """Memory that one more example in a pass takes: what autograd keeps and the per-example gradients.
 
     Args:
         engine: the engine.
-        loss: for a slice of at least two examples, the loss of each of their rows; see ``PerExampleGradients.sum``.
-            Random numbers in place of private images do.
+        loss: of at least two examples; random numbers in place of private images do.
         copies: K.
     """
     counts = []
@@ -391,41 +374,26 @@ def bytes_for_each_example(engine: PerExampleGradients, loss: Callable[[slice], 
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             contributions = engine.contributions(partial(loss, slice(0, examples)), examples, copies)
-        counts.append(sum(kept.values()) + sum(_bytes_of(c) for c in contributions))
+        held = [v for c in contributions for v in vars(c).values()]
+        tensors = [t for v in held for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+        counts.append(sum(kept.values()) + sum(t.numel() * t.element_size() for t in tensors))
     return max(counts[1] - counts[0], 1)
 
 
-def _bytes_of(contribution: Contribution) -> int:
-    tensors = [v for v in vars(contribution).values() if isinstance(v, Tensor)]
-    tensors += [t for v in vars(contribution).values() if isinstance(v, list) for t in v if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def find_physical_batch(
-    engine: PerExampleGradients,
-    loss: Callable[[slice], Tensor],
-    *,
-    copies: int = 1,
-    memory: int | None = None,
-    most: int | None = None,
+    engine: PerExampleGradients, loss: Loss, *, copies: int = 1, memory: int | None = None, most: int | None = None
 ) -> int:
-    """The largest power of two of examples that fits into memory, with room to spare.
+    """The largest power of two of examples that fits into memory, with room to spare; at least 1.
 
     Args:
         engine, loss, copies: see :func:`bytes_for_each_example`.
         memory: bytes that may be used; None: half of what is available now.
         most: upper end; None: 64 examples on a CPU, where more is no faster, and 4096 on a GPU.
-
-    Returns:
-        at least 1, and at least one for each worker if they fit.
     """
     device = engine.parameters[0].device
     budget = available_memory(device) * _SHARE if memory is None else memory
     limit = (64 if device.type == "cpu" else 4096) if most is None else most
-    if budget < 1 or limit < 1:
-        raise ValueError(f"memory={memory} and most={most} must be positive.")
+    require(budget >= 1, "memory", memory, "positive")
+    require(limit >= 1, "most", most, "positive")
     fits = budget / (_TEMPORARY * bytes_for_each_example(engine, loss, copies))
-    batch = 1
-    while 2 * batch <= min(fits, limit):
-        batch *= 2
-    return batch
+    return 1 << max(int(min(fits, limit)), 1).bit_length() - 1

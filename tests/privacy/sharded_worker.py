@@ -30,8 +30,10 @@ from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
-from dpsyngen.privacy.sharding import fsdp, sharded
-from dpsyngen.privacy.sharding.engine import Place, ShardedGradient
+from dpsyngen.privacy.sharding import OwnExamples, SameExamples
+from dpsyngen.privacy.sharding import engine as engine_module
+from dpsyngen.privacy.sharding.engine import ShardedGradient
+from dpsyngen.privacy.sharding.gathered import Place
 
 NORM = 0.7
 WORLD = 2
@@ -66,14 +68,6 @@ class Varied(nn.Module):
         h = torch.tanh(self.a(h + mixed))
         h = self.fixed(torch.tanh(self.b(h)) * (1 + self.scale.square()))
         return self.out(torch.tanh(self.c(h))).flatten(1)
-
-
-class Stage(nn.Module):
-    """One layer under a name of its own."""
-
-    def __init__(self, name: str, layer: nn.Module) -> None:
-        super().__init__()
-        self.add_module(name, layer)
 
 
 def varied() -> tuple[nn.Module, Tensor, Rows]:
@@ -120,9 +114,10 @@ def shard(module: nn.Module, mesh: DeviceMesh, **settings: Any) -> nn.Module:
     return module
 
 
-def engine_of(module: nn.Module, style: Any = "flat", **settings: Any) -> PerExampleGradients:
-    make = PerExampleGradients if "workers" in settings else sharded
-    return make(module, NORM, style=style, kernels=KernelChoices(measure=False), **settings)
+def engine_of(module: nn.Module, style: Any = "flat", kind: Any = OwnExamples, **settings: Any) -> PerExampleGradients:
+    if "workers" in settings:
+        kind = PerExampleGradients
+    return kind(module, NORM, style=style, kernels=KernelChoices(measure=False), **settings)
 
 
 def own_error(got: list[Tensor], places: tuple[Place, ...], whole: list[Tensor]) -> float:
@@ -171,7 +166,7 @@ def equals_one_process(mesh: DeviceMesh) -> None:
         split = shard(module, mesh)
         for style in STYLES if name != "unet" else STYLES[:1]:
             plain, own = engine_of(module, style, workers=1), engine_of(split, style)
-            same = engine_of(split, style, shards=mesh.get_group())
+            same = engine_of(split, style, kind=SameExamples)
             whole = plain.sum(lambda part: loss(module, x[part]), 6)  # noqa: B023 - used here only
             for sizes in ((4, 2), (0, 6)):
                 rows, valid = own_share(x, sizes)
@@ -210,9 +205,9 @@ def other_ways_to_shard(mesh: DeviceMesh) -> None:
     }
     for name, (settings, kernels) in cases.items():
         split = shard(module, mesh, **settings)
-        for shards in (None, mesh.get_group()):
-            engine = sharded(split, NORM, kernels=kernels or KernelChoices(measure=False), shards=shards)
-            rows, valid = own_share(x, (4, 2)) if shards is None else (x, 6)
+        for kind in (OwnExamples, SameExamples):
+            engine = kind(split, NORM, kernels=kernels or KernelChoices(measure=False))
+            rows, valid = own_share(x, (4, 2)) if kind is OwnExamples else (x, 6)
             got = engine.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid)  # noqa: B023
             compare(name, got, whole)
 
@@ -220,10 +215,10 @@ def other_ways_to_shard(mesh: DeviceMesh) -> None:
     odd, indices, odd_loss = varied()
     expected = engine_of(odd, workers=1).sum(lambda part: odd_loss(odd, indices[part]), 6)
     split = shard(odd, mesh)
-    for shards in (None, mesh.get_group()):
-        engine = engine_of(split, shards=shards)
+    for kind in (OwnExamples, SameExamples):
+        engine = engine_of(split, kind=kind)
         split.again = partial(checkpoint, use_reentrant=False, context_fn=engine.checkpoint_contexts)
-        rows, valid = own_share(indices, (4, 2)) if shards is None else (indices, 6)
+        rows, valid = own_share(indices, (4, 2)) if kind is OwnExamples else (indices, 6)
         got = engine.sum(lambda part: odd_loss(split, rows[part]), len(rows), valid=valid)  # noqa: B023
         compare("activation checkpointing", got, expected)
 
@@ -231,8 +226,8 @@ def other_ways_to_shard(mesh: DeviceMesh) -> None:
     grid = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicas", "shards"))
     split = shard(module, grid)
     rows, valid = own_share(x, (4, 2))
-    for shards in (None, grid["shards"].get_group()):
-        engine = engine_of(split, shards=shards)
+    for kind in (OwnExamples, SameExamples):
+        engine = engine_of(split, kind=kind)
         got = engine.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid)
         compare("replicas", got, whole)
 
@@ -250,7 +245,7 @@ def sensitivity(mesh: DeviceMesh) -> None:
     changes = found.setdefault("changes", {})
     for style in STYLES:
         for scale in (1e-3, 1.0, 1e6):
-            own, same = engine_of(split, style), engine_of(split, style, shards=mesh.get_group())
+            own, same = engine_of(split, style), engine_of(split, style, kind=SameExamples)
             rows = x[:3] if RANK == 0 else x[3:]
 
             def scaled(part: slice, rows: Tensor = rows, scale: float = scale) -> Tensor:
@@ -318,7 +313,7 @@ def training(mesh: DeviceMesh) -> None:
         mine = chosen[RANK::WORLD]
         return torch.cat([mine, mine.new_zeros(-(-len(chosen) // WORLD) - len(mine))]), len(mine)
 
-    own, same = engine_of(split), engine_of(together, shards=mesh.get_group())
+    own, same = engine_of(split), engine_of(together, kind=SameExamples)
     optimizer = train(split, loss, own, share)
     train(together, loss, same, lambda chosen: (chosen, len(chosen)))
     before = deepcopy(module)
@@ -356,110 +351,10 @@ def training(mesh: DeviceMesh) -> None:
     }
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-class _Send(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        dist.send(x.contiguous(), 1)
-        ctx.shape = x.shape
-        return x.new_zeros(len(x))
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        gx = torch.empty(ctx.shape)
-        dist.recv(gx, 1)
-        return gx
-
-
-class _Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, like: Tensor) -> Tensor:
-        x = torch.empty_like(like)
-        dist.recv(x, 0)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> None:
-        dist.send(g.contiguous(), 0)
-
-
-def split_by_hand(mesh: DeviceMesh) -> None:
-    torch.manual_seed(6)
-    first, second, x = nn.Linear(3, 4), nn.Linear(4, 2), torch.randn(5, 3) * 3
-    whole = nn.ModuleDict({"first": first, "second": second})
-
-    def one_process(part: slice) -> Tensor:
-        return whole["second"](torch.tanh(whole["first"](x[part]))).square().sum(1)
-
-    stage = Stage("first", deepcopy(first)) if RANK == 0 else Stage("second", deepcopy(second))
-
-    def stage_loss(part: slice) -> Tensor:
-        if RANK == 0:
-            out: Tensor = _Send.apply(torch.tanh(stage.first(x[part])))
-            return out
-        start = torch.empty(len(x[part]), 4, requires_grad=True)
-        return stage.second(_Receive.apply(start)).square().sum(1)
-
-    own = slice(0, 2) if RANK == 0 else slice(2, 4)
-    settings: dict[str, Any] = {
-        **{"noise_multiplier": 1.0, "expected_examples": 5.0, "step": 1},
-        "randomness": Randomness.from_insecure_seed(3),
-    }
-    for style in STYLES:
-        expected = engine_of(whole, style, workers=1).sum(one_process, 5)
-        engine = engine_of(stage, style, shards=dist.group.WORLD)
-        got = engine.sum(stage_loss, 5, physical_batch=2)
-        assert isinstance(got, ShardedGradient)
-        mine = [
-            s for n, s in zip(("first", "first", "second", "second"), expected.sums, strict=True) if hasattr(stage, n)
-        ]
-        entry = found.setdefault("pipeline", {"error": 0.0, "norms": True, "noise": True})
-        entry["error"] = max(entry["error"], own_error(got.sums, got.places, mine))
-        entry["norms"] &= close(got.norms, expected.norms)
-        wanted = noisy_mean(engine_of(whole, workers=1).zero(), **settings)[own]
-        noisy = noisy_mean(engine.zero(), **settings)
-        entry["noise"] &= all(torch.equal(a, b) for a, b in zip(noisy, wanted, strict=True))
-
-    # Tensor parallelism: half of the hidden units each; both halves of a layer have one name, and clip as one layer.
-    half = slice(2 * RANK, 2 * RANK + 2)
-    part_of = nn.ModuleDict({"first": nn.Linear(3, 2), "second": nn.Linear(2, 2, bias=False)})
-    with torch.no_grad():
-        part_of["first"].weight.copy_(first.weight[half])
-        part_of["first"].bias.copy_(first.bias[half])
-        part_of["second"].weight.copy_(second.weight[:, half])
-    second.bias = None
-
-    def parallel_loss(part: slice) -> Tensor:
-        out = part_of["second"](torch.tanh(part_of["first"](x[part])))
-        return _SumOverProcesses.apply(out).square().sum(1)
-
-    for style in STYLES:
-        expected = engine_of(whole, style, workers=1).sum(one_process, 5)
-        got = engine_of(part_of, style, shards=dist.group.WORLD).sum(parallel_loss, 5)
-        wanted = [expected.sums[0][half], expected.sums[1][half], expected.sums[2][:, half]]
-        entry = found.setdefault("tensor parallel", {"error": 0.0, "norms": True})
-        entry["error"] = max(
-            entry["error"], *(float((a - b).abs().max()) for a, b in zip(got.sums, wanted, strict=True))
-        )
-        entry["norms"] &= close(got.norms, expected.norms)
-
-
 def refusals(mesh: DeviceMesh) -> None:
     module, x, loss = varied()
     split = shard(module, mesh)
-    own, same = engine_of(split), engine_of(split, shards=mesh.get_group())
-    alone = [dist.new_group([r]) for r in range(WORLD)][RANK]
+    own, same = engine_of(split), engine_of(split, kind=SameExamples)
     partly = deepcopy(module)
     fully_shard(partly.attention, mesh=mesh)
 
@@ -478,7 +373,6 @@ def refusals(mesh: DeviceMesh) -> None:
         "the engine of a whole model": lambda: engine_of(split, workers=1),
         "a whole model": lambda: engine_of(module),
         "grid": lambda: own.sum_on_grid(lambda part: loss(split, x[part]), 3, grid=2.0**-20),
-        "another group": lambda: engine_of(split, shards=alone),
         "partly sharded": lambda: engine_of(partly),
         "mixing, own": lambda: own.verify(mixing, 3),
         "mixing, same": lambda: same.verify(mixing, 3),
@@ -506,9 +400,9 @@ def main() -> None:
     folder = Path(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=RANK, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
-    fsdp._BUCKET = 1000  # several buckets, some of one parameter
+    engine_module._BUCKET = 1000  # several buckets, some of one parameter
     checks: list[Callable[[DeviceMesh], None]] = [
-        *(equals_one_process, other_ways_to_shard, sensitivity, noise, training, split_by_hand, refusals),
+        *(equals_one_process, other_ways_to_shard, sensitivity, noise, training, refusals),
     ]
     seconds = {}
     for check in checks:

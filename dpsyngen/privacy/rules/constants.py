@@ -8,7 +8,7 @@ sum, a product, a concatenation), each row gets its own copy to take its gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpsyngen.privacy.contributions import Dense
 from dpsyngen.privacy.rules.layers import linear
-from dpsyngen.privacy.rules.registry import RULES, Rule, Tape, UnsupportedLayer, per_example
+from dpsyngen.privacy.rules.registry import RULES, Rule, Tape, UnsupportedLayer, per_example, tensors_in
 
 
 class _ForEachRow(torch.autograd.Function):
@@ -57,17 +57,6 @@ def _for_each_row(tape: Tape, parameter: Tensor, dims: int, function: str) -> Te
         )
     rows: Tensor = _ForEachRow.apply(parameter, dims, tape)
     return rows
-
-
-def tensors_in(values: Iterable[Any]) -> Iterator[Any]:
-    """Everything in nested lists, tuples and dictionaries."""
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
-        elif isinstance(value, dict):
-            yield from tensors_in(value.values())
-        else:
-            yield value
 
 
 def _elementwise(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

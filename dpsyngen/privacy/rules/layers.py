@@ -16,7 +16,7 @@ from dpsyngen.privacy.rules.registry import (
     RULES,
     Tape,
     UnsupportedLayer,
-    full_precision,
+    as_fp32,
     low_precision,
     per_example,
     refuse_argument,
@@ -28,8 +28,6 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tape: Tape) -> Tensor:
         x_used, weight_used, bias_used = low_precision(x, weight, bias)
-        assert x_used is not None
-        assert weight_used is not None
         ctx.save_for_backward(x_used, weight_used)
         ctx.tape, ctx.weight, ctx.bias, ctx.input_dtype = tape, weight, bias, x.dtype
         return F.linear(x_used, weight_used, bias_used)
@@ -45,7 +43,7 @@ class _Linear(torch.autograd.Function):
             pair = Outer(g_time, x_time)
             small = Outer.pays(g_time.shape[1], g.shape[-1], x.shape[-1])
             tape.add(ctx.weight, pair if small else Dense(pair.dense()))
-        if ctx.bias is not None and tape.tracks(ctx.bias):
+        if tape.tracks(ctx.bias):
             tape.add(ctx.bias, Dense(g_time.sum(1)))
         return ((g @ weight).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None), None, None, None
 
@@ -59,7 +57,7 @@ def linear(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return out
 
 
-@rule(F.linear, "input", "weight", "bias")
+@rule(F.linear)
 def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(tape, input, weight, bias)
 
@@ -71,8 +69,6 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Convolution, tape: Tape) -> Tensor:
         x_used, weight_used, bias_used = low_precision(x, weight, bias)
-        assert x_used is not None
-        assert weight_used is not None
         ctx.save_for_backward(x_used, weight_used)
         ctx.tape, ctx.weight, ctx.bias, ctx.settings, ctx.input_dtype = tape, weight, bias, settings, x.dtype
         return settings.forward(x_used, weight_used, bias_used)
@@ -87,7 +83,7 @@ class _Conv(torch.autograd.Function):
         if tape.tracks(ctx.weight):
             call = ConvolutionCall(g, x, weight, settings, tape.examples, tape.copies)
             tape.add(ctx.weight, tape.kernels.run(call))
-        if ctx.bias is not None and tape.tracks(ctx.bias):
+        if tape.tracks(ctx.bias):
             tape.add(ctx.bias, Dense(per_example(g.flatten(2).sum(2), tape)))
         gx = None
         if ctx.needs_input_grad[0]:
@@ -138,15 +134,12 @@ _register_convolution(F.conv_transpose2d, 2, "output_padding", "groups", "dilati
 # --------------------------------------------------------- group and layer normalisation, which see one row at a time
 
 
-_group_norm_backward = torch.ops.aten.native_group_norm_backward
-
-
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, tape: Tape
     ) -> Tensor:
-        x_used = full_precision(x).contiguous()
+        x_used = as_fp32(x).contiguous()
         rows, channels = x_used.shape[:2]
         positions = x_used[0, 0].numel()  # 1 for inputs [N, C]
         out, mean, rstd = torch.native_group_norm(x_used, weight, bias, rows, channels, positions, groups, eps)
@@ -160,20 +153,12 @@ class _GroupNorm(torch.autograd.Function):
         tape: Tape = ctx.tape
         rows, channels = x.shape[:2]
         positions = x[0, 0].numel()
-        own = [p is not None and tape.tracks(p) for p in (ctx.weight, ctx.bias)]
+        own = [tape.tracks(p) for p in (ctx.weight, ctx.bias)]
         # Taken as one row of rows*channels channels, the same call gives the gradients of weight and bias for each row
         # instead of their sum.
-        gx, g_weight, g_bias = _group_norm_backward(
-            g.contiguous(),
-            x,
-            mean,
-            rstd,
-            None if weight is None else weight.repeat(rows),
-            1,
-            rows * channels,
-            positions,
-            rows * ctx.groups,
-            [ctx.needs_input_grad[0], *own],
+        repeated, sizes = None if weight is None else weight.repeat(rows), (1, rows * channels, positions)
+        gx, g_weight, g_bias = torch.ops.aten.native_group_norm_backward(
+            g.contiguous(), x, mean, rstd, repeated, *sizes, rows * ctx.groups, [ctx.needs_input_grad[0], *own]
         )
         if own[0]:
             tape.add(ctx.weight, Dense(per_example(g_weight.view(rows, channels), tape)))
@@ -182,7 +167,7 @@ class _GroupNorm(torch.autograd.Function):
         return None if gx is None else gx.view_as(x).to(ctx.input_dtype), None, None, None, None, None
 
 
-@rule(F.group_norm, "input", "num_groups", "weight", "bias", "eps")
+@rule(F.group_norm)
 def _group_norm(
     tape: Tape,
     input: Tensor,
@@ -199,15 +184,9 @@ def _group_norm(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        shape: list[int],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        tape: Tape,
+        ctx: Any, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, tape: Tape
     ) -> Tensor:
-        x_used = full_precision(x)
+        x_used = as_fp32(x)
         out, mean, rstd = torch.native_layer_norm(x_used, shape, weight, bias, eps)
         ctx.save_for_backward(x_used, weight, mean, rstd)
         ctx.tape, ctx.weight, ctx.bias, ctx.shape, ctx.input_dtype = tape, weight, bias, shape, x.dtype
@@ -222,9 +201,9 @@ class _LayerNorm(torch.autograd.Function):
         def summed(t: Tensor) -> Tensor:
             return t.reshape(tape.examples, -1, *ctx.shape).sum(1)
 
-        if ctx.weight is not None and tape.tracks(ctx.weight):
+        if tape.tracks(ctx.weight):
             tape.add(ctx.weight, Dense(summed(g * (x - mean) * rstd)))
-        if ctx.bias is not None and tape.tracks(ctx.bias):
+        if tape.tracks(ctx.bias):
             tape.add(ctx.bias, Dense(summed(g)))
         gx = None
         if ctx.needs_input_grad[0]:
@@ -234,7 +213,7 @@ class _LayerNorm(torch.autograd.Function):
         return gx, None, None, None, None, None
 
 
-@rule(F.layer_norm, "input", "normalized_shape", "weight", "bias", "eps")
+@rule(F.layer_norm)
 def _layer_norm(
     tape: Tape,
     input: Tensor,
@@ -272,7 +251,7 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None
 
 
-@rule(F.embedding, "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+@rule(F.embedding)
 def _embedding(
     tape: Tape,
     input: Tensor,

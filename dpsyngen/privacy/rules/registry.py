@@ -1,16 +1,16 @@
-"""What a rule is, and the table of rules."""
+"""What a rule gets: the tape of one pass.  And the table of rules."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from dpsyngen.errors import DpsyngenError
-from dpsyngen.privacy.contributions import Contribution
+from dpsyngen.privacy.contributions import Contribution, Dense, merged
 from dpsyngen.privacy.kernels import KernelChoices
 
 
@@ -21,42 +21,124 @@ class UnsupportedLayer(DpsyngenError, RuntimeError):
     """
 
 
-class Tape(Protocol):
-    """What a rule needs of the engine that records.
+def tensors_in(values: Iterable[Any]) -> Iterator[Any]:
+    """Everything in nested lists, tuples and dictionaries."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
+        else:
+            yield value
 
-    Attributes:
+
+class Tape:
+    """What one pass records: contributions to the gradient of each parameter, example by example.
+
+    Args:
+        parameters: those whose gradients are wanted, by name.
+        constants: ids of the module's buffers and frozen parameters.
+        kernels: how convolutions compute.
         examples: B.
         copies: K.
-        kernels: how convolutions compute.
     """
 
-    examples: int
-    copies: int
-    kernels: KernelChoices
+    def __init__(
+        self, parameters: dict[str, Tensor], constants: set[int], kernels: KernelChoices, examples: int, copies: int
+    ) -> None:
+        self.examples, self.copies, self.kernels = examples, copies, kernels
+        self._names = list(parameters)
+        self._constants = constants
+        self._position = {id(p): i for i, p in enumerate(parameters.values())}
+        self.recorded: dict[int, Contribution] = {}
+        # Derived parameters: (leaf that the model goes on with, the same value with its graph, what it came from).
+        self._derived: list[tuple[Tensor, Tensor, list[Tensor], Callable[..., Any]]] = []
 
     def tracks(self, value: object) -> bool:
         """Whether `value` is a parameter whose per-example gradient is wanted, or computed from such alone."""
-        ...
+        return id(value) in self._position
 
-    def add(self, parameter: Tensor, contribution: Contribution) -> None:
-        """Add a layer call's contribution to what was recorded for `parameter`."""
-        ...
-
-    def check_rows(self, layer: str, value: Tensor) -> None:
-        """Raise unless the leading dimension of `value` is examples * copies."""
-        ...
-
-    def derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The function's value as a derived parameter, or as several."""
-        ...
-
-    def expanded_from(self, value: Tensor) -> Tensor | None:
-        """The parameter that `value` repeats along new or single axes, or None if it is not such a repetition."""
-        ...
+    def any_tracked(self, values: Iterable[Any]) -> bool:
+        """Whether one of them, or of what lists among them hold, is tracked.  On the path of every function call."""
+        position = self._position
+        for value in values:
+            if id(value) in position:
+                return True
+            if isinstance(value, (list, tuple)) and self.any_tracked(value):
+                return True
+        return False
 
     def is_constant(self, value: Tensor) -> bool:
         """Whether `value` is a parameter, derived from some, or a buffer or frozen parameter of the module."""
-        ...
+        return self.tracks(value) or id(value) in self._constants
+
+    def name_of(self, value: object) -> str:
+        """The name of a parameter, or of the one that it is derived from."""
+        position = self._position[id(value)]
+        while position >= len(self._names):
+            position = self._position[id(self._derived[position - len(self._names)][2][0])]
+        return self._names[position]
+
+    def add(self, parameter: Tensor, contribution: Contribution) -> None:
+        """Add a layer call's contribution to what was recorded for `parameter`."""
+        position = self._position[id(parameter)]
+        before = self.recorded.get(position)
+        self.recorded[position] = contribution if before is None else merged(before, contribution)
+
+    def check_rows(self, layer: str, value: Tensor) -> None:
+        """Raise unless the leading dimension of `value` is examples * copies."""
+        rows = self.examples * self.copies
+        if value.dim() == 0 or value.shape[0] != rows:
+            raise UnsupportedLayer(
+                f"{layer} got an input of shape {tuple(value.shape)}, but the first dimension must be the "
+                f"{rows} rows of the batch ({self.examples} examples x {self.copies} copies), so that each "
+                "example's gradient can be told apart.  Keep the batch first in every layer with parameters."
+            )
+
+    # ------------------------------------------------------------------------------- derived parameters
+
+    def derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A function of parameters alone: its value becomes a parameter of this pass."""
+        origins = [v for v in tensors_in((args, kwargs)) if self.tracks(v)]
+
+        def follow(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(follow(v) for v in value)
+            if not isinstance(value, Tensor) or not value.requires_grad or self.tracks(value):
+                return value
+            leaf = value.detach().requires_grad_()
+            self._position[id(leaf)] = len(self._names) + len(self._derived)
+            self._derived.append((leaf, value, origins, func))
+            return leaf
+
+        return follow(func(*args, **kwargs))
+
+    def expanded_from(self, value: Tensor) -> Tensor | None:
+        """The parameter that `value` repeats along new or single axes, or None if it is not such a repetition."""
+        position = self._position[id(value)]
+        if position < len(self._names):
+            return None
+        _, _, origins, func = self._derived[position - len(self._names)]
+        if getattr(func, "__name__", "") not in ("expand", "expand_as", "broadcast_to", "repeat"):
+            return None
+        base = origins[0]
+        # `repeat` also tiles axes that have entries of their own; only those of length one repeat like `expand`.
+        aligned = (1,) * (value.dim() - base.dim()) + tuple(base.shape)
+        return base if all(a in (1, v) for a, v in zip(aligned, value.shape, strict=True)) else None
+
+    def send_back(self) -> None:
+        """Gradients of derived parameters become gradients of what they came from, the last ones first."""
+        for i in reversed(range(len(self._derived))):
+            contribution = self.recorded.pop(len(self._names) + i, None)
+            if contribution is None:
+                continue
+            _, value, origins, _ = self._derived[i]
+            gradients = torch.autograd.grad(
+                value, origins, contribution.dense(), retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+            for origin, gradient in zip(origins, gradients, strict=True):
+                if gradient is not None:
+                    self.add(origin, Dense(gradient))
 
 
 Rule = Callable[[Tape, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -64,17 +146,15 @@ RULES: dict[Callable[..., Any], Rule] = {}
 
 
 def rule(function: Callable[..., Any], *parameters: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the rule of `function`, whose arguments are named `parameters` in order."""
+    """Register the rule of `function`, whose arguments are `parameters` in order; none: named as in the rule itself."""
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        defaults = {
-            name: p.default
-            for name, p in inspect.signature(body).parameters.items()
-            if p.default is not inspect.Parameter.empty
-        }
+        signature = inspect.signature(body).parameters
+        defaults = {name: p.default for name, p in signature.items() if p.default is not p.empty}
+        names = parameters or tuple(signature)[1:]  # the first is the tape
 
         def apply(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            bound = dict(zip(parameters, args, strict=False)) | kwargs
+            bound = dict(zip(names, args, strict=False)) | kwargs
             for name, value in bound.items():
                 # Rules give weights and biases a gradient only through the tape, and all else only through autograd.
                 own = name in ("weight", "bias")
@@ -103,24 +183,19 @@ def per_example(per_row: Tensor, tape: Tape) -> Tensor:
     return per_row.unflatten(0, (tape.examples, tape.copies)).sum(1)
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype that autocast asks for now, or None outside of it."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def low_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def low_precision(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast as autocast casts the inputs of matrix products and convolutions; unchanged outside of autocast.
 
     The functions of this package bypass autocast's own casts, and their backward passes must see the tensors that the
     forward pass used.
     """
     device = next(t for t in tensors if t is not None).device.type
-    dtype = autocast_dtype(device)
-    if dtype is None:
+    if not torch.is_autocast_enabled(device):
         return tensors
+    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
 
 
-def full_precision(x: Tensor) -> Tensor:
+def as_fp32(x: Tensor) -> Tensor:
     """fp32 for the input of a normalisation, which autocast never runs in less."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,93 +1,29 @@
-"""Clipping together: what all ways of splitting a model have in common, and splitting by hand.
-
-The noise of a step is one vector, in the order of the parameters.  Where a model is split over processes, each has to
-take its own coordinates of that vector: two that took the same ones would add the same noise to different
-coordinates, and their difference would be free of it.  So a sum of clipped gradients carries its places with it.
-"""
+"""Clipping together: the engine of one process that holds a part of the parameters."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.clipping import ClippedGradient, ClippingStyle, Draw, GridGradient
-from dpsyngen.privacy.contributions import wide_dtype
+from dpsyngen.privacy.contributions import Contribution, wide_dtype
 from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.privacy.per_example import PerExampleGradients, layer_numbers
-from dpsyngen.privacy.recording import Tape
+from dpsyngen.privacy.per_example import Loss, PerExampleGradients, RowsLoss, layer_numbers
+from dpsyngen.privacy.rules import Tape
+from dpsyngen.privacy.sharding.gathered import Gathered, GatheredTape, Place, place_of, sharded_parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-
-@dataclass(frozen=True)
-class Place:
-    """A process's part of one parameter: indices first .. first + length - 1 along one axis.
-
-    Attributes:
-        start: coordinate at which the whole parameter starts.
-        shape: of the whole parameter.
-        dim: the axis along which it is split.
-        first: first index along `dim` that this process has.
-        length: how many; 0 for none.
-    """
-
-    start: int
-    shape: tuple[int, ...]
-    dim: int
-    first: int
-    length: int
-
-    @classmethod
-    def whole(cls, start: int, shape: tuple[int, ...]) -> Place:
-        """All of a parameter."""
-        return cls(start, shape, 0, 0, shape[0] if shape else 1)
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """(start, length) of the coordinates that cover the part; more than the part unless it is split by rows."""
-        numbers = math.prod(self.shape)
-        if self.length == 0 or numbers == 0:
-            return self.start, 0
-        if self.dim:
-            return self.start, numbers
-        row = math.prod(self.shape[1:])
-        return self.start + self.first * row, self.length * row
-
-    def cut(self, covering: NDArray[np.float32], own: Tensor) -> Tensor:
-        """The part's own values, out of those of its span, in shape, dtype and on the device of `own`."""
-        values = torch.from_numpy(covering)
-        if self.dim and len(covering):
-            values = values.view(self.shape).narrow(self.dim, self.first, self.length)
-        return values.reshape(own.shape).to(own.device, own.dtype)
-
-    @staticmethod
-    def own(value: Tensor) -> Tensor:
-        """The part of a distributed tensor that is here; any other tensor as it is."""
-        local: Any = getattr(value, "to_local", None)
-        return value if local is None else local()
-
-    @staticmethod
-    def like(value: Tensor, own: Tensor) -> Tensor:
-        """`own` as the local part of a tensor that is distributed like `value`; or `own`, if that is not."""
-        if not hasattr(value, "to_local"):
-            return own
-        from torch.distributed.tensor import DTensor
-
-        assert isinstance(value, DTensor)
-        return DTensor.from_local(
-            own, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
-        )
+_BUCKET = 1 << 22  # numbers that are reduced in one go: enough to be quick, few beside the gradients of the examples
+_SAME = 1e-3  # relative difference that rounding may make between losses of the same examples
 
 
 @dataclass(frozen=True)
@@ -97,15 +33,19 @@ class ShardedGradient(ClippedGradient):
     ``examples`` and ``not_finite`` count those of all processes; ``norms`` has those that went through this one.
 
     Attributes:
-        places: where each of ``sums`` lies.
-        coordinates: how many the whole has.
+        places: where each of ``sums`` lies in the vector of all parameters.
+        coordinates: how many numbers that vector has.
     """
 
     places: tuple[Place, ...]
     coordinates: int
 
     def noisy(self, scale: float, divisor: float, draw: Draw) -> list[Tensor]:
-        """Each process adds its own part of the noise of one process, so that every coordinate has noise once."""
+        """Each process adds its own coordinates of the one noise vector, so that every coordinate has noise once.
+
+        Two processes that took the same coordinates would add the same noise to different parameters, whose difference
+        would be free of it: that is why a sum carries its places with it.
+        """
         drawn = draw(self.coordinates, (place.span for place in self.places))
         return [
             place.like(total, (own + scale * place.cut(noise, own)) / divisor)
@@ -114,20 +54,25 @@ class ShardedGradient(ClippedGradient):
         ]
 
 
-class ShardedGradients(PerExampleGradients, ABC):
-    """The engine for one process's part of a model; made by :func:`dpsyngen.privacy.sharding.sharded`.
+class OwnExamples(PerExampleGradients):
+    """The engine of a module sharded by FSDP2 whose processes each have their own examples.
 
-    It runs in one thread, since the collectives of the processes must come in one order.
+    Layers are whole while they run, so norms are complete.  It runs in one thread, since the collectives of the
+    processes must come in one order.  Every method but :meth:`zero` and :meth:`per_example` must be called in all
+    processes alike, and gives each its own part of the sum, with the sensitivity of the whole.
+
+    Args:
+        module, clipping_norm, style, kernels: as of the base class.
+
+    Raises:
+        ConfigError: the parameters are not sharded, or in a way that is not supported.
 
     Attributes:
         places: where this process's part of each parameter lies.
         coordinates: how many numbers the whole model has.
-        layer_count: how many layers the whole model has.
     """
 
-    places: tuple[Place, ...]
-    coordinates: int
-    layer_count: int
+    _own_part_only = False
 
     def __init__(
         self,
@@ -136,30 +81,19 @@ class ShardedGradients(PerExampleGradients, ABC):
         *,
         style: ClippingStyle = "flat",
         kernels: KernelChoices | None = None,
-        shards: ProcessGroup | None = None,
     ) -> None:
-        self._shards = shards
         super().__init__(module, clipping_norm, style=style, kernels=kernels, workers=1)
 
-    @property
-    def device(self) -> torch.device:
-        return Place.own(self.parameters[0]).device
-
-    @abstractmethod
     def _layers(self) -> list[int]:
-        """Find out how the model is split: sets the attributes, and returns the layer of each own parameter."""
-
-    @abstractmethod
-    def _check_same(self, losses: Tensor) -> None:
-        """Raise in all processes if they should see the same examples and do not."""
-
-    @abstractmethod
-    def _everyone(self) -> list[ProcessGroup]:
-        """Groups that, one after the other, reach all processes that take part in a step."""
-
-    @abstractmethod
-    def _counting(self) -> list[ProcessGroup]:
-        """Groups that, one after the other, reach all processes with other examples."""
+        self._distributed, self._mesh = sharded_parameters(self.module, self.names, self.parameters)
+        self.device = self._distributed[0].to_local().device
+        self._gathered = Gathered(self.module, self.names)
+        *starts, self.coordinates = accumulate((p.numel() for p in self._distributed), initial=0)
+        parts = zip(self._distributed, starts, self.names, strict=True)
+        self.places = tuple(place_of(p, start, name) for p, start, name in parts)
+        layers = layer_numbers(self.names)
+        self.layer_count = max(layers) + 1
+        return layers
 
     def zero(self) -> ShardedGradient:
         sums = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
@@ -167,7 +101,7 @@ class ShardedGradients(PerExampleGradients, ABC):
         return self._placed(ClippedGradient(sums, self.clipping_norm, 0, norms, 0))
 
     def __call__(
-        self, loss: Callable[[], Tensor], examples: int, copies: int = 1, *, valid: int | Tensor | None = None
+        self, loss: RowsLoss, examples: int, copies: int = 1, *, valid: int | Tensor | None = None
     ) -> ShardedGradient:
         if examples == 0:
             raise ConfigError(
@@ -177,118 +111,155 @@ class ShardedGradients(PerExampleGradients, ABC):
         own = super().__call__(loss, examples, copies, valid=valid)
         # Counts of all processes in place of this one's.
         counts = torch.tensor([own.examples, own.not_finite], device=self.device)
-        total, not_finite = reduced(counts, self._counting(), "sum").tolist()
+        total, not_finite = _reduced(counts, self._other_examples(), "sum").tolist()
         return self._placed(ClippedGradient(own.sums, own.l2_sensitivity, total, own.norms, not_finite))
 
     def sum(
-        self,
-        loss: Callable[[slice], Tensor],
-        examples: int,
-        *,
-        copies: int = 1,
-        physical_batch: int = 32,
-        valid: int | Tensor | None = None,
+        self, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32, valid: int | Tensor | None = None
     ) -> ShardedGradient:
         """As of the base class.  All processes must give the same number of examples: those with fewer fill up."""
-        self._check_agreement(examples=examples, copies=copies, physical_batch=physical_batch)
-        total = super().sum(loss, examples, copies=copies, physical_batch=physical_batch, valid=valid)
-        return self._placed(total)
+        given = {"examples": examples, "copies": copies, "physical_batch": physical_batch}
+        mine = torch.tensor([s * v for v in given.values() for s in (1, -1)], device=self.device)
+        bounds = _reduced(mine, self._everyone(), "max").view(-1, 2).tolist()
+        for name, (most, least) in zip(given, bounds, strict=True):
+            if most != -least:  # in all processes, or some would wait for the others for ever
+                raise ConfigError(
+                    f"{name} is {given[name]} here and from {-least} to {most} in the processes that share the model, "
+                    "but must be the same in all, since they gather parameters together.  Fill the smaller batches up "
+                    "with any rows and say with `valid` how many are examples."
+                )
+        return self._placed(super().sum(loss, examples, copies=copies, physical_batch=physical_batch, valid=valid))
 
     def sum_on_grid(
-        self, loss: Callable[[slice], Tensor], examples: int, *, grid: float, copies: int = 1, physical_batch: int = 32
+        self, loss: Loss, examples: int, *, grid: float, copies: int = 1, physical_batch: int = 32
     ) -> GridGradient:
-        raise ConfigError(
-            "sums on a grid do not exist for a model that is split over processes: use `sum`, or keep it whole."
-        )
+        raise ConfigError("a sharded model has no sum on a grid: use Gaussian noise, or keep the model whole.")
 
-    def _losses(self, tape: Tape, loss: Callable[[], Tensor]) -> Tensor:
-        rows = super()._losses(tape, loss)
-        self._check_same(rows.detach())
-        return rows
+    def contributions(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Contribution]:
+        try:
+            return super().contributions(loss, examples, copies)
+        except Exception:
+            self._gathered.abandon()
+            raise
+
+    def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
+        """Sums over all processes, a few parameters at a time: the sums of the whole model never exist at once."""
+        out: list[Tensor] = []
+        bucket: list[Tensor] = []
+        for value in sums:
+            if bucket and (bucket[0].dtype != value.dtype or sum(b.numel() for b in bucket) >= _BUCKET):
+                out += self._scatter(bucket, len(out))
+                bucket = []
+            bucket.append(value)
+        return out + self._scatter(bucket, len(out))
+
+    def _scatter(self, bucket: list[Tensor], first: int) -> list[Tensor]:
+        """Reduce whole parameters, number `first` and on, to this process's shards of their sums over all processes."""
+        import torch.distributed as dist
+
+        *replicas, group = self._everyone()
+        count = dist.get_world_size(group)
+        chunks = []
+        for value, place in zip(bucket, self.places[first : first + len(bucket)], strict=True):
+            rows = value.movedim(place.dim, 0)
+            each = -(-len(rows) // count)  # as FSDP cuts: equal pieces, the last ones short or empty
+            padded = rows.new_zeros(count * each, *rows.shape[1:])
+            padded[: len(rows)] = rows
+            chunks.append(padded.view(count, -1))
+        widths = [c.shape[1] for c in chunks]
+        own = chunks[0].new_empty(sum(widths))
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the newer name of the two
+        scatter(own, torch.cat(chunks, 1).flatten(), group=group)
+        _reduced(own, replicas, "sum")
+        out = []
+        for i, part in enumerate(own.split(widths), first):
+            place = self.places[i]
+            rest = [n for d, n in enumerate(place.shape) if d != place.dim]
+            rows = part[: place.length * math.prod(rest)].view(place.length, *rest)
+            out.append(self._as_shard(i, rows.movedim(0, place.dim).contiguous()))
+        return out
+
+    def _as_shard(self, i: int, own: Tensor) -> Tensor:
+        return Place.like(self._distributed[i], own.to(self.device))
 
     def _placed(self, own: ClippedGradient) -> ShardedGradient:
         return ShardedGradient(
             own.sums, own.l2_sensitivity, own.examples, own.norms, own.not_finite, self.places, self.coordinates
         )
 
+    def _tape(self, examples: int, copies: int) -> Tape:
+        parts = self.places if self._own_part_only else None
+        return GatheredTape(self._gathered, self.constants, self.kernels, examples, copies, parts)
+
     def _norms_of_whole(self, *norms: float) -> tuple[float, ...]:
         """All processes come to the same result, or some would wait for the others."""
-        squares = torch.tensor(norms, dtype=wide_dtype(torch.empty(0, device=self.device)), device=self.device).square()
+        squares = torch.tensor(norms, dtype=wide_dtype(self.device), device=self.device).square()
         return tuple(self.total(squares[:, None])[:, 0].sqrt().tolist())
 
-    def _check_agreement(self, **values: int) -> None:
-        """Raise ConfigError in all processes unless all were given the same values: else some would wait for ever."""
-        mine = torch.tensor([s * v for v in values.values() for s in (1, -1)], device=self.device)
-        bounds = reduced(mine, self._everyone(), "max").view(-1, 2).tolist()
-        for name, (most, least) in zip(values, bounds, strict=True):
-            if most != -least:
-                raise ConfigError(
-                    f"{name} is {values[name]} here and from {-least} to {most} in the processes that share the model, "
-                    "but must be the same in all, since they gather parameters together.  Fill the smaller batches up "
-                    "with any rows and say with `valid` how many are examples."
-                )
+    def _everyone(self) -> list[ProcessGroup]:
+        """Groups that, one after the other, reach all processes that take part in a step; the shards' comes last."""
+        return [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
+
+    def _other_examples(self) -> list[ProcessGroup]:
+        """Groups that, one after the other, reach all processes with other examples."""
+        return self._everyone()
 
 
-class SplitByHand(ShardedGradients):
-    """Each process has tensors of its own: pipeline stages, or tensor parallelism with collectives in the model.
+class SameExamples(OwnExamples):
+    """The engine of a module sharded by FSDP2 whose groups of shards see the same examples.
 
-    A parameter must be in one process only.  Layers of the same name in several processes count as one layer.
+    Each process keeps its part of their gradients; squared norms are added up over the parts.  With a two-dimensional
+    mesh (replicas by shards) each row of shards has its own examples.
     """
 
-    def _layers(self) -> list[int]:
-        import torch.distributed as dist
+    _own_part_only = True
 
-        assert self._shards is not None
-        self._group = self._shards
-        everyone: list[Any] = [None] * dist.get_world_size(self._group)
-        sizes = [p.numel() for p in self.parameters]
-        dist.all_gather_object(everyone, (self.names, sum(sizes), str(self.parameters[0].dtype)), group=self._group)
-        if len({dtype for _, _, dtype in everyone}) > 1:
-            raise ConfigError(
-                f"the processes have parameters of types {[d for _, _, d in everyone]}, but all must have the same, so "
-                "that they come to the same decisions."
-            )
-        layers = layer_numbers([name for others, _, _ in everyone for name in others])
-        self.layer_count = max(layers) + 1
-        rank = dist.get_rank(self._group)
-        before = sum(len(others) for others, _, _ in everyone[:rank])
-        *starts, self.coordinates = accumulate((size for _, size, _ in everyone), initial=0)
-        own = accumulate(sizes, initial=starts[rank])
-        self.places = tuple(Place.whole(s, tuple(p.shape)) for s, p in zip(own, self.parameters, strict=False))
-        return layers[before : before + len(self.names)]
+    def _losses(self, tape: Tape, loss: RowsLoss) -> Tensor:
+        rows = super()._losses(tape, loss)
+        self._check_same(rows.detach())
+        return rows
 
     def _check_same(self, losses: Tensor) -> None:
-        """Only how many there are can be compared: stages of a pipeline have no losses of their own."""
-        self._check_agreement(rows=len(losses))
+        """Parts of different examples, clipped as one, would void the sensitivity."""
+        finite = torch.isfinite(losses)
+        weights = torch.linspace(1.0, 2.0, len(losses), dtype=torch.float64)  # so that order counts
+        values = torch.where(finite, losses, 0.0).double().cpu() * weights
+        mine = torch.stack([values.sum(), values.abs().sum(), finite.sum().cpu().double()]).to(self.device)
+        bounds = _reduced(torch.stack([-mine, mine]), self._everyone()[-1:], "max").cpu()
+        least, most = -bounds[0], bounds[1]
+        if most[0] - least[0] > _SAME * most[1] or most[2] > least[2]:
+            raise RunError(
+                "the processes that share one set of shards computed different losses, so they do not see the same "
+                "examples (or draw different random numbers): an example's gradient cannot be put together from their "
+                "parts.  Give all of them the same rows and seeds, or use OwnExamples if each has its own."
+            )
 
     def total(self, squares: Tensor) -> Tensor:
-        return added_up(squares, self._group)
+        """The sum over the shards in the order of their ranks: the same to the last bit in each, which an all-reduce
+        need not be.
+        """
+        import torch.distributed as dist
 
-    def _everyone(self) -> list[ProcessGroup]:
-        return [self._group]
+        group = self._everyone()[-1]
+        parts = [torch.empty_like(squares) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, squares.contiguous(), group=group)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
 
-    def _counting(self) -> list[ProcessGroup]:
-        return []
+    def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
+        """What each process has is its part already; copies of it are added up over replicas with other examples."""
+        return [self._as_shard(i, _reduced(value, self._other_examples(), "sum")) for i, value in enumerate(sums)]
+
+    def _other_examples(self) -> list[ProcessGroup]:
+        return self._everyone()[:-1]
 
 
-def reduced(tensor: Tensor, groups: list[ProcessGroup], how: str) -> Tensor:
+def _reduced(tensor: Tensor, groups: list[ProcessGroup], how: str) -> Tensor:
     """The tensor's sum or maximum over the processes of all the groups, in place."""
     import torch.distributed as dist
 
     for group in groups:
         dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
     return tensor
-
-
-def added_up(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over the group, in the order of its ranks: the same to the last bit in each, which an all-reduce need
-    not be.
-    """
-    import torch.distributed as dist
-
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

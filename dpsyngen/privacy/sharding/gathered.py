@@ -1,156 +1,85 @@
-"""Clipping together in a module sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``).
+"""Which part of a sharded model is where, and recording a pass of it.
 
-Between passes such a module holds its shards (``DTensor``).  Just before a layer runs, other tensors take their places:
-whole parameters, which are given back once the layer is done and gathered again for its backward pass.  Those are
-the ones that the layer's functions see, so those are the ones to follow.
+Between passes a module that FSDP2 shards holds its shards (``DTensor``).  Just before a layer runs, other tensors take
+their places: whole parameters, which are given back once the layer is done and gathered again for its backward pass.
+Those are the ones that the layer's functions see, so those are the ones to follow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.contributions import Contribution, Dense
 from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.privacy.per_example import layer_numbers
-from dpsyngen.privacy.recording import Tape
-from dpsyngen.privacy.sharding.engine import Place, ShardedGradients, added_up, reduced
+from dpsyngen.privacy.rules import Tape
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DeviceMesh, DTensor
 
-_BUCKET = 1 << 22  # numbers that are reduced in one go: enough to be quick, few beside the gradients of the examples
-_SAME = 1e-3  # relative difference that rounding may make between losses of the same examples
 
+@dataclass(frozen=True)
+class Place:
+    """A process's part of one parameter: indices first .. first + length - 1 along one axis.
 
-class OwnExamples(ShardedGradients):
-    """FSDP2; each process has its own examples.  Layers are whole while they run, so norms are complete."""
+    Attributes:
+        start: coordinate at which the whole parameter starts.
+        shape: of the whole parameter.
+        dim: the axis along which it is split.
+        first: first index along `dim` that this process has.
+        length: how many; 0 for none.
+    """
 
-    _own_part_only: tuple[Place, ...] | None = None
-
-    def _layers(self) -> list[int]:
-        self._distributed, self._mesh = _sharded_parameters(self.module, self.names, self.parameters)
-        self._gathered = Gathered(self.module, self.names)
-        *starts, self.coordinates = accumulate((p.numel() for p in self._distributed), initial=0)
-        parts = zip(self._distributed, starts, self.names, strict=True)
-        self.places = tuple(_place(p, start, name) for p, start, name in parts)
-        layers = layer_numbers(self.names)
-        self.layer_count = max(layers) + 1
-        return layers
-
-    def contributions(self, loss: Callable[[], Tensor], examples: int, copies: int = 1) -> list[Contribution]:
-        try:
-            return super().contributions(loss, examples, copies)
-        except Exception:
-            self._gathered.abandon()
-            raise
-
-    def _tape(self, examples: int, copies: int) -> Tape:
-        return GatheredTape(self._gathered, self.constants, self.kernels, examples, copies, self._own_part_only)
-
-    def _check_same(self, losses: Tensor) -> None:
-        """Examples differ, so there is nothing to compare."""
-
-    def _everyone(self) -> list[ProcessGroup]:
-        return [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
-
-    def _counting(self) -> list[ProcessGroup]:
-        return self._everyone()
+    start: int
+    shape: tuple[int, ...]
+    dim: int
+    first: int
+    length: int
 
     @property
-    def _replicas(self) -> list[ProcessGroup]:
-        return self._everyone()[:-1]
+    def span(self) -> tuple[int, int]:
+        """(start, length) of the coordinates that cover the part; more than the part unless it is split by rows."""
+        numbers = math.prod(self.shape)
+        if self.length == 0 or numbers == 0:
+            return self.start, 0
+        if self.dim:
+            return self.start, numbers
+        row = math.prod(self.shape[1:])
+        return self.start + self.first * row, self.length * row
 
-    def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
-        """Sums over all processes, a few parameters at a time: the sums of the whole model never exist at once."""
-        out: list[Tensor] = []
-        bucket: list[Tensor] = []
-        for value in sums:
-            if bucket and (bucket[0].dtype != value.dtype or sum(b.numel() for b in bucket) >= _BUCKET):
-                out += self._scatter(bucket, len(out))
-                bucket = []
-            bucket.append(value)
-        return out + self._scatter(bucket, len(out))
+    def cut(self, covering: NDArray[np.float32], own: Tensor) -> Tensor:
+        """The part's own values, out of those of its span, in shape, dtype and on the device of `own`."""
+        values = torch.from_numpy(covering)
+        if self.dim and len(covering):
+            values = values.view(self.shape).narrow(self.dim, self.first, self.length)
+        return values.reshape(own.shape).to(own.device, own.dtype)
 
-    def _scatter(self, bucket: list[Tensor], first: int) -> list[Tensor]:
-        import torch.distributed as dist
+    @staticmethod
+    def own(value: Tensor) -> Tensor:
+        """The part of a distributed tensor that is here; any other tensor as it is."""
+        local: Any = getattr(value, "to_local", None)
+        return value if local is None else local()
 
-        group = self._everyone()[-1]
-        count = dist.get_world_size(group)
-        chunks = []
-        for value, place in zip(bucket, self.places[first : first + len(bucket)], strict=True):
-            rows = value.movedim(place.dim, 0)
-            each = -(-len(rows) // count)  # as FSDP cuts: equal pieces, the last ones short or empty
-            padded = rows.new_zeros(count * each, *rows.shape[1:])
-            padded[: len(rows)] = rows
-            chunks.append(padded.view(count, -1))
-        widths = [c.shape[1] for c in chunks]
-        own = chunks[0].new_empty(sum(widths))
-        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the newer name of the two
-        scatter(own, torch.cat(chunks, 1).flatten(), group=group)
-        reduced(own, self._replicas, "sum")
-        out = []
-        for i, part in enumerate(own.split(widths), first):
-            place = self.places[i]
-            rest = [n for d, n in enumerate(place.shape) if d != place.dim]
-            rows = part[: place.length * math.prod(rest)].view(place.length, *rest)
-            out.append(self._as_shard(i, rows.movedim(0, place.dim).contiguous()))
-        return out
+    @staticmethod
+    def like(value: Tensor, own: Tensor) -> Tensor:
+        """`own` as the local part of a tensor that is distributed like `value`; or `own`, if that is not."""
+        if not hasattr(value, "to_local"):
+            return own
+        from torch.distributed.tensor import DTensor
 
-    def _as_shard(self, i: int, own: Tensor) -> Tensor:
-        shard = self._distributed[i]
-        return Place.like(shard, own.to(shard.to_local().device))
-
-
-class SameExamples(OwnExamples):
-    """FSDP2; the processes of a group of shards see the same examples; each keeps its part of their gradients."""
-
-    def _layers(self) -> list[int]:
-        import torch.distributed as dist
-
-        layers = super()._layers()
-        assert self._shards is not None
-        self._group = self._everyone()[-1]
-        given, own = dist.get_process_group_ranks(self._shards), dist.get_process_group_ranks(self._group)
-        if given != own:
-            raise ConfigError(
-                f"`shards` is the group of processes {given}, but the parameters are sharded over {own}: give it the "
-                "last dimension of the mesh that fully_shard got (mesh.get_group() if it has one)."
-            )
-        self._own_part_only = self.places
-        return layers
-
-    def _check_same(self, losses: Tensor) -> None:
-        """Parts of different examples, clipped as one, would void the sensitivity."""
-        finite = torch.isfinite(losses)
-        weights = torch.linspace(1.0, 2.0, len(losses), dtype=torch.float64)  # so that order counts
-        values = torch.where(finite, losses, 0.0).double().cpu() * weights
-        mine = torch.stack([values.sum(), values.abs().sum(), finite.sum().cpu().double()]).to(self.device)
-        least, most = reduced(torch.stack([-mine, mine]), [self._group], "max").cpu() * torch.tensor([[-1.0], [1.0]])
-        if most[0] - least[0] > _SAME * most[1] or most[2] > least[2]:
-            raise RunError(
-                "the processes that share one set of shards computed different losses, so they do not see the same "
-                "examples (or draw different random numbers): an example's gradient cannot be put together from their "
-                "parts.  Give all of them the same rows and seeds, or leave `shards` out if each has its own examples."
-            )
-
-    def total(self, squares: Tensor) -> Tensor:
-        return added_up(squares, self._group)
-
-    def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
-        """What each process has is its part already; copies of it are added up over replicas with other examples."""
-        return [self._as_shard(i, reduced(value, self._replicas, "sum")) for i, value in enumerate(sums)]
-
-    def _counting(self) -> list[ProcessGroup]:
-        return self._replicas
+        assert isinstance(value, DTensor)
+        return DTensor.from_local(
+            own, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
 
 
 class Gathered:
@@ -226,7 +155,7 @@ class GatheredTape(Tape):
 
     Args:
         gathered: which tensor is which parameter.
-        constants, kernels, examples, copies: as of :class:`dpsyngen.privacy.recording.Tape`.
+        constants, kernels, examples, copies: as of :class:`dpsyngen.privacy.rules.Tape`.
         places: the parts of the parameters whose gradients are wanted; None: whole ones.
     """
 
@@ -267,8 +196,7 @@ class GatheredTape(Tape):
         position = self._position[id(parameter)]
         if position < len(self._names) and self._places is not None:
             contribution = self._own_part(contribution, self._places[position])
-        without_weight = getattr(contribution, "without_weight", None)
-        super().add(parameter, contribution if without_weight is None else without_weight())
+        super().add(parameter, contribution)
 
     def send_back(self) -> None:
         """What parameters were derived from is gathered once more."""
@@ -286,9 +214,10 @@ class GatheredTape(Tape):
         return Dense(torch.zeros(self.examples, *shape, dtype=contribution.dtype, device=contribution.device))
 
 
-def _sharded_parameters(
+def sharded_parameters(
     module: nn.Module, names: list[str], parameters: list[Tensor]
 ) -> tuple[list[DTensor], DeviceMesh]:
+    """The parameters as shards, and the mesh that they are sharded over; ConfigError for other ways to split."""
     try:
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor
@@ -299,8 +228,8 @@ def _sharded_parameters(
 
     if not any(isinstance(m, FSDPModule) for m in module.modules()):
         raise ConfigError(
-            "the module has DTensor parameters but was not sharded by torch.distributed.fsdp.fully_shard, which is the "
-            "one way of making them that the engine knows: it cannot follow layers that compute with DTensors."
+            "the module was not sharded by torch.distributed.fsdp.fully_shard, the one way that the engine knows: it "
+            "cannot follow layers that compute with DTensors.  For a model that is whole use PerExampleGradients."
         )
     shards = [p for p in parameters if isinstance(p, DTensor)]
     whole = [n for n, p in zip(names, parameters, strict=True) if not isinstance(p, DTensor)]
@@ -316,7 +245,8 @@ def _sharded_parameters(
     return shards, mesh
 
 
-def _place(parameter: DTensor, start: int, name: str) -> Place:
+def place_of(parameter: DTensor, start: int, name: str) -> Place:
+    """Where this process's part of a parameter lies, whose first coordinate is `start`."""
     from torch.distributed.tensor import Replicate, Shard
 
     *others, last = parameter.placements
