@@ -229,9 +229,7 @@ def train_canaries(
     ledger = Ledger(ledger_path)
     one_run = None
     if attack is not None:
-        one_run = OneRun.judge(
-            attack.total, c.inside, guesses, delta=delta, epsilon_claimed=ledger.epsilon(), confidence=confidence
-        )
+        one_run = OneRun(attack.total, c.inside, guesses, delta, ledger.epsilon(), confidence)
     return CanaryRun(transcript, claim_of(ledger, m.clipping_norm, crashed=plan.crash_after is not None), one_run)
 
 

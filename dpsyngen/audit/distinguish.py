@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpsyngen.audit.report import Finding, by_p_value
+from dpsyngen.errors import require
 from dpsyngen.privacy.clipping import ClippedGradient
 
 _BACKGROUND = 6  # coordinates that the other records use
@@ -59,36 +61,70 @@ class StepGame:
     """What came out of the game.
 
     Attributes:
-        trials: with the canary, and as many without.
-        slots: games that share a call of the mechanism, each in coordinates of its own.
+        with_canary, without_canary: the scores of the trials, as many of either, in units of C.
+        slots: games that shared a call of the mechanism, each in coordinates of its own.
         group: records that the canary consists of.
-        threshold: of the score, in units of C.
-        false_alarms, misses: errors of either kind.
-        false_alarm_rate, miss_rate: exact confidence intervals, both together at `confidence`.
-        mu_claimed: 1/z.
-        mu_lower: lower bound on μ of a step (of one record), at `confidence`.
-        noise_ratio: interval for the noise over the claimed noise, at `confidence` each side, if it is Gaussian: for
-            information.
+        noise_multiplier: z as claimed.
         confidence: of the bounds.
-        p_value: of the claim; see the module.
-        with_canary, without_canary: the scores, in units of C.
     """
 
-    trials: int
-    slots: int
-    group: int
-    threshold: float
-    false_alarms: int
-    misses: int
-    false_alarm_rate: tuple[float, float]
-    miss_rate: tuple[float, float]
-    mu_claimed: float
-    mu_lower: float
-    noise_ratio: tuple[float, float]
-    confidence: float
-    p_value: float
     with_canary: NDArray[np.float64]
     without_canary: NDArray[np.float64]
+    slots: int
+    group: int
+    noise_multiplier: float
+    confidence: float
+
+    @property
+    def trials(self) -> int:
+        """With the canary, and as many without."""
+        return len(self.with_canary)
+
+    @property
+    def threshold(self) -> float:
+        """Of the score, in units of C: half way between what is expected with the canary and without."""
+        return self.group / 2
+
+    @property
+    def false_alarms(self) -> int:
+        return int((self.without_canary > self.threshold).sum())
+
+    @property
+    def misses(self) -> int:
+        return int((self.with_canary <= self.threshold).sum())
+
+    @property
+    def mu_claimed(self) -> float:
+        """1/z."""
+        return 1 / self.noise_multiplier
+
+    @cached_property
+    def _mu(self) -> tuple[float, float]:
+        """Lower and upper bound on μ of the game, each at the confidence."""
+        from scipy.stats import norm
+
+        rates = _interval(self.false_alarms + self.misses, 2 * self.trials, 2 * (1 - self.confidence))
+        low, high = (max(-2 * float(norm.ppf(rate)), 0.0) for rate in reversed(rates))
+        return low, high
+
+    @property
+    def mu_lower(self) -> float:
+        """Lower bound on μ of a step (of one record), at the confidence."""
+        return self._mu[0] / self.group
+
+    @property
+    def noise_ratio(self) -> tuple[float, float]:
+        """Interval for the noise over the claimed noise, if it is Gaussian: for information."""
+        claimed, (low, high) = self.group * self.mu_claimed, self._mu
+        return claimed / high if high > 0 else math.inf, claimed / low if low > 0 else math.inf
+
+    @property
+    def p_value(self) -> float:
+        """Of the claim; see the module."""
+        from scipy.stats import binom, norm
+
+        errors, claimed = self.false_alarms + self.misses, self.group * self.mu_claimed
+        return float(binom.cdf(errors, 2 * self.trials, norm.cdf(-claimed / 2)))
 
     def epsilon(self, delta: float) -> tuple[float, float]:
         """Of one step without subsampling, at δ: the lower bound, and what is claimed."""
@@ -103,8 +139,14 @@ class StepGame:
 
     def to_dict(self, delta: float) -> dict[str, Any]:
         lower, claimed = self.epsilon(delta)
-        names = ("trials", "group", "false_alarm_rate", "miss_rate", "mu_lower", "mu_claimed")
-        return {name: getattr(self, name) for name in names} | {
+        error = (1 - self.confidence) / 2  # of each of the two intervals, which hold together at the confidence
+        return {
+            "trials": self.trials,
+            "group": self.group,
+            "false_alarm_rate": _interval(self.false_alarms, self.trials, error),
+            "miss_rate": _interval(self.misses, self.trials, error),
+            "mu_lower": self.mu_lower,
+            "mu_claimed": self.mu_claimed,
             "epsilon_lower": lower,
             "epsilon_claimed": claimed,
             "noise_ratio": [r if math.isfinite(r) else None for r in self.noise_ratio],
@@ -150,18 +192,14 @@ def play_step_game(
             other; more is faster where a call is slow, and takes them to be independent, as is claimed.
         confidence: of the bounds in the result, at least 0.95.
     """
-    from scipy.stats import binom, norm
-
-    if not (noise_multiplier > 0 and clipping_norm > 0 and expected_examples > 0):
-        raise ValueError(
-            f"noise_multiplier={noise_multiplier}, clipping_norm={clipping_norm} and "
-            f"expected_examples={expected_examples} must be positive: without noise there is no mechanism to audit."
-        )
-    if not 0.95 <= confidence < 1 or trials < 1 or slots < 1:
-        raise ValueError(f"confidence={confidence} must be in [0.95, 1), trials={trials} and slots={slots} positive.")
+    for name, value in (
+        *(("noise_multiplier", noise_multiplier), ("clipping_norm", clipping_norm)),
+        *(("expected_examples", expected_examples), ("trials", trials), ("slots", slots)),
+    ):
+        require(value > 0, name, value, "positive")
+    require(0.95 <= confidence < 1, "confidence", confidence, "in [0.95, 1)")
     z, c = noise_multiplier, clipping_norm
     group = math.ceil(z)
-    threshold = group / 2
 
     module = Probe(slots + _BACKGROUND)
     sums = [summed(module, *_records(module, present, group, c, copies)) for present in _presence(slots)]
@@ -173,32 +211,7 @@ def play_step_game(
         scores[call] = (first.flatten() + second.flatten()).double().cpu().numpy()[:slots]
     scores *= expected_examples / (math.sqrt(2) * c)
     present = np.array(_presence(slots))[np.arange(calls) % 2]
-    with_canary, without = scores[present], scores[~present]
-
-    n = len(with_canary)
-    assert len(without) == n
-    misses, false_alarms = int((with_canary <= threshold).sum()), int((without > threshold).sum())
-    errors, error = misses + false_alarms, 1 - confidence
-    least, most = _interval(errors, 2 * n, 2 * error)
-    mu_game = group / z
-    low, high = (max(-2 * float(norm.ppf(p)), 0.0) for p in (most, least))
-    return StepGame(
-        n,
-        slots,
-        group,
-        threshold,
-        false_alarms,
-        misses,
-        _interval(false_alarms, n, error / 2),
-        _interval(misses, n, error / 2),
-        1 / z,
-        low / group,
-        (mu_game / high if high > 0 else math.inf, mu_game / low if low > 0 else math.inf),
-        confidence,
-        float(binom.cdf(errors, 2 * n, norm.cdf(-mu_game / 2))),
-        with_canary,
-        without,
-    )
+    return StepGame(scores[present], scores[~present], slots, group, z, confidence)
 
 
 def _interval(events: int, trials: int, error: float) -> tuple[float, float]:
@@ -245,8 +258,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     from scipy.optimize import brentq
     from scipy.special import log_ndtr
 
-    if mu < 0 or not 0 < delta < 1:
-        raise ValueError(f"mu={mu} must be >= 0 and delta={delta} in (0, 1).")
+    require(mu >= 0, "mu", mu, ">= 0")
+    require(0 < delta < 1, "delta", delta, "in (0, 1)")
     if mu == 0:
         return 0.0
 

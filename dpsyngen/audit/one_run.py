@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from dpsyngen.audit.report import Finding, by_p_value
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss
+from dpsyngen.errors import require
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.training.private import StepRecord
 
@@ -38,18 +39,15 @@ def one_run_p_value(correct: int, guesses: int, canaries: int, epsilon: float, d
     """Chance of so many correct guesses or more, at most, if the training is (ε, δ)-DP.
 
     Args:
-        correct: v, from 0 to `guesses`.
-        guesses: r, from 0 to `canaries`.
-        canaries: m.
-        epsilon: ε >= 0.
-        delta: δ in [0, 1).
+        correct, guesses, canaries: 0 <= v <= r <= m.
+        epsilon, delta: ε >= 0, δ in [0, 1).
     """
     from scipy.stats import binom
 
-    if not 0 <= correct <= guesses <= canaries:
-        raise ValueError(f"need 0 <= correct={correct} <= guesses={guesses} <= canaries={canaries}.")
-    if epsilon < 0 or not 0 <= delta < 1:
-        raise ValueError(f"epsilon={epsilon} must be >= 0 and delta={delta} in [0, 1).")
+    require(0 <= guesses <= canaries, "guesses", guesses, f"at most the {canaries} canaries")
+    require(0 <= correct <= guesses, "correct", correct, f"at most the {guesses} guesses")
+    require(epsilon >= 0, "epsilon", epsilon, ">= 0")
+    require(0 <= delta < 1, "delta", delta, "in [0, 1)")
     if correct == 0:
         return 1.0
     p = 1 / (1 + math.exp(-epsilon))
@@ -63,12 +61,9 @@ def one_run_p_value(correct: int, guesses: int, canaries: int, epsilon: float, d
 def one_run_epsilon(correct: int, guesses: int, canaries: int, delta: float, confidence: float) -> float:
     """Lower bound on ε at `delta`: with probability `confidence` at least, training is not (less than this, δ)-DP.
 
-    Args:
-        correct, guesses, canaries, delta: see :func:`one_run_p_value`.
-        confidence: in (0, 1).
+    The ε that are refuted are all those below the bound, so it is found by bisection.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, but must be in (0, 1).")
+    require(0 < confidence < 1, "confidence", confidence, "in (0, 1)")
 
     def refuted(epsilon: float) -> bool:
         return one_run_p_value(correct, guesses, canaries, epsilon, delta) <= 1 - confidence
@@ -93,8 +88,8 @@ def guess(scores: NDArray[np.float64], guesses: int) -> NDArray[np.int64]:
         scores: [m], higher for canaries that seem to have been used.
         guesses: r, even, at most m.
     """
-    if guesses % 2 or not 0 <= guesses <= len(scores):
-        raise ValueError(f"guesses is {guesses}, but must be even and at most the {len(scores)} canaries.")
+    ok = guesses % 2 == 0 and 0 <= guesses <= len(scores)
+    require(ok, "guesses", guesses, f"even and at most the {len(scores)} canaries")
     order = np.argsort(scores, kind="stable")
     out = np.zeros(len(scores), dtype=np.int64)
     out[order[: guesses // 2]] = -1
@@ -118,11 +113,8 @@ def plan_guesses(
     of the run is used, so the bound keeps its confidence.
 
     Args:
-        canaries: m.
-        delta, confidence: of the bound.
-        sampling_rate: q.
-        noise_multiplier: z.
-        steps: T.
+        canaries, delta, confidence: m; of the bound.
+        sampling_rate, noise_multiplier, steps: q, z, T.
         simulations: how many times to try each number.
 
     Returns:
@@ -144,74 +136,60 @@ def plan_guesses(
 
 @dataclass(frozen=True)
 class OneRun:
-    """What came out.
+    """What the attack found.
 
     Attributes:
-        canaries: m.
+        seen: [m] the score of each canary; private.
+        inside: [m] the coins.
         guesses: r, fixed beforehand.
-        correct: v.
         delta: δ of both ε.
-        epsilon_lower: lower bound, at `confidence`.
         epsilon_claimed: what the run's own ledger says.
         confidence: of the lower bound.
-        p_value: of the claim.
-        all_scores: [m]; private.
-        inside: [m], the coins.
     """
 
-    canaries: int
+    seen: NDArray[np.float64]
+    inside: NDArray[np.bool_]
     guesses: int
-    correct: int
     delta: float
-    epsilon_lower: float
     epsilon_claimed: float
     confidence: float
-    p_value: float
-    all_scores: NDArray[np.float64]
-    inside: NDArray[np.bool_]
 
-    @classmethod
-    def judge(
-        cls,
-        scores: NDArray[np.float64],
-        inside: NDArray[np.bool_],
-        guesses: int,
-        *,
-        delta: float,
-        epsilon_claimed: float,
-        confidence: float,
-    ) -> OneRun:
-        """Make the guesses and count."""
-        m = len(scores)
-        correct = int((guess(scores, guesses) == np.where(inside, 1, -1)).sum())
-        return cls(
-            m,
-            guesses,
-            correct,
-            delta,
-            one_run_epsilon(correct, guesses, m, delta, confidence),
-            epsilon_claimed,
-            confidence,
-            one_run_p_value(correct, guesses, m, epsilon_claimed, delta),
-            scores,
-            inside,
-        )
+    @property
+    def canaries(self) -> int:
+        """m."""
+        return len(self.seen)
+
+    @cached_property
+    def correct(self) -> int:
+        """v, the guesses that are right."""
+        return int((guess(self.seen, self.guesses) == np.where(self.inside, 1, -1)).sum())
+
+    @cached_property
+    def epsilon_lower(self) -> float:
+        """Lower bound on ε at δ, with the confidence."""
+        return one_run_epsilon(self.correct, self.guesses, self.canaries, self.delta, self.confidence)
+
+    @cached_property
+    def p_value(self) -> float:
+        """Of the claim."""
+        return one_run_p_value(self.correct, self.guesses, self.canaries, self.epsilon_claimed, self.delta)
 
     def bound(self, delta: float) -> tuple[float, float, float]:
         """See :class:`dpsyngen.audit.report.Attack`; the δ is the run's own."""
         return self.epsilon_lower, self.epsilon_claimed, self.delta
 
     def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        return self.all_scores[self.inside], self.all_scores[~self.inside]
+        return self.seen[self.inside], self.seen[~self.inside]
 
     def to_dict(self, delta: float) -> dict[str, Any]:
         names = ("canaries", "guesses", "correct", "delta", "epsilon_lower", "epsilon_claimed", "confidence")
         return {name: getattr(self, name) for name in names}
 
-    def finding(self, name: str) -> Finding:
+    @property
+    def finding(self) -> Finding:
         """To be judged by :func:`dpsyngen.audit.report.decide`."""
         return by_p_value(
-            name,
+            "canaries cannot be told better than ε allows",
             f"{self.correct} of {self.guesses} guesses about {self.canaries} canaries right: "
             f"ε >= {self.epsilon_lower:.4g}",
             f"at most binomial, plus what δ allows: ε <= {self.epsilon_claimed:.4g} at δ = {self.delta:.3g}",
@@ -283,15 +261,11 @@ class Scores:
 
 
 class LookupScores(Scores):
-    """The same attack on the lookup network, where it is reading off a coordinate.
-
-    Args:
-        canaries: m; canary i has class i.
-    """
+    """The same attack on the lookup network, where it is reading off a coordinate: canary i has class i."""
 
     def __init__(self, canaries: int) -> None:
         self.canaries = canaries
-        self._of_steps: dict[int, NDArray[np.float64]] = {}
+        self._of_steps = {}
 
     def add(self, record: StepRecord, engine: PerExampleGradients) -> None:
         """Score a step: white images pull their numbers up, so their gradients are negative."""

@@ -193,7 +193,7 @@ def _audit_mechanism(
 def _of_training(done: CanaryRun) -> list[Finding]:
     findings = check_transcript(done.transcript, done.claim)
     if done.one_run is not None:
-        findings.append(done.one_run.finding("canaries cannot be told better than ε allows"))
+        findings.append(done.one_run.finding)
     return findings
 
 

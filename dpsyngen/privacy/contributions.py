@@ -8,7 +8,7 @@ are (the "ghost norm" of Goodfellow 2015 and Li et al. 2022), which costs less w
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -16,27 +16,21 @@ from torch import Tensor
 _PIECE = 4096  # values that fp32 adds up before fp64 takes over
 
 
-class Contribution(Protocol):
-    """Gradients of one parameter, for each of B examples."""
+class Contribution(ABC):
+    """Gradients of one parameter, for each of B examples; `reference` has the dtype and device of their sum."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the sums."""
-        ...
+    def __init__(self, reference: Tensor) -> None:
+        self.dtype, self.device = reference.dtype, reference.device
 
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        ...
-
+    @abstractmethod
     def squared_norms(self, wide: bool = False) -> Tensor:
-        """[B], fp64 where the device has it, never negative; NaN or inf where a gradient is not finite.
+        """[B], fp64, never negative; NaN or inf where a gradient is not finite.
 
         Args:
             wide: square in fp64 too, for gradients whose squares leave the range of fp32.
         """
-        ...
 
+    @abstractmethod
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
         """Sum over examples of factor times gradient, in the parameter's shape, at least fp32.
 
@@ -44,20 +38,19 @@ class Contribution(Protocol):
             factors: [B].
             kept: [B] booleans; examples where it is False contribute exactly zero, NaN or not.  None: all.
         """
-        ...
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The gradients themselves, [B, *parameter.shape]."""
-        ...
 
+    @abstractmethod
     def part(self, dim: int, first: int, length: int) -> Contribution:
         """The gradients of ``parameter.narrow(dim, first, length)``, length >= 1, with no hold on the rest."""
-        ...
 
 
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """fp64, or fp32 on a device without it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def cut(tensor: Tensor, dim: int, first: int, length: int) -> Tensor:
+    """A copy of ``tensor.narrow(dim, first, length)``."""
+    return tensor.narrow(dim, first, length).clone(memory_format=torch.contiguous_format)
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -75,8 +68,7 @@ def squared_row_norms(gradients: Tensor, wide: bool = False) -> Tensor:
     fp32 sums at most a few thousand squares at a time, so its rounding stays near 1e-7 however large the tensors are;
     only with `wide` are the squares fp64 too, which is several times slower.
     """
-    dtype = wide_dtype(gradients.device)
-    rows = len(gradients)
+    dtype, rows = torch.float64, len(gradients)
     if gradients.numel() == 0:  # of a shard that holds no part of the parameter
         return torch.zeros(rows, dtype=dtype, device=gradients.device)
     if gradients.dtype == torch.float64 or wide:
@@ -101,14 +93,7 @@ def blanked(tensor: Tensor, kept: Tensor | None) -> Tensor:
     return torch.where(kept.view(-1, *[1] * (tensor.dim() - 1)), tensor, torch.zeros_like(tensor))
 
 
-class _Like:
-    """dtype and device of a tensor that is kept."""
-
-    def __init__(self, reference: Tensor) -> None:
-        self.dtype, self.device = reference.dtype, reference.device
-
-
-class Dense(_Like):
+class Dense(Contribution):
     """Gradients that are kept as they are, [B, *shape]."""
 
     def __init__(self, gradients: Tensor) -> None:
@@ -138,10 +123,10 @@ class Dense(_Like):
         return self.gradients
 
     def part(self, dim: int, first: int, length: int) -> Dense:
-        return Dense(self.gradients.narrow(dim + 1, first, length).clone(memory_format=torch.contiguous_format))
+        return Dense(cut(self.gradients, dim + 1, first, length))
 
 
-class Pieces(_Like):
+class Pieces(Contribution):
     """Gradients of a few examples at a time, in separate tensors: nothing is copied together.
 
     Args:
@@ -185,7 +170,7 @@ class Pieces(_Like):
         out = Pieces(self.permuted)
         axis = -1 if self.permuted and dim == 1 else dim if self.permuted and dim > 1 else dim + 1
         for piece in self.pieces:
-            out.append(piece.narrow(axis, first, length).clone(memory_format=torch.contiguous_format))
+            out.append(cut(piece, axis, first, length))
         return out
 
     def _in_place(self, tensor: Tensor, axis: int) -> Tensor:
@@ -207,7 +192,7 @@ def ghost_norms(product: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.maximum(product.clamp_min(0.0), floor)
 
 
-class Outer(_Like):
+class Outer(Contribution):
     """Gradients of a matrix that are sums over time of outer products: g_bᵀ x_b.
 
     Args:
@@ -225,8 +210,7 @@ class Outer(_Like):
         return 2 * time * (outputs + inputs) < outputs * inputs
 
     def squared_norms(self, wide: bool = False) -> Tensor:
-        dtype = wide_dtype(self.g.device)
-        g, x = self.g.to(dtype), self.x.to(dtype)
+        g, x = self.g.double(), self.x.double()
         bound = g.square().sum((1, 2)) * x.square().sum((1, 2))
         if g.shape[1] == 1:
             return bound
@@ -242,11 +226,11 @@ class Outer(_Like):
         return torch.bmm(self.g.transpose(1, 2), self.x)
 
     def part(self, dim: int, first: int, length: int) -> Outer:
-        own = (self.x if dim else self.g).narrow(2, first, length).clone(memory_format=torch.contiguous_format)
+        own = cut(self.x if dim else self.g, 2, first, length)
         return Outer(self.g, own) if dim else Outer(own, self.x)
 
 
-class Rows(_Like):
+class Rows(Contribution):
     """Gradients of a table of which each example touched a few rows (an embedding).
 
     Args:
@@ -265,7 +249,7 @@ class Rows(_Like):
         return time * time <= 16 * rows
 
     def squared_norms(self, wide: bool = False) -> Tensor:
-        g = self.g.to(wide_dtype(self.g.device))
+        g = self.g.double()
         bound = g.square().sum((1, 2))
         if g.shape[1] == 1:
             return bound
@@ -286,8 +270,7 @@ class Rows(_Like):
 
     def part(self, dim: int, first: int, length: int) -> Rows:
         if dim:
-            own = self.g.narrow(2, first, length).clone(memory_format=torch.contiguous_format)
-            return Rows(self.indices, own, self.rows)
+            return Rows(self.indices, cut(self.g, 2, first, length), self.rows)
         here = (self.indices >= first) & (self.indices < first + length)
         none = torch.zeros_like(self.g)
         return Rows(torch.where(here, self.indices - first, 0), torch.where(here[..., None], self.g, none), rows=length)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpsyngen.errors import require
-from dpsyngen.privacy.contributions import Contribution, Dense, Pieces, at_least_fp32, blanked, ghost_norms, wide_dtype
+from dpsyngen.privacy.contributions import Contribution, Dense, Pieces, at_least_fp32, blanked, cut, ghost_norms
 
 _convolution_backward = torch.ops.aten.convolution_backward
 _ONLY_WEIGHT = [False, True, False]
@@ -169,19 +169,19 @@ def _dot(call: ConvolutionCall) -> Contribution:
     return Dense(dot_products(call.g, call.x, call.examples, call.copies))
 
 
-class _Ghost:
+class _Ghost(Contribution):
     """Norms from Gram matrices, the sum from one weight gradient of the whole batch with weighted rows."""
 
     def __init__(self, call: ConvolutionCall) -> None:
         # Of the weight only the shape matters: with no hold on its values FSDP can take their memory back.
         weight = call.weight.detach().new_empty(()).expand(call.weight.shape)
         self.call = replace(call, g=call.g.detach(), x=call.x.detach(), weight=weight)
-        self.dtype, self.device = at_least_fp32(call.g[:0]).dtype, call.g.device
+        super().__init__(at_least_fp32(call.g[:0]))
 
     def squared_norms(self, wide: bool = False) -> Tensor:
         """‖Σ_t g_t x_{t+τ}ᵀ‖², summed over taps τ, is Σ_{t,s} <g_t, g_s> Σ_τ <x_{t+τ}, x_{s+τ}>."""
         call = self.call
-        dtype = wide_dtype(call.g.device)
+        dtype = torch.float64
         height, width = call.weight.shape[2:]
         out_h, out_w = call.g.shape[2:]
 
@@ -222,7 +222,7 @@ class _Ghost:
         if dim > 1:
             return Dense(self.dense()).part(dim, first, length)
         call = self.call
-        own = (call.x if dim else call.g).narrow(1, first, length).clone(memory_format=torch.contiguous_format)
+        own = cut(call.x if dim else call.g, 1, first, length)
         weight = call.weight.narrow(dim, first, length)
         return _Ghost(replace(call, x=own, weight=weight) if dim else replace(call, g=own, weight=weight))
 
@@ -247,7 +247,7 @@ def _may_dot(call: ConvolutionCall) -> bool:
 
 def _may_ghost(call: ConvolutionCall) -> bool:
     """Possible, and not absurdly more work than the gradients themselves."""
-    if not call.settings.dense_steps or call.weight.dim() != 4 or call.g.device.type == "mps":
+    if not call.settings.dense_steps or call.weight.dim() != 4:
         return False
     time_, (outputs, inputs, *kernel) = call.copies * call.g[0, 0].numel(), call.weight.shape
     return 2 * time_ * (outputs + inputs) < outputs * inputs * kernel[0] * kernel[1]

@@ -13,13 +13,14 @@ shows through the noise, as it does in a floating-point sum (Mironov, CCS 2012).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dpsyngen.errors import require
 from dpsyngen.privacy.noise import fine_normal
 from dpsyngen.privacy.randomness import Randomness
 
@@ -80,15 +81,7 @@ class VectorSum:
         return self.values * self.weights
 
     def among(self, sums: Tensor, records: int, not_finite: int) -> VectorSum:
-        """The sum over more records, which this is a part of; the sensitivity stays.
-
-        Args:
-            sums: int64, of all parts.
-            records, not_finite: of all parts.
-
-        Raises:
-            ValueError: there are more than 2^24 records in all.
-        """
+        """The sum over more records, of which this is a part: `sums` (int64) and counts of all parts."""
         _check_records(records)
         return replace(self, sums=sums, records=records, not_finite=not_finite)
 
@@ -104,49 +97,30 @@ def class_sums(batches: Iterable[Rows], classes: int, *, norm: float, count_weig
     one: √(norm² + w²).  With w = 0 the number is left out.
 
     Args:
-        batches: see :class:`Rows`; labels in 0 .. classes-1, or None where `classes` is 1.
-        classes: >= 1.
-        norm: clipping norm, > 0.
-        count_weight: w >= 0.
+        batches: at least one, labels in 0 .. classes-1, or None where `classes` is 1; see :class:`Rows`.
+        classes, norm, count_weight: >= 1, > 0, and w >= 0.
 
     Returns:
-        ``sums`` are [classes, D + 1], the number last; [classes, D] without it.
-
-    Raises:
-        ValueError: an argument is out of range, or there are more than 2^24 records.
+        ``sums`` are [classes, D + 1], the number last; [classes, D] without it.  At most 2^24 records.
     """
-    _check(norm, classes)
-    if not (count_weight >= 0 and math.isfinite(count_weight)):
-        raise ValueError(f"count_weight is {count_weight}, but must be >= 0 and finite.")
+    require(count_weight >= 0 and math.isfinite(count_weight), "count_weight", count_weight, ">= 0 and finite")
+    clipped = _Clipped(batches, classes, norm)
     grid = _power_below(norm) * 2.0**-_VECTOR_BITS
-    totals: Tensor | None = None
-    counts = torch.zeros(classes, dtype=torch.int64)
-    records = dropped = 0
-    for batch in batches:
-        rows, _, kept = _clipped(batch, norm)
-        labels = _labels(batch, classes)
-        if totals is None:
+    counts, totals = torch.zeros(classes, dtype=torch.int64), torch.zeros(0)
+    for rows, _, kept, labels in clipped:
+        if not len(totals):
             totals = torch.zeros(classes, rows.shape[1], dtype=torch.int64)
         totals.index_add_(0, labels, (rows / grid).trunc_().to(torch.int64))
         counts.index_add_(0, labels, kept.to(torch.int64))
-        records, dropped = records + len(rows), dropped + int((~kept).sum())
-    if totals is None:
-        raise ValueError("there is no batch, so the length of a row is not known: give an empty one, [0, D].")
-    _check_records(records)
     length = totals.shape[1]
-    grids = torch.full((length,), grid, dtype=torch.float64)
-    weights = torch.ones(length, dtype=torch.float64)
-    if count_weight == 0:
-        return VectorSum(totals, grids, weights, norm, records, dropped)
-    one = torch.ones(1, dtype=torch.float64)
-    return VectorSum(
-        torch.cat([totals, counts[:, None]], 1),
-        torch.cat([grids, one]),
-        torch.cat([weights, one * count_weight]),
-        math.hypot(norm, count_weight),
-        records,
-        dropped,
-    )
+    grids, weights = torch.full((length,), grid, dtype=torch.float64), torch.ones(length, dtype=torch.float64)
+    sensitivity = norm
+    if count_weight > 0:
+        one = torch.ones(1, dtype=torch.float64)
+        totals = torch.cat([totals, counts[:, None]], 1)
+        grids, weights = torch.cat([grids, one]), torch.cat([weights, one * count_weight])
+        sensitivity = math.hypot(norm, count_weight)
+    return VectorSum(totals, grids, weights, sensitivity, clipped.records, clipped.not_finite)
 
 
 def scatter_sums(batches: Iterable[Rows], groups: int, *, norm: float) -> VectorSum:
@@ -159,29 +133,17 @@ def scatter_sums(batches: Iterable[Rows], groups: int, *, norm: float) -> Vector
     more coordinate: √(‖r‖⁴ + ‖r_out‖⁴) <= ‖r‖² + ‖r_out‖² <= norm², so the sensitivity is the same.
 
     Args:
-        batches: see :class:`Rows`; all or none with ``outside``.
-        groups: >= 1.
-        norm: clipping norm, > 0.
+        batches: at least one, all or none with ``outside``; see :class:`Rows`.
+        groups, norm: >= 1, and > 0.
 
     Returns:
-        ``sums`` are [groups, D(D+1)/2], one more with ``outside``; see :func:`matrices`.
-
-    Raises:
-        ValueError: an argument is out of range, or there are more than 2^24 records.
+        ``sums`` are [groups, D(D+1)/2], one more with ``outside``; see :func:`matrices`.  At most 2^24 records.
     """
-    _check(norm, groups)
+    clipped = _Clipped(batches, groups, norm)
     step = _power_below(norm) * 2.0**-_SCATTER_BITS
-    totals: Tensor | None = None
-    energy = torch.zeros(groups, dtype=torch.int64)
-    records = dropped = 0
-    with_outside: bool | None = None
-    for batch in batches:
-        if with_outside not in (None, batch.outside is not None):
-            raise ValueError("some batches have `outside` and some have not: give it with all of them or none.")
-        with_outside = batch.outside is not None
-        rows, outside, kept = _clipped(batch, norm)
-        labels = _labels(batch, groups)
-        if totals is None:
+    energy, totals = torch.zeros(groups, dtype=torch.int64), torch.zeros(0)
+    for rows, outside, _, labels in clipped:
+        if not len(totals):
             totals = torch.zeros(groups, rows.shape[1], rows.shape[1], dtype=torch.int64)
         whole = (rows / step).trunc_()
         for start in range(0, len(whole), _PIECE):
@@ -190,17 +152,14 @@ def scatter_sums(batches: Iterable[Rows], groups: int, *, norm: float) -> Vector
                 part = piece if groups == 1 else piece[of == group]
                 totals[group] += (part.mT @ part).to(torch.int64)
         energy.index_add_(0, labels, (outside / step**2).trunc_().to(torch.int64))
-        records, dropped = records + len(rows), dropped + int((~kept).sum())
-    if totals is None:
-        raise ValueError("there is no batch, so the length of a row is not known: give an empty one, [0, D].")
-    _check_records(records)
     i, j = torch.triu_indices(totals.shape[1], totals.shape[1])
     sums = totals[:, i, j]
     weights = torch.where(i == j, 1.0, math.sqrt(2.0)).double()
-    if with_outside:
+    if clipped.with_outside:
         sums = torch.cat([sums, energy[:, None]], 1)
         weights = torch.cat([weights, torch.ones(1, dtype=torch.float64)])
-    return VectorSum(sums, torch.full_like(weights, step**2), weights, norm**2, records, dropped)
+    grids = torch.full_like(weights, step**2)
+    return VectorSum(sums, grids, weights, norm**2, clipped.records, clipped.not_finite)
 
 
 def released(total: VectorSum, noise_multiplier: float, randomness: Randomness, step: int) -> Tensor:
@@ -218,8 +177,8 @@ def released(total: VectorSum, noise_multiplier: float, randomness: Randomness, 
     Returns:
         [groups, length] fp64, on the grid of the sum: coordinate i has noise of standard deviation z·Δ / weights[i].
     """
-    if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
-        raise ValueError(f"noise_multiplier is {noise_multiplier}, but must be >= 0 and finite.")
+    ok = noise_multiplier >= 0 and math.isfinite(noise_multiplier)
+    require(ok, "noise_multiplier", noise_multiplier, ">= 0 and finite")
     if noise_multiplier == 0:
         return total.values
     std = total.noise_std(noise_multiplier) / total.grid
@@ -255,27 +214,55 @@ def matrices(values: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
 # ------------------------------------------------------------------------------------------------------- clipping
 
 
-def _clipped(batch: Rows, norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [B, D] and outside energies [B] after clipping, fp64, and which records were finite, [B]."""
-    rows = batch.values.detach().cpu().double()
-    zeros = torch.zeros(len(rows), dtype=torch.float64)
-    outside = zeros if batch.outside is None else batch.outside.detach().cpu().double().clamp_min(0)
-    squares = rows.square().sum(1) + outside
-    kept = torch.isfinite(squares)  # squares of finite rows may overflow, too: they are left out as well
-    factors = (norm * (1.0 - _SLACK) / squares.sqrt()).clamp_max(1.0)
-    rows = torch.where(kept[:, None], rows * factors[:, None], 0.0)
-    return rows, torch.where(kept, outside.sqrt().mul(factors).square(), 0.0), kept
+class _Clipped:
+    """Batches after clipping, one after the other; counts what went in.
 
+    ======================================  =======================================================
+    a record                                adds
+    ======================================  =======================================================
+    that is not finite, or whose square     exactly zero; counted in ``records`` and ``not_finite``
+    overflows
+    in an empty batch [0, D]                nothing; the batch says how long a row is
+    ======================================  =======================================================
+    """
 
-def _labels(batch: Rows, groups: int) -> Tensor:
-    if batch.labels is None:
-        if groups != 1:
-            raise ValueError(f"records have no labels, but there are {groups} groups.")
-        return torch.zeros(len(batch.values), dtype=torch.int64)
-    labels = batch.labels.detach().cpu().to(torch.int64)
-    if labels.shape != (len(batch.values),) or (len(labels) and not 0 <= labels.min() <= labels.max() < groups):
-        raise ValueError(f"labels must be [{len(batch.values)}], in 0..{groups - 1}.")
-    return labels
+    def __init__(self, batches: Iterable[Rows], groups: int, norm: float) -> None:
+        # So that squares of the norm, and of its grid, are ordinary numbers.
+        require(1e-60 < norm < 1e60, "norm", norm, "between 1e-60 and 1e60")
+        require(groups >= 1, "the number of classes or groups", groups, "at least 1")
+        self.batches, self.groups, self.norm = batches, groups, norm
+        self.records = self.not_finite = 0
+        self.with_outside: bool | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Rows [B, D] and energies outside [B] after clipping, fp64; which records were finite; their labels [B]."""
+        for batch in self.batches:
+            if self.with_outside not in (None, batch.outside is not None):
+                raise ValueError("some batches have `outside` and some have not: give it with all of them or none.")
+            self.with_outside = batch.outside is not None
+            rows = batch.values.detach().cpu().double()
+            zeros = torch.zeros(len(rows), dtype=torch.float64)
+            outside = zeros if batch.outside is None else batch.outside.detach().cpu().double().clamp_min(0)
+            squares = rows.square().sum(1) + outside
+            kept = torch.isfinite(squares)
+            factors = (self.norm * (1.0 - _SLACK) / squares.sqrt()).clamp_max(1.0)
+            rows = torch.where(kept[:, None], rows * factors[:, None], 0.0)
+            outside = torch.where(kept, outside.sqrt().mul(factors).square(), 0.0)
+            self.records, self.not_finite = self.records + len(rows), self.not_finite + int((~kept).sum())
+            yield rows, outside, kept, self._labels(batch)
+        if self.with_outside is None:
+            raise ValueError("there is no batch, so the length of a row is not known: give an empty one, [0, D].")
+        _check_records(self.records)
+
+    def _labels(self, batch: Rows) -> Tensor:
+        if batch.labels is None:
+            require(self.groups == 1, "the number of groups", self.groups, "1 where records have no labels")
+            return torch.zeros(len(batch.values), dtype=torch.int64)
+        labels = batch.labels.detach().cpu().to(torch.int64)
+        count, last = len(batch.values), self.groups - 1
+        if labels.shape != (count,) or (count and not 0 <= labels.min() <= labels.max() <= last):
+            raise ValueError(f"labels must be [{count}], in 0..{last}.")
+        return labels
 
 
 def _power_below(value: float) -> float:
@@ -283,13 +270,6 @@ def _power_below(value: float) -> float:
     return 2.0 ** math.floor(math.log2(value))
 
 
-def _check(norm: float, groups: int) -> None:
-    if not 1e-60 < norm < 1e60:  # squares of it, and of its grid, are ordinary numbers
-        raise ValueError(f"norm is {norm}, but must be between 1e-60 and 1e60.")
-    if groups < 1:
-        raise ValueError(f"{groups} classes or groups were asked for, but at least 1 is needed.")
-
-
 def _check_records(records: int) -> None:
-    if records > _MOST_RECORDS:
-        raise ValueError(f"there are {records:,} records, but sums are exact for at most {_MOST_RECORDS:,}.")
+    """Sums are exact for so many."""
+    require(records <= _MOST_RECORDS, "the number of records", f"{records:,}", f"at most {_MOST_RECORDS:,}")

@@ -102,13 +102,13 @@ def test_gaussian_mechanism_with_many_canaries() -> None:
     for _ in range(30):
         inside = rng.random(m) < 0.5
         scores = inside * rng.binomial(steps, q, m) + z * math.sqrt(steps) * rng.standard_normal(m)
-        found.append(OneRun.judge(scores, inside, guesses, delta=delta, epsilon_claimed=eps, confidence=0.99))
+        found.append(OneRun(scores, inside, guesses, delta=delta, epsilon_claimed=eps, confidence=0.99))
     assert all(f.epsilon_lower <= eps for f in found)
     assert all(f.p_value > 0.5 for f in found)
     assert np.mean([f.epsilon_lower for f in found]) > 0.2 * eps
     # A quarter of the noise is far more than the claimed ε allows.
     scores = inside * rng.binomial(steps, q, m) + z / 6 * math.sqrt(steps) * rng.standard_normal(m)
-    assert OneRun.judge(scores, inside, guesses, delta=delta, epsilon_claimed=2.0, confidence=0.99).p_value < 1e-3
+    assert OneRun(scores, inside, guesses, delta=delta, epsilon_claimed=2.0, confidence=0.99).p_value < 1e-3
 
 
 def test_guesses_are_of_both_kinds_and_the_rest_abstains() -> None:

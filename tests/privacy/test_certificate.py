@@ -19,7 +19,7 @@ from dpsyngen.privacy.certificate import UTILITY, Certificate, number, plain_wor
 from dpsyngen.privacy.ledger import Ledger
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")

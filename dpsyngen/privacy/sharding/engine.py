@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.clipping import ClippedGradient, ClippingStyle, Draw, GridGradient
-from dpsyngen.privacy.contributions import Contribution, wide_dtype
+from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import Loss, PerExampleGradients, RowsLoss, layer_numbers
 from dpsyngen.privacy.rules import Tape
@@ -193,7 +193,7 @@ class OwnExamples(PerExampleGradients):
 
     def _norms_of_whole(self, *norms: float) -> tuple[float, ...]:
         """All processes come to the same result, or some would wait for the others."""
-        squares = torch.tensor(norms, dtype=wide_dtype(self.device), device=self.device).square()
+        squares = torch.tensor(norms, dtype=torch.float64, device=self.device).square()
         return tuple(self.total(squares[:, None])[:, 0].sqrt().tolist())
 
     def _everyone(self) -> list[ProcessGroup]:
