@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpsyngen.audit.report import Finding, by_p_value, exact
+from dpsyngen.errors import require
 from dpsyngen.training.private import StepRecord
 
 _LONGEST = 1 << 24  # numbers in a distribution that is computed exactly
@@ -68,12 +70,11 @@ class Transcript:
     """
 
     def __init__(self, records: int, noise_scale: float, expected_examples: float, charged: Callable[[], int]) -> None:
-        if not (noise_scale > 0 and expected_examples > 0):
-            raise ValueError(f"noise_scale={noise_scale} and expected_examples={expected_examples} must be positive.")
+        require(noise_scale > 0, "noise_scale", noise_scale, "positive")
+        require(expected_examples > 0, "expected_examples", expected_examples, "positive")
         self.records, self.noise_scale, self.expected_examples = records, noise_scale, expected_examples
         self.charged = charged
         self.traces: list[StepTrace] = []
-        self._kept: NDArray[np.int64] | None = None
 
     def add(self, record: StepRecord) -> None:
         """Write a step down."""
@@ -91,26 +92,10 @@ class Transcript:
             noises.append(noise.float())
         norm = math.sqrt(norm)
         sizes = np.array([len(n) for n in noises], dtype=np.int64)
-        self.traces.append(
-            StepTrace(
-                record.step,
-                record.chosen.copy(),
-                self.charged(),
-                np.array(squares),
-                sizes,
-                norm,
-                dot / norm if norm > 0 else math.nan,
-                torch.cat(noises).numpy()[self._selection(int(sizes.sum()))],
-                digest.hexdigest(),
-            )
-        )
-
-    def _selection(self, parameters: int) -> NDArray[np.int64]:
-        """The coordinates that are kept: fixed, and not in any step with the layout of the network."""
-        if self._kept is None:
-            order = np.random.default_rng(0).permutation(parameters)
-            self._kept = np.sort(order[:KEPT])
-        return self._kept
+        kept = torch.cat(noises).numpy()[_selection(int(sizes.sum()), KEPT)]
+        along = dot / norm if norm > 0 else math.nan
+        books = record.step, record.chosen.copy(), self.charged()
+        self.traces.append(StepTrace(*books, np.array(squares), sizes, norm, along, kept, digest.hexdigest()))
 
     @property
     def distinct(self) -> list[StepTrace]:
@@ -122,6 +107,12 @@ class Transcript:
 
 _SAME = 1e-3
 """Rounding that a repeated step is allowed: of its noise in any coordinate, over z·C, and of its sum, over its norm."""
+
+
+@lru_cache(maxsize=4)
+def _selection(parameters: int, kept: int) -> NDArray[np.int64]:
+    """The coordinates that are kept: fixed, and not in any step with the layout of the network."""
+    return np.sort(np.random.default_rng(0).permutation(parameters)[:kept])
 
 
 @dataclass(frozen=True)
@@ -155,46 +146,40 @@ def check_transcript(transcript: Transcript, claim: Claim) -> list[Finding]:
     if not steps:
         return [exact("steps were taken", False, "none", f"{claim.steps} steps")]
     return [
-        _as_many_as_charged(steps, claim),
-        _charged_before(transcript.traces),
-        _charged_noise(transcript, claim),
+        *_books(transcript, claim),
         *_scale(steps),
-        _centred(steps),
         *_fresh(steps),
         *_repeats(transcript, claim),
         *check_batches([t.chosen for t in steps], transcript.records, claim.sampling_rate),
     ]
 
 
-def _as_many_as_charged(steps: list[StepTrace], claim: Claim) -> Finding:
-    numbers = [t.step for t in steps]
-    return exact(
-        "steps taken are the steps charged",
-        numbers == list(range(claim.steps)),
-        f"{len(numbers)} different steps, numbered {numbers[0]} to {numbers[-1]}",
-        f"steps 0 to {claim.steps - 1}",
-    )
-
-
-def _charged_before(traces: list[StepTrace]) -> Finding:
-    late = [t.step for t in traces if t.charged <= t.step]
-    return exact(
-        "each step is in the ledger before it is taken",
-        not late,
-        f"{len(late)} of {len(traces)} were not",
-        "none",
-        f"steps {late[:5]}" if late else "",
-    )
-
-
-def _charged_noise(transcript: Transcript, claim: Claim) -> Finding:
-    """The transcript measures noise in units of what the training means to add; is that what was charged?"""
-    return exact(
-        "the ledger charges the noise that is added",
-        math.isclose(transcript.noise_scale, claim.noise_scale, rel_tol=1e-9),
-        f"standard deviation {transcript.noise_scale:.6g} meant",
-        f"{claim.noise_scale:.6g} charged",
-    )
+def _books(transcript: Transcript, claim: Claim) -> list[Finding]:
+    """Every step is charged, before it is taken, at the noise that is added."""
+    numbers = [t.step for t in transcript.distinct]
+    late = [t.step for t in transcript.traces if t.charged <= t.step]
+    return [
+        exact(
+            "steps taken are the steps charged",
+            numbers == list(range(claim.steps)),
+            f"{len(numbers)} different steps, numbered {numbers[0]} to {numbers[-1]}",
+            f"steps 0 to {claim.steps - 1}",
+        ),
+        exact(
+            "each step is in the ledger before it is taken",
+            not late,
+            f"{len(late)} of {len(transcript.traces)} were not",
+            "none",
+            f"steps {late[:5]}" if late else "",
+        ),
+        # The transcript measures noise in units of what the training means to add; is that what was charged?
+        exact(
+            "the ledger charges the noise that is added",
+            math.isclose(transcript.noise_scale, claim.noise_scale, rel_tol=1e-9),
+            f"standard deviation {transcript.noise_scale:.6g} meant",
+            f"{claim.noise_scale:.6g} charged",
+        ),
+    ]
 
 
 def _chi_square(squares: float | NDArray[np.float64], freedom: int | NDArray[np.int64]) -> NDArray[np.float64]:
@@ -211,7 +196,8 @@ def _smallest(p_values: NDArray[np.float64]) -> tuple[int, float]:
 
 
 def _scale(steps: list[StepTrace]) -> list[Finding]:
-    """The noise has standard deviation z·C, in each step, in each tensor, and overall: exact chi-square tests."""
+    """The noise has standard deviation z·C in each step, in each tensor, overall and along the sum: chi-square."""
+    along = np.array([t.along_sum for t in steps if not math.isnan(t.along_sum)])
     squares = np.stack([t.squares for t in steps])
     sizes = steps[0].sizes
     of_steps, of_tensors = squares.sum(1), squares.sum(0)
@@ -239,20 +225,14 @@ def _scale(steps: list[StepTrace]) -> list[Finding]:
             f"chi-square with as many degrees of freedom as coordinates, the farthest of {len(sizes)} (Bonferroni)",
             p_tensor,
         ),
+        # What is released is the sum over the constant divisor, plus noise that does not depend on the sum.
+        by_p_value(
+            "the sum is divided by the constant expected batch",
+            f"noise along the sum, squared and added up over {len(along)} steps: {float((along**2).sum()):.4g}",
+            f"chi-square with {len(along)} degrees of freedom",
+            float(_chi_square(float((along**2).sum()), len(along))) if len(along) else 1.0,
+        ),
     ]
-
-
-def _centred(steps: list[StepTrace]) -> Finding:
-    """What is released is the sum over the constant divisor, plus noise that does not depend on the sum."""
-    along = np.array([t.along_sum for t in steps if not math.isnan(t.along_sum)])
-    squares = float((along**2).sum())
-    p = float(_chi_square(squares, len(along))) if len(along) else 1.0
-    return by_p_value(
-        "the sum is divided by the constant expected batch",
-        f"noise along the sum, squared and added up over {len(along)} steps: {squares:.4g}",
-        f"chi-square with {len(along)} degrees of freedom",
-        p,
-    )
 
 
 def _fresh(steps: list[StepTrace]) -> list[Finding]:
@@ -315,15 +295,12 @@ def _same(a: StepTrace, b: StepTrace) -> bool:
 
 
 def check_sizes(sizes: NDArray[np.int64], records: int, rate: float) -> list[Finding]:
-    """Whether batch sizes are those of Poisson sampling.
+    """Whether batch sizes are those of Poisson sampling; to be judged by :func:`dpsyngen.audit.report.decide`.
 
     Args:
         sizes: [T] examples of each step.
         records: number of records present.
         rate: q as claimed, in (0, 1].
-
-    Returns:
-        to be judged by :func:`dpsyngen.audit.report.decide`.
     """
     from scipy.stats import binom
 
@@ -364,18 +341,16 @@ def check_batches(batches: Sequence[NDArray[np.int64]], records: int, rate: floa
     inside = np.zeros((steps, records), dtype=bool)
     for t, batch in enumerate(batches):
         inside[t, batch] = True
-    sizes = np.array([len(b) for b in batches], dtype=np.int64)
+    sizes = inside.sum(1)
     spread, p_spread = _dispersion(inside.sum(0), steps, rate)
     mean = steps * rate
-    findings = check_sizes(sizes, records, rate)
-    findings.append(
-        by_p_value(
-            "how often a record is used varies as Poisson sampling says",
-            f"mean squared deviation {spread:.4g}",
-            f"that of {records} draws of Binomial({steps}, {rate:.5g}), {mean * (1 - rate):.4g} on average",
-            p_spread,
-        )
+    used = by_p_value(
+        "how often a record is used varies as Poisson sampling says",
+        f"mean squared deviation {spread:.4g}",
+        f"that of {records} draws of Binomial({steps}, {rate:.5g}), {mean * (1 - rate):.4g} on average",
+        p_spread,
     )
+    findings = [*check_sizes(sizes, records, rate), used]
     if steps >= 2 and rate < 1:
         findings += _overlaps(inside, sizes, records)
     return findings

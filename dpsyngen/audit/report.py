@@ -173,11 +173,11 @@ class AuditReport:
 
     def _chance(self) -> str:
         levels = [f.level for of in self.parts.values() for f in of if f.p_value is not None]
+        if not levels:
+            return "No test with an element of chance was made."
         return (
             f"{len(levels)} tests, which fail below p = {levels[0]:.2g}: at most 1 correct installation in "
             f"{round(1 / (1 - self.confidence)):,} fails any of them by chance."
-            if levels
-            else "No test with an element of chance was made."
         )
 
     def verdict(self) -> str:
@@ -196,32 +196,20 @@ class AuditReport:
 
 
 def write_audit_plot(report: AuditReport, path: Path) -> None:
-    """Draw the attacks of an audit as SVG; the file is private.
-
-    Args:
-        report: with at least one attack.
-        path: where to write.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw the attacks of an audit, at least one, as SVG; the file is private."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     attacks = {"one step": report.step_game} if report.step_game is not None else {}
     attacks |= report.one_runs
-    figure, axes = plt.subplots(1, 1 + len(attacks), figsize=(4.2 * (1 + len(attacks)), 3.4))
-    panels = np.atleast_1d(axes)
-    _bounds(panels[0], report)
-    for panel, (name, attack) in zip(panels[1:], attacks.items(), strict=True):
-        _curve(panel, name, *attack.scores())
-    for panel in panels:
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-        panel.tick_params(labelsize=8)
-    figure.tight_layout()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(4.2 * (1 + len(attacks)), 3.4), layout="tight")
+        first, *panels = np.atleast_1d(figure.subplots(1, 1 + len(attacks)))
+        _bounds(first, report)
+        for panel, (name, attack) in zip(panels, attacks.items(), strict=True):
+            _curve(panel, name, *attack.scores())
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     write_text(path, buffer.getvalue(), 0o600)
 
 
@@ -231,10 +219,10 @@ def _bounds(panel: Any, report: AuditReport) -> None:
     for place, (_, lower, claimed, _) in zip(places, bounds, strict=True):
         panel.barh(place, lower, height=0.5, color=_COLOURS["public" if lower <= claimed else "private"])
         panel.plot([claimed, claimed], [place - 0.4, place + 0.4], color="#333", lw=2)
-        panel.text(max(lower, claimed), place, f"  {lower:.2f}", va="center", fontsize=8)
-    panel.set_yticks(places, [what.replace(", ", ",\n") for what, *_ in bounds], fontsize=8)
-    panel.set_xlim(0, 1.25 * max(claimed for _, _, claimed, _ in bounds))
-    panel.set_xlabel(f"ε: lower bound at confidence {report.confidence:g} (bar), claimed (line)", fontsize=8)
+        panel.text(max(lower, claimed), place, f"  {lower:.2f}", va="center")
+    panel.set_yticks(places, [what.replace(", ", ",\n") for what, *_ in bounds])
+    label = f"ε: lower bound at confidence {report.confidence:g} (bar), claimed (line)"
+    panel.set(xlim=(0, 1.25 * max(claimed for _, _, claimed, _ in bounds)), xlabel=label)
 
 
 def _curve(panel: Any, name: str, with_it: NDArray[np.float64], without: NDArray[np.float64]) -> None:
@@ -246,10 +234,5 @@ def _curve(panel: Any, name: str, with_it: NDArray[np.float64], without: NDArray
     low = 1 / len(without)
     diagonal = np.geomspace(low, 1, 50)
     panel.plot(diagonal, diagonal, color="#999", lw=1, ls="--")
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_xlim(low, 1)
-    panel.set_ylim(low, 1.05)
-    panel.set_title(name, fontsize=9)
-    panel.set_xlabel("false alarms", fontsize=8)
-    panel.set_ylabel("records recognised", fontsize=8)
+    panel.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1.05))
+    panel.set(title=name, xlabel="false alarms", ylabel="records recognised")
