@@ -56,6 +56,34 @@ CHECKPOINT_EVERY = 4
 
 
 @dataclass(frozen=True)
+class CanaryPlan:
+    """The size of a run of the audit's own.
+
+    Attributes:
+        canaries: m.
+        others: images that are always in.
+        batch: expected batch, of all m + others.
+        steps: T.
+        lookup: train the lookup network instead of the run's.
+        resolution, channels, classes: of the images; the lookup network needs classes.
+        crash_after: the session ends like a killed process after so many steps, before they are in a checkpoint;
+            None: it does not.
+        score: whether to attack.
+    """
+
+    canaries: int
+    others: int
+    batch: int
+    steps: int
+    lookup: bool = False
+    resolution: int = 8
+    channels: int = 1
+    classes: bool = True
+    crash_after: int | None = None
+    score: bool = True
+
+
+@dataclass(frozen=True)
 class Canaries:
     """m canary images, each in or out by a fair coin, and some images that are always in.
 
@@ -72,17 +100,17 @@ class Canaries:
     classes: bool
 
     @classmethod
-    def draw(cls, count: int, others: int, resolution: int, channels: int, classes: bool, lookup: bool) -> Canaries:
+    def draw(cls, plan: CanaryPlan) -> Canaries:
         """Fresh ones; the coins are the operating system's.
 
         For a real network canaries are black and white pixels at random, as unlike each other as images can be; for
         the lookup network, which tells them apart by class, they are white.
         """
         rng = np.random.default_rng()
-        shape = (count, channels, resolution, resolution)
-        images = np.full(shape, 255, dtype=np.uint8) if lookup else 255 * rng.integers(0, 2, shape, dtype=np.uint8)
-        program = make_program("dead-leaves", resolution=resolution, channels=channels)
-        return cls(images, rng.random(count) < 0.5, program.batch(range(others)), classes)
+        shape = (plan.canaries, plan.channels, plan.resolution, plan.resolution)
+        images = rng.integers(1 if plan.lookup else 0, 2, shape, dtype=np.uint8) * 255
+        program = make_program("dead-leaves", resolution=plan.resolution, channels=plan.channels)
+        return cls(images, rng.random(plan.canaries) < 0.5, program.batch(range(plan.others)), plan.classes)
 
     @property
     def declared(self) -> int:
@@ -100,9 +128,18 @@ class Canaries:
         names = (*(f"canary {i}" for i in range(count)), "others")
         return ImageDataset(images, labels, names, "canaries of an audit")
 
-    def labels(self) -> Tensor | None:
-        """[m] classes of all canaries."""
-        return torch.arange(len(self.images)) if self.classes else None
+    def noisy(self, config: Config, device: str) -> NoisyBatch:
+        """Noisy rows of all canaries, K each, with a fresh draw of the noise."""
+        n, count = config.network, len(self.images)
+        return make_noisy(
+            to_float(torch.from_numpy(self.images)).to(device),
+            torch.arange(count, device=device) if self.classes else None,
+            NoiseLevels(n.noise_mean, n.noise_std),
+            copies=config.private.copies,
+            num_classes=count + 1 if self.classes else 0,
+            label_dropout=0.0,
+            generator=torch.Generator().manual_seed(int.from_bytes(np.random.default_rng().bytes(4), "little")),
+        )
 
 
 def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
@@ -137,34 +174,6 @@ def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
 
 
 @dataclass(frozen=True)
-class CanaryPlan:
-    """The size of a run of the audit's own.
-
-    Attributes:
-        canaries: m.
-        others: images that are always in.
-        batch: expected batch, of all m + others.
-        steps: T.
-        lookup: train the lookup network instead of the run's.
-        resolution, channels, classes: of the images; the lookup network needs classes.
-        crash_after: the session ends like a killed process after so many steps, before they are in a checkpoint;
-            None: it does not.
-        score: whether to attack.
-    """
-
-    canaries: int
-    others: int
-    batch: int
-    steps: int
-    lookup: bool = False
-    resolution: int = 8
-    channels: int = 1
-    classes: bool = True
-    crash_after: int | None = None
-    score: bool = True
-
-
-@dataclass(frozen=True)
 class CanaryRun:
     """A finished run of the audit's own.
 
@@ -186,12 +195,10 @@ def train_canaries(
 
     Args:
         config: of the audited run; its ε must be finite.
-        plan: the size of the run.
-        folder: a new run directory.
+        plan, folder, device: the size of the run, a new run directory, where to compute.
         confidence: of the lower bound on ε.
-        device: where to compute.
     """
-    c = Canaries.draw(plan.canaries, plan.others, plan.resolution, plan.channels, plan.classes, plan.lookup)
+    c = Canaries.draw(plan)
     small, dataset = audit_config(config, plan, c.declared), c.dataset
 
     def observe(record: StepRecord, engine: PerExampleGradients) -> None:
@@ -204,24 +211,15 @@ def train_canaries(
     m, delta = training.plan.mechanism, training.plan.delta
     guesses = 0
     if plan.score:
-        guesses = plan_guesses(
-            plan.canaries,
-            delta,
-            confidence,
-            sampling_rate=m.sampling_rate,
-            noise_multiplier=m.noise_multiplier,
-            steps=plan.steps,
-        )
+        mechanism = {"sampling_rate": m.sampling_rate, "noise_multiplier": m.noise_multiplier}
+        guesses = plan_guesses(plan.canaries, delta, confidence, steps=plan.steps, **mechanism)
     ledger_path = training.run.ledger_path
-    transcript = Transcript(
-        len(dataset),
-        m.noise_multiplier * m.clipping_norm,
-        m.sampling_rate * m.records,
-        lambda: charged_steps(Ledger(ledger_path)),
-    )
-    attack: Scores | LookupScores | None = None
+    noise_scale, expected = m.noise_multiplier * m.clipping_norm, m.sampling_rate * m.records
+    transcript = Transcript(len(dataset), noise_scale, expected, lambda: charged_steps(Ledger(ledger_path)))
+    attack: Scores | None = None
     if plan.score:
-        attack = LookupScores(plan.canaries) if plan.lookup else Scores(_noisy(c, small, device), small, transcript)
+        two = (c.noisy(small, device), c.noisy(small, device))
+        attack = LookupScores(plan.canaries) if plan.lookup else Scores(two, small, transcript)
     _session(training, plan.crash_after)
     if plan.crash_after is not None:
         del training  # and with it whatever was not in a checkpoint
@@ -246,23 +244,6 @@ def claim_of(ledger: Ledger, clipping_norm: float, crashed: bool = False) -> Cla
     rate = min(m.sampling_rate for m in charged_mechanisms(ledger))
     noise = max(m.noise_multiplier for m in charged_mechanisms(ledger))
     return Claim(rate, noise * clipping_norm, charged_steps(ledger), crashed)
-
-
-def _noisy(c: Canaries, config: Config, device: str) -> tuple[NoisyBatch, NoisyBatch]:
-    return _one_draw(c, config, device), _one_draw(c, config, device)
-
-
-def _one_draw(c: Canaries, config: Config, device: str) -> NoisyBatch:
-    n = config.network
-    return make_noisy(
-        to_float(torch.from_numpy(c.images)).to(device),
-        None if (labels := c.labels()) is None else labels.to(device),
-        NoiseLevels(n.noise_mean, n.noise_std),
-        copies=config.private.copies,
-        num_classes=len(c.images) + 1 if c.classes else 0,
-        label_dropout=0.0,
-        generator=torch.Generator().manual_seed(int.from_bytes(np.random.default_rng().bytes(4), "little")),
-    )
 
 
 # ---------------------------------------------------------------------------------------------- the networks
