@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -211,7 +212,7 @@ def train_canaries(
     m, delta = training.plan.mechanism, training.plan.delta
     guesses = 0
     if plan.score:
-        mechanism = {"sampling_rate": m.sampling_rate, "noise_multiplier": m.noise_multiplier}
+        mechanism: dict[str, Any] = {"sampling_rate": m.sampling_rate, "noise_multiplier": m.noise_multiplier}
         guesses = plan_guesses(plan.canaries, delta, confidence, steps=plan.steps, **mechanism)
     ledger_path = training.run.ledger_path
     noise_scale, expected = m.noise_multiplier * m.clipping_norm, m.sampling_rate * m.records

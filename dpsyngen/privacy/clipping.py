@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class ClippedGradient:
             for total, n in zip(self.sums, noise, strict=True)
         ]
 
-    def __add__(self, other: ClippedGradient) -> ClippedGradient:
+    def __add__(self, other: ClippedGradient) -> Self:
         """The clipped gradient of both sets of examples, which must be disjoint; the sensitivity stays."""
         return replace(
             self,
@@ -122,7 +122,7 @@ class GridGradient(ClippedGradient):
     def noisy(self, scale: float, divisor: float, draw: Draw) -> list[Tensor]:
         raise ValueError("a sum on a grid needs noise in whole numbers: use DiscreteGaussian.")
 
-    def __add__(self, other: ClippedGradient) -> ClippedGradient:
+    def __add__(self, other: ClippedGradient) -> Self:
         if not isinstance(other, GridGradient) or other.grid != self.grid:
             raise ValueError("sums on different grids cannot be added.")
         return super().__add__(other)

@@ -47,7 +47,8 @@ class Convolution:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
-        return torch.convolution(x, weight, bias, *self._steps, self.groups)
+        arguments: list[Any] = [x, weight, bias, *self._steps, self.groups]
+        return torch.convolution(*arguments)
 
     def backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]) -> Any:
         """Gradients of (input, weight, bias) as `mask` asks."""

@@ -123,7 +123,8 @@ class PerExampleGradients(Whole):
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("the module has no parameter with requires_grad=True, so there is nothing to train.")
-        self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
+        self.names = [n for n, _ in named]
+        self.parameters: list[Tensor] = [p for _, p in named]
         frozen = [p for p in module.parameters() if not p.requires_grad]
         self.constants = {id(t) for t in (*frozen, *module.buffers())}
         self.kernels = kernels or KernelChoices()

@@ -350,4 +350,4 @@ def _mask(given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor | None:
     return out
 
 
-RULES[F.multi_head_attention_forward] = _multi_head_attention  # type: ignore[assignment]
+RULES[F.multi_head_attention_forward] = _multi_head_attention
