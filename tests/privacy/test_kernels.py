@@ -175,7 +175,7 @@ def test_fixed_choices_measure_nothing_and_unknown_ones_are_refused() -> None:
     choices = KernelChoices(measure=False)
     choices.run(make_call())
     assert not choices.milliseconds
-    with pytest.raises(ConfigError, match="there are pointwise"):
+    with pytest.raises(ConfigError, match="must be one of pointwise"):
         KernelChoices(chosen={"x": "warp"})
 
 
