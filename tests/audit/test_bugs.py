@@ -133,13 +133,13 @@ def copies_summed_after_clipping(patch: Patch) -> None:
 def _resumed(patch: Patch) -> list[bool]:
     """A list that is no longer empty once the run has been resumed."""
     flag: list[bool] = []
-    real = canaries.resume
+    real = canaries.Training.resume
 
     def resume(*arguments, **named):
         flag.append(True)
         return real(*arguments, **named)
 
-    patch.setattr(canaries, "resume", resume)
+    patch.setattr(canaries.Training, "resume", resume)
     return flag
 
 
