@@ -12,8 +12,8 @@ from dpsyngen.cli.options import AsJson, Quiet, RunArgument
 from dpsyngen.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from dpsyngen.privacy.budget import Composition
     from dpsyngen.privacy.certificate import Certificate
-    from dpsyngen.privacy.composition import Composition
     from dpsyngen.privacy.ledger import Ledger
     from dpsyngen.training.run import Run
 
