@@ -1,16 +1,15 @@
 """One typed, validated configuration.  Presets are YAML files in ``presets/``; options override them.
 
 Everything here is public: it is chosen without looking at the private images, and all of it but where the data lie is
-released with the generator.
-
-Every number has bounds.  They are far from anything useful; they keep a slip of the pen (steps = 10^18) or a hostile
-file from running for years, or from failing only after ε was spent.
+released with the generator.  Every number has bounds, far from anything useful: they keep a slip of the pen
+(steps = 10^18) or a hostile file from running for years, or from failing only after ε was spent.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +17,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from dpsyngen.errors import ConfigError, printable, shown
+from dpsyngen.errors import ConfigError, printable, require, shown
 from dpsyngen.files import MAX_DEPTH, MAX_VALUES, read_yaml, read_yaml_file
 
 DEFAULT_PRESET = "cpu-small"
@@ -75,6 +74,11 @@ class PrivacyConfig(_Section):
     budget: str | None = Field(
         None, max_length=4096, description="budget file that all runs on these images share; never released"
     )
+
+    @field_validator("epsilon", mode="before")
+    @classmethod
+    def _infinite(cls, value: Any) -> Any:
+        return math.inf if value == "∞" else value
 
 
 class StagesConfig(_Section):
@@ -207,10 +211,7 @@ class LoggingConfig(_Section):
 
 
 class ComputeConfig(_Section):
-    """How the machine computes: speed and rounding, never the guarantee; see docs/hardware.md.
-
-    The device is no setting but an option of each command: the next one may run on another machine.
-    """
+    """How the machine computes: speed and rounding, never the guarantee; the device is an option of each command."""
 
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "auto", description="of a network's products; gradients are clipped and summed in fp32 whatever it is"
@@ -239,39 +240,39 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Config:
-        s = self.stages
-        if s.tau_cleaning >= s.tau_coarse:
-            raise ValueError(
-                f"stages.tau_cleaning = {s.tau_cleaning} must be below stages.tau_coarse = {s.tau_coarse}: between "
-                "them lies the stage that private images train"
-            )
-        if self.sampling.sigma_min >= self.sampling.sigma_max:
-            raise ValueError("sampling.sigma_min must be below sampling.sigma_max")
-        if self.sampling.churn and self.sampling.sampler != "heun":
-            raise ValueError("sampling.churn needs sampling.sampler = heun")
-        if self.privacy.epsilon != self.privacy.epsilon:
-            raise ValueError("privacy.epsilon is not a number")
-        if MAX_EPSILON < self.privacy.epsilon < math.inf:
-            raise ValueError(
-                f"privacy.epsilon = {self.privacy.epsilon:g} is above {MAX_EPSILON:g}, which protects nobody; say inf "
-                "to train without privacy"
-            )
-        if self.privacy.budget is not None and (
-            math.isinf(self.privacy.epsilon) or self.privacy.insecure_seed is not None
-        ):
-            raise ValueError(
+        stages, sampling, privacy, private = self.stages, self.sampling, self.privacy, self.private
+        reference = math.isinf(privacy.epsilon) or privacy.insecure_seed is not None
+        for contradiction, message in (
+            (
+                stages.tau_cleaning >= stages.tau_coarse,
+                f"stages.tau_cleaning = {stages.tau_cleaning} must be below stages.tau_coarse = {stages.tau_coarse}: "
+                "between them lies the stage that private images train",
+            ),
+            (sampling.sigma_min >= sampling.sigma_max, "sampling.sigma_min must be below sampling.sigma_max"),
+            (sampling.churn and sampling.sampler != "heun", "sampling.churn needs sampling.sampler = heun"),
+            (math.isnan(privacy.epsilon), "privacy.epsilon is not a number"),
+            (
+                MAX_EPSILON < privacy.epsilon < math.inf,
+                f"privacy.epsilon = {privacy.epsilon:g} is above {MAX_EPSILON:g}, which protects nobody; say inf to "
+                "train without privacy",
+            ),
+            (
+                privacy.budget is not None and reference,
                 "privacy.budget goes with runs that are private; without privacy (epsilon = inf) or with "
-                "privacy.insecure_seed train without a budget, and never release the result"
-            )
-        if self.private.noise == "discrete" and self.private.clipping != "flat":
-            raise ValueError(
-                f"private.noise = discrete knows only private.clipping = flat, but that is {self.private.clipping}"
-            )
-        if self.private.warmup >= self.private.steps and self.private.warmup:
-            raise ValueError(
-                f"private.warmup = {self.private.warmup} leaves none of the {self.private.steps} private steps at the "
-                "full learning rate"
-            )
+                "privacy.insecure_seed train without a budget, and never release the result",
+            ),
+            (
+                private.noise == "discrete" and private.clipping != "flat",
+                f"private.noise = discrete needs private.clipping = flat, but that is {private.clipping}",
+            ),
+            (
+                private.warmup >= private.steps and private.warmup,
+                f"private.warmup = {private.warmup} leaves none of the {private.steps} private steps at the full "
+                "learning rate",
+            ),
+        ):
+            if contradiction:
+                raise ValueError(message)
         return self
 
     def to_yaml(self) -> str:
@@ -347,13 +348,6 @@ def _sections(loaded: Any, name: str) -> dict[str, Any]:
     return loaded
 
 
-def _numbers(value: Any) -> Any:
-    """YAML and JSON have no agreed word for infinity; take the usual ones."""
-    if isinstance(value, str) and value.strip().lower() in ("inf", "infinity", "∞", "+inf"):
-        return math.inf
-    return value
-
-
 def load_config(
     overrides: dict[str, Any] | None = None,
     *,
@@ -377,8 +371,7 @@ def load_config(
     if file is not None:
         given = _sections(read_yaml_file(file, "the configuration"), str(file))
     name = preset or (overrides or {}).get("preset") or given.get("preset") or default_preset(device)
-    if name not in preset_names():
-        raise ConfigError(f"preset is {shown(name)}, but must be one of {', '.join(preset_names())}.")
+    require(name in preset_names(), "preset", name, preset_names())
     text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     merged = merge_settings(merge_settings(_sections(read_yaml(text, f"preset {name}"), name), given), overrides or {})
     merged["preset"] = name
@@ -387,12 +380,8 @@ def load_config(
 
 def validate(values: dict[str, Any]) -> Config:
     """Turn a nested mapping into a Config, or raise ConfigError that lists every problem (the first 20)."""
-    values = _sections(values, "the configuration")
-    privacy = values.get("privacy")
-    if isinstance(privacy, dict) and "epsilon" in privacy:
-        values = values | {"privacy": privacy | {"epsilon": _numbers(privacy["epsilon"])}}
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_sections(values, "the configuration"))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
 
@@ -414,8 +403,6 @@ def _explain(error: ValidationError) -> str:
 
 
 def _did_you_mean(location: tuple[int | str, ...]) -> str:
-    from difflib import get_close_matches
-
     section: Any = Config
     for part in location[:-1]:
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None

@@ -1,7 +1,6 @@
-"""Errors that a user can act on.
+"""Errors that a user can act on: what was given, what is allowed, what to do.
 
-Every message says what was given, what is allowed and what to do.  The command line prints the message alone
-(no traceback) and exits with ``exit_code``; from Python they are ordinary exceptions.
+The command line prints the message alone (no traceback) and exits with ``exit_code``.
 """
 
 from __future__ import annotations
@@ -87,10 +86,8 @@ class _Short(reprlib.Repr):
         self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 5
 
     def repr_int(self, x: int, level: int) -> str:
-        if abs(x) < 10**40:
-            return repr(x)
         # Python refuses to write out integers of some thousand digits, and a reader has no use for them.
-        return f"a whole number of {x.bit_length():,} bits"
+        return repr(x) if abs(x) < 10**40 else f"a whole number of {x.bit_length():,} bits"
 
     def repr_instance(self, x: Any, level: int) -> str:
         try:
@@ -99,18 +96,14 @@ class _Short(reprlib.Repr):
             return f"<{type(x).__name__}>"
 
 
-_short = _Short()
-
-
 def shown(value: object) -> str:
-    """``repr(value)`` for a message: at most some hundred printable characters, whatever ``value`` is."""
-    return printable(_short.repr(value), 200)
+    """``repr(value)`` for a message: at most some hundred printable characters, whatever `value` is."""
+    return printable(_Short().repr(value), 200)
 
 
 def require(ok: object, name: str, given: object, allowed: str | Iterable[str]) -> None:
     """Raise ConfigError unless `ok`: the one way in which the package states the bounds of an argument.
 
-    >>> require(3 > 0, "steps", 3, "at least 1")
     >>> require(False, "steps", 0, "at least 1")
     Traceback (most recent call last):
     ...

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new, never a piece."""
+"""Files: written so that a crash leaves the old content or the new; read so that a hostile one is refused."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from dpsyngen.errors import ConfigError, printable
+from dpsyngen.errors import ConfigError, RunError, printable
 
 # What a killed process leaves behind must be told from anything that a user could have put there.
 TEMPORARY_SUFFIX = ".dpsyngen-tmp"
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(TEMPORARY_SUFFIX))
 
+# Of YAML
+MAX_BYTES = 2**20
+MAX_DEPTH = 32
+MAX_VALUES = 20_000
+MAX_DIGITS = 400  # characters of a number: more than any float or seed needs
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
 
 def write_atomically(path: Path, write: Callable[[Path], None], mode: int = 0o644) -> None:
-    """Call ``write(temporary path)``, flush it to the disk and rename it to `path`.
+    """Call ``write(temporary path)``, flush it to the disk and rename it to `path`, whose folder must exist.
 
     A process that is killed meanwhile leaves a hidden temporary file beside `path`; see :func:`remove_temporaries`.
-
-    Args:
-        path: where the content ends up; its folder must exist.
-        write: writes the content to the path it is given.
-        mode: permissions of the file.
 
     Raises:
         OSError: the disk is full, read-only, …; it names `path`, which is as it was before.
@@ -57,18 +61,13 @@ def write_atomically(path: Path, write: Callable[[Path], None], mode: int = 0o64
         raise
 
 
-def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write `data` to `path`, atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_atomically(path, write, mode)
-
-
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     """Write `text` as UTF-8 to `path`, atomically."""
-    write_bytes(path, text.encode(), mode)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write, mode)
 
 
 def sync_folder(folder: Path) -> None:
@@ -98,14 +97,37 @@ def remove_temporaries(folder: Path) -> None:
 
 def require_absent_or_empty(path: Path, option: str) -> None:
     """Raise RunError if the folder `path` has anything in it, so that nothing is ever overwritten."""
-    from dpsyngen.errors import RunError
-
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists() or path.is_symlink():
-        raise RunError(
-            f"{option} {path} exists already and is not an empty folder.  Choose another path or move it away."
-        )
+        raise RunError(f"{option} {path} exists already and is not an empty folder. Choose another, or move it away.")
+
+
+_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def strict(value: Any) -> Any:
+    """`value` for JSON: words for numbers that it lacks, text for paths, and lists for tuples, all the way down."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(k): strict(v) for k, v in value.items()}
+    return [strict(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def strict_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON text."""
+    return json.dumps(strict(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def number(value: Any) -> Any:
+    """The number that one of the words of :func:`strict` stands for; anything else as it is."""
+    return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
 
 
 class NotPlainError(Exception):
@@ -113,13 +135,10 @@ class NotPlainError(Exception):
 
 
 def open_plain(path: str | os.PathLike[str], max_bytes: int) -> BinaryIO:
-    """The regular file `path`, opened for reading.
-
-    What is checked is what was opened, so nothing can take its place in between.  Links in the folders above are
-    followed.
+    """The regular file `path`, opened for reading; links in the folders above it are followed.
 
     Raises:
-        NotPlainError: it is missing, a link, not a regular file, or larger than ``max_bytes``.
+        NotPlainError: it is missing, a link, not a regular file, or larger than `max_bytes`.
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for a writer.
@@ -130,55 +149,39 @@ def open_plain(path: str | os.PathLike[str], max_bytes: int) -> BinaryIO:
         raise NotPlainError(f"cannot be opened ({why})") from None
     except ValueError:
         raise NotPlainError("cannot be opened (its name cannot be a path)") from None
-    status = os.fstat(descriptor)
-    why = ""
-    if not stat.S_ISREG(status.st_mode):
-        why = "not a plain file"
-    elif status.st_size > max_bytes:
-        why = f"{status.st_size:,} bytes: over the limit of {max_bytes:,}"
-    if why:
-        os.close(descriptor)
-        raise NotPlainError(why)
-    return os.fdopen(descriptor, "rb")
+    status = os.fstat(descriptor)  # of what was opened, so nothing can take its place in between
+    if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    over = f"{status.st_size:,} bytes: over the limit of {max_bytes:,}"
+    raise NotPlainError(over if stat.S_ISREG(status.st_mode) else "not a plain file")
 
-
-MAX_BYTES = 2**20
-MAX_DEPTH = 32
-MAX_VALUES = 20_000
-MAX_DIGITS = 400  # characters of a number: more than any float or seed needs
 
 _CORE = "tag:yaml.org,2002:"
 _TAGS = {_CORE + kind for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with less in it."""
+    """SafeLoader without tags, aliases, dates, names that are no text or are given twice, and with bounds."""
 
     # Dates stay text: a folder may be called 2024-01-01, and dates that do not exist crash PyYAML.
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if tag in _TAGS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    yaml_constructors = {  # noqa: RUF012
-        tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _TAGS or tag is None
-    }
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = self._values = 0
+    _depth = _values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise _refused(event, "anchors and aliases (&, *) are not read: write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise _refused(event, "tags (!) are not read: write a plain value")
         self._values += 1
-        if self._values > MAX_VALUES:
-            raise _refused(event, f"more than {MAX_VALUES:,} values")
         self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise _refused(event, f"nested more than {MAX_DEPTH} deep")
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            # A few lines of aliases can stand for more values than fit into memory.
+            raise _refused(event, "anchors and aliases (&, *) are not read: write the value out")
+        if getattr(event, "tag", None):
+            raise _refused(event, "tags (!) are not read: write a plain value")
+        if self._values > MAX_VALUES or self._depth > MAX_DEPTH:
+            raise _refused(event, f"more than {MAX_VALUES:,} values, or nested more than {MAX_DEPTH} deep")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -199,33 +202,32 @@ class _Loader(yaml.SafeLoader):
         return super().construct_scalar(node)
 
 
-def _refused(where: yaml.Event | yaml.Node, why: str) -> yaml.MarkedYAMLError:
-    mark: Any = where.start_mark
-    return yaml.MarkedYAMLError(None, None, why, mark)
+def _refused(where: Any, why: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, why, where.start_mark)
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """What a YAML text holds.
+    """What a YAML text of at most 1 MiB holds.
 
     Args:
-        text: at most 1 MiB; :func:`read_yaml_file` sees to that before it is in memory.
+        text: :func:`read_yaml_file` bounds it before it is in memory.
         name: what the text is, for messages.
 
     Raises:
-        ConfigError: not YAML, or more than the module's first lines allow.
+        ConfigError: not YAML, or more of it than the bounds of this module allow.
     """
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{printable(name)} has {len(text):,} characters; at most {MAX_BYTES:,} are read.")
     try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{printable(name)} is not valid YAML: {_explain(error)}.") from None
-    except (ValueError, RecursionError) as error:  # numbers that only look like numbers
-        raise ConfigError(f"{printable(name)} is not valid YAML: {printable(error)}.") from None
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        # PyYAML's own text quotes the input as it is.
+        why = "; ".join(printable(part, 200) for part in (error.context, error.problem) if part)
+        mark = error.problem_mark or error.context_mark
+        why += f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers that only look like numbers
+        why = printable(error, 200)
+    raise ConfigError(f"{printable(name)} is not valid YAML: {why}.")
 
 
 def read_yaml_file(path: Path, name: str) -> Any:
@@ -237,54 +239,16 @@ def read_yaml_file(path: Path, name: str) -> Any:
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-                raise ConfigError(f"{name} {printable(path)} is not a file.")
-            content = file.read(MAX_BYTES + 1)
-        text = content.decode("utf-8-sig")
+            content = file.read(MAX_BYTES + 1) if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) else None
+        if content is not None and len(content) <= MAX_BYTES:
+            return read_yaml(content.decode("utf-8-sig"), f"{name} {path}")
+        why = "is not a file" if content is None else f"is larger than {MAX_BYTES:,} bytes, which no settings need"
     except ConfigError:
         raise
     except OSError as error:
-        raise ConfigError(f"{name} {printable(path)} cannot be read: {error.strerror}.") from None
+        why = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError:
-        raise ConfigError(f"{name} {printable(path)} is not UTF-8 text.") from None
+        why = "is not UTF-8 text"
     except ValueError:  # a NUL in the path
-        raise ConfigError(f"{name} {printable(path)} cannot be a path.") from None
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{name} {printable(path)} is larger than {MAX_BYTES:,} bytes, which no settings need.")
-    return read_yaml(text, f"{name} {path}")
-
-
-def _explain(error: yaml.YAMLError) -> str:
-    """What is wrong and where, in one line; PyYAML's own text quotes the input as it is."""
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return printable(error, 200)
-    parts = [printable(part, 200) for part in (error.context, error.problem) if part]
-    mark = error.problem_mark or error.context_mark
-    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-    return "; ".join(parts) + where
-
-
-_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-
-
-def strict(value: Any) -> Any:
-    """`value` with words for numbers that JSON lacks, text for paths, and lists for tuples, all the way down."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(float(value))
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(k): strict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(v) for v in value]
-    return value
-
-
-def strict_text(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON text."""
-    return json.dumps(strict(value), ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def number(value: Any) -> Any:
-    """The number that one of the words stands for; anything else as it is."""
-    return _WORDS.get(value, value) if isinstance(value, str) else value
+        why = "cannot be a path"
+    raise ConfigError(f"{name} {printable(path)} {why}.")
