@@ -330,10 +330,8 @@ def with_options(settings: Mapping[str, Any] | None = None, **options: Any) -> d
     >>> with_options({"private": {"steps": 5}}, private__copies=2, stages__variant=None)
     {'private': {'steps': 5, 'copies': 2}}
     """
-    if settings is not None and not isinstance(settings, Mapping):
-        raise ConfigError(
-            f"settings is {shown(settings)}, but must be a mapping such as {{'private': {{'steps': 500}}}}."
-        )
+    mapping = settings is None or isinstance(settings, Mapping)
+    require(mapping, "settings", settings, "a mapping such as {'private': {'steps': 500}}")
     chosen: dict[str, Any] = {}
     for key, value in options.items():
         if value is not None:

@@ -61,13 +61,18 @@ def write_atomically(path: Path, write: Callable[[Path], None], mode: int = 0o64
         raise
 
 
-def write_text(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write `text` as UTF-8 to `path`, atomically."""
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write `data` to `path`, atomically."""
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
 
     write_atomically(path, write, mode)
+
+
+def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write `text` as UTF-8 to `path`, atomically."""
+    write_bytes(path, text.encode(), mode)
 
 
 def sync_folder(folder: Path) -> None:
