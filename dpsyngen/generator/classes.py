@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from dpsyngen.errors import ConfigError, listed, shown
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+from dpsyngen.errors import ConfigError, listed, require, shown
 
 
 def class_number(given: int | str, names: Sequence[str], strict: bool = False) -> int:
-    """The number, from 0, of a class given by its name in `names` or by its number.
+    """The number, from 0, of a class that is given by its name or by its number.
 
     Args:
         given: the class.
@@ -63,7 +59,7 @@ def in_turn(count: int, names: Sequence[str], classes: Sequence[int | str] | Non
 def asked_for(
     count: int | None, labels: ArrayLike | None, classes: Sequence[int | str] | None, names: Sequence[str]
 ) -> tuple[int, NDArray[np.int64] | None]:
-    """Number of images and their labels, from what :meth:`dpsyngen.Generator.sample` is given.
+    """The number of images and their labels, from what :meth:`dpsyngen.Generator.sample` was given.
 
     Args:
         count: how many; None: as many as there are labels.
@@ -72,10 +68,10 @@ def asked_for(
         names: of all classes.
 
     Raises:
-        ConfigError: too little, too much, or something else was given.
+        ConfigError: the number is missing, or labels, classes and number do not fit together.
     """
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1):
-        raise ConfigError(f"the number of images is {shown(count)}, but must be a whole number and at least 1.")
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool) and count >= 1
+    require(count is None or whole, "the number of images", count, "a whole number and at least 1")
     if labels is None:
         if count is None:
             raise ConfigError("the number of images is missing: sample(100).")
@@ -86,11 +82,8 @@ def asked_for(
         raise ConfigError("this generator has no classes, so none can be chosen.")
     # NumPy would make one type of them, and texts of the numbers in ["cat", 2].
     values = np.asarray(labels, dtype=object if isinstance(labels, list | tuple) else None)
-    if values.ndim > 1 or values.dtype.kind not in "iuUO" or not values.size:
-        raise ConfigError(
-            f"labels is {shown(labels)}, but must be one class for all images or a list of one for each, by name or by "
-            "number."
-        )
+    fits = values.ndim <= 1 and values.dtype.kind in "iuUO" and values.size
+    require(fits, "labels", labels, "one class for all images or a list of one for each, by name or by number")
     # Arrays hold numbers as Samples.labels does; who writes a number may mean a class that is called so.
     strict = not (isinstance(labels, np.ndarray) and labels.ndim == 1)
     if values.ndim == 0:

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpsyngen.console import console_for, html_table
 from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, NetworkDenoiser
 from dpsyngen.diffusion.samplers import Observer, Step, evenly_in_log, to_uint8
 from dpsyngen.diffusion.sampling import SamplingSettings
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from dpsyngen.config import ComputeConfig
+
+
+class SamplerOptions(TypedDict, total=False):
+    """Keywords of :meth:`ReleasedGenerator.settings`, which all that draws takes."""
+
+    seed: int | None
+    sampler: str | None
+    steps: int | None
+    guidance: float | None
+    churn: float | None
 
 
 class ReleasedGenerator:
@@ -135,8 +146,6 @@ class ReleasedGenerator:
         return "\n".join(["Generator", *(f"  {name:<10}  {text}" for name, text in self._about().items())])
 
     def _repr_html_(self) -> str:
-        from dpsyngen.console import html_table
-
         return html_table(self._about().items())
 
     def denoiser(self, guidance: float = 1.0) -> StagedDenoiser:
@@ -160,9 +169,11 @@ class ReleasedGenerator:
         guidance: float | None = None,
         churn: float | None = None,
     ) -> SamplingSettings:
-        """How to draw: the run's own settings where None is given; see :class:`SamplingSettings`.
+        """How to draw, see :class:`SamplingSettings`: the run's own settings where None is given.
 
-        A `seed` of None is a random one.
+        Args:
+            seed: public; None: a random one, which the result tells.
+            sampler, steps, guidance, churn: None: as the run says.
 
         Raises:
             ConfigError: a value that is not allowed, or guidance by a network that cannot give it.
@@ -186,6 +197,7 @@ class ReleasedGenerator:
         labels: NDArray[np.int64] | None = None,
         batch_size: int = 256,
         take: slice = slice(None),
+        observe: Observer | None = None,
     ) -> Iterator[NDArray[np.uint8]]:
         """Draw `count` images batch by batch, so that any number fits in memory.
 
@@ -195,6 +207,7 @@ class ReleasedGenerator:
             labels: [count] a class for each image; None: no class is asked for.
             batch_size: images at a time.
             take: which of the batches, by number; default: all.
+            observe: is shown each step of the sampler.
 
         Yields:
             uint8 [n, C, H, W].
@@ -202,25 +215,13 @@ class ReleasedGenerator:
         Raises:
             ConfigError: a value that is not allowed.
         """
-        for batch in self._batches(count, settings or self.settings(), labels, batch_size, take=take):
-            yield batch.numpy()
-
-    def _batches(
-        self,
-        count: int,
-        s: SamplingSettings,
-        labels: NDArray[np.int64] | None,
-        batch_size: int,
-        observe: Observer | None = None,
-        take: slice = slice(None),
-    ) -> Iterator[torch.Tensor]:
         require(count >= 1, "the number of images", count, "at least 1")
         if labels is not None:
             if len(labels) != count:
                 raise ConfigError(f"{len(labels)} labels were given for {count} images.")
             if labels.min() < 0 or labels.max() >= len(self.class_names):
                 raise ConfigError(f"labels must lie in 0 to {len(self.class_names) - 1}.")
-        batches = s.draw(
+        batches = (settings or self.settings()).draw(
             self.denoiser(),
             (self.channels, self.resolution, self.resolution),
             None if labels is None else torch.from_numpy(labels),
@@ -236,7 +237,7 @@ class ReleasedGenerator:
                 batch = next(batches, None)
             if batch is None:
                 return
-            yield batch
+            yield batch.numpy()
 
     def sample(
         self,
@@ -244,14 +245,10 @@ class ReleasedGenerator:
         labels: ArrayLike | None = None,
         *,
         classes: Sequence[int | str] | None = None,
-        seed: int | None = 0,
-        sampler: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        churn: float | None = None,
         batch_size: int = 256,
         progress: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
+        **settings: Unpack[SamplerOptions],
     ) -> Samples:
         """Draw images into memory; free of privacy cost, however many.
 
@@ -260,21 +257,18 @@ class ReleasedGenerator:
             labels: a class for each image, by name or by number, or one class for all; None: `classes` in turn,
                 balanced.  Numbers count :attr:`class_names` from 0, as ``Samples.labels`` do.
             classes: which classes, by name or number; None: all.
-            seed: public; image i depends on it, i and its label alone, so the same call draws the same images, and a
-                larger `count` more of them.  None: a random one, which the result's ``settings`` tell.
-            sampler, steps, guidance, churn: see :meth:`settings`; None: as the generator was made.
             batch_size: images at a time.
-            progress: tell how far it is.
+            progress: show a progress bar.
             on_progress: called with (images done, images in all).
+            settings: `seed`, `sampler`, `steps`, `guidance` and `churn`, see :meth:`settings`.  Image i depends on the
+                seed, i and its label alone, so the same call draws the same images, and a larger `count` more of them.
 
         Raises:
             ConfigError: a value that is not allowed.
         """
-        from dpsyngen.console import console_for
-
-        chosen = self.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
+        chosen = self.settings(**settings)
         count, drawn = asked_for(count, labels, classes, self.class_names)
-        out = []
+        out: list[NDArray[np.uint8]] = []
         done = 0
         with console_for(progress).progress("sampling", count, "images") as bar:
             for batch in self.stream(count, chosen, labels=drawn, batch_size=batch_size):
@@ -291,7 +285,7 @@ class ReleasedGenerator:
         columns: int = 9,
         *,
         labels: NDArray[np.int64] | None = None,
-        **settings: Any,
+        **settings: Unpack[SamplerOptions],
     ) -> Trajectory:
         """Draw `count` images and keep what the sampler saw on its way; free of privacy cost, as samples are.
 
@@ -315,12 +309,12 @@ class ReleasedGenerator:
                 dimmed = step.x * (UNIFORM_PRIOR_SIGMA / math.hypot(step.sigma, UNIFORM_PRIOR_SIGMA))
                 steps.append((step.sigma, to_uint8(dimmed).cpu().numpy(), to_uint8(step.denoised).cpu().numpy()))
 
-        (images,) = self._batches(count, s, labels, max(count, 1), observe)
+        (images,) = self.stream(count, s, labels=labels, batch_size=max(count, 1), observe=observe)
         sigmas, noisy, denoised = zip(*steps, strict=True)
         return Trajectory(
             sigmas=sigmas,
             stages=tuple(self.stages.owner(math.log(sigma)) for sigma in sigmas),
             noisy=np.stack(noisy),
             denoised=np.stack(denoised),
-            samples=Samples(images.numpy(), labels, self.class_names, asdict(s), self.private),
+            samples=Samples(images, labels, self.class_names, asdict(s), self.private),
         )

@@ -61,12 +61,12 @@ class Guarantee:
     @property
     def epsilon(self) -> float:
         """ε, an upper bound by privacy loss distributions; ``math.inf`` if private images were used without noise."""
-        return math.inf if self.certificate.epsilon == "inf" else self.certificate.epsilon
+        return float(self.certificate.epsilon)
 
     @property
     def epsilon_by_rdp(self) -> float:
         """ε by Rényi DP, a looser upper bound, as a cross-check."""
-        return math.inf if self.certificate.epsilon_by_rdp == "inf" else self.certificate.epsilon_by_rdp
+        return float(self.certificate.epsilon_by_rdp)
 
     @property
     def delta(self) -> float:
@@ -114,11 +114,7 @@ class Guarantee:
         return self.certificate.budget
 
     def recompute(self, accountant: Accountant = "pld") -> float:
-        """ε again, from the mechanisms alone, at the same δ and group size; takes a second or so.
-
-        Args:
-            accountant: "pld" or "rdp".
-        """
+        """ε again by "pld" or "rdp", from the mechanisms alone, at the same δ and group size; takes about a second."""
         return self.certificate.recompute(accountant)
 
     def plain_words(self) -> str:

@@ -19,6 +19,7 @@ from dpsyngen.distributed import END, Ranks, device_of
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import Samples
+from dpsyngen.hardware import check_device
 
 Handlers = Mapping[str, Callable[..., None]]
 """What a follower does at each command, called with the command's values."""
@@ -43,8 +44,6 @@ def open_everywhere(ranks: Ranks, release: Path, device: str) -> ReleasedGenerat
 
 
 def _open(ranks: Ranks, release: Path, device: str) -> ReleasedGenerator:
-    from dpsyngen.hardware import check_device
-
     own = device_of(device, ranks)
     check_device(own)
     return ReleasedGenerator(release, own)
@@ -59,12 +58,12 @@ def stream(
     labels: NDArray[np.int64] | None,
     batch_size: int = 256,
 ) -> Iterator[NDArray[np.uint8]]:
-    """As :meth:`Generator.stream`, drawn by all processes; to be called by the main one.
+    """As :meth:`ReleasedGenerator.stream`, drawn by all processes; to be called by the main one.
 
     Args:
         ranks: the processes.
         generator: what :func:`open_everywhere` gave last.
-        count, settings, labels, batch_size: as for :meth:`Generator.stream`.
+        count, settings, labels, batch_size: as for :meth:`ReleasedGenerator.stream`.
 
     Yields:
         uint8 [n, C, H, W], in order.
@@ -80,33 +79,21 @@ def stream(
 
 
 def sample(ranks: Ranks, generator: ReleasedGenerator, count: int, **settings: Any) -> Samples:
-    """As :meth:`Generator.sample`, with classes in turn, drawn by all processes; to be called by the main one."""
+    """As :meth:`ReleasedGenerator.sample`, classes in turn, drawn by all processes; to be called by the main one."""
     if ranks.alone or count < 1:
         return generator.sample(count, **settings)
-    chosen = generator.settings(**settings)
-    labels = generator.labels(max(count, 0))
+    chosen, labels = generator.settings(**settings), generator.labels(count)
     images = np.concatenate(list(stream(ranks, generator, count, chosen, labels=labels)))
-    return Samples(images, labels, generator.class_names, asdict(chosen), private=generator.private)
+    return Samples(images, labels, generator.class_names, asdict(chosen), generator.private)
 
 
 def _own(
-    ranks: Ranks,
-    generator: ReleasedGenerator,
-    count: int,
-    settings: SamplingSettings,
-    labels: NDArray[np.int64] | None,
-    batch_size: int,
+    ranks: Ranks, generator: ReleasedGenerator, *, count: int, batch_size: int, **what: Any
 ) -> Iterator[NDArray[np.uint8] | None]:
     """This process's batch of each round; None in a last round that has none for it."""
-    mine = generator.stream(
-        count, settings, labels=labels, batch_size=batch_size, take=slice(ranks.rank, None, ranks.count)
-    )
-    for _ in range(_rounds(ranks, count, batch_size)):
+    mine = generator.stream(count, batch_size=batch_size, take=slice(ranks.rank, None, ranks.count), **what)
+    for _ in range(-(-count // (batch_size * ranks.count))):
         yield next(mine, None)
-
-
-def _rounds(ranks: Ranks, count: int, batch_size: int) -> int:
-    return -(-count // (batch_size * ranks.count))
 
 
 def handlers(ranks: Ranks) -> Handlers:
@@ -118,9 +105,11 @@ def handlers(ranks: Ranks) -> Handlers:
 
     def images(**what: Any) -> None:
         own = _own(ranks, opened[0], **what)
-        for _ in range(_rounds(ranks, what["count"], what["batch_size"])):
+        while True:
             try:
                 batch = next(own)
+            except StopIteration:
+                return
             except DpsyngenError:
                 ranks.next_command()  # what went wrong in the main process, too, is said by it
                 raise

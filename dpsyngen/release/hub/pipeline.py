@@ -56,9 +56,8 @@ class DPSynGenPipeline(DiffusionPipeline):
         seed: int = 0,
         sampler: str | None = None,
         churn: float | None = None,
-        images_at_a_time: int = 256,
         output_type: str = "pil",
-        return_dict: bool = True,
+        **others: Any,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Draw images; free of privacy cost, however many.
 
@@ -71,14 +70,17 @@ class DPSynGenPipeline(DiffusionPipeline):
             seed: image i follows from (seed, i, its class), whatever `batch_size`.
             sampler: "ddim", "heun" or "dpmpp".
             churn: S_churn of "heun".
-            images_at_a_time: how many are computed together.
             output_type: "pil"; "np" for [N, H, W, C] or "pt" for [N, C, H, W], both in [0, 1]; "uint8" for an array
                 [N, C, H, W].
-            return_dict: an ImagePipelineOutput, or else a tuple.
+            others: `return_dict` (True): an ImagePipelineOutput, or else a tuple; `images_at_a_time` (256): how many
+                are computed together.
 
         Raises:
             ValueError: a value that is not allowed.
         """
+        return_dict, at_a_time = others.pop("return_dict", True), others.pop("images_at_a_time", 256)
+        if others:
+            raise TypeError(f"unknown options: {', '.join(others)}.")
         if output_type not in ("pil", "np", "pt", "uint8"):
             raise ValueError(f"output_type is {output_type!r}, but must be pil, np, pt or uint8.")
         if generator is not None:
@@ -95,7 +97,7 @@ class DPSynGenPipeline(DiffusionPipeline):
                 steps=num_inference_steps,
                 guidance=guidance_scale,
                 churn=churn,
-                batch_size=images_at_a_time,
+                batch_size=at_a_time,
             ):
                 drawn.append(images)
                 bar.update(len(images))
