@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.cli.options import AsJson, Quiet, RunArgument
-from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.console import Console
+from dpsyngen.errors import ConfigError, RunError, require
 
 if TYPE_CHECKING:
     from dpsyngen.privacy.budget import Composition
@@ -29,9 +30,6 @@ def _numbers(text: str | None, option: str, kind: type, allowed: str) -> list[An
         raise ConfigError(f"{option} is {text!r}, but must be {allowed}, comma-separated.") from None
 
 
-# ------------------------------------------------------------------------------------------------ ledger
-
-
 def ledger(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="run directories of the same images")],
     delta: Annotated[str | None, typer.Option(help="other δ to state ε at, comma-separated")] = None,
@@ -40,8 +38,7 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """Compute ε again from the ledgers of one or several runs; refuses one that was edited or cut."""
-    from dpsyngen.console import Console
-    from dpsyngen.privacy.accounting import check_group_size
+    from dpsyngen.privacy.accounting import LARGEST_GROUP
     from dpsyngen.privacy.budget import Composition
     from dpsyngen.privacy.ledger import Ledger
     from dpsyngen.release.bundle import check_against_ledger
@@ -50,13 +47,9 @@ def ledger(
     deltas = _numbers(delta, "--delta", float, "numbers between 0 and 1")
     groups = _numbers(group_size, "--group-size", int, "whole numbers")
     for d in deltas:
-        if not 0 < d < 1:
-            raise ConfigError(f"--delta is {d}, but must be between 0 and 1.")
+        require(0 < d < 1, "--delta", d, "between 0 and 1")
     for g in groups:
-        try:
-            check_group_size(g)
-        except ValueError as error:
-            raise ConfigError(f"--{error}".replace("_", "-")) from None
+        require(1 <= g <= LARGEST_GROUP, "--group-size", g, f"at least 1 and at most {LARGEST_GROUP}")
     opened = [Run(path) for path in runs]
     if len({r.path.resolve() for r in opened}) != len(opened):
         raise ConfigError("a run was named twice; its steps would count twice.")
@@ -64,9 +57,7 @@ def ledger(
     names = [x.run for x in ledgers]
     if len(set(names)) != len(names):
         raise ConfigError("two of the runs are copies of each other: their steps and noise are the same, so name one.")
-    certified = []
     for run in opened:
-        certified.append(run.complete)
         if run.complete:
             check_against_ledger(run)
     total = Composition.of(ledgers)
@@ -86,25 +77,20 @@ def ledger(
             "entries": [[e.to_dict() for e in x.entries] for x in ledgers],
             "heads": [{"lines": x.head.lines, "digest": x.head.digest} for x in ledgers],
         },
-        _ledger_lines(opened, ledgers, certified, total, deltas, groups),
+        _ledger_lines(list(zip(opened, ledgers, strict=True)), total, deltas, groups),
     )
 
 
 def _ledger_lines(
-    runs: list[Run],
-    ledgers: list[Ledger],
-    certified: list[bool],
-    total: Composition,
-    deltas: list[float],
-    groups: list[int],
+    runs: list[tuple[Run, Ledger]], total: Composition, deltas: list[float], groups: list[int]
 ) -> Iterator[str]:
     from dpsyngen.privacy.budget import ledger_lines, what_if_lines
 
-    for run, x, whole in zip(runs, ledgers, certified, strict=True):
-        anchor = "as its certificate knew it" if whole else "not finished, so there is no certificate yet"
+    for run, x in runs:
+        anchor = "as its certificate knew it" if run.complete else "not finished, so there is no certificate yet"
         yield f"{run.path}: {x.head.lines} lines, chain and head intact, {anchor}"
         yield from ledger_lines(x)
-    together = f" of {len(ledgers)} runs together" if len(ledgers) > 1 else ""
+    together = f" of {len(runs)} runs together" if len(runs) > 1 else ""
     unit = "one image" if total.group_size == 1 else f"up to {total.group_size} images"
     yield ""
     yield f"total{together} for {unit}, added or removed; ε by PLD and by Rényi DP, both upper bounds"
@@ -114,8 +100,6 @@ def _ledger_lines(
     if not total.secure:
         yield "NOT PRIVATE: the noise came from a reproducible seed"
 
-
-# ------------------------------------------------------------------------------------------------ budget
 
 BudgetFile = Annotated[Path, typer.Argument(metavar="FILE", help="budget file")]
 
@@ -131,7 +115,6 @@ def budget_new(
     as_json: AsJson = False,
 ) -> None:
     """Make a budget file; keep it with the private images."""
-    from dpsyngen.console import Console
     from dpsyngen.privacy.budget import Budget
 
     Budget.create(file, epsilon_limit=epsilon, delta=delta, group_size=group_size, growing=growing)
@@ -144,16 +127,12 @@ def budget_new(
 @budget_app.command("show")
 def budget_show(file: BudgetFile, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """What is spent, by whom, and what is left."""
-    from dpsyngen.console import Console
     from dpsyngen.privacy.accounting import epsilon
     from dpsyngen.privacy.budget import Budget
 
     b = Budget(file)
     by_pld, by_rdp = b.epsilon(), b.epsilon("rdp")
     alone = {c.run: epsilon(c.mechanisms, b.delta, group_size=b.group_size) for c in b.charges.values()}
-    runs = [
-        {"run": c.run, "name": c.name, "settled": c.settled, "epsilon_alone": alone[c.run]} for c in b.charges.values()
-    ]
     unit = "one image" if b.group_size == 1 else f"up to {b.group_size} images together"
     lines = [f"budget: ε = {b.epsilon_limit:g} at δ = {b.delta:.3g} for {unit}"]
     for c in b.charges.values():
@@ -167,7 +146,10 @@ def budget_show(file: BudgetFile, quiet: Quiet = False, as_json: AsJson = False)
             "group_size": b.group_size,
             "reserved_epsilon": by_pld,
             "reserved_epsilon_by_rdp": by_rdp,
-            "runs": runs,
+            "runs": [
+                {"run": c.run, "name": c.name, "settled": c.settled, "epsilon_alone": alone[c.run]}
+                for c in b.charges.values()
+            ],
         },
         lines,
     )
@@ -181,7 +163,6 @@ def budget_settle(
     as_json: AsJson = False,
 ) -> None:
     """Give back what an abandoned run had reserved and not used.  The run can never go on."""
-    from dpsyngen.console import Console
     from dpsyngen.privacy.budget import Budget
     from dpsyngen.privacy.ledger import Ledger
     from dpsyngen.training.run import Run
@@ -201,9 +182,6 @@ def budget_settle(
     )
 
 
-# ----------------------------------------------------------------------------------------------- release
-
-
 def release(
     run: RunArgument,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE.zip", help="file to make")],
@@ -219,7 +197,7 @@ def release(
     as_json: AsJson = False,
 ) -> None:
     """Pack what may be published into one zip: generator, certificate, checksums, signature."""
-    from dpsyngen.console import Console
+    from dpsyngen.generator.guarantee import Guarantee
     from dpsyngen.release.bundle import pack
     from dpsyngen.report.html import write_reports
     from dpsyngen.training.run import Run
@@ -254,7 +232,7 @@ def release(
         [
             f"{done.path}: {done.files} files, SHA-256 {done.sha256}",
             f"signed by the key {done.signed_by}" if done.signed_by else "not signed (--sign KEY)",
-            claim_line(c),
+            Guarantee(c).line,
         ],
     )
 
@@ -262,15 +240,6 @@ def release(
 def claim(c: Certificate) -> dict[str, Any]:
     """What a certificate claims, for ``--json``."""
     return {name: getattr(c, name) for name in ("private", "not_private_because", "epsilon", "delta", "group_size")}
-
-
-def claim_line(c: Certificate) -> str:
-    """What a certificate claims, in one line."""
-    from dpsyngen.privacy.certificate import number
-
-    if not c.private or c.epsilon == "inf":
-        return f"NOT PRIVATE: {'; '.join(c.not_private_because)}"
-    return f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)} for {c.unit}"
 
 
 def verify(
@@ -281,20 +250,18 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a bundle with no private image at hand: checksums, signature, ε, generator."""
-    from dpsyngen.console import Console
     from dpsyngen.release.verify import verify as check_bundle
 
     verdict = check_bundle(bundle, public_key, all_samples)
     marks = {True: "ok", False: "FAILED", None: "-"}
-    lines = [f"{marks[c.passed]:<7} {c.name:<13} {c.text}" for c in verdict.checks]
+    lines = [*(f"{marks[c.passed]:<7} {c.name:<13} {c.text}" for c in verdict.checks), ""]
     if verdict.passed:
         lines += [
-            "",
             "The bundle is sound: its claim follows from the mechanisms that it states.",
             "Not to be seen from a bundle: whether the training did what it states, and how good images are.",
         ]
     else:
-        lines += ["", "The bundle is NOT to be relied on."]
+        lines.append("The bundle is NOT to be relied on.")
     checks = [{"check": c.name, "passed": c.passed, "text": c.text} for c in verdict.checks]
     Console(quiet, as_json).result({"passed": verdict.passed, "checks": checks}, lines)
     if not verdict.passed:
@@ -307,7 +274,6 @@ def key(
     as_json: AsJson = False,
 ) -> None:
     """Make a key pair for signing bundles (Ed25519); encrypted if DPSYNGEN_KEY_PASSPHRASE is set."""
-    from dpsyngen.console import Console
     from dpsyngen.release.signing import make_key
 
     public, print_of_key = make_key(file)

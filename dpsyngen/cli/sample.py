@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from dpsyngen.cli.options import AsJson, Device, Quiet
-from dpsyngen.cli.release import claim, claim_line
+from dpsyngen.cli.release import claim
+from dpsyngen.console import Console
 from dpsyngen.errors import require
 
 
@@ -32,7 +33,6 @@ def sample(
     """Draw images from a trained generator; costs no privacy, however many."""
     from dataclasses import asdict
 
-    from dpsyngen.console import Console
     from dpsyngen.distributed import joined
     from dpsyngen.generator.ranks import follow, handlers, open_everywhere, stream
     from dpsyngen.generator.samples import check_target, write_samples
@@ -82,7 +82,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a generator for other tools: a folder for diffusers and the Hub."""
-    from dpsyngen.console import Console
+    from dpsyngen.generator.guarantee import Guarantee
     from dpsyngen.release.bundle import check_against_ledger
     from dpsyngen.release.place import check_export, export_release, find
     from dpsyngen.training.run import Run
@@ -104,7 +104,7 @@ def export(
         },
         [
             f"{done.path}: {len(done.files)} files for diffusers",
-            claim_line(c),
+            Guarantee(c).line,
             "README.md says how to load it; the Python files in it are code, which a stranger should read first",
         ],
     )
