@@ -40,13 +40,13 @@ def test_one_step_against_numerical_integration(q, z, group) -> None:
     assert max(deltas) == pytest.approx(1e-6, rel=0.02)
 
 
-@pytest.mark.parametrize(("q", "z", "steps"), [(0.05, 2.0, 200), (0.3, 4.0, 10)])
+@pytest.mark.parametrize(("q", "z", "steps"), [(0.05, 2.0, 200), (0.3, 6.0, 4)])
 def test_groups_cost_more_than_their_members_and_less_than_the_lemma(q, z, steps) -> None:
     m = [Mechanism(q, z, steps)]
-    by_pld = [epsilon(m, 1e-5, group_size=g) for g in (1, 2, 3, 4)]
+    by_pld = [epsilon(m, 1e-5, group_size=g) for g in (1, 2, 4)]
     assert by_pld == sorted(by_pld)
     assert by_pld[1] > 2 * by_pld[0]
-    for g, value in zip((2, 3, 4), by_pld[1:], strict=True):
+    for g, value in zip((2, 4), by_pld[1:], strict=True):
         assert value <= epsilon(m, 1e-5, "rdp", group_size=g)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import dpsyngen
 from dpsyngen.errors import ReleaseError
+from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.certificate import UTILITY, Certificate, number, plain_words, schema_text, strength
 from dpsyngen.privacy.ledger import Ledger
@@ -24,14 +25,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
-    """Two images a person, a budget shared with an earlier run."""
+    """Two images a person, a budget shared with an earlier run that has reserved a part of it."""
     folder = tmp_path_factory.mktemp("c")
     budget = folder / "budget.jsonl"
     Budget.create(budget, epsilon_limit=9.0, delta=1e-3, group_size=2)
     settings = {**TINY_SETTINGS, "privacy": {"group_size": 2, "budget": str(budget), "delta": 1e-3}}
-    for name in ("first", "second"):
-        last = dpsyngen.train(tiny_arrays(), epsilon=2.0, out=folder / name, settings=settings)
-    return last
+    images = dpsyngen.load_images(tiny_arrays()).fingerprint()
+    Budget(budget).reserve("an earlier run", "first", (Mechanism(1.0, 20.0, 1),), images)
+    return dpsyngen.train(tiny_arrays(), epsilon=2.0, out=folder / "second", settings=settings)
 
 
 @pytest.fixture(scope="module")
