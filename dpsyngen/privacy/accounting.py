@@ -79,17 +79,6 @@ def _one_gaussian(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
     return (*(m for m in mechanisms if m.sampling_rate < 1), Mechanism(1.0, noise))
 
 
-def _compose(accountant: Any, mechanisms: Sequence[Mechanism]) -> Any:
-    import dp_accounting as dp
-
-    for m in mechanisms:
-        event: Any = dp.GaussianDpEvent(m.noise_multiplier)
-        if m.sampling_rate < 1:
-            event = dp.PoissonSampledDpEvent(m.sampling_rate, event)
-        accountant.compose(event, m.count)
-    return accountant
-
-
 def _group_epsilon(accountant: Any, mechanisms: Sequence[Mechanism], delta: float, group_size: int) -> float:
     """ε by PLD for adding or removing `group_size` records at once.
 
@@ -98,7 +87,6 @@ def _group_epsilon(accountant: Any, mechanisms: Sequence[Mechanism], delta: floa
     P(S) <= P₁(S) + η, and P₁(S) <= P(S)/(1 - η).  So ε(δ - η) of P₁ plus -log(1 - η) holds for P.
     """
     import dp_accounting as dp
-    from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
     from scipy.stats import binom
 
     eta = 1e-6 * delta
@@ -113,21 +101,9 @@ def _group_epsilon(accountant: Any, mechanisms: Sequence[Mechanism], delta: floa
         number = range(most + 1)
         chances = binom.pmf(number, group_size, q)
         chances /= chances.sum()
-        accountant.compose(
-            MixtureOfGaussiansDpEvent(z, [float(j) for j in number], [float(p) for p in chances]), m.count
-        )
+        shifts = [float(j) for j in number]
+        accountant.compose(dp.dp_event.MixtureOfGaussiansDpEvent(z, shifts, chances.tolist()), m.count)
     return float(accountant.get_epsilon(delta - eta)) - math.log1p(-eta)
-
-
-def _accountant(kind: Accountant, interval: float) -> Any:
-    import dp_accounting as dp
-    from dp_accounting.pld import PLDAccountant
-    from dp_accounting.rdp import RdpAccountant
-
-    adjacency = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-    if kind == "rdp":
-        return RdpAccountant(neighboring_relation=adjacency)
-    return PLDAccountant(adjacency, value_discretization_interval=interval)
 
 
 @contextmanager
@@ -162,11 +138,24 @@ def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, kind: Accountant, 
     if group_size > 1:
         # Mixtures take ten times as long; this adds 0.02 % to ε at most where it was measured, and stays a bound.
         interval *= 8
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    adjacency = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
     with _quiet():
-        accountant = _accountant(kind, interval)
+        if kind == "pld":
+            accountant = PLDAccountant(adjacency, value_discretization_interval=interval)
+        else:
+            accountant = RdpAccountant(neighboring_relation=adjacency)
         if group_size > 1:
             return _group_epsilon(accountant, mechanisms, delta, group_size)
-        return float(_compose(accountant, mechanisms).get_epsilon(delta))
+        for m in mechanisms:
+            event: Any = dp.GaussianDpEvent(m.noise_multiplier)
+            if m.sampling_rate < 1:
+                event = dp.PoissonSampledDpEvent(m.sampling_rate, event)
+            accountant.compose(event, m.count)
+        return float(accountant.get_epsilon(delta))
 
 
 def _group_lemma(epsilon_at: Callable[[float], float], delta: float, group_size: int) -> float:
@@ -236,10 +225,8 @@ def calibrate_noise(
     RDP is an upper bound that takes milliseconds, so it gives the first guess; PLD then takes a few evaluations.
 
     Args:
-        target_epsilon: ε > 0.
-        delta: δ in (0, 1).
-        sampling_rate: q in (0, 1].
-        steps: number of steps, >= 1.
+        target_epsilon, delta: ε > 0 and δ in (0, 1).
+        sampling_rate, steps: q in (0, 1], and how many steps.
         spent: earlier mechanisms on the same data, which the total includes.
         accountant: which bound to calibrate.
         tolerance: how far below the target the total may end, relative; it never ends above.
@@ -371,11 +358,8 @@ def neighbouring_plans(
     """What training costs, or what noise a budget needs, and how neighbouring plans compare.
 
     Args:
-        records: number of private images n.
-        batch: expected batch, at most n.
-        steps: DP-SGD steps.
-        epsilon: target ε; exactly one of this and `noise_multiplier`.
-        noise_multiplier: z.
+        records, batch, steps: number of private images n, expected batch (at most n), DP-SGD steps.
+        epsilon, noise_multiplier: target ε, or z: exactly one of the two.
         delta: δ; None: :func:`default_delta`.
         group_size: g; ε is for up to g records together.
 

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.full_precision import full_precision
 from dpsyngen.privacy.contributions import Contribution, Dense
 
@@ -151,31 +151,24 @@ class Whole:
 
 
 def check_clipping(clipping_norm: float, style: str) -> None:
-    """Raise ValueError unless both are allowed."""
-    if not (clipping_norm > 0 and math.isfinite(clipping_norm)):
-        raise ValueError(f"clipping_norm is {clipping_norm}, but must be positive and finite.")
-    if style not in STYLES:
-        raise ValueError(f"clipping style is {style!r}, but must be one of {', '.join(STYLES)}.")
+    """Raise ConfigError unless both are allowed."""
+    ok = clipping_norm > 0 and math.isfinite(clipping_norm)
+    require(ok, "clipping_norm", clipping_norm, "positive and finite")
+    require(style in STYLES, "clipping style", style, STYLES)
 
 
 def valid_mask(valid: int | Tensor | None, examples: int, device: torch.device) -> Tensor | None:
     """[examples] booleans: which are more than padding; None: all.
 
-    Args:
-        valid: such a tensor, or how many of the first ones are.
-        examples: B.
-        device: of the result.
+    `valid` is such a tensor, or how many of the first ones are.
     """
     if valid is None:
         return None
     if isinstance(valid, Tensor):
-        if valid.shape != (examples,) or valid.dtype != torch.bool:
-            raise ConfigError(
-                f"valid is {valid.dtype} of shape {tuple(valid.shape)}, but must be boolean of shape ({examples},)."
-            )
+        ok = valid.shape == (examples,) and valid.dtype == torch.bool
+        require(ok, "valid", f"{valid.dtype} {tuple(valid.shape)}", f"boolean of shape ({examples},)")
         return valid.to(device)
-    if not 0 <= valid <= examples:
-        raise ConfigError(f"valid is {valid}, but must be from 0 to the number of examples, {examples}.")
+    require(0 <= valid <= examples, "valid", valid, f"from 0 to the number of examples, {examples}")
     return torch.arange(examples, device=device) < valid
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -131,20 +132,14 @@ def noisy_mean(
         same noise that one process would have added, so that every coordinate has noise once; see
         :mod:`dpsyngen.privacy.sharding`.
     """
-    if noise_multiplier < 0 or expected_examples <= 0:
-        raise ValueError(
-            f"noise_multiplier={noise_multiplier} must be >= 0 and expected_examples={expected_examples} > 0."
-        )
+    require(noise_multiplier >= 0, "noise_multiplier", noise_multiplier, ">= 0")
+    require(expected_examples > 0, "expected_examples", expected_examples, "> 0")
     if noise_multiplier == 0:
         return [total / expected_examples for total in clipped.sums]
     if not math.isfinite(clipped.l2_sensitivity):
         raise ValueError("the sum has no finite sensitivity, so no noise makes it private: clip it first.")
-    scale = noise_multiplier * clipped.l2_sensitivity
-
-    def draw(count: int, spans: Iterable[tuple[int, int]]) -> Iterator[NDArray[np.float32]]:
-        return standard_normal_parts(randomness, step, count, spans)
-
-    return clipped.noisy(scale, expected_examples, draw)
+    draw = partial(standard_normal_parts, randomness, step)
+    return clipped.noisy(noise_multiplier * clipped.l2_sensitivity, expected_examples, draw)
 
 
 def standard_normal(randomness: Randomness, step: int, count: int, purpose: Purpose = "noise") -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import RunError
+from dpsyngen.errors import RunError, require
 from dpsyngen.files import write_text
 
 Purpose = Literal["sampling", "noise", "moments", "augmentation", "tag"]
@@ -131,8 +131,7 @@ def poisson_sample(randomness: Randomness, step: int, records: int, sampling_rat
         records: number of records present (may differ from the declared number that fixed the rate).
         sampling_rate: q in (0, 1].
     """
-    if not 0 < sampling_rate <= 1:
-        raise ValueError(f"sampling_rate is {sampling_rate}, but must be in (0, 1].")
+    require(0 < sampling_rate <= 1, "sampling_rate", sampling_rate, "in (0, 1]")
     if sampling_rate == 1:
         return np.arange(records, dtype=np.int64)
     threshold = np.uint64(int(sampling_rate * 2**64))
