@@ -191,7 +191,7 @@ class AuditReport:
         return f"The claim is CONTRADICTED: {names}.  " + (
             "That can be chance: audit the run again, and if that fails too do not release it."
             if all(f.p_value is not None for _, f in self.failures)
-            else "This is no matter of chance: do not release the run."
+            else "This is not chance: do not release the run."
         )
 
 

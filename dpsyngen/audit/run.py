@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dpsyngen.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, CanaryRun, train_canaries
+from dpsyngen.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, train_canaries
 from dpsyngen.audit.invariants import check_sizes, check_transcript
 from dpsyngen.audit.one_run import LARGEST
 from dpsyngen.audit.report import AuditReport, Finding, decide, exact
 from dpsyngen.audit.sensitivity import ClippingAudit, audit_noise
 from dpsyngen.diffusion.stages import GAUSSIAN
-from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.errors import RunError, require
 from dpsyngen.files import write_text
 from dpsyngen.hardware import choose
 from dpsyngen.privacy.accounting import Mechanism
@@ -34,7 +35,7 @@ from dpsyngen.training.session import pinned
 BOOKS, STEP, CLIPPING = "this run's books", "one step with the run's settings", "clipping on the run's network"
 NETWORK, LOOKUP, SPARSE = (
     "a short run of the run's network",
-    "a short run of the network that betrays most",
+    "a short run of the lookup network",
     "a run of batches that are often empty",
 )
 
@@ -90,8 +91,7 @@ def audit_run(
         RunError: the run is not finished.
         ConfigError: a confidence that is not allowed.
     """
-    if not 0.95 <= confidence < 1:
-        raise ConfigError(f"--confidence is {confidence}, but must be from 0.95 to below 1.")
+    require(0.95 <= confidence < 1, "--confidence", confidence, "from 0.95 to below 1")
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
     device = choose(device).device
@@ -99,9 +99,8 @@ def audit_run(
     begun = time.monotonic()
     ledger = Ledger(run.ledger_path)
     report = AuditReport(run.path.resolve().name, ledger.epsilon(), ledger.delta, confidence)
-    parts: dict[str, list[Finding]] = {}
     tell("replaying the run's books")
-    parts[BOOKS] = replay(run)
+    report.parts[BOOKS] = replay(run)
     if not Randomness.load(run.randomness_path).secure:
         report.notes.append(
             "NOT PRIVATE: this run's noise comes from --insecure-seed, so anyone can subtract it.  The audits are of "
@@ -118,7 +117,7 @@ def audit_run(
             "only their charges were looked at."
         )
     else:
-        _audit_mechanism(run, ledger, effort, confidence, device, tell, report, parts)
+        _audit_mechanism(run, ledger, report, effort, device, tell)
         report.notes.append(
             f"Audits of training are of short runs at the same target ε = {config_epsilon:g}, on images of programs."
         )
@@ -127,7 +126,9 @@ def audit_run(
                 "DP-SGD was attacked; of the DP moments only the charges were looked at.  The short runs train the "
                 "network without them, and spend all of ε on their steps."
             )
-    report.parts = _judged(parts, 1 - confidence)
+    # All tests of all parts share the chance of a false alarm.
+    judged = iter(decide([f for findings in report.parts.values() for f in findings], 1 - confidence))
+    report.parts = {part: [next(judged) for _ in findings] for part, findings in report.parts.items()}
     report.seconds = time.monotonic() - begun
     folder = run.private / "audit"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -136,71 +137,49 @@ def audit_run(
 
 
 def _audit_mechanism(
-    run: Run,
-    ledger: Ledger,
-    effort: Effort,
-    confidence: float,
-    device: str,
-    tell: Callable[[str], None],
-    report: AuditReport,
-    parts: dict[str, list[Finding]],
+    run: Run, ledger: Ledger, report: AuditReport, effort: Effort, device: str, tell: Callable[[str], None]
 ) -> None:
     config, shape = run.config, _shape(run)
     noise = {m.noise_multiplier for m in charged_mechanisms(ledger)}
     m = DpSgd(shape.records, min(noise), config.privacy.clipping_norm, config.private)
     tell("telling a step with a worst-case record from one without")
-    report.step_game = audit_noise(config, m, trials=effort.trials, confidence=confidence)
-    parts[STEP] = [report.step_game.finding]
+    report.step_game = game = audit_noise(config, m, trials=effort.trials, confidence=report.confidence)
+    report.parts[STEP] = [game.finding]
     tell("clipping hostile images")
     moments = stages_of(config).moments
     gaussian = load_gaussian(run.weights(GAUSSIAN), shape).to(device) if moments else None  # released: costs nothing
     clipping = ClippingAudit(config, m, shape, device, gaussian)
-    parts[CLIPPING] = clipping.findings()
+    report.parts[CLIPPING] = clipping.findings()
     # A step trains on a quarter of the canaries and scores all of them twice, K rows each.
     cost = clipping.seconds_a_row() * 2.5 * config.private.copies * effort.steps
     fitting = min(int(effort.seconds / cost), LARGEST // sum(p.numel() for p in clipping.engine.parameters))
-    canaries, others = max(16, min(effort.most_canaries, fitting)), 8
+    canaries = max(16, min(effort.most_canaries, fitting))
+    images: dict[str, Any] = {
+        "resolution": shape.resolution,
+        "channels": shape.channels,
+        "classes": bool(shape.class_names),
+    }
+    crash = CHECKPOINT_EVERY + 2
     plans = {
-        NETWORK: CanaryPlan(
-            canaries,
-            others,
-            (canaries + others) // 2,
-            effort.steps,
-            resolution=shape.resolution,
-            channels=shape.channels,
-            classes=bool(shape.class_names),
-            crash_after=CHECKPOINT_EVERY + 2,
-        ),
+        NETWORK: CanaryPlan(canaries, 8, (canaries + 8) // 2, effort.steps, crash_after=crash, **images),
         LOOKUP: CanaryPlan(
             effort.lookup_canaries,
             16,
             (effort.lookup_canaries + 16) // 2,
             effort.lookup_steps,
             lookup=True,
-            crash_after=CHECKPOINT_EVERY + 2,
+            crash_after=crash,
         ),
         SPARSE: CanaryPlan(24, 16, 1, effort.sparse_steps, lookup=True, score=False),
     }
     with tempfile.TemporaryDirectory(prefix="dpsyngen-audit-") as folder:
         for number, (name, plan) in enumerate(plans.items()):
             tell(f"training {name}: {plan.canaries} canaries, {plan.steps} steps")
-            done = train_canaries(config, plan, Path(folder) / str(number), confidence=confidence, device=device)
-            parts[name] = _of_training(done)
+            done = train_canaries(config, plan, Path(folder) / str(number), confidence=report.confidence, device=device)
+            report.parts[name] = check_transcript(done.transcript, done.claim)
             if done.one_run is not None:
+                report.parts[name].append(done.one_run.finding)
                 report.one_runs["the run's network" if name == NETWORK else "lookup network"] = done.one_run
-
-
-def _of_training(done: CanaryRun) -> list[Finding]:
-    findings = check_transcript(done.transcript, done.claim)
-    if done.one_run is not None:
-        findings.append(done.one_run.finding)
-    return findings
-
-
-def _judged(parts: dict[str, list[Finding]], error: float) -> dict[str, list[Finding]]:
-    """All tests of all parts share the error."""
-    judged = iter(decide([f for findings in parts.values() for f in findings], error))
-    return {part: [next(judged) for _ in findings] for part, findings in parts.items()}
 
 
 def _shape(run: Run) -> Shape:
@@ -218,9 +197,6 @@ def replay(run: Run) -> list[Finding]:
 
     Nothing is computed on images.  It catches, in the run itself, shuffled batches, another rate than the one accounted
     for, empty batches that were left out, steps too many, and streams that were used twice.
-
-    Returns:
-        exact findings, and tests that wait for :func:`dpsyngen.audit.report.decide`.
     """
     config, ledger = run.config, Ledger(run.ledger_path)
     stages = stages_of(config)

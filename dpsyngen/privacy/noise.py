@@ -83,7 +83,7 @@ class GaussianMechanism:
 
 @dataclass(frozen=True)
 class NoPrivacy:
-    """Neither clipping nor noise, for a non-private reference: ε = ∞.
+    """Neither clipping nor noise, for a non-private reference.  Formal guarantee: none, ε = ∞.
 
     Attributes:
         expected_examples: the constant divisor, > 0.

@@ -71,9 +71,7 @@ class Place:
 
     @staticmethod
     def like(value: Tensor, own: Tensor) -> Tensor:
-        """`own` as the local part of a tensor that is distributed like `value`; or `own`, if that is not."""
-        if not hasattr(value, "to_local"):
-            return own
+        """`own` as the local part of a tensor that is distributed like `value`."""
         from torch.distributed.tensor import DTensor
 
         assert isinstance(value, DTensor)
@@ -136,9 +134,9 @@ class Gathered:
             yield
 
     def abandon(self) -> None:
-        """After a pass that failed on its way: FSDP forgets it, and no parameter is left whole."""
+        """After a pass that failed: FSDP forgets it, and no parameter is left whole."""
         if not self._kept:
-            return  # none has ever been run
+            return  # no layer has been run
         from torch.distributed.fsdp import FSDPModule
 
         inner: set[int] = set()
@@ -146,7 +144,7 @@ class Gathered:
             if not isinstance(module, FSDPModule) or id(module) in inner:
                 continue
             inner |= {id(m) for m in module.modules() if m is not module}
-            # In PyTorch 2.6 to 2.12 there is no more to be done than to give back what is whole.
+            # In PyTorch 2.6 to 2.12 it is enough to give back what is whole.
             getattr(module, "reset_iter_state", module.reshard)()
 
 
@@ -175,7 +173,7 @@ class GatheredTape(Tape):
     def tracks(self, value: object) -> bool:
         if id(value) in self._position:
             return True
-        # Shards are no plain parameters: what FSDP itself does with them on the way is none of our business.
+        # Shards are no plain parameters: what FSDP itself does with them is not part of the model and not recorded.
         if type(value) is not nn.Parameter or not self._gathered.look_for(value):
             return False
         self._position.update(self._gathered.known)
