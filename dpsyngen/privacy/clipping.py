@@ -17,9 +17,9 @@ none at all: an empty Poisson batch            the sum is zero and has sensitivi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -43,12 +43,8 @@ _SMALL_SQUARE = 1e-24  # below it squares in fp32 lose digits
 _SMALL_TENSOR = 4096  # numbers an example; smaller tensors are handled together
 
 
-class Draw(Protocol):
-    """Draws parts of one vector of standard normal noise; see :func:`dpsyngen.privacy.noise.standard_normal_parts`."""
-
-    def __call__(self, count: int, spans: Iterable[tuple[int, int]]) -> Iterator[NDArray[np.float32]]:
-        """Of the vector of `count` numbers, the parts (start, length)."""
-        ...
+Draw = Callable[[int, Iterable[tuple[int, int]]], Iterator[NDArray[np.float32]]]
+"""Of one vector of so many standard normal numbers draws the parts (start, length), one after the other."""
 
 
 @dataclass(frozen=True)
