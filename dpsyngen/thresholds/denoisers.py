@@ -2,14 +2,6 @@
 
 Each network is kept in a file that is named by all that decides its weights.  Unlike the experts of a run they are
 trained on *all* noise levels alike (log σ uniform), so that what they answer at the ends of the axis is learned there.
-
-The reference predictors are affine in x = x₀ + σ·n, so that their expected loss over the noise is known for each image
-x₀, with no noise drawn: for D(x) = m + A(x - m) it is |(I - A)(x₀ - m)|² + σ²·tr(A Aᵀ).
-
-- *zero-information*: A = a·I and m one grey level.  It knows the mean and the variance of all pixels together and
-  nothing of how pixels depend on each other; a = v/(v + σ²) is the best.
-- *Wiener*: m the mean image and A = C(C + σ²I)⁻¹ with the pixels' covariance C: the optimal denoiser of a Gaussian with
-  these moments, and the best affine one of any images that have them.
 """
 
 from __future__ import annotations
@@ -17,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
@@ -37,7 +30,7 @@ from dpsyngen.errors import DataError, RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
-from dpsyngen.thresholds.gap import HIGHEST, LOWEST, Array
+from dpsyngen.thresholds.gap import HIGHEST, LOWEST
 from dpsyngen.training.checkpoint import TrainState, save_file
 from dpsyngen.training.networks import load_weights, make_denoiser
 from dpsyngen.training.plan import Shape
@@ -49,8 +42,8 @@ FIRST_IMAGE = 10**12
 
 _PER_SEED = 10**9
 
-PROXY, WIENER = "proxy", "wiener"
-"""What the proxy and its Wiener filter are called among the families."""
+PROXY, WIENER, ZERO = "proxy", "wiener", "zero-information"
+"""What the proxy and the predictors that know its moments are called among the families."""
 
 MOST_PIXELS = 4096
 """Beyond that the Wiener filter is left out: its covariance matrix would take minutes and gigabytes."""
@@ -226,76 +219,40 @@ def _restore(path: Path, state: TrainState, steps: int) -> None:
 # ------------------------------------------------------------------------------- predictors that know moments
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Of the pixels of some images in [-1, 1].
-
-    Attributes:
-        mean: [d].
-        covariance: [d, d]; None with more than ``MOST_PIXELS`` pixels.
-        level, variance: mean and variance of all pixels together.
-    """
-
-    mean: Array
-    covariance: Array | None
-    level: float
-    variance: float
-
-    @classmethod
-    def of(cls, images: NDArray[np.uint8]) -> Moments:
-        """Of uint8 images [n, C, H, W], a few thousand in memory at a time."""
-        n, pixels = len(images), int(np.prod(images.shape[1:]))
-        total, square = np.zeros(pixels), 0.0
-        second = np.zeros((pixels, pixels)) if pixels <= MOST_PIXELS else None
-        for start in range(0, n, _CHUNK):
-            x = as_range(images[start : start + _CHUNK])
-            total += x.sum(0)
-            square += float(np.square(x).sum())
-            if second is not None:
-                second += x.T @ x
-        mean, level = total / n, float(total.sum() / (n * pixels))
-        covariance = None if second is None else second / n - np.outer(mean, mean)
-        return cls(mean, covariance, level, square / (n * pixels) - level**2)
-
-
-def as_range(images: NDArray[np.uint8]) -> Array:
-    """uint8 [n, C, H, W] as float64 [n, d] in [-1, 1]."""
-    return images.reshape(len(images), -1).astype(np.float64) / 127.5 - 1
-
-
-def zero_information_loss(images: NDArray[np.uint8], fitted: Moments, log_sigma: Sequence[float] | Array) -> Array:
-    """Expected loss of each image, mean over its pixels, [N, M].
+class ZeroInformation:
+    """D(x; σ) = m + v/(v + σ²)·(x - m): the best affine predictor that knows mean m and variance v of all pixels alone.
 
     Args:
-        images: x₀, uint8 [N, C, H, W].
-        fitted: moments of other images of the same kind.
-        log_sigma: M levels.
+        images: whose moments they are, uint8 [n, C, H, W].
     """
-    square = np.exp(2 * np.asarray(log_sigma, dtype=np.float64))
-    a = fitted.variance / (fitted.variance + square)
-    distance = np.square(as_range(images) - fitted.level).mean(1)
-    return np.asarray(distance[:, None] * (1 - a) ** 2 + square * a**2)
+
+    def __init__(self, images: NDArray[np.uint8]) -> None:
+        self.mean, self.variance = images.mean() / 127.5 - 1, images.var() / 127.5**2
+
+    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        share = self.variance / (self.variance + sigma.square())
+        return self.mean + share.view(-1, 1, 1, 1) * (x - self.mean)
 
 
-def wiener_loss(images: NDArray[np.uint8], fitted: Moments, log_sigma: Sequence[float] | Array) -> Array | None:
-    """The same of the Wiener filter; None with more than ``MOST_PIXELS`` pixels."""
-    if fitted.covariance is None:
+def wiener_filter(images: NDArray[np.uint8]) -> GaussianDenoiser | None:
+    """The best affine denoiser of images: the optimal one of a Gaussian with their mean and covariance.
+
+    Args:
+        images: uint8 [n, C, H, W].
+
+    Returns:
+        None with more than ``MOST_PIXELS`` pixels.
+    """
+    d = int(np.prod(images.shape[1:]))
+    if d > MOST_PIXELS:
         return None
-    values, axes = np.linalg.eigh(fitted.covariance)
-    square = np.exp(2 * np.asarray(log_sigma, dtype=np.float64))[:, None]
-    a = np.maximum(values, 0) / (np.maximum(values, 0) + square)  # [M, d]
-    along = np.square((as_range(images) - fitted.mean) @ axes)  # [N, d], in the axes of C
-    return np.asarray(along @ np.square(1 - a).T + (square * np.square(a)).sum(1)) / len(values)
-
-
-def wiener_filter(fitted: Moments, shape: tuple[int, int, int], device: str = "cpu") -> GaussianDenoiser:
-    """The Wiener filter as a denoiser of images [C, H, W]; there are no classes.
-
-    Raises:
-        ValueError: the moments have no covariance.
-    """
-    if fitted.covariance is None:
-        raise ValueError(f"images of more than {MOST_PIXELS} pixels have no covariance here.")
-    d = len(fitted.mean)
-    tensors = fitted.mean[None], np.eye(d), fitted.covariance[None], np.zeros(d), np.ones(1)
-    return GaussianDenoiser(ClassGaussians(*map(torch.from_numpy, tensors)), shape).to(device)
+    total, second = np.zeros(d), np.zeros((d, d))
+    for start in range(0, len(images), _CHUNK):
+        x = images[start : start + _CHUNK].reshape(-1, d).astype(np.float64) / 127.5 - 1
+        total += x.sum(0)
+        second += x.T @ x
+    mean = total / len(images)
+    covariance = second / len(images) - np.outer(mean, mean)
+    tensors = mean[None], np.eye(d), covariance[None], np.zeros(d), np.ones(1)
+    c, h, w = images.shape[1:]
+    return GaussianDenoiser(ClassGaussians(*map(torch.from_numpy, tensors)), (c, h, w))

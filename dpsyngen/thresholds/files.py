@@ -19,7 +19,7 @@ import yaml
 from dpsyngen.config import load_config
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_bytes, write_text
-from dpsyngen.thresholds.denoisers import PROXY, WIENER
+from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
 from dpsyngen.thresholds.elbow import METHODS, SIDES, Elbow, Method
 from dpsyngen.thresholds.gap import Array, GapCurve, data_radius, kl_bound, price, price_density
 from dpsyngen.thresholds.private import PrivateCurve
@@ -206,16 +206,9 @@ def document(result: StagesResult) -> dict[str, Any]:
             for f in result.found
         ],
         "proxy_loss": [asdict(loss) for loss in result.losses],
-        "proxy_loss_by_level": {name: loss.tolist() for name, loss in _by_level(m).items()} or None,
+        "proxy_loss_by_level": {k: v.mean((0, 1)).tolist() for k, v in m.proxy_losses.items()} or None,
         "private": None if result.private is None else result.private[0].to_dict() | dict(result.private[1]),
     }
-
-
-def _by_level(m: Measured) -> dict[str, Array]:
-    """Loss of the reference predictors, and of each family's networks, on the proxy at each level; {} without one."""
-    known = {"zero-information": m.zero_loss, WIENER: m.wiener_loss}
-    out = {name: loss.mean(0) for name, loss in known.items() if loss is not None}
-    return out | {name: losses.mean((0, 1)) for name, losses in m.proxy_losses.items()}
 
 
 def elbow_rows(result: StagesResult) -> list[dict[str, Any]]:
@@ -306,10 +299,10 @@ def _line(elbow: Elbow, relation: str) -> str:
 
 def teacher_line(result: StagesResult) -> str | None:
     """Where the proxy's networks do not show what can be known of its images; None if there is no sign of that."""
-    losses = _by_level(result.measured)
-    if WIENER not in losses or PROXY not in losses:
+    losses = result.measured.proxy_losses
+    if WIENER not in losses:
         return None
-    behind = losses[PROXY] > losses[WIENER]
+    behind = losses[PROXY].mean((0, 1)) > losses[WIENER].mean((0, 1))
     if not behind.any():
         return None
     return (
@@ -440,8 +433,8 @@ def _draw_gap(panel: Any, result: StagesResult) -> None:
 
 
 def _draw_losses(panel: Any, result: StagesResult) -> None:
-    losses = _by_level(result.measured)
-    zero, colours = losses.pop("zero-information"), iter(_LINES * len(losses))
+    losses = {name: values.mean((0, 1)) for name, values in result.measured.proxy_losses.items()}
+    zero, colours = losses.pop(ZERO), iter(_LINES * len(losses))
     for name, loss in losses.items():
         label, look = f"trained on {name}", {"color": _MAIN, "lw": 1.6}
         if name == PROXY:

@@ -15,21 +15,19 @@ Formal guarantee: the estimate is one run of the (Poisson-subsampled, with a sam
 with noise multiplier z under adding or removing one image, with the declared number of records and the sampling rate
 fixed as public constants.
 
-**On the disk.**  ``private/`` (mode 0700) holds the key, the ledger and ``data.json``, which pins images, networks and
-constants; ``private_gap.json`` is what the mechanism released.  The order is: key; ledger; ``data.json``; reservation
-in the budget file; charge in the ledger; computation; result.  A call that was killed goes on behind the last of these
-that is on the disk, with the same key, so that the noise it adds is the noise it would have added, to the same sum, and
-nothing is charged twice.  Other images, networks or constants are refused: they would get that noise, too.
+**On the disk.**  ``private/`` (mode 0700) is a :class:`dpsyngen.training.session.Session`: key, ledger, and
+``data.json``, which pins images, networks and constants; then come the reservation in the budget file, the charge in
+the ledger, the computation, and ``private_gap.json``, what the mechanism released.  A call that was killed goes on
+behind the last of these, with the same noise for the same sum, and nothing is charged twice.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +49,7 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
 from dpsyngen.thresholds.gap import Answers, Array, MeanCurve, Pair, measure
+from dpsyngen.training.session import Session, Terms
 from dpsyngen.workers import Workers
 
 _PAIR: Pair = ("teacher", "student")
@@ -314,14 +313,12 @@ class PrivateEstimate:
 
     def __init__(self, folder: Path, plan: PrivatePlan) -> None:
         self.plan, self.private, self.result_path = plan, folder / "private", folder / "private_gap.json"
-        self._ledger_path = self.private / "ledger.jsonl"
-        self._data_path, self._key_path = self.private / "data.json", self.private / "randomness.json"
 
     def require_affordable(self) -> None:
         """Raise BudgetExceeded unless the estimate fits into the budget beside what else is in it."""
+        ledger = self.private / "ledger.jsonl"
         if (budget := self.plan.budget) is not None:
-            run = Ledger(self._ledger_path).run if self._ledger_path.exists() else None
-            budget.require((self.plan.query.mechanism(),), run)
+            budget.require((self.plan.query.mechanism(),), Ledger(ledger).run if ledger.exists() else None)
 
     def curve(
         self,
@@ -342,33 +339,45 @@ class PrivateEstimate:
             workers: threads that share the images.
             on_progress: called with the number of images that are done, and of all.
         """
-        plan = self.plan
-        randomness = self._key()
-        ledger = self._ledger(randomness)
-        query = self._pinned(randomness, ledger, networks, log_sigma, clipping_norm)
+        p, q = self.plan.privacy, self.plan.query
+        fingerprint = self.plan.dataset.fingerprint()
+        self.private.mkdir(mode=0o700, exist_ok=True)
+        os.chmod(self.private, 0o700)
+        terms = Terms(p.epsilon, self.plan.delta, q.records, p.group_size, p.insecure_seed)
+        again = "start again in another folder, which charges again"
+        session = Session(self.private, terms, (self.result_path,), again)
+        fixed = {
+            "networks": [_digest(network) for network in networks],
+            "log_sigma": list(log_sigma),
+            "records": q.records,
+            "sampling_rate": q.sampling_rate,
+        }
+        # Calibration and public clipping could differ in the last digits with another version of a library.
+        known = session.pin(fingerprint, fixed, noise_multiplier=q.noise_multiplier, clipping_norm=clipping_norm)
+        q = replace(q, noise_multiplier=known["noise_multiplier"], clipping_norm=float(known["clipping_norm"]))
         if self.result_path.exists():
             return self._read()
-        if (budget := plan.budget) is not None:
-            budget.reserve(ledger.run, name, (query.mechanism(),), plan.dataset.fingerprint())
+        session.reserve(self.plan.budget, name, (q.mechanism(),), fingerprint)
+        ledger = session.ledger
         if not ledger.mechanisms:
             ledger.charge(
-                query.mechanism(),
+                q.mechanism(),
                 "gap of two public denoisers on the private images, by noise level (dpsyngen stages)",
-                l2_sensitivity=query.clipping_norm,
+                l2_sensitivity=q.clipping_norm,
                 values=3 * len(log_sigma),
             )
-        gap = PrivateGap(*networks, log_sigma, plan.sigma_data, randomness, workers)
-        curve = gap.released(gap.summed(plan.dataset, query, on_progress), query)
+        gap = PrivateGap(*networks, log_sigma, self.plan.sigma_data, session.randomness, workers)
+        curve = gap.released(gap.summed(self.plan.dataset, q, on_progress), q)
         statement = {
             "private": ledger.secure,
             "epsilon": ledger.epsilon(),
             "delta": ledger.delta,
             "group_size": ledger.group_size,
             "adjacency": "add or remove records; sampling rate and normaliser are public constants",
-            "records": query.records,
-            "sampling_rate": query.sampling_rate,
-            "noise_multiplier": query.noise_multiplier,
-            "l2_sensitivity": query.clipping_norm,
+            "records": q.records,
+            "sampling_rate": q.sampling_rate,
+            "noise_multiplier": q.noise_multiplier,
+            "l2_sensitivity": q.clipping_norm,
         }
         write_text(self.result_path, json.dumps(curve.to_dict() | statement, indent=1, ensure_ascii=False) + "\n")
         return curve
@@ -377,86 +386,6 @@ class PrivateEstimate:
         """What was spent and how: the part of the result that is not the curve."""
         stored = json.loads(self.result_path.read_text(encoding="utf-8"))
         return {k: v for k, v in stored.items() if k not in ("log_sigma", "gap", "teacher_loss", "student_loss")}
-
-    def _key(self) -> Randomness:
-        self.private.mkdir(mode=0o700, exist_ok=True)
-        os.chmod(self.private, 0o700)
-        if self._key_path.exists():
-            return Randomness.load(self._key_path)
-        self._refuse_lost(self._key_path, "fresh noise for a charged query would be wrong")
-        seed = self.plan.privacy.insecure_seed
-        randomness = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
-        randomness.save(self._key_path)
-        return randomness
-
-    def _ledger(self, randomness: Randomness) -> Ledger:
-        run, plan = randomness.tag("name of the run")[:32], self.plan
-        if self._ledger_path.exists():
-            ledger = Ledger(self._ledger_path)
-            ledger.catch_up()
-            if ledger.run != run:
-                raise RunError(f"{self._key_path} is not the key with which {self._ledger_path} was begun.")
-            return ledger
-        self._refuse_lost(self._ledger_path, "what was charged is no longer known")
-        return Ledger.create(
-            self._ledger_path,
-            target_epsilon=plan.privacy.epsilon,
-            delta=plan.delta,
-            records=plan.query.records,
-            group_size=plan.privacy.group_size,
-            run=run,
-            secure=randomness.secure,
-        )
-
-    def _refuse_lost(self, path: Path, why: str) -> None:
-        """Raise RunError if anything that is made after `path` is there."""
-        if any(p.exists() for p in (self._ledger_path, self._data_path, self.result_path)):
-            raise RunError(
-                f"{path} is missing, though the estimate was begun: {why}.  Put it back from a backup, or start again "
-                "in another folder, which charges again."
-            )
-
-    def _pinned(
-        self,
-        randomness: Randomness,
-        ledger: Ledger,
-        networks: tuple[NetworkDenoiser, NetworkDenoiser],
-        log_sigma: tuple[float, ...],
-        clipping_norm: float,
-    ) -> GapQuery:
-        """Pin what is measured with what; the query as it was pinned, if it was before."""
-        constants = self.plan.query
-        fingerprint = randomness.tag(self.plan.dataset.fingerprint())
-        fixed: dict[str, Any] = {
-            "fingerprint": fingerprint,
-            "networks": [_digest(network) for network in networks],
-            "log_sigma": list(log_sigma),
-            "records": constants.records,
-            "sampling_rate": constants.sampling_rate,
-        }
-        if not self._data_path.exists():
-            if ledger.mechanisms:
-                raise RunError(
-                    f"{self._data_path} is missing, though the query was charged: nothing shows any more that images "
-                    "and networks are the same.  Start again in another folder, which charges again."
-                )
-            # Calibration and public clipping could differ in the last digits with another version of a library.
-            values = {"noise_multiplier": constants.noise_multiplier, "clipping_norm": clipping_norm}
-            write_text(self._data_path, json.dumps(fixed | values) + "\n", 0o600)
-        try:
-            stored = json.loads(self._data_path.read_text(encoding="utf-8"))
-            noise, norm = float(stored["noise_multiplier"]), float(stored["clipping_norm"])
-            same = hmac.compare_digest(str(stored["fingerprint"]), fingerprint)
-            same = same and all(stored[k] == v for k, v in fixed.items())
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self._data_path} cannot be read: {error!r}.  Put it back from a backup.") from None
-        if not same:
-            raise RunError(
-                f"the private images, the networks or the noise levels are not those with which {self.private} was "
-                "begun: the same noise on another sum can reveal both.  Undo the change, or start again in another "
-                "folder, which charges again."
-            )
-        return GapQuery(constants.records, noise, norm, constants.sampling_rate)
 
     def _read(self) -> PrivateCurve:
         try:

@@ -29,13 +29,12 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.thresholds.denoisers import (
     PROXY,
     WIENER,
+    ZERO,
     Family,
     GivenImages,
-    Moments,
     PublicDenoisers,
+    ZeroInformation,
     wiener_filter,
-    wiener_loss,
-    zero_information_loss,
 )
 from dpsyngen.thresholds.elbow import METHODS, SIDES, Elbow, Method, Side, find_elbow
 from dpsyngen.thresholds.gap import Answers, Array, GapCurve, MeanCurve, Pair, mean_curve, measure, seeded_noise
@@ -66,8 +65,8 @@ class Measured:
         pixels: d, of an image.
         curves: by stand-in: "programs" (programs in place of programs), "wiener" (of the proxy's Wiener filter),
             "proxy" (of networks trained on it); "floor" has networks in place of others of their own family.
-        proxy_losses: of each family's networks on the held-out proxy images, [S, N, M].
-        zero_loss, wiener_loss: of the reference predictors on them, [N, M].
+        proxy_losses: on the held-out proxy images, [S, N, M]: of each family's networks, and of the predictors that
+            know moments of the proxy, S = 1; {} without a proxy.
         clipping_norm: C that public images suggest for a private estimate.
     """
 
@@ -77,8 +76,6 @@ class Measured:
         default_factory=lambda: {"programs": [], "wiener": [], "proxy": [], "floor": []}
     )
     proxy_losses: dict[str, Array] = field(default_factory=dict)
-    zero_loss: Array | None = None
-    wiener_loss: Array | None = None
     clipping_norm: float = 1.0
 
 
@@ -147,10 +144,10 @@ class StageSearch:
         for family in self.all_families:
             images = family.measuring_images(self.images)
             denoisers: dict[str, Denoiser] = {f"{label}/{seed}": d for (label, seed), d in trained.items()}
-            moments = Moments.of(family.program.images) if isinstance(family.program, GivenImages) else None
-            if moments is not None and moments.covariance is not None:
-                size = shape.channels, shape.resolution, shape.resolution
-                denoisers[WIENER] = wiener_filter(moments, size, self.networks.device)
+            if isinstance(family.program, GivenImages):
+                denoisers[ZERO] = ZeroInformation(family.program.images)
+                if (wiener := wiener_filter(family.program.images)) is not None:
+                    denoisers[WIENER] = wiener.to(self.networks.device)
             compared = list(self._compared(family, WIENER in denoisers))
             answers = measure(
                 denoisers,
@@ -166,12 +163,10 @@ class StageSearch:
                 result.curves[stand_in].append(curve)
             if self.proxy is None or family is self.proxy:
                 vectors.append(weighted_vectors(answers, asked, weights))
-            if moments is not None:
-                for label in (f.label for f in self.all_families):
-                    losses = [answers.losses[f"{label}/{s}"] for s in range(self.seeds)]
-                    result.proxy_losses[label] = np.stack(losses)
-                result.zero_loss = zero_information_loss(images, moments, self.log_sigma)
-                result.wiener_loss = wiener_loss(images, moments, self.log_sigma)
+            if ZERO in denoisers:
+                names = {f.label: [f"{f.label}/{s}" for s in range(self.seeds)] for f in self.all_families}
+                names |= {name: [name] for name in (ZERO, WIENER) if name in denoisers}
+                result.proxy_losses = {k: np.stack([answers.losses[n] for n in v]) for k, v in names.items()}
         result.clipping_norm = public_clipping_norm(vectors)
         return result
 
@@ -289,10 +284,10 @@ class Loss:
 
 def proxy_loss_rows(measured: Measured, replicates: int) -> list[Loss]:
     """How well each family's networks denoise the proxy, piece by piece of the axis; [] without a proxy."""
-    if measured.zero_loss is None:
+    losses = dict(measured.proxy_losses)
+    if not losses:
         return []
-    zero, wiener, own = measured.zero_loss, measured.wiener_loss, measured.proxy_losses[PROXY]
-    losses = measured.proxy_losses | ({} if wiener is None else {WIENER: wiener[None]})
+    zero, own, wiener = losses.pop(ZERO)[0], losses[PROXY].mean((0, 1)), losses.get(WIENER)
     rng = np.random.default_rng(0)
     # The bootstrap: images by multinomial weights, the same for all families, then seeds.
     weights = rng.multinomial(len(zero), np.full(len(zero), 1 / len(zero)), size=replicates) / len(zero)
@@ -307,7 +302,8 @@ def proxy_loss_rows(measured: Measured, replicates: int) -> list[Loss]:
             if not inside.any():
                 continue
             ends = np.percentile(drawn[:, inside].mean(1), [2.5, 97.5]) if replicates else (np.nan, np.nan)
-            over = [float((mean / loss.mean(0))[inside].mean()) for loss in (zero, own.mean(0))]
-            over_wiener = None if wiener is None else float((mean / wiener.mean(0))[inside].mean())
-            rows.append(Loss(name, title, over[0], float(ends[0]), float(ends[1]), over_wiener, over[1], len(values)))
+            over_zero, over_own = (float((mean / loss)[inside].mean()) for loss in (zero.mean(0), own))
+            over_wiener = None if wiener is None else float((mean / wiener.mean((0, 1)))[inside].mean())
+            low, high = (float(end) for end in ends)
+            rows.append(Loss(name, title, over_zero, low, high, over_wiener, over_own, len(values)))
     return rows

@@ -156,7 +156,7 @@ class Session:
         changed = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
         if changed:
             raise RunError(
-                f"{self.data_path.with_name('config.yaml')} was changed since the run was started "
+                f"{self.data_path.parent.parent}: a setting was changed since the run was started "
                 f"({', '.join(changed[:5])}).  Continuing would add the same noise to different sums, which can reveal "
                 f"both.  Undo the change, or {self.again}."
             )

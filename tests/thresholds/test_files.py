@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpsyngen.config import load_config
-from dpsyngen.thresholds.denoisers import PROXY
+from dpsyngen.thresholds.denoisers import PROXY, WIENER
 from dpsyngen.thresholds.elbow import Elbow
 from dpsyngen.thresholds.files import StagesResult, stage_lines, stage_price, stages_yaml, teacher_line
 from dpsyngen.thresholds.gap import log_sigma_grid
@@ -39,7 +39,7 @@ def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
     measured = Measured(np.arange(4.0), 4)
     result: Any = SimpleNamespace(measured=measured)
     assert teacher_line(result) is None
-    measured.wiener_loss = np.array([[0.1, 0.2, 0.3, 0.4]] * 3)
+    measured.proxy_losses[WIENER] = np.array([[[0.1, 0.2, 0.3, 0.4]] * 3])
     measured.proxy_losses[PROXY] = np.array([[[0.09, 0.19, 0.29, 0.39]] * 3])
     assert teacher_line(result) is None
     measured.proxy_losses[PROXY] = np.array([[[0.2, 0.19, 0.5, 0.39]] * 3])

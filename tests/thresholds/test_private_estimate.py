@@ -120,18 +120,18 @@ def test_killed_anywhere_it_goes_on_with_the_same_noise_and_one_charge(tmp_path,
 
 def test_other_images_networks_or_levels_would_get_the_same_noise_and_are_refused(tmp_path, budget) -> None:
     run(tmp_path / "o", plan(budget))
-    with pytest.raises(RunError, match="the same noise on another sum"):
+    with pytest.raises(RunError, match="the same noise to different data"):
         run(tmp_path / "o", plan(None, dataset(1), insecure_seed=1))
-    with pytest.raises(RunError, match="the same noise on another sum"):
+    with pytest.raises(RunError, match=r"changed.*networks.*the same noise to different sums"):
         run(tmp_path / "o", plan(budget), seed=3)
-    with pytest.raises(RunError, match="the same noise on another sum"):
+    with pytest.raises(RunError, match=r"changed.*log_sigma.*the same noise to different sums"):
         run(tmp_path / "o", plan(budget), levels=(-3.0, 0.5, 3.0))
 
 
 @pytest.mark.parametrize(
     ("lost", "error", "message"),
     [
-        ("randomness.json", RunError, "fresh noise for a charged query"),
+        ("randomness.json", RunError, "would get fresh noise"),
         ("ledger.jsonl", RunError, "ledger.jsonl is missing"),
         ("data.json", RunError, "data.json is missing"),
     ],
@@ -152,9 +152,9 @@ def test_an_edited_ledger_a_foreign_key_and_a_damaged_result_are_refused(tmp_pat
     key = (private / "randomness.json").read_text()
     other = PrivateEstimate(tmp_path / "x", plan(None, insecure_seed=5))
     (tmp_path / "x").mkdir()
-    other._key()
+    other.curve((network(1), network(2)), LEVELS, 2.0, "x")
     (private / "randomness.json").write_text((tmp_path / "x/private/randomness.json").read_text())
-    with pytest.raises(RunError, match="not the key"):
+    with pytest.raises(RunError, match="not the random state"):
         run(tmp_path / "o", plan(budget))
     (private / "randomness.json").write_text(key)
     (private / "data.json").write_text("{}")

@@ -74,7 +74,7 @@ def test_every_program_serves_every_other_and_the_proxy(tmp_path) -> None:
     # Losses are of the images that are set aside, and only those.
     x = proxy.held_out.reshape(6, -1) / 127.5 - 1
     np.testing.assert_allclose(m.proxy_losses["b"][0, :, 0], np.square(x - 0.2).mean(1), rtol=1e-4)
-    assert m.zero_loss.shape == m.wiener_loss.shape == (6, len(LEVELS))
+    assert m.proxy_losses["wiener"].shape == m.proxy_losses["zero-information"].shape == (1, 6, len(LEVELS))
     assert told[-1][1:] == (6, 6, "images")
     assert (s.student.label, s.teacher.label) == ("a", "proxy")
 
@@ -88,7 +88,7 @@ def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) ->
     m = s.measure(trained, lambda *a: None)
     assert len(m.curves["programs"]) == 2
     assert not m.curves["floor"]
-    assert m.zero_loss is None
+    assert not m.proxy_losses
     assert not proxy_loss_rows(m, 10)
     assert s.teacher.label == "b"
     assert m.clipping_norm > 0
@@ -170,9 +170,8 @@ def test_average_is_over_all_that_stand_in() -> None:
 
 def test_losses_by_piece_of_the_axis() -> None:
     m = Measured(np.array(LEVELS), 64)
-    m.zero_loss = np.full((10, len(LEVELS)), 2.0)
-    m.wiener_loss = np.full((10, len(LEVELS)), 1.0)
-    m.proxy_losses = {"a": np.full((2, 10, len(LEVELS)), 1.5), "proxy": np.full((2, 10, len(LEVELS)), 0.5)}
+    means = {"a": (2, 1.5), "proxy": (2, 0.5), "zero-information": (1, 2.0), "wiener": (1, 1.0)}
+    m.proxy_losses = {name: np.full((seeds, 10, len(LEVELS)), v) for name, (seeds, v) in means.items()}
     m.proxy_losses["a"][1] += 0.2
     rows = proxy_loss_rows(m, 100)
     assert {r.family for r in rows} == {"a", "proxy", "wiener"}
