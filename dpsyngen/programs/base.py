@@ -1,4 +1,4 @@
-"""What every image program is: an endless, reproducible sequence of public images."""
+"""What a program is, an endless and reproducible sequence of public images, and the checks of its parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEAST_CHUNK = 32  # images
 
 
 def as_integer(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int in [low, high]; ConfigError, naming the option, if it is anything else."""
+    """Return `value` as an int in [low, high]; ConfigError, naming the option, if it is anything else."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
@@ -37,7 +37,7 @@ def as_integer(name: str, value: object, low: int, high: int) -> int:
 
 
 def as_number(name: str, value: Any, low: float, high: float, *, above: bool = False, hint: str = "") -> float:
-    """`value` as a float in [low, high], or in (low, high] if `above`."""
+    """Return `value` as a float in [low, high], or in (low, high] if `above`."""
     allowed = f"give a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
     allowed += f" ({hint})." if hint else "."
     try:
@@ -52,21 +52,21 @@ def as_number(name: str, value: Any, low: float, high: float, *, above: bool = F
 
 
 def as_choice(name: str, value: Any, allowed: Sequence[str], what: str) -> str:
-    """`value`, one of `allowed`."""
+    """Return `value`, which has to be one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{name}={value!r} is not {what}: choose one of {', '.join(allowed)}.")
     return value
 
 
 def as_flag(name: str, value: Any) -> bool:
-    """`value` as a bool."""
+    """Return `value` as a bool; 0, 1 and "yes" are refused."""
     if not isinstance(value, bool | np.bool_):
         raise ConfigError(f"{name}={value!r} is not a yes or no: give true or false.")
     return bool(value)
 
 
 def as_range(name: str, value: Any, low: float, high: float) -> tuple[float, float]:
-    """`value` as a pair (a, b) with low ≤ a ≤ b ≤ high; one number stands for both."""
+    """Return `value` as a pair (a, b) with low ≤ a ≤ b ≤ high; one number stands for both."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = (value, value)
     if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := list(value)) != 2:
@@ -78,7 +78,7 @@ def as_range(name: str, value: Any, low: float, high: float) -> tuple[float, flo
 
 
 def as_counts(name: str, value: Any, low: int, high: int) -> tuple[int, int]:
-    """`value` as a pair of whole numbers, low ≤ a ≤ b ≤ high; one number stands for both."""
+    """Return `value` as a pair of whole numbers, low ≤ a ≤ b ≤ high; one number stands for both."""
     a, b = as_range(name, value, low, high)
     if a != int(a) or b != int(b):
         raise ConfigError(f"{name}={[a, b]} are not whole numbers: give two from {low} to {high}.")
@@ -86,7 +86,7 @@ def as_counts(name: str, value: Any, low: int, high: int) -> tuple[int, int]:
 
 
 def as_weights(name: str, value: Any, keys: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """Weights of named choices as ((key, weight), …), from a mapping or from such pairs; one at least is positive."""
+    """Return weights of named choices as ((key, weight), …), from a mapping or such pairs; at least one is positive."""
     items = list(value.items()) if isinstance(value, dict) else value
     try:
         pairs = [(key, weight) for key, weight in items]
@@ -105,7 +105,7 @@ def as_weights(name: str, value: Any, keys: Sequence[str]) -> tuple[tuple[str, f
 
 
 def param(default: Any, check: Callable[..., Any], *bounds: Any, **options: Any) -> Any:
-    """A parameter of a family: a dataclass field with its default, and ``check(name, value, *bounds, **options)``.
+    """Declare a parameter of a family: a dataclass field with a default and ``check(name, value, *bounds, **options)``.
 
     `Program` stores what the check returns, so that a configuration is plain and JSON-able whatever types were given.
     """
@@ -114,18 +114,18 @@ def param(default: Any, check: Callable[..., Any], *bounds: Any, **options: Any)
 
 @dataclass(frozen=True, kw_only=True)
 class Program(ABC):
-    """A family of images drawn by a program, with its parameters fixed: an infinite dataset without a disk.
+    """A family of images with its parameters fixed: an infinite data set that needs no disk.
 
     Image i is a pure function of (family, parameters, `seed`, i): the same on every machine, in any order,
     and for any batch size or number of threads or processes.  Programs compare, hash and pickle by value.
 
     `seed` is **public**.  It goes into configurations and releases, and must be unrelated to the random state
-    of the privacy mechanism: anyone may redraw these images, since they contain nobody's data.
+    of the privacy mechanism: anyone may draw these images again, since they contain nobody's data.
 
     Attributes:
         name: registered name of the family (set by `register`).
-        prior_tier: how much the family assumes about the private images.  0: agnostic, nothing; 1: generic
-            shape, e.g. that they show strokes or blobs; 2: domain simulator, e.g. that they are X-rays.
+        prior_tier: how much the family assumes about the private images.  0: nothing (agnostic); 1: a generic
+            shape, such as strokes or blobs; 2: the domain (a simulator, such as one of X-rays).
         resolution: height and width of an image in pixels, 1 to 2048.
         channels: 1 (grey) or 3 (red, green, blue).
         seed: 0 to 2⁶⁴ − 1.
@@ -153,11 +153,11 @@ class Program(ABC):
         """Write image ``indices[n]`` to ``out[n]``, every pixel.  Several threads may call this."""
 
     def _params(self, index: int) -> dict[str, Any]:
-        """What was drawn at random for image `index`, besides pixel noise; families override this."""
+        """Return what was drawn at random for image `index`, besides pixel noise; families override this."""
         return {}
 
     def params(self, index: SupportsIndex) -> dict[str, Any]:
-        """What was drawn at random to make image `index`: numbers, strings, lists and arrays by name.
+        """Return what was drawn at random to make image `index`: numbers, strings, lists and arrays by name.
 
         Enough to tell images apart and to group them, such as the shape, the slope of a spectrum or the leaves; the
         family's class says which there are.
@@ -170,7 +170,7 @@ class Program(ABC):
         return {"index": number, **self._params(number)}
 
     def __call__(self, index: SupportsIndex) -> Images:
-        """Image `index`, uint8 [C, H, W], values 0 to 255.
+        """Draw image `index`, uint8 [C, H, W], values 0 to 255.
 
         Raises:
             IndexError: `index` is negative or above 2⁶³ − 1.
@@ -179,18 +179,18 @@ class Program(ABC):
         return self.batch([_as_index(index)])[0]
 
     def __getitem__(self, index: SupportsIndex) -> Images:
-        """The same as calling; there is no ``len``, so iteration never ends.  For slices use `batch`."""
+        """Draw image `index`, as a call does.  There is no ``len``, so iteration never ends; for slices use `batch`."""
         return self(index)
 
     def batch(
         self, indices: ArrayLike | Iterable[int], *, threads: int = 1, dtype: DTypeLike = np.uint8
     ) -> NDArray[Any]:
-        """Images `indices` in that order, [N, C, H, W]; repeats and N = 0 are allowed.
+        """Draw images `indices` in that order, [N, C, H, W]; repeats and N = 0 are allowed.
 
         Args:
             indices: integers from 0 to 2⁶³ − 1.
             threads: changes the speed, never the images.
-            dtype: uint8 for values 0 to 255, or float32 for the same divided by 127.5, less 1: from −1 to 1.
+            dtype: uint8 for values v from 0 to 255, or float32 for v/127.5 − 1, from −1 to 1.
 
         Raises:
             IndexError: an index is negative or above 2⁶³ − 1.
@@ -221,7 +221,7 @@ class Program(ABC):
         return out
 
     def config(self) -> dict[str, Any]:
-        """Name and all parameters, JSON-able: ``make_program(**program.config()) == program``."""
+        """Return the name and all parameters, JSON-able: ``make_program(**program.config()) == program``."""
         return {"name": self.name, **{field.name: _plain(getattr(self, field.name)) for field in fields(self)}}
 
 
@@ -230,21 +230,21 @@ os.register_at_fork(after_in_child=_pools.clear)  # a forked process has none of
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that stay: starting them anew takes as long as drawing some twenty images."""
+    """Return threads that stay: starting them anew takes as long as drawing some twenty images."""
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(threads, f"dpsyngen-programs-{threads}")
     return _pools[threads]
 
 
 def _plain(value: Any) -> Any:
-    """A parameter as JSON has it: a program inside another is its configuration without what the outer one gives it."""
+    """Return a parameter as JSON has it; a program inside another loses what the outer one gives it."""
     if isinstance(value, Program):
         return {k: v for k, v in value.config().items() if k not in ("resolution", "channels", "seed")}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def as_float(images: Images) -> NDArray[np.float32]:
-    """uint8 values 0 to 255 as float32 from −1 to 1."""
+    """Map uint8 values 0 to 255 to float32 from −1 to 1."""
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
@@ -256,6 +256,7 @@ def _as_index(index: SupportsIndex) -> int:
 
 
 def as_indices(indices: ArrayLike | Iterable[int]) -> Words:
+    """Return indices as uint64 [N]; the errors are those of `Program.batch`."""
     if not hasattr(indices, "__array__") and isinstance(indices, set | frozenset | Iterator):
         indices = list(indices)  # numpy would take these for one object
     array = np.asarray(indices)
@@ -273,7 +274,7 @@ def as_indices(indices: ArrayLike | Iterable[int]) -> Words:
 
 
 def stream(program: Program, batch_size: int, *, start: int = 0, threads: int = 1) -> Iterator[Images]:
-    """Endless consecutive batches, uint8 [batch_size, C, H, W], beginning with image `start`.
+    """Yield endless consecutive batches, uint8 [batch_size, C, H, W], beginning with image `start`.
 
     To resume after b batches, pass ``start=start + b * batch_size``.
 

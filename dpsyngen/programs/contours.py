@@ -93,7 +93,7 @@ class Contours(Program):
 
 @compiled
 def figure_count(seed: Word, index: Word, law: Law) -> int:
-    """How many figures image `index` has."""
+    """Draw how many figures image `index` has."""
     w, _, _, _ = words32(seed, _LAW, index, np.uint64(0))
     low, high = law[0]
     return low + below(w, high - low + 1)
@@ -101,6 +101,7 @@ def figure_count(seed: Word, index: Word, law: Law) -> int:
 
 @compiled
 def _polygon(u: Floats, xs: Floats, ys: Floats) -> None:
+    """Corners at sorted angles; the points are spread over the edges."""
     corners = 3 + min(6, int(7.0 * u[0]))
     angles = np.sort(u[1 : 1 + corners])
     per = POINTS // corners
@@ -121,6 +122,7 @@ def _polygon(u: Floats, xs: Floats, ys: Floats) -> None:
 
 @compiled
 def _superellipse(u: Floats, xs: Floats, ys: Floats) -> None:
+    """Lamé's curve by x = ±a·|cos φ|^(2/m), y = ±b·|sin φ|^(2/m)."""
     exponent = 2.0 / exp2(4.0 * u[0] - 1.0)
     a = 0.25 + 0.75 * u[1]
     b = 0.25 + 0.75 * u[2]
@@ -140,22 +142,20 @@ def _mirrored(u: Floats, xs: Floats, ys: Floats) -> None:
         t = (k + 0.5) / half * (knots - 1)
         i = min(knots - 2, int(t))
         t -= i
-        # Catmull and Rom's cubic through the widths at the knots
+        # Catmull and Rom's cubic through the widths at the knots.
         p0 = u[max(0, i - 1)]
         p1 = u[i]
         p2 = u[i + 1]
         p3 = u[min(knots - 1, i + 2)]
         value = p1 + 0.5 * t * (p2 - p0 + t * (2.0 * p0 - 5.0 * p1 + 4.0 * p2 - p3 + t * (3.0 * (p1 - p2) + p3 - p0)))
-        width = 0.08 + 0.8 * max(0.0, value) * (0.4 + 0.6 * u[knots])
-        height = -1.0 + 2.0 * k / (half - 1)
-        xs[k] = width
-        ys[k] = height
-        xs[POINTS - 1 - k] = -width
-        ys[POINTS - 1 - k] = height
+        xs[k] = 0.08 + 0.8 * max(0.0, value) * (0.4 + 0.6 * u[knots])
+        ys[k] = -1.0 + 2.0 * k / (half - 1)
+        xs[POINTS - 1 - k], ys[POINTS - 1 - k] = -xs[k], ys[k]  # the mirror image, on the way back
 
 
 @compiled
 def _harmonics(u: Floats, roughness: float, xs: Floats, ys: Floats) -> None:
+    """r(φ) = 1 + Σ aₖ·cos(kφ + φₖ)."""
     for k in range(POINTS):
         cos, sin = cos_sin(k / POINTS)
         r = 1.0
@@ -193,9 +193,8 @@ def draw_figure(
     for k in range(POINTS):
         largest = max(largest, xs[k] * xs[k] + ys[k] * ys[k])
     largest = math.sqrt(largest)
-    for k in range(POINTS):
-        xs[k] /= largest
-        ys[k] /= largest
+    xs /= largest
+    ys /= largest
     cos, sin = cos_sin(0.0 if upright else unit32(c))
     # The centre is uniform where the whole figure fits into the image, or in the middle if it does not fit.
     room = max(0.0, size - 2.0 * radius)

@@ -46,11 +46,11 @@ MODES = ("exact", "reference")
 MAX_CANVAS = 4096
 TEXTURES = 8  # to an image: enough that neighbours differ, and few enough to draw fast
 
-_STREAM = np.uint64(0x74657874)  # "text"
+_TEXTURES = np.uint64(0x74657874)  # "text"
 
 
 def as_shape(name: str, value: Any) -> str:
-    """A shape of leaves; "circle", the literature's name, is a disc."""
+    """Return a shape of leaves; "circle", the literature's name, is a disc."""
     return "disc" if value == "circle" else as_choice(name, value, SHAPES, "a shape")
 
 
@@ -127,7 +127,7 @@ class DeadLeaves(Program):
 
     @property
     def prior_tier(self) -> int:  # type: ignore[override]
-        """0, or that of the texture."""
+        """The prior tier: 0, or that of the texture."""
         return tier_of(0, self.texture)
 
     def _law(self) -> LeafLaw:
@@ -151,7 +151,7 @@ class DeadLeaves(Program):
         draw(indices, np.uint64(self.seed), self._law(), self.supersample, out, leaves)
 
     def _cover(self, index: int, record: Floats) -> tuple[Canvas, int]:
-        """The number of the leaf seen at each pixel of the canvas, and how many leaves were placed."""
+        """Return the number of the leaf seen at each pixel of the canvas, and how many leaves were placed."""
         work = workspace(self.resolution * self.supersample)
         leaves = cover(np.uint64(self.seed), np.uint64(index), self._law(), True, work, record)
         return work[0], leaves
@@ -182,7 +182,7 @@ class DeadLeaves(Program):
         }
 
     def leaf_counts(self, indices: ArrayLike) -> Ints:
-        """How many leaves each image took until no ground showed, int64 [N]; to study law and cost."""
+        """Count the leaves that each image took until no ground showed, int64 [N]; to study law and cost."""
         chosen = as_indices(indices)
         if self.texture is not None:
             return np.array([self._cover(int(i), np.empty((0, RECORDED)))[1] for i in chosen], dtype=np.int64)
@@ -200,7 +200,8 @@ def fill_leaves(canvas: Canvas, textures: Images, seed: Word, index: Word, facto
     packed = np.empty((fine, fine), dtype=np.int32)
     for i in range(fine):
         for j in range(fine):
-            a, b, c, _ = words32(seed, _STREAM, index, np.uint64(canvas[i, j]))
+            # The leaf's number is the block: all its pixels get one texture and one offset.
+            a, b, c, _ = words32(seed, _TEXTURES, index, np.uint64(canvas[i, j]))
             texture = below(a, textures.shape[0])
             y = (i // factor + below(b, 2 * size)) % (2 * size)
             x = (j // factor + below(c, 2 * size)) % (2 * size)

@@ -1,4 +1,4 @@
-"""Looking at pictures: many images side by side in one."""
+"""Grids: many images side by side in one picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GAP_LEVEL = 128  # neither black nor white: both occur at the border of images
 
 
 def image_grid(images: Images, columns: int, *, scale: int = 1, pad: int = 1) -> Image.Image:
-    """Images in reading order, `columns` to a row, as one Pillow image (mode "L" or "RGB").
+    """Arrange images in reading order, `columns` to a row, as one Pillow image (mode "L" or "RGB").
 
     Args:
         images: uint8 [N, C, H, W], N ≥ 1, C is 1 or 3.
@@ -65,6 +65,8 @@ def save_grid(
         ConfigError: `path` does not end in .png, its folder does not exist, or it exists and `overwrite` is
             false; or `count`, `columns` or `scale` is not a positive integer.
     """
+    from dpsyngen.files import write_atomically
+
     target = Path(path)
     if target.suffix.lower() != ".png":
         raise ConfigError(f"{target} does not end in .png: grids are written as PNG; choose such a name.")
@@ -74,12 +76,5 @@ def save_grid(
         raise ConfigError(f"{target} exists already: choose another name, remove it, or pass overwrite.")
     count = as_integer("count", count, 1, 2**20)
     grid = image_grid(program.batch(range(count)), columns, scale=scale)
-    # A temporary file in the same folder, as os.replace is atomic only within a file system.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            grid.save(file, format="PNG")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(target, lambda temporary: grid.save(temporary, format="PNG"))
     return target

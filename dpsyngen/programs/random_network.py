@@ -55,7 +55,7 @@ WAVELETS = np.array([np.outer(a, b) for a in _ONE_SIDED for b in _ONE_SIDED]) / 
 @register("random-network")
 @dataclass(frozen=True, kw_only=True)
 class RandomNetwork(Program):
-    """Pictures of random generators; see the module.
+    """Pictures of untrained convolutional generators of StyleGAN's build.
 
     `params` gives ``kind``, ``noise`` (strength), ``alpha`` of the noise's spectrum, and ``mean`` and ``contrast``
     (levels, before they are cut off at 0 and 255).
@@ -87,7 +87,7 @@ class RandomNetwork(Program):
 
 @compiled
 def law_of(seed: Word, index: Word, law: Law) -> tuple[int, float, float, float, float]:
-    """Kind, strength and exponent of the noise, mean and contrast of an image."""
+    """Draw kind, strength and exponent of the noise, mean and contrast of an image."""
     kind, (low, high) = law
     a, b, c, d = words32(seed, _LAW, index, np.uint64(0))
     e, _, _, _ = words32(seed, _LAW, index, np.uint64(1))
@@ -105,7 +105,7 @@ def law_of(seed: Word, index: Word, law: Law) -> tuple[int, float, float, float,
 
 @compiled
 def channels_at(size: int, width: int) -> int:
-    """Channels of the feature maps of a size."""
+    """Return the number of feature maps at a size in pixels."""
     while size > FULL_WIDTH_UP_TO and width > MIN_CHANNELS:
         width //= 2
         size //= 2
@@ -114,14 +114,7 @@ def channels_at(size: int, width: int) -> int:
 
 @compiled
 def draw_filters(
-    seed: Word,
-    index: Word,
-    block: Word,
-    kind: int,
-    inputs: int,
-    outputs: int,
-    filters: Singles,
-    biases: Singles,
+    seed: Word, index: Word, block: Word, kind: int, inputs: int, outputs: int, filters: Singles, biases: Singles
 ) -> Word:
     """Fill filters [outputs, inputs, 3, 3], styled and normalised, and biases [outputs]; returns the next block."""
     styles = np.empty(inputs)
@@ -174,7 +167,7 @@ def convolve(
     outputs: int,
     out: Singles,
 ) -> None:
-    """A 3 × 3 convolution, noise, bias and leaky ReLU.
+    """Apply a 3 × 3 convolution, noise, bias and leaky ReLU.
 
     `maps` [inputs, size + 2, ≥ size + 2] has a frame, which is filled here by repeating the border; so has `out`.
     """
@@ -223,8 +216,8 @@ def enlarge(maps: Singles, count: int, size: int, frame: int, out: Singles) -> N
 
 
 @compiled
-def pink_noise(seed: Word, index: Word, alpha: float, cos: Floats, sin: Floats, re: Floats, im: Floats) -> None:
-    """A field with amplitudes 1/f^α in `re`, [n, n], of variance 1."""
+def pink_noise(seed: Word, index: Word, alpha: float, unity: Floats, re: Floats, im: Floats) -> None:
+    """Draw a field with amplitudes 1/f^α and variance 1 into `re`, [n, n]."""
     n = re.shape[0]
     total = 0.0
     for i in range(n):
@@ -239,13 +232,13 @@ def pink_noise(seed: Word, index: Word, alpha: float, cos: Floats, sin: Floats, 
             im[i, j] = amplitude * s
             total += amplitude * amplitude
     # The real part of a complex field is real; it has half of the power.
-    inverse_2d(re, im, cos, sin)
+    inverse_2d(re, im, unity)
     re *= 1.0 / math.sqrt(0.5 * total)
 
 
 @compiled
 def fill_noise(seed: Word, index: Word, number: int, pink: bool, size: int, field: Floats, out: Singles) -> None:
-    """Noise map `number` of an image, [size, size]: white, or a shifted piece of the pink field."""
+    """Draw noise map `number` of an image, [size, size]: white, or a shifted piece of the pink field."""
     if pink:
         n = field.shape[0]
         a, b, _, _ = words32(seed, _NOISE, index, np.uint64(number) << np.uint64(24))
@@ -279,9 +272,7 @@ def draw(indices: Words, seed: Word, law: Law, width: int, side: int, out: Image
     filters = np.empty((width, width, 3, 3), dtype=np.float32)
     biases = np.empty(width, dtype=np.float32)
     strengths = np.empty(width, dtype=np.float32)
-    cos = np.empty(side // 2)
-    sin = np.empty(side // 2)
-    roots(cos, sin)
+    unity = roots(side)
     re = np.empty((side, side))
     im = np.empty((side, side))
     start = np.empty(width * 16)
@@ -292,7 +283,7 @@ def draw(indices: Words, seed: Word, law: Law, width: int, side: int, out: Image
         index = indices[n]
         chosen, strength, alpha, mean, contrast = law_of(seed, index, law)
         if chosen == HIGH_FREQUENCY:
-            pink_noise(seed, index, alpha, cos, sin, re, im)
+            pink_noise(seed, index, alpha, unity, re, im)
         block = np.uint64(0)
         inputs = channels_at(4, width)
         block = fill_normal(seed, _WEIGHTS, index, block, start)
@@ -335,7 +326,7 @@ def draw(indices: Words, seed: Word, law: Law, width: int, side: int, out: Image
 
 @compiled
 def _level(picture: Singles, mean: float, contrast: float, canvas: Floats) -> None:
-    """The top left corner of the picture, brought to a mean and a standard deviation over all its channels."""
+    """Bring the top left corner of the picture to a mean and a standard deviation over all channels."""
     size = canvas.shape[1]
     canvas[:] = picture[:, :size, :size]
     total = 0.0

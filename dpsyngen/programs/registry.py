@@ -35,7 +35,7 @@ _registered: dict[str, type[Program]] = {}
 
 
 def register(name: str) -> Callable[[_P], _P]:
-    """Class decorator: make a `Program` dataclass known as `name` (lower-case words joined by hyphens).
+    """Make a `Program` dataclass known as `name` (lower-case words joined by hyphens); a class decorator.
 
     Works for classes outside this package too, once their module is imported.
 
@@ -73,13 +73,13 @@ def _discover() -> None:
 
 
 def program_names() -> list[str]:
-    """Names that `make_program` accepts, sorted."""
+    """Return the names that `make_program` accepts, sorted."""
     _discover()
     return sorted(_registered)
 
 
 def program_class(name: str) -> type[Program]:
-    """The class registered as `name`; its dataclass fields are its parameters.
+    """Return the class registered as `name`; its dataclass fields are its parameters.
 
     Raises:
         ConfigError: there is no such program.
@@ -91,12 +91,12 @@ def program_class(name: str) -> type[Program]:
 
 
 def parameters(cls: type[Program]) -> dict[str, Any]:
-    """A family's own parameters with their defaults; `REQUIRED` where a value has to be given."""
+    """Return a family's own parameters with their defaults; `REQUIRED` where a value has to be given."""
     return {field.name: field.default for field in fields(cls) if field.name not in _GIVEN}
 
 
 def usual_tier(cls: type[Program]) -> int | None:
-    """The prior tier of a family with its default parameters; None if it is that of programs which must be given."""
+    """Return the prior tier of a family with its default parameters; None if it is that of programs to be given."""
     if isinstance(cls.prior_tier, int):
         return cls.prior_tier
     return None if REQUIRED in parameters(cls).values() else cls(resolution=8, channels=1).prior_tier
@@ -132,7 +132,7 @@ def make_program(name: str, *, resolution: int, channels: int, seed: int = 0, **
 
 
 def inner_program(outer: Program, key: str, value: Any, *, position: int = 0, resolution: int | None = None) -> Program:
-    """The program that parameter `key` of `outer` describes: a name, a mapping with name and parameters, or a Program.
+    """Build what parameter `key` of `outer` describes: a name, a mapping with name and parameters, or a Program.
 
     It gets the channels of `outer`, its resolution unless another is given, and a seed that is a function of the outer
     seed and of `position`, so that two inner programs of the same family are independent.
@@ -159,5 +159,5 @@ def inner_program(outer: Program, key: str, value: Any, *, position: int = 0, re
 
 
 def tier_of(own: int, *inner: Program | None) -> int:
-    """The prior tier of a program that holds others: the largest of all, as it assumes what they assume."""
+    """Return the prior tier of a program that holds others: the largest, as it assumes what they assume."""
     return max(own, *(program.prior_tier for program in inner if program is not None), 0)

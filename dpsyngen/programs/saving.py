@@ -34,7 +34,14 @@ FORMAT_VERSION = 2
 SHARD_SIZE = 1000
 FORMATS = ("folder", "parquet")
 
-_WHAT = ("program", "start", "count", "format", "shard_size")  # of a manifest: what --resume must agree on
+_WHAT = (
+    "format_version",
+    "program",
+    "start",
+    "count",
+    "format",
+    "shard_size",
+)  # of a manifest: what --resume must agree on
 _SHARDS = "shards"  # the command to the other processes of torchrun
 
 
@@ -76,7 +83,7 @@ class _Job:
         return range(first, min(first + self.shard_size, self.start + self.count))
 
     def about(self) -> dict[str, Any]:
-        """What the manifest says before anything is drawn."""
+        """Return what the manifest says before anything is drawn."""
         return {
             "format_version": FORMAT_VERSION,
             "dpsyngen": __version__,
@@ -91,7 +98,7 @@ class _Job:
         }
 
     def files(self) -> list[str]:
-        """Names of the files, relative to the folder; for a folder of images a pattern."""
+        """Return the names of the files, relative to the folder; for a folder of images a pattern."""
         return ["images/*.png"] if self.format == "folder" else [self._table(k) for k in range(self.shards)]
 
     def _table(self, shard: int) -> str:
@@ -199,7 +206,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in a folder; {} if there is none that can be read."""
+    """Return the manifest in a folder; {} if there is none that can be read."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -222,8 +229,6 @@ def _require_same(job: _Job) -> None:
         raise RunError(f"{job.folder} holds no {MANIFEST} of an interrupted job: leave out --resume to begin.")
     if before.get("complete") is not False:
         raise RunError(f"{job.folder} is finished already; there is nothing to resume.")
-    if before.get("format_version") != FORMAT_VERSION:
-        raise RunError(f"{job.folder} was begun by another version of the format: save to a new folder.")
     now = json.loads(json.dumps(job.about()))
     other = [key for key in _WHAT if before.get(key) != now[key]]
     if other:
@@ -267,7 +272,7 @@ def _end_with_parent() -> None:
 
 
 def _by_ranks(job: _Job, ranks: Ranks) -> Iterator[tuple[int, str]]:
-    """The same by the processes of torchrun, a shard each at a time."""
+    """Do as `_by_processes` with the processes of torchrun: in each round, each writes a shard."""
     settings = vars(job) | {"program": job.program.config(), "folder": job.folder.absolute()}
     for first in range(0, job.shards, ranks.count):
         with ranks.lead(_SHARDS, first=first, **settings):
@@ -292,7 +297,7 @@ def _part(job: _Job, first: int, ranks: Ranks) -> list[tuple[int, str] | None] |
 
 
 def follow_saving(ranks: Ranks) -> None:
-    """In every process but the main one: share the saving that the main one leads, to its end.
+    """Write the shards of this process, which is not the main one, until the main one ends the job.
 
     Raises:
         Dismissed: the main process failed, and said why.

@@ -71,7 +71,7 @@ class SmoothNoise(Program):
 
 @compiled
 def law_of(seed: Word, index: Word, law: Law) -> tuple[int, float, int, float]:
-    """Kind, cells, octaves and persistence of an image."""
+    """Draw kind, cells, octaves and persistence of an image."""
     kind, (cells_low, cells_high), octaves, (persistence_low, persistence_high) = law
     a, b, c, d = words32(seed, _LAW, index, np.uint64(0))
     if kind == 2:

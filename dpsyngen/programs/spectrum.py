@@ -68,9 +68,7 @@ class Spectrum(Program):
 
     def _draw(self, indices: Words, out: Images) -> None:
         size = power_of_two(self.resolution)
-        cos, sin = np.empty(size // 2), np.empty(size // 2)
-        roots(cos, sin)
-        draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour or ""), cos, sin, out)
+        draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour or ""), size, out)
 
     def _params(self, index: int) -> dict[str, Any]:
         slope, difference, turns = law_of(np.uint64(self.seed), np.uint64(index), self._law())
@@ -79,7 +77,7 @@ class Spectrum(Program):
 
 @compiled
 def law_of(seed: Word, index: Word, law: Law) -> tuple[float, float, float]:
-    """Slope, difference and turns of the axes of an image."""
+    """Draw slope, difference and turns of the axes of an image."""
     (low, high), spread, turn = law
     a, b, c, d = words32(seed, _LAW, index, np.uint64(0))
     normal, _ = normal_pair(unit32(b), unit32(c))
@@ -88,10 +86,10 @@ def law_of(seed: Word, index: Word, law: Law) -> tuple[float, float, float]:
 
 @compiled
 def amplitudes_of(slope: float, difference: float, turns: float, out: Floats) -> None:
-    """Amplitude at frequency (i, j) of an n × n field, equal at opposite frequencies, 0 at the origin; [n, n]."""
+    """Write the amplitude at each frequency of an n × n field: equal at f and −f, 0 at the origin; [n, n]."""
     n = out.shape[0]
     cos, sin = cos_sin(turns)
-    for i in range(n // 2 + 1):  # the other half follows: a real field has equal amplitudes at f and −f
+    for i in range(n // 2 + 1):  # the other half follows
         for j in range(n):
             fy = i / n
             fx = (j if 2 * j <= n else j - n) / n
@@ -110,42 +108,37 @@ def amplitudes_of(slope: float, difference: float, turns: float, out: Floats) ->
 
 @compiled
 def _phase(re: Floats, im: Floats, amplitude: float, turns: float, second: bool, i: int, j: int) -> None:
-    """Add one real wave: at (i, j) and its opposite; a second field goes into the imaginary part of the result."""
+    """Add a real wave: F(−f) is the conjugate of F(f).  That of the second field is multiplied by i."""
     n = re.shape[0]
     cos, sin = cos_sin(turns)
     x = amplitude * cos
     y = amplitude * sin
     p = n - i if i > 0 else 0
     q = n - j if j > 0 else 0
-    if p == i and q == j:  # its own opposite: real
-        x = amplitude if cos >= 0.0 else -amplitude
-        if second:
-            im[i, j] += x
-        else:
-            re[i, j] += x
-    elif second:  # i·(x + iy) = −y + ix, and i·(x − iy) = y + ix
-        re[i, j] -= y
-        im[i, j] += x
-        re[p, q] += y
-        im[p, q] += x
-    else:
-        re[i, j] += x
-        im[i, j] += y
-        re[p, q] += x
-        im[p, q] -= y
+    alone = p == i and q == j
+    if alone:  # its own opposite: real
+        x, y = (amplitude if cos >= 0.0 else -amplitude), 0.0
+    sign = 1.0
+    if second:  # i·(x + iy) = −y + ix, and i·(x − iy) = y + ix
+        x, y, sign = -y, x, -1.0
+    re[i, j] += x
+    im[i, j] += y
+    if not alone:
+        re[p, q] += sign * x
+        im[p, q] -= sign * y
 
 
 @compiled
 def two_fields(
-    seed: Word, index: Word, pair: int, both: bool, amplitudes: Floats, cos: Floats, sin: Floats, re: Floats, im: Floats
+    seed: Word, index: Word, pair: int, both: bool, amplitudes: Floats, unity: Floats, re: Floats, im: Floats
 ) -> None:
-    """Two fields at the price of one transform: in the real part, and if `both` in the imaginary part."""
+    """Draw two fields f, g with one transform, as f + i·g; without `both` only f."""
     n = re.shape[0]
     re[:] = 0.0
     im[:] = 0.0
     for i in range(n // 2 + 1):
         for j in range(n):
-            # Each pair of opposite frequencies once.
+            # Visit each pair of opposite frequencies once, with a random phase for each field.
             if (2 * i == n or i == 0) and 2 * j > n:
                 continue
             block = np.uint64((pair * n + i) * n + j)
@@ -153,20 +146,20 @@ def two_fields(
             _phase(re, im, amplitudes[i, j], unit32(a), False, i, j)
             if both:
                 _phase(re, im, amplitudes[i, j], unit32(b), True, i, j)
-    inverse_2d(re, im, cos, sin)
+    inverse_2d(re, im, unity)
 
 
 @compiled
-def draw(indices: Words, seed: Word, law: Law, colour: int, cos: Floats, sin: Floats, out: Images) -> None:
-    """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]; `cos` and `sin` are from `fields.roots`."""
-    n = max(1, 2 * cos.shape[0])
+def draw(indices: Words, seed: Word, law: Law, colour: int, n: int, out: Images) -> None:
+    """Draw image ``indices[k]`` into ``out[k]``, [C, S, S], from fields of n × n."""
+    unity = roots(n)
     amplitudes = np.empty((n, n))
     fields = np.empty((4, n, n))
     for k in range(indices.shape[0]):
         index = indices[k]
         slope, difference, turns = law_of(seed, index, law)
         amplitudes_of(slope, difference, turns, amplitudes)
-        two_fields(seed, index, 0, colour == ROTATION, amplitudes, cos, sin, fields[0], fields[1])
+        two_fields(seed, index, 0, colour == ROTATION, amplitudes, unity, fields[0], fields[1])
         if colour == ROTATION:
-            two_fields(seed, index, 1, False, amplitudes, cos, sin, fields[2], fields[3])
+            two_fields(seed, index, 1, False, amplitudes, unity, fields[2], fields[3])
         paint_fields(seed, index, fields, colour, out[k])

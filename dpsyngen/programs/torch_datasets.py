@@ -21,15 +21,10 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import MAX_INDEX, Program, as_float, as_integer
+from dpsyngen.programs.base import MAX_INDEX, Program, as_choice, as_float, as_integer
 
 Values = Literal["float", "uint8"]
 Transform = Callable[[torch.Tensor], Any]
-
-
-def _check_values(values: str) -> None:
-    if values not in ("float", "uint8"):
-        raise ConfigError(f"values={values!r} is not allowed: give 'float' (−1 to 1) or 'uint8' (0 to 255).")
 
 
 def _tensor(program: Program, indices: Sequence[int], values: str, threads: int = 1) -> torch.Tensor:
@@ -63,7 +58,7 @@ class ProgramDataset(Dataset[Any]):
         self.program = program
         self.start = as_integer("start", start, 0, MAX_INDEX)
         self.length = as_integer("length", length, 1, MAX_INDEX - self.start + 1)
-        _check_values(values)
+        as_choice("values", values, ("float", "uint8"), "a kind of values")
         self.values, self.transform = values, transform
 
     def __len__(self) -> int:
@@ -73,7 +68,7 @@ class ProgramDataset(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Several at once, which is how a DataLoader asks; much faster than one by one."""
+        """Return several at once, as a DataLoader asks for them; much faster than one by one."""
         places = []
         for index in indices:
             place = int(index) + (self.length if index < 0 else 0)
@@ -132,7 +127,7 @@ class ProgramStream(IterableDataset[Any]):
             rank, world_size = _ranks()
         self.world_size = as_integer("world_size", world_size, 1, 2**20)
         self.rank = as_integer("rank", rank, 0, self.world_size - 1)
-        _check_values(values)
+        as_choice("values", values, ("float", "uint8"), "a kind of values")
         self.values, self.transform = values, transform
         self.threads = as_integer("threads", threads, 1, 4096)
         self._done = 0  # batches since `first`, by this copy of the stream
@@ -154,7 +149,7 @@ class ProgramStream(IterableDataset[Any]):
             yield batch if self.transform is None else self.transform(batch)
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
-        """Where the stream stands, after `batches` batches or, without a number, as many as this copy has given."""
+        """Say where the stream stands, after `batches` batches or, without a number, as many as this copy has given."""
         info = get_worker_info()
         if info is not None:
             return {"first": self.first, "done": self._done, "worker": [info.id, info.num_workers]}
@@ -162,7 +157,7 @@ class ProgramStream(IterableDataset[Any]):
         return {"first": self.first + done * self.world_size * self.batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Go on from where another stream stood.
 
         Raises:
             ConfigError: `state` is not one that `state_dict` made.

@@ -45,7 +45,7 @@ _LOW = np.array(LOW_PASS)
 @register("wavelet-marginal")
 @dataclass(frozen=True, kw_only=True)
 class WaveletMarginal(Program):
-    """Independent wavelet coefficients with density ∝ exp(−|x/s|^r) in each band; see the module.
+    """Images from independent wavelet coefficients with density ∝ exp(−|x/s|^r) in each band; see the module.
 
     A band at level j (1 the finest) has the standard deviation 2^(decay·j), so decay = 1 gives the 1/f amplitudes of
     natural images.  The residual of 4 × 4 coefficients is normal with that of the last level.  Drawn on the next power
@@ -136,7 +136,7 @@ def fill_heavy_tailed(seed: Word, index: Word, block: Word, r: float, deviation:
 
 @compiled
 def merge_rows(low: Floats, high: Floats, out: Floats) -> None:
-    """One level of synthesis down the rows: low, high [m, k] to out [2m, k], periodic."""
+    """Invert one level of the transform along columns: low, high [m, k] to out [2m, k], periodic."""
     m = low.shape[0]
     out[:] = 0.0
     for k in range(m):
@@ -150,7 +150,7 @@ def merge_rows(low: Floats, high: Floats, out: Floats) -> None:
 
 @compiled
 def draw_field(seed: Word, index: Word, block: Word, decay: float, tails: Floats, offset: Ints, field: Floats) -> Word:
-    """One field, [n, n], from bands with the given tails, shifted by `offset`; returns the first block not used."""
+    """Draw one field, [n, n], from bands with the given tails, shifted by `offset`; returns the next block."""
     levels = tails.shape[0]
     side = COARSEST
     # From the coarsest: each level doubles the side, joining four bands along columns and then along rows.

@@ -34,7 +34,7 @@ _PER_LN2 = 1.4426950408889634
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(Program):
-    """What all wrappers share.
+    """A program that changes the images of another, its source.
 
     Attributes:
         source: the program whose images are changed: a name, or a mapping with name and parameters.
@@ -48,12 +48,12 @@ class Wrapper(Program):
 
     @property
     def prior_tier(self) -> int:  # type: ignore[override]
-        """That of the source."""
+        """The prior tier of the source."""
         return int(self.source.prior_tier)
 
     @abstractmethod
     def _changes(self, index: int) -> dict[str, Any]:
-        """What was drawn at random to change image `index` of the source."""
+        """Return what was drawn at random to change image `index` of the source."""
 
     def _params(self, index: int) -> dict[str, Any]:
         return {**self._changes(index), "source": self.source.params(index)}
@@ -62,7 +62,7 @@ class Wrapper(Program):
 @register("affine")
 @dataclass(frozen=True, kw_only=True)
 class Affine(Wrapper):
-    """Turned, scaled, sheared and shifted about the centre, with linear interpolation.
+    """Images of a program, turned, scaled, sheared and shifted about the centre, with linear interpolation.
 
     `params` gives ``turn`` (degrees), ``scale``, ``shear``, ``shift`` (right, down, in resolutions) and ``source``.
 
@@ -97,7 +97,7 @@ class Affine(Wrapper):
 
 @compiled
 def affine_law(seed: Word, index: Word, law: Law) -> tuple[float, float, float, float, float]:
-    """Turns, scale, shear and the two shifts of an image."""
+    """Draw turns, scale, shear and the two shifts of an image."""
     turn, (low, high), shear, shift = law
     a, b, c, d = words32(seed, _AFFINE, index, np.uint64(0))
     e, _, _, _ = words32(seed, _AFFINE, index, np.uint64(1))
@@ -112,7 +112,7 @@ def affine_law(seed: Word, index: Word, law: Law) -> tuple[float, float, float, 
 
 @compiled
 def _at(image: Images, y: int, x: int, border: int) -> float:
-    """A pixel, also outside the image."""
+    """Return a pixel, also outside the image."""
     size = image.shape[0]
     if border == 2:
         return float(image[y, x]) if 0 <= y < size and 0 <= x < size else 0.0
@@ -153,7 +153,9 @@ def draw_affine(indices: Words, seed: Word, images: Images, law: Law, border: in
 @register("blur")
 @dataclass(frozen=True, kw_only=True)
 class Blur(Wrapper):
-    """Blurred by a Gaussian, with mirrored borders.  `params` gives ``deviation`` in pixels and ``source``.
+    """Images of a program, blurred by a Gaussian, with mirrored borders.
+
+    `params` gives ``deviation`` in pixels and ``source``.
 
     Attributes:
         deviation: range of the Gaussian's standard deviation in pixels, uniform; 0 to 64.
@@ -173,7 +175,7 @@ class Blur(Wrapper):
 
 @compiled
 def uniform_law(seed: Word, stream: Word, index: Word, low: float, high: float) -> float:
-    """One uniform number of an image."""
+    """Draw one number of an image, uniform from `low` to `high`."""
     a, _, _, _ = words32(seed, stream, index, np.uint64(0))
     return low + unit32(a) * (high - low)
 
@@ -214,7 +216,9 @@ def draw_blur(indices: Words, seed: Word, images: Images, low: float, high: floa
 @register("invert")
 @dataclass(frozen=True, kw_only=True)
 class Invert(Wrapper):
-    """Each level v replaced by 255 − v, in a share of the images.  `params` gives ``inverted`` and ``source``.
+    """Images of a program, a share of them inverted (255 − v in place of level v).
+
+    `params` gives ``inverted`` and ``source``.
 
     Attributes:
         probability: of inverting an image; 0 to 1.
@@ -241,7 +245,7 @@ class Invert(Wrapper):
 @register("quantise")
 @dataclass(frozen=True, kw_only=True)
 class Quantise(Wrapper):
-    """Fewer levels: each value moves to the nearest of m levels spread evenly from 0 to 255.
+    """Images of a program in fewer levels: each value moves to the nearest of m, spread evenly from 0 to 255.
 
     `params` gives ``levels`` m and ``source``.
 
@@ -274,7 +278,7 @@ class Quantise(Wrapper):
 @register("crop")
 @dataclass(frozen=True, kw_only=True)
 class Crop(Wrapper):
-    """A window at a random place in larger images.  `params` gives ``corner`` (down, right) in pixels and ``source``.
+    """Windows at random places in larger images.  `params` gives ``corner`` (down, right) in pixels and ``source``.
 
     Attributes:
         source_resolution: of the images that are cropped, from the resolution to 2048.  None: twice the resolution.
@@ -315,7 +319,7 @@ class Crop(Wrapper):
 @register("mixture")
 @dataclass(frozen=True, kw_only=True)
 class Mixture(Program):
-    """Image i is image i of one of the inner programs, drawn at random with the given weights.
+    """Images of several programs, with weights: image i is image i of one of them, drawn at random.
 
     Inner programs share resolution and channels and get seeds of their own.  The prior tier is the largest of theirs.
     `params` gives ``program`` (its place in the list), ``name`` and the ``params`` of the inner program.
@@ -349,11 +353,11 @@ class Mixture(Program):
 
     @property
     def prior_tier(self) -> int:  # type: ignore[override]
-        """The largest of the inner programs'."""
+        """The largest prior tier of the inner programs."""
         return tier_of(0, *self.programs)
 
     def _choices(self, indices: Words) -> list[int]:
-        """Which program draws each image."""
+        """Draw which program makes each image."""
         shares = cumulative(self.weights or [1.0] * len(self.programs))
         drawn = (words32(np.uint64(self.seed), _MIXTURE, index, np.uint64(0)) for index in indices)
         return [pick(words[0], shares) for words in drawn]

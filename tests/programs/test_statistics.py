@@ -25,12 +25,10 @@ def make(name: str, resolution: int = 32, channels: int = 1, **params: Any) -> P
 def test_spectrum_has_exactly_its_amplitudes() -> None:
     """The field itself, before it is rounded: |F(u, v)| · (|u|^(s+d) + |v|^(s−d)) is the same at all frequencies."""
     n = 32
-    cos, sin = np.empty(n // 2), np.empty(n // 2)
-    roots(cos, sin)
     amplitudes, re, im = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
     slope, difference, turns = 1.3, 0.1, 0.07
     spectrum.amplitudes_of(slope, difference, turns, amplitudes)
-    spectrum.two_fields(np.uint64(1), np.uint64(2), 0, True, amplitudes, cos, sin, re, im)
+    spectrum.two_fields(np.uint64(1), np.uint64(2), 0, True, amplitudes, roots(n), re, im)
     f = np.fft.fftfreq(n)
     a = 2 * np.pi * turns
     u = np.abs(f[None, :] * np.cos(a) + f[:, None] * np.sin(a))

@@ -17,4 +17,4 @@ Singles = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Images = NDArray[np.uint8]  # levels 0 to 255; one image [C, H, W] or several [N, C, H, W]
 Law = tuple[Any, ...]  # the parameters of a family as numbers, in the order in which its functions unpack them
-Canvas = NDArray[np.int32]  # packed colours or numbers of leaves [S, S]; negative where nothing is yet
+Canvas = NDArray[np.int32]  # packed colours or numbers of leaves [S, S], negative where nothing is yet; or pixels

@@ -29,7 +29,7 @@ _LOW_24 = np.uint64(0xFFFFFF)
 
 @compiled
 def colour_of(bits: Word, law: int, palette: Ints, count: int) -> int:
-    """A colour from 24 random bits; `count` colours of `palette` are in use."""
+    """Draw a packed colour by 24 random bits; `count` colours of `palette` are in use."""
     packed = int(bits)
     if law == GREY:
         return (packed & 0xFF) * 0x010101
@@ -55,7 +55,7 @@ def draw_palette(seed: Word, index: Word, grey: bool, palette: Ints) -> int:
 
 @compiled
 def uniform_colour(a: float, b: float, c: float, grey: bool, out: Floats) -> None:
-    """Levels 0 to 255 from three uniforms in [0, 1); one level for all channels if `grey`."""
+    """Turn three uniforms in [0, 1) into levels 0 to 255; one level for all channels if `grey`."""
     out[0] = math.floor(256.0 * a)
     out[1] = out[0] if grey else math.floor(256.0 * b)
     out[2] = out[0] if grey else math.floor(256.0 * c)
@@ -63,7 +63,7 @@ def uniform_colour(a: float, b: float, c: float, grey: bool, out: Floats) -> Non
 
 @compiled
 def colour_mix(u: Floats, colours: Floats, weights: Floats, root: Floats) -> int:
-    """A random palette with weights, and what makes white noise vary like it.
+    """Draw a random palette with weights, and the matrix that makes white noise vary like it.
 
     3 to 22 colours, uniform in the RGB cube, with weights ∝ 0.001 + U (Baradad et al., arXiv 2106.05963).  No colour
     was measured on photographs.
@@ -121,7 +121,7 @@ def mix_channels(fields: Floats, root: Floats) -> None:
 
 @compiled
 def ground_colour(seed: Word, index: Word, ground: int, grey: bool, out: Floats) -> None:
-    """The ground of image `index`, levels 0 to 255, [3]; "random" is uniform."""
+    """Draw the ground of image `index`, levels 0 to 255, [3]; "random" is uniform."""
     a, b, c, _ = words32(seed, _GROUND, index, np.uint64(0))
     uniform_colour(unit32(a), unit32(b), unit32(c), grey, out)
     if ground != RANDOM:
@@ -130,7 +130,7 @@ def ground_colour(seed: Word, index: Word, ground: int, grey: bool, out: Floats)
 
 @compiled
 def ink_colour(seed: Word, index: Word, number: int, grey: bool, behind: Floats, out: Floats) -> None:
-    """Ink `number` (0, 1, …) of image `index`: uniform among the colours that stand out from the ground.
+    """Draw ink `number` (0, 1, …) of image `index`, uniform among the colours that stand out from the ground.
 
     At least one channel differs from `behind` by 64 levels or more.  By rejection; half of all colours or more qualify.
     """

@@ -40,7 +40,7 @@ _ULP32 = 2.0**-32
 
 @compiled
 def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
-    """Ten rounds of Philox4x32 on counter (c0, c1, c2, c3) with key (k0, k1).
+    """Apply ten rounds of Philox4x32 to counter (c0, c1, c2, c3) with key (k0, k1).
 
     All six arguments and the four results are uint64 that hold 32-bit values.
     """
@@ -59,32 +59,32 @@ def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tu
 
 @compiled
 def words(seed: Word, stream: Word, index: Word, block: Word) -> tuple[Word, Word]:
-    """Two uniform 64-bit words; `stream` and `block` are below 2³²."""
+    """Draw two uniform 64-bit words; `stream` and `block` are below 2³²."""
     a, b, c, d = philox4x32(block, stream, index & _LOW, index >> _32, seed & _LOW, seed >> _32)
     return a | (b << _32), c | (d << _32)
 
 
 @compiled
 def words32(seed: Word, stream: Word, index: Word, block: Word) -> tuple[Word, Word, Word, Word]:
-    """The same block as four uniform 32-bit words, each in a uint64."""
+    """Draw the same block as four uniform 32-bit words, each in a uint64."""
     return philox4x32(block, stream, index & _LOW, index >> _32, seed & _LOW, seed >> _32)
 
 
 @compiled
 def unit32(word: Word) -> float:
-    """A 32-bit word as a double uniform on {½, 1½, …, 2³² − ½} / 2³², so inside (0, 1)."""
+    """Map a 32-bit word to a double uniform on {½, 1½, …, 2³² − ½} / 2³², so inside (0, 1)."""
     return (float(word) + 0.5) * _ULP32
 
 
 @compiled
 def below(word: Word, count: int) -> int:
-    """A 32-bit word as an integer from 0 to count − 1, evenly to 1 part in 2³²/count; `count` is below 2³²."""
+    """Map a 32-bit word to an integer from 0 to count − 1, even to 1 part in 2³²/count; `count` is below 2³²."""
     return np.int64((word * np.uint64(count)) >> _32)  # type: ignore[return-value]  # int() would stay unsigned in numba
 
 
 @compiled
 def pick(word: Word, shares: Floats) -> int:
-    """One of several choices by a 32-bit word; `shares` are their cumulative weights, ending in 1."""
+    """Choose one of several by a 32-bit word; `shares` are their cumulative weights, ending in 1."""
     u = unit32(word)
     choice = 0
     while choice < shares.shape[0] - 1 and u >= shares[choice]:
@@ -93,7 +93,7 @@ def pick(word: Word, shares: Floats) -> int:
 
 
 def cumulative(weights: Sequence[float]) -> Floats:
-    """Shares for `pick` from weights, not all 0; rounding never chooses a weight of 0."""
+    """Turn weights, not all 0, into shares for `pick`; a weight of 0 is never chosen, whatever the rounding."""
     shares = np.cumsum(weights) / np.sum(weights)
     shares[np.flatnonzero(weights)[-1] :] = 1.0
     return shares
@@ -131,13 +131,13 @@ def fill_normal(seed: Word, stream: Word, index: Word, block: Word, out: Floats)
 
 @compiled
 def to_unit(word: Word) -> float:
-    """The top 53 bits of a word as a double uniform on {0, 1, …, 2⁵³ − 1} / 2⁵³, so in [0, 1)."""
+    """Map the top 53 bits of a word to a double uniform on {0, 1, …, 2⁵³ − 1} / 2⁵³, so in [0, 1)."""
     return float(word >> _11) * _ULP
 
 
 @compiled
 def unit_vector(seed: Word, stream: Word, index: Word, block: Word) -> tuple[float, float, Word]:
-    """A uniform direction (cos θ, sin θ), and the first block not used.
+    """Draw a uniform direction (cos θ, sin θ); also returns the first block not used.
 
     By rejection from the square to the disc, which needs only √ and ÷ and is therefore exact everywhere; the
     libraries' cos and sin are not.  Uses 4/π blocks on average.

@@ -30,13 +30,13 @@ from dpsyngen.programs.drawing.counter_rng import below, pick, unit32, words32
 from dpsyngen.programs.drawing.portable import compiled, cos_sin
 from dpsyngen.programs.drawing.shapes import DISC, LeafLaw, inverse, leaf_spans, mass, padded_masses, padded_radius
 
+Work = tuple[Canvas, Words, Ints, Ints, Canvas]
 UNCOVERED = -1
 RECORDED = 7  # x, y, radius, kind, colour, 1 if from the second list, pixels that stay visible
 
 _STREAM = np.uint64(0x65786163)  # "exac"
 _ONE = np.uint64(1)
 _TWO = np.uint64(2)
-_8 = np.uint64(8)
 _32 = np.uint64(32)
 _LOW_24 = np.uint64(0xFFFFFF)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -46,7 +46,7 @@ _WORTH = 3.0  # leaves of the first list that take as long as one of the second,
 
 @compiled
 def ones(word: Word) -> int:
-    """How many bits are set."""
+    """Count the bits that are set, by adding neighbours in parallel (Hacker's Delight)."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
     word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -86,7 +86,7 @@ def paint_under(canvas: Canvas, covered: Words, starts: Ints, stops: Ints, first
 
 @compiled
 def may_show(covered: Words, size: int, x: float, y: float, radius: float) -> bool:
-    """Whether the square around a leaf's circle has an uncovered pixel; half of all leaves are dismissed by this."""
+    """Say whether the square around a leaf's circle has an uncovered pixel; half of all leaves fail this."""
     a = max(0, math.floor(x - radius))
     b = min(size, math.ceil(x + radius))
     top = max(0, math.floor(y - radius))
@@ -100,8 +100,8 @@ def may_show(covered: Words, size: int, x: float, y: float, radius: float) -> bo
 
 
 @compiled
-def workspace(size: int) -> tuple[Canvas, Words, Ints, Ints, Canvas]:
-    """Arrays for `cover`: the canvas [S, S], which pixels are covered [S, ⌈S/64⌉], spans [S] twice, a list [S·S]."""
+def workspace(size: int) -> Work:
+    """Make arrays for `cover`: canvas [S, S], covered pixels [S, ⌈S/64⌉], spans [S] twice, waiting pixels [S·S]."""
     return (
         np.empty((size, size), dtype=np.int32),
         np.empty((size, (size + 63) // 64), dtype=np.uint64),
@@ -112,14 +112,7 @@ def workspace(size: int) -> tuple[Canvas, Words, Ints, Ints, Canvas]:
 
 
 @compiled
-def cover(
-    seed: Word,
-    index: Word,
-    law: LeafLaw,
-    number: bool,
-    work: tuple[Canvas, Words, Ints, Ints, Canvas],
-    record: Floats,
-) -> int:
+def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, record: Floats) -> int:
     """Draw one image; returns the number of leaves that were placed, those that stay hidden among them.
 
     Args:
@@ -137,7 +130,7 @@ def cover(
     palette = np.empty(8, dtype=np.int64)
     colours = draw_palette(seed, index, law.grey, palette) if colour == PALETTE else 0
     masses = np.empty(3)
-    # Rates at which the two lists run through time; what is compared below is leaves until the next that matters.
+    # Leaves to a unit of time in either list; the loop ends when the second, at its price, has less to look at.
     everywhere = padded_masses(exponent, r_min, r_max, float(size), masses)
     at_pixel = _PI * mass(exponent - 2.0, r_min, r_max)
     left = size * size
@@ -156,7 +149,7 @@ def cover(
         y = unit32(word_y) * (size + 2.0 * radius) - radius
         fresh = 0
         recorded = leaves < record.shape[0]
-        # Most hidden leaves need no shape.  Discs are as fast to try.
+        # Most hidden leaves need no shape.  Discs are as fast to try.  Either way this uses the same blocks.
         if recorded or only == DISC or may_show(covered, size, x, y, radius):
             if only != DISC:
                 word_shape, word_angle, low, high = words32(seed, _STREAM, index, block)
@@ -183,7 +176,7 @@ def cover(
         word_pixel, word_keep, word_r, word_c = words32(seed, _STREAM, index, block)
         word_d, word_turn, word_shape, word_angle = words32(seed, _STREAM, index, block + _ONE)
         block += _TWO
-        place = below(word_pixel, count)
+        place = below(word_pixel, count)  # an uncovered pixel
         pixel = waiting[place]
         row = pixel // size
         column = pixel - row * size
@@ -192,7 +185,7 @@ def cover(
             waiting[place] = waiting[count]
             continue
         radius = inverse(unit32(word_r), exponent - 2.0, r_min, r_max)
-        distance = radius * math.sqrt(unit32(word_d))
+        distance = radius * math.sqrt(unit32(word_d))  # uniform in the disc
         cos, sin = cos_sin(unit32(word_turn))
         x = column + 0.5 + distance * cos
         y = row + 0.5 + distance * sin
@@ -216,7 +209,7 @@ def cover(
 
 @compiled
 def _uncovered_within(canvas: Canvas, waiting: Canvas, count: int, x: float, y: float, radius: float) -> int:
-    """Uncovered pixels whose centres lie in a disc; at least 1, as the disc was drawn around one of them.
+    """Count the uncovered pixels whose centres lie in a disc: 1 or more, as it was drawn around one of them.
 
     Looks at the pixels of the disc or at the list of those waiting, whichever is shorter.
     """
@@ -242,7 +235,7 @@ def _uncovered_within(canvas: Canvas, waiting: Canvas, count: int, x: float, y: 
 
 @compiled
 def unpack(canvas: Canvas, factor: int, out: Images) -> None:
-    """Colours to planes, out uint8 [C, S, S], each the mean of `factor` × `factor` pixels, halves rounded up."""
+    """Write colours as planes, out uint8 [C, S, S], each the mean of `factor` × `factor` pixels, halves rounded up."""
     area = factor * factor
     for c in range(out.shape[0]):
         for i in range(out.shape[1]):

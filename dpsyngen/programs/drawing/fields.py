@@ -26,7 +26,7 @@ _ZERO = np.uint64(0)
 
 
 def field_colour(colour: str | None, channels: int) -> str:
-    """The colour law of a random field, checked."""
+    """Return the colour law of a random field, checked."""
     if colour is None:
         return "grey" if channels == 1 else "rotation"
     as_choice("colour", colour, COLOURS, "a colour law")
@@ -80,20 +80,21 @@ def cut_into_colours(field: Floats, colours: Floats, weights: Floats, count: int
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that is `size` or more."""
+    """Return the smallest power of two that is `size` or more."""
     return 1 << max(0, size - 1).bit_length()
 
 
 @compiled
-def roots(cos: Floats, sin: Floats) -> None:
-    """Fill both, of length n/2, with the first half of the n-th roots of unity."""
-    n = 2 * cos.shape[0]
-    for k in range(cos.shape[0]):
-        cos[k], sin[k] = cos_sin(k / n)
+def roots(n: int) -> Floats:
+    """Return cos and sin of the first half of the n-th roots of unity, [2, n/2]."""
+    out = np.empty((2, n // 2))
+    for k in range(n // 2):
+        out[0, k], out[1, k] = cos_sin(k / n)
+    return out
 
 
 @compiled
-def _columns(re: Floats, im: Floats, cos: Floats, sin: Floats) -> None:
+def _columns(re: Floats, im: Floats, unity: Floats) -> None:
     n = re.shape[0]
     j = 0
     for i in range(1, n):  # put the rows in bit-reversed order: j counts with its bits mirrored
@@ -111,8 +112,8 @@ def _columns(re: Floats, im: Floats, cos: Floats, sin: Floats) -> None:
         step = n // (2 * half)
         for start in range(0, n, 2 * half):
             for k in range(half):
-                c = cos[k * step]
-                s = sin[k * step]
+                c = unity[0, k * step]
+                s = unity[1, k * step]
                 a_re = re[start + k]
                 a_im = im[start + k]
                 b_re = re[start + k + half]
@@ -128,12 +129,12 @@ def _columns(re: Floats, im: Floats, cos: Floats, sin: Floats) -> None:
 
 
 @compiled
-def inverse_2d(re: Floats, im: Floats, cos: Floats, sin: Floats) -> None:
-    """Replace re + i·im, [n, n], by Σ_f (re + i·im)[f]·e^{2πi f·x/n}, unnormalised; `cos`, `sin` from `roots`.
+def inverse_2d(re: Floats, im: Floats, unity: Floats) -> None:
+    """Replace re + i·im, [n, n], by Σ_f (re + i·im)[f]·e^{2πi f·x/n}, unnormalised; `roots` as above.
 
     Swap the two arrays for the forward transform.
     """
     for _ in range(2):  # columns, then rows
-        _columns(re, im, cos, sin)
+        _columns(re, im, unity)
         re[:] = re.T.copy()
         im[:] = im.T.copy()

@@ -36,13 +36,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @compiled
 def _four(x: float, a: float, b: float, c: float, d: float, rest: float) -> float:
-    """Four steps of Horner's scheme: a + bx + cx² + dx³ + rest·x⁴."""
+    """Evaluate a polynomial by four steps of Horner's scheme: a + bx + cx² + dx³ + rest·x⁴."""
     return a + x * (b + x * (c + x * (d + x * rest)))
 
 
 @compiled
 def cos_sin(turns: float) -> tuple[float, float]:
-    """(cos 2πt, sin 2πt) of t = `turns`, |t| below 2³⁰; absolute error below 3·10⁻¹⁶ for t in [0, 1]."""
+    """Return (cos 2πt, sin 2πt) of t = `turns`, |t| below 2³⁰; absolute error below 3·10⁻¹⁶ for t in [0, 1]."""
     # Reduce to |a| ≤ π/4.  In turns this is exact; in radians it would need many digits of π.
     quarter = math.floor(4.0 * turns + 0.5)
     a = (4.0 * turns - quarter) * _HALF_PI
@@ -64,7 +64,7 @@ def cos_sin(turns: float) -> tuple[float, float]:
 
 @compiled
 def exp2(x: float) -> float:
-    """2ˣ; 0 below −1070, ∞ from 1024 on."""
+    """Return 2ˣ; 0 below −1070, ∞ from 1024 on."""
     if x < -1070.0:
         return 0.0
     if x >= 1024.0:
@@ -77,7 +77,7 @@ def exp2(x: float) -> float:
 
 @compiled
 def log2(x: float) -> float:
-    """Binary logarithm of x > 0; −∞ at 0."""
+    """Return the binary logarithm of x > 0; −∞ at 0."""
     if x <= 0.0:
         return -math.inf
     mantissa, exponent = math.frexp(x)
@@ -94,7 +94,7 @@ def log2(x: float) -> float:
 
 @compiled
 def power(x: float, y: float) -> float:
-    """xʸ for x ≥ 0; 1 for y = 0."""
+    """Return xʸ for x ≥ 0; 1 for y = 0."""
     if y == 0.0:
         return 1.0
     if x <= 0.0:
@@ -104,7 +104,7 @@ def power(x: float, y: float) -> float:
 
 @compiled
 def normal_pair(u: float, v: float) -> tuple[float, float]:
-    """Two independent standard normals from u and v uniform in [0, 1) (Box and Muller, 1958)."""
+    """Turn u and v, uniform in [0, 1), into two independent standard normals (Box and Muller, 1958)."""
     length = math.sqrt(-2.0 * _LN2 * log2(1.0 - u))
     cos, sin = cos_sin(v)
     return length * cos, length * sin
@@ -112,7 +112,7 @@ def normal_pair(u: float, v: float) -> tuple[float, float]:
 
 @compiled
 def log2_gamma(x: float) -> float:
-    """Binary logarithm of Γ(x), x > 0; relative error of Γ below 10⁻¹² (Stirling's series beyond 10)."""
+    """Return the binary logarithm of Γ(x), x > 0; relative error of Γ below 10⁻¹² (Stirling's series beyond 10)."""
     shift = 1.0
     while x < 10.0:
         shift *= x

@@ -82,7 +82,7 @@ def close_polygon(area: Floats, cover: Floats) -> None:
     Parts that the outline winds around in either direction are filled; holes are outlines of the other direction.
     """
     for row in range(cover.shape[0]):
-        total = 0.0
+        total = 0.0  # the signed area so far: the winding number, in the mean over the pixel
         for column in range(cover.shape[1]):
             total += area[row, column]
             area[row, column] = 0.0
@@ -92,7 +92,7 @@ def close_polygon(area: Floats, cover: Floats) -> None:
 
 @compiled
 def fill_polygon(xs: Floats, ys: Floats, count: int, area: Floats, cover: Floats) -> None:
-    """Cover of the polygon through the first `count` points; replaces what `cover` held."""
+    """Write the cover of the polygon through the first `count` points, over what `cover` held."""
     for k in range(count):
         after = k + 1 if k + 1 < count else 0
         add_edge(area, xs[k], ys[k], xs[after], ys[after])
@@ -112,6 +112,7 @@ def add_segment(cover: Floats, x0: float, y0: float, x1: float, y1: float, half_
     right = min(cover.shape[1], math.ceil(max(x0, x1) + widest))
     for row in range(first, stop):
         for column in range(left, right):
+            # The nearest point of the line, at share t of it; the pixel is filled as far as it lies within the width.
             px = column + 0.5 - x0
             py = row + 0.5 - y0
             t = min(1.0, max(0.0, (px * dx + py * dy) / square)) if square > 0.0 else 0.0
@@ -124,7 +125,7 @@ def add_segment(cover: Floats, x0: float, y0: float, x1: float, y1: float, half_
 
 @compiled
 def blend(canvas: Floats, cover: Floats, colour: Floats) -> None:
-    """Paint `colour`, float64 [C or more], where `cover` says."""
+    """Paint `colour`, float64 [C or more], over the canvas: each pixel moves towards it by its cover."""
     for c in range(canvas.shape[0]):
         level = colour[c]
         for i in range(canvas.shape[1]):
@@ -134,7 +135,7 @@ def blend(canvas: Floats, cover: Floats, colour: Floats) -> None:
 
 @compiled
 def blend_gradient(canvas: Floats, cover: Floats, colour: Floats, other: Floats, cos: float, sin: float) -> None:
-    """The same with a colour that runs from one to the other across the canvas, in direction (cos, sin)."""
+    """Paint a colour that runs from one to the other across the canvas, in direction (cos, sin)."""
     size = canvas.shape[1]
     for i in range(canvas.shape[1]):
         for j in range(canvas.shape[2]):

@@ -123,7 +123,7 @@ def fill_pixel_at(canvas: Canvas, x: float, y: float, value: int) -> tuple[int, 
 
 @compiled
 def leaf_radius(v: float, r_min: float, r_max: float) -> float:
-    """The radius that a share v of leaves exceeds: inverse of 1 − CDF of the density ∝ r⁻³ − r_max⁻³.
+    """Return the radius that a share v of leaves exceeds: the inverse of 1 − CDF of the density ∝ r⁻³ − r_max⁻³.
 
     v is in [0, 1], and the result runs from r_max at v = 0 down to r_min at v = 1.
 
@@ -137,7 +137,7 @@ def leaf_radius(v: float, r_min: float, r_max: float) -> float:
     d = v * (top * top * (top + 3.0) / (1.0 + top))
     if d <= 0.0:
         return r_max
-    t = min(math.sqrt(d), math.sqrt(d + 3.0) - 1.0)
+    t = min(math.sqrt(d), math.sqrt(d + 3.0) - 1.0)  # an upper bound: Newton falls from there, and cannot overshoot
     step = t
     while step > _SMALL_STEP * t:
         step = (t * t * (t + 3.0) - d * (1.0 + t)) / (3.0 * t * t + 6.0 * t - d)
@@ -147,7 +147,7 @@ def leaf_radius(v: float, r_min: float, r_max: float) -> float:
 
 @compiled
 def _corner_angle(x: float, y: float) -> float:
-    """Increases with the angle of (x, y), from 0 to 4; exact where arctan is not."""
+    """Return what increases with the angle of (x, y), from 0 to 4; exact where arctan is not."""
     share = y / (abs(x) + abs(y))
     if x < 0.0:
         return 2.0 - share

@@ -28,7 +28,7 @@ _LOW_16 = np.uint64(0xFFFF)
 
 @compiled
 def disc_spans(size: int, x: float, y: float, radius: float, starts: Ints, stops: Ints) -> tuple[int, int]:
-    """The disc of centre (x, y)."""
+    """Find the pixels of the disc of centre (x, y)."""
     first = max(0, math.ceil(y - radius - 0.5))
     stop = min(size, math.ceil(y + radius - 0.5))
     square = radius * radius
@@ -45,7 +45,7 @@ def disc_spans(size: int, x: float, y: float, radius: float, starts: Ints, stops
 def rectangle_spans(
     size: int, x: float, y: float, half_width: float, half_height: float, starts: Ints, stops: Ints
 ) -> tuple[int, int]:
-    """The axis-aligned rectangle of centre (x, y)."""
+    """Find the pixels of the axis-aligned rectangle of centre (x, y)."""
     first = max(0, math.ceil(y - half_height - 0.5))
     stop = min(size, math.ceil(y + half_height - 0.5))
     a = max(0, math.ceil(x - half_width - 0.5))
@@ -58,7 +58,7 @@ def rectangle_spans(
 
 @compiled
 def convex_spans(size: int, xs: Floats, ys: Floats, corners: int, starts: Ints, stops: Ints) -> tuple[int, int]:
-    """The convex polygon whose first `corners` vertices (xs, ys) are in cyclic order."""
+    """Find the pixels of the convex polygon whose first `corners` vertices (xs, ys) are in cyclic order."""
     low = ys[0]
     high = ys[0]
     for k in range(1, corners):
@@ -66,7 +66,7 @@ def convex_spans(size: int, xs: Floats, ys: Floats, corners: int, starts: Ints, 
         high = max(high, ys[k])
     first = max(0, math.ceil(low - 0.5))
     stop = min(size, math.ceil(high - 0.5))
-    for row in range(first, stop):
+    for row in range(first, stop):  # each edge widens the spans of the rows that it crosses
         starts[row] = size
         stops[row] = 0
     x_end = xs[corners - 1]
@@ -92,7 +92,7 @@ def convex_spans(size: int, xs: Floats, ys: Floats, corners: int, starts: Ints, 
 
 
 class LeafLaw(NamedTuple):
-    """How the leaves of a program are drawn.
+    """The laws by which the leaves of a program are drawn.
 
     Attributes:
         shares: cumulative weights of the six `KINDS`.
@@ -125,7 +125,7 @@ def leaf_spans(
     starts: Ints,
     stops: Ints,
 ) -> tuple[int, int]:
-    """A shape of `KINDS` whose circumscribed circle has centre (x, y) and the given radius.
+    """Find the pixels of a shape of `KINDS` whose circumscribed circle has centre (x, y) and the given radius.
 
     `angle` holds 32 random bits that turn an oriented square or make a rectangle; `angles` holds four times 16, the
     corners of a triangle or quadrilateral.  `corners` is working space, [2, 4].
@@ -165,7 +165,7 @@ def leaf_spans(
 
 @compiled
 def mass(exponent: float, low: float, high: float) -> float:
-    """∫ r^−exponent from `low` to `high`, 0 < low ≤ high."""
+    """Return ∫ r^−exponent dr from `low` to `high`, 0 < low ≤ high."""
     if abs(exponent - 1.0) < 1e-9:
         return log2(high / low) * 0.6931471805599453
     a = 1.0 - exponent
@@ -174,7 +174,8 @@ def mass(exponent: float, low: float, high: float) -> float:
 
 @compiled
 def inverse(u: float, exponent: float, low: float, high: float) -> float:
-    """The radius below which a share u of the density ∝ r^−exponent on [low, high] lies."""
+    """Return the radius below which a share u of the density ∝ r^−exponent on [low, high] lies."""
+    # F(r) = u is linear in r^(1 − exponent).  The scale-invariant laws need no powers, which are slow.
     if exponent == 3.0:
         below, above = 1.0 / (low * low), 1.0 / (high * high)
         r = 1.0 / math.sqrt(below + u * (above - below))
@@ -204,7 +205,7 @@ def padded_masses(exponent: float, low: float, high: float, size: float, out: Fl
 
 @compiled
 def padded_radius(u: float, exponent: float, low: float, high: float, masses: Floats) -> float:
-    """Radius of a leaf whose centre is uniform in the canvas padded by the radius: density ∝ r^−exponent·(size + 2r)².
+    """Draw the radius of a leaf whose centre is uniform in the canvas padded by r: density ∝ r^−exponent·(size + 2r)².
 
     A mixture of three power laws: u picks the law, and what is left of it the radius.  `masses` is what
     `padded_masses` wrote.
