@@ -131,7 +131,7 @@ class Program(ABC):
         seed: 0 to 2⁶⁴ − 1.
 
     Raises:
-        ConfigError: a parameter is not allowed.
+        ConfigError: a parameter, of the family's own too, is not allowed.
     """
 
     name: ClassVar[str]

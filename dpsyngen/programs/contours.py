@@ -57,9 +57,6 @@ class Contours(Program):
         gradient: probability that a filled figure has a gradient of two colours; 0 to 1.
         upright: do not turn figures: mirrored ones get a vertical axis.
         ground: "black", "white" or "random"; figures stand out from it by 64 levels or more.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     prior_tier: ClassVar[int] = 1

@@ -78,9 +78,6 @@ class DeadLeaves(Program):
         texture: a program (its name, or a mapping with its name and parameters) whose images fill the leaves instead of
             a flat colour; exact mode only.  Each image uses `TEXTURES` of them, every leaf one of these at its own
             offset, mirrored at the edges of the texture.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     shape: str = param("mixed", as_shape)
@@ -184,8 +181,6 @@ class DeadLeaves(Program):
     def leaf_counts(self, indices: ArrayLike) -> Ints:
         """Count the leaves that each image took until no ground showed, int64 [N]; to study law and cost."""
         chosen = as_indices(indices)
-        if self.texture is not None:
-            return np.array([self._cover(int(i), np.empty((0, RECORDED)))[1] for i in chosen], dtype=np.int64)
         out = np.empty((len(chosen), self.channels, self.resolution, self.resolution), dtype=np.uint8)
         leaves = np.empty(len(chosen), dtype=np.int64)
         self._draw_flat(chosen, out, leaves)

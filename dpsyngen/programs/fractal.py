@@ -44,9 +44,6 @@ class Fractal(Program):
         points: points drawn, per pixel of the image; 1 to 100.
         ground: "black", "white" or "random" (a uniform colour).  Maps have uniform colours, on black and white from the
             three quarters of the range that are farther from it.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     prior_tier: ClassVar[int] = 0

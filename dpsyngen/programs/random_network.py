@@ -64,9 +64,6 @@ class RandomNetwork(Program):
         kind: "random", "high-frequency", "sparse", "oriented" or "mixed".
         width: channels up to 16 pixels, 4 to 64; half as many at each further doubling, 4 at least.
         contrast: range of the standard deviation of an image in levels, uniform; 1 to 127.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     prior_tier: ClassVar[int] = 0

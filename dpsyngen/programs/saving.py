@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,8 @@ FORMAT_VERSION = 2
 SHARD_SIZE = 1000
 FORMATS = ("folder", "parquet")
 
-_WHAT = (
-    "format_version",
-    "program",
-    "start",
-    "count",
-    "format",
-    "shard_size",
-)  # of a manifest: what --resume must agree on
+_WHAT = ("format_version", "program", "start", "count", "format", "shard_size")  # what --resume must agree on
+_LOCK = ".lock"
 _SHARDS = "shards"  # the command to the other processes of torchrun
 
 
@@ -183,22 +178,34 @@ def save_images(
     else:
         _require_new(job)
     (job.folder / job.files()[0]).parent.mkdir(parents=True, exist_ok=True)
-    _write_json(manifest, job.about())
-
-    done = 0
-    hashes: dict[int, str] = {}
-    report = on_progress or (lambda done: None)
-    report(done)
-    for shard, digest in _by_processes(job, workers) if ranks.alone else _by_ranks(job, ranks):
-        hashes[shard] = digest
-        done += len(job.indices(shard))
+    with _alone(job.folder):
+        _write_json(manifest, job.about())
+        done = 0
+        hashes: dict[int, str] = {}
+        report = on_progress or (lambda done: None)
         report(done)
-    ordered = [hashes[shard] for shard in range(job.shards)]
-    whole = hashlib.sha256("".join(ordered).encode()).hexdigest()
-    _write_json(
-        manifest, job.about() | {"complete": True, "files": job.files(), "sha256": whole, "shard_sha256": ordered}
-    )
+        for shard, digest in _by_processes(job, workers) if ranks.alone else _by_ranks(job, ranks):
+            hashes[shard] = digest
+            done += len(job.indices(shard))
+            report(done)
+        ordered = [hashes[shard] for shard in range(job.shards)]
+        whole = hashlib.sha256("".join(ordered).encode()).hexdigest()
+        finished = {"complete": True, "files": job.files(), "sha256": whole, "shard_sha256": ordered}
+        _write_json(manifest, job.about() | finished)
     return manifest
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that no second process writes over files of a job that counts as complete."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(folder / _LOCK, blocking=False):
+            yield
+            (folder / _LOCK).unlink(missing_ok=True)
+    except Timeout:
+        raise RunError(f"another process is saving to {folder}.  Wait for it or stop it first.") from None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -217,8 +224,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _require_new(job: _Job) -> None:
     if _read_manifest(job.folder).get("complete") is False:
         raise RunError(
-            f"{job.folder} holds a job that was interrupted: remove it, save to a new folder, or do it again from "
-            "its start in that folder with the same command and --resume."
+            f"{job.folder} holds a job that was interrupted (or is still running): remove it, save to a new folder, or "
+            "do it again from its start in that folder with the same command and --resume."
         )
     require_absent_or_empty(job.folder, "--out")
 

@@ -41,9 +41,6 @@ class SmoothNoise(Program):
         octaves: largest number of octaves, 1 to 10; an image has 1 to that many, evenly.
         persistence: range, uniform; 0 to 1.
         colour: as in "spectrum": "grey", "rotation" or "palette".
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     prior_tier: ClassVar[int] = 0

@@ -47,9 +47,6 @@ class Spectrum(Program):
         colour: "grey": one field; "rotation": three fields mixed so that colours vary like a random palette of 3 to 22
             colours; "palette": one field, cut into levels so that each colour of such a palette covers its share.  The
             last two need channels=3.  None, the default, means "grey" for 1 channel and "rotation" for 3.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     prior_tier: ClassVar[int] = 0

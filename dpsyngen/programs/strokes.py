@@ -35,9 +35,6 @@ class Strokes(Program):
         width: range of the width as a fraction of the resolution, log-uniform; 0.005 to 0.5.
         margin: the control points are uniform in the image less this margin, a fraction of the resolution; 0 to 0.45.
         ground: "black", "white" or "random"; the ink stands out from it by 64 levels or more.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     prior_tier: ClassVar[int] = 1

@@ -56,9 +56,6 @@ class WaveletMarginal(Program):
         tails: range of r, uniform in each band; 0.2 to 4, where 2 is the normal distribution.
         decay: range of the decay, uniform; 0 to 4.
         colour: as in "spectrum": "grey", "rotation" or "palette".
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     prior_tier: ClassVar[int] = 0

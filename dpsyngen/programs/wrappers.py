@@ -72,9 +72,6 @@ class Affine(Wrapper):
         shear: largest shear, uniform to both sides; 0 to 1.
         shift: largest shift as a fraction of the resolution, uniform to all sides; 0 to 1.
         border: what lies outside the source: "reflect" (its mirror image), "edge" (its border goes on) or "black".
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     turn: float = param(180.0, as_number, 0.0, 180.0)
@@ -159,9 +156,6 @@ class Blur(Wrapper):
 
     Attributes:
         deviation: range of the Gaussian's standard deviation in pixels, uniform; 0 to 64.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     deviation: Any = param((0.0, 2.0), as_range, 0.0, 64.0)
@@ -222,9 +216,6 @@ class Invert(Wrapper):
 
     Attributes:
         probability: of inverting an image; 0 to 1.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     probability: float = param(1.0, as_number, 0.0, 1.0)
@@ -251,9 +242,6 @@ class Quantise(Wrapper):
 
     Attributes:
         levels: range of m, 2 to 256, evenly.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     levels: Any = param((2, 8), as_counts, 2, 256)
@@ -282,9 +270,6 @@ class Crop(Wrapper):
 
     Attributes:
         source_resolution: of the images that are cropped, from the resolution to 2048.  None: twice the resolution.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     source_resolution: int | None = None
@@ -327,9 +312,6 @@ class Mixture(Program):
     Attributes:
         programs: list of 1 to 64 programs, each a name or a mapping with name and parameters.
         weights: list of as many numbers, 0 or more, not all 0; None: evenly.
-
-    Raises:
-        ConfigError: a parameter is not allowed.
     """
 
     programs: Any

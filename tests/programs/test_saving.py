@@ -190,6 +190,14 @@ def test_nothing_is_overwritten_and_settings_must_agree(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    def again(done: int) -> None:
+        save_images(program(), tmp_path / "o", 30, shard_size=10, resume=True)
+
+    with pytest.raises(RunError, match="another process is saving"):
+        save_images(program(), tmp_path / "o", 30, shard_size=10, on_progress=again)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -130,9 +130,9 @@ def _columns(re: Floats, im: Floats, unity: Floats) -> None:
 
 @compiled
 def inverse_2d(re: Floats, im: Floats, unity: Floats) -> None:
-    """Replace re + i·im, [n, n], by Σ_f (re + i·im)[f]·e^{2πi f·x/n}, unnormalised; `roots` as above.
+    """Replace re + i·im, [n, n], by Σ_f (re + i·im)[f]·e^{2πi f·x/n}, unnormalised.
 
-    Swap the two arrays for the forward transform.
+    `unity` is ``roots(n)``.  Swap the two arrays for the forward transform.
     """
     for _ in range(2):  # columns, then rows
         _columns(re, im, unity)
