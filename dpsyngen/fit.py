@@ -411,8 +411,8 @@ class Generator(ReleasedGenerator):
 
         Args:
             path: a ``.zip`` for a release bundle, which :func:`dpsyngen.verify` checks anywhere; it is made from the
-                run directory, whose ledger the certificate is compared with.  Anything else is a folder to make.
-                Nothing is overwritten.
+                run directory, whose ledger the certificate is compared with, and has a report page if
+                :func:`dpsyngen.write_report` wrote one.  Anything else is a folder to make.  Nothing is overwritten.
             not_private: save a generator that carries no guarantee all the same, stamped as such.
 
         Raises:

@@ -128,9 +128,10 @@ class SamplingSettings:
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         levels, start = self._levels_of(denoiser)
         sigmas = karras_steps(*levels)
-        if self.guidance != 1:
-            guided = isinstance(denoiser, StagedDenoiser)
-            denoiser = denoiser.guided(self.guidance) if guided else GuidedDenoiser(denoiser, self.guidance)
+        if self.guidance != 1 and isinstance(denoiser, StagedDenoiser):
+            denoiser = denoiser.guided(self.guidance)
+        elif self.guidance != 1:
+            denoiser = GuidedDenoiser(denoiser, self.guidance)
         for begin in range(0, count, batch_size)[take]:
             end = min(begin + batch_size, count)
             generators = [_generator(self.seed, i) for i in range(begin, end)]

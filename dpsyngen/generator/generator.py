@@ -185,7 +185,7 @@ class ReleasedGenerator:
             )
         if churn is None and sampler not in (None, self.defaults.sampler):
             churn = 0.0  # a churn set for the run belongs to its sampler
-        given = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
+        given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
         seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
         return replace(self.defaults, seed=seed, **{k: v for k, v in given.items() if v is not None})
 

@@ -316,9 +316,9 @@ class _Bundle:
         paths, labels = _table(folder, generator)
         if about.get("count") != len(paths):
             return False, f"samples/about.json speaks of {about.get('count')!r} images, but there are {len(paths):,}"
-        how = {key: about.get(key) for key in ("seed", "sampler", "steps", "guidance")}
+        how: dict[str, Any] = {key: about.get(key) for key in ("seed", "sampler", "steps", "guidance")}
         try:
-            settings = generator.settings(**how, churn=about.get("churn") or 0.0)  # type: ignore[arg-type]
+            settings = generator.settings(**how, churn=about.get("churn") or 0.0)
         except DpsyngenError:
             settings = None
         if settings is None or None in how.values():

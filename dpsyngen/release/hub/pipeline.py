@@ -36,7 +36,7 @@ class DPSynGenPipeline(DiffusionPipeline):
     progress_bar: Any
     register_modules: Any
 
-    def __init__(self, denoiser) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, denoiser) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser)
 
@@ -104,7 +104,7 @@ class DPSynGenPipeline(DiffusionPipeline):
         out = _as(output_type, torch.cat(drawn))
         return ImagePipelineOutput(images=out) if return_dict else (out,)
 
-    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:  # type: ignore[no-untyped-def]
+    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
         """Copy the release, its certificate included, to a folder that is empty or does not exist."""
         if args or any(kwargs.values()):
             raise ValueError("a release is saved as it is: no other argument is taken.")
