@@ -99,7 +99,7 @@ class Bench:
     def step(self, dataset: Any) -> Callable[[int], Any]:
         """What takes step number i on these records."""
         from dpsyngen.diffusion.noise_levels import NoiseLevels
-        from dpsyngen.training.private import DpSgd, PrivateStep
+        from dpsyngen.training.private import Computing, DpSgd, PrivateStep
         from dpsyngen.workers import Workers
 
         n = self.config.network
@@ -109,8 +109,7 @@ class Bench:
             n.label_dropout,
             DpSgd(len(dataset), 1.0, 1.0, self.config.private),
             self.randomness,
-            physical_batch=PHYSICAL,
-            workers=Workers(),
+            Computing(PHYSICAL, workers=Workers()),
         )
         return lambda i: take(self.denoiser, self.optimizer, i)
 

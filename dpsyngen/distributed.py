@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from dpsyngen.errors import ConfigError, DpsyngenError, RunError
 
 if TYPE_CHECKING:
@@ -49,12 +47,7 @@ class Dismissed(DpsyngenError):
 
 @dataclass(frozen=True)
 class Command:
-    """What the main process asks of the others.
-
-    Attributes:
-        name: what to do.
-        values: with what; anything that can be pickled.
-    """
+    """What the main process asks of the others: a name, and values that can be pickled."""
 
     name: str
     values: dict[str, Any]
@@ -64,9 +57,9 @@ FAILED = "failed"
 END = "end"
 
 
-@dataclass
+@dataclass(eq=False)
 class Ranks:
-    """The processes that work together; see :func:`joined`.
+    """The processes that work together; see :func:`joined`.  All methods raise RankLost if one of them is gone.
 
     Attributes:
         rank: number of this process, 0 .. count - 1.
@@ -98,11 +91,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def lead(self, name: str, **values: Any) -> Iterator[None]:
-        """In the main process: have the others do `name`.  Within the context this process does its own part.
-
-        Raises:
-            RankLost: a process is gone.
-        """
+        """In the main process: have the others do `name`.  Within the context this process does its own part."""
         if not self.main:
             raise AssertionError(f"rank {self.rank} cannot lead")
         if not self.alone:
@@ -112,21 +101,12 @@ class Ranks:
         self._free = True  # not after an error: the others may be anywhere
 
     def tell(self, name: str, **values: Any) -> None:
-        """In the main process: have the others do something that it has no part in.
-
-        Raises:
-            RankLost: a process is gone.
-        """
+        """In the main process: have the others do something that it has no part in."""
         with self.lead(name, **values):
             pass
 
     def next_command(self) -> Command:
-        """In a follower: wait for what to do.
-
-        Raises:
-            Dismissed: the main process failed, and said why.
-            RankLost: it is gone.
-        """
+        """In a follower: wait for what to do.  Raises Dismissed if the main process failed and said why."""
         command: Command = self._exchange(None)
         if command.name == FAILED:
             raise Dismissed(str(command.values["message"]))
@@ -173,25 +153,22 @@ class Ranks:
         return value if self.alone else self._exchange(value)  # type: ignore[arg-type]
 
     def agree(self, work: Callable[[], _T]) -> _T:
-        """Do something in every process that can fail in each; if it failed in any, it has failed in all.
+        """Do something in every process; if it fails in any, it has failed in all.
 
         Raises:
-            DpsyngenError: in the main process the first error, which says whose it is; in the others
-                :class:`Dismissed`, except where it was their own.
+            DpsyngenError: in the main process the first error, with the rank it is of; in the others
+                :class:`Dismissed`.
         """
+        if self.alone:
+            return work()
         error: DpsyngenError | OSError | None = None
-        result: _T | None = None
         try:
             result = work()
         except (DpsyngenError, OSError) as caught:
             error = caught
-        if self.alone:
-            if error is not None:
-                raise error
-            return result  # type: ignore[return-value]
         failed = [(r, e) for r, e in enumerate(self.gather(None if error is None else str(error))) if e is not None]
         if not failed:
-            return result  # type: ignore[return-value]
+            return result
         if not self.main:
             raise Dismissed(str(error or failed[0][1]))
         if error is not None:
@@ -202,14 +179,7 @@ class Ranks:
     # ------------------------------------------------------------------------------------------- tensors
 
     def sum_to_main(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Add up tensors of one kind over all processes.
-
-        Args:
-            tensors: of one dtype on one device, of the same shapes in all processes.
-
-        Returns:
-            in the main process the sums; in the others nothing of use.
-        """
+        """Sums over all processes of tensors of one dtype and device; only in the main process they are of use."""
         import torch
         import torch.distributed as dist
 
@@ -246,11 +216,6 @@ class Ranks:
             if not self.main:
                 for t, new in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                     t.copy_(new.view(t.shape))
-
-    def arrays_to_main(self, array: np.ndarray) -> np.ndarray | None:
-        """Arrays of all processes, joined along their first axis in the order of ranks; None but in the main one."""
-        parts = self.gather_to_main(array)
-        return None if parts is None else np.concatenate(parts)
 
     def gather_to_main(self, value: _T) -> list[_T] | None:
         """What all processes give, in the order of their ranks; None but in the main process."""
@@ -290,22 +255,17 @@ def started_by_torchrun() -> bool:
 
 
 def numbers() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun set them; (0, 1, 0) without torchrun.
-
-    Raises:
-        ConfigError: the environment has something else in these places.
-    """
+    """(rank, number of processes, rank on this machine) as torchrun set them; (0, 1, 0) without torchrun."""
     if not started_by_torchrun():
         return 0, 1, 0
+    given = {k: os.environ.get(k, "0") for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
-        rank, count, local = (int(os.environ.get(k, "0")) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        rank, count, local = map(int, given.values())
     except ValueError:
-        raise ConfigError(
-            "RANK, WORLD_SIZE or LOCAL_RANK in the environment is no number: start by torchrun."
-        ) from None
+        rank, count, local = -1, 0, 0
     if not (0 <= rank < count and local >= 0):
         raise ConfigError(
-            f"RANK is {rank} of WORLD_SIZE {count} in the environment, which cannot be: start by torchrun."
+            f"the environment has {given}, which torchrun would not set: start the processes by torchrun."
         )
     return rank, count, local
 

@@ -28,7 +28,7 @@ from dpsyngen.privacy.clipping import AUTOMATIC_GAMMA, ClippedGradient, Clipping
 from dpsyngen.privacy.per_example import layer_numbers
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.plan import Shape
-from dpsyngen.training.private import DpSgd, PrivateStep
+from dpsyngen.training.private import Computing, DpSgd, PrivateStep
 
 _SLOTS_OF_DISCRETE_NOISE = 64  # its sampler takes a millisecond a call, however few numbers are asked for
 _HUGE = 300.0  # pixels of an image that is as far from the others as a hostile one could be
@@ -146,7 +146,7 @@ def step_of(config: Config, mechanism: DpSgd) -> PrivateStep:
         n.label_dropout,
         mechanism,
         Randomness.from_system(),
-        physical_batch=config.private.physical_batch or 16,
+        Computing(config.private.physical_batch or 16),
     )
 
 

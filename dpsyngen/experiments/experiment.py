@@ -36,7 +36,7 @@ from dpsyngen.files import require_absent_or_empty, write_atomically, write_text
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.plan import Shape
-from dpsyngen.training.steps import PRETRAIN
+from dpsyngen.training.public import PRETRAIN
 from dpsyngen.version import __version__
 
 FORMAT = 1

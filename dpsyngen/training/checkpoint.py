@@ -113,17 +113,29 @@ class _Stored:
     ledger: Head
     tensors: dict[str, Tensor]
 
-    @classmethod
-    def read(cls, path: Path) -> _Stored:
-        """Raises SafetensorError, OSError, KeyError, TypeError or ValueError if it is damaged."""
-        with safe_open(path, framework="pt") as f:
-            text, digest = f.metadata()["dpsyngen"], f.metadata()["digest"]
-            # Copies: with some versions of the library the tensors are views of the file.
-            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
-        if _digest(text, tensors) != digest:
-            raise ValueError("its content is not what was written")
-        info = json.loads(text)
-        return cls(path, info["phase"], info["step"], info["ema_steps"], Head(**info["ledger"]), tensors)
+
+def _read(folder: Path) -> tuple[list[_Stored], list[str]]:
+    """The readable checkpoints in a run's private folder, newest first, and what is wrong with the others."""
+    good, bad = [], []
+    for path in (folder / name for name in _NAMES):
+        if not path.exists():
+            continue
+        try:
+            with safe_open(path, framework="pt") as f:
+                text, digest = f.metadata()["dpsyngen"], f.metadata()["digest"]
+                # Copies: with some versions of the library the tensors are views of the file.
+                tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
+            if _digest(text, tensors) != digest:
+                raise ValueError("its content is not what was written")
+            info = json.loads(text)
+            stored = _Stored(path, info["phase"], info["step"], info["ema_steps"], Head(**info["ledger"]), tensors)
+            numbers = (stored.step, stored.ema_steps, stored.ledger.lines)
+            if any(type(n) is not int for n in numbers) or type(stored.phase) is not str:
+                raise TypeError("its step is not a number")
+            good.append(stored)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            bad.append(f"{path.name}: {error}")
+    return good, bad
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
@@ -199,10 +211,12 @@ class Checkpoints:
         Raises:
             RunError: a checkpoint does not fit the network or the ledger.
         """
-        stored = [s for s in map(self._read, (self.newest, self.older)) if s is not None]
+        stored, damaged = _read(self.newest.parent)
+        self.damaged += damaged
         self._newest_is_good = any(s.path == self.newest for s in stored)
         for s in stored:
-            self._require_in_ledger(s)
+            if not self.ledger.has_been(s.ledger):
+                raise _rolled_back(s.path, self.ledger, "lines of the ledger that are not in it")
         for s in stored:
             if s.phase != phase:
                 continue
@@ -227,38 +241,13 @@ class Checkpoints:
         """Remove the checkpoints, at the end of the run."""
         remove_checkpoints(self.newest.parent)
 
-    def _read(self, path: Path) -> _Stored | None:
-        if not path.exists():
-            return None
-        try:
-            stored = _Stored.read(path)
-            counts = (stored.step, stored.ema_steps, stored.ledger.lines)
-            if any(type(n) is not int for n in counts) or type(stored.phase) is not str:
-                raise TypeError("its step is not a number")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            self.damaged.append(f"{path.name}: {error}")
-            return None
-        return stored
-
-    def _require_in_ledger(self, stored: _Stored) -> None:
-        if not self.ledger.has_been(stored.ledger):
-            raise _rolled_back(stored.path, self.ledger, "lines of the ledger that are not in it")
-
 
 def describe_checkpoints(folder: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
     """What lies in a run's private folder, without a network to restore: (file, phase, step) of each readable
     checkpoint, newest first, and what is wrong with the others.
     """
-    good: list[tuple[str, str, int]] = []
-    bad: list[str] = []
-    for path in (folder / name for name in _NAMES):
-        if path.exists():
-            try:
-                stored = _Stored.read(path)
-                good.append((path.name, stored.phase, stored.step))
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-                bad.append(f"{path.name}: {error}")
-    return good, bad
+    good, bad = _read(folder)
+    return [(s.path.name, s.phase, s.step) for s in good], bad
 
 
 def _rolled_back(path: Path, ledger: Ledger, what: str) -> RunError:

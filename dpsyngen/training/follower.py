@@ -30,9 +30,8 @@ from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.moments import MOMENTS, Stopped, estimate_moments
 from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Plan, program_of
-from dpsyngen.training.private import PrivateStep
-from dpsyngen.training.public import PublicStep
-from dpsyngen.training.steps import private_step, public_step
+from dpsyngen.training.private import Computing, PrivateStep
+from dpsyngen.training.public import PublicStep, levels_of, public_step
 from dpsyngen.workers import Workers
 
 READ, SET_UP, PUBLIC, PRIVATE = "read", "set up", "public", "private"
@@ -178,18 +177,12 @@ class _Follower:
         self.denoiser = make_denoiser(known.config, shape, True, 0, gaussian)
         compute.prepare(self.denoiser)
         self._prepare_public(shared, compute)
-        take = private_step(
-            known.config,
-            known.plan,
-            dataset,
-            known.randomness,
-            physical_batch=physical_batch,
-            # Measured in each process for itself: they decide about speed and rounding only.
-            kernels=KernelChoices(measure=known.config.privacy.insecure_seed is None),
-            workers=self.workers,
-            ranks=self.ranks,
-            compute=compute,
-        )
+        # Kernels are measured in each process for itself: they decide about speed and rounding only.
+        kernels = KernelChoices(measure=known.config.privacy.insecure_seed is None)
+        how = Computing(physical_batch, kernels, self.workers, self.ranks, compute)
+        n = known.config.network
+        levels = levels_of(n, known.plan.stages.private)
+        take = PrivateStep(dataset, levels, n.label_dropout, known.plan.mechanism, known.randomness, how)
         self.steps[take.name] = take
 
     def _on_step(self, command: Command) -> None:

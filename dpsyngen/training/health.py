@@ -155,8 +155,10 @@ class Drawer(Protocol):
     """A generator that a release holds."""
 
     class_names: tuple[str, ...]
-    networks: Mapping[str, nn.Module]
     defaults: SamplingSettings
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]: ...
 
     def labels(self, count: int, classes: list[int]) -> Any: ...
 

@@ -53,11 +53,10 @@ from dpsyngen.training.moments import (
 )
 from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview
 from dpsyngen.training.plan import Plan, describe, make_plan, program_of, shape_of, with_whole_program
-from dpsyngen.training.private import Observer, charged_steps, train_private
-from dpsyngen.training.public import PublicStep, train_public
+from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
+from dpsyngen.training.public import PRETRAIN, PUBLIC_INDEX, PublicStep, levels_of, public_step, train_public
 from dpsyngen.training.run import Run
 from dpsyngen.training.session import EngineSettings, Session, Terms, fixed_settings
-from dpsyngen.training.steps import PRETRAIN, PUBLIC_INDEX, private_step, public_step
 from dpsyngen.workers import Workers
 
 
@@ -346,24 +345,16 @@ class Training:
             optimizers["public"] = torch.optim.Adam(denoiser.parameters(), lr=self.config.public.learning_rate)
         state = TrainState(denoiser, Ema(denoiser, c.ema), optimizers)
         fits = engine.physical_batch or fitting_batch(denoiser, self.config, self.plan.shape, engine.compute)
-        take = private_step(
-            self.config,
-            self.plan,
-            self.dataset,
-            self.randomness,
-            physical_batch=fits,
-            kernels=engine.kernels,
-            workers=self.workers,
-            ranks=self.ranks,
-            compute=engine.compute,
-            observer=self.hooks.observer,
-        )
+        engine.physical_batch = fits
         moments = None if gaussian is None else load_file(self.run.weights(GAUSSIAN))
-        about = {"physical_batch": take.physical_batch, "pins": engine.compute.pins()}
-        self.ranks.tell(PRIVATE, shared=shared, moments=moments, **about)
-        engine.physical_batch = take.physical_batch
-        # What was measured must be known before noise is used: a step that is repeated has to sum in the same order.
-        take.before_release = engine.save
+        self.ranks.tell(PRIVATE, physical_batch=fits, shared=shared, moments=moments, pins=engine.compute.pins())
+        # What was measured must be on the disk before noise is used: a step that is repeated has to sum in the same
+        # order.
+        how = Computing(
+            fits, engine.kernels, self.workers, self.ranks, engine.compute, self.hooks.observer, engine.save
+        )
+        levels, dropout = levels_of(self.config.network, stages.private), self.config.network.label_dropout
+        take = PrivateStep(self.dataset, levels, dropout, self.plan.mechanism, self.randomness, how)
         public = [self._public_step(stage, engine.compute) for stage in shared]
         progress = train_private(name, state, take, self.ledger, public, with_epsilon=self.hooks.observer is None)
         yield from self._checkpointed(name, state, progress, private=True)

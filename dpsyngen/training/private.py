@@ -109,6 +109,30 @@ _BLOCK = 16
 _EPSILON_POINTS = 20
 
 
+@dataclass(frozen=True)
+class Computing:
+    """How private steps are computed: it decides about speed and rounding, not about what a step is.
+
+    Attributes:
+        physical_batch: images in memory at a time.
+        kernels: how convolutions compute; None: measured on first use.
+        workers: threads that share a batch; None: the calling one alone.
+        ranks: the processes that share a batch.  All draw the same set of records from the run's stream and take a part
+            of it each; the clipped sums are added up in the main one, which adds noise to their sum, once.
+        compute: precision of the network's products, see :meth:`Compute.for_dp_steps`; None: as PyTorch is set.
+        observer: called with each step just before the optimizer uses it; None in a run that is not being audited.
+        before_release: called when a step's sum is known, before its noise is.
+    """
+
+    physical_batch: int
+    kernels: KernelChoices | None = None
+    workers: Workers | None = None
+    ranks: Ranks = ALONE
+    compute: Compute | None = None
+    observer: Observer | None = None
+    before_release: Callable[[], None] | None = None
+
+
 class PrivateStep:
     """Takes one DP-SGD step at a time.
 
@@ -118,13 +142,7 @@ class PrivateStep:
         label_dropout: probability of training a row without its class.
         dp: the constants of DP-SGD.
         randomness: the run's secret streams.
-        physical_batch: images in memory at a time.
-        kernels: how convolutions compute; None: measured on first use.
-        workers: threads that share a batch; None: the calling one alone.
-        observer: called with each step just before the optimizer uses it; None in a run that is not being audited.
-        ranks: the processes that share a batch.  All draw the same set of records from the run's stream and take a part
-            of it each; the clipped sums are added up in the main one, which adds noise to their sum, once.
-        compute: precision of the network's products, see :meth:`Compute.for_dp_steps`; None: as PyTorch is set.
+        how: see :class:`Computing`.
 
     Nothing is padded: the processes meet once a step, however many records each has, none included.
     """
@@ -138,21 +156,12 @@ class PrivateStep:
         label_dropout: float,
         dp: DpSgd,
         randomness: Randomness,
-        *,
-        physical_batch: int,
-        kernels: KernelChoices | None = None,
-        workers: Workers | None = None,
-        observer: Observer | None = None,
-        ranks: Ranks = ALONE,
-        compute: Compute | None = None,
+        how: Computing,
     ) -> None:
-        self.ranks, self.compute = ranks, compute
-        self.dataset, self.levels, self.label_dropout = dataset, levels, label_dropout
-        self.dp, self.randomness, self.physical_batch = dp, randomness, physical_batch
+        self.dataset, self.levels, self.label_dropout, self.dp = dataset, levels, label_dropout, dp
+        self.randomness, self.how, self.ranks = randomness, how, how.ranks
+        self.kernels, self.workers = how.kernels or KernelChoices(), how.workers or Workers(1)
         self.mechanism = dp.step_mechanism()
-        self.kernels, self.workers = kernels or KernelChoices(), workers or Workers(1)
-        self.observer = observer
-        self.before_release: Callable[[], None] | None = None  # called when a step's sum is known, before its noise is
         self._engine: PerExampleGradients | None = None
 
     def engine(self, denoiser: torch.nn.Module) -> PerExampleGradients:
@@ -173,12 +182,12 @@ class PrivateStep:
         engine = self.engine(denoiser)
         with self.ranks.lead(self.name, step=step):
             chosen, total, loss = self._clipped(denoiser, step)
-        if self.before_release is not None:
-            self.before_release()
+        if self.how.before_release is not None:
+            self.how.before_release()
         # 4. S + z C N(0, I), over the expected batch: the one line after which everything is public.
         gradients = self.mechanism.release(total, self.randomness, step)
-        if self.observer is not None:
-            self.observer(StepRecord(step, chosen, total.gradient, gradients), engine)
+        if self.how.observer is not None:
+            self.how.observer(StepRecord(step, chosen, total.gradient, gradients), engine)
         for parameter, gradient in zip(engine.parameters, gradients, strict=True):
             parameter.grad = gradient
         # 5. Adam.
@@ -219,7 +228,7 @@ class PrivateStep:
             return value
 
         # 2. and 3. The engine averages the losses of an image's K rows before it clips.
-        with contextlib.nullcontext() if self.compute is None else self.compute.autocast():
+        with contextlib.nullcontext() if self.how.compute is None else self.how.compute.autocast():
             total = self.summed(engine, loss, mine.stop - mine.start)
         losses = sum(seen[start] for start in sorted(seen))
         if ranks.alone:
@@ -245,7 +254,7 @@ class PrivateStep:
             examples: how many there are; 0 is legal.
         """
         copies = self.dp.config.copies
-        return self.mechanism.sum(engine, loss, examples, copies=copies, physical_batch=self.physical_batch)
+        return self.mechanism.sum(engine, loss, examples, copies=copies, physical_batch=self.how.physical_batch)
 
     def _noise_and_signal(self, total: ClippedGradient, engine: PerExampleGradients) -> dict[str, float]:
         """Norms (L2) of the averaged clipped gradient, and of the noise that is added to it, as it is expected."""

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpsyngen.config import Config, PublicConfig
+from dpsyngen.config import Config, NetworkConfig, PublicConfig
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.diffusion.stages import Stage
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.hardware import Compute, send
 from dpsyngen.privacy.randomness import Randomness
@@ -28,6 +29,11 @@ from dpsyngen.programs import Program
 from dpsyngen.training.checkpoint import TrainState
 from dpsyngen.training.log import Step
 from dpsyngen.workers import Workers, summed_gradients
+
+PRETRAIN = "pretrain"
+PUBLIC_INDEX = {PRETRAIN: 0, "cleaning": 1, "coarse": 2}
+"""Which images and which initial weights a public phase has: by its name, so that one stage is the same network in
+every variant, and experiments can share it."""
 
 
 class PublicImages:
@@ -205,6 +211,34 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 def public_randomness(config: Config) -> Randomness:
     """Streams that depend on the public seed only."""
     return Randomness.from_insecure_seed(config.program.seed)
+
+
+def levels_of(n: NetworkConfig, stage: Stage) -> NoiseLevels:
+    """Noise levels that a stage trains at."""
+    return NoiseLevels(n.noise_mean, n.noise_std, stage.low, stage.high)
+
+
+def public_step(
+    config: Config, program: Program, stage: Stage, workers: Workers, ranks: Ranks, compute: Compute
+) -> PublicStep:
+    """The step that trains `stage` on images of the program.
+
+    On a network that DP-SGD trains as well, `compute` must be that of DP-SGD steps: what is taken again after a crash
+    has to round in the same way.
+    """
+    # Each network has its own images: a thousand million are more than any phase draws.
+    offset = PUBLIC_INDEX[stage.name] * 10**9
+    return PublicStep(
+        program,
+        levels_of(config.network, stage),
+        config.public,
+        public_randomness(config),
+        offset,
+        workers,
+        ranks,
+        f"public step {stage.name}",
+        compute,
+    )
 
 
 def train_public(phase: str, state: TrainState, take: PublicStep) -> Iterator[Step]:

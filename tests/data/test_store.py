@@ -242,7 +242,7 @@ def test_training_reads_its_batches_and_nothing_else(tiny_settings) -> None:
     from dpsyngen.training import moments
     from dpsyngen.training.networks import make_denoiser
     from dpsyngen.training.plan import shape_of
-    from dpsyngen.training.private import DpSgd, PrivateStep
+    from dpsyngen.training.private import Computing, DpSgd, PrivateStep
 
     count, key = 300, Randomness.from_insecure_seed(1)
     images, labels = colour(count), np.arange(count, dtype=np.int64) % 2
@@ -252,7 +252,7 @@ def test_training_reads_its_batches_and_nothing_else(tiny_settings) -> None:
         dataset = ImageDataset(held, labels, ("a", "b"), "x")
         denoiser = make_denoiser(config, shape_of(dataset, config), True, seed=0)
         mechanism = DpSgd(count, 1.0, 1.0, config.private)
-        take = PrivateStep(dataset, NoiseLevels(-1.2, 1.2, -3.0, 2.0), 0.1, mechanism, key, physical_batch=5)
+        take = PrivateStep(dataset, NoiseLevels(-1.2, 1.2, -3.0, 2.0), 0.1, mechanism, key, Computing(5))
         optimizer = torch.optim.SGD(denoiser.parameters())
         for step in range(2):
             assert take(denoiser, optimizer, step)["examples"] > 0
