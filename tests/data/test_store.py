@@ -241,7 +241,7 @@ def test_training_reads_its_batches_and_nothing_else(tiny_settings) -> None:
     from dpsyngen.privacy.randomness import Randomness
     from dpsyngen.training import moments
     from dpsyngen.training.networks import make_denoiser
-    from dpsyngen.training.plan import shape_of
+    from dpsyngen.training.plan import plan_moments, shape_of
     from dpsyngen.training.private import Computing, DpSgd, PrivateStep
 
     count, key = 300, Randomness.from_insecure_seed(1)
@@ -261,6 +261,6 @@ def test_training_reads_its_batches_and_nothing_else(tiny_settings) -> None:
             held.most = 100
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(moments, "_NUMBERS_A_BATCH", 100 * 192)
-            fitted.append(moments.estimate_moments(dataset, 2, count, moments.plan_moments(5.0, 2), key, rank=4))
+            fitted.append(moments.estimate_moments(dataset, 2, count, plan_moments(5.0, 2), key, rank=4))
     assert torch.equal(*weights)
     assert all(torch.equal(a, b) for a, b in zip(*(f.to_tensors().values() for f in fitted), strict=True))
