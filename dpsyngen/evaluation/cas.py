@@ -10,13 +10,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.distributed import Ranks, device_of
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    from dpsyngen.evaluation.classifiers import Candidate
 
 NAMES = ("logreg", "mlp", "cnn", "resnet")
 DEFAULT = ("logreg", "mlp", "cnn")
@@ -24,10 +27,7 @@ DEFAULT = ("logreg", "mlp", "cnn")
 HELD_OUT = 0.1
 """Share of the generated images that chooses and is not trained on (METHOD.md: 90/10)."""
 CONFIDENCE = 0.95
-_BATCH = 128
-"""Images in a training step of the networks."""
-_PRESENTATIONS = {"mlp": 200_000, "cnn": 200_000, "resnet": 100_000}
-"""Images that a network sees while it is trained, epochs times images, within the bounds of :func:`default_epochs`."""
+_BATCH = 128  # images in a training step of the networks
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class ClassifierResult:
         chosen: the epoch or setting that was chosen, in words.
         per_class_accuracy: accuracy on the real test images of each class; NaN where a class has none.
         n_train, n_validation, n_test: numbers of images.
-        chosen_epoch: the epoch that was chosen, from 1; None for logistic regression, which has none.
-        epochs: how many there were to choose from; None likewise.
+        chosen_epoch, epochs: the epoch that was chosen, from 1, and of how many; None for logistic regression.
         missing_classes: classes without a generated image, which count as errors in `accuracy`.
         confusion: numbers of real test images, `confusion[true][predicted]`.
     """
@@ -74,14 +73,15 @@ class ClassifierResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: NaN, which JSON does not know, becomes None."""
-        out = asdict(self)
         low, high = self.accuracy_interval
-        out["accuracy_low"], out["accuracy_high"] = low, high
-        out["balanced_accuracy"] = None if math.isnan(self.balanced_accuracy) else self.balanced_accuracy
-        out["per_class_accuracy"] = [None if math.isnan(a) else a for a in self.per_class_accuracy]
-        out["missing_classes"] = list(self.missing_classes)
-        out["confusion"] = [list(row) for row in self.confusion]
-        return out
+        return asdict(self) | {
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "balanced_accuracy": None if math.isnan(self.balanced_accuracy) else self.balanced_accuracy,
+            "per_class_accuracy": [None if math.isnan(a) else a for a in self.per_class_accuracy],
+            "missing_classes": list(self.missing_classes),
+            "confusion": [list(row) for row in self.confusion],
+        }
 
 
 def clopper_pearson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -113,7 +113,7 @@ def checked_classifiers(classifiers: Sequence[str]) -> Sequence[str]:
 def confusion_matrix(
     truth: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Counts [true][predicted], num_classes × num_classes."""
+    """Count images [true][predicted], num_classes × num_classes."""
     counts = np.bincount(truth * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
     return tuple(tuple(int(n) for n in row) for row in counts)
 
@@ -128,8 +128,8 @@ def default_epochs(name: str, images: int) -> int:
 
     The ResNet, which is trained in one cycle, has half as many presentations, and 30 epochs at most.
     """
-    most = 30 if name == "resnet" else 50
-    return int(np.clip(_PRESENTATIONS.get(name, 200_000) // images, 5, most))
+    presentations, most = (100_000, 30) if name == "resnet" else (200_000, 50)
+    return int(np.clip(presentations // images, 5, most))
 
 
 def split_generated(
@@ -142,8 +142,7 @@ def split_generated(
         rows = rng.permutation(np.flatnonzero(labels == label))
         held_out.append(rows[: round(fraction * len(rows))])
     validation = np.sort(np.concatenate(held_out))
-    train = np.setdiff1d(np.arange(len(labels)), validation)
-    return train, validation
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
 def classification_accuracy(
@@ -182,9 +181,10 @@ def classification_accuracy(
     Warns:
         UserWarning: a class has no generated image, so no classifier can know it.
     """
-    _check(train_images, train_labels, test_images, test_labels, num_classes, classifiers)
-    if epochs is not None and epochs < 1:
-        raise ConfigError(f"epochs is {epochs}, but must be at least 1.")
+    require(checked_classifiers(classifiers), "classifiers", classifiers, NAMES)
+    require(num_classes >= 2, "num_classes", num_classes, "at least 2")
+    require(epochs is None or epochs >= 1, "epochs", epochs, "at least 1")
+    _check(train_images, train_labels, test_images, test_labels, num_classes)
     train_labels, test_labels = train_labels.astype(np.int64), test_labels.astype(np.int64)
     train, validation = split_generated(train_labels, HELD_OUT, seed)
     if len(train) < 2 or len(validation) < 1:
@@ -206,10 +206,8 @@ def classification_accuracy(
             stacklevel=2,
         )
     out: dict[str, ClassifierResult] = {}
-    x, y, x_held_out, y_held_out = (
-        *(a[train] for a in (train_images, train_labels)),
-        *(a[validation] for a in (train_images, train_labels)),
-    )
+    x, y = train_images[train], train_labels[train]
+    x_held_out, y_held_out = train_images[validation], train_labels[validation]
     for name in classifiers:
         passes = default_epochs(name, len(train)) if epochs is None else epochs
         if on_progress:
@@ -281,58 +279,23 @@ def own_accuracy(
 
 
 def _candidates(
-    name: str,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    num_classes: int,
-    seed: int,
-    epochs: int,
-    device: str,
-) -> Iterable[Any]:
+    name: str, x: NDArray[np.uint8], y: NDArray[np.int64], num_classes: int, seed: int, epochs: int, device: str
+) -> Iterable[Candidate]:
     """What may be chosen: three strengths of regularisation, or the network after each epoch."""
     import torch
 
     from dpsyngen.evaluation import classifiers
 
     if name == "logreg":
-        return classifiers.linear_candidates(images, labels)
+        return classifiers.linear_candidates(x, y)
     make = {"mlp": classifiers.make_mlp, "cnn": classifiers.make_cnn, "resnet": classifiers.make_resnet}[name]
-    with torch.random.fork_rng(devices=_cuda_devices(device)):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = make(images.shape[1:], num_classes)
+        network = make(x.shape[1:], num_classes)
+    classifiers.seed_dropout(network, seed + 1, device)
     train = classifiers.train_resnet if name == "resnet" else classifiers.train_network
     generator = torch.Generator().manual_seed(seed)
-    found = train(network, images, labels, epochs=epochs, batch_size=_BATCH, generator=generator, device=device)
-    return found if name == "resnet" else _with_own_dropout(found, seed, device)
-
-
-def _cuda_devices(device: str) -> list[Any]:
-    """The devices, beside the CPU, whose global random state dropout draws from."""
-    import torch
-
-    return [torch.device(device)] if torch.device(device).type == "cuda" else []
-
-
-def _with_own_dropout(candidates: Iterable[Any], seed: int, device: str) -> Iterable[Any]:
-    """Run the training with its own global random state, which dropout draws from."""
-    import torch
-
-    cuda = _cuda_devices(device)
-    state = torch.Generator().manual_seed(seed + 1).get_state()
-    cuda_states = [torch.Generator(d).manual_seed(seed + 1).get_state() for d in cuda]
-    iterator = iter(candidates)
-    while True:
-        with torch.random.fork_rng(devices=cuda):
-            torch.set_rng_state(state)
-            for d, cuda_state in zip(cuda, cuda_states, strict=True):
-                torch.cuda.set_rng_state(cuda_state, d)
-            try:
-                candidate = next(iterator)
-            except StopIteration:
-                return
-            state = torch.get_rng_state()
-            cuda_states = [torch.cuda.get_rng_state(d) for d in cuda]
-        yield candidate
+    return train(network, x, y, epochs=epochs, batch_size=_BATCH, generator=generator, device=device)
 
 
 def _check(
@@ -341,26 +304,20 @@ def _check(
     test_images: NDArray[np.uint8],
     test_labels: NDArray[np.int64],
     num_classes: int,
-    classifiers: Sequence[str],
 ) -> None:
-    if not checked_classifiers(classifiers):
-        raise ConfigError(f"classifiers are empty, but must be among {', '.join(NAMES)}.")
-    if num_classes < 2:
-        raise ConfigError(f"num_classes is {num_classes}, but classification needs at least 2 classes.")
     for what, images, labels in (("generated", train_images, train_labels), ("test", test_images, test_labels)):
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ConfigError(f"{what} images are {images.dtype} {images.shape}, but must be uint8 [N, C, H, W].")
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise ConfigError(f"{what} labels are {labels.dtype} {labels.shape}, but must be integers [N].")
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise ConfigError(
-            f"generated images are {train_images.shape[1:]}, but the test images {test_images.shape[1:]}: give test "
-            "images of the same size and number of channels."
-        )
-    for what, images, labels in (("generated", train_images, train_labels), ("test", test_images, test_labels)):
         if len(images) != len(labels) or not len(images):
             raise ConfigError(f"{len(images)} {what} images have {len(labels)} labels; there must be one for each.")
         if labels.min() < 0 or labels.max() >= num_classes:
             raise ConfigError(
                 f"{what} labels run from {labels.min()} to {labels.max()}, but must be 0 to {num_classes - 1}."
             )
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise ConfigError(
+            f"generated images are {train_images.shape[1:]}, but the test images {test_images.shape[1:]}: give test "
+            "images of the same size and number of channels."
+        )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -23,18 +24,13 @@ from torch.nn import functional as F
 
 from dpsyngen.errors import ConfigError
 
-_AT_ONCE = 1000
-"""Images that a network classifies at once, which bounds the memory."""
-
+_AT_ONCE = 1000  # images that a network classifies at once, which bounds the memory
 _ADAM_RATE = 1e-3
 """DPDM's is 3e-4, for 50 epochs of 60,000 images; with fewer presentations more is needed."""
 WIDTHS = (24, 48, 96)
-_SMALLEST = 4
-_PEAK_RATE = 0.1
-_WARM = 0.2
-_DECAY = 5e-4
-_SMOOTHING = 0.1
-_MIXUP = 0.2
+"""Channels of the ResNet's blocks."""
+_SMALLEST = 4  # pixels of an image's side, for CNN and ResNet
+_PEAK_RATE, _WARM, _DECAY, _SMOOTHING, _MIXUP = 0.1, 0.2, 5e-4, 0.1, 0.2
 
 
 class Candidate(Protocol):
@@ -53,35 +49,25 @@ class Candidate(Protocol):
 
 
 class LinearCandidate:
-    """Multinomial logistic regression on pixels in [0, 1] with inverse regularisation `c` (scikit-learn).
-
-    Args:
-        c: inverse regularisation.
-        pixels: the images as :func:`flat` gives them, [N, C·H·W].
-        labels: their classes [N].
-    """
+    """Multinomial logistic regression on pixels in [0, 1] with inverse regularisation `c` (scikit-learn)."""
 
     def __init__(self, c: float, pixels: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
         self.label, self.epoch = f"C = {c:g}", None
         # 100 iterations of L-BFGS do not always converge; the candidates are compared as they are.
         self._model = LogisticRegression(C=c, max_iter=100)
-        import warnings
-
-        from sklearn.exceptions import ConvergenceWarning
-
         with warnings.catch_warnings(), _blas_threads():
             warnings.simplefilter("ignore", ConvergenceWarning)
             self._model.fit(pixels, labels)
 
     def keep(self) -> LinearCandidate:
-        """Itself: it does not change."""
         return self
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
         with _blas_threads():
-            predicted: NDArray[np.int64] = self._model.predict(flat(images))
+            predicted: NDArray[np.int64] = self._model.predict(_flat(images))
         return predicted
 
 
@@ -98,14 +84,13 @@ def _blas_threads() -> AbstractContextManager[object]:
 
 
 def linear_candidates(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterator[LinearCandidate]:
-    """Three strengths of regularisation, each fitted when it is asked for; the pixels are converted once."""
-    pixels = flat(images)
+    """Yield three strengths of regularisation, each fitted when it is asked for; the pixels are converted once."""
+    pixels = _flat(images)
     for c in (0.01, 0.1, 1.0):
         yield LinearCandidate(c, pixels, labels)
 
 
-def flat(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Pixels [N, C, H, W] as rows of numbers in [0, 1]."""
+def _flat(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.divide(images.reshape(len(images), -1), 255, dtype=np.float32)
 
 
@@ -117,19 +102,39 @@ def make_mlp(shape: tuple[int, ...], classes: int) -> nn.Module:
 class HalfDropout(nn.Module):
     """Dropout with probability ½, from whole random words: one byte decides on a number.
 
-    The same law as ``nn.Dropout(0.5)``, which takes a quarter of the CNN's time on a CPU for its Bernoulli draws.
+    The same law as ``nn.Dropout(0.5)``, which takes a quarter of the CNN's time on a CPU for its Bernoulli draws.  It
+    draws from its own `generator` (see :func:`seed_dropout`), so the global random state has no part in a score.
     """
+
+    generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """While training: each number times 0 or 2; otherwise `x`."""
         if not self.training:
             return x
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
+        words.random_(-(2**63), None, generator=self.generator)
         kept = words.view(torch.uint8)[: x.numel()].bitwise_and_(1)
         # In the memory order of x: the draws are independent, so any order will do.
         mask = torch.empty_like(x)
         mask.as_strided((x.numel(),), (1,)).copy_(kept)
         return x * mask.mul_(2)
+
+
+def seed_dropout(network: nn.Module, seed: int, device: str) -> None:
+    """Give the dropout layers of a network one generator of their own, on the device where it trains."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, HalfDropout):
+            module.generator = generator
+
+
+def _require_size(shape: tuple[int, ...], name: str) -> None:
+    height, width = shape[1:]
+    if min(height, width) < _SMALLEST:
+        raise ConfigError(
+            f"images are {height}×{width} pixels, but the classifier {name} needs {_SMALLEST} at least; leave it out."
+        )
 
 
 def make_cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -139,22 +144,12 @@ def make_cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
     computed from `shape` [C, H, W] (1,152 for 1×28×28, as there).  The convolutions are unpadded there; below 22 pixels
     that would leave one position or none, so such images are padded by a pixel (4 pixels is the smallest size).
     """
-    channels, height, width = shape
-    if min(height, width) < 4:
-        raise ConfigError(f"images are {height}×{width} pixels, but the classifier cnn needs 4 at least; leave it out.")
-    p = 1 if min(height, width) < 22 else 0
+    _require_size(shape, "cnn")
+    p = 1 if min(shape[1:]) < 22 else 0
     convolutions = nn.Sequential(
-        nn.Conv2d(channels, 32, 3, padding=p),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        HalfDropout(),
-        nn.Conv2d(32, 64, 3, padding=p),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        HalfDropout(),
-        nn.Conv2d(64, 128, 3, padding=p),
-        nn.ReLU(),
-        nn.Flatten(),
+        *(nn.Conv2d(shape[0], 32, 3, padding=p), nn.MaxPool2d(2), nn.ReLU(), HalfDropout()),
+        *(nn.Conv2d(32, 64, 3, padding=p), nn.MaxPool2d(2), nn.ReLU(), HalfDropout()),
+        *(nn.Conv2d(64, 128, 3, padding=p), nn.ReLU(), nn.Flatten()),
     )
     with torch.no_grad():
         flat = convolutions(torch.zeros(1, *shape)).shape[1]
@@ -169,7 +164,7 @@ class NetworkCandidate:
         self._network, self._device = network, device
 
     def keep(self) -> NetworkCandidate:
-        """A copy that stays as it is while the live network trains on."""
+        """Copy the network, which goes on training."""
         return NetworkCandidate(self.epoch, copy.deepcopy(self._network), self._device)
 
     @torch.no_grad()
@@ -245,26 +240,14 @@ def make_resnet(shape: tuple[int, ...], classes: int) -> nn.Module:
     Raises:
         ConfigError: images of fewer than 4 pixels a side.
     """
-    channels, height, width = shape
-    if min(height, width) < _SMALLEST:
-        raise ConfigError(
-            f"images are {height}×{width} pixels, but the classifier resnet needs {_SMALLEST} at least; leave it out."
-        )
+    _require_size(shape, "resnet")
     stride = 1
-    while -(-max(height, width) // stride) > 16:
+    while -(-max(shape[1:]) // stride) > 16:
         stride *= 2
-    first = nn.Conv2d(channels, WIDTHS[0], max(3, stride + 1), stride, max(1, stride // 2), bias=False)
+    first = nn.Conv2d(shape[0], WIDTHS[0], max(3, stride + 1), stride, max(1, stride // 2), bias=False)
     blocks = [Block(WIDTHS[max(i - 1, 0)], w, 2 if i else 1) for i, w in enumerate(WIDTHS)]
-    last = WIDTHS[-1]
-    return nn.Sequential(
-        first,
-        *blocks,
-        nn.BatchNorm2d(last),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(last, classes),
-    )
+    head = (nn.BatchNorm2d(WIDTHS[-1]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(first, *blocks, *head, nn.Linear(WIDTHS[-1], classes))
 
 
 def train_resnet(
@@ -292,17 +275,17 @@ def train_resnet(
     x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
     # Batch statistics need two images at least: the parts of an epoch differ by one image at most.
     parts = max(1, min(-(-len(x) // batch_size), len(x) // 2))
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=_PEAK_RATE, momentum=0.9, nesterov=True, weight_decay=_DECAY, foreach=True
-    )
+    options = {"momentum": 0.9, "nesterov": True, "weight_decay": _DECAY, "foreach": True}
+    optimizer = torch.optim.SGD(network.parameters(), lr=_PEAK_RATE, **options)
     step = 0
     shift = shift_for(images.shape[2:])
     for epoch in range(1, epochs + 1):
         for rows in torch.randperm(len(x), generator=generator).tensor_split(parts):
             rows = rows.to(device)
             batch, target = shifted(x[rows], shift, generator), y[rows]
-            share, partner = _mixing(len(rows), generator)
-            partner = partner.to(device)
+            # Mixup: λ ~ Beta(0.2, 0.2) of the batch, and with which image each is mixed.
+            rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+            share, partner = float(rng.beta(_MIXUP, _MIXUP)), torch.randperm(len(rows), generator=generator).to(device)
             values = scaled(batch)
             logits = network(values.lerp(values[partner], 1 - share))
             loss = share * F.cross_entropy(logits, target, label_smoothing=_SMOOTHING)
@@ -330,7 +313,7 @@ def shift_for(size: tuple[int, ...]) -> int:
 
 
 def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each image [B, C, H, W] moved by up to `most` pixels either way, its border pixels repeated."""
+    """Move each image [B, C, H, W] by up to `most` pixels either way, repeating its border pixels."""
     if most == 0:
         return images
     count, _, height, width = images.shape
@@ -340,9 +323,3 @@ def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     which = torch.arange(count, device=images.device)[:, None, None]
     # Indexing puts the channels last in memory, which is where the network wants them.
     return images.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _mixing(count: int, generator: torch.Generator) -> tuple[float, Tensor]:
-    """λ ~ Beta(0.2, 0.2) of a batch, and with which image each is mixed."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return float(np.random.default_rng(seed).beta(_MIXUP, _MIXUP)), torch.randperm(count, generator=generator)

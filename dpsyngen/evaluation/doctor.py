@@ -1,4 +1,4 @@
-"""What is the matter with a run, and what to do: its state, its ledger, its health.  Reads no private image."""
+"""What is wrong with a run, and what to do: its files, its ledger, its health.  Reads no private image."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import stat
 from dataclasses import dataclass
-from typing import Any
 
 from dpsyngen.errors import DpsyngenError, LedgerError, RunError
 from dpsyngen.generator.generator import ReleasedGenerator
@@ -56,7 +54,8 @@ def diagnose(run: Run, device: str = "cpu") -> Diagnosis:
         return Diagnosis(state, by_severity(findings))
     pins = computed_with(run.engine_path)
     if pins is not None:
-        state.append(("computed with", _computed(pins)))
+        layout = ", channels last" if pins.get("channels_last") else ""
+        state.append(("computed with", f"DP-SGD steps on {pins.get('device')} in {pins.get('precision')}{layout}"))
     try:
         ledger = Ledger(run.ledger_path)
         state.append(("ledger", _spent(ledger)))
@@ -86,19 +85,14 @@ def _begun(run: Run) -> bool:
 
 
 def _locked(run: Run) -> bool:
-    """Whether another process works on the run."""
+    """Whether another process works on the run; looking takes no lock and makes no file."""
     try:
-        fd = os.open(run.private / "lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with open(run.private / "lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False
-    finally:
-        os.close(fd)
+        pass
     return False
 
 
@@ -112,16 +106,15 @@ def _progress(run: Run, busy: bool) -> str:
     return f"interrupted; continue with: dpsyngen train --resume --out {run.path}"
 
 
-def _computed(pins: dict[str, Any]) -> str:
-    layout = ", channels last" if pins.get("channels_last") else ""
-    return f"DP-SGD steps on {pins.get('device')} in {pins.get('precision')}{layout}"
-
-
 def _spent(ledger: Ledger) -> str:
     target = "no target" if math.isinf(ledger.target_epsilon) else f"target {ledger.target_epsilon:g}"
     epsilon = ledger.epsilon()
     spent = "NOT PRIVATE (ε = ∞)" if math.isinf(epsilon) else f"ε = {epsilon:.4f} at δ = {ledger.delta:.3g} so far"
     return f"whole, {len(ledger.entries)} entries; {spent} ({target})"
+
+
+def _warning(code: str, seen: str, why: str, change: str) -> Finding:
+    return Finding(code, "warning", seen, why, change, "released")
 
 
 def _of_files(run: Run, state: list[tuple[str, str]]) -> list[Finding]:
@@ -132,18 +125,10 @@ def _of_files(run: Run, state: list[tuple[str, str]]) -> list[Finding]:
         text = f"phase {good[0][1]!r}, step {good[0][2]:,} ({good[0][0]})" if good else "none; phases start anew"
         state.append(("last checkpoint", text))
     for what in bad:
-        out.append(
-            Finding(
-                "checkpoint-damaged",
-                "warning",
-                f"a checkpoint cannot be read: {what}",
-                "the run goes on from "
-                + ("the other one" if good else "the beginning of the phase")
-                + ", with the same steps and the same noise",
-                "nothing; check the disk",
-                "released",
-            )
-        )
+        place = "the other one" if good else "the beginning of the phase"
+        why = f"the run goes on from {place}, with the same steps and the same noise"
+        seen = f"a checkpoint cannot be read: {what}"
+        out.append(_warning("checkpoint-damaged", seen, why, "nothing; check the disk"))
     files = (("the secret random key", run.randomness_path), ("the identity of the images", run.data_path))
     for what, path in files if _begun(run) else ():
         try:
@@ -152,29 +137,15 @@ def _of_files(run: Run, state: list[tuple[str, str]]) -> list[Finding]:
             why = "the run cannot be continued, and not checked for memorisation; a finished release is not touched"
             out.append(damage("file-damaged", f"{path.name}, {what}, cannot be read: {error}", why))
     for path in (run.private / "training.jsonl", run.release / "public_training.jsonl"):
-        if path.exists():
-            lines, read_lines = path.read_bytes().count(b"\n"), len(JsonLines(path, 0o600).read())
-            if read_lines < lines:
-                out.append(
-                    Finding(
-                        "log-damaged",
-                        "warning",
-                        f"{lines - read_lines} of {lines} lines of {path.name} cannot be read",
-                        "nothing rests on this log but the curves and this diagnosis",
-                        "nothing; check the disk",
-                        "released",
-                    )
-                )
+        lines = path.read_bytes().count(b"\n") if path.exists() else 0
+        lost = lines - len(JsonLines(path, 0o600).read()) if lines else 0
+        if lost > 0:
+            why = "nothing rests on this log but the curves and this diagnosis"
+            seen = f"{lost} of {lines} lines of {path.name} cannot be read"
+            out.append(_warning("log-damaged", seen, why, "nothing; check the disk"))
     mode = stat.S_IMODE(run.private.stat().st_mode)
     if mode & 0o077:
-        out.append(
-            Finding(
-                "private-half-open",
-                "warning",
-                f"{run.private} has mode {mode:04o}, so others on this machine may read it",
-                "it holds the key of the noise and figures of private images",
-                f"chmod 700 {run.private}",
-                "released",
-            )
-        )
+        seen = f"{run.private} has mode {mode:04o}, so others on this machine may read it"
+        why = "it holds the key of the noise and figures of private images"
+        out.append(_warning("private-half-open", seen, why, f"chmod 700 {run.private}"))
     return out

@@ -33,8 +33,7 @@ def make_extractor(name: str, **options: Any) -> FeatureExtractor:
     Args:
         name: one of "pixels-pca", "efficientnet-lite0", "inception", or a user's own, ``path/to/module.py:name`` or
             ``package.module:name`` (which is run).
-        options: the arguments of its class: :class:`PixelsPca`, :class:`EfficientNetLite0`, :class:`Inception`,
-            :class:`~dpsyngen.evaluation.features.OwnFeatures`.
+        options: the arguments of its class, see :mod:`dpsyngen.evaluation.features`.
 
     Raises:
         ConfigError: unknown name or option, or a value that is not allowed.
@@ -48,7 +47,7 @@ def make_extractor(name: str, **options: Any) -> FeatureExtractor:
 
 
 def _maker(name: str) -> tuple[Callable[..., FeatureExtractor], tuple[str, ...]]:
-    """What makes the extractor, and the options that it takes; a new extractor is a new line."""
+    """What makes the extractor, and the options that it takes."""
     if ":" in name:
         return partial(OwnFeatures, name), ("device", "batch_size")
     if name == "pixels-pca":

