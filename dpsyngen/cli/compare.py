@@ -205,9 +205,9 @@ def _running(statuses: dict[str, Status]) -> str:
 
 def _finish(console: Console, experiment: Experiment) -> None:
     """Write tables and report of what is there, and say what is not."""
-    from dpsyngen.experiments.measures import View
+    from dpsyngen.experiments.measures import View, answers
     from dpsyngen.experiments.results import Results
-    from dpsyngen.experiments.tables import answers, print_tables, write_results
+    from dpsyngen.experiments.tables import print_tables, write_results
     from dpsyngen.report.comparison import write_comparison
 
     statuses = experiment.statuses()

@@ -116,12 +116,6 @@ def privacy_cost(spec: Spec, jobs: Sequence[Job], shape: Shape, out: Path | None
 
     References are not counted: nothing of them is kept but figures, which are private.
 
-    Args:
-        spec: the experiment.
-        jobs: its jobs.
-        shape: of the images.
-        out: its folder, which need not exist.
-
     Raises:
         LedgerError: the ledger of an earlier run is damaged.
         ConfigError: the settings of a run do not fit the data.
@@ -159,10 +153,7 @@ def _earlier(out: Path, known: set[str]) -> list[Ledger]:
 def require_budget(spec: Spec, new: Sequence[Job], shape: Shape) -> None:
     """Refuse an experiment whose runs do not all fit into the budget file, rather than run some of them.
 
-    Args:
-        spec: the experiment.
-        new: jobs that have not begun, so that they have reserved nothing yet.
-        shape: of the images.
+    `new` are the jobs that have not begun, so that they have reserved nothing yet.
 
     Raises:
         BudgetExceeded: they do not fit beside what is reserved.
@@ -203,11 +194,8 @@ def _plans(configs: Sequence[Config], shape: Shape) -> list[tuple[tuple[Mechanis
 class StepTimes:
     """What was measured for one network and shape, on one device.
 
-    Attributes:
-        public: seconds a noisy image of a public step; 0 where there is no network.
-        private: seconds a noisy image of a DP-SGD step; 0 where there is no network.
-        sampling: seconds an image and sampler step.
-        flops: floating-point operations of training on one noisy image, forward and backward.
+    Seconds a noisy image of a `public` step and of a `private` (DP-SGD) one, 0 where there is no network; seconds an
+    image and `sampling` step; `flops` of training on one noisy image, forward and backward.
     """
 
     public: float
@@ -218,15 +206,10 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one process that has the device to itself, or on a CPU, core-seconds.
+    """Seconds of one process that has the `device` to itself, or on a CPU, core-seconds.
 
-    Attributes:
-        public: public networks, each trained once and shared.
-        private: DP-SGD, and DP moments.
-        sampling: drawing images.
-        evaluation: features and classifiers.
-        private_flops, public_flops: floating-point operations of the training.
-        device: what was measured.
+    `public` networks are each trained once and shared; `private` is DP-SGD and DP moments; `evaluation` features and
+    classifiers; the flops are floating-point operations of the training.
     """
 
     public: float
@@ -257,13 +240,7 @@ class Estimate:
 
 
 def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
-    """Run a few steps of each kind on images of noise, in a folder that is removed afterwards.
-
-    Args:
-        config: whose network and steps; batches are cut to what takes seconds.
-        shape: of the images.
-        device: where.
-    """
+    """Run a few steps of each kind on images of noise, in a folder that is removed; batches are cut to seconds."""
     config = with_batch(config, shape.records)
     copies = config.private.copies
     flops = _flops(make_denoiser(config, shape, conditional=True, seed=0), shape)
@@ -428,18 +405,14 @@ def coarse_noise(count: int, shape: Shape) -> NDArray[np.uint8]:
 
 
 class MomentsTime:
-    """Seconds of the DP moments of runs; what was measured is kept for the next run that takes the same moments.
-
-    Args:
-        now_is: the clock.
-    """
+    """Seconds of the DP moments of runs, by the clock `now_is`; one measurement serves all runs that take the same."""
 
     def __init__(self, now_is: Callable[[], float]) -> None:
         self._now_is = now_is
-        self._known: dict[tuple[float, int], tuple[float, float]] = {}
+        self._known: dict[tuple[float, int], float] = {}
 
     def of(self, config: Config, shape: Shape) -> float:
-        """Of one run; 0 if it takes no moments."""
+        """Time of one run's moments; 0 if it takes none."""
         stages, privacy = stages_of(config), config.privacy
         if not stages.moments:
             return 0.0
@@ -452,33 +425,15 @@ class MomentsTime:
         key = (noise, config.moments.rank)
         if key not in self._known:
             self._known[key] = self._measure(shape, plan_moments(noise, shape.num_classes), config.moments.rank)
-        fixed, each = self._known[key]
-        return fixed + each * shape.records
+        return self._known[key] * shape.records
 
-    def _measure(self, shape: Shape, plan: MomentsPlan, rank: int) -> tuple[float, float]:
-        """Seconds whatever the number of images, and seconds an image."""
+    def _measure(self, shape: Shape, plan: MomentsPlan, rank: int) -> float:
+        """Seconds an image, from one estimate of images of noise with as many frequencies as the run would have."""
         size = shape.channels * shape.resolution**2
         count = min(shape.records, _MOST_IMAGES, max(_NUMBERS // size, _FEWEST_IMAGES))
-        images = coarse_noise(count, shape)
         labels = np.arange(count, dtype=np.int64) % shape.num_classes if shape.num_classes else None
-        seen: dict[int, list[tuple[int, float]]] = {}  # by query: images read, and when
-
-        def look(done: int, total: int) -> None:
-            seen.setdefault((done - 1) // count, []).append((done, self._now_is()))
-
+        images = ImageDataset(coarse_noise(count, shape), labels, shape.class_names, "noise")
+        randomness = Randomness.from_insecure_seed(0)  # the images are no images
         begun = self._now_is()
-        estimate_moments(
-            ImageDataset(images, labels, shape.class_names, "noise"),
-            shape.num_classes,
-            shape.records,
-            plan,
-            Randomness.from_insecure_seed(0),  # the images are no images
-            rank=rank,
-            on_progress=look,
-        )
-        whole = self._now_is() - begun
-        ends = [(times[0], times[-1]) for times in seen.values() if len(times) > 1]
-        if not ends:
-            return 0.0, whole / count
-        each = sum((last[1] - first[1]) / (last[0] - first[0]) for first, last in ends)
-        return max(whole - each * count, 0.0), each
+        estimate_moments(images, shape.num_classes, shape.records, plan, randomness, rank=rank)
+        return (self._now_is() - begun) / count

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.ema import Ema
-from dpsyngen.errors import ConfigError, LedgerError
+from dpsyngen.errors import ConfigError, LedgerError, require
 from dpsyngen.evaluation.cas import (
     DEFAULT,
     ClassifierResult,
@@ -153,14 +153,8 @@ def dp_classifier_reference(
         path = Path(folder) / "ledger.jsonl" if ledger is None else ledger
         if path.exists():
             raise LedgerError(f"there is a ledger already: {path}.  A reference keeps its own; give another file.")
-        book = Ledger.create(
-            path,
-            target_epsilon=epsilon,
-            delta=delta,
-            records=n,
-            run=randomness.tag("dp classifier")[:16],
-            secure=randomness.secure,
-        )
+        name, secure = randomness.tag("dp classifier")[:16], randomness.secure
+        book = Ledger.create(path, target_epsilon=epsilon, delta=delta, records=n, run=name, secure=secure)
         if on_progress:
             on_progress(f"training a classifier by DP-SGD on {n:,} real images")
         inputs = classifier.prepared(train.array())
@@ -219,15 +213,8 @@ def _score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, n_train: 
 class DpSettings:
     """The constants of a training; all of them public.
 
-    Attributes:
-        records: declared number of records n.
-        steps: DP-SGD steps.
-        batch: expected batch, at most n.
-        learning_rate: of SGD with momentum 0.9.
-        clipping_norm: C.
-        noise_multiplier: z > 0.
-        ema: decay of the average of the weights.
-        physical_batch: images in memory at a time.
+    `records` is n, `batch` the expected batch (at most n), `clipping_norm` C, `noise_multiplier` z > 0, `ema` the decay
+    of the average of the weights, `learning_rate` that of SGD with momentum 0.9.
     """
 
     records: int
@@ -242,12 +229,10 @@ class DpSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= self.records:
             raise ConfigError(f"batch is {self.batch}, but must be 1 to {self.records}, the number of images.")
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}, but must be at least 1.")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ConfigError(f"learning_rate is {self.learning_rate}, but must be positive and finite.")
-        if not self.noise_multiplier > 0:
-            raise ConfigError(f"noise_multiplier is {self.noise_multiplier}, but must be positive: nothing is private.")
+        require(self.steps >= 1, "steps", self.steps, "at least 1")
+        rate = self.learning_rate
+        require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "positive and finite")
+        require(self.noise_multiplier > 0, "noise_multiplier", self.noise_multiplier, "positive: nothing is private")
 
     @property
     def sampling_rate(self) -> float:
@@ -318,15 +303,16 @@ def train_dp_classifier(
     """DP-SGD from the classifier's initial weights; afterwards it has the average of the weights.
 
     Formal guarantee: the weights are a post-processing of ``settings.steps`` runs of the Poisson-subsampled Gaussian
-    mechanism, all of which the ledger has before the first one looks at a record.  `on_progress` tells the number of
-    the step and nothing of the data.
+    mechanism, all of which the ledger has before the first one looks at a record: it is charged with the whole training
+    at once, so a training that is broken off cannot be resumed.  `on_progress` tells the number of the step and nothing
+    of the data.
 
     Args:
         classifier: trained in place.
         inputs: of the private images, see :meth:`DpClassifier.prepared`.
         labels: their classes [N].
         settings: the constants.
-        ledger: charged with the whole training at once: a training that is broken off cannot be resumed.
+        ledger: see above.
         randomness: secret streams; its step numbers from 0 are used up.
         on_progress: called with a line now and then.
 
@@ -431,19 +417,18 @@ class Scattering:
             first.append(_averaged(inner, self._average))
             inner_spectrum = torch.fft.fft2(inner)
             # |x * ψ| has little above half the frequencies, so half the resolution will do from here on.
-            second += [_averaged(self._coarser(inner_spectrum, coarse), self._average_half) for coarse in self._coarse]
-        first += [_averaged(self._coarser(spectrum, coarse), self._average_half) for coarse in self._coarse]
+            second += [_averaged(_coarser(inner_spectrum, coarse), self._average_half) for coarse in self._coarse]
+        first += [_averaged(_coarser(spectrum, coarse), self._average_half) for coarse in self._coarse]
         return _averaged(x, self._average).unsqueeze(2), torch.stack(first, 2), torch.stack(second, 2)
 
-    @staticmethod
-    def _coarser(spectrum: Tensor, wavelet: Tensor) -> Tensor:
-        """The modulus of what a wavelet of the second scale leaves, at half the resolution."""
-        return torch.fft.ifft2(_folded(spectrum * wavelet, 2)).abs()
+
+def _coarser(spectrum: Tensor, wavelet: Tensor) -> Tensor:
+    """The modulus of what a wavelet of the second scale leaves, at half the resolution."""
+    return torch.fft.ifft2(_folded(spectrum * wavelet, 2)).abs()
 
 
 def _averaged(x: Tensor, average: list[Tensor]) -> Tensor:
-    rows, columns = average
-    return rows @ x @ columns.T
+    return average[0] @ x @ average[1].T
 
 
 def _averaging(size: int, sigma: float, stride: int) -> Tensor:

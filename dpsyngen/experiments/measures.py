@@ -1,4 +1,4 @@
-"""Results seen as a reader asks for them: the values of one measure over seeds, for each variant at each ε."""
+"""Results as a reader asks for them: one measure over seeds, for each variant at each ε, and the answer in words."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpsyngen.experiments.results import Figure, JobResult, Results
 from dpsyngen.experiments.spec import programs_share
-from dpsyngen.experiments.statistics import Better
+from dpsyngen.experiments.statistics import (
+    Better,
+    Comparison,
+    against_baselines,
+    against_best,
+    best_of,
+    column_decimals,
+    difference_decimals,
+    mean_text,
+    number,
+    seeds_in_words,
+    summarise,
+)
 
 VARIANT_NAMES = {
     "dpdm": "DPDM",
@@ -286,3 +298,59 @@ def _measure_place(m: Measure) -> tuple[Any, ...]:
 def _place(names: Sequence[str] | dict[str, str], name: str) -> tuple[int, str]:
     listed = list(names)
     return (listed.index(name) if name in listed else len(listed)), name
+
+
+class Answer(NamedTuple):
+    """What the experiment says at one ε: which variant did best, and each against its baseline, a sentence each."""
+
+    epsilon: float
+    headline: str
+    lines: tuple[str, ...]
+
+
+def answers(view: View) -> list[Answer]:
+    """The answer of the primary measure at each ε; [] if nothing was measured."""
+    measure = view.primary
+    out = []
+    for epsilon in view.epsilons if measure is not None else ():
+        assert measure is not None
+        groups = view.groups(measure, epsilon)
+        if groups:
+            family = against_baselines(view.baselines(measure, epsilon), groups, measure.better)
+            out.append(Answer(epsilon, _headline(groups, measure), tuple(_sentence(c, measure) + "." for c in family)))
+    return out
+
+
+def _sentence(c: Comparison, measure: Measure) -> str:
+    """ "Cleaning is better than DPDM by 2.1 points (95 % CI 0.4 to 3.8)", or what was not shown and why."""
+    unit, digits = measure.difference_unit, difference_decimals(c)
+    said = f"{c.first} against {c.second}: {number(c.difference, digits, True)}{unit}"
+    if c.low is None or c.high is None:
+        return f"{said}; {c.reason}"
+    if c.verdict == "not shown":
+        return f"{said}, 95 % CI {number(c.low, digits)} to {number(c.high, digits)}: {c.reason}"
+    low, high = sorted((abs(c.low), abs(c.high)))
+    by = f"by {number(abs(c.difference), digits)}{unit} (95 % CI {number(low, digits)} to {number(high, digits)})"
+    return f"{c.first} is {c.verdict} than {c.second} {by}"
+
+
+def _headline(groups: dict[str, list[float]], measure: Measure) -> str:
+    best = best_of(groups, measure.better)
+    summaries = {name: summarise(values) for name, values in groups.items()}
+    shown = mean_text(summaries[best], column_decimals(list(summaries.values())))
+    text = f"the best mean {measure.name} is that of {best}, {shown}{measure.unit}"
+    if len(groups) == 1:
+        return f"{text}; there is nothing to compare it with."
+    compared = against_best(groups, measure.better)
+    untested = [c for c in compared if c.verdict == "not tested"]
+    if len(untested) == len(compared):
+        return f"{text}; {untested[0].reason}."
+    counts = [len(values) for values in groups.values()]
+    seeds = seeds_in_words(min(counts), max(counts)).replace(" and ", " to ")
+    undecided = [c.first for c in compared if c.verdict != "worse"]
+    if not undecided:
+        return f"{text}; with {seeds} all others are shown to be worse."
+    if len(undecided) == len(compared):
+        return f"{text}; with {seeds} no other variant is shown to differ from it."
+    names = " and ".join(filter(None, (", ".join(undecided[:-1]), undecided[-1])))
+    return f"{text}; with {seeds} no difference from it is shown for {names}."

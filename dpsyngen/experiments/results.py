@@ -319,17 +319,8 @@ class Results:
         """
         out = []
         for j in self.jobs:
-            head = {
-                "job": j.job,
-                "kind": j.kind,
-                "variant": j.variant,
-                "epsilon": j.epsilon,
-                "delta": j.delta,
-                "seed": j.seed,
-                "label": j.label,
-                "private": j.private,
-                **{axis: j.settings.get(axis) for axis in self.axes},
-            }
+            head = {name: getattr(j, name) for name in FIXED[:8]}
+            head |= {axis: j.settings.get(axis) for axis in self.axes}
             for f in j.figures():
                 values = {k: getattr(f, k) for k in ("value", "low", "high", "floor", "ceiling", "better", "unit")}
                 out.append({**head, "metric": f.metric, "on": f.on, "class": f.of_class, **values, "images": f.images})

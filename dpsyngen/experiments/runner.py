@@ -55,7 +55,7 @@ class Images:
 
     def __init__(self, spec: Spec) -> None:
         d = spec.data
-        section = {"source": d.train, "resolution": d.resolution, "channels": d.channels, "labels": d.labels}
+        section = d.section
         config = load_config({"data": section})
         self.train: ImageDataset = load_private(d.train, config)
         _require(d.facts, self.train, d.train)

@@ -71,6 +71,11 @@ class DataSpec(_Part):
     labels: bool = True
     facts: DataFacts | None = Field(None, description="what train must be like; None: whatever it is")
 
+    @property
+    def section(self) -> dict[str, Any]:
+        """The section ``data`` of a run's configuration."""
+        return {"source": self.train, **{k: getattr(self, k) for k in ("resolution", "channels", "labels")}}
+
 
 class Case(_Part):
     """A named combination of settings."""
@@ -113,10 +118,9 @@ class GridSpec(_Part):
     @field_validator("epsilon", mode="before")
     @classmethod
     def _infinite(cls, value: Any) -> Any:
+        """One number stands for a list of it, and "inf" or "∞" for no privacy."""
         one = [value] if isinstance(value, int | float | str) else value
-        if not isinstance(one, list | tuple):
-            return value
-        return [math.inf if isinstance(e, str) and e.strip().lower() in ("inf", "∞") else e for e in one]
+        return [math.inf if e in ("inf", "∞") else e for e in one] if isinstance(one, list | tuple) else value
 
     @model_validator(mode="after")
     def _sound(self) -> GridSpec:
@@ -126,14 +130,13 @@ class GridSpec(_Part):
         for s in self.seeds:
             if not 0 <= s < 2**32:
                 raise ValueError(f"the seed {s} must be 0 or more, and below 2^32")
-        labels = [c.label for c in self.cases]
-        if len(set(labels)) < len(labels):
+        if len({c.label for c in self.cases}) < len(self.cases):
             raise ValueError("two cases have the same label")
-        for label in labels:
-            if label and not _LABEL.fullmatch(label):
-                raise ValueError(
-                    f"the label {shown(label)} of a case must be up to 40 letters, digits and ._=+-: it names folders"
-                )
+        wrong = [c.label for c in self.cases if c.label and not _LABEL.fullmatch(c.label)]
+        if wrong:
+            raise ValueError(
+                f"the label {shown(wrong[0])} of a case must be up to 40 letters, digits and ._=+-: it names folders"
+            )
         for name in (*self.axes, *(n for c in self.cases for n in c.settings)):
             check_setting(name)
         for own in self.variant_settings.values():
@@ -253,10 +256,7 @@ class Spec(_Part):
 def check_setting(name: str, exists: bool = True, drawn: bool = False) -> None:
     """Raise ValueError unless `name`, such as stages.tau_coarse, is a setting that an experiment may vary.
 
-    Args:
-        name: in full.
-        exists: whether there has to be such a setting.
-        drawn: whether it may be one of the sampler's; the experiment's own section `sampling` goes before it.
+    `exists`: there has to be such a setting; `drawn`: it may be one of the sampler's.
     """
     section, _, rest = name.partition(".")
     for reserved, instead in _RESERVED.items():
@@ -333,11 +333,9 @@ class Job:
         name: of its folder and files.
         kind: "run" trains a generator; "real" trains classifiers on real images; "dp-classifier" does so by DP-SGD;
             "programs" measures images drawn by programs.
-        variant: "" for a reference.
+        variant, label, settings: what is varied, the settings by full name as far as the variant looks at them.
         epsilon: ε; infinite without privacy.
         seed: of the grid.
-        label: name of the settings that are varied; "" where none are.
-        settings: those settings, by full name; a setting that the variant does not look at is left out.
         config: all settings of a run; None for a reference.
     """
 
@@ -380,9 +378,12 @@ def jobs_of(spec: Spec) -> tuple[Job, ...]:
                     f"two runs of the grid would be called {job.name}: give the cases labels that tell them apart."
                 )
         for kind in spec.references:
-            job = _reference(kind, epsilon, seed if kind != "programs" else g.seeds[0])
-            if _wanted(spec, job):
-                out.setdefault(job.name, job)
+            # The DP-SGD classifier is there once for each ε, the others once for all.
+            at = epsilon if kind == "dp-classifier" else math.inf
+            one = seed if kind != "programs" else g.seeds[0]
+            name = f"{kind}-eps{_short(at)}-seed{one}" if kind == "dp-classifier" else f"{kind}-seed{one}"
+            if _wanted(spec, kind, at):
+                out.setdefault(name, Job(name, kind, "", at, one))
     return tuple(out.values())
 
 
@@ -402,12 +403,7 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
             value = {part: value}
         nested = merge_settings(nested, value)
     fixed: dict[str, dict[str, Any]] = {
-        "data": {
-            "source": spec.data.train,
-            "resolution": spec.data.resolution,
-            "channels": spec.data.channels,
-            "labels": spec.data.labels,
-        },
+        "data": spec.data.section,
         "privacy": {"epsilon": epsilon},
         "stages": {"variant": variant},
         "network": {"seed": seed},
@@ -452,16 +448,10 @@ def _short(value: Any) -> str:
     return "".join(c if c.isalnum() or c in "._=+-" else "_" for c in text)[:40]
 
 
-def _reference(kind: Kind, epsilon: float, seed: int) -> Job:
-    if kind == "dp-classifier":
-        return Job(f"dp-classifier-eps{_short(epsilon)}-seed{seed}", kind, "", epsilon, seed)
-    return Job(f"{kind}-seed{seed}", kind, "", math.inf, seed)
-
-
-def _wanted(spec: Spec, job: Job) -> bool:
-    if job.kind == "programs":
+def _wanted(spec: Spec, kind: Kind, epsilon: float) -> bool:
+    if kind == "programs":
         return bool(spec.evaluation.features and spec.evaluation.metrics)
-    if job.kind == "dp-classifier" and math.isinf(job.epsilon):
+    if kind == "dp-classifier" and math.isinf(epsilon):
         return False  # that is what "real" is
     return bool(spec.evaluation.classifiers)
 

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dpsyngen.errors import printable
-from dpsyngen.experiments.measures import Measure, Row, View, epsilon_name, row_of
+from dpsyngen.experiments.measures import Measure, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.results import Results
 from dpsyngen.experiments.statistics import (
     Comparison,
@@ -30,87 +30,15 @@ from dpsyngen.experiments.statistics import (
     mean_text,
     number,
     p_text,
-    seeds_in_words,
     summarise,
 )
 from dpsyngen.files import write_text
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from dpsyngen.console import Console
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the experiment says at one ε.
-
-    Attributes:
-        epsilon: ε.
-        headline: which variant did best, and whether that means anything.
-        lines: each variant against its baseline, in one sentence each.
-    """
-
-    epsilon: float
-    headline: str
-    lines: tuple[str, ...]
-
-
-def comparison_text(c: Comparison, measure: Measure) -> str:
-    """ "Cleaning is better than DPDM by 2.1 points (95 % CI 0.4 to 3.8)", or what was not shown and why."""
-    unit = measure.difference_unit
-    if c.low is None or c.high is None:
-        return f"{c.first} against {c.second}: {number(c.difference, difference_decimals(c), True)}{unit}; {c.reason}"
-    digits = difference_decimals(c)
-    if c.verdict == "not shown":
-        interval = f"95 % CI {number(c.low, digits)} to {number(c.high, digits)}"
-        return f"{c.first} against {c.second}: {number(c.difference, digits, True)}{unit}, {interval}: {c.reason}"
-    low, high = sorted((abs(c.low), abs(c.high)))
-    by = f"by {number(abs(c.difference), digits)}{unit} (95 % CI {number(low, digits)} to {number(high, digits)})"
-    return f"{c.first} is {c.verdict} than {c.second} {by}"
-
-
-def answers(view: View) -> list[Answer]:
-    """The answer of the primary measure at each ε; [] if nothing was measured."""
-    measure = view.primary
-    out = []
-    for epsilon in view.epsilons if measure is not None else ():
-        assert measure is not None
-        groups = view.groups(measure, epsilon)
-        if groups:
-            families = against_baselines(view.baselines(measure, epsilon), groups, measure.better)
-            lines = tuple(comparison_text(c, measure) + "." for c in families)
-            out.append(Answer(epsilon, _headline(groups, measure), lines))
-    return out
-
-
-def _headline(groups: dict[str, list[float]], measure: Measure) -> str:
-    best = best_of(groups, measure.better)
-    summaries = {name: summarise(values) for name, values in groups.items()}
-    digits = column_decimals(list(summaries.values()))
-    text = f"the best mean {measure.name} is that of {best}, {mean_text(summaries[best], digits)}{measure.unit}"
-    if len(groups) == 1:
-        return f"{text}; there is nothing to compare it with."
-    compared = against_best(groups, measure.better)
-    open_ = [c.first for c in compared if c.verdict != "worse"]
-    untested = [c for c in compared if c.verdict == "not tested"]
-    if len(untested) == len(compared):
-        return f"{text}; {untested[0].reason}."
-    if not open_:
-        return f"{text}; with {_seeds_of(groups)} all others are shown to be worse."
-    seeds = _seeds_of(groups)
-    if len(open_) == len(compared):
-        return f"{text}; with {seeds} no other variant is shown to differ from it."
-    return f"{text}; with {seeds} no difference from it is shown for {_and(open_)}."
-
-
-def _seeds_of(groups: dict[str, list[float]]) -> str:
-    counts = [len(values) for values in groups.values()]
-    return seeds_in_words(min(counts), max(counts)).replace(" and ", " to ")
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+PRIVATE = "PRIVATE: these figures come from private images.  To publish them costs privacy that no ε here covers."
 
 
 REFERENCES = (
@@ -123,8 +51,7 @@ _MOST_CLASSES = 60
 _NONE = "–"
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One cell.
 
     Attributes:
@@ -138,15 +65,8 @@ class Cell:
     n: int | None = None
 
 
-@dataclass(frozen=True)
-class TableRow:
-    """One row.
-
-    Attributes:
-        heads: texts of the head columns.
-        cells: one a column.
-        reference: no row of the grid.
-    """
+class TableRow(NamedTuple):
+    """One row: texts of the head columns, a cell for each column, and whether it is no row of the grid."""
 
     heads: tuple[str, ...]
     cells: tuple[Cell, ...]
@@ -207,22 +127,17 @@ def figures_table(view: View, key: str, title: str, measures: Sequence[Measure])
             groups = view.groups(measure, epsilon)
             summaries = {name: summarise(values) for name, values in groups.items()}
             digits = column_decimals(list(summaries.values()), _half_widths(view, measure, epsilon))
-            marks = marks_of(groups, measure)
+            marks = _marks(groups, measure)
             tested = tested or "tied" in marks.values()
             for row, cells in grid.items():
                 s = summaries.get(row.name)
-                if s is None:
-                    cells.append(Cell(_NONE))
-                else:
-                    n = None if s.n == usual else s.n
-                    cells.append(Cell(mean_text(s, digits), marks.get(row.name, ""), n))
+                text = _NONE if s is None else mean_text(s, digits)
+                cells.append(Cell(text, marks.get(row.name, ""), None if s is None or s.n == usual else s.n))
             for kind, cells in references.items():
                 values = view.reference(kind, measure, epsilon)
-                if not values:
-                    cells.append(Cell(_NONE))
-                    continue
-                s = summarise(values)
-                cells.append(Cell(mean_text(s, max(digits, _own_decimals(s)) if kind == "test" else digits)))
+                s = summarise(values) if values else None
+                own = max(digits, _own_decimals(s)) if s is not None and kind == "test" else digits
+                cells.append(Cell(_NONE if s is None else mean_text(s, own)))
     rows = [TableRow(_heads(view, row), tuple(cells)) for row, cells in grid.items()]
     for kind, name in REFERENCES:
         if any(cell.text != _NONE for cell in references[kind]):
@@ -234,16 +149,12 @@ def figures_table(view: View, key: str, title: str, measures: Sequence[Measure])
     return Table(key, title, _head_names(view), groups_, tuple(rows), tuple(_notes(view, tested)))
 
 
-def marks_of(groups: dict[str, list[float]], measure: Measure) -> dict[str, Literal["", "best", "tied"]]:
+def _marks(groups: dict[str, list[float]], measure: Measure) -> dict[str, Literal["", "best", "tied"]]:
     """Which rows of a column are best, and which are not shown to differ from the best."""
     if len(groups) < 2:
         return {}
-    best = best_of(groups, measure.better)
-    out: dict[str, Literal["", "best", "tied"]] = {best: "best"}
-    for c in against_best(groups, measure.better):
-        if c.verdict == "not shown":
-            out[c.first] = "tied"
-    return out
+    tied = [c.first for c in against_best(groups, measure.better) if c.verdict == "not shown"]
+    return dict.fromkeys(tied, "tied") | {best_of(groups, measure.better): "best"}
 
 
 def _notes(view: View, tested: bool) -> list[str]:
@@ -281,9 +192,8 @@ def class_table(view: View) -> Table | None:
     ]
 
     def cells(values: Sequence[Sequence[float]]) -> tuple[Cell, ...]:
-        return tuple(
-            Cell(mean_text(summarise(v), min(d, 1))) if v else Cell(_NONE) for v, d in zip(values, digits, strict=True)
-        )
+        pairs = zip(values, digits, strict=True)
+        return tuple(Cell(mean_text(summarise(v), min(d, 1)) if v else _NONE) for v, d in pairs)
 
     rows = [TableRow((name,), cells(by_class[name])) for name in shown]
     worst = [
@@ -353,15 +263,10 @@ def _verdict_row(c: Comparison, measure: Measure, epsilon: float, before: tuple[
 def compute_table(view: View) -> Table | None:
     """What the runs took."""
     minutes = f"{view.results.core}min"
-    columns = (
-        ("seconds_public", f"public training, {minutes}", 60.0),
-        ("seconds_private", f"private training, {minutes}", 60.0),
-        ("seconds_training", f"training, {minutes}", 60.0),
-        ("seconds_sampling", f"sampling, {minutes}", 60.0),
-        ("seconds_evaluation", f"evaluation, {minutes}", 60.0),
-        ("private_images_seen", "private images used", 1.0),
-        ("parameters", "parameters", 1.0),
-    )
+    timed = {"public": "public training", "private": "private training"}
+    timed |= {name: name for name in ("training", "sampling", "evaluation")}
+    columns = [(f"seconds_{name}", f"{title}, {minutes}", 60.0) for name, title in timed.items()]
+    columns += [("private_images_seen", "private images used", 1.0), ("parameters", "parameters", 1.0)]
     figures: dict[tuple[Row, float], dict[str, list[float]]] = {}
     for job in view.results.runs:
         mine = figures.setdefault((row_of(job), job.epsilon), {})
@@ -414,9 +319,6 @@ def _head_names(view: View) -> tuple[str, ...]:
     return ("variant", "settings") if view.labels else ("variant",)
 
 
-PRIVATE = "PRIVATE: these figures come from private images.  To publish them costs privacy that no ε here covers."
-
-
 def write_results(exp: Path) -> list[Path]:
     """Write ``results.csv``, ``results.parquet`` (where pyarrow is installed) and ``tables.md``; returns their paths.
 
@@ -453,17 +355,13 @@ def markdown_table(table: Table) -> list[str]:
     columns = [f"{group}, {name}" if group else name for group, names in table.groups for name in names]
     align = "---:" if table.numeric else "---"
     lines = [
-        _line([*table.heads, *columns]),
+        "| " + " | ".join(_escaped(t) for t in (*table.heads, *columns)) + " |",
         "|" + "|".join(["---"] * len(table.heads) + [align] * len(columns)) + "|",
     ]
     for row in table.rows:
         heads = [f"*{_escaped(h)}*" if row.reference and h else _escaped(h) for h in row.heads]
         lines.append("| " + " | ".join([*heads, *map(_markdown_cell, row.cells)]) + " |")
     return lines
-
-
-def _line(texts: list[str]) -> str:
-    return "| " + " | ".join(_escaped(t) for t in texts) + " |"
 
 
 def _markdown_cell(cell: Cell) -> str:
@@ -519,9 +417,8 @@ def terminal_table(table: Table, width: int | None = None) -> str:
     terminal = sys.stdout.isatty()
     buffer = io.StringIO()
     # A file has no width: lines must not be cut.
-    rich = RichConsole(
-        file=buffer, force_terminal=terminal, width=width or (None if terminal else 400), highlight=False, emoji=False
-    )
+    wide = width or (None if terminal else 400)
+    rich = RichConsole(file=buffer, force_terminal=terminal, width=wide, highlight=False, emoji=False)
     drawn = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
     for head in table.heads:
         drawn.add_column(Text(head), overflow="fold")
@@ -534,15 +431,9 @@ def terminal_table(table: Table, width: int | None = None) -> str:
         if row.reference and not references:
             references = True
             drawn.add_section()
-        cells = [_rich_cell(c.text + _seeds(c), c.mark) for c in row.cells]
+        # Bold cannot be seen in a file: the star can.
+        marks = {"best": "" if terminal else " *", "tied": " †", "": ""}
+        cells = [Text(c.text + _seeds(c) + marks[c.mark], "bold" if c.mark == "best" else "") for c in row.cells]
         drawn.add_row(*(Text(printable(h, 80), style="dim" if row.reference else "") for h in row.heads), *cells)
     rich.print(drawn)
     return buffer.getvalue().rstrip("\n")
-
-
-def _rich_cell(text: str, mark: str) -> Text:
-    from rich.text import Text
-
-    # Bold cannot be seen in a file: the star can.
-    shown = f"{text} *" if mark == "best" and not sys.stdout.isatty() else f"{text} †" if mark == "tied" else text
-    return Text(shown, style="bold" if mark == "best" else "")

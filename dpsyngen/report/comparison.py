@@ -11,9 +11,9 @@ from typing import Any
 
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.evaluation.pairs import png_url
-from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, Row, View, epsilon_name, row_of
+from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.results import JobResult, Results
-from dpsyngen.experiments.tables import Cell, Table, TableRow, all_tables, answers
+from dpsyngen.experiments.tables import Cell, Table, TableRow, all_tables
 from dpsyngen.files import write_text
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.certificate import Certificate, number

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from dpsyngen.console import Console
-from dpsyngen.experiments.measures import View
+from dpsyngen.experiments.measures import View, answers
 from dpsyngen.experiments.results import Results
 from dpsyngen.experiments.statistics import column_decimals, decimals_for, number, p_text, summarise
-from dpsyngen.experiments.tables import all_tables, answers, markdown, print_tables, terminal_table, write_results
+from dpsyngen.experiments.tables import all_tables, markdown, print_tables, terminal_table, write_results
 from tests.experiments.synthetic import make_experiment
 
 
