@@ -26,7 +26,7 @@ from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import ImageHeader, arranged, chunks, default_resolution, to_channels, to_resolution, to_uint8
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, index_labels, to_text
 from dpsyngen.data.source import Channels, Found, Job, Options, Source, file_identity, settle_bad, split_evenly
-from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, StoredImages, check_fits
+from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, StoredImages, check_fits, write_header
 from dpsyngen.errors import DataError, listed, printable, shown
 from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, write_atomically, write_text
 
@@ -342,8 +342,7 @@ def write_images(
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
-            np.lib.format.write_array_header_1_0(file, header)
+            write_header(file, shape)
             for block in blocks:
                 file.write(np.ascontiguousarray(block).data)
 

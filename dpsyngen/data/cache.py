@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import ImageHeader, share_budget
 from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
-from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of
+from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable
 from dpsyngen.files import write_text
 
@@ -94,11 +94,11 @@ def _into_file(found: Found, source: Source | None, key: str, store: Cache, opti
         bad = _decode(source, part, options, turns)
         if found.identity() != before:
             raise DataError(f"{source.where} was changed while it was read. Try again when nothing writes to it.")
-        store.publish(key, part, bad, _settled(source, part.images(), bad, options))
+        store.publish(key, part, bad, _settled(source, StoredImages(part.path, shape, part.offset), bad, options))
 
 
 def _settled(source: Source, images: Any, bad: dict[int, str], options: Options) -> ImageDataset:
-    """The good images; an error for bad ones that may not be, and for classes that have none left."""
+    """The good images; DataError for bad ones that may not be, and for classes that have none left."""
     left_out = sorted([*source.bad, *((source.name(i), why) for i, why in bad.items())])
     skipped = settle_bad(left_out, where=source.where, skip_bad=options.skip_bad)
     keep = keep_of(len(source), bad)
@@ -255,10 +255,6 @@ class Part:
     shape: Shape
     offset: int
 
-    def images(self) -> StoredImages:
-        """The images, to be read."""
-        return StoredImages(self.path, self.shape, self.offset)
-
 
 class Cache:
     """A folder of decoded private images: folders of mode 0700, files of mode 0600.
@@ -276,11 +272,7 @@ class Cache:
         self.folder = Path((os.environ.get("DPSYNGEN_CACHE") or base) if folder == "auto" else folder).expanduser()
 
     def get(self, key: str, source: str) -> ImageDataset | None:
-        """The entry of this name, if there is one, as images of this source.
-
-        Raises:
-            DataError: others can write to it, so nobody knows whose images it has; or it is damaged.
-        """
+        """The entry of this name, if there is one; DataError if others could have put it there, or it is damaged."""
         path = self.folder / key
         try:
             status = os.lstat(path)
@@ -305,11 +297,7 @@ class Cache:
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Hold the lock of this name, waiting for it; one process makes an entry while others wait.
-
-        Raises:
-            DataError: the folder cannot be written, or its file system has no locks.
-        """
+        """Hold the lock of this name, waiting for it; one process makes an entry while others wait."""
         from filelock import FileLock
 
         lock = FileLock(self.folder / f"{name}.lock", mode=0o600)
@@ -327,44 +315,29 @@ class Cache:
     def making(self, key: str, shape: Shape) -> Iterator[Part]:
         """A fresh part, with its room on the disk taken before anything is decoded; call it with the lock held.
 
-        Whatever :meth:`publish` has not renamed is removed in the end.
-
-        Raises:
-            DataError: the disk has too little space, or the folder cannot be written.
+        Whatever :meth:`publish` has not renamed is removed in the end.  Without room or a folder: DataError.
         """
         for left in self.folder.glob(f"{key}-*.part"):
             warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
             shutil.rmtree(left, ignore_errors=True)
-        size = math.prod(shape) + _SPARE_BYTES
+        folder, size = None, math.prod(shape) + _SPARE_BYTES
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if size > shutil.disk_usage(self.folder).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=f"{key}-", suffix=".part"))  # mode 0700
-        except OSError as error:
-            raise self._unusable(error, size) from error
-        try:
-            yield self._claimed(folder, shape)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise self._unusable(error, size) from error
-            raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _claimed(self, folder: Path, shape: Shape) -> Part:
-        descriptor = os.open(folder / IMAGES, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            offset = file.tell()
-            try:
+            with open(folder / IMAGES, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                offset = write_header(file, shape)
+                # On file systems that cannot take room ahead, this writes zeros.
                 os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))
-            except OSError as error:
-                if error.errno in _FULL:
-                    raise
-                file.truncate(offset + math.prod(shape))  # a file system that cannot take room ahead
-        return Part(folder / IMAGES, shape, offset)
+            yield Part(folder / IMAGES, shape, offset)
+        except OSError as error:
+            if folder is not None and error.errno not in _FULL:
+                raise  # not of this folder, but of the source
+            raise self._unusable(error, size) from error
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, key: str, part: Part, bad: Iterable[int], made: ImageDataset) -> None:
         """Give a part, all of whose images are written, its name.
@@ -386,7 +359,7 @@ class Cache:
         write_text(folder / "about.json", json.dumps(about), 0o600)
         os.rename(folder, self.folder / key)
 
-    def _unusable(self, error: OSError | NotImplementedError, size: int = 0) -> DataError:
+    def _unusable(self, error: Exception, size: int = 0) -> DataError:
         if getattr(error, "errno", None) in _FULL:
             free = shutil.disk_usage(self.folder).free
             return DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dpsyngen.data.labels import check_class_names
-from dpsyngen.data.store import ImageStore, SelectedImages, is_mapped, loaded
+from dpsyngen.data.store import ImageStore, SelectedImages, check_fits, is_mapped
 from dpsyngen.errors import DataError
 
 _HASH_CHUNK_BYTES = 16 * 2**20
@@ -137,7 +138,10 @@ class ImageDataset:
         Raises:
             DataError: they lie in a file and would take more than half of the memory.  Take a :meth:`subset`.
         """
-        return self.images if isinstance(self.images, np.ndarray) else loaded(self.images, self.source)
+        if isinstance(self.images, np.ndarray):
+            return self.images
+        check_fits(math.prod(self.images.shape), what=f"{self.source}, all of it in memory,")
+        return self.images[slice(0, len(self))]
 
     def _rows(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """Indices or a mask as int64 in 0..N - 1."""

@@ -21,7 +21,7 @@ from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import BadImage, Item
 from dpsyngen.data.labels import Label, index_labels
 from dpsyngen.data.source import LISTED, Job, Options, keep_of, settle_bad
-from dpsyngen.data.store import check_fits, kept_of
+from dpsyngen.data.store import StoredImages, check_fits, kept_of
 from dpsyngen.data.tables import IMAGE_NAMES, LABEL_NAMES
 from dpsyngen.errors import ConfigError, DataError, listed, printable, shown
 
@@ -173,7 +173,8 @@ class _Items:
         if labelled:
             values = [label for i, label in enumerate(self.labels) if i not in bad]
             labels, names = index_labels(values, _class_names_of(self.source, self.label_key), len(values), self.where)
-        images = kept_of(target.images() if isinstance(target, Part) else target, keep_of(count, bad))
+        whole = StoredImages(target.path, target.shape, target.offset) if isinstance(target, Part) else target
+        images = kept_of(whole, keep_of(count, bad))
         if isinstance(images, np.ndarray):
             images.flags.writeable = False
         return ImageDataset(images, labels, names, self.where, skipped)

@@ -19,7 +19,7 @@ import math
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -133,9 +133,7 @@ def suggest(source: str) -> str:
 
 
 def read_named(name: str, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images (uint8, a layout of ``arrays``), labels ``[N]`` and class names of a named set.
-
-    ``"all"`` is train, then test.
+    """Images (uint8, a layout of ``arrays``), labels ``[N]`` and class names of a named set; "all" is train, then test.
 
     Raises:
         DataError: the files are nowhere and cannot be downloaded, or are broken.
@@ -146,9 +144,9 @@ def read_named(name: str, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str
         read = [_read_digits(part) for part in parts]
     else:
         folder = _locate(known, parts)
-        read = [_read_cifar10(folder, part) if name == "cifar10" else _read_mnist(folder, part) for part in parts]
-    images = read[0][0] if len(read) == 1 else np.concatenate([images for images, _ in read])
-    return images, np.concatenate([labels for _, labels in read]), known.class_names
+        read = [_read_cifar10(folder, p) if name == "cifar10" else read_idx_pair(_idx_images(folder, p)) for p in parts]
+    images = read[0][0] if len(read) == 1 else np.concatenate([part for part, _ in read])
+    return images, np.concatenate([labels for _, labels in read if labels is not None]), known.class_names
 
 
 def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -213,13 +211,13 @@ def _missing(known: NamedSet, folder: Path, parts: tuple[str, ...]) -> str | Non
     if not folder.is_dir():
         return ""
     if known.name == "cifar10":
-        if all(_cifar_files(folder, part) for part in parts):
+        if (folder / _CIFAR_ARCHIVE).is_file():
             return None
         pickles = (folder / "cifar-10-python.tar.gz", folder / "cifar-10-batches-py")
         return "only the Python version, whose pickles are not read" if any(p.exists() for p in pickles) else ""
     for part in parts:
-        images = _idx_images(folder, "train" if part == "train" else "t10k")
-        if images is None:
+        images = _idx_images(folder, part)
+        if not images.is_file():
             return ""
         expected = dict(known.first_labels)[part]
         try:
@@ -263,10 +261,10 @@ def is_idx(path: Path) -> bool:
 def find_train_images(folder: Path) -> Path | None:
     """The IDX training images in a folder, or None.  Links do not count: nobody named what they lead to."""
     found = _idx_images(folder, "train")
-    return None if found is None or found.is_symlink() else found
+    return found if found.is_file() and not found.is_symlink() else None
 
 
-def read_idx_pair(images_path: Path, *, labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def read_idx_pair(images_path: Path, *, labels: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
     """Images ``[N, H, W]``, mapped unless compressed, and if asked for the labels ``[N]`` found beside them.
 
     Raises:
@@ -286,18 +284,11 @@ def read_idx_pair(images_path: Path, *, labels: bool) -> tuple[np.ndarray, np.nd
     return images, values
 
 
-def _read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    path = _idx_images(folder, "train" if split == "train" else "t10k")
-    if path is None:  # removed since it was located
-        raise DataError(f"{printable(folder)}: the images of the {split} split are gone. Put them back.")
-    images, labels = read_idx_pair(path, labels=True)
-    assert labels is not None
-    return images, labels
-
-
-def _idx_images(folder: Path, stem: str) -> Path | None:
-    names = (f"{stem}-images{dot}idx3-ubyte{ending}" for ending in ("", ".gz") for dot in "-.")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+def _idx_images(folder: Path, split: str) -> Path:
+    """The image file of a split, as far as it is there."""
+    stem = "train" if split == "train" else "t10k"
+    paths = [folder / f"{stem}-images{dot}idx3-ubyte{ending}" for ending in ("", ".gz") for dot in "-."]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _labels_beside(images: Path) -> Path:
@@ -363,57 +354,35 @@ def _idx_shape(header: bytes, where: str, dims: int, what: str) -> tuple[int, ..
 
 # -------------------------------------------------------------------------------------------------------------- CIFAR
 
+_CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
 _CIFAR_FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, and the red, green and blue planes
 _CIFAR_BYTES = 10_000 * _CIFAR_RECORD  # of each file
 
 
-def _cifar_files(folder: Path, split: str) -> list[Path] | Path | None:
-    """The extracted files of a split in `folder` (or its ``cifar-10-batches-bin``), or the archive."""
-    for place in (folder, folder / "cifar-10-batches-bin"):
-        files = [place / name for name in _CIFAR_FILES[split]]
-        if all(file.is_file() for file in files):
-            return files
-    archive = folder / "cifar-10-binary.tar.gz"
-    return archive if archive.is_file() else None
-
-
 def _read_cifar10(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 ``[N, 3, 32, 32]`` and labels uint8 ``[N]`` of a split.
+
+    Nothing of the archive is unpacked, so a member's path cannot lead anywhere.
 
     Raises:
         DataError: files are missing, broken, of the wrong size, or hold labels over 9.
     """
-    found = _cifar_files(folder, split) or folder / "cifar-10-binary.tar.gz"
-    raw: dict[str, bytes] = {}
+    where, raw = printable(folder / _CIFAR_ARCHIVE), dict.fromkeys(_CIFAR_FILES[split], b"")
     try:
-        for name, size, stream in _cifar_streams(found, _CIFAR_FILES[split]):
-            if size != _CIFAR_BYTES:
-                raise DataError(f"{name} has {size:,} bytes, not {_CIFAR_BYTES:,}. Copy or download it again.")
-            raw[name] = stream.read()
+        with tarfile.open(folder / _CIFAR_ARCHIVE, "r:gz") as tar:
+            for member in tar:
+                name = member.name.rpartition("/")[2]
+                stream = tar.extractfile(member) if name in raw and member.size == _CIFAR_BYTES else None
+                raw[name] = stream.read() if stream is not None else raw.get(name, b"")
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"{printable(found)} is broken or truncated ({error}). Copy or download it again.") from error
-    lacking = sorted(set(_CIFAR_FILES[split]) - set(raw))
+        raise DataError(f"{where} is broken or truncated ({error}). Copy or download it again.") from error
+    lacking = [name for name in _CIFAR_FILES[split] if len(raw[name]) != _CIFAR_BYTES]
     if lacking:
-        raise DataError(f"{printable(found)} lacks {', '.join(lacking)}. Download it again.")
+        raise DataError(f"{where} lacks {', '.join(lacking)} of {_CIFAR_BYTES:,} bytes. Download it again.")
     content = b"".join(raw[name] for name in _CIFAR_FILES[split])
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, _CIFAR_RECORD)
     labels = records[:, 0]
     if labels.max() > 9:
-        raise DataError(f"{printable(folder)}: labels over 9, so this is not CIFAR-10 (CIFAR-100, perhaps).")
+        raise DataError(f"{where}: labels over 9, so this is not CIFAR-10 (CIFAR-100, perhaps).")
     return records[:, 1:].reshape(-1, 3, 32, 32), labels
-
-
-def _cifar_streams(found: list[Path] | Path, names: Sequence[str]) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """(base name, size, content) of each file; nothing is unpacked, so a member's path cannot lead anywhere."""
-    if isinstance(found, list):
-        for path in found:
-            with path.open("rb") as file:
-                yield path.name, path.stat().st_size, file
-        return
-    with tarfile.open(found, "r:gz") as tar:
-        for member in tar:
-            name = member.name.rpartition("/")[2]
-            stream = tar.extractfile(member) if name in names and member.isreg() else None
-            if stream is not None:
-                yield name, member.size, stream

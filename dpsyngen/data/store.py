@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import math
 import os
 import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import DataError, printable
 
-FORMAT = "dpsyngen-image-cache-2"
 IMAGES, LABELS, CLASS_NAMES = "images.npy", "labels.npy", "class_names.json"
 _LARGE_PIXELS = 2**22  # from which images of several processes take turns
 _MOST_BYTES = 2**30  # of one system call; Linux reads no more than 2 GiB at a time
-_SPARE_BYTES = 2**24  # on the disk, for labels and other programs
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Shape = tuple[int, int, int, int]
-
-
-# ---------------------------------------------------------------------------------------------------- images in files
 
 
 @runtime_checkable
@@ -61,20 +54,7 @@ class ImageStore(Protocol):
         """
 
 
-class _Stored:
-    """Attributes that stores have in common."""
-
-    shape: Any
-    dtype = np.dtype(np.uint8)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return loaded(self, "these images").astype(dtype or np.uint8, copy=False)  # type: ignore[arg-type]
-
-
-class StoredImages(_Stored):
+class StoredImages:
     """uint8 images ``(N, C, H, W)`` in one file, row after row.
 
     Args:
@@ -85,6 +65,8 @@ class StoredImages(_Stored):
     Raises:
         DataError: the file cannot be opened, or is shorter than it must be.
     """
+
+    dtype = np.dtype(np.uint8)
 
     def __init__(self, path: str | os.PathLike[str], shape: Shape, offset: int = 0) -> None:
         self.path, self.shape, self._offset = Path(path), shape, offset
@@ -103,12 +85,11 @@ class StoredImages(_Stored):
         """Another process opens the file anew."""
         return StoredImages, (self.path, self.shape, self._offset)
 
-    def __getitem__(self, index: slice | NDArray[np.int64]) -> NDArray[np.uint8]:
-        """See :meth:`ImageStore.__getitem__`.  Neighbours are read together, so sorted indices are read fastest.
+    def __len__(self) -> int:
+        return self.shape[0]
 
-        Raises:
-            DataError: the file was cut short, or the disk failed.
-        """
+    def __getitem__(self, index: slice | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """See :meth:`ImageStore.__getitem__`; DataError if the file was cut short, or the disk failed."""
         rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index, dtype=np.int64)
         out = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)
         if len(rows):
@@ -136,7 +117,7 @@ class StoredImages(_Stored):
         )
 
 
-class SelectedImages(_Stored):
+class SelectedImages:
     """Some images of a store, by their numbers; nothing is copied until it is read.
 
     Args:
@@ -144,18 +125,28 @@ class SelectedImages(_Stored):
         index: int64 ``[M]`` in ``0 .. N - 1``.
     """
 
+    dtype = np.dtype(np.uint8)
+
     def __init__(self, images: ImageStore | NDArray[np.uint8], index: NDArray[np.int64]) -> None:
         chosen: Any = images
-        if isinstance(chosen, SelectedImages):
-            chosen, index = chosen.images, chosen.index[index]
-        self.images: ImageStore | NDArray[np.uint8] = chosen
-        self.index = index
+        nested = isinstance(chosen, SelectedImages)
+        self.images: ImageStore | NDArray[np.uint8] = chosen.images if nested else chosen
+        self.index: NDArray[np.int64] = chosen.index[index] if nested else index
         self.shape = (len(index), *chosen.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.index)
 
     def __getitem__(self, index: slice | NDArray[np.int64]) -> NDArray[np.uint8]:
         """See :meth:`ImageStore.__getitem__`."""
         # np.asarray drops the class of memory maps, so that the copy is plain memory.
         return np.ascontiguousarray(np.asarray(self.images[self.index[index]]))
+
+
+def write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
+    """Write the header of a ``.npy`` file of uint8; returns its length."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.tell()
 
 
 def kept_of(images: Any, keep: NDArray[np.bool_]) -> Any:
@@ -174,18 +165,11 @@ def is_mapped(images: object) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
 def available_bytes() -> int:
     """Memory that a new program could use without swapping (Linux), or the machine's memory elsewhere."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 8 * 2**30
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_fits(num_bytes: int, *, what: str) -> None:
@@ -200,16 +184,6 @@ def check_fits(num_bytes: int, *, what: str) -> None:
             "(half of what is available) is allowed. If the file is sound, save its images as an uncompressed uint8 "
             ".npy file (read from disk as needed), or use a smaller resolution or a larger machine."
         )
-
-
-def loaded(images: ImageStore, what: str) -> NDArray[np.uint8]:
-    """All images of a store in memory.
-
-    Raises:
-        DataError: they would take more than half of the memory.
-    """
-    check_fits(math.prod(images.shape), what=f"{what}, all of it in memory,")
-    return images[slice(0, len(images))]
 
 
 class PixelBudget:
@@ -238,8 +212,8 @@ class PixelBudget:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
         try:
-            large = self.turns is not None and pixels > _LARGE_PIXELS
-            with FileLock(self.turns, mode=0o600) if large else contextlib.nullcontext():
+            wait = self.turns is not None and pixels > _LARGE_PIXELS
+            with FileLock(self.turns, mode=0o600) if wait else contextlib.nullcontext():  # type: ignore[arg-type]
                 yield
         finally:
             if pixels > _LARGE_PIXELS:

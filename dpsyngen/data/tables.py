@@ -151,57 +151,42 @@ def _parquet(path: Path) -> Any:
     )
 
 
-def _schema(path: Path) -> Any:
+@contextmanager
+def _stream(path: Path) -> Iterator[Any]:
+    """The reader of an Arrow stream, mapped: of its record batches only what is asked for is touched."""
     import pyarrow as pa
 
+    with pa.memory_map(str(path), "rb") as file:
+        yield pa.ipc.open_stream(file)
+
+
+def _parts(path: Path, label: str | None) -> Iterator[tuple[int, Any]]:
+    """(rows, column of labels or None) of each row group or record batch."""
     if _is_arrow(path):
-        with pa.OSFile(str(path), "rb") as file:
-            return pa.ipc.open_stream(file).schema
+        with _stream(path) as reader:
+            for batch in reader:
+                yield batch.num_rows, None if label is None else batch.column(label)
+        return
     with _parquet(path) as table:
-        return table.schema_arrow
+        for group in range(table.num_row_groups):
+            rows, column = table.metadata.row_group(group).num_rows, None
+            if label is not None:
+                check_fits(8 * rows, what=f"{path}: labels of a row group of {rows:,} rows")
+                column = table.read_row_group(group, columns=[label], use_threads=False).column(0).combine_chunks()
+            yield rows, column
 
 
-def _parts(path: Path, label: str | None) -> Iterator[tuple[int, int, Any]]:
-    """(place, rows, column of labels or None) of each row group (its number) or record batch (where it begins)."""
-    import pyarrow as pa
-
-    if not _is_arrow(path):
-        with _parquet(path) as table:
-            for group in range(table.num_row_groups):
-                rows, column = table.metadata.row_group(group).num_rows, None
-                if label is not None:
-                    check_fits(8 * rows, what=f"{path}: labels of a row group of {rows:,} rows")
-                    column = table.read_row_group(group, columns=[label], use_threads=False).column(0).combine_chunks()
-                yield group, rows, column
-        return
-    with pa.memory_map(str(path), "rb") as file:  # of which only headers and labels are touched
-        schema = pa.ipc.open_stream(file).schema
-        while True:
-            place = file.tell()
-            try:
-                message = pa.ipc.read_message(file)
-            except EOFError:
-                return
-            if message.type != "record batch":
-                raise DataError(f"{printable(path)}: a {message.type} where rows were expected. Save it without them.")
-            check_fits(message.body.size, what=f"{path}: a record batch")
-            batch = pa.ipc.read_record_batch(message, schema)
-            yield place, batch.num_rows, None if label is None else batch.column(schema.get_field_index(label))
-
-
-def _arrays(path: Path, place: int, column: str) -> Iterator[Any]:
+def _arrays(path: Path, part: int, column: str) -> Iterator[Any]:
     """A column of one row group (some rows at a time) or of one record batch."""
-    import pyarrow as pa
-
-    if not _is_arrow(path):
-        with _parquet(path) as table:
-            for batch in table.iter_batches(BLOCK, row_groups=[place], columns=[column], use_threads=False):
-                yield batch.column(0)
+    if _is_arrow(path):
+        with _stream(path) as reader:
+            for _ in range(part):
+                reader.read_next_batch()
+            yield reader.read_next_batch().column(column)
         return
-    with pa.OSFile(str(path), "rb") as file:
-        schema = pa.ipc.open_stream(file).schema
-        file.seek(place)
-        yield pa.ipc.read_record_batch(pa.ipc.read_message(file), schema).column(schema.get_field_index(column))
+    with _parquet(path) as table:
+        for batch in table.iter_batches(BLOCK, row_groups=[part], columns=[column], use_threads=False):
+            yield batch.column(0)
 
 
 def saved_files(folder: Path) -> list[Path]:
@@ -256,8 +241,9 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
         ) from None
     columns = None
     for path in paths:
-        with _guarded(path):
-            found = _columns_of(_schema(path), printable(path), labels=labels)
+        with _guarded(path), _stream(path) if _is_arrow(path) else _parquet(path) as file:
+            schema = file.schema if _is_arrow(path) else file.schema_arrow
+            found = _columns_of(schema, printable(path), labels=labels)
         if columns not in (None, found):
             raise DataError(
                 f"{where}: {printable(path.name)} has other columns or class names than {printable(paths[0].name)}. "
@@ -274,7 +260,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
     for path in paths:
         first = 0
         with _guarded(path):
-            for place, rows, column in _parts(path, columns.label):
+            for part, (rows, column) in enumerate(_parts(path, columns.label)):
                 present = np.ones(rows, dtype=bool)
                 if column is not None:
                     present, labels_of_part = _labels_of(column, columns, where)
@@ -284,7 +270,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
                     raise DataError(f"{where} is damaged: {len(present):,} labels for {rows:,} rows. Copy it again.")
                 if present.any():
                     places.append((done, path.name, first, np.flatnonzero(present)))
-                    jobs.append(Job(int(present.sum()), functools.partial(_items, path, place, present, columns.image)))
+                    jobs.append(Job(int(present.sum()), functools.partial(_items, path, part, present, columns.image)))
                     done += jobs[-1].count
                 first += rows
     if not done:
@@ -336,7 +322,7 @@ def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bo
     return present, numbers[present]
 
 
-def _items(path: Path, place: int, keep: NDArray[np.bool_], column: str) -> Iterator[Item]:
+def _items(path: Path, part: int, keep: NDArray[np.bool_], column: str) -> Iterator[Item]:
     """The images in one part of a file; of its rows those in `keep`.
 
     A part that cannot be read is an error, as its rows cannot be told apart.
@@ -345,7 +331,7 @@ def _items(path: Path, place: int, keep: NDArray[np.bool_], column: str) -> Iter
 
     row = 0
     with _guarded(path):
-        for array in _arrays(path, place, column):
+        for array in _arrays(path, part, column):
             array.validate(full=True)  # offsets of a stranger's file may point anywhere in memory
             if types.is_struct(array.type):
                 array = array.flatten()[array.type.get_field_index("bytes")]  # null where the struct is
