@@ -37,19 +37,12 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] |
 
 @dataclass
 class TrainState:
-    """What changes while a network trains.
-
-    Attributes:
-        module: the network.
-        ema: its moving average.
-        optimizers: by name; a shared network has one for public and one for private steps.
-        step: steps done.
-    """
+    """What changes while a network trains."""
 
     module: nn.Module
     ema: Ema
-    optimizers: dict[str, torch.optim.Optimizer]
-    step: int = 0
+    optimizers: dict[str, torch.optim.Optimizer]  # by name; a shared network has one for public, one for private steps
+    step: int = 0  # steps done
     _parameters: list[nn.Parameter] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -202,11 +195,7 @@ class Checkpoints:
         A phase without a checkpoint starts at its first step, which is safe: the steps come out as they did before,
         with the same noise.  Files that cannot be read are named in ``damaged``.
 
-        Args:
-            phase: name of the phase.
-            state: the network in training.
-            steps: steps of the whole phase.
-            charged: private steps in the ledger; None for a public phase.
+        The phase has so many `steps` in all, of which the ledger has `charged` (None: a public phase).
 
         Raises:
             RunError: a checkpoint does not fit the network or the ledger.

@@ -42,13 +42,7 @@ Load = Callable[[Config], ImageDataset]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is, as the main process tells it to the others.
-
-    Attributes:
-        config: all settings.
-        plan: see :class:`Plan`.
-        randomness: the key of the run.
-    """
+    """What a run is, as the main process tells it to the others; `randomness` is its key."""
 
     config: Config
     plan: Plan
@@ -80,14 +74,10 @@ def _read(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
 
 
 def follow(ranks: Ranks, load: Load, device: str) -> None:
-    """Work for the main process until it says that it is done.
+    """Work for the main process until it says that it is done; raises Dismissed if it failed, RankLost if it is gone.
 
     Ctrl-C and SIGTERM, which torchrun passes on to all processes, are left to the main one: it ends the run after the
     current step, which takes all.
-
-    Raises:
-        Dismissed: the main process failed, and said why.
-        RankLost: it is gone.
     """
     chosen = (signal.SIGINT, signal.SIGTERM)
     before = {s: signal.signal(s, signal.SIG_IGN) for s in chosen}
@@ -131,31 +121,35 @@ class _Follower:
     def _on_set_up(self, setting: Setting) -> None:
         self.setting = setting
 
-    def _known(self) -> tuple[Setting, ImageDataset]:
-        if self.setting is None or self.dataset is None:
+    @property
+    def known(self) -> Setting:
+        if self.setting is None:
             raise AssertionError(f"rank {self.ranks.rank} was asked for work before it was told about the run")
-        return self.setting, self.dataset
+        return self.setting
+
+    @property
+    def images(self) -> ImageDataset:
+        assert self.dataset is not None
+        return self.dataset
 
     def _on_public(self, stage: Stage, conditional: bool) -> None:
-        known, _ = self._known()
-        compute = self._compute()
+        known, compute = self.known, self._compute()
         self.denoiser = make_denoiser(known.config, known.plan.shape, conditional, 0)
         compute.prepare(self.denoiser)
         compute.compiled(self.denoiser.network, trains=True)
         self._prepare_public([stage], compute)
 
     def _compute(self) -> Compute:
-        known, _ = self._known()
-        return choose(self.device, known.config.compute, local_rank=self.ranks.local_rank)
+        return choose(self.device, self.known.config.compute, local_rank=self.ranks.local_rank)
 
     def _prepare_public(self, stages: list[Stage], compute: Compute) -> None:
-        known, _ = self._known()
+        known = self.known
         program = program_of(known.config, known.plan.shape)
         made = [public_step(known.config, program, s, self.workers, self.ranks, compute) for s in stages]
         self.steps = {step.name: step for step in made}
 
     def _on_moments(self) -> None:
-        known, dataset = self._known()
+        known, dataset = self.known, self.images
         plan, shape = known.plan.moments, known.plan.shape
         assert plan is not None
         rank = known.config.moments.rank
@@ -167,7 +161,7 @@ class _Follower:
     def _on_private(
         self, physical_batch: int, shared: list[Stage], moments: dict[str, Tensor] | None, pins: dict[str, Any]
     ) -> None:
-        known, dataset = self._known()
+        known, dataset = self.known, self.images
         shape = known.plan.shape
         gaussian = None
         if moments is not None:

@@ -23,12 +23,10 @@ from dpsyngen.diffusion.gaussian import LARGEST_DIMENSION, ClassGaussians, Gauss
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.files import write_atomically
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.moments import Rows, VectorSum, class_sums, matrices, released, scatter_sums
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.training.checkpoint import save_file
 from dpsyngen.training.plan import MomentsPlan, Shape
 from dpsyngen.training.spectra import (
     Frequencies,
@@ -55,9 +53,6 @@ _DIRECTIONS_PER_FOUND = 8
 _FEWEST_FREQUENCIES = 64
 _NUMBERS_A_BATCH = 1 << 22
 
-Progress = Callable[[int, int], None]
-"""Called with how many images were read and how many will be, over all queries."""
-
 
 class Stopped(Exception):
     """The estimate was given up, because somebody asked for it."""
@@ -71,10 +66,7 @@ def scatter_frequencies(noise_multiplier: float, records: int, size: int) -> int
     0.6 R² / (j·H_D), so j*(m) = 0.6 n / (z·H_D·√(2m)) of them show.  m is the least that has room for 8 j*(m) of
     them, clamped to [min(D, 64), min(D, 4096)].
 
-    Args:
-        noise_multiplier: z of the query; 0 gives the largest m.
-        records: n.
-        size: D.
+    A noise multiplier z of 0 gives the largest m; n is `records`, D is `size`.
     """
     most = min(size, LARGEST_DIMENSION)
     if noise_multiplier == 0:
@@ -92,7 +84,6 @@ def estimate_moments(
     randomness: Randomness,
     *,
     rank: int,
-    on_progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> ClassGaussians:
@@ -109,7 +100,6 @@ def estimate_moments(
         plan: of :func:`plan_moments` for as many classes.
         randomness: the run's secret streams; the queries are steps 0, 1 and 2 of its purpose "moments".
         rank: the most directions that are kept, >= 1.
-        on_progress: see :data:`Progress`.
         stopped: asked now and then whether to give up; with several processes, after each query, the main one.
         ranks: the processes that share the images; each calls this.  Sums are of whole numbers, so the result is the
             same to the bit for any number of them.
@@ -124,7 +114,7 @@ def estimate_moments(
         raise ConfigError(f"moments of {classes} classes were asked for, but the images have {dataset.num_classes}.")
     if records < 1 or rank < 1:
         raise ConfigError(f"records={records} and rank={rank} must both be at least 1.")
-    images = _Images(dataset, classes > 1, 2 if plan.by_class is None else 3, on_progress, stopped, ranks)
+    images = _Images(dataset, classes > 1, stopped, ranks)
     means, counts = _means(images, max(classes, 1), records, plan.mean, randomness)
     # Made of released numbers alone, but another processor may round them otherwise: all go on with the same.
     means, counts = ranks.from_main((means, counts))
@@ -145,17 +135,14 @@ class _Images:
         self,
         dataset: ImageDataset,
         labelled: bool,
-        passes: int,
-        on_progress: Progress | None,
         stopped: Callable[[], bool],
         ranks: Ranks,
     ) -> None:
-        self.dataset, self.on_progress, self.stopped, self.ranks = dataset, on_progress, stopped, ranks
+        self.dataset, self.stopped, self.ranks = dataset, stopped, ranks
         self.share = ranks.share(len(dataset))
         self.shape = (dataset.channels, dataset.resolution, dataset.resolution)
         self.size = math.prod(self.shape)
         self.labels = torch.from_numpy(np.asarray(dataset.labels)) if labelled else None
-        self.total, self.read = passes * (self.share.stop - self.share.start), 0
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         step = min(max(_NUMBERS_A_BATCH // self.size, 16), 4096)
@@ -165,9 +152,6 @@ class _Images:
             index = np.arange(start, stop)
             labels = None if self.labels is None else self.labels[start:stop]
             yield to_float(torch.from_numpy(self.dataset.batch(index))).flatten(1), labels
-            self.read += len(index)
-            if self.on_progress is not None:
-                self.on_progress(self.read, self.total)
             if self.ranks.alone and self.stopped():
                 raise Stopped
 
@@ -327,28 +311,6 @@ def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
     for what, mechanism, sensitivity in wanted[len(charged) :]:
         bound = {} if sensitivity is None else {"l2_sensitivity": sensitivity}
         ledger.charge(mechanism, what, query=QUERY, **(bound if mechanism.noise_multiplier else UNBOUNDED))
-
-
-def release_moments(
-    path: Path,
-    dataset: ImageDataset,
-    shape: Shape,
-    plan: MomentsPlan,
-    randomness: Randomness,
-    *,
-    rank: int,
-    stopped: Callable[[], bool] = lambda: False,
-    ranks: Ranks = ALONE,
-) -> None:
-    """Estimate the moments and write them; nothing is written if `stopped`, asked now and then, says so."""
-    with ranks.lead(MOMENTS):
-        try:
-            moments = estimate_moments(
-                dataset, shape.num_classes, shape.records, plan, randomness, rank=rank, stopped=stopped, ranks=ranks
-            )
-        except Stopped:
-            return
-    write_atomically(path, lambda p: save_file(moments.to_tensors(), p))
 
 
 def load_gaussian(path: Path, shape: Shape) -> GaussianDenoiser:

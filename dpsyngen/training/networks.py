@@ -30,15 +30,7 @@ from dpsyngen.training.plan import Plan, Shape
 def make_denoiser(
     config: Config, shape: Shape, conditional: bool, seed: int, gaussian: GaussianDenoiser | None = None
 ) -> NetworkDenoiser:
-    """A freshly initialised network; its random start depends on the public `seed` only.
-
-    Args:
-        config: its size and σ_d.
-        shape: of the images.
-        conditional: whether it knows classes.
-        seed: public.
-        gaussian: what the network is a residual of; None: it stands alone.
-    """
+    """A freshly initialised network, a residual of `gaussian` if that is given; its start follows from the public seed."""
     num_classes = shape.num_classes if conditional else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -101,15 +93,8 @@ def preview(
 
     The average is made of the mechanism's outputs, so drawing from it is post-processing and costs no privacy.
 
-    Args:
-        config: the run's settings of the sampler, but of at most 20 steps.
-        plan: the run's stages and shape.
-        networks: one for each name in the stages; the private one is loaded with the average.
-        average: of the private network.
-        device: where to compute.
-
-    Returns:
-        uint8 [16, C, H, W], classes in turn.
+    The sampler takes 20 steps at most.  `networks` has one for each name in the stages; the private one is loaded with
+    the average.  Returns uint8 [16, C, H, W], classes in turn.
     """
     shape = plan.shape
     network = networks[plan.stages.private.network]

@@ -45,14 +45,14 @@ from dpsyngen.training.log import (
 )
 from dpsyngen.training.moments import (
     MOMENTS,
-    MomentsPlan,
+    Stopped,
     charge_moments,
+    estimate_moments,
     load_gaussian,
-    release_moments,
     uncharged,
 )
 from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview
-from dpsyngen.training.plan import Plan, describe, make_plan, program_of, shape_of, with_whole_program
+from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of, with_whole_program
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import PRETRAIN, PUBLIC_INDEX, PublicStep, levels_of, public_step, train_public
 from dpsyngen.training.run import Run
@@ -305,18 +305,23 @@ class Training:
             return
         queries = len(plan.mechanisms())
         self.hooks.on_event(Note(f"{MOMENTS}: reading the private images, {queries} times"))
-        release_moments(
-            path,
-            self.dataset,
-            self.plan.shape,
-            plan,
-            self.randomness,
-            rank=self.config.moments.rank,
-            stopped=lambda: self.stop_requested,
-            ranks=self.ranks,
-        )
-        if path.exists():
-            yield Step(MOMENTS, queries, queries, {}, private=True)
+        shape = self.plan.shape
+        with self.ranks.lead(MOMENTS):
+            try:
+                moments = estimate_moments(
+                    self.dataset,
+                    shape.num_classes,
+                    shape.records,
+                    plan,
+                    self.randomness,
+                    rank=self.config.moments.rank,
+                    stopped=lambda: self.stop_requested,
+                    ranks=self.ranks,
+                )
+            except Stopped:
+                return
+        write_atomically(path, lambda p: save_file(moments.to_tensors(), p))
+        yield Step(MOMENTS, queries, queries, {}, private=True)
 
     def _gaussian(self) -> GaussianDenoiser | None:
         """The denoiser of the DP moments, if there are any."""

@@ -10,7 +10,7 @@ from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.stages import StageMap, stage_map
 from dpsyngen.diffusion.unet import check_resolution, named_size
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
 from dpsyngen.privacy.accounting import epsilon as epsilon_of
 from dpsyngen.programs import TIERS, Program, make_program
@@ -19,19 +19,12 @@ from dpsyngen.training.private import DpSgd
 
 @dataclass(frozen=True)
 class Shape:
-    """What is public about the images (METHOD.md: stated assumptions).
-
-    Attributes:
-        resolution: pixels.
-        channels: 1 or 3.
-        class_names: () for an unconditional generator.
-        records: declared number of records.
-    """
+    """What is public about the images (METHOD.md: stated assumptions)."""
 
     resolution: int
-    channels: int
-    class_names: tuple[str, ...]
-    records: int
+    channels: int  # 1 or 3
+    class_names: tuple[str, ...]  # () for an unconditional generator
+    records: int  # declared
 
     @property
     def num_classes(self) -> int:
@@ -44,13 +37,7 @@ SHARES = {"mean": 0.2, "pooled": 0.4, "by_class": 0.4}
 
 @dataclass(frozen=True)
 class MomentsPlan:
-    """Noise of the queries.
-
-    Attributes:
-        mean: z of the class sums.
-        pooled: z of the pooled scatter matrix.
-        by_class: z of the scatter matrices by class; None where there is no more than one class.
-    """
+    """z of the queries: class sums, pooled scatter matrix, scatter matrices by class (None without classes)."""
 
     mean: float
     pooled: float
@@ -63,19 +50,13 @@ class MomentsPlan:
 
 
 def plan_moments(noise_multiplier: float, classes: int) -> MomentsPlan:
-    """Split one Gaussian mechanism of noise multiplier z among the queries: Σ 1/z_i² = 1/z².
+    """Split one Gaussian mechanism of noise multiplier z >= 0 among the queries: Σ 1/z_i² = 1/z².
 
     k Gaussian mechanisms compose to one exactly (the vector of all queries, each over its own sensitivity and noise).
-
-    Args:
-        noise_multiplier: z >= 0; 0 is without noise (ε = ∞).
-        classes: 0 or 1 for images without labels.
-
-    Raises:
-        ConfigError: z is negative or not finite.
+    z = 0 is without noise (ε = ∞); `classes` is 0 or 1 for images without labels.
     """
-    if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
-        raise ConfigError(f"the noise multiplier of the moments is {noise_multiplier}, but must be >= 0 and finite.")
+    good = noise_multiplier >= 0 and math.isfinite(noise_multiplier)
+    require(good, "the noise multiplier of the moments", noise_multiplier, ">= 0 and finite")
     shares = dict(SHARES) if classes > 1 else {"mean": 1 / 3, "pooled": 2 / 3}
     z = {name: noise_multiplier / math.sqrt(share) for name, share in shares.items()}
     return MomentsPlan(z["mean"], z["pooled"], z.get("by_class"))
@@ -83,21 +64,13 @@ def plan_moments(noise_multiplier: float, classes: int) -> MomentsPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is fixed before any private image is used for training.
-
-    Attributes:
-        shape: the public facts.
-        stages: who trains what.
-        delta: δ.
-        mechanism: noise, rate, steps of DP-SGD; not run where the stages are Gaussian.
-        moments: noise of the DP moments; None where the stages use none.
-    """
+    """All that is fixed before any private image is used for training."""
 
     shape: Shape
     stages: StageMap
     delta: float
-    mechanism: DpSgd
-    moments: MomentsPlan | None = None
+    mechanism: DpSgd  # not run where the stages are Gaussian
+    moments: MomentsPlan | None = None  # None where the stages use none
 
     @property
     def steps(self) -> int:
@@ -119,14 +92,7 @@ def shape_of(dataset: ImageDataset, config: Config) -> Shape:
 
 def stages_of(config: Config) -> StageMap:
     """The stage map that a configuration asks for."""
-    s = config.stages
-    return stage_map(
-        s.variant,
-        tau_cleaning=s.tau_cleaning,
-        tau_coarse=s.tau_coarse,
-        networks=s.networks,
-        pretrain=s.pretrain,
-    )
+    return stage_map(**config.stages.model_dump())
 
 
 def make_plan(config: Config, shape: Shape) -> Plan:
@@ -221,10 +187,7 @@ def program_of(config: Config, shape: Shape) -> Program:
 
 
 def with_whole_program(config: Config, program: Program) -> Config:
-    """The configuration with every parameter of the program, so that it draws the same wherever the run goes on.
-
-    A default may depend on what is there, such as the fonts of a system.
-    """
+    """The configuration with every parameter of the program, so that it draws the same with other defaults."""
     params = {k: v for k, v in program.config().items() if k not in ("name", "resolution", "channels", "seed")}
     section = config.program.model_copy(update={"params": params, "prior_tier": program.prior_tier})
     return config.model_copy(update={"program": section})

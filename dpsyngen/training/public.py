@@ -43,8 +43,7 @@ class PublicImages:
     busy with this one.
 
     Args:
-        program: what draws.
-        batch: images of a step.
+        program, batch: what draws, and how many images a step has.
         offset: the first image of the program to use, so that networks see different images.
         distinct: how many different images there are; they are kept in memory.  None: all are fresh.
         randomness: *public* streams, for the order.

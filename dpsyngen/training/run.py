@@ -50,6 +50,9 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.private, self.release = path / "private", path / "release"
+        self.ledger_path, self.data_path = self.private / "ledger.jsonl", self.private / "data.json"
+        self.randomness_path, self.engine_path = self.private / "randomness.json", self.private / "engine.json"
+        self.features_path = self.private / "features"  # of real images, kept by evaluations
         self._lock = FolderLock(self.private / LOCK, path)
         if not path.is_dir():
             raise RunError(f"{path} is not a folder.  Give the folder that `dpsyngen train --out` made.")
@@ -128,27 +131,6 @@ class Run:
             return validate(read_yaml_file(self.private / "config.yaml", "the configuration"))
         except ConfigError as error:
             raise RunError(f"the configuration of {self.path} cannot be used: {error}") from None
-
-    @property
-    def ledger_path(self) -> Path:
-        return self.private / "ledger.jsonl"
-
-    @property
-    def randomness_path(self) -> Path:
-        return self.private / "randomness.json"
-
-    @property
-    def data_path(self) -> Path:
-        return self.private / "data.json"
-
-    @property
-    def engine_path(self) -> Path:
-        return self.private / "engine.json"
-
-    @property
-    def features_path(self) -> Path:
-        """Features of real images, kept by evaluations."""
-        return self.private / "features"
 
     def weights(self, network: str) -> Path:
         """Where the released weights of `network` are."""
@@ -233,19 +215,14 @@ class FolderLock:
             self._lock.acquire()
         except Timeout:
             raise RunError(f"another process is working on {self.whose}.  Wait for it or stop it first.") from None
-        except (OSError, NotImplementedError) as error:
-            number = getattr(error, "errno", None)
-            reason = getattr(error, "strerror", None) or str(error)
-            if number in (errno.ENOSPC, errno.EDQUOT):
-                raise RunError(f"{self.whose} cannot be written: {reason}.  Free some space, then try again.") from None
-            if number in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP) or number is None:
-                raise RunError(
-                    f"{self.whose} is on a file system without locks ({reason}), so nothing would stop two processes "
-                    "from working on one run.  Use a local disk, or a network disk that has locks."
-                ) from None
-            raise RunError(
-                f"{self.whose} cannot be written: {reason}.  Make it writable, or work on a copy that is."
-            ) from None
+        except OSError as error:
+            advice = {
+                errno.ENOSPC: "Free some space, then try again",
+                errno.EDQUOT: "Free some space, then try again",
+                errno.ENOLCK: "That file system has no locks: use a local disk, or a network disk that has some",
+                errno.ENOTSUP: "That file system has no locks: use a local disk, or a network disk that has some",
+            }.get(error.errno or 0, "Make it writable, or work on a copy that is")
+            raise RunError(f"{self.whose} cannot be written: {error.strerror}.  {advice}.") from None
         return True
 
     @contextlib.contextmanager

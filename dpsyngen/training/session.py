@@ -35,34 +35,25 @@ from dpsyngen.privacy.randomness import Randomness
 
 @dataclass(frozen=True)
 class Terms:
-    """What a computation on private images may cost.
+    """What a computation on private images may cost."""
 
-    Attributes:
-        epsilon, delta: the target; ε may be infinite.
-        records: declared number of records.
-        group_size: images of one person at most.
-        insecure_seed: reproducible noise, NOT PRIVATE; None: a key from the operating system.
-    """
-
-    epsilon: float
+    epsilon: float  # may be infinite
     delta: float
-    records: int
-    group_size: int = 1
-    insecure_seed: int | None = None
+    records: int  # declared
+    group_size: int = 1  # images of one person at most
+    insecure_seed: int | None = None  # reproducible noise, NOT PRIVATE; None: a key from the operating system
 
 
 class Session:
-    """Key, ledger and pinned facts of one computation on private images.
+    """Key (`randomness`), `ledger` and pinned facts of one computation on private images.
+
+    Charge the ledger *before* a result is used.
 
     Args:
         private: its private folder, which the caller has locked.
         terms: what it may cost.
         later: files that are made after ``data.json``.
         again: what to advise where nothing can be continued.
-
-    Attributes:
-        randomness: the key.
-        ledger: what was charged; charge it *before* a result is used.
 
     Raises:
         RunError, LedgerError: the files do not fit together, or one is missing.
@@ -224,31 +215,20 @@ def fixed_settings(config: Config) -> dict[str, Any]:
 class EngineSettings:
     """How this machine computes, kept so that a resumed run rounds the same way: steps since the last checkpoint are
     taken again with the same noise.
-
-    Attributes:
-        path: where they are kept.
-        physical_batch: images in memory at a time; 0 while not yet known.
-        kernels: what each convolution uses.
-        compute: how DP-SGD steps compute.
     """
 
-    path: Path
-    physical_batch: int
-    kernels: KernelChoices
-    compute: Compute
+    path: Path  # where they are kept
+    physical_batch: int  # images in memory at a time; 0 while not yet known
+    kernels: KernelChoices  # what each convolution uses
+    compute: Compute  # of DP-SGD steps
     _saved: str = field(default="", repr=False)
 
     @classmethod
     def of(cls, path: Path, config: Config, compute: Compute) -> EngineSettings:
-        """Those of an earlier session of the run, or new ones.
+        """Those of an earlier session of the run, from `path`, or new ones.
 
-        With an insecure seed, for reproducible runs, kernels follow from the shapes instead of measurements.
-
-        Args:
-            path: ``engine.json`` of the run.
-            config: its configuration.
-            compute: what was chosen for this session.  The kind of device, the precision and the memory format of
-                DP-SGD steps are those of the run's first session.
+        With an insecure seed, for reproducible runs, kernels follow from the shapes instead of measurements.  Device,
+        precision and memory format of DP-SGD steps are those of the run's first session, whatever `compute` says.
 
         Raises:
             RunError: this session cannot compute as the first one did, or the file is damaged.

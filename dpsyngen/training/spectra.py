@@ -24,11 +24,8 @@ def shrink_bands(values: Tensor, noise_variance: Tensor, bands: Tensor) -> Tenso
 
     Args:
         values: [K, D], rows with noise of different size.
-        noise_variance: [K, B] >= 0, variance of the noise of a row in a band; 0 keeps the row as it is.
-        bands: [D] in 0..B-1.
-
-    Returns:
-        [K, D]: values · τ²/(τ² + noise_variance).
+        noise_variance: [K, B] >= 0, of the noise of a row in a band; 0 keeps the row as it is.
+        bands: [D] in 0..B-1.  The result is values · τ²/(τ² + noise_variance).
     """
     count = noise_variance.shape[1]
     size = torch.bincount(bands, minlength=count).clamp_min(1)
@@ -41,15 +38,10 @@ def shrink_bands(values: Tensor, noise_variance: Tensor, bands: Tensor) -> Tenso
 
 
 def noise_edge(std: float, size: int) -> float:
-    """The largest eigenvalue, to leading order, of a symmetric noise matrix.
+    """The largest eigenvalue, to leading order, of a symmetric [m, m] noise matrix, s·√(2m).
 
-    Args:
-        std: standard deviation s on the diagonal; off it s/√2 (what :func:`dpsyngen.privacy.moments.scatter_sums`
-            gets).
-        size: m.
-
-    Returns:
-        s·√(2m): the semicircle of entries of variance s²/2 ends at 2·√(m·s²/2).
+    Its standard deviation is s on the diagonal and s/√2 off it (what :func:`dpsyngen.privacy.moments.scatter_sums`
+    gets): the semicircle of entries of variance s²/2 ends at 2·√(m·s²/2).
     """
     return std * math.sqrt(2 * size)
 
@@ -67,10 +59,7 @@ def debiased(eigenvalues: Tensor, edge: float) -> Tensor:
     """The signal's eigenvalues λ from those observed beyond the edge, ŵ = λ + c/λ with c = edge²/4.
 
     Along the *observed* eigenvector, which has turned away by an angle of cos² = 1 - c/λ², the signal varies by less.
-
-    Args:
-        eigenvalues: ŵ; below the edge, where nothing can be seen, the result is ŵ/2.
-        edge: see :func:`noise_edge`.
+    Below the edge, where nothing can be seen, the result is ŵ/2.
     """
     return (eigenvalues + (eigenvalues.square() - edge**2).clamp_min(0).sqrt()) / 2
 
@@ -87,10 +76,6 @@ def turned_variances(eigenvalues: Tensor, std: float) -> Tensor:
     that keep the eigenvectors (Bun, Allez, Bouchaud & Potters, "Rotational invariant estimator for general noisy
     matrices", IEEE Trans. Inf. Theory 2016, for additive noise).  The sum stays.  Noise alone becomes 0, and what
     stands alone beyond the edge λ - c/λ in terms of the signal's λ.
-
-    Args:
-        eigenvalues: [d].
-        std: see :func:`noise_edge`.
     """
     size = len(eigenvalues)
     c = noise_edge(std, size) ** 2 / 4
@@ -99,17 +84,10 @@ def turned_variances(eigenvalues: Tensor, std: float) -> Tensor:
 
 
 def denoised_white_covariance(covariance: Tensor, std: float, *, least: float, most: float) -> Tensor:
-    """A positive covariance from a noisy one that is expected near the identity.
+    """A covariance [d, d] with eigenvalues in [least, most] from a noisy one that is expected near the identity.
 
-    Args:
-        covariance: [d, d], symmetric.
-        std: of its noise, on the diagonal.
-        least: smallest eigenvalue of the result, > 0.
-        most: largest.
-
-    Returns:
-        [d, d].  Where no eigenvalue stands out of the noise a multiple of the identity, of its mean; where the mean
-        does not show either, the identity.  Without noise the same matrix, but for the limits.
+    Where no eigenvalue stands out of the noise (standard deviation `std` on the diagonal) it is a multiple of the
+    identity, of its mean; where the mean does not show either, the identity.
     """
     size = len(covariance)
     values, vectors = torch.linalg.eigh(covariance)

@@ -135,8 +135,8 @@ def test_lock_goes_with_its_object(tmp_path) -> None:
     ("number", "message"),
     [
         (errno.EWOULDBLOCK, "another process is working"),
-        (errno.ENOLCK, "file system without locks"),
-        (errno.ENOTSUP, "file system without locks"),
+        (errno.ENOLCK, "file system has no locks"),
+        (errno.ENOTSUP, "file system has no locks"),
     ],
 )
 def test_file_systems_without_locks_are_not_called_busy(tmp_path, monkeypatch, number, message) -> None:

@@ -20,7 +20,6 @@ from dpsyngen.errors import BudgetExceeded, RunError
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training import moments as moments_phase
 from dpsyngen.training import pipeline
 from dpsyngen.training.log import Event, Note, Step
 from dpsyngen.training.moments import QUERY, charged_moments, load_gaussian, queries
@@ -47,13 +46,13 @@ def test_no_image_is_summed_before_all_its_queries_are_in_the_ledger(
 ) -> None:
     training = begun(tiny_settings, tiny_images(), tmp_path / "r", variant)
     assert charged_moments(Ledger(training.run.ledger_path)) == []
-    real, seen = moments_phase.estimate_moments, []
+    real, seen = pipeline.estimate_moments, []
 
     def looked(*args, **kwargs):
         seen.append(charged_moments(Ledger(training.run.ledger_path)))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(moments_phase, "estimate_moments", looked)
+    monkeypatch.setattr(pipeline, "estimate_moments", looked)
     finish(training)
     assert training.plan.moments is not None
     assert seen == [list(training.plan.moments.mechanisms())]
@@ -61,7 +60,7 @@ def test_no_image_is_summed_before_all_its_queries_are_in_the_ledger(
 
 def test_nothing_is_summed_if_the_charge_fails(tmp_path, tiny_settings, tiny_images, monkeypatch) -> None:
     training = begun(tiny_settings, tiny_images(), tmp_path / "r", "residual")
-    monkeypatch.setattr(moments_phase, "estimate_moments", lambda *a, **k: pytest.fail("images were read"))
+    monkeypatch.setattr(pipeline, "estimate_moments", lambda *a, **k: pytest.fail("images were read"))
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -190,7 +189,7 @@ def test_run_killed_between_charge_and_result_takes_the_same_moments_and_pays_on
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "charge", dies)
         if charged == 3:
-            patch.setattr(pipeline, "release_moments", lambda *a, **k: (_ for _ in ()).throw(Killed()))
+            patch.setattr(pipeline, "estimate_moments", lambda *a, **k: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             finish(training)
     assert len(charged_moments(Ledger(training.run.ledger_path))) == charged
@@ -210,17 +209,17 @@ def test_asked_to_stop_while_images_are_read_it_writes_nothing(
     data = tiny_images()
     whole = finish(begun(tiny_settings, data, tmp_path / "whole", "gaussian"))
     training = begun(tiny_settings, data, tmp_path / "r", "gaussian")
-    real = moments_phase.estimate_moments
+    real = pipeline.estimate_moments
 
     def interrupted(*args, **kwargs):
         training.stop_requested = True
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(moments_phase, "estimate_moments", interrupted)
+    monkeypatch.setattr(pipeline, "estimate_moments", interrupted)
     finish(training)
     assert not training.run.complete
     assert not training.run.weights(GAUSSIAN).exists()
-    monkeypatch.setattr(moments_phase, "estimate_moments", real)
+    monkeypatch.setattr(pipeline, "estimate_moments", real)
     resumed = finish(again(tmp_path / "r", data))
     assert resumed.run.weights(GAUSSIAN).read_bytes() == whole.run.weights(GAUSSIAN).read_bytes()
     assert len(charged_moments(Ledger(resumed.run.ledger_path))) == 3
