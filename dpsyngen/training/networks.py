@@ -30,7 +30,7 @@ from dpsyngen.training.plan import Plan, Shape
 def make_denoiser(
     config: Config, shape: Shape, conditional: bool, seed: int, gaussian: GaussianDenoiser | None = None
 ) -> NetworkDenoiser:
-    """A freshly initialised network, a residual of `gaussian` if that is given; its start follows from the public seed."""
+    """A fresh network (a residual of `gaussian`, if that is given), whose start follows from the public `seed`."""
     num_classes = shape.num_classes if conditional else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
