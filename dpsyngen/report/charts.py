@@ -119,7 +119,7 @@ def line_chart(
             axes.plot(x[start : start + len(mean)], mean, color=colour, lw=2, ls=dashes[number % 4], label=name)
         values = [y for points in lines.values() for _, y in points]
         if percent:
-            axes.set_ylim(0, 1)
+            axes.set_ylim(0, 1.03)
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
         elif min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
@@ -172,7 +172,7 @@ def stage_charts(
     ticks = [sigma_min]
     ticks += [t for t in (0.01, 0.1, 1.0, 10.0, 100.0) if 6 * sigma_min < t < sigma_max / 6] + [sigma_max]
     out = []
-    for css_class, width, who in (("wide", 10.5, WHO), ("narrow", 4.2, _SHORT)):
+    for css_class, width, who in (("wide", 10.5, WHO), ("narrow", 4.6, _SHORT)):
         with new_axes(width, 2.0, 11) as (figure, axes):
             for stage in stages:
                 a, b = (

@@ -64,6 +64,7 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
         "grids": sample_grids(view, exp, on_progress),
         "noise_seed": NOISE_SEED,
         "protocol": list(_protocol(view)),
+        "kinds": {job.kind for job in results.jobs},
         "privacy": about.get("privacy") if isinstance(about.get("privacy"), dict) else None,
         "costs": _costs(results, exp),
     }
@@ -131,66 +132,30 @@ def _protocol(view: View) -> Iterator[tuple[str, str]]:
         if isinstance(s := j.evaluation.get("sampling"), dict)
     }
     if drawn:
-        yield (
-            "Generated images",
-            f"For each run: {'; '.join(sorted(drawn))}.  Their seed is that of the run.",
-        )
+        yield "Generated images", f"For each run: {'; '.join(sorted(drawn))}.  Their seed is that of the run."
     yield from _measured(view.results.runs)
-    if any(j.kind == "real" for j in view.results.jobs):
-        yield "Trained on real images", "The same classifiers, trained on real training images: what CAS could reach."
-    if any(j.kind == "dp-classifier" for j in view.results.jobs):
-        yield (
-            "DP-SGD classifier",
-            "A classifier trained on the private images by DP-SGD at the same ε and δ.  Whoever wants nothing but a "
-            "classifier needs no generator, so a generator should come near it.",
-        )
-    if view.primary is not None:
-        yield (
-            "Main figure",
-            f"{view.primary.name}, chosen by its name before any result was looked at.  Baseline: "
-            f"{VARIANT_NAMES.get(view.baseline, view.baseline)}.",
-        )
-    yield (
-        "Spread",
-        "± is the standard deviation over seeds (n − 1).  A seed draws the starting weights, the programs' images and "
-        "the sampling noise anew, and every run has DP noise and batches of its own.  All runs share the real images, "
-        "so nothing here says how results would vary on other data.",
-    )
-    yield (
-        "Test",
-        "Welch's t test between the runs of two variants, taken as independent; two-sided.  Holm's correction holds "
-        "the chance of any false alarm within a family at 5 %: all comparisons with the baseline of one figure at one "
-        "ε, or all pairs where the best is looked for.  Confidence intervals are those of one comparison alone.  Three "
-        "seeds show large differences only: “no difference shown” is not “equal”.",
-    )
-    yield (
-        "Who chose what on what",
-        "A classifier's epoch or regularisation is chosen on generated images that it was not trained on; real test "
-        "images are used once, to score it.  Everything else was fixed by the specification.  Whoever picks a variant "
-        "or a setting by this report picks it by private images, which no ε here covers.",
-    )
 
 
 def _measured(runs: tuple[JobResult, ...]) -> Iterator[tuple[str, str]]:
-    classifiers: dict[tuple[str, str], list[str]] = {}
-    features: dict[str, list[str]] = {}
+    """What was measured on how many images; classifiers and features of which the same can be said share a line."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
     for job in runs:
         for name, c in (job.evaluation.get("cas") or {}).items():
-            sizes = [f"{c[k]:,}" if isinstance(c.get(k), int) else "?" for k in ("n_train", "n_validation", "n_test")]
             text = (
-                f"trained on {sizes[0]} generated images, chosen on {sizes[1]} held-out generated ones, scored once on "
-                f"{sizes[2]} real test images"
+                f"trained on {_count(c, 'n_train')} generated images, chosen on {_count(c, 'n_validation')} held-out "
+                f"generated ones, scored once on {_count(c, 'n_test')} real test images."
             )
-            classifiers.setdefault((text, ""), []).append(ON_NAMES.get(name, name))
+            found.setdefault(("Classifiers", text), {})[ON_NAMES.get(name, name)] = None
         for name, f in (job.evaluation.get("features") or {}).items():
-            sizes = [f"{f[k]:,}" if isinstance(f.get(k), int) else "?" for k in ("generated_images", "real_images")]
             few = "" if f.get("enough_images", True) else " (too few: the Fréchet distance is biased)"
-            text = f"{sizes[0]} generated images against {sizes[1]} real training images{few}"
-            features.setdefault(text, []).append(ON_NAMES.get(name, name))
-    for (text, _), names in classifiers.items():
-        yield "Classifiers", f"{', '.join(dict.fromkeys(names))}: {text}."
-    for text, names in features.items():
-        yield "Features", f"{', '.join(dict.fromkeys(names))}: {text}.  Floor: real test images in their place."
+            text = f"{_count(f, 'generated_images')} generated images against {_count(f, 'real_images')} real training "
+            text += f"images{few}.  Floor: real test images in their place."
+            found.setdefault(("Features", text), {})[ON_NAMES.get(name, name)] = None
+    yield from ((what, f"{', '.join(names)}: {text}") for (what, text), names in found.items())
+
+
+def _count(figures: dict[str, Any], name: str) -> str:
+    return f"{figures[name]:,}" if isinstance(figures.get(name), int) else "?"
 
 
 def _costs(results: Results, exp: Path) -> Table:
@@ -198,36 +163,29 @@ def _costs(results: Results, exp: Path) -> Table:
     rows = []
     for job in results.runs:
         heads = (row_of(job).name, epsilon_name(job.epsilon).removeprefix("ε = "), str(job.seed))
-        rows.append(TableRow(heads, tuple(Cell(text) for text in _cost(job, exp))))
+        rows.append(TableRow(heads, tuple(map(Cell, _cost(job, exp)))))
     columns = ("ε stated", "δ", "steps", "sampling rate", "noise multiplier", "ledger entries", "state")
-    return Table(
-        "costs",
-        "Ledger of each run",
-        ("variant", "ε asked", "seed"),
-        (("", columns),),
-        tuple(rows),
-        ("“ε stated” is that of the run's certificate, computed from its ledger; it is the cost of that run alone.",),
-    )
+    note = "“ε stated” is that of the run's certificate, computed from its ledger; it is the cost of that run alone."
+    heads = ("variant", "ε asked", "seed")
+    return Table("costs", "Ledger of each run", heads, (("", columns),), tuple(rows), (note,))
 
 
 def _cost(job: JobResult, exp: Path) -> list[str]:
-    none = ["–"] * 6
     if job.release is None:
-        return [*none, "no generator"]
+        return ["–"] * 6 + ["no generator"]
     release = exp / job.release
     try:
         c = Certificate.read(release / "privacy.json")
-        steps = [m for m in c.mechanisms if m.kind == "dp" and m.expected_batch is not None]
         entries = len(Ledger(release.parent / "private" / "ledger.jsonl").entries)
     except (DpsyngenError, OSError):
-        return [*none, "certificate or ledger cannot be read"]
-    first = steps[0] if steps else None
+        return ["–"] * 6 + ["certificate or ledger cannot be read"]
+    first = next((m for m in c.mechanisms if m.kind == "dp" and m.expected_batch is not None), None)
+    rate, noise = (None, None) if first is None else (first.sampling_rate, first.noise_multiplier)
     return [
         "∞" if c.epsilon == "inf" else number(c.epsilon, up=True),
         number(c.delta, 3, up=True),
         "–" if first is None else f"{first.count:,}",
-        "–" if first is None or first.sampling_rate is None else number(first.sampling_rate),
-        "–" if first is None or first.noise_multiplier is None else number(first.noise_multiplier),
+        *("–" if value is None else number(value) for value in (rate, noise)),
         str(entries),
         "private" if c.private else f"NOT PRIVATE: {'; '.join(c.not_private_because)}",
     ]

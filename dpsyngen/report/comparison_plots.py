@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,26 +133,17 @@ def comparison_plots(view: View) -> Iterator[Plot]:
 
 def _against_epsilon(view: View, measure: Measure) -> Plot:
     """A line for each variant."""
-    lines = [
-        Line(
-            row.variant,
-            row.name,
-            [
-                (index, f"{row.name} at {epsilon_name(epsilon)}", values)
-                for index, epsilon in enumerate(view.epsilons)
-                if (values := view.values(measure, epsilon, row))
-            ],
-        )
-        for row in _plain_rows(view)
-    ]
-    lines = [line for line in lines if line.points]
-    with new_axes(*_SIZE) as (figure, axes):
-        said = _draw(axes, lines, shift=0.5 / max(5, len(lines)), beside=0.035)
+    lines = []
+    for row in _plain_rows(view):
+        values = [(i, epsilon_name(e), view.values(measure, e, row)) for i, e in enumerate(view.epsilons)]
+        points = [(i, f"{row.name} at {name}", v) for i, name, v in values if v]
+        if points:
+            lines.append(Line(row.variant, row.name, points))
+    title, apart = f"{_capital(measure.name)} against ε", 0.5 / max(5, len(lines))
+    with _line_plot(measure, lines, "ε (not to scale)", apart, beside=0.035) as (figure, axes, said):
         said += _reference_lines(axes, view, measure)
         axes.set_xticks(range(len(view.epsilons)), [_bare(e) for e in view.epsilons])
-        axes.set(xlim=(-0.5, len(view.epsilons) - 0.5), xlabel="ε (not to scale)", ylabel=_axis_name(measure))
-        _legend(axes)
-        title = f"{_capital(measure.name)} against ε"
+        axes.set_xlim(-0.5, len(view.epsilons) - 0.5)
         return _finished(figure, _name("epsilon", measure), title, said, f"{_MARKS}  {_direction(measure)}")
 
 
@@ -172,7 +164,6 @@ def _at_one_epsilon(view: View, measure: Measure) -> Plot:
         said += _reference_lines(axes, view, measure)
         axes.set_yticks(range(len(rows)), [r.name.replace(" (", "\n(") for r in rows])
         axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=_axis_name(measure))
-        _legend(axes, columns=1)
         title = f"{_capital(measure.name)}, {epsilon_name(epsilon)}"
         note = f"{_MARKS.replace('Line', 'Mark')}  {_direction(measure)}"
         return _finished(figure, _name("epsilon", measure), title, said, note)
@@ -199,16 +190,13 @@ def _against_threshold(view: View, measure: Measure, axis: str, epsilon: float) 
         lines.append(Line(variant, name, points, dash))
     thresholds = sorted({x for line in lines for x, _, _ in line.points})
     step = min(b - a for a, b in itertools.pairwise(thresholds))
-    with new_axes(*_SIZE) as (figure, axes):
-        said = _draw(axes, lines, shift=0.06 * step, beside=0.025 * step)
+    with _line_plot(measure, lines, THRESHOLDS[axis], 0.06 * step, beside=0.025 * step) as (figure, axes, said):
         base = [r for r in view.rows if r.variant == view.baseline and not r.settings]
         if base and (values := view.values(measure, epsilon, base[0])):
             colour, name = style(view.baseline, 0)[0], base[0].name
             axes.axhline(summarise(values).mean, color=colour, lw=1.2, ls=(0, (1, 1.5)), label=f"{name} (mean)")
             said.append(f"{name}: {_in_words(values)}")
         axes.set_xticks(thresholds, [f"{x:g}" for x in thresholds])
-        axes.set(xlabel=THRESHOLDS[axis], ylabel=_axis_name(measure))
-        _legend(axes)
         title = f"{_capital(measure.name)} against {THRESHOLDS[axis].split(' ')[0]}, {epsilon_name(epsilon)}"
         name = f"{_name('threshold-' + axis.rsplit('.', 1)[-1], measure)}-eps{epsilon:g}"
         return _finished(figure, name, title, said, f"{_MARKS}  {_direction(measure)}")
@@ -235,10 +223,8 @@ def _against_share(view: View, measure: Measure, epsilon: float) -> Plot | None:
         ]
         # Settings of one share are points of their own, not a line.
         lines.append(Line(variant, at[0][1].variant_name, points, None if len({x for x, _ in at}) == len(at) else ""))
-    with new_axes(*_SIZE) as (figure, axes):
-        said = _draw(axes, lines, shift=0, beside=1.2)
-        axes.set(xlabel="noise levels trained on programs alone, %", ylabel=_axis_name(measure))
-        _legend(axes)
+    x_label = "noise levels trained on programs alone, %"
+    with _line_plot(measure, lines, x_label, 0, beside=1.2) as (figure, _, said):
         title = f"{_capital(measure.name)} against the share of programs, {epsilon_name(epsilon)}"
         name = f"{_name('threshold-share', measure)}-eps{epsilon:g}"
         return _finished(figure, name, title, said, f"{_MARKS}  {_direction(measure)}")
@@ -282,7 +268,6 @@ def _against_compute(view: View, measure: Measure, what: str) -> Plot | None:
             xlabel=time if what == "seconds" else "private images used × copies × parameters",
             ylabel=_axis_name(measure),
         )
-        _legend(axes)
         listed = ", ".join(map(_bare, view.epsilons))
         note = f"One mark a run.{'' if len(view.epsilons) == 1 else f'  Larger marks: larger ε ({listed}).'}"
         note += f"  {_direction(measure)}"
@@ -339,27 +324,33 @@ def style(variant: str, number: int) -> tuple[str, str, Any]:
     return STYLES.get(variant) or _OTHER[number % len(_OTHER)]
 
 
-def _draw(axes: Any, lines: Sequence[Line], shift: float, beside: float) -> list[str]:
-    """Draw lines through means, with a bar of one standard deviation and every run `beside` it; returns all in words.
+@contextmanager
+def _line_plot(
+    measure: Measure, lines: Sequence[Line], x_label: str, apart: float, beside: float
+) -> Iterator[tuple[Any, Any, list[str]]]:
+    """A plot of lines through means, with a bar of one standard deviation and every run `beside` it.
 
-    Lines are `shift` apart, so that their bars do not cover each other.
+    Yields figure, axes and a list with all of it in words.  Lines stand `apart`, so that their bars do not cover each
+    other.
     """
     said = []
-    for number, line in enumerate(lines):
-        colour, marker, dash = style(line.variant, number)
-        left = shift * (number - (len(lines) - 1) / 2)
-        for x, name, values in line.points:
-            s = summarise(values)
-            if s.sd is not None:
-                axes.errorbar(x + left, s.mean, yerr=s.sd, color=colour, capsize=2.5, lw=1.3)
-            if len(values) > 1:
-                places = [x + left + beside] * len(values)
-                axes.scatter(places, values, s=10, color=colour, marker=marker, alpha=0.7, lw=0)
-            said.append(f"{name}: {_in_words(values)}")
-        means = [summarise(values).mean for _, _, values in line.points]
-        look = {"color": colour, "ls": dash if line.dash is None else line.dash, "marker": marker}
-        axes.plot([x + left for x, _, _ in line.points], means, lw=1.6, label=line.name, ms=5, **look)
-    return said
+    with new_axes(*_SIZE) as (figure, axes):
+        for number, line in enumerate(lines):
+            colour, marker, dash = style(line.variant, number)
+            left = apart * (number - (len(lines) - 1) / 2)
+            for x, name, values in line.points:
+                s = summarise(values)
+                if s.sd is not None:
+                    axes.errorbar(x + left, s.mean, yerr=s.sd, color=colour, capsize=2.5, lw=1.3)
+                if len(values) > 1:
+                    places = [x + left + beside] * len(values)
+                    axes.scatter(places, values, s=10, color=colour, marker=marker, alpha=0.7, lw=0)
+                said.append(f"{name}: {_in_words(values)}")
+            means = [summarise(values).mean for _, _, values in line.points]
+            look = {"color": colour, "ls": dash if line.dash is None else line.dash, "marker": marker}
+            axes.plot([x + left for x, _, _ in line.points], means, lw=1.6, label=line.name, ms=5, **look)
+        axes.set(xlabel=x_label, ylabel=_axis_name(measure))
+        yield figure, axes, said
 
 
 def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
@@ -397,11 +388,11 @@ def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
     return said
 
 
-def _legend(axes: Any, columns: int = 3) -> None:
-    """Above the axes, in so many columns or as many as fit."""
+def _legend(axes: Any) -> None:
+    """Above the axes, in as many columns as fit."""
     longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
     if longest:
-        columns = min(columns, 3 if longest < 14 else 2 if longest < 36 else 1)
+        columns = 3 if longest < 14 else 2 if longest < 36 else 1
         place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
         axes.legend(frameon=False, fontsize=8, ncols=columns, handlelength=3.4, columnspacing=1.2, **place)
 
@@ -409,6 +400,7 @@ def _legend(axes: Any, columns: int = 3) -> None:
 def _finished(figure: Any, name: str, title: str, said: Sequence[str], note: str, wide: bool = False) -> Plot:
     """The plot as SVG for a page, and as PNG on white."""
     alt, name = f"{title}.  {'; '.join(said)}.", slug(name)
+    _legend(figure.axes[0])
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=200, bbox_inches="tight", facecolor="white", metadata={"Software": None})
     svg = inline(figure, name, alt, "plot wide-plot" if wide else "plot")
