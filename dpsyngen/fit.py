@@ -338,7 +338,7 @@ class Generator(ReleasedGenerator):
             data__source=_named(images),
         )
         config, device = load_config(given, preset=preset), kind_of(device)
-        source = as_source(images, labels, options.get("class_names"), config)
+        source = as_source(images, labels, options.get("class_names"))
         folder = new_folder() if out is None else Path(out).expanduser()
         return cls._trained(partial(prepare, config, folder, source), folder, source, device, progress)
 
@@ -371,7 +371,7 @@ class Generator(ReleasedGenerator):
             raise RunError(
                 f"{folder} is finished: there is nothing to resume.  Generator.load({str(folder)!r}) takes it."
             )
-        source = None if images is None else as_source(images, labels, class_names, run.config)
+        source = None if images is None else as_source(images, labels, class_names)
         return cls._trained(partial(prepare_resume, folder, source), folder, source, device, progress)
 
     @classmethod

@@ -25,8 +25,8 @@ from dpsyngen.data.cache import build, in_memory
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import ImageHeader, arranged, chunks, default_resolution, to_channels, to_resolution, to_uint8
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, index_labels, to_text
-from dpsyngen.data.source import Channels, Found, Job, Options, Source, file_identity, settle_bad, split_evenly
-from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, StoredImages, check_fits, write_header
+from dpsyngen.data.source import Found, Job, Options, Source, file_identity, keep_of, settle_bad, split_evenly
+from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable, shown
 from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, write_atomically, write_text
 
@@ -42,14 +42,7 @@ _MAX_NAMES_BYTES = 2**23
 
 
 def dataset_from_arrays(
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    class_names: Sequence[str] | None,
-    *,
-    source: str,
-    resolution: int | None,
-    channels: Channels,
-    skip_bad: bool,
+    images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str] | None, source: str, options: Options
 ) -> ImageDataset:
     """A data set from arrays in any accepted layout.
 
@@ -58,9 +51,7 @@ def dataset_from_arrays(
         labels: whole numbers or strings ``[N]`` (or ``[N, 1]``), or None.
         class_names: see :func:`dpsyngen.data.labels.index_labels`.
         source: shown in messages and kept in the data set.
-        resolution: None keeps the size of square images of 8..64 pixels, else 32.
-        channels: ``"auto"`` keeps what is there.
-        skip_bad: leave out float images with NaN, infinite or out-of-range values.
+        options: size, colour, and whether float images with NaN, infinite or out-of-range values are left out.
 
     Raises:
         DataError: other types, shapes or values than these, or counts that differ.
@@ -71,31 +62,29 @@ def dataset_from_arrays(
     index, names = index_labels(labels, class_names, len(pixels), source)
     skipped: tuple[str, ...] = ()
     if pixels.dtype != np.uint8:
-        pixels, good, skipped = _from_float(pixels, source, skip_bad)
-        index = None if index is None else index[good]
-    pixels = to_channels(pixels, channels, source)
-    pixels = to_resolution(pixels, resolution or default_resolution({(pixels.shape[3], pixels.shape[2])}), source)
-    pixels = pixels.view()
+        pixels, bad = _from_float(pixels, source)
+        lines = [(f"image {i}", why) for i, why in bad.items()]
+        skipped, keep = settle_bad(lines, where=source, skip_bad=options.skip_bad), keep_of(len(pixels), bad)
+        pixels, index = kept_of(pixels, keep), None if index is None else index[keep]
+    pixels = to_channels(pixels, options.channels, source)
+    resolution = options.resolution or default_resolution({(pixels.shape[3], pixels.shape[2])})
+    pixels = to_resolution(pixels, resolution, source).view()
     pixels.flags.writeable = False
     return ImageDataset(pixels, index, names, source, skipped)
 
 
-def _from_float(pixels: np.ndarray, source: str, skip_bad: bool) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _from_float(pixels: np.ndarray, source: str) -> tuple[np.ndarray, dict[int, str]]:
     check_fits(pixels.size, what=source)
     result = np.zeros(pixels.shape, dtype=np.uint8)
-    bad: list[tuple[str, str]] = []
-    good = np.ones(len(pixels), dtype=bool)
+    bad: dict[int, str] = {}
     for part in chunks(pixels.shape):
         result[part], wrong = to_uint8(np.asarray(pixels[part]))
-        bad += [(f"image {part.start + i}", why) for i, why in wrong]
-        good[[part.start + i for i, _ in wrong]] = False
-    if bad and not good.any():
+        bad |= {part.start + i: why for i, why in wrong}
+    if len(bad) == len(pixels):
         raise DataError(
-            f"{source}: every image has values outside 0..1 (or NaN). Divide 0..255 by 255, or map -1..1 by "
-            "(x + 1) / 2."
+            f"{source}: every image has values outside 0..1 or NaN. Divide 0..255 by 255; map -1..1 by (x + 1) / 2."
         )
-    skipped = settle_bad(bad, where=source, skip_bad=skip_bad)
-    return (result[good] if bad else result), good, skipped
+    return result, bad
 
 
 # -------------------------------------------------------------------------------------------------- .npy and .npz
@@ -142,11 +131,7 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 
 
 def read_npy(path: Path) -> tuple[np.ndarray, int]:
-    """The array of a ``.npy`` file, memory-mapped read-only, and how many bytes are before its first value.
-
-    Raises:
-        DataError: broken, or it holds Python objects.
-    """
+    """The array of a ``.npy`` file, memory-mapped read-only, and how many bytes are before its first value."""
     try:
         with path.open("rb") as file:
             if file.read(4) == b"PK\x03\x04":
@@ -237,11 +222,7 @@ def _check_names(header: _Header, path: Path) -> None:
 
 
 def read_array_folder(folder: Path, options: Options) -> ImageDataset:
-    """A folder with ``images.npy``, and ``labels.npy`` and ``class_names.json`` (a list of texts) if there are any.
-
-    Raises:
-        DataError: they are broken, do not fit together, or are links.
-    """
+    """A folder with ``images.npy``, and ``labels.npy`` and ``class_names.json`` (a list of texts) if there are any."""
     for name in (IMAGES, LABELS, CLASS_NAMES):
         if (folder / name).is_symlink():
             raise DataError(f"{printable(folder / name)} is a link, which is not followed. Copy the file here.")
@@ -285,10 +266,7 @@ def read_array_file(
         return ImageDataset(StoredImages(path, shape, offset), index, class_names, where)
     if small or (right and channels <= shape[1]):
         # Converted in memory, or a view of the file with nothing to convert.
-        return dataset_from_arrays(
-            images, labels, names, source=where, resolution=options.resolution, channels=options.channels,
-            skip_bad=options.skip_bad,
-        )  # fmt: skip
+        return dataset_from_arrays(images, labels, names, where, options)
 
     def index_file() -> Source:
         index, class_names = index_labels(labels, names, count, where)
@@ -330,15 +308,7 @@ def write_images(
     labels: NDArray[np.int64] | None,
     class_names: Sequence[str],
 ) -> None:
-    """Write ``images.npy``, and with labels ``labels.npy`` and ``class_names.json``, of mode 0600.
-
-    Args:
-        folder: it exists.
-        shape: of all images.
-        blocks: the images in order, some at a time.
-        labels: one for each image, or None.
-        class_names: of the classes.
-    """
+    """Write ``images.npy`` from blocks in order and, with labels, the two files beside it; of mode 0600."""
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:

@@ -97,11 +97,7 @@ def default_resolution(sizes: set[tuple[int, int]]) -> int:
 
 
 def read_header(item: Item) -> ImageHeader:
-    """Size and colour of an image; of a file nothing is decoded.
-
-    Raises:
-        BadImage: not an image, animated, or too large.
-    """
+    """Size and colour of an image, nothing decoded; BadImage if it is none, animated, or too large."""
     if isinstance(item, str | bytes | os.PathLike):
         with _open_checked(item) as image:
             return ImageHeader(*image.size, image.mode in _GREY_MODES)
@@ -321,11 +317,7 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 
 def arranged(images: np.ndarray, source: str) -> np.ndarray:
-    """Images in any accepted layout as a view ``[N, C, H, W]``.
-
-    Raises:
-        DataError: another type or shape.
-    """
+    """Images in any accepted layout as a view ``[N, C, H, W]``; DataError for another type or shape."""
     if isinstance(images, np.ma.MaskedArray):
         raise DataError(f"{source}: masked images; the mask would be lost. Fill it first: images.filled(255).")
     if images.dtype.hasobject:

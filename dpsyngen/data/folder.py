@@ -43,12 +43,9 @@ _Bad = list[tuple[str, str]]
 
 
 def find_folder(root: Path, *, labels: bool) -> Found:
-    """A folder of images as a source: in the order of class name, then file name (plain string order: "10" before
-    "2").
+    """A folder of images as a source: in the order of class name, then file name ("10" before "2").
 
-    Args:
-        root: the folder; each direct sub-folder is a class.  Without sub-folders the images are unlabelled.
-        labels: False reads all images, in sub-folders or not, without labels.
+    Without `labels` all images are read, in sub-folders or not.
     """
 
     def identity() -> Any:
@@ -63,11 +60,7 @@ def find_folder(root: Path, *, labels: bool) -> Found:
 
 
 def index_folder(root: Path, *, labels: bool) -> Source:
-    """The images in a folder, none of them opened.
-
-    Raises:
-        DataError: an empty folder or class, unless there are bad files, which are told of later.
-    """
+    """The images in a folder, none of them opened.  An empty class is an error, unless bad files are told of later."""
     bad: _Bad = []
     files, classes, names = _list_files(root, labels, bad)
     empty = [name for c, name in enumerate(names) if c not in set(classes)]
@@ -156,11 +149,7 @@ def is_pattern(text: str) -> bool:
 
 
 def find_pattern(text: str, *, labels: bool) -> Found:
-    """The source that a pattern names.  Its files may be links: whoever wrote the pattern named them.
-
-    Raises:
-        DataError: no file, or files of several kinds.
-    """
+    """The source that a pattern names.  Its files may be links: whoever wrote the pattern named them."""
     paths = [Path(p) for pattern in _expanded(text) for p in sorted(glob.glob(os.path.expanduser(pattern)))]
     paths = [path for path in paths if path.is_file()]
     if not paths:
@@ -175,11 +164,7 @@ def find_pattern(text: str, *, labels: bool) -> Found:
 
 
 def find_in_folder(folder: Path, *, labels: bool) -> Found | None:
-    """The source in a folder of shards or of ``save_to_disk``; None if it is a folder of images.
-
-    Raises:
-        DataError: shards of several splits or kinds, or links to shards.
-    """
+    """The source in a folder of shards or of ``save_to_disk``; None if it is a folder of images."""
     where = printable(folder)
     if (folder / SPLITS).is_file() or (folder / STATE).is_file():
         return find_files(saved_files(folder), where, labels=labels)

@@ -34,12 +34,7 @@ def check_class_count(count: int, source: str) -> None:
 
 
 def check_class_names(names: Sequence[str], source: str) -> None:
-    """Raise DataError unless these names can be shown and stored everywhere, and told apart.
-
-    Args:
-        names: one for each class.
-        source: where they come from, for the message.
-    """
+    """Raise DataError unless these names, from this source, can be shown and stored everywhere, and told apart."""
     check_class_count(len(names), source)
     bad = [(name, why) for name in names if (why := _why_not(name))]
     if bad:
@@ -158,11 +153,7 @@ def _named(
 
 
 def to_text(values: NDArray, what: str) -> tuple[str, ...]:
-    """Whole numbers, texts or bytes (UTF-8) of an array ``[N]`` as strings.
-
-    Raises:
-        DataError: they are not valid Unicode.
-    """
+    """Whole numbers, texts or bytes (UTF-8) of an array ``[N]`` as strings; DataError if they are not Unicode."""
     try:
         if values.dtype.kind == "U" and values.dtype.itemsize and len(values):
             codes = np.ascontiguousarray(values).view(values.dtype.byteorder + "u4")

@@ -59,7 +59,7 @@ def load_images(
             * a ``.npz`` (``images``, ``labels``, optional ``class_names``) or ``.npy`` file (images only), or a folder
               with ``images.npy`` and perhaps ``labels.npy`` and ``class_names.json``;
             * an IDX image file, its labels beside it;
-            * a pair of arrays ``(images, labels or None)``;
+            * arrays ``(images, labels or None)``, with names of the classes as a third, if there are any;
             * a dataset of Python: :class:`~dpsyngen.data.map_style.MapStyle` says what it must have.
         resolution: height and width of the result, 8..256.  Images of other sizes are cut to their largest
             centred square and resized.  None: the native size if all images are one square of 8..64 pixels,
@@ -92,7 +92,7 @@ def load_images(
     options = Options(check_resolution(resolution), channels, labels, skip_bad, place, workers, on_progress)
 
     if isinstance(source, tuple | list):
-        return _from_pair(tuple(source), labels, options)
+        return _from_tuple(source, options)
     if not isinstance(source, str | os.PathLike):
         return _from_object(source, options)
     text = os.fspath(source)
@@ -101,7 +101,8 @@ def load_images(
     named = parse_name(text) if isinstance(source, str) else None
     if named is not None:
         images, values, names = read_named(*named)
-        return _from_arrays(images, *((values, names) if labels else (None, None)), ":".join(named), options)
+        given = (values, names) if labels else (None, None)
+        return dataset_from_arrays(images, *given, ":".join(named), options)
 
     text = os.fsdecode(text)
     try:
@@ -154,38 +155,33 @@ def _from_file(path: Path, options: Options) -> ImageDataset:
     suffix = path.suffix.lower()
     if suffix == ".npz":
         images, values, names = read_npz(path, labels=options.labels)
-        return _from_arrays(images, values, names, where, options)
+        return dataset_from_arrays(images, values, names, where, options)
     if suffix == ".npy":
         return read_array_file(path, None, None, options, where=where)
     if suffix in SHARD_SUFFIXES:
         return build(find_files([path], where, labels=options.labels), options)
     if "idx" in path.name.lower() or "ubyte" in path.name.lower() or is_idx(path):
         images, values = read_idx_pair(path, labels=options.labels)
-        return _from_arrays(images, values, None, where, options)
+        return dataset_from_arrays(images, values, None, where, options)
     advice = (
         "unpack it and give what is in it" if suffix in (".zip", ".gz", ".tgz", ".7z", ".zst") else f"give {_KINDS}"
     )
     raise DataError(f"{where}: files of this kind are not read; {advice}.")
 
 
-def _from_arrays(images: Any, labels: Any, names: Any, source: str, options: Options) -> ImageDataset:
-    return dataset_from_arrays(
-        images, labels, names, source=source, resolution=options.resolution, channels=options.channels,
-        skip_bad=options.skip_bad,
-    )  # fmt: skip
-
-
-def _from_pair(pair: tuple[Any, ...], labels: bool, options: Options) -> ImageDataset:
-    if len(pair) != 2:
-        raise ConfigError(f"arrays must come as a pair (images, labels or None), not {len(pair)} items.")
+def _from_tuple(arrays: Sequence[Any], options: Options) -> ImageDataset:
+    if len(arrays) not in (2, 3):
+        raise ConfigError(f"arrays must come as a pair (images, labels or None), not {len(arrays)} items.")
+    images, values, names = (*arrays, None)[:3]
     try:
-        images = pair[0] if isinstance(pair[0], np.ma.MaskedArray) else np.asarray(pair[0])
-        values = np.asarray(pair[1]) if labels and pair[1] is not None else None
+        images = images if isinstance(images, np.ma.MaskedArray) else np.asarray(images)
+        values = np.asarray(values) if options.labels and values is not None else None
     except (ValueError, TypeError) as error:
         raise DataError(
             f"arrays: images or labels do not form an array ({printable(error)}). Use np.stack on equal sizes."
         ) from error
-    return _from_arrays(images, values, None, f"arrays of shape {list(images.shape)}", options)
+    source = f"arrays of shape {list(images.shape)}"
+    return dataset_from_arrays(images, values, names if options.labels else None, source, options)
 
 
 def _not_found(path: Path, text: str) -> str:
@@ -226,18 +222,16 @@ def load_named_or_given(
     return load_private(source, config, on_reading)
 
 
-def as_source(images: Any, labels: Any, class_names: Sequence[str] | None, config: Config) -> Any:
-    """A source of images (see :func:`dpsyngen.load_images`) from what a user holds.
+def as_source(images: Any, labels: Any, class_names: Sequence[str] | None) -> Any:
+    """A source for :func:`load_images` from what a user holds.
 
     Args:
         images: arrays, PyTorch tensors, lists of Pillow images; or a folder, file, named set or data set.
         labels: for arrays: one an image, numbers or names; None: no classes.
         class_names: names for labels 0, 1, …; None: the labels themselves.
-        config: says what size and colour are wanted.
 
     Raises:
         ConfigError: labels where the images bring their own.
-        DataError: images and labels do not fit together.
     """
     if not (isinstance(images, list) or hasattr(images, "__array__")):
         if labels is not None or class_names is not None:
@@ -246,24 +240,8 @@ def as_source(images: Any, labels: Any, class_names: Sequence[str] | None, confi
                 "own (settings={'data': {'labels': False}} leaves them out)."
             )
         return images
-    pixels, values = _as_array(images), None if labels is None else _as_array(labels)
-    if class_names is None:
-        return pixels, values
-    if values is None:
+    if class_names is not None and labels is None:
         raise ConfigError("class_names are names for labels 0, 1, …, but there are no labels.")
-    d = config.data
-    return dataset_from_arrays(
-        pixels,
-        values if d.labels else None,
-        list(class_names) if d.labels else None,
-        source=f"arrays of shape {list(pixels.shape)}",
-        resolution=d.resolution,
-        channels=d.channels,
-        skip_bad=d.skip_bad,
-    )
-
-
-def _as_array(values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):  # a tensor, which may be on a GPU or need a gradient
-        values = values.detach().cpu()
-    return np.asarray(values)
+    # A tensor may be on a GPU or need a gradient.
+    images, labels = (v.detach().cpu() if hasattr(v, "detach") else v for v in (images, labels))
+    return np.asarray(images), labels, None if class_names is None else list(class_names)

@@ -39,13 +39,7 @@ _MAX_THRIFT_ITEMS = 2**20
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that are read.
-
-    Attributes:
-        image: name of the column of images.
-        label: name of the column of labels, or None.
-        class_names: what the numbers in it stand for; None if the table does not say.
-    """
+    """The columns that are read, and what the numbers in that of labels stand for, if the table says so."""
 
     image: str
     label: str | None
@@ -190,11 +184,7 @@ def _arrays(path: Path, part: int, column: str) -> Iterator[Any]:
 
 
 def saved_files(folder: Path) -> list[Path]:
-    """The files of a data set that ``save_to_disk`` wrote to `folder`, in order.
-
-    Raises:
-        DataError: it holds several splits, or its description is damaged.
-    """
+    """The files of a data set that ``save_to_disk`` wrote to `folder`, in order."""
     if (folder / SPLITS).is_file():
         splits = _json(folder / SPLITS).get("splits")
         splits = [s for s in splits if isinstance(s, str)] if isinstance(splits, list) else []
@@ -226,13 +216,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
-    """The rows of all files, in their order.
-
-    Raises:
-        DataError: a file is damaged, files differ in their columns, there is no column of images, no row, or labels
-            cannot be used.
-        ConfigError: pyarrow is missing.
-    """
+    """The rows of all files, in their order; ConfigError without pyarrow."""
     try:
         import pyarrow  # noqa: F401
     except ImportError:
@@ -293,9 +277,6 @@ def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bo
     """(which rows have a label, those labels) of an Arrow array.
 
     A row without one is null, or -1 where classes have names, as in Hugging Face datasets.
-
-    Raises:
-        DataError: the labels are neither whole numbers nor texts.
     """
     import pyarrow as pa
     import pyarrow.types as types

@@ -45,11 +45,7 @@ def _items(path: Path, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> 
 
 
 def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
-    """The samples of all shards, in the order of the shards and of their members.
-
-    Raises:
-        DataError: a shard is no tar file, or damaged; no sample has an image.
-    """
+    """The samples of all shards, in the order of the shards and of their members."""
     shards = [_Shard(path) for path in paths]
     for shard in shards:
         shard.read(labels=labels)
@@ -175,11 +171,7 @@ class _Headers(io.FileIO):
 
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """All members of an uncompressed tar file, in order.
-
-    Raises:
-        DataError: not a tar file, compressed, truncated, or with a header that is damaged or too long.
-    """
+    """All members of an uncompressed tar file, in order."""
     where = printable(path)
     try:
         with _Headers(path) as file:

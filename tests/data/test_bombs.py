@@ -50,10 +50,10 @@ def measured(source: Path, **options: Any) -> tuple[str, float]:
 def test_many_large_images_take_what_one_takes(tmp_path: Path, depth: int, colour: int, channels: int) -> None:
     content = blank_png(8192, 8192, depth, colour)
     assert len(content) < 2**20
-    for i in range(10):
+    for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(content)
     said, megabytes = measured(tmp_path, resolution=8)
-    assert said == f"(10, {channels}, 8, 8)"
+    assert said == f"(6, {channels}, 8, 8)"
     assert megabytes < 1024, megabytes
 
 

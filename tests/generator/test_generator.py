@@ -89,17 +89,16 @@ def test_images_may_come_in_many_forms(kind, tmp_path, monkeypatch) -> None:
     config = load_config(TINY_SETTINGS)
     from dpsyngen.data.load import load_private
 
-    dataset = load_private(as_source(forms[kind], list(labels), None, config), config)
+    dataset = load_private(as_source(forms[kind], list(labels), None), config)
     assert np.array_equal(dataset.images[:, 0], images)
     assert np.array_equal(dataset.labels, labels)
 
 
 def test_class_names_name_the_labels_and_need_not_all_occur() -> None:
-    from dpsyngen.config import load_config
-    from dpsyngen.data.load import as_source
+    from dpsyngen.data.load import as_source, load_images
 
     images, labels = tiny_arrays(n=12)
-    dataset = as_source(images, labels, ["a", "b", "c", "never"], load_config(TINY_SETTINGS))
+    dataset = load_images(as_source(images, labels, ["a", "b", "c", "never"]))
     assert dataset.class_names == ("a", "b", "c", "never")
     assert np.array_equal(dataset.labels, labels)
 
