@@ -9,15 +9,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.privacy.clipping import ClippedGradient, ClippingStyle, Draw, GridGradient
+from dpsyngen.privacy.clipping import ClippedGradient, Draw, GridGradient
 from dpsyngen.privacy.contributions import Contribution
-from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import Loss, PerExampleGradients, RowsLoss, layer_numbers
 from dpsyngen.privacy.rules import Tape
 from dpsyngen.privacy.sharding.gathered import Gathered, GatheredTape, Place, place_of, sharded_parameters
+from dpsyngen.workers import Workers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,17 +74,8 @@ class OwnExamples(PerExampleGradients):
 
     _own_part_only = False
 
-    def __init__(
-        self,
-        module: nn.Module,
-        clipping_norm: float,
-        *,
-        style: ClippingStyle = "flat",
-        kernels: KernelChoices | None = None,
-    ) -> None:
-        super().__init__(module, clipping_norm, style=style, kernels=kernels, workers=1)
-
     def _layers(self) -> list[int]:
+        self.workers = Workers(1)
         self._distributed, self._mesh = sharded_parameters(self.module, self.names, self.parameters)
         self.device = self._distributed[0].to_local().device
         self._gathered = Gathered(self.module, self.names)
