@@ -124,7 +124,7 @@ def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, kind: Accountant, 
         return 0.0
     if any(m.noise_multiplier == 0 for m in mechanisms):
         return math.inf
-    mechanisms = _one_gaussian(mechanisms)
+    mechanisms = _one_gaussian(mechanisms)  # a convolution less for each
     if kind == "rdp" and group_size > 1:
         return _group_lemma(lambda d: _epsilon(mechanisms, d, "rdp"), delta, group_size)
     # The loss of one step shrinks as the steps grow; the grid must stay fine beside it, or rounding up each step's
@@ -257,7 +257,7 @@ def calibrate_noise(
 
     # RDP first: bisection is cheap there.  Its answer is a little too high for PLD.
     high = 1.0
-    while guess(high) > target_epsilon and high < 1e7:
+    while guess(high) > target_epsilon and high < 1e7:  # ε falls with the noise: double until it fits, then bisect
         high *= 2
     low = high / 2
     while low > 0.01 and guess(low) <= target_epsilon:

@@ -89,8 +89,9 @@ class _Words:
     def below(self, bounds: Ints) -> Ints:
         """One uniform integer in [0, bound) for each bound, by rejection."""
         m = bounds.astype(np.uint64)
+        # Words at or above the largest multiple of the bound would favour small remainders: they are drawn again.
         top = np.uint64(2**64 - 1)
-        limit = top - top % m  # a multiple of the bound
+        limit = top - top % m
         out = self._randomness.words("noise", self._step, len(m), next(self._part)).copy()
         again = np.flatnonzero(out >= limit)
         while len(again):
@@ -118,6 +119,7 @@ def _bernoulli_exp(words: _Words, fractions: _Fractions) -> NDArray[np.bool_]:
     active = np.arange(n)
     k = 1
     while len(active):
+        # Draw Bernoulli(x/k) until one is false: the number of the draw is odd with probability exp(-x).
         one = np.ones(len(active), dtype=np.int64)
         go_on = _bernoulli(words, [*((a[active], b[active]) for a, b in fractions), (one, k * one)])
         out[active[~go_on]] = k % 2 == 1
@@ -159,17 +161,21 @@ def discrete_gaussian(randomness: Randomness, step: int, count: int, sigma: int)
         n = len(missing)
         one = np.ones(n, dtype=np.int64)
         scale = sigma * one
+        # 1. |Laplace| of scale σ = U + σ V: U uniform below σ, kept with probability exp(-U/σ).
         rest = words.below(scale)
         good = _bernoulli_exp(words, [(rest, scale)])
+        # 2. V is geometric: it grows by one with probability exp(-1).
         whole = np.zeros(n, dtype=np.int64)
         growing = np.flatnonzero(good)
         while len(growing):
             growing = growing[_bernoulli_exp(words, [(one[growing], one[growing])])]
             whole[growing] += 1
             growing = growing[whole[growing] < _MOST_SIGMAS]
+        # 3. A fair sign.
         value = rest + sigma * whole
         negative = words.below(2 * one) == 1
         good &= ~(negative & (value == 0))  # zero must not come twice
+        # 4. The Gaussian, by rejection.  What is turned down is drawn again.
         _accept(words, good, value, scale)
         out[missing[good]] = np.where(negative, -value, value)[good]
         missing = missing[~good]

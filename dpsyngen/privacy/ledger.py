@@ -114,12 +114,13 @@ class HashChain:
                     "the same budget; nothing was charged.  Let the other one end, then start again."
                 )
             end = self._end
-            f.truncate(end)
+            f.truncate(end)  # the piece that a crash left
             self._size = end
             f.seek(end)
             data = line + b"\n"
             head = Head(len(self.bodies) + 1, _digest(line))
             try:
+                # The line, on the disk, then the head: in this order a crash leaves a line too many, never one too few.
                 if f.write(data) != len(data):
                     raise OSError(28, "No space left on device")
                 os.fsync(f.fileno())

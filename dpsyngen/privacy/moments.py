@@ -187,6 +187,7 @@ def released(total: VectorSum, noise_multiplier: float, randomness: Randomness, 
             f"noise_multiplier is {noise_multiplier:.3g}, which leaves the whole numbers that are computed "
             "with: choose a smaller one (a larger ε)."
         )
+    # round(sum + noise) = sum + round(noise) on the grid of the sum: rounding is post-processing.
     normal = torch.from_numpy(fine_normal(randomness, step, total.sums.numel(), "moments")).view(total.sums.shape)
     return (total.sums + normal.mul_(std).round_().to(torch.int64)).double() * total.grid
 
@@ -243,6 +244,7 @@ class _Clipped:
             rows = batch.values.detach().cpu().double()
             zeros = torch.zeros(len(rows), dtype=torch.float64)
             outside = zeros if batch.outside is None else batch.outside.detach().cpu().double().clamp_min(0)
+            # r · min(1, norm/‖r‖) in fp64, with a slack that covers its rounding.
             squares = rows.square().sum(1) + outside
             kept = torch.isfinite(squares)
             factors = (self.norm * (1.0 - _SLACK) / squares.sqrt()).clamp_max(1.0)

@@ -185,6 +185,7 @@ def _chunk(randomness: Randomness, step: int, purpose: Purpose, part: int, n: in
     """The `n` samples from number part * _CHUNK on; which they are depends on n, too."""
     # Half as many pairs of uniforms as Gaussians: each gives radius * cos and radius * sin of one angle, whose sum
     # is sqrt(2) * radius * cos(angle - pi/4); and that angle is uniform, too.
+    # 53 bits of each word make a double in [0, 1).
     words = randomness.words(purpose, step, _SUMMED * n, part).reshape(2, _SUMMED // 2, n) >> np.uint64(11)
     radius, angle = words.astype(np.float64)
     radius += 1.0  # in (0, 1], so that its logarithm is finite

@@ -134,6 +134,7 @@ def poisson_sample(randomness: Randomness, step: int, records: int, sampling_rat
     require(0 < sampling_rate <= 1, "sampling_rate", sampling_rate, "in (0, 1]")
     if sampling_rate == 1:
         return np.arange(records, dtype=np.int64)
+    # Rounded down, so that the probability is never above the one that is accounted for.
     threshold = np.uint64(int(sampling_rate * 2**64))
     chosen, start = [np.zeros(0, dtype=np.int64)], 0
     # In blocks: memory is that of the chosen indices, however many records there are.

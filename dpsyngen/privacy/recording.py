@@ -29,17 +29,21 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # 1. Layers that mix examples are refused, with parameters or without.
         if func in _MIXING:
             _MIXING[func](args, kwargs)
+        # 2. A call without a tracked parameter runs as it is.
         tape = self._tape
         if not tape.any_tracked(args) and not (kwargs and tape.any_tracked(kwargs.values())):
             return func(*args, **kwargs)
         if func in _LAYERS:
             return RULES[func](tape, func, args, kwargs)
+        # 3. A function of parameters and constants alone makes a derived parameter.
         values = [v for v in tensors_in((args, kwargs)) if isinstance(v, Tensor)]
         tracked = [v for v in values if tape.tracks(v)]
         if all(tape.is_constant(v) for v in values):
             return tape.derive(func, args, kwargs)
+        # 4. Where a parameter meets the batch there must be a rule.
         known = RULES.get(func)
         if known is not None:
             return known(tape, func, args, kwargs)
