@@ -88,10 +88,13 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A whole run that all tests share: copy it before you change it.  Its images are in ``d.npz`` beside it."""
     import dpsyngen
 
-    out = tmp_path_factory.mktemp("runs") / "r"
-    return dpsyngen.train(tiny_arrays(), epsilon=4.0, out=out, settings=TINY_SETTINGS)
+    folder = tmp_path_factory.mktemp("runs")
+    images, labels = tiny_arrays()
+    np.savez(folder / "d.npz", images=images, labels=labels)
+    return dpsyngen.train(folder / "d.npz", epsilon=4.0, out=folder / "r", settings=TINY_SETTINGS)
 
 
 @pytest.fixture(scope="session")

@@ -148,15 +148,16 @@ def command(made, tmp_path, call) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.mark.parametrize("name", parameters())
 def test_json_is_one_document_with_the_documented_keys(name, command) -> None:
-    code, out, err = command(name, "--json")
+    code, out, err = command(name, "--json", "-q")
     assert code in CODES.get(name, {0}), err
+    assert err == ""
     document = strictly(out)
     assert out.count("\n") == 1
     assert out.endswith("\n")
     assert set(document) == documented(name)
 
 
-@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in SLOW])
+@pytest.mark.parametrize("name", ["train", "sample", "plan", "ledger", "verify", "doctor", "programs list"])
 def test_quiet_says_nothing_but_the_result(name, command) -> None:
     code, out, err = command(name, "-q")
     assert code in CODES.get(name, {0}), err

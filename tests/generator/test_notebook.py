@@ -115,7 +115,7 @@ print(Samples(np.zeros((1, 1, 8, 8), np.uint8), None, (), {})._repr_html_()[:6])
     assert done.stdout.strip() == "<table"
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 FIT = f"""
 import numpy as np

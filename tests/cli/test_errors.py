@@ -1,0 +1,157 @@
+"""What the command line refuses: one message, exit code 2 (or 3, the budget's), and nothing is made or charged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.training.run import Run
+from tests.conftest import tiny_arrays
+
+TRAIN = ("train", "--data", "{run}/../d.npz", "--out", "{new}/r")
+SAMPLE = ("sample", "{run}", "--out", "{new}/s")
+EVALUATE = ("evaluate", "{run}", "-n", "20")
+MEMORISATION = ("memorisation", "{run}")
+BUDGET = ("budget", "new", "{new}/b")
+
+REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
+    TRAIN: [
+        ("", "--epsilon is missing"),
+        ("--epsilon 0", "privacy.epsilon is 0"),
+        ("--epsilon -1", "privacy.epsilon is -1"),
+        ("--epsilon lots", "must be a positive number, or inf"),
+        ("--epsilon nan", "privacy.epsilon is nan"),
+        ("--epsilon 1 --delta 0.5", "must be below 1/records"),
+        ("--epsilon 1 --delta 0", "privacy.delta is 0"),
+        ("--epsilon 1 --batch 61", "only 60 records"),
+        ("--epsilon 1 --variant sideways", "'both', 'gaussian', 'residual' or 'residual-cleaning'"),
+        ("--epsilon 1 --tau-cleaning 2 --tau-coarse 1", "must be below stages.tau_coarse"),
+        ("--epsilon 1 --networks one", "'experts' or 'shared'"),
+        ("--epsilon 1 --network gigantic", "nano, tiny, small"),
+        ("--epsilon 1 --preset fast", "preset is 'fast'"),
+        ("--epsilon 1 --config missing.yaml", "cannot be read"),
+        ("--epsilon 1 --program leaves", "dead-leaves"),
+        ("--epsilon 1 --steps 0", "private.steps is 0"),
+        ("--epsilon 1 --public-steps 0", "public.steps is 0"),
+        ("--epsilon 1 -k 0", "private.copies is 0"),
+        ("--epsilon 1 --clip 0", "privacy.clipping_norm is 0"),
+        ("--epsilon 1 --lr -1", "private.learning_rate is -1"),
+        ("--epsilon 1 --physical-batch 0", "private.physical_batch is 0"),
+        ("--epsilon 1 --resolution 7", "data.resolution is 7"),
+        ("--epsilon 1 --resolution 9 --network tiny", "multiple of 4"),
+        ("--epsilon 1 --channels blue", "'auto', 'grey' or 'rgb'"),
+        ("--epsilon 1 --records 0", "data.records is 0"),
+        ("--epsilon 1 --set private.beta3=1", "did you mean beta"),
+        ("--epsilon 1 --set nonsense", "section.name=value"),
+        ("--epsilon 1 --device abacus", "must be auto or cpu"),
+        ("--epsilon 1 --device cpu --set compute.precision=tf32", "the CPU has fp32, bf16 only"),
+        ("--epsilon 1 --variant finetune --no-pretrain", "choose 'dpdm'"),
+        ("--epsilon 1 --log-format xml", "xml"),
+    ],
+    ("train", "--out", "{new}/r"): [
+        ("--epsilon 1", "--data is missing"),
+        ("--epsilon 1 --data {new}/nowhere", "nowhere"),
+        ("--resume", "not a folder"),
+    ],
+    ("train", "--out", "{new}"): [("--resume --epsilon 3", "continues with the settings")],
+    SAMPLE: [
+        ("-n 0", "-n is 0"),
+        ("--sampler magic", "ddim, heun, dpmpp"),
+        ("--steps 0", "sampler steps is 0"),
+        ("--guidance -1", "guidance is -1"),
+        ("--churn 5", "churn needs the sampler 'heun'"),
+        ("--classes 9", "no class '9'"),
+        ("--batch-size 0", "--batch-size is 0"),
+        ("--device abacus", "must be auto or cpu"),
+    ],
+    EVALUATE: [
+        ("--features vibes", "pixels-pca, efficientnet-lite0, inception"),
+        ("--classifiers oracle", "logreg, mlp, cnn"),
+        ("--metrics fid", "metrics are 'fid'"),
+        ("--test {two}", "classes 0, 1"),
+        ("--data {new}/gone", "gone"),
+        ("-n 0", "at least 1"),
+        ("--features inception --inception-weights {two}", "does not hold the weights"),
+        ("--bootstrap 5", "at least 40"),
+        ("--max-images 1", "at least 2 images"),
+    ],
+    MEMORISATION: [
+        ("--data {other}", "not those that"),
+        ("--held-out {two}", "classes 0, 1"),
+        ("--held-out {new}/gone", "gone"),
+        ("-n 0", "at least 1"),
+        ("--features vibes", "pixels, pixels-pca"),
+        ("--device abacus", "must be auto or cpu"),
+    ],
+    ("plan", "--records", "1000"): [
+        ("", "give one of --epsilon"),
+        ("--epsilon 1 --noise 1", "give one of --epsilon"),
+    ],
+    ("plan", "--records", "100", "--batch", "10"): [
+        ("--epsilon -1", "must be a positive number"),
+        ("--epsilon 1 --delta 0.5", "below 1/records"),
+        ("--noise 0", "must be a positive number"),
+    ],
+    ("plan", "--epsilon", "1"): [
+        ("--records 0", "at least 1"),
+        ("--records 100 --batch 101", "only 100 records"),
+    ],
+    ("ledger", "{run}"): [
+        ("--delta 2", "between 0 and 1"),
+        ("--delta x", "numbers between 0 and 1"),
+        ("--group-size 0", "--group-size is 0"),
+        ("--group-size 1.5", "whole numbers"),
+    ],
+    (*BUDGET, "--delta", "1e-3"): [
+        ("--epsilon 0", "must be a positive number"),
+        ("--epsilon inf", "must be a positive number"),
+        ("--epsilon 1 --group-size 0", "group_size"),
+    ],
+    (*BUDGET, "--epsilon", "1"): [("--delta 1", "between 0 and 1")],
+    ("budget",): [
+        ("new {new}/none/b --epsilon 1 --delta 1e-3", "not a folder"),
+        ("show {new}/b", "cannot be read"),
+        ("settle {new}/b {new}", "not a run directory"),
+    ],
+    ("release", "{run}"): [
+        ("{new}/b.tar", "ends in .zip"),
+        ("{new}/none/b.zip", "not a folder"),
+        ("{new}/b.zip --samples -1", "0 or more"),
+        ("{new}/b.zip --sign {new}/none", "cannot be read"),
+    ],
+    ("release",): [("{new} {new}/b.zip", "not a run directory")],
+    ("verify",): [("{new}/b.zip --public-key {new}/none", "cannot be read")],
+    ("doctor",): [("{new}", "not a run directory")],
+}
+
+
+@pytest.fixture(scope="module")
+def places(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run, its images with two classes, and other images."""
+    folder = tmp_path_factory.mktemp("other")
+    images, labels = tiny_arrays()
+    np.savez(folder / "two.npz", images=images, labels=labels % 2)
+    np.savez(folder / "other.npz", images=tiny_arrays(seed=3)[0], labels=labels)
+    return {"run": finished.path, "two": folder / "two.npz", "other": folder / "other.npz"}
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        pytest.param(command, options, message, id=f"{' '.join(command[: 1 + (command[0] == 'budget')])} {options}")
+        for command, cases in REFUSED.items()
+        for options, message in cases
+    ],
+)
+def test_refused(call, places, tmp_path, command, options, message) -> None:
+    ledger = Ledger(Run(places["run"]).ledger_path)
+    words = [word.format(new=tmp_path, **places) for word in (*command, *options.split())]
+    code, _, err = call(*words)
+    assert code in (2, 3)
+    assert message in err
+    assert [line.startswith("dpsyngen: ") for line in err.splitlines()].count(True) == 1, err
+    assert list(tmp_path.iterdir()) == []
+    assert Ledger(Run(places["run"]).ledger_path).entries == ledger.entries
