@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -98,7 +99,7 @@ class _Short(reprlib.Repr):
 
 def shown(value: object) -> str:
     """``repr(value)`` for a message: at most some hundred printable characters, whatever `value` is."""
-    return printable(_Short().repr(value), 200)
+    return printable(_Short().repr(str(value) if isinstance(value, Path) else value), 200)
 
 
 def require(ok: object, name: str, given: object, allowed: str | Iterable[str]) -> None:

@@ -97,7 +97,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
     ],
     ("plan", "--epsilon", "1"): [
         ("--records 0", "at least 1"),
-        ("--records 100 --batch 101", "only 100 records"),
+        ("--records 100 --batch 101", "the 100 records"),
     ],
     ("ledger", "{run}"): [
         ("--delta 2", "between 0 and 1"),
@@ -106,13 +106,13 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--group-size 1.5", "whole numbers"),
     ],
     (*BUDGET, "--delta", "1e-3"): [
-        ("--epsilon 0", "must be a positive number"),
-        ("--epsilon inf", "must be a positive number"),
+        ("--epsilon 0", "must be positive and finite"),
+        ("--epsilon inf", "must be positive and finite"),
         ("--epsilon 1 --group-size 0", "group_size"),
     ],
     (*BUDGET, "--epsilon", "1"): [("--delta 1", "between 0 and 1")],
     ("budget",): [
-        ("new {new}/none/b --epsilon 1 --delta 1e-3", "not a folder"),
+        ("new {new}/none/b --epsilon 1 --delta 1e-3", "must be an existing one"),
         ("show {new}/b", "cannot be read"),
         ("settle {new}/b {new}", "not a run directory"),
     ],
