@@ -207,6 +207,7 @@ class Program(ABC):
         threads = as_integer("threads", threads, 1, 4096)
         chosen = as_indices(indices)
         out = np.empty((len(chosen), self.channels, self.resolution, self.resolution), dtype=np.uint8)
+        # Threads help, as compiled loops release the interpreter lock.
         if threads == 1 or len(chosen) < 2:
             if len(chosen):
                 self._draw(chosen, out)

@@ -131,7 +131,7 @@ class DeadLeaves(Program):
         assert self.colour is not None  # set by __post_init__
         weights = [1.0] * len(KINDS) if self.weights is None else [dict(self.weights).get(kind, 0.0) for kind in KINDS]
         only = KINDS.index(self.shape) if self.shape != "mixed" else -1
-        if np.count_nonzero(weights) == 1:
+        if np.count_nonzero(weights) == 1:  # the same images as with `shape`
             only = int(np.argmax(weights))
         colour = LAWS.index(self.colour)
         grey = self.channels == 1 or colour == GREY
@@ -200,7 +200,7 @@ def fill_leaves(canvas: Canvas, textures: Images, seed: Word, index: Word, facto
             texture = below(a, textures.shape[0])
             y = (i // factor + below(b, 2 * size)) % (2 * size)
             x = (j // factor + below(c, 2 * size)) % (2 * size)
-            y = min(y, 2 * size - 1 - y)
+            y = min(y, 2 * size - 1 - y)  # mirrored, so that the texture has no seam
             x = min(x, 2 * size - 1 - x)
             value = 0
             for k in range(out.shape[0]):

@@ -228,7 +228,7 @@ def pink_noise(seed: Word, index: Word, alpha: float, unity: Floats, re: Floats,
             re[i, j] = amplitude * c
             im[i, j] = amplitude * s
             total += amplitude * amplitude
-    # The real part of a complex field is real; it has half of the power.
+    # Phases are not those of a real field, so take the real part, which has half of the power.
     inverse_2d(re, im, unity)
     re *= 1.0 / math.sqrt(0.5 * total)
 
@@ -283,7 +283,7 @@ def draw(indices: Words, seed: Word, law: Law, width: int, side: int, out: Image
             pink_noise(seed, index, alpha, unity, re, im)
         block = np.uint64(0)
         inputs = channels_at(4, width)
-        block = fill_normal(seed, _WEIGHTS, index, block, start)
+        block = fill_normal(seed, _WEIGHTS, index, block, start)  # the constant of 4 × 4
         for i in range(inputs):
             for k in range(16):
                 maps[i, 1 + k // 4, 1 + k % 4] = start[i * 16 + k]

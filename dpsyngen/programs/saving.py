@@ -177,6 +177,7 @@ def save_images(
         _require_same(job)
     else:
         _require_new(job)
+    # The manifest is written first and again at the end: a folder without "complete": true is known to be unfinished.
     (job.folder / job.files()[0]).parent.mkdir(parents=True, exist_ok=True)
     with _alone(job.folder):
         _write_json(manifest, job.about())
@@ -252,6 +253,7 @@ def _by_processes(job: _Job, workers: int) -> Iterator[tuple[int, str]]:
         return
     context = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
     with ProcessPoolExecutor(min(workers, job.shards), context, _begin_worker) as pool:
+        # Each shard is drawn, encoded and written by one process; only its hash comes back.
         try:
             running: dict[Future[str], int] = {pool.submit(job.write, shard): shard for shard in range(job.shards)}
             for future in as_completed(running):

@@ -92,6 +92,7 @@ def amplitudes_of(slope: float, difference: float, turns: float, out: Floats) ->
             fx = (j if 2 * j <= n else j - n) / n
             u = abs(fx * cos + fy * sin)
             v = abs(fy * cos - fx * sin)
+            # Baradad et al.: amplitude 1/(|u|^a + |v|^b).
             below = power(u, slope + difference) + power(v, slope - difference)
             out[i, j] = 1.0 / below if below > 0.0 else 0.0
             if i > 0:

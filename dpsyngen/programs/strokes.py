@@ -63,7 +63,7 @@ def draw_curves(seed: Word, index: Word, law: Law, size: int, values: Floats) ->
     w, _, _, _ = words32(seed, _LAW, index, np.uint64(0))
     count = low + below(w, high - low + 1)
     ratio = log2(thick / thin)
-    for k in range(count):
+    for k in range(count):  # three blocks of four numbers for each stroke
         row = values[k]
         fill_uniform(seed, _LAW, index, np.uint64(1 + 3 * k), row)
         for p in range(8):

@@ -142,6 +142,7 @@ class ProgramStream(IterableDataset[Any]):
                 " as many workers as before, or a state taken outside the workers."
             )
         while True:
+            # Workers take the steps in turns, and within a step each rank has its own batch.
             step = worker + self._done * workers
             begin = self.first + (step * self.world_size + self.rank) * self.batch_size
             batch = _tensor(self.program, range(begin, begin + self.batch_size), self.values, self.threads)

@@ -76,6 +76,7 @@ def colour_mix(u: Floats, colours: Floats, weights: Floats, root: Floats) -> int
     Returns:
         How many colours there are.
     """
+    # The palette and its weights, its mean, its covariance, and the Cholesky root of that.
     count = 3 + min(MIX_COLOURS - 3, math.floor(u[0] * (MIX_COLOURS - 2)))
     total = 0.0
     for k in range(count):

@@ -67,6 +67,7 @@ def cut_into_colours(field: Floats, colours: Floats, weights: Floats, count: int
     for i in range(size):
         for j in range(size):
             values[i * size + j] = field[i, j]
+    # By rank and not by level: then each colour has its share whatever the histogram of the field.
     order = np.argsort(values)
     colour = 0
     reached = weights[0]

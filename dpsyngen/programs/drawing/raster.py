@@ -35,7 +35,7 @@ def add_edge(area: Floats, x0: float, y0: float, x1: float, y1: float) -> None:
         top = max(y0, float(row))
         bottom = min(y1, row + 1.0)
         d = sign * (bottom - top)
-        a = x0 + (top - y0) * slope
+        a = x0 + (top - y0) * slope  # the edge runs from a to b within this row, d of its height
         b = x0 + (bottom - y0) * slope
         if a > b:
             a, b = b, a
@@ -54,7 +54,7 @@ def add_edge(area: Floats, x0: float, y0: float, x1: float, y1: float) -> None:
             d = (b - a) * per_x
         first = math.floor(a)
         last = math.floor(b)
-        if first == last:
+        if first == last:  # within one pixel: a trapezium, whose width is that at the middle
             right = 0.5 * (a + b) - first
             area[row, first] += d * (1.0 - right)
             if first + 1 < area.shape[1]:

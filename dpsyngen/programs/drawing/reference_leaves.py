@@ -98,7 +98,7 @@ def fill_convex(canvas: Canvas, xs: Floats, ys: Floats, corners: int, value: int
         for k in range(corners):
             x_start, y_start = x_end, y_end
             x_end, y_end = xs[k], ys[k]
-            if (y_start <= y) != (y_end <= y):
+            if (y_start <= y) != (y_end <= y):  # the edge crosses the row of centres; ≤ counts a corner once
                 x = x_start + (y - y_start) * (x_end - x_start) / (y_end - y_start)
                 left = min(left, x)
                 right = max(right, x)
@@ -213,6 +213,7 @@ def paint_over(canvas: Canvas, seed: Word, index: Word, law: LeafLaw, xs: Floats
         word_x, word_y = words(seed, _STREAM, index, block)
         word_radius, word_kind = words(seed, _STREAM, index, block + _ONE)
         block = block + _ONE + _ONE
+        # Baradad et al.: centre uniform in the canvas, radius ∝ r⁻³ − r_max⁻³, colour and shape independent.
         x = to_unit(word_x) * size
         y = to_unit(word_y) * size
         radius = leaf_radius(to_unit(word_radius), law.r_min, law.r_max) * size
@@ -237,6 +238,7 @@ def paint_over(canvas: Canvas, seed: Word, index: Word, law: LeafLaw, xs: Floats
             corners = 3 if kind == TRIANGLE else 4
             block = _corners_on_circle(seed, index, block, xs, ys, corners)
             painted, fresh = _paint_polygon(canvas, x, y, radius, xs, ys, corners, value)
+        # Without this, leaves below a pixel could go on forever without reaching the last empty one.
         if painted == 0 and kind in (DISC, SQUARE, RECTANGLE):
             painted, fresh = fill_pixel_at(canvas, x, y, value)
         empty -= fresh
