@@ -49,7 +49,7 @@ def new_axes(width: float, height: float, size: float = 8.5) -> Iterator[tuple[A
     import matplotlib
     from matplotlib.figure import Figure
 
-    look = {"text.parse_math": False, "svg.fonttype": "none", "font.size": size, "text.color": INK}
+    look: Any = {"text.parse_math": False, "svg.fonttype": "none", "font.size": size, "text.color": INK}
     look |= {"axes.edgecolor": "#888", "axes.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False}
     look |= {f"{axis}tick.{what}": colour for axis in "xy" for what, colour in (("color", "#888"), ("labelcolor", INK))}
     with matplotlib.rc_context(look):

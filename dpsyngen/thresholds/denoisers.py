@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,11 +67,8 @@ class GivenImages(Program):
 
     def config(self) -> dict[str, Any]:
         """What tells these images from others."""
-        return {"name": self.name, "images": len(self.images), "sha256": self._digest}
-
-    @cached_property
-    def _digest(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
+        return {"name": self.name, "images": len(self.images), "sha256": digest}
 
 
 @dataclass(frozen=True, eq=False)

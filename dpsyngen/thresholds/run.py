@@ -69,14 +69,15 @@ class StagesOptions:
 
     def check(self) -> None:
         """Raise ConfigError unless every number is one that makes sense."""
-        limits: tuple[tuple[str, float, float, float], ...] = (
-            ("seeds", self.seeds, 1, 100),
-            ("images", self.images, 8, 100_000),
-            ("spacing", self.spacing, 0.05, 2.0),
-            ("tolerance", self.tolerance, 1e-4, 1.0),
-            ("replicates", self.replicates, 0, 100_000),
-        )
-        for name, value, low, high in limits:
+        limits: dict[str, tuple[float, float]] = {
+            "seeds": (1, 100),
+            "images": (8, 100_000),
+            "spacing": (0.05, 2.0),
+            "tolerance": (1e-4, 1.0),
+            "replicates": (0, 100_000),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
             require(low <= value <= high, f"--{name}", value, f"from {low:g} to {high:g}")
         require(self.method in METHODS, "--method", self.method, METHODS)
 
@@ -108,6 +109,7 @@ class Stages:
     ) -> None:
         options.check()
         self.folder, self.config, self.options = folder, config, options
+        self._path = folder / "settings.json"
         require_usable(folder)
         if config.stages.variant == "gaussian":
             raise ConfigError(
@@ -161,20 +163,16 @@ class Stages:
                 private = curve, self.estimate.statement()
             by = None if private is None else (student, private[0])
             found = stand_in_elbows(measured, options.tolerance, options.replicates, by)
+            decided = deciding(found, student, self.moments)
+            losses = proxy_loss_rows(measured, options.replicates)
+            networks = [
+                {"family": f.label, "seed": s, "file": search.networks.path(f, s).name}
+                for f in search.all_families
+                for s in range(search.seeds)
+            ]
+            method = cast(Method, options.method)
             result = StagesResult(
-                self.settings,
-                [
-                    {"family": f.label, "seed": s, "file": search.networks.path(f, s).name}
-                    for f in search.all_families
-                    for s in range(search.seeds)
-                ],
-                measured,
-                found,
-                deciding(found, student, self.moments),
-                cast(Method, options.method),
-                proxy_loss_rows(measured, options.replicates),
-                private,
-                self.moments,
+                self.settings, networks, measured, found, decided, method, losses, private, self.moments
             )
             return result, write_results(self.folder, result, self._to_keep())
 
@@ -186,11 +184,17 @@ class Stages:
         return keep
 
     def _settings(self) -> dict[str, Any]:
-        s, o, c = self.search, self.options, self.config
-        plan, proxy = self.plan, s.proxy
+        """What decides the figures, JSON-able."""
+        s, o, c, plan = self.search, self.options, self.config, self.plan
+        private = None
+        if plan is not None:
+            asked = plan.privacy.model_dump(mode="json", include={"epsilon", "group_size", "insecure_seed"})
+            query = {"records": plan.query.records, "sampling_rate": plan.query.sampling_rate}
+            private = asked | {"delta": plan.delta} | query
+        proxy = None if s.proxy is None else s.proxy.program.config() | {"set_aside": len(s.proxy.measuring_images(0))}
         return {
             "programs": {f.label: f.program.config() | {"prior_tier": f.program.prior_tier} for f in s.families},
-            "proxy": None if proxy is None else proxy.program.config() | {"set_aside": len(proxy.measuring_images(0))},
+            "proxy": proxy,
             "student": s.student.label,
             "teacher": s.teacher.label,
             "resolution": s.networks.shape.resolution,
@@ -198,38 +202,22 @@ class Stages:
             "network": c.network.model_dump(mode="json", include={"size", "sigma_data"}),
             "public": c.public.model_dump(mode="json", exclude={"checkpoint_every"}),
             "seeds": list(range(o.seeds)),
-            "images": o.images,
             "log_sigma": list(s.log_sigma),
-            "tolerance": o.tolerance,
-            "method": o.method,
+            **{name: getattr(o, name) for name in ("images", "tolerance", "method", "replicates")},
             "moments": self.moments,
-            "replicates": o.replicates,
-            "private": None
-            if plan is None
-            else {
-                "epsilon": plan.privacy.epsilon,
-                "delta": plan.delta,
-                "group_size": plan.privacy.group_size,
-                "records": plan.query.records,
-                "sampling_rate": plan.query.sampling_rate,
-                "insecure_seed": plan.privacy.insecure_seed,
-            },
+            "private": private,
         }
 
     # ---------------------------------------------------------------------------------------- folder
 
-    @property
-    def _settings_path(self) -> Path:
-        return self.folder / "settings.json"
-
     def _require_same(self) -> None:
-        if not self._settings_path.exists():
+        if not self._path.exists():
             return
         try:
-            before = json.loads(self._settings_path.read_text(encoding="utf-8"))
+            before = json.loads(self._path.read_text(encoding="utf-8"))
             changed = sorted(k for k in before.keys() | self.settings.keys() if before.get(k) != self.settings.get(k))
         except (OSError, ValueError, AttributeError) as error:
-            raise RunError(f"{self._settings_path} is damaged: {error}.  Choose another --out.") from None
+            raise RunError(f"{self._path} is damaged: {error}.  Choose another --out.") from None
         if changed:
             raise RunError(
                 f"{self.folder} was begun with other settings ({', '.join(changed)}).  Give the same ones to go on, or "
@@ -243,8 +231,8 @@ class Stages:
             require_usable(self.folder)
             remove_temporaries(self.folder)
             self._require_same()
-            if not self._settings_path.exists():
-                write_text(self._settings_path, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
+            if not self._path.exists():
+                write_text(self._path, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
             yield
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.report.chromium import inspect, needs_chromium
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 # Each text whose contrast with the ground behind it is below what WCAG 2.2 (1.4.3) asks for.
 CONTRAST = """
