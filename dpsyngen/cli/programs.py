@@ -99,10 +99,8 @@ def show(
     shown |= dict.fromkeys(needed, "(to be given)")
     example = "".join(f" --set '{k}={'[dead-leaves, strokes]' if k == 'programs' else 'dead-leaves'}'" for k in needed)
     lines = [f"{name}, tier {'of the programs in it' if tier is None else f'{tier}: {TIERS[tier]}'}", "", text, ""]
-    lines += [
-        "Defaults: " + ", ".join(f"{key}={value}" for key, value in shown.items()),
-        f"See it: dpsyngen programs show {name} --out {name}.png{example}",
-    ]
+    lines.append("Defaults: " + ", ".join(f"{key}={value}" for key, value in shown.items()))
+    lines.append(f"See it: dpsyngen programs show {name} --out {name}.png{example}")
     values = {"name": name, "tier": tier, "description": text, "defaults": defaults, "required": needed}
     console.result(values, lines)
 
