@@ -28,7 +28,7 @@ from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, index_labels
 from dpsyngen.data.source import Found, Job, Options, Source, file_identity, keep_of, settle_bad, split_evenly
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable, shown
-from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, write_atomically, write_text
+from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, write_atomically, write_bytes, write_text
 
 IMAGE_KEYS = ("images", "x", "x_train", "arr_0")
 LABEL_KEYS = ("labels", "y", "y_train")
@@ -316,11 +316,9 @@ def write_images(
             for block in blocks:
                 file.write(np.ascontiguousarray(block).data)
 
-    def write_labels(path: Path) -> None:
-        with open(path, "wb") as file:
-            np.save(file, labels, allow_pickle=False)
-
     if labels is not None:
-        write_atomically(folder / LABELS, write_labels, 0o600)
+        buffer = io.BytesIO()
+        np.save(buffer, labels, allow_pickle=False)
+        write_bytes(folder / LABELS, buffer.getvalue(), 0o600)
         write_text(folder / CLASS_NAMES, json.dumps(class_names, ensure_ascii=False), 0o600)
     write_atomically(folder / IMAGES, write, 0o600)

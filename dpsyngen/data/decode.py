@@ -100,9 +100,9 @@ def read_header(item: Item) -> ImageHeader:
     """Size and colour of an image, nothing decoded; BadImage if it is none, animated, or too large."""
     if isinstance(item, str | bytes | os.PathLike):
         with _open_checked(item) as image:
-            return ImageHeader(*image.size, image.mode in _GREY_MODES)
+            return ImageHeader(image.width, image.height, image.mode in _GREY_MODES)
     if _is_pil(item):
-        return ImageHeader(*item.size, item.mode in _GREY_MODES)
+        return ImageHeader(item.width, item.height, item.mode in _GREY_MODES)
     _, channels, height, width = _array(item).shape
     return ImageHeader(width, height, channels == 1)
 

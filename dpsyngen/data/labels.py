@@ -97,9 +97,9 @@ def index_labels(
             if not all(isinstance(label, str) for label in labels):
                 raise DataError(f"{source}: some labels are numbers, some texts. Use one kind for all images.")
             check_class_count(len(texts), source)
-            rank = {text: i for i, text in enumerate(sorted(texts))}
+            rank: dict[Label, int] = {text: i for i, text in enumerate(sorted(texts))}
             index = np.fromiter((rank[text] for text in labels), dtype=np.int64, count=count)
-            return _named(index, tuple(rank), class_names, source)
+            return _named(index, tuple(sorted(texts)), class_names, source)
         labels = np.asarray(labels, dtype=np.int64)
     labels = _checked(labels, count, source)
     if labels.dtype.kind in "iu":

@@ -101,8 +101,9 @@ def load_images(
     named = parse_name(text) if isinstance(source, str) else None
     if named is not None:
         images, values, names = read_named(*named)
-        given = (values, names) if labels else (None, None)
-        return dataset_from_arrays(images, *given, ":".join(named), options)
+        if not labels:
+            return dataset_from_arrays(images, None, None, ":".join(named), options)
+        return dataset_from_arrays(images, values, names, ":".join(named), options)
 
     text = os.fsdecode(text)
     try:

@@ -169,7 +169,8 @@ class _Items:
         skipped = self._settled(bad)
         if len(bad) == count:
             raise DataError(f"{self.where}: no usable image in it. Give at least one.")
-        labels, names = None, ()
+        labels: NDArray[np.int64] | None = None
+        names: tuple[str, ...] = ()
         if labelled:
             values = [label for i, label in enumerate(self.labels) if i not in bad]
             labels, names = index_labels(values, _class_names_of(self.source, self.label_key), len(values), self.where)

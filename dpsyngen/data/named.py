@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 
@@ -140,6 +140,7 @@ def read_named(name: str, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str
     """
     known = _SETS[name]
     parts = ("train", "test") if split == "all" else (split,)
+    read: list[tuple[np.ndarray, np.ndarray | None]]
     if name == "digits":
         read = [_read_digits(part) for part in parts]
     else:
@@ -305,7 +306,7 @@ def _labels_beside(images: Path) -> Path:
     )
 
 
-def _idx_stream(path: Path) -> IO[bytes]:
+def _idx_stream(path: Path) -> Any:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
@@ -328,7 +329,7 @@ def _read_idx(path: Path, *, dims: int, what: str) -> np.ndarray:
                 # Into memory that is taken once; one byte more shows that there is too much, so a gzip bomb is never
                 # inflated.
                 data = np.empty(size, dtype=np.uint8)
-                right = stream.readinto(data.data) == size and not stream.read(1)  # type: ignore[attr-defined]
+                right = stream.readinto(data.data) == size and not stream.read(1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{where} is broken or truncated ({error}). Copy or download it again.") from error
     if not right:

@@ -259,7 +259,8 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
                 first += rows
     if not done:
         raise DataError(f"{where}: there is no image{' with a label' if bad else ''} in it. Give at least one.")
-    index, names = None, ()
+    index: NDArray[np.int64] | None = None
+    names: tuple[str, ...] = ()
     if columns.label is not None:
         whole = all(isinstance(part, np.ndarray) for part in values)
         flat = np.concatenate(values) if whole else [value for part in values for value in part]

@@ -164,7 +164,7 @@ class _Shard:
 class _Headers(io.FileIO):
     """A file of which tarfile can read headers only: they may declare any size, and it believes them."""
 
-    def read(self, size: int | None = -1, /) -> bytes:  # type: ignore[override]
+    def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header has more than {_MAX_HEADER_BYTES:,} bytes")
         return super().read(size)
@@ -185,7 +185,7 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
             total = os.fstat(file.fileno()).st_size
             with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # it would keep them all
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                     if member.isreg() and not member.issparse() and not 0 <= member.size <= total - member.offset_data:
                         raise DataError(f"{where} is truncated within {printable(member.name)}. Copy it again.")
                     yield member
