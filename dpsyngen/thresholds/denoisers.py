@@ -223,7 +223,7 @@ class ZeroInformation:
     """
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
-        self.mean, self.variance = images.mean() / 127.5 - 1, images.var() / 127.5**2
+        self.mean, self.variance = float(images.mean() / 127.5 - 1), float(images.var() / 127.5**2)
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         share = self.variance / (self.variance + sigma.square())

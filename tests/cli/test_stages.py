@@ -17,6 +17,8 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
 from dpsyngen.training.plan import Shape, program_of
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     *("--network", "nano", "--steps", 3, "--seeds", 2, "--images", 8, "--spacing", 1.5),
     *("--set", "public.batch=4", "--set", "public.copies=1", "--set", "public.learning_rate=0.05"),

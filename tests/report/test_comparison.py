@@ -183,6 +183,7 @@ def test_reproducible_noise_is_said(tmp_path) -> None:
     assert "NOT PRIVATE" not in visible(write_comparison(secret).read_text())
 
 
+@pytest.mark.slow
 @chromium.needs_chromium
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("dark", [False, True])
