@@ -98,7 +98,7 @@ class ClassGaussians:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ClassGaussians:
-        """The inverse of :meth:`to_tensors`.  Raises ConfigError for anything else."""
+        """The inverse of :meth:`to_tensors`; ConfigError for anything else."""
         names = {f.name for f in fields(cls)}
         if set(tensors) != names:
             raise ConfigError(f"Gaussian moments need the tensors {sorted(names)}, but there are {sorted(tensors)}.")
@@ -157,31 +157,20 @@ class GaussianDenoiser(nn.Module):
             rho, outer = rho.clamp_min(0), outer @ inner_turns
         frequencies = gaussians.frequencies.double()
         self.pixel_std = _pixel_std(means, values.clamp_min(0), rho, size - d, frequencies)
-        for name, tensor in {
-            "means": means,
-            "means_in": means @ basis,
-            "means_out": means @ outer,
-            "basis": basis,
-            "outer": outer,
-            "turns": turns,
-            "inner_variances": values.clamp_min(0),
-            "outer_variances": rho,
-            "log_frequencies": frequencies.log(),
-        }.items():
+        kept = {"means": means, "means_in": means @ basis, "means_out": means @ outer, "basis": basis, "outer": outer}
+        kept |= {"turns": turns, "inner_variances": values.clamp_min(0), "outer_variances": rho}
+        for name, tensor in (kept | {"log_frequencies": frequencies.log()}).items():
             # Not persistent: the model's own tensors are what is kept.
             self.register_buffer(name, tensor.to(dtype).contiguous(), persistent=False)
 
     @in_full_precision
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """E[x₀ | x, label], exact for the model.
+        """E[x₀ | x, label], exact for the model, [N, C, H, W] in the dtype of x.
 
         Args:
             x: [N, C, H, W].
             sigma: [N], > 0.
             labels: [N] in 0..K; K, or None for all, means "class unknown": the posterior mean of the mixture.
-
-        Returns:
-            [N, C, H, W], in the dtype of x.
         """
         flat = x.to(self.means.dtype).flatten(1)  # [N, D]
         square = sigma.to(self.means.dtype).square().view(-1, 1)  # σ², [N, 1]
@@ -246,16 +235,13 @@ class GaussianDenoiser(nn.Module):
     def draw(
         self, labels: Tensor | None, sigma: Tensor | float, noise: Tensor, uniform: Tensor | None = None
     ) -> Tensor:
-        """x = x₀ + σ·n drawn from the model at once: μ_c + (Σ_c + σ²I)^½ noise.
+        """Draw x = x₀ + σ·n from the model at once: μ_c + (Σ_c + σ²I)^½ noise, [N, C, H, W].
 
         Args:
             labels: [N] in 0..K; of K, or with None, the class is drawn by ``frequencies``.
             sigma: σ >= 0, one for all or [N].
             noise: standard normal, [N, C, H, W].
             uniform: [N] in [0, 1), which the class is drawn by where it is not given; not needed where K is 1.
-
-        Returns:
-            [N, C, H, W], in the dtype of `noise`.
         """
         flat = noise.to(self.means.dtype).flatten(1)
         level = torch.as_tensor(sigma, dtype=self.means.dtype, device=flat.device).expand(len(flat))
@@ -352,7 +338,7 @@ class ResidualDenoiser(NetworkDenoiser):
         return self._gaussian[0]
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`dpsyngen.diffusion.denoiser.Denoiser`.  A label equal to ``num_classes`` means "no class"."""
+        """See :class:`Denoiser`.  A label equal to ``num_classes`` means "no class"."""
         levels = sigma.to(x.dtype)
         with torch.no_grad():
             base = self.gaussian(x, levels, labels)  # [N, C, H, W]

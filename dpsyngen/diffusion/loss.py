@@ -38,12 +38,8 @@ class NoisyBatch:
         if len(parts) == 1:
             return parts[0]
         labels = [p.labels for p in parts if p.labels is not None]
-        return cls(
-            torch.cat([p.clean for p in parts]),
-            torch.cat([p.noisy for p in parts]),
-            torch.cat([p.sigma for p in parts]),
-            torch.cat(labels) if labels else None,
-        )
+        clean, noisy, sigma = (torch.cat([getattr(p, f) for p in parts]) for f in ("clean", "noisy", "sigma"))
+        return cls(clean, noisy, sigma, torch.cat(labels) if labels else None)
 
 
 def make_noisy(
@@ -67,10 +63,9 @@ def make_noisy(
         label_dropout: probability of replacing a row's label by "no class".
         generator: source of σ, n and the dropout.
     """
-    examples = len(images)
-    device = images.device
-    sigma = levels.sample(examples, copies, generator).reshape(-1).to(device)
-    clean = images.repeat_interleave(copies, 0)
+    examples, device = len(images), images.device
+    sigma = levels.sample(examples, copies, generator).reshape(-1).to(device)  # [examples * copies]
+    clean = images.repeat_interleave(copies, 0)  # [examples * copies, C, H, W]
     noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(device)
     classes: Tensor | None = None
     if num_classes:
@@ -85,6 +80,6 @@ def make_noisy(
 
 def denoising_loss(denoiser: NetworkDenoiser, batch: NoisyBatch) -> Tensor:
     """λ(σ)·‖D(x; σ) - x₀‖² of each row, averaged over its pixels, [rows] (EDM eq. 2 and table 1)."""
-    denoised = denoiser(batch.noisy, batch.sigma, batch.labels)
+    denoised = denoiser(batch.noisy, batch.sigma, batch.labels)  # D(x₀ + σ·n; σ)
     squared = (denoised - batch.clean).square().flatten(1).mean(1)
     return denoiser.weight(batch.sigma, batch.labels) * squared

@@ -73,12 +73,8 @@ class SamplingSettings:
         for field in ("sigma_min", "sigma_max", "rho", "guidance", "churn"):
             object.__setattr__(self, field, float(getattr(self, field)))
 
-    def levels(self, denoiser: Denoiser) -> Tensor:
-        """Noise levels at which a draw from `denoiser` asks it, and the final 0: [steps + 1] in fp64."""
-        return karras_steps(*self._levels_of(denoiser)[0])
-
-    def _levels_of(self, denoiser: Denoiser) -> tuple[tuple[int, float, float, float], Start | None]:
-        """Arguments of :func:`karras_steps`, and what draws x at the first level."""
+    def levels(self, denoiser: Denoiser) -> tuple[Tensor, Start | None]:
+        """Noise levels at which a draw asks `denoiser`, and the final 0: [steps + 1]; and what draws x at the first."""
         steps, first, start = self.steps, self.sigma_max, None
         if isinstance(denoiser, StagedDenoiser):
             gaussian = denoiser.denoisers.get(GAUSSIAN)
@@ -86,7 +82,7 @@ class SamplingSettings:
             first, start = sampling_start(denoiser.stages, known, self.sigma_min, self.sigma_max)
             # Where all is Gaussian, x is drawn at σ_min, and a single step takes that noise off.
             steps = 1 if denoiser.stages.gaussian else steps
-        return (steps, self.sigma_min, first, self.rho), start
+        return karras_steps(steps, self.sigma_min, first, self.rho), start
 
     @torch.no_grad()
     def draw(
@@ -126,8 +122,7 @@ class SamplingSettings:
         """
         require(count >= 1, "the number of images", count, "at least 1")
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-        levels, start = self._levels_of(denoiser)
-        sigmas = karras_steps(*levels)
+        sigmas, start = self.levels(denoiser)
         if self.guidance != 1 and isinstance(denoiser, StagedDenoiser):
             denoiser = denoiser.guided(self.guidance)
         elif self.guidance != 1:
@@ -153,15 +148,8 @@ def sampling_start(
     """The first noise level, and what draws noisy images there.
 
     Where the top stage is a Gaussian, all that a sampler would do above its lower end τ can be written down: x at
-    σ = e^τ has the law N(μ, Σ + σ²I).  It is drawn, and every step goes to the levels that need one.
-
-    Args:
-        stages: who owns what.
-        gaussian: the denoiser of the DP moments; None if there are none.
-        sigma_min, sigma_max: the sampler's noise levels.
-
-    Returns:
-        the first noise level, above `sigma_min`, and None where it is pure noise.
+    σ = e^τ has the law N(μ, Σ + σ²I).  It is drawn, and every step goes to the levels that need one.  Elsewhere the
+    first level is `sigma_max`, where x is pure noise, and nothing draws there (None).
     """
     top = stages.stages[-1]
     if gaussian is None or top.trainer != "moments":

@@ -132,10 +132,10 @@ def stage_map(
 
     Args:
         variant: of the paper "dpdm", "finetune", "cleaning", "coarse"; "both" of the last two.  Ours: "gaussian"
-            (DP moments of the private images are all there is), "residual" (they own what is above τ_coarse, and the
-            private network learns what they lack), "residual-cleaning" (and programs own what is below τ_cleaning).
-        tau_cleaning: log σ below which programmatic images train (Cleaning, Both, Residual-cleaning).
-        tau_coarse: log σ above which programmatic images train (Coarse, Both) or DP moments answer (Residual).
+            (DP moments alone), "residual" (DP moments above τ_coarse; the private network learns what they lack),
+            "residual-cleaning" (and programs below τ_cleaning).
+        tau_cleaning: log σ below which programmatic images train.
+        tau_coarse: log σ above which programmatic images train or DP moments answer.
         networks: "experts" (a network for each stage: the public ones never see a private gradient) or "shared"
             (one network that takes public steps at public stages and DP steps at the private one).
         pretrain: start the private network from programmatic training at all σ.  None: what the variant says
@@ -179,10 +179,9 @@ def stage_map(
     if low > -math.inf:
         pieces.append(Stage("cleaning", -math.inf, low, "public", network("cleaning")))
     pieces.append(Stage("context", low, high, "private", network("context")))
-    if high < math.inf and variant in USE_MOMENTS:
-        pieces.append(Stage("coarse", high, math.inf, "moments", GAUSSIAN))
-    elif high < math.inf:
-        pieces.append(Stage("coarse", high, math.inf, "public", network("coarse")))
+    if high < math.inf:
+        top: tuple[Trainer, str] = ("moments", GAUSSIAN) if variant in USE_MOMENTS else ("public", network("coarse"))
+        pieces.append(Stage("coarse", high, math.inf, *top))
     return StageMap(tuple(pieces), pretrain=variant == "finetune" if pretrain is None else pretrain)
 
 

@@ -11,15 +11,9 @@ from dpsyngen.errors import ConfigError, listed, require, shown
 
 
 def class_number(given: int | str, names: Sequence[str], strict: bool = False) -> int:
-    """The number, from 0, of a class that is given by its name or by its number.
+    """The number, from 0, of a class that is given by its name or by its number; ConfigError if there is none.
 
-    Args:
-        given: the class.
-        names: of all classes.
-        strict: refuse a number that is also the name of another class.
-
-    Raises:
-        ConfigError: there is no such class, or it is not clear which one is meant.
+    `strict` refuses a number that is also the name of another class.
 
     >>> class_number("dog", ["cat", "dog"]), class_number(0, ["cat", "dog"])
     (1, 0)

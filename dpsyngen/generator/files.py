@@ -43,14 +43,9 @@ _Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a generator lies on the disk.
+    """Where a generator lies: `path` is what loads it again, `release` the folder with its files.
 
-    Attributes:
-        path: what the user would give to load it again.
-        release: the folder with its files.
-        run: the run directory, if it is at hand.
-        bundle: the bundle that it was unpacked from.
-        scratch: keeps what was unpacked for as long as it lives.
+    `run` is its run directory and `bundle` its bundle, where there is one; `scratch` keeps what was unpacked alive.
     """
 
     path: Path
@@ -71,7 +66,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class StageDescription(_Part):
+class _Stage(_Part):
     """A piece of the log σ axis; None is ∓∞."""
 
     name: _Name
@@ -81,16 +76,12 @@ class StageDescription(_Part):
     network: _Name
 
 
-class NetworkDescription(_Part):
-    """What the weights are for."""
-
+class _Network(_Part):
     size: Annotated[str, Field(max_length=100)]
     sigma_data: float = Field(ge=1e-3, le=1e3)
 
 
-class MomentsDescription(_Part):
-    """What the DP moments are, where some stage is answered by them."""
-
+class _Moments(_Part):
     rank: int = Field(ge=1, le=MAX_RANK)
 
 
@@ -100,36 +91,26 @@ class GeneratorDescription(_Part):
     resolution: int = Field(ge=1, le=MAX_RESOLUTION)
     channels: Literal[1, 3]
     class_names: list[str] = Field(max_length=MAX_CLASSES)
-    stages: list[StageDescription] = Field(min_length=1, max_length=MAX_STAGES)
-    network: NetworkDescription
+    stages: list[_Stage] = Field(min_length=1, max_length=MAX_STAGES)
+    network: _Network
     conditional: dict[_Name, bool] = Field(max_length=MAX_STAGES)
     sampling: SamplingConfig
     private: bool
     label_dropout: float | None = Field(None, ge=0, le=1)
-    moments: MomentsDescription | None = None
+    moments: _Moments | None = None
 
     def stage_map(self) -> StageMap:
         """Who answers at which noise level; ConfigError if the pieces do not cover the axis."""
-        return StageMap(
-            tuple(
-                Stage(
-                    s.name,
-                    -math.inf if s.log_sigma_low is None else s.log_sigma_low,
-                    math.inf if s.log_sigma_high is None else s.log_sigma_high,
-                    s.trained_by,
-                    s.network,
-                )
-                for s in self.stages
-            )
-        )
+        pieces = []
+        for s in self.stages:
+            low = -math.inf if s.log_sigma_low is None else s.log_sigma_low
+            high = math.inf if s.log_sigma_high is None else s.log_sigma_high
+            pieces.append(Stage(s.name, low, high, s.trained_by, s.network))
+        return StageMap(tuple(pieces))
 
 
 def read_description(release: Path) -> tuple[GeneratorDescription, StageMap]:
-    """``generator.json`` of a release, with its stages.
-
-    Raises:
-        RunError: missing, a link, too large, of another format, or with a value that is not allowed.
-    """
+    """``generator.json`` of a release, with its stages.  RunError if it is missing, a link, too large or damaged."""
     where = printable(release)
     try:
         with open_plain(release / "generator.json", MAX_JSON_BYTES) as file:
@@ -164,11 +145,7 @@ def read_description(release: Path) -> tuple[GeneratorDescription, StageMap]:
 
 
 def load_gaussian(release: Path, about: GeneratorDescription, device: str) -> GaussianDenoiser | None:
-    """The denoiser of the DP moments, from the weights of a release; None if there are none.
-
-    Raises:
-        RunError: the weights are missing or damaged.
-    """
+    """The denoiser of the DP moments of a release; None if there are none.  RunError if the weights are damaged."""
     if about.moments is None:
         return None
     classes, rank, pixels = max(len(about.class_names), 1), about.moments.rank, about.channels * about.resolution**2
@@ -191,11 +168,10 @@ def load_gaussian(release: Path, about: GeneratorDescription, device: str) -> Ga
 def load_network(
     release: Path, about: GeneratorDescription, name: str, gaussian: GaussianDenoiser | None, device: str
 ) -> NetworkDenoiser:
-    """The denoiser of the network `name`, from the weights of a release.
+    """The denoiser of the network `name` of a release.
 
     Args:
-        release: the folder.
-        about: its description.
+        release, about: the folder and its description.
         name: one of its networks.
         gaussian: the denoiser that it is a residual of; None: it stands alone.
         device: where to compute.
@@ -224,13 +200,9 @@ def load_network(
 def load_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
-    Args:
-        path: the file.
-        expected: the tensors that should be in it, by name, on the meta device.
-
     Raises:
-        RunError: the file is missing, a link, or damaged; or its tensors are not exactly those expected, in name,
-            shape and type; or some number in them is not finite.
+        RunError: the file is missing, a link, or damaged; or its tensors are not exactly those of `expected` (on the
+            meta device), in name, shape and type; or some number in them is not finite.
     """
     size = sum(t.numel() * t.element_size() for t in expected.values())
     try:

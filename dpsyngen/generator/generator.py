@@ -89,11 +89,7 @@ class ReleasedGenerator:
 
     @property
     def privacy(self) -> Guarantee:
-        """The privacy guarantee, from the certificate of the release.
-
-        Raises:
-            ReleaseError: the certificate is missing or damaged, or contradicts the generator.
-        """
+        """The guarantee, from the certificate; ReleaseError if that is damaged or contradicts the generator."""
         guarantee = Guarantee.read(self.place.release)
         if guarantee.private != self.private:
             raise ReleaseError(
@@ -110,11 +106,7 @@ class ReleasedGenerator:
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The settings of the training, all of them public, as scikit-learn's estimators give theirs.
 
-        Args:
-            deep: flat, ``{"private__steps": 300, …}``; false: nested, as ``fit(…, settings=…)`` takes them.
-
-        Raises:
-            ConfigError, RunError: ``config.yaml`` is missing from the release, or damaged.
+        With `deep` they are flat, ``{"private__steps": 300, …}``, else nested, as ``fit(…, settings=…)`` takes them.
         """
         path = self.place.release / "config.yaml"
         nested = read_yaml_file(path, "the configuration")
@@ -199,7 +191,7 @@ class ReleasedGenerator:
         take: slice = slice(None),
         observe: Observer | None = None,
     ) -> Iterator[NDArray[np.uint8]]:
-        """Draw `count` images batch by batch, so that any number fits in memory.
+        """Draw `count` images batch by batch, uint8 [n, C, H, W], so that any number fits in memory.
 
         Args:
             count: how many.
@@ -208,12 +200,6 @@ class ReleasedGenerator:
             batch_size: images at a time.
             take: which of the batches, by number; default: all.
             observe: is shown each step of the sampler.
-
-        Yields:
-            uint8 [n, C, H, W].
-
-        Raises:
-            ConfigError: a value that is not allowed.
         """
         require(count >= 1, "the number of images", count, "at least 1")
         if labels is not None:
@@ -299,7 +285,7 @@ class ReleasedGenerator:
             ConfigError: a value that is not allowed.
         """
         s = self.settings(**settings)
-        kept = evenly_in_log(s.levels(self.denoiser()), columns)
+        kept = evenly_in_log(s.levels(self.denoiser())[0], columns)
         if labels is None:
             labels = self.labels(max(count, 0))
         steps: list[tuple[float, NDArray[np.uint8], NDArray[np.uint8]]] = []

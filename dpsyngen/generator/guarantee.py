@@ -33,11 +33,7 @@ class Guarantee:
 
     @classmethod
     def read(cls, release: Path) -> Guarantee:
-        """The guarantee of the release folder `release`.
-
-        Raises:
-            ReleaseError: there is no certificate in it, or it is damaged.
-        """
+        """The guarantee of a release folder; ReleaseError if its certificate is missing or damaged."""
         path = release / "privacy.json"
         try:
             with open_plain(path, _MAX_BYTES) as file:

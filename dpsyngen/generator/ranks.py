@@ -28,12 +28,7 @@ _OPEN, _IMAGES, _ROUND = "open a generator", "images", "a round of images"
 
 
 def open_everywhere(ranks: Ranks, release: Path, device: str) -> ReleasedGenerator:
-    """The generator in `release`, opened by all processes; to be called by the main one.
-
-    Args:
-        ranks: the processes.
-        release: a release folder that all of them see.
-        device: as the user gave it; each process takes its own GPU, see :func:`dpsyngen.distributed.device_of`.
+    """The generator in `release`, which all processes see and open; to be called by the main one.
 
     Raises:
         RunError: not a finished release, or damaged, in any process.
@@ -58,15 +53,9 @@ def stream(
     labels: NDArray[np.int64] | None,
     batch_size: int = 256,
 ) -> Iterator[NDArray[np.uint8]]:
-    """As :meth:`ReleasedGenerator.stream`, drawn by all processes; to be called by the main one.
+    """As :meth:`ReleasedGenerator.stream`, drawn by all processes with what :func:`open_everywhere` gave last.
 
-    Args:
-        ranks: the processes.
-        generator: what :func:`open_everywhere` gave last.
-        count, settings, labels, batch_size: as for :meth:`ReleasedGenerator.stream`.
-
-    Yields:
-        uint8 [n, C, H, W], in order.
+    To be called by the main one; images come in order.
     """
     what: dict[str, Any] = {"count": count, "settings": settings, "labels": labels, "batch_size": batch_size}
     if not ranks.alone:
@@ -121,11 +110,6 @@ def handlers(ranks: Ranks) -> Handlers:
 
 
 def follow(ranks: Ranks, known: Handlers) -> None:
-    """In a follower: do what the main process asks until it says that all is done.
-
-    Raises:
-        Dismissed: the main process failed, and said why.
-        RankLost: a process is gone.
-    """
+    """In a follower: do what the main process asks until it says that all is done."""
     while (command := ranks.next_command()).name != END:
         known[command.name](**command.values)

@@ -83,11 +83,7 @@ class Samples:
     @overload
     def __getitem__(self, index: Several) -> Samples: ...
     def __getitem__(self, index: int | Several) -> Item | Samples:
-        """One image with its label, or several as Samples.
-
-        Raises:
-            IndexError: beyond the last image.
-        """
+        """One image with its label, or several as Samples; IndexError beyond the last image."""
         if isinstance(index, int | np.integer):
             image = self.images[index]
             return image if self.labels is None else (image, int(self.labels[index]))
@@ -110,14 +106,7 @@ class Samples:
         return [_picture(pixels) for pixels in self.images]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write all images, as :func:`write_samples` does; returns where.
-
-        Args:
-            path: a ``.npz`` or ``.parquet`` file or a folder, which must not exist (or be an empty folder).
-
-        Raises:
-            RunError: there is something at `path` already.
-        """
+        """Write all images to a ``.npz`` or ``.parquet`` file or a folder; RunError if there is something already."""
         target = Path(path).expanduser()
         about = {"dpsyngen": __version__, "private": self.private, "count": len(self), **self.settings}
         write_samples(target, [self.images], self.labels, self.class_names, about)
@@ -127,12 +116,8 @@ class Samples:
         """Images side by side in one Pillow image.
 
         Args:
-            columns: images to a row, in their order; None: a row a class, and of each class the first few, as a
-                notebook shows them.
+            columns: images to a row; None: a row a class with the first few of each, as a notebook shows them.
             scale: side of the square of pixels that shows one pixel; None: what makes an image about 48 pixels wide.
-
-        Raises:
-            ConfigError: there are no images, or an argument is not a number above 0.
         """
         if not len(self):
             raise ConfigError("there are no images to be shown.")

@@ -52,27 +52,15 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DATE = (1980, 1, 1, 0, 0, 0)  # the first that a zip can state
 
 
-# ------------------------------------------------------------------------------------------------ packing
-
-
 @dataclass(frozen=True)
 class Packed:
-    """What was packed.
-
-    Attributes:
-        path: the bundle.
-        files: number of files in it.
-        sha256: digest of the whole bundle, to be published beside it.
-        signed_by: fingerprint of the key, or None.
-        left_out: files of the release folder that are not part of a release, or that were changed and written anew.
-        certificate: what it claims.
-    """
+    """What was packed."""
 
     path: Path
-    files: int
-    sha256: str
-    signed_by: str | None
-    left_out: tuple[str, ...]
+    files: int  # number of files in it
+    sha256: str  # digest of the whole bundle, to be published beside it
+    signed_by: str | None  # fingerprint of the key
+    left_out: tuple[str, ...]  # files of the folder that are no part of a release, or were changed and written anew
     certificate: Certificate
 
 
@@ -99,8 +87,7 @@ def pack(
 
     Raises:
         ConfigError, RunError: before anything is written.
-        LedgerError, ReleaseError: the certificate does not follow from the ledger, or something private is in the
-            release.
+        LedgerError, ReleaseError: the certificate does not follow from the ledger, or the release holds a secret.
     """
     require(out.suffix.lower() == ".zip", "the name of the bundle", str(out), "one that ends in .zip")
     if out.exists() or out.is_symlink():
@@ -119,8 +106,11 @@ def pack(
         follow = companions(certificate, digest_of((run.release / "privacy.json").read_bytes()))
         content |= {name: text.encode() for name, text in follow.items()}
         if samples:
-            folder = Path(scratch) / "samples"
-            _draw(run, folder, samples, seed, certificate, on_progress)
+            folder, generator = Path(scratch) / "samples", ReleasedGenerator(run.release)
+            settings, labels = generator.settings(seed=seed), generator.labels(samples)
+            about = {"dpsyngen": __version__, "private": certificate.private, "count": samples, **asdict(settings)}
+            batches = generator.stream(samples, settings, labels=labels)
+            write_samples(folder, batches, labels, generator.class_names, about, on_progress)
             content |= {SAMPLES + f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
         _search_for_secrets(run, content)
         members = sorted(content.items())
@@ -139,12 +129,7 @@ def pack(
 
 
 def check_against_ledger(run: Run) -> Certificate:
-    """The certificate of a run, if it follows from the run's ledger.
-
-    Raises:
-        LedgerError: the ledger was changed since the certificate was written, or has more than it states.
-        ReleaseError: the certificate is damaged.
-    """
+    """The certificate of a run; LedgerError unless it follows from the run's ledger as that is now."""
     certificate = Certificate.read(run.release / "privacy.json")
     ledger = Ledger(run.ledger_path)
     if not ledger.has_been(Head(certificate.ledger.lines, certificate.ledger.digest)):
@@ -163,33 +148,12 @@ def check_against_ledger(run: Run) -> Certificate:
 
 
 def require_private(certificate: Certificate, not_private: bool, way: str) -> None:
-    """Raise ReleaseError unless there is a guarantee, or `not_private` says that none is wanted.
-
-    Args:
-        certificate: of the release.
-        not_private: what the user said.
-        way: how the user says so, and what happens then, such as "--not-private packs".
-    """
+    """Raise ReleaseError unless there is a guarantee or the user wants none; `way`: such as "--not-private packs"."""
     if not certificate.private and not not_private:
         raise ReleaseError(
             f"this generator is NOT PRIVATE: {printable('; '.join(certificate.not_private_because))}.  It must not be "
             f"published if its images are private.  {way} it all the same, stamped as such (for tests and references)."
         )
-
-
-def _draw(
-    run: Run,
-    folder: Path,
-    count: int,
-    seed: int | None,
-    certificate: Certificate,
-    on_progress: Callable[[int], None] | None,
-) -> None:
-    generator = ReleasedGenerator(run.release)
-    settings, labels = generator.settings(seed=seed), generator.labels(count)
-    about = {"dpsyngen": __version__, "private": certificate.private, "count": count, **asdict(settings)}
-    batches = generator.stream(count, settings, labels=labels)
-    write_samples(folder, batches, labels, generator.class_names, about, on_progress)
 
 
 def _size(content: Path | bytes) -> int:
@@ -263,15 +227,8 @@ def write_zip(path: Path, members: Iterable[tuple[str, Path | bytes]]) -> None:
                     target.write(chunk)
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 def unpack(bundle: Path, folder: Path) -> None:
-    """Extract the generator of a bundle from a stranger, its samples left aside; files are compared with the manifest.
-
-    Raises:
-        ReleaseError: it is no bundle, is damaged or was changed.
-    """
+    """Extract the generator of a bundle, without its samples; ReleaseError if a file is not what the manifest says."""
     with open_zip(bundle) as archive:
         try:
             files = archive.manifest()["files"]
@@ -283,11 +240,7 @@ def unpack(bundle: Path, folder: Path) -> None:
 
 
 class SafeZip:
-    """A zip that was found to be sound; see :func:`open_zip`.
-
-    Attributes:
-        sizes: declared size of each member in bytes, by name.
-    """
+    """A zip that was found to be sound, see :func:`open_zip`; `sizes` are those that its members declare, in bytes."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
@@ -318,8 +271,7 @@ class SafeZip:
     def manifest(self) -> dict[str, Any]:
         """What the bundle's manifest says; :meth:`extract` holds files to it from then on.
 
-        Raises:
-            ReleaseError: it is missing, damaged, of another format, or does not list exactly the other files.
+        Raises ReleaseError if it is missing, damaged, of another format, or does not list exactly the other files.
         """
         if MANIFEST not in self.sizes:
             raise ReleaseError(f"it has no {MANIFEST}.")
@@ -337,11 +289,7 @@ class SafeZip:
         return {**manifest, "files": files}
 
     def extract(self, name: str, folder: Path) -> Path:
-        """Write a member below `folder`; its name was checked when the zip was opened.
-
-        Raises:
-            ReleaseError: it is damaged, or not what the manifest says.
-        """
+        """Write a member below `folder`; ReleaseError if it is damaged, or not what the manifest says."""
         target, digest = folder / name, hashlib.sha256()
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "xb") as f:
@@ -356,11 +304,7 @@ class SafeZip:
 
 @contextmanager
 def open_zip(path: Path) -> Iterator[SafeZip]:
-    """Open a zip from a stranger.
-
-    Raises:
-        ReleaseError: not a zip, or one that holds what a bundle has no use for; the message lists up to ten faults.
-    """
+    """Open a zip from a stranger; ReleaseError lists up to ten things in it that a bundle has no use for."""
     try:
         file = open(path, "rb")  # noqa: SIM115
     except OSError as error:

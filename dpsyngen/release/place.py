@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dpsyngen.errors import ConfigError, ReleaseError, RunError, printable
@@ -55,8 +55,8 @@ def save(place: Place, out: PathLike, not_private: bool = False) -> Path:
 
     Args:
         place: where it is.
-        out: a ``.zip``: the release bundle, which is made from a run directory or copied from a bundle.  Anything else:
-            a folder, which must not exist or be empty.  It appears whole or not at all.
+        out: a ``.zip``: the release bundle, made from a run directory or copied from a bundle.  Anything else: a
+            folder, which must not exist or be empty.  It appears whole or not at all.
         not_private: save a generator without a guarantee all the same.
 
     Raises:
@@ -78,7 +78,7 @@ def save(place: Place, out: PathLike, not_private: bool = False) -> Path:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     if place.bundle is not None:
-        write_atomically(target, _copy_of(place.bundle))
+        write_atomically(target, partial(_copy, place.bundle))
     elif place.run is not None:
         run = Run(place.run)
         with run.lock():
@@ -86,27 +86,17 @@ def save(place: Place, out: PathLike, not_private: bool = False) -> Path:
     return target
 
 
-def _copy_of(bundle: Path) -> Callable[[Path], None]:
-    def copy(target: Path) -> None:
-        try:
-            with open_plain(bundle, _MOST_BYTES) as read, open(target, "wb") as written:
-                shutil.copyfileobj(read, written)
-        except NotPlainError as error:
-            raise ReleaseError(f"{printable(bundle)} {error}; a release holds plain files only.") from None
-
-    return copy
+def _copy(bundle: Path, target: Path) -> None:
+    try:
+        with open_plain(bundle, _MOST_BYTES) as read, open(target, "wb") as written:
+            shutil.copyfileobj(read, written)
+    except NotPlainError as error:
+        raise ReleaseError(f"{printable(bundle)} {error}; a release holds plain files only.") from None
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
-
-    Attributes:
-        path: the folder.
-        files: names of the files in it.
-        certificate: what the generator claims.
-        certificate_sha256: digest of ``privacy.json``.
-    """
+    """A folder that was written: the names of its files, what its generator claims, the digest of ``privacy.json``."""
 
     path: Path
     files: tuple[str, ...]

@@ -24,13 +24,8 @@ _OTHER_KIND = "{} is a key of another kind; bundles are signed with Ed25519."
 def make_key(path: Path) -> tuple[Path, str]:
     """Make a key pair: the private key at `path` (mode 0600), the public one beside it with the ending ``.pub``.
 
-    If the environment variable ``DPSYNGEN_KEY_PASSPHRASE`` is set, the private key is encrypted with it.
-
-    Returns:
-        path of the public key, and its fingerprint.
-
-    Raises:
-        ConfigError: one of the files exists, or the folder does not.
+    If the environment variable ``DPSYNGEN_KEY_PASSPHRASE`` is set, the private key is encrypted with it.  Returns the
+    path of the public key and its fingerprint; ConfigError if one of the files exists, or the folder does not.
     """
     public_path = path.with_name(path.name + ".pub")
     key = Ed25519PrivateKey.generate()
@@ -53,11 +48,7 @@ def make_key(path: Path) -> tuple[Path, str]:
 
 
 def read_private_key(path: Path) -> Ed25519PrivateKey:
-    """A private key from a PEM file (PKCS #8), as :func:`make_key` or OpenSSL write it.
-
-    Raises:
-        ConfigError: missing, encrypted without a passphrase, or not an Ed25519 key.
-    """
+    """A private key from a PEM file (PKCS #8), as :func:`make_key` or OpenSSL write it; ConfigError if it is none."""
     passphrase, data = os.environ.get(PASSPHRASE), _read(path)
     try:
         key = serialization.load_pem_private_key(data, passphrase.encode() if passphrase else None)
@@ -110,11 +101,7 @@ def sign(manifest: bytes, key: Ed25519PrivateKey) -> str:
 
 
 def check_signature(manifest: bytes, signature: bytes) -> Ed25519PublicKey:
-    """Check the signature file of a manifest; returns the key that it names.
-
-    Raises:
-        ReleaseError: the file is damaged, or the signature does not fit.
-    """
+    """Check the signature file of a manifest; returns the key that it names.  ReleaseError if it does not fit."""
     try:
         stored = json.loads(signature)
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(stored["public_key"]))

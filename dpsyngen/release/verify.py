@@ -37,8 +37,9 @@ from dpsyngen.training.plan import stages_of
 from dpsyngen.version import __version__
 
 _NAMES = frozenset({*REQUIRED, *OPTIONAL, *COMPANIONS, SCHEMA, MANIFEST, SIGNATURE})
-_OF_WEIGHTS = re.compile(WEIGHTS + r"[a-z][a-z-]{0,40}\.safetensors")
-_OF_SAMPLES = re.compile(SAMPLES + r"(.*\.png|metadata\.csv|about\.json)", re.DOTALL)
+_OTHER_NAMES = re.compile(
+    rf"{WEIGHTS}[a-z][a-z-]{{0,40}}\.safetensors|{SAMPLES}(.*\.png|metadata\.csv|about\.json)", re.DOTALL
+)
 _REDRAWN = 16
 _MOST_STEPS = 1000
 _LEAST_NOISE = 0.03  # an ε of thousands, which would take minutes to compute
@@ -55,34 +56,23 @@ Finding = tuple[bool | None, str]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        passed: True, False, or None where it could not be judged.
-        text: what was found, in words.
-    """
+    """One thing that was looked at, and what was found, in words."""
 
     name: str
-    passed: bool | None
+    passed: bool | None  # None: it could not be judged
     text: str
 
 
 @dataclass
 class Verdict:
-    """All that was found.
-
-    Attributes:
-        checks: in the order in which they were made.
-        certificate: what the bundle claims, if that could be read.
-    """
+    """All checks, in the order in which they were made, and what the bundle claims, if that could be read."""
 
     checks: list[Check] = field(default_factory=list)
     certificate: Certificate | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed and the checks were made to the end."""
+        """Whether the checks were made to the end and none failed."""
         last = self.checks[-1].name if self.checks else ""
         return last == "images" and all(c.passed is not False for c in self.checks)
 
@@ -93,14 +83,8 @@ def verify(path: Path, public_key: Path | None = None, all_samples: bool = False
     Args:
         path: the zip.
         public_key: PEM file of the key that must have signed it; None: a signature is checked against the key that
-            it names, which shows that nothing changed since, but not who signed.
+            it names, which shows that nothing changed since, but not who signed.  ConfigError if it is no key.
         all_samples: draw all generated images again and compare them, not only some.
-
-    Returns:
-        every check, up to the one after which no other makes sense.
-
-    Raises:
-        ConfigError: `public_key` is no key.
     """
     trusted = None if public_key is None else fingerprint(read_public_key(public_key))
     verdict = Verdict()
@@ -129,28 +113,16 @@ class _Bundle:
         self.trusted, self.all_samples = trusted, all_samples
 
     def checks(self) -> dict[str, Callable[[], Finding]]:
-        return {
-            "archive": self._archive,
-            "signature": self._signature,
-            "checksums": self._checksums,
-            "certificate": self._certificate,
-            "guarantee": self._guarantee,
-            "privacy cost": self._cost,
-            "plain words": self._words,
-            "model card": self._card,
-            "code": self._code,
-            "settings": self._settings,
-            "report": self._report,
-            "generator": self._generator,
-            "images": self._images,
-        }
+        container = {"archive": self._archive, "signature": self._signature, "checksums": self._checksums}
+        claim = {"certificate": self._certificate, "guarantee": self._guarantee, "privacy cost": self._cost}
+        words = {"plain words": self._words, "model card": self._card, "code": self._code}
+        rest = {"settings": self._settings, "report": self._report}
+        return container | claim | words | rest | {"generator": self._generator, "images": self._images}
 
     def _archive(self) -> Finding:
         self.zip = self.stack.enter_context(open_zip(self.path))
         sizes = self.zip.sizes
-        foreign = sorted(
-            n for n in sizes if n not in _NAMES and not _OF_WEIGHTS.fullmatch(n) and not _OF_SAMPLES.fullmatch(n)
-        )
+        foreign = sorted(n for n in sizes if n not in _NAMES and not _OTHER_NAMES.fullmatch(n))
         if foreign:
             raise ReleaseError(f"it holds files that no release has: {', '.join(map(ascii, foreign[:10]))}")
         missing = sorted({*REQUIRED, *COMPANIONS, SCHEMA, MANIFEST} - set(sizes))
