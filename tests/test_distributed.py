@@ -14,6 +14,8 @@ import torch
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined, numbers
 from dpsyngen.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -107,7 +109,6 @@ json.dump(said, open(f"{sys.argv[1]}/{r}.json", "w"))
 """
 
 
-@pytest.mark.slow
 def test_what_processes_tell_each_other(tmp_path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     done = subprocess.run(

@@ -21,6 +21,8 @@ from dpsyngen.training.private import PrivateStep
 from dpsyngen.training.run import Run
 from tests.training.short_runs import start
 
+pytestmark = pytest.mark.slow
+
 KEY = "each batch is the Poisson sample that the run's key gives"
 LOGGED = "steps logged are the steps charged"
 

@@ -24,6 +24,8 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
 from tests.training.short_runs import start
 
+pytestmark = pytest.mark.slow
+
 SMALL = Effort(
     trials=2000, seconds=0.2, most_canaries=8, steps=7, lookup_canaries=300, lookup_steps=10, sparse_steps=25
 )
@@ -44,7 +46,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.slow
 def test_audit_of_a_run(tmp_path, tiny_settings, tiny_images) -> None:
     run = train(tmp_path / "r", tiny_settings, tiny_images())
     before, ledger = contents(run.release), run.ledger_path.read_bytes()
@@ -73,7 +74,6 @@ def test_audit_of_a_run(tmp_path, tiny_settings, tiny_images) -> None:
     assert "FAIL" not in text
 
 
-@pytest.mark.slow
 def test_command_prints_draws_and_exits_with_4_on_a_contradiction(
     tmp_path, tiny_settings, tiny_images, monkeypatch, capsys
 ) -> None:
@@ -121,7 +121,6 @@ def test_run_without_dp_sgd_has_nothing_to_attack_and_says_so(tmp_path, tiny_set
     assert "NOT PRIVATE" not in text
 
 
-@pytest.mark.slow
 def test_a_residual_network_is_audited_with_its_own_moments(tmp_path, tiny_settings, tiny_images, monkeypatch) -> None:
     seen = []
     real = audit_module.ClippingAudit
@@ -144,7 +143,6 @@ def test_a_residual_network_is_audited_with_its_own_moments(tmp_path, tiny_setti
     assert "of the DP moments only the charges were looked at" in "\n".join(report.lines())
 
 
-@pytest.mark.slow
 def test_run_with_a_seed_is_audited_and_called_not_private(tmp_path, tiny_settings, tiny_images) -> None:
     run = train(tmp_path / "r", tiny_settings, tiny_images(), privacy={"epsilon": 8.0, "insecure_seed": 3})
     report = audit_run(run, effort=SMALL, confidence=CONFIDENCE)
@@ -152,7 +150,6 @@ def test_run_with_a_seed_is_audited_and_called_not_private(tmp_path, tiny_settin
     assert any("--insecure-seed" in note for note in report.notes)
 
 
-@pytest.mark.slow
 def test_other_settings_are_audited_too(tmp_path, tiny_settings, tiny_images) -> None:
     """Images without classes, discrete noise, K = 1."""
     images, _ = tiny_images()

@@ -22,6 +22,8 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.health import assess
 from dpsyngen.training.run import Run
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "preset": "paper-cpu",
     "network": {"size": "nano"},

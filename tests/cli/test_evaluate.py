@@ -16,6 +16,8 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
 from dpsyngen.training.run import Run
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "network": {"size": "nano"},
     "public": {"steps": 3, "batch": 4, "copies": 1},

@@ -24,6 +24,8 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "logging.md"
 SMALL = [
     *("--network", "nano", "--public-steps", 2, "--steps", 4, "--batch", 12, "-k", 1, "--physical-batch", 8),

@@ -15,6 +15,8 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     *("--network", "nano", "--public-steps", 2, "--steps", 4, "--batch", 12, "-k", 1, "--physical-batch", 8, "-q"),
     *("--set", "public.batch=4", "--set", "sampling.steps=3", "--delta", "1e-3"),

@@ -19,6 +19,8 @@ import pytest
 from dpsyngen.data.store import PixelBudget
 from tests.data.test_hostile_images import blank_png
 
+pytestmark = pytest.mark.slow
+
 _MEASURE = """
 import json, os, resource, sys
 os.sched_getaffinity = lambda process: range(8)  # so many threads, wherever this runs
@@ -45,7 +47,6 @@ def measured(source: Path, **options: Any) -> tuple[str, float]:
     return said, megabytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "colour", "channels"), [(8, 6, 3), (16, 0, 1)])
 def test_many_large_images_take_what_one_takes(tmp_path: Path, depth: int, colour: int, channels: int) -> None:
     content = blank_png(8192, 8192, depth, colour)

@@ -8,6 +8,8 @@ import torch
 
 from dpsyngen.experiments.dp_classifier import Scattering, _folded
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("shape", "features"),

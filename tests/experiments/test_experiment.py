@@ -26,6 +26,8 @@ from dpsyngen.privacy.budget import Budget, Composition
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.plan import shape_of
 
+pytestmark = pytest.mark.slow
+
 
 def made(spec: Path, out: Path) -> Experiment:
     return Experiment.open_or_create(out, load_spec(spec))
@@ -250,7 +252,6 @@ def test_damaged_samples_are_drawn_again(tiny_spec, tmp_path) -> None:
         assert (file["images"] == before).all()
 
 
-@pytest.mark.slow
 def test_killed_processes_lose_nothing_and_no_job_is_done_twice(tiny_spec, tmp_path) -> None:
     spec = tiny_spec(grid={"variant": ["dpdm", "cleaning", "both"], "epsilon": [3], "seeds": 1})
     experiment = made(spec, tmp_path / "x")
@@ -458,7 +459,6 @@ def test_a_wrong_argument_is_named(tiny_spec, tmp_path, call, monkeypatch, argum
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.slow
 def test_ranks_of_torchrun_share_the_jobs(tiny_spec, tmp_path) -> None:
     torchrun = shutil.which("torchrun", path=str(Path(sys.executable).parent))
     if torchrun is None:

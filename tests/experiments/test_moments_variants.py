@@ -19,6 +19,8 @@ from dpsyngen.report.comparison import write_comparison
 from dpsyngen.report.comparison_plots import STYLES
 from dpsyngen.training.plan import Shape, make_plan
 
+pytestmark = pytest.mark.slow
+
 SHAPE = Shape(8, 1, ("a", "b", "c"), 60)
 BARE = {"name": "x", "data": {"train": "digits", "test": "digits:test"}, "references": []}
 
@@ -117,7 +119,6 @@ def test_moments_are_measured_once_for_runs_alike_and_grow_with_the_images() -> 
     assert coarse_noise(3, Shape(9, 3, (), 10)).shape == (3, 3, 9, 9)
 
 
-@pytest.mark.slow
 def test_an_experiment_with_all_of_them(tiny_spec, tmp_path) -> None:
     spec = tiny_spec(
         grid={"variant": ["cleaning", *USE_MOMENTS], "epsilon": [3], "seeds": 1},

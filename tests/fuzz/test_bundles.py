@@ -24,6 +24,8 @@ from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.fuzz.mutations import spoil_bytes, spoil_png, spoil_safetensors, spoil_value
 from tests.fuzz.properties import accepted, examples, is_printable, nothing_else_happens, tried, zip_of
 
+pytestmark = pytest.mark.slow
+
 numbers = st.integers(0, 2**64 - 1)
 
 

@@ -22,6 +22,8 @@ from dpsyngen.training.checkpoint import Checkpoints, TrainState, _digest
 from tests.fuzz.mutations import spoil_bytes, spoil_value
 from tests.fuzz.properties import accepted, examples, nothing_else_happens, tried
 
+pytestmark = pytest.mark.slow
+
 numbers = st.integers(0, 2**64 - 1)
 STEPS, DONE = 10, 4
 

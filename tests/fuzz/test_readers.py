@@ -29,6 +29,8 @@ from tests.fuzz.properties import (
     zip_of,
 )
 
+pytestmark = pytest.mark.slow
+
 numbers = st.integers(0, 2**64 - 1)
 
 

@@ -17,6 +17,8 @@ from tests.fuzz.mutations import spoil_bytes, spoil_safetensors, spoil_value
 from tests.fuzz.properties import accepted, examples, is_printable, nothing_else_happens, tried
 from tests.fuzz.releases import description, make_release, weights
 
+pytestmark = pytest.mark.slow
+
 numbers = st.integers(0, 2**64 - 1)
 
 

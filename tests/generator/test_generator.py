@@ -21,6 +21,8 @@ from dpsyngen.errors import ConfigError, DataError, ReleaseError, RunError
 from dpsyngen.privacy.certificate import Certificate
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
+pytestmark = pytest.mark.slow
+
 NAMES = np.array(["cat", "dog", "<b>cow</b>"])
 
 

@@ -14,6 +14,8 @@ from dpsyngen import console as notebook
 from dpsyngen.console import Console
 from tests.conftest import TINY_SETTINGS
 
+pytestmark = pytest.mark.slow
+
 
 class Handle:
     """Stands for IPython's: one output that is replaced."""
@@ -136,7 +138,6 @@ steps.close()
 """
 
 
-@pytest.mark.slow
 def test_the_stop_button_of_a_notebook_ends_a_fit_with_a_checkpoint(tmp_path, monkeypatch) -> None:
     from jupyter_client.manager import start_new_kernel
 

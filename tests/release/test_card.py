@@ -15,6 +15,8 @@ from dpsyngen.privacy.certificate import Certificate, number
 from dpsyngen.release.card import digest_of, model_card
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
+pytestmark = pytest.mark.slow
+
 
 def parts(text: str) -> tuple[dict[str, Any], str]:
     _, header, body = text.split("---\n", 2)

@@ -15,6 +15,8 @@ from dpsyngen.release.card import COMPANIONS
 from dpsyngen.release.place import export_release
 from dpsyngen.training.run import Run
 
+pytestmark = pytest.mark.slow
+
 
 def test_diffusers_folder_is_the_release_also_of_one_that_had_no_code(releases, tmp_path) -> None:
     old = tmp_path / "old"

@@ -17,6 +17,8 @@ import pytest
 import dpsyngen
 from dpsyngen.generator.samples import write_samples
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("diffusers")
 pytest.importorskip("datasets")
 
@@ -154,7 +156,6 @@ def test_the_pipeline_keeps_to_the_conventions_of_diffusers(releases, visit) -> 
 
 
 @pytest.mark.network
-@pytest.mark.slow
 @pytest.mark.skipif(not LONG, reason="installs diffusers, datasets and PyTorch anew; set DPSYNGEN_LONG=1")
 def test_in_a_new_virtual_environment_without_dpsyngen(releases, tmp_path) -> None:
     python = tmp_path / "venv" / "bin" / "python"

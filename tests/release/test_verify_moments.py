@@ -22,6 +22,8 @@ from tests.release.test_verify import (
     with_manifest,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def bundled(folder: Path, variant: str) -> Path:
     """Of a run with real entropy; with samples."""

@@ -17,6 +17,8 @@ from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.experiments.synthetic import make_experiment
 from tests.report import chromium
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = '<script>alert(1)</script>"&'
 TRAINED = ("dpdm", "both")
 

@@ -18,6 +18,8 @@ from dpsyngen.report.html import render, write_reports
 from dpsyngen.report.sections import release_values
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
+pytestmark = pytest.mark.slow
+
 STYLE = Path(api.__file__).parent / "report" / "templates" / "style.css"
 VOID = {"meta", "img", "source", "br", "link", "line", "rect", "polyline", "polygon", "path"}
 

@@ -21,6 +21,8 @@ from dpsyngen.errors import RunError
 from dpsyngen.training import run as run_module
 from dpsyngen.training.run import FolderLock, Run
 
+pytestmark = pytest.mark.slow
+
 CONFIG = load_config({"privacy": {"epsilon": 1}})
 
 
@@ -354,7 +356,6 @@ def test_nohup_stays_in_force(training) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("hang_up")
 def test_closed_terminal_ends_training_with_a_checkpoint(tmp_path, tiny_images) -> None:
     """A real pseudo-terminal that goes away: what is written to it fails, and training must not mind."""

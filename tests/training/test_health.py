@@ -24,6 +24,8 @@ from dpsyngen.training.public import PublicStep
 from dpsyngen.training.run import Run
 from tests.training.short_runs import start
 
+pytestmark = pytest.mark.slow
+
 # `make demo`: 1,437 digits, the nano network, ε = 10.
 DEMO = Facts(
     steps=200,

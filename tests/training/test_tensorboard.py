@@ -23,6 +23,8 @@ from dpsyngen.training.pipeline import Training
 from tests.training.test_step_log import begin as begin_run
 from tests.training.test_step_log import clock, finish
 
+pytestmark = pytest.mark.slow
+
 
 def begin(settings: dict, out: Path, data: Any, **sections: dict) -> Training:
     logging = {"tensorboard": True, "images_every": 4, **sections.pop("logging", {})}
