@@ -60,7 +60,7 @@ def test_image_files(folder: Path, suffix: str) -> None:
     files = seeds.images()[suffix]
     others = [content for all_of_them in seeds.images().values() for content in all_of_them]
 
-    @examples(250 if suffix in ("png", "tif") else 150)
+    @examples(100 if suffix in ("png", "tif") else 60)
     @given(numbers)
     def check(number: int) -> None:
         random = Random(number)
@@ -77,7 +77,7 @@ def test_image_files(folder: Path, suffix: str) -> None:
     check()
 
 
-@examples(300)
+@examples(120)
 @given(numbers)
 def _npy(folder: Path, number: int) -> None:
     random = Random(number)
@@ -92,7 +92,7 @@ def test_npy(folder: Path) -> None:
     _npy(folder)
 
 
-@examples(300)
+@examples(120)
 @given(numbers)
 def _npz(folder: Path, number: int) -> None:
     random = Random(number)
@@ -116,7 +116,7 @@ def test_npz(folder: Path) -> None:
     _npz(folder)
 
 
-@examples(250)
+@examples(100)
 @given(numbers)
 def _idx(folder: Path, number: int) -> None:
     random = Random(number)
@@ -161,7 +161,7 @@ def test_files_of_encoded_images(folder: Path, encoded: dict[str, bytes], suffix
     path.write_bytes(encoded[suffix])
     assert load_or_refuse(f"seed {suffix}", path, workers=1) is not None
 
-    @examples(200)
+    @examples(80)
     @given(numbers)
     def check(number: int) -> None:
         random = Random(number)
@@ -190,7 +190,7 @@ def _filled(shape: list[int], dtype: Any, random: Random) -> np.ndarray:
     return np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype=dtype).reshape(shape)
 
 
-@examples(400)
+@examples(160)
 @given(numbers)
 def _arrays(number: int) -> None:
     random = Random(number)

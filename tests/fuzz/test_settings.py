@@ -52,7 +52,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("settings") / "c.yaml"
 
 
-@examples(200)
+@examples(80)
 @given(numbers)
 def _spoilt_text(file: Path, number: int) -> None:
     random = Random(number)
@@ -72,7 +72,7 @@ tokens = st.sampled_from(
 )  # fmt: skip
 
 
-@examples(250)
+@examples(100)
 @given(st.lists(tokens, max_size=40).map("".join))
 def _made_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
@@ -84,7 +84,7 @@ def test_text_made_of_yaml_tokens(file: Path) -> None:
     _made_text(file)
 
 
-@examples(400)
+@examples(160)
 @given(numbers)
 def test_spoilt_values(number: int) -> None:
     random = Random(number)
@@ -99,7 +99,7 @@ def test_spoilt_values(number: int) -> None:
         valid(load_config, spoilt)
 
 
-@examples(200)
+@examples(80)
 @given(st.lists(tokens | st.sampled_from(["private.steps=", "private", ".", "=", "program.params.x="]), max_size=10))
 def test_assignments(parts: list[str]) -> None:
     tried["settings"] += 1
@@ -111,7 +111,7 @@ def test_assignments(parts: list[str]) -> None:
         accepted["settings"] += 1
 
 
-@examples(200)
+@examples(80)
 @given(numbers)
 def test_programs_with_spoilt_parameters(number: int) -> None:
     """What the configuration lets through as parameters of a program is judged by the program."""
