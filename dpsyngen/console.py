@@ -90,7 +90,9 @@ class Console:
     def show(self, progress: Progress) -> None:
         """Say how far `progress` is; called every ``progress.every`` seconds at most."""
         # The note is left out of JSON, as it may be a figure of private images.
-        self._say(progress.line(), "progress", **progress.figures())
+        count = {"title": progress.title, "done": progress.done, "total": progress.total, "unit": progress.unit}
+        speed = {"per_second": round(progress.rate(), 4), "seconds_left": round(progress.left(), 1)}
+        self._say(progress.line(), "progress", **count, **speed)
 
     def show_end(self, progress: Progress, failed: bool) -> None:
         """Say that `progress` has ended."""
@@ -107,14 +109,7 @@ class Console:
 
 
 class Progress:
-    """Counts units of work, and shows the count every ten seconds and at the end; a context manager.
-
-    Attributes:
-        title: what is being done.
-        done, total: units of work.
-        unit: name of a unit, in the plural.
-        start: units that were done before, in a resumed run.
-    """
+    """Counts units of work, and shows the count every ten seconds and at the end; a context manager."""
 
     every = 10.0
 
@@ -164,11 +159,6 @@ class Progress:
         # Before the first unit there is no rate.
         speed = f", {speed}, {_clock(self.left())} left" if self.done > self.start else ""
         return f"{self.title}: {self.done:,}/{self.total:,} {self.unit}{speed}  {self.note}".rstrip()
-
-    def figures(self) -> dict[str, Any]:
-        """The same for programs, without the note."""
-        count = {"title": self.title, "done": self.done, "total": self.total, "unit": self.unit}
-        return count | {"per_second": round(self.rate(), 4), "seconds_left": round(self.left(), 1)}
 
 
 class _Bar(Progress):
@@ -243,6 +233,7 @@ class NotebookConsole(Console):
         """A bar for `total` units of work, `start` of which were done before."""
         bar = super().progress(title, total, unit, start)
         bar.every = 0.3  # seconds, as each drawing is a message to the browser
+        self.show(bar)
         return bar
 
     def show(self, progress: Progress) -> None:

@@ -26,7 +26,7 @@ from dpsyngen.files import write_text
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.checkpoint import TrainState, describe_checkpoints
 from dpsyngen.training.findings import Facts, Finding, by_severity, of_losses, of_private_training, released
-from dpsyngen.training.log import JsonLines
+from dpsyngen.training.log import JsonLines, Step
 from dpsyngen.training.plan import stages_of
 from dpsyngen.training.private import charged_mechanisms
 from dpsyngen.training.run import Run
@@ -81,43 +81,26 @@ def answers_finite(denoiser: NetworkDenoiser, shape: tuple[int, int, int]) -> bo
     return bool(torch.isfinite(answer).all())
 
 
-class FiniteGuard:
-    """Ends a phase when its network is no longer finite, and writes that down.
+def require_finite(
+    private: Path, state: TrainState, report: Step, learning_rate: float, shape: tuple[int, int, int], *, last: bool
+) -> None:
+    """End a phase whose network is no longer finite, and write that down in the run's private folder.
 
-    Args:
-        private: the run's private folder.
-        phase: name of the phase.
-        learning_rate: its learning rate, for the message.
-        option: the option that sets it.
-        shape: (C, H, W) of an image.
+    It looks at the weights, and after steps 1, 2, 4, 8, … and where `last` is set (before a checkpoint or a release) at
+    their average and the network's answers: a network that breaks mostly does so early, and a forward pass costs.
+
+    Raises:
+        RunError: something is not finite.  No checkpoint may be written then.
     """
-
-    def __init__(
-        self, private: Path, phase: str, learning_rate: float, option: str, shape: tuple[int, int, int]
-    ) -> None:
-        self.private, self.phase, self.shape = private, phase, shape
-        self.learning_rate, self.option = learning_rate, option
-
-    def check(self, state: TrainState, step: int, *, last: bool = False) -> None:
-        """Look at the weights; now and then, and where `last` is set, also at their average and the network's answers.
-
-        Args:
-            state: after the step.
-            step: steps done, from 1.
-            last: before a checkpoint or a release.
-
-        Raises:
-            RunError: something is not finite.  No checkpoint may be written then.
-        """
-        good = weights_finite(state.module)
-        # Steps 1, 2, 4, 8, …: a network that breaks mostly does so early, and a forward pass at each step would cost.
-        if good and (last or step & (step - 1) == 0):
-            assert isinstance(state.module, NetworkDenoiser)
-            good = tensors_finite(state.ema.average.values()) and answers_finite(state.module, self.shape)
-        if not good:
-            finding = not_finite_weights(self.phase, step, self.learning_rate, self.option)
-            write_text(_record(self.private), json.dumps(finding.to_dict(), ensure_ascii=False) + "\n", 0o600)
-            raise _stopped(finding)
+    good = weights_finite(state.module)
+    if good and (last or report.step & (report.step - 1) == 0):
+        assert isinstance(state.module, NetworkDenoiser)
+        good = tensors_finite(state.ema.average.values()) and answers_finite(state.module, shape)
+    if not good:
+        option = "--lr" if report.private else "--set public.learning_rate=…"
+        finding = not_finite_weights(report.phase, report.step, learning_rate, option)
+        write_text(_record(private), json.dumps(finding.to_dict(), ensure_ascii=False) + "\n", 0o600)
+        raise _stopped(finding)
 
 
 def stopped_because(private: Path) -> Finding | None:

@@ -30,7 +30,7 @@ from dpsyngen.privacy.budget import Budget
 from dpsyngen.programs import TIERS
 from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints, save_file
 from dpsyngen.training.follower import PRIVATE, PUBLIC, SET_UP, Setting
-from dpsyngen.training.health import FiniteGuard, require_not_stopped
+from dpsyngen.training.health import require_finite, require_not_stopped
 from dpsyngen.training.log import (
     JsonLines,
     Note,
@@ -382,9 +382,7 @@ class Training:
         self.checkpoints.load(phase, state, c.steps, charged_steps(self.ledger) if private else None)
         for name in self.checkpoints.damaged[told:]:
             self.hooks.on_event(Note(f"a damaged checkpoint was passed over: {name}"))
-        option = "--lr" if private else "--set public.learning_rate=…"
         shape = (self.plan.shape.channels, self.plan.shape.resolution, self.plan.shape.resolution)
-        guard = FiniteGuard(self.run.private, phase, c.learning_rate, option, shape)
         board = None
         if self.config.logging.tensorboard:
             board = TensorBoard(self.run.private, phase, state.step, self.hooks.on_event)
@@ -394,11 +392,12 @@ class Training:
                 log.write(report, seconds)
                 saves = report.step % c.checkpoint_every == 0 or self.stop_requested
                 # Before a checkpoint is written: the last one stays finite.
-                guard.check(state, report.step, last=saves or report.step == c.steps)
+                last = saves or report.step == c.steps
+                require_finite(self.run.private, state, report, c.learning_rate, shape, last=last)
                 if private and board is not None:
                     self._draw(board, state, report)
                 yield report
-                if report.step % c.checkpoint_every == 0 or self.stop_requested:
+                if saves or self.stop_requested:
                     log.sync()
                     self.checkpoints.save(phase, state)
                 if self.stop_requested:
