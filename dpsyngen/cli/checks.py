@@ -24,14 +24,12 @@ PROBLEMS = 5
 def memorisation(
     run: RunArgument,
     held_out: Annotated[
-        str | None, typer.Option(help="real images that were not trained on: the control, such as digits:test")
+        str | None, typer.Option(help="real images not trained on: the control, as digits:test")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="the training images, if they have moved; default: the run's")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="the training images, if they have moved")] = None,
     count: Annotated[int, typer.Option("-n", "--count", help="number of generated images")] = 1000,
     features: Annotated[
-        str, typer.Option(help="comma-separated: pixels, pixels-pca, efficientnet-lite0, inception")
+        str, typer.Option(help="comma-separated: pixels, pixels-pca, efficientnet-lite0, …")
     ] = "pixels",
     seed: Annotated[int, typer.Option(help="seed of the generated images and of subsets")] = 0,
     device: Device = "auto",
@@ -73,9 +71,7 @@ def _lines(result: Memorisation) -> Iterator[str]:
 
 
 def doctor(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="a run directory; without one, the machine is looked at")
-    ] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="a run; without one, the machine")] = None,
     machine: Annotated[bool, typer.Option("--machine", help="look at the machine, too")] = False,
     device: AskedDevice = "auto",
     quiet: Quiet = False,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.cli.options import AsJson, Device, Quiet
-from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.errors import ConfigError, DataError, require
 
 if TYPE_CHECKING:
     from dpsyngen.console import Console
@@ -26,26 +26,15 @@ FAILED = 4
 
 
 def compare(
-    spec: Annotated[
-        str,
-        typer.Argument(
-            metavar="SPEC", help="a YAML file, a specification that ships with dpsyngen, or an experiment's folder"
-        ),
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="folder of the experiment, to make or to go on with; all of it is PRIVATE")
-    ] = None,
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="YAML file, name that ships, or experiment's folder")],
+    out: Annotated[Path | None, typer.Option(help="folder to make or to go on with; all of it is PRIVATE")] = None,
     data: Annotated[str | None, typer.Option(help="private images instead of data.train")] = None,
     test: Annotated[str | None, typer.Option(help="real test images instead of data.test")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only say what would be done, what it costs and how long it takes")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done, cost and take")] = False,
     processes: Annotated[int, typer.Option(help="runs at a time, each with its share of the cores")] = 1,
     retry: Annotated[bool, typer.Option("--retry", help="try failed jobs again")] = False,
     tables: Annotated[bool, typer.Option("--tables", help="only write tables and report of what is there")] = False,
-    gpu_teraflops: Annotated[
-        float | None, typer.Option(help="sustained rate that the GPU-hours of --dry-run assume")
-    ] = None,
+    gpu_teraflops: Annotated[float | None, typer.Option(help="sustained rate that --dry-run assumes of a GPU")] = None,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -56,10 +45,8 @@ def compare(
     from dpsyngen.hardware import check_device
 
     console = Console(quiet, as_json)
-    if not 1 <= processes <= 1024:
-        raise ConfigError(f"--processes is {processes}, but must be from 1 to 1,024.")
-    if gpu_teraflops is not None and not 0 < gpu_teraflops < 1e6:
-        raise ConfigError(f"--gpu-teraflops is {gpu_teraflops}, but must be above 0.")
+    require(1 <= processes <= 1024, "--processes", processes, "from 1 to 1,024")
+    require(gpu_teraflops is None or 0 < gpu_teraflops < 1e6, "--gpu-teraflops", gpu_teraflops, "above 0")
     if numbers()[1] > 1 and processes != 1:
         raise ConfigError("--processes does not go with torchrun, which starts the processes itself.")
     experiment: Experiment | None = None
@@ -79,9 +66,9 @@ def compare(
                     with ranks.lead("jobs", folder=out.absolute()):
                         ranks.agree(lambda: None)
         else:
-            console = Console(quiet=True)
+            console, device = Console(quiet=True), device_of(device, ranks)
             while (command := ranks.next_command()).name != END:
-                experiment, device = ranks.agree(partial(_opened, command.values["folder"], device, ranks))
+                experiment = ranks.agree(partial(_opened, command.values["folder"], device))
     # From here on they meet in the experiment's folder only: no job has to wait for another.
     if experiment is None:
         return
@@ -91,15 +78,13 @@ def compare(
         _finish(console, experiment)
 
 
-def _opened(folder: Path, device: str, ranks: Ranks) -> tuple[Experiment, str]:
-    """In a follower: the experiment that the main process has made, and the device of this one."""
-    from dpsyngen.distributed import device_of
+def _opened(folder: Path, device: str) -> Experiment:
+    """In a follower: the experiment that the main process has made."""
     from dpsyngen.experiments.experiment import Experiment
     from dpsyngen.hardware import check_device
 
-    own = device_of(device, ranks)
-    check_device(own)
-    return Experiment(folder), own
+    check_device(device)
+    return Experiment(folder)
 
 
 def _spec(given: str, out: Path | None, data: str | None, test: str | None) -> tuple[Spec, Path | None]:
@@ -166,15 +151,12 @@ def _work(console: Console, experiment: Experiment, processes: int, device: str,
     done = sum(s.state == "done" for s in experiment.statuses().values())
     with console.progress("jobs", total, "jobs", start=done) as progress:
         if processes > 1:
-            pool.processes(
-                experiment,
-                processes,
-                device,
-                retry=retry,
-                watch=lambda statuses: progress.update(_finished(statuses), _running(statuses)),
-            )
-            return
 
+            def watch(statuses: dict[str, Status]) -> None:
+                progress.update(_finished(statuses), _running(statuses))
+
+            pool.processes(experiment, processes, device, retry=retry, watch=watch)
+            return
         finished = done
 
         def tell(job: Job, doing: str, at: int, of: int) -> None:
@@ -215,26 +197,14 @@ def _finish(console: Console, experiment: Experiment) -> None:
     left = [name for name, s in statuses.items() if s.state not in ("done", "failed")]
     done = len(statuses) - len(failed) - len(left)
     experiment.note(failed=failed, missing=left, seconds=experiment.seconds())
-    document: dict[str, Any] = {
-        "path": experiment.path,
-        "jobs": len(statuses),
-        "done": done,
-        "failed": failed,
-        "left": left,
-        "seconds": experiment.seconds(),
-        "report": None,
-        "files": [],
-        "answers": [],
-    }
+    document: dict[str, Any] = {"path": experiment.path, "jobs": len(statuses), "done": done, "failed": failed}
+    document |= {"left": left, "seconds": experiment.seconds(), "report": None, "files": [], "answers": []}
     lines = [f"failed: {name}: {error}" for name, error in failed.items()]
     if done:
         paths = write_results(experiment.path)
         report = write_comparison(experiment.path, console.note)
         document |= {"report": report, "files": paths}
-        document["answers"] = [
-            {"epsilon": a.epsilon, "headline": a.headline, "lines": a.lines}
-            for a in answers(View(Results.load(experiment.path)))
-        ]
+        document["answers"] = [a._asdict() for a in answers(View(Results.load(experiment.path)))]
         if not console.as_json:
             print_tables(experiment.path, console)
         lines += [f"PRIVATE figures: {', '.join(str(p) for p in paths)}", f"PRIVATE report:  {report}"]
@@ -251,9 +221,6 @@ def _finish(console: Console, experiment: Experiment) -> None:
     console.result(document, lines)
     if code:
         raise typer.Exit(code)
-
-
-# ---------------------------------------------------------------------------------------------- dry run
 
 
 def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, teraflops: float | None) -> None:
@@ -273,16 +240,14 @@ def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, terafl
     lines = _lines(spec, jobs, left, shape, cost)
     rate = teraflops or GPU_TERAFLOPS
     core, share = ("core-", f"; {os.cpu_count() or 1} cores here") if device == "cpu" else ("", "")
-    lines.append(
-        f"time         about {hours(found.total, core)} (public {hours(found.public, core)}, private "
-        f"{hours(found.private, core)}, sampling {hours(found.sampling, core)}, evaluation "
-        f"{hours(found.evaluation, core)}; references not counted), from steps measured on {device}{share}"
-    )
+    parts = ", ".join(f"{k} {hours(getattr(found, k), core)}" for k in ("public", "private", "sampling", "evaluation"))
     flops = found.public_flops + found.private_flops
-    lines.append(
+    lines += [
+        f"time         about {hours(found.total, core)} ({parts}; references not counted), from steps measured on "
+        f"{device}{share}",
         f"GPU          about {found.gpu_hours(rate):.3g} GPU-hours for {flops:.2g} floating-point operations of "
-        f"training, if a GPU sustains {rate:g} teraflops (an assumption; --gpu-teraflops)"
-    )
+        f"training, if a GPU sustains {rate:g} teraflops (an assumption; --gpu-teraflops)",
+    ]
     limit = spec.cost.hours
     if limit is not None and found.total > 3600 * limit:
         lines.append(f"BEYOND       cost.hours = {limit:g}: no run is started after that")
@@ -322,6 +287,3 @@ def _lines(spec: Spec, jobs: Any, left: Any, shape: Shape, cost: PrivacyCost) ->
     if cost.limit is not None:
         lines.append(f"             within cost.total_epsilon = {cost.limit:g}")
     return lines
-
-
-__all__ = ["FAILED", "compare"]

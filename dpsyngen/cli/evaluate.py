@@ -9,6 +9,12 @@ import typer
 
 from dpsyngen.cli.options import AsJson, Device, Quiet, RunArgument
 
+_FEATURES = (
+    "comma-separated: pixels-pca, efficientnet-lite0, inception, or your own, path/to/module.py:name or "
+    "package.module:name, which is run and sees private images"
+)
+METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage", "sliced-wasserstein")
+
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -17,30 +23,15 @@ def _names(text: str) -> list[str]:
 def evaluate(
     run: RunArgument,
     data: Annotated[str | None, typer.Option(help="real training images; default: the run's")] = None,
-    test: Annotated[
-        str | None,
-        typer.Option(help="real test images: with labels for the accuracy score, and the floor of the others"),
-    ] = None,
+    test: Annotated[str | None, typer.Option(help="real test images: for the accuracy score and the floors")] = None,
     count: Annotated[int, typer.Option("-n", "--count", help="number of generated images")] = 10_000,
-    features: Annotated[
-        str,
-        typer.Option(
-            help="comma-separated: pixels-pca, efficientnet-lite0, inception, or your own, path/to/module.py:name or "
-            "package.module:name, which is run and sees private images"
-        ),
-    ] = "pixels-pca,efficientnet-lite0",
-    metrics: Annotated[
-        str, typer.Option(help="comma-separated, '' for none; default: all, see docs/metrics.md")
-    ] = "frechet,kid,precision,recall,density,coverage,sliced-wasserstein",
-    classifiers: Annotated[
-        str, typer.Option(help="comma-separated: logreg, mlp, cnn, resnet; '' for none")
-    ] = "logreg,mlp,cnn",
-    bootstrap: Annotated[int, typer.Option(help="bootstrap replicates for the 95 % intervals; 0: no intervals")] = 200,
+    features: Annotated[str, typer.Option(help=_FEATURES)] = "pixels-pca,efficientnet-lite0",
+    metrics: Annotated[str, typer.Option(help="comma-separated, '' for none; see docs/metrics.md")] = ",".join(METRICS),
+    classifiers: Annotated[str, typer.Option(help="among logreg, mlp, cnn, resnet; '' for none")] = "logreg,mlp,cnn",
+    bootstrap: Annotated[int, typer.Option(help="replicates for the 95 % intervals; 0: no intervals")] = 200,
     max_images: Annotated[int, typer.Option(help="of each set, for the metrics; a random subset beyond that")] = 10_000,
     inception_weights: Annotated[Path | None, typer.Option(help="weights file for inception")] = None,
-    cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="keep features of real images in the run's private half")
-    ] = True,
+    cache: Annotated[bool, typer.Option(help="keep features of real images in the run's private half")] = True,
     sampler: Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")] = None,
     steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")] = None,
@@ -82,11 +73,8 @@ def evaluate(
             )
     path, lines = run / "private" / "metrics.json", []
     for row in metric_rows(result):
-        bounds = [
-            f"{what} {text}"
-            for what, text in (("95 %", row.interval), ("floor", row.floor), ("ceiling", row.ceiling))
-            if text
-        ]
+        known = (("95 %", row.interval), ("floor", row.floor), ("ceiling", row.ceiling))
+        bounds = [f"{what} {text}" for what, text in known if text]
         lines.append(f"{row.name:<48} {row.value:>10}   {'; '.join([*bounds, row.note])}")
     lines.append(f"PRIVATE figures, kept in {path}: publishing them costs privacy")
     console.result({"path": path, "result": result}, lines)

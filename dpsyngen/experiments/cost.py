@@ -326,9 +326,8 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
             continue
         c = with_batch(job.config, shape.records)
         stages = stages_of(c)
-        kind = (stages.moments, stages.gaussian)
         sizes = (c.network.size, c.private.copies, c.public.copies, min(c.private.batch, 64), c.program.name)
-        signature = repr((*kind, *sizes))
+        signature = repr((stages.moments, stages.gaussian, *sizes))
         if signature not in times:
             times[signature] = measure(c, shape, device)
         t = times[signature]
@@ -367,24 +366,14 @@ def _evaluation_seconds(spec: Spec, shape: Shape, device: str) -> float:
         begun = now_is()
         extractor(images)
         seconds += (now_is() - begun) / count * min(e.max_images, spec.sampling.images)
-    if shape.num_classes > 1:
+    if shape.num_classes > 1 and e.classifiers:
         labels = np.arange(count, dtype=np.int64) % shape.num_classes
         made = round((1 - HELD_OUT) * spec.sampling.images)
-
-        def train(name: str, epochs: int) -> float:
-            begun = now_is()
-            sets, options = (images, labels, images, labels), {"epochs": epochs, "device": device}
-            classification_accuracy(*sets, num_classes=shape.num_classes, classifiers=(name,), **options)
-            return now_is() - begun
-
         for name in e.classifiers:
-            if name == "logreg":
-                seconds += train(name, 1) / count * spec.sampling.images
-            else:
-                # The difference leaves out what is done once, such as compiling and scoring.
-                train(name, 1)
-                epoch = max(train(name, 6) - train(name, 1), 0.0) / 5 / count
-                seconds += epoch * spec.sampling.images * default_epochs(name, made)
+            begun, sets = now_is(), (images, labels, images, labels)
+            classification_accuracy(*sets, num_classes=shape.num_classes, classifiers=(name,), epochs=5, device=device)
+            epochs = 5 if name == "logreg" else default_epochs(name, made)
+            seconds += (now_is() - begun) / count * spec.sampling.images * epochs / 5
     return seconds
 
 

@@ -260,13 +260,7 @@ def settings_by_rule(records: int, epsilon: float) -> dict[str, Any]:
 
 
 class DpClassifier:
-    """A linear classifier, all weights zero, on the scattering features of images.
-
-    Args:
-        shape: [C, H, W] of the images.
-        classes: number of classes.
-        device: where to compute.
-    """
+    """A linear classifier, all weights zero at first, on the scattering features of images of `shape` [C, H, W]."""
 
     def __init__(self, shape: tuple[int, ...], classes: int, *, device: str = "cpu") -> None:
         self.device, self._features = device, Scattering(shape)
@@ -307,14 +301,8 @@ def train_dp_classifier(
     at once, so a training that is broken off cannot be resumed.  `on_progress` tells the number of the step and nothing
     of the data.
 
-    Args:
-        classifier: trained in place.
-        inputs: of the private images, see :meth:`DpClassifier.prepared`.
-        labels: their classes [N].
-        settings: the constants.
-        ledger: see above.
-        randomness: secret streams; its step numbers from 0 are used up.
-        on_progress: called with a line now and then.
+    `inputs` are those of the private images, see :meth:`DpClassifier.prepared`; `randomness` are secret streams, whose
+    step numbers from 0 are used up.
 
     Raises:
         BudgetExceeded: the training would exceed the ledger's target; nothing was trained.

@@ -45,14 +45,9 @@ State = Literal["waiting", "running", "stopped", "failed", "done"]
 
 @dataclass(frozen=True)
 class Status:
-    """How far a job is.
+    """How far a job is: what it is at, how much of that is done, why it failed, and its computing time so far.
 
-    Attributes:
-        state: "stopped": begun, and nobody is at it.
-        doing: what it is at, in words.
-        done, total: of that.
-        error: why it failed.
-        seconds: computing time so far.
+    "stopped" is begun, and nobody is at it.
     """
 
     state: State
@@ -64,14 +59,7 @@ class Status:
 
 
 class Experiment:
-    """One experiment.
-
-    Args:
-        path: an existing folder (see :meth:`create`).
-
-    Attributes:
-        spec: what it is.
-        jobs: what it consists of.
+    """One experiment, in an existing folder (see :meth:`open_or_create`).
 
     Raises:
         RunError: not the folder of an experiment, or of another format.
@@ -185,7 +173,6 @@ class Experiment:
         return str(failed.get("error")) if failed.get("measured") == self.measure_digest(job) else None
 
     def statuses(self) -> dict[str, Status]:
-        """Of all jobs, by name."""
         return {job.name: self.status(job) for job in self.jobs}
 
     def seconds(self) -> float:
@@ -226,11 +213,8 @@ def claimed(path: Path) -> Iterator[bool]:
 class Clock:
     """Computing time of a job, by what it was spent on; it goes on where a killed process left it.
 
-    On a CPU it counts core-seconds: they mean the same on a busy machine and on an idle one.
-
-    Args:
-        path: where it is kept, every few seconds.
-        device: where the job computes; elsewhere than on a CPU the time on the wall is counted.
+    On a CPU it counts core-seconds, which mean the same on a busy machine and on an idle one; elsewhere the time on the
+    wall.  It is kept in a file, every few seconds.
     """
 
     every = 5.0
@@ -257,7 +241,6 @@ class Clock:
         self.spent[what] = self.spent.get(what, 0.0) + seconds
 
     def save(self) -> None:
-        """Write it."""
         own = sum(v for k, v in self.spent.items() if not k.startswith("shared"))
         write_text(self.path, _json({**self.spent, "total": own}), 0o600)
 
@@ -283,13 +266,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class PublicNetwork:
-    """A network that a run trains on programs.
-
-    Attributes:
-        phase: name of the phase.
-        network: name of the network.
-        key: digest of everything that decides its weights.
-    """
+    """A network that a run trains on programs: its phase, its name, and a digest of all that decides its weights."""
 
     phase: str
     network: str
@@ -320,12 +297,8 @@ def networks_of(config: Config, stages: StageMap, shape: Shape) -> tuple[PublicN
 def shared(training: Training, folder: Path, waiting: Callable[[PublicNetwork], None]) -> Iterator[SharedNetworks]:
     """Give a run the public networks that are there, and hold the places of those that it has to train.
 
-    A place is held until its network is there for the others, not until the run ends.
-
-    Args:
-        training: the run.
-        folder: where the networks of the experiment are.
-        waiting: called twice a second while another process trains a network that the run needs; may raise.
+    A place is held until its network is there for the others, not until the run ends.  `waiting` is called twice a
+    second while another process trains a network that the run needs; it may raise.
     """
     with ExitStack() as stack:
         wanted = networks_of(training.config, training.plan.stages, training.plan.shape)
@@ -382,10 +355,7 @@ class SharedNetworks:
             data = run.weights(one.network).read_bytes()
             write_atomically(place / "weights.safetensors", lambda p, data=data: p.write_bytes(data))  # type: ignore[misc]
             lines = JsonLines(run.release / "public_training.jsonl", 0o644).read()
-            about = {
-                "phase": one.phase,
-                "seconds": seconds.get(one.phase, 0.0),
-                "log": [line for line in lines if line["phase"] == one.phase],
-            }
+            log = [line for line in lines if line["phase"] == one.phase]
+            about = {"phase": one.phase, "seconds": seconds.get(one.phase, 0.0), "log": log}
             write_text(place / "about.json", json.dumps(about) + "\n", 0o600)
             self._held.pop(one.key, ExitStack()).close()

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
+from dpsyngen.config import Config
 from dpsyngen.experiments.results import Figure, JobResult, Results
-from dpsyngen.experiments.spec import programs_share
 from dpsyngen.experiments.statistics import (
     Better,
     Comparison,
@@ -24,6 +24,7 @@ from dpsyngen.experiments.statistics import (
     seeds_in_words,
     summarise,
 )
+from dpsyngen.training.plan import stages_of
 
 VARIANT_NAMES = {
     "dpdm": "DPDM",
@@ -67,13 +68,7 @@ def epsilon_name(epsilon: float) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure that runs are compared by.
-
-    Attributes:
-        metric: "accuracy" or a metric of features.
-        on: classifier or feature extractor.
-        better: which direction is better.
-    """
+    """A figure that runs are compared by: "accuracy" or a metric of features, `on` a classifier or an extractor."""
 
     metric: str
     on: str
@@ -133,16 +128,9 @@ class Row:
 
 
 class View:
-    """The results of an experiment, by measure, ε and row.
+    """The results of an experiment, by measure (accuracies first), ε (smallest first) and row (in the order of tables).
 
-    Args:
-        results: of the experiment.
-        baseline: variant that the others are compared with; None: the one of the specification.
-
-    Attributes:
-        rows: variants with their settings, in the order of tables.
-        epsilons: smallest first.
-        measures: accuracies first.
+    `baseline` is the variant that the others are compared with; None: the one of the specification.
     """
 
     def __init__(self, results: Results, baseline: str | None = None) -> None:
@@ -189,7 +177,7 @@ class View:
         return {name: values for name, values in found.items() if values}
 
     def programs_share(self, row: Row) -> float | None:
-        """See :func:`dpsyngen.experiments.spec.programs_share`; None where the specification has no such run."""
+        """See :func:`programs_share`; None where the specification has no such run."""
         if self.results.experiment is None:
             return None
         for job in self.results.experiment.jobs:
@@ -264,6 +252,12 @@ class View:
                     parts = [f"{value:,g} ({', '.join(names)})" for value, names in values.items()]
                     out.append(f"{epsilon_name(epsilon)}: {what} {'; '.join(parts)}")
         return out
+
+
+def programs_share(config: Config) -> float:
+    """Share of the training noise levels, by their density, that programs alone train; 0 for DPDM and Residual."""
+    levels = NormalDist(config.network.noise_mean, config.network.noise_std)
+    return sum(levels.cdf(stage.high) - levels.cdf(stage.low) for stage in stages_of(config).public)
 
 
 def row_of(job: JobResult) -> Row:

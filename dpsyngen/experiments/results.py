@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.errors import ConfigError, RunError, printable
@@ -30,145 +31,7 @@ FIXED = (
 _NUMBERS = {"epsilon", "delta", "value", "low", "high", "floor", "ceiling"}
 
 
-@dataclass(frozen=True)
-class JobResult:
-    """One finished job, as its file states it.
-
-    Attributes:
-        job: its name.
-        kind: "run", or a reference: "real", "programs", "dp-classifier".
-        variant: "" for a reference.
-        epsilon: ε, infinite without privacy.
-        delta: δ, None without privacy.
-        seed: of the grid.
-        settings: what is varied beyond variant, ε and seed, by full name.
-        label: short name of the settings.
-        private: False if its noise could be predicted.
-        facts: steps, seconds and so on; numbers by name.
-        release: folder of the generator in the experiment's folder, or None.
-        evaluation: what :func:`dpsyngen.evaluation.evaluate_images` found.
-        seconds_unit: "core-seconds" on a CPU, "seconds" elsewhere.
-    """
-
-    job: str
-    kind: Literal["run", "real", "programs", "dp-classifier"]
-    variant: str
-    epsilon: float
-    delta: float | None
-    seed: int
-    settings: dict[str, Any]
-    label: str
-    private: bool
-    facts: dict[str, float]
-    release: str | None
-    evaluation: dict[str, Any] = field(repr=False)
-    seconds_unit: str = "seconds"
-
-    @classmethod
-    def parse(cls, text: str, name: str) -> JobResult:
-        """From the text of ``results/<name>.json``.
-
-        Raises:
-            ValueError: it is not such a file; the message says why.
-        """
-        try:
-            v = json.loads(text)
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        if not isinstance(v, dict):
-            raise ValueError("it holds no object")
-        try:
-            kind, evaluation, release = v["kind"], v["evaluation"], v.get("release")
-            facts = {str(k): _number(x, k) for k, x in (v.get("facts") or {}).items() if is_number(x)}
-            out = cls(
-                job=str(v["job"]),
-                kind=kind,
-                variant=str(v["variant"]),
-                epsilon=math.inf if v["epsilon"] in ("inf", None) else _number(v["epsilon"], "epsilon"),
-                delta=None if v.get("delta") is None else _number(v["delta"], "delta"),
-                seed=int(v["seed"]),
-                settings=dict(v.get("settings") or {}),
-                label=str(v.get("label") or ""),
-                private=bool(v.get("private", True)),
-                facts=facts,
-                release=None if release is None else str(release),
-                evaluation=dict(evaluation or {}),
-                seconds_unit=str((v.get("facts") or {}).get("seconds_unit", "seconds")),
-            )
-        except KeyError as error:
-            raise ValueError(f"it has no {error}") from None
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"something has the wrong type ({error})") from None
-        if kind not in KINDS:
-            raise ValueError(f"kind is {printable(repr(kind), 60)}")
-        if out.job != name:
-            raise ValueError(f"it is about the job {printable(out.job, 60)}")
-        if kind == "run" and not out.variant:
-            raise ValueError("it is a run without a variant")
-        if release is not None and (PurePosixPath(release).is_absolute() or ".." in PurePosixPath(release).parts):
-            raise ValueError("its release lies outside the experiment")
-        list(out.figures())  # so that what is wrong in the figures shows here
-        return out
-
-    @property
-    def seconds_training(self) -> float | None:
-        """Of public and private training together; None if neither was taken."""
-        if "seconds_training" in self.facts:
-            return self.facts["seconds_training"]
-        parts = [self.facts[k] for k in ("seconds_public", "seconds_private") if k in self.facts]
-        return sum(parts) if parts else None
-
-    @property
-    def images_seen(self) -> float | None:
-        """Expected number of private images that training used, each time counted; None if unknown."""
-        f = self.facts
-        if "private_images_seen" in f:
-            return f["private_images_seen"]
-        return f["steps"] * f["batch"] if {"steps", "batch"} <= f.keys() else None
-
-    @property
-    def images_of_steps(self) -> float | None:
-        """The same without those that DP moments were taken of, which no network saw."""
-        seen = self.images_seen
-        return None if seen is None else seen - self.facts.get("moments_images_seen", 0)
-
-    def figures(self) -> Iterator[Figure]:
-        """Everything that was measured on this job.
-
-        Raises:
-            ValueError: the evaluation does not have the form that it should.
-        """
-        try:
-            names = [str(n) for n in self.evaluation.get("class_names") or ()]
-            for on, c in (self.evaluation.get("cas") or {}).items():
-                yield from _cas_figures(str(on), c, names)
-            for on, f in (self.evaluation.get("features") or {}).items():
-                images = f.get("generated_images")
-                for metric, m in f["metrics"].items():
-                    yield Figure(
-                        str(metric),
-                        str(on),
-                        "",
-                        _number(m["value"], metric),
-                        low=_optional(m, "low"),
-                        high=_optional(m, "high"),
-                        floor=_optional(m, "floor"),
-                        ceiling=_optional(m, "ceiling"),
-                        better=_direction(m.get("better", "lower")),
-                        images=None if images is None else int(images),
-                    )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"its evaluation has not the right form ({error!r})") from None
-        facts = dict(self.facts)
-        if self.seconds_training is not None:
-            facts["seconds_training"] = self.seconds_training
-        if self.images_seen is not None:
-            facts["private_images_seen"] = self.images_seen
-        for name in sorted(facts):
-            yield Figure(name, "", "", facts[name], unit=self.seconds_unit if name.startswith("seconds_") else "")
-
-
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False))
 class Figure:
     """One number.
 
@@ -178,9 +41,8 @@ class Figure:
         of_class: name of the class, for class-wise accuracy; "" for all classes.
         value: it.
         low, high: 95 % interval from this run's images alone: it does not hold the spread between seeds.
-        floor: what real test images get.
-        ceiling: what images drawn by programs get.
-        better: "lower" or "higher"; None for a fact.
+        floor, ceiling: what real test images get, and what images drawn by programs get.
+        better: None for a fact.
         unit: "share" is a number from 0 to 1.
         images: number of generated images (features) or real test images (accuracy).
     """
@@ -198,41 +60,110 @@ class Figure:
     images: int | None = None
 
 
-def _cas_figures(on: str, c: dict[str, Any], names: list[str]) -> Iterator[Figure]:
-    images = c.get("n_test")
-    count = None if images is None else int(images)
-    low, high = _optional(c, "accuracy_low"), _optional(c, "accuracy_high")
-    value = _number(c["accuracy"], "accuracy")
-    yield Figure("accuracy", on, "", value, low, high, better="higher", unit="share", images=count)
-    if c.get("validation_accuracy") is not None:
-        value = _number(c["validation_accuracy"], "validation_accuracy")
-        yield Figure("validation_accuracy", on, "", value, better="higher", unit="share", images=c.get("n_validation"))
-    for number, share in enumerate(c.get("per_class_accuracy") or ()):
-        if share is not None:
-            name = names[number] if number < len(names) else str(number)
-            yield Figure("accuracy", on, name, _number(share, "accuracy"), better="higher", unit="share")
+class JobResult(BaseModel):
+    """One finished job, as its file states it.
+
+    `variant` is "" for a reference, `epsilon` infinite and `delta` None without privacy, `settings` what is varied
+    beyond variant, ε and seed, by full name, and `label` its short name; `private` is False if the noise could be
+    predicted, `facts` are steps, seconds and so on, `release` the folder of the generator in the experiment's folder,
+    and `evaluation` what :func:`dpsyngen.evaluation.evaluate_images` found.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    job: str
+    kind: Literal["run", "real", "programs", "dp-classifier"]
+    variant: str
+    epsilon: float
+    delta: float | None = None
+    seed: int
+    settings: dict[str, Any] = {}
+    label: str = ""
+    private: bool = True
+    facts: dict[str, Any] = {}
+    release: str | None = None
+    evaluation: Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})] = Field(repr=False)
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> JobResult:
+        """Read the text of ``results/<name>.json``.
+
+        Raises:
+            ValueError: it is not such a file; the message says why.
+        """
+        try:
+            out = cls.model_validate_json(text)
+            list(out.figures())  # so that what is wrong in the figures shows here
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 200)) from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"its evaluation has not the right form ({error!r})") from None
+        if out.job != name:
+            raise ValueError(f"it is about the job {printable(out.job, 60)}")
+        if out.kind == "run" and not out.variant:
+            raise ValueError("it is a run without a variant")
+        place = PurePosixPath(out.release or "")
+        if place.is_absolute() or ".." in place.parts:
+            raise ValueError("its release lies outside the experiment")
+        return out
+
+    @property
+    def seconds_unit(self) -> str:
+        """ "core-seconds" on a CPU, "seconds" elsewhere."""
+        return str(self.facts.get("seconds_unit", "seconds"))
+
+    @property
+    def seconds_training(self) -> float | None:
+        """Of public and private training together; None if neither was taken."""
+        parts = [self.facts[k] for k in ("seconds_public", "seconds_private") if k in self.facts]
+        known: float | None = self.facts.get("seconds_training", sum(parts) if parts else None)
+        return known
+
+    @property
+    def images_seen(self) -> float | None:
+        """Expected number of private images that training used, each time counted; None if unknown."""
+        f = self.facts
+        return f.get("private_images_seen", f["steps"] * f["batch"] if {"steps", "batch"} <= f.keys() else None)
+
+    @property
+    def images_of_steps(self) -> float | None:
+        """The same without those that DP moments were taken of, which no network saw."""
+        seen = self.images_seen
+        return None if seen is None else seen - self.facts.get("moments_images_seen", 0)
+
+    def figures(self) -> Iterator[Figure]:
+        """Yield everything that was measured on this job.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: the evaluation does not have the form that it should.
+        """
+        names = self.evaluation.get("class_names") or ()
+        share: Any = {"better": "higher", "unit": "share"}
+        for on, c in (self.evaluation.get("cas") or {}).items():
+            low, high, n = c.get("accuracy_low"), c.get("accuracy_high"), c.get("n_test")
+            yield Figure("accuracy", on, "", c["accuracy"], low, high, images=n, **share)
+            if c.get("validation_accuracy") is not None:
+                value, n = c["validation_accuracy"], c.get("n_validation")
+                yield Figure("validation_accuracy", on, "", value, images=n, **share)
+            for number, value in enumerate(c.get("per_class_accuracy") or ()):
+                if value is not None:
+                    name = str(names[number] if number < len(names) else number)
+                    yield Figure("accuracy", on, name, value, **share)
+        for on, f in (self.evaluation.get("features") or {}).items():
+            for metric, m in f["metrics"].items():
+                bounds = {k: m.get(k) for k in ("low", "high", "floor", "ceiling")}
+                better, images = m.get("better", "lower"), f.get("generated_images")
+                yield Figure(metric, on, "", m["value"], better=better, images=images, **bounds)
+        facts = {name: value for name, value in self.facts.items() if is_number(value)}
+        derived = {"seconds_training": self.seconds_training, "private_images_seen": self.images_seen}
+        facts |= {name: value for name, value in derived.items() if value is not None}
+        for name in sorted(facts):
+            yield Figure(name, "", "", facts[name], unit=self.seconds_unit if name.startswith("seconds_") else "")
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: Any, name: object) -> float:
-    if not is_number(value) or not math.isfinite(value):
-        raise ValueError(f"{printable(name, 60)} is {printable(repr(value), 60)}, which is not a number")
-    return float(value)
-
-
-def _optional(values: dict[str, Any], name: str) -> float | None:
-    return None if values.get(name) is None else _number(values[name], name)
-
-
-def _direction(value: Any) -> Literal["lower", "higher"]:
-    if value == "lower":
-        return "lower"
-    if value == "higher":
-        return "higher"
-    raise ValueError(f"better is {printable(repr(value), 60)}")
 
 
 @dataclass(frozen=True)
@@ -282,7 +213,11 @@ class Results:
                 found.append(one)
             except (OSError, ValueError) as error:
                 skipped.append((path.name, str(error)))
-        names = _class_names(exp, found)
+        names: list[str] = []  # as the first generator that can be read has them
+        for one in found:
+            if not names and one.release is not None:
+                with contextlib.suppress(RunError, ConfigError):
+                    names = list(read_description(exp / one.release)[0].class_names)
         for one in found:
             one.evaluation.setdefault("class_names", names)
         return cls(tuple(sorted(found, key=_place)), tuple(skipped), experiment)
@@ -341,15 +276,6 @@ class Results:
         return out
 
 
-def _class_names(exp: Path, jobs: list[JobResult]) -> list[str]:
-    """As the first generator that can be read has them; [] if none can."""
-    for one in jobs:
-        if one.release is not None:
-            with contextlib.suppress(RunError, ConfigError):
-                return list(read_description(exp / one.release)[0].class_names)
-    return []
-
-
 def _place(j: JobResult) -> tuple[Any, ...]:
     variant = VARIANTS.index(j.variant) if j.variant in VARIANTS else len(VARIANTS)
     settings = sorted((k, isinstance(v, str), str(v) if not is_number(v) else float(v)) for k, v in j.settings.items())
@@ -367,16 +293,13 @@ def _write_parquet(path: Path, columns: list[str], rows: list[dict[str, Any]], a
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    kinds = {"seed": pa.int64(), "images": pa.int64(), "private": pa.bool_(), **dict.fromkeys(_NUMBERS, pa.float64())}
+
     def column(name: str) -> Any:
         values = [row[name] for row in rows]
-        if name in axes:
-            if all(v is None or is_number(v) for v in values):
-                return pa.array([None if v is None else float(v) for v in values], pa.float64())
-            return pa.array([None if v is None else str(v) for v in values], pa.string())
-        if name in ("seed", "images"):
-            return pa.array(values, pa.int64())
-        if name == "private":
-            return pa.array(values, pa.bool_())
-        return pa.array(values, pa.float64() if name in _NUMBERS else pa.string())
+        if name not in axes:
+            return pa.array(values, kinds.get(name, pa.string()))
+        make, kind = (float, pa.float64()) if all(v is None or is_number(v) for v in values) else (str, pa.string())
+        return pa.array([None if v is None else make(v) for v in values], kind)
 
     pq.write_table(pa.table({name: column(name) for name in columns}), path, compression="zstd")

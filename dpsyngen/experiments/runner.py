@@ -28,7 +28,6 @@ from dpsyngen.privacy.accounting import default_delta
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
 from dpsyngen.training.moments import charged_moments
-from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
 
@@ -94,19 +93,14 @@ class Images:
 
 
 def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:
-    if facts is None:
-        return
-    found = DataFacts(
-        records=len(dataset),
-        resolution=dataset.resolution,
-        channels=dataset.channels,
-        classes=len(dataset.class_names),
-    )
-    wrong = [
-        f"{field} {getattr(found, field):,} instead of {getattr(facts, field):,}"
-        for field in DataFacts.model_fields
-        if getattr(found, field) != getattr(facts, field)
-    ]
+    found = {
+        "records": len(dataset),
+        "resolution": dataset.resolution,
+        "channels": dataset.channels,
+        "classes": len(dataset.class_names),
+    }
+    said = found if facts is None else facts.model_dump()
+    wrong = [f"{field} {found[field]:,} instead of {said[field]:,}" for field in found if found[field] != said[field]]
     if wrong:
         raise DataError(
             f"{name} is not what the specification says in data.facts: {', '.join(wrong)}.  Give the right data with "
@@ -129,18 +123,7 @@ class Worker:
 
     def __init__(self, experiment: Experiment, images: Images, device: str, tell: Tell) -> None:
         self.experiment, self.images, self.device, self._tell = experiment, images, device, tell
-        self._stop = False
-        self._training: Training | None = None
-
-    @property
-    def stop_requested(self) -> bool:
-        return self._stop
-
-    @stop_requested.setter
-    def stop_requested(self, value: bool) -> None:
-        self._stop = value
-        if self._training is not None:
-            self._training.stop_requested = value
+        self.stop_requested = False
 
     def do(self, job: Job) -> dict[str, Any]:
         """Do a job, or what is left of it, and keep its result.  The caller holds the job's lock.
@@ -154,20 +137,14 @@ class Worker:
             write_text(folder / "job.json", json.dumps({"settings": training_digest(job)}) + "\n", 0o600)
         clock = Clock(folder / "times.json", self.device)
         try:
-            parts = {"run": self._run, "real": self._real, "dp-classifier": self._dp, "programs": self._programs}
-            result = parts[job.kind](job, clock)
+            kinds = {"run": self._run, "real": self._real, "dp-classifier": self._dp, "programs": self._programs}
+            result = kinds[job.kind](job, clock)
         finally:
             clock.add("other", save=True)
-        about = {
-            "job": job.name,
-            "kind": job.kind,
-            "variant": job.variant,
-            "epsilon": "inf" if math.isinf(job.epsilon) else job.epsilon,
-            "seed": job.seed,
-            "settings": job.settings,
-            "label": job.label,
-            "measured": self.experiment.measure_digest(job),
-        }
+        about: dict[str, Any] = {"job": job.name}
+        about |= {k: getattr(job, k) for k in ("kind", "variant", "epsilon", "seed", "settings", "label")}
+        about |= {"epsilon": "inf" if math.isinf(job.epsilon) else job.epsilon}
+        about |= {"measured": self.experiment.measure_digest(job)}
         result["evaluation"]["class_names"] = list(self.images.train.class_names)
         whole = about | result
         path = self.experiment.result_path(job)
@@ -185,11 +162,9 @@ class Worker:
         unit = "core-seconds" if self.device == "cpu" else "seconds"
         return {"threads": torch.get_num_threads(), "device": self.device, "seconds_unit": unit}
 
-    # ------------------------------------------------------------------------------------------ parts
-
     def _say(self, doing: str, done: int = 0, total: int = 0) -> None:
         self._tell(doing, done, total)
-        if self._stop:
+        if self.stop_requested:
             raise Stopped
 
     def _wait(self, network: PublicNetwork) -> None:
@@ -243,27 +218,24 @@ class Worker:
             training = api.prepare_resume(path, self.images.train, self.device)
         else:
             training = api.prepare(job.config, path, self.images.train, self.device)
-        self._training, training.stop_requested = training, self._stop
-        try:
-            with training.run.lock():
-                self._tell("getting ready", 0, 0)
-                with shared(training, self.experiment.path / "public", self._wait) as networks:
-                    clock.add("other")
-                    known = networks.take()
-                    if "shared public" not in clock.spent:
-                        clock.credit("shared public", known)
-                    phase = ""
-                    for p in training.steps():
-                        part = "private" if p.private else f"public {p.phase}"
-                        clock.add(part)
-                        if p.phase != phase:
-                            # The public networks before this phase are finished.
-                            phase = p.phase
-                            networks.give(_by_phase(clock))
-                        self._tell(f"training: {p.phase}", p.step, p.steps)
-                    networks.give(_by_phase(clock))
-        finally:
-            self._training = None
+        training.stop_requested = self.stop_requested
+        with training.run.lock():
+            self._tell("getting ready", 0, 0)
+            with shared(training, self.experiment.path / "public", self._wait) as networks:
+                clock.add("other")
+                known = networks.take()
+                if "shared public" not in clock.spent:
+                    clock.credit("shared public", known)
+                phase = ""
+                for p in training.steps():
+                    clock.add("private" if p.private else f"public {p.phase}")
+                    if p.phase != phase:
+                        # The public networks before this phase are finished.
+                        phase = p.phase
+                        networks.give(_by_phase(clock))
+                    self._tell(f"training: {p.phase}", p.step, p.steps)
+                    training.stop_requested = self.stop_requested  # a checkpoint is written, and the steps end
+                networks.give(_by_phase(clock))
         if not training.run.complete:
             raise Stopped
         return training.run
@@ -322,8 +294,6 @@ class Worker:
         )
         clock.add("evaluation")
         return result
-
-    # ------------------------------------------------------------------------------------- references
 
     def _programs(self, job: Job, clock: Clock) -> dict[str, Any]:
         images = self.images.programs
@@ -388,19 +358,14 @@ class Worker:
 
 
 def _by_phase(clock: Clock) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for key, value in clock.spent.items():
-        if key.startswith("public "):
-            out[key.removeprefix("public ")] = value
-    return out
+    return {k.removeprefix("public "): v for k, v in clock.spent.items() if k.startswith("public ")}
 
 
 def _of_training(config: Config, ledger: Ledger, records: int) -> dict[str, float]:
     """What DP-SGD and DP moments did; a run that had no DP-SGD has no steps."""
-    private, steps = config.private, charged_steps(ledger)
-    noise = charged_mechanisms(ledger)
+    private, steps, noise = config.private, charged_steps(ledger), charged_mechanisms(ledger)
     moments = charged_moments(ledger)
-    read = len(moments) * records
+    read = len(moments) * records  # each query reads all images
     facts: dict[str, float] = {"private_images_seen": steps * private.batch + read}
     if steps:
         facts |= {"steps": steps, "batch": private.batch, "copies": private.copies}

@@ -14,7 +14,6 @@ import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal, get_args
 
 import yaml
@@ -26,7 +25,6 @@ from dpsyngen.errors import ConfigError, printable, shown
 from dpsyngen.evaluation.extractors import FeatureSpec
 from dpsyngen.evaluation.metrics import NAMES, EvaluationSettings
 from dpsyngen.files import read_yaml, read_yaml_file
-from dpsyngen.training.plan import stages_of
 
 VariantName = Literal["dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "residual", "residual-cleaning"]
 PUBLISHED: tuple[VariantName, ...] = ("dpdm", "finetune", "cleaning", "coarse", "both")
@@ -277,10 +275,7 @@ def spec_names() -> tuple[str, ...]:
 
 
 def load_spec(given: str | Path) -> Spec:
-    """Read a specification.
-
-    Args:
-        given: a YAML file, or a name from :func:`spec_names`.
+    """Read a specification from a YAML file, or one that ships with the package by its name.
 
     Raises:
         ConfigError: no such file or name, or something in it is not allowed; all problems at once.
@@ -327,16 +322,11 @@ Kind = Literal["run", "real", "programs", "dp-classifier"]
 
 @dataclass(frozen=True)
 class Job:
-    """One run, or one reference.
+    """One run, or one reference: "real" trains classifiers on real images, "dp-classifier" does so by DP-SGD, and
+    "programs" measures images drawn by programs.
 
-    Attributes:
-        name: of its folder and files.
-        kind: "run" trains a generator; "real" trains classifiers on real images; "dp-classifier" does so by DP-SGD;
-            "programs" measures images drawn by programs.
-        variant, label, settings: what is varied, the settings by full name as far as the variant looks at them.
-        epsilon: ε; infinite without privacy.
-        seed: of the grid.
-        config: all settings of a run; None for a reference.
+    `name` is that of its folder and files; `variant`, `label` and `settings` (by full name, as far as the variant looks
+    at them) are what is varied; `config` are all settings of a run, None for a reference.
     """
 
     name: str
@@ -456,13 +446,7 @@ def _wanted(spec: Spec, kind: Kind, epsilon: float) -> bool:
     return bool(spec.evaluation.classifiers)
 
 
-def programs_share(config: Config) -> float:
-    """Share of the training noise levels, by their density, that programs alone train; 0 for DPDM and Residual."""
-    levels = NormalDist(config.network.noise_mean, config.network.noise_std)
-    return sum(levels.cdf(stage.high) - levels.cdf(stage.low) for stage in stages_of(config).public)
-
-
 def digest(value: Any) -> str:
-    """Of JSON-able values, whatever the order of keys."""
+    """Digest JSON-able values, whatever the order of keys."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.experiments.spec import jobs_of, parse_spec, programs_share
+from dpsyngen.experiments.measures import programs_share
+from dpsyngen.experiments.spec import jobs_of, parse_spec
 
 SMALL = {"name": "x", "data": {"train": "digits", "test": "digits:test"}, "references": []}
 

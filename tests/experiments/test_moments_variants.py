@@ -12,8 +12,8 @@ from dpsyngen.experiments import cost as module
 from dpsyngen.experiments import pool
 from dpsyngen.experiments.cost import MomentsTime, StepTimes, coarse_noise, estimate, measure, privacy_cost
 from dpsyngen.experiments.experiment import Experiment
-from dpsyngen.experiments.measures import VARIANT_NAMES
-from dpsyngen.experiments.spec import jobs_of, load_spec, parse_spec, programs_share
+from dpsyngen.experiments.measures import VARIANT_NAMES, programs_share
+from dpsyngen.experiments.spec import jobs_of, load_spec, parse_spec
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.report.comparison import write_comparison
 from dpsyngen.report.comparison_plots import STYLES
