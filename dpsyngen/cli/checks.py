@@ -23,14 +23,10 @@ PROBLEMS = 5
 
 def memorisation(
     run: RunArgument,
-    held_out: Annotated[
-        str | None, typer.Option(help="real images not trained on: the control, as digits:test")
-    ] = None,
+    held_out: Annotated[str | None, typer.Option(help="images not trained on: the control, as digits:test")] = None,
     data: Annotated[str | None, typer.Option(help="the training images, if they have moved")] = None,
     count: Annotated[int, typer.Option("-n", "--count", help="number of generated images")] = 1000,
-    features: Annotated[
-        str, typer.Option(help="comma-separated: pixels, pixels-pca, efficientnet-lite0, …")
-    ] = "pixels",
+    features: Annotated[str, typer.Option(help="pixels, pixels-pca, efficientnet-lite0, inception")] = "pixels",
     seed: Annotated[int, typer.Option(help="seed of the generated images and of subsets")] = 0,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -77,7 +73,7 @@ def doctor(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is the matter with a run and what to change (exit code 5 if it is no use), or what this machine has."""
+    """Say what is wrong with a run and what to change (exit code 5 if it is of no use), or what this machine has."""
     from dpsyngen.console import Console
     from dpsyngen.hardware import advice, choose, look
 

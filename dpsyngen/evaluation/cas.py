@@ -87,10 +87,7 @@ class ClassifierResult:
 def clopper_pearson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Exact confidence interval of a proportion (Clopper & Pearson 1934): it covers at least as often as it says.
 
-    Args:
-        right: successes, 0 to `total`.
-        total: independent trials; with none the interval is 0 to 1.
-        confidence: in (0, 1).
+    `right` are the successes of `total` independent trials; without trials the interval is 0 to 1.
     """
     from scipy.stats import binomtest
 
@@ -164,10 +161,8 @@ def classification_accuracy(
     from real test images.
 
     Args:
-        train_images: generated, uint8 [N, C, H, W].
-        train_labels: their classes [N].
-        test_images: real, uint8 [M, C, H, W].
-        test_labels: their classes [M].
+        train_images, train_labels: generated, uint8 [N, C, H, W], and their classes [N].
+        test_images, test_labels: real, uint8 [M, C, H, W], and their classes [M].
         num_classes: number of classes.
         classifiers: names among "logreg", "mlp", "cnn", "resnet".
         seed: of the split, the initial weights and the order of images.
@@ -240,10 +235,7 @@ def classification_accuracy(
 def best_by_validation(results: dict[str, ClassifierResult]) -> str:
     """The classifier that does best on held-out *generated* images: the one to quote when one is asked for.
 
-    The real test images have no say (METHOD.md, item 6).  Of equals, the first.
-
-    Raises:
-        ConfigError: there is no result to choose from.
+    The real test images have no say (METHOD.md, item 6).  Of equals, the first; ConfigError if there is none.
     """
     if not results:
         raise ConfigError("there is no classifier to choose from: classification_accuracy returned none.")

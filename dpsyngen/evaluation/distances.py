@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 
 SUBSETS, SUBSET_SIZE = 100, 1000
 """Subsets of the kernel distance and images in each, as torch-fidelity has them."""
@@ -27,11 +27,9 @@ FEWEST = 40
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, and how each of the images counted in it.
+    """A figure, how it was taken, and how each of the images counted in it.
 
     Attributes:
-        value: the figure.
-        protocol: how it was taken.
         influence: [n] of each generated image, in the figure's units; its mean is 0.  None where it was not asked for.
         rooted: the influence is that of value², of which `value` is the root.
         smallest, largest: the range that the figure can have.
@@ -57,10 +55,7 @@ class Bootstrap:
     The bootstrap draws from the φ_i.  A bias that comes from having few images is no scatter and is not in the
     interval; the floor, taken with as many images, has about the same bias.
 
-    Args:
-        images: n, how many generated images there are.
-        replicates: how many sets of n images are drawn from them, with replacement.
-        seed: of the draws.
+    `replicates` sets of n = `images` are drawn from them, with replacement.
     """
 
     def __init__(self, images: int, replicates: int, seed: int) -> None:
@@ -103,11 +98,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> FeatureStatistics:
-        """Compute the statistics of features [N, d].
-
-        Raises:
-            ConfigError: fewer than two images, or features that are not finite.
-        """
+        """Compute the statistics of features [N, d]; ConfigError for one image or features that are not finite."""
         if features.ndim != 2 or len(features) < 2:
             raise ConfigError(f"a Fréchet distance needs features [N, d] of at least 2 images, not {features.shape}.")
         wide = features.astype(np.float64)
@@ -126,9 +117,7 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics | NDArray[np.floating], b: FeatureStatistics | NDArray[np.floating]) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) ≥ 0, in squared units of the features (Heusel et al. 2017, eq. 6).
 
-    Args:
-        a: features [N, d] or their statistics.
-        b: features [M, d] or their statistics.
+    `a` and `b` are features [N, d] and [M, d], or their statistics.
 
     Raises:
         ConfigError: different d, fewer than two images, or features that are not finite.
@@ -191,12 +180,7 @@ class KernelDistance:
     MMD² = mean k(x, x') + mean k(y, y') − 2 mean k(x, y) over pairs of different images, unbiased, with
     k(x, y) = (⟨x, y⟩/d + 1)³, averaged over random subsets with torch-fidelity's draws for the same seed.  It can be
     negative where the sets are alike.
-
-    Args:
-        real: features of real images [m, d], m >= 2.
-        seed: of the subsets.
-        subsets: how many subsets.
-        subset_size: images in a subset; of smaller sets, all.
+    Subsets of sets smaller than `subset_size` are whole.
     """
 
     def __init__(
@@ -208,11 +192,7 @@ class KernelDistance:
         self._of_real: dict[tuple[int, int], NDArray[np.float64]] = {}
 
     def __call__(self, features: NDArray[np.float32], scatter: bool = False) -> Estimate:
-        """Measure features [n, d], n >= 2; `scatter`: with the influence of each image on the distance of all pairs.
-
-        Raises:
-            ConfigError: fewer than two images.
-        """
+        """Measure features [n, d], n >= 2; `scatter`: with the influence of each image on the distance of all pairs."""
         n, m = len(features), len(self._real)
         if min(n, m) < 2:
             raise ConfigError(f"a kernel distance needs at least 2 images of either kind, not {n} and {m}.")
@@ -271,16 +251,10 @@ class SlicedWasserstein:
 
     SW₂ = (mean over directions θ of W₂²(⟨θ, x⟩, ⟨θ, y⟩))^½, in units of the features, θ uniform on the sphere.  In one
     dimension W₂² is the mean squared difference of equal quantiles; it is exact for sets of unequal size too.
-
-    Args:
-        real: features of real images [m, d].
-        seed: of the directions.
-        directions: how many.
     """
 
     def __init__(self, real: NDArray[np.float32], *, seed: int, directions: int = DIRECTIONS) -> None:
-        if directions < 1:
-            raise ConfigError(f"directions is {directions}, but must be at least 1.")
+        require(directions >= 1, "directions", directions, "at least 1")
         drawn = np.random.default_rng(seed).normal(size=(real.shape[1], directions))
         self._axes = (drawn / np.linalg.norm(drawn, axis=0)).astype(np.float32)
         self._real = np.sort(real @ self._axes, axis=0).astype(np.float64)

@@ -20,8 +20,6 @@ from dpsyngen.files import write_atomically
 from dpsyngen.version import __version__
 
 NAMES = ("pixels-pca", "efficientnet-lite0", "inception")
-_PART = 512
-"""Images of a process in a round, about."""
 _SOURCES = ("features.py", "inception.py", "extractors.py")
 # Taken when the code is loaded: a file may be changed while it runs.
 _CODE = [hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _SOURCES]
@@ -183,16 +181,9 @@ class SharedExtractor:
         self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
     ) -> NDArray[np.float32]:
         size = batch_size or int(getattr(self._own, "batch_size", 64))
-        per_round = size * max(1, _PART // size) * self._ranks.count
-        out = []
-        for start in range(0, len(images), per_round):
-            part = images[start : start + per_round]
-            with self._ranks.lead("features", spec=self._spec, device=self._device, images=part, size=size):
-                found = shared_features(self._ranks, lambda: self._own, part, size)
-            out += [features for features in found or () if features is not None]
-            if on_progress:
-                on_progress(f"features of {min(start + per_round, len(images)):,} of {len(images):,} images")
-        return np.concatenate(out)
+        with self._ranks.lead("features", spec=self._spec, device=self._device, images=images, size=size):
+            found = shared_features(self._ranks, lambda: self._own, images, size)
+        return np.concatenate([features for features in found or () if features is not None])
 
 
 def shared_features(

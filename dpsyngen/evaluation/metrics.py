@@ -67,8 +67,7 @@ class EvaluationSettings:
 
     Attributes:
         features: feature extractors, by name or with their weights file; a user's own are **run**.
-        metrics: names among :data:`METRICS`.
-        classifiers: see :func:`~dpsyngen.evaluation.cas.classification_accuracy`; () for none.
+        metrics, classifiers: names, see :data:`METRICS` and :mod:`dpsyngen.evaluation.cas`; () for none.
         bootstrap: replicates for the 95 % intervals (see :class:`~dpsyngen.evaluation.distances.Bootstrap`); 0: none.
         max_images: of each set, for `metrics`; a random subset beyond that.
         seed: of splits, subsets, directions, the bootstrap and classifiers.
@@ -120,13 +119,7 @@ class EvaluationSettings:
 
 
 class Measures:
-    """Everything that is measured against the same real features.
-
-    Args:
-        real: features of real training images [m, d].
-        metrics: names, see :data:`METRICS`.
-        seed: of subsets and directions.
-    """
+    """The metrics asked for, against the features of real training images [m, d]; `seed`: of subsets and directions."""
 
     def __init__(self, real: Features, metrics: Sequence[str], seed: int) -> None:
         self.metrics = checked_metrics(metrics)
@@ -181,8 +174,7 @@ def evaluate_images(
     depend on their number.
 
     Args:
-        generated: uint8 [N, C, H, W].
-        labels: their classes [N], or None.
+        generated, labels: uint8 [N, C, H, W] and their classes [N], or None.
         reference: real training images.
         test: real test images; None: no classification accuracy and no floor.
         programs: images drawn by programs, uint8 [M, C, H, W]; None: no ceiling.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.evaluation.cas import clopper_pearson
 from dpsyngen.evaluation.distances import Estimate
 
@@ -24,11 +24,8 @@ _BLOCK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest reference of each query.
-
-    Attributes:
-        index: int64 [Q], row of the nearest reference; one of them where several are equally near.
-        squared: float64 [Q], squared Euclidean distance to it, in units of the given numbers.
+    """The row of the nearest reference of each query [Q], one of them where several are equally near, and its squared
+    Euclidean distance.
     """
 
     index: NDArray[np.int64]
@@ -47,10 +44,7 @@ def nearest(queries: NDArray[Any], references: NDArray[Any], *, skip: NDArray[np
 
     The references are read in blocks, so they may be a memory map; distances are exact (whole numbers for uint8).
 
-    Args:
-        queries: uint8 or float; further axes are flattened.
-        references: the same type and shape of a row.
-        skip: [Q] a row of the references that must not be answered (a query that is itself among them).
+    `skip` [Q] is a row of the references that must not be answered (a query that is itself among them).
 
     Raises:
         ConfigError: shapes or types that do not fit, or no reference left.
@@ -168,14 +162,11 @@ class Manifold:
 
     Distances are Euclidean, in blocks (scikit-learn); the border belongs to the ball.
 
-    Args:
-        real: features of real images [m, d], m >= 2.
-        k: which neighbour a ball reaches to; of smaller sets the farthest.
+    `real` are features of real images [m, d], m >= 2; with fewer than k others a ball reaches to the farthest.
     """
 
     def __init__(self, real: NDArray[np.float32], *, k: int = NEIGHBOURS) -> None:
-        if k < 1:
-            raise ConfigError(f"k is {k}, but must be at least 1.")
+        require(k >= 1, "k", k, "at least 1")
         _require_two(real, "real")
         self._k = k
         self._real = real

@@ -95,13 +95,7 @@ def neighbour_picture(
 ) -> Image.Image:
     """Draw two bands, the most suspicious generated images and some at random, over their neighbours.  **Private.**
 
-    A distance stands under each real image, marked where the private one is the nearer.
-
-    Args:
-        result: of these images.
-        generated, private, held_out: as they were given to the check.
-        columns: generated images in a band.
-        seed: which images are the random ones.
+    The sets are those of the check.  A distance stands under each real image, marked where the private one is nearer.
     """
     from PIL import Image, ImageDraw, ImageFont
 
