@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -275,7 +275,7 @@ def train_resnet(
     x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
     # Batch statistics need two images at least: the parts of an epoch differ by one image at most.
     parts = max(1, min(-(-len(x) // batch_size), len(x) // 2))
-    options = {"momentum": 0.9, "nesterov": True, "weight_decay": _DECAY, "foreach": True}
+    options: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": _DECAY, "foreach": True}
     optimizer = torch.optim.SGD(network.parameters(), lr=_PEAK_RATE, **options)
     step = 0
     shift = shift_for(images.shape[2:])

@@ -25,11 +25,11 @@ _WIDTHS = (32, 16, 8, 4, 2)  # channels of the first convolution: the real netwo
 
 
 class _Conv(nn.Module):
-    """A convolution, then batch normalisation and ReLU; `shape`: kernel, stride and padding as for ``nn.Conv2d``."""
+    """A convolution, then batch normalisation and ReLU; arguments as for ``nn.Conv2d``."""
 
-    def __init__(self, inputs: int, outputs: int, *shape: Any, **named: Any) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: Any = 1, stride: int = 1, padding: Any = 0) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, *(shape or (1,)), bias=False, **named)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ DPDM's published MNIST runs (1.5 million parameters, batch 4096, K = 32, 300 epo
 """
 
 _FEWEST, _MOST, _FLOPS = 16, 128, 1e11  # noisy images of a measured step: as many as a CPU core does in some seconds
-# Two batches at least as a query reads them, so that the second tells what an image costs.
+# Numbers and images that moments are measured on.
 _NUMBERS, _FEWEST_IMAGES, _MOST_IMAGES = 1 << 23, 32, 20_000
 
 
@@ -62,11 +62,9 @@ class PrivacyCost:
     without noise.
 
     Attributes:
-        runs: how many runs look at the private images with noise.
-        without_noise: how many train on them without (ε = ∞).
+        runs, without_noise: how many runs look at the private images with noise, and without (ε = ∞).
         earlier: runs in the experiment's folder that the specification no longer has; what they have done counts.
-        total_epsilon: upper bound on ε of all with noise together.
-        delta: δ of that.
+        total_epsilon, delta: upper bound on ε of all with noise together, at that δ.
         seeded: whether the noise is reproducible, so that nothing of this is private.
         limit: what the specification allows; None: no limit.
         group_size: g; for up to g images of one person.
@@ -370,8 +368,11 @@ def _evaluation_seconds(spec: Spec, shape: Shape, device: str) -> float:
         labels = np.arange(count, dtype=np.int64) % shape.num_classes
         made = round((1 - HELD_OUT) * spec.sampling.images)
         for name in e.classifiers:
-            begun, sets = now_is(), (images, labels, images, labels)
-            classification_accuracy(*sets, num_classes=shape.num_classes, classifiers=(name,), epochs=5, device=device)
+            options: dict[str, Any] = {"num_classes": shape.num_classes, "classifiers": (name,), "device": device}
+            sets = (images, labels, images, labels)
+            classification_accuracy(*sets, **options, epochs=1)  # leaves out what is done once, such as loading
+            begun = now_is()
+            classification_accuracy(*sets, **options, epochs=5)
             epochs = 5 if name == "logreg" else default_epochs(name, made)
             seconds += (now_is() - begun) / count * spec.sampling.images * epochs / 5
     return seconds

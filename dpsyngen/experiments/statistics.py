@@ -29,13 +29,8 @@ Verdict = Literal["better", "worse", "not shown", "not tested"]
 
 @dataclass(frozen=True)
 class Summary:
-    """Values of one variant over its seeds.
-
-    Attributes:
-        n: number of seeds.
-        mean: of them.
-        sd: sample standard deviation (n - 1); None for one seed.
-        low, high: 95 % confidence interval of the mean by Student's t; None for one seed.
+    """Mean of the values of one variant over its n seeds; None for one seed: the sample standard deviation (n - 1) and
+    the 95 % confidence interval of the mean by Student's t.
     """
 
     n: int
@@ -47,14 +42,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference of two variants.
+    """The difference of the means of two variants, first - second.
 
     Attributes:
-        first, second: names; the difference is first - second.
         n_first, n_second: numbers of seeds.
-        difference: of the means.
-        low, high: 95 % confidence interval of this difference alone (Welch); None where there is no test.
-        p: two-sided, of this comparison alone; None where there is no test.
+        low, high, p: 95 % confidence interval (Welch) and two-sided p of this comparison alone; None without a test.
         p_corrected: by Holm, for all comparisons of the family.
         family: number of comparisons in the family.
         better: which direction is better.
@@ -145,10 +137,7 @@ def compare(
 ) -> list[Comparison]:
     """A family of comparisons, corrected together.
 
-    Args:
-        pairs: (first, second) names in `groups`.
-        groups: values over seeds of each variant.
-        better: "lower" or "higher".
+    `pairs` are (first, second) names in `groups`, which holds the values over seeds of each variant.
 
     Guarantee: if no two of the compared means differ in truth and runs are independent and near normal, the chance
     that any comparison is said to differ is at most 5 %, whatever the spreads.  For any pattern of true differences
@@ -239,11 +228,8 @@ def number(value: float, decimals: int, sign: bool = False) -> str:
 
 
 def column_decimals(summaries: Sequence[Summary], intervals: Sequence[float] = ()) -> int:
-    """The digits of a column: those of its median spread; of intervals or of the values where there is one seed.
-
-    Args:
-        summaries: of the column's rows.
-        intervals: half widths of 95 % intervals of single runs.
+    """The digits of a column: those of its median spread; where there is one seed, of the half widths of single runs'
+    `intervals`, or of the values.
     """
     spreads = [s.sd for s in summaries if s.sd] or [w / 2 for w in intervals if w > 0]
     if spreads:

@@ -12,6 +12,7 @@ import pytest
 
 import dpsyngen
 from dpsyngen import fit as api
+from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
 from dpsyngen.training.run import Run
@@ -123,5 +124,7 @@ def test_wrong_features_of_ones_own_cost_nothing(call, run, trained) -> None:
         code, _, err = call("evaluate", run.path, "-n", 20, *options)
         assert code == 2, err
         assert message in err
+    with pytest.raises(ConfigError, match=r"no setting metrix; it has features, metrics"):
+        dpsyngen.evaluate(run, metrix=["kid"])
     assert run.ledger_path.read_bytes() == entries
     assert not (run.private / "metrics.json").exists()
