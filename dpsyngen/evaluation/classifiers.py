@@ -55,7 +55,8 @@ class LinearCandidate:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        self.label, self.epoch = f"C = {c:g}", None
+        self.label = f"C = {c:g}"
+        self.epoch: int | None = None
         # 100 iterations of L-BFGS do not always converge; the candidates are compared as they are.
         self._model = LogisticRegression(C=c, max_iter=100)
         with warnings.catch_warnings(), _blas_threads():
@@ -159,7 +160,7 @@ def make_cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
 class NetworkCandidate:
     """The state of a network after an epoch."""
 
-    def __init__(self, epoch: int, network: nn.Module, device: str) -> None:
+    def __init__(self, epoch: int | None, network: nn.Module, device: str) -> None:
         self.label, self.epoch = f"epoch {epoch}", epoch
         self._network, self._device = network, device
 

@@ -198,7 +198,7 @@ def evaluate_images(
     s = EvaluationSettings.of(settings)
     if s.specs and len(generated) < 2:
         raise ConfigError(f"there is {len(generated)} generated image, but metrics need at least 2: generate more.")
-    sets = {"generated": generated, "test": test and test.images, "programs": programs}
+    sets = {"generated": generated, "test": None if test is None else test.images, "programs": programs}
     for name, images in sets.items():
         if images is not None and images.shape[1:] != reference.images.shape[1:]:
             what = "images drawn by programs" if name == "programs" else f"{name} images"

@@ -154,7 +154,8 @@ def _marks(groups: dict[str, list[float]], measure: Measure) -> dict[str, Litera
     if len(groups) < 2:
         return {}
     tied = [c.first for c in against_best(groups, measure.better) if c.verdict == "not shown"]
-    return dict.fromkeys(tied, "tied") | {best_of(groups, measure.better): "best"}
+    out: dict[str, Literal["", "best", "tied"]] = dict.fromkeys(tied, "tied")
+    return out | {best_of(groups, measure.better): "best"}
 
 
 def _notes(view: View, tested: bool) -> list[str]:
