@@ -86,13 +86,9 @@ class CanaryPlan:
 
 @dataclass(frozen=True)
 class Canaries:
-    """m canary images, each in or out by a fair coin, and some images that are always in.
+    """m canary images [m, C, H, W], each `inside` or not by a fair coin, and `others`, which are always in.
 
-    Attributes:
-        images: uint8 [m, C, H, W].
-        inside: [m], the coins.
-        others: uint8 [o, C, H, W].
-        classes: whether images have classes; then each canary has one of its own, and the others share one.
+    With `classes` each canary has a class of its own, and the others share one.
     """
 
     images: NDArray[np.uint8]
@@ -176,13 +172,7 @@ def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
 
 @dataclass(frozen=True)
 class CanaryRun:
-    """A finished run of the audit's own.
-
-    Attributes:
-        transcript: of its steps, all sessions.
-        claim: what its ledger charged.
-        one_run: what the attack found; None where there were no canaries to score.
-    """
+    """A finished run: the transcript of its steps, what its ledger charged, and what an attack on it found."""
 
     transcript: Transcript
     claim: Claim
@@ -192,12 +182,9 @@ class CanaryRun:
 def train_canaries(
     config: Config, plan: CanaryPlan, folder: Path, *, confidence: float, device: str = "cpu"
 ) -> CanaryRun:
-    """Train on canaries, crash and resume if asked to, and look at what came out.
+    """Train on canaries in a new folder, crash and resume if asked to, and look at what came out.
 
-    Args:
-        config: of the audited run; its ε must be finite.
-        plan, folder, device: the size of the run, a new run directory, where to compute.
-        confidence: of the lower bound on ε.
+    The configuration is that of the audited run, whose ε must be finite; `confidence` is that of the lower bound on ε.
     """
     c = Canaries.draw(plan)
     small, dataset = audit_config(config, plan, c.declared), c.dataset
@@ -251,13 +238,7 @@ def claim_of(ledger: Ledger, clipping_norm: float, crashed: bool = False) -> Cla
 
 
 class LookupNetwork(nn.Module):
-    """F = the number of the row's class, in all pixels.
-
-    Args:
-        num_classes: classes, besides "no class".
-        channels, resolution: of the images.
-        steep: factor between the number and the output, which makes gradients long.
-    """
+    """F = `steep` times the number of the row's class, in all pixels: a steep factor makes gradients long."""
 
     def __init__(self, num_classes: int, channels: int, resolution: int, steep: float) -> None:
         super().__init__()
@@ -266,7 +247,6 @@ class LookupNetwork(nn.Module):
         self.shape, self.steep = (channels, resolution, resolution), steep
 
     def forward(self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None) -> Tensor:
-        """See :class:`dpsyngen.diffusion.unet.UNet`."""
         assert classes is not None
         return self.steep * self.table(classes).view(-1, 1, 1, 1).expand(-1, *self.shape)
 

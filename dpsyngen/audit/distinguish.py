@@ -40,18 +40,13 @@ _HUGE = 1e4  # a canary's gradient before clipping, in units of C
 
 
 class Probe(nn.Module):
-    """Two linear layers whose per-example gradients are the example itself: gradients are chosen by choosing inputs.
-
-    Args:
-        width: coordinates of each layer.
-    """
+    """Two linear layers whose per-example gradients are the example itself: gradients are chosen by choosing inputs."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(width, 1, bias=False), nn.Linear(width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [rows, width]; a number for each row, whose gradient is x in either layer."""
         out: Tensor = (self.first(x) + self.second(x)).squeeze(1)
         return out
 
@@ -182,10 +177,8 @@ def play_step_game(
 
     Args:
         summed: (module, loss, examples) -> the clipped sum, as ``PerExampleGradients(module, …).sum``.
-        released: (sum, step) -> the noisy mean; called with a step number of its own for each call.
-        clipping_norm: C as claimed.
-        noise_multiplier: z as claimed, > 0.
-        expected_examples: the constant divisor as claimed.
+        released: (sum, step) -> the noisy mean; called with another step number each time.
+        clipping_norm, noise_multiplier, expected_examples: C, z and the constant divisor, as claimed; > 0.
         copies: K, rows of each example.
         trials: with the canary, and as many without, at least.
         slots: games in one call.  1 makes no assumption on how the noise of different coordinates depends on each
@@ -249,12 +242,7 @@ def _records(
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """ε at δ of a μ-GDP mechanism: δ(ε) = Φ(-ε/μ + μ/2) - e^ε Φ(-ε/μ - μ/2) (Balle & Wang 2018, theorem 5).
-
-    Args:
-        mu: μ >= 0.
-        delta: δ in (0, 1).
-    """
+    """ε at δ of a μ-GDP mechanism: δ(ε) = Φ(-ε/μ + μ/2) - e^ε Φ(-ε/μ - μ/2) (Balle & Wang 2018, theorem 5)."""
     from scipy.optimize import brentq
     from scipy.special import log_ndtr
 

@@ -135,10 +135,6 @@ class Claim:
 def check_transcript(transcript: Transcript, claim: Claim) -> list[Finding]:
     """Compare what a run did with what it charged.
 
-    Args:
-        transcript: of the whole run, all sessions.
-        claim: from the ledger.
-
     Returns:
         exact findings, and tests that wait for :func:`dpsyngen.audit.report.decide`.
     """
@@ -331,12 +327,7 @@ def check_sizes(sizes: NDArray[np.int64], records: int, rate: float) -> list[Fin
 
 
 def check_batches(batches: Sequence[NDArray[np.int64]], records: int, rate: float) -> list[Finding]:
-    """:func:`check_sizes`, and whether the records in the batches are independent between steps.
-
-    Args:
-        batches: the records of each step, in the order of the steps; without repetitions.
-        records, rate: see :func:`check_sizes`.
-    """
+    """:func:`check_sizes`, and whether the records in the batches are independent between steps."""
     steps = len(batches)
     inside = np.zeros((steps, records), dtype=bool)
     for t, batch in enumerate(batches):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsyngen.errors import require
 from dpsyngen.files import write_text
 
 _COLOURS = {"public": "#2a9d8f", "private": "#d1495b"}
@@ -63,18 +64,10 @@ def decide(findings: Iterable[Finding], error: float) -> list[Finding]:
         findings: from :func:`by_p_value` and :func:`exact`.
         error: family-wise error rate in (0, 1).
     """
-    if not 0 < error < 1:
-        raise ValueError(f"error is {error}, but must be in (0, 1).")
-    all_of_them = list(findings)
-    tests = sum(f.p_value is not None for f in all_of_them)
-    out = []
-    for f in all_of_them:
-        if f.p_value is None:
-            out.append(f)
-        else:
-            level = error / tests
-            out.append(replace(f, level=level, passed=f.p_value >= level))
-    return out
+    require(0 < error < 1, "error", error, "in (0, 1)")
+    findings = list(findings)
+    level = error / max(sum(f.p_value is not None for f in findings), 1)
+    return [f if f.p_value is None else replace(f, level=level, passed=f.p_value >= level) for f in findings]
 
 
 class Attack(Protocol):
@@ -98,15 +91,11 @@ class AuditReport:
     """Everything about one audit of one run.  Private.
 
     Attributes:
-        run: name of the run directory.
-        epsilon: what the run claims, at `delta`; infinite without privacy.
-        delta: δ.
+        epsilon, delta: what the run claims; infinite without privacy.
         confidence: with which a correct installation passes everything, at least; and of each lower bound.
         parts: findings, by what was audited.
         notes: what a reader must know, such as why something was left out.
-        step_game: the step-level audit, if there is a mechanism.
-        one_runs: the one-run audits, by network.
-        seconds: how long it took.
+        step_game, one_runs: the attacks on a step, and on short trainings by network, where there is a mechanism.
     """
 
     run: str

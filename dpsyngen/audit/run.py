@@ -42,15 +42,11 @@ NETWORK, LOOKUP, SPARSE = (
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to do.
+    """How much to do: trials of the step-level game, and canaries and steps of the short trainings.
 
     Attributes:
-        trials: of the step-level game, with and without the canary each.
-        seconds: for the short run of the real network, roughly; sets how many canaries it has.
-        most_canaries: of that run, at most.
-        steps: of that run.
-        lookup_canaries, lookup_steps: of the run of the lookup network.
-        sparse_steps: of the run whose batches are often empty.
+        seconds, most_canaries: for the run's network, roughly, and at most; they set how many canaries it has.
+        lookup_canaries, lookup_steps, sparse_steps: of the other two trainings.
     """
 
     trials: int = 20_000
@@ -77,7 +73,7 @@ def audit_run(
     """Audit a finished run.  No private image is touched, so it costs no privacy; the results are private all the same.
 
     Args:
-        run: the run.
+        run: a finished run.
         effort: FULL (about two minutes on two cores for small networks) or QUICK (20 seconds).
         confidence: a correct installation passes all tests together with this probability, at least; each lower bound
             on ε holds with it, too.  From 0.95 to below 1.
@@ -85,11 +81,7 @@ def audit_run(
         on_progress: called with a line about what is being done.
 
     Returns:
-        the report; it is also in ``private/audit/audit.json``.
-
-    Raises:
-        RunError: the run is not finished.
-        ConfigError: a confidence that is not allowed.
+        the report, which is also in ``private/audit/audit.json``.
     """
     require(0.95 <= confidence < 1, "--confidence", confidence, "from 0.95 to below 1")
     run = run if isinstance(run, Run) else Run(Path(run))
@@ -183,7 +175,7 @@ def _audit_mechanism(
 
 
 def _shape(run: Run) -> Shape:
-    """What is public about the run's images, from its release."""
+    """What the release says of the run's images."""
     about = json.loads((run.release / "generator.json").read_text(encoding="utf-8"))
     records = run.config.data.records or records_present(run)
     return Shape(int(about["resolution"]), int(about["channels"]), tuple(about["class_names"]), records)

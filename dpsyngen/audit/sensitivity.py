@@ -46,8 +46,7 @@ def check_sensitivity(summed: Summed, examples: int, clipping_norm: float, alrea
     Args:
         summed: the sum over given examples, as training computes it, in units of the gradient.
         examples: B >= 2; a good part of them with gradients far above C, or the check has nothing to find.
-        clipping_norm: C as claimed.
-        already_clipped: share of C that the largest step must reach, or the examples were too tame to show anything.
+        clipping_norm, already_clipped: C as claimed, and the share of it that the largest step must reach.
     """
     everyone = list(range(examples))
     whole = _flat(summed(everyone))
@@ -85,12 +84,8 @@ def check_gradients(
     """What the engine adds for an example is clip(mean over its K copies of their gradients), by plain autograd.
 
     Args:
-        summed: see :func:`check_sensitivity`.
         reference: for an example, the gradient of the loss of each of its K copies: K lists, one tensor a parameter.
-        layers: for each parameter, the number of its layer, for clipping layer by layer.
-        examples: B.
-        clipping_norm: C.
-        style: how gradients are clipped.
+        layers: for each parameter the number of its layer.
         tolerance: of C, for rounding (of a network in fp32, and of a grid).
     """
     worst, where = 0.0, 0
@@ -174,12 +169,8 @@ class ClippingAudit:
     """The clipped sums of the run's network on hostile images.
 
     Args:
-        config: of the run.
-        mechanism: its constants.
-        shape: what is public about its images.
-        device: where to compute.
-        gaussian: the denoiser of the run's released DP moments, which its network is a residual of; None: there is
-            none.
+        config, mechanism, shape: of the run: its settings, its constants, what is public about its images.
+        gaussian: the denoiser of the run's released DP moments, which its network is a residual of, if it is.
     """
 
     def __init__(

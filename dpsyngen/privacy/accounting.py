@@ -200,9 +200,8 @@ def epsilon(
 
     Args:
         mechanisms: what was run, adaptively, in any order.
-        delta: δ in (0, 1).
+        delta, group_size: δ in (0, 1), and g: the bound is for adding or removing up to g records together.
         accountant: "pld" (tight) or "rdp" (looser, a cross-check).
-        group_size: g; the bound is for adding or removing up to g records together.
     """
     require(0 < delta < 1, "delta", delta, "in (0, 1)")
     check_group_size(group_size)
@@ -322,16 +321,8 @@ def default_delta(records: int) -> float:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One plan and its cost.
-
-    Attributes:
-        steps, batch: DP-SGD steps, expected batch.
-        sampling_rate: q.
-        epochs: how often an image is used on average.
-        noise_multiplier: z.
-        epsilon, epsilon_by_rdp: upper bounds.
-        noise_a_step: standard deviation of the noise in a coordinate of the mean gradient, in units of C.
-        asked: whether it is the plan that was asked about, or a neighbour.
+    """One plan and its cost: ε by both accountants, epochs (how often an image is used on average), and the standard
+    deviation of the noise in a coordinate of the mean gradient, in units of C.
     """
 
     steps: int
@@ -360,14 +351,10 @@ def neighbouring_plans(
     Args:
         records, batch, steps: number of private images n, expected batch (at most n), DP-SGD steps.
         epsilon, noise_multiplier: target ε, or z: exactly one of the two.
-        delta: δ; None: :func:`default_delta`.
-        group_size: g; ε is for up to g records together.
+        delta, group_size: δ (None: :func:`default_delta`), and g: ε is for up to g records together.
 
     Returns:
         δ, and the plans, the one that was asked about first.
-
-    Raises:
-        ConfigError: a value that is not allowed.
     """
     if (epsilon is None) == (noise_multiplier is None):
         raise ConfigError("give one of --epsilon (how much noise does it need?) and --noise (what does it cost?).")
@@ -389,8 +376,8 @@ def neighbouring_plans(
     for number, (t, b) in enumerate(dict.fromkeys(plans)):
         q = b / records
         z = noise_multiplier or calibrate_noise(epsilon or 0.0, delta, sampling_rate=q, steps=t, group_size=group_size)
-        m = Mechanism(q, z, t)
-        by_pld, by_rdp = _eps(m, delta, "pld", group_size), _eps(m, delta, "rdp", group_size)
+        m = (Mechanism(q, z, t),)
+        by_pld, by_rdp = _epsilon(m, delta, "pld", group_size), _epsilon(m, delta, "rdp", group_size)
         rows.append(PlanRow(t, b, q, q * t, z, by_pld, by_rdp, z / b, number == 0))
     return delta, rows
 
@@ -415,7 +402,3 @@ def plan_lines(records: int, group_size: int, delta: float, rows: list[PlanRow])
         "epochs: how often an image is used on average.  noise a step: standard deviation of the noise in each",
         "coordinate of the mean gradient, in units of the clipping norm C; lower is better for the same steps.",
     )
-
-
-def _eps(mechanism: Mechanism, delta: float, accountant: Accountant, group_size: int) -> float:
-    return epsilon([mechanism], delta, accountant, group_size)

@@ -31,13 +31,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Charge:
-    """What one run takes from the budget.
+    """What one run takes from the budget: what it may do or, once it was given up and settled, what it did.
 
-    Attributes:
-        run: the run's own name (:attr:`dpsyngen.privacy.ledger.Ledger.run`).
-        name: what the run was called by whoever started it.
-        mechanisms: what it may do, or after settling, what it did.
-        settled: whether it was given up.
+    `run` is :attr:`dpsyngen.privacy.ledger.Ledger.run`, `name` what people call it.
     """
 
     run: str
@@ -53,7 +49,7 @@ class Budget(HashChain):
         path: an existing budget file (see :meth:`create`).
 
     Attributes:
-        epsilon_limit, delta: what all runs together may spend.
+        epsilon_limit, delta: what all runs together may spend; ε finite.
         group_size: g; the limit is for up to g records together.
         growing: whether runs may be on changed images.
         charges: by run, in the order in which they began.
@@ -83,19 +79,7 @@ class Budget(HashChain):
     def create(
         cls, path: Path, *, epsilon_limit: float, delta: float, group_size: int = 1, growing: bool = False
     ) -> Budget:
-        """Start a budget.
-
-        Args:
-            path: a file that does not exist yet, in an existing folder.
-            epsilon_limit: ε > 0, finite, that all runs together may not exceed.
-            delta: δ in (0, 1) for it.
-            group_size: g >= 1.
-            growing: allow runs on images that changed since the first run.
-
-        Raises:
-            ConfigError: a value that is not allowed, or no such folder.
-            LedgerError: the file exists.
-        """
+        """Start a budget in a new file of an existing folder; the arguments are the attributes."""
         require(0 < epsilon_limit < math.inf, "the budget ε", epsilon_limit, "positive and finite")
         require(0 < delta < 1, "delta", delta, "between 0 and 1")
         require(path.parent.is_dir(), "the folder of the budget file", path.parent, "an existing one")
@@ -171,10 +155,8 @@ class Budget(HashChain):
         """Take what a run plans, before it begins; nothing happens if it was taken already.
 
         Args:
-            run: the run's own name.
-            name: what people call it.
-            mechanisms: all that the run does to the images.
-            fingerprint: :meth:`dpsyngen.data.ImageDataset.fingerprint` of its images.
+            run, name, mechanisms: see :class:`Charge`.
+            fingerprint: a digest of its images.
 
         Raises:
             BudgetExceeded: it does not fit, or the run was settled; nothing was written.
@@ -262,10 +244,8 @@ class Composition:
 
     Attributes:
         mechanisms: equal ones counted together.
-        delta: the smallest δ of the ledgers.
-        group_size: the largest g of the ledgers.
-        non_private: whether any run used images without noise.
-        secure: whether all noise was unpredictable.
+        delta, group_size: the smallest δ and the largest g of the ledgers.
+        non_private, secure: whether any run used images without noise, and whether all noise was unpredictable.
     """
 
     mechanisms: tuple[Mechanism, ...]

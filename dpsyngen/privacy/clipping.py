@@ -171,10 +171,7 @@ def valid_mask(valid: int | Tensor | None, examples: int, device: torch.device) 
 def clip_and_sum(gradients: list[Tensor], clipping_norm: float) -> ClippedGradient:
     """Clip each example's gradient (over all tensors together) to `clipping_norm` and sum over examples.
 
-    Args:
-        gradients: tensors [examples, ...] in fp32 or fp64; rows that are not finite may be set to zero in
-            place.
-        clipping_norm: C > 0.
+    `gradients` are tensors [examples, ...] in fp32 or fp64; rows that are not finite may be set to zero in place.
     """
     return clip([Dense(g) for g in gradients], [0] * len(gradients), clipping_norm, "flat")
 
@@ -241,12 +238,7 @@ def clip(
 
 
 def default_grid(clipping_norm: float, parameters: int) -> float:
-    """A power of two so fine that rounding towards zero takes at most a thousandth of C off a gradient (in L2).
-
-    Args:
-        clipping_norm: C > 0.
-        parameters: how many numbers a gradient has.
-    """
+    """A power of two so fine that rounding towards zero takes at most a thousandth of C off a gradient (in L2)."""
     return 2.0 ** math.floor(math.log2(1e-3 * clipping_norm / math.sqrt(parameters)))
 
 
@@ -275,11 +267,7 @@ def clip_to_grid(gradients: list[Tensor], clipping_norm: float, grid: float) -> 
 
     Args:
         gradients: per-example tensors [B, ...]; examples with a NaN or an infinity contribute zero.
-        clipping_norm: C > 0, fewer than 2^31 steps of the grid.
-        grid: a power of two.
-
-    Raises:
-        ConfigError: the grid is no power of two, or too coarse or too fine.
+        clipping_norm, grid: C, from 1 to 2^31 steps of the grid, which is a power of two; else ConfigError.
     """
     bound = _sensitivity(clipping_norm, grid)
     total = empty_on_grid([g[0] for g in gradients], clipping_norm, grid)

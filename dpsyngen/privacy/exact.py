@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.privacy.clipping import ClippedGradient, GridGradient, default_grid
 from dpsyngen.privacy.noise import GaussianMechanism
 from dpsyngen.privacy.per_example import Loss, PerExampleGradients
@@ -145,15 +145,8 @@ def discrete_gaussian(randomness: Randomness, step: int, count: int, sigma: int)
 
     Rejection from a discrete Laplace distribution of scale σ (CKS, algorithms 2 and 3); every decision compares
     integers.
-
-    Args:
-        randomness: the run's secret streams.
-        step: number of the step.
-        count: how many.
-        sigma: σ, a whole number from 1 to 2^40.
     """
-    if not 1 <= sigma <= 1 << 40:
-        raise ValueError(f"sigma is {sigma}, but must be a whole number from 1 to 2^40.")
+    require(1 <= sigma <= 1 << 40, "sigma", sigma, "a whole number from 1 to 2^40")
     words = _Words(randomness, step)
     out = np.empty(count, dtype=np.int64)
     missing = np.arange(count)

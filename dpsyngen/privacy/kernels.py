@@ -62,15 +62,10 @@ class Convolution:
 
 @dataclass(frozen=True)
 class ConvolutionCall:
-    """One backward pass through a convolution.
+    """One backward pass through a convolution of `examples` with `copies` rows each.
 
-    Attributes:
-        g: gradient of the output, [examples*copies, C_out, *spatial].
-        x: input, [examples*copies, C_in, *spatial].
-        weight: the layer's weight; only its shape matters here.
-        settings: stride, padding, …
-        examples: B.
-        copies: K.
+    g is the gradient of the output, [examples*copies, C_out, *spatial], x the input, [examples*copies, C_in, *spatial];
+    of the weight only the shape matters.
     """
 
     g: Tensor
@@ -309,11 +304,7 @@ class KernelChoices:
             order and repeats a step bit for bit.
 
     Attributes:
-        chosen: kernel for each layer signature.
-        milliseconds: for each signature, what each candidate took.
-
-    Raises:
-        ConfigError: `chosen` names a kernel that does not exist.
+        chosen, milliseconds: for each layer signature the kernel, and what each candidate took.
     """
 
     def __init__(self, measure: bool = True, chosen: dict[str, str] | None = None) -> None:

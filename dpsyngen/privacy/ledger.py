@@ -39,12 +39,7 @@ _GENESIS = "0" * 64
 
 @dataclass(frozen=True)
 class Head:
-    """How long a chain is and how it ends.
-
-    Attributes:
-        lines: number of lines, the first included.
-        digest: SHA-256 of the last line, 64 hexadecimal digits.
-    """
+    """How long a chain is, the first line included, and how it ends: the SHA-256 of its last line."""
 
     lines: int
     digest: str
@@ -59,14 +54,9 @@ def _line(body: dict[str, Any], previous: str) -> bytes:
 
 
 class HashChain:
-    """An append-only file of JSON objects.
+    """An append-only file of JSON objects (``bodies``), each chained to the one before by its digest.
 
-    Args:
-        path: an existing file (see :func:`start_chain`).
-        what: what the file is called in messages, such as "ledger".
-
-    Attributes:
-        bodies: the objects, without the digests that chain them.
+    `what` is what messages call the file, such as "ledger".
 
     Raises:
         LedgerError: the file was edited, truncated or reordered, or its head is missing or does not fit.
@@ -180,8 +170,7 @@ class HashChain:
 def start_chain(path: Path, what: str, first: dict[str, Any]) -> None:
     """Start a :class:`HashChain` with its first line.  It appears whole or not at all, with mode 0600.
 
-    Raises:
-        LedgerError: the file is there already, or its head says that it was and had more lines.
+    Raises LedgerError if the file is there already, or its head says that it was and had more lines.
     """
     if path.exists():
         raise LedgerError(f"{path} exists already; a {what} is never started twice.")
@@ -311,12 +300,9 @@ class Ledger(HashChain):
         secure: bool = True,
         earlier: tuple[Mechanism, ...] = (),
     ) -> Ledger:
-        """Start a ledger with its budget.
+        """Start a ledger in a new file; the arguments are the attributes.
 
-        Args:
-            path: a file that does not exist yet.
-            target_epsilon, delta, records, group_size, run, secure: see the attributes.
-            earlier: mechanisms already run on the same data elsewhere; they count towards the total.
+        `earlier` are mechanisms already run on the same data elsewhere; they count towards the total.
         """
         check_group_size(group_size)
         header = {

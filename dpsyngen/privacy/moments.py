@@ -171,8 +171,7 @@ def released(total: VectorSum, noise_multiplier: float, randomness: Randomness, 
     Args:
         total: the sum; the noise is scaled from its own ``l2_sensitivity``.
         noise_multiplier: z >= 0; 0 adds none (no privacy).
-        randomness: the run's secret streams.
-        step: number of the query in this run; each has its own noise.
+        randomness, step: the run's secret streams, and the number of the query: each has its own noise.
 
     Returns:
         [groups, length] fp64, on the grid of the sum: coordinate i has noise of standard deviation z·Δ / weights[i].
@@ -195,12 +194,8 @@ def released(total: VectorSum, noise_multiplier: float, randomness: Randomness, 
 def matrices(values: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
     """What :func:`released` returns for :func:`scatter_sums`, as matrices.
 
-    Args:
-        values: [groups, D(D+1)/2], or one coordinate more.
-        size: D.
-
-    Returns:
-        [groups, D, D], symmetric; [groups] energies outside, or None.
+    `values` are [groups, D(D+1)/2], or one coordinate more; the result is [groups, D, D], symmetric, and [groups]
+    energies outside, or None.
     """
     triangle = size * (size + 1) // 2
     if values.shape[1] not in (triangle, triangle + 1):

@@ -161,9 +161,7 @@ def standard_normal_parts(
 
     Only what lies near the spans is drawn, and only one part of it is in memory.
 
-    Args:
-        randomness, step, count, purpose: as there; `count` is that of the whole.
-        spans: (start, length) of each part.  In ascending order nothing is drawn twice.
+    `spans` are (start, length) of each part; in ascending order nothing is drawn twice.
     """
     last, chunk = -1, np.empty(0)
     for start, length in spans:

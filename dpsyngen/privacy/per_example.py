@@ -271,9 +271,7 @@ class PerExampleGradients(Whole):
     ) -> GridGradient:
         """Like :meth:`sum`, in multiples of `grid` and exact.  Flat clipping only.
 
-        Args:
-            grid: a power of two; see :func:`dpsyngen.privacy.clipping.default_grid`.
-            loss, examples, copies, physical_batch: as :meth:`sum`.
+        `grid` is a power of two; see :func:`dpsyngen.privacy.clipping.default_grid`.
         """
         require(self.style == "flat", "clipping style", self.style, "'flat' for a sum on a grid")
 
@@ -292,14 +290,9 @@ class PerExampleGradients(Whole):
         Worth doing once for a model of your own, on random numbers in place of private data.  Dropout and other random
         layers must be off.
 
-        Args:
-            loss: as in :meth:`sum`.
-            examples: at least 2.
-            copies: K.
-            tolerance: allowed difference, relative to the norm of the example's gradient.
-
         Raises:
-            UnsupportedLayer: an example's gradient alone differs from its gradient in the batch.
+            UnsupportedLayer: an example's gradient alone differs from its gradient in the batch by more than
+                `tolerance`, relative to its norm.
         """
         require(examples >= 2, "examples", examples, "at least 2, to see whether they mix")
         together = self.per_example(lambda: loss(slice(0, examples)), examples, copies)
@@ -359,10 +352,7 @@ def available_memory(device: torch.device) -> int:
 def bytes_for_each_example(engine: PerExampleGradients, loss: Loss, copies: int = 1) -> int:
     """Memory that one more example in a pass takes: what autograd keeps and the per-example gradients.
 
-    Args:
-        engine: the engine.
-        loss: of at least two examples; random numbers in place of private images do.
-        copies: K.
+    `loss` is of at least two examples; random numbers in place of private images do.
     """
     counts = []
     for examples in (1, 2):

@@ -61,9 +61,6 @@ class OwnExamples(PerExampleGradients):
     processes must come in one order.  Every method but :meth:`zero` and :meth:`per_example` must be called in all
     processes alike, and gives each its own part of the sum, with the sensitivity of the whole.
 
-    Args:
-        module, clipping_norm, style, kernels: as of the base class.
-
     Raises:
         ConfigError: the parameters are not sharded, or in a way that is not supported.
 

@@ -81,12 +81,7 @@ class Place:
 
 
 class Gathered:
-    """Which whole parameter stands for which of the module's shards.
-
-    Args:
-        module: with the sharded parameters.
-        names: of the trainable ones, in order.
-    """
+    """Which whole parameter stands for which of the module's shards; `names` are those of the trainable ones."""
 
     def __init__(self, module: nn.Module, names: list[str]) -> None:
         self._module, self._positions = module, {name: i for i, name in enumerate(names)}
@@ -151,10 +146,7 @@ class Gathered:
 class GatheredTape(Tape):
     """A tape of one pass of a module with gathered parameters.
 
-    Args:
-        gathered: which tensor is which parameter.
-        constants, kernels, examples, copies: as of :class:`dpsyngen.privacy.rules.Tape`.
-        places: the parts of the parameters whose gradients are wanted; None: whole ones.
+    `places` are the parts of the parameters whose gradients are wanted; None: whole ones.
     """
 
     def __init__(
