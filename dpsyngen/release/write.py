@@ -88,17 +88,16 @@ def certify(
         stages=stage_parts(plan.stages),
         pretrained_on_programmatic_images=plan.stages.pretrain,
         programs_used=bool(plan.stages.public) or plan.stages.pretrain,
-        budget=None
-        if budget is None
-        else BudgetPart(
-            epsilon=budget.epsilon_limit,
-            delta=budget.delta,
-            group_size=budget.group_size,
-            reserved_epsilon=budget.epsilon(),
-            runs=len(budget.charges),
-        ),
+        budget=None if budget is None else _budget(budget),
         ledger=LedgerPart(lines=ledger.head.lines, digest=ledger.head.digest),
         not_covered=not_covered,
+    )
+
+
+def _budget(b: Budget) -> BudgetPart:
+    spent, runs = b.epsilon(), len(b.charges)
+    return BudgetPart(
+        epsilon=b.epsilon_limit, delta=b.delta, group_size=b.group_size, reserved_epsilon=spent, runs=runs
     )
 
 
@@ -156,21 +155,12 @@ def _merged(ledger: Ledger) -> list[LedgerEntry]:
 
 
 def public_config(config: Config) -> dict[str, Any]:
-    """The configuration without what is private about the holder: where the images and the budget lie.
-
-    Nor has it the section on logging, which does not decide what is released.
-    """
+    """The configuration without where the images and the budget lie, and without logging, which releases nothing."""
     values = config.model_dump(mode="json", exclude={"logging"})
     for name in ("source", "cache", "workers"):
         values["data"].pop(name)
     values["privacy"].pop("budget")
     return values
-
-
-def _rank(run: Run) -> int:
-    """Columns of the basis that the released moments have."""
-    with safe_open(run.weights(GAUSSIAN), "pt") as file:
-        return int(file.get_slice("basis").get_shape()[1])
 
 
 def write_release(
@@ -189,10 +179,12 @@ def write_release(
     for name, text in companions(certificate, digest_of(certificate.to_json().encode())).items():
         (run.release / name).parent.mkdir(exist_ok=True)
         write_text(run.release / name, text)
-    write_text(
-        run.release / "config.yaml",
-        yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True),
-    )
+    settings = yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True)
+    write_text(run.release / "config.yaml", settings)
+    moments = {}
+    if plan.stages.moments:
+        with safe_open(run.weights(GAUSSIAN), "pt") as file:
+            moments = {"moments": {"rank": int(file.get_slice("basis").get_shape()[1])}}
     generator = {
         "format": FORMAT,
         "dpsyngen": __version__,
@@ -203,7 +195,7 @@ def write_release(
         "network": {"size": config.network.size, "sigma_data": config.network.sigma_data},
         "conditional": {n: n == plan.stages.private.network for n in plan.stages.networks},
         "label_dropout": config.network.label_dropout,
-        **({"moments": {"rank": _rank(run)}} if plan.stages.moments else {}),
+        **moments,
         "sampling": config.sampling.model_dump(mode="json"),
         "private": certificate.private,
     }
