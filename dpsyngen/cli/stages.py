@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 def stages(
     out: Annotated[Path, typer.Option(help="folder of the results; the same call again goes on after an interruption")],
     programs: Annotated[
-        str,
-        typer.Option(
-            help="comma-separated names, or YAML files of name and params; the first is the one to train with"
-        ),
+        str, typer.Option(help="names, or YAML files of name and params, comma-separated; the first is to train with")
     ],
     proxy: Annotated[
         str | None, typer.Option(help="images that are PUBLIC and resemble the private ones: as --data of train")
@@ -144,16 +141,13 @@ def _configuration(
 
 
 def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list[Path]]:
-    s = search.search
+    s, p = search.search, search.plan
     tiers = ", ".join(f"{f.label} (tier {f.program.prior_tier})" for f in s.families)
     console.note(f"programs: {tiers}{'' if s.proxy is None else '; a proxy that you declare PUBLIC'}")
-    if search.plan is not None:
-        p = search.plan
-        console.note(
-            f"private images: {p.query.records:,} records, ε = {p.privacy.epsilon:g} at δ = {p.delta:.3g}, noise "
-            f"multiplier {p.query.noise_multiplier:.4g}"
-            + ("" if p.privacy.insecure_seed is None else "; NOT PRIVATE: reproducible noise")
-        )
+    if p is not None:
+        cost = f"ε = {p.privacy.epsilon:g} at δ = {p.delta:.3g}, noise multiplier {p.query.noise_multiplier:.4g}"
+        seeded = "" if p.privacy.insecure_seed is None else "; NOT PRIVATE: reproducible noise"
+        console.note(f"private images: {p.query.records:,} records, {cost}{seeded}")
     bars: dict[str, Progress] = {}
     with ExitStack() as stack:
 
@@ -175,7 +169,7 @@ def _say(console: Console, out: Path, result: StagesResult, files: list[Path], s
     if statement:
         spent = f"ε = {statement['epsilon']:.4f} at δ = {statement['delta']:.3g} of the private images is spent"
         lines.append(spent if statement["private"] else f"NOT PRIVATE (reproducible noise); it would be: {spent}")
-    lines.append(f"results: {', '.join(str(f) for f in files)}")
+    lines.append(f"results: {', '.join(map(str, files))}")
     lines.append(f"train with them: dpsyngen train --config {out / 'stages.yaml'} --data … --epsilon … --out …")
     console.result(
         {

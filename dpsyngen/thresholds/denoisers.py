@@ -143,15 +143,13 @@ class PublicDenoisers:
         """The file of the weights."""
         return self.folder / f"{family.label}-{seed}-{self.key(family, seed)[:16]}.safetensors"
 
-    def get(
-        self, family: Family, seed: int, on_progress: Callable[[int, float], None] | None = None
-    ) -> NetworkDenoiser:
+    def get(self, family: Family, seed: int, on_progress: Callable[[int], None] | None = None) -> NetworkDenoiser:
         """The network of a family and seed: read, or trained from where an interrupted call left it.
 
         Args:
             family: what to train on.
             seed: decides the start, the images and the noise levels; public.
-            on_progress: called with the number of steps that are done and the loss.
+            on_progress: called with the number of steps that are done.
 
         Raises:
             RunError: the file of the weights is damaged, or training diverged.
@@ -177,7 +175,7 @@ class PublicDenoisers:
         start: int,
         state: TrainState,
         unfinished: Path,
-        on_progress: Callable[[int, float], None] | None,
+        on_progress: Callable[[int], None] | None,
     ) -> None:
         c, offset = self.config.public, FIRST_IMAGE + _PER_SEED * (seed + 1)
         if isinstance(family.program, GivenImages):
@@ -196,7 +194,7 @@ class PublicDenoisers:
                 tensors = {k: v.cpu() for k, v in state.tensors().items()}
                 write_atomically(unfinished, lambda p, t=tensors, n=counts: save_file(t, p, {"dpsyngen": n}))  # type: ignore[misc]
             if on_progress is not None:
-                on_progress(progress.step, progress.values["loss"])
+                on_progress(progress.step)
 
 
 def _restore(path: Path, state: TrainState, steps: int) -> None:

@@ -14,10 +14,10 @@ The first family is the one that a training would use; its curve against the las
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -50,8 +50,12 @@ BINS: tuple[tuple[str, float, float], ...] = (
 )
 """Pieces of the log σ axis in which losses are averaged."""
 
-Tell = Callable[[str, int, int, str], None]
-"""Progress: what is being done, how many units are done, of how many, and the unit's name in the plural."""
+
+class Tell(Protocol):
+    """Progress: what is being done, how many units are done, of how many, and the unit's name in the plural."""
+
+    def __call__(self, title: str, done: int, total: int, unit: str) -> None: ...
+
 
 _NOISE_SEED = 0
 
@@ -126,12 +130,8 @@ class StageSearch:
         out: dict[tuple[str, int], NetworkDenoiser] = {}
         steps = self.networks.config.public.steps
         for family, seed in itertools.product(self.all_families, range(self.seeds)):
-            told = partial(tell, f"training on {family.label}, seed {seed}")
-            out[family.label, seed] = self.networks.get(
-                family,
-                seed,
-                lambda step, loss, told=told: told(step, steps, "steps"),  # type: ignore[misc]
-            )
+            told = partial(tell, f"training on {family.label}, seed {seed}", total=steps, unit="steps")
+            out[family.label, seed] = self.networks.get(family, seed, told)
         return out
 
     def measure(self, trained: Mapping[tuple[str, int], Denoiser], tell: Tell) -> Measured:
@@ -156,7 +156,7 @@ class StageSearch:
                 [*(pair for *_, pairs in compared for pair in pairs), asked],
                 seeded_noise(tuple(images.shape[1:]), _NOISE_SEED),
                 workers=self.networks.workers,
-                on_progress=partial(_told, tell, f"measuring on images of {family.label}", len(images)),
+                on_progress=partial(tell, f"measuring on images of {family.label}", total=len(images), unit="images"),
             )
             for stand_in, teacher, student, pairs in compared:
                 curve = GapCurve(family.label, teacher, student, answers.log_sigma, *_stacked(answers, pairs))
@@ -184,10 +184,6 @@ class StageSearch:
             pairs = [(f"{own}/{s}", f"{own}/{(s + 1) % self.seeds}") for s in range(count)]
             out.append(("floor", own, own, pairs))
         return out
-
-
-def _told(tell: Tell, title: str, total: int, done: int) -> None:
-    tell(title, done, total, "images")
 
 
 def _stacked(answers: Answers, pairs: Sequence[Pair]) -> tuple[Array, Array, Array]:

@@ -47,8 +47,8 @@ def test_levels_are_uniform_over_the_axis() -> None:
 def test_trained_once_and_read_after_that(tmp_path, monkeypatch) -> None:
     networks = PublicDenoisers(tmp_path / "n", settings(), SHAPE, "cpu", Workers(1))
     seen = []
-    first = networks.get(program(), 0, lambda step, loss: seen.append((step, loss)))
-    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
+    first = networks.get(program(), 0, seen.append)
+    assert seen == [1, 2, 3, 4, 5, 6]
     monkeypatch.setattr(module, "train_public", lambda *a: pytest.fail("trained again"))
     assert torch.equal(weights(networks.get(program(), 0)), weights(first))
     assert [p.name for p in (tmp_path / "n").iterdir()] == [networks.path(program(), 0).name]
@@ -59,7 +59,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(tmp_path) -> None:
     whole = PublicDenoisers(tmp_path / "a", settings(), SHAPE, "cpu", Workers(1)).get(program(), 1)
     networks = PublicDenoisers(tmp_path / "b", settings(), SHAPE, "cpu", Workers(1))
 
-    def stop(step: int, loss: float) -> None:
+    def stop(step: int) -> None:
         if step == 5:
             raise KeyboardInterrupt
 
@@ -67,7 +67,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(tmp_path) -> None:
         networks.get(program(), 1, stop)
     assert not networks.path(program(), 1).exists()
     seen = []
-    resumed = networks.get(program(), 1, lambda step, loss: seen.append(step))
+    resumed = networks.get(program(), 1, seen.append)
     assert seen == [5, 6]  # from the checkpoint of step 4
     assert torch.equal(weights(resumed), weights(whole))
     assert len(list((tmp_path / "b").iterdir())) == 1
@@ -78,7 +78,7 @@ def test_damaged_checkpoint_costs_time_only(tmp_path) -> None:
     unfinished = networks.path(program(), 0).with_suffix(".unfinished")
     unfinished.write_bytes(b"no weights")
     seen = []
-    networks.get(program(), 0, lambda step, loss: seen.append(step))
+    networks.get(program(), 0, seen.append)
     assert seen[0] == 1
     assert not unfinished.exists()
     networks.path(program(), 0).write_bytes(b"no weights")

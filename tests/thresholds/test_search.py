@@ -58,7 +58,7 @@ def test_every_program_serves_every_other_and_the_proxy(tmp_path) -> None:
     levels = {"a": 0.0, "b": 0.2, "c": 0.5, "proxy": -0.1}
     trained = {(label, seed): Constant(v + 0.01 * seed) for label, v in levels.items() for seed in range(3)}
     told = []
-    m = s.measure(trained, lambda *a: told.append(a))
+    m = s.measure(trained, lambda title, done, total, unit: told.append((title, done, total, unit)))
     kinds = {(c.images, c.teacher, c.student) for c in m.curves["programs"]}
     assert kinds == {(t, t, s_) for t in "abc" for s_ in "abc" if t != s_}
     assert {(c.images, c.student) for c in m.curves["proxy"]} == {("proxy", "a"), ("proxy", "b"), ("proxy", "c")}
@@ -82,10 +82,10 @@ def test_every_program_serves_every_other_and_the_proxy(tmp_path) -> None:
 def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) -> None:
     s = search(tmp_path, [family("a"), family("b", shape="disc")], seeds=1)
     told = []
-    trained = s.train(lambda *a: told.append(a))
+    trained = s.train(lambda title, done, total, unit: told.append((title, done, total, unit)))
     assert list(trained) == [("a", 0), ("b", 0)]
     assert told[-1] == ("training on b, seed 0", 2, 2, "steps")
-    m = s.measure(trained, lambda *a: None)
+    m = s.measure(trained, lambda title, done, total, unit: None)
     assert len(m.curves["programs"]) == 2
     assert not m.curves["floor"]
     assert not m.proxy_losses
@@ -197,7 +197,7 @@ def test_optimal_denoisers_of_gaussians_come_out_as_their_closed_form(tmp_path) 
     x = values / 127.5 - 1
     own = ExactMixture.gaussian(np.full(64, x.mean()).tolist(), (np.eye(64) * x.var()).tolist())
     other = ExactMixture.gaussian(np.full(64, 0.1).tolist(), (np.eye(64) * 0.02).tolist())
-    m = s.measure({("a", 0): other, ("proxy", 0): own}, lambda *a: None)
+    m = s.measure({("a", 0): other, ("proxy", 0): own}, lambda title, done, total, unit: None)
     relative = m.curves["proxy"][0].relative()[0]
     for k, u in enumerate(LEVELS):
         exact = gaussian_gap(own, other, math.exp(u)) / gaussian_loss(own, math.exp(u))
