@@ -13,7 +13,6 @@ from dpsyngen.cli.options import AsJson, AskedDevice, Device, Quiet, RunArgument
 
 if TYPE_CHECKING:
     from dpsyngen.evaluation.doctor import Diagnosis
-    from dpsyngen.evaluation.memorisation import Memorisation
     from dpsyngen.hardware import Compute, Machine
     from dpsyngen.training.findings import Finding
 
@@ -35,6 +34,7 @@ def memorisation(
     """Look for training images among generated ones.  The figures and the picture are private: do not publish them."""
     from dpsyngen.console import Console
     from dpsyngen.evaluation.run import check_memorisation
+    from dpsyngen.report.tables import memorisation_rows
 
     console = Console(quiet, as_json)
     result = check_memorisation(
@@ -47,23 +47,10 @@ def memorisation(
         device=device,
         on_progress=console.note,
     )
-    private = run / "private"
-    console.result(
-        result.to_dict() | {"path": private / "memorisation.json"},
-        [
-            *_lines(result),
-            f"PRIVATE figures and pictures of private images, kept in {private / 'memorisation.json'} and "
-            f"{private / 'memorisation.png'}: publishing them costs privacy",
-        ],
-    )
-
-
-def _lines(result: Memorisation) -> Iterator[str]:
-    from dpsyngen.report.tables import memorisation_rows
-
-    for row in memorisation_rows(result.to_dict()):
-        yield f"{row.name:<52} {row.value:>16}   {row.note}"
-    yield result.conclusion
+    figures, path = result.to_dict(), run / "private" / "memorisation.json"
+    lines = [f"{row.name:<52} {row.value:>16}   {row.note}" for row in memorisation_rows(figures)]
+    kept = f"PRIVATE figures and pictures of private images, kept in {path} and {path.with_suffix('.png')}"
+    console.result(figures | {"path": path}, [*lines, result.conclusion, f"{kept}: publishing them costs privacy"])
 
 
 def doctor(

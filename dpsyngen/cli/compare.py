@@ -178,11 +178,8 @@ def _finished(statuses: dict[str, Status]) -> int:
 
 
 def _running(statuses: dict[str, Status]) -> str:
-    return "; ".join(
-        f"{name}: {s.doing}{f' {s.done:,}/{s.total:,}' if s.total else ''}"
-        for name, s in statuses.items()
-        if s.state == "running"
-    )
+    running = {name: s for name, s in statuses.items() if s.state == "running"}
+    return "; ".join(f"{n}: {s.doing}{f' {s.done:,}/{s.total:,}' if s.total else ''}" for n, s in running.items())
 
 
 def _finish(console: Console, experiment: Experiment) -> None:
@@ -251,22 +248,16 @@ def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, terafl
     limit = spec.cost.hours
     if limit is not None and found.total > 3600 * limit:
         lines.append(f"BEYOND       cost.hours = {limit:g}: no run is started after that")
-    document = {
-        "name": spec.name,
-        "jobs": [job.name for job in jobs],
-        "left": [job.name for job in left],
-        "privacy": cost.to_dict(),
-        "estimate": found.to_dict() | {"gpu_hours": found.gpu_hours(rate), "gpu_teraflops_assumed": rate},
-    }
+    document: dict[str, Any] = {"name": spec.name, "privacy": cost.to_dict()}
+    document |= {"jobs": [job.name for job in jobs], "left": [job.name for job in left]}
+    document["estimate"] = found.to_dict() | {"gpu_hours": found.gpu_hours(rate), "gpu_teraflops_assumed": rate}
     console.result(document, lines)
 
 
 def _lines(spec: Spec, jobs: Any, left: Any, shape: Shape, cost: PrivacyCost) -> list[str]:
     from dpsyngen.config import with_batch
 
-    g = spec.grid
-    names = list(g.axes) or ["none"]
-    cases = [c.label or "(plain)" for c in g.cases]
+    g, names, cases = spec.grid, list(spec.grid.axes) or ["none"], [c.label or "(plain)" for c in spec.grid.cases]
     size = f"{shape.channels}x{shape.resolution}x{shape.resolution}"
     first = next((job.config for job in jobs if job.config is not None), None)
     lines = [

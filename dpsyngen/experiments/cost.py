@@ -33,13 +33,12 @@ from dpsyngen.evaluation.cas import HELD_OUT, default_epochs
 from dpsyngen.experiments.experiment import networks_of
 from dpsyngen.experiments.spec import Job, Spec
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta, epsilon, merge
+from dpsyngen.privacy.accounting import Mechanism, default_delta, epsilon, merge
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger, check_affordable
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.training.moments import MOMENTS, estimate_moments
+from dpsyngen.training.moments import MOMENTS
 from dpsyngen.training.networks import make_denoiser
-from dpsyngen.training.plan import MomentsPlan, Shape, make_plan, plan_moments, stages_of
+from dpsyngen.training.plan import Shape, make_plan, stages_of
 
 GPU_TERAFLOPS = 3.0
 """Sustained rate that GPU-hours assume, in 10^12 floating-point operations a second.
@@ -49,8 +48,7 @@ DPDM's published MNIST runs (1.5 million parameters, batch 4096, K = 32, 300 epo
 """
 
 _FEWEST, _MOST, _FLOPS = 16, 128, 1e11  # noisy images of a measured step: as many as a CPU core does in some seconds
-# Numbers and images that moments are measured on.
-_NUMBERS, _FEWEST_IMAGES, _MOST_IMAGES = 1 << 23, 32, 20_000
+_NUMBERS, _MOST_IMAGES = 1 << 23, 20_000  # pixels and images that moments are measured on, at most
 
 
 @dataclass(frozen=True)
@@ -193,13 +191,15 @@ class StepTimes:
     """What was measured for one network and shape, on one device.
 
     Seconds a noisy image of a `public` step and of a `private` (DP-SGD) one, 0 where there is no network; seconds an
-    image and `sampling` step; `flops` of training on one noisy image, forward and backward.
+    image and `sampling` step; `flops` of training on one noisy image, forward and backward; seconds an image of all
+    queries of DP `moments`.
     """
 
     public: float
     private: float
     sampling: float
     flops: float
+    moments: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -245,15 +245,17 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
     noisy = min(max(round(_FLOPS / flops), _FEWEST), _MOST)
     batch = max(2, min(config.private.batch, noisy // copies))
     public_batch = max(2, min(config.public.batch, noisy // config.public.copies))
-    n = 4 * batch
+    stages, n = stages_of(config), 4 * batch
+    if stages.moments:
+        # So many that what moments take whatever the number of images counts for little.
+        n = max(n, min(shape.records, _MOST_IMAGES, _NUMBERS // (shape.channels * shape.resolution**2)))
     images = coarse_noise(n, shape)
     labels = np.arange(n, dtype=np.int64) % shape.num_classes if shape.num_classes else None
     dataset = ImageDataset(images, labels, shape.class_names, "noise")
     values = config.model_dump()
     values["data"] |= {"source": "noise", "records": None, "resolution": shape.resolution}
     # The noise is seeded: the images are no images, and the run is thrown away.
-    values["privacy"] |= {"epsilon": 10.0, "delta": 1e-6, "insecure_seed": 0, "budget": None, "group_size": 1}
-    stages = stages_of(config)
+    values["privacy"] |= {"delta": 1e-6, "insecure_seed": 0, "budget": None, "group_size": 1}
     variant = "gaussian" if stages.gaussian else "residual-cleaning" if stages.moments else "both"
     values["stages"] |= {"variant": variant, "pretrain": None, "networks": "experts"}
     values["stages"] |= {"tau_cleaning": -3.0, "tau_coarse": 2.0}
@@ -267,9 +269,10 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
         last = now_is()
         for p in training.steps():
             now = now_is()
-            # The first of a phase builds and measures things; moments are measured with as many images as there are.
-            if p.step > 1 and p.phase != MOMENTS:
-                taken.setdefault("private" if p.phase == name else "public", []).append(now - last)
+            # The first step of a phase builds and measures things.
+            if p.phase == MOMENTS or p.step > 1:
+                part = p.phase if p.phase == MOMENTS else "private" if p.phase == name else "public"
+                taken.setdefault(part, []).append(now - last)
             last = now_is()
         generator = ReleasedGenerator(training.run.release, device)
         count = 16
@@ -278,7 +281,10 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
         generator.sample(count, steps=2, sampler="ddim")
         drawing = (now_is() - begun) / (2 * count)
     public, private = (min(taken.get(part, [0.0])) for part in ("public", "private"))  # no steps without a network
-    return StepTimes(public / (public_batch * config.public.copies), private / (batch * copies), drawing, flops)
+    moments = sum(taken.get(MOMENTS, ())) / n
+    return StepTimes(
+        public / (public_batch * config.public.copies), private / (batch * copies), drawing, flops, moments
+    )
 
 
 def _clock(device: str) -> Callable[[], float]:
@@ -316,7 +322,6 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
         ConfigError: a setting is not allowed.
     """
     times: dict[str, StepTimes] = {}
-    moments = MomentsTime(_clock(device))
     known: set[str] = set()
     public = private = sampling = evaluation = public_flops = private_flops = 0.0
     for job in jobs:
@@ -325,7 +330,9 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
         c = with_batch(job.config, shape.records)
         stages = stages_of(c)
         sizes = (c.network.size, c.private.copies, c.public.copies, min(c.private.batch, 64), c.program.name)
-        signature = repr((stages.moments, stages.gaussian, *sizes))
+        # The noise decides how many frequencies the moments are cut to, and so their time.
+        of_moments = (c.privacy.epsilon, c.moments.share, c.moments.rank) if stages.moments else ()
+        signature = repr((stages.gaussian, *sizes, *of_moments))
         if signature not in times:
             times[signature] = measure(c, shape, device)
         t = times[signature]
@@ -335,7 +342,7 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
                 noisy = c.public.steps * c.public.batch * c.public.copies
                 public += noisy * t.public
                 public_flops += noisy * t.flops
-        private += moments.of(c, shape)
+        private += t.moments * shape.records if stages.moments else 0.0
         if not stages.gaussian:
             noisy = c.private.steps * c.private.batch * c.private.copies
             private += noisy * t.private
@@ -392,38 +399,3 @@ def coarse_noise(count: int, shape: Shape) -> NDArray[np.uint8]:
     half = -(-shape.resolution // 2)
     squares = np.random.default_rng(0).integers(0, 256, (count, shape.channels, half, half), dtype=np.uint8)
     return squares.repeat(2, 2).repeat(2, 3)[:, :, : shape.resolution, : shape.resolution]
-
-
-class MomentsTime:
-    """Seconds of the DP moments of runs, by the clock `now_is`; one measurement serves all runs that take the same."""
-
-    def __init__(self, now_is: Callable[[], float]) -> None:
-        self._now_is = now_is
-        self._known: dict[tuple[float, int], float] = {}
-
-    def of(self, config: Config, shape: Shape) -> float:
-        """Time of one run's moments; 0 if it takes none."""
-        stages, privacy = stages_of(config), config.privacy
-        if not stages.moments:
-            return 0.0
-        noise = 0.0
-        if math.isfinite(privacy.epsilon):
-            share = 1.0 if stages.gaussian else config.moments.share
-            delta = default_delta(shape.records) if privacy.delta is None else privacy.delta
-            # A looser bound than the run's own is good enough for a time, and takes milliseconds.
-            noise = calibrate_noise(privacy.epsilon * share, delta, sampling_rate=1.0, steps=1, accountant="rdp")
-        key = (noise, config.moments.rank)
-        if key not in self._known:
-            self._known[key] = self._measure(shape, plan_moments(noise, shape.num_classes), config.moments.rank)
-        return self._known[key] * shape.records
-
-    def _measure(self, shape: Shape, plan: MomentsPlan, rank: int) -> float:
-        """Seconds an image, from one estimate of images of noise with as many frequencies as the run would have."""
-        size = shape.channels * shape.resolution**2
-        count = min(shape.records, _MOST_IMAGES, max(_NUMBERS // size, _FEWEST_IMAGES))
-        labels = np.arange(count, dtype=np.int64) % shape.num_classes if shape.num_classes else None
-        images = ImageDataset(coarse_noise(count, shape), labels, shape.class_names, "noise")
-        randomness = Randomness.from_insecure_seed(0)  # the images are no images
-        begun = self._now_is()
-        estimate_moments(images, shape.num_classes, shape.records, plan, randomness, rank=rank)
-        return (self._now_is() - begun) / count

@@ -64,13 +64,7 @@ def real_reference(
     """Score classifiers trained on all real training images, by the protocol of generated ones; no privacy (ε = ∞).
 
     A tenth of the real training images, by class, chooses the epoch.  Arguments as for
-    :func:`~dpsyngen.evaluation.cas.classification_accuracy`.
-
-    Returns:
-        for each classifier what :meth:`ClassifierResult.to_dict` gives, JSON-able.
-
-    Raises:
-        ConfigError: no classes, or sets that do not fit together.
+    :func:`~dpsyngen.evaluation.cas.classification_accuracy`; returns :meth:`ClassifierResult.to_dict` of each.
     """
     train_labels, test_labels = _labels(train, test)
 
@@ -122,11 +116,8 @@ def dp_classifier_reference(
 
     Returns:
         JSON-able: ``cas``, with the score under "dp-cnn" (scattering is convolutional) as
-        :meth:`ClassifierResult.to_dict` gives it, without held-out images; ``accuracy``, ``accuracy_low``,
-        ``accuracy_high``, ``balanced_accuracy``, ``per_class_accuracy`` of it; ``epsilon`` and ``delta`` as asked;
-        ``ledger_epsilon``, which the ledger comes to; ``private``, whether the noise was unpredictable;
-        ``noise_multiplier``, ``sampling_rate``, ``steps``, ``batch``, ``learning_rate``, ``clipping_norm``, ``ema``,
-        ``network``, ``records``, ``parameters``, ``seed`` and ``seconds``.
+        :meth:`ClassifierResult.to_dict` gives it, without held-out images, and its main figures beside it;
+        ``ledger_epsilon``, which the ledger comes to; ``private``, whether the noise was unpredictable; all settings.
 
     Raises:
         ConfigError: no classes, sets that do not fit together, or settings out of range.
@@ -349,16 +340,10 @@ def train_dp_classifier(
 class Scattering:
     """Two scales, orders 0 to 2, then each image's features normalised in groups of channels.
 
-    Each image's features are a function of that image and of public constants alone.
-
-    Args:
-        shape: [C, H, W] of the images.
-        angles: orientations of the wavelets, a multiple of 4; None: 8 for grey images, 4 for colour ones, whose
-            features take three times the memory.
-
-    Attributes:
-        features: the shape [channels, h, w] of what :meth:`of` returns for an image: C (1 + 2·angles + angles²)
-            channels, and a position for every 4×4 pixels.  Images above 32 pixels are averaged down to 32 at most.
+    Each image's features are a function of that image and of public constants alone.  The wavelets have `angles`
+    orientations, a multiple of 4; None: 8 for grey images, 4 for colour ones, whose features take three times the
+    memory.  `features` is the shape [channels, h, w] of an image's: C (1 + 2·angles + angles²) channels, and a position
+    for every 4×4 pixels.  Images above 32 pixels are averaged down to 32 at most.
     """
 
     def __init__(self, shape: tuple[int, ...], angles: int | None = None) -> None:

@@ -157,9 +157,8 @@ class View:
 
         The choice looks at names only, so it cannot favour a variant.
         """
-        return next((m for m in self.measures if m.metric == "accuracy" and m.on == "cnn"), None) or (
-            self.measures[0] if self.measures else None
-        )
+        cnn = [m for m in self.measures if m.metric == "accuracy" and m.on == "cnn"]
+        return next(iter((*cnn, *self.measures)), None)
 
     @cached_property
     def labels(self) -> bool:
@@ -204,14 +203,7 @@ class View:
         return out
 
     def reference(self, kind: str, measure: Measure, epsilon: float) -> list[float]:
-        """Values of a reference over seeds, in shown units.
-
-        Args:
-            kind: "real" (classifiers trained on real images), "dp-classifier", "programs" (images drawn by programs)
-                or "test" (real test images in place of generated ones).
-            measure: of which figure.
-            epsilon: matters for "dp-classifier" alone.
-        """
+        """Values of a reference over seeds, in shown units: of a job's kind, or "test", real test images instead."""
         found: list[float] = []
         if kind == "test":
             found = [f.floor for f in self._of_runs(measure) if f.floor is not None]
@@ -239,14 +231,10 @@ class View:
         """What differs between runs at one ε and settings but must not, in words."""
         out = []
         for epsilon in self.epsilons:
-            found: dict[str, dict[Any, list[str]]] = {}
-            for job in self.results.runs:
-                if job.epsilon == epsilon:
-                    for what, value in _terms(job):
-                        names = found.setdefault(what, {}).setdefault(value, [])
-                        name = row_of(job).name
-                        if name not in names:
-                            names.append(name)
+            found: dict[str, dict[Any, dict[str, None]]] = {}
+            for job in (j for j in self.results.runs if j.epsilon == epsilon):
+                for what, value in _terms(job):
+                    found.setdefault(what, {}).setdefault(value, {})[row_of(job).name] = None
             for what, values in found.items():
                 if len(values) > 1 and what not in {axis.rsplit(".", 1)[-1] for axis in self.results.axes}:
                     parts = [f"{value:,g} ({', '.join(names)})" for value, names in values.items()]
@@ -262,12 +250,8 @@ def programs_share(config: Config) -> float:
 
 def row_of(job: JobResult) -> Row:
     """The row that a run belongs to."""
-    settings = tuple(sorted((k, _frozen(v)) for k, v in job.settings.items()))
-    return Row(job.variant, job.label, settings)
-
-
-def _frozen(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+    plain = {k: v if isinstance(v, str | int | float | None) else repr(v) for k, v in job.settings.items()}
+    return Row(job.variant, job.label, tuple(sorted(plain.items())))
 
 
 def _terms(job: JobResult) -> list[tuple[str, float]]:

@@ -39,11 +39,7 @@ def work(
 ) -> bool:
     """Do jobs that nobody else does until none is left; several processes may work on one experiment.
 
-    Args:
-        experiment: its folder must be shared by all.
-        device: where to compute.
-        retry: try jobs that failed once more.
-        tell: called with what is being done.
+    `retry`: try jobs that failed once more; `tell` is called with what is being done.
 
     Returns:
         whether it went to the end; False if it was asked to stop, or the computing time is used up.

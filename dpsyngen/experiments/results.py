@@ -36,14 +36,11 @@ class Figure:
     """One number.
 
     Attributes:
-        metric: its name.
         on: classifier or feature extractor; "" for a fact of the run.
         of_class: name of the class, for class-wise accuracy; "" for all classes.
-        value: it.
         low, high: 95 % interval from this run's images alone: it does not hold the spread between seeds.
         floor, ceiling: what real test images get, and what images drawn by programs get.
-        better: None for a fact.
-        unit: "share" is a number from 0 to 1.
+        better, unit: None for a fact; "share" is a number from 0 to 1.
         images: number of generated images (features) or real test images (accuracy).
     """
 

@@ -42,11 +42,7 @@ class Stopped(Exception):
 
 
 class Images:
-    """The real images of an experiment, read once by each process.
-
-    Attributes:
-        train: what the runs train on.
-        test: what they are scored on; None if there is none.
+    """The real images of an experiment, read once by each process: for training, and for scoring if there are some.
 
     Raises:
         ConfigError, DataError: they cannot be read, or training and test images do not go together.
@@ -54,17 +50,12 @@ class Images:
 
     def __init__(self, spec: Spec) -> None:
         d = spec.data
-        section = d.section
-        config = load_config({"data": section})
-        self.train: ImageDataset = load_private(d.train, config)
+        self.train: ImageDataset = load_private(d.train, load_config({"data": d.section}))
         _require(d.facts, self.train, d.train)
         self.test: ImageDataset | None = None
         if d.test is not None:
-            fixed = {
-                **section,
-                "resolution": self.train.resolution,
-                "channels": "grey" if self.train.channels == 1 else "rgb",
-            }
+            channels = "grey" if self.train.channels == 1 else "rgb"
+            fixed = {**d.section, "resolution": self.train.resolution, "channels": channels}
             self.test = load_private(d.test, load_config({"data": fixed}))
             if self.test.class_names != self.train.class_names:
                 raise DataError(
@@ -93,12 +84,8 @@ class Images:
 
 
 def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:
-    found = {
-        "records": len(dataset),
-        "resolution": dataset.resolution,
-        "channels": dataset.channels,
-        "classes": len(dataset.class_names),
-    }
+    found = {"records": len(dataset), "resolution": dataset.resolution, "channels": dataset.channels}
+    found["classes"] = len(dataset.class_names)
     said = found if facts is None else facts.model_dump()
     wrong = [f"{field} {found[field]:,} instead of {said[field]:,}" for field in found if found[field] != said[field]]
     if wrong:
@@ -109,16 +96,9 @@ def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:
 
 
 class Worker:
-    """Does jobs, one at a time.
+    """Does jobs, one at a time; `tell` is called with what is being done, how much of it is done, and of how much.
 
-    Args:
-        experiment: what they belong to.
-        images: the real images.
-        device: where to compute.
-        tell: called with what is being done, how much of it is done, and how much there is.
-
-    Attributes:
-        stop_requested: set it to stop soon, with everything kept; :meth:`do` then raises :class:`Stopped`.
+    Set ``stop_requested`` to stop soon, with everything kept; :meth:`do` then raises :class:`Stopped`.
     """
 
     def __init__(self, experiment: Experiment, images: Images, device: str, tell: Tell) -> None:
@@ -198,10 +178,8 @@ class Worker:
                 **_of_training(config, ledger, records),
                 **_of_network(run),
                 "seconds_public": public,
-                "seconds_private": spent.get("private", 0.0),
+                **{f"seconds_{k}": spent.get(k, 0.0) for k in ("private", "sampling", "evaluation")},
                 "seconds_training": public + spent.get("private", 0.0),
-                "seconds_sampling": spent.get("sampling", 0.0),
-                "seconds_evaluation": spent.get("evaluation", 0.0),
                 **self._machine(),
             },
             "release": release,
@@ -307,14 +285,9 @@ class Worker:
 
     def _real(self, job: Job, clock: Clock) -> dict[str, Any]:
         assert self.images.test is not None
-        cas = real_reference(
-            self.images.train,
-            self.images.test,
-            classifiers=self.experiment.spec.evaluation.classifiers,
-            seed=job.seed,
-            device=self.device,
-            on_progress=self._line(clock, "evaluation"),
-        )
+        sets, names = (self.images.train, self.images.test), self.experiment.spec.evaluation.classifiers
+        tell = self._line(clock, "evaluation")
+        cas = real_reference(*sets, classifiers=names, seed=job.seed, device=self.device, on_progress=tell)
         clock.add("evaluation")
         return self._reference({"features": {}, "cas": cas}, clock)
 

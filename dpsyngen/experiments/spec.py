@@ -90,9 +90,8 @@ class GridSpec(_Part):
     seeds: tuple[int, ...] = Field((0, 1, 2), description="of the network, the programs, the sampling")
     axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict, description="settings by full name, all combined")
     cases: tuple[Case, ...] = Field((Case(),), description="named combinations, each with all axes")
-    variant_settings: dict[VariantName, dict[str, Any]] = Field(
-        default_factory=dict, description="settings, by full name, of the runs of one variant; axes and cases go first"
-    )
+    # Settings, by full name, of the runs of one variant; axes and cases go first.
+    variant_settings: dict[VariantName, dict[str, Any]] = Field(default_factory=dict)
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
 
@@ -213,9 +212,8 @@ class Spec(_Part):
     sampling: SamplingSpec = SamplingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     cost: CostSpec = CostSpec()
-    noise: Literal["system", "seeded"] = Field(
-        "system", description="seeded: the same numbers each time, for public data; stamps every run NOT PRIVATE"
-    )
+    # seeded: the same numbers each time, for public data; stamps every run NOT PRIVATE.
+    noise: Literal["system", "seeded"] = "system"
 
     @model_validator(mode="after")
     def _together(self) -> Spec:
@@ -229,19 +227,11 @@ class Spec(_Part):
         if self.baseline not in VARIANTS:
             raise ValueError(f"baseline is {shown(self.baseline)}, but must be one of {', '.join(VARIANTS)}")
         if self.noise == "seeded" and (self.cost.budget_file or self.cost.total_epsilon):
-            raise ValueError(
-                "noise: seeded is for public data, where no privacy is spent; it does not go with cost.budget_file or "
-                "cost.total_epsilon"
-            )
+            raise ValueError("noise: seeded, for public data, does not go with cost.budget_file or cost.total_epsilon")
         if math.inf in self.grid.epsilon and (self.cost.budget_file or self.cost.total_epsilon):
-            raise ValueError(
-                "a run of ε = inf exceeds any privacy budget: leave it out of grid.epsilon, or drop the budget"
-            )
+            raise ValueError("a run of ε = inf exceeds any budget: leave it out of grid.epsilon, or drop the budget")
         if self.data.test is None and self.evaluation.classifiers:
-            raise ValueError(
-                "data.test is missing: classifiers are scored on real test images.  Give some, or evaluation: "
-                "{classifiers: []}"
-            )
+            raise ValueError("data.test is missing: classifiers are scored on it.  Or evaluation: {classifiers: []}")
         if not self.data.labels and self.evaluation.classifiers:
             raise ValueError("without labels there is nothing to classify: give evaluation: {classifiers: []}")
         return self

@@ -52,12 +52,8 @@ _NONE = "–"
 
 
 class Cell(NamedTuple):
-    """One cell.
-
-    Attributes:
-        text: what it says.
-        mark: "best" for the best mean of its column, "tied" for those not shown to differ from it, else "".
-        n: number of seeds, where it is not the usual one.
+    """One cell: "best" marks the best mean of its column, "tied" those not shown to differ from it; `n` is the number
+    of seeds, where it is not the usual one.
     """
 
     text: str
@@ -75,16 +71,8 @@ class TableRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        key: short name, for links.
-        title: caption.
-        heads: names of the head columns.
-        groups: (name of the group, names of its columns); the name is "" where there is one group.
-        rows: references last.
-        notes: how to read it.
-        numeric: whether cells are figures.
+    """A table: `heads` names its head columns, `groups` are (name of the group, names of its columns), the name ""
+    where there is one group; references are the last rows; `numeric`: cells are figures.
     """
 
     key: str

@@ -10,7 +10,7 @@ from dpsyngen.config import load_config
 from dpsyngen.diffusion.stages import USE_MOMENTS, VARIANTS
 from dpsyngen.experiments import cost as module
 from dpsyngen.experiments import pool
-from dpsyngen.experiments.cost import MomentsTime, StepTimes, coarse_noise, estimate, measure, privacy_cost
+from dpsyngen.experiments.cost import StepTimes, estimate, measure, privacy_cost
 from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.experiments.measures import VARIANT_NAMES, programs_share
 from dpsyngen.experiments.spec import jobs_of, load_spec, parse_spec
@@ -72,8 +72,7 @@ def test_all_runs_together_cost_their_moments_and_their_steps(tiny_spec) -> None
 
 
 def test_what_runs_without_steps_and_runs_with_moments_take(tiny_spec, monkeypatch) -> None:
-    monkeypatch.setattr(module, "measure", lambda config, shape, device: StepTimes(0.5, 2.0, 0.25, 1e12))
-    monkeypatch.setattr(MomentsTime, "_measure", lambda self, shape, plan, rank: 0.5)
+    monkeypatch.setattr(module, "measure", lambda config, shape, device: StepTimes(0.5, 2.0, 0.25, 1e12, 0.5))
     moments, steps = 60 * 0.5, 6 * 12 * 2 * 2.0
 
     def of(variant: str):
@@ -96,27 +95,7 @@ def test_measuring_takes_the_steps_that_such_a_run_has(variant, tiny_spec) -> No
     found = measure(job.config, SHAPE)
     assert (found.private > 0) is (found.public > 0) is (variant != "gaussian")
     assert found.sampling > 0
-
-
-def test_moments_are_measured_once_for_runs_alike_and_grow_with_the_images() -> None:
-    calls = [0.0]
-
-    def now() -> float:
-        calls[0] += 1.0
-        return calls[0]
-
-    times = MomentsTime(now)
-    config = load_config({"privacy": {"epsilon": 3}, "stages": {"variant": "gaussian"}})
-    many = Shape(8, 1, ("a", "b"), 10_000)
-    first = times.of(config, many)
-    asked = calls[0]
-    assert times.of(config, many) == first > 0
-    assert calls[0] == asked
-    times.of(load_config({"privacy": {"epsilon": 1}, "stages": {"variant": "gaussian"}}), many)
-    assert calls[0] > asked
-    assert times.of(load_config({"stages": {"variant": "both"}}), many) == 0
-    assert times._measure(many, make_plan(config, many).moments, 10) > 0
-    assert coarse_noise(3, Shape(9, 3, (), 10)).shape == (3, 3, 9, 9)
+    assert found.moments > 0
 
 
 def test_an_experiment_with_all_of_them(tiny_spec, tmp_path) -> None:
