@@ -255,7 +255,8 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
     values = config.model_dump()
     values["data"] |= {"source": "noise", "records": None, "resolution": shape.resolution}
     # The noise is seeded: the images are no images, and the run is thrown away.
-    values["privacy"] |= {"delta": 1e-6, "insecure_seed": 0, "budget": None, "group_size": 1}
+    target = config.privacy.epsilon if stages.moments and math.isfinite(config.privacy.epsilon) else 10.0
+    values["privacy"] |= {"epsilon": target, "delta": 1e-6, "insecure_seed": 0, "budget": None, "group_size": 1}
     variant = "gaussian" if stages.gaussian else "residual-cleaning" if stages.moments else "both"
     values["stages"] |= {"variant": variant, "pretrain": None, "networks": "experts"}
     values["stages"] |= {"tau_cleaning": -3.0, "tau_coarse": 2.0}
