@@ -32,7 +32,7 @@ from dpsyngen.diffusion.stages import StageMap
 from dpsyngen.errors import RunError
 from dpsyngen.evaluation.features import file_sha256
 from dpsyngen.experiments.spec import Job, Spec, digest, jobs_of, load_spec
-from dpsyngen.files import require_absent_or_empty, write_atomically, write_text
+from dpsyngen.files import require_absent_or_empty, write_bytes, write_text
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.plan import Shape
@@ -234,15 +234,12 @@ class Clock:
         self._since = now
         if save or time.monotonic() - self._kept > self.every:
             self._kept = time.monotonic()
-            self.save()
+            own = sum(v for k, v in self.spent.items() if not k.startswith("shared"))
+            write_text(self.path, _json({**self.spent, "total": own}), 0o600)
 
     def credit(self, what: str, seconds: float) -> None:
         """Count time that another job spent for this one too."""
         self.spent[what] = self.spent.get(what, 0.0) + seconds
-
-    def save(self) -> None:
-        own = sum(v for k, v in self.spent.items() if not k.startswith("shared"))
-        write_text(self.path, _json({**self.spent, "total": own}), 0o600)
 
 
 def _json(values: dict[str, Any]) -> str:
@@ -280,15 +277,10 @@ def networks_of(config: Config, stages: StageMap, shape: Shape) -> tuple[PublicN
     program = config.program.model_dump(mode="json", exclude={"prior_tier"})
     out = []
     for phase, network, low, high in found:
-        facts = {
-            "version": __version__,
-            "phase": phase,
-            "stage": [str(low), str(high)],
-            "network": config.network.model_dump(mode="json"),
-            "program": program,
-            "public": config.public.model_dump(mode="json", exclude={"checkpoint_every"}),
-            "shape": [shape.resolution, shape.channels, shape.num_classes if phase == PRETRAIN else 0],
-        }
+        facts: dict[str, Any] = {"version": __version__, "phase": phase, "stage": [str(low), str(high)]}
+        facts |= {"network": config.network.model_dump(mode="json"), "program": program}
+        facts["public"] = config.public.model_dump(mode="json", exclude={"checkpoint_every"})
+        facts["shape"] = [shape.resolution, shape.channels, shape.num_classes if phase == PRETRAIN else 0]
         out.append(PublicNetwork(phase, network, digest(facts)))
     return tuple(out)
 
@@ -341,8 +333,7 @@ class SharedNetworks:
             log.cut(one.phase, 0)
             for line in about["log"]:
                 log.append(**line)
-            data = (place / "weights.safetensors").read_bytes()
-            write_atomically(run.weights(one.network), lambda p, data=data: p.write_bytes(data))  # type: ignore[misc]
+            write_bytes(run.weights(one.network), (place / "weights.safetensors").read_bytes())
         return seconds
 
     def give(self, seconds: dict[str, float]) -> None:
@@ -352,8 +343,7 @@ class SharedNetworks:
             place = self.folder / one.key
             if (place / "about.json").exists() or not run.weights(one.network).exists():
                 continue
-            data = run.weights(one.network).read_bytes()
-            write_atomically(place / "weights.safetensors", lambda p, data=data: p.write_bytes(data))  # type: ignore[misc]
+            write_bytes(place / "weights.safetensors", run.weights(one.network).read_bytes())
             lines = JsonLines(run.release / "public_training.jsonl", 0o644).read()
             log = [line for line in lines if line["phase"] == one.phase]
             about = {"phase": one.phase, "seconds": seconds.get(one.phase, 0.0), "log": log}

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dpsyngen.errors import DpsyngenError, RunError
 from dpsyngen.experiments.experiment import Experiment, Status, claimed
@@ -143,17 +144,9 @@ def processes(experiment: Experiment, count: int, device: str, *, retry: bool, w
         try:
             for number in range(count):
                 log = os.open(logs / f"worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
                 # A session of its own: Ctrl-C on the terminal would otherwise reach it twice, and end it at once.
-                running.append(
-                    subprocess.Popen(
-                        command,
-                        env=environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
+                running.append(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
                 os.close(log)
             while any(process.poll() is None for process in running):
                 time.sleep(0.5)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -27,17 +27,12 @@ Better = Literal["lower", "higher"]
 Verdict = Literal["better", "worse", "not shown", "not tested"]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Mean of the values of one variant over its n seeds; None for one seed: the sample standard deviation (n - 1) and
-    the 95 % confidence interval of the mean by Student's t.
-    """
+class Summary(NamedTuple):
+    """Number, mean and sample standard deviation (n - 1; None for one seed) of a variant's values over its seeds."""
 
     n: int
     mean: float
     sd: float | None
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -95,26 +90,15 @@ def seeds_in_words(first: int, second: int) -> str:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Mean, spread and interval over seeds.
+    """Summarise values over seeds; ValueError if there are none.
 
-    Raises:
-        ValueError: there are no values.
-
-    >>> s = summarise([1.0, 2.0, 3.0])
-    >>> print(s.n, s.mean, s.sd, round(s.low, 4), round(s.high, 4))
-    3 2.0 1.0 -0.4841 4.4841
+    >>> summarise([1.0, 2.0, 3.0])
+    Summary(n=3, mean=2.0, sd=1.0)
     """
-    from scipy import stats
-
-    v = np.asarray(values, dtype=np.float64)
-    if not len(v):
+    if not len(values):
         raise ValueError("there are no values to summarise")
-    mean = float(v.mean())
-    if len(v) == 1:
-        return Summary(1, mean, None, None, None)
-    sd = float(v.std(ddof=1))
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(v) - 1)) * sd / math.sqrt(len(v))
-    return Summary(len(v), mean, sd, mean - half, mean + half)
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Summary(len(values), float(np.mean(values)), sd)
 
 
 def holm(p: Sequence[float]) -> list[float]:

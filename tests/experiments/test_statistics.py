@@ -45,9 +45,7 @@ def test_welch_is_that_of_scipy() -> None:
 
 def test_summary() -> None:
     s = summarise([4.0, 6.0, 8.0])
-    interval = stats.t.interval(0.95, 2, 6.0, 2 / math.sqrt(3))
     assert (s.n, s.mean, s.sd) == (3, 6.0, 2.0)
-    assert (s.low, s.high) == pytest.approx(interval)
     assert summarise([4.0]).sd is None
     with pytest.raises(ValueError, match="no values"):
         summarise([])
