@@ -90,7 +90,7 @@ def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Sa
         # Everything is kept; a second signal ends it at once.
         if worker.stop_requested:
             raise KeyboardInterrupt
-        worker.stop_requested = True
+        worker.stop()
 
     with _signals(stop):
         try:

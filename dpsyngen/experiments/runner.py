@@ -28,6 +28,7 @@ from dpsyngen.privacy.accounting import default_delta
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
 from dpsyngen.training.moments import charged_moments
+from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
 
@@ -98,12 +99,19 @@ def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:
 class Worker:
     """Does jobs, one at a time; `tell` is called with what is being done, how much of it is done, and of how much.
 
-    Set ``stop_requested`` to stop soon, with everything kept; :meth:`do` then raises :class:`Stopped`.
+    After :meth:`stop`, :meth:`do` raises :class:`Stopped` soon, with everything kept.
     """
 
     def __init__(self, experiment: Experiment, images: Images, device: str, tell: Tell) -> None:
         self.experiment, self.images, self.device, self._tell = experiment, images, device, tell
         self.stop_requested = False
+        self._training: Training | None = None
+
+    def stop(self) -> None:
+        """Ask to stop, also in the middle of a query of DP moments, which can take long: the training looks itself."""
+        self.stop_requested = True
+        if self._training is not None:
+            self._training.stop_requested = True
 
     def do(self, job: Job) -> dict[str, Any]:
         """Do a job, or what is left of it, and keep its result.  The caller holds the job's lock.
@@ -196,7 +204,7 @@ class Worker:
             training = api.prepare_resume(path, self.images.train, self.device)
         else:
             training = api.prepare(job.config, path, self.images.train, self.device)
-        training.stop_requested = self.stop_requested
+        self._training, training.stop_requested = training, self.stop_requested
         with training.run.lock():
             self._tell("getting ready", 0, 0)
             with shared(training, self.experiment.path / "public", self._wait) as networks:

@@ -230,6 +230,20 @@ def test_a_stopped_job_goes_on_to_the_same_end(tiny_spec, worked, tmp_path, doin
         assert (a["images"] == b["images"]).all()
 
 
+def test_a_stop_reaches_a_query_that_is_being_read(tiny_spec, tmp_path) -> None:
+    """A query of DP moments takes no step: only the training itself can look whether it is to end."""
+    grid = {"variant": ["gaussian"], "epsilon": [3], "seeds": 1}
+    experiment = made(tiny_spec(grid=grid), tmp_path / "x")
+    (job,) = experiment.jobs
+    experiment.work_path(job).mkdir()
+    worker = Worker(experiment, Images(experiment.spec), "cpu", lambda *a: None)
+    worker._tell = lambda doing, done, total: doing == "getting ready" and worker.stop()
+    with pytest.raises(Stopped):
+        worker.do(job)
+    assert not (experiment.run_path(job) / "release" / "generator.json").exists()
+    assert pool.work(experiment)
+
+
 def test_damaged_samples_are_drawn_again(done) -> None:
     experiment, job = done, done.jobs[0]
     path = experiment.work_path(job) / "samples.npz"
