@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,40 +47,25 @@ LIVELY_LEVELS = {"noise_mean": -1.0, "noise_std": 0.05}
 """Noise levels close to each other, so that those of the training resemble the auditor's."""
 
 _PERTURBATION = 0.05  # standard deviation of what is added to each weight
-
 _STEEP = 1e4
-
-
 _DELTA = 4e-3  # δ of the audit's own runs, times their records
 CHECKPOINT_EVERY = 4
 
 
 @dataclass(frozen=True)
 class CanaryPlan:
-    """The size of a run of the audit's own.
-
-    Attributes:
-        canaries: m.
-        others: images that are always in.
-        batch: expected batch, of all m + others.
-        steps: T.
-        lookup: train the lookup network instead of the run's.
-        resolution, channels, classes: of the images; the lookup network needs classes.
-        crash_after: the session ends like a killed process after so many steps, before they are in a checkpoint;
-            None: it does not.
-        score: whether to attack.
-    """
+    """The size of a run of the audit's own."""
 
     canaries: int
-    others: int
-    batch: int
+    others: int  # images that are always in
+    batch: int  # expected, of all canaries + others
     steps: int
-    lookup: bool = False
+    lookup: bool = False  # train the lookup network, which needs classes, instead of the run's
     resolution: int = 8
     channels: int = 1
     classes: bool = True
-    crash_after: int | None = None
-    score: bool = True
+    crash_after: int | None = None  # steps after which the session ends like a killed process, before a checkpoint
+    score: bool = True  # attack it
 
 
 @dataclass(frozen=True)
@@ -98,13 +82,11 @@ class Canaries:
 
     @classmethod
     def draw(cls, plan: CanaryPlan) -> Canaries:
-        """Fresh ones; the coins are the operating system's.
-
-        For a real network canaries are black and white pixels at random, as unlike each other as images can be; for
-        the lookup network, which tells them apart by class, they are white.
-        """
+        """Draw images and coins with entropy from the operating system."""
         rng = np.random.default_rng()
         shape = (plan.canaries, plan.channels, plan.resolution, plan.resolution)
+        # Black and white pixels at random are as unlike each other as images can be; the lookup network tells canaries
+        # apart by class, and white ones have gradients of one sign.
         images = rng.integers(1 if plan.lookup else 0, 2, shape, dtype=np.uint8) * 255
         program = make_program("dead-leaves", resolution=plan.resolution, channels=plan.channels)
         return cls(images, rng.random(plan.canaries) < 0.5, program.batch(range(plan.others)), plan.classes)
@@ -142,9 +124,8 @@ class Canaries:
 def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
     """The audited run's configuration, for a short run without public phases on `records` images.
 
-    Network (unless it is the lookup network), K, clipping, kind of noise and target ε stay.  Every image
-    shows its class, since a canary's class helps to give it away, noise levels are close to each other, and weights
-    hardly move: none of which the guarantee depends on.
+    K, clipping, kind of noise and target ε stay.  Every image shows its class, noise levels are close to each other
+    and weights hardly move, all of which helps the attack, and none of which the guarantee depends on.
     """
     p, levels = config.privacy, LOOKUP_LEVELS if plan.lookup else LIVELY_LEVELS
     # The bound of the one-run audit loses 2mδ: a smaller δ than the run's keeps that small beside 1 - confidence.
@@ -172,7 +153,7 @@ def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
 
 @dataclass(frozen=True)
 class CanaryRun:
-    """A finished run: the transcript of its steps, what its ledger charged, and what an attack on it found."""
+    """What came out of a finished run: its steps, what its ledger charged, and the attack on it."""
 
     transcript: Transcript
     claim: Claim
@@ -197,44 +178,34 @@ def train_canaries(
     hooks = Hooks(observer=observe, make_denoiser=lookup_denoiser if plan.lookup else lively_denoiser)
     training = Training.start(small, dataset, folder, device, hooks=hooks)
     m, delta = training.plan.mechanism, training.plan.delta
-    guesses = 0
-    if plan.score:
-        mechanism: dict[str, Any] = {"sampling_rate": m.sampling_rate, "noise_multiplier": m.noise_multiplier}
-        guesses = plan_guesses(plan.canaries, delta, confidence, steps=plan.steps, **mechanism)
     ledger_path = training.run.ledger_path
     noise_scale, expected = m.noise_multiplier * m.clipping_norm, m.sampling_rate * m.records
     transcript = Transcript(len(dataset), noise_scale, expected, lambda: charged_steps(Ledger(ledger_path)))
     attack: Scores | None = None
     if plan.score:
+        # The number of guesses is fixed before anything of the run is seen.
+        guesses = plan_guesses(plan.canaries, delta, confidence, m.sampling_rate, m.noise_multiplier, plan.steps)
         two = (c.noisy(small, device), c.noisy(small, device))
         attack = LookupScores(plan.canaries) if plan.lookup else Scores(two, small, transcript)
-    _session(training, plan.crash_after)
-    if plan.crash_after is not None:
-        del training  # and with it whatever was not in a checkpoint
-        _session(Training.resume(Run(folder), dataset, device, hooks=hooks), None)
-    ledger = Ledger(ledger_path)
-    one_run = None
-    if attack is not None:
-        one_run = OneRun(attack.total, c.inside, guesses, delta, ledger.epsilon(), confidence)
-    return CanaryRun(transcript, claim_of(ledger, m.clipping_norm, crashed=plan.crash_after is not None), one_run)
-
-
-def _session(training: Training, end: int | None) -> None:
     with training.run.lock():
         for progress in training.steps():
-            if progress.step == end:
-                return
-
-
-def claim_of(ledger: Ledger, clipping_norm: float, crashed: bool = False) -> Claim:
-    """What a ledger says of the DP-SGD steps of its run."""
-    # Were there several, the cheapest would be the one to hold the run to.
+            if progress.step == plan.crash_after:
+                break
+    if plan.crash_after is not None:
+        del training  # and with it whatever was not in a checkpoint
+        training = Training.resume(Run(folder), dataset, device, hooks=hooks)
+        with training.run.lock():
+            for _ in training.steps():
+                pass
+    ledger = Ledger(ledger_path)
+    # Were several mechanisms charged, the cheapest would be the one to hold the run to.
     rate = min(m.sampling_rate for m in charged_mechanisms(ledger))
     noise = max(m.noise_multiplier for m in charged_mechanisms(ledger))
-    return Claim(rate, noise * clipping_norm, charged_steps(ledger), crashed)
-
-
-# ---------------------------------------------------------------------------------------------- the networks
+    claim = Claim(rate, noise * m.clipping_norm, charged_steps(ledger), crashed=plan.crash_after is not None)
+    if attack is None:
+        return CanaryRun(transcript, claim, None)
+    one_run = OneRun(attack.total, c.inside, guesses, delta, ledger.epsilon(), confidence)
+    return CanaryRun(transcript, claim, one_run)
 
 
 class LookupNetwork(nn.Module):

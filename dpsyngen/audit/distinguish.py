@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,16 +50,15 @@ class Probe(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepGame:
-    """What came out of the game.
+    """The scores of the game, and the bound on μ of one step that they give at the confidence.
 
     Attributes:
         with_canary, without_canary: the scores of the trials, as many of either, in units of C.
         slots: games that shared a call of the mechanism, each in coordinates of its own.
-        group: records that the canary consists of.
+        group: G, records that the canary consists of.
         noise_multiplier: z as claimed.
-        confidence: of the bounds.
     """
 
     with_canary: NDArray[np.float64]
@@ -70,70 +68,32 @@ class StepGame:
     noise_multiplier: float
     confidence: float
 
-    @property
-    def trials(self) -> int:
-        """With the canary, and as many without."""
-        return len(self.with_canary)
-
-    @property
-    def threshold(self) -> float:
-        """Of the score, in units of C: half way between what is expected with the canary and without."""
-        return self.group / 2
-
-    @property
-    def false_alarms(self) -> int:
-        return int((self.without_canary > self.threshold).sum())
-
-    @property
-    def misses(self) -> int:
-        return int((self.with_canary <= self.threshold).sum())
-
-    @property
-    def mu_claimed(self) -> float:
-        """1/z."""
-        return 1 / self.noise_multiplier
-
-    @cached_property
-    def _mu(self) -> tuple[float, float]:
-        """Lower and upper bound on μ of the game, each at the confidence."""
-        from scipy.stats import norm
-
-        rates = _interval(self.false_alarms + self.misses, 2 * self.trials, 2 * (1 - self.confidence))
-        low, high = (max(-2 * float(norm.ppf(rate)), 0.0) for rate in reversed(rates))
-        return low, high
-
-    @property
-    def mu_lower(self) -> float:
-        """Lower bound on μ of a step (of one record), at the confidence."""
-        return self._mu[0] / self.group
-
-    @property
-    def noise_ratio(self) -> tuple[float, float]:
-        """Interval for the noise over the claimed noise, if it is Gaussian: for information."""
-        claimed, (low, high) = self.group * self.mu_claimed, self._mu
-        return claimed / high if high > 0 else math.inf, claimed / low if low > 0 else math.inf
-
-    @property
-    def p_value(self) -> float:
-        """Of the claim; see the module."""
+    def __post_init__(self) -> None:
         from scipy.stats import binom, norm
 
-        errors, claimed = self.false_alarms + self.misses, self.group * self.mu_claimed
-        return float(binom.cdf(errors, 2 * self.trials, norm.cdf(-claimed / 2)))
-
-    def epsilon(self, delta: float) -> tuple[float, float]:
-        """Of one step without subsampling, at δ: the lower bound, and what is claimed."""
-        return gaussian_epsilon(self.mu_lower, delta), gaussian_epsilon(self.mu_claimed, delta)
+        # The threshold is fixed before any score is seen: half way between the means 0 and G·C of the two hypotheses.
+        threshold = self.group / 2
+        self.trials, self.mu_claimed = len(self.with_canary), 1 / self.noise_multiplier
+        self.false_alarms = int((self.without_canary > threshold).sum())
+        self.misses = int((self.with_canary <= threshold).sum())
+        errors = self.false_alarms + self.misses
+        # Clopper-Pearson bound on the mean error rate, one-sided, so twice the error; -2 Φ⁻¹(rate) turns it into μ,
+        # of a group of G, and the smaller rate into the larger μ.
+        rates = _interval(errors, 2 * self.trials, 2 * (1 - self.confidence))
+        self.mu_lower, upper = (max(-2 * float(norm.ppf(rate)), 0.0) / self.group for rate in reversed(rates))
+        # For information: the noise over the claimed noise, if it is Gaussian.
+        self.noise_ratio = [self.mu_claimed / mu if mu > 0 else math.inf for mu in (upper, self.mu_lower)]
+        self.p_value = float(binom.cdf(errors, 2 * self.trials, norm.cdf(-self.group * self.mu_claimed / 2)))
 
     def bound(self, delta: float) -> tuple[float, float, float]:
-        """See :class:`dpsyngen.audit.report.Attack`."""
-        return *self.epsilon(delta), delta
+        """Of one step without subsampling: lower bound on ε, claimed ε, δ."""
+        return gaussian_epsilon(self.mu_lower, delta), gaussian_epsilon(self.mu_claimed, delta), delta
 
     def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return self.with_canary, self.without_canary
 
     def to_dict(self, delta: float) -> dict[str, Any]:
-        lower, claimed = self.epsilon(delta)
+        lower, claimed, _ = self.bound(delta)
         error = (1 - self.confidence) / 2  # of each of the two intervals, which hold together at the confidence
         return {
             "trials": self.trials,
@@ -185,25 +145,25 @@ def play_step_game(
             other; more is faster where a call is slow, and takes them to be independent, as is claimed.
         confidence: of the bounds in the result, at least 0.95.
     """
-    for name, value in (
-        *(("noise_multiplier", noise_multiplier), ("clipping_norm", clipping_norm)),
-        *(("expected_examples", expected_examples), ("trials", trials), ("slots", slots)),
-    ):
+    positive = {"noise_multiplier": noise_multiplier, "clipping_norm": clipping_norm, "trials": trials, "slots": slots}
+    for name, value in (positive | {"expected_examples": expected_examples}).items():
         require(value > 0, name, value, "positive")
     require(0.95 <= confidence < 1, "confidence", confidence, "in [0.95, 1)")
     z, c = noise_multiplier, clipping_norm
     group = math.ceil(z)
 
     module = Probe(slots + _BACKGROUND)
-    sums = [summed(module, *_records(module, present, group, c, copies)) for present in _presence(slots)]
-    calls = -(-2 * trials // slots)
-    calls += calls % 2
+    # In even calls the canary takes part in the even slots, in odd calls in the odd ones: as many trials of either.
+    presence = (np.arange(slots) + np.arange(2)[:, None]) % 2 == 0  # [2, slots]
+    sums = [summed(module, *_records(module, present, group, c, copies)) for present in presence]
+    calls = 2 * math.ceil(trials / slots)
     scores = np.empty((calls, slots))
     for call in range(calls):
         first, second = released(sums[call % 2], call)
         scores[call] = (first.flatten() + second.flatten()).double().cpu().numpy()[:slots]
+    # The canary's gradient is the same in both layers, so its unit vector is (1, 1)/√2 in its slot.
     scores *= expected_examples / (math.sqrt(2) * c)
-    present = np.array(_presence(slots))[np.arange(calls) % 2]
+    present = presence[np.arange(calls) % 2]
     return StepGame(scores[present], scores[~present], slots, group, z, confidence)
 
 
@@ -215,24 +175,15 @@ def _interval(events: int, trials: int, error: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _presence(slots: int) -> list[list[bool]]:
-    """In which slots the canary takes part, in even and in odd calls."""
-    return [[(slot + parity) % 2 == 0 for slot in range(slots)] for parity in range(2)]
-
-
 def _records(
-    module: Probe, present: list[bool], group: int, c: float, copies: int
+    module: Probe, present: NDArray[np.bool_], group: int, c: float, copies: int
 ) -> tuple[Callable[[slice], Tensor], int]:
     """The loss and the number of examples: some ordinary records, and the canaries that are present."""
-    slots = len(present)
-    width = slots + _BACKGROUND
-    rows = torch.zeros(_BACKGROUND, width)
-    # From far below C to far above it, in directions that do not touch the canaries'.
-    rows[:, slots:] = torch.diag(c * torch.logspace(-3, 3, _BACKGROUND))
-    for slot in np.flatnonzero(present):
-        canary = torch.zeros(1, width)
-        canary[0, slot] = c * _HUGE
-        rows = torch.cat([rows, canary.repeat(group, 1)])
+    # Gradients of ordinary records: from far below C to far above it, in directions that do not touch the canaries'.
+    ordinary = c * torch.logspace(-3, 3, _BACKGROUND)
+    rows = torch.diag(torch.cat([torch.full((len(present),), c * _HUGE), ordinary]))
+    counts = torch.cat([torch.from_numpy(present) * group, torch.ones(_BACKGROUND, dtype=torch.int64)])
+    rows = rows.repeat_interleave(counts, 0)
 
     def loss(part: slice) -> Tensor:
         out: Tensor = module(rows[part].repeat_interleave(copies, 0))

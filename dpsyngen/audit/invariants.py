@@ -35,28 +35,17 @@ KEPT = 1 << 16
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What a transcript keeps of a step.
-
-    Attributes:
-        step, chosen: see :class:`StepRecord`.
-        charged: steps that the ledger had when this one was taken.
-        squares: [tensors] sum of squares of the noise, in units of (z·C)².
-        sizes: [tensors] how many coordinates each has.
-        sum_norm: L2 norm of the clipped sum.
-        along_sum: the noise's coordinate in the direction of the sum, in units of z·C; NaN for a sum of zero.
-        noise: [<= KEPT] fp32, the selected coordinates of the noise in units of z·C.
-        digest: SHA-256 of the bits of the released tensors.
-    """
+    """What a transcript keeps of a step."""
 
     step: int
     chosen: NDArray[np.int64]
-    charged: int
-    squares: NDArray[np.float64]
-    sizes: NDArray[np.int64]
-    sum_norm: float
-    along_sum: float
-    noise: NDArray[np.float32]
-    digest: str
+    charged: int  # steps that the ledger had when this one was taken
+    squares: NDArray[np.float64]  # [tensors] sum of squares of the noise, in units of (z·C)²
+    sizes: NDArray[np.int64]  # [tensors] how many coordinates each has
+    sum_norm: float  # L2 norm of the clipped sum
+    along_sum: float  # the noise's coordinate in the direction of the sum, in units of z·C; NaN for a sum of zero
+    noise: NDArray[np.float32]  # [<= KEPT] the selected coordinates of the noise, in units of z·C
+    digest: str  # SHA-256 of the bits of the released tensors
 
 
 class Transcript:
@@ -85,6 +74,7 @@ class Transcript:
             out = released.detach().double().cpu().flatten()
             digest.update(out.numpy().tobytes())
             clean = total.detach().double().cpu().flatten()
+            # released = (sum + zC·N(0, I))/qn, so this is N(0, 1) in each coordinate if the claim is true.
             noise = (out * self.expected_examples - clean) / self.noise_scale
             squares.append(float(noise.square().sum()))
             dot += float(noise @ clean)
@@ -92,6 +82,7 @@ class Transcript:
             noises.append(noise.float())
         norm = math.sqrt(norm)
         sizes = np.array([len(n) for n in noises], dtype=np.int64)
+        # The same coordinates in each step, and not in step with the layout of the network.
         kept = torch.cat(noises).numpy()[_selection(int(sizes.sum()), KEPT)]
         along = dot / norm if norm > 0 else math.nan
         books = record.step, record.chosen.copy(), self.charged()
@@ -103,41 +94,27 @@ class Transcript:
         return [t for _, t in sorted({t.step: t for t in self.traces}.items())]
 
 
-# ---------------------------------------------------------------------------------------- what must be true
-
 _SAME = 1e-3
 """Rounding that a repeated step is allowed: of its noise in any coordinate, over z·C, and of its sum, over its norm."""
 
 
 @lru_cache(maxsize=4)
 def _selection(parameters: int, kept: int) -> NDArray[np.int64]:
-    """The coordinates that are kept: fixed, and not in any step with the layout of the network."""
     return np.sort(np.random.default_rng(0).permutation(parameters)[:kept])
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the ledger says was done.
-
-    Attributes:
-        sampling_rate: q.
-        noise_scale: z·C.
-        steps: how many were charged.
-        crashed: whether the run was interrupted after a step that was not in a checkpoint, so that steps were repeated.
-    """
+    """What the ledger says was done: q, z·C and the number of steps charged."""
 
     sampling_rate: float
     noise_scale: float
     steps: int
-    crashed: bool = False
+    crashed: bool = False  # after a step that was not in a checkpoint, so that steps were repeated
 
 
 def check_transcript(transcript: Transcript, claim: Claim) -> list[Finding]:
-    """Compare what a run did with what it charged.
-
-    Returns:
-        exact findings, and tests that wait for :func:`dpsyngen.audit.report.decide`.
-    """
+    """Compare what a run did with what it charged; tests among the findings wait for ``report.decide``."""
     steps = transcript.distinct
     if not steps:
         return [exact("steps were taken", False, "none", f"{claim.steps} steps")]
@@ -240,7 +217,7 @@ def _fresh(steps: list[StepTrace]) -> list[Finding]:
     noise = np.stack([t.noise for t in steps]).astype(np.float64)
     d = noise.shape[1]
     norms = np.linalg.norm(noise, axis=1)
-    # A step without noise is for the tests of scale to find.
+    # A step without noise has norm 0 here; the tests of scale find it.
     correlation = noise @ noise.T / np.maximum(np.outer(norms, norms), 1e-300)
     first, second = np.triu_indices(len(steps), 1)
     r = correlation[first, second]
@@ -258,46 +235,37 @@ def _fresh(steps: list[StepTrace]) -> list[Finding]:
 
 def _repeats(transcript: Transcript, claim: Claim) -> list[Finding]:
     """A step that is taken again after a crash is the same step: an attacker learns nothing from the second one."""
-    attempts: dict[int, list[StepTrace]] = {}
-    for t in transcript.traces:
-        attempts.setdefault(t.step, []).append(t)
-    again = {step: of_step for step, of_step in attempts.items() if len(of_step) > 1}
+    first: dict[int, StepTrace] = {}
+    again = [(first[t.step], t) for t in transcript.traces if first.setdefault(t.step, t) is not t]
     if not claim.crashed and not again:
         return []
-    different = [step for step, of_step in again.items() if not all(_same(of_step[0], t) for t in of_step[1:])]
-    identical = sum(len({t.digest for t in of_step}) == 1 for of_step in again.values())
+
+    def same(a: StepTrace, b: StepTrace) -> bool:
+        return (
+            np.array_equal(a.chosen, b.chosen)
+            and a.noise.shape == b.noise.shape
+            and float(np.abs(a.noise - b.noise).max(initial=0.0)) <= _SAME
+            and abs(a.sum_norm - b.sum_norm) <= _SAME * max(a.sum_norm, 1e-12)
+        )
+
+    different = [b.step for a, b in again if not same(a, b)]
     return [
         exact(
             "a step that is repeated after a crash is the same step",
             bool(again) and not different,
             f"{len(again)} steps were repeated, {len(different)} of them with other records or other noise; "
-            f"{identical} to the last bit",
+            f"{sum(a.digest == b.digest for a, b in again)} to the last bit",
             "all of them the same, at least one repeated",
             f"steps {different[:5]}" if different else "",
         )
     ]
 
 
-def _same(a: StepTrace, b: StepTrace) -> bool:
-    return (
-        np.array_equal(a.chosen, b.chosen)
-        and a.noise.shape == b.noise.shape
-        and float(np.abs(a.noise - b.noise).max(initial=0.0)) <= _SAME
-        and abs(a.sum_norm - b.sum_norm) <= _SAME * max(a.sum_norm, 1e-12)
-    )
-
-
 # ------------------------------------------------------------------------------------------- Poisson sampling
 
 
 def check_sizes(sizes: NDArray[np.int64], records: int, rate: float) -> list[Finding]:
-    """Whether batch sizes are those of Poisson sampling; to be judged by :func:`dpsyngen.audit.report.decide`.
-
-    Args:
-        sizes: [T] examples of each step.
-        records: number of records present.
-        rate: q as claimed, in (0, 1].
-    """
+    """Whether the batch sizes [T] are those of Poisson sampling from the records present at rate q, in (0, 1]."""
     from scipy.stats import binom
 
     steps, total = len(sizes), int(sizes.sum())
@@ -353,6 +321,7 @@ def _overlaps(inside: NDArray[np.bool_], sizes: NDArray[np.int64], records: int)
 
     common = inside.astype(np.int64) @ inside.T.astype(np.int64)
     successive = int(np.diagonal(common, 1).sum())
+    # The distribution of the sum over successive pairs is the convolution of theirs.
     total = np.ones(1)
     for a, b in pairwise(sizes):
         total = np.convolve(total, hypergeom.pmf(np.arange(min(a, b) + 1), records, a, b))
@@ -392,6 +361,7 @@ def _dispersion(values: NDArray[np.int64], trials: int, rate: float) -> tuple[fl
     from scipy.stats import binom
 
     draws, mean, variance = len(values), trials * rate, trials * rate * (1 - rate)
+    # Only a range around the mean is computed, in units that keep the transform within _LONGEST numbers.
     centre = round(mean)
     reach = math.ceil(9 * math.sqrt(variance) + 45)  # both tails beyond are below 1e-15 together
     support = np.arange(max(0, centre - reach), min(trials, centre + reach) + 1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,7 @@ _LARGEST = 200.0  # ε beyond which no bound is looked for
 
 
 def one_run_p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
-    """Chance of so many correct guesses or more, at most, if the training is (ε, δ)-DP.
-
-    Args:
-        correct, guesses, canaries: 0 <= v <= r <= m.
-        epsilon, delta: ε >= 0, δ in [0, 1).
-    """
+    """Chance of v or more correct guesses of r about m canaries, at most, if the training is (ε, δ)-DP."""
     from scipy.stats import binom
 
     require(0 <= guesses <= canaries, "guesses", guesses, f"at most the {canaries} canaries")
@@ -50,7 +45,7 @@ def one_run_p_value(correct: int, guesses: int, canaries: int, epsilon: float, d
     require(0 <= delta < 1, "delta", delta, "in [0, 1)")
     if correct == 0:
         return 1.0
-    p = 1 / (1 + math.exp(-epsilon))
+    p = 1 / (1 + math.exp(-epsilon))  # of guessing a coin right, at best, with δ = 0
     slope = 0.0
     if delta > 0:
         below = np.cumsum(binom.pmf(np.arange(correct - 1, -1, -1), guesses, p))  # P(v > B >= v - i), i = 1..v
@@ -82,12 +77,7 @@ def one_run_epsilon(correct: int, guesses: int, canaries: int, delta: float, con
 
 
 def guess(scores: NDArray[np.float64], guesses: int) -> NDArray[np.int64]:
-    """+1 (in) for the highest scores, -1 (out) for the lowest, half of `guesses` each, and 0 (no guess) between.
-
-    Args:
-        scores: [m], higher for canaries that seem to have been used.
-        guesses: r, even, at most m.
-    """
+    """+1 (in) for the highest of the scores [m], -1 (out) for the lowest, half of `guesses` each, and 0 between."""
     ok = guesses % 2 == 0 and 0 <= guesses <= len(scores)
     require(ok, "guesses", guesses, f"even and at most the {len(scores)} canaries")
     order = np.argsort(scores, kind="stable")
@@ -101,24 +91,15 @@ def plan_guesses(
     canaries: int,
     delta: float,
     confidence: float,
-    *,
     sampling_rate: float,
     noise_multiplier: float,
     steps: int,
     simulations: int = 20,
 ) -> int:
-    """How many guesses to make, chosen by simulating the claimed mechanism with worst-case canaries.
+    """How many guesses to make, an even number: the best for the claimed mechanism and worst-case canaries, simulated.
 
     The score of a canary is then Binomial(steps, q) + z √steps N(0, 1), the first term for those that are in.  Nothing
     of the run is used, so the bound keeps its confidence.
-
-    Args:
-        canaries, delta, confidence: m; of the bound.
-        sampling_rate, noise_multiplier, steps: q, z, T.
-        simulations: how many times to try each number.
-
-    Returns:
-        an even number, at least 2 for 2 canaries or more.
     """
     rng = np.random.default_rng(0)
     options = sorted({max(2, 2 * round(canaries * share / 2)) for share in np.geomspace(0.02, 1.0, 14)})
@@ -134,48 +115,26 @@ def plan_guesses(
     return options[int(np.argmax(bounds.mean(0)))]
 
 
-@dataclass(frozen=True)
+@dataclass
 class OneRun:
-    """What the attack found.
+    """The scores of the canaries, and the lower bound on ε at δ that they give at the confidence."""
 
-    Attributes:
-        seen: [m] the score of each canary; private.
-        inside: [m] the coins.
-        guesses: r, fixed beforehand.
-        delta: δ of both ε.
-        epsilon_claimed: what the run's own ledger says.
-        confidence: of the lower bound.
-    """
-
-    seen: NDArray[np.float64]
-    inside: NDArray[np.bool_]
-    guesses: int
+    seen: NDArray[np.float64]  # [m] the score of each canary; private
+    inside: NDArray[np.bool_]  # [m] the coins
+    guesses: int  # r, fixed beforehand
     delta: float
-    epsilon_claimed: float
+    epsilon_claimed: float  # what the ledger of the attacked run says
     confidence: float
 
-    @property
-    def canaries(self) -> int:
-        """m."""
-        return len(self.seen)
-
-    @cached_property
-    def correct(self) -> int:
-        """v, the guesses that are right."""
-        return int((guess(self.seen, self.guesses) == np.where(self.inside, 1, -1)).sum())
-
-    @cached_property
-    def epsilon_lower(self) -> float:
-        """Lower bound on ε at δ, with the confidence."""
-        return one_run_epsilon(self.correct, self.guesses, self.canaries, self.delta, self.confidence)
-
-    @cached_property
-    def p_value(self) -> float:
-        """Of the claim."""
-        return one_run_p_value(self.correct, self.guesses, self.canaries, self.epsilon_claimed, self.delta)
+    def __post_init__(self) -> None:
+        self.canaries = len(self.seen)
+        self.correct = int((guess(self.seen, self.guesses) == np.where(self.inside, 1, -1)).sum())
+        found = self.correct, self.guesses, self.canaries
+        self.epsilon_lower = one_run_epsilon(*found, self.delta, self.confidence)
+        self.p_value = one_run_p_value(*found, self.epsilon_claimed, self.delta)
 
     def bound(self, delta: float) -> tuple[float, float, float]:
-        """See :class:`dpsyngen.audit.report.Attack`; the δ is the run's own."""
+        """Lower bound on ε, claimed ε, and the δ of both, which is the attack's own."""
         return self.epsilon_lower, self.epsilon_claimed, self.delta
 
     def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -209,10 +168,7 @@ class Scores:
     and half their difference is a direction in which the sum may be off.  The best linear estimate of s under this
     model (ridge regression) is added up over steps.
 
-    Args:
-        batches: noisy rows of all canaries, at two draws of noise of the auditor's own.
-        config: of the run that is attacked.
-        transcript: has the scale of its noise and its divisor.
+    `batches` are noisy rows of all canaries at the two draws; `config` and `transcript` are of the attacked run.
     """
 
     def __init__(self, batches: tuple[NoisyBatch, NoisyBatch], config: Config, transcript: Transcript) -> None:
@@ -244,7 +200,7 @@ class Scores:
         return np.sum(list(self._of_steps.values()), axis=0)
 
     def _gradients(self, engine: PerExampleGradients, batch: NoisyBatch) -> Tensor:
-        """[m, parameters], clipped, one canary at a time as far as memory is concerned."""
+        """The clipped gradients of all canaries, [m, parameters], computed in pieces that fit into memory."""
         module = engine.module
         assert isinstance(module, NetworkDenoiser)
         count = len(batch.clean) // self.copies

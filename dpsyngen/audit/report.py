@@ -41,9 +41,6 @@ class Finding:
     level: float = 0.0
     detail: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def by_p_value(name: str, statistic: str, null: str, p_value: float, detail: str = "") -> Finding:
     """A finding that :func:`decide` judges by its p-value."""
@@ -75,15 +72,12 @@ class Attack(Protocol):
 
     def bound(self, delta: float) -> tuple[float, float, float]:
         """Lower bound on ε, the claimed ε, and the δ of both: the given one, or the attack's own."""
-        ...
 
     def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """What the attacker saw with the record and without it."""
-        ...
 
     def to_dict(self, delta: float) -> dict[str, Any]:
         """For JSON: no infinities, no scores."""
-        ...
 
 
 @dataclass
@@ -128,7 +122,7 @@ class AuditReport:
             "confidence": self.confidence,
             "seconds": round(self.seconds, 1),
             "notes": self.notes,
-            "findings": [{"part": part, **f.to_dict()} for part, of in self.parts.items() for f in of],
+            "findings": [{"part": part, **asdict(f)} for part, of in self.parts.items() for f in of],
         }
         if self.step_game is not None:
             out["step"] = self.step_game.to_dict(self.delta)
@@ -157,27 +151,20 @@ class AuditReport:
                     yield f"        expected: {f.null}{'; ' + f.detail if f.detail else ''}"
         yield ""
         yield from self.notes
-        yield self._chance()
-        yield self.verdict()
-
-    def _chance(self) -> str:
         levels = [f.level for of in self.parts.values() for f in of if f.p_value is not None]
-        if not levels:
-            return "No test with an element of chance was made."
-        return (
-            f"{len(levels)} tests, which fail below p = {levels[0]:.2g}: at most 1 correct installation in "
-            f"{round(1 / (1 - self.confidence)):,} fails any of them by chance."
-        )
-
-    def verdict(self) -> str:
-        """The last line."""
+        if levels:
+            yield (
+                f"{len(levels)} tests, which fail below p = {levels[0]:.2g}: at most 1 correct installation in "
+                f"{round(1 / (1 - self.confidence)):,} fails any of them by chance."
+            )
         if self.passed:
-            return (
+            yield (
                 f"No audit contradicts the claim.  Lower bounds hold with confidence {self.confidence:.6g} each; "
                 "passing proves no upper bound."
             )
+            return
         names = "; ".join(dict.fromkeys(f.name for _, f in self.failures))
-        return f"The claim is CONTRADICTED: {names}.  " + (
+        yield f"The claim is CONTRADICTED: {names}.  " + (
             "That can be chance: audit the run again, and if that fails too do not release it."
             if all(f.p_value is not None for _, f in self.failures)
             else "This is not chance: do not release the run."

@@ -44,9 +44,7 @@ NETWORK, LOOKUP, SPARSE = (
 class Effort:
     """How much to do: trials of the step-level game, and canaries and steps of the short trainings.
 
-    Attributes:
-        seconds, most_canaries: for the run's network, roughly, and at most; they set how many canaries it has.
-        lookup_canaries, lookup_steps, sparse_steps: of the other two trainings.
+    `seconds`, roughly, and `most_canaries` set how many canaries the run's network is trained on.
     """
 
     trials: int = 20_000
@@ -77,7 +75,6 @@ def audit_run(
         effort: FULL (about two minutes on two cores for small networks) or QUICK (20 seconds).
         confidence: a correct installation passes all tests together with this probability, at least; each lower bound
             on ε holds with it, too.  From 0.95 to below 1.
-        device: where to compute; "auto" is a GPU where there is one.
         on_progress: called with a line about what is being done.
 
     Returns:
@@ -146,22 +143,12 @@ def _audit_mechanism(
     cost = clipping.seconds_a_row() * 2.5 * config.private.copies * effort.steps
     fitting = min(int(effort.seconds / cost), LARGEST // sum(p.numel() for p in clipping.engine.parameters))
     canaries = max(16, min(effort.most_canaries, fitting))
-    images: dict[str, Any] = {
-        "resolution": shape.resolution,
-        "channels": shape.channels,
-        "classes": bool(shape.class_names),
-    }
-    crash = CHECKPOINT_EVERY + 2
+    images: dict[str, Any] = {"resolution": shape.resolution, "channels": shape.channels}
+    images["classes"] = bool(shape.class_names)
+    lookups, crash = effort.lookup_canaries, CHECKPOINT_EVERY + 2
     plans = {
         NETWORK: CanaryPlan(canaries, 8, (canaries + 8) // 2, effort.steps, crash_after=crash, **images),
-        LOOKUP: CanaryPlan(
-            effort.lookup_canaries,
-            16,
-            (effort.lookup_canaries + 16) // 2,
-            effort.lookup_steps,
-            lookup=True,
-            crash_after=crash,
-        ),
+        LOOKUP: CanaryPlan(lookups, 16, (lookups + 16) // 2, effort.lookup_steps, lookup=True, crash_after=crash),
         SPARSE: CanaryPlan(24, 16, 1, effort.sparse_steps, lookup=True, score=False),
     }
     with tempfile.TemporaryDirectory(prefix="dpsyngen-audit-") as folder:
@@ -175,21 +162,13 @@ def _audit_mechanism(
 
 
 def _shape(run: Run) -> Shape:
-    """What the release says of the run's images."""
     about = json.loads((run.release / "generator.json").read_text(encoding="utf-8"))
     records = run.config.data.records or records_present(run)
     return Shape(int(about["resolution"]), int(about["channels"]), tuple(about["class_names"]), records)
 
 
-# ---------------------------------------------------------------------------------------------------- the books
-
-
 def replay(run: Run) -> list[Finding]:
-    """Compare the log of a run with its ledger and with what its key, its rate and its records say.
-
-    Nothing is computed on images.  It catches, in the run itself, shuffled batches, another rate than the one accounted
-    for, empty batches that were left out, steps too many, and streams that were used twice.
-    """
+    """Compare the log of a run with its ledger and with what its key, its rate and its records say, without images."""
     config, ledger = run.config, Ledger(run.ledger_path)
     stages = stages_of(config)
     findings = [_moments(run, ledger)] if stages.moments else []
@@ -234,7 +213,6 @@ def replay(run: Run) -> list[Finding]:
 
 
 def records_present(run: Run) -> int:
-    """How many images the run had."""
     try:
         return int(json.loads(run.data_path.read_text(encoding="utf-8"))["records"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -20,7 +20,6 @@ from dpsyngen.audit.distinguish import StepGame, play_step_game
 from dpsyngen.audit.report import Finding, exact
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
@@ -33,8 +32,7 @@ from dpsyngen.training.private import Computing, DpSgd, PrivateStep
 _SLOTS_OF_DISCRETE_NOISE = 64  # its sampler takes a millisecond a call, however few numbers are asked for
 _HUGE = 300.0  # pixels of an image that is as far from the others as a hostile one could be
 
-SLACK = 1e-4
-"""Of C, for the rounding of sums in fp32."""
+_SLACK = 1e-4  # of C, for the rounding of sums in fp32
 
 Summed = Callable[[Sequence[int]], list[Tensor]]
 """The clipped sum over some of the examples, which may be named more than once; one tensor a parameter."""
@@ -46,28 +44,27 @@ def check_sensitivity(summed: Summed, examples: int, clipping_norm: float, alrea
     Args:
         summed: the sum over given examples, as training computes it, in units of the gradient.
         examples: B >= 2; a good part of them with gradients far above C, or the check has nothing to find.
-        clipping_norm, already_clipped: C as claimed, and the share of it that the largest step must reach.
+        clipping_norm: C as claimed.
+        already_clipped: the share of C that the largest move must reach for the check to show anything.
     """
     everyone = list(range(examples))
     whole = _flat(summed(everyone))
-    worst, where = 0.0, ""
+    moves: dict[str, float] = {}
     for i in everyone:
         rest = [j for j in everyone if j != i]
-        moves = {
+        for how, move in {
             "taken away": whole - _flat(summed(rest)),
             "added a second time": _flat(summed([*everyone, i])) - whole,
             "alone": _flat(summed([i])),
-        }
-        for how, move in moves.items():
-            norm = _finite(float(move.norm()) / clipping_norm)
-            if norm > worst:
-                worst, where = norm, f"example {i} {how}"
+        }.items():
+            moves[f"example {i} {how}"] = _finite(float(move.norm()) / clipping_norm)
+    where, worst = max(moves.items(), key=lambda move: move[1])
     enough = worst >= already_clipped
     return exact(
         "one record moves the clipped sum by at most C",
-        enough and worst <= 1 + SLACK,
+        enough and worst <= 1 + _SLACK,
         f"at most {worst:.6g} C, over {examples} examples in three ways",
-        f"at most 1 C (and {SLACK:g} C for rounding)",
+        f"at most 1 C (and {_SLACK:g} C for rounding)",
         where if enough else f"{where}; no example comes near C, so nothing was shown",
     )
 
@@ -88,20 +85,18 @@ def check_gradients(
         layers: for each parameter the number of its layer.
         tolerance: of C, for rounding (of a network in fp32, and of a grid).
     """
-    worst, where = 0.0, 0
+    errors = []
     for i in range(examples):
-        copies = reference(i)
-        mean = [torch.stack([c[p].double() for c in copies]).mean(0) for p in range(len(copies[0]))]
+        mean = [torch.stack(of_copies).double().mean(0) for of_copies in zip(*reference(i), strict=True)]
         wanted = _flat(clip_by_hand(mean, layers, clipping_norm, style))
-        error = _finite(float((_flat(summed([i])) - wanted).norm()) / clipping_norm)
-        if error > worst:
-            worst, where = error, i
+        errors.append(_finite(float((_flat(summed([i])) - wanted).norm()) / clipping_norm))
+    worst = max(errors)
     return exact(
         "an example's gradient is averaged over its copies, then clipped",
         worst <= tolerance,
         f"differs by at most {worst:.3g} C from a plain autograd loop, over {examples} examples",
         f"at most {tolerance:g} C, for rounding",
-        f"example {where}",
+        f"example {errors.index(worst)}",
     )
 
 
@@ -166,12 +161,7 @@ def audit_noise(config: Config, mechanism: DpSgd, *, trials: int, confidence: fl
 
 
 class ClippingAudit:
-    """The clipped sums of the run's network on hostile images.
-
-    Args:
-        config, mechanism, shape: of the run: its settings, its constants, what is public about its images.
-        gaussian: the denoiser of the run's released DP moments, which its network is a residual of, if it is.
-    """
+    """The clipped sums of the run's network on hostile images; a residual one has the released moments `gaussian`."""
 
     def __init__(
         self,
@@ -188,7 +178,7 @@ class ClippingAudit:
         self.denoiser = lively_denoiser(config, shape, conditional=True, seed=seed, gaussian=gaussian).to(device)
         self.engine = self.step.engine(self.denoiser)
         self.copies = copies
-        self.rows = _hostile_rows(config, self.denoiser, shape, copies, device)
+        self.rows = self._hostile_rows(config, shape, device)
         self.examples = len(self.rows.clean) // copies
 
     def findings(self) -> list[Finding]:
@@ -206,10 +196,7 @@ class ClippingAudit:
         return (time.perf_counter() - begun) / (self.examples * self.copies)
 
     def _pick(self, examples: Sequence[int]) -> NoisyBatch:
-        index = torch.tensor([e * self.copies + k for e in examples for k in range(self.copies)])
-        r = self.rows
-        labels = None if r.labels is None else r.labels[index]
-        return NoisyBatch(r.clean[index], r.noisy[index], r.sigma[index], labels)
+        return self.rows.rows(torch.tensor([e * self.copies + k for e in examples for k in range(self.copies)]))
 
     def _summed(self, examples: Sequence[int]) -> list[Tensor]:
         batch = self._pick(examples)
@@ -221,32 +208,24 @@ class ClippingAudit:
 
     def _reference(self, example: int) -> list[list[Tensor]]:
         batch = self._pick([example])
-        of_copies = []
-        for k in range(self.copies):
-            loss = denoising_loss(self.denoiser, batch.rows(slice(k, k + 1))).sum()
-            of_copies.append(list(torch.autograd.grad(loss, self.engine.parameters)))
-        return of_copies
+        losses = [denoising_loss(self.denoiser, batch.rows(slice(k, k + 1))).sum() for k in range(self.copies)]
+        return [list(torch.autograd.grad(loss, self.engine.parameters)) for loss in losses]
 
-
-def _hostile_rows(config: Config, denoiser: NetworkDenoiser, shape: Shape, copies: int, device: str) -> NoisyBatch:
-    """Two random images, a third equal to the second, a blank one, and two whose pixels are far out of range."""
-    size = (shape.channels, shape.resolution, shape.resolution)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand((6, *size), generator=generator) * 2 - 1
-    images[2] = images[1]
-    images[3] = 0
-    images[4] *= _HUGE
-    images[5] = _HUGE
-    labels = None if not denoiser.num_classes else torch.arange(6) % denoiser.num_classes
-    n = config.network
-    batch = make_noisy(
-        images,
-        labels,
-        NoiseLevels(n.noise_mean, n.noise_std),
-        copies=copies,
-        num_classes=denoiser.num_classes,
-        label_dropout=0.0,
-        generator=generator,
-    )
-    classes = None if batch.labels is None else batch.labels.to(device)
-    return NoisyBatch(batch.clean.to(device), batch.noisy.to(device), batch.sigma.to(device), classes)
+    def _hostile_rows(self, config: Config, shape: Shape, device: str) -> NoisyBatch:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand((6, shape.channels, shape.resolution, shape.resolution), generator=generator) * 2 - 1
+        # Two random images, a third equal to the second, a blank one, and two whose pixels are far out of range.
+        images[2] = images[1]
+        images[3] = 0
+        images[4] *= _HUGE
+        images[5] = _HUGE
+        n, num_classes = config.network, self.denoiser.num_classes
+        return make_noisy(
+            images.to(device),
+            (torch.arange(6) % num_classes).to(device) if num_classes else None,
+            NoiseLevels(n.noise_mean, n.noise_std),
+            copies=self.copies,
+            num_classes=num_classes,
+            label_dropout=0.0,
+            generator=generator,
+        )

@@ -27,7 +27,7 @@ class NoisyBatch:
     sigma: Tensor
     labels: Tensor | None
 
-    def rows(self, part: slice) -> NoisyBatch:
+    def rows(self, part: slice | Tensor) -> NoisyBatch:
         """Some of the rows."""
         labels = None if self.labels is None else self.labels[part]
         return NoisyBatch(self.clean[part], self.noisy[part], self.sigma[part], labels)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -33,15 +33,16 @@ SMALLEST_EPSILON = 1e-3
 LARGEST_GROUP = 1000
 """The most records of one person."""
 
+_ETA = 1e-6  # the share of δ that pays for more records of a group in one step than are composed
+
 
 @dataclass(frozen=True)
 class Mechanism:
-    """`count` runs of a (Poisson-subsampled) Gaussian mechanism.
+    """`count` >= 1 runs of a (Poisson-subsampled) Gaussian mechanism.
 
     Attributes:
         sampling_rate: q in (0, 1]; 1 means that every record is used.
-        noise_multiplier: noise standard deviation over L2 sensitivity, > 0.
-        count: number of runs, >= 1.
+        noise_multiplier: z, noise standard deviation over L2 sensitivity; 0 is no privacy.
     """
 
     sampling_rate: float
@@ -79,33 +80,6 @@ def _one_gaussian(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
     return (*(m for m in mechanisms if m.sampling_rate < 1), Mechanism(1.0, noise))
 
 
-def _group_epsilon(accountant: Any, mechanisms: Sequence[Mechanism], delta: float, group_size: int) -> float:
-    """ε by PLD for adding or removing `group_size` records at once.
-
-    More than J of them in one step, for a J so large that this happens in none of the steps but with probability
-    η = 10⁻⁶ δ, is left to δ.  Otherwise the mechanism P with the group is P₁, which has at most J in each step:
-    P(S) <= P₁(S) + η, and P₁(S) <= P(S)/(1 - η).  So ε(δ - η) of P₁ plus -log(1 - η) holds for P.
-    """
-    import dp_accounting as dp
-    from scipy.stats import binom
-
-    eta = 1e-6 * delta
-    for m in mechanisms:
-        q, z = m.sampling_rate, m.noise_multiplier
-        if q == 1:
-            accountant.compose(dp.GaussianDpEvent(z / group_size), m.count)
-            continue
-        most = group_size
-        while most > 1 and binom.sf(most - 1, group_size, q) * m.count * len(mechanisms) <= eta:
-            most -= 1
-        number = range(most + 1)
-        chances = binom.pmf(number, group_size, q)
-        chances /= chances.sum()
-        shifts = [float(j) for j in number]
-        accountant.compose(dp.dp_event.MixtureOfGaussiansDpEvent(z, shifts, chances.tolist()), m.count)
-    return float(accountant.get_epsilon(delta - eta)) - math.log1p(-eta)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """dp-accounting warns for each Rényi order that it leaves out; the bound holds with the orders that remain."""
@@ -119,43 +93,96 @@ def _quiet() -> Iterator[None]:
 
 
 @lru_cache(maxsize=256)
+def _one_step_rdp(sampling_rate: float, noise_multiplier: float) -> Any:
+    """Rényi divergences of one step at dp-accounting's default orders; those of n steps are n times as large."""
+    import dp_accounting as dp
+
+    accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    event: Any = dp.GaussianDpEvent(noise_multiplier)
+    with _quiet():
+        accountant.compose(event if sampling_rate == 1 else dp.PoissonSampledDpEvent(sampling_rate, event))
+    return accountant._rdp
+
+
+@lru_cache(maxsize=8)
+def _one_step_pld(sampling_rate: float, noise_multiplier: float, interval: float) -> Any:
+    """Privacy loss distribution of one step, on a grid of losses with steps `interval`, rounded up."""
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(
+        noise_multiplier, value_discretization_interval=interval, sampling_prob=sampling_rate
+    )
+
+
+def _group_step(m: Mechanism, delta: float, kinds: int, group_size: int, interval: float) -> Any:
+    """Privacy loss distribution of one step when up to `group_size` records are added or removed at once.
+
+    More than J of them in one step, for a J so large that this happens in none of the steps of `kinds` mechanisms but
+    with probability η = 10⁻⁶ δ, is left to δ.
+    """
+    from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
+    from scipy.stats import binom
+
+    q, most = m.sampling_rate, group_size
+    while most > 1 and binom.sf(most - 1, group_size, q) * m.count * kinds <= _ETA * delta:
+        most -= 1
+    number = range(most + 1)
+    chances = binom.pmf(number, group_size, q)
+    chances /= chances.sum()
+    shifts = [float(j) for j in number]
+    return from_mixture_gaussian_mechanism(
+        m.noise_multiplier, shifts, chances.tolist(), value_discretization_interval=interval
+    )
+
+
+@lru_cache(maxsize=256)
 def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, kind: Accountant, group_size: int = 1) -> float:
     if not mechanisms:
         return 0.0
     if any(m.noise_multiplier == 0 for m in mechanisms):
         return math.inf
     mechanisms = _one_gaussian(mechanisms)  # a convolution less for each
-    if kind == "rdp" and group_size > 1:
-        return _group_lemma(lambda d: _epsilon(mechanisms, d, "rdp"), delta, group_size)
+    if kind == "rdp":
+        return _rdp_epsilon(mechanisms, delta, group_size)
     # The loss of one step shrinks as the steps grow; the grid must stay fine beside it, or rounding up each step's
     # loss adds up.  1e-4 is dp-accounting's own choice and right for hundreds of steps.
     steps = sum(m.count for m in mechanisms)
     interval = 1e-4 if steps <= 300 else 2e-5 if steps <= 5000 else 5e-6
-    if kind == "pld":
-        # Huge losses make a fine grid needlessly long: at a large ε a coarser one has the same relative error.
-        rough = group_size * _epsilon(mechanisms, delta, "rdp")
-        interval *= max(1.0, min(rough, 100.0))
+    # Huge losses make a fine grid needlessly long: at a large ε a coarser one has the same relative error.
+    rough = group_size * _epsilon(mechanisms, delta, "rdp")
+    interval *= max(1.0, min(rough, 100.0))
     if group_size > 1:
         # Mixtures take ten times as long; this adds 0.02 % to ε at most where it was measured, and stays a bound.
         interval *= 8
-    import dp_accounting as dp
-    from dp_accounting.pld import PLDAccountant
-    from dp_accounting.rdp import RdpAccountant
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, identity
 
-    adjacency = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
-    with _quiet():
-        if kind == "pld":
-            accountant = PLDAccountant(adjacency, value_discretization_interval=interval)
+    # Composition is the convolution of privacy loss distributions; that of equal steps is a power in Fourier space.
+    total = identity(interval)
+    for m in mechanisms:
+        if m.sampling_rate == 1:  # several Gaussians are one, and a group of g shifts it by g C
+            noise = m.noise_multiplier / group_size / math.sqrt(m.count)
+            total = total.compose(from_gaussian_mechanism(noise, value_discretization_interval=interval))
+        elif group_size == 1:
+            total = total.compose(_one_step_pld(m.sampling_rate, m.noise_multiplier, interval).self_compose(m.count))
         else:
-            accountant = RdpAccountant(neighboring_relation=adjacency)
-        if group_size > 1:
-            return _group_epsilon(accountant, mechanisms, delta, group_size)
-        for m in mechanisms:
-            event: Any = dp.GaussianDpEvent(m.noise_multiplier)
-            if m.sampling_rate < 1:
-                event = dp.PoissonSampledDpEvent(m.sampling_rate, event)
-            accountant.compose(event, m.count)
-        return float(accountant.get_epsilon(delta))
+            step = _group_step(m, delta, len(mechanisms), group_size, interval)
+            total = total.compose(step.self_compose(m.count))
+    if group_size == 1:
+        return float(total.get_epsilon_for_delta(delta))
+    # `total` is P₁, which has at most J of the group in each step; P has any number.  With P(S) <= P₁(S) + η and
+    # P₁(S) <= P(S)/(1 - η), ε(δ - η) of P₁ plus -log(1 - η) holds for P.
+    eta = _ETA * delta
+    return float(total.get_epsilon_for_delta(delta - eta)) - math.log1p(-eta)
+
+
+def _rdp_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, group_size: int) -> float:
+    if group_size > 1:
+        return _group_lemma(lambda d: _epsilon(mechanisms, d, "rdp"), delta, group_size)
+    from dp_accounting.rdp import rdp_privacy_accountant as rdp
+
+    total = sum(m.count * _one_step_rdp(m.sampling_rate, m.noise_multiplier) for m in mechanisms)
+    with _quiet():
+        return float(rdp.compute_epsilon(rdp.DEFAULT_RDP_ORDERS, total, delta)[0])
 
 
 def _group_lemma(epsilon_at: Callable[[float], float], delta: float, group_size: int) -> float:
@@ -221,8 +248,6 @@ def calibrate_noise(
 ) -> float:
     """The smallest noise multiplier (to `tolerance`, relative) whose total cost is at most `target_epsilon`.
 
-    RDP is an upper bound that takes milliseconds, so it gives the first guess; PLD then takes a few evaluations.
-
     Args:
         target_epsilon, delta: ε > 0 and δ in (0, 1).
         sampling_rate, steps: q in (0, 1], and how many steps.
@@ -254,7 +279,8 @@ def calibrate_noise(
             return group_size * epsilon((*spent, Mechanism(sampling_rate, noise, steps)), delta, "rdp")
         return cost(noise, "rdp")
 
-    # RDP first: bisection is cheap there.  Its answer is a little too high for PLD.
+    # RDP first, by bisection: an upper bound that takes milliseconds.  Its answer is a little too high for PLD, which
+    # then takes a few evaluations.
     high = 1.0
     while guess(high) > target_epsilon and high < 1e7:  # ε falls with the noise: double until it fits, then bisect
         high *= 2

@@ -43,10 +43,7 @@ class Charge:
 
 
 class Budget(HashChain):
-    """The budget of a data set.
-
-    Args:
-        path: an existing budget file (see :meth:`create`).
+    """The budget of a data set; see :meth:`create`.
 
     Attributes:
         epsilon_limit, delta: what all runs together may spend; ε finite.
@@ -84,15 +81,8 @@ class Budget(HashChain):
         require(0 < delta < 1, "delta", delta, "between 0 and 1")
         require(path.parent.is_dir(), "the folder of the budget file", path.parent, "an existing one")
         check_group_size(group_size)
-        header = {
-            "format": FORMAT,
-            "kind": "budget",
-            "epsilon": epsilon_limit,
-            "delta": delta,
-            "group_size": group_size,
-            "growing": growing,
-            "salt": os.urandom(32).hex(),
-        }
+        header = {"format": FORMAT, "kind": "budget", "epsilon": epsilon_limit, "delta": delta}
+        header |= {"group_size": group_size, "growing": growing, "salt": os.urandom(32).hex()}
         start_chain(path, "budget file", header)
         return cls(path)
 
@@ -125,15 +115,8 @@ class Budget(HashChain):
         # The ε that is left is about the same whatever it is spent on; DP-SGD comes last.
         q, steps = mechanisms[-1].sampling_rate, mechanisms[-1].count
         try:
-            noise = calibrate_noise(
-                self.epsilon_limit,
-                self.delta,
-                sampling_rate=q,
-                steps=steps,
-                spent=others,
-                tolerance=1e-2,
-                group_size=self.group_size,
-            )
+            whose: dict[str, Any] = {"spent": others, "group_size": self.group_size, "tolerance": 1e-2}
+            noise = calibrate_noise(self.epsilon_limit, self.delta, sampling_rate=q, steps=steps, **whose)
         except ValueError:
             return "Nothing of it is left."
         alone = epsilon([Mechanism(q, noise, steps)], self.delta, group_size=self.group_size)
@@ -197,13 +180,8 @@ class Budget(HashChain):
             self._append(run, known.name, merge(spent), True, None)
 
     def _append(self, run: str, name: str, mechanisms: tuple[Mechanism, ...], settled: bool, data: str | None) -> None:
-        body: dict[str, Any] = {
-            "run": run,
-            "name": name,
-            "mechanisms": [m.to_dict() for m in mechanisms],
-            "settled": settled,
-            "data": data,
-        }
+        charged = [m.to_dict() for m in mechanisms]
+        body = {"run": run, "name": name, "mechanisms": charged, "settled": settled, "data": data}
         self._write(body)
         self._take(body)
 
@@ -271,12 +249,8 @@ class Composition:
         """Upper bound on ε at `delta` for `group_size` records together; None: those of the ledgers."""
         if self.non_private:
             return math.inf
-        return epsilon(
-            self.mechanisms,
-            self.delta if delta is None else delta,
-            accountant,
-            self.group_size if group_size is None else group_size,
-        )
+        g = self.group_size if group_size is None else group_size
+        return epsilon(self.mechanisms, self.delta if delta is None else delta, accountant, g)
 
 
 def ledger_lines(ledger: Ledger) -> list[str]:

@@ -204,10 +204,9 @@ def strength(epsilon_value: float, delta: float) -> str:
     # The best any test can do, by the trade-off between its two errors (Kairouz, Oh, Viswanath, ICML 2015).
     sure = (math.exp(min(epsilon_value, 700)) + delta) / (1 + math.exp(min(epsilon_value, 700)))
     percent = 100 * sure
+    figure = f"{percent:.2f} %" if percent > 99 else f"{percent:.1f} %"
     if percent >= 99.995:
         figure = "practically 100 %"
-    else:
-        figure = f"{percent:.2f} %" if percent > 99 else f"{percent:.1f} %"
     if epsilon_value <= 1:
         grade = "This is a strong guarantee by the standards of published machine-learning models."
     elif epsilon_value <= 3:
@@ -314,13 +313,10 @@ def foundations(c: Certificate) -> list[str]:
     if c.group_size > 1:
         lines.append(f"- Nobody has more than {c.group_size} of the images.")
     if c.programs_used:
-        tier = (
-            f"prior tier {safe_markdown(str(p.get('prior_tier')))}: {safe_markdown(str(p.get('prior_tier_meaning')))}"
-        )
-        program = f"{safe_markdown(str(p.get('name')))}, {tier}"
+        name, tier, meaning = (safe_markdown(str(p.get(k))) for k in ("name", "prior_tier", "prior_tier_meaning"))
         lines.append(
-            f"- Part of the training used images that a program draws ({program}).  They hold nobody's data and cost "
-            "no privacy."
+            f"- Part of the training used images that a program draws ({name}, prior tier {tier}: {meaning}).  They "
+            "hold nobody's data and cost no privacy."
         )
     if c.budget is not None:
         b = c.budget

@@ -56,7 +56,7 @@ class ClippedGradient:
     floating-point sums (``dpsyngen.privacy.exact`` has none).
 
     Attributes:
-        sums: one tensor for each trainable parameter, in the order of the parameters.
+        sums: one tensor for each trainable parameter.
         l2_sensitivity: the clipping norm C (after the rounding slack, never more than C).
         examples: how many examples went in.  Data-dependent under Poisson sampling: never release it.
         norms: [examples], L2 norms before clipping; NaN or inf where the gradient was not finite.  Private.
@@ -128,12 +128,9 @@ class Whole:
     """How this process's part of a model clips together with the others: here it is the whole model.
 
     A sharded engine overrides it; see :mod:`dpsyngen.privacy.sharding`.
-
-    Attributes:
-        layer_count: layers of the whole model; None: those of the contributions.
     """
 
-    layer_count: int | None = None
+    layer_count: int | None = None  # of the whole model; None: those of the contributions
 
     def total(self, squares: Tensor) -> Tensor:
         """[layers, B] squared norms of whole gradients, from those of this process's part; the same numbers, to the
@@ -196,10 +193,7 @@ def clip(
     ========== ============================================================= ===========
 
     Args:
-        contributions: one for each parameter, of the same examples.
-        layers: for each parameter the number of its layer, from 0.
-        clipping_norm: C > 0.
-        style: see the table.
+        contributions, layers: for each parameter its gradients, and the number of its layer, from 0.
         valid: [B] booleans; where it is False there is no example but padding, which adds exactly zero and is not
             counted.  None: all are examples.
         whole: how the parts of a model that is split over processes clip together; None: it is not split.

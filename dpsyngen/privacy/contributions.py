@@ -26,17 +26,14 @@ class Contribution(ABC):
     def squared_norms(self, wide: bool = False) -> Tensor:
         """[B], fp64, never negative; NaN or inf where a gradient is not finite.
 
-        Args:
-            wide: square in fp64 too, for gradients whose squares leave the range of fp32.
+        With `wide` squares are fp64 too, for gradients whose squares leave the range of fp32.
         """
 
     @abstractmethod
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Sum over examples of factor times gradient, in the parameter's shape, at least fp32.
+        """Sum over examples of factor [B] times gradient, in the parameter's shape, at least fp32.
 
-        Args:
-            factors: [B].
-            kept: [B] booleans; examples where it is False contribute exactly zero, NaN or not.  None: all.
+        Examples that are not `kept` ([B] booleans) contribute exactly zero, NaN or not.
         """
 
     @abstractmethod
@@ -127,11 +124,10 @@ class Dense(Contribution):
 
 
 class Pieces(Contribution):
-    """Gradients of a few examples at a time, in separate tensors: nothing is copied together.
+    """Gradients of a few examples at a time, in separate tensors [b, *shape]: nothing is copied together.
 
-    Args:
-        pieces: tensors [b, *shape]; their norms are taken at once, while they are in the processor's cache.
-        permuted: whether shape is that of the parameter with its second axis moved to the end.
+    Their norms are taken at once, while they are in the processor's cache.  `permuted`: shape is that of the parameter
+    with its second axis moved to the end.
     """
 
     def __init__(self, permuted: bool = False) -> None:
@@ -178,27 +174,18 @@ class Pieces(Contribution):
 
 
 def ghost_norms(product: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """Squared norms that came out of Gram matrices, made safe.
+    """Squared norms [B] out of Gram matrices, in fp64, made safe; `bound` is what they would be if no terms cancelled.
 
-    Args:
-        product: [B] the squared norms as computed, in fp64; rounding may have made them negative.
-        bound: [B] squared norm if no terms cancelled.
-        dtype: in which the gradient itself is computed.
-
-    The gradient's own rounding error is of the order eps * sqrt(bound), which can exceed its norm if almost all
-    of it cancels.  The norm is therefore never taken to be less than a multiple of that error.
+    Rounding may have made `product` negative.  The error of the gradient itself, computed in `dtype`, is of the order
+    eps * sqrt(bound), which can exceed its norm if almost all of it cancels: the norm is never taken to be less than a
+    multiple of that error.
     """
     floor = (1e3 * torch.finfo(dtype).eps) ** 2 * bound
     return torch.maximum(product.clamp_min(0.0), floor)
 
 
 class Outer(Contribution):
-    """Gradients of a matrix that are sums over time of outer products: g_bᵀ x_b.
-
-    Args:
-        g: gradients of the outputs, [B, T, out].
-        x: inputs, [B, T, in].
-    """
+    """Gradients of a matrix that are sums over time of outer products, g_bᵀ x_b: g is [B, T, out], x is [B, T, in]."""
 
     def __init__(self, g: Tensor, x: Tensor) -> None:
         self.g, self.x = at_least_fp32(g), at_least_fp32(x)
@@ -214,11 +201,13 @@ class Outer(Contribution):
         bound = g.square().sum((1, 2)) * x.square().sum((1, 2))
         if g.shape[1] == 1:
             return bound
+        # ‖Σ_t g_t x_tᵀ‖² = Σ_{t,s} <g_t, g_s> <x_t, x_s>: two [T, T] Gram matrices in place of an [out, in] gradient.
         product = (torch.bmm(g, g.transpose(1, 2)) * torch.bmm(x, x.transpose(1, 2))).sum((1, 2))
         return ghost_norms(product, bound, self.g.dtype)
 
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
         g, x = blanked(self.g, kept), blanked(self.x, kept)
+        # One product for the whole batch, in which each example has its factor.
         weighted = g * factors.to(g.dtype)[:, None, None]
         return weighted.flatten(0, 1).t() @ x.flatten(0, 1)
 
@@ -231,12 +220,9 @@ class Outer(Contribution):
 
 
 class Rows(Contribution):
-    """Gradients of a table of which each example touched a few rows (an embedding).
+    """Gradients of a table with `rows` rows (an embedding), of which each example read `indices` [B, T].
 
-    Args:
-        indices: [B, T] rows.
-        g: [B, T, width] gradients of the values read; zero where none is wanted.
-        rows: rows of the table.
+    g, [B, T, width], are the gradients of the values read; zero where none is wanted.
     """
 
     def __init__(self, indices: Tensor, g: Tensor, rows: int) -> None:

@@ -176,8 +176,7 @@ class _Ghost(Contribution):
 
     def squared_norms(self, wide: bool = False) -> Tensor:
         """‖Σ_t g_t x_{t+τ}ᵀ‖², summed over taps τ, is Σ_{t,s} <g_t, g_s> Σ_τ <x_{t+τ}, x_{s+τ}>."""
-        call = self.call
-        dtype = torch.float64
+        call, dtype = self.call, torch.float64
         height, width = call.weight.shape[2:]
         out_h, out_w = call.g.shape[2:]
 
@@ -187,19 +186,20 @@ class _Ghost(Contribution):
             flat = t.to(dtype).reshape(call.examples, k, -1, h * w).transpose(1, 2).flatten(2)
             return torch.bmm(flat.transpose(1, 2), flat).view(call.examples, k, h, w, k, h, w)
 
+        # 1. Gram matrices of gradients and inputs over all pairs of positions.
         g, x = gram(call.g), gram(call.x)
         top, left = call.settings.padding
         x = F.pad(x, (left, left, top, top, 0, 0, left, left, top, top))
+        # 2. That of the inputs, shifted by each tap of the kernel, added up over taps.
         taps = torch.zeros_like(g)
         for i in range(height):
             for j in range(width):
                 rows, columns = slice(i, i + out_h), slice(j, j + out_w)
                 taps += x[:, :, rows, columns][..., rows, columns]
-        count = g[0].numel()
-        side = round(count**0.5)
-        bound = torch.ones((), dtype=dtype, device=g.device)
-        for each in (g, taps):
-            bound = bound * each.reshape(-1, side, side).diagonal(dim1=1, dim2=2).sum(1)
+        # 3. The norm, and what it would be if no terms cancelled (the product of the traces).
+        side = round(g[0].numel() ** 0.5)
+        traces = [each.reshape(-1, side, side).diagonal(dim1=1, dim2=2).sum(1) for each in (g, taps)]
+        bound = traces[0] * traces[1]
         return ghost_norms((g * taps).flatten(1).sum(1), bound, at_least_fp32(call.g).dtype)
 
     def weighted_sum(self, factors: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -296,15 +296,12 @@ _SLOW_ON_CPU = {"unfold"}  # 2 to 13 times the plain weight gradient wherever it
 
 
 class KernelChoices:
-    """Which kernel each layer uses, and what was measured.
+    """Which kernel each layer uses (``chosen``), and what each candidate took (``milliseconds``), by layer signature.
 
     Args:
         measure: measure on first use; otherwise :func:`fixed_choice`.
-        chosen: choices of an earlier process, from ``chosen``, which are kept: a resumed run then adds in the same
-            order and repeats a step bit for bit.
-
-    Attributes:
-        chosen, milliseconds: for each layer signature the kernel, and what each candidate took.
+        chosen: choices of an earlier process, which are kept: a resumed run then adds in the same order and repeats a
+            step bit for bit.
     """
 
     def __init__(self, measure: bool = True, chosen: dict[str, str] | None = None) -> None:
@@ -350,6 +347,7 @@ class KernelChoices:
             return _now(call.g.device) - begin
 
         with torch.no_grad():
+            # Twice each, the first to warm up; what is twice as slow as the best is out, the rest run four times more.
             first = {k.name: min(seconds(k), seconds(k)) for k in candidates}
             best = min(first.values())
             close = [k for k in candidates if first[k.name] < 2 * best]
@@ -360,15 +358,6 @@ class KernelChoices:
         medians = {name: statistics.median(t) for name, t in times.items()}
         self.milliseconds[signature] = {n: 1e3 * medians.get(n, t) for n, t in first.items()}
         return min(medians, key=lambda n: medians[n])
-
-    def table(self) -> str:
-        """One line for each layer shape: what was chosen, and how long each candidate took."""
-        lines = []
-        for signature, name in self.chosen.items():
-            times = self.milliseconds.get(signature, {})
-            measured = ", ".join(f"{n} {t:.2f} ms" for n, t in sorted(times.items(), key=lambda item: item[1]))
-            lines.append(f"{signature}: {name}" + (f"  ({measured})" if measured else ""))
-        return "\n".join(lines)
 
 
 def _now(device: torch.device) -> float:

@@ -149,6 +149,7 @@ class HashChain:
                     f"line {number} of the {self.what} {self.path} does not follow from the line before it: the file "
                     "was edited, truncated or reordered, so no ε can be stated from it."
                 )
+            # Each line's digest covers the one before it, so a change of any line breaks the chain from there on.
             previous = _digest(line)
             self._digests.append(previous)
             self.bodies.append(body)
@@ -258,10 +259,7 @@ def check_affordable(mechanisms: Iterable[Mechanism], target: float, delta: floa
 
 
 class Ledger(HashChain):
-    """The accesses to one data set by one run, and the budget that they may not exceed.
-
-    Args:
-        path: an existing ledger file (see :meth:`create`).
+    """The accesses to one data set by one run, and the budget that they may not exceed; see :meth:`create`.
 
     Attributes:
         entries: the accesses, in order.

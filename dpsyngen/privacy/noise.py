@@ -47,11 +47,9 @@ class StepMechanism(Protocol):
         self, engine: PerExampleGradients, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32
     ) -> ClippedGradient:
         """The sum over examples of their clipped gradients; arguments as of :meth:`PerExampleGradients.sum`."""
-        ...
 
     def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
         """The noisy mean, one tensor a parameter: public from here on."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,7 @@ class GaussianMechanism:
 
 @dataclass(frozen=True)
 class NoPrivacy:
-    """Neither clipping nor noise, for a non-private reference.  Formal guarantee: none, ε = ∞.
-
-    Attributes:
-        expected_examples: the constant divisor, > 0.
-    """
+    """Neither clipping nor noise, for a non-private reference.  Formal guarantee: none, ε = ∞."""
 
     expected_examples: float
 
@@ -121,16 +115,14 @@ def noisy_mean(
     post-processing; the realised number of examples must never be used for it.
 
     Args:
-        clipped: the sum; the noise is scaled from its own ``l2_sensitivity``.
-        noise_multiplier: z >= 0; the noise has standard deviation z * l2_sensitivity in each coordinate.
+        clipped: the sum; the noise has standard deviation z times its own ``l2_sensitivity`` in each coordinate.
+        noise_multiplier: z >= 0.
         expected_examples: sampling rate times declared number of records, > 0.
-        randomness: the run's secret streams.
-        step: number of the step; each step has its own noise.
+        randomness, step: the run's secret streams, and the number of the step: each has its own noise.
 
     Returns:
         one tensor for each of ``clipped.sums``.  Of a model that is split over processes each gets its own part of the
-        same noise that one process would have added, so that every coordinate has noise once; see
-        :mod:`dpsyngen.privacy.sharding`.
+        same noise that one process would have added, so that every coordinate has noise once.
     """
     require(noise_multiplier >= 0, "noise_multiplier", noise_multiplier, ">= 0")
     require(expected_examples > 0, "expected_examples", expected_examples, "> 0")

@@ -310,7 +310,7 @@ class PerExampleGradients(Whole):
                 )
 
     def _norms_of_whole(self, *norms: float) -> tuple[float, ...]:
-        """L2 norms over the whole model, from those of this process's part of it."""
+        """L2 norms over the whole model, from those of this process's part."""
         return norms
 
     def _in_parts(

@@ -123,13 +123,8 @@ def poisson_sample(randomness: Randomness, step: int, records: int, sampling_rat
 
     Formal guarantee: record i is included exactly when its own 64-bit word of the step's stream is below
     floor(sampling_rate * 2^64), so the inclusions are independent of each other, of the steps and of the data, each
-    with a probability of at most `sampling_rate`.
-
-    Args:
-        randomness: the run's secret streams.
-        step: number of the step.
-        records: number of records present (may differ from the declared number that fixed the rate).
-        sampling_rate: q in (0, 1].
+    with a probability of at most `sampling_rate`, q in (0, 1].  `records` is the number of records present, which may
+    differ from the declared number that fixed the rate.
     """
     require(0 < sampling_rate <= 1, "sampling_rate", sampling_rate, "in (0, 1]")
     if sampling_rate == 1:

@@ -142,7 +142,7 @@ def make_call(examples: int = 4, dtype: torch.dtype = torch.float32) -> Convolut
     return ConvolutionCall(settings.forward(x, weight, None), x, weight, settings, examples, 1)
 
 
-def test_choice_is_measured_once_kept_and_shown() -> None:
+def test_choice_is_measured_once_and_kept() -> None:
     choices = KernelChoices()
     call = make_call()
     choices.run(call)
@@ -152,9 +152,6 @@ def test_choice_is_measured_once_kept_and_shown() -> None:
     times = choices.milliseconds[signature]
     assert {"each", "groups", "dot"} <= set(times)
     assert choices.chosen[signature] in times
-    shown = choices.table()
-    assert signature in shown
-    assert "ms" in shown
     choices.milliseconds.clear()
     choices.run(make_call(examples=2))  # another number of examples is the same layer
     assert not choices.milliseconds
