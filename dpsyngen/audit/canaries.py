@@ -70,15 +70,12 @@ class CanaryPlan:
 
 @dataclass(frozen=True)
 class Canaries:
-    """m canary images [m, C, H, W], each `inside` or not by a fair coin, and `others`, which are always in.
-
-    With `classes` each canary has a class of its own, and the others share one.
-    """
+    """m canary images [m, C, H, W], each `inside` or not by a fair coin, and `others`, which are always in."""
 
     images: NDArray[np.uint8]
     inside: NDArray[np.bool_]
     others: NDArray[np.uint8]
-    classes: bool
+    classes: bool  # each canary has a class of its own, and the others share one
 
     @classmethod
     def draw(cls, plan: CanaryPlan) -> Canaries:

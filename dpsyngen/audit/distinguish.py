@@ -141,8 +141,8 @@ def play_step_game(
         clipping_norm, noise_multiplier, expected_examples: C, z and the constant divisor, as claimed; > 0.
         copies: K, rows of each example.
         trials: with the canary, and as many without, at least.
-        slots: games in one call.  1 makes no assumption on how the noise of different coordinates depends on each
-            other; more is faster where a call is slow, and takes them to be independent, as is claimed.
+        slots: games in one call.  1 makes no assumption on the noise of different coordinates; more is faster where a
+            call is slow, and takes them to be independent, as is claimed.
         confidence: of the bounds in the result, at least 0.95.
     """
     positive = {"noise_multiplier": noise_multiplier, "clipping_norm": clipping_norm, "trials": trials, "slots": slots}

@@ -51,11 +51,7 @@ class StepTrace:
 class Transcript:
     """Collects steps; give it to the training as its observer.
 
-    Args:
-        records: how many records there are to sample from.
-        noise_scale: z·C as claimed, > 0.
-        expected_examples: the constant that the sum is divided by, as claimed.
-        charged: how many steps the ledger has now.
+    `noise_scale` is z·C and `expected_examples` qn, as claimed; `charged` says how many steps the ledger has now.
     """
 
     def __init__(self, records: int, noise_scale: float, expected_examples: float, charged: Callable[[], int]) -> None:

@@ -20,26 +20,15 @@ _COLOURS = {"public": "#2a9d8f", "private": "#d1495b"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One property that was checked.
-
-    Attributes:
-        name: the property, in a few words.
-        passed: whether the evidence is compatible with it.
-        statistic: what was measured.
-        null: what the statistic is if the property holds: a distribution or an exact value.
-        p_value: chance, if the property holds, of a statistic at least so extreme; None for a property that holds
-            exactly or not at all.
-        level: the p-value below which the finding fails; 0 for exact properties, which have no false alarms.
-        detail: more for a reader, such as where it failed.
-    """
+    """One property that was checked."""
 
     name: str
     passed: bool
-    statistic: str
-    null: str
-    p_value: float | None = None
-    level: float = 0.0
-    detail: str = ""
+    statistic: str  # what was measured
+    null: str  # what the statistic is if the property holds: a distribution or an exact value
+    p_value: float | None = None  # None for a property that holds exactly or not at all
+    level: float = 0.0  # the p-value below which the finding fails; exact properties have no false alarms
+    detail: str = ""  # more for a reader, such as where it failed
 
 
 def by_p_value(name: str, statistic: str, null: str, p_value: float, detail: str = "") -> Finding:
@@ -53,16 +42,10 @@ def exact(name: str, passed: bool, statistic: str, null: str, detail: str = "") 
 
 
 def decide(findings: Iterable[Finding], error: float) -> list[Finding]:
-    """Judge the tests among the findings so that all of them together fail a correct mechanism with at most `error`.
-
-    Bonferroni: each test gets the same share, which needs no independence.
-
-    Args:
-        findings: from :func:`by_p_value` and :func:`exact`.
-        error: family-wise error rate in (0, 1).
-    """
+    """Judge the tests among the findings so that all of them together fail a correct mechanism with at most `error`."""
     require(0 < error < 1, "error", error, "in (0, 1)")
     findings = list(findings)
+    # Bonferroni: each test gets the same share of the family-wise error, which needs no independence.
     level = error / max(sum(f.p_value is not None for f in findings), 1)
     return [f if f.p_value is None else replace(f, level=level, passed=f.p_value >= level) for f in findings]
 
@@ -82,24 +65,16 @@ class Attack(Protocol):
 
 @dataclass
 class AuditReport:
-    """Everything about one audit of one run.  Private.
-
-    Attributes:
-        epsilon, delta: what the run claims; infinite without privacy.
-        confidence: with which a correct installation passes everything, at least; and of each lower bound.
-        parts: findings, by what was audited.
-        notes: what a reader must know, such as why something was left out.
-        step_game, one_runs: the attacks on a step, and on short trainings by network, where there is a mechanism.
-    """
+    """Everything about one audit of one run.  Private."""
 
     run: str
-    epsilon: float
+    epsilon: float  # what the run claims; infinite without privacy
     delta: float
-    confidence: float
-    parts: dict[str, list[Finding]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    confidence: float  # with which a correct installation passes everything, at least; and of each lower bound
+    parts: dict[str, list[Finding]] = field(default_factory=dict)  # by what was audited
+    notes: list[str] = field(default_factory=list)  # what a reader must know, such as why something was left out
     step_game: Attack | None = None
-    one_runs: dict[str, Attack] = field(default_factory=dict)
+    one_runs: dict[str, Attack] = field(default_factory=dict)  # by the network of the short training
     seconds: float = 0.0
 
     @property

@@ -20,12 +20,8 @@ from torch import Tensor
 def _compiled(function: Any) -> Any:
     # Sums may be reordered (that is what vectorising them is), but NaN and infinity must stay what they are: the
     # engine recognises broken examples by them.
-    options: dict[str, Any] = {
-        "nogil": True,
-        "fastmath": {"reassoc", "contract", "nsz"},
-        "error_model": "numpy",
-        "boundscheck": False,
-    }
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    options["fastmath"] = {"reassoc", "contract", "nsz"}
     try:
         return njit(function, cache=True, **options)
     except RuntimeError:  # no writable place for the cache

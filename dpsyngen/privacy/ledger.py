@@ -296,12 +296,8 @@ class Ledger(HashChain):
         group_size: int = 1,
         run: str = "",
         secure: bool = True,
-        earlier: tuple[Mechanism, ...] = (),
     ) -> Ledger:
-        """Start a ledger in a new file; the arguments are the attributes.
-
-        `earlier` are mechanisms already run on the same data elsewhere; they count towards the total.
-        """
+        """Start a ledger in a new file; the arguments are the attributes."""
         check_group_size(group_size)
         header = {
             "format": FORMAT,
@@ -315,10 +311,7 @@ class Ledger(HashChain):
             "randomness": "operating system" if secure else "reproducible seed",
         }
         start_chain(path, "ledger", header)
-        ledger = cls(path)
-        for mechanism in earlier:
-            ledger.charge(mechanism, "earlier access to the same data, declared by the user")
-        return ledger
+        return cls(path)
 
     def _header(self, body: dict[str, Any]) -> None:
         if body.get("format") != FORMAT:

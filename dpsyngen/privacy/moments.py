@@ -33,18 +33,11 @@ _LARGEST_NOISE = 2.0**58
 
 
 class Rows(NamedTuple):
-    """A batch of records.
+    """A batch of records: one row each, and for :func:`scatter_sums` the squared length of what the row leaves out."""
 
-    Attributes:
-        values: [B, D], one row a record.  Rows that are not finite contribute exactly zero.
-        labels: [B], the group of each record; None where there is one group.
-        outside: [B], for :func:`scatter_sums`: squared length of the part of each record's vector that ``values``
-            leaves out; None where nothing is left out.
-    """
-
-    values: Tensor
-    labels: Tensor | None = None
-    outside: Tensor | None = None
+    values: Tensor  # [B, D]; rows that are not finite contribute exactly zero
+    labels: Tensor | None = None  # [B], the group of each record; None where there is one group
+    outside: Tensor | None = None  # [B]
 
 
 @dataclass(frozen=True)
@@ -231,7 +224,7 @@ class _Clipped:
         self.with_outside: bool | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Rows [B, D] and energies outside [B] after clipping, fp64; which records were finite; their labels [B]."""
+        """Rows [B, D] and energies outside [B] after clipping, fp64; which records are finite; their labels [B]."""
         for batch in self.batches:
             if self.with_outside not in (None, batch.outside is not None):
                 raise ValueError("some batches have `outside` and some have not: give it with all of them or none.")

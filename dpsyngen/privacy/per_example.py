@@ -149,10 +149,7 @@ class PerExampleGradients(Whole):
         return ClippedGradient(sums, self.clipping_norm, 0, self.parameters[0].new_zeros(0, requires_grad=False), 0)
 
     def contributions(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Contribution]:
-        """One pass: what each parameter's per-example gradients are, in the cheapest form.
-
-        Args and errors: as :meth:`per_example`.
-        """
+        """One pass: each parameter's per-example gradients, in the cheapest form; as :meth:`per_example`."""
         tape = self._tape(examples, copies)
         with torch.enable_grad():
             # Forward: rules replace the functions that use parameters, and losses of the K copies are averaged.
@@ -213,14 +210,11 @@ class PerExampleGradients(Whole):
     def __call__(
         self, loss: RowsLoss, examples: int, copies: int = 1, *, valid: int | Tensor | None = None
     ) -> ClippedGradient:
-        """Sum over examples of clipped gradients, in one pass of this thread; see :meth:`per_example`.
+        """Sum over examples of clipped gradients, in one pass of this thread; arguments as of :meth:`per_example`.
 
-        A gradient with a NaN or an infinity contributes exactly zero.
-
-        Args:
-            loss, examples, copies: as of :meth:`per_example`.
-            valid: which of the examples are more than padding: a boolean tensor [examples], or the number n of the
-                first ones.  The rest contribute exactly zero and are not counted.  None: all.
+        A gradient with a NaN or an infinity contributes exactly zero.  `valid` says which of the examples are more than
+        padding: a boolean tensor [examples], or the number n of the first ones.  The rest contribute exactly zero and
+        are not counted.
         """
         mask = valid_mask(valid, examples, self.parameters[0].device)
         if examples == 0:
@@ -237,10 +231,9 @@ class PerExampleGradients(Whole):
             loss: for a slice of the examples, the loss of each of their rows, [len(slice) * copies].  It is called
                 from several threads at once, so it must not change anything that they share.
             examples: B >= 0, the logical batch.
-            copies: K >= 1, rows of each example; their losses are averaged.
+            copies, valid: as of :meth:`__call__`.
             physical_batch: examples in memory at a time, over all workers together.  It changes the rounding of the
                 sums and nothing else.
-            valid: which of the examples are more than padding, as of :meth:`__call__`.
 
         Returns:
             the sum, added up in the order of the examples: for given settings it is the same each time.
@@ -269,10 +262,7 @@ class PerExampleGradients(Whole):
     def sum_on_grid(
         self, loss: Loss, examples: int, *, grid: float, copies: int = 1, physical_batch: int = 32
     ) -> GridGradient:
-        """Like :meth:`sum`, in multiples of `grid` and exact.  Flat clipping only.
-
-        `grid` is a power of two; see :func:`dpsyngen.privacy.clipping.default_grid`.
-        """
+        """Like :meth:`sum`, exact, in multiples of `grid` (a power of two).  Flat clipping only."""
         require(self.style == "flat", "clipping style", self.style, "'flat' for a sum on a grid")
 
         def one(part: slice) -> GridGradient:
@@ -285,14 +275,10 @@ class PerExampleGradients(Whole):
         return total
 
     def verify(self, loss: Loss, examples: int, copies: int = 1, tolerance: float = 1e-3) -> None:
-        """Check on some examples that the gradient of each does not depend on the others.
+        """Check on some examples that the gradient of each does not depend on the others; else UnsupportedLayer.
 
         Worth doing once for a model of your own, on random numbers in place of private data.  Dropout and other random
-        layers must be off.
-
-        Raises:
-            UnsupportedLayer: an example's gradient alone differs from its gradient in the batch by more than
-                `tolerance`, relative to its norm.
+        layers must be off.  `tolerance` is relative to the norm of an example's gradient.
         """
         require(examples >= 2, "examples", examples, "at least 2, to see whether they mix")
         together = self.per_example(lambda: loss(slice(0, examples)), examples, copies)

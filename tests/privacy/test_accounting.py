@@ -111,3 +111,19 @@ def test_gaussian_mechanisms_on_all_records_compose_to_one(kind):
         direct.compose(dp.GaussianDpEvent(z), count)
     ours = epsilon([Mechanism(1.0, 4.0), Mechanism(1.0, 3.0, 2), Mechanism(1.0, 6.5, 3)], 1e-5, kind)
     assert ours == pytest.approx(direct.get_epsilon(1e-5), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["pld", "rdp"])
+def test_steps_that_are_computed_once_compose_as_dp_accounting_composes_them(kind):
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    adjacency = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    for count in (1, 30):  # the second time from what was kept of one step
+        direct = PLDAccountant(adjacency) if kind == "pld" else RdpAccountant(neighboring_relation=adjacency)
+        direct.compose(dp.PoissonSampledDpEvent(0.02, dp.GaussianDpEvent(3.0)), count)
+        direct.compose(dp.GaussianDpEvent(12.0))
+        ours = epsilon([Mechanism(0.02, 3.0, count), Mechanism(1.0, 12.0)], 1e-5, kind)
+        assert 0 < ours < 1  # where the grid of losses is dp-accounting's own
+        assert ours == pytest.approx(direct.get_epsilon(1e-5), rel=1e-9)

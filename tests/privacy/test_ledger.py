@@ -49,11 +49,6 @@ def test_budget_is_never_exceeded_and_a_refusal_leaves_no_trace(ledger) -> None:
     assert Ledger(ledger.path).epsilon() <= 3.0
 
 
-def test_earlier_accesses_count(tmp_path) -> None:
-    ledger = Ledger.create(tmp_path / "l", target_epsilon=3.0, delta=1e-5, records=10, earlier=(Mechanism(1.0, 2.0),))
-    assert ledger.epsilon() == epsilon([Mechanism(1.0, 2.0)], 1e-5)
-
-
 def edit(ledger: Ledger, change) -> None:
     lines = ledger.path.read_text().split("\n")
     ledger.path.write_text("\n".join(change(lines)))

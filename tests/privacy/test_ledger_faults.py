@@ -281,11 +281,6 @@ def test_non_private_access_stays_infinite_whatever_follows(tmp_path) -> None:
     assert math.isinf(Ledger(ledger.path).epsilon(1e-3, "rdp"))
 
 
-def test_earlier_accesses_beyond_the_budget_are_refused(tmp_path) -> None:
-    with pytest.raises(BudgetExceeded):
-        Ledger.create(tmp_path / "l", target_epsilon=1.0, delta=1e-5, records=10, earlier=(Mechanism(1.0, 1.0),))
-
-
 def test_charges_pile_up_over_reopened_ledgers(ledger) -> None:
     """ε after resumes is that of all the steps, never of the last session's."""
     for _ in range(3):

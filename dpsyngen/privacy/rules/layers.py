@@ -299,7 +299,10 @@ def _multi_head_attention(
             "and inputs [rows, positions, features])."
         )
     bias = given["in_proj_bias"]
-    weights = _projections(tape, given)
+    if given.get("use_separate_proj_weight"):
+        weights = tuple(given[f"{n}_proj_weight"] for n in "qkv")
+    else:
+        weights = _thirds(tape, given["in_proj_weight"])
     biases = (None, None, None) if bias is None else _thirds(tape, bias)
     heads = given["num_heads"]
     q, k, v = (
@@ -319,12 +322,6 @@ def _multi_head_attention(
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     out = linear(tape, mixed.transpose(1, 2).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
     return out.transpose(0, 1), attention
-
-
-def _projections(tape: Tape, given: dict[str, Any]) -> tuple[Tensor, ...]:
-    if given.get("use_separate_proj_weight"):
-        return tuple(given[f"{n}_proj_weight"] for n in "qkv")
-    return _thirds(tape, given["in_proj_weight"])
 
 
 def _thirds(tape: Tape, value: Tensor) -> tuple[Tensor, ...]:

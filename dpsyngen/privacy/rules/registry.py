@@ -33,14 +33,9 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Any]:
 
 
 class Tape:
-    """What one pass records: contributions to the gradient of each parameter, example by example.
+    """What one pass of B examples with K copies each records: contributions to the gradient of each parameter.
 
-    Args:
-        parameters: those whose gradients are wanted, by name.
-        constants: ids of the module's buffers and frozen parameters.
-        kernels: how convolutions compute.
-        examples: B.
-        copies: K.
+    `parameters` are those whose gradients are wanted, `constants` the ids of buffers and frozen parameters.
     """
 
     def __init__(

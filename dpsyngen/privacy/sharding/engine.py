@@ -31,14 +31,10 @@ class ShardedGradient(ClippedGradient):
     """This process's part of a sum of clipped gradients, with the L2 sensitivity of the *whole* sum.
 
     ``examples`` and ``not_finite`` count those of all processes; ``norms`` has those that went through this one.
-
-    Attributes:
-        places: where each of ``sums`` lies in the vector of all parameters.
-        coordinates: how many numbers that vector has.
     """
 
-    places: tuple[Place, ...]
-    coordinates: int
+    places: tuple[Place, ...]  # where each of ``sums`` lies in the vector of all parameters
+    coordinates: int  # length of that vector
 
     def noisy(self, scale: float, divisor: float, draw: Draw) -> list[Tensor]:
         """Each process adds its own coordinates of the one noise vector, so that every coordinate has noise once.
@@ -63,10 +59,6 @@ class OwnExamples(PerExampleGradients):
 
     Raises:
         ConfigError: the parameters are not sharded, or in a way that is not supported.
-
-    Attributes:
-        places: where this process's part of each parameter lies.
-        coordinates: how many numbers the whole model has.
     """
 
     _own_part_only = False

@@ -29,19 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """A process's part of one parameter: indices first .. first + length - 1 along one axis.
+    """A process's part of one parameter: indices first .. first + length - 1 along one axis, or none."""
 
-    Attributes:
-        start: coordinate at which the whole parameter starts.
-        shape: of the whole parameter.
-        dim: the axis along which it is split.
-        first: first index along `dim` that this process has.
-        length: how many; 0 for none.
-    """
-
-    start: int
-    shape: tuple[int, ...]
-    dim: int
+    start: int  # coordinate at which the whole parameter starts
+    shape: tuple[int, ...]  # of the whole parameter
+    dim: int  # the axis along which it is split
     first: int
     length: int
 
