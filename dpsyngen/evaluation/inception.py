@@ -6,6 +6,7 @@ last block, and no auxiliary head.  Images are resized as TensorFlow 1 did it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,90 +37,86 @@ class _Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+_Path = Sequence[tuple[Any, ...]]
+
+
+class _Mixed(nn.Module):
+    """Branches beside each other, whose outputs are concatenated.
+
+    Each of `paths` is a sequence of steps: convolutions (name in the weights file, channels, then kernel, stride and
+    padding as for ``nn.Conv2d``) and ``_POOL``.  Branches that begin with the same steps share them.
+    """
+
+    def __init__(
+        self, inputs: int, w: int, pool: Callable[[Tensor], Tensor], *paths: Sequence[tuple[Any, ...]]
+    ) -> None:
+        super().__init__()
+        self.pool, self.paths = pool, [tuple(step[0] for step in path) for path in paths]
+        for path in paths:
+            width = inputs
+            for name, *shape in path:
+                if name != "pool":
+                    if not hasattr(self, name):
+                        self.add_module(name, _Conv(width // w, shape[0] // w, *shape[1:]))
+                    width = shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        done: dict[tuple[str, ...], Tensor] = {(): x}
+        for path in self.paths:
+            for i, step in enumerate(path):
+                if path[: i + 1] not in done:
+                    h = done[path[:i]]
+                    done[path[: i + 1]] = self.pool(h) if step == "pool" else self.get_submodule(step)(h)
+        return torch.cat([done[path] for path in self.paths], 1)
+
+
 def _mean3(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-class _A(nn.Module):
-    def __init__(self, inputs: int, pool: int, w: int) -> None:
-        super().__init__()
-        self.branch1x1 = _Conv(inputs, 64 // w)
-        self.branch5x5_1, self.branch5x5_2 = _Conv(inputs, 48 // w), _Conv(48 // w, 64 // w, 5, padding=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inputs, 64 // w), _Conv(64 // w, 96 // w, 3, padding=1)
-        self.branch3x3dbl_3 = _Conv(96 // w, 96 // w, 3, padding=1)
-        self.branch_pool = _Conv(inputs, pool // w)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat(
-            [self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_mean3(x))], 1
-        )
+def _max3(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, 1, 1)
 
 
-class _B(nn.Module):
-    def __init__(self, inputs: int, w: int) -> None:
-        super().__init__()
-        self.branch3x3 = _Conv(inputs, 384 // w, 3, 2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inputs, 64 // w), _Conv(64 // w, 96 // w, 3, padding=1)
-        self.branch3x3dbl_3 = _Conv(96 // w, 96 // w, 3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, 2)], 1)
+def _halve(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, 2)
 
 
-class _C(nn.Module):
-    def __init__(self, inputs: int, c7: int, w: int) -> None:
-        super().__init__()
-        c, o, across, down = c7 // w, 192 // w, (1, 7), (7, 1)
-        pa, pd = (0, 3), (3, 0)
-        self.branch1x1 = _Conv(inputs, o)
-        self.branch7x7_1, self.branch7x7_2 = _Conv(inputs, c), _Conv(c, c, across, padding=pa)
-        self.branch7x7_3 = _Conv(c, o, down, padding=pd)
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = _Conv(inputs, c), _Conv(c, c, down, padding=pd)
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = _Conv(c, c, across, padding=pa), _Conv(c, c, down, padding=pd)
-        self.branch7x7dbl_5 = _Conv(c, o, across, padding=pa)
-        self.branch_pool = _Conv(inputs, o)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_mean3(x))], 1)
+_POOL = ("pool",)
 
 
-class _D(nn.Module):
-    def __init__(self, inputs: int, w: int) -> None:
-        super().__init__()
-        o = 192 // w
-        self.branch3x3_1, self.branch3x3_2 = _Conv(inputs, o), _Conv(o, 320 // w, 3, 2)
-        self.branch7x7x3_1, self.branch7x7x3_2 = _Conv(inputs, o), _Conv(o, o, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3, self.branch7x7x3_4 = _Conv(o, o, (7, 1), padding=(3, 0)), _Conv(o, o, 3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, 2)], 1)
+def _a(inputs: int, pool: int, w: int) -> _Mixed:
+    double = [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 1, 1)]
+    five = [("branch5x5_1", 48), ("branch5x5_2", 64, 5, 1, 2)]
+    return _Mixed(inputs, w, _mean3, [("branch1x1", 64)], five, double, [_POOL, ("branch_pool", pool)])
 
 
-class _E(nn.Module):
-    def __init__(self, inputs: int, w: int, max_pool: bool) -> None:
-        super().__init__()
-        o, self.max_pool = 384 // w, max_pool
-        self.branch1x1 = _Conv(inputs, 320 // w)
-        self.branch3x3_1 = _Conv(inputs, o)
-        self.branch3x3_2a, self.branch3x3_2b = _Conv(o, o, (1, 3), padding=(0, 1)), _Conv(o, o, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inputs, 448 // w), _Conv(448 // w, o, 3, padding=1)
-        self.branch3x3dbl_3a = _Conv(o, o, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = _Conv(o, o, (3, 1), padding=(1, 0))
-        self.branch_pool = _Conv(inputs, 192 // w)
+def _b(inputs: int, w: int) -> _Mixed:
+    double = [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 2)]
+    return _Mixed(inputs, w, _halve, [("branch3x3", 384, 3, 2)], double, [_POOL])
 
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, 1, 1) if self.max_pool else _mean3(x)
-        threes = [self.branch3x3_2a(single), self.branch3x3_2b(single)]
-        doubles = [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
-        return torch.cat([self.branch1x1(x), *threes, *doubles, self.branch_pool(pooled)], 1)
+
+def _c(c: int, w: int) -> _Mixed:
+    across, down = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
+    single = [("branch7x7_1", c), ("branch7x7_2", c, *across), ("branch7x7_3", 192, *down)]
+    double = [("branch7x7dbl_1", c), ("branch7x7dbl_2", c, *down), ("branch7x7dbl_3", c, *across)]
+    double += [("branch7x7dbl_4", c, *down), ("branch7x7dbl_5", 192, *across)]
+    return _Mixed(768, w, _mean3, [("branch1x1", 192)], single, double, [_POOL, ("branch_pool", 192)])
+
+
+def _d(inputs: int, w: int) -> _Mixed:
+    seven = [("branch7x7x3_1", 192), ("branch7x7x3_2", 192, (1, 7), 1, (0, 3))]
+    seven += [("branch7x7x3_3", 192, (7, 1), 1, (3, 0)), ("branch7x7x3_4", 192, 3, 2)]
+    return _Mixed(inputs, w, _halve, [("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2)], seven, [_POOL])
+
+
+def _e(inputs: int, pool: Callable[[Tensor], Tensor], w: int) -> _Mixed:
+    across, down = (384, (1, 3), 1, (0, 1)), (384, (3, 1), 1, (1, 0))
+    single = [("branch3x3_1", 384)]
+    double = [("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3, 1, 1)]
+    threes = [[*single, ("branch3x3_2a", *across)], [*single, ("branch3x3_2b", *down)]]
+    doubles = [[*double, ("branch3x3dbl_3a", *across)], [*double, ("branch3x3dbl_3b", *down)]]
+    return _Mixed(inputs, w, pool, [("branch1x1", 320)], *threes, *doubles, [_POOL, ("branch_pool", 192)])
 
 
 class FidInception(nn.Module):
@@ -136,13 +133,11 @@ class FidInception(nn.Module):
         self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = _Conv(3, 32 // w, 3, 2), _Conv(32 // w, 32 // w, 3)
         self.Conv2d_2b_3x3 = _Conv(32 // w, 64 // w, 3, padding=1)
         self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = _Conv(64 // w, 80 // w), _Conv(80 // w, 192 // w, 3)
-        self.Mixed_5b, self.Mixed_5c = _A(192 // w, 32, w), _A(256 // w, 64, w)
-        self.Mixed_5d = _A(288 // w, 64, w)
-        self.Mixed_6a = _B(288 // w, w)
-        self.Mixed_6b, self.Mixed_6c = _C(768 // w, 128, w), _C(768 // w, 160, w)
-        self.Mixed_6d, self.Mixed_6e = _C(768 // w, 160, w), _C(768 // w, 192, w)
-        self.Mixed_7a = _D(768 // w, w)
-        self.Mixed_7b, self.Mixed_7c = _E(1280 // w, w, False), _E(2048 // w, w, True)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _a(192, 32, w), _a(256, 64, w), _a(288, 64, w)
+        self.Mixed_6a, self.Mixed_6b = _b(288, w), _c(128, w)
+        self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = _c(160, w), _c(160, w), _c(192, w)
+        # The last block pools by maxima: so does the graph that FIDs are made with.
+        self.Mixed_7a, self.Mixed_7b, self.Mixed_7c = _d(768, w), _e(1280, _mean3, w), _e(2048, _max3, w)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (tf1_resize(images.float(), _SIDE) - 128) / 128
@@ -217,13 +212,7 @@ def fetch_weights() -> Path:
 
 
 class Inception(NetworkFeatures):
-    """2,048 pooled features of FID's Inception-v3.
-
-    Args:
-        weights: its weights file; None: the published one, downloaded once.
-        device: where to compute.
-        batch_size: images at a time.
-    """
+    """2,048 pooled features of FID's Inception-v3, from a weights file (None: the published one, downloaded once)."""
 
     name = "inception"
 

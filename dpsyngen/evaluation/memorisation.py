@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson
+from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_same_size
 from dpsyngen.evaluation.extractors import NAMES, FeatureSpec
 from dpsyngen.evaluation.neighbours import Neighbours, Share, nearest, share
 
@@ -37,20 +37,13 @@ _FEATURE_IMAGES = 5_000  # of a real set, where features have to be computed: a 
 
 @dataclass(frozen=True)
 class Space:
-    """The figures for one kind of features; None where they need held-out images and there are none.
+    """The figures for one kind of features (what they are, and their unit); None where they need held-out images.
 
-    Attributes:
-        features: what distances were taken in, the unit, and how many real images.
-        equal: real sets of equal size, the larger one subsampled.
-        size: that size.
-        everything: both real sets whole.
-        nearest_few: the same, for the generated images that are nearest to any real image.
-        median_private, median_held_out: median distance of generated images to the sets of equal size.
-        ratio: the first over the second; below 1 is nearer to the training set.
-        threshold: 1st percentile of the distances of real images to their nearest training image: of held-out images,
-            or, without any, of training images to the other training images.
-        closer: share of the generated images that are nearer than that to a training image; real ones have 1 %.
-        closer_low, closer_high: its Clopper-Pearson interval at 95 %.
+    `everything` compares both real sets whole, `nearest_few` the same for the generated images that are nearest to any
+    real one, `equal` sets of equal `size`, the larger subsampled; the median distances and their `ratio` (below 1:
+    nearer to the training set) are to these.  `threshold` is the 1st percentile of the distances of real images to
+    their nearest training image: of held-out images or, without any, of training images to the others.  `closer` is the
+    share of generated images below it (of real ones: 1 %), with its Clopper-Pearson interval at 95 %.
     """
 
     features: dict[str, Any]
@@ -69,19 +62,12 @@ class Space:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """What was found.  **Private**, all of it.
+    """What was found, by name of the features and, in the first of them, by class.  **Private**, all of it.
 
-    Attributes:
-        spaces: by name of the features.
-        by_class: real sets whole, within a class, in the first features.
-        duplicates: generated images that equal a training image in every pixel.
-        duplicates_held_out: the same for held-out images.
-        held_out_in_training: held-out images that equal a training image; as ties they count for neither side.
-        flagged: whether signs of memorisation were found; None: it cannot be told.
-        conclusion: in words.
-        protocol: numbers of images, subsets, seed.
-        to_private, to_held_out: for every generated image the row of its nearest real image, in the first features.
-        distances: to those, in the features' unit.
+    `duplicates` and `duplicates_held_out` are generated images that equal a real one in every pixel,
+    `held_out_in_training` held-out images that equal a training image; as ties these count for neither side.
+    `flagged`: whether signs of memorisation were found (None: it cannot be told).  `to_private` and `to_held_out` are
+    each generated image's nearest real one in the first features, at `distances` in their unit.
     """
 
     spaces: dict[str, Space]
@@ -140,10 +126,7 @@ def memorisation_check(
             nothing can be concluded but from exact copies.
         features: "pixels" (root mean square difference of pixels in [0, 1]) or names of feature extractors.
         labels: classes of the three sets, [Q], [N], [M], for figures by class; only used with `held_out`.
-        class_names: their names.
         seed: of subsets and permutations.
-        device: where features are computed.
-        on_progress: called with a line about what is being done.
 
     Raises:
         ConfigError: shapes that differ, too few images, unknown features.
@@ -151,11 +134,8 @@ def memorisation_check(
     """
     specs = [None if f == PIXELS else FeatureSpec(f) if isinstance(f, str) else f for f in checked_names(features)]
     for name, images in (("private", private), ("held-out", held_out)):
-        if images is not None and images.shape[1:] != generated.shape[1:]:
-            raise ConfigError(
-                f"{name} images are {images.shape[1:]}, but generated ones {generated.shape[1:]}: give images of the "
-                "same size and number of channels."
-            )
+        if images is not None:
+            require_same_size(f"{name} images", images, "generated ones", generated)
         if images is not None and len(images) < 2:
             raise ConfigError(f"the number of {name} images is {len(images)}, but must be at least 2.")
     if not len(generated):

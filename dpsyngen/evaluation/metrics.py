@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from dpsyngen.data import ImageDataset, ImageStore
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import ConfigError
-from dpsyngen.evaluation.cas import DEFAULT, HELD_OUT, best_by_validation, checked_classifiers, shared_accuracy
+from dpsyngen.evaluation.cas import (
+    DEFAULT,
+    HELD_OUT,
+    best_by_validation,
+    require_names,
+    require_same_size,
+    shared_accuracy,
+)
+from dpsyngen.evaluation.cas import NAMES as CLASSIFIERS
 from dpsyngen.evaluation.distances import (
     FEWEST,
     Bootstrap,
@@ -53,26 +61,14 @@ NAMES = tuple(METRICS)
 _OF_MANIFOLD = ("precision", "recall", "density", "coverage")
 
 
-def checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
-    """Return `metrics` in their usual order, each once; ConfigError for unknown names."""
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise ConfigError(f"metrics are {', '.join(map(repr, unknown))}, but must be among {', '.join(NAMES)}.")
-    return tuple(name for name in NAMES if name in metrics)
-
-
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured, and how.
 
-    Attributes:
-        features: feature extractors, by name or with their weights file; a user's own are **run**.
-        metrics, classifiers: names, see :data:`METRICS` and :mod:`dpsyngen.evaluation.cas`; () for none.
-        bootstrap: replicates for the 95 % intervals (see :class:`~dpsyngen.evaluation.distances.Bootstrap`); 0: none.
-        max_images: of each set, for `metrics`; a random subset beyond that.
-        seed: of splits, subsets, directions, the bootstrap and classifiers.
-        device: where to compute.
-        cache: a **private** folder where features of real and of programmatic images are kept; None: they are not.
+    `features` are names or specs (a user's own are **run**), `metrics` names among :data:`METRICS`, `classifiers` names
+    for :func:`~dpsyngen.evaluation.cas.classification_accuracy`.  Of each set, `max_images` are measured, a random
+    subset beyond.  `bootstrap` replicates make the 95 % intervals (0: none).  `seed` is that of splits, subsets,
+    directions, the bootstrap and classifiers.  `cache` is a **private** folder that keeps features of real images.
 
     Raises:
         ConfigError: unknown names, or numbers that no figure or interval can be made of.
@@ -88,8 +84,9 @@ class EvaluationSettings:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", checked_metrics(self.metrics))
-        checked_classifiers(self.classifiers)
+        require_names("metrics", self.metrics, NAMES)
+        object.__setattr__(self, "metrics", tuple(name for name in NAMES if name in self.metrics))
+        require_names("classifiers", self.classifiers, CLASSIFIERS)
         if self.max_images < 2:
             raise ConfigError(f"max_images is {self.max_images}, but metrics need at least 2 images.")
         if self.bootstrap and self.bootstrap < FEWEST:
@@ -99,11 +96,7 @@ class EvaluationSettings:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> EvaluationSettings:
-        """Make settings of keyword arguments.
-
-        Raises:
-            ConfigError: there is no setting of that name, or as for the class.
-        """
+        """Make settings of keyword arguments; ConfigError for an unknown one, or as for the class."""
         known = [f.name for f in fields(cls)]
         unknown = [name for name in given if name not in known]
         if unknown:
@@ -122,7 +115,7 @@ class Measures:
     """The metrics asked for, against the features of real training images [m, d]; `seed`: of subsets and directions."""
 
     def __init__(self, real: Features, metrics: Sequence[str], seed: int) -> None:
-        self.metrics = checked_metrics(metrics)
+        self.metrics = [name for name in NAMES if name in metrics]
         self._statistics = FeatureStatistics.of(real) if "frechet" in self.metrics else None
         self._kernel = KernelDistance(real, seed=seed) if "kid" in self.metrics else None
         self._manifold = Manifold(real) if set(_OF_MANIFOLD) & set(self.metrics) else None
@@ -168,28 +161,26 @@ def evaluate_images(
 
     The result is computed from private images and is **not** differentially private: store it in the private half.
 
-    Beside each figure stand what bounds it: the *floor*, real test images in place of the generated ones, about what a
-    perfect generator would get, and the *ceiling*, images drawn by programs in their place, what is to be had without
-    looking at a private image.  Either takes as many images as were generated, if there are so many, since most figures
-    depend on their number.
+    Beside each figure stand the *floor*, real test images in place of the generated ones, about what a perfect
+    generator would get, and the *ceiling*, images drawn by programs, what is to be had without looking at a private
+    image.  Either takes as many images as were generated, if there are so many: most figures depend on the number.
 
     Args:
-        generated, labels: uint8 [N, C, H, W] and their classes [N], or None.
+        generated: uint8 [N, C, H, W].
+        labels: their classes [N], or None.
         reference: real training images.
         test: real test images; None: no classification accuracy and no floor.
-        programs: images drawn by programs, uint8 [M, C, H, W]; None: no ceiling.
-        on_progress: called with a line about what is being done.
+        programs: uint8 [M, C, H, W]; None: no ceiling.
         ranks: the processes that share the work; this is the main one.
         settings: see :class:`EvaluationSettings`.
 
     Returns:
-        JSON-able.  ``features``: for each extractor its ``config``, the numbers of images (``floor_images`` and
-        ``ceiling_images`` are None without such images), ``enough_images`` (whether all sets have more images than the
-        features have dimensions, which a Fréchet distance needs), ``interval`` (what the intervals are) and
-        ``metrics``: by name ``value``, ``low``, ``high`` (None without an interval, or where resampling shows no
-        scatter), ``floor``, ``ceiling``, ``better`` ("lower" or "higher"), ``unit`` and ``protocol``.
-        ``cas``: :meth:`ClassifierResult.to_dict` for each classifier; ``cas_chosen``: the one that held-out generated
-        images choose.  ``protocol``: numbers of images, split and seed.
+        JSON-able.  ``features``: for each extractor its ``config``, numbers of images, ``enough_images`` (whether all
+        sets have more images than features have dimensions, which a Fréchet distance needs), ``interval`` (what the
+        intervals are) and ``metrics``: by name ``value``, ``low``, ``high`` (None where resampling shows no scatter),
+        ``floor``, ``ceiling`` (None without), ``better``, ``unit`` and ``protocol``.
+        ``cas``: :meth:`ClassifierResult.to_dict` by classifier; ``cas_chosen``: the one that held-out generated images
+        choose; ``protocol``: numbers of images, split and seed.
 
     Raises:
         ConfigError: shapes that differ, unknown names, too few images, or own features that fail.
@@ -198,20 +189,17 @@ def evaluate_images(
     s = EvaluationSettings.of(settings)
     if s.specs and len(generated) < 2:
         raise ConfigError(f"there is {len(generated)} generated image, but metrics need at least 2: generate more.")
-    sets = {"generated": generated, "test": None if test is None else test.images, "programs": programs}
-    for name, images in sets.items():
-        if images is not None and images.shape[1:] != reference.images.shape[1:]:
-            what = "images drawn by programs" if name == "programs" else f"{name} images"
-            raise ConfigError(
-                f"{what} are {images.shape[1:]}, but the real training images {reference.images.shape[1:]}: give "
-                "images of the same size and number of channels."
-            )
+    sets = {"generated images": generated, "test images": test and test.images, "images drawn by programs": programs}
+    for what, images in sets.items():
+        if images is not None:
+            require_same_size(what, images, "the real training images", reference.images)
     out: dict[str, Any] = {
         "private": "computed from private images without noise: publishing these figures costs privacy",
         "features": {},
         "cas": {},
         "protocol": {"generated_images": len(generated), "real_train_images": len(reference), "seed": s.seed},
     }
+    # Subsets are drawn in this order, whatever is measured, so that a seed means the same sets.
     rng = np.random.default_rng(s.seed)
     real = _subset(reference.images, s.max_images, rng)
     made = _subset(generated, s.max_images, rng)

@@ -18,6 +18,7 @@ from dpsyngen.evaluation.distances import Estimate
 
 NEIGHBOURS = 5
 """Which neighbour the balls of precision, recall, density and coverage reach to."""
+Features = NDArray[np.float32]
 _PERMUTATIONS = 99_999
 _BLOCK_BYTES = 64 * 2**20
 
@@ -88,19 +89,13 @@ def _squared(queries: NDArray[Any], references: NDArray[Any], rows: NDArray[np.i
 
 @dataclass(frozen=True)
 class Share:
-    """How many generated images have a training image as their nearest real one.
+    """How many generated images have a training image as their nearest real one; `share` counts ties by half.
 
-    Attributes:
-        images: generated images.
-        nearer_private, nearer_held_out, ties: their numbers; the three add up.
-        share: (nearer_private + ties/2) / images.
-        expected: what it would be if each real image were equally likely to be in either set: 1/2 for equal sizes.
-        low, high: Clopper-Pearson interval of the share at 95 %; a tie counts as held-out for the lower end and as
-            private for the upper.
-        p_binomial: two-sided exact binomial test against `expected`, ties left out (the sign test).  It speaks of these
-            two sets as they are: an image that is the nearest of many counts as that much evidence.
-        p_permutation: one-sided permutation test that the share is too large: the membership of real images is drawn
-            again, with as many in each set.  It speaks of sets like these, and is the one to decide by.
+    `expected` is the share if each real image were equally likely to be in either set: 1/2 for equal sizes.  `low` and
+    `high` are its Clopper-Pearson interval at 95 %; a tie counts as held-out for `low`, as private for `high`.
+    `p_binomial` is the two-sided sign test against `expected`, ties left out.  It speaks of these two sets as they are:
+    a real image that is the nearest of many counts as that much evidence.  `p_permutation` tests one-sided that the
+    share is too large, drawing the membership of real images again.  It speaks of sets like these: decide by it.
     """
 
     images: int
@@ -165,21 +160,18 @@ class Manifold:
     `real` are features of real images [m, d], m >= 2; with fewer than k others a ball reaches to the farthest.
     """
 
-    def __init__(self, real: NDArray[np.float32], *, k: int = NEIGHBOURS) -> None:
+    def __init__(self, real: Features, *, k: int = NEIGHBOURS) -> None:
         require(k >= 1, "k", k, "at least 1")
         _require_two(real, "real")
         self._k = k
         self._real = real
-        self._radii: dict[int, NDArray[np.float32]] = {}
+        self._radii: dict[int, Features] = {}
 
-    def __call__(self, features: NDArray[np.float32], scatter: bool = False) -> dict[str, Estimate]:
+    def __call__(self, features: Features, scatter: bool = False) -> dict[str, Estimate]:
         """Measure features [n, d], n >= 2; `scatter`: with the influence of each image on the four figures.
 
         The influence on precision and density is exact, they being means; that on recall and coverage is the
         jackknife's: (n − 1) times what leaving the image out takes away.
-
-        Raises:
-            ConfigError: fewer than two images.
         """
         _require_two(features, "generated")
         n, m = len(features), len(self._real)
@@ -187,9 +179,11 @@ class Manifold:
         if k not in self._radii:
             self._radii[k] = _neighbourhoods(self._real, k)[0][:, k - 1]
         real_radii = self._radii[k]
+        # A ball reaches to the k-th neighbour; the jackknife needs the next one too, to which it grows.
         reach, nearest = _neighbourhoods(features, k + 1 if scatter and n > k + 1 else k)
         in_balls = np.empty(n, np.int64)  # of real images, for each generated one
         holds, recalled = _Holders(m), _Holders(m)
+        # All four figures follow from one pass over the pairs: generated in a real ball, and real in a generated ball.
         for part, distance in _blocks(features, self._real):
             inside = distance <= real_radii
             in_balls[part] = inside.sum(1)
@@ -210,24 +204,14 @@ class Manifold:
             "density": float(in_balls.mean() / k),
             "coverage": holds.share,
         }
+        most = {"density": np.inf}
         return {
-            name: Estimate(
-                value,
-                f"k = {k}",
-                influence.get(name),
-                smallest=0.0,
-                largest=np.inf if name == "density" else 1.0,
-            )
+            name: Estimate(value, f"k = {k}", influence.get(name), smallest=0.0, largest=most.get(name, 1.0))
             for name, value in values.items()
         }
 
     def _gained(
-        self,
-        made: NDArray[np.float32],
-        reach: NDArray[np.float32],
-        nearest: NDArray[np.int64],
-        recalled: _Holders,
-        k: int,
+        self, made: Features, reach: Features, nearest: NDArray[np.int64], recalled: _Holders, k: int
     ) -> NDArray[np.int64]:
         """[n] how many real images are recalled without image j only because balls that ended at or beyond j grow.
 
@@ -275,12 +259,12 @@ def _centred(x: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(x - x.mean(), np.float64)
 
 
-def _require_two(features: NDArray[np.float32], which: str) -> None:
+def _require_two(features: Features, which: str) -> None:
     if len(features) < 2:
         raise ConfigError(f"there is {len(features)} {which} image, but neighbourhoods need at least 2.")
 
 
-def _blocks(a: NDArray[np.float32], b: NDArray[np.float32]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+def _blocks(a: Features, b: Features) -> Iterator[tuple[slice, Features]]:
     """Yield squared distances [rows, len(b)] of some rows of a at a time."""
     from sklearn.metrics import euclidean_distances
 
@@ -291,7 +275,7 @@ def _blocks(a: NDArray[np.float32], b: NDArray[np.float32]) -> Iterator[tuple[sl
         yield part, euclidean_distances(a[part], b, squared=True)
 
 
-def _neighbourhoods(features: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _neighbourhoods(features: Features, k: int) -> tuple[Features, NDArray[np.int64]]:
     """Squared distances of the k nearest others, nearest first, and which they are: [n, k] each."""
     reach, nearest = np.empty((len(features), k), np.float32), np.empty((len(features), k), np.int64)
     for part, distance in _blocks(features, features):

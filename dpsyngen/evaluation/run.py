@@ -53,17 +53,13 @@ def evaluate(
     Args:
         run: a finished run.
         data: the real training images; None: those the run was trained on.
-        test: real test images, with labels for the classification accuracy score, and for the floor of the other
-            figures; None: neither.
+        test: real test images, with labels for the classification accuracy score; None: neither that nor a floor.
         images: how many images to generate.  As many are drawn by the run's program, for the ceiling.
         inception_weights: weights file for the feature extractor "inception".
         cache: keep features of real images in the run's private half, so that the next evaluation is faster.
         sampling: settings of the sampler, as for :meth:`Generator.settings`.
-        on_progress: called with a line about what is being done.
         ranks: the processes that share the work; this is the main one, the others are in :func:`follow_evaluation`.
-        settings: ``features``, ``metrics``, ``classifiers``, ``bootstrap``, ``max_images``, ``seed`` (of the generated
-            images, too) and ``device`` (as for :func:`train`; default "auto"), see
-            :class:`~dpsyngen.evaluation.metrics.EvaluationSettings`.
+        settings: those of :class:`~dpsyngen.evaluation.metrics.EvaluationSettings`, with "auto" as the device.
 
     Returns:
         the figures and the protocol of each, as written to the file.
@@ -166,15 +162,12 @@ def check_memorisation(
     ``private/memorisation_pairs.json``, for the report.  All are private; the release half is not touched.
 
     Args:
-        run: a finished run.
         data: the training images; None: what the run was trained on.  Other images are refused.
         held_out: real images of the same source that were not trained on, the control; None: no conclusion.
         images: how many images to generate.
         features: "pixels" and names of feature extractors.
         sampling: settings of the sampler, as for :meth:`Generator.settings`.
         seed: of the generated images and of subsets.
-        device: where to compute.
-        on_progress: called with a line about what is being done.
 
     Raises:
         ConfigError, DataError, RunError: see their messages; nothing was looked at or written.

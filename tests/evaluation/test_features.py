@@ -266,13 +266,13 @@ def test_every_published_tensor_is_used(images) -> None:
 
 
 def test_the_three_differences_from_the_usual_inception() -> None:
-    from dpsyngen.evaluation.inception import _mean3
+    from dpsyngen.evaluation.inception import _max3, _mean3
 
     # Average pools leave out the padding: the mean of ones is one at the border too.
     assert torch.equal(_mean3(torch.ones(1, 1, 4, 4)), torch.ones(1, 1, 4, 4))
     network = FidInception(narrow=16)
-    assert not network.Mixed_7b.max_pool
-    assert network.Mixed_7c.max_pool
+    assert network.Mixed_7b.pool is _mean3
+    assert network.Mixed_7c.pool is _max3
     assert not [name for name in network.state_dict() if name.startswith(("AuxLogits", "fc."))]
 
 
