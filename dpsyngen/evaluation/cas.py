@@ -184,6 +184,7 @@ def classification_accuracy(
     require(epochs is None or epochs >= 1, "epochs", epochs, "at least 1")
     _check(train_images, train_labels, test_images, test_labels, num_classes)
     train_labels, test_labels = train_labels.astype(np.int64), test_labels.astype(np.int64)
+    # 1. Split the generated images 90/10, class by class.
     train, validation = split_generated(train_labels, HELD_OUT, seed)
     if len(train) < 2 or len(validation) < 1:
         raise ConfigError(
@@ -211,12 +212,13 @@ def classification_accuracy(
         if on_progress:
             on_progress(f"training the classifier {name} on {len(train):,} generated images")
         best, chosen = -1.0, None
-        # The held-out generated images choose the candidate; only then are the real test images looked at, once.
+        # 2. The held-out generated images choose the candidate, the first of equals.
         for candidate in _candidates(name, x, y, num_classes, seed, passes, device):
             score = float((candidate.predict(x_held_out) == y_held_out).mean())
             if score > best:
                 best, chosen = score, candidate.keep()
         assert chosen is not None
+        # 3. Only then are the real test images looked at, once: choosing on them would overstate utility.
         predicted = chosen.predict(test_images)
         confusion = confusion_matrix(test_labels, predicted, num_classes)
         out[name] = ClassifierResult(

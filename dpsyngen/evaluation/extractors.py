@@ -85,10 +85,8 @@ class FeatureCache:
 
     A file holds that key in full and a SHA-256 of its numbers.  One that is damaged, or whose key is another than its
     name says, is computed again and replaced.  An extractor that cannot tell what its features follow from is not
-    cached, nor is one that was fitted to other images.  Features are as private as the images.
-
-    Args:
-        folder: a private folder; made (mode 0700) if it is not there.  None: nothing is kept.
+    cached, nor is one that was fitted to other images.  Features are as private as the images, so `folder` (made with
+    mode 0700; None: nothing is kept) must be private.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -97,11 +95,7 @@ class FeatureCache:
     def features(
         self, extractor: FeatureExtractor, images: NDArray[np.uint8], on_progress: Tell | None = None
     ) -> NDArray[np.float32]:
-        """Return ``extractor(images)``, from the folder where it is known.
-
-        Raises:
-            DataError: the folder cannot be made or written.
-        """
+        """Return ``extractor(images)``, from the folder where it is known; DataError if that cannot be written."""
         identity = extractor.identity()
         if self._folder is None or identity is None:
             return extractor(images, on_progress=on_progress)

@@ -224,6 +224,7 @@ class Manifold:
         few = np.flatnonzero(recalled.count <= 1)
         found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
         for part, distance in _blocks(made, self._real[few]):
+            # Real images that a ball takes in when it grows from its k-th to its (k + 1)-th neighbour.
             ring = (distance > reach[part, k - 1, None]) & (distance <= reach[part, k, None])
             ball, image = np.nonzero(ring)
             left_out = nearest[part][ball, :k].reshape(-1)
