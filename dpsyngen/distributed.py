@@ -336,19 +336,9 @@ def device_of(device: str, ranks: Ranks) -> str:
     Raises:
         ConfigError: all processes of a machine would share one GPU.
     """
-    import torch
-
     if ranks.alone or not device.startswith("cuda"):
         return device
-    if device != "cuda":
-        raise ConfigError(
-            f"--device is {device!r}, but with several processes each takes the GPU of its "
-            "own number: use --device cuda."
-        )
-    there = torch.cuda.device_count()
-    if ranks.local_rank >= there:
-        raise ConfigError(
-            f"this machine has {there} GPU(s), but torchrun started a process number {ranks.local_rank} on it (from "
-            f"0): use {f'--nproc-per-node {there}' if there else '--device cpu'}."
-        )
-    return f"cuda:{ranks.local_rank}"
+    from dpsyngen.config import ComputeConfig
+    from dpsyngen.hardware import decide, find
+
+    return decide(device, ComputeConfig(), find(), ranks.local_rank).device

@@ -139,9 +139,8 @@ class Compute:
     def autocast(self) -> Iterator[None]:
         """Within, networks compute in the precision that was chosen.
 
-        bf16: PyTorch's autocast.  Enter it anew for each training step: it keeps casts of weights until it is left.  On
-        a GPU TF32 is allowed or forbidden, too, for the whole process; PyTorch itself allows it for convolutions.  On a
-        CPU in fp32 nothing is changed.
+        Enter it anew for each training step: autocast keeps casts of weights until it is left.  On a GPU it allows or
+        forbids TF32, too, for the whole process; on a CPU in fp32 it changes nothing.
         """
         with contextlib.ExitStack() as stack:
             if self.kind == "cuda":

@@ -13,6 +13,7 @@ import torch
 
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined, numbers
 from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.hardware import Facts, Gpu
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,8 @@ def test_a_strange_environment_is_refused(monkeypatch, name, value) -> None:
 
 
 def test_each_process_gets_the_gpu_of_its_number(monkeypatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    gpu = Gpu("NVIDIA A100", (8, 0), 2**36)
+    monkeypatch.setattr("dpsyngen.hardware.find", lambda: Facts((gpu, gpu), "cuda"))
     assert device_of("cuda", Ranks(3, 4, 1)) == "cuda:1"
     assert device_of("cuda:1", ALONE) == "cuda:1"
     assert device_of("cpu", Ranks(3, 4, 1)) == "cpu"
@@ -60,8 +62,8 @@ def test_each_process_gets_the_gpu_of_its_number(monkeypatch) -> None:
         device_of("cuda", Ranks(2, 4, 2))
     with pytest.raises(ConfigError, match="use --device cuda"):
         device_of("cuda:0", Ranks(1, 2, 1))
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="--device cpu"):
+    monkeypatch.setattr("dpsyngen.hardware.find", lambda: Facts((), "cuda"))
+    with pytest.raises(ConfigError, match="Choose auto or cpu"):
         device_of("cuda", Ranks(1, 2, 1))
 
 
