@@ -23,6 +23,8 @@ from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.privacy.sharding.gathered import Place
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("sharded_worker.py")
 WAYS = ("own", "same")
 

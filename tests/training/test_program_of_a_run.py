@@ -11,6 +11,8 @@ import dpsyngen
 from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.ledger import Ledger
 
+pytestmark = pytest.mark.slow
+
 
 def train(out: Path, settings: dict, images: tuple, **program: object):
     return dpsyngen.train(images, epsilon=8, out=out, settings=settings | {"program": program})
