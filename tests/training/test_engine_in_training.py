@@ -79,7 +79,7 @@ def test_clipping_style_reaches_the_engine(tiny_settings, tiny_images, tmp_path,
 
 
 def test_discrete_noise_with_another_clipping_style_is_refused(tiny_settings, tiny_images, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="needs private.clipping = flat"):
+    with pytest.raises(ConfigError, match=r"needs private\.clipping = flat"):
         begin(tiny_settings, tiny_images(), tmp_path / "r", noise="discrete", clipping="automatic")
     assert not (tmp_path / "r").exists()
 
