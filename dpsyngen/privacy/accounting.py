@@ -135,15 +135,8 @@ def _group_step(m: Mechanism, delta: float, kinds: int, group_size: int, interva
     )
 
 
-@lru_cache(maxsize=256)
-def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, kind: Accountant, group_size: int = 1) -> float:
-    if not mechanisms:
-        return 0.0
-    if any(m.noise_multiplier == 0 for m in mechanisms):
-        return math.inf
-    mechanisms = _one_gaussian(mechanisms)  # a convolution less for each
-    if kind == "rdp":
-        return _rdp_epsilon(mechanisms, delta, group_size)
+def _interval(mechanisms: tuple[Mechanism, ...], delta: float, group_size: int) -> float:
+    """Step of the grid of losses that suits a composition."""
     # The loss of one step shrinks as the steps grow; the grid must stay fine beside it, or rounding up each step's
     # loss adds up.  1e-4 is dp-accounting's own choice and right for hundreds of steps.
     steps = sum(m.count for m in mechanisms)
@@ -151,10 +144,28 @@ def _epsilon(mechanisms: tuple[Mechanism, ...], delta: float, kind: Accountant, 
     # Huge losses make a fine grid needlessly long: at a large ε a coarser one has the same relative error.
     rough = group_size * _epsilon(mechanisms, delta, "rdp")
     interval *= max(1.0, min(rough, 100.0))
-    if group_size > 1:
-        # Mixtures take ten times as long; this adds 0.02 % to ε at most where it was measured, and stays a bound.
-        interval *= 8
+    # Mixtures take ten times as long; this adds 0.02 % to ε at most where it was measured, and stays a bound.
+    return interval if group_size == 1 else 8 * interval
+
+
+@lru_cache(maxsize=256)
+def _epsilon(
+    mechanisms: tuple[Mechanism, ...],
+    delta: float,
+    kind: Accountant,
+    group_size: int = 1,
+    whole: tuple[Mechanism, ...] = (),
+) -> float:
+    if not mechanisms:
+        return 0.0
+    if any(m.noise_multiplier == 0 for m in mechanisms):
+        return math.inf
+    mechanisms = _one_gaussian(mechanisms)  # a convolution less for each
+    if kind == "rdp":
+        return _rdp_epsilon(mechanisms, delta, group_size)
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, identity
+
+    interval = _interval(_one_gaussian(whole) if whole else mechanisms, delta, group_size)
 
     # Composition is the convolution of privacy loss distributions; that of equal steps is a power in Fourier space.
     total = identity(interval)
@@ -221,7 +232,11 @@ def check_group_size(group_size: int) -> None:
 
 
 def epsilon(
-    mechanisms: Iterable[Mechanism], delta: float, accountant: Accountant = "pld", group_size: int = 1
+    mechanisms: Iterable[Mechanism],
+    delta: float,
+    accountant: Accountant = "pld",
+    group_size: int = 1,
+    whole: Iterable[Mechanism] = (),
 ) -> float:
     """An upper bound on ε at `delta` of running all `mechanisms` on the same data.
 
@@ -229,10 +244,12 @@ def epsilon(
         mechanisms: what was run, adaptively, in any order.
         delta, group_size: δ in (0, 1), and g: the bound is for adding or removing up to g records together.
         accountant: "pld" (tight) or "rdp" (looser, a cross-check).
+        whole: of what run `mechanisms` are a part.  Its parts are then computed on its grid of losses, which takes the
+            distribution of one step only once; each is an upper bound all the same.
     """
     require(0 < delta < 1, "delta", delta, "in (0, 1)")
     check_group_size(group_size)
-    return _epsilon(merge(mechanisms), delta, accountant, group_size)
+    return _epsilon(merge(mechanisms), delta, accountant, group_size, merge(whole))
 
 
 def calibrate_noise(

@@ -357,7 +357,8 @@ def epsilon_so_far(ledger: Ledger, dp: DpSgd, step: int) -> float:
     part = -(-steps // _EPSILON_POINTS)
     charged = dp.mechanism(min(steps, -(-step // part) * part))
     others = [e.mechanism for e in ledger.entries if e.mechanism is not None and e.details.get("query") != QUERY]
-    return epsilon([*others, charged], ledger.delta, group_size=ledger.group_size)
+    whole = [*others, dp.mechanism(steps)]
+    return epsilon([*others, charged], ledger.delta, group_size=ledger.group_size, whole=whole)
 
 
 def _entries(ledger: Ledger) -> list[LedgerEntry]:

@@ -127,3 +127,12 @@ def test_steps_that_are_computed_once_compose_as_dp_accounting_composes_them(kin
         ours = epsilon([Mechanism(0.02, 3.0, count), Mechanism(1.0, 12.0)], 1e-5, kind)
         assert 0 < ours < 1  # where the grid of losses is dp-accounting's own
         assert ours == pytest.approx(direct.get_epsilon(1e-5), rel=1e-9)
+
+
+def test_parts_of_a_run_are_bounded_on_its_grid() -> None:
+    spent, whole = Mechanism(1.0, 12.0), Mechanism(0.2, 0.7, 40)
+    for steps in (2, 20, 40):
+        part = [spent, Mechanism(0.2, 0.7, steps)]
+        alone = epsilon(part, 1e-5)
+        assert alone * (1 - 1e-6) <= epsilon(part, 1e-5, whole=[spent, whole]) <= alone * 1.002
+    assert epsilon(part, 1e-5, whole=[spent, whole]) == alone
