@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from dpsyngen.cli import ranks as cli_ranks
+from dpsyngen.cli import options as cli_options
 from dpsyngen.cli.app import main
 from dpsyngen.distributed import joined, numbers
 
@@ -39,7 +39,7 @@ COMMANDS = {
 def run(folder: Path) -> dict[str, tuple[int, str, str]]:
     """Run all commands in `folder`; exit code, standard output and standard error of each."""
     os.chdir(folder)
-    cli_ranks._WAIT = 0.0  # these processes do not end when a command does
+    cli_options._WAIT = 0.0  # these processes do not end when a command does
     said = {}
     for name, line in COMMANDS.items():
         sys.argv = ["dpsyngen", *line.split(" ")]

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen.cli import audit as cli_audit
 from dpsyngen.cli import checks as cli_checks
 from dpsyngen.cli import compare as cli_compare
 from dpsyngen.cli import evaluate as cli_evaluate
-from dpsyngen.cli import ranks as cli_ranks
+from dpsyngen.cli import options as cli_options
 from dpsyngen.cli import release as cli_release
 from dpsyngen.cli import sample as cli_sample
 from dpsyngen.cli import stages as cli_stages
@@ -40,7 +39,7 @@ app.command()(cli_train.train)
 app.command()(cli_sample.sample)
 app.command()(cli_stages.stages)
 app.command()(cli_release.ledger)
-app.command()(cli_audit.audit)
+app.command()(cli_checks.audit)
 app.command()(cli_release.release)
 app.command()(cli_release.verify)
 app.command()(cli_sample.export)
@@ -64,7 +63,7 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    cli_ranks.require_shared(context.invoked_subcommand or "")
+    cli_options.require_shared(context.invoked_subcommand or "")
 
 
 # ----------------------------------------------------------------------------------------------- report
@@ -126,16 +125,16 @@ def main() -> None:
     try:
         sys.exit(_run(console))
     except DpsyngenError as error:
-        cli_ranks.tell(console, error.kind, str(error))
+        cli_options.tell(console, error.kind, str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        cli_ranks.tell(console, "interrupted", "stopped")
+        cli_options.tell(console, "interrupted", "stopped")
         sys.exit(130)
     except OSError as error:
         import errno
 
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            cli_ranks.tell(
+            cli_options.tell(
                 console,
                 "disk-full",
                 f"the disk is full{f', at {error.filename}' if error.filename else ''}.  Nothing that was finished is "
@@ -144,17 +143,17 @@ def main() -> None:
         elif error.errno == errno.EPIPE:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            cli_ranks.tell(console, "system", str(error))
+            cli_options.tell(console, "system", str(error))
         sys.exit(1)
     except Exception as error:
         if console.as_json:
-            cli_ranks.tell(console, "internal", f"{type(error).__name__}: {error}")
+            cli_options.tell(console, "internal", f"{type(error).__name__}: {error}")
         raise
 
 
 def _run(console: Console) -> int:
     """Run the command; its exit code.  With --json, what typer says about wrong options is an error as all others."""
-    follows = cli_ranks.follows()
+    follows = cli_options.follows()
     if not console.as_json and not follows:
         app()
         return 0
@@ -169,7 +168,7 @@ def _run(console: Console) -> int:
         if not hasattr(error, "format_message"):
             raise
         if follows:  # all processes were given the same options
-            cli_ranks.let_main_speak()
+            cli_options.let_main_speak()
         else:
             console.error("usage", error.format_message())
         return int(getattr(error, "exit_code", 2))

@@ -1,13 +1,21 @@
-"""Options and arguments that several commands have, and what their values mean."""
+"""Options that several commands have, and commands in one of several processes that torchrun started."""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dpsyngen.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from dpsyngen.console import Console
+
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, made by `dpsyngen train --out`")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
@@ -51,3 +59,75 @@ def assignments(given: list[str], example: str = "section.name=value, such as pr
                 raise ConfigError(f"--set {shown(text)} goes below a value that is set already.")
         inner[parts[-1]] = read_yaml(value, f"--set {text}")
     return out
+
+
+SHARED = ("train", "sample", "programs save", "evaluate", "compare")
+"""Commands whose work several processes share.  All others would do the same thing several times over."""
+
+
+_WAIT = 10.0  # seconds
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of processes).
+
+    Raises:
+        ConfigError: the environment is not one that torchrun makes.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1  # without importing anything
+    from dpsyngen.distributed import numbers
+
+    return numbers()[:2]
+
+
+def require_shared(command: str) -> None:
+    """Raise ConfigError if several processes were started for a command that is the work of one."""
+    rank, count = place()
+    if count == 1 or command in SHARED or command == "programs":
+        return
+    text = (
+        f"torchrun started {count} processes, but `dpsyngen {command}` is the work of one: start it without torchrun.  "
+        f"What several share is {', '.join(SHARED)}."
+    )
+    from dpsyngen.distributed import Dismissed
+
+    raise Dismissed(text) if rank else ConfigError(text)
+
+
+def follows() -> bool:
+    """Whether another process speaks for this one; its standard output is then closed."""
+    try:
+        rank, _ = place()
+    except ConfigError:
+        return False  # it is said where the command needs to know
+    if rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the process ends)
+    return rank > 0
+
+
+def tell(console: Console, kind: str, message: str) -> None:
+    """Say why the command failed: the main process its own and what all have in common, another what is its own."""
+    try:
+        rank, _ = place()
+    except ConfigError:
+        rank = 0
+    if rank == 0:
+        console.error(kind, message)
+        return
+    # Of a lost process the main one tells, unless it is the one that is lost.
+    own = kind not in ("dismissed", "interrupted") and (kind != "rank-lost" or rank == 1)
+    if own:
+        console.error(kind, f"[rank {rank}] {message}")
+    if not own or kind == "rank-lost":
+        let_main_speak()
+
+
+def let_main_speak() -> None:
+    """In a follower that is about to end with an error which is the main process's to tell.
+
+    torchrun ends all processes as soon as one has failed, so the main one has to be the first.  It is then torchrun
+    that ends the wait, most of the time at once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C is not to be answered with a traceback
+    time.sleep(_WAIT)

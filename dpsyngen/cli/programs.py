@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen.cli.options import AsJson, Quiet, assignments
-from dpsyngen.cli.ranks import require_shared
+from dpsyngen.cli.options import AsJson, Quiet, assignments, require_shared
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError
 

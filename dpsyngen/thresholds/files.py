@@ -20,8 +20,18 @@ from dpsyngen.config import load_config
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_bytes, write_text
 from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
-from dpsyngen.thresholds.elbow import METHODS, SIDES, Elbow, Method
-from dpsyngen.thresholds.gap import Array, GapCurve, data_radius, kl_bound, price, price_density
+from dpsyngen.thresholds.gap import (
+    METHODS,
+    SIDES,
+    Array,
+    Elbow,
+    GapCurve,
+    Method,
+    data_radius,
+    kl_bound,
+    price,
+    price_density,
+)
 from dpsyngen.thresholds.private import PrivateCurve
 from dpsyngen.thresholds.search import BINS, Loss, Measured, StandInElbows
 from dpsyngen.version import __version__

@@ -26,9 +26,8 @@ from dpsyngen.errors import ConfigError, DataError, RunError, printable, require
 from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_text
 from dpsyngen.programs import make_program
 from dpsyngen.thresholds.denoisers import Family, PublicDenoisers, split_proxy
-from dpsyngen.thresholds.elbow import METHODS, Method
 from dpsyngen.thresholds.files import StagesResult, write_results
-from dpsyngen.thresholds.gap import log_sigma_grid
+from dpsyngen.thresholds.gap import METHODS, Method, log_sigma_grid
 from dpsyngen.thresholds.private import PrivateEstimate, plan_private
 from dpsyngen.thresholds.search import StageSearch, Tell, deciding, proxy_loss_rows, stand_in_elbows
 from dpsyngen.training.plan import Shape

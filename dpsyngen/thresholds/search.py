@@ -36,8 +36,22 @@ from dpsyngen.thresholds.denoisers import (
     ZeroInformation,
     wiener_filter,
 )
-from dpsyngen.thresholds.elbow import METHODS, SIDES, Elbow, Method, Side, find_elbow
-from dpsyngen.thresholds.gap import Answers, Array, GapCurve, MeanCurve, Pair, mean_curve, measure, seeded_noise
+from dpsyngen.thresholds.gap import (
+    METHODS,
+    SIDES,
+    Answers,
+    Array,
+    Elbow,
+    GapCurve,
+    MeanCurve,
+    Method,
+    Pair,
+    Side,
+    find_elbow,
+    mean_curve,
+    measure,
+    seeded_noise,
+)
 from dpsyngen.thresholds.private import PrivateCurve, gap_weights, public_clipping_norm, weighted_vectors
 
 StandIn = Literal["programs", "wiener", "proxy", "private"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import dpsyngen.audit.run as audit_module
 import dpsyngen.privacy.noise as noise
 from dpsyngen.audit.run import Effort, audit_run
-from dpsyngen.cli.audit import CONTRADICTED, audit
+from dpsyngen.cli.checks import CONTRADICTED, audit
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.diffusion.gaussian import ResidualDenoiser

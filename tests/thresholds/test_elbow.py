@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dpsyngen.thresholds.elbow import METHODS, SIDES, find_elbow
-from dpsyngen.thresholds.gap import log_sigma_grid
+from dpsyngen.thresholds.gap import METHODS, SIDES, find_elbow, log_sigma_grid
 from tests.thresholds.toys import ExactMixture, gaussian_gap, gaussian_loss
 
 U = np.array(log_sigma_grid())

@@ -11,9 +11,8 @@ import pytest
 
 from dpsyngen.config import load_config
 from dpsyngen.thresholds.denoisers import PROXY, WIENER
-from dpsyngen.thresholds.elbow import Elbow
 from dpsyngen.thresholds.files import StagesResult, stage_lines, stage_price, stages_yaml, teacher_line
-from dpsyngen.thresholds.gap import log_sigma_grid
+from dpsyngen.thresholds.gap import Elbow, log_sigma_grid
 from dpsyngen.thresholds.search import Measured, StandInElbows
 
 U = np.array(log_sigma_grid(0.02))
