@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -107,3 +108,14 @@ def test_no_circle_between_files() -> None:
 
 def test_root_has_at_most_a_dozen_modules() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 12
+
+
+def test_a_wheel_holds_every_file_of_the_package() -> None:
+    """An editable install would hide a file that pyproject.toml forgets."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["dpsyngen"]
+    listed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    others = {
+        path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".nbi", ".nbc")
+    }
+    assert others <= listed
