@@ -119,3 +119,12 @@ def test_a_wheel_holds_every_file_of_the_package() -> None:
         path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".nbi", ".nbc")
     }
     assert others <= listed
+
+
+def test_no_file_is_longer_than_450_lines() -> None:
+    long = {
+        str(path): n
+        for path in PACKAGE.rglob("*.py")
+        if (n := len(path.read_text(encoding="utf-8").splitlines())) > 450
+    }
+    assert long == {}

@@ -46,29 +46,17 @@ _IN_WORDS = {
 
 @dataclass(frozen=True)
 class StagesResult:
-    """All that a call found.
+    """All that a call found."""
 
-    Attributes:
-        settings: all that decides the figures, JSON-able.
-        networks: of each network its family, seed and file.
-        measured: the curves.
-        found: elbows of every student against every stand-in.
-        decided: the one of `found` that the thresholds are of.
-        method: the elbow's method that was chosen.
-        losses: of the families on the proxy.
-        private: the DP estimate and its statement, if there is one.
-        moments: whether the training is to have DP moments of the private images, which then own the coarse stage.
-    """
-
-    settings: Mapping[str, Any]
-    networks: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]  # all that decides the figures, JSON-able
+    networks: Sequence[Mapping[str, Any]]  # of each network its family, seed and file
     measured: Measured
-    found: Sequence[StandInElbows]
-    decided: StandInElbows
-    method: Method
-    losses: Sequence[Loss]
-    private: tuple[PrivateCurve, Mapping[str, Any]] | None = None
-    moments: bool = False
+    found: Sequence[StandInElbows]  # of every student against every stand-in
+    decided: StandInElbows  # the one of `found` that the thresholds are of
+    method: Method  # of the elbow
+    losses: Sequence[Loss]  # of the families on the proxy
+    private: tuple[PrivateCurve, Mapping[str, Any]] | None = None  # the DP estimate and its statement
+    moments: bool = False  # whether DP moments of the private images are to own the coarse stage
 
     @property
     def cleaning(self) -> Elbow:
