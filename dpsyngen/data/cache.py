@@ -11,6 +11,7 @@ import ctypes
 import errno
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ from dpsyngen.data.decode import ImageHeader, share_budget
 from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
 from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable
-from dpsyngen.files import write_text
+from dpsyngen.files import sync_folder, write_bytes, write_text
 
 FORMAT = "dpsyngen-image-cache-2"
 IN_MEMORY_BYTES = 2**30
@@ -289,7 +290,7 @@ class Cache:
             labels = np.load(path / LABELS, allow_pickle=False) if about["labelled"] else None
             images = kept_of(stored, keep_of(len(stored), about["bad"]))
             return ImageDataset(images, labels, tuple(about["class_names"]), source, tuple(about["skipped"]))
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"{printable(path)}, a copy of decoded images, is damaged ({printable(error)}). Remove it: it is made "
                 "again from the source."
@@ -352,12 +353,15 @@ class Cache:
         about = {"shape": part.shape, "offset": part.offset, "bad": sorted(bad), "labelled": made.labels is not None}
         about |= {"class_names": made.class_names, "skipped": made.skipped}
         if made.labels is not None:
-            np.save(folder / LABELS, made.labels, allow_pickle=False)
-            os.chmod(folder / LABELS, 0o600)
+            content = io.BytesIO()
+            np.save(content, made.labels, allow_pickle=False)
+            write_bytes(folder / LABELS, content.getvalue(), 0o600)
         with open(part.path, "rb+") as file:
             os.fsync(file.fileno())
         write_text(folder / "about.json", json.dumps(about), 0o600)
+        # Everything in it is on the disk by now, so a power failure cannot leave the name on an entry without content.
         os.rename(folder, self.folder / key)
+        sync_folder(self.folder)
 
     def _unusable(self, error: Exception, size: int = 0) -> DataError:
         if getattr(error, "errno", None) in _FULL:
