@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,7 +109,6 @@ def stages(
         sampling_rate=sampling_rate,
         networks=networks,
     )
-    options.check()
     # As a training reads them, so that the budget knows them again.
     private = None if data is None else load_private(data, loaded)
     search = Stages(out, loaded, options, data=private, given=kept, device=device)
@@ -141,7 +139,7 @@ def _configuration(
 
 
 def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list[Path]]:
-    s, p = search.search, search.plan
+    s, p = search.search, search.estimate
     tiers = ", ".join(f"{f.label} (tier {f.program.prior_tier})" for f in s.families)
     console.note(f"programs: {tiers}{'' if s.proxy is None else '; a proxy that you declare PUBLIC'}")
     if p is not None:
@@ -175,12 +173,9 @@ def _say(console: Console, out: Path, result: StagesResult, files: list[Path], s
         {
             "path": out,
             "files": files,
-            "variant": result.variant,
-            "tau_cleaning": result.cleaning.log_sigma,
-            "tau_coarse": None if result.moments else result.coarse.log_sigma,
-            "decided_by": result.decided.by,
+            **result.stages(),
             "elbows": elbow_rows(result),
-            "proxy_loss": [asdict(loss) for loss in result.losses],
+            "proxy_loss": result.losses,
             "private": statement.get("private"),
             "epsilon": statement.get("epsilon", 0.0),
             "delta": statement.get("delta"),

@@ -6,34 +6,23 @@ import csv
 import io
 import math
 import platform
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from dpsyngen.config import load_config
 from dpsyngen.errors import printable
-from dpsyngen.files import strict_text, write_bytes, write_text
+from dpsyngen.files import strict_text, write_atomically, write_text
 from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
-from dpsyngen.thresholds.gap import (
-    METHODS,
-    SIDES,
-    Array,
-    Elbow,
-    GapCurve,
-    Method,
-    data_radius,
-    kl_bound,
-    price,
-    price_density,
-)
+from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Curve, Elbow, price
 from dpsyngen.thresholds.private import PrivateCurve
-from dpsyngen.thresholds.search import BINS, Loss, Measured, StandInElbows
+from dpsyngen.thresholds.search import BINS, Measured, StandInElbows
 from dpsyngen.version import __version__
 
 _IN_WORDS = {
@@ -53,18 +42,21 @@ class StagesResult:
     measured: Measured
     found: Sequence[StandInElbows]  # of every student against every stand-in
     decided: StandInElbows  # the one of `found` that the thresholds are of
-    method: Method  # of the elbow
-    losses: Sequence[Loss]  # of the families on the proxy
-    private: tuple[PrivateCurve, Mapping[str, Any]] | None = None  # the DP estimate and its statement
-    moments: bool = False  # whether DP moments of the private images are to own the coarse stage
+    losses: Sequence[Mapping[str, Any]]  # of the families on the proxy
+    private: tuple[PrivateCurve, Mapping[str, Any]] | None = None  # the DP estimate, and what was spent and how
+
+    @property
+    def moments(self) -> bool:
+        """Whether DP moments of the private images are to own the coarse stage."""
+        return bool(self.settings["moments"])
 
     @property
     def cleaning(self) -> Elbow:
-        return self.decided.elbows["cleaning", self.method]
+        return self.decided.elbows["cleaning", self.settings["method"]]
 
     @property
     def coarse(self) -> Elbow:
-        return self.decided.elbows["coarse", self.method]
+        return self.decided.elbows["coarse", self.settings["method"]]
 
     @property
     def variant(self) -> str:
@@ -75,6 +67,17 @@ class StagesResult:
             return "residual" if self.cleaning.log_sigma is None else "residual-cleaning"
         found = [elbow.side for elbow in (self.cleaning, self.coarse) if elbow.log_sigma is not None]
         return "both" if len(found) == 2 else found[0] if found else "dpdm"
+
+    def stages(self) -> dict[str, Any]:
+        """What was found, in short."""
+        return {
+            "variant": self.variant,
+            "tau_cleaning": self.cleaning.log_sigma,
+            "tau_coarse": None if self.moments else self.coarse.log_sigma,
+            "method": self.settings["method"],
+            "decided_by": self.decided.by,
+            "student": self.decided.student,
+        }
 
 
 def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) -> list[Path]:
@@ -88,69 +91,79 @@ def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) 
     Returns:
         the files, in this order.
     """
-    svg, png = _picture(result)
-    write_bytes(folder / "gap.png", png)
-    texts = {"gap.svg": svg, "gap.csv": gap_csv(result)}
+    pictures = [folder / "gap.png", folder / "gap.svg"]
+    _draw(result, *pictures)
+    m, rows = result.measured, list(curve_rows(result))
+    levels = (
+        {k: v[i] if isinstance(v, np.ndarray) else v for k, v in row.items()}
+        for row in rows
+        for i in range(len(m.log_sigma))
+    )
+    texts = {"gap.csv": _csv(_COLUMNS, levels)}
     if result.losses:
-        texts["proxy_loss.csv"] = _csv(list(asdict(result.losses[0])), map(asdict, result.losses))
+        texts["proxy_loss.csv"] = _csv(list(result.losses[0]), result.losses)
     texts["stages.yaml"] = stages_yaml(result, given)
-    texts["gap.json"] = strict_text(document(result), indent=1) + "\n"
+    texts["gap.json"] = strict_text(
+        {
+            "dpsyngen": __version__,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "settings": dict(result.settings),
+            "networks": list(result.networks),
+            "stages": result.stages(),
+            "elbows": elbow_rows(result),
+            "pixels": m.pixels,
+            "curves": [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows],
+            "proxy_loss": list(result.losses),
+            "proxy_loss_by_level": {k: v.mean((0, 1)).tolist() for k, v in m.proxy_losses.items()} or None,
+            "private": None if result.private is None else result.private[1],
+        },
+        indent=1,
+    )
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [folder / name for name in ("gap.png", *texts)]
+    return [*pictures, *(folder / name for name in texts)]
 
 
 # ---------------------------------------------------------------------------------------------- numbers
 
-_FIGURES = ("relative_gap", "excess", "gap", "teacher_loss", "student_loss")
 _COLUMNS = (
-    *("stand_in", "images", "teacher", "student", "seed", "log_sigma", "sigma", "relative_gap", "low", "high"),
-    *("excess", "gap", "teacher_loss", "student_loss", "nats_per_log_sigma"),
+    *("stand_in", "teacher", "student", "seed", "log_sigma", "sigma", "relative_gap", "relative_gap_low"),
+    *("relative_gap_high", "excess", "excess_low", "excess_high", "gap", "teacher_loss", "student_loss"),
+    "nats_per_log_sigma",
 )
 
 
-def _figures(curve: GapCurve | PrivateCurve) -> dict[str, Array]:
-    """The figures of a curve, each [S, M]."""
-    means = [curve.gap, curve.teacher_loss, curve.student_loss]
-    if isinstance(curve, GapCurve):
-        means = [v.mean(1) for v in means]
-    return dict(zip(_FIGURES, map(np.atleast_2d, (curve.relative(), curve.excess(), *means)), strict=True))
-
-
-def _named(curve: GapCurve) -> dict[str, str]:
-    return {"images": curve.images, "teacher": curve.teacher, "student": curve.student}
-
-
-def gap_csv(result: StagesResult) -> str:
-    """All curves, a line a level: of each seed, and for each student and stand-in the mean with its 95 % interval."""
-    return _csv(_COLUMNS, _lines(result))
-
-
-def _lines(result: StagesResult) -> Iterator[dict[str, Any]]:
+def curve_rows(result: StagesResult) -> Iterator[dict[str, Any]]:
+    """Names and arrays, [M], of all curves: of each seed, and for each student and stand-in the mean (seed "mean") with
+    its 95 % interval.
+    """
     m = result.measured
-    curves: list[tuple[dict[str, Any], GapCurve | PrivateCurve]] = [
-        ({"stand_in": by} | _named(c), c) for by, of_it in m.curves.items() for c in of_it
-    ]
+    axis = {"log_sigma": m.log_sigma, "sigma": np.exp(m.log_sigma)}
+    curves: list[tuple[str, str, str, Curve]] = [(c.stand_in, c.teacher, c.student, c) for c in m.curves]
     if result.private is not None:
-        names = {k: result.settings[k] for k in ("teacher", "student")}
-        curves.append(({"stand_in": "private", "images": "private"} | names, result.private[0]))
-    for names, curve in curves:
-        figures = _figures(curve)
-        figures["nats_per_log_sigma"] = price_density(m.log_sigma, m.pixels * figures["gap"])
-        for seed in range(len(figures["gap"])):
-            yield from _levels(m.log_sigma, names | {"seed": seed}, {k: v[seed] for k, v in figures.items()})
+        curves.append(("private", result.settings["teacher"], result.settings["student"], result.private[0]))
+    for stand_in, teacher, student, curve in curves:
+        gap, teacher_loss, student_loss = curve.squares()
+        figures = {
+            "relative_gap": curve.relative(),
+            "excess": curve.excess(),
+            "gap": gap,
+            "teacher_loss": teacher_loss,
+            "student_loss": student_loss,
+            "nats_per_log_sigma": m.pixels * gap * np.exp(-2 * m.log_sigma),
+        }
+        names = {"stand_in": stand_in, "teacher": teacher, "student": student}
+        for seed in range(len(gap)):
+            yield names | {"seed": seed} | axis | {k: v[seed] for k, v in figures.items()}
     for f in result.found:
-        low, high = f.mean.band()
-        figures = {"relative_gap": f.mean.relative, "low": low, "high": high, "excess": f.mean.excess}
-        yield from _levels(m.log_sigma, {"stand_in": f.by, "student": f.student, "seed": "mean"}, figures)
+        row = {"stand_in": f.by, "student": f.student, "seed": "mean"} | axis
+        for name, estimate in (("relative_gap", f.mean.relative), ("excess", f.mean.excess)):
+            low, high = estimate.band()
+            row |= {name: estimate.curve, f"{name}_low": low, f"{name}_high": high}
+        yield row
 
 
-def _levels(log_sigma: Array, names: dict[str, Any], figures: Mapping[str, Array]) -> Iterator[dict[str, Any]]:
-    for i, u in enumerate(log_sigma):
-        yield names | {"log_sigma": u, "sigma": math.exp(u)} | {k: v[i] for k, v in figures.items()}
-
-
-def _csv(columns: Sequence[str], rows: Any) -> str:
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     out = io.StringIO()
     lines = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     lines.writeheader()
@@ -158,80 +171,19 @@ def _csv(columns: Sequence[str], rows: Any) -> str:
     return out.getvalue()
 
 
-def document(result: StagesResult) -> dict[str, Any]:
-    """Everything, for programs; each number with the settings, seeds and versions it came from."""
-    import torch
-
-    m, tau = result.measured, result.coarse.log_sigma
-    radius = data_radius(m.pixels)
-    return {
-        "dpsyngen": __version__,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "settings": dict(result.settings),
-        "networks": list(result.networks),
-        "stages": {
-            "variant": result.variant,
-            "tau_cleaning": result.cleaning.log_sigma,
-            "tau_coarse": None if result.moments else result.coarse.log_sigma,
-            "method": result.method,
-            "decided_by": result.decided.by,
-            "student": result.decided.student,
-        },
-        "elbows": elbow_rows(result),
-        # The worst case that the data range allows, beside what was measured.
-        "theory": {
-            "radius": radius,
-            "largest_w2": 2 * radius,
-            "kl_bound_at_tau_coarse": None if tau is None else kl_bound(2 * radius, math.exp(tau)),
-            "kl_bound_at_80": kl_bound(2 * radius, 80.0),
-        },
-        "log_sigma": m.log_sigma.tolist(),
-        "pixels": m.pixels,
-        "curves": [
-            {"stand_in": by} | _named(c) | {k: v.tolist() for k, v in _figures(c).items()}
-            for by, of_it in m.curves.items()
-            for c in of_it
-        ],
-        "means": [
-            {
-                "stand_in": f.by,
-                "student": f.student,
-                "relative_gap": f.mean.relative.tolist(),
-                "relative_gap_95": [b.tolist() for b in f.mean.band()],
-                "excess": f.mean.excess.tolist(),
-                "excess_95": [b.tolist() for b in f.mean.band(excess=True)],
-            }
-            for f in result.found
-        ],
-        "proxy_loss": [asdict(loss) for loss in result.losses],
-        "proxy_loss_by_level": {k: v.mean((0, 1)).tolist() for k, v in m.proxy_losses.items()} or None,
-        "private": None if result.private is None else result.private[0].to_dict() | dict(result.private[1]),
-    }
-
-
 def elbow_rows(result: StagesResult) -> list[dict[str, Any]]:
-    """Every elbow, with what stands in for the private images and what the stage would cost in nats."""
-    rows = []
+    """Every elbow, with what stands in for the private images and the price of the stage in nats, as far as the grid
+    goes.
+    """
+    m, rows = result.measured, []
     for f in result.found:
-        if f.by == "private":
-            gap = None if result.private is None else np.maximum(result.private[0].gap, 0)
-        else:
-            mine = [c.gap.mean(1) for c in result.measured.curves[f.by] if c.student == f.student]
-            gap = np.concatenate(mine).mean(0)
         for e in f.elbows.values():
-            nats = None if e.log_sigma is None or gap is None else stage_price(result.measured, gap, e)
+            nats = None
+            if e.log_sigma is not None:
+                ends = (-math.inf, e.log_sigma) if e.side == "cleaning" else (e.log_sigma, math.inf)
+                nats = price(m.log_sigma, m.pixels * f.mean.gap, *ends)
             rows.append({"stand_in": f.by, "student": f.student, **asdict(e), "price_nats": nats})
     return rows
-
-
-def stage_price(measured: Measured, gap: Array, elbow: Elbow) -> float:
-    """∫ G/σ² d log σ over the stage, as far as the grid goes; see :func:`dpsyngen.thresholds.gap.price`."""
-    u, tau = measured.log_sigma, elbow.log_sigma
-    assert tau is not None
-    inside = u < tau if elbow.side == "cleaning" else u > tau
-    order = np.argsort(np.append(u[inside], tau))
-    at_tau = math.exp(np.interp(tau, u, np.log(np.maximum(gap, 1e-30))))
-    return price(np.append(u[inside], tau)[order], measured.pixels * np.append(gap[inside], at_tau)[order])
 
 
 # ------------------------------------------------------------------------------------------------- YAML
@@ -241,7 +193,7 @@ def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
     """Settings for ``dpsyngen train --config``: the user's own, with the program and the stages that were found."""
     comment = [
         f"# Found by dpsyngen stages {__version__}; how is in gap.json beside this file.",
-        f"# {result.decided.student} in place of {_IN_WORDS[result.decided.by]}, method {result.method}:",
+        f"# {result.decided.student} in place of {_IN_WORDS[result.decided.by]}, method {result.settings['method']}:",
         *(f"# {line}" for line in stage_lines(result)),
     ]
     values = dict(given) | {"stages": _stages(result, given)}
@@ -318,33 +270,27 @@ def tables(result: StagesResult) -> Iterator[str]:
     heads = ["programs of", "in place of", *(f"τ_{side}\nby {methods[m]}" for m in METHODS for side in SIDES)]
     rows = []
     for f in result.found:
-        cells = [_threshold(f.elbows[side, method]) for method in METHODS for side in SIDES]
+        cells = []
+        for e in (f.elbows[side, method] for method in METHODS for side in SIDES):
+            interval = "" if e.low is None else f" [{e.low:.2f}, {e.high:.2f}]"
+            cells.append("none" if e.log_sigma is None else f"{e.log_sigma:.2f}{interval}")
         rows.append([printable(f.student, 60) + (" *" if f is result.decided else ""), _IN_WORDS[f.by], *cells])
     tolerance = f"{100 * result.settings['tolerance']:g} % of the teacher's loss"
-    yield _drawn(
+    yield _table(
         f"Thresholds in log σ [95 %] of a gap, and of an excess of the loss, of {tolerance}; * decides", heads, rows
     )
     if result.losses:
-        pieces = [name for name, _, _ in BINS if any(loss.log_sigma == name for loss in result.losses)]
         names = {PROXY: "(the proxy itself)", WIENER: "(Wiener filter)"}
         by_family: dict[str, list[str]] = {}
         for c in result.losses:
-            text = f"{c.over_zero:.3f} [{c.over_zero_low:.3f}, {c.over_zero_high:.3f}]"
-            by_family.setdefault(c.family, [names.get(c.family, printable(c.family, 60))]).append(text)
-        yield _drawn(
-            "Loss on the proxy over that of a predictor that knows mean and variance only [95 %], by log σ",
-            ["trained on", *pieces],
-            list(by_family.values()),
-        )
+            cells = by_family.setdefault(c["family"], [names.get(c["family"], printable(c["family"], 60))])
+            cells.append(f"{c['over_zero']:.3f} [{c['over_zero_low']:.3f}, {c['over_zero_high']:.3f}]")
+        pieces = [name for name, _, _ in BINS if any(c["log_sigma"] == name for c in result.losses)]
+        title = "Loss on the proxy over that of a predictor that knows mean and variance only [95 %], by log σ"
+        yield _table(title, ["trained on", *pieces], list(by_family.values()))
 
 
-def _threshold(elbow: Elbow) -> str:
-    if elbow.log_sigma is None:
-        return "none"
-    return f"{elbow.log_sigma:.2f}" + ("" if elbow.low is None else f" [{elbow.low:.2f}, {elbow.high:.2f}]")
-
-
-def _drawn(title: str, heads: list[str], rows: list[list[str]]) -> str:
+def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:
     from rich.console import Console as RichConsole
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -356,9 +302,9 @@ def _drawn(title: str, heads: list[str], rows: list[list[str]]) -> str:
     rich = RichConsole(file=buffer, force_terminal=terminal, width=width, highlight=False, emoji=False)
     table = RichTable(title=Text(title), title_justify="left", title_style="bold")
     for number, head in enumerate(heads):
-        table.add_column(Text(head), justify="left" if number < 1 else "right", overflow="fold")
+        table.add_column(Text(head), justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(Text, row))
     rich.print(table)
     return buffer.getvalue().rstrip("\n")
 
@@ -370,8 +316,8 @@ _LINES = ("#4c72b0", "#dd8452", "#8172b3", "#937860", "#da8bc3", "#64b5cd", "#cc
 _LOWEST = 3e-4
 
 
-def _picture(result: StagesResult) -> tuple[str, bytes]:
-    """The gap by noise level with its thresholds, and the losses on the proxy, on white: SVG and PNG."""
+def _draw(result: StagesResult, png: Path, svg: Path) -> None:
+    """Draw the gap by noise level with its thresholds, and the losses on the proxy, on white."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -389,10 +335,8 @@ def _picture(result: StagesResult) -> tuple[str, bytes]:
             panel.set_xlabel("noise level log σ   (clean image at the left, pure noise at the right)")
             panel.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
         figure.tight_layout()
-        svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        figure.savefig(png, format="png", dpi=130, metadata={"Software": None})
-    return re.sub(r"[ \t]+\n", "\n", svg.getvalue()), png.getvalue()
+        write_atomically(png, lambda p: figure.savefig(p, format="png", dpi=130, metadata={"Software": None}))
+        write_atomically(svg, lambda p: figure.savefig(p, format="svg", metadata={"Date": None, "Creator": None}))
 
 
 def _draw_gap(panel: Any, result: StagesResult) -> None:
@@ -404,17 +348,17 @@ def _draw_gap(panel: Any, result: StagesResult) -> None:
     panel.set_yscale("log")
     # The student against every stand-in, and the other students against the one that decides.
     others = [f for f in result.found if f is not decided and (f.student == decided.student or f.by == decided.by)]
-    for number, f in enumerate(others):
+    for f, colour in zip(others, _LINES * len(others), strict=False):
         style: Any = "-" if f.by == decided.by else (0, (4, 2))
-        label = f"{f.student} in place of {_IN_WORDS[f.by]}"
-        draw(f.mean.relative, label, color=_LINES[number % len(_LINES)], lw=1.1, ls=style)
-    panel.fill_between(u, *(np.maximum(b, _LOWEST / 10) for b in decided.mean.band()), color=_MAIN, alpha=0.25, lw=0)
-    label = f"{decided.student} in place of {_IN_WORDS[decided.by]}, 95 % band"
-    draw(decided.mean.relative, label, color=_MAIN, lw=2.2)
-    if floors := [c for c in result.measured.curves["floor"] if c.student in (decided.student, PROXY)]:
+        draw(f.mean.relative.curve, f"{f.student} in place of {_IN_WORDS[f.by]}", color=colour, lw=1.1, ls=style)
+    relative = decided.mean.relative
+    panel.fill_between(u, *(np.maximum(b, _LOWEST / 10) for b in relative.band()), color=_MAIN, alpha=0.25, lw=0)
+    draw(relative.curve, f"{decided.student} in place of {_IN_WORDS[decided.by]}, 95 % band", color=_MAIN, lw=2.2)
+    floors = [c for c in result.measured.curves if c.stand_in == "floor" and c.student in (decided.student, PROXY)]
+    if floors:
         floor = np.concatenate([c.relative() for c in floors]).mean(0)
         draw(floor, "another seed of the same (floor)", color=_SOFT, lw=1.2, ls=":")
-    if result.method == "tolerance":
+    if result.settings["method"] == "tolerance":
         tolerance = result.settings["tolerance"]
         panel.axhline(tolerance, color="#333", lw=0.9, ls="--", label=f"tolerance {100 * tolerance:g} %")
     for e in (result.cleaning,) if result.moments else (result.cleaning, result.coarse):
@@ -433,14 +377,13 @@ def _draw_gap(panel: Any, result: StagesResult) -> None:
 def _draw_losses(panel: Any, result: StagesResult) -> None:
     losses = {name: values.mean((0, 1)) for name, values in result.measured.proxy_losses.items()}
     zero, colours = losses.pop(ZERO), iter(_LINES * len(losses))
+    looks: dict[str, tuple[str, dict[str, Any]]] = {
+        PROXY: ("trained on the proxy itself", {"color": "#222", "lw": 1.8}),
+        WIENER: ("Wiener filter", {"color": _SOFT, "lw": 1.2, "ls": ":"}),
+        result.decided.student: (f"trained on {result.decided.student}", {"color": _MAIN, "lw": 1.6}),
+    }
     for name, loss in losses.items():
-        label, look = f"trained on {name}", {"color": _MAIN, "lw": 1.6}
-        if name == PROXY:
-            label, look = "trained on the proxy itself", {"color": "#222", "lw": 1.8}
-        elif name == WIENER:
-            label, look = "Wiener filter", {"color": _SOFT, "lw": 1.2, "ls": ":"}
-        elif name != result.decided.student:
-            look["color"] = next(colours)
+        label, look = looks.get(name) or (f"trained on {name}", {"color": next(colours), "lw": 1.6})
         panel.plot(result.measured.log_sigma, loss / zero, label=label, **look)
     panel.axhline(1, color="#333", lw=0.9, ls="--", label="knows mean and variance of the pixels only")
     panel.set_ylim(0, min(2.2, panel.get_ylim()[1]))

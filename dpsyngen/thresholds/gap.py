@@ -13,9 +13,10 @@ Everything is kept image by image, so that images can be drawn again for the unc
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,12 +36,10 @@ LOWEST, HIGHEST = math.log(0.002), math.log(80)
 _TOGETHER = 8  # parts between two reports of progress
 
 
-def log_sigma_grid(spacing: float = 0.5, low: float = LOWEST, high: float = HIGHEST) -> tuple[float, ...]:
-    """Evenly spaced log σ from `low` to `high`, both included, about `spacing` apart; at least 3."""
-    if not (low < high and spacing > 0):
-        raise ValueError(f"low={low} must be below high={high}, and spacing={spacing} above 0.")
-    count = max(3, round((high - low) / spacing) + 1)
-    return tuple(float(u) for u in np.linspace(low, high, count))
+def log_sigma_grid(spacing: float = 0.5) -> tuple[float, ...]:
+    """Evenly spaced log σ over the whole axis, both ends included, about `spacing` apart; at least 3."""
+    count = max(3, round((HIGHEST - LOWEST) / spacing) + 1)
+    return tuple(float(u) for u in np.linspace(LOWEST, HIGHEST, count))
 
 
 def seeded_noise(shape: tuple[int, ...], seed: int) -> Callable[[slice], Tensor]:
@@ -58,19 +57,11 @@ def seeded_noise(shape: tuple[int, ...], seed: int) -> Callable[[slice], Tensor]
     return noise
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What several denoisers made of the same noisy images; squares are means over the pixels of an image.
+class Answers(NamedTuple):
+    """What several denoisers made of the same noisy images; squares are means over the pixels of an image."""
 
-    Attributes:
-        log_sigma: [M].
-        losses: of each denoiser, (D - x₀)², [N, M].
-        gaps: of each pair asked for, (D_a - D_b)², [N, M].
-    """
-
-    log_sigma: Array
-    losses: Mapping[str, Array]
-    gaps: Mapping[Pair, Array]
+    losses: Mapping[str, Array]  # of each denoiser, (D - x₀)², [N, M]
+    gaps: Mapping[Pair, Array]  # of each pair asked for, (D_a - D_b)², [N, M]
 
 
 def measure(
@@ -90,7 +81,7 @@ def measure(
 
     Args:
         denoisers: by name; asked without labels.
-        images: x₀, [N, C, H, W] in [-1, 1], on the device of the denoisers.
+        images: x₀, [N, C, H, W] in [-1, 1], N > 0, on the device of the denoisers.
         log_sigma: M levels.
         pairs: of names, whose answers are compared.
         noise: n of a slice of the images, on the CPU.
@@ -99,11 +90,6 @@ def measure(
         on_progress: called now and then with the number of images that are done.
     """
     pairs = list(dict.fromkeys(pairs))
-    missing = {name for pair in pairs for name in pair} - denoisers.keys()
-    if missing:
-        raise ValueError(
-            f"no denoiser is called {', '.join(sorted(missing))}; given: {', '.join(denoisers) or 'none'}."
-        )
 
     def one(part: slice) -> tuple[Array, Array]:
         x0 = images[part]
@@ -122,20 +108,14 @@ def measure(
         return losses, gaps
 
     parts = [slice(i, min(i + block, len(images))) for i in range(0, len(images), block)]
-    # An empty part first: without images the arrays still have their shapes.
-    empty = np.empty((len(denoisers), 0, len(log_sigma))), np.empty((len(pairs), 0, len(log_sigma)))
-    done = [empty]
+    done: list[tuple[Array, Array]] = []
     for start in range(0, len(parts), _TOGETHER):
         some = parts[start : start + _TOGETHER]
         done += (workers or Workers(1)).map(one, some)
         if on_progress is not None:
             on_progress(some[-1].stop)
     losses, gaps = (np.concatenate(arrays, axis=1) for arrays in zip(*done, strict=True))
-    return Answers(
-        np.asarray(log_sigma, dtype=np.float64),
-        dict(zip(denoisers, losses, strict=True)),
-        dict(zip(pairs, gaps, strict=True)),
-    )
+    return Answers(dict(zip(denoisers, losses, strict=True)), dict(zip(pairs, gaps, strict=True)))
 
 
 def _mean_square(difference: Tensor) -> Array:
@@ -145,54 +125,71 @@ def _mean_square(difference: Tensor) -> Array:
 # ----------------------------------------------------------------------------------------------- curves
 
 
+class Curve(ABC):
+    """Squares at each noise level, and what is made of them: relative gap and excess."""
+
+    noise: Array | float = 0.0  # standard deviation of noise in the squares
+
+    @abstractmethod
+    def squares(self) -> tuple[Array, Array, Array]:
+        """Gap, teacher's loss and student's loss: means over images and pixels, [S, M] each for S pairs of networks."""
+
+    def relative(self) -> Array:
+        """The relative gap g of each pair, [S, M]: the ratio of the means over the images, at least 0."""
+        return ratios(*self.squares(), self.noise)[0]
+
+    def excess(self) -> Array:
+        """The student's loss over the teacher's, less 1, of each pair, [S, M]."""
+        return ratios(*self.squares(), self.noise)[1]
+
+
+def ratios(gap: Array, teacher: Array, student: Array, noise: Array | float = 0.0) -> tuple[Array, Array]:
+    """Relative gap and excess of squares that may have noise of this standard deviation."""
+    # Squares are not negative; a denominator within its noise of 0 counts as that noise.
+    below = np.maximum(teacher, np.maximum(noise, 1e-300))
+    return np.maximum(gap, 0) / below, np.maximum(student, 0) / below - 1
+
+
 @dataclass(frozen=True)
-class GapCurve:
-    """One student against one teacher on the teacher's kind of images, with some seeds of both.
+class GapCurve(Curve):
+    """One student against one teacher on public images, with some seeds of both.
 
     Attributes:
-        images: name of the source of the images.
+        stand_in: what the comparison is for: see :class:`dpsyngen.thresholds.search.Measured`.
         teacher, student: names; for a floor both are the same, with other seeds.
-        log_sigma: [M], ascending.
         gap: (D_teacher - D_student)², mean over the pixels, [S, N, M]: seeds, images, levels.
         teacher_loss, student_loss: (D - x₀)², as `gap`.
     """
 
-    images: str
+    stand_in: str
     teacher: str
     student: str
-    log_sigma: Array
     gap: Array
     teacher_loss: Array
     student_loss: Array
 
-    def relative(self) -> Array:
-        """The relative gap g of each seed, [S, M]: the ratio of the means over the images."""
-        return np.asarray(self.gap.mean(1) / self.teacher_loss.mean(1))
-
-    def excess(self) -> Array:
-        """The student's loss over the teacher's, less 1, of each seed, [S, M]."""
-        return np.asarray(self.student_loss.mean(1) / self.teacher_loss.mean(1) - 1)
+    def squares(self) -> tuple[Array, Array, Array]:
+        return self.gap.mean(1), self.teacher_loss.mean(1), self.student_loss.mean(1)
 
 
-@dataclass(frozen=True)
-class MeanCurve:
-    """The relative gap and the excess, averaged over networks, and as they could have come out.
+class Estimate(NamedTuple):
+    """A curve, [M], and B curves as it could have come out, [B, M]."""
 
-    Attributes:
-        relative, excess: [M].
-        relative_drawn, excess_drawn: [B, M], of samples drawn with replacement.
-    """
+    curve: Array
+    drawn: Array
 
-    relative: Array
-    excess: Array
-    relative_drawn: Array
-    excess_drawn: Array
-
-    def band(self, excess: bool = False) -> tuple[Array, Array]:
-        """95 % interval of the relative gap, or of the excess, at each level: [M] and [M]."""
-        curve, drawn = (self.excess, self.excess_drawn) if excess else (self.relative, self.relative_drawn)
-        low, high = np.percentile(drawn, [2.5, 97.5], axis=0) if len(drawn) else (curve, curve)
+    def band(self) -> tuple[Array, Array]:
+        """95 % interval at each level: [M] and [M]."""
+        low, high = np.percentile(self.drawn, [2.5, 97.5], axis=0) if len(self.drawn) else (self.curve, self.curve)
         return low, high
+
+
+class MeanCurve(NamedTuple):
+    """Averages over networks: the gap, [M], the relative gap and the excess."""
+
+    gap: Array
+    relative: Estimate
+    excess: Estimate
 
 
 def mean_curve(curves: Sequence[GapCurve], replicates: int, seed: int = 0) -> MeanCurve:
@@ -215,49 +212,32 @@ def mean_curve(curves: Sequence[GapCurve], replicates: int, seed: int = 0) -> Me
             # Drawing N images with replacement = multinomial counts as weights.
             gap, student, teacher = rng.multinomial(images, np.full(images, 1 / images)) @ pairs[p]
             drawn[:, b] += np.stack([gap, student]) / teacher / len(pairs)
-    relative = np.concatenate([c.relative() for c in curves]).mean(0)
-    excess = np.concatenate([c.excess() for c in curves]).mean(0)
-    return MeanCurve(relative, excess, drawn[0], drawn[1] - 1)
+    gap, relative, excess = (
+        np.concatenate(parts).mean(0)
+        for parts in zip(*((c.squares()[0], c.relative(), c.excess()) for c in curves), strict=True)
+    )
+    return MeanCurve(gap, Estimate(relative, drawn[0]), Estimate(excess, drawn[1] - 1))
 
 
-# ------------------------------------------------------------------------------- what theory says of gaps
-# G(σ) = E|D_p(x; σ) - D_q(x; σ)|² of optimal denoisers, summed over the d pixels.  docs/stages.md has the proofs.
+def price(log_sigma: Array, gap: Array, low: float = -math.inf, high: float = math.inf) -> float:
+    """∫ G(σ)/σ² d log σ in nats, by the trapezoidal rule: what it costs to let q's denoiser own the levels in between.
 
-
-def data_radius(pixels: int) -> float:
-    """R = √d: the ball about 0 that holds [-1, 1]^d; its diameter, 2√d, bounds every W₂ distance there."""
-    return math.sqrt(pixels)
-
-
-def kl_bound(w2: float, sigma: float) -> float:
-    """KL(p_σ ‖ q_σ) <= W₂(p, q)²/(2σ²), in nats: the joint convexity of KL along the optimal coupling.
+    G(σ) = E|D_p(x; σ) - D_q(x; σ)|² of optimal denoisers, summed over the d pixels.  Over log σ > τ the exact integral
+    is KL(p_τ ‖ q_τ) (de Bruijn's identity), and over log σ < τ it bounds what q's denoiser adds to the KL divergence of
+    the samples from p (Girsanov's theorem, reverse diffusion); over the whole axis it is KL(p ‖ q).  docs/stages.md has
+    the proofs.
 
     Args:
-        w2: W₂(p, q), or any bound on it, such as twice :func:`data_radius`.
-        sigma: σ > 0.
+        log_sigma: [M], ascending.
+        gap: G, [M]; interpolated in log G against log σ at the ends of the interval.
+        low, high: log σ.  Levels beyond the grid cost nothing.
     """
-    return w2**2 / (2 * sigma**2)
+    low, high = max(low, float(log_sigma[0])), min(high, float(log_sigma[-1]))
+    u = np.array([low, *log_sigma[(log_sigma > low) & (log_sigma < high)], high])
+    return float(trapezoid(np.exp(np.interp(u, log_sigma, np.log(np.maximum(gap, 1e-30))) - 2 * u), u))
 
 
-def price_density(log_sigma: Array, gap: Array) -> Array:
-    """G(σ)/σ²: nats for each unit of log σ in which q's denoiser answers in place of p's (see :func:`price`)."""
-    return np.asarray(gap * np.exp(-2 * log_sigma))
-
-
-def price(log_sigma: Sequence[float] | Array, gap: Array) -> float:
-    """∫ G(σ)/σ² d log σ in nats, by the trapezoidal rule: what it costs to let q's denoiser own these noise levels.
-
-    Over log σ > τ the exact integral is KL(p_τ ‖ q_τ) (de Bruijn's identity), and over log σ < τ it bounds what q's
-    denoiser adds to the KL divergence of the samples from p (Girsanov's theorem, reverse diffusion); over the whole
-    axis it is KL(p ‖ q).
-
-    Args:
-        log_sigma: [M], ascending; one point alone costs nothing.
-        gap: [M], summed over the pixels.
-    """
-    u = np.asarray(log_sigma, dtype=np.float64)
-    return float(trapezoid(price_density(u, np.asarray(gap)), u))
-
+# ------------------------------------------------------------------------------------------------ thresholds
 
 Side = Literal["cleaning", "coarse"]
 Method = Literal["tolerance", "loss", "kneedle"]
@@ -272,11 +252,12 @@ class Elbow:
 
     Attributes:
         side: "cleaning" (the stage is below it) or "coarse" (above it).
-        method: see the module.
+        method: "tolerance" (the first level at which the relative gap exceeds a tolerance), "loss" (the same of the
+            excess) or "kneedle" (the point farthest below the chord from the end to the peak; Satopää et al., 2011).
         log_sigma: τ; None if there is none.
         low, high: 95 % interval of τ: percentiles of the bootstrap's elbows; None if it has none.
         found: share of the bootstrap's curves that have an elbow at this side.
-        value: the curve at τ: the relative gap, or with method "loss" the excess; the tolerance if there is one.
+        value: the curve at τ, which is the tolerance if the method has one; None if there is no τ.
         reason: why there is none; "" if there is one.
     """
 
@@ -291,25 +272,17 @@ class Elbow:
 
 
 def find_elbow(
-    log_sigma: Sequence[float] | Array,
-    curve: Array,
-    replicates: Array,
-    side: Side,
-    method: Method = "tolerance",
-    tolerance: float = 0.05,
+    u: Array, curve: Array, replicates: Array, side: Side, method: Method = "tolerance", tolerance: float = 0.05
 ) -> Elbow:
     """The elbow of a curve at one side.
 
     Args:
-        log_sigma: [M], ascending.
+        u: log σ, [M], ascending.
         curve: relative gap, or with method "loss" the excess, [M].
-        replicates: the curve as it could have come out, [B, M], as :func:`dpsyngen.thresholds.gap.mean_curve` gives it;
-            B = 0 is allowed.
+        replicates: the curve as it could have come out, [B, M]; B = 0 is allowed.
         side: which end of the axis.
-        method: see the module.
-        tolerance: of the methods that have one.
+        method, tolerance: see :class:`Elbow`.
     """
-    u = np.asarray(log_sigma, dtype=np.float64)
     value, reason = _locate(u, curve, side, method, tolerance)
     found = [v for v in (_locate(u, c, side, method, tolerance)[0] for c in replicates) if v is not None]
     low, high = (float(v) for v in np.percentile(found, [2.5, 97.5])) if found else (None, None)

@@ -26,8 +26,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpsyngen.config import Config, PrivacyConfig
+from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, loss_weight
 from dpsyngen.diffusion.samplers import to_float
@@ -48,7 +48,7 @@ from dpsyngen.privacy.clipping import ClippedGradient, clip_and_sum
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
-from dpsyngen.thresholds.gap import Answers, Array, MeanCurve, Pair, measure
+from dpsyngen.thresholds.gap import Answers, Array, Curve, Estimate, MeanCurve, Pair, measure, ratios
 from dpsyngen.training.session import Session, Terms
 from dpsyngen.workers import Workers
 
@@ -83,7 +83,7 @@ class GapQuery:
 
 
 @dataclass(frozen=True)
-class PrivateCurve:
+class PrivateCurve(Curve):
     """What the mechanism released; from here on everything is post-processing.
 
     Attributes:
@@ -99,13 +99,8 @@ class PrivateCurve:
     student_loss: Array
     noise: Array
 
-    def relative(self) -> Array:
-        """The relative gap, [M], at least 0."""
-        return self._ratio(self.gap, self.teacher_loss)
-
-    def excess(self) -> Array:
-        """The student's loss over the teacher's, less 1, [M]."""
-        return self._ratio(self.student_loss, self.teacher_loss) - 1
+    def squares(self) -> tuple[Array, Array, Array]:
+        return self.gap[None], self.teacher_loss[None], self.student_loss[None]
 
     def mean_curve(self, replicates: int, seed: int = 0) -> MeanCurve:
         """With the relative gap and the excess as they could have come out with other noise of the mechanism; the
@@ -116,20 +111,14 @@ class PrivateCurve:
         gap, student, teacher = (
             v + self.noise * rng.standard_normal(shape) for v in (self.gap, self.student_loss, self.teacher_loss)
         )
-        drawn = self._ratio(gap, teacher), self._ratio(student, teacher) - 1
-        return MeanCurve(self.relative(), self.excess(), *drawn)
-
-    def _ratio(self, above: Array, below: Array) -> Array:
-        # Squares are not negative; a denominator within its noise of 0 counts as that noise.
-        return np.asarray(np.maximum(above, 0) / np.maximum(below, np.maximum(self.noise, 1e-300)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {name: values.tolist() for name, values in asdict(self).items()}
+        relative, excess = ratios(gap, teacher, student, self.noise)
+        return MeanCurve(
+            np.maximum(self.gap, 0), Estimate(self.relative()[0], relative), Estimate(self.excess()[0], excess)
+        )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PrivateCurve:
-        """The inverse.  Raises KeyError, TypeError or ValueError if something does not fit."""
+    def from_dict(cls, values: Mapping[str, Any]) -> PrivateCurve:
+        """From JSON.  Raises KeyError, TypeError or ValueError if something does not fit."""
         arrays = [np.array([float(v) for v in values[name]]) for name in cls.__dataclass_fields__]
         if len({len(a) for a in arrays}) != 1:
             raise ValueError("its curves differ in length")
@@ -237,90 +226,62 @@ def public_clipping_norm(vectors: list[Tensor], share: float = 0.9) -> float:
 # ------------------------------------------------------------------------------------ charged once
 
 
-@dataclass(frozen=True)
-class PrivatePlan:
-    """What is fixed before anything else is done.
+class PrivateEstimate:
+    """The private half of a folder of ``dpsyngen stages``.
 
-    Attributes:
-        dataset: the private images.
-        privacy: what the estimate may cost, and the budget file; that is None only with a reproducible seed.
-        delta: δ.
-        query: the constants, but for the clipping norm, which public images decide later.
-        sigma_data: σ_d of the weight λ(σ).
-    """
-
-    dataset: ImageDataset
-    privacy: PrivacyConfig
-    delta: float
-    query: GapQuery
-    sigma_data: float
-
-    @property
-    def budget(self) -> Budget | None:
-        return None if self.privacy.budget is None else Budget(Path(self.privacy.budget).resolve())
-
-
-def plan_private(config: Config, dataset: ImageDataset, sampling_rate: float = 1.0) -> PrivatePlan:
-    """Check everything and calibrate the noise; nothing is written or spent.
+    Making it calibrates the noise and checks everything, the budget too; nothing is written or spent.
 
     Args:
-        config: its sections ``privacy`` and ``data``.
+        folder: the command's output folder.
+        config: its sections ``privacy``, ``data`` and ``network``.
         dataset: the private images.
         sampling_rate: q in (0, 1].
+
+    Attributes:
+        privacy: what it may cost.
+        delta: δ.
+        query: the constants, but for the clipping norm, which public images decide later.
+        budget: the budget file; None only with a reproducible seed.
 
     Raises:
         ConfigError, BudgetExceeded, LedgerError: see their messages.
     """
-    p = config.privacy
-    if not p.epsilon < float("inf"):
-        raise ConfigError(
-            "--epsilon inf would publish figures of the private images without noise.  Give a finite ε; images that "
-            "are public belong to --proxy."
-        )
-    if p.budget is None and p.insecure_seed is None:
-        raise ConfigError(
-            "--budget is missing: the thresholds would come from the private images, so a training that uses them has "
-            "to count this estimate, and the budget file is where it does.  Make one with `dpsyngen budget new FILE "
-            "--epsilon … --delta …` for this estimate and the trainings after it together."
-        )
-    require(0 < sampling_rate <= 1, "--sampling-rate", sampling_rate, "above 0 and at most 1")
-    records = config.data.records or len(dataset)
-    delta = default_delta(records) if p.delta is None else p.delta
-    require(delta < 1 / records, "--delta", delta, f"below 1/records = {1 / records:.3g}")
-    try:
-        noise = calibrate_noise(
-            p.epsilon, delta, sampling_rate=sampling_rate, steps=1, group_size=p.group_size, tolerance=1e-3
-        )
-    except ValueError as error:
-        raise ConfigError(f"no noise gives ε = {p.epsilon} at δ = {delta:.3g} ({error})  Use a larger ε.") from None
-    query = GapQuery(records, noise, 1.0, sampling_rate)
-    plan = PrivatePlan(dataset, p, delta, query, config.network.sigma_data)
-    if (budget := plan.budget) is not None:
-        budget.require_data(dataset.fingerprint())
-    return plan
 
+    def __init__(self, folder: Path, config: Config, dataset: ImageDataset, sampling_rate: float = 1.0) -> None:
+        p = config.privacy
+        if not p.epsilon < float("inf"):
+            raise ConfigError(
+                "--epsilon inf would publish figures of the private images without noise.  Give a finite ε; images "
+                "that are public belong to --proxy."
+            )
+        if p.budget is None and p.insecure_seed is None:
+            raise ConfigError(
+                "--budget is missing: the thresholds would come from the private images, so a training that uses them "
+                "has to count this estimate, and the budget file is where it does.  Make one with `dpsyngen budget new "
+                "FILE --epsilon … --delta …` for this estimate and the trainings after it together."
+            )
+        require(0 < sampling_rate <= 1, "--sampling-rate", sampling_rate, "above 0 and at most 1")
+        records = config.data.records or len(dataset)
+        delta = default_delta(records) if p.delta is None else p.delta
+        require(delta < 1 / records, "--delta", delta, f"below 1/records = {1 / records:.3g}")
+        try:
+            noise = calibrate_noise(
+                p.epsilon, delta, sampling_rate=sampling_rate, steps=1, group_size=p.group_size, tolerance=1e-3
+            )
+        except ValueError as error:
+            raise ConfigError(f"no noise gives ε = {p.epsilon} at δ = {delta:.3g} ({error})  Use a larger ε.") from None
+        self.private, self.result_path = folder / "private", folder / "private_gap.json"
+        self.dataset, self.privacy, self.delta = dataset, p, delta
+        self.query = GapQuery(records, noise, 1.0, sampling_rate)
+        self.sigma_data = config.network.sigma_data
+        self.budget = None if p.budget is None else Budget(Path(p.budget).resolve())
+        if self.budget is not None:
+            self.budget.require_data(dataset.fingerprint())
+            # Beside what else is in it; this estimate itself may be charged already.
+            ledger = self.private / "ledger.jsonl"
+            self.budget.require((self.query.mechanism(),), Ledger(ledger).run if ledger.exists() else None)
 
-class PrivateEstimate:
-    """The private half of a folder of ``dpsyngen stages``.
-
-    Args:
-        folder: the command's output folder; its lock is held.
-        plan: see :func:`plan_private`.
-
-    Raises:
-        RunError, LedgerError: the files in the folder do not fit together.
-    """
-
-    def __init__(self, folder: Path, plan: PrivatePlan) -> None:
-        self.plan, self.private, self.result_path = plan, folder / "private", folder / "private_gap.json"
-
-    def require_affordable(self) -> None:
-        """Raise BudgetExceeded unless the estimate fits into the budget beside what else is in it."""
-        ledger = self.private / "ledger.jsonl"
-        if (budget := self.plan.budget) is not None:
-            budget.require((self.plan.query.mechanism(),), Ledger(ledger).run if ledger.exists() else None)
-
-    def curve(
+    def released(
         self,
         networks: tuple[NetworkDenoiser, NetworkDenoiser],
         log_sigma: tuple[float, ...],
@@ -328,8 +289,8 @@ class PrivateEstimate:
         name: str,
         workers: Workers | None = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> PrivateCurve:
-        """Charge and run the query, or read what it gave before.
+    ) -> tuple[PrivateCurve, dict[str, Any]]:
+        """Charge and run the query, or read what it gave before; the caller has locked the folder.
 
         Args:
             networks: teacher and student, which saw public images only.
@@ -338,12 +299,18 @@ class PrivateEstimate:
             name: what the budget file calls this estimate.
             workers: threads that share the images.
             on_progress: called with the number of images that are done, and of all.
+
+        Returns:
+            the curve, and what was spent and how.
+
+        Raises:
+            RunError, LedgerError: the files in the folder do not fit together.
         """
-        p, q = self.plan.privacy, self.plan.query
-        fingerprint = self.plan.dataset.fingerprint()
+        p, q = self.privacy, self.query
+        fingerprint = self.dataset.fingerprint()
         self.private.mkdir(mode=0o700, exist_ok=True)
         os.chmod(self.private, 0o700)
-        terms = Terms(p.epsilon, self.plan.delta, q.records, p.group_size, p.insecure_seed)
+        terms = Terms(p.epsilon, self.delta, q.records, p.group_size, p.insecure_seed)
         again = "start again in another folder, which charges again"
         session = Session(self.private, terms, (self.result_path,), again)
         fixed = {
@@ -357,7 +324,7 @@ class PrivateEstimate:
         q = replace(q, noise_multiplier=known["noise_multiplier"], clipping_norm=float(known["clipping_norm"]))
         if self.result_path.exists():
             return self._read()
-        session.reserve(self.plan.budget, name, (q.mechanism(),), fingerprint)
+        session.reserve(self.budget, name, (q.mechanism(),), fingerprint)
         ledger = session.ledger
         if not ledger.mechanisms:
             ledger.charge(
@@ -366,8 +333,8 @@ class PrivateEstimate:
                 l2_sensitivity=q.clipping_norm,
                 values=3 * len(log_sigma),
             )
-        gap = PrivateGap(*networks, log_sigma, self.plan.sigma_data, session.randomness, workers)
-        curve = gap.released(gap.summed(self.plan.dataset, q, on_progress), q)
+        gap = PrivateGap(*networks, log_sigma, self.sigma_data, session.randomness, workers)
+        curve = gap.released(gap.summed(self.dataset, q, on_progress), q)
         statement = {
             "private": ledger.secure,
             "epsilon": ledger.epsilon(),
@@ -379,22 +346,20 @@ class PrivateEstimate:
             "noise_multiplier": q.noise_multiplier,
             "l2_sensitivity": q.clipping_norm,
         }
-        write_text(self.result_path, json.dumps(curve.to_dict() | statement, indent=1, ensure_ascii=False) + "\n")
-        return curve
+        arrays = {k: v.tolist() for k, v in vars(curve).items()}
+        write_text(self.result_path, json.dumps(arrays | statement, indent=1, ensure_ascii=False) + "\n")
+        return self._read()
 
-    def statement(self) -> dict[str, Any]:
-        """What was spent and how: the part of the result that is not the curve."""
-        stored = json.loads(self.result_path.read_text(encoding="utf-8"))
-        return {k: v for k, v in stored.items() if k not in ("log_sigma", "gap", "teacher_loss", "student_loss")}
-
-    def _read(self) -> PrivateCurve:
+    def _read(self) -> tuple[PrivateCurve, dict[str, Any]]:
         try:
-            return PrivateCurve.from_dict(json.loads(self.result_path.read_text(encoding="utf-8")))
+            stored = json.loads(self.result_path.read_text(encoding="utf-8"))
+            curve = PrivateCurve.from_dict(stored)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(
                 f"{self.result_path} is damaged: {error!r}.  Remove it and start the same command again: it is "
                 "computed again with the same noise, and nothing is charged."
             ) from None
+        return curve, {k: v for k, v in stored.items() if k not in vars(curve)}
 
 
 def _digest(denoiser: NetworkDenoiser) -> str:

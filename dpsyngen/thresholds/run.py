@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dpsyngen.config import Config, ProgramConfig, load_config
 from dpsyngen.data import ImageDataset, load_images
@@ -27,8 +27,8 @@ from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, req
 from dpsyngen.programs import make_program
 from dpsyngen.thresholds.denoisers import Family, PublicDenoisers, split_proxy
 from dpsyngen.thresholds.files import StagesResult, write_results
-from dpsyngen.thresholds.gap import METHODS, Method, log_sigma_grid
-from dpsyngen.thresholds.private import PrivateEstimate, plan_private
+from dpsyngen.thresholds.gap import METHODS, log_sigma_grid
+from dpsyngen.thresholds.private import PrivateEstimate
 from dpsyngen.thresholds.search import StageSearch, Tell, deciding, proxy_loss_rows, stand_in_elbows
 from dpsyngen.training.plan import Shape
 from dpsyngen.training.run import FolderLock
@@ -42,40 +42,28 @@ DEFAULT_RESOLUTION = 32
 class StagesOptions:
     """What to measure.
 
-    Attributes:
-        programs: names, or paths of YAML files with ``name`` and ``params``; the first is the one to train with.
-        proxy: images that are public, as :func:`dpsyngen.data.load_images` takes them; None: none.
-        seeds: networks of each family, 1 to 100.
-        images: of each source, to measure on.
-        spacing: of the grid in log σ.
-        tolerance: relative gap that programs may cost.
-        method: of the elbow that is written into ``stages.yaml``.
-        replicates: of the bootstrap.
-        sampling_rate: of a private estimate.
-        networks: folder of trained networks; None: the output folder's own.
+    Raises:
+        ConfigError: a number is out of its range, or there is no such method.
     """
 
-    programs: Sequence[str]
-    proxy: str | None = None
-    seeds: int = 2
-    images: int = 128
-    spacing: float = 0.5
-    tolerance: float = 0.05
-    method: str = "tolerance"
-    replicates: int = 500
-    sampling_rate: float = 1.0
-    networks: Path | None = None
+    programs: Sequence[str]  # names, or paths of YAML files with name and params; the first is to train with
+    proxy: str | None = None  # public images, as load_images takes them
+    seeds: int = 2  # networks of each family
+    images: int = 128  # of each source, to measure on
+    spacing: float = 0.5  # of the grid in log σ
+    tolerance: float = 0.05  # relative gap that programs may cost
+    method: str = "tolerance"  # of the elbow that is written into stages.yaml
+    replicates: int = 500  # of the bootstrap
+    sampling_rate: float = 1.0  # of a private estimate
+    networks: Path | None = None  # folder of trained networks; None: the output folder's own
 
-    def check(self) -> None:
-        """Raise ConfigError unless every number is one that makes sense."""
-        limits: dict[str, tuple[float, float]] = {
-            "seeds": (1, 100),
-            "images": (8, 100_000),
-            "spacing": (0.05, 2.0),
-            "tolerance": (1e-4, 1.0),
-            "replicates": (0, 100_000),
-        }
-        for name, (low, high) in limits.items():
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("seeds", 1, 100),
+            ("images", 8, 100_000),
+            ("spacing", 0.05, 2),
+            ("tolerance", 1e-4, 1),
+        ):
             value = getattr(self, name)
             require(low <= value <= high, f"--{name}", value, f"from {low:g} to {high:g}")
         require(self.method in METHODS, "--method", self.method, METHODS)
@@ -106,7 +94,6 @@ class Stages:
         given: Mapping[str, Any] | None = None,
         device: str = "cpu",
     ) -> None:
-        options.check()
         self.folder, self.config, self.options = folder, config, options
         self._path = folder / "settings.json"
         require_usable(folder)
@@ -128,14 +115,13 @@ class Stages:
         networks = PublicDenoisers(options.networks or folder / "networks", config, shape, device, workers)
         grid = log_sigma_grid(options.spacing)
         self.search = StageSearch(families, proxy, networks, seeds=options.seeds, images=options.images, log_sigma=grid)
-        self.plan = None if data is None else plan_private(config, data, options.sampling_rate)
-        self.estimate = None if self.plan is None else PrivateEstimate(folder, self.plan)
         self._program = named[0][1]
         self._given = dict(given or {"preset": config.preset})
+        self.estimate = None
+        if data is not None:
+            self.estimate = PrivateEstimate(folder, config, data, options.sampling_rate)
         self.settings = json.loads(json.dumps(self._settings()))
         self._require_same()
-        if self.estimate is not None:
-            self.estimate.require_affordable()
 
     def run(self, tell: Tell) -> tuple[StagesResult, list[Path]]:
         """Train, measure, write; the result and its files.
@@ -150,7 +136,7 @@ class Stages:
             measured = search.measure(trained, tell)
             private = None
             if self.estimate is not None:
-                curve = self.estimate.curve(
+                private = self.estimate.released(
                     (trained[teacher, 0], trained[student, 0]),
                     search.log_sigma,
                     measured.clipping_norm,
@@ -159,7 +145,6 @@ class Stages:
                     # Not a number of images: how many were sampled is private.
                     lambda done, of: tell("measuring on the private images", 100 * done // of, 100, "%"),
                 )
-                private = curve, self.estimate.statement()
             by = None if private is None else (student, private[0])
             found = stand_in_elbows(measured, options.tolerance, options.replicates, by)
             decided = deciding(found, student, self.moments)
@@ -169,27 +154,23 @@ class Stages:
                 for f in search.all_families
                 for s in range(search.seeds)
             ]
-            method = cast(Method, options.method)
-            result = StagesResult(
-                self.settings, networks, measured, found, decided, method, losses, private, self.moments
-            )
+            result = StagesResult(self.settings, networks, measured, found, decided, losses, private)
             return result, write_results(self.folder, result, self._to_keep())
 
     def _to_keep(self) -> dict[str, Any]:
         """The settings that ``stages.yaml`` keeps: those given, the program, and the budget that this call charged."""
         keep = self._given | {"program": self._program.model_dump(mode="json", include={"name", "seed", "params"})}
-        if self.plan is not None and (budget := self.plan.budget) is not None:
+        if self.estimate is not None and (budget := self.estimate.budget) is not None:
             keep["privacy"] = dict(keep.get("privacy", {})) | {"budget": str(budget.path)}
         return keep
 
     def _settings(self) -> dict[str, Any]:
         """What decides the figures, JSON-able."""
-        s, o, c, plan = self.search, self.options, self.config, self.plan
-        private = None
-        if plan is not None:
-            asked = plan.privacy.model_dump(mode="json", include={"epsilon", "group_size", "insecure_seed"})
-            query = {"records": plan.query.records, "sampling_rate": plan.query.sampling_rate}
-            private = asked | {"delta": plan.delta} | query
+        s, o, c, private = self.search, self.options, self.config, None
+        if self.estimate is not None:
+            query = self.estimate.query
+            private = c.privacy.model_dump(mode="json", include={"epsilon", "group_size", "insecure_seed"})
+            private |= {"delta": self.estimate.delta, "records": query.records, "sampling_rate": query.sampling_rate}
         proxy = None if s.proxy is None else s.proxy.program.config() | {"set_aside": len(s.proxy.measuring_images(0))}
         return {
             "programs": {f.label: f.program.config() | {"prior_tier": f.program.prior_tier} for f in s.families},

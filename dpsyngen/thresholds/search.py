@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,6 @@ from dpsyngen.thresholds.denoisers import (
 from dpsyngen.thresholds.gap import (
     METHODS,
     SIDES,
-    Answers,
     Array,
     Elbow,
     GapCurve,
@@ -81,8 +80,8 @@ class Measured:
     Attributes:
         log_sigma: [M].
         pixels: d, of an image.
-        curves: by stand-in: "programs" (programs in place of programs), "wiener" (of the proxy's Wiener filter),
-            "proxy" (of networks trained on it); "floor" has networks in place of others of their own family.
+        curves: programs in place of others ("programs"), of the proxy's Wiener filter ("wiener") and of networks that
+            were trained on it ("proxy"), and networks in place of others of their own family ("floor").
         proxy_losses: on the held-out proxy images, [S, N, M]: of each family's networks, and of the predictors that
             know moments of the proxy, S = 1; {} without a proxy.
         clipping_norm: C that public images suggest for a private estimate.
@@ -90,9 +89,7 @@ class Measured:
 
     log_sigma: Array
     pixels: int
-    curves: dict[str, list[GapCurve]] = field(
-        default_factory=lambda: {"programs": [], "wiener": [], "proxy": [], "floor": []}
-    )
+    curves: list[GapCurve] = field(default_factory=list)
     proxy_losses: dict[str, Array] = field(default_factory=dict)
     clipping_norm: float = 1.0
 
@@ -162,7 +159,7 @@ class StageSearch:
                 denoisers[ZERO] = ZeroInformation(family.program.images)
                 if (wiener := wiener_filter(family.program.images)) is not None:
                     denoisers[WIENER] = wiener.to(self.networks.device)
-            compared = list(self._compared(family, WIENER in denoisers))
+            compared = self._compared(family, WIENER in denoisers)
             answers = measure(
                 denoisers,
                 to_float(torch.from_numpy(np.array(images)).to(self.networks.device)),
@@ -173,8 +170,12 @@ class StageSearch:
                 on_progress=partial(tell, f"measuring on images of {family.label}", total=len(images), unit="images"),
             )
             for stand_in, teacher, student, pairs in compared:
-                curve = GapCurve(family.label, teacher, student, answers.log_sigma, *_stacked(answers, pairs))
-                result.curves[stand_in].append(curve)
+                squares = (
+                    [answers.gaps[pair] for pair in pairs],
+                    [answers.losses[a] for a, _ in pairs],
+                    [answers.losses[b] for _, b in pairs],
+                )
+                result.curves.append(GapCurve(stand_in, teacher, student, *map(np.stack, squares)))
             if self.proxy is None or family is self.proxy:
                 vectors.append(weighted_vectors(answers, asked, weights))
             if ZERO in denoisers:
@@ -198,15 +199,6 @@ class StageSearch:
             pairs = [(f"{own}/{s}", f"{own}/{(s + 1) % self.seeds}") for s in range(count)]
             out.append(("floor", own, own, pairs))
         return out
-
-
-def _stacked(answers: Answers, pairs: Sequence[Pair]) -> tuple[Array, Array, Array]:
-    """Gap, teacher's and student's losses of some pairs, each [S, N, M]."""
-    return (
-        np.stack([answers.gaps[pair] for pair in pairs]),
-        np.stack([answers.losses[a] for a, _ in pairs]),
-        np.stack([answers.losses[b] for _, b in pairs]),
-    )
 
 
 # ------------------------------------------------------------------------------------- what follows from it
@@ -243,7 +235,7 @@ def stand_in_elbows(
     means: list[tuple[StandIn, str, MeanCurve]] = []
     stand_ins: tuple[StandIn, ...] = ("programs", "wiener", "proxy")
     for by in stand_ins:
-        curves = measured.curves[by]
+        curves = [c for c in measured.curves if c.stand_in == by]
         for student in dict.fromkeys(c.student for c in curves):
             means.append((by, student, mean_curve([c for c in curves if c.student == student], replicates)))
     if private is not None:
@@ -252,9 +244,8 @@ def stand_in_elbows(
     for by, student, mean in means:
         elbows = {}
         for side, method in itertools.product(SIDES, METHODS):
-            excess = method == "loss"
-            curve, drawn = (mean.excess, mean.excess_drawn) if excess else (mean.relative, mean.relative_drawn)
-            elbows[side, method] = find_elbow(measured.log_sigma, curve, drawn, side, method, tolerance)
+            estimate = mean.excess if method == "loss" else mean.relative
+            elbows[side, method] = find_elbow(measured.log_sigma, *estimate, side, method, tolerance)
         out.append(StandInElbows(by, student, mean, elbows))
     return out
 
@@ -269,35 +260,21 @@ def deciding(found: Sequence[StandInElbows], student: str, moments: bool = False
     return next((f for f in mine if f.by == WIENER), mine[-1]) if moments else mine[-1]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """How well one family's denoisers do on the proxy in one piece of the axis.
+def proxy_loss_rows(measured: Measured, replicates: int) -> list[dict[str, Any]]:
+    """How well each family's networks, and the Wiener filter, denoise the proxy; [] without a proxy.
 
-    Attributes:
-        family: label; "proxy" for the networks trained on the proxy, "wiener" for the Wiener filter.
-        log_sigma: name of the piece, from ``BINS``.
-        over_zero, over_wiener, over_proxy: mean over the levels in the piece of the loss over that of the
-            zero-information predictor, of the Wiener filter (None: too many pixels) and of the proxy's own networks.
-        over_zero_low, over_zero_high: 95 % interval, over images and seeds.
-        seeds: number of networks.
+    Returns:
+        a row for each family ("proxy" for the networks trained on it) and each of ``BINS``: the loss over that of the
+        zero-information predictor, with a 95 % interval over images and seeds, over that of the proxy's networks, and
+        over that of the Wiener filter (unless there are too many pixels); means over the levels.
     """
-
-    family: str
-    log_sigma: str
-    over_zero: float
-    over_zero_low: float
-    over_zero_high: float
-    over_wiener: float | None
-    over_proxy: float
-    seeds: int
-
-
-def proxy_loss_rows(measured: Measured, replicates: int) -> list[Loss]:
-    """How well each family's networks denoise the proxy, piece by piece of the axis; [] without a proxy."""
     losses = dict(measured.proxy_losses)
     if not losses:
         return []
-    zero, own, wiener = losses.pop(ZERO)[0], losses[PROXY].mean((0, 1)), losses.get(WIENER)
+    zero = losses.pop(ZERO)[0]
+    over = {"over_zero": zero.mean(0), "over_proxy": losses[PROXY].mean((0, 1))}
+    if WIENER in losses:
+        over["over_wiener"] = losses[WIENER].mean((0, 1))
     rng = np.random.default_rng(0)
     # The bootstrap: images by multinomial weights, the same for all families, then seeds.
     weights = rng.multinomial(len(zero), np.full(len(zero), 1 / len(zero)), size=replicates) / len(zero)
@@ -312,8 +289,7 @@ def proxy_loss_rows(measured: Measured, replicates: int) -> list[Loss]:
             if not inside.any():
                 continue
             ends = np.percentile(drawn[:, inside].mean(1), [2.5, 97.5]) if replicates else (np.nan, np.nan)
-            over_zero, over_own = (float((mean / loss)[inside].mean()) for loss in (zero.mean(0), own))
-            over_wiener = None if wiener is None else float((mean / wiener.mean((0, 1)))[inside].mean())
-            low, high = (float(end) for end in ends)
-            rows.append(Loss(name, title, over_zero, low, high, over_wiener, over_own, len(values)))
+            row = {"family": name, "log_sigma": title, "seeds": len(values)}
+            row |= {column: float((mean / loss)[inside].mean()) for column, loss in over.items()}
+            rows.append(row | {"over_zero_low": float(ends[0]), "over_zero_high": float(ends[1])})
     return rows

@@ -11,8 +11,8 @@ import pytest
 
 from dpsyngen.config import load_config
 from dpsyngen.thresholds.denoisers import PROXY, WIENER
-from dpsyngen.thresholds.files import StagesResult, stage_lines, stage_price, stages_yaml, teacher_line
-from dpsyngen.thresholds.gap import Elbow, log_sigma_grid
+from dpsyngen.thresholds.files import StagesResult, stage_lines, stages_yaml, teacher_line
+from dpsyngen.thresholds.gap import Elbow, log_sigma_grid, price
 from dpsyngen.thresholds.search import Measured, StandInElbows
 
 U = np.array(log_sigma_grid(0.02))
@@ -25,13 +25,12 @@ def elbow(side: Any, tau: float | None, found: float = 1.0) -> Elbow:
 
 def test_price_of_a_stage_is_the_integral_over_its_levels() -> None:
     """G = d·σ² costs d nats for each unit of log σ; a threshold between two levels counts for its part."""
-    measured = Measured(U, pixels=10)
-    gap = np.exp(2 * U)
-    assert stage_price(measured, gap, elbow("coarse", 1.33)) == pytest.approx(10 * (U[-1] - 1.33), rel=1e-6)
-    assert stage_price(measured, gap, elbow("cleaning", -2.17)) == pytest.approx(10 * (-2.17 - U[0]), rel=1e-6)
+    gap = 10 * np.exp(2 * U)
+    assert price(U, gap, low=1.33) == pytest.approx(10 * (U[-1] - 1.33), rel=1e-6)
+    assert price(U, gap, high=-2.17) == pytest.approx(10 * (-2.17 - U[0]), rel=1e-6)
     # A constant gap: (e^(-2τ) - e^(-2u))/2.
     exact = 10 * 0.3 * (math.exp(-2) - math.exp(-2 * U[-1])) / 2
-    assert stage_price(measured, 0.3 + 0 * U, elbow("coarse", 1.0)) == pytest.approx(exact, rel=1e-3)
+    assert price(U, 3 + 0 * U, low=1.0) == pytest.approx(exact, rel=1e-3)
 
 
 def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
@@ -57,7 +56,8 @@ def result(
         ("coarse", "tolerance"): elbow("coarse", coarse),
     }
     decided = StandInElbows(by, "dead-leaves", nothing, elbows)
-    return StagesResult({}, [], Measured(U, 4), [decided], decided, "tolerance", [], None, moments)
+    settings = {"method": "tolerance", "moments": moments}
+    return StagesResult(settings, [], Measured(U, 4), [decided], decided, [])
 
 
 def test_stages_in_words() -> None:

@@ -42,6 +42,10 @@ def search(tmp_path, families, proxy=None, seeds: int = 2, count: int = 6) -> St
     return StageSearch(families, proxy, networks, seeds=seeds, images=count, log_sigma=LEVELS)
 
 
+def of(measured: Measured, stand_in: str) -> list[GapCurve]:
+    return [c for c in measured.curves if c.stand_in == stand_in]
+
+
 class Constant:
     """A denoiser that answers one grey level: gaps and losses are known."""
 
@@ -59,16 +63,16 @@ def test_every_program_serves_every_other_and_the_proxy(tmp_path) -> None:
     trained = {(label, seed): Constant(v + 0.01 * seed) for label, v in levels.items() for seed in range(3)}
     told = []
     m = s.measure(trained, lambda title, done, total, unit: told.append((title, done, total, unit)))
-    kinds = {(c.images, c.teacher, c.student) for c in m.curves["programs"]}
-    assert kinds == {(t, t, s_) for t in "abc" for s_ in "abc" if t != s_}
-    assert {(c.images, c.student) for c in m.curves["proxy"]} == {("proxy", "a"), ("proxy", "b"), ("proxy", "c")}
-    assert {(c.images, c.teacher, c.student) for c in m.curves["wiener"]} == {("proxy", "wiener", s_) for s_ in "abc"}
-    assert {c.student: len(c.gap) for c in m.curves["floor"]} == {"a": 3, "b": 3, "c": 3, "proxy": 3}
-    for curve in m.curves["programs"] + m.curves["proxy"]:
+    kinds = {(c.teacher, c.student) for c in of(m, "programs")}
+    assert kinds == {(t, s_) for t in "abc" for s_ in "abc" if t != s_}
+    assert {(c.teacher, c.student) for c in of(m, "proxy")} == {("proxy", "a"), ("proxy", "b"), ("proxy", "c")}
+    assert {(c.teacher, c.student) for c in of(m, "wiener")} == {("wiener", s_) for s_ in "abc"}
+    assert {c.student: len(c.gap) for c in of(m, "floor")} == {"a": 3, "b": 3, "c": 3, "proxy": 3}
+    for curve in of(m, "programs") + of(m, "proxy"):
         gap = (levels[curve.teacher] - levels[curve.student]) ** 2
         np.testing.assert_allclose(curve.gap, gap, rtol=1e-4)
         assert curve.gap.shape == (3, 6, len(LEVELS))
-    for curve in m.curves["floor"]:
+    for curve in of(m, "floor"):
         wanted = np.array([0.01, 0.01, 0.02])[:, None, None] ** 2
         np.testing.assert_allclose(curve.gap, wanted + 0 * curve.gap, rtol=1e-3)
     # Losses are of the images that are set aside, and only those.
@@ -86,8 +90,8 @@ def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) ->
     assert list(trained) == [("a", 0), ("b", 0)]
     assert told[-1] == ("training on b, seed 0", 2, 2, "steps")
     m = s.measure(trained, lambda title, done, total, unit: None)
-    assert len(m.curves["programs"]) == 2
-    assert not m.curves["floor"]
+    assert len(of(m, "programs")) == 2
+    assert not of(m, "floor")
     assert not m.proxy_losses
     assert not proxy_loss_rows(m, 10)
     assert s.teacher.label == "b"
@@ -118,9 +122,9 @@ def test_proxy_is_split_into_images_to_train_and_to_measure_on() -> None:
 # ---------------------------------------------------------------------------------------------- results
 
 
-def curve(teacher: str, student: str, relative: np.ndarray, seeds: int = 2) -> GapCurve:
+def curve(by: str, teacher: str, student: str, relative: np.ndarray, seeds: int = 2) -> GapCurve:
     loss = np.ones((seeds, 10, len(LEVELS)))
-    return GapCurve(teacher, teacher, student, np.array(LEVELS), relative * loss, loss, (1 + relative) * loss)
+    return GapCurve(by, teacher, student, relative * loss, loss, (1 + relative) * loss)
 
 
 def bump(low: float, high: float) -> np.ndarray:
@@ -131,11 +135,11 @@ def bump(low: float, high: float) -> np.ndarray:
 
 def test_the_most_direct_stand_in_decides() -> None:
     m = Measured(np.array(LEVELS), 64)
-    m.curves["programs"] = [curve("b", "a", bump(-4, 3)), curve("a", "b", bump(-5, 3))]
+    m.curves += [curve("programs", "b", "a", bump(-4, 3)), curve("programs", "a", "b", bump(-5, 3))]
     found = stand_in_elbows(m, 0.05, 50)
     assert [(f.by, f.student) for f in found] == [("programs", "a"), ("programs", "b")]
     assert deciding(found, "a").elbows["cleaning", "tolerance"].log_sigma == pytest.approx(-4, abs=0.1)
-    m.curves["proxy"] = [curve("proxy", "a", bump(-2, 1)), curve("proxy", "b", bump(-1, 1))]
+    m.curves += [curve("proxy", "proxy", "a", bump(-2, 1)), curve("proxy", "proxy", "b", bump(-1, 1))]
     found = stand_in_elbows(m, 0.05, 50)
     assert deciding(found, "a").by == "proxy"
     assert deciding(found, "a").elbows["cleaning", "loss"].log_sigma == pytest.approx(-2, abs=0.3)
@@ -149,7 +153,7 @@ def test_the_most_direct_stand_in_decides() -> None:
     assert 0 < elbow.high - elbow.low < 0.05
     assert deciding(found, "b").by == "proxy"
     assert deciding(found, "a", moments=True) is decided  # there is no Wiener filter
-    m.curves["wiener"] = [curve("wiener", "a", bump(-5, 5))]
+    m.curves.append(curve("wiener", "wiener", "a", bump(-5, 5)))
     found = stand_in_elbows(m, 0.05, 50, ("a", private))
     assert deciding(found, "a", moments=True).by == "wiener"
     assert deciding(found, "a").by == "private"
@@ -157,15 +161,15 @@ def test_the_most_direct_stand_in_decides() -> None:
 
 def test_average_is_over_all_that_stand_in() -> None:
     m = Measured(np.array(LEVELS), 64)
-    m.curves["programs"] = [curve("b", "a", bump(-4, 3)), curve("c", "a", 3 * bump(-4, 3))]
+    m.curves += [curve("programs", "b", "a", bump(-4, 3)), curve("programs", "c", "a", 3 * bump(-4, 3))]
     (found,) = stand_in_elbows(m, 0.05, 200)
-    np.testing.assert_allclose(found.mean.relative, 2 * bump(-4, 3))
-    low, high = found.mean.band()
-    assert (low < found.mean.relative).all()
-    assert (high > found.mean.relative).all()
-    assert found.mean.band(excess=True)[0] == pytest.approx(low)
+    np.testing.assert_allclose(found.mean.relative.curve, 2 * bump(-4, 3))
+    low, high = found.mean.relative.band()
+    assert (low < found.mean.relative.curve).all()
+    assert (high > found.mean.relative.curve).all()
+    assert found.mean.excess.band()[0] == pytest.approx(low)
     (alone,) = stand_in_elbows(m, 0.05, 0)
-    np.testing.assert_array_equal(alone.mean.band()[0], alone.mean.relative)
+    np.testing.assert_array_equal(alone.mean.relative.band()[0], alone.mean.relative.curve)
 
 
 def test_losses_by_piece_of_the_axis() -> None:
@@ -174,15 +178,15 @@ def test_losses_by_piece_of_the_axis() -> None:
     m.proxy_losses = {name: np.full((seeds, 10, len(LEVELS)), v) for name, (seeds, v) in means.items()}
     m.proxy_losses["a"][1] += 0.2
     rows = proxy_loss_rows(m, 100)
-    assert {r.family for r in rows} == {"a", "proxy", "wiener"}
-    assert {r.log_sigma for r in rows} == {b[0] for b in BINS}
-    for r in (r for r in rows if r.family == "a"):
-        assert r.over_zero == pytest.approx(0.8)
-        assert r.over_wiener == pytest.approx(1.6)
-        assert r.over_proxy == pytest.approx(3.2)
-        assert (r.over_zero_low, r.over_zero_high) == pytest.approx((0.75, 0.85))  # the two networks
-        assert r.seeds == 2
-    assert next(r.over_zero for r in rows if r.family == "wiener") == 0.5
+    assert {r["family"] for r in rows} == {"a", "proxy", "wiener"}
+    assert {r["log_sigma"] for r in rows} == {b[0] for b in BINS}
+    for r in (r for r in rows if r["family"] == "a"):
+        assert r["over_zero"] == pytest.approx(0.8)
+        assert r["over_wiener"] == pytest.approx(1.6)
+        assert r["over_proxy"] == pytest.approx(3.2)
+        assert (r["over_zero_low"], r["over_zero_high"]) == pytest.approx((0.75, 0.85))  # the two networks
+        assert r["seeds"] == 2
+    assert next(r["over_zero"] for r in rows if r["family"] == "wiener") == 0.5
 
 
 def test_optimal_denoisers_of_gaussians_come_out_as_their_closed_form(tmp_path) -> None:
@@ -198,7 +202,7 @@ def test_optimal_denoisers_of_gaussians_come_out_as_their_closed_form(tmp_path) 
     own = ExactMixture.gaussian(np.full(64, x.mean()).tolist(), (np.eye(64) * x.var()).tolist())
     other = ExactMixture.gaussian(np.full(64, 0.1).tolist(), (np.eye(64) * 0.02).tolist())
     m = s.measure({("a", 0): other, ("proxy", 0): own}, lambda title, done, total, unit: None)
-    relative = m.curves["proxy"][0].relative()[0]
+    relative = of(m, "proxy")[0].relative()[0]
     for k, u in enumerate(LEVELS):
         exact = gaussian_gap(own, other, math.exp(u)) / gaussian_loss(own, math.exp(u))
         assert relative[k] == pytest.approx(exact, rel=0.05)

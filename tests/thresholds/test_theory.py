@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from dpsyngen.thresholds.gap import data_radius, kl_bound, price
+from dpsyngen.thresholds.gap import price
 from tests.thresholds.toys import ExactMixture, gap_in_one_dimension, gaussian_gap, gaussian_loss, kl_of_gaussians
 
 # ------------------------------------------------- bounds of docs/stages.md that the package itself does not need
+
+
+def kl_bound(w2: float, sigma: float) -> float:
+    """KL(p_σ ‖ q_σ) <= W₂(p, q)²/(2σ²), in nats: the joint convexity of KL along the optimal coupling."""
+    return w2**2 / (2 * sigma**2)
 
 
 def tau_for_kl(w2: float, nats: float) -> float:
@@ -157,7 +162,6 @@ def test_kl_bound_holds_and_is_met_by_shifted_gaussians() -> None:
 
 def test_data_range() -> None:
     """[-1, 1]^784 has diameter 2√784 = 56; beyond log σ = 2 the worst case is 28.7 nats, at σ = 80 a quarter."""
-    assert data_radius(784) == 28
     assert kl_bound(56, math.exp(2)) == pytest.approx(28.72, abs=0.01)
     assert kl_bound(56, 80) == pytest.approx(0.245)
     assert coarse_gap_bound(1e-3, 28.0) == 56.0**2
@@ -212,7 +216,7 @@ def test_price_is_the_kl_divergence() -> None:
     u = np.linspace(-9, 9, 4001)
     whole = price(u, np.array([gaussian_gap(a, b, math.exp(v)) for v in u]))
     assert whole == pytest.approx(kl_of_gaussians(a, b), rel=1e-3)
-    assert price([0.0], np.array([1.0])) == 0
+    assert price(u, np.exp(2 * u), 1.0, 1.0) == 0
 
 
 def test_orthogonality_what_the_student_loses_is_the_gap() -> None:
