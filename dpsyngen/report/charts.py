@@ -36,7 +36,6 @@ WHO = {
     "public": "programs, no privacy cost",
     "moments": "DP moments, in closed form",
 }
-_SHORT = {"private": "private, DP-SGD", "public": "programs", "moments": "DP moments"}
 _MOST_POINTS = 240
 
 
@@ -154,10 +153,10 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text)
 
 
-def stage_charts(
+def stage_chart(
     stages: Sequence[Mapping[str, Any]], mean: float, std: float, sigma_min: float, sigma_max: float
-) -> list[Markup]:
-    """The log σ axis: who trained which stage, and how training noise levels are spread, for a wide page and a phone.
+) -> Markup:
+    """The log σ axis: who trained which stage, and how training noise levels are spread.
 
     Args:
         stages: of the certificate, from the clean end: name, log_sigma_low, log_sigma_high, trained_by.
@@ -165,36 +164,30 @@ def stage_charts(
         sigma_min, sigma_max: of the sampler.
     """
     low, high = math.log(sigma_min) - 0.6, math.log(sigma_max) + 0.6
-    words = "; ".join(
-        f"stage {s['name']}, {_where(s)}: {'' if s['trained_by'] == 'moments' else 'trained on '}{WHO[s['trained_by']]}"
-        for s in stages
-    )
     ticks = [sigma_min]
     ticks += [t for t in (0.01, 0.1, 1.0, 10.0, 100.0) if 6 * sigma_min < t < sigma_max / 6] + [sigma_max]
-    out = []
-    for css_class, width, who in (("wide", 10.5, WHO), ("narrow", 4.6, _SHORT)):
-        with new_axes(width, 2.0, 11) as (figure, axes):
-            for stage in stages:
-                a, b = (
-                    end if stage[name] is None else min(max(stage[name], low), high)
-                    for name, end in (("log_sigma_low", low), ("log_sigma_high", high))
-                )
-                _, fill, soft = _TONES[stage["trained_by"]]
-                u = np.linspace(a, b, 160)
-                axes.axvspan(a, b, color=soft, lw=0)
-                label = f"{stage['name']} ({_where(stage)}): {who[stage['trained_by']]}"
-                axes.fill_between(u, np.exp(-(((u - mean) / std) ** 2) / 2), color=fill, alpha=0.6, lw=0, label=label)
-                if stage["log_sigma_low"] is not None:
-                    axes.axvline(a, color=EDGE, lw=1, ls=(0, (4, 3)))
-            axes.set(xlim=(low, high), ylim=(0, 1.1), yticks=[])
-            axes.set_xticks([math.log(t) for t in ticks], [f"{t:g}" for t in ticks])
-            axes.spines["left"].set_visible(False)
-            axes.set_xlabel("← clean image  ·  noise level σ  ·  pure noise →")
-            axes.legend(
-                frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handlelength=1.2, labelspacing=0.3
+    said = []
+    with new_axes(6.2, 2.0, 10) as (figure, axes):
+        for stage in stages:
+            a, b = (
+                end if stage[name] is None else min(max(stage[name], low), high)
+                for name, end in (("log_sigma_low", low), ("log_sigma_high", high))
             )
-            out.append(inline(figure, f"stages-{css_class}", f"Stages of the noise levels. {words}.", css_class))
-    return out
+            _, fill, soft = _TONES[stage["trained_by"]]
+            u, who = np.linspace(a, b, 160), WHO[stage["trained_by"]]
+            axes.axvspan(a, b, color=soft, lw=0)
+            label = f"{stage['name']} ({_where(stage)}): {who}"
+            axes.fill_between(u, np.exp(-(((u - mean) / std) ** 2) / 2), color=fill, alpha=0.6, lw=0, label=label)
+            if stage["log_sigma_low"] is not None:
+                axes.axvline(a, color=EDGE, lw=1, ls=(0, (4, 3)))
+            trained = "" if stage["trained_by"] == "moments" else "trained on "
+            said.append(f"stage {stage['name']}, {_where(stage)}: {trained}{who}")
+        axes.set(xlim=(low, high), ylim=(0, 1.1), yticks=[])
+        axes.set_xticks([math.log(t) for t in ticks], [f"{t:g}" for t in ticks])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("← clean image  ·  noise level σ  ·  pure noise →")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handlelength=1.2, labelspacing=0.3)
+        return inline(figure, "stages", f"Stages of the noise levels. {'; '.join(said)}.", "stages")
 
 
 def _where(stage: Mapping[str, Any]) -> str:

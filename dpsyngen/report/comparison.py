@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.evaluation.pairs import png_url
@@ -45,11 +43,12 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
         on_progress("drawing plots")
     plots = write_plots(view, exp / "plots")
     tables = {table.key: table for table in all_tables(view)}
-    about = _about(exp)
+    experiment = results.experiment
+    about = {} if experiment is None else experiment.about
     values = {
-        "name": exp.resolve().name if results.experiment is None else results.experiment.spec.name,
-        "description": "" if results.experiment is None else results.experiment.spec.description,
-        "facts": list(_facts(view, about)),
+        "name": exp.resolve().name if experiment is None else experiment.spec.name,
+        "description": "" if experiment is None else experiment.spec.description,
+        "facts": list(_facts(view, about.get("seconds"))),
         "answers": [
             {"epsilon": epsilon_name(a.epsilon), "headline": a.headline, "lines": a.lines} for a in answers(view)
         ],
@@ -57,7 +56,7 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
         "baseline": VARIANT_NAMES.get(view.baseline, view.baseline),
         "predictable": any(not j.private and not math.isinf(j.epsilon) for j in results.runs),
         "unequal": view.unequal(),
-        "failed": list(_failed(view, about)),
+        "failed": list(_failed(results)),
         "tables": tables,
         "features": [t for key, t in tables.items() if key.endswith(("-lower", "-higher"))],
         "plots": {kind: [p for p in plots if p.kind == kind] for kind in KINDS},
@@ -65,7 +64,7 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
         "noise_seed": NOISE_SEED,
         "protocol": list(_protocol(view)),
         "kinds": {job.kind for job in results.jobs},
-        "privacy": about.get("privacy") if isinstance(about.get("privacy"), dict) else None,
+        "privacy": about.get("privacy"),
         "costs": _costs(results, exp),
     }
     path = exp / "report.html"
@@ -73,16 +72,7 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
     return path
 
 
-def _about(exp: Path) -> dict[str, Any]:
-    """The content of ``experiment.json``; {} if it cannot be read."""
-    try:
-        about = json.loads((exp / "experiment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return about if isinstance(about, dict) else {}
-
-
-def _facts(view: View, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(view: View, seconds: float | None) -> Iterator[tuple[str, str]]:
     runs = view.results.runs
     planned = view.results.experiment
     count = len([job for job in planned.jobs if job.kind == "run"]) if planned is not None else len(runs)
@@ -93,32 +83,21 @@ def _facts(view: View, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if deltas:
         yield "δ", ", ".join(f"{d:.3g}" for d in deltas)
     yield "variants", ", ".join(dict.fromkeys(row.variant_name for row in view.rows))
-    if isinstance(about.get("seconds"), int | float):
-        yield "computing time", f"{about['seconds'] / 3600:,.1f} {view.results.core}hours"
+    if seconds is not None:
+        yield "computing time", f"{seconds / 3600:,.1f} {view.results.core}hours"
 
 
-def _failed(view: View, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _failed(results: Results) -> Iterator[tuple[str, str]]:
     """(job, why) of every job without figures."""
-    experiment = view.results.experiment
-    have = {job.job for job in view.results.jobs}
-    kept = about.get("failed")
-    failed: dict[str, Any] = kept if isinstance(kept, dict) else {}
-    skipped = dict(view.results.skipped)
-    if experiment is not None:
-        for job, status in experiment.statuses().items():
-            if job in have:
-                continue
-            if f"{job}.json" in skipped:
-                yield job, f"left out: {skipped.pop(f'{job}.json')}"
-            elif status.state == "failed":
-                yield job, f"failed: {status.error or failed.get(job, '')}"
-            else:
-                yield job, {"waiting": "not begun", "running": "running"}.get(status.state, "interrupted")
-    else:
-        yield from ((str(job), f"failed: {error}") for job, error in failed.items() if job not in have)
-        missing = about.get("missing")
-        yield from ((str(job), "not finished") for job in (missing if isinstance(missing, list) else ()))
-    yield from ((name, f"left out: {why}") for name, why in skipped.items())
+    skipped = dict(results.skipped)
+    have = {job.job for job in results.jobs}
+    if results.experiment is None:
+        yield "spec.yaml", "cannot be read: other jobs may be missing, too"
+    for job, status in {} if results.experiment is None else results.experiment.statuses().items():
+        if job not in have and f"{job}.json" not in skipped:
+            said = {"failed": f"failed: {status.error}", "waiting": "not begun", "running": "running"}
+            yield job, said.get(status.state, "interrupted")
+    yield from ((name.removesuffix(".json"), f"left out: {why}") for name, why in skipped.items())
 
 
 def _protocol(view: View) -> Iterator[tuple[str, str]]:
@@ -194,31 +173,21 @@ def _cost(job: JobResult, exp: Path) -> list[str]:
 # ------------------------------------------------------------------------------- images from the same noise
 
 
-@dataclass(frozen=True)
-class GridRow:
+class GridRow(NamedTuple):
     """Images of one variant: for each class a picture, and what it shows."""
 
     name: str
     pictures: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The images at one ε.
+class Grid(NamedTuple):
+    """The images at one ε."""
 
-    Attributes:
-        epsilon: in words.
-        classes: names of the columns; one empty name without classes.
-        rows: one a variant.
-        missing: (variant, why) of those that could not be drawn.
-        omitted_classes, omitted_rows: numbers of those that are left out for length.
-    """
-
-    epsilon: str
-    classes: tuple[str, ...]
-    rows: tuple[GridRow, ...]
-    missing: tuple[tuple[str, str], ...]
-    omitted_classes: int
+    epsilon: str  # in words
+    classes: tuple[str, ...]  # names of the columns; one empty name without classes
+    rows: tuple[GridRow, ...]  # one a variant
+    missing: tuple[tuple[str, str], ...]  # (variant, why) of those that could not be drawn
+    omitted_classes: int  # numbers of those that are left out for length
     omitted_rows: int
 
 

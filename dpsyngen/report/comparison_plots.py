@@ -7,14 +7,14 @@ has a marker and a dash of its own.  Text takes the colour of the page.
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -36,7 +36,12 @@ STYLES: dict[str, tuple[str, str, Any]] = {
 }
 """Colour, marker and dashes of each variant."""
 _OTHER = (("#8a6d3b", "P", "-"), ("#6f6fc4", "X", "--"))
-THRESHOLDS = {"stages.tau_cleaning": "τ_cleaning (log σ)", "stages.tau_coarse": "τ_coarse (log σ)"}
+SETTINGS = {
+    "tau_cleaning": ("τ_cleaning", "τ_cleaning (log σ)"),
+    "tau_coarse": ("τ_coarse", "τ_coarse (log σ)"),
+    "share": ("the share of programs", "noise levels trained on programs alone, %"),
+}
+"""What results are drawn against: in titles, and at the axis."""
 _REFERENCES = {
     "real": ("trained on real images", (0, (1, 1.5))),
     "test": ("real test images", (0, (1, 1.5))),
@@ -50,45 +55,28 @@ _MARKS = "Small marks: single runs.  Line and bar: mean ± standard deviation ov
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture.
+    """One picture."""
 
-    Attributes:
-        name: of its files.
-        title: above it.
-        alt: what it shows, in words and numbers.
-        note: how to read it.
-        svg: to put into a page; its text has the colour of the page's text.
-        png: on white.
-        kind: the section of the report that it belongs to.
-    """
-
-    name: str
-    title: str
-    alt: str
-    note: str
-    svg: Markup
-    png: bytes
+    name: str  # of its files
+    title: str  # above it
+    alt: str  # what it shows, in words and numbers
+    note: str  # how to read it
+    svg: Markup  # to put into a page; its text has the colour of the page's text
+    png: bytes  # on white
 
     @property
     def kind(self) -> str:
+        """The section of the report that it belongs to."""
         return next(kind for kind in KINDS if self.name.startswith(kind))
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a plot.
+class Line(NamedTuple):
+    """One line of a plot."""
 
-    Attributes:
-        variant: decides its look.
-        name: in the legend.
-        points: (x, name in words, values over seeds) of each.
-        dash: in place of the variant's; "" joins nothing.
-    """
-
-    variant: str
-    name: str
-    points: Sequence[tuple[float, str, Sequence[float]]]
-    dash: Any = None
+    variant: str  # decides its look
+    name: str  # in the legend
+    points: Sequence[tuple[float, str, Sequence[float]]]  # of each x, its name in words, and values over seeds
+    dash: Any = None  # in place of the variant's; "" joins nothing
 
 
 def write_plots(view: View, folder: Path) -> list[Plot]:
@@ -120,8 +108,7 @@ def comparison_plots(view: View) -> Iterator[Plot]:
     for measure in [*accuracies, *distances]:
         yield _at_one_epsilon(view, measure) if len(view.epsilons) == 1 else _against_epsilon(view, measure)
     main = list(dict.fromkeys(m for m in (view.primary, *distances[:1]) if m is not None))
-    found = [_against_threshold(view, m, axis, e) for axis in THRESHOLDS for m in main for e in view.epsilons]
-    found += [_against_share(view, m, e) for m in main for e in view.epsilons]
+    found = [_against_setting(view, m, what, e) for what in SETTINGS for m in main for e in view.epsilons]
     if view.primary is not None:
         found += [_against_compute(view, view.primary, what) for what in ("seconds", "images")]
         found.append(_by_class(view, view.primary))
@@ -139,12 +126,11 @@ def _against_epsilon(view: View, measure: Measure) -> Plot:
         points = [(i, f"{row.name} at {name}", v) for i, name, v in values if v]
         if points:
             lines.append(Line(row.variant, row.name, points))
-    title, apart = f"{_capital(measure.name)} against ε", 0.5 / max(5, len(lines))
-    with _line_plot(measure, lines, "ε (not to scale)", apart, beside=0.035) as (figure, axes, said):
+    with _line_plot(measure, lines, "ε (not to scale)", 0.5 / max(5, len(lines)), beside=0.035) as (figure, axes, said):
         said += _reference_lines(axes, view, measure)
         axes.set_xticks(range(len(view.epsilons)), [_bare(e) for e in view.epsilons])
         axes.set_xlim(-0.5, len(view.epsilons) - 0.5)
-        return _finished(figure, _name("epsilon", measure), title, said, f"{_MARKS}  {_direction(measure)}")
+        return _finished(figure, "epsilon", measure, "against ε", said, _MARKS)
 
 
 def _at_one_epsilon(view: View, measure: Measure) -> Plot:
@@ -164,78 +150,49 @@ def _at_one_epsilon(view: View, measure: Measure) -> Plot:
         said += _reference_lines(axes, view, measure)
         axes.set_yticks(range(len(rows)), [r.name.replace(" (", "\n(") for r in rows])
         axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=_axis_name(measure))
-        title = f"{_capital(measure.name)}, {epsilon_name(epsilon)}"
-        note = f"{_MARKS.replace('Line', 'Mark')}  {_direction(measure)}"
-        return _finished(figure, _name("epsilon", measure), title, said, note)
+        note = _MARKS.replace("Line", "Mark")
+        return _finished(figure, "epsilon", measure, f"at {epsilon_name(epsilon)}", said, note)
 
 
-def _against_threshold(view: View, measure: Measure, axis: str, epsilon: float) -> Plot | None:
-    """A line for each variant and each combination of the other settings; None where the threshold does not vary."""
-    found: dict[tuple[str, str], list[tuple[float, Row]]] = {}
+def _against_setting(view: View, measure: Measure, what: str, epsilon: float) -> Plot | None:
+    """A line for each variant and each combination of the other settings; None where nothing varies along them."""
+    share = what == "share"  # which follows from both thresholds
+    own = {"stages.tau_cleaning", "stages.tau_coarse"} if share else {f"stages.{what}"}
+    found: dict[tuple[str, tuple[str, ...]], list[tuple[float, str, list[float]]]] = {}
     for row in view.rows:
-        settings = dict(row.settings)
-        value = settings.pop(axis, None)
-        if isinstance(value, int | float) and view.values(measure, epsilon, row):
-            others = ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in sorted(settings.items()))
-            found.setdefault((row.variant, others), []).append((float(value), row))
-    if not any(len({x for x, _ in line}) > 1 for line in found.values()):
+        x = view.programs_share(row) if share else dict(row.settings).get(f"stages.{what}")
+        if isinstance(x, int | float) and (values := view.values(measure, epsilon, row)):
+            others = tuple(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in row.settings if k not in own)
+            place = (round(100 * x), f"{row.name} at {100 * x:.0f} %") if share else (x, f"{row.name} at {x:g}")
+            found.setdefault((row.variant, others), []).append((*place, values))
+    if not any(len({x for x, *_ in points}) > 1 for points in found.values()):
         return None
-    lines = []
-    for (variant, others), at in found.items():
-        name = at[0][1].variant_name + (f", {others}" if others else "")
-        same = [k for k in found if k[0] == variant]
-        # Lines of one variant are told apart by the dash.
-        dash = ("-", "--", ":", "-.")[same.index((variant, others)) % 4] if len(same) > 1 else None
-        points = [(x, f"{name} at {x:g}", view.values(measure, epsilon, r)) for x, r in sorted(at, key=lambda p: p[0])]
-        lines.append(Line(variant, name, points, dash))
-    thresholds = sorted({x for line in lines for x, _, _ in line.points})
-    step = min(b - a for a, b in itertools.pairwise(thresholds))
-    with _line_plot(measure, lines, THRESHOLDS[axis], 0.06 * step, beside=0.025 * step) as (figure, axes, said):
-        base = [r for r in view.rows if r.variant == view.baseline and not r.settings]
-        if base and (values := view.values(measure, epsilon, base[0])):
-            colour, name = style(view.baseline, 0)[0], base[0].name
-            axes.axhline(summarise(values).mean, color=colour, lw=1.2, ls=(0, (1, 1.5)), label=f"{name} (mean)")
-            said.append(f"{name}: {_in_words(values)}")
-        axes.set_xticks(thresholds, [f"{x:g}" for x in thresholds])
-        title = f"{_capital(measure.name)} against {THRESHOLDS[axis].split(' ')[0]}, {epsilon_name(epsilon)}"
-        name = f"{_name('threshold-' + axis.rsplit('.', 1)[-1], measure)}-eps{epsilon:g}"
-        return _finished(figure, name, title, said, f"{_MARKS}  {_direction(measure)}")
-
-
-def _against_share(view: View, measure: Measure, epsilon: float) -> Plot | None:
-    """A line for each variant whose thresholds vary, over the share of the noise levels that programs train alone.
-
-    It holds both thresholds at once, where :func:`_against_threshold` shows one.
-    """
-    if not set(THRESHOLDS) & set(view.results.axes):
-        return None
-    found: dict[str, list[tuple[float, Row]]] = {}
-    for row in view.rows:
-        share = view.programs_share(row)
-        if share is not None and view.values(measure, epsilon, row):
-            found.setdefault(row.variant, []).append((100 * share, row))
-    if not any(len({x for x, _ in line}) > 1 for line in found.values()):
-        return None
-    lines = []
-    for variant, at in found.items():
-        points = [
-            (x, f"{r.name} at {x:.0f} %", view.values(measure, epsilon, r)) for x, r in sorted(at, key=lambda p: p[0])
-        ]
-        # Settings of one share are points of their own, not a line.
-        lines.append(Line(variant, at[0][1].variant_name, points, None if len({x for x, _ in at}) == len(at) else ""))
-    x_label = "noise levels trained on programs alone, %"
-    with _line_plot(measure, lines, x_label, 0, beside=1.2) as (figure, _, said):
-        title = f"{_capital(measure.name)} against the share of programs, {epsilon_name(epsilon)}"
-        name = f"{_name('threshold-share', measure)}-eps{epsilon:g}"
-        return _finished(figure, name, title, said, f"{_MARKS}  {_direction(measure)}")
+    lines, alike = [], Counter(variant for variant, _ in found)
+    for variant, others in found:
+        points = sorted(found[variant, others])
+        # Lines of one variant are told apart by the dash.  Settings of one share are points of their own, not a line.
+        dash = None if alike[variant] == 1 else ("-", "--", ":", "-.")[len(lines) % 4]
+        dash = dash if len({x for x, *_ in points}) == len(points) else ""
+        lines.append(Line(variant, ", ".join((Row(variant, "").variant_name, *others)), points, dash))
+    span = float(np.ptp([x for line in lines for x, *_ in line.points]))
+    # Variants have the same thresholds, where their bars would cover each other, but shares of their own.
+    apart = 0.0 if share else 0.03 * span
+    title, x_label = SETTINGS[what]
+    with _line_plot(measure, lines, x_label, apart, beside=0.012 * span) as (figure, axes, said):
+        base = next((r for r in view.rows if r.variant == view.baseline and not r.settings), None)
+        if not share and base is not None and (values := view.values(measure, epsilon, base)):
+            look = {"color": style(base.variant, 0)[0], "lw": 1.2, "ls": (0, (1, 1.5))}
+            axes.axhline(summarise(values).mean, label=f"{base.name} (mean)", **look)
+            said.append(f"{base.name}: {_in_words(values)}")
+        title = f"against {title}, {epsilon_name(epsilon)}"
+        return _finished(figure, f"threshold-{what}", measure, title, said, _MARKS, f"-eps{epsilon:g}")
 
 
 def _against_compute(view: View, measure: Measure, what: str) -> Plot | None:
-    """A point for each run over its training time, or over the private images that it used; None without such figures.
-
-    The marker stands for the variant, the size for ε.
+    """A point for each run over its training time ("seconds"), or over the private images that it used ("images"); None
+    without such figures.  The marker stands for the variant, the size for ε.
     """
-    points: list[tuple[float, float, str, float]] = []
+    points: dict[str, list[tuple[float, float, float]]] = {}  # of each variant
     for job in view.results.runs:
         cost = None if job.seconds_training is None else job.seconds_training / 60
         if what == "images":
@@ -244,37 +201,35 @@ def _against_compute(view: View, measure: Measure, what: str) -> Plot | None:
         wanted = (measure.metric, measure.on, "")
         value = next((f.value for f in job.figures() if (f.metric, f.on, f.of_class) == wanted), None)
         if cost and value is not None:
-            points.append((cost, measure.scale * value, job.variant, job.epsilon))
-    costs = [p[0] for p in points]
+            points.setdefault(job.variant, []).append((cost, measure.scale * value, job.epsilon))
+    costs = [cost for of_variant in points.values() for cost, *_ in of_variant]
     # Where all runs cost the same by design, the picture would show nothing.
-    if len(points) < 2 or (what == "images" and max(costs) < 1.2 * min(costs)):
+    if len(costs) < 2 or (what == "images" and max(costs) < 1.2 * min(costs)):
         return None
-    said = []
+    said, note = [], "One mark a run."
     sizes = {e: 22 + 26 * i for i, e in enumerate(view.epsilons)}
+    if len(sizes) > 1:
+        note += f"  Larger marks: larger ε ({', '.join(map(_bare, sizes))})."
+    if what == "seconds":
+        note += "  Times depend on the machine and on what else it did."
     with new_axes(*_SIZE) as (figure, axes):
-        for number, variant in enumerate(dict.fromkeys(p[2] for p in points)):
+        for number, variant in enumerate(points):
             colour, marker, _ = style(variant, number)
-            x, y, _, epsilons = zip(*(p for p in points if p[2] == variant), strict=True)
-            look = {"color": colour, "marker": marker, "alpha": 0.75, "lw": 0}
+            x, y, epsilons = zip(*points[variant], strict=True)
             name = Row(variant, "").variant_name
+            look = {"color": colour, "marker": marker, "alpha": 0.75, "lw": 0}
             axes.scatter(x, y, s=[sizes[e] for e in epsilons], label=name, **look)
             said.append(f"{name}: {np.mean(y):.4g} for {np.mean(x):.3g} on average")
         if max(costs) > 20 * min(costs):
             axes.set_xscale("log")
         elif what == "seconds":
             axes.set_xlim(0, 1.08 * max(costs))
-        time = f"training time, {view.results.core}minutes"
-        axes.set(
-            xlabel=time if what == "seconds" else "private images used × copies × parameters",
-            ylabel=_axis_name(measure),
-        )
-        listed = ", ".join(map(_bare, view.epsilons))
-        note = f"One mark a run.{'' if len(view.epsilons) == 1 else f'  Larger marks: larger ε ({listed}).'}"
-        note += f"  {_direction(measure)}"
-        if what == "seconds":
-            note += "  Times depend on the machine and on what else it did."
-        title = f"{_capital(measure.name)} against {'training time' if what == 'seconds' else 'private computation'}"
-        return _finished(figure, _name(f"compute-{what}", measure), title, said, note)
+        title, x_label = {
+            "seconds": ("training time", f"training time, {view.results.core}minutes"),
+            "images": ("private computation", "private images used × copies × parameters"),
+        }[what]
+        axes.set(xlabel=x_label, ylabel=_axis_name(measure))
+        return _finished(figure, f"compute-{what}", measure, f"against {title}", said, note)
 
 
 def _by_class(view: View, measure: Measure) -> Plot | None:
@@ -313,7 +268,7 @@ def _by_class(view: View, measure: Measure) -> Plot | None:
             for (e, r), g in zip(rows, grid, strict=True)
         ]
         note = "Percent of the real test images of each class, mean over seeds."
-        return _finished(figure, "classes", f"{_capital(measure.name)} by class", said, note, wide=True)
+        return _finished(figure, "classes", measure, "by class", said, note)
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -388,23 +343,23 @@ def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
     return said
 
 
-def _legend(axes: Any) -> None:
-    """Above the axes, in as many columns as fit."""
-    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
-    if longest:
+def _finished(
+    figure: Any, kind: str, measure: Measure, title: str, said: Sequence[str], note: str, suffix: str = ""
+) -> Plot:
+    """The plot as SVG for a page, and as PNG on white; `title` goes on behind the name of the measure."""
+    title, name = f"{measure.name} {title}", slug(f"{kind}-{measure.metric}-{measure.on}{suffix}")
+    title = title[:1].upper() + title[1:]
+    alt = f"{title}.  {'; '.join(said)}."
+    axes = figure.axes[0]
+    if longest := max(map(len, axes.get_legend_handles_labels()[1]), default=0):
+        # Above the axes, in as many columns as fit.
         columns = 3 if longest < 14 else 2 if longest < 36 else 1
         place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
         axes.legend(frameon=False, fontsize=8, ncols=columns, handlelength=3.4, columnspacing=1.2, **place)
-
-
-def _finished(figure: Any, name: str, title: str, said: Sequence[str], note: str, wide: bool = False) -> Plot:
-    """The plot as SVG for a page, and as PNG on white."""
-    alt, name = f"{title}.  {'; '.join(said)}.", slug(name)
-    _legend(figure.axes[0])
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=200, bbox_inches="tight", facecolor="white", metadata={"Software": None})
-    svg = inline(figure, name, alt, "plot wide-plot" if wide else "plot")
-    return Plot(name, title, alt, note, svg, png.getvalue())
+    svg = inline(figure, name, alt, "plot wide-plot" if kind == "classes" else "plot")
+    return Plot(name, title, alt, f"{note}  {measure.better.capitalize()} is better.", svg, png.getvalue())
 
 
 def _plain_rows(view: View) -> Sequence[Row]:
@@ -418,21 +373,9 @@ def _in_words(values: Sequence[float]) -> str:
     return f"{s.mean:.4g}" if s.sd is None else f"{s.mean:.4g} ± {s.sd:.2g}"
 
 
-def _name(kind: str, measure: Measure) -> str:
-    return f"{kind}-{measure.metric}-{measure.on}"
-
-
 def _axis_name(measure: Measure) -> str:
     return f"{measure.on_name} accuracy, %" if measure.metric == "accuracy" else measure.metric_name
 
 
-def _direction(measure: Measure) -> str:
-    return f"{measure.better.capitalize()} is better."
-
-
 def _bare(epsilon: float) -> str:
     return epsilon_name(epsilon).removeprefix("ε = ")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

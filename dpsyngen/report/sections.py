@@ -19,14 +19,14 @@ from dpsyngen.files import read_yaml_file
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.programs import image_grid, make_program
-from dpsyngen.report.charts import Points, line_chart, stage_charts
+from dpsyngen.report.charts import Points, line_chart, stage_chart
 from dpsyngen.report.tables import figure_table, memorisation_rows, metric_rows
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.run import Run
 
 SEED = 0
 """Public, and the same in every report: image i of two runs starts from the same noise, so their grids compare."""
-_PER_CLASS, _ON_A_PHONE = 12, 6  # images in a row
+_PER_CLASS = 12  # images in a row
 _MOST_CLASSES = 20
 _CURVES = (
     ("loss", "Loss", False),
@@ -65,8 +65,8 @@ def release_values(release: Path) -> dict[str, Any]:
         "omitted_classes": max(0, len(generator.class_names) - _MOST_CLASSES),
         "sampling": generator.settings(seed=SEED),
         "trajectory": trajectory_table(generator),
-        "programs": None if drawn is None else _grids(drawn, generator.resolution),
-        "stage_charts": stage_charts(
+        "programs": None if drawn is None else _grid(drawn),
+        "stage_chart": stage_chart(
             statement["stages"],
             network["noise_mean"],
             network["noise_std"],
@@ -95,20 +95,15 @@ def _class_rows(generator: ReleasedGenerator) -> list[dict[str, Any]]:
     shown = generator.class_names[:_MOST_CLASSES]
     if not shown:
         images = generator.sample(4 * _PER_CLASS, seed=SEED).images
-        return [{"name": "", **_grids(images, generator.resolution)}]
+        return [{"name": "", "picture": _grid(images)}]
     labels = generator.labels(_PER_CLASS * len(shown), list(range(len(shown))))
     assert labels is not None
     images = generator.sample(len(labels), labels=labels, seed=SEED).images
-    return [{"name": name, **_grids(images[labels == i], generator.resolution)} for i, name in enumerate(shown)]
+    return [{"name": name, "picture": _grid(images[labels == i])} for i, name in enumerate(shown)]
 
 
-def _grids(images: NDArray[np.uint8], resolution: int) -> dict[str, str]:
-    """The same images in long rows and, for a phone, in short ones."""
-    looks = (("wide", _PER_CLASS, 66), ("narrow", _ON_A_PHONE, 48))
-    return {
-        look: png_url(image_grid(images, columns, scale=max(1, round(side / resolution)), pad=3))
-        for look, columns, side in looks
-    }
+def _grid(images: NDArray[np.uint8]) -> str:
+    return png_url(image_grid(images, _PER_CLASS, scale=max(1, round(66 / images.shape[-1])), pad=3))
 
 
 def _drawn_by_program(config: dict[str, Any], generator: ReleasedGenerator) -> NDArray[np.uint8] | None:
@@ -261,31 +256,18 @@ def class_accuracy(metrics: Mapping[str, Any], class_names: Sequence[str]) -> di
 
     Returns:
         ``classifiers``: names; ``rows``: of each class its name and, for each classifier, the accuracy in percent (None
-        where the class has no test image); ``confusion``: None, or ``classifier`` and, for each real class, its name
-        and cells of ``count``, ``right`` (the diagonal) and ``many`` (more than a tenth of the class went there).
+        where the class has no test image); ``confusion``: None, or a classifier and for each real class its name and
+        how many of its images were taken for each class.
     """
     scored = {name: c for name, c in metrics.get("cas", {}).items() if c.get("per_class_accuracy")}
     if not scored:
         return None
-    rows = [
-        {
-            "name": name,
-            "percents": [
-                None if (a := c["per_class_accuracy"][i]) is None else round(100 * a, 1) for c in scored.values()
-            ],
-        }
-        for i, name in enumerate(class_names)
-    ]
-    chosen = str(metrics.get("cas_chosen"))
-    chosen = chosen if chosen in scored else next(iter(scored))
+    percents = ([None if a is None else round(100 * a, 1) for a in c["per_class_accuracy"]] for c in scored.values())
+    rows = list(zip(class_names, zip(*percents, strict=True), strict=True))
+    chosen = metrics.get("cas_chosen") if metrics.get("cas_chosen") in scored else next(iter(scored))
     counts, confusion = scored[chosen].get("confusion"), None
     if counts and len(counts) == len(class_names) <= _MOST_CLASSES:
-        cells = [
-            [{"count": n, "right": i == j, "many": i != j and n > 0.1 * max(1, sum(row))} for j, n in enumerate(row)]
-            for i, row in enumerate(counts)
-        ]
-        named = [{"name": name, "cells": row} for name, row in zip(class_names, cells, strict=True)]
-        confusion = {"classifier": chosen, "rows": named}
+        confusion = chosen, list(zip(class_names, counts, strict=True))
     return {"classifiers": list(scored), "rows": rows, "confusion": confusion}
 
 

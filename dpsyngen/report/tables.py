@@ -57,74 +57,62 @@ def metric_rows(metrics: dict[str, Any]) -> list[FigureRow]:
             value, low, high, floor, ceiling = (
                 "" if m[key] is None else f"{m[key]:.4g}" for key in ("value", "low", "high", "floor", "ceiling")
             )
-            rows.append(
-                FigureRow(
-                    f"{METRICS[name].title if name in METRICS else name}, {features}",
-                    value,
-                    f"{low} to {high}" if low else "",
-                    floor,
-                    ceiling,
-                    f"{m['better']} is better; {counts}; {m['protocol']}{few}",
-                )
-            )
+            title = f"{METRICS[name].title if name in METRICS else name}, {features}"
+            note = f"{m['better']} is better; {counts}; {m['protocol']}{few}"
+            rows.append(FigureRow(title, value, f"{low} to {high}" if low else "", floor, ceiling, note))
     return rows
 
 
 def memorisation_rows(figures: dict[str, Any]) -> list[FigureRow]:
-    """A row for each figure of a memorisation check.
-
-    Args:
-        figures: ``private/memorisation.json``.
-    """
-    rows: list[FigureRow] = []
-
-    def add(name: str, value: str, note: str) -> None:
-        rows.append(FigureRow(name, value, note=note))
-
-    for name, space in figures["spaces"].items():
+    """A row for each figure of a memorisation check, ``private/memorisation.json``."""
+    rows = []
+    for features, space in figures["spaces"].items():
         about, everything, few, equal = (space[k] for k in ("features", "everything", "nearest_few", "equal"))
-        if everything is not None:
-            add(
-                f"nearest to a training image, {name}",
-                _percent(everything["share"]),
-                f"{_percent(everything['expected'])} if not memorised; {about['private_images']:,} training and "
-                f"{about['held_out_images']:,} held-out images; permutation test p = {everything['p_permutation']:.2g}",
-            )
-            add(
-                f"the same for the {few['images']:,} nearest images, {name}",
-                _percent(few["share"]),
-                f"{_percent(few['expected'])} if not memorised; permutation test p = {few['p_permutation']:.2g}",
-            )
-            add(
-                f"the same with sets of equal size, {name}",
-                _percent(equal["share"]),
-                f"50 % if not memorised; {space['size']:,} images each, 95 % interval {100 * equal['low']:.1f} to "
-                f"{_percent(equal['high'])}; p = {equal['p_binomial']:.2g} of these sets (binomial, two-sided), "
-                f"p = {equal['p_permutation']:.2g} of sets like these (permutation)",
-            )
-            add(
-                f"distance to training over held-out images, {name}",
-                "–" if space["ratio"] is None else f"{space['ratio']:.3f}",
-                f"1 if not memorised; medians {space['median_private']:.3g} and {space['median_held_out']:.3g}, "
-                f"sets of equal size; {about['unit']}",
-            )
-        else:
+        real = "training" if everything is None else "held-out"
+        if everything is None:
             note = f"nothing to compare it with: there are no held-out images; {about['unit']}"
-            add(f"median distance to a training image, {name}", f"{space['median_private']:.3g}", note)
-        real = "held-out" if everything is not None else "training"
-        add(
-            f"closer than real images are, {name}",
-            _percent(space["closer"]),
-            f"nearer to a training image than 99 % of the {real} images are to another ({space['threshold']:.3g}); "
-            f"95 % interval {100 * space['closer_low']:.1f} to {_percent(space['closer_high'])}",
-        )
+            found = [("median distance to a training image", f"{space['median_private']:.3g}", note)]
+        else:
+            found = [
+                (
+                    "nearest to a training image",
+                    _percent(everything["share"]),
+                    f"{_percent(everything['expected'])} if not memorised; {about['private_images']:,} training and "
+                    f"{about['held_out_images']:,} held-out images; permutation test "
+                    f"p = {everything['p_permutation']:.2g}",
+                ),
+                (
+                    f"the same for the {few['images']:,} nearest images",
+                    _percent(few["share"]),
+                    f"{_percent(few['expected'])} if not memorised; permutation test p = {few['p_permutation']:.2g}",
+                ),
+                (
+                    "the same with sets of equal size",
+                    _percent(equal["share"]),
+                    f"50 % if not memorised; {space['size']:,} images each, 95 % interval {100 * equal['low']:.1f} to "
+                    f"{_percent(equal['high'])}; p = {equal['p_binomial']:.2g} of these sets (binomial, two-sided), "
+                    f"p = {equal['p_permutation']:.2g} of sets like these (permutation)",
+                ),
+                (
+                    "distance to training over held-out images",
+                    "–" if space["ratio"] is None else f"{space['ratio']:.3f}",
+                    f"1 if not memorised; medians {space['median_private']:.3g} and {space['median_held_out']:.3g}, "
+                    f"sets of equal size; {about['unit']}",
+                ),
+            ]
+        note = f"nearer to a training image than 99 % of the {real} images are to another ({space['threshold']:.3g}); "
+        note += f"95 % interval {100 * space['closer_low']:.1f} to {_percent(space['closer_high'])}"
+        found.append(("closer than real images are", _percent(space["closer"]), note))
+        rows += [FigureRow(f"{name}, {features}", value, note=note) for name, value, note in found]
     note = "generated images that equal a training image in every pixel"
     if figures["duplicates_held_out"] is not None:
         note += f"; {figures['duplicates_held_out']:,} equal a held-out image"
-    add("exact copies", f"{figures['duplicates']:,}", note)
+    rows.append(FigureRow("exact copies", f"{figures['duplicates']:,}", note=note))
     if figures["held_out_in_training"]:
         note = "no control, and counted for neither side"
-        add("held-out images that are training images", f"{figures['held_out_in_training']:,}", note)
+        rows.append(
+            FigureRow("held-out images that are training images", f"{figures['held_out_in_training']:,}", note=note)
+        )
     return rows
 
 

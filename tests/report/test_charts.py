@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from dpsyngen.report.charts import line_chart, smoothed, stage_charts
+from dpsyngen.report.charts import line_chart, smoothed, stage_chart
 
 
 def parsed(chart) -> ElementTree.Element:
@@ -120,40 +120,38 @@ def grounds(chart) -> list[tuple[str, float, float]]:
 
 
 def test_stages_meet_at_their_thresholds_and_are_named() -> None:
-    wide, narrow = stage_charts(BOTH, -1.2, 1.2, 0.002, 80.0)
-    for chart, look in ((wide, "wide"), (narrow, "narrow")):
-        assert look in parsed(chart).get("class").split()
-        found = grounds(chart)
-        assert [tone for tone, *_ in found] == ["pub", "priv", "pub"]
-        for (_, _, right), (_, left, _) in itertools.pairwise(found):
-            assert right == pytest.approx(left, abs=0.01)
-        unit = (found[1][2] - found[1][1]) / 5
-        low = math.log(0.002) - 0.6
-        assert found[0][2] - found[0][1] == pytest.approx(unit * (-3 - low), rel=0.01)
-        legend = [text for text in texts(chart) if "log σ" in text]
-        assert [text.split(" (")[0] for text in legend] == ["cleaning", "context", "coarse"]
-        assert "log σ < −3" in legend[0]
-        assert "log σ from −3 to 2" in legend[1]
-        assert {"0.002", "0.1", "80"} <= set(texts(chart))
-    assert "log σ < −3: trained on programs, no privacy cost" in parsed(wide).get("aria-label")
+    chart = stage_chart(BOTH, -1.2, 1.2, 0.002, 80.0)
+    found = grounds(chart)
+    assert [tone for tone, *_ in found] == ["pub", "priv", "pub"]
+    for (_, _, right), (_, left, _) in itertools.pairwise(found):
+        assert right == pytest.approx(left, abs=0.01)
+    unit = (found[1][2] - found[1][1]) / 5
+    low = math.log(0.002) - 0.6
+    assert found[0][2] - found[0][1] == pytest.approx(unit * (-3 - low), rel=0.01)
+    legend = [text for text in texts(chart) if "log σ" in text]
+    assert [text.split(" (")[0] for text in legend] == ["cleaning", "context", "coarse"]
+    assert "log σ < −3" in legend[0]
+    assert "log σ from −3 to 2" in legend[1]
+    assert {"0.002", "0.1", "80"} <= set(texts(chart))
+    assert "log σ < −3: trained on programs, no privacy cost" in parsed(chart).get("aria-label")
 
 
 def test_stages_of_moments_have_a_name_and_a_colour_of_their_own() -> None:
     residual = [stage("context", None, 1.5, "private"), stage("coarse", 1.5, None, "moments")]
     for stages in (residual, [stage("gaussian", None, None, "moments")]):
-        for chart in stage_charts(stages, -0.5, 1.0, 0.02, 80.0):
-            tones = {"private": "priv", "moments": "mom"}
-            assert [tone for tone, *_ in grounds(chart)] == [tones[s["trained_by"]] for s in stages]
-            assert any("DP moments" in text for text in texts(chart))
-            label = parsed(chart).get("aria-label")
-            assert "DP moments, in closed form" in label
-            assert "trained on DP moments" not in label
+        chart = stage_chart(stages, -0.5, 1.0, 0.02, 80.0)
+        tones = {"private": "priv", "moments": "mom"}
+        assert [tone for tone, *_ in grounds(chart)] == [tones[s["trained_by"]] for s in stages]
+        assert any("DP moments" in text for text in texts(chart))
+        label = parsed(chart).get("aria-label")
+        assert "DP moments, in closed form" in label
+        assert "trained on DP moments" not in label
 
 
 def test_one_stage_and_thresholds_beyond_the_axis() -> None:
     beyond = [stage("context", None, 40.0, "private"), stage("coarse", 40.0, None, "public")]
     for stages in ([stage("context", None, None, "private")], beyond):
-        for chart in stage_charts(stages, -1.2, 1.2, 0.002, 80.0):
-            width = float(parsed(chart).get("viewBox").split()[2])
-            assert all(-1 <= left <= right <= width + 1 for _, left, right in grounds(chart))
+        chart = stage_chart(stages, -1.2, 1.2, 0.002, 80.0)
+        width = float(parsed(chart).get("viewBox").split()[2])
+        assert all(-1 <= left <= right <= width + 1 for _, left, right in grounds(chart))
     assert "log σ < 40" in parsed(chart).get("aria-label")

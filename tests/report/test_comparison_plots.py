@@ -57,7 +57,7 @@ def test_plots_for_which_there_is_data(plots, tmp_path) -> None:
         "epsilon-frechet-efficientnet-lite0",
         "epsilon-frechet-pixels-pca",
         "compute-seconds-accuracy-cnn",
-        "classes",
+        "classes-accuracy-cnn",
     ]
     axes = {"stages.tau_coarse": [1, 2], "private.steps": [100, 200]}
     exp = make_experiment(
