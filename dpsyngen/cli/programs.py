@@ -55,12 +55,14 @@ def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     lines = [f"{'program':20}tier  draws"]
     for name in program_names():
         cls = program_class(name)
+        tier = usual_tier(cls)
         draws = re.split(r"[.;:] |[.;:]?$", (inspect.getdoc(cls) or "").split("\n")[0], maxsplit=1)[0]
-        rows.append({"name": name, "tier": usual_tier(cls), "draws": draws})
-        lines.append(f"{name:20}{'–' if usual_tier(cls) is None else usual_tier(cls):>4}  {draws}")
-    lines += ["", *(f"tier {number}: {meaning}" for number, meaning in TIERS.items())]
+        rows.append({"name": name, "tier": tier, "draws": draws})
+        lines.append(f"{name:20}{'–' if tier is None else tier:>4}  {draws}")
+    tiers = {number: meaning for number, meaning in TIERS.items() if any(row["tier"] == number for row in rows)}
+    lines += ["", *(f"tier {number}: {meaning}" for number, meaning in tiers.items())]
     lines += ["tier –: that of the programs in it", "More on one: dpsyngen programs show NAME"]
-    Console(quiet, as_json).result({"programs": rows, "tiers": TIERS}, lines)
+    Console(quiet, as_json).result({"programs": rows, "tiers": tiers}, lines)
 
 
 @app.command()

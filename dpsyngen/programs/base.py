@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
@@ -109,7 +110,26 @@ def param(default: Any, check: Callable[..., Any], *bounds: Any, **options: Any)
 
     `Program` stores what the check returns, so that a configuration is plain and JSON-able whatever types were given.
     """
-    return field(default=default, metadata={"check": lambda name, value: check(name, value, *bounds, **options)})
+    return field(default=default, metadata={"check": lambda _, name, value: check(name, value, *bounds, **options)})
+
+
+def colour_param(laws: Sequence[str], coloured: Sequence[str]) -> Any:
+    """Declare the parameter `colour`, one of `laws`, of which those in `coloured` need 3 channels.
+
+    None, the default, stands for "grey" with 1 channel and for ``coloured[0]`` with 3.
+    """
+
+    def check(program: Program, name: str, value: Any) -> str:
+        if value is None:
+            return "grey" if program.channels == 1 else coloured[0]
+        if as_choice(name, value, laws, "a colour law") in coloured and program.channels == 1:
+            others = ", ".join(law for law in laws if law not in coloured)
+            raise ConfigError(
+                f"{name}={value!r} needs 3 channels, and channels=1 was given: choose channels=3, or {name}={others}."
+            )
+        return str(value)
+
+    return field(default=None, metadata={"check": check})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +164,8 @@ class Program(ABC):
     def __post_init__(self) -> None:
         for each in fields(self):
             if "check" in each.metadata:
-                object.__setattr__(self, each.name, each.metadata["check"](each.name, getattr(self, each.name)))
+                value = each.metadata["check"](self, each.name, getattr(self, each.name))
+                object.__setattr__(self, each.name, value)
         if self.channels == 2:
             raise ConfigError("channels=2 is not allowed: give 1 (grey) or 3 (RGB).")
 
@@ -159,28 +180,16 @@ class Program(ABC):
     def params(self, index: SupportsIndex) -> dict[str, Any]:
         """Return what was drawn at random to make image `index`: numbers, strings, lists and arrays by name.
 
-        Enough to tell images apart and to group them, such as the shape, the slope of a spectrum or the leaves; the
-        family's class says which there are.
-
-        Raises:
-            IndexError: `index` is negative or above 2⁶³ − 1.
-            TypeError: `index` is not an integer.
+        Enough to tell images apart and to group them; the family's class says what there is.  Errors as of `batch`.
         """
-        number = _as_index(index)
+        number = int(as_indices([operator.index(index)])[0])
         return {"index": number, **self._params(number)}
 
     def __call__(self, index: SupportsIndex) -> Images:
-        """Draw image `index`, uint8 [C, H, W], values 0 to 255.
+        """Draw image `index`, uint8 [C, H, W], values 0 to 255.  Errors as of `batch`."""
+        return self.batch([operator.index(index)])[0]
 
-        Raises:
-            IndexError: `index` is negative or above 2⁶³ − 1.
-            TypeError: `index` is not an integer.
-        """
-        return self.batch([_as_index(index)])[0]
-
-    def __getitem__(self, index: SupportsIndex) -> Images:
-        """Draw image `index`, as a call does.  There is no ``len``, so iteration never ends; for slices use `batch`."""
-        return self(index)
+    __getitem__ = __call__  # there is no ``len``, so iteration never ends; for slices use `batch`
 
     def batch(
         self, indices: ArrayLike | Iterable[int], *, threads: int = 1, dtype: DTypeLike = np.uint8
@@ -200,18 +209,18 @@ class Program(ABC):
         """
         if np.dtype(dtype) not in (np.uint8, np.float32):
             raise ConfigError(f"dtype={dtype!r} is not allowed: give uint8 (0 to 255) or float32 (−1 to 1).")
-        images = self._images(indices, threads)
-        return images if np.dtype(dtype) == np.uint8 else as_float(images)
-
-    def _images(self, indices: ArrayLike | Iterable[int], threads: int) -> Images:
         threads = as_integer("threads", threads, 1, 4096)
         chosen = as_indices(indices)
         out = np.empty((len(chosen), self.channels, self.resolution, self.resolution), dtype=np.uint8)
+        self._draw_all(chosen, out, threads)
+        return out if np.dtype(dtype) == np.uint8 else as_float(out)
+
+    def _draw_all(self, chosen: Words, out: Images, threads: int) -> None:
         # Threads help, as compiled loops release the interpreter lock.
         if threads == 1 or len(chosen) < 2:
             if len(chosen):
                 self._draw(chosen, out)
-            return out
+            return
         # A few chunks a thread, as images differ in cost; but not so many that handing them out costs more.
         chunks = max(threads, min(4 * threads, len(chosen) // _LEAST_CHUNK))
         bounds = np.linspace(0, len(chosen), min(len(chosen), chunks) + 1).astype(int)
@@ -219,22 +228,19 @@ class Program(ABC):
         jobs = [pool.submit(self._draw, chosen[a:b], out[a:b]) for a, b in itertools.pairwise(bounds)]
         for job in jobs:
             job.result()
-        return out
 
     def config(self) -> dict[str, Any]:
         """Return the name and all parameters, JSON-able: ``make_program(**program.config()) == program``."""
         return {"name": self.name, **{field.name: _plain(getattr(self, field.name)) for field in fields(self)}}
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-os.register_at_fork(after_in_child=_pools.clear)  # a forked process has none of the threads
-
-
+@functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Return threads that stay: starting them anew takes as long as drawing some twenty images."""
-    if threads not in _pools:
-        _pools[threads] = ThreadPoolExecutor(threads, f"dpsyngen-programs-{threads}")
-    return _pools[threads]
+    return ThreadPoolExecutor(threads, f"dpsyngen-programs-{threads}")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads
 
 
 def _plain(value: Any) -> Any:
@@ -247,13 +253,6 @@ def _plain(value: Any) -> Any:
 def as_float(images: Images) -> NDArray[np.float32]:
     """Map uint8 values 0 to 255 to float32 from −1 to 1."""
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
-
-
-def _as_index(index: SupportsIndex) -> int:
-    number = operator.index(index)
-    if not 0 <= number <= MAX_INDEX:
-        raise IndexError(f"Image index {number} is out of range: give an integer from 0 to 2⁶³ − 1.")
-    return number
 
 
 def as_indices(indices: ArrayLike | Iterable[int]) -> Words:
@@ -284,10 +283,4 @@ def stream(program: Program, batch_size: int, *, start: int = 0, threads: int = 
     """
     size = as_integer("batch_size", batch_size, 1, 2**31)
     first = as_integer("start", start, 0, MAX_INDEX)
-    return _batches(program, size, first, threads)
-
-
-def _batches(program: Program, size: int, first: int, threads: int) -> Iterator[Images]:
-    while True:
-        yield program.batch(range(first, first + size), threads=threads)
-        first += size
+    return (program.batch(range(a, a + size), threads=threads) for a in itertools.count(first, size))

@@ -31,7 +31,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import Program, as_choice, as_indices, as_integer, as_number, as_weights, param
+from dpsyngen.programs.base import (
+    Program,
+    as_choice,
+    as_indices,
+    as_integer,
+    as_number,
+    as_weights,
+    colour_param,
+    param,
+)
 from dpsyngen.programs.drawing import Canvas, Floats, Images, Ints, Word, Words
 from dpsyngen.programs.drawing.colours import GREY, LAWS
 from dpsyngen.programs.drawing.counter_rng import below, cumulative, words32
@@ -39,7 +48,7 @@ from dpsyngen.programs.drawing.exact_leaves import RECORDED, cover, draw_exact, 
 from dpsyngen.programs.drawing.portable import compiled
 from dpsyngen.programs.drawing.reference_leaves import draw_reference
 from dpsyngen.programs.drawing.shapes import KINDS, LeafLaw
-from dpsyngen.programs.registry import inner_program, register, tier_of
+from dpsyngen.programs.registry import inner_program, register
 
 SHAPES = (*KINDS, "mixed")
 MODES = ("exact", "reference")
@@ -81,7 +90,7 @@ class DeadLeaves(Program):
     """
 
     shape: str = param("mixed", as_shape)
-    colour: str | None = None
+    colour: str = colour_param(LAWS, ("rgb",))
     r_min: float = param(0.03, as_number, 0.0, 1.0, above=True, hint="a fraction of the resolution")
     r_max: float = param(1.0, as_number, 0.0, 1.0, above=True, hint="a fraction of the resolution")
     exponent: float = param(3.0, as_number, 0.0, 8.0)
@@ -97,13 +106,6 @@ class DeadLeaves(Program):
             if self.shape != "mixed":
                 raise ConfigError(f"weights are for shape='mixed', and shape={self.shape!r} was given: leave out one.")
             fix(self, "weights", as_weights("weights", self.weights, KINDS))
-        if self.colour is None:
-            fix(self, "colour", "grey" if self.channels == 1 else "rgb")
-        if as_choice("colour", self.colour, LAWS, "a colour law") == "rgb" and self.channels == 1:
-            raise ConfigError(
-                "colour='rgb' needs 3 channels, and channels=1 was given: "
-                "choose channels=3, or colour='grey', 'black-white' or 'palette'."
-            )
         if not self.r_min < self.r_max:
             raise ConfigError(
                 f"r_min={self.r_min} and r_max={self.r_max} leave no radius between them: "
@@ -125,10 +127,9 @@ class DeadLeaves(Program):
     @property
     def prior_tier(self) -> int:  # type: ignore[override]
         """The prior tier: 0, or that of the texture."""
-        return tier_of(0, self.texture)
+        return 0 if self.texture is None else int(self.texture.prior_tier)
 
     def _law(self) -> LeafLaw:
-        assert self.colour is not None  # set by __post_init__
         weights = [1.0] * len(KINDS) if self.weights is None else [dict(self.weights).get(kind, 0.0) for kind in KINDS]
         only = KINDS.index(self.shape) if self.shape != "mixed" else -1
         if np.count_nonzero(weights) == 1:  # the same images as with `shape`
@@ -168,7 +169,7 @@ class DeadLeaves(Program):
         leaves = self._cover(index, np.empty((0, RECORDED)))[1]
         record = np.empty((leaves, RECORDED))
         self._cover(index, record)
-        x, y, radius, kind, _, _, visible = record.T / np.array([[self.supersample] * 3 + [1] * 4]).T
+        x, y, radius, kind, visible = record.T / np.array([[self.supersample] * 3 + [1] * 2]).T
         return {
             "leaves": leaves,
             "x": x,

@@ -116,30 +116,25 @@ def draw_filters(
     """Fill filters [outputs, inputs, 3, 3], styled and normalised, and biases [outputs]; returns the next block."""
     styles = np.empty(inputs)
     block = fill_normal(seed, _WEIGHTS, index, block, styles)
-    if kind < SPARSE:
-        normals = np.empty(outputs * inputs * 9)
-        block = fill_normal(seed, _WEIGHTS, index, block, normals)
-        for o in range(outputs):
-            biases[o] = np.float32(0.0)
-            for i in range(inputs):
-                for k in range(9):
-                    filters[o, i, k // 3, k % 3] = (1.0 + styles[i]) * normals[(o * inputs + i) * 9 + k]
-    else:
-        normals = np.empty(outputs * inputs)
-        picks = np.empty(outputs * inputs)
-        shifts = np.empty(outputs)
-        block = fill_normal(seed, _WEIGHTS, index, block, normals)
+    each = 9 if kind < SPARSE else 1  # normals to a filter
+    normals = np.empty(outputs * inputs * each)
+    block = fill_normal(seed, _WEIGHTS, index, block, normals)
+    picks = np.empty(outputs * inputs)
+    shifts = np.empty(outputs)
+    if kind >= SPARSE:
         block = fill_uniform(seed, _WEIGHTS, index, block, picks)
         block = fill_uniform(seed, _WEIGHTS, index, block, shifts)
-        for o in range(outputs):
-            biases[o] = 0.4 * shifts[o] - 0.2
-            for i in range(inputs):
-                pick = picks[i] if kind == ORIENTED else picks[o * inputs + i]
-                wavelet = WAVELETS[min(8, int(9.0 * pick))]
-                factor = (1.0 + styles[i]) * normals[o * inputs + i]
-                for k in range(9):
-                    filters[o, i, k // 3, k % 3] = factor * wavelet[k // 3, k % 3]
     for o in range(outputs):
+        biases[o] = 0.4 * shifts[o] - 0.2 if kind >= SPARSE else 0.0
+        for i in range(inputs):
+            style, n = 1.0 + styles[i], (o * inputs + i) * each
+            if kind < SPARSE:
+                for k in range(9):
+                    filters[o, i, k // 3, k % 3] = style * normals[n + k]
+            else:
+                wavelet = WAVELETS[min(8, int(9.0 * picks[i if kind == ORIENTED else n]))]
+                for k in range(9):
+                    filters[o, i, k // 3, k % 3] = style * normals[n] * wavelet[k // 3, k % 3]
         # StyleGAN's demodulation: each output channel gets weights of one norm, whatever the styles were.
         square = 0.0
         for i in range(inputs):
@@ -245,15 +240,12 @@ def fill_noise(seed: Word, index: Word, number: int, pink: bool, size: int, fiel
             for j in range(size):
                 out[i, j] = field[(top + i) % n, (left + j) % n]
         return
+    u = np.empty(size * size)
+    fill_uniform(seed, _NOISE, index, np.uint64(number) << np.uint64(24), u)
     for i in range(size):
-        for j in range(0, size, 4):
-            block = (np.uint64(number) << np.uint64(24)) + np.uint64((i * size + j) >> 2)
-            a, b, c, d = words32(seed, _NOISE, index, block)
+        for j in range(size):
             # Uniform with variance 1: cheaper than normal, and sums of many look the same.
-            out[i, j] = 3.4641016 * (unit32(a) - 0.5)
-            out[i, j + 1] = 3.4641016 * (unit32(b) - 0.5)
-            out[i, j + 2] = 3.4641016 * (unit32(c) - 0.5)
-            out[i, j + 3] = 3.4641016 * (unit32(d) - 0.5)
+            out[i, j] = 3.4641016 * (u[i * size + j] - 0.5)
 
 
 @compiled
@@ -326,11 +318,10 @@ def _level(picture: Singles, mean: float, contrast: float, canvas: Floats) -> No
     """Bring the top left corner of the picture to a mean and a standard deviation over all channels."""
     size = canvas.shape[1]
     canvas[:] = picture[:, :size, :size]
-    total = 0.0
+    total, square = 0.0, 0.0
     for level in canvas.flat:
         total += level
     centre = total / canvas.size
-    square = 0.0
     for level in canvas.flat:
         square += (level - centre) * (level - centre)
     scale = contrast / math.sqrt(square / canvas.size + 1e-12)

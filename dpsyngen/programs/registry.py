@@ -156,8 +156,3 @@ def inner_program(outer: Program, key: str, value: Any, *, position: int = 0, re
     seed, _ = words(np.uint64(outer.seed), _NESTED, np.uint64(position), np.uint64(0))
     settings = {**value, "channels": outer.channels, "seed": int(seed), "resolution": resolution or outer.resolution}
     return make_program(**settings)
-
-
-def tier_of(own: int, *inner: Program | None) -> int:
-    """Return the prior tier of a program that holds others: the largest, as it assumes what they assume."""
-    return max(own, *(program.prior_tier for program in inner if program is not None), 0)

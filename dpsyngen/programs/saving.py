@@ -24,7 +24,7 @@ import numpy as np
 
 from dpsyngen.distributed import ALONE, END, Ranks
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.files import require_absent_or_empty, write_atomically, write_text
+from dpsyngen.files import require_absent_or_empty, strict_text, write_atomically, write_text
 from dpsyngen.programs.base import MAX_INDEX, Program, as_choice, as_integer
 from dpsyngen.programs.drawing import Images
 from dpsyngen.programs.registry import TIERS, make_program
@@ -142,8 +142,8 @@ def save_images(
     """Write images `start` to start + count − 1 of `program` to the folder `out`; returns the path of the manifest.
 
     The manifest holds the program's configuration and prior tier, the version, and the SHA-256 of the pixels (uint8,
-    in the order [N, C, H, W]) of each shard and of these hashes together.  Whatever the number of workers, the files
-    come out the same.  Until all is written, the manifest says ``"complete": false``.
+    [N, C, H, W]) of each shard and of these hashes together; until all is written, it says ``"complete": false``.  The
+    files are the same for any number of workers.
 
     Args:
         program: what draws.
@@ -173,26 +173,22 @@ def save_images(
         require_parquet()
     job = _Job(program, Path(out), start, count, format, shard_size)
     manifest = job.folder / MANIFEST
-    if resume:
-        _require_same(job)
-    else:
-        _require_new(job)
+    _check_folder(job, resume)
     # The manifest is written first and again at the end: a folder without "complete": true is known to be unfinished.
     (job.folder / job.files()[0]).parent.mkdir(parents=True, exist_ok=True)
     with _alone(job.folder):
-        _write_json(manifest, job.about())
-        done = 0
+        write_text(manifest, strict_text(job.about(), indent=1) + "\n")
         hashes: dict[int, str] = {}
         report = on_progress or (lambda done: None)
-        report(done)
+        report(done := 0)
         for shard, digest in _by_processes(job, workers) if ranks.alone else _by_ranks(job, ranks):
             hashes[shard] = digest
             done += len(job.indices(shard))
             report(done)
         ordered = [hashes[shard] for shard in range(job.shards)]
         whole = hashlib.sha256("".join(ordered).encode()).hexdigest()
-        finished = {"complete": True, "files": job.files(), "sha256": whole, "shard_sha256": ordered}
-        _write_json(manifest, job.about() | finished)
+        about = job.about() | {"complete": True, "files": job.files(), "sha256": whole, "shard_sha256": ordered}
+        write_text(manifest, strict_text(about, indent=1) + "\n")
     return manifest
 
 
@@ -209,35 +205,26 @@ def _alone(folder: Path) -> Iterator[None]:
         raise RunError(f"another process is saving to {folder}.  Wait for it or stop it first.") from None
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest in a folder; {} if there is none that can be read."""
+def _check_folder(job: _Job, resume: bool) -> None:
+    """Refuse a folder that holds something or, with `resume`, no unfinished job of the same settings."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _require_new(job: _Job) -> None:
-    if _read_manifest(job.folder).get("complete") is False:
-        raise RunError(
-            f"{job.folder} holds a job that was interrupted (or is still running): remove it, save to a new folder, or "
-            "do it again from its start in that folder with the same command and --resume."
-        )
-    require_absent_or_empty(job.folder, "--out")
-
-
-def _require_same(job: _Job) -> None:
-    before = _read_manifest(job.folder)
+        before = dict(json.loads((job.folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        before = {}  # nothing that can be read
+    unfinished = before.get("complete") is False
+    if not resume:
+        if unfinished:
+            raise RunError(
+                f"{job.folder} holds a job that was interrupted (or is still running): remove it, save to a new "
+                "folder, or do it again from its start in that folder with the same command and --resume."
+            )
+        require_absent_or_empty(job.folder, "--out")
+        return
     if not before:
         raise RunError(f"{job.folder} holds no {MANIFEST} of an interrupted job: leave out --resume to begin.")
-    if before.get("complete") is not False:
+    if not unfinished:
         raise RunError(f"{job.folder} is finished already; there is nothing to resume.")
-    now = json.loads(json.dumps(job.about()))
+    now = json.loads(strict_text(job.about()))
     other = [key for key in _WHAT if before.get(key) != now[key]]
     if other:
         raise RunError(

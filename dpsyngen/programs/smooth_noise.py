@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_choice, as_integer, as_range, param
+from dpsyngen.programs.base import Program, as_choice, as_integer, as_range, colour_param, param
 from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
-from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields
+from dpsyngen.programs.drawing.fields import COLOURED, COLOURS, ROTATION, paint_fields
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, log2
 from dpsyngen.programs.registry import register
 
@@ -49,17 +49,13 @@ class SmoothNoise(Program):
     cells: Any = param((1.0, 8.0), as_range, 0.5, 256.0)
     octaves: int = param(5, as_integer, 1, 10)
     persistence: Any = param((0.3, 0.8), as_range, 0.0, 1.0)
-    colour: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "colour", field_colour(self.colour, self.channels))
+    colour: str = colour_param(COLOURS, COLOURED)
 
     def _law(self) -> Law:
         return KINDS.index(self.kind), self.cells, self.octaves, self.persistence
 
     def _draw(self, indices: Words, out: Images) -> None:
-        draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour or ""), out)
+        draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour), out)
 
     def _params(self, index: int) -> dict[str, Any]:
         kind, cells, octaves, persistence = law_of(np.uint64(self.seed), np.uint64(index), self._law())

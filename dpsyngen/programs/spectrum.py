@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_flag, as_number, as_range, param
+from dpsyngen.programs.base import Program, as_flag, as_number, as_range, colour_param, param
 from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import unit32, words32
 from dpsyngen.programs.drawing.fields import (
+    COLOURED,
     COLOURS,
     ROTATION,
-    field_colour,
     inverse_2d,
     paint_fields,
     power_of_two,
@@ -54,18 +54,14 @@ class Spectrum(Program):
     slope: Any = param((0.5, 3.5), as_range, 0.0, 6.0)
     difference: float = param(0.05, as_number, 0.0, 1.0)
     turn: bool = param(True, as_flag)
-    colour: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "colour", field_colour(self.colour, self.channels))
+    colour: str = colour_param(COLOURS, COLOURED)
 
     def _law(self) -> Law:
         return self.slope, self.difference, self.turn
 
     def _draw(self, indices: Words, out: Images) -> None:
         size = power_of_two(self.resolution)
-        draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour or ""), size, out)
+        draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour), size, out)
 
     def _params(self, index: int) -> dict[str, Any]:
         slope, difference, turns = law_of(np.uint64(self.seed), np.uint64(index), self._law())

@@ -89,8 +89,7 @@ class ProgramStream(IterableDataset[Any]):
     To resume, keep ``stream.state_dict(batches)`` where `batches` counts those taken from a DataLoader by this rank
     since the stream began or was loaded (without workers it may be left out), and give it to ``load_state_dict`` of a
     new stream before iterating.  The number of workers may change in between; so may the ranks, when all had taken
-    equally many.  Loaders that keep the state of data sets inside their workers (torchdata's StatefulDataLoader) find
-    what they need in the same two methods.
+    equally many.
 
     Args:
         program: what draws the images.
@@ -131,16 +130,10 @@ class ProgramStream(IterableDataset[Any]):
         self.values, self.transform = values, transform
         self.threads = as_integer("threads", threads, 1, 4096)
         self._done = 0  # batches since `first`, by this copy of the stream
-        self._worker: tuple[int, int] | None = None  # that loaded a worker's state
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        if self._worker not in (None, (worker, workers)):
-            raise ConfigError(
-                f"This stream's state is of worker {self._worker}, and worker {(worker, workers)} was to go on: use "
-                " as many workers as before, or a state taken outside the workers."
-            )
         while True:
             # Workers take the steps in turns, and within a step each rank has its own batch.
             step = worker + self._done * workers
@@ -151,9 +144,8 @@ class ProgramStream(IterableDataset[Any]):
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """Say where the stream stands, after `batches` batches or, without a number, as many as this copy has given."""
-        info = get_worker_info()
-        if info is not None:
-            return {"first": self.first, "done": self._done, "worker": [info.id, info.num_workers]}
+        if batches is None and get_worker_info() is not None:
+            raise ConfigError("A worker does not know what its rank has taken: ask outside, state_dict(batches).")
         done = self._done if batches is None else as_integer("batches", batches, 0, MAX_INDEX)
         return {"first": self.first + done * self.world_size * self.batch_size}
 
@@ -163,12 +155,10 @@ class ProgramStream(IterableDataset[Any]):
         Raises:
             ConfigError: `state` is not one that `state_dict` made.
         """
-        if not isinstance(state, dict) or not state.keys() <= {"first", "done", "worker"} or "first" not in state:
+        if not isinstance(state, dict) or state.keys() != {"first"}:
             raise ConfigError(f"{state!r} is not the state of a ProgramStream: give what state_dict() returned.")
         self.first = as_integer("first", state["first"], 0, MAX_INDEX)
-        self._done = as_integer("done", state.get("done", 0), 0, MAX_INDEX)
-        worker = state.get("worker")
-        self._worker = None if worker is None else (int(worker[0]), int(worker[1]))
+        self._done = 0
 
 
 def _ranks() -> tuple[int, int]:

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_range, param
+from dpsyngen.programs.base import Program, as_range, colour_param, param
 from dpsyngen.programs.drawing import Floats, Images, Ints, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
-from dpsyngen.programs.drawing.fields import COLOURS, ROTATION, field_colour, paint_fields, power_of_two
+from dpsyngen.programs.drawing.fields import COLOURED, COLOURS, ROTATION, paint_fields, power_of_two
 from dpsyngen.programs.drawing.portable import compiled, exp2, log2, log2_gamma, normal_pair, power
 from dpsyngen.programs.registry import register
 
@@ -62,11 +62,7 @@ class WaveletMarginal(Program):
 
     tails: Any = param((0.4, 0.8), as_range, 0.2, 4.0)
     decay: Any = param((1.2, 2.2), as_range, 0.0, 4.0)
-    colour: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "colour", field_colour(self.colour, self.channels))
+    colour: str = colour_param(COLOURS, COLOURED)
 
     @property
     def _side(self) -> int:
@@ -74,7 +70,7 @@ class WaveletMarginal(Program):
 
     def _draw(self, indices: Words, out: Images) -> None:
         law = self.tails, self.decay, self._side
-        draw(indices, np.uint64(self.seed), law, COLOURS.index(self.colour or ""), out)
+        draw(indices, np.uint64(self.seed), law, COLOURS.index(self.colour), out)
 
     def _params(self, index: int) -> dict[str, Any]:
         tails = np.empty((int(math.log2(self._side // COARSEST)), 3))

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
 from dpsyngen.programs.base import MAX_RESOLUTION, Program, as_choice, as_counts, as_integer, as_number, as_range, param
-from dpsyngen.programs.drawing import Images, Law, Word, Words
+from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, cumulative, pick, unit32, words32
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, log2
-from dpsyngen.programs.registry import inner_program, register, tier_of
+from dpsyngen.programs.registry import inner_program, register
 
 MAX_PROGRAMS = 64
 BORDERS = ("reflect", "edge", "black")
@@ -30,6 +30,7 @@ _QUANTISE = np.uint64(0x7175616E)  # "quan"
 _MIXTURE = np.uint64(0x6D697874)  # "mixt"
 _CROP = np.uint64(0x63726F70)  # "crop"
 _PER_LN2 = 1.4426950408889634
+_LEVELS = np.arange(256, dtype=np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +109,21 @@ def affine_law(seed: Word, index: Word, law: Law) -> tuple[float, float, float, 
 
 
 @compiled
+def _mirrored(place: int, size: int) -> int:
+    """Return the row or column of an image that its mirror images have at `place`, which may lie outside."""
+    place %= 2 * size
+    return min(place, 2 * size - 1 - place)
+
+
+@compiled
 def _at(image: Images, y: int, x: int, border: int) -> float:
     """Return a pixel, also outside the image."""
     size = image.shape[0]
-    if border == 2:
-        return float(image[y, x]) if 0 <= y < size and 0 <= x < size else 0.0
+    if border == 0:
+        return float(image[_mirrored(y, size), _mirrored(x, size)])
     if border == 1:
         return float(image[min(size - 1, max(0, y)), min(size - 1, max(0, x))])
-    y %= 2 * size
-    x %= 2 * size
-    return float(image[min(y, 2 * size - 1 - y), min(x, 2 * size - 1 - x)])
+    return float(image[y, x]) if 0 <= y < size and 0 <= x < size else 0.0
 
 
 @compiled
@@ -175,41 +181,55 @@ def uniform_law(seed: Word, stream: Word, index: Word, low: float, high: float) 
 
 
 @compiled
+def blur_rows(image: Floats, weights: Floats, out: Floats) -> None:
+    """Blur [S, S] along rows, and transpose it, so that a second call blurs along columns."""
+    size = image.shape[0]
+    total = weights[0]
+    for k in range(1, weights.shape[0]):
+        total += 2.0 * weights[k]
+    for i in range(size):
+        for j in range(size):
+            value = weights[0] * image[i, j]
+            for k in range(1, weights.shape[0]):
+                value += weights[k] * (image[i, _mirrored(j - k, size)] + image[i, _mirrored(j + k, size)])
+            out[j, i] = value / total
+
+
+@compiled
 def draw_blur(indices: Words, seed: Word, images: Images, low: float, high: float, out: Images) -> None:
     """Write the blurred ``images[n]`` to ``out[n]``, both [C, S, S]; the Gaussian is cut off at 4 deviations."""
     size = out.shape[2]
-    rows = np.empty((size, size))
+    level, rows = np.empty((size, size)), np.empty((size, size))
     for n in range(indices.shape[0]):
         deviation = uniform_law(seed, _BLUR, indices[n], low, high)
-        reach = math.ceil(4.0 * deviation)
-        weights = np.empty(reach + 1)
-        total = 0.0
-        for k in range(reach + 1):
-            weights[k] = exp2(-0.5 * _PER_LN2 * (k / deviation) * (k / deviation)) if k > 0 else 1.0
-            total += weights[k] if k == 0 else 2.0 * weights[k]
+        weights = np.ones(math.ceil(4.0 * deviation) + 1)
+        for k in range(1, weights.shape[0]):
+            weights[k] = exp2(-0.5 * _PER_LN2 * (k / deviation) * (k / deviation))
         for c in range(out.shape[1]):  # the Gaussian is a product: along rows first, then along columns
+            level[:] = images[n, c]
+            blur_rows(level, weights, rows)
+            blur_rows(rows, weights, level)
             for i in range(size):
                 for j in range(size):
-                    value = weights[0] * images[n, c, i, j]
-                    for k in range(1, reach + 1):
-                        before = _at(images[n, c], i, j - k, 0)
-                        value += weights[k] * (before + _at(images[n, c], i, j + k, 0))
-                    rows[i, j] = value / total
-            for i in range(size):
-                for j in range(size):
-                    value = weights[0] * rows[i, j]
-                    for k in range(1, reach + 1):
-                        up = (i - k) % (2 * size)
-                        down = (i + k) % (2 * size)
-                        value += weights[k] * (
-                            rows[min(up, 2 * size - 1 - up), j] + rows[min(down, 2 * size - 1 - down), j]
-                        )
-                    out[n, c, i, j] = np.uint8(min(255.0, math.floor(value / total + 0.5)))
+                    out[n, c, i, j] = np.uint8(min(255.0, math.floor(level[i, j] + 0.5)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelMap(Wrapper):
+    """A wrapper that gives each level of an image another one, by a table of its own for each image."""
+
+    @abstractmethod
+    def _table(self, index: int) -> NDArray[np.uint8]:
+        """Return the new level of each of the 256."""
+
+    def _draw(self, indices: Words, out: Images) -> None:
+        for n, image in enumerate(self.source.batch(indices)):
+            out[n] = self._table(int(indices[n]))[image]
 
 
 @register("invert")
 @dataclass(frozen=True, kw_only=True)
-class Invert(Wrapper):
+class Invert(LevelMap):
     """Images of a program, a share of them inverted (255 − v in place of level v).
 
     `params` gives ``inverted`` and ``source``.
@@ -220,22 +240,17 @@ class Invert(Wrapper):
 
     probability: float = param(1.0, as_number, 0.0, 1.0)
 
-    def _inverted(self, indices: Words) -> NDArray[np.bool_]:
-        seed = np.uint64(self.seed)
-        return np.array([uniform_law(seed, _INVERT, i, 0.0, 1.0) < self.probability for i in indices], dtype=bool)
-
-    def _draw(self, indices: Words, out: Images) -> None:
-        out[:] = self.source.batch(indices)
-        inverted = self._inverted(indices)
-        out[inverted] = 255 - out[inverted]
+    def _table(self, index: int) -> NDArray[np.uint8]:
+        return _LEVELS[::-1] if self._changes(index)["inverted"] else _LEVELS
 
     def _changes(self, index: int) -> dict[str, Any]:
-        return {"inverted": bool(self._inverted(np.array([index], dtype=np.uint64))[0])}
+        drawn = uniform_law(np.uint64(self.seed), _INVERT, np.uint64(index), 0.0, 1.0)
+        return {"inverted": bool(drawn < self.probability)}
 
 
 @register("quantise")
 @dataclass(frozen=True, kw_only=True)
-class Quantise(Wrapper):
+class Quantise(LevelMap):
     """Images of a program in fewer levels: each value moves to the nearest of m, spread evenly from 0 to 255.
 
     `params` gives ``levels`` m and ``source``.
@@ -246,21 +261,15 @@ class Quantise(Wrapper):
 
     levels: Any = param((2, 8), as_counts, 2, 256)
 
-    def _count(self, index: int) -> int:
-        low, high = self.levels
-        w, _, _, _ = words32(np.uint64(self.seed), _QUANTISE, np.uint64(index), np.uint64(0))
-        return low + int(below(w, high - low + 1))
-
-    def _draw(self, indices: Words, out: Images) -> None:
-        images = self.source.batch(indices)
-        for n, index in enumerate(indices):
-            steps = self._count(int(index)) - 1
-            values = np.arange(256)
-            nearest = (2 * values * steps + 255) // 510  # round(v·steps / 255)
-            out[n] = ((2 * nearest * 255 + steps) // (2 * steps)).astype(np.uint8)[images[n]]
+    def _table(self, index: int) -> NDArray[np.uint8]:
+        steps = self._changes(index)["levels"] - 1
+        nearest = (2 * np.arange(256) * steps + 255) // 510  # round(v·steps / 255)
+        return ((2 * nearest * 255 + steps) // (2 * steps)).astype(np.uint8)
 
     def _changes(self, index: int) -> dict[str, Any]:
-        return {"levels": self._count(index)}
+        low, high = self.levels
+        w, _, _, _ = words32(np.uint64(self.seed), _QUANTISE, np.uint64(index), np.uint64(0))
+        return {"levels": low + int(below(w, high - low + 1))}
 
 
 @register("crop")
@@ -336,7 +345,7 @@ class Mixture(Program):
     @property
     def prior_tier(self) -> int:  # type: ignore[override]
         """The largest prior tier of the inner programs."""
-        return tier_of(0, *self.programs)
+        return max(program.prior_tier for program in self.programs)
 
     def _choices(self, indices: Words) -> list[int]:
         """Draw which program makes each image."""

@@ -19,15 +19,8 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.programs import Program, make_program
 from dpsyngen.programs.dead_leaves import SHAPES, DeadLeaves
 from dpsyngen.programs.drawing.colours import RGB
-from dpsyngen.programs.drawing.reference_leaves import (
-    EMPTY,
-    fill_convex,
-    fill_disc,
-    fill_rectangle,
-    leaf_radius,
-    paint_over,
-)
-from dpsyngen.programs.drawing.shapes import LeafLaw
+from dpsyngen.programs.drawing.reference_leaves import EMPTY, leaf_radius, paint, paint_over
+from dpsyngen.programs.drawing.shapes import LeafLaw, convex_spans, disc_spans, rectangle_spans
 
 # SHA-256 of images 0…7 at seed 7: what other machines and later versions must draw too.
 GOLDEN: dict[tuple[str, str, int], str] = {
@@ -103,7 +96,7 @@ def test_every_pixel_is_covered(resolution: int, shape: int, seed: int, r_min: f
     canvas = np.full((resolution, resolution), EMPTY, dtype=np.int32)
     only = shape if shape < 6 else -1
     law = LeafLaw(np.arange(1.0, 7.0) / 6, only, RGB, False, 3.0, r_min, r_min + width)
-    paint_over(canvas, np.uint64(seed), np.uint64(5), law, np.empty(4), np.empty(4))
+    paint_over(canvas, np.uint64(seed), np.uint64(5), law)
     assert canvas.min() >= 0  # an unpainted pixel is EMPTY = −1
     assert canvas.max() <= 0xFFFFFF
 
@@ -229,12 +222,14 @@ def test_painted_pixels_are_those_whose_centres_lie_inside(kind: str) -> None:
     canvas = np.full((12, 12), EMPTY, dtype=np.int32)
     canvas[6, :5] = 1
     inside = _inside(kind)
+    starts, stops = np.empty((2, 12), dtype=np.int64)
     if kind == "disc":
-        painted, fresh = fill_disc(canvas, 5.2, 6.1, 3.7, 9)
+        first, stop = disc_spans(12, 5.2, 6.1, 3.7, starts, stops)
     elif kind == "rectangle":
-        painted, fresh = fill_rectangle(canvas, 5.2, 1.1, 3.3, 2.2, 9)
+        first, stop = rectangle_spans(12, 5.2, 1.1, 3.3, 2.2, starts, stops)
     else:
-        painted, fresh = fill_convex(canvas, *_QUADRILATERAL, 4, 9)
+        first, stop = convex_spans(12, *_QUADRILATERAL, 4, starts, stops)
+    painted, fresh = paint(canvas, starts, stops, first, stop, 9)
     assert np.array_equal(canvas == 9, inside)
     assert (painted, fresh) == (inside.sum(), inside.sum() - inside[6, :5].sum())
 

@@ -15,6 +15,7 @@ from scipy import integrate, stats
 from dpsyngen.errors import ConfigError
 from dpsyngen.programs import make_program
 from dpsyngen.programs.dead_leaves import SHAPES, DeadLeaves
+from dpsyngen.programs.drawing.exact_leaves import RECORDED
 from dpsyngen.programs.drawing.shapes import KINDS, padded_masses, padded_radius
 
 # SHA-256 of images 0…7 at seed 7.
@@ -40,7 +41,7 @@ def _leaves(resolution: int = 32, channels: int = 1, **params: Any) -> DeadLeave
 
 def _numbers(program: DeadLeaves, count: int) -> NDArray[np.int32]:
     """The leaf seen at each pixel, [count, S, S]."""
-    nothing = np.empty((0, 7))
+    nothing = np.empty((0, RECORDED))
     return np.stack([program._cover(i, nothing)[0] for i in range(count)])
 
 
@@ -119,7 +120,7 @@ def test_every_pixel_is_covered(
     resolution: int, shape: str, seed: int, r_min: float, width: float, exponent: float
 ) -> None:
     program = _leaves(resolution, shape=shape, seed=seed, r_min=r_min, r_max=r_min + width, exponent=exponent)
-    canvas, leaves = program._cover(5, np.empty((0, 7)))
+    canvas, leaves = program._cover(5, np.empty((0, RECORDED)))
     assert canvas.min() >= 0  # −1 is uncovered
     assert canvas.max() == leaves - 1  # the last one covered what was left
     params = program.params(5)

@@ -102,27 +102,13 @@ def test_resuming_with_other_ranks() -> None:
     assert sorted(seen) == list(range(60, 100))
 
 
-def test_state_within_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As loaders use it that keep the state of each worker's own copy."""
-    from types import SimpleNamespace
-
+def test_a_worker_does_not_know_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     from dpsyngen.programs import torch_datasets
 
-    def within(worker: int, workers: int) -> None:
-        info = SimpleNamespace(id=worker, num_workers=workers)
-        monkeypatch.setattr(torch_datasets, "get_worker_info", lambda: info)
-
-    within(1, 2)
-    part = stream()
-    assert take(part, 2) == [*range(5, 10), *range(15, 20)]
-    state = part.state_dict()
-    again = stream()
-    again.load_state_dict(state)
-    assert take(again, 1) == list(range(25, 30))
-    within(0, 3)
-    again.load_state_dict(state)
-    with pytest.raises(ConfigError, match="as many workers as before"):
-        take(again, 1)
+    monkeypatch.setattr(torch_datasets, "get_worker_info", lambda: object())
+    assert stream().state_dict(2) == {"first": 10}
+    with pytest.raises(ConfigError, match="ask outside"):
+        stream().state_dict()
 
 
 def test_ranks_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

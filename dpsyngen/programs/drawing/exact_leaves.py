@@ -32,7 +32,7 @@ from dpsyngen.programs.drawing.shapes import DISC, LeafLaw, inverse, leaf_spans,
 
 Work = tuple[Canvas, Words, Ints, Ints, Canvas]
 UNCOVERED = -1
-RECORDED = 7  # x, y, radius, kind, colour, 1 if from the second list, pixels that stay visible
+RECORDED = 5  # x, y, radius, kind, pixels that stay visible
 
 _STREAM = np.uint64(0x65786163)  # "exac"
 _ONE = np.uint64(1)
@@ -135,74 +135,66 @@ def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, recor
     at_pixel = _PI * mass(exponent - 2.0, r_min, r_max)
     left = size * size
     leaves = 0
+    count = 0  # of the waiting pixels
     block = np.uint64(0)
     angles = np.uint64(0)
     word_shape = np.uint64(0)
     word_angle = np.uint64(0)
 
-    # First list: all leaves that could touch the canvas.
-    while left > 0 and _WORTH * left * at_pixel > everywhere:
-        word_x, word_y, word_r, word_c = words32(seed, _STREAM, index, block)
-        block += _ONE
-        radius = padded_radius(unit32(word_r), exponent, r_min, r_max, masses)
-        x = unit32(word_x) * (size + 2.0 * radius) - radius
-        y = unit32(word_y) * (size + 2.0 * radius) - radius
-        fresh = 0
-        recorded = leaves < record.shape[0]
-        # Most hidden leaves need no shape.  Discs are as fast to try.  Either way this uses the same blocks.
-        if recorded or only == DISC or may_show(covered, size, x, y, radius):
+    while left > 0:
+        near = _WORTH * left * at_pixel <= everywhere
+        if not near:
+            # First list: all leaves that could touch the canvas.
+            word_x, word_y, word_r, word_c = words32(seed, _STREAM, index, block)
+            block += _ONE
+            radius = padded_radius(unit32(word_r), exponent, r_min, r_max, masses)
+            x = unit32(word_x) * (size + 2.0 * radius) - radius
+            y = unit32(word_y) * (size + 2.0 * radius) - radius
+            # Most hidden leaves need no shape.  Discs are as fast to try.  Either way this uses the same blocks.
+            shaped = leaves < record.shape[0] or only == DISC or may_show(covered, size, x, y, radius)
             if only != DISC:
-                word_shape, word_angle, low, high = words32(seed, _STREAM, index, block)
+                if shaped:
+                    word_shape, word_angle, low, high = words32(seed, _STREAM, index, block)
+                    angles = low | (high << _32)
+                block += _ONE
+        else:
+            # Second list: only leaves around what is uncovered, thinned so that its law is the same.
+            if count == 0:
+                for pixel in range(size * size):
+                    waiting[count] = pixel
+                    count += canvas[pixel // size, pixel % size] < 0
+            word_pixel, word_keep, word_r, word_c = words32(seed, _STREAM, index, block)
+            word_d, word_turn, word_shape, word_angle = words32(seed, _STREAM, index, block + _ONE)
+            block += _TWO
+            place = below(word_pixel, count)  # an uncovered pixel
+            pixel = waiting[place]
+            row = pixel // size
+            column = pixel - row * size
+            if canvas[row, column] >= 0:  # covered since the list was made: an even choice among the rest stays even
+                count -= 1
+                waiting[place] = waiting[count]
+                continue
+            radius = inverse(unit32(word_r), exponent - 2.0, r_min, r_max)
+            distance = radius * math.sqrt(unit32(word_d))  # uniform in the disc
+            cos, sin = cos_sin(unit32(word_turn))
+            x = column + 0.5 + distance * cos
+            y = row + 0.5 + distance * sin
+            # Each of the k uncovered pixels in the disc could have proposed this leaf: keep one in k.
+            if unit32(word_keep) * _uncovered_within(canvas, waiting, count, x, y, radius) > 1.0:
+                continue
+            shaped = True
+            if only != DISC:
+                low, high, _, _ = words32(seed, _STREAM, index, block)
+                block += _ONE
                 angles = low | (high << _32)
+        if shaped:
             kind = only if only >= 0 else pick(word_shape, law.shares)
             first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, corners, starts, stops)
             value = colour_of(word_c & _LOW_24, colour, palette, colours)
             fresh = paint_under(canvas, covered, starts, stops, first, stop, leaves if number else value)
             left -= fresh
-            if recorded:
-                record[leaves] = (x, y, radius, float(kind), float(value), 0.0, float(fresh))
-        if only != DISC:
-            block += _ONE
-        leaves += 1
-
-    # Second list: only leaves around what is uncovered, thinned so that its law is the same.
-    count = 0
-    if left > 0:
-        for row in range(size):
-            for column in range(size):
-                waiting[count] = row * size + column
-                count += canvas[row, column] < 0
-    while left > 0:
-        word_pixel, word_keep, word_r, word_c = words32(seed, _STREAM, index, block)
-        word_d, word_turn, word_shape, word_angle = words32(seed, _STREAM, index, block + _ONE)
-        block += _TWO
-        place = below(word_pixel, count)  # an uncovered pixel
-        pixel = waiting[place]
-        row = pixel // size
-        column = pixel - row * size
-        if canvas[row, column] >= 0:  # covered since the list was made: an even choice among the rest stays even
-            count -= 1
-            waiting[place] = waiting[count]
-            continue
-        radius = inverse(unit32(word_r), exponent - 2.0, r_min, r_max)
-        distance = radius * math.sqrt(unit32(word_d))  # uniform in the disc
-        cos, sin = cos_sin(unit32(word_turn))
-        x = column + 0.5 + distance * cos
-        y = row + 0.5 + distance * sin
-        # Each of the k uncovered pixels in the disc could have proposed this leaf: keep one in k.
-        if unit32(word_keep) * _uncovered_within(canvas, waiting, count, x, y, radius) > 1.0:
-            continue
-        if only < 0 or only > DISC:
-            low, high, _, _ = words32(seed, _STREAM, index, block)
-            block += _ONE
-            angles = low | (high << _32)
-        kind = only if only >= 0 else pick(word_shape, law.shares)
-        first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, corners, starts, stops)
-        value = colour_of(word_c & _LOW_24, colour, palette, colours)
-        fresh = paint_under(canvas, covered, starts, stops, first, stop, leaves if number else value)
-        left -= fresh
-        if leaves < record.shape[0]:
-            record[leaves] = (x, y, radius, float(kind), float(value), 1.0, float(fresh))
+            if leaves < record.shape[0]:
+                record[leaves] = (x, y, radius, float(kind), float(fresh))
         leaves += 1
     return leaves
 

@@ -10,8 +10,6 @@ import math
 
 import numpy as np
 
-from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import as_choice
 from dpsyngen.programs.drawing import Floats, Images, Word
 from dpsyngen.programs.drawing.colours import MIX_COLOURS, MIX_VALUES, colour_mix, mix_channels
 from dpsyngen.programs.drawing.counter_rng import fill_uniform
@@ -19,20 +17,11 @@ from dpsyngen.programs.drawing.portable import compiled, cos_sin
 from dpsyngen.programs.drawing.raster import stretch
 
 COLOURS = ("grey", "rotation", "palette")
+COLOURED = COLOURS[1:]  # need 3 channels
 ROTATION = 1
 
 _MIX = np.uint64(0x636D6978)  # "cmix"
 _ZERO = np.uint64(0)
-
-
-def field_colour(colour: str | None, channels: int) -> str:
-    """Return the colour law of a random field, checked."""
-    if colour is None:
-        return "grey" if channels == 1 else "rotation"
-    as_choice("colour", colour, COLOURS, "a colour law")
-    if colour != "grey" and channels == 1:
-        raise ConfigError(f"colour={colour!r} needs 3 channels, and channels=1 was given: choose channels=3, or grey.")
-    return colour
 
 
 @compiled
@@ -63,12 +52,8 @@ def paint_fields(seed: Word, index: Word, fields: Floats, law: int, out: Images)
 def cut_into_colours(field: Floats, colours: Floats, weights: Floats, count: int, out: Images) -> None:
     """Colour the pixels by rank: the lowest share weights[0] gets the first colour, and so on; shares are exact."""
     size = out.shape[1]
-    values = np.empty(size * size)
-    for i in range(size):
-        for j in range(size):
-            values[i * size + j] = field[i, j]
     # By rank and not by level: then each colour has its share whatever the histogram of the field.
-    order = np.argsort(values)
+    order = np.argsort(np.ascontiguousarray(field[:size, :size]).ravel())
     colour = 0
     reached = weights[0]
     for rank in range(size * size):

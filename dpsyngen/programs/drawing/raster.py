@@ -17,7 +17,7 @@ from dpsyngen.programs.drawing.portable import compiled
 
 @compiled
 def add_edge(area: Floats, x0: float, y0: float, x1: float, y1: float) -> None:
-    """Add one edge of a polygon to `area`, float64 [H, W + 1]; see `close_polygon`.
+    """Add one edge of a polygon to `area`, float64 [H, W + 1]; see `fill_polygon`.
 
     Within a row of pixels the edge fills, to its right, a part of the pixels it crosses and all further ones.  What is
     stored is the difference from each pixel to the one before, so that a running sum gives the signed area.
@@ -76,11 +76,15 @@ def add_edge(area: Floats, x0: float, y0: float, x1: float, y1: float) -> None:
 
 
 @compiled
-def close_polygon(area: Floats, cover: Floats) -> None:
-    """Turn edges into a cover, and clear `area` for the next polygon.
+def fill_polygon(xs: Floats, ys: Floats, count: int, area: Floats, cover: Floats) -> None:
+    """Write the cover of the polygon through the first `count` points, over what `cover` held.
 
-    Parts that the outline winds around in either direction are filled; holes are outlines of the other direction.
+    Parts that the outline winds around in either direction are filled.  `area`, [H, W + 1], is working space, all 0
+    before and after.
     """
+    for k in range(count):
+        after = k + 1 if k + 1 < count else 0
+        add_edge(area, xs[k], ys[k], xs[after], ys[after])
     for row in range(cover.shape[0]):
         total = 0.0  # the signed area so far: the winding number, in the mean over the pixel
         for column in range(cover.shape[1]):
@@ -88,15 +92,6 @@ def close_polygon(area: Floats, cover: Floats) -> None:
             area[row, column] = 0.0
             cover[row, column] = min(1.0, abs(total))
         area[row, cover.shape[1]] = 0.0
-
-
-@compiled
-def fill_polygon(xs: Floats, ys: Floats, count: int, area: Floats, cover: Floats) -> None:
-    """Write the cover of the polygon through the first `count` points, over what `cover` held."""
-    for k in range(count):
-        after = k + 1 if k + 1 < count else 0
-        add_edge(area, xs[k], ys[k], xs[after], ys[after])
-    close_polygon(area, cover)
 
 
 @compiled
@@ -168,17 +163,8 @@ def stretch(canvas: Floats, out: Images) -> None:
 
     A constant becomes 128.
     """
-    size = out.shape[1]
-    low = canvas[0, 0, 0]
-    high = low
-    for c in range(out.shape[0]):
-        for i in range(size):
-            for j in range(size):
-                low = min(low, canvas[c, i, j])
-                high = max(high, canvas[c, i, j])
+    shown = canvas[: out.shape[0], : out.shape[1], : out.shape[2]]
+    low, high = shown.min(), shown.max()
     scale = 255.0 / (high - low) if high > low else 0.0
     offset = 0.5 if high > low else 128.0
-    for c in range(out.shape[0]):
-        for i in range(size):
-            for j in range(size):
-                out[c, i, j] = np.uint8(math.floor((canvas[c, i, j] - low) * scale + offset))
+    out[:] = np.floor((shown - low) * scale + offset).astype(np.uint8)

@@ -19,7 +19,17 @@ from dpsyngen.programs.drawing.colours import PALETTE, colour_of, draw_palette
 from dpsyngen.programs.drawing.counter_rng import pick, to_unit, unit_vector, words
 from dpsyngen.programs.drawing.exact_leaves import unpack
 from dpsyngen.programs.drawing.portable import compiled
-from dpsyngen.programs.drawing.shapes import DISC, ORIENTED_SQUARE, RECTANGLE, SQUARE, TRIANGLE, LeafLaw
+from dpsyngen.programs.drawing.shapes import (
+    DISC,
+    ORIENTED_SQUARE,
+    RECTANGLE,
+    SQUARE,
+    TRIANGLE,
+    LeafLaw,
+    convex_spans,
+    disc_spans,
+    rectangle_spans,
+)
 
 EMPTY = -1
 
@@ -33,92 +43,15 @@ _SMALL_STEP = 1e-9
 
 
 @compiled
-def fill_span(canvas: Canvas, row: int, left: float, right: float, value: int) -> tuple[int, int]:
-    """Paint the pixels of `row` whose centres have left ≤ x < right."""
-    start = max(0, math.ceil(left - 0.5))
-    stop = min(canvas.shape[1], math.ceil(right - 0.5))
-    fresh = 0
-    for column in range(start, stop):
-        if canvas[row, column] < 0:
-            fresh += 1
-        canvas[row, column] = value
-    return max(0, stop - start), fresh
-
-
-@compiled
-def fill_disc(canvas: Canvas, x: float, y: float, radius: float, value: int) -> tuple[int, int]:
-    """Paint the disc of centre (x, y)."""
-    painted = 0
-    fresh = 0
-    first = max(0, math.ceil(y - radius - 0.5))
-    stop = min(canvas.shape[0], math.ceil(y + radius - 0.5))
+def paint(canvas: Canvas, starts: Ints, stops: Ints, first: int, stop: int, value: int) -> tuple[int, int]:
+    """Paint the spans of rows `first` to `stop`; returns how many pixels they have, and how many of them were empty."""
+    painted, fresh = 0, 0
     for row in range(first, stop):
-        height = row + 0.5 - y
-        half = math.sqrt(max(0.0, radius * radius - height * height))
-        more, new = fill_span(canvas, row, x - half, x + half, value)
-        painted += more
-        fresh += new
+        for column in range(starts[row], stops[row]):
+            fresh += canvas[row, column] < 0
+            canvas[row, column] = value
+            painted += 1
     return painted, fresh
-
-
-@compiled
-def fill_rectangle(
-    canvas: Canvas, x: float, y: float, half_width: float, half_height: float, value: int
-) -> tuple[int, int]:
-    """Paint the axis-aligned rectangle of centre (x, y)."""
-    painted = 0
-    fresh = 0
-    first = max(0, math.ceil(y - half_height - 0.5))
-    stop = min(canvas.shape[0], math.ceil(y + half_height - 0.5))
-    for row in range(first, stop):
-        more, new = fill_span(canvas, row, x - half_width, x + half_width, value)
-        painted += more
-        fresh += new
-    return painted, fresh
-
-
-@compiled
-def fill_convex(canvas: Canvas, xs: Floats, ys: Floats, corners: int, value: int) -> tuple[int, int]:
-    """Paint the convex polygon whose first `corners` vertices (xs, ys) are in cyclic order."""
-    painted = 0
-    fresh = 0
-    low = ys[0]
-    high = ys[0]
-    for k in range(1, corners):
-        low = min(low, ys[k])
-        high = max(high, ys[k])
-    first = max(0, math.ceil(low - 0.5))
-    stop = min(canvas.shape[0], math.ceil(high - 0.5))
-    for row in range(first, stop):
-        y = row + 0.5
-        left = math.inf
-        right = -math.inf
-        x_end = xs[corners - 1]
-        y_end = ys[corners - 1]
-        for k in range(corners):
-            x_start, y_start = x_end, y_end
-            x_end, y_end = xs[k], ys[k]
-            if (y_start <= y) != (y_end <= y):  # the edge crosses the row of centres; ≤ counts a corner once
-                x = x_start + (y - y_start) * (x_end - x_start) / (y_end - y_start)
-                left = min(left, x)
-                right = max(right, x)
-        if left < right:
-            more, new = fill_span(canvas, row, left, right, value)
-            painted += more
-            fresh += new
-    return painted, fresh
-
-
-@compiled
-def fill_pixel_at(canvas: Canvas, x: float, y: float, value: int) -> tuple[int, int]:
-    """Paint the one pixel that contains the point (x, y), if it is on the canvas."""
-    row = math.floor(y)
-    column = math.floor(x)
-    if not (0 <= row < canvas.shape[0] and 0 <= column < canvas.shape[1]):
-        return 0, 0
-    fresh = 1 if canvas[row, column] < 0 else 0
-    canvas[row, column] = value
-    return 1, fresh
 
 
 @compiled
@@ -174,34 +107,15 @@ def _corners_on_circle(seed: Word, index: Word, block: Word, xs: Floats, ys: Flo
 
 
 @compiled
-def _paint_polygon(
-    canvas: Canvas, x: float, y: float, radius: float, xs: Floats, ys: Floats, corners: int, value: int
-) -> tuple[int, int]:
-    """Paint the polygon with corners (x, y) + radius·(xs, ys), which are moved there.
-
-    A sliver that misses every pixel centre gets the pixel under the mean of its corners.
-    """
-    middle_x = 0.0
-    middle_y = 0.0
-    for k in range(corners):
-        xs[k] = x + radius * xs[k]
-        ys[k] = y + radius * ys[k]
-        middle_x += xs[k] / corners
-        middle_y += ys[k] / corners
-    painted, fresh = fill_convex(canvas, xs, ys, corners, value)
-    if painted == 0:
-        painted, fresh = fill_pixel_at(canvas, middle_x, middle_y, value)
-    return painted, fresh
-
-
-@compiled
-def paint_over(canvas: Canvas, seed: Word, index: Word, law: LeafLaw, xs: Floats, ys: Floats) -> int:
+def paint_over(canvas: Canvas, seed: Word, index: Word, law: LeafLaw) -> int:
     """Paint leaves, later over earlier, until no pixel is empty; returns their number.
 
     Ends with probability 1, and soon: a leaf never vanishes (one too small or thin to hold a pixel centre
     paints the pixel under its middle), and every pixel has a chance with each leaf.
     """
     size = canvas.shape[0]
+    starts, stops = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+    xs, ys = np.empty(4), np.empty(4)
     palette = np.empty(8, dtype=np.int64)
     only, colour = law.only, law.colour
     colours = draw_palette(seed, index, law.grey, palette) if colour == PALETTE else 0
@@ -220,27 +134,36 @@ def paint_over(canvas: Canvas, seed: Word, index: Word, law: LeafLaw, xs: Floats
         value = colour_of(word_kind & _COLOUR_BITS, colour, palette, colours)
         kind = only if only >= 0 else pick(word_kind >> _32, law.shares)
 
-        painted, fresh = 0, 0
+        corners = 0
+        cos, sin = _ROOT_HALF, _ROOT_HALF
+        if kind in (RECTANGLE, ORIENTED_SQUARE):
+            cos, sin, block = unit_vector(seed, _STREAM, index, block)
         if kind == DISC:
-            painted, fresh = fill_disc(canvas, x, y, radius, value)
-        elif kind == SQUARE:
-            half = radius * _ROOT_HALF
-            painted, fresh = fill_rectangle(canvas, x, y, half, half, value)
-        elif kind == RECTANGLE:
-            cos, sin, block = unit_vector(seed, _STREAM, index, block)
-            painted, fresh = fill_rectangle(canvas, x, y, radius * abs(cos), radius * abs(sin), value)
+            first, stop = disc_spans(size, x, y, radius, starts, stops)
+        elif kind in (SQUARE, RECTANGLE):
+            first, stop = rectangle_spans(size, x, y, radius * abs(cos), radius * abs(sin), starts, stops)
         elif kind == ORIENTED_SQUARE:
-            cos, sin, block = unit_vector(seed, _STREAM, index, block)
+            corners = 4
             xs[0], xs[1], xs[2], xs[3] = cos, -sin, -cos, sin
             ys[0], ys[1], ys[2], ys[3] = sin, cos, -sin, -cos
-            painted, fresh = _paint_polygon(canvas, x, y, radius, xs, ys, 4, value)
         else:
             corners = 3 if kind == TRIANGLE else 4
             block = _corners_on_circle(seed, index, block, xs, ys, corners)
-            painted, fresh = _paint_polygon(canvas, x, y, radius, xs, ys, corners, value)
+        if corners > 0:
+            middle_x, middle_y = 0.0, 0.0
+            for k in range(corners):
+                xs[k] = x + radius * xs[k]
+                ys[k] = y + radius * ys[k]
+                middle_x += xs[k] / corners
+                middle_y += ys[k] / corners
+            x, y = middle_x, middle_y
+            first, stop = convex_spans(size, xs, ys, corners, starts, stops)
+        painted, fresh = paint(canvas, starts, stops, first, stop, value)
+        row, column = math.floor(y), math.floor(x)
         # Without this, leaves below a pixel could go on forever without reaching the last empty one.
-        if painted == 0 and kind in (DISC, SQUARE, RECTANGLE):
-            painted, fresh = fill_pixel_at(canvas, x, y, value)
+        if painted == 0 and 0 <= row < size and 0 <= column < size:
+            fresh = 1 if canvas[row, column] < 0 else 0
+            canvas[row, column] = value
         empty -= fresh
         leaves += 1
     return leaves
@@ -254,8 +177,6 @@ def draw_reference(indices: Words, seed: Word, law: LeafLaw, factor: int, out: I
     """
     size = out.shape[2] * factor
     canvas = np.empty((size, size), dtype=np.int32)
-    xs = np.empty(4)
-    ys = np.empty(4)
     for n in range(indices.shape[0]):
-        leaves[n] = paint_over(canvas, seed, indices[n], law, xs, ys)
+        leaves[n] = paint_over(canvas, seed, indices[n], law)
         unpack(canvas, factor, out[n])
