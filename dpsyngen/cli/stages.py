@@ -161,7 +161,7 @@ def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list
 def _say(console: Console, out: Path, result: StagesResult, files: list[Path], seconds: float) -> None:
     from dpsyngen.thresholds.files import elbow_rows, stage_lines, tables, teacher_line
 
-    statement = {} if result.private is None else result.private[1]
+    statement = result.private or {}
     lines = [] if console.as_json else list(tables(result))
     lines += [*stage_lines(result), *filter(None, [teacher_line(result)])]
     if statement:

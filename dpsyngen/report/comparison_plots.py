@@ -167,7 +167,8 @@ def _against_setting(view: View, measure: Measure, what: str, epsilon: float) ->
             found.setdefault((row.variant, others), []).append((*place, values))
     if not any(len({x for x, *_ in points}) > 1 for points in found.values()):
         return None
-    lines, alike = [], Counter(variant for variant, _ in found)
+    lines: list[Line] = []
+    alike = Counter(variant for variant, _ in found)
     for variant, others in found:
         points = sorted(found[variant, others])
         # Lines of one variant are told apart by the dash.  Settings of one share are points of their own, not a line.

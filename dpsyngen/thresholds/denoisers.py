@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.config import Config
@@ -52,11 +53,7 @@ _CHUNK = 4096  # images in float64 at a time
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GivenImages(Program):
-    """Public images of the user's in the place of a program: image i is the i-th of them.
-
-    Attributes:
-        images: uint8 [N, C, H, W].
-    """
+    """Public images of the user's in the place of a program: image i is the i-th of `images`, uint8 [N, C, H, W]."""
 
     name: ClassVar[str] = "given-images"
     prior_tier: ClassVar[int] = 2
@@ -73,17 +70,11 @@ class GivenImages(Program):
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One kind of public images.
+    """One kind of public images."""
 
-    Attributes:
-        label: what it is called in tables; unique.
-        program: what draws the images that a network is trained on.
-        held_out: of given images, those to measure on, uint8 [N, C, H, W].
-    """
-
-    label: str
-    program: Program
-    held_out: NDArray[np.uint8] | None = None
+    label: str  # what it is called in tables; unique
+    program: Program  # what draws the images that a network is trained on
+    held_out: NDArray[np.uint8] | None = None  # of given images, those to measure on, [N, C, H, W]
 
     def measuring_images(self, count: int) -> NDArray[np.uint8]:
         """Images that no network here was trained on: those held out, or the first `count` that a program has there."""
@@ -155,56 +146,47 @@ class PublicDenoisers:
             RunError: the file of the weights is damaged, or training diverged.
         """
         # The start differs between families, too: networks with a common start would share their errors.
-        start = int(self.key(family, seed)[:15], 16)
+        start, path = int(self.key(family, seed)[:15], 16), self.path(family, seed)
         denoiser = make_denoiser(self.config, self.shape, False, start).to(self.device)
-        path = self.path(family, seed)
         if not path.exists():
+            c, offset = self.config.public, FIRST_IMAGE + _PER_SEED * (seed + 1)
+            if isinstance(family.program, GivenImages):
+                c, offset = c.model_copy(update={"distinct": len(family.program.images)}), 0
+            randomness = Randomness.from_insecure_seed(start)
+            take = PublicStep(family.program, every_level(), c, randomness, offset, self.workers)
+            optimizer = torch.optim.Adam(denoiser.parameters(), lr=c.learning_rate)
+            state = TrainState(denoiser, Ema(denoiser, c.ema), {"public": optimizer})
+            unfinished = path.with_suffix(".unfinished")
             self.folder.mkdir(parents=True, exist_ok=True)
-            state = TrainState(denoiser, Ema(denoiser, self.config.public.ema), {})
-            self._train(family, seed, start, state, path.with_suffix(".unfinished"), on_progress)
-            average = {k: v.detach().cpu().contiguous() for k, v in state.ema.average.items()}
-            write_atomically(path, lambda p: save_file(average, p))
-            path.with_suffix(".unfinished").unlink(missing_ok=True)
+            _restore(unfinished, state, c.steps)
+            for progress in train_public("public", state, take):
+                if not math.isfinite(progress.values["loss"]):
+                    raise RunError(
+                        f"training on {family.label} diverged at step {progress.step}: its loss is not finite.  Use a "
+                        "lower learning rate: --set public.learning_rate=…"
+                    )
+                if progress.step % c.checkpoint_every == 0 and progress.step < c.steps:
+                    counts = {"step": torch.tensor(state.step), "ema_steps": torch.tensor(state.ema.steps)}
+                    _save(state.tensors() | counts, unfinished)
+                if on_progress is not None:
+                    on_progress(progress.step)
+            _save(state.ema.average, path)
+            unfinished.unlink(missing_ok=True)
         load_weights(path, denoiser)
         return denoiser.eval()
 
-    def _train(
-        self,
-        family: Family,
-        seed: int,
-        start: int,
-        state: TrainState,
-        unfinished: Path,
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
-        c, offset = self.config.public, FIRST_IMAGE + _PER_SEED * (seed + 1)
-        if isinstance(family.program, GivenImages):
-            c, offset = c.model_copy(update={"distinct": len(family.program.images)}), 0
-        take = PublicStep(family.program, every_level(), c, Randomness.from_insecure_seed(start), offset, self.workers)
-        state.optimizers["public"] = torch.optim.Adam(state.module.parameters(), lr=c.learning_rate)
-        _restore(unfinished, state, c.steps)
-        for progress in train_public("public", state, take):
-            if not math.isfinite(progress.values["loss"]):
-                raise RunError(
-                    f"training on {family.label} diverged at step {progress.step}: its loss is not finite.  Use a "
-                    "lower learning rate: --set public.learning_rate=…"
-                )
-            if progress.step % c.checkpoint_every == 0 and progress.step < c.steps:
-                counts = json.dumps({"step": state.step, "ema_steps": state.ema.steps})
-                tensors = {k: v.cpu() for k, v in state.tensors().items()}
-                write_atomically(unfinished, lambda p, t=tensors, n=counts: save_file(t, p, {"dpsyngen": n}))  # type: ignore[misc]
-            if on_progress is not None:
-                on_progress(progress.step)
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(held, temporary))
 
 
 def _restore(path: Path, state: TrainState, steps: int) -> None:
     """Go on from an unfinished file; one that cannot be read is ignored, as it is only time."""
     try:
-        with safe_open(path, framework="pt") as f:
-            counts = json.loads(f.metadata()["dpsyngen"])
-            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
-        step, ema_steps = int(counts["step"]), int(counts["ema_steps"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        tensors = load_file(path)
+        step, ema_steps = (int(tensors.pop(name)) for name in ("step", "ema_steps"))
+    except (SafetensorError, OSError, KeyError, ValueError):
         return
     if 0 <= step <= steps and state.misfit(tensors) is None:
         state.restore(tensors, step, ema_steps)

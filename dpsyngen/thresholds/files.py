@@ -20,8 +20,7 @@ from dpsyngen.config import load_config
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_atomically, write_text
 from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
-from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Curve, Elbow, price
-from dpsyngen.thresholds.private import PrivateCurve
+from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Elbow, price
 from dpsyngen.thresholds.search import BINS, Measured, StandInElbows
 from dpsyngen.version import __version__
 
@@ -43,7 +42,7 @@ class StagesResult:
     found: Sequence[StandInElbows]  # of every student against every stand-in
     decided: StandInElbows  # the one of `found` that the thresholds are of
     losses: Sequence[Mapping[str, Any]]  # of the families on the proxy
-    private: tuple[PrivateCurve, Mapping[str, Any]] | None = None  # the DP estimate, and what was spent and how
+    private: Mapping[str, Any] | None = None  # what was spent on a DP estimate, and how
 
     @property
     def moments(self) -> bool:
@@ -114,8 +113,7 @@ def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) 
             "pixels": m.pixels,
             "curves": [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows],
             "proxy_loss": list(result.losses),
-            "proxy_loss_by_level": {k: v.mean((0, 1)).tolist() for k, v in m.proxy_losses.items()} or None,
-            "private": None if result.private is None else result.private[1],
+            "private": result.private,
         },
         indent=1,
     )
@@ -139,20 +137,17 @@ def curve_rows(result: StagesResult) -> Iterator[dict[str, Any]]:
     """
     m = result.measured
     axis = {"log_sigma": m.log_sigma, "sigma": np.exp(m.log_sigma)}
-    curves: list[tuple[str, str, str, Curve]] = [(c.stand_in, c.teacher, c.student, c) for c in m.curves]
-    if result.private is not None:
-        curves.append(("private", result.settings["teacher"], result.settings["student"], result.private[0]))
-    for stand_in, teacher, student, curve in curves:
-        gap, teacher_loss, student_loss = curve.squares()
+    for c in m.curves:
+        gap, teacher_loss, student_loss = c.squares()
         figures = {
-            "relative_gap": curve.relative(),
-            "excess": curve.excess(),
+            "relative_gap": c.relative(),
+            "excess": c.excess(),
             "gap": gap,
             "teacher_loss": teacher_loss,
             "student_loss": student_loss,
             "nats_per_log_sigma": m.pixels * gap * np.exp(-2 * m.log_sigma),
         }
-        names = {"stand_in": stand_in, "teacher": teacher, "student": student}
+        names = {"stand_in": c.stand_in, "teacher": c.teacher, "student": c.student}
         for seed in range(len(gap)):
             yield names | {"seed": seed} | axis | {k: v[seed] for k, v in figures.items()}
     for f in result.found:
@@ -249,10 +244,8 @@ def _line(elbow: Elbow, relation: str) -> str:
 
 def teacher_line(result: StagesResult) -> str | None:
     """Where the proxy's networks do not show what can be known of its images; None if there is no sign of that."""
-    losses = result.measured.proxy_losses
-    if WIENER not in losses:
-        return None
-    behind = losses[PROXY].mean((0, 1)) > losses[WIENER].mean((0, 1))
+    losses = {c.student: c.squares()[2].mean(0) for c in result.measured.of(ZERO)}
+    behind = losses[PROXY] > losses[WIENER] if WIENER in losses else np.zeros(1, bool)
     if not behind.any():
         return None
     return (
@@ -354,7 +347,7 @@ def _draw_gap(panel: Any, result: StagesResult) -> None:
     relative = decided.mean.relative
     panel.fill_between(u, *(np.maximum(b, _LOWEST / 10) for b in relative.band()), color=_MAIN, alpha=0.25, lw=0)
     draw(relative.curve, f"{decided.student} in place of {_IN_WORDS[decided.by]}, 95 % band", color=_MAIN, lw=2.2)
-    floors = [c for c in result.measured.curves if c.stand_in == "floor" and c.student in (decided.student, PROXY)]
+    floors = [c for c in result.measured.of("floor") if c.student in (decided.student, PROXY)]
     if floors:
         floor = np.concatenate([c.relative() for c in floors]).mean(0)
         draw(floor, "another seed of the same (floor)", color=_SOFT, lw=1.2, ls=":")
@@ -375,16 +368,15 @@ def _draw_gap(panel: Any, result: StagesResult) -> None:
 
 
 def _draw_losses(panel: Any, result: StagesResult) -> None:
-    losses = {name: values.mean((0, 1)) for name, values in result.measured.proxy_losses.items()}
-    zero, colours = losses.pop(ZERO), iter(_LINES * len(losses))
+    colours = iter(_LINES * len(result.measured.curves))
     looks: dict[str, tuple[str, dict[str, Any]]] = {
         PROXY: ("trained on the proxy itself", {"color": "#222", "lw": 1.8}),
         WIENER: ("Wiener filter", {"color": _SOFT, "lw": 1.2, "ls": ":"}),
         result.decided.student: (f"trained on {result.decided.student}", {"color": _MAIN, "lw": 1.6}),
     }
-    for name, loss in losses.items():
-        label, look = looks.get(name) or (f"trained on {name}", {"color": next(colours), "lw": 1.6})
-        panel.plot(result.measured.log_sigma, loss / zero, label=label, **look)
+    for c in result.measured.of(ZERO):
+        label, look = looks.get(c.student) or (f"trained on {c.student}", {"color": next(colours), "lw": 1.6})
+        panel.plot(result.measured.log_sigma, 1 + c.excess().mean(0), label=label, **look)
     panel.axhline(1, color="#333", lw=0.9, ls="--", label="knows mean and variance of the pixels only")
     panel.set_ylim(0, min(2.2, panel.get_ylim()[1]))
     panel.set_ylabel("loss on proxy images, relative")

@@ -13,7 +13,6 @@ Everything is kept image by image, so that images can be drawn again for the unc
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -43,11 +42,8 @@ def log_sigma_grid(spacing: float = 0.5) -> tuple[float, ...]:
 
 
 def seeded_noise(shape: tuple[int, ...], seed: int) -> Callable[[slice], Tensor]:
-    """Standard normal noise of each image from a public seed: the same for image i in whatever slice it is asked for.
-
-    Args:
-        shape: of one image, [C, H, W].
-        seed: 0 to 2^40; there are 2^22 images at most.
+    """Standard normal noise of each image, of shape [C, H, W], from a public seed (0 to 2^40): the same for image i
+    (below 2^22) in whatever slice it is asked for.
     """
 
     def noise(part: slice) -> Tensor:
@@ -85,8 +81,7 @@ def measure(
         log_sigma: M levels.
         pairs: of names, whose answers are compared.
         noise: n of a slice of the images, on the CPU.
-        block: images at a time.
-        workers: threads that share the images.
+        block: images at a time; `workers` share the blocks.
         on_progress: called now and then with the number of images that are done.
     """
     pairs = list(dict.fromkeys(pairs))
@@ -125,40 +120,24 @@ def _mean_square(difference: Tensor) -> Array:
 # ----------------------------------------------------------------------------------------------- curves
 
 
-class Curve(ABC):
-    """Squares at each noise level, and what is made of them: relative gap and excess."""
-
-    noise: Array | float = 0.0  # standard deviation of noise in the squares
-
-    @abstractmethod
-    def squares(self) -> tuple[Array, Array, Array]:
-        """Gap, teacher's loss and student's loss: means over images and pixels, [S, M] each for S pairs of networks."""
-
-    def relative(self) -> Array:
-        """The relative gap g of each pair, [S, M]: the ratio of the means over the images, at least 0."""
-        return ratios(*self.squares(), self.noise)[0]
-
-    def excess(self) -> Array:
-        """The student's loss over the teacher's, less 1, of each pair, [S, M]."""
-        return ratios(*self.squares(), self.noise)[1]
-
-
-def ratios(gap: Array, teacher: Array, student: Array, noise: Array | float = 0.0) -> tuple[Array, Array]:
-    """Relative gap and excess of squares that may have noise of this standard deviation."""
+def ratios(gap: Array, teacher: Array, student: Array, noise: Array | float) -> tuple[Array, Array]:
+    """Relative gap and excess of squares that have noise of this standard deviation."""
     # Squares are not negative; a denominator within its noise of 0 counts as that noise.
     below = np.maximum(teacher, np.maximum(noise, 1e-300))
     return np.maximum(gap, 0) / below, np.maximum(student, 0) / below - 1
 
 
 @dataclass(frozen=True)
-class GapCurve(Curve):
-    """One student against one teacher on public images, with some seeds of both.
+class GapCurve:
+    """One student against one teacher, with some seeds of both.
 
     Attributes:
         stand_in: what the comparison is for: see :class:`dpsyngen.thresholds.search.Measured`.
         teacher, student: names; for a floor both are the same, with other seeds.
-        gap: (D_teacher - D_student)², mean over the pixels, [S, N, M]: seeds, images, levels.
+        gap: (D_teacher - D_student)², mean over the pixels, [S, N, M]: seeds, images, levels.  An estimate on private
+            images has means over the images, S = N = 1.
         teacher_loss, student_loss: (D - x₀)², as `gap`.
+        noise: standard deviation of noise in the three, [M]; 0 on public images.
     """
 
     stand_in: str
@@ -167,9 +146,19 @@ class GapCurve(Curve):
     gap: Array
     teacher_loss: Array
     student_loss: Array
+    noise: Array | float = 0.0
 
     def squares(self) -> tuple[Array, Array, Array]:
+        """Gap, teacher's loss and student's loss of each seed: means over the images, [S, M]."""
         return self.gap.mean(1), self.teacher_loss.mean(1), self.student_loss.mean(1)
+
+    def relative(self) -> Array:
+        """The relative gap g of each seed, [S, M]: the ratio of the means over the images, at least 0."""
+        return ratios(*self.squares(), self.noise)[0]
+
+    def excess(self) -> Array:
+        """The student's loss over the teacher's, less 1, of each seed, [S, M]."""
+        return ratios(*self.squares(), self.noise)[1]
 
 
 class Estimate(NamedTuple):
@@ -193,29 +182,30 @@ class MeanCurve(NamedTuple):
 
 
 def mean_curve(curves: Sequence[GapCurve], replicates: int, seed: int = 0) -> MeanCurve:
-    """Average all seeds of all curves, each counting the same, with the bootstrap (Efron & Tibshirani 1993).
+    """Average all seeds of all curves (one at least), with B = `replicates` of the bootstrap (Efron & Tibshirani 1993).
 
     Pairs of networks (all seeds of all curves) are drawn first, then, for each that was drawn, its images.  With one
-    pair only the images vary, so the spread between networks is not in the result.
-
-    Args:
-        curves: at least one, all with the same log σ.
-        replicates: B.
-        seed: of the drawing; public.
+    pair only the images vary, so the spread between networks is not in the result.  An estimate on private images is
+    drawn again with other noise of the mechanism instead.
     """
     rng = np.random.default_rng(seed)
-    pairs = [np.stack(parts) for c in curves for parts in zip(c.gap, c.student_loss, c.teacher_loss, strict=True)]
-    drawn = np.zeros((2, replicates, pairs[0].shape[2]))
-    for b in range(replicates):
-        for p in rng.integers(len(pairs), size=len(pairs)):
-            images = pairs[p].shape[1]
-            # Drawing N images with replacement = multinomial counts as weights.
-            gap, student, teacher = rng.multinomial(images, np.full(images, 1 / images)) @ pairs[p]
-            drawn[:, b] += np.stack([gap, student]) / teacher / len(pairs)
     gap, relative, excess = (
         np.concatenate(parts).mean(0)
         for parts in zip(*((c.squares()[0], c.relative(), c.excess()) for c in curves), strict=True)
     )
+    drawn = np.zeros((2, replicates, len(gap)))
+    if np.any(curves[0].noise):
+        (c,) = curves
+        noisy, teacher, student = (v + c.noise * rng.standard_normal(drawn[0].shape) for v in c.squares())
+        drawn[:] = ratios(noisy, teacher, student, c.noise)
+        return MeanCurve(np.maximum(gap, 0), Estimate(relative, drawn[0]), Estimate(excess, drawn[1]))
+    pairs = [np.stack(parts) for c in curves for parts in zip(c.gap, c.student_loss, c.teacher_loss, strict=True)]
+    for b in range(replicates):
+        for p in rng.integers(len(pairs), size=len(pairs)):
+            images = pairs[p].shape[1]
+            # Drawing N images with replacement = multinomial counts as weights.
+            squares, student, teacher = rng.multinomial(images, np.full(images, 1 / images)) @ pairs[p]
+            drawn[:, b] += np.stack([squares, student]) / teacher / len(pairs)
     return MeanCurve(gap, Estimate(relative, drawn[0]), Estimate(excess, drawn[1] - 1))
 
 
@@ -274,14 +264,12 @@ class Elbow:
 def find_elbow(
     u: Array, curve: Array, replicates: Array, side: Side, method: Method = "tolerance", tolerance: float = 0.05
 ) -> Elbow:
-    """The elbow of a curve at one side.
+    """The elbow of a curve at one side; see :class:`Elbow`.
 
     Args:
         u: log σ, [M], ascending.
         curve: relative gap, or with method "loss" the excess, [M].
         replicates: the curve as it could have come out, [B, M]; B = 0 is allowed.
-        side: which end of the axis.
-        method, tolerance: see :class:`Elbow`.
     """
     value, reason = _locate(u, curve, side, method, tolerance)
     found = [v for v in (_locate(u, c, side, method, tolerance)[0] for c in replicates) if v is not None]
@@ -297,13 +285,10 @@ def _locate(u: Array, curve: Array, side: Side, method: Method, tolerance: float
         value, reason = _locate(-u[::-1], curve[::-1], "cleaning", method, tolerance)
         return None if value is None else -value, reason
     # From here on the end that is looked from is the first point.
-    peak = int(np.argmax(curve))
-    return _kneedle(u, curve, peak) if method == "kneedle" else _tolerance(u, curve, peak, method, tolerance)
-
-
-def _tolerance(u: Array, curve: Array, peak: int, method: Method, tolerance: float) -> tuple[float | None, str]:
+    if method == "kneedle":
+        return _kneedle(u, curve, int(np.argmax(curve)))
     what = "gap" if method == "tolerance" else "excess of the loss"
-    if curve[peak] <= tolerance:
+    if curve.max() <= tolerance:
         # Networks that were hardly trained are all alike.
         return None, f"the {what} is within {100 * tolerance:g} % everywhere: train longer to tell the stages apart"
     first = int(np.argmax(curve > tolerance))

@@ -15,10 +15,10 @@ Formal guarantee: the estimate is one run of the (Poisson-subsampled, with a sam
 with noise multiplier z under adding or removing one image, with the declared number of records and the sampling rate
 fixed as public constants.
 
-**On the disk.**  ``private/`` (mode 0700) is a :class:`dpsyngen.training.session.Session`: key, ledger, and
-``data.json``, which pins images, networks and constants; then come the reservation in the budget file, the charge in
-the ledger, the computation, and ``private_gap.json``, what the mechanism released.  A call that was killed goes on
-behind the last of these, with the same noise for the same sum, and nothing is charged twice.
+**On the disk.**  ``private/`` (mode 0700) is a :class:`dpsyngen.training.session.Session`; after its files come the
+reservation in the budget file, the charge in the ledger, the computation, and ``private_gap.json``, what the mechanism
+released.  A call that was killed goes on behind the last of these, with the same noise for the same sum, and nothing is
+charged twice.
 """
 
 from __future__ import annotations
@@ -48,29 +48,22 @@ from dpsyngen.privacy.clipping import ClippedGradient, clip_and_sum
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
-from dpsyngen.thresholds.gap import Answers, Array, Curve, Estimate, MeanCurve, Pair, measure, ratios
+from dpsyngen.thresholds.gap import Answers, GapCurve, Pair, measure
 from dpsyngen.training.session import Session, Terms
 from dpsyngen.workers import Workers
 
-_PAIR: Pair = ("teacher", "student")
+_STORED = ("log_sigma", "gap", "teacher_loss", "student_loss", "noise")  # curves in private_gap.json
 _CHUNK = 512  # images in memory at a time
 
 
 @dataclass(frozen=True)
 class GapQuery:
-    """The constants of the mechanism.
+    """The constants of the mechanism."""
 
-    Attributes:
-        records: declared number of records n, public.
-        noise_multiplier: z > 0.
-        clipping_norm: C > 0.
-        sampling_rate: q in (0, 1]; 1 uses every image.
-    """
-
-    records: int
-    noise_multiplier: float
-    clipping_norm: float
-    sampling_rate: float = 1.0
+    records: int  # declared number of records n, public
+    noise_multiplier: float  # z > 0
+    clipping_norm: float  # C > 0
+    sampling_rate: float = 1.0  # q in (0, 1]; 1 uses every image
 
     def mechanism(self) -> Mechanism:
         """The query as the accountant sees it."""
@@ -82,89 +75,42 @@ class GapQuery:
         return self.noise_multiplier * self.clipping_norm / (self.sampling_rate * self.records)
 
 
-@dataclass(frozen=True)
-class PrivateCurve(Curve):
-    """What the mechanism released; from here on everything is post-processing.
-
-    Attributes:
-        log_sigma: [M].
-        gap, teacher_loss, student_loss: means over the private images and their pixels, with noise, [M]; images whose
-            vector was longer than C count with less than their share.
-        noise: standard deviation of the noise in each of the three, [M].
-    """
-
-    log_sigma: Array
-    gap: Array
-    teacher_loss: Array
-    student_loss: Array
-    noise: Array
-
-    def squares(self) -> tuple[Array, Array, Array]:
-        return self.gap[None], self.teacher_loss[None], self.student_loss[None]
-
-    def mean_curve(self, replicates: int, seed: int = 0) -> MeanCurve:
-        """With the relative gap and the excess as they could have come out with other noise of the mechanism; the
-        spread between images is not in it.
-        """
-        rng = np.random.default_rng(seed)
-        shape = (replicates, len(self.log_sigma))
-        gap, student, teacher = (
-            v + self.noise * rng.standard_normal(shape) for v in (self.gap, self.student_loss, self.teacher_loss)
-        )
-        relative, excess = ratios(gap, teacher, student, self.noise)
-        return MeanCurve(
-            np.maximum(self.gap, 0), Estimate(self.relative()[0], relative), Estimate(self.excess()[0], excess)
-        )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PrivateCurve:
-        """From JSON.  Raises KeyError, TypeError or ValueError if something does not fit."""
-        arrays = [np.array([float(v) for v in values[name]]) for name in cls.__dataclass_fields__]
-        if len({len(a) for a in arrays}) != 1:
-            raise ValueError("its curves differ in length")
-        return cls(*arrays)
-
-
 class PrivateGap:
     """Computes what images contribute, and releases their noisy mean.
 
     Args:
-        teacher, student: D_a and D_b, trained on public images only.
+        networks: D_a, the teacher, and D_b, the student, by name; trained on public images only.
         log_sigma: M levels.
         sigma_data: σ_d of the weight λ(σ).
         randomness: the secret streams; their key decides the blur of every image, the sampling and the noise.
-        workers: threads that share the images.
+        workers: share the images.
     """
 
     def __init__(
         self,
-        teacher: NetworkDenoiser,
-        student: NetworkDenoiser,
+        networks: Mapping[str, NetworkDenoiser],
         log_sigma: tuple[float, ...],
         sigma_data: float,
         randomness: Randomness,
         workers: Workers | None = None,
     ) -> None:
-        self.denoisers = dict(zip(_PAIR, (teacher, student), strict=True))
-        self.log_sigma, self.randomness, self.workers = log_sigma, randomness, workers or Workers(1)
+        self.networks, self.log_sigma, self.randomness, self.workers = networks, log_sigma, randomness, workers
+        teacher, student = networks
+        self.pair: Pair = (teacher, student)
         self.weights = gap_weights(log_sigma, sigma_data)
-        self.device = next(teacher.parameters()).device
+        self.device = next(networks[teacher].parameters()).device
 
     def contributions(self, images: NDArray[np.uint8]) -> Tensor:
-        """The vector of each image before clipping, float64 [n, 3M]; a function of the image and the key alone.
-
-        Args:
-            images: uint8 [n, C, H, W].
-        """
+        """The vector of each image, uint8 [n, C, H, W], before clipping: float64 [n, 3M], of image and key alone."""
         answers = measure(
-            self.denoisers,
+            self.networks,
             to_float(torch.from_numpy(np.ascontiguousarray(images)).to(self.device)),
             self.log_sigma,
-            [_PAIR],
+            [self.pair],
             lambda part: torch.stack([self._blur(image) for image in images[part]]),
             workers=self.workers,
         )
-        return weighted_vectors(answers, _PAIR, self.weights)
+        return weighted_vectors(answers, self.pair, self.weights)
 
     def _blur(self, image: NDArray[np.uint8]) -> Tensor:
         # Keyed by the content: were it keyed by the place, removing one image would change the vectors of all others.
@@ -177,10 +123,7 @@ class PrivateGap:
     ) -> ClippedGradient:
         """The clipped sum over the (sampled) images, with its sensitivity.  Private.
 
-        Args:
-            dataset: the private images.
-            query: the constants.
-            on_progress: called with the number of images that are done, and of all.
+        `on_progress` is called with the number of images that are done, and of all.
         """
         chosen = poisson_sample(self.randomness, 0, len(dataset), query.sampling_rate)
         empty = [torch.zeros(3 * len(self.log_sigma), dtype=torch.float64)]
@@ -192,8 +135,10 @@ class PrivateGap:
                 on_progress(start + len(part), len(chosen))
         return total
 
-    def released(self, total: ClippedGradient, query: GapQuery) -> PrivateCurve:
-        """The mechanism.  Its event has to be in the ledger before."""
+    def released(self, total: ClippedGradient, query: GapQuery) -> GapCurve:
+        """The mechanism: means over the images with noise; those whose vector was longer than C count with less than
+        their share.  Its event has to be in the ledger before; from here on everything is post-processing.
+        """
         (mean,) = noisy_mean(
             total,
             noise_multiplier=query.noise_multiplier,
@@ -202,8 +147,8 @@ class PrivateGap:
             step=0,
         )
         weights = self.weights.numpy()
-        gap, teacher, student = mean.double().cpu().numpy().reshape(3, -1) / weights
-        return PrivateCurve(np.array(self.log_sigma), gap, teacher, student, query.noise / weights)
+        gap, teacher, student = mean.double().cpu().numpy().reshape(3, 1, 1, -1) / weights
+        return GapCurve("private", *self.pair, gap, teacher, student, query.noise / weights)
 
 
 def gap_weights(log_sigma: tuple[float, ...], sigma_data: float) -> Tensor:
@@ -283,21 +228,20 @@ class PrivateEstimate:
 
     def released(
         self,
-        networks: tuple[NetworkDenoiser, NetworkDenoiser],
+        networks: Mapping[str, NetworkDenoiser],
         log_sigma: tuple[float, ...],
         clipping_norm: float,
         name: str,
         workers: Workers | None = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> tuple[PrivateCurve, dict[str, Any]]:
+    ) -> tuple[GapCurve, dict[str, Any]]:
         """Charge and run the query, or read what it gave before; the caller has locked the folder.
 
         Args:
-            networks: teacher and student, which saw public images only.
-            log_sigma: M levels.
+            networks, log_sigma: see :class:`PrivateGap`.
             clipping_norm: C, chosen by public images.
             name: what the budget file calls this estimate.
-            workers: threads that share the images.
+            workers: share the images.
             on_progress: called with the number of images that are done, and of all.
 
         Returns:
@@ -311,19 +255,16 @@ class PrivateEstimate:
         self.private.mkdir(mode=0o700, exist_ok=True)
         os.chmod(self.private, 0o700)
         terms = Terms(p.epsilon, self.delta, q.records, p.group_size, p.insecure_seed)
-        again = "start again in another folder, which charges again"
-        session = Session(self.private, terms, (self.result_path,), again)
-        fixed = {
-            "networks": [_digest(network) for network in networks],
-            "log_sigma": list(log_sigma),
-            "records": q.records,
-            "sampling_rate": q.sampling_rate,
-        }
+        session = Session(
+            self.private, terms, (self.result_path,), "start again in another folder, which charges again"
+        )
+        fixed = {"networks": [_digest(network) for network in networks.values()], "log_sigma": list(log_sigma)}
+        fixed |= {"records": q.records, "sampling_rate": q.sampling_rate}
         # Calibration and public clipping could differ in the last digits with another version of a library.
         known = session.pin(fingerprint, fixed, noise_multiplier=q.noise_multiplier, clipping_norm=clipping_norm)
         q = replace(q, noise_multiplier=known["noise_multiplier"], clipping_norm=float(known["clipping_norm"]))
         if self.result_path.exists():
-            return self._read()
+            return self._read(*networks)
         session.reserve(self.budget, name, (q.mechanism(),), fingerprint)
         ledger = session.ledger
         if not ledger.mechanisms:
@@ -333,7 +274,7 @@ class PrivateEstimate:
                 l2_sensitivity=q.clipping_norm,
                 values=3 * len(log_sigma),
             )
-        gap = PrivateGap(*networks, log_sigma, self.sigma_data, session.randomness, workers)
+        gap = PrivateGap(networks, log_sigma, self.sigma_data, session.randomness, workers)
         curve = gap.released(gap.summed(self.dataset, q, on_progress), q)
         statement = {
             "private": ledger.secure,
@@ -346,20 +287,24 @@ class PrivateEstimate:
             "noise_multiplier": q.noise_multiplier,
             "l2_sensitivity": q.clipping_norm,
         }
-        arrays = {k: v.tolist() for k, v in vars(curve).items()}
-        write_text(self.result_path, json.dumps(arrays | statement, indent=1, ensure_ascii=False) + "\n")
-        return self._read()
+        curves = (log_sigma, curve.gap, curve.teacher_loss, curve.student_loss, curve.noise)
+        stated = {name: np.ravel(values).tolist() for name, values in zip(_STORED, curves, strict=True)} | statement
+        write_text(self.result_path, json.dumps(stated, indent=1, ensure_ascii=False) + "\n")
+        return self._read(*networks)
 
-    def _read(self) -> tuple[PrivateCurve, dict[str, Any]]:
+    def _read(self, teacher: str, student: str) -> tuple[GapCurve, dict[str, Any]]:
         try:
             stored = json.loads(self.result_path.read_text(encoding="utf-8"))
-            curve = PrivateCurve.from_dict(stored)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            # ValueError if they differ in length.
+            arrays = np.array([[float(v) for v in stored.pop(name)] for name in _STORED])
+            _, gap, teacher_loss, student_loss, noise = arrays[:, None, None]
+            curve = GapCurve("private", teacher, student, gap, teacher_loss, student_loss, noise[0, 0])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(
                 f"{self.result_path} is damaged: {error!r}.  Remove it and start the same command again: it is "
                 "computed again with the same noise, and nothing is charged."
             ) from None
-        return curve, {k: v for k, v in stored.items() if k not in vars(curve)}
+        return curve, stored
 
 
 def _digest(denoiser: NetworkDenoiser) -> str:

@@ -134,10 +134,10 @@ class Stages:
         with self._own():
             trained = search.train(tell)
             measured = search.measure(trained, tell)
-            private = None
+            spent = None
             if self.estimate is not None:
-                private = self.estimate.released(
-                    (trained[teacher, 0], trained[student, 0]),
+                curve, spent = self.estimate.released(
+                    {label: trained[label, 0] for label in (teacher, student)},
                     search.log_sigma,
                     measured.clipping_norm,
                     f"stages {self.folder.name}",
@@ -145,8 +145,8 @@ class Stages:
                     # Not a number of images: how many were sampled is private.
                     lambda done, of: tell("measuring on the private images", 100 * done // of, 100, "%"),
                 )
-            by = None if private is None else (student, private[0])
-            found = stand_in_elbows(measured, options.tolerance, options.replicates, by)
+                measured.curves.append(curve)
+            found = stand_in_elbows(measured, options.tolerance, options.replicates)
             decided = deciding(found, student, self.moments)
             losses = proxy_loss_rows(measured, options.replicates)
             networks = [
@@ -154,7 +154,7 @@ class Stages:
                 for f in search.all_families
                 for s in range(search.seeds)
             ]
-            result = StagesResult(self.settings, networks, measured, found, decided, losses, private)
+            result = StagesResult(self.settings, networks, measured, found, decided, losses, spent)
             return result, write_results(self.folder, result, self._to_keep())
 
     def _to_keep(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from dpsyngen.thresholds.gap import (
     SIDES,
     Array,
     Elbow,
+    Estimate,
     GapCurve,
     MeanCurve,
     Method,
@@ -51,9 +52,11 @@ from dpsyngen.thresholds.gap import (
     measure,
     seeded_noise,
 )
-from dpsyngen.thresholds.private import PrivateCurve, gap_weights, public_clipping_norm, weighted_vectors
+from dpsyngen.thresholds.private import gap_weights, public_clipping_norm, weighted_vectors
 
 StandIn = Literal["programs", "wiener", "proxy", "private"]
+STAND_INS: tuple[StandIn, ...] = ("programs", "wiener", "proxy", "private")
+"""The most direct one last."""
 BINS: tuple[tuple[str, float, float], ...] = (
     ("below -3", -np.inf, -3.0),
     ("-3 to -1", -3.0, -1.0),
@@ -75,23 +78,26 @@ _NOISE_SEED = 0
 
 @dataclass
 class Measured:
-    """All that was measured without private images.
+    """All that was measured.
 
     Attributes:
         log_sigma: [M].
         pixels: d, of an image.
         curves: programs in place of others ("programs"), of the proxy's Wiener filter ("wiener") and of networks that
-            were trained on it ("proxy"), and networks in place of others of their own family ("floor").
-        proxy_losses: on the held-out proxy images, [S, N, M]: of each family's networks, and of the predictors that
-            know moments of the proxy, S = 1; {} without a proxy.
+            were trained on it ("proxy"), networks in place of others of their own family ("floor"), and all networks
+            and the Wiener filter in place of the zero-information predictor of the proxy ("zero-information"); on
+            private images, with noise, the student in place of the teacher ("private").
         clipping_norm: C that public images suggest for a private estimate.
     """
 
     log_sigma: Array
     pixels: int
     curves: list[GapCurve] = field(default_factory=list)
-    proxy_losses: dict[str, Array] = field(default_factory=dict)
     clipping_norm: float = 1.0
+
+    def of(self, stand_in: str) -> list[GapCurve]:
+        """The curves of one kind."""
+        return [c for c in self.curves if c.stand_in == stand_in]
 
 
 class StageSearch:
@@ -104,6 +110,9 @@ class StageSearch:
         seeds: networks of each family; their seeds are 0, 1, …
         images: of each source, to measure on.
         log_sigma: M levels.
+
+    Attributes:
+        student, teacher: the families whose networks are compared on private images.
 
     Raises:
         ConfigError: nothing would stand in for the private images, or two families are called the same.
@@ -132,9 +141,7 @@ class StageSearch:
         self.families, self.proxy, self.networks = tuple(families), proxy, networks
         self.seeds, self.images, self.log_sigma = seeds, images, log_sigma
         self.all_families = self.families if proxy is None else (*self.families, proxy)
-        self.student = self.families[0]
-        # What the student is compared with on private images.
-        self.teacher = self.families[1] if proxy is None else proxy
+        self.student, self.teacher = self.families[0], proxy or self.families[1]
 
     def train(self, tell: Tell) -> dict[tuple[str, int], NetworkDenoiser]:
         """All networks, by family and seed; those that are there are read."""
@@ -159,7 +166,7 @@ class StageSearch:
                 denoisers[ZERO] = ZeroInformation(family.program.images)
                 if (wiener := wiener_filter(family.program.images)) is not None:
                     denoisers[WIENER] = wiener.to(self.networks.device)
-            compared = self._compared(family, WIENER in denoisers)
+            compared = self._compared(family, [name for name in (ZERO, WIENER) if name in denoisers])
             answers = measure(
                 denoisers,
                 to_float(torch.from_numpy(np.array(images)).to(self.networks.device)),
@@ -178,21 +185,20 @@ class StageSearch:
                 result.curves.append(GapCurve(stand_in, teacher, student, *map(np.stack, squares)))
             if self.proxy is None or family is self.proxy:
                 vectors.append(weighted_vectors(answers, asked, weights))
-            if ZERO in denoisers:
-                names = {f.label: [f"{f.label}/{s}" for s in range(self.seeds)] for f in self.all_families}
-                names |= {name: [name] for name in (ZERO, WIENER) if name in denoisers}
-                result.proxy_losses = {k: np.stack([answers.losses[n] for n in v]) for k, v in names.items()}
         result.clipping_norm = public_clipping_norm(vectors)
         return result
 
-    def _compared(self, family: Family, wiener: bool) -> list[tuple[str, str, str, list[Pair]]]:
+    def _compared(self, family: Family, predictors: Sequence[str]) -> list[tuple[str, str, str, list[Pair]]]:
         """(stand-in, teacher, student, pairs of networks) of all comparisons on the images of a family."""
         own, seeds = family.label, range(self.seeds)
         others = [f.label for f in self.families if f is not family]
         stand_in = PROXY if family is self.proxy else "programs"
         out = [(stand_in, own, o, [(f"{own}/{s}", f"{o}/{s}") for s in seeds]) for o in others]
-        if wiener:
-            out += [(WIENER, WIENER, o, [(WIENER, f"{o}/{s}") for s in seeds]) for o in others]
+        for p in predictors:
+            students = others if p == WIENER else [*others, own]
+            out += [(p, p, o, [(p, f"{o}/{s}") for s in seeds]) for o in students]
+        if WIENER in predictors:
+            out.append((ZERO, ZERO, WIENER, [(ZERO, WIENER)]))
         if self.seeds > 1:
             # Each network against the next of its family; two networks make one pair.
             count = self.seeds if self.seeds > 2 else 1
@@ -206,47 +212,28 @@ class StageSearch:
 
 @dataclass(frozen=True)
 class StandInElbows:
-    """The elbows of one student against one stand-in for the private images.
-
-    Attributes:
-        by: what stands in for the private images.
-        student: label of the family.
-        mean: relative gap and excess, averaged over networks.
-        elbows: by (side, method).
-    """
+    """The elbows of one student against one stand-in for the private images."""
 
     by: StandIn
-    student: str
+    student: str  # label of the family
     mean: MeanCurve
     elbows: Mapping[tuple[Side, Method], Elbow]
 
 
-def stand_in_elbows(
-    measured: Measured, tolerance: float, replicates: int, private: tuple[str, PrivateCurve] | None = None
-) -> list[StandInElbows]:
+def stand_in_elbows(measured: Measured, tolerance: float, replicates: int) -> list[StandInElbows]:
     """The elbows of every student against every stand-in, the most direct stand-in last.
 
-    Args:
-        measured: see :class:`StageSearch`.
-        tolerance: relative gap that the method "tolerance" allows.
-        replicates: of the bootstrap.
-        private: label of the student of a private estimate, and the estimate.
+    `tolerance` is the relative gap or excess that is allowed, `replicates` the number of those of the bootstrap.
     """
-    means: list[tuple[StandIn, str, MeanCurve]] = []
-    stand_ins: tuple[StandIn, ...] = ("programs", "wiener", "proxy")
-    for by in stand_ins:
-        curves = [c for c in measured.curves if c.stand_in == by]
-        for student in dict.fromkeys(c.student for c in curves):
-            means.append((by, student, mean_curve([c for c in curves if c.student == student], replicates)))
-    if private is not None:
-        means.append(("private", private[0], private[1].mean_curve(replicates)))
     out = []
-    for by, student, mean in means:
-        elbows = {}
-        for side, method in itertools.product(SIDES, METHODS):
-            estimate = mean.excess if method == "loss" else mean.relative
-            elbows[side, method] = find_elbow(measured.log_sigma, *estimate, side, method, tolerance)
-        out.append(StandInElbows(by, student, mean, elbows))
+    for by in STAND_INS:
+        for student in dict.fromkeys(c.student for c in measured.of(by)):
+            mean = mean_curve([c for c in measured.of(by) if c.student == student], replicates)
+            elbows = {}
+            for side, method in itertools.product(SIDES, METHODS):
+                estimate = mean.excess if method == "loss" else mean.relative
+                elbows[side, method] = find_elbow(measured.log_sigma, *estimate, side, method, tolerance)
+            out.append(StandInElbows(by, student, mean, elbows))
     return out
 
 
@@ -261,35 +248,17 @@ def deciding(found: Sequence[StandInElbows], student: str, moments: bool = False
 
 
 def proxy_loss_rows(measured: Measured, replicates: int) -> list[dict[str, Any]]:
-    """How well each family's networks, and the Wiener filter, denoise the proxy; [] without a proxy.
-
-    Returns:
-        a row for each family ("proxy" for the networks trained on it) and each of ``BINS``: the loss over that of the
-        zero-information predictor, with a 95 % interval over images and seeds, over that of the proxy's networks, and
-        over that of the Wiener filter (unless there are too many pixels); means over the levels.
+    """How well each family's networks, and the Wiener filter, denoise the proxy: their loss over that of the
+    zero-information predictor, mean over the levels in each of ``BINS``, with a 95 % interval; [] without a proxy.
     """
-    losses = dict(measured.proxy_losses)
-    if not losses:
-        return []
-    zero = losses.pop(ZERO)[0]
-    over = {"over_zero": zero.mean(0), "over_proxy": losses[PROXY].mean((0, 1))}
-    if WIENER in losses:
-        over["over_wiener"] = losses[WIENER].mean((0, 1))
-    rng = np.random.default_rng(0)
-    # The bootstrap: images by multinomial weights, the same for all families, then seeds.
-    weights = rng.multinomial(len(zero), np.full(len(zero), 1 / len(zero)), size=replicates) / len(zero)
     rows = []
-    for name, values in losses.items():
-        seeds = rng.integers(len(values), size=(replicates, len(values)))
-        drawn = np.einsum("bn,snm->bsm", weights, values)
-        drawn = np.take_along_axis(drawn, seeds[:, :, None], 1).mean(1) / (weights @ zero)
-        mean = values.mean((0, 1))
-        for title, low, high in BINS:
-            inside = (measured.log_sigma >= low) & (measured.log_sigma < high)
-            if not inside.any():
-                continue
-            ends = np.percentile(drawn[:, inside].mean(1), [2.5, 97.5]) if replicates else (np.nan, np.nan)
-            row = {"family": name, "log_sigma": title, "seeds": len(values)}
-            row |= {column: float((mean / loss)[inside].mean()) for column, loss in over.items()}
-            rows.append(row | {"over_zero_low": float(ends[0]), "over_zero_high": float(ends[1])})
+    for c in measured.of(ZERO):
+        excess = mean_curve([c], replicates).excess
+        for piece, lowest, highest in BINS:
+            inside = (measured.log_sigma >= lowest) & (measured.log_sigma < highest)
+            if inside.any():
+                mean = Estimate(excess.curve[inside].mean(), excess.drawn[:, inside].mean(1))
+                values = (float(1 + v) for v in (mean.curve, *mean.band()))
+                over = dict(zip(("over_zero", "over_zero_low", "over_zero_high"), values, strict=True))
+                rows.append({"family": c.student, "log_sigma": piece, **over, "seeds": len(c.gap)})
     return rows

@@ -87,6 +87,7 @@ def test_all_results_with_a_proxy(stages, made, tmp_path) -> None:
         *(("wiener", s) for s in ("dead-leaves", "leaves")),
         *(("proxy", s) for s in ("dead-leaves", "leaves")),
         *(("floor", s) for s in ("dead-leaves", "leaves", "proxy")),
+        *(("zero-information", s) for s in ("dead-leaves", "leaves", "proxy", "wiener")),
     }
     assert found["stages"]["decided_by"] == "proxy"
     assert found["stages"]["student"] == "dead-leaves"
@@ -95,7 +96,7 @@ def test_all_results_with_a_proxy(stages, made, tmp_path) -> None:
     with open(folder / "gap.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     levels = len(found["settings"]["log_sigma"])
-    assert len(rows) == levels * (2 * 2 + 2 * 2 + 2 * 2 + 3 + 6) == levels * len(found["curves"])
+    assert len(rows) == levels * (2 * 2 + 2 * 2 + 2 * 2 + 3 + (3 * 2 + 1) + 6) == levels * len(found["curves"])
     mean = [r for r in rows if r["seed"] == "mean" and r["stand_in"] == "proxy" and r["student"] == "dead-leaves"]
     each = [r for r in rows if r["seed"] in "01" and r["stand_in"] == "proxy" and r["student"] == "dead-leaves"]
     (means,) = (

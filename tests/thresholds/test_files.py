@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dpsyngen.config import load_config
-from dpsyngen.thresholds.denoisers import PROXY, WIENER
+from dpsyngen.thresholds.denoisers import ZERO
 from dpsyngen.thresholds.files import StagesResult, stage_lines, stages_yaml, teacher_line
-from dpsyngen.thresholds.gap import Elbow, log_sigma_grid, price
+from dpsyngen.thresholds.gap import Elbow, GapCurve, log_sigma_grid, price
 from dpsyngen.thresholds.search import Measured, StandInElbows
 
 U = np.array(log_sigma_grid(0.02))
@@ -34,14 +34,17 @@ def test_price_of_a_stage_is_the_integral_over_its_levels() -> None:
 
 
 def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
-    measured = Measured(np.arange(4.0), 4)
-    result: Any = SimpleNamespace(measured=measured)
-    assert teacher_line(result) is None
-    measured.proxy_losses[WIENER] = np.array([[[0.1, 0.2, 0.3, 0.4]] * 3])
-    measured.proxy_losses[PROXY] = np.array([[[0.09, 0.19, 0.29, 0.39]] * 3])
-    assert teacher_line(result) is None
-    measured.proxy_losses[PROXY] = np.array([[[0.2, 0.19, 0.5, 0.39]] * 3])
-    line = teacher_line(result)
+    def said(**losses: list[float]) -> str | None:
+        squares = {name: np.array([[values] * 3]) for name, values in losses.items()}
+        measured = Measured(np.arange(4.0), 4, [GapCurve(ZERO, ZERO, n, s, s, s) for n, s in squares.items()])
+        result: Any = SimpleNamespace(measured=measured)
+        return teacher_line(result)
+
+    wiener = [0.1, 0.2, 0.3, 0.4]
+    assert said() is None
+    assert said(proxy=[0.2, 0.2, 0.3, 0.4]) is None
+    assert said(wiener=wiener, proxy=[0.09, 0.19, 0.29, 0.39]) is None
+    line = said(wiener=wiener, proxy=[0.2, 0.19, 0.5, 0.39])
     assert line is not None
     assert "at 2 of 4 noise levels" in line
     assert "--steps" in line

@@ -43,7 +43,7 @@ def planned(folder, budget: Budget | None, data: ImageDataset | None = None, rat
 
 def released(estimate: PrivateEstimate, clip: float = 2.0, seed: int = 2, levels=LEVELS):
     estimate.private.parent.mkdir(exist_ok=True)
-    return estimate.released((network(1), network(seed)), levels, clip, "a name")[0]
+    return estimate.released({"a": network(1), "b": network(seed)}, levels, clip, "a name")[0]
 
 
 def run(folder, *given, **privacy: object):
@@ -150,9 +150,11 @@ def test_a_lost_file_is_refused(tmp_path, budget, lost, error, message) -> None:
 def test_an_edited_ledger_a_foreign_key_and_a_damaged_result_are_refused(tmp_path, budget) -> None:
     run(tmp_path / "o", budget)
     private = tmp_path / "o/private"
-    (tmp_path / "o/private_gap.json").write_text("{}")
-    with pytest.raises(RunError, match="Remove it and start the same command again"):
-        run(tmp_path / "o", budget)
+    result = tmp_path / "o/private_gap.json"
+    for damaged in ("{}", json.dumps(json.loads(result.read_text()) | {"gap": [0.1]}), "[]"):
+        result.write_text(damaged)
+        with pytest.raises(RunError, match="Remove it and start the same command again"):
+            run(tmp_path / "o", budget)
     key = (private / "randomness.json").read_text()
     run(tmp_path / "x", None, insecure_seed=5)
     (private / "randomness.json").write_text((tmp_path / "x/private/randomness.json").read_text())

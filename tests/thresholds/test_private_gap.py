@@ -13,8 +13,8 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.thresholds.gap import measure
-from dpsyngen.thresholds.private import GapQuery, PrivateCurve, PrivateGap, public_clipping_norm
+from dpsyngen.thresholds.gap import GapCurve, mean_curve, measure
+from dpsyngen.thresholds.private import GapQuery, PrivateGap, public_clipping_norm
 from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Shape
 from dpsyngen.workers import Workers
@@ -32,7 +32,7 @@ def network(seed: int):
 
 @pytest.fixture(scope="module")
 def networks():
-    return network(1), network(2)
+    return {"teacher": network(1), "student": network(2)}
 
 
 def images(n: int, seed: int = 0) -> np.ndarray:
@@ -44,7 +44,7 @@ def dataset(values: np.ndarray) -> ImageDataset:
 
 
 def gap_of(networks, seed: int = 0, workers: Workers | None = None) -> PrivateGap:
-    return PrivateGap(*networks, LEVELS, math.sqrt(1 / 3), Randomness.from_insecure_seed(seed), workers)
+    return PrivateGap(networks, LEVELS, math.sqrt(1 / 3), Randomness.from_insecure_seed(seed), workers)
 
 
 @pytest.mark.parametrize("clip", [0.5, 3.0, 1e6])
@@ -86,7 +86,7 @@ def test_an_image_that_breaks_the_networks_contributes_nothing(networks) -> None
         def forward(self, x, sigma, labels=None):
             return torch.where(x[:, :1, :1, :1] > 0, x, x * float("inf"))
 
-    broken = PrivateGap(Breaks(), networks[1], LEVELS, 0.5, Randomness.from_insecure_seed(0))
+    broken = PrivateGap({"a": Breaks(), "b": networks["student"]}, LEVELS, 0.5, Randomness.from_insecure_seed(0))
     total = broken.summed(dataset(images(20)), GapQuery(20, 1.0, 2.0))
     assert 0 < total.not_finite <= 20
     assert torch.isfinite(total.sums[0]).all()
@@ -99,7 +99,7 @@ def test_noise_has_the_stated_deviation_and_is_independent_between_entries(netwo
     for seed in range(300):
         gap = gap_of(networks, seed)
         curves.append(gap.released(gap.summed(dataset(images(0)), query), query))
-    values = np.array([np.concatenate([c.gap, c.teacher_loss, c.student_loss]) for c in curves])
+    values = np.array([np.concatenate(c.squares(), 1)[0] for c in curves])
     expected = np.tile(curves[0].noise, 3)
     np.testing.assert_allclose(values.std(0), expected, rtol=0.2)
     np.testing.assert_allclose(values.mean(0) / expected, 0, atol=0.25)
@@ -124,17 +124,17 @@ def test_without_clipping_and_noise_it_is_the_mean_over_the_images(networks) -> 
     gap, query = gap_of(networks, workers=Workers(2)), GapQuery(30, 1e-9, 1e6)
     curve = gap.released(gap.summed(dataset(values), query), query)
     exact = measure(
-        {"teacher": networks[0], "student": networks[1]},
+        networks,
         to_float(torch.from_numpy(values)),
         LEVELS,
         [("teacher", "student")],
         lambda part: torch.stack([gap._blur(image) for image in values[part]]),
     )
-    np.testing.assert_allclose(curve.gap, exact.gaps["teacher", "student"].mean(0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(curve.teacher_loss, exact.losses["teacher"].mean(0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(curve.student_loss, exact.losses["student"].mean(0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(curve.relative()[0], curve.gap / curve.teacher_loss)
-    np.testing.assert_allclose(curve.excess()[0], curve.student_loss / curve.teacher_loss - 1)
+    np.testing.assert_allclose(curve.gap[0, 0], exact.gaps["teacher", "student"].mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(curve.teacher_loss[0, 0], exact.losses["teacher"].mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(curve.student_loss[0, 0], exact.losses["student"].mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(curve.relative(), curve.gap[0] / curve.teacher_loss[0])
+    np.testing.assert_allclose(curve.excess(), curve.student_loss[0] / curve.teacher_loss[0] - 1)
 
 
 def test_poisson_sampling_is_unbiased_and_divides_by_the_expected_number(networks) -> None:
@@ -164,22 +164,20 @@ def test_blur_is_standard_normal_and_of_the_content(networks) -> None:
     assert not torch.equal(blur[0], blur[1])
 
 
-def test_curve_survives_json_and_its_replicates_have_its_noise() -> None:
+def test_replicates_have_the_noise_of_the_mechanism() -> None:
     u = np.array(LEVELS)
-    curve = PrivateCurve(u, 0.05 + 0 * u, 0.5 + 0 * u, 0.52 + 0 * u, 0.01 + 0 * u)
-    stored = {name: values.tolist() for name, values in vars(curve).items()}
-    again = PrivateCurve.from_dict(stored)
-    np.testing.assert_array_equal(again.gap, curve.gap)
-    with pytest.raises(ValueError, match="differ in length"):
-        PrivateCurve.from_dict(stored | {"gap": [0.1]})
-    mean = curve.mean_curve(2000)
+
+    def curve(*squares: float) -> GapCurve:
+        return GapCurve("private", "t", "s", *(np.full((1, 1, len(u)), square) for square in squares), 0.01 + 0 * u)
+
+    mean = mean_curve([curve(0.05, 0.5, 0.52)], 2000)
     np.testing.assert_allclose(mean.relative.curve, 0.1)
     np.testing.assert_allclose(mean.excess.curve, 0.04)
     np.testing.assert_allclose(mean.relative.drawn.std(0), 0.01 / 0.5, rtol=0.1)
     # Noise may push a square below 0; a ratio stays within what squares allow.
-    low = PrivateCurve(u, -0.05 + 0 * u, -0.5 + 0 * u, 0 * u, 0.01 + 0 * u)
+    low = curve(-0.05, -0.5, 0.0)
     assert (low.relative() == 0).all()
-    assert np.isfinite(low.mean_curve(10).relative.drawn).all()
+    assert np.isfinite(mean_curve([low], 10).relative.drawn).all()
 
 
 def test_clipping_norm_is_of_public_vectors() -> None:
