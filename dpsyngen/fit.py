@@ -158,22 +158,34 @@ def train_together(begin: Callable[..., Training], data: Source | None, device: 
             return None
         with ranks.leading():
             training = begin(device=device, ranks=ranks)
-            findings = _carry_out(training)
+            findings = _carry_out_and_assess(training)
     if findings is None:
         raise Interrupted(training)
     return Trained(training, findings)
 
 
-def _carry_out(training: Training) -> list[Finding] | None:
-    """Take all steps, and write down what looks wrong; None if it was interrupted."""
-    run, tell = training.run, training.hooks.on_event
+def carry_out(training: Training) -> bool:
+    """Say what is planned and take all steps that are left, the release included.
+
+    Signals and advice are the caller's: :func:`train_together` adds them, and what looks wrong in the end.
+
+    Returns:
+        whether it is finished; False if it was asked to stop (``training.stop_requested``), which it did after a
+        checkpoint.
+    """
     for line in training.describe():
-        tell(Note(line))
+        training.hooks.on_event(Note(line))
+    for _ in training.steps():
+        pass
+    return training.run.complete
+
+
+def _carry_out_and_assess(training: Training) -> list[Finding] | None:
+    """Carry it out, and write down what looks wrong; None if it was interrupted."""
+    run, tell = training.run, training.hooks.on_event
     try:
         with run.lock(), stop_on_signals(training, lambda text: tell(Note(text))):
-            for _ in training.steps():
-                pass
-            if not run.complete:
+            if not carry_out(training):
                 return None
             findings = assess(run, lambda release: ReleasedGenerator(release, training.device))
             write_health(run, findings)
