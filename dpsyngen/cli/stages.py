@@ -159,10 +159,10 @@ def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list
 
 
 def _say(console: Console, out: Path, result: StagesResult, files: list[Path], seconds: float) -> None:
-    from dpsyngen.thresholds.files import elbow_rows, stage_lines, tables, teacher_line
+    from dpsyngen.thresholds.files import elbow_rows, stage_lines, table, teacher_line
 
     statement = result.private or {}
-    lines = [] if console.as_json else list(tables(result))
+    lines = [] if console.as_json else [table(result)]
     lines += [*stage_lines(result), *filter(None, [teacher_line(result)])]
     if statement:
         spent = f"ε = {statement['epsilon']:.4f} at δ = {statement['delta']:.3g} of the private images is spent"
@@ -175,7 +175,6 @@ def _say(console: Console, out: Path, result: StagesResult, files: list[Path], s
             "files": files,
             **result.stages(),
             "elbows": elbow_rows(result),
-            "proxy_loss": result.losses,
             "private": statement.get("private"),
             "epsilon": statement.get("epsilon", 0.0),
             "delta": statement.get("delta"),

@@ -7,7 +7,7 @@ import io
 import math
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from dpsyngen.config import load_config
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_atomically, write_text
 from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
-from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Elbow, price
-from dpsyngen.thresholds.search import BINS, Measured, StandInElbows
+from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Elbow, MeanCurve, mean_curve, price
+from dpsyngen.thresholds.search import Measured, StandInElbows
 from dpsyngen.version import __version__
 
 _IN_WORDS = {
@@ -41,7 +41,6 @@ class StagesResult:
     measured: Measured
     found: Sequence[StandInElbows]  # of every student against every stand-in
     decided: StandInElbows  # the one of `found` that the thresholds are of
-    losses: Sequence[Mapping[str, Any]]  # of the families on the proxy
     private: Mapping[str, Any] | None = None  # what was spent on a DP estimate, and how
 
     @property
@@ -93,15 +92,13 @@ def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) 
     pictures = [folder / "gap.png", folder / "gap.svg"]
     _draw(result, *pictures)
     m, rows = result.measured, list(curve_rows(result))
-    levels = (
-        {k: v[i] if isinstance(v, np.ndarray) else v for k, v in row.items()}
-        for row in rows
-        for i in range(len(m.log_sigma))
-    )
-    texts = {"gap.csv": _csv(_COLUMNS, levels)}
-    if result.losses:
-        texts["proxy_loss.csv"] = _csv(list(result.losses[0]), result.losses)
-    texts["stages.yaml"] = stages_yaml(result, given)
+    written = io.StringIO()
+    lines = csv.DictWriter(written, _COLUMNS, restval="", lineterminator="\n")
+    lines.writeheader()
+    for row in rows:
+        for i in range(len(m.log_sigma)):
+            lines.writerow({k: f"{v[i]:.6g}" if isinstance(v, np.ndarray) else v for k, v in row.items()})
+    texts = {"gap.csv": written.getvalue(), "stages.yaml": stages_yaml(result, given)}
     texts["gap.json"] = strict_text(
         {
             "dpsyngen": __version__,
@@ -112,7 +109,6 @@ def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) 
             "elbows": elbow_rows(result),
             "pixels": m.pixels,
             "curves": [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows],
-            "proxy_loss": list(result.losses),
             "private": result.private,
         },
         indent=1,
@@ -150,20 +146,14 @@ def curve_rows(result: StagesResult) -> Iterator[dict[str, Any]]:
         names = {"stand_in": c.stand_in, "teacher": c.teacher, "student": c.student}
         for seed in range(len(gap)):
             yield names | {"seed": seed} | axis | {k: v[seed] for k, v in figures.items()}
-    for f in result.found:
-        row = {"stand_in": f.by, "student": f.student, "seed": "mean"} | axis
-        for name, estimate in (("relative_gap", f.mean.relative), ("excess", f.mean.excess)):
+    means: list[tuple[str, str, MeanCurve]] = [(f.by, f.student, f.mean) for f in result.found]
+    means += [(ZERO, c.student, mean_curve([c], result.settings["replicates"])) for c in m.of(ZERO)]
+    for stand_in, student, mean in means:
+        row = {"stand_in": stand_in, "student": student, "seed": "mean"} | axis
+        for name, estimate in (("relative_gap", mean.relative), ("excess", mean.excess)):
             low, high = estimate.band()
             row |= {name: estimate.curve, f"{name}_low": low, f"{name}_high": high}
         yield row
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    out = io.StringIO()
-    lines = csv.DictWriter(out, columns, restval="", lineterminator="\n")
-    lines.writeheader()
-    lines.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return out.getvalue()
 
 
 def elbow_rows(result: StagesResult) -> list[dict[str, Any]]:
@@ -255,50 +245,32 @@ def teacher_line(result: StagesResult) -> str | None:
     )
 
 
-def tables(result: StagesResult) -> Iterator[str]:
+def table(result: StagesResult) -> str:
     """For the terminal: the thresholds of every family against every stand-in by all methods, the ones that decide
-    starred; and with a proxy, how well each family denoises it, over the zero-information predictor.
+    starred.
     """
-    methods = {"tolerance": "gap", "loss": "loss", "kneedle": "Kneedle"}
-    heads = ["programs of", "in place of", *(f"τ_{side}\nby {methods[m]}" for m in METHODS for side in SIDES)]
-    rows = []
-    for f in result.found:
-        cells = []
-        for e in (f.elbows[side, method] for method in METHODS for side in SIDES):
-            interval = "" if e.low is None else f" [{e.low:.2f}, {e.high:.2f}]"
-            cells.append("none" if e.log_sigma is None else f"{e.log_sigma:.2f}{interval}")
-        rows.append([printable(f.student, 60) + (" *" if f is result.decided else ""), _IN_WORDS[f.by], *cells])
-    tolerance = f"{100 * result.settings['tolerance']:g} % of the teacher's loss"
-    yield _table(
-        f"Thresholds in log σ [95 %] of a gap, and of an excess of the loss, of {tolerance}; * decides", heads, rows
-    )
-    if result.losses:
-        names = {PROXY: "(the proxy itself)", WIENER: "(Wiener filter)"}
-        by_family: dict[str, list[str]] = {}
-        for c in result.losses:
-            cells = by_family.setdefault(c["family"], [names.get(c["family"], printable(c["family"], 60))])
-            cells.append(f"{c['over_zero']:.3f} [{c['over_zero_low']:.3f}, {c['over_zero_high']:.3f}]")
-        pieces = [name for name, _, _ in BINS if any(c["log_sigma"] == name for c in result.losses)]
-        title = "Loss on the proxy over that of a predictor that knows mean and variance only [95 %], by log σ"
-        yield _table(title, ["trained on", *pieces], list(by_family.values()))
-
-
-def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:
     from rich.console import Console as RichConsole
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    terminal = sys.stdout.isatty()
-    buffer = io.StringIO()
+    buffer, terminal = io.StringIO(), sys.stdout.isatty()
     # A file has no width: lines must not be cut.
     width = None if terminal else 400
     rich = RichConsole(file=buffer, force_terminal=terminal, width=width, highlight=False, emoji=False)
-    table = RichTable(title=Text(title), title_justify="left", title_style="bold")
-    for number, head in enumerate(heads):
-        table.add_column(Text(head), justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    rich.print(table)
+    tolerance = f"{100 * result.settings['tolerance']:g} % of the teacher's loss"
+    title = f"Thresholds in log σ [95 %] of a gap, and of an excess of the loss, of {tolerance}; * decides"
+    drawn = RichTable(title=Text(title), title_justify="left", title_style="bold")
+    methods = {"tolerance": "gap", "loss": "loss", "kneedle": "Kneedle"}
+    drawn.add_column("programs of", overflow="fold")
+    for head in ("in place of", *(f"τ_{side}\nby {methods[method]}" for method in METHODS for side in SIDES)):
+        drawn.add_column(Text(head), justify="right", overflow="fold")
+    for f in result.found:
+        cells = [printable(f.student, 60) + (" *" if f is result.decided else ""), _IN_WORDS[f.by]]
+        for e in (f.elbows[side, method] for method in METHODS for side in SIDES):
+            interval = "" if e.low is None else f" [{e.low:.2f}, {e.high:.2f}]"
+            cells.append("none" if e.log_sigma is None else f"{e.log_sigma:.2f}{interval}")
+        drawn.add_row(*map(Text, cells))
+    rich.print(drawn)
     return buffer.getvalue().rstrip("\n")
 
 
@@ -314,13 +286,14 @@ def _draw(result: StagesResult, png: Path, svg: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels = 2 if result.losses else 1
+    losses = result.measured.of(ZERO)
+    panels = 2 if losses else 1
     # A fixed salt and no date: equal results give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "dpsyngen", "font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(6.4 * panels, 5.4))
         axes = figure.subplots(1, panels, squeeze=False)[0]
         _draw_gap(axes[0], result)
-        if result.losses:
+        if losses:
             _draw_losses(axes[1], result)
         for panel in axes:
             panel.spines[["top", "right"]].set_visible(False)

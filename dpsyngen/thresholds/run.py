@@ -5,7 +5,7 @@
     settings.json   what decides the figures; the same call goes on where it was, another one is refused
     networks/       the trained networks (or in another folder, shared by several calls)
     private/, private_gap.json   only with private images: see dpsyngen.thresholds.private
-    gap.png, gap.svg, gap.csv, proxy_loss.csv, stages.yaml, gap.json   the results, gap.json last
+    gap.png, gap.svg, gap.csv, stages.yaml, gap.json   the results, gap.json last
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dpsyngen.thresholds.denoisers import Family, PublicDenoisers, split_proxy
 from dpsyngen.thresholds.files import StagesResult, write_results
 from dpsyngen.thresholds.gap import METHODS, log_sigma_grid
 from dpsyngen.thresholds.private import PrivateEstimate
-from dpsyngen.thresholds.search import StageSearch, Tell, deciding, proxy_loss_rows, stand_in_elbows
+from dpsyngen.thresholds.search import StageSearch, Tell, deciding, stand_in_elbows
 from dpsyngen.training.plan import Shape
 from dpsyngen.training.run import FolderLock
 from dpsyngen.workers import Workers
@@ -148,13 +148,12 @@ class Stages:
                 measured.curves.append(curve)
             found = stand_in_elbows(measured, options.tolerance, options.replicates)
             decided = deciding(found, student, self.moments)
-            losses = proxy_loss_rows(measured, options.replicates)
             networks = [
                 {"family": f.label, "seed": s, "file": search.networks.path(f, s).name}
                 for f in search.all_families
                 for s in range(search.seeds)
             ]
-            result = StagesResult(self.settings, networks, measured, found, decided, losses, spent)
+            result = StagesResult(self.settings, networks, measured, found, decided, spent)
             return result, write_results(self.folder, result, self._to_keep())
 
     def _to_keep(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ from dpsyngen.thresholds.gap import (
     SIDES,
     Array,
     Elbow,
-    Estimate,
     GapCurve,
     MeanCurve,
     Method,
@@ -57,14 +56,6 @@ from dpsyngen.thresholds.private import gap_weights, public_clipping_norm, weigh
 StandIn = Literal["programs", "wiener", "proxy", "private"]
 STAND_INS: tuple[StandIn, ...] = ("programs", "wiener", "proxy", "private")
 """The most direct one last."""
-BINS: tuple[tuple[str, float, float], ...] = (
-    ("below -3", -np.inf, -3.0),
-    ("-3 to -1", -3.0, -1.0),
-    ("-1 to 0", -1.0, 0.0),
-    ("0 to 2", 0.0, 2.0),
-    ("above 2", 2.0, np.inf),
-)
-"""Pieces of the log σ axis in which losses are averaged."""
 
 
 class Tell(Protocol):
@@ -245,20 +236,3 @@ def deciding(found: Sequence[StandInElbows], student: str, moments: bool = False
     """
     mine = [f for f in found if f.student == student]
     return next((f for f in mine if f.by == WIENER), mine[-1]) if moments else mine[-1]
-
-
-def proxy_loss_rows(measured: Measured, replicates: int) -> list[dict[str, Any]]:
-    """How well each family's networks, and the Wiener filter, denoise the proxy: their loss over that of the
-    zero-information predictor, mean over the levels in each of ``BINS``, with a 95 % interval; [] without a proxy.
-    """
-    rows = []
-    for c in measured.of(ZERO):
-        excess = mean_curve([c], replicates).excess
-        for piece, lowest, highest in BINS:
-            inside = (measured.log_sigma >= lowest) & (measured.log_sigma < highest)
-            if inside.any():
-                mean = Estimate(excess.curve[inside].mean(), excess.drawn[:, inside].mean(1))
-                values = (float(1 + v) for v in (mean.curve, *mean.band()))
-                over = dict(zip(("over_zero", "over_zero_low", "over_zero_high"), values, strict=True))
-                rows.append({"family": c.student, "log_sigma": piece, **over, "seeds": len(c.gap)})
-    return rows

@@ -66,7 +66,6 @@ def test_all_results_with_a_proxy(stages, made, tmp_path) -> None:
     assert code == 0, err
     folder = tmp_path / "o"
     assert "Thresholds in log σ" in out
-    assert "Loss on the proxy" in out
     assert "leaves" in out
     assert "PUBLIC" in err
     assert "tier 0" in err
@@ -96,7 +95,7 @@ def test_all_results_with_a_proxy(stages, made, tmp_path) -> None:
     with open(folder / "gap.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     levels = len(found["settings"]["log_sigma"])
-    assert len(rows) == levels * (2 * 2 + 2 * 2 + 2 * 2 + 3 + (3 * 2 + 1) + 6) == levels * len(found["curves"])
+    assert len(rows) == levels * (2 * 2 + 2 * 2 + 2 * 2 + 3 + (3 * 2 + 1) + 6 + 4) == levels * len(found["curves"])
     mean = [r for r in rows if r["seed"] == "mean" and r["stand_in"] == "proxy" and r["student"] == "dead-leaves"]
     each = [r for r in rows if r["seed"] in "01" and r["stand_in"] == "proxy" and r["student"] == "dead-leaves"]
     (means,) = (
@@ -112,9 +111,9 @@ def test_all_results_with_a_proxy(stages, made, tmp_path) -> None:
         assert float(row["relative_gap"]) == pytest.approx(ratio, rel=1e-3)
         nats = 64 * float(row["gap"]) / float(row["sigma"]) ** 2
         assert float(row["nats_per_log_sigma"]) == pytest.approx(nats, rel=1e-3)
-    with open(folder / "proxy_loss.csv", newline="") as f:
-        losses = list(csv.DictReader(f))
-    assert {r["family"] for r in losses} == {"dead-leaves", "leaves", "proxy", "wiener"}
+    losses = [r for r in rows if r["stand_in"] == "zero-information" and r["seed"] == "mean"]
+    assert {r["student"] for r in losses} == {"dead-leaves", "leaves", "proxy", "wiener"}
+    assert all(float(r["excess_low"]) <= float(r["excess_high"]) for r in losses)
 
 
 def test_same_call_gives_the_same_figures(stages, tmp_path) -> None:

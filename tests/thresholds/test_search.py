@@ -13,11 +13,9 @@ from dpsyngen.programs import make_program
 from dpsyngen.thresholds.denoisers import Family, GivenImages, PublicDenoisers, split_proxy
 from dpsyngen.thresholds.gap import GapCurve, log_sigma_grid
 from dpsyngen.thresholds.search import (
-    BINS,
     Measured,
     StageSearch,
     deciding,
-    proxy_loss_rows,
     stand_in_elbows,
 )
 from dpsyngen.training.plan import Shape
@@ -89,7 +87,7 @@ def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) ->
     m = s.measure(trained, lambda title, done, total, unit: None)
     assert len(m.of("programs")) == 2
     assert not m.of("floor")
-    assert not proxy_loss_rows(m, 10)
+    assert not m.of("zero-information")
     assert s.teacher.label == "b"
     assert m.clipping_norm > 0
 
@@ -167,23 +165,6 @@ def test_average_is_over_all_that_stand_in() -> None:
     assert found.mean.excess.band()[0] == pytest.approx(low)
     (alone,) = stand_in_elbows(m, 0.05, 0)
     np.testing.assert_array_equal(alone.mean.relative.band()[0], alone.mean.relative.curve)
-
-
-def test_losses_by_piece_of_the_axis() -> None:
-    m = Measured(np.array(LEVELS), 64)
-    for name, seeds, loss in (("a", 2, 1.5), ("proxy", 2, 0.5), ("wiener", 1, 1.0)):
-        student, zero = np.full((seeds, 10, len(LEVELS)), loss), np.full((seeds, 10, len(LEVELS)), 2.0)
-        if name == "a":
-            student[1] += 0.2
-        m.curves.append(GapCurve("zero-information", "zero-information", name, zero, zero, student))
-    rows = proxy_loss_rows(m, 100)
-    assert {r["family"] for r in rows} == {"a", "proxy", "wiener"}
-    assert {r["log_sigma"] for r in rows} == {b[0] for b in BINS}
-    for r in (r for r in rows if r["family"] == "a"):
-        assert r["over_zero"] == pytest.approx(0.8)
-        assert (r["over_zero_low"], r["over_zero_high"]) == pytest.approx((0.75, 0.85))  # the two networks
-        assert r["seeds"] == 2
-    assert next(r["over_zero"] for r in rows if r["family"] == "wiener") == 0.5
 
 
 def test_optimal_denoisers_of_gaussians_come_out_as_their_closed_form(tmp_path) -> None:
