@@ -199,14 +199,14 @@ def release(
     """Pack what may be published into one zip: generator, certificate, checksums, signature."""
     from dpsyngen.generator.guarantee import Guarantee
     from dpsyngen.release.bundle import pack
-    from dpsyngen.report.html import write_reports
+    from dpsyngen.report.html import write_report
     from dpsyngen.training.run import Run
 
     console, opened = Console(quiet, as_json), Run(run)
     opened.require_complete()
     with opened.lock():
         if not (opened.release / "report.html").exists():
-            write_reports(opened)
+            write_report(opened)
         with console.progress("drawing samples", max(samples, 1), "images") as progress:
             done = pack(
                 opened,

@@ -153,16 +153,15 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text)
 
 
-def stage_chart(
-    stages: Sequence[Mapping[str, Any]], mean: float, std: float, sigma_min: float, sigma_max: float
-) -> Markup:
+def stage_chart(stages: Sequence[Mapping[str, Any]], network: Mapping[str, Any], sampling: Mapping[str, Any]) -> Markup:
     """The log σ axis: who trained which stage, and how training noise levels are spread.
 
     Args:
         stages: of the certificate, from the clean end: name, log_sigma_low, log_sigma_high, trained_by.
-        mean, std: of log σ in training.
-        sigma_min, sigma_max: of the sampler.
+        network, sampling: sections of the configuration: noise_mean and noise_std, sigma_min and sigma_max.
     """
+    mean, std = network["noise_mean"], network["noise_std"]
+    sigma_min, sigma_max = sampling["sigma_min"], sampling["sigma_max"]
     low, high = math.log(sigma_min) - 0.6, math.log(sigma_max) + 0.6
     ticks = [sigma_min]
     ticks += [t for t in (0.01, 0.1, 1.0, 10.0, 100.0) if 6 * sigma_min < t < sigma_max / 6] + [sigma_max]

@@ -19,6 +19,7 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import image_grid
 from dpsyngen.report.comparison_plots import KINDS, write_plots
 from dpsyngen.report.html import render
+from dpsyngen.report.sections import class_images
 
 NOISE_SEED = 20_241
 """Of the images in the report.  Fixed, so that they are not selected; no run was scored on them."""
@@ -184,7 +185,7 @@ class Grid(NamedTuple):
     """The images at one ε."""
 
     epsilon: str  # in words
-    classes: tuple[str, ...]  # names of the columns; one empty name without classes
+    classes: tuple[str, ...]  # names of the columns; () without classes
     rows: tuple[GridRow, ...]  # one a variant
     missing: tuple[tuple[str, str], ...]  # (variant, why) of those that could not be drawn
     omitted_classes: int  # numbers of those that are left out for length
@@ -211,11 +212,11 @@ def sample_grids(view: View, exp: Path, on_progress: Callable[[str], None] | Non
                 on_progress(f"drawing images of {row.name} at {epsilon_name(epsilon)}")
             try:
                 generator = ReleasedGenerator(_release(exp, job))
-                names = generator.class_names[:_MOST_CLASSES] or ("",)
+                names = generator.class_names[:_MOST_CLASSES]
                 if rows and names != classes:
                     raise DpsyngenError("it has other classes than the variant above")
                 classes, left = names, max(0, len(generator.class_names) - _MOST_CLASSES)
-                rows.append(GridRow(row.name, _pictures(generator, row, job, classes)))
+                rows.append(GridRow(row.name, tuple(_pictures(generator, row, job))))
             except (DpsyngenError, OSError) as error:
                 missing.append((row.name, str(error)))
         if rows or missing:
@@ -241,19 +242,10 @@ def _release(exp: Path, job: JobResult) -> Path:
     return release
 
 
-def _pictures(
-    generator: ReleasedGenerator, row: Row, job: JobResult, classes: tuple[str, ...]
-) -> tuple[tuple[str, str], ...]:
+def _pictures(generator: ReleasedGenerator, row: Row, job: JobResult) -> Iterator[tuple[str, str]]:
     drawn: dict[str, Any] = job.evaluation.get("sampling") or {}
     settings = {k: drawn[k] for k in ("sampler", "steps", "guidance", "churn") if drawn.get(k) is not None}
-    where = f"{row.name}, {epsilon_name(job.epsilon)}"
-    if classes == ("",):
-        images = generator.sample(2 * _MOST_CLASSES, seed=NOISE_SEED, **settings).images
-        return ((png_url(image_grid(images, _MOST_CLASSES)), f"{where}: {len(images)} images"),)
-    labels = generator.labels(_PER_CLASS * len(classes), list(range(len(classes))))
-    assert labels is not None
-    images = generator.sample(len(labels), labels=labels, seed=NOISE_SEED, **settings).images
-    return tuple(
-        (png_url(image_grid(images[labels == c], 2)), f"{where}: {_PER_CLASS} images of class {name}")
-        for c, name in enumerate(classes)
-    )
+    for name, images in class_images(generator, _MOST_CLASSES, _PER_CLASS, NOISE_SEED, **settings):
+        picture = png_url(image_grid(images, 2 if name else 8))
+        of_class = f" of class {name}" if name else ""
+        yield picture, f"{row.name}, {epsilon_name(job.epsilon)}: {len(images)} images{of_class}"

@@ -36,8 +36,8 @@ def render(template: str, values: dict[str, Any]) -> str:
     return environment.get_template(template).render(version=__version__, **values)
 
 
-def write_reports(run: Run) -> tuple[Path, Path]:
-    """Write ``private/report.html`` and ``release/report.html`` of a finished run.
+def write_report(run: Run | str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write the report of a finished run, twice: the full one into ``private/``, the publishable into ``release/``.
 
     The publishable copy is made from files of the release half alone, and is written before any other is opened.
 
@@ -45,24 +45,15 @@ def write_reports(run: Run) -> tuple[Path, Path]:
         paths of the private and of the publishable report.
 
     Raises:
-        RunError: a file of the run is damaged.
-    """
-    values = release_values(run.release)
-    private_path, public_path = run.private / "report.html", run.release / "report.html"
-    write_text(public_path, render("report.html.j2", values | {"private_half": None}))
-    private_half = private_values(run, values["statement"]["public_assumptions"]["class_names"])
-    write_text(private_path, render("report.html.j2", values | {"private_half": private_half}), 0o600)
-    return private_path, public_path
-
-
-def write_report(run: Run | str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write the report of a finished run, twice: the full one into ``private/``, the publishable into ``release/``.
-
-    Returns:
-        paths of the private and of the publishable report.
+        RunError, LedgerError: the run is not finished, or a file of it is damaged.
     """
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
     with run.lock():
         run.finished_ledger()
-        return write_reports(run)
+        values = release_values(run.release)
+        private_path, public_path = run.private / "report.html", run.release / "report.html"
+        write_text(public_path, render("report.html.j2", values | {"private_half": None}))
+        private_half = private_values(run, values["statement"]["public_assumptions"]["class_names"])
+        write_text(private_path, render("report.html.j2", values | {"private_half": private_half}), 0o600)
+    return private_path, public_path

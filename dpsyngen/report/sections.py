@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -50,8 +51,10 @@ def release_values(release: Path) -> dict[str, Any]:
     statement = json.loads((release / "privacy.json").read_text(encoding="utf-8"))
     config = read_yaml_file(release / "config.yaml", "the configuration")
     generator = ReleasedGenerator(release)
-    network, sampling = config["network"], config["sampling"]
-    drawn = _drawn_by_program(config["program"], generator)
+    programs, p = None, config["program"]
+    with contextlib.suppress(ConfigError):  # this version may have no such program
+        size = {"resolution": generator.resolution, "channels": generator.channels}
+        programs = _grid(make_program(p["name"], **size, seed=p["seed"], **p["params"]).batch(range(24)))
     lines = curves(JsonLines(release / "public_training.jsonl", 0o644).read(), "loss")
     charts = {name: line_chart({name: points}, f"Loss of {name}", "public") for name, points in lines.items()}
     epsilon = None if statement["epsilon"] == "inf" else statement["epsilon"]
@@ -61,18 +64,12 @@ def release_values(release: Path) -> dict[str, Any]:
         "epsilon": epsilon,
         "odds": None if epsilon is None else math.exp(min(epsilon, 700)),
         "config_yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        "samples": _class_rows(generator),
+        "samples": [(name, _grid(drawn)) for name, drawn in class_images(generator, _MOST_CLASSES, _PER_CLASS, SEED)],
         "omitted_classes": max(0, len(generator.class_names) - _MOST_CLASSES),
         "sampling": generator.settings(seed=SEED),
         "trajectory": trajectory_table(generator),
-        "programs": None if drawn is None else _grid(drawn),
-        "stage_chart": stage_chart(
-            statement["stages"],
-            network["noise_mean"],
-            network["noise_std"],
-            sampling["sigma_min"],
-            sampling["sigma_max"],
-        ),
+        "programs": programs,
+        "stage_chart": stage_chart(statement["stages"], config["network"], config["sampling"]),
         "public_charts": {name: chart for name, chart in charts.items() if chart is not None},
     }
 
@@ -90,30 +87,21 @@ def _mechanism(m: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _class_rows(generator: ReleasedGenerator) -> list[dict[str, Any]]:
-    """A row of images for each class; one of many images if there are no classes."""
-    shown = generator.class_names[:_MOST_CLASSES]
+def class_images(
+    generator: ReleasedGenerator, most: int, each: int, seed: int, **sampling: Any
+) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Names of the first `most` classes and `each` images of each; "" and four times as many without classes."""
+    shown = generator.class_names[:most]
     if not shown:
-        images = generator.sample(4 * _PER_CLASS, seed=SEED).images
-        return [{"name": "", "picture": _grid(images)}]
-    labels = generator.labels(_PER_CLASS * len(shown), list(range(len(shown))))
+        return [("", generator.sample(4 * each, seed=seed, **sampling).images)]
+    labels = generator.labels(each * len(shown), list(range(len(shown))))
     assert labels is not None
-    images = generator.sample(len(labels), labels=labels, seed=SEED).images
-    return [{"name": name, "picture": _grid(images[labels == i])} for i, name in enumerate(shown)]
+    images = generator.sample(len(labels), labels=labels, seed=seed, **sampling).images
+    return [(name, images[labels == i]) for i, name in enumerate(shown)]
 
 
 def _grid(images: NDArray[np.uint8]) -> str:
     return png_url(image_grid(images, _PER_CLASS, scale=max(1, round(66 / images.shape[-1])), pad=3))
-
-
-def _drawn_by_program(config: dict[str, Any], generator: ReleasedGenerator) -> NDArray[np.uint8] | None:
-    """Some of the public images; None where this version has no such program."""
-    size = {"resolution": generator.resolution, "channels": generator.channels}
-    try:
-        program = make_program(config["name"], **size, seed=config["seed"], **config["params"])
-    except ConfigError:
-        return None
-    return program.batch(range(24))
 
 
 def trajectory_table(generator: ReleasedGenerator, images: int = 6, columns: int = 9) -> dict[str, Any]:

@@ -101,6 +101,11 @@ def stage(name: str, low: float | None, high: float | None, trained_by: str) -> 
     return {"name": name, "log_sigma_low": low, "log_sigma_high": high, "trained_by": trained_by}
 
 
+def chart_of(stages: list[dict]):
+    network, sampling = {"noise_mean": -1.2, "noise_std": 1.2}, {"sigma_min": 0.002, "sigma_max": 80.0}
+    return stage_chart(stages, network, sampling)
+
+
 BOTH = [
     stage("cleaning", None, -3.0, "public"),
     stage("context", -3.0, 2.0, "private"),
@@ -120,7 +125,7 @@ def grounds(chart) -> list[tuple[str, float, float]]:
 
 
 def test_stages_meet_at_their_thresholds_and_are_named() -> None:
-    chart = stage_chart(BOTH, -1.2, 1.2, 0.002, 80.0)
+    chart = chart_of(BOTH)
     found = grounds(chart)
     assert [tone for tone, *_ in found] == ["pub", "priv", "pub"]
     for (_, _, right), (_, left, _) in itertools.pairwise(found):
@@ -139,7 +144,7 @@ def test_stages_meet_at_their_thresholds_and_are_named() -> None:
 def test_stages_of_moments_have_a_name_and_a_colour_of_their_own() -> None:
     residual = [stage("context", None, 1.5, "private"), stage("coarse", 1.5, None, "moments")]
     for stages in (residual, [stage("gaussian", None, None, "moments")]):
-        chart = stage_chart(stages, -0.5, 1.0, 0.02, 80.0)
+        chart = chart_of(stages)
         tones = {"private": "priv", "moments": "mom"}
         assert [tone for tone, *_ in grounds(chart)] == [tones[s["trained_by"]] for s in stages]
         assert any("DP moments" in text for text in texts(chart))
@@ -151,7 +156,7 @@ def test_stages_of_moments_have_a_name_and_a_colour_of_their_own() -> None:
 def test_one_stage_and_thresholds_beyond_the_axis() -> None:
     beyond = [stage("context", None, 40.0, "private"), stage("coarse", 40.0, None, "public")]
     for stages in ([stage("context", None, None, "private")], beyond):
-        chart = stage_chart(stages, -1.2, 1.2, 0.002, 80.0)
+        chart = chart_of(stages)
         width = float(parsed(chart).get("viewBox").split()[2])
         assert all(-1 <= left <= right <= width + 1 for _, left, right in grounds(chart))
     assert "log σ < 40" in parsed(chart).get("aria-label")
