@@ -123,12 +123,6 @@ class JobResult(BaseModel):
         f = self.facts
         return f.get("private_images_seen", f["steps"] * f["batch"] if {"steps", "batch"} <= f.keys() else None)
 
-    @property
-    def images_of_steps(self) -> float | None:
-        """The same without those that DP moments were taken of, which no network saw."""
-        seen = self.images_seen
-        return None if seen is None else seen - self.facts.get("moments_images_seen", 0)
-
     def figures(self) -> Iterator[Figure]:
         """Yield everything that was measured on this job.
 

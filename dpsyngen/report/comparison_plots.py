@@ -110,8 +110,7 @@ def comparison_plots(view: View) -> Iterator[Plot]:
     main = list(dict.fromkeys(m for m in (view.primary, *distances[:1]) if m is not None))
     found = [_against_setting(view, m, what, e) for what in SETTINGS for m in main for e in view.epsilons]
     if view.primary is not None:
-        found += [_against_compute(view, view.primary, what) for what in ("seconds", "images")]
-        found.append(_by_class(view, view.primary))
+        found += [_against_time(view, view.primary), _by_class(view, view.primary)]
     yield from filter(None, found)
 
 
@@ -189,30 +188,25 @@ def _against_setting(view: View, measure: Measure, what: str, epsilon: float) ->
         return _finished(figure, f"threshold-{what}", measure, title, said, _MARKS, f"-eps{epsilon:g}")
 
 
-def _against_compute(view: View, measure: Measure, what: str) -> Plot | None:
-    """A point for each run over its training time ("seconds"), or over the private images that it used ("images"); None
-    without such figures.  The marker stands for the variant, the size for ε.
+def _against_time(view: View, measure: Measure) -> Plot | None:
+    """A point for each run over its training time; None without such figures.
+
+    The marker stands for the variant, the size for ε.
     """
     points: dict[str, list[tuple[float, float, float]]] = {}  # of each variant
     for job in view.results.runs:
-        cost = None if job.seconds_training is None else job.seconds_training / 60
-        if what == "images":
-            seen, parameters = job.images_of_steps, job.facts.get("parameters")
-            cost = None if seen is None or parameters is None else seen * job.facts.get("copies", 1) * parameters
         wanted = (measure.metric, measure.on, "")
         value = next((f.value for f in job.figures() if (f.metric, f.on, f.of_class) == wanted), None)
-        if cost and value is not None:
-            points.setdefault(job.variant, []).append((cost, measure.scale * value, job.epsilon))
-    costs = [cost for of_variant in points.values() for cost, *_ in of_variant]
-    # Where all runs cost the same by design, the picture would show nothing.
-    if len(costs) < 2 or (what == "images" and max(costs) < 1.2 * min(costs)):
+        if job.seconds_training and value is not None:
+            place = (job.seconds_training / 60, measure.scale * value, job.epsilon)
+            points.setdefault(job.variant, []).append(place)
+    times = [time for of_variant in points.values() for time, *_ in of_variant]
+    if len(times) < 2:
         return None
-    said, note = [], "One mark a run."
+    said, note = [], "One mark a run.  Times depend on the machine and on what else it did."
     sizes = {e: 22 + 26 * i for i, e in enumerate(view.epsilons)}
     if len(sizes) > 1:
         note += f"  Larger marks: larger ε ({', '.join(map(_bare, sizes))})."
-    if what == "seconds":
-        note += "  Times depend on the machine and on what else it did."
     with new_axes(*_SIZE) as (figure, axes):
         for number, variant in enumerate(points):
             colour, marker, _ = style(variant, number)
@@ -221,16 +215,12 @@ def _against_compute(view: View, measure: Measure, what: str) -> Plot | None:
             look = {"color": colour, "marker": marker, "alpha": 0.75, "lw": 0}
             axes.scatter(x, y, s=[sizes[e] for e in epsilons], label=name, **look)
             said.append(f"{name}: {np.mean(y):.4g} for {np.mean(x):.3g} on average")
-        if max(costs) > 20 * min(costs):
+        if max(times) > 20 * min(times):
             axes.set_xscale("log")
-        elif what == "seconds":
-            axes.set_xlim(0, 1.08 * max(costs))
-        title, x_label = {
-            "seconds": ("training time", f"training time, {view.results.core}minutes"),
-            "images": ("private computation", "private images used × copies × parameters"),
-        }[what]
-        axes.set(xlabel=x_label, ylabel=_axis_name(measure))
-        return _finished(figure, f"compute-{what}", measure, f"against {title}", said, note)
+        else:
+            axes.set_xlim(0, 1.08 * max(times))
+        axes.set(xlabel=f"training time, {view.results.core}minutes", ylabel=_axis_name(measure))
+        return _finished(figure, "compute", measure, "against training time", said, note)
 
 
 def _by_class(view: View, measure: Measure) -> Plot | None:

@@ -37,7 +37,6 @@ class StagesResult:
     """All that a call found."""
 
     settings: Mapping[str, Any]  # all that decides the figures, JSON-able
-    networks: Sequence[Mapping[str, Any]]  # of each network its family, seed and file
     measured: Measured
     found: Sequence[StandInElbows]  # of every student against every stand-in
     decided: StandInElbows  # the one of `found` that the thresholds are of
@@ -104,7 +103,6 @@ def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) 
             "dpsyngen": __version__,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "settings": dict(result.settings),
-            "networks": list(result.networks),
             "stages": result.stages(),
             "elbows": elbow_rows(result),
             "pixels": m.pixels,

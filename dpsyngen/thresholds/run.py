@@ -58,12 +58,8 @@ class StagesOptions:
     networks: Path | None = None  # folder of trained networks; None: the output folder's own
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("seeds", 1, 100),
-            ("images", 8, 100_000),
-            ("spacing", 0.05, 2),
-            ("tolerance", 1e-4, 1),
-        ):
+        limits = {"seeds": (1, 100), "images": (8, 100_000), "spacing": (0.05, 2), "tolerance": (1e-4, 1)}
+        for name, (low, high) in limits.items():
             value = getattr(self, name)
             require(low <= value <= high, f"--{name}", value, f"from {low:g} to {high:g}")
         require(self.method in METHODS, "--method", self.method, METHODS)
@@ -148,12 +144,7 @@ class Stages:
                 measured.curves.append(curve)
             found = stand_in_elbows(measured, options.tolerance, options.replicates)
             decided = deciding(found, student, self.moments)
-            networks = [
-                {"family": f.label, "seed": s, "file": search.networks.path(f, s).name}
-                for f in search.all_families
-                for s in range(search.seeds)
-            ]
-            result = StagesResult(self.settings, networks, measured, found, decided, spent)
+            result = StagesResult(self.settings, measured, found, decided, spent)
             return result, write_results(self.folder, result, self._to_keep())
 
     def _to_keep(self) -> dict[str, Any]:
@@ -181,6 +172,7 @@ class Stages:
             "network": c.network.model_dump(mode="json", include={"size", "sigma_data"}),
             "public": c.public.model_dump(mode="json", exclude={"checkpoint_every"}),
             "seeds": list(range(o.seeds)),
+            "networks": [s.networks.path(f, seed).name for f in s.all_families for seed in range(o.seeds)],
             "log_sigma": list(s.log_sigma),
             **{name: getattr(o, name) for name in ("images", "tolerance", "method", "replicates")},
             "moments": self.moments,

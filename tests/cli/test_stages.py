@@ -80,7 +80,7 @@ def test_all_results_with_a_proxy(stages, made, tmp_path) -> None:
     assert found["settings"]["programs"]["leaves"]["seed"] == 3
     assert found["settings"]["seeds"] == [0, 1]
     assert found["versions"]["torch"]
-    assert {n["file"] for n in found["networks"]} <= {p.name for p in (made / "networks").iterdir()}
+    assert set(found["settings"]["networks"]) <= {p.name for p in (made / "networks").iterdir()}
     assert {(c["stand_in"], c["student"]) for c in found["curves"] if c["seed"] != "mean"} == {
         *(("programs", s) for s in ("dead-leaves", "leaves")),
         *(("wiener", s) for s in ("dead-leaves", "leaves")),

@@ -56,7 +56,7 @@ def test_plots_for_which_there_is_data(plots, tmp_path) -> None:
         "epsilon-accuracy-logreg",
         "epsilon-frechet-efficientnet-lite0",
         "epsilon-frechet-pixels-pca",
-        "compute-seconds-accuracy-cnn",
+        "compute-accuracy-cnn",
         "classes-accuracy-cnn",
     ]
     axes = {"stages.tau_coarse": [1, 2], "private.steps": [100, 200]}
@@ -64,15 +64,9 @@ def test_plots_for_which_there_is_data(plots, tmp_path) -> None:
         tmp_path / "e",
         grid={"epsilon": [1], "variant": ["dpdm", "coarse"], "axes": axes, "seeds": 1},
         features=(),
-        change=lambda job, r: (
-            r | {"facts": r["facts"] | {"private_images_seen": 256 * job.settings["private.steps"]}}
-            if job.kind == "run"
-            else r
-        ),
     )
     names = [p.name for p in comparison_plots(View(Results.load(exp)))]
     assert "threshold-tau_coarse-accuracy-cnn-eps1" in names
-    assert "compute-images-accuracy-cnn" in names
     assert not [n for n in names if "cleaning" in n or "frechet" in n]
     cases = [
         {"label": ""},

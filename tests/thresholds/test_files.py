@@ -60,7 +60,7 @@ def result(
     }
     decided = StandInElbows(by, "dead-leaves", nothing, elbows)
     settings = {"method": "tolerance", "moments": moments}
-    return StagesResult(settings, [], Measured(U, 4), [decided], decided)
+    return StagesResult(settings, Measured(U, 4), [decided], decided)
 
 
 def test_stages_in_words() -> None:
