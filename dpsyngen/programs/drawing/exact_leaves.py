@@ -160,9 +160,10 @@ def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, recor
         else:
             # Second list: only leaves around what is uncovered, thinned so that its law is the same.
             if count == 0:
-                for pixel in range(size * size):
-                    waiting[count] = pixel
-                    count += canvas[pixel // size, pixel % size] < 0
+                for row in range(size):
+                    for column in range(size):
+                        waiting[count] = row * size + column
+                        count += canvas[row, column] < 0
             word_pixel, word_keep, word_r, word_c = words32(seed, _STREAM, index, block)
             word_d, word_turn, word_shape, word_angle = words32(seed, _STREAM, index, block + _ONE)
             block += _TWO

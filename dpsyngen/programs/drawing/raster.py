@@ -163,8 +163,15 @@ def stretch(canvas: Floats, out: Images) -> None:
 
     A constant becomes 128.
     """
-    shown = canvas[: out.shape[0], : out.shape[1], : out.shape[2]]
-    low, high = shown.min(), shown.max()
+    low = high = canvas[0, 0, 0]
+    for c in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                low = min(low, canvas[c, i, j])
+                high = max(high, canvas[c, i, j])
     scale = 255.0 / (high - low) if high > low else 0.0
     offset = 0.5 if high > low else 128.0
-    out[:] = np.floor((shown - low) * scale + offset).astype(np.uint8)
+    for c in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                out[c, i, j] = np.uint8(math.floor((canvas[c, i, j] - low) * scale + offset))
