@@ -53,16 +53,10 @@ class ClassGaussians:
         for name, tensor in tensors.items():
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(f"Gaussian moments: {name} must be fp32 or fp64, not {tensor.dtype}.")
-        k, d = (self.means.shape[0], self.basis.shape[1]) if self.means.ndim == self.basis.ndim == 2 else (0, 0)
-        size = self.means.shape[-1] if self.means.ndim else 0
-        wanted = {
-            "means": (k, size),
-            "basis": (size, d),
-            "covariances": (k, d, d),
-            "rest": (size,),
-            "frequencies": (k,),
-        }
-        if not (k and 1 <= d <= size) or any(tuple(tensors[n].shape) != s for n, s in wanted.items()):
+        k, size = self.means.shape if self.means.ndim == 2 else (0, 0)
+        d = self.basis.shape[-1] if self.basis.ndim == 2 else 0
+        wanted = ((k, size), (size, d), (k, d, d), (size,), (k,))  # in the order of the fields
+        if not (k and 1 <= d <= size) or tuple(tuple(t.shape) for t in tensors.values()) != wanted:
             raise ConfigError(
                 f"Gaussian moments have shapes { {n: list(t.shape) for n, t in tensors.items()} }, but must be means "
                 "[K, D], basis [D, d], covariances [K, d, d], rest [D] and frequencies [K] with K >= 1, 1 <= d <= D."
@@ -156,7 +150,9 @@ class GaussianDenoiser(nn.Module):
             rho, inner_turns = torch.linalg.eigh(outer.mT @ (rest[:, None] * outer))
             rho, outer = rho.clamp_min(0), outer @ inner_turns
         frequencies = gaussians.frequencies.double()
-        self.pixel_std = _pixel_std(means, values.clamp_min(0), rho, size - d, frequencies)
+        second = means.square().sum(1) + values.clamp_min(0).sum(1)  # [K], tr(μμᵀ + A)
+        outside = rho.sum() * ((size - d) if self.spherical else 1)
+        self.pixel_std = math.sqrt(float(frequencies @ second + outside) / size)
         kept = {"means": means, "means_in": means @ basis, "means_out": means @ outer, "basis": basis, "outer": outer}
         kept |= {"turns": turns, "inner_variances": values.clamp_min(0), "outer_variances": rho}
         for name, tensor in (kept | {"log_frequencies": frequencies.log()}).items():
@@ -174,10 +170,9 @@ class GaussianDenoiser(nn.Module):
         """
         flat = x.to(self.means.dtype).flatten(1)  # [N, D]
         square = sigma.to(self.means.dtype).square().view(-1, 1)  # σ², [N, 1]
-        known = torch.full((len(x),), self.classes, device=x.device) if labels is None else labels
         along, across = flat @ self.basis, self._across(flat)  # coordinates in V, [N, d], and outside it
         inner, mean_out = torch.empty_like(along), torch.empty_like(across)
-        for label, rows in self._groups(known):
+        for label, rows in self._groups(labels, len(x)):
             if label < self.classes:
                 inner[rows] = self._filtered(along[rows], square[rows], label)[0]
                 mean_out[rows] = self._means_across(label)
@@ -201,8 +196,10 @@ class GaussianDenoiser(nn.Module):
         outside = across if self.spherical else across @ self.outer.mT
         return (along @ self.basis.mT + outside).to(dtype).view(-1, *self.shape)
 
-    def _groups(self, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Each label with the rows that have it."""
+    def _groups(self, labels: Tensor | None, count: int) -> Iterator[tuple[int, Tensor]]:
+        """Each label with the rows that have it; where there are none, K ("class unknown") with all `count` rows."""
+        if labels is None:
+            labels = torch.full((count,), self.classes, device=self.means.device)
         for label in labels.unique().tolist():
             if not 0 <= label <= self.classes:
                 raise ConfigError(f"a label is {label}, but must be in 0..{self.classes}.")
@@ -248,7 +245,7 @@ class GaussianDenoiser(nn.Module):
         square = level.square().view(-1, 1)
         along = flat @ self.basis
         across = (self.outer_variances + square).sqrt() * self._across(flat)
-        for label, rows in self._groups(self._drawn_classes(labels, len(flat), uniform)):
+        for label, rows in self._groups(self._drawn_classes(labels, len(flat), uniform), len(flat)):
             turned = (self.inner_variances[label] + square[rows]).sqrt() * (along[rows] @ self.turns[label])
             along[rows] = self.means_in[label] + turned @ self.turns[label].mT
             across[rows] += self._means_across(label)
@@ -282,9 +279,8 @@ class GaussianDenoiser(nn.Module):
 
         count = self.dimension - self.basis.shape[1] if self.spherical else 1
         outside = left(self.outer_variances).sum(1) * count
-        known = torch.full((len(square),), self.classes, device=square.device) if labels is None else labels
         inside = torch.empty_like(outside)
-        for label, rows in self._groups(known):
+        for label, rows in self._groups(labels, len(square)):
             if label < self.classes:
                 inside[rows] = left(self.inner_variances[label])[rows].sum(1)
             else:
@@ -299,12 +295,6 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.eigh((matrices + matrices.mT) / 2)
     except RuntimeError as error:  # no convergence
         raise ConfigError(f"Gaussian moments: a covariance has no eigenvalues ({error}).") from None
-
-
-def _pixel_std(means: Tensor, inner: Tensor, rho: Tensor, outside: int, frequencies: Tensor) -> float:
-    rest = float(rho.sum()) if len(rho) == outside else float(rho[0]) * outside
-    energy = float(frequencies @ (means.square().sum(1) + inner.sum(1))) + rest
-    return math.sqrt(energy / means.shape[1])
 
 
 class ResidualDenoiser(NetworkDenoiser):

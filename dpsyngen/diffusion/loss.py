@@ -66,7 +66,7 @@ def make_noisy(
     examples, device = len(images), images.device
     sigma = levels.sample(examples, copies, generator).reshape(-1).to(device)  # [examples * copies]
     clean = images.repeat_interleave(copies, 0)  # [examples * copies, C, H, W]
-    noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(device)
+    noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(device)  # n ~ N(0, I)
     classes: Tensor | None = None
     if num_classes:
         no_class = torch.full((examples * copies,), num_classes, dtype=torch.long, device=device)
@@ -75,11 +75,11 @@ def make_noisy(
         else:
             kept = torch.rand(examples * copies, generator=generator, device=generator.device) >= label_dropout
             classes = torch.where(kept.to(device), labels.repeat_interleave(copies, 0), no_class)
-    return NoisyBatch(clean, clean + sigma.view(-1, 1, 1, 1) * noise, sigma, classes)
+    return NoisyBatch(clean, clean + sigma.view(-1, 1, 1, 1) * noise, sigma, classes)  # x = x₀ + σ·n
 
 
 def denoising_loss(denoiser: NetworkDenoiser, batch: NoisyBatch) -> Tensor:
     """λ(σ)·‖D(x; σ) - x₀‖² of each row, averaged over its pixels, [rows] (EDM eq. 2 and table 1)."""
     denoised = denoiser(batch.noisy, batch.sigma, batch.labels)  # D(x₀ + σ·n; σ)
-    squared = (denoised - batch.clean).square().flatten(1).mean(1)
+    squared = (denoised - batch.clean).square().flatten(1).mean(1)  # ‖D - x₀‖²/(C·H·W), [rows]
     return denoiser.weight(batch.sigma, batch.labels) * squared

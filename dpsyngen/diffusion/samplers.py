@@ -35,8 +35,12 @@ class Step:
     denoised: Tensor
 
 
-Observer = Callable[[Step], None]
+Observer = Callable[[Step], object]
 """Is shown each step.  The tensors are the sampler's own: an observer copies what it keeps, and changes nothing."""
+
+
+def unobserved(step: Step) -> None:
+    """Look at nothing."""
 
 
 def karras_steps(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -74,7 +78,7 @@ def _level(sigma: float, x: Tensor) -> Tensor:
 
 
 def ddim(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None, *, observe: Observer | None = None
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None, *, observe: Observer = unobserved
 ) -> Tensor:
     """Deterministic DDIM, which is Euler's method on the ODE (Song et al. 2021; EDM §3).
 
@@ -89,9 +93,8 @@ def ddim(
         images, [N, C, H, W] in about [-1, 1].
     """
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas.tolist())):
-        denoised = denoiser(x, _level(sigma, x), labels)  # [N, C, H, W]
-        if observe is not None:
-            observe(Step(i, sigma, x, denoised))
+        denoised = denoiser(x, _level(sigma, x), labels)  # D(x; σ_i, y), [N, C, H, W]
+        observe(Step(i, sigma, x, denoised))
         d = (x - denoised) / sigma  # dx/dσ at σ_i
         x = x + (sigma_next - sigma) * d
     return x
@@ -108,7 +111,7 @@ def heun(
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
     draw: Callable[[], Tensor] | None = None,
-    observe: Observer | None = None,
+    observe: Observer = unobserved,
 ) -> Tensor:
     """EDM's second-order sampler (algorithm 1); with ``churn`` > 0 its stochastic one (algorithm 2).
 
@@ -129,9 +132,8 @@ def heun(
             epsilon = torch.randn_like(x) if draw is None else draw()
             x = x + math.sqrt(t_hat**2 - t**2) * churn_noise * epsilon
         # Euler step from t̂ to the next level.
-        denoised = denoiser(x, _level(t_hat, x), labels)
-        if observe is not None:
-            observe(Step(i, t_hat, x, denoised))
+        denoised = denoiser(x, _level(t_hat, x), labels)  # D(x̂; t̂, y), [N, C, H, W]
+        observe(Step(i, t_hat, x, denoised))
         d = (x - denoised) / t_hat
         euler = x + (t_next - t_hat) * d
         # Second-order correction: the mean of the slopes at both ends.  At σ = 0 there is no slope, so none there.
@@ -144,7 +146,7 @@ def heun(
 
 
 def dpm_solver_pp(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None, *, observe: Observer | None = None
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None, *, observe: Observer = unobserved
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1, λ = -log σ.
 
@@ -153,9 +155,8 @@ def dpm_solver_pp(
     previous: Tensor | None = None
     h_previous = 0.0
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas.tolist())):
-        denoised = denoiser(x, _level(sigma, x), labels)
-        if observe is not None:
-            observe(Step(i, sigma, x, denoised))
+        denoised = denoiser(x, _level(sigma, x), labels)  # D(x; σ_i, y), [N, C, H, W]
+        observe(Step(i, sigma, x, denoised))
         if sigma_next == 0:
             return denoised  # λ is infinite at σ = 0: x ← D(x; σ)
         h = math.log(sigma / sigma_next)  # h_i = λ_i+1 - λ_i

@@ -7,6 +7,7 @@ diffusers (``release/hub/denoiser.py``) holds the same steps once more, and a te
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.samplers import SAMPLERS, Observer, karras_steps, to_uint8
+from dpsyngen.diffusion.samplers import SAMPLERS, Observer, karras_steps, to_uint8, unobserved
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap
 from dpsyngen.errors import ConfigError, require
 from dpsyngen.hardware import send
@@ -60,18 +61,15 @@ class SamplingSettings:
         steps_allowed = _is_whole(self.steps) and 1 <= self.steps <= MAX_STEPS
         require(steps_allowed, "the number of sampler steps", self.steps, f"at least 1 and at most {MAX_STEPS:,}")
         require(_is_whole(self.seed), "the seed", self.seed, "a whole number")
-        for name in ("sigma_min", "sigma_max", "rho"):
-            value = getattr(self, name)
-            require(_is_finite(value) and value > 0, name, value, "a number above 0")
-        require(_is_finite(self.guidance) and self.guidance >= 0, "guidance", self.guidance, "0 or more (1 is none)")
-        require(_is_finite(self.churn) and self.churn >= 0, "churn", self.churn, "0 or more")
+        for name in ("steps", "seed"):  # NumPy's numbers cannot be written as JSON
+            object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("sigma_min", "sigma_max", "rho", "guidance", "churn"):
+            value, may_be_0 = getattr(self, name), name in ("guidance", "churn")
+            allowed = "0 or more" if may_be_0 else "a number above 0"
+            require(_is_finite(value) and (value > 0 or (may_be_0 and value == 0)), name, value, allowed)
+            object.__setattr__(self, name, float(value))
         if self.churn and self.sampler != "heun":
             raise ConfigError(f"churn needs the sampler 'heun'; given {self.sampler!r}.")
-        # NumPy's numbers cannot be written as JSON.
-        for field in ("steps", "seed"):
-            object.__setattr__(self, field, int(getattr(self, field)))
-        for field in ("sigma_min", "sigma_max", "rho", "guidance", "churn"):
-            object.__setattr__(self, field, float(getattr(self, field)))
 
     def levels(self, denoiser: Denoiser) -> tuple[Tensor, Start | None]:
         """Noise levels at which a draw asks `denoiser`, and the final 0: [steps + 1]; and what draws x at the first."""
@@ -138,7 +136,7 @@ class SamplingSettings:
             # σ_max·n stands for an image at σ_max: that is far above the spread of the images themselves.
             x = noise() * sigmas[0].item() if start is None else start(noise(), y)  # [n, C, H, W]
             options = {"churn": self.churn, "draw": noise} if self.sampler == "heun" else {}
-            images = SAMPLERS[self.sampler](denoiser, x, sigmas, y, observe=observe, **options)
+            images = SAMPLERS[self.sampler](denoiser, x, sigmas, y, observe=observe or unobserved, **options)
             yield to_uint8(images).cpu()
 
 
@@ -185,8 +183,4 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    """Whether `value` is a number that floating point has; whole numbers can be larger."""
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
-    except OverflowError:
-        return False
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)

@@ -20,8 +20,21 @@ from dpsyngen.errors import ConfigError, require
 
 Trainer = Literal["public", "private", "moments"]
 Networks = Literal["experts", "shared"]
-VARIANTS = ("dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "residual", "residual-cleaning")
-USE_MOMENTS = ("gaussian", "residual", "residual-cleaning")
+
+_ENDS: dict[str, tuple[Trainer | None, Trainer | None]] = {
+    "dpdm": (None, None),
+    "finetune": (None, None),
+    "cleaning": ("public", None),
+    "coarse": (None, "public"),
+    "both": ("public", "public"),
+    "gaussian": ("moments", "moments"),
+    "residual": (None, "moments"),
+    "residual-cleaning": ("public", "moments"),
+}
+"""For each variant who trains below τ_cleaning and above τ_coarse, besides private images in between."""
+
+VARIANTS = tuple(_ENDS)
+USE_MOMENTS = tuple(variant for variant, ends in _ENDS.items() if "moments" in ends)
 """Variants that release DP moments of the private images, see :mod:`dpsyngen.diffusion.gaussian`."""
 
 GAUSSIAN = "gaussian"
@@ -147,7 +160,8 @@ def stage_map(
     require(variant in VARIANTS, "variant", variant, VARIANTS)
     for name, tau in (("tau_cleaning", tau_cleaning), ("tau_coarse", tau_coarse)):
         require(math.isfinite(tau), name, tau, "a finite log σ (choose another variant for no threshold)")
-    if variant in ("both", "residual-cleaning") and not tau_cleaning < tau_coarse:
+    below, above = _ENDS[variant]
+    if below is not None and above is not None and not tau_cleaning < tau_coarse:
         raise ConfigError(
             f"tau_cleaning = {tau_cleaning} must be below tau_coarse = {tau_coarse}: between them lies the stage that "
             "private images train."
@@ -169,20 +183,18 @@ def stage_map(
             f"variant {variant!r} starts its private network at the denoiser of the moments, so it cannot start from "
             "programmatic images, too: leave pretrain out, or choose 'dpdm', 'cleaning', 'coarse' or 'both'."
         )
-    low = tau_cleaning if variant in ("cleaning", "both", "residual-cleaning") else -math.inf
-    high = tau_coarse if variant in ("coarse", "both", "residual", "residual-cleaning") else math.inf
-
-    def network(stage: str) -> str:
-        return "shared" if networks == "shared" else stage
-
-    pieces: list[Stage] = []
-    if low > -math.inf:
-        pieces.append(Stage("cleaning", -math.inf, low, "public", network("cleaning")))
-    pieces.append(Stage("context", low, high, "private", network("context")))
-    if high < math.inf:
-        top: tuple[Trainer, str] = ("moments", GAUSSIAN) if variant in USE_MOMENTS else ("public", network("coarse"))
-        pieces.append(Stage("coarse", high, math.inf, *top))
-    return StageMap(tuple(pieces), pretrain=variant == "finetune" if pretrain is None else pretrain)
+    low = -math.inf if below is None else tau_cleaning
+    high = math.inf if above is None else tau_coarse
+    stages: list[Stage] = []
+    for name, start, end, trainer in (
+        ("cleaning", -math.inf, low, below),
+        ("context", low, high, "private"),
+        ("coarse", high, math.inf, above),
+    ):
+        if trainer is not None:
+            network = GAUSSIAN if trainer == "moments" else "shared" if networks == "shared" else name
+            stages.append(Stage(name, start, end, trainer, network))
+    return StageMap(tuple(stages), pretrain=variant == "finetune" if pretrain is None else pretrain)
 
 
 class StagedDenoiser:

@@ -67,8 +67,7 @@ def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     """Start at (almost) zero, so that a block starts as the identity."""
     with torch.no_grad():
         layer.weight.mul_(1e-3)
-        if layer.bias is not None:
-            layer.bias.zero_()
+        layer.bias.zero_()  # type: ignore[union-attr]  # there is one
     return layer
 
 
@@ -82,9 +81,10 @@ class _Block(nn.Module):
         self.attention = _Attention(outputs) if attend else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))  # [N, inputs, h, w] -> [N, outputs, h, w]
+        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)  # [N, outputs, 1, 1] each
         h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), scale + 1)))
+        # The sum of two signals of unit variance: 1/√2 keeps it at that.
         out: Tensor = self.attention((self.skip(x) + h) * math.sqrt(0.5))
         return out
 
@@ -99,7 +99,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(n, 3, self.heads, c // self.heads, h * w).transpose(3, 4)
-        q, k, v = qkv.unbind(1)
+        q, k, v = qkv.unbind(1)  # [N, heads, h·w, C/heads] each: a pixel is a token
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, h, w)
         return (x + self.out(mixed)) * math.sqrt(0.5)
 
@@ -159,8 +159,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; c_noise: [N]; classes: [N] in 0..num_classes, or None if unconditional."""
-        angles = c_noise[:, None] * self.frequencies
-        embedding = self.embed_noise(torch.cat([angles.cos(), angles.sin()], 1))
+        angles = c_noise[:, None] * self.frequencies  # [N, width/2]
+        embedding = self.embed_noise(torch.cat([angles.cos(), angles.sin()], 1))  # [N, E]
         if self.embed_class is not None:
             if classes is None:
                 raise ConfigError("this network is class-conditional: pass classes (num_classes for 'no class').")
@@ -169,21 +169,21 @@ class UNet(nn.Module):
 
         blocks, patch = self.size.blocks, self.size.patch
         if patch > 1:
-            x = F.pixel_unshuffle(x, patch)
-        h = self.first(x)
+            x = F.pixel_unshuffle(x, patch)  # [N, C·p², H/p, W/p]
+        h = self.first(x)  # [N, width, H/p, W/p]
         skips: list[Tensor] = []
         for i, block in enumerate(self.down):
             if i and i % blocks == 0:
-                h = F.avg_pool2d(h, 2)
+                h = F.avg_pool2d(h, 2)  # [N, C_l, H/(p·2ˡ), W/(p·2ˡ)] at level l
             h = block(h, embedding)
             skips.append(h)
         h = self.middle(h, embedding)
         for i, block in enumerate(self.up):
             if i and i % blocks == 0:
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
-            h = block(torch.cat([h, skips.pop()], 1), embedding)
-        out: Tensor = self.last(F.silu(self.norm(h)))
-        return F.pixel_shuffle(out, patch) if patch > 1 else out
+            h = block(torch.cat([h, skips.pop()], 1), embedding)  # the skip of the same level
+        out: Tensor = self.last(F.silu(self.norm(h)))  # [N, C·p², H/p, W/p]
+        return F.pixel_shuffle(out, patch) if patch > 1 else out  # [N, C, H, W]
 
 
 def named_size(name: str) -> UNetSize:

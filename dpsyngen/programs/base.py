@@ -212,22 +212,18 @@ class Program(ABC):
         threads = as_integer("threads", threads, 1, 4096)
         chosen = as_indices(indices)
         out = np.empty((len(chosen), self.channels, self.resolution, self.resolution), dtype=np.uint8)
-        self._draw_all(chosen, out, threads)
-        return out if np.dtype(dtype) == np.uint8 else as_float(out)
-
-    def _draw_all(self, chosen: Words, out: Images, threads: int) -> None:
-        # Threads help, as compiled loops release the interpreter lock.
-        if threads == 1 or len(chosen) < 2:
-            if len(chosen):
-                self._draw(chosen, out)
-            return
-        # A few chunks a thread, as images differ in cost; but not so many that handing them out costs more.
-        chunks = max(threads, min(4 * threads, len(chosen) // _LEAST_CHUNK))
-        bounds = np.linspace(0, len(chosen), min(len(chosen), chunks) + 1).astype(int)
-        pool = _pool(threads)
-        jobs = [pool.submit(self._draw, chosen[a:b], out[a:b]) for a, b in itertools.pairwise(bounds)]
-        for job in jobs:
-            job.result()
+        if threads > 1 and len(chosen) > 1:
+            # Threads help, as compiled loops release the interpreter lock.  A few chunks a thread, as images differ in
+            # cost; but not so many that handing them out costs more.
+            chunks = max(threads, min(4 * threads, len(chosen) // _LEAST_CHUNK))
+            bounds = np.linspace(0, len(chosen), min(len(chosen), chunks) + 1).astype(int)
+            pool = _pool(threads)
+            jobs = [pool.submit(self._draw, chosen[a:b], out[a:b]) for a, b in itertools.pairwise(bounds)]
+            for job in jobs:
+                job.result()
+        elif len(chosen):
+            self._draw(chosen, out)
+        return out if np.dtype(dtype) == np.uint8 else out.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
     def config(self) -> dict[str, Any]:
         """Return the name and all parameters, JSON-able: ``make_program(**program.config()) == program``."""
@@ -250,11 +246,6 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def as_float(images: Images) -> NDArray[np.float32]:
-    """Map uint8 values 0 to 255 to float32 from −1 to 1."""
-    return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
-
-
 def as_indices(indices: ArrayLike | Iterable[int]) -> Words:
     """Return indices as uint64 [N]; the errors are those of `Program.batch`."""
     if not hasattr(indices, "__array__") and isinstance(indices, set | frozenset | Iterator):
@@ -271,16 +262,3 @@ def as_indices(indices: ArrayLike | Iterable[int]) -> Words:
     if int(array.min()) < 0 or int(array.max()) > MAX_INDEX:
         raise IndexError(f"Image indices run from {array.min()} to {array.max()}: give integers from 0 to 2⁶³ − 1.")
     return array.astype(np.uint64)
-
-
-def stream(program: Program, batch_size: int, *, start: int = 0, threads: int = 1) -> Iterator[Images]:
-    """Yield endless consecutive batches, uint8 [batch_size, C, H, W], beginning with image `start`.
-
-    To resume after b batches, pass ``start=start + b * batch_size``.
-
-    Raises:
-        ConfigError: `batch_size` is not positive, `start` is negative, or either is no integer.
-    """
-    size = as_integer("batch_size", batch_size, 1, 2**31)
-    first = as_integer("start", start, 0, MAX_INDEX)
-    return (program.batch(range(a, a + size), threads=threads) for a in itertools.count(first, size))

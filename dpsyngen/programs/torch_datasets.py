@@ -17,19 +17,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import MAX_INDEX, Program, as_choice, as_float, as_integer
+from dpsyngen.programs.base import MAX_INDEX, Program, as_choice, as_integer
 
 Values = Literal["float", "uint8"]
 Transform = Callable[[torch.Tensor], Any]
 
 
 def _tensor(program: Program, indices: Sequence[int], values: str, threads: int = 1) -> torch.Tensor:
-    images = program.batch(indices, threads=threads)
-    return torch.from_numpy(images if values == "uint8" else as_float(images))
+    dtype = np.uint8 if values == "uint8" else np.float32
+    return torch.from_numpy(program.batch(indices, threads=threads, dtype=dtype))
 
 
 class ProgramDataset(Dataset[Any]):

@@ -127,30 +127,37 @@ def _at(image: Images, y: int, x: int, border: int) -> float:
 
 
 @compiled
-def draw_affine(indices: Words, seed: Word, images: Images, law: Law, border: int, out: Images) -> None:
-    """Write the changed ``images[n]`` to ``out[n]``, both [C, S, S]."""
+def warp(
+    image: Images, turns: float, scale: float, slant: float, right: float, down: float, border: int, out: Images
+) -> None:
+    """Shear, turn, scale and shift an image about its centre, both [C, S, S]."""
     size = out.shape[2]
     middle = 0.5 * size
+    cos, sin = cos_sin(turns)
+    for i in range(size):
+        for j in range(size):
+            # From a pixel of the result back to its place (x, y) in the source: shift, scale, turn, shear inverted.
+            x = (j + 0.5 - middle - right * size) / scale
+            y = (i + 0.5 - middle - down * size) / scale
+            x, y = cos * x + sin * y, cos * y - sin * x
+            x = x - slant * y + middle - 0.5
+            y = y + middle - 0.5
+            q = math.floor(x)
+            p = math.floor(y)
+            x -= q
+            y -= p
+            for c in range(out.shape[0]):  # mix the four pixels around it
+                upper = (1.0 - x) * _at(image[c], p, q, border) + x * _at(image[c], p, q + 1, border)
+                lower = (1.0 - x) * _at(image[c], p + 1, q, border) + x * _at(image[c], p + 1, q + 1, border)
+                out[c, i, j] = np.uint8(math.floor((1.0 - y) * upper + y * lower + 0.5))
+
+
+@compiled
+def draw_affine(indices: Words, seed: Word, images: Images, law: Law, border: int, out: Images) -> None:
+    """Write the changed ``images[n]`` to ``out[n]``, both [C, S, S]."""
     for n in range(indices.shape[0]):
         turns, scale, slant, right, down = affine_law(seed, indices[n], law)
-        cos, sin = cos_sin(turns)
-        for i in range(size):
-            for j in range(size):
-                # From a pixel of the result back to its place (x, y) in the source: shift, scale, turn, shear inverted.
-                x = (j + 0.5 - middle - right * size) / scale
-                y = (i + 0.5 - middle - down * size) / scale
-                x, y = cos * x + sin * y, cos * y - sin * x
-                x = x - slant * y + middle - 0.5
-                y = y + middle - 0.5
-                q = math.floor(x)
-                p = math.floor(y)
-                x -= q
-                y -= p
-                for c in range(out.shape[1]):  # mix the four pixels around it
-                    image = images[n, c]
-                    upper = (1.0 - x) * _at(image, p, q, border) + x * _at(image, p, q + 1, border)
-                    lower = (1.0 - x) * _at(image, p + 1, q, border) + x * _at(image, p + 1, q + 1, border)
-                    out[n, c, i, j] = np.uint8(math.floor((1.0 - y) * upper + y * lower + 0.5))
+        warp(images[n], turns, scale, slant, right, down, border, out[n])
 
 
 @register("blur")

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs import Program, make_program, program_names, register, registry, stream
+from dpsyngen.programs import Program, make_program, program_names, register, registry
 
 
 def test_import_is_cheap() -> None:
@@ -141,11 +141,3 @@ def test_an_error_in_a_thread_is_not_lost() -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         Broken(resolution=2, channels=1, step=0).batch(range(9), threads=2)
-
-
-def test_stream_is_consecutive_and_resumes() -> None:
-    program = _Ramp(resolution=2, channels=1, step=0)
-    batches = stream(program, 3, start=4)
-    assert [next(batches)[:, 0, 0, 0].tolist() for _ in range(2)] == [[4, 5, 6], [7, 8, 9]]
-    with pytest.raises(ConfigError, match="batch_size"):
-        stream(program, 0)  # at once, not at the first batch
