@@ -58,14 +58,9 @@ def karras_steps(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, 
 
 
 def evenly_in_log(sigmas: Tensor, count: int) -> list[int]:
-    """Choose the steps next to `count` levels that are even in log σ, the first and the last step among them.
+    """Choose the steps of `sigmas` next to `count` >= 1 levels even in log σ, the first and the last step among them.
 
-    Args:
-        sigmas: of :func:`karras_steps`.
-        count: how many, >= 1; fewer are given where two would be the same step.
-
-    Returns:
-        indices of steps, ascending.
+    Returns their indices, ascending; fewer where two would be the same step.
     """
     require(count >= 1, "the number of steps to look at", count, "at least 1")
     levels = sigmas[:-1].log()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,7 @@ class UNet(nn.Module):
 
 def named_size(name: str) -> UNetSize:
     """The preset `name`; ConfigError if there is none."""
-    if name not in SIZES:
-        raise ConfigError(f"network size is {name!r}, but must be one of {', '.join(SIZES)}.")
+    require(name in SIZES, "network size", name, tuple(SIZES))
     return SIZES[name]
 
 

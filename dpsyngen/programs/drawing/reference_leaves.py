@@ -58,19 +58,16 @@ def paint(canvas: Canvas, starts: Ints, stops: Ints, first: int, stop: int, valu
 def leaf_radius(v: float, r_min: float, r_max: float) -> float:
     """Return the radius that a share v of leaves exceeds: the inverse of 1 − CDF of the density ∝ r⁻³ − r_max⁻³.
 
-    v is in [0, 1], and the result runs from r_max at v = 0 down to r_min at v = 1.
-
-    With t = r_max/r − 1 the law 1 − CDF = v reads t²(t + 3) / (1 + t) = d, where d is v times its left side
-    at r_min.  Newton's method on the cubic t²(t + 3) − d(1 + t), which is convex for t ≥ 0, from the lower of
-    two upper bounds of its root (by (t + 3)/(1 + t) ≥ 1, and by rewriting the law as
-    (1 + t)² = d + 3 − 2/(1 + t)), so t only falls.  The steps stop when the next, of square size, would be
-    below rounding.  No table, and IEEE operations only.
+    From r_max at v = 0 down to r_min at v = 1.  With t = r_max/r − 1 the law 1 − CDF = v reads t²(t + 3)/(1 + t) = d,
+    where d is v times its left side at r_min.  Newton's method on the cubic t²(t + 3) − d(1 + t), convex for t ≥ 0,
+    from the lower of two upper bounds of its root: (t + 3)/(1 + t) ≥ 1 gives √d, and (1 + t)² = d + 3 − 2/(1 + t) the
+    other.  It stops when the next step, of square size, would be below rounding.
     """
     top = r_max / r_min - 1.0
     d = v * (top * top * (top + 3.0) / (1.0 + top))
     if d <= 0.0:
         return r_max
-    t = min(math.sqrt(d), math.sqrt(d + 3.0) - 1.0)  # an upper bound: Newton falls from there, and cannot overshoot
+    t = min(math.sqrt(d), math.sqrt(d + 3.0) - 1.0)  # Newton falls from there, and cannot overshoot
     step = t
     while step > _SMALL_STEP * t:
         step = (t * t * (t + 3.0) - d * (1.0 + t)) / (3.0 * t * t + 6.0 * t - d)
@@ -93,16 +90,12 @@ def _corners_on_circle(seed: Word, index: Word, block: Word, xs: Floats, ys: Flo
     for k in range(corners):
         xs[k], ys[k], block = unit_vector(seed, _STREAM, index, block)
     if corners == 4:  # any order of three is cyclic
-        for k in range(1, 4):
-            x, y = xs[k], ys[k]
-            angle = _corner_angle(x, y)
+        for k in range(1, 4):  # insertion sort
             place = k
-            while place > 0 and _corner_angle(xs[place - 1], ys[place - 1]) > angle:
-                xs[place] = xs[place - 1]
-                ys[place] = ys[place - 1]
+            while place > 0 and _corner_angle(xs[place - 1], ys[place - 1]) > _corner_angle(xs[place], ys[place]):
+                xs[place - 1], xs[place] = xs[place], xs[place - 1]
+                ys[place - 1], ys[place] = ys[place], ys[place - 1]
                 place -= 1
-            xs[place] = x
-            ys[place] = y
     return block
 
 
