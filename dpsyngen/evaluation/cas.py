@@ -290,9 +290,16 @@ def _candidates(
         torch.manual_seed(seed)
         network = make(x.shape[1:], num_classes)
     classifiers.seed_dropout(network, seed + 1, device)
-    train = classifiers.train_resnet if name == "resnet" else classifiers.train_network
-    generator = torch.Generator().manual_seed(seed)
-    return train(network, x, y, epochs=epochs, batch_size=_BATCH, generator=generator, device=device)
+    return classifiers.train_network(
+        network,
+        x,
+        y,
+        augmented=name == "resnet",
+        epochs=epochs,
+        batch_size=_BATCH,
+        generator=torch.Generator().manual_seed(seed),
+        device=device,
+    )
 
 
 def _check(

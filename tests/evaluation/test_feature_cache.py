@@ -85,14 +85,7 @@ def test_a_file_moved_to_another_name_is_not_believed(tmp_path, images) -> None:
     assert extractor.calls == 1
 
 
-def rewritten(path, **changes: np.ndarray) -> None:
-    with np.load(path) as file:
-        arrays = dict(file)
-    with open(path, "wb") as file:
-        np.savez(file, **{**arrays, **changes})
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "numbers", "nan", "shape", "pickle", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped", "pickle", "folder"])
 def test_damaged_files_are_computed_again(tmp_path, images, damage) -> None:
     cache = FeatureCache(tmp_path)
     good = cache.features(Counting(), images)
@@ -104,14 +97,12 @@ def test_damaged_files_are_computed_again(tmp_path, images, damage) -> None:
         path.write_bytes(b"")
     elif damage == "text":
         path.write_text("no features")
-    elif damage == "numbers":
-        rewritten(path, features=good + 1)
-    elif damage == "nan":
-        rewritten(path, features=np.full_like(good, np.nan))
-    elif damage == "shape":
-        rewritten(path, features=good[:-1])
+    elif damage == "flipped":  # one bit of the first feature
+        at = content.index(good.tobytes())
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     elif damage == "pickle":
-        rewritten(path, features=np.array([{}] * len(images), dtype=object))
+        with open(path, "wb") as file:
+            np.savez(file, features=np.array([{}] * len(images), dtype=object))
     else:
         path.unlink()
         path.mkdir()

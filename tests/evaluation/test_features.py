@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, DataError
@@ -89,16 +88,14 @@ def stand_in(tmp_path_factory):
     state["fc.weight"] = torch.zeros(1008, 128)
     folder = tmp_path_factory.mktemp("weights")
     torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, folder / "w.pth")
-    save_file(state, folder / "w.safetensors")
     return folder
 
 
-def test_inception_features_from_either_format(stand_in, images) -> None:
-    a, b = (FeatureSpec("inception", stand_in / f"w.{e}").make() for e in ("pth", "safetensors"))
-    features = a(images[:3])
+def test_inception_features(stand_in, images) -> None:
+    extractor = FeatureSpec("inception", stand_in / "w.pth").make()
+    features = extractor(images[:3])
     assert features.shape == (3, 128)
-    np.testing.assert_allclose(features, b(images[:3]), rtol=1e-5)
-    assert a.config()["weights"] == "w.pth"
+    assert extractor.config()["weights"] == "w.pth"
     assert np.abs(features[0] - features[1]).max() > 0
 
 
@@ -240,14 +237,6 @@ def test_efficientnet_of_each_image_alone(images) -> None:
     assert extractor.config()["resized_to"] == 64
     # Weights from ImageNet are loaded, not drawn: another instance says the same.
     np.testing.assert_allclose(make_extractor("efficientnet-lite0", side=64)(images[:3]), both, rtol=1e-5)
-
-
-def test_wrong_safetensors_files(stand_in, tmp_path) -> None:
-    (tmp_path / "text.safetensors").write_text("no weights")
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    for name in ("text.safetensors", "other.safetensors", "missing.safetensors"):
-        with pytest.raises(DataError, match=r"pt_inception-2015-12-05-6726825d\.pth"):
-            FeatureSpec("inception", tmp_path / name).make()
 
 
 def test_every_published_tensor_is_used(images) -> None:

@@ -200,4 +200,4 @@ def test_several_features_and_what_is_being_done(train, test) -> None:
     assert all(f["subset_seed"] == 5 for f in out["features"].values())
     assert out["cas_chosen"] in out["cas"]
     assert [line for line in lines if line.startswith("features pixels-pca: 12 generated, 12 real")]
-    assert [line for line in lines if line.startswith("comparing 12 real test images")]
+    assert [line for line in lines if line.startswith("comparing 12 generated images, floor with 12")]
