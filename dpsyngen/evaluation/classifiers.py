@@ -219,7 +219,7 @@ def train_network(
     """Train on images [N, C, H, W], yielding a candidate after each epoch.
 
     With Adam on cross-entropy, as DPDM does; `augmented`, for the ResNet, with SGD (Nesterov momentum 0.9) in one cycle
-    of the learning rate on shifted and mixed images, N >= 2.  `generator` (CPU) is that of the order, shifts and mixing.
+    of the learning rate on shifted and mixed images, N >= 2.  `generator` (CPU) is that of order, shifts and mixing.
     """
     # Channels last: 1.4 times as fast on a CPU.
     network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]

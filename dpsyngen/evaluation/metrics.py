@@ -252,9 +252,7 @@ def _figures(
         for name, images in (("floor", held_out), ("ceiling", drawn))
         if images is not None
     }
-    tell(
-        f"comparing {len(of_made):,} generated images and {', '.join(bounds) or 'no bounds'} with {len(of_real):,} real"
-    )
+    tell(f"comparing {len(of_made):,} {', '.join(('generated images', *bounds))} with {len(of_real):,} real ones")
     measures = Measures(of_real, s.metrics, s.seed)
     found = measures.of(of_made, scatter=s.bootstrap > 0)
     bounding = {name: measures.of(features) for name, features in bounds.items()}
