@@ -29,11 +29,7 @@ _MOST_ROWS = 12
 
 
 def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None) -> Path:
-    """Write ``report.html`` and ``plots/`` of an experiment.
-
-    Args:
-        exp: its folder.
-        on_progress: called with a line now and then: drawing the images takes longest.
+    """Write ``report.html`` and ``plots/`` into the folder of an experiment; `on_progress` gets a line now and then.
 
     Raises:
         RunError: not the folder of an experiment.
@@ -193,13 +189,7 @@ class Grid(NamedTuple):
 
 
 def sample_grids(view: View, exp: Path, on_progress: Callable[[str], None] | None = None) -> list[Grid]:
-    """A grid for each ε that has a generator.
-
-    Args:
-        view: of the experiment.
-        exp: its folder.
-        on_progress: called with a line for each variant.
-    """
+    """A grid for each ε that has a generator."""
     out = []
     for epsilon in view.epsilons:
         chosen = _chosen(view, epsilon)

@@ -40,10 +40,7 @@ _CURVES = (
 
 
 def release_values(release: Path) -> dict[str, Any]:
-    """The values of the template that need files of `release` alone.
-
-    Args:
-        release: the release half of a finished run, or a copy of it.
+    """The values of the template that need files of `release` alone, a release half or a copy of it.
 
     Raises:
         RunError, ConfigError: a file of it is damaged.
@@ -104,18 +101,16 @@ def _grid(images: NDArray[np.uint8]) -> str:
     return png_url(image_grid(images, _PER_CLASS, scale=max(1, round(66 / images.shape[-1])), pad=3))
 
 
-def trajectory_table(generator: ReleasedGenerator, images: int = 6, columns: int = 9) -> dict[str, Any]:
-    """The first images of the seed, one of each class, at steps that are even in log σ.
-
-    They are the images with which the class rows of the report begin, drawn by the run's own sampler.
+def trajectory_table(generator: ReleasedGenerator) -> dict[str, Any]:
+    """The images with which the class rows of the report begin, at nine steps that are even in log σ.
 
     Returns:
         ``sigmas``: a text for each column; ``trainers``: of each column; ``stages``: name, trainer and number of
         columns of each run of columns that one stage owns; ``noisy``: pictures of x, what the sampler had, for the
         first image; ``rows``: for each image its name, pictures of D(x; σ), what was expected of it, and the image.
     """
-    count = min(images, len(generator.class_names)) or 4
-    found = generator.trajectory(count, columns, seed=SEED)
+    count = min(6, len(generator.class_names)) or 4
+    found = generator.trajectory(count, 9, seed=SEED)
     labels = found.samples.labels
     return {
         # Two digits, without an exponent where that is short.
@@ -138,12 +133,7 @@ def trajectory_table(generator: ReleasedGenerator, images: int = 6, columns: int
 
 
 def curves(log: Iterable[Mapping[str, Any]], name: str) -> dict[str, Points]:
-    """(step, value) of a figure of each phase of a log; values that are missing or not finite are left out.
-
-    Args:
-        log: lines with ``phase`` and ``step``, as :meth:`JsonLines.read` gives them.
-        name: of the figure, such as "loss".
-    """
+    """(step, value) of a figure, such as "loss", of each phase of a log; without values that are not finite."""
     out: dict[str, list[tuple[float, float]]] = {}
     for line in log:
         value = line.get(name)
@@ -158,13 +148,8 @@ def curves(log: Iterable[Mapping[str, Any]], name: str) -> dict[str, Points]:
 def private_values(run: Run, class_names: Sequence[str]) -> dict[str, Any]:
     """The values of the template that the publishable copy must not have.
 
-    Args:
-        run: a finished run.
-        class_names: of its generator, for the table of classes.
-
     Raises:
-        RunError: a file of the private half is damaged.
-        LedgerError: the ledger is.
+        RunError, LedgerError: a file of the private half is damaged.
     """
     log = JsonLines(run.private / "training.jsonl", 0o600).read()
     metrics, health = _kept(run.private / "metrics.json"), _kept(run.private / "health.json")
@@ -187,11 +172,7 @@ def private_values(run: Run, class_names: Sequence[str]) -> dict[str, Any]:
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    """What a command left in the private half; None if it was not run.
-
-    Raises:
-        RunError: the file is damaged.
-    """
+    """What a command left in the private half; None if it was not run."""
     if not path.exists():
         return None
     try:
@@ -237,10 +218,6 @@ def _memorisation(run: Run) -> dict[str, Any] | None:
 
 def class_accuracy(metrics: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, Any] | None:
     """Accuracy by class, and which classes were mistaken for which; None if no classifier was scored.
-
-    Args:
-        metrics: ``private/metrics.json``.
-        class_names: in the order of the labels.
 
     Returns:
         ``classifiers``: names; ``rows``: of each class its name and, for each classifier, the accuracy in percent (None

@@ -22,11 +22,7 @@ class FigureRow(NamedTuple):
 
 
 def figure_table(rows: Sequence[FigureRow | Mapping[str, str]]) -> dict[str, Any]:
-    """Columns and cells of figures, for a template.
-
-    Returns:
-        ``columns``: headings; ``rows``: texts, one for each column.  A column in which all rows are empty is left out.
-    """
+    """Figures for a template: ``columns``, headings, and ``rows``, a text for each column; without empty columns."""
     named = [row._asdict() if isinstance(row, FigureRow) else row for row in rows]
     used = [name for name in (named[0] if named else ()) if any(row[name] for row in named)]
     return {

@@ -137,10 +137,8 @@ class PublicDenoisers:
     def get(self, family: Family, seed: int, on_progress: Callable[[int], None] | None = None) -> NetworkDenoiser:
         """The network of a family and seed: read, or trained from where an interrupted call left it.
 
-        Args:
-            family: what to train on.
-            seed: decides the start, the images and the noise levels; public.
-            on_progress: called with the number of steps that are done.
+        The seed, which is public, decides the start, the images and the noise levels; `on_progress` is called with the
+        number of steps that are done.
 
         Raises:
             RunError: the file of the weights is damaged, or training diverged.
@@ -196,10 +194,8 @@ def _restore(path: Path, state: TrainState, steps: int) -> None:
 
 
 class ZeroInformation:
-    """D(x; σ) = m + v/(v + σ²)·(x - m): the best affine predictor that knows mean m and variance v of all pixels alone.
-
-    Args:
-        images: whose moments they are, uint8 [n, C, H, W].
+    """D(x; σ) = m + v/(v + σ²)·(x - m): the best affine predictor that knows mean m and variance v of all pixels of
+    `images`, uint8 [n, C, H, W], alone.
     """
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
@@ -211,13 +207,8 @@ class ZeroInformation:
 
 
 def wiener_filter(images: NDArray[np.uint8]) -> GaussianDenoiser | None:
-    """The best affine denoiser of images: the optimal one of a Gaussian with their mean and covariance.
-
-    Args:
-        images: uint8 [n, C, H, W].
-
-    Returns:
-        None with more than ``MOST_PIXELS`` pixels.
+    """The best affine denoiser of images, uint8 [n, C, H, W]: the optimal one of a Gaussian with their mean and
+    covariance; None with more than ``MOST_PIXELS`` pixels.
     """
     d = int(np.prod(images.shape[1:]))
     if d > MOST_PIXELS:

@@ -78,21 +78,14 @@ class StagesResult:
 
 
 def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) -> list[Path]:
-    """Write all results into an existing folder; ``gap.json``, which marks it as finished, comes last.
-
-    Args:
-        folder: see :mod:`dpsyngen.thresholds.run`.
-        result: what was found.
-        given: settings that the user gave, which ``stages.yaml`` keeps.
-
-    Returns:
-        the files, in this order.
+    """Write all results into an existing folder and return the files; ``gap.json``, which marks it as finished, comes
+    last.  `given` are the settings that the user gave, which ``stages.yaml`` keeps.
     """
     pictures = [folder / "gap.png", folder / "gap.svg"]
     _draw(result, *pictures)
     m, rows = result.measured, list(curve_rows(result))
-    written = io.StringIO()
-    lines = csv.DictWriter(written, _COLUMNS, restval="", lineterminator="\n")
+    written, columns = io.StringIO(), dict.fromkeys(name for row in rows for name in row)
+    lines = csv.DictWriter(written, list(columns), restval="", lineterminator="\n")
     lines.writeheader()
     for row in rows:
         for i in range(len(m.log_sigma)):
@@ -117,12 +110,6 @@ def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) 
 
 
 # ---------------------------------------------------------------------------------------------- numbers
-
-_COLUMNS = (
-    *("stand_in", "teacher", "student", "seed", "log_sigma", "sigma", "relative_gap", "relative_gap_low"),
-    *("relative_gap_high", "excess", "excess_low", "excess_high", "gap", "teacher_loss", "student_loss"),
-    "nats_per_log_sigma",
-)
 
 
 def curve_rows(result: StagesResult) -> Iterator[dict[str, Any]]:

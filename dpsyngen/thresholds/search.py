@@ -64,9 +64,6 @@ class Tell(Protocol):
     def __call__(self, title: str, done: int, total: int, unit: str) -> None: ...
 
 
-_NOISE_SEED = 0
-
-
 @dataclass
 class Measured:
     """All that was measured.
@@ -151,7 +148,7 @@ class StageSearch:
         weights = gap_weights(self.log_sigma, self.networks.config.network.sigma_data)
         vectors: list[Tensor] = []
         for family in self.all_families:
-            images = family.measuring_images(self.images)
+            images = torch.from_numpy(np.array(family.measuring_images(self.images))).to(self.networks.device)
             denoisers: dict[str, Denoiser] = {f"{label}/{seed}": d for (label, seed), d in trained.items()}
             if isinstance(family.program, GivenImages):
                 denoisers[ZERO] = ZeroInformation(family.program.images)
@@ -160,20 +157,17 @@ class StageSearch:
             compared = self._compared(family, [name for name in (ZERO, WIENER) if name in denoisers])
             answers = measure(
                 denoisers,
-                to_float(torch.from_numpy(np.array(images)).to(self.networks.device)),
+                to_float(images),
                 self.log_sigma,
                 [*(pair for *_, pairs in compared for pair in pairs), asked],
-                seeded_noise(tuple(images.shape[1:]), _NOISE_SEED),
+                seeded_noise(tuple(images.shape[1:]), seed=0),
                 workers=self.networks.workers,
                 on_progress=partial(tell, f"measuring on images of {family.label}", total=len(images), unit="images"),
             )
             for stand_in, teacher, student, pairs in compared:
-                squares = (
-                    [answers.gaps[pair] for pair in pairs],
-                    [answers.losses[a] for a, _ in pairs],
-                    [answers.losses[b] for _, b in pairs],
-                )
-                result.curves.append(GapCurve(stand_in, teacher, student, *map(np.stack, squares)))
+                gap = np.stack([answers.gaps[pair] for pair in pairs])
+                losses = (np.stack([answers.losses[pair[who]] for pair in pairs]) for who in (0, 1))
+                result.curves.append(GapCurve(stand_in, teacher, student, gap, *losses))
             if self.proxy is None or family is self.proxy:
                 vectors.append(weighted_vectors(answers, asked, weights))
         result.clipping_norm = public_clipping_norm(vectors)
