@@ -217,6 +217,7 @@ def _against_time(view: View, measure: Measure) -> Plot | None:
             said.append(f"{name}: {np.mean(y):.4g} for {np.mean(x):.3g} on average")
         if max(times) > 20 * min(times):
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
         else:
             axes.set_xlim(0, 1.08 * max(times))
         axes.set(xlabel=f"training time, {view.results.core}minutes", ylabel=_axis_name(measure))

@@ -297,6 +297,7 @@ def _draw_gap(panel: Any, result: StagesResult) -> None:
         panel.plot(u, np.maximum(values, _LOWEST / 10), label=label, **look)
 
     panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")  # by default a formula, which parse_math=False shows as it is
     # The student against every stand-in, and the other students against the one that decides.
     others = [f for f in result.found if f is not decided and (f.student == decided.student or f.by == decided.by)]
     for f, colour in zip(others, _LINES * len(others), strict=False):

@@ -75,6 +75,7 @@ def test_all_results_with_a_proxy(stages, made, tmp_path) -> None:
         assert picture.width > 800
     svg = (folder / "gap.svg").read_text()
     assert svg.count("<svg") == 1
+    assert "mathdefault" not in svg  # labels of a logarithmic axis are formulas, which are not typeset here
     found = json.loads((folder / "gap.json").read_text())
     assert found["settings"]["programs"]["leaves"]["shape"] == "disc"
     assert found["settings"]["programs"]["leaves"]["seed"] == 3
