@@ -32,7 +32,7 @@ def memorisation(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look for training images among generated ones.  The figures and the picture are private: do not publish them."""
+    """Look for training images among generated ones.  The figures and the pictures are private: do not publish them."""
     from dpsyngen.console import Console
     from dpsyngen.evaluation.run import check_memorisation
     from dpsyngen.report.tables import memorisation_rows
@@ -50,8 +50,9 @@ def memorisation(
     )
     figures, path = result.to_dict(), run / "private" / "memorisation.json"
     lines = [f"{row.name:<52} {row.value:>16}   {row.note}" for row in memorisation_rows(figures)]
-    kept = f"PRIVATE figures and pictures of private images, kept in {path} and {path.with_suffix('.png')}"
-    console.result(figures | {"path": path}, [*lines, result.conclusion, f"{kept}: publishing them costs privacy"])
+    lines += [result.conclusion, f"`dpsyngen report {run}` shows the images beside their neighbours."]
+    kept = f"PRIVATE figures and pictures of private images, kept in {path.parent}: publishing them costs privacy"
+    console.result(figures | {"path": path}, [*lines, kept])
 
 
 def doctor(

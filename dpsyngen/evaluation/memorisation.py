@@ -4,19 +4,20 @@ A distance to the training set means nothing by itself: a generator that draws p
 real image.  Held-out images of the same source are the control: what was not trained on cannot have been memorised, so
 whatever makes generated images nearer to the training set than to them is memory, or a difference between the sets.
 
-Two comparisons are made.  *Equal sizes*: the larger set is subsampled, so that either has the nearest image with
-probability 1/2.  *All images*: no copy of a training image can be missed, and the share to expect follows from the
-sizes.  The second is also made for the few generated images that are nearest to any real one, since a generator may
-repeat some images only.
+All images of both sets are compared, so that no copy of a training image can be missed; the share of generated images
+that should be nearer to the training set follows from the sizes.  The same is asked of the few generated images nearest
+to any real one, since a generator may repeat some images only.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,14 @@ from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_same_size
 from dpsyngen.evaluation.extractors import NAMES, FeatureSpec
 from dpsyngen.evaluation.neighbours import Neighbours, Share, nearest, share
+from dpsyngen.programs import image_grid
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PIXELS = "pixels"
+PAIRS_FILE = "memorisation_pairs.json"
+"""Of the private half: generated images beside their neighbours, for the report."""
 LEVEL = 0.01
 """Chance of a false alarm, all tests of a check together, if the two real sets are exchangeable."""
 
@@ -40,10 +47,10 @@ class Space:
     """The figures for one kind of features (what they are, and their unit); None where they need held-out images.
 
     `everything` compares both real sets whole, `nearest_few` the same for the generated images that are nearest to any
-    real one, `equal` sets of equal `size`, the larger subsampled; the median distances and their `ratio` (below 1:
-    nearer to the training set) are to these.  `threshold` is the 1st percentile of the distances of real images to
-    their nearest training image: of held-out images or, without any, of training images to the others.  `closer` is the
-    share of generated images below it (of real ones: 1 %), with its Clopper-Pearson interval at 95 %.
+    real one.  The median distances and their `ratio` (below 1: nearer to the training set) are to sets of equal `size`,
+    the larger one subsampled, since more images are nearer.  `threshold` is the 1st percentile of the distances of real
+    images to their nearest training image: of held-out images or, without any, of training images to the others.
+    `closer` is the share of generated images below it (of real ones: 1 %), with its Clopper-Pearson interval at 95 %.
     """
 
     features: dict[str, Any]
@@ -52,7 +59,6 @@ class Space:
     closer: float
     closer_low: float
     closer_high: float
-    equal: Share | None = None
     size: int | None = None
     everything: Share | None = None
     nearest_few: Share | None = None
@@ -195,7 +201,6 @@ def memorisation_check(
             "private_images": len(private),
             "held_out_images": len(control),
             "seed": seed,
-            "equal_sizes": "the larger real set is subsampled at random with this seed",
             "confidence": CONFIDENCE,
             "false_alarms": LEVEL,
         },
@@ -203,6 +208,59 @@ def memorisation_check(
         to_held_out=first[1][0] if len(first) > 1 else None,
         distances=(first[0][1], first[1][1] if len(first) > 1 else None),
     )
+
+
+def neighbour_pairs(
+    result: Memorisation,
+    generated: NDArray[np.uint8],
+    private: NDArray[np.uint8],
+    held_out: NDArray[np.uint8] | None,
+    *,
+    count: int = 10,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Put generated images, most suspicious ones and some at random, beside their nearest real ones.  **Private.**
+
+    The sets are those of the check; `count` images in each group.
+
+    Returns:
+        JSON-able: ``unit`` of the distances, and ``groups`` of ``title`` and ``pairs``; images are ``data:`` URLs.
+    """
+    count = min(count, len(result.to_private))
+    to_private, to_held_out = result.distances
+    against = "distance to the training set" if to_held_out is None else "distances: private over held-out"
+    chosen = {
+        f"Most suspicious (smallest {against})": result.most_suspicious(count),
+        "At random": np.random.default_rng(seed).choice(len(result.to_private), count, replace=False),
+    }
+    groups: list[dict[str, Any]] = [{"title": title, "pairs": []} for title in chosen]
+    for group, picks in zip(groups, chosen.values(), strict=True):
+        for i in map(int, picks):
+            pair: dict[str, Any] = {
+                "number": i,
+                "generated": image_data(generated[i]),
+                "private": image_data(private[result.to_private[i]]),
+                "to_private": float(to_private[i]),
+                "held_out": None,
+                "to_held_out": None,
+            }
+            if held_out is not None and result.to_held_out is not None and to_held_out is not None:
+                pair |= {"held_out": image_data(held_out[result.to_held_out[i]]), "to_held_out": float(to_held_out[i])}
+            group["pairs"].append(pair)
+    about = next(iter(result.spaces.values())).features
+    return {"unit": f"{about['name']}: {about['unit']}", "groups": groups}
+
+
+def image_data(pixels: NDArray[np.uint8]) -> str:
+    """One image, uint8 [C, H, W], as a ``data:`` URL, a pixel of it a pixel of the PNG: the page enlarges it."""
+    return png_url(image_grid(np.asarray(pixels)[None], 1, pad=0))
+
+
+def png_url(image: Image.Image) -> str:
+    """A picture as a ``data:`` URL, so that a report is one file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def checked_names(features: Sequence[FeatureSpec | str]) -> Sequence[FeatureSpec | str]:
@@ -269,7 +327,6 @@ def _space(
     compared = replace(
         space,
         median_private=median_a,
-        equal=share(near_a, near_b, size, size, rng),
         size=size,
         everything=share(to_a, to_b, len(a), len(b), rng),
         nearest_few=share(to_a.take(few), to_b.take(few), len(a), len(b), rng),

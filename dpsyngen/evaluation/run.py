@@ -22,10 +22,15 @@ from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.evaluation.cas import own_accuracy
 from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
 from dpsyngen.evaluation.features import FeatureExtractor, OwnFeatures
-from dpsyngen.evaluation.memorisation import Memorisation, checked_names, memorisation_check
+from dpsyngen.evaluation.memorisation import (
+    PAIRS_FILE,
+    Memorisation,
+    checked_names,
+    memorisation_check,
+    neighbour_pairs,
+)
 from dpsyngen.evaluation.metrics import NAMES, EvaluationSettings, evaluate_images
-from dpsyngen.evaluation.pairs import FILE, neighbour_pairs, neighbour_picture
-from dpsyngen.files import write_atomically, write_text
+from dpsyngen.files import write_text
 from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.training.run import Run
 
@@ -158,7 +163,7 @@ def check_memorisation(
 ) -> Memorisation:
     """Compare a run's generated images with its training images and with held-out ones.
 
-    The figures go to ``private/memorisation.json``, a picture to ``private/memorisation.png``, and its images to
+    The figures go to ``private/memorisation.json``, and images beside their neighbours to
     ``private/memorisation_pairs.json``, for the report.  All are private; the release half is not touched.
 
     Args:
@@ -210,9 +215,7 @@ def check_memorisation(
             device=device,
             on_progress=on_progress,
         )
-        picture = neighbour_picture(result, *sets, seed=seed)
-        write_atomically(run.private / "memorisation.png", lambda p: picture.save(p, format="PNG"), 0o600)
-        _keep(run, FILE, neighbour_pairs(result, *sets, seed=seed))
+        _keep(run, PAIRS_FILE, neighbour_pairs(result, *sets, seed=seed))
         _keep(run, "memorisation.json", {**result.to_dict(), "sampling": samples.settings})
     return result
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpsyngen.errors import DpsyngenError
-from dpsyngen.evaluation.pairs import png_url
+from dpsyngen.evaluation.memorisation import png_url
 from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.results import JobResult, Results
 from dpsyngen.experiments.tables import Cell, Table, TableRow, all_tables

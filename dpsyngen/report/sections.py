@@ -15,7 +15,7 @@ import yaml
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.evaluation.pairs import FILE, image_data, png_url
+from dpsyngen.evaluation.memorisation import PAIRS_FILE, image_data, png_url
 from dpsyngen.files import read_yaml_file
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
@@ -211,7 +211,7 @@ def _memorisation(run: Run) -> dict[str, Any] | None:
         "flagged": figures["flagged"],
         "rows": figure_table(memorisation_rows(figures)),
         "by_class": by_class,
-        "pairs": _kept(run.private / FILE),
+        "pairs": _kept(run.private / PAIRS_FILE),
         "expected": None if everything is None else f"{100 * everything['expected']:.0f} %",
     }
 

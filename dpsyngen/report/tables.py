@@ -63,7 +63,7 @@ def memorisation_rows(figures: dict[str, Any]) -> list[FigureRow]:
     """A row for each figure of a memorisation check, ``private/memorisation.json``."""
     rows = []
     for features, space in figures["spaces"].items():
-        about, everything, few, equal = (space[k] for k in ("features", "everything", "nearest_few", "equal"))
+        about, everything, few = (space[k] for k in ("features", "everything", "nearest_few"))
         real = "training" if everything is None else "held-out"
         if everything is None:
             note = f"nothing to compare it with: there are no held-out images; {about['unit']}"
@@ -74,8 +74,8 @@ def memorisation_rows(figures: dict[str, Any]) -> list[FigureRow]:
                     "nearest to a training image",
                     _percent(everything["share"]),
                     f"{_percent(everything['expected'])} if not memorised; {about['private_images']:,} training and "
-                    f"{about['held_out_images']:,} held-out images; permutation test "
-                    f"p = {everything['p_permutation']:.2g}",
+                    f"{about['held_out_images']:,} held-out images; 95 % interval {100 * everything['low']:.1f} to "
+                    f"{_percent(everything['high'])}; permutation test p = {everything['p_permutation']:.2g}",
                 ),
                 (
                     f"the same for the {few['images']:,} nearest images",
@@ -83,17 +83,10 @@ def memorisation_rows(figures: dict[str, Any]) -> list[FigureRow]:
                     f"{_percent(few['expected'])} if not memorised; permutation test p = {few['p_permutation']:.2g}",
                 ),
                 (
-                    "the same with sets of equal size",
-                    _percent(equal["share"]),
-                    f"50 % if not memorised; {space['size']:,} images each, 95 % interval {100 * equal['low']:.1f} to "
-                    f"{_percent(equal['high'])}; p = {equal['p_binomial']:.2g} of these sets (binomial, two-sided), "
-                    f"p = {equal['p_permutation']:.2g} of sets like these (permutation)",
-                ),
-                (
                     "distance to training over held-out images",
                     "–" if space["ratio"] is None else f"{space['ratio']:.3f}",
                     f"1 if not memorised; medians {space['median_private']:.3g} and {space['median_held_out']:.3g}, "
-                    f"sets of equal size; {about['unit']}",
+                    f"real sets of {space['size']:,} images each; {about['unit']}",
                 ),
             ]
         note = f"nearer to a training image than 99 % of the {real} images are to another ({space['threshold']:.3g}); "

@@ -13,7 +13,7 @@ import pytest
 import dpsyngen
 from dpsyngen import Generator
 from dpsyngen import fit as api
-from dpsyngen.evaluation.pairs import image_data
+from dpsyngen.evaluation.memorisation import image_data
 from dpsyngen.report.html import render
 from dpsyngen.report.sections import release_values
 from tests.conftest import TINY_SETTINGS, tiny_arrays

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import pytest
 import dpsyngen
 from dpsyngen import fit as api
 from dpsyngen.errors import RunError
-from dpsyngen.evaluation.memorisation import memorisation_check
-from dpsyngen.evaluation.pairs import neighbour_picture
 from dpsyngen.evaluation.run import check_memorisation
 from dpsyngen.training.run import Run
 
@@ -77,24 +74,3 @@ def test_damaged_figures_are_said(run) -> None:
     with pytest.raises(RunError, match=r"health\.json is damaged"):
         dpsyngen.write_report(run)
     (run.private / "health.json").unlink()
-
-
-@pytest.mark.parametrize(("channels", "held_out"), [(1, True), (3, True), (1, False)])
-def test_the_picture_shows_the_neighbours(channels, held_out) -> None:
-    rng = np.random.default_rng(0)
-    private, control = (rng.integers(0, 256, (40, channels, 8, 8), dtype=np.uint8) for _ in range(2))
-    generated = private[[7, 8, 9]]
-    control_or_none = control if held_out else None
-    result = memorisation_check(generated, private, control_or_none)
-    picture = neighbour_picture(result, generated, private, control_or_none, columns=10)
-    pixels = np.asarray(picture)
-    # Each generated image stands there twice a band, as itself and as its nearest private image.
-    large = generated[0].repeat(8, 1).repeat(8, 2)
-    wanted = np.broadcast_to(large, (3, 64, 64)).transpose(1, 2, 0)
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (64, 64, 3))[:, :, 0]
-    corners = (windows[:, :, 0, 0] == wanted[0, 0]).all(-1) & (windows[:, :, -1, -1] == wanted[-1, -1]).all(-1)
-    found = [p for p in np.argwhere(corners) if np.array_equal(windows[tuple(p)], wanted)]
-    assert len(found) == 4
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    assert len(buffer.getvalue()) > 1000
