@@ -10,13 +10,13 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
 
-from dpsyngen.errors import ConfigError, RunError, printable
+from dpsyngen.errors import ConfigError, DataError, DpsyngenError, RunError, printable
 
 # What a killed process leaves behind must be told from anything that a user could have put there.
 TEMPORARY_SUFFIX = ".dpsyngen-tmp"
@@ -160,6 +160,25 @@ def open_plain(path: str | os.PathLike[str], max_bytes: int) -> BinaryIO:
     os.close(descriptor)
     over = f"{status.st_size:,} bytes: over the limit of {max_bytes:,}"
     raise NotPlainError(over if stat.S_ISREG(status.st_mode) else "not a plain file")
+
+
+@contextlib.contextmanager
+def damaged(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Make a DataError of whatever a damaged file has a library raise, which is nearly anything.
+
+    Args:
+        path: the file.
+        kind: what it should be, with an article.
+    """
+    try:
+        yield
+    except DpsyngenError:
+        raise
+    except Exception as error:
+        why = printable(error) or type(error).__name__
+        raise DataError(
+            f"{printable(path)} is not {kind}, or is damaged or truncated ({why}). Copy or save it again."
+        ) from error
 
 
 _CORE = "tag:yaml.org,2002:"

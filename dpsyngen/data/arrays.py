@@ -28,7 +28,7 @@ from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, index_labels
 from dpsyngen.data.source import Found, Job, Options, Source, file_identity, keep_of, settle_bad, split_evenly
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable, shown
-from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, write_atomically, write_bytes, write_text
+from dpsyngen.files import damaged, open_plain, require_absent_or_empty, write_atomically, write_bytes, write_text
 
 IMAGE_KEYS = ("images", "x", "x_train", "arr_0")
 LABEL_KEYS = ("labels", "y", "y_train")
@@ -126,29 +126,19 @@ def _read_header(stream: IO[bytes], path: Path, key: str | None) -> _Header:
     return header
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{printable(path)} is broken or truncated ({printable(error)}). Save or copy it again.")
-
-
-def read_npy(path: Path) -> tuple[np.ndarray, int]:
-    """The array of a ``.npy`` file, memory-mapped read-only, and how many bytes are before its first value."""
-    try:
+def read_npy(path: Path) -> np.ndarray:
+    """The array of a ``.npy`` file, memory-mapped read-only."""
+    with damaged(path, "a .npy file"):
         with path.open("rb") as file:
             if file.read(4) == b"PK\x03\x04":
                 raise DataError(f"{printable(path)} is a .npz file by its content. Rename it to end in .npz.")
             file.seek(0)
             header = _read_header(file, path, None)
-            offset = file.tell()
-            if os.fstat(file.fileno()).st_size - offset < header.num_bytes:
+            if os.fstat(file.fileno()).st_size - file.tell() < header.num_bytes:
                 raise ValueError(f"{header.num_bytes:,} bytes are declared, but fewer are there")
         if header.num_bytes == 0:  # cannot be mapped
-            return np.zeros(header.shape, header.dtype), offset
-        order = "F" if header.fortran_order else "C"
-        return np.memmap(path, header.dtype, "r", offset, header.shape, order), offset  # type: ignore[call-overload]
-    except DataError:
-        raise
-    except Exception as error:  # numpy raises many types for broken files
-        raise _unreadable(path, error) from error
+            return np.zeros(header.shape, header.dtype)
+        return np.lib.format.open_memmap(path, mode="r")
 
 
 def read_npz(path: Path, *, labels: bool) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
@@ -161,35 +151,30 @@ def read_npz(path: Path, *, labels: bool) -> tuple[np.ndarray, np.ndarray | None
         DataError: broken, without images, of Python objects, declaring more than half of the memory, with a key that is
             there twice, or compressed in another way than numpy does.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = _members(archive, path)
-            image_key = next((key for key in IMAGE_KEYS if key in members), None)
-            if image_key is None:
-                keys = [i.filename.removesuffix(".npy") for i in archive.infolist() if i.filename.endswith(".npy")]
-                raise DataError(
-                    f"{printable(path)} has no images: its keys are {listed(keys)}. Save them under 'images' "
-                    f"({listed(IMAGE_KEYS)} are known)."
-                )
-            label_key = next((key for key in LABEL_KEYS if labels and key in members), None)
-            wanted = [key for key in (image_key, label_key, NAME_KEY if label_key else None) if key in members]
-            headers: dict[str, _Header] = {}
-            for key in wanted:
-                with archive.open(members[key]) as member:
-                    headers[key] = _read_header(member, path, key)
-            if NAME_KEY in headers:
-                _check_names(headers[NAME_KEY], path)
-            check_fits(sum(header.num_bytes for header in headers.values()), what=str(path))
-            arrays = {}
-            for key in wanted:
-                with archive.open(members[key]) as member:
-                    arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
-                    if member.read(1):  # at the end of a member its check sum is checked, too
-                        raise ValueError(f"'{key}' has more bytes than declared")
-    except DataError:
-        raise
-    except Exception as error:  # OSError, BadZipFile, RuntimeError (a password), zlib.error, …
-        raise _unreadable(path, error) from error
+    with damaged(path, "a .npz file"), zipfile.ZipFile(path) as archive:
+        members = _members(archive, path)
+        image_key = next((key for key in IMAGE_KEYS if key in members), None)
+        if image_key is None:
+            keys = [i.filename.removesuffix(".npy") for i in archive.infolist() if i.filename.endswith(".npy")]
+            raise DataError(
+                f"{printable(path)} has no images: its keys are {listed(keys)}. Save them under 'images' "
+                f"({listed(IMAGE_KEYS)} are known)."
+            )
+        label_key = next((key for key in LABEL_KEYS if labels and key in members), None)
+        wanted = [key for key in (image_key, label_key, NAME_KEY if label_key else None) if key in members]
+        headers: dict[str, _Header] = {}
+        for key in wanted:
+            with archive.open(members[key]) as member:
+                headers[key] = _read_header(member, path, key)
+        if NAME_KEY in headers:
+            _check_names(headers[NAME_KEY], path)
+        check_fits(sum(header.num_bytes for header in headers.values()), what=str(path))
+        arrays = {}
+        for key in wanted:
+            with archive.open(members[key]) as member:
+                arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
+                if member.read(1):  # at the end of a member its check sum is checked, too
+                    raise ValueError(f"'{key}' has more bytes than declared")
     names = to_text(arrays[NAME_KEY], f"{printable(path)}: '{NAME_KEY}'") if NAME_KEY in arrays else None
     return arrays[image_key], arrays[label_key] if label_key else None, names
 
@@ -229,18 +214,15 @@ def read_array_folder(folder: Path, options: Options) -> ImageDataset:
     labels: np.ndarray | None = None
     names: list[str] | None = None
     if options.labels and (folder / LABELS).is_file():
-        labels = np.asarray(read_npy(folder / LABELS)[0])
+        labels = np.asarray(read_npy(folder / LABELS))
         if (folder / CLASS_NAMES).is_file():
             names = _names(folder / CLASS_NAMES)
     return read_array_file(folder / IMAGES, labels, names, options, where=printable(folder))
 
 
 def _names(path: Path) -> list[str]:
-    try:
-        with open_plain(path, _MAX_NAMES_BYTES) as file:
-            names = json.load(file)
-    except (NotPlainError, ValueError, RecursionError) as error:
-        raise DataError(f"{printable(path)} cannot be read ({printable(error)}). It holds a list of texts.") from error
+    with damaged(path, "a JSON file"), open_plain(path, _MAX_NAMES_BYTES) as file:
+        names = json.load(file)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{printable(path)} must hold a list of texts, the names of the classes in order.")
     return names
@@ -254,7 +236,7 @@ def read_array_file(
     An array of the right form is used where it lies.  One that must be converted (floating point, another size or
     colour) is converted once, into memory or into the cache, as its size says.
     """
-    images, offset = read_npy(path)
+    images = read_npy(path)
     pixels = arranged(images, where)
     count, channels, height, width = pixels.shape
     if count == 0:
@@ -263,7 +245,7 @@ def read_array_file(
     small, right = in_memory(shape, options), pixels.dtype == np.uint8 and pixels.shape[2:] == shape[2:]
     if right and channels == shape[1] and not small and pixels.flags.c_contiguous:
         index, class_names = index_labels(labels, names, count, where)
-        return ImageDataset(StoredImages(path, shape, offset), index, class_names, where)
+        return ImageDataset(StoredImages(path, shape, images.offset), index, class_names, where)  # type: ignore[attr-defined]
     if small or (right and channels <= shape[1]):
         # Converted in memory, or a view of the file with nothing to convert.
         return dataset_from_arrays(images, labels, names, where, options)
@@ -278,7 +260,7 @@ def read_array_file(
 
 
 def _npy_items(path: Path, part: slice) -> Iterator[np.ndarray]:
-    yield from arranged(read_npy(path)[0], str(path))[part]
+    yield from arranged(read_npy(path), str(path))[part]
 
 
 def save_images(dataset: ImageDataset, folder: Path) -> None:

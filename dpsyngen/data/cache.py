@@ -21,7 +21,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +63,11 @@ def build(found: Found, options: Options) -> ImageDataset:
     source = None
     if made is None and options.cache == "auto":
         source = found.index()
-        shape = options.shape(len(source), _headers(source, options, None))
+        shape = options.shape(len(source), read_headers(source, options))
         if in_memory(shape, options):
             check_fits(math.prod(shape), what=f"{source.where} at resolution {shape[2]}")
             images = np.zeros(shape, dtype=np.uint8)
-            bad = _decode(source, images, options, None)
-            return _settled(source, images, bad, options)
+            return settled(source, images, decode(source, images, options), options)
     if made is None:
         key = key or _key(found, options)
         with store.locked(key):
@@ -90,17 +88,24 @@ def _key(found: Found, options: Options) -> str:
 def _into_file(found: Found, source: Source | None, key: str, store: Cache, options: Options) -> None:
     before, turns = found.identity(), store.folder / "large-images.lock"
     source = source or found.index()
-    shape = options.shape(len(source), _headers(source, options, turns))
-    with store.making(key, shape) as part:
-        bad = _decode(source, part, options, turns)
+    shape = options.shape(len(source), read_headers(source, options, turns))
+    with store.making(key, shape) as images:
+        bad = decode(source, images, options, turns)
         if found.identity() != before:
             raise DataError(f"{source.where} was changed while it was read. Try again when nothing writes to it.")
-        store.publish(key, part, bad, _settled(source, StoredImages(part.path, shape, part.offset), bad, options))
+        store.publish(key, images, bad, settled(source, images, bad, options))
 
 
-def _settled(source: Source, images: Any, bad: dict[int, str], options: Options) -> ImageDataset:
-    """The good images; DataError for bad ones that may not be, and for classes that have none left."""
-    left_out = sorted([*source.bad, *((source.name(i), why) for i, why in bad.items())])
+def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], options: Options) -> ImageDataset:
+    """The good images of a decoded source; DataError for bad ones that may not be, and for classes without any left.
+
+    Args:
+        source: what was decoded.
+        images: all of it, in memory or in a file that is mapped (:meth:`Cache.making`).
+        bad: from :func:`decode`.
+        options: whether bad images are left out.
+    """
+    left_out = [*source.bad, *((source.name(i), bad[i]) for i in sorted(bad))]
     skipped = settle_bad(left_out, where=source.where, skip_bad=options.skip_bad)
     keep = keep_of(len(source), bad)
     labels = None if source.labels is None else source.labels[keep]
@@ -112,31 +117,40 @@ def _settled(source: Source, images: Any, bad: dict[int, str], options: Options)
         what = f"no usable image of {listed(empty)}" if empty else "no usable image in it"
         unused = f" ({len(left_out):,} were left out, first {printable(': '.join(left_out[0]))})" if left_out else ""
         raise DataError(f"{source.where}: {what}{unused}. Add images, or leave the class out.")
-    images = kept_of(images, keep)
-    if isinstance(images, np.ndarray):
+    held: Any = images
+    if isinstance(images, np.memmap):
+        held = StoredImages(images.filename, images.shape, images.offset)
+    else:
         images.flags.writeable = False
-    return ImageDataset(images, labels, source.class_names, source.where, skipped)
+    return ImageDataset(kept_of(held, keep), labels, source.class_names, source.where, skipped)
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
 
 
-def _headers(source: Source, options: Options, turns: Path | None) -> set[ImageHeader]:
+def read_headers(source: Source, options: Options, turns: Path | None = None) -> set[ImageHeader]:
     """What headers say, where that is needed."""
     found: set[ImageHeader] = set()
     if not options.form_is_known:
-        for headers in _each(Job.headers, source.jobs, len(source), options, turns):
+        for headers in _each(Job.headers, source.jobs, source, options, turns):
             found = few(found | headers)
     return found
 
 
-def _decode(source: Source, target: NDArray[np.uint8] | Part, options: Options, turns: Path | None) -> dict[int, str]:
-    """Decode all images into an array or a file; the numbers of the bad ones, with the reasons."""
+def decode(source: Source, target: NDArray[np.uint8], options: Options, turns: Path | None = None) -> dict[int, str]:
+    """Decode all images into an array; the numbers of the bad ones, with the reasons.
+
+    Args:
+        source: the images.
+        target: uint8 ``[N, C, H, W]``, perhaps mapped: processes write into the file then.
+        options: how many processes, and who is told of progress.
+        turns: see :class:`~dpsyngen.data.store.PixelBudget`; given where processes may decode.
+    """
     firsts = np.cumsum([0, *(job.count for job in source.jobs)]).tolist()
     placed = list(zip(firsts, source.jobs, strict=False))
     bad: dict[int, str] = {}
     done = 0
-    for count, wrong in _each(functools.partial(_decode_job, target), placed, len(source), options, turns):
+    for count, wrong in _each(functools.partial(_decode_job, target), placed, source, options, turns):
         bad.update(wrong)
         done += count
         if options.on_progress is not None:
@@ -144,33 +158,26 @@ def _decode(source: Source, target: NDArray[np.uint8] | Part, options: Options, 
     return bad
 
 
-def _decode_job(target: NDArray[np.uint8] | Part, placed: tuple[int, Job]) -> tuple[int, list[Bad]]:
+def _decode_job(target: NDArray[np.uint8], placed: tuple[int, Job]) -> tuple[int, list[Bad]]:
     first, job = placed
     bad: list[Bad] = []
     row = first
     for images, wrong in job.blocks(target.shape):
-        put(target, row, images)
+        target[row : row + len(images)] = images
         row += len(images)
         bad += [(first + i, why) for i, why in wrong]
     return row - first, bad
 
 
-def put(target: NDArray[np.uint8] | Part, row: int, images: NDArray[np.uint8]) -> None:
-    """Write contiguous images ``[B, C, H, W]`` from number `row` on; threads and processes may do so at a time."""
-    if isinstance(target, np.ndarray):
-        target[row : row + len(images)] = images
-        return
-    with open(target.path, "r+b") as file:
-        file.seek(target.offset + row * math.prod(target.shape[1:]))
-        file.write(images.data)
-
-
 def _each(
-    task: Callable[[Any], Any], jobs: Sequence[Any], images: int, options: Options, turns: Path | None
+    task: Callable[[Any], Any], jobs: Sequence[Any], source: Source, options: Options, turns: Path | None
 ) -> Iterator[Any]:
     """Results of the task for all jobs, in any order: from processes for many images in a file, else from threads."""
+    if source.in_order:
+        yield from map(task, jobs)
+        return
     count = min(options.workers or len(os.sched_getaffinity(0)), len(jobs))
-    if turns is not None and count > 1 and images >= _FEW:
+    if turns is not None and count > 1 and len(source) >= _FEW:
         yield from _by_processes(functools.partial(_apart, task, turns), jobs, count)
         return
     from PIL import Image
@@ -248,15 +255,6 @@ def _set_tiff_handler(handler: int | None) -> int | None:
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
-@dataclass(frozen=True)
-class Part:
-    """The file of an entry that is being made: its shape ``(N, C, H, W)``, and the bytes before the first image."""
-
-    path: Path
-    shape: Shape
-    offset: int
-
-
 class Cache:
     """A folder of decoded private images: folders of mode 0700, files of mode 0600.
 
@@ -313,8 +311,8 @@ class Cache:
             lock.release()
 
     @contextlib.contextmanager
-    def making(self, key: str, shape: Shape) -> Iterator[Part]:
-        """A fresh part, with its room on the disk taken before anything is decoded; call it with the lock held.
+    def making(self, key: str, shape: Shape) -> Iterator[np.memmap[Any, np.dtype[np.uint8]]]:
+        """A fresh file, mapped, with its room on the disk taken before anything is decoded; call it with the lock held.
 
         Whatever :meth:`publish` has not renamed is removed in the end.  Without room or a folder: DataError.
         """
@@ -331,7 +329,7 @@ class Cache:
                 offset = write_header(file, shape)
                 # On file systems that cannot take room ahead, this writes zeros.
                 os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))
-            yield Part(folder / IMAGES, shape, offset)
+            yield np.memmap(folder / IMAGES, np.uint8, "r+", offset, shape)
         except OSError as error:
             if folder is not None and error.errno not in _FULL:
                 raise  # not of this folder, but of the source
@@ -340,23 +338,27 @@ class Cache:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def publish(self, key: str, part: Part, bad: Iterable[int], made: ImageDataset) -> None:
-        """Give a part, all of whose images are written, its name.
+    def publish(
+        self, key: str, images: np.memmap[Any, np.dtype[np.uint8]], bad: Iterable[int], made: ImageDataset
+    ) -> None:
+        """Give a file, all of whose images are written, its name.
 
         Args:
             key: the name.
-            part: from :meth:`making`.
+            images: from :meth:`making`.
             bad: numbers of the images that are left out; their rows stay in the file, unused.
             made: labels of the other images, class names, and what was left out.
         """
-        folder = part.path.parent
-        about = {"shape": part.shape, "offset": part.offset, "bad": sorted(bad), "labelled": made.labels is not None}
-        about |= {"class_names": made.class_names, "skipped": made.skipped}
+        path = Path(str(images.filename))
+        folder = path.parent
+        about = {"shape": images.shape, "offset": images.offset, "bad": sorted(bad)}
+        about |= {"labelled": made.labels is not None, "class_names": made.class_names, "skipped": made.skipped}
         if made.labels is not None:
             content = io.BytesIO()
             np.save(content, made.labels, allow_pickle=False)
             write_bytes(folder / LABELS, content.getvalue(), 0o600)
-        with open(part.path, "rb+") as file:
+        images.flush()
+        with open(path, "rb+") as file:
             os.fsync(file.fileno())
         write_text(folder / "about.json", json.dumps(about), 0o600)
         # Everything in it is on the disk by now, so a power failure cannot leave the name on an entry without content.

@@ -7,21 +7,24 @@ and arrays, and kept as uint8: in memory, or in a file without a name that vanis
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import os
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.cache import Cache, Part, in_memory, put, quiet_decoders
+from dpsyngen.data.cache import Cache, decode, in_memory, quiet_decoders, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import BadImage, Item
 from dpsyngen.data.labels import Label, index_labels
-from dpsyngen.data.source import LISTED, Job, Options, keep_of, settle_bad
-from dpsyngen.data.store import StoredImages, check_fits, kept_of
+from dpsyngen.data.source import Job, Options, Source, keep_of, split_evenly
+from dpsyngen.data.store import check_fits
 from dpsyngen.data.tables import IMAGE_NAMES, LABEL_NAMES
 from dpsyngen.errors import ConfigError, DataError, listed, printable, shown
 
@@ -73,14 +76,14 @@ def read_map_style(source: Any, options: Options) -> ImageDataset:
     items = _Items(source, where, options)
     with quiet_decoders():
         items.require_fixed()
-        headers = set() if options.form_is_known else Job(len(source), items.images).headers()
+        headers = set() if options.form_is_known else read_headers(items.as_source(), options)
         shape = options.shape(len(source), headers)
         if in_memory(shape, options):
             check_fits(math.prod(shape), what=where)
             return items.decode(np.zeros(shape, dtype=np.uint8))
         # The file loses its name at the end: nobody could tell later of which dataset it is.
-        with Cache(options.cache).making(f"nameless-{secrets.token_hex(8)}", shape) as part:
-            return items.decode(part)
+        with Cache(options.cache).making(f"nameless-{secrets.token_hex(8)}", shape) as file:
+            return items.decode(file)
 
 
 class _Items:
@@ -136,8 +139,16 @@ class _Items:
                     "find the same images. Give the dataset with deterministic transforms, or none."
                 )
 
-    def images(self) -> Iterator[Item]:
-        """The image of each item in order, or BadImage; their labels are noted on the way."""
+    def as_source(self) -> Source:
+        """All images, to be read once and in order; their labels are noted on the way."""
+        images = self._images()
+        jobs = [
+            Job(part.stop - part.start, functools.partial(itertools.islice, images, part.stop - part.start))
+            for part in split_evenly(len(self))
+        ]
+        return Source(self.where, jobs, None, (), lambda i: f"item {i}", every_class=False, in_order=True)
+
+    def _images(self) -> Iterator[Item]:
         self.labels.clear()
         items: Any = (self[i] for i in range(len(self)))
         workers = min(self.options.workers or 1, len(self))
@@ -151,38 +162,20 @@ class _Items:
             self.labels.append(label)
             yield image
 
-    def decode(self, target: NDArray[np.uint8] | Part) -> ImageDataset:
-        """The data set, its images decoded into an array or a file."""
-        bad: dict[int, str] = {}
-        done, count = 0, len(self)
-        for images, wrong in Job(count, self.images).blocks(target.shape):
-            put(target, done, images)
-            done += len(images)
-            bad.update(wrong)
-            if self.options.on_progress is not None:
-                self.options.on_progress(done, count)
-            if len(bad) > LISTED:
-                self._settled(bad)
-        labelled = any(label is not None for label in self.labels)
-        if labelled:
-            bad |= {i: "no label" for i, label in enumerate(self.labels) if label is None and i not in bad}
-        skipped = self._settled(bad)
-        if len(bad) == count:
-            raise DataError(f"{self.where}: no usable image in it. Give at least one.")
-        labels: NDArray[np.int64] | None = None
-        names: tuple[str, ...] = ()
-        if labelled:
+    def decode(self, target: NDArray[np.uint8]) -> ImageDataset:
+        """The data set, its images decoded into an array or a mapped file."""
+        source = self.as_source()
+        bad = decode(source, target, self.options)
+        if any(label is not None for label in self.labels):
+            bad = {i: "no label" for i, label in enumerate(self.labels) if label is None} | bad
             values = [label for i, label in enumerate(self.labels) if i not in bad]
-            labels, names = index_labels(values, _class_names_of(self.source, self.label_key), len(values), self.where)
-        whole = StoredImages(target.path, target.shape, target.offset) if isinstance(target, Part) else target
-        images = kept_of(whole, keep_of(count, bad))
-        if isinstance(images, np.ndarray):
-            images.flags.writeable = False
-        return ImageDataset(images, labels, names, self.where, skipped)
-
-    def _settled(self, bad: dict[int, str]) -> tuple[str, ...]:
-        lines = [(f"item {i}", bad[i]) for i in sorted(bad)]
-        return settle_bad(lines, where=self.where, skip_bad=self.options.skip_bad)
+            if values:
+                given = _class_names_of(self.source, self.label_key)
+                index, names = index_labels(values, given, len(values), self.where)
+                labels = np.zeros(len(self), dtype=np.int64)
+                labels[keep_of(len(self), bad)] = index
+                source = replace(source, labels=labels, class_names=names)
+        return settled(source, target, bad, self.options)
 
 
 def _as_it_is(item: Any) -> Any:

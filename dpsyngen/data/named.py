@@ -3,11 +3,10 @@
 These sets are public; they stand in for private ones in examples, tests and comparisons.  Their formats are here, too:
 IDX (MNIST's, with ``.gz`` or not, which is read from any file) and CIFAR's binary records.
 
-Where the files are looked for, in this order: ``$DPSYNGEN_DATA``, ``~/.cache/dpsyngen``, ``/usr/share/datasets`` and
-``/usr/share``, each in a sub-folder with the set's name, and directly; and in ``/usr/share/dataset-<name>``, where a
-Linux distribution may put them.  If none has them they are downloaded to ``~/.cache/dpsyngen/<name>`` and checked
-against a known checksum.  MNIST and Fashion-MNIST use the *same file names*, so files that are found count only if they
-begin with the labels of the right set.
+Where the files are looked for, in this order: in a sub-folder with the set's name of ``$DPSYNGEN_DATA``,
+``~/.cache/dpsyngen``, ``/usr/share/datasets`` and ``/usr/share`` (there also ``dataset-<name>``, as some Linux
+distributions call it).  If none has them they are downloaded to ``~/.cache/dpsyngen/<name>`` and checked against
+known checksums.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import numpy as np
 
 from dpsyngen.data.store import check_fits
 from dpsyngen.errors import ConfigError, DataError, printable
+from dpsyngen.files import damaged
 
 SPLITS = ("train", "test", "all")
 _SYSTEM_FOLDERS = (Path("/usr/share/datasets"), Path("/usr/share"))
@@ -42,7 +42,6 @@ class NamedSet:
     folders: tuple[str, ...] = ()
     checksums: tuple[tuple[str, str], ...] = ()  # (file name, MD5) of each file to download
     mirrors: tuple[str, ...] = ()  # URL prefixes
-    first_labels: tuple[tuple[str, tuple[int, ...]], ...] = ()  # (split, the labels of its first images)
 
 
 def _idx_files(*md5: str) -> tuple[tuple[str, str], ...]:
@@ -72,7 +71,6 @@ _SETS = {
                 "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
                 "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
             ),
-            (("train", (9, 0, 0, 3, 0, 2, 7, 2, 5, 5)), ("test", (9, 2, 1, 1, 6, 1, 4, 6, 5, 7))),
         ),
         NamedSet(
             "mnist",
@@ -88,7 +86,6 @@ _SETS = {
                 "https://ossci-datasets.s3.amazonaws.com/mnist/",
                 "https://storage.googleapis.com/cvdf-datasets/mnist/",
             ),
-            (("train", (5, 0, 4, 1, 9, 2, 1, 3, 1, 4)), ("test", (7, 2, 1, 0, 4, 1, 4, 9, 5, 9))),
         ),
         NamedSet(
             "cifar10",
@@ -179,55 +176,26 @@ def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 def _locate(known: NamedSet, parts: tuple[str, ...]) -> Path:
     """The folder that holds the files of these splits, downloading them if need be."""
     given, cache = os.environ.get("DPSYNGEN_DATA"), Path.home() / ".cache" / "dpsyngen"
-    roots = ([Path(given).expanduser()] if given else []) + [cache, *_SYSTEM_FOLDERS]
-    looked: list[str] = []
-    for folder in (folder for root in roots for folder in (*(root / name for name in known.folders), root)):
-        try:
-            why_not = _missing(known, folder, parts)
-        except OSError as error:
-            why_not = error.strerror or "cannot be read"
-        if why_not is None:
+    roots = [Path(given).expanduser()] if given else []
+    looked = [root / name for root in (*roots, cache, *_SYSTEM_FOLDERS) for name in known.folders]
+    for folder in looked:
+        files = [folder / _CIFAR_ARCHIVE if known.name == "cifar10" else _idx_images(folder, part) for part in parts]
+        if all(os.path.isfile(file) for file in files):
             return folder
-        looked.append(printable(folder) + (f" ({why_not})" if why_not else ""))
     target = cache / known.name
-    stems = {"train": "train-", "test": "t10k-"}
-    wanted = tuple(stems[part] for part in parts)
-    files = {name: md5 for name, md5 in known.checksums if known.name == "cifar10" or name.startswith(wanted)}
-    failures = _fetch(files, known.mirrors, target)
+    stems = tuple({"train": "train-", "test": "t10k-"}[part] for part in parts)
+    wanted = {name: md5 for name, md5 in known.checksums if known.name == "cifar10" or name.startswith(stems)}
+    failures = _fetch(wanted, known.mirrors, target)
     if not failures:
-        why_not = _missing(known, target, parts)
-        if why_not is None:
-            return target
-        failures = [f"{printable(target)}: {why_not or 'files still missing'}"]
+        return target
     raise DataError(
-        f"'{known.name}' is not on this machine and could not be downloaded.\n"
-        f"Looked in:\n  " + "\n  ".join(looked) + "\nTried to download:\n  " + "\n  ".join(failures) + "\n"
-        f"By hand: put {', '.join(files)} into {printable(Path(given or cache) / known.name)} (or set DPSYNGEN_DATA to "
-        "the folder above it). 'digits' needs no files."
+        f"'{known.name}' is not on this machine and could not be downloaded.\n  looked in:\n    "
+        + "\n    ".join(map(printable, looked))
+        + "\n  tried to download:\n    "
+        + "\n    ".join(failures)
+        + f"\nBy hand: put {', '.join(wanted)} into {printable(Path(given or cache) / known.name)} (or set "
+        "DPSYNGEN_DATA to the folder above it). 'digits' needs no files."
     )
-
-
-def _missing(known: NamedSet, folder: Path, parts: tuple[str, ...]) -> str | None:
-    """None if the files of these splits are here; else why not, ``""`` when there is nothing to say."""
-    if not folder.is_dir():
-        return ""
-    if known.name == "cifar10":
-        if (folder / _CIFAR_ARCHIVE).is_file():
-            return None
-        pickles = (folder / "cifar-10-python.tar.gz", folder / "cifar-10-batches-py")
-        return "only the Python version, whose pickles are not read" if any(p.exists() for p in pickles) else ""
-    for part in parts:
-        images = _idx_images(folder, part)
-        if not images.is_file():
-            return ""
-        expected = dict(known.first_labels)[part]
-        try:
-            labels = _read_idx(_labels_beside(images), dims=1, what="labels [N]")
-        except DataError as error:
-            return str(error)
-        if tuple(labels[: len(expected)].tolist()) != expected:
-            return f"files with these names, but they do not begin like {known.name}"
-    return None
 
 
 def _fetch(files: dict[str, str], mirrors: Sequence[str], target: Path) -> list[str]:
@@ -313,44 +281,35 @@ def _idx_stream(path: Path) -> Any:
 def _read_idx(path: Path, *, dims: int, what: str) -> np.ndarray:
     """Big-endian: two zero bytes, the type, the number of dimensions, each dimension as uint32, then the values."""
     where = printable(path)
-    try:
-        with _idx_stream(path) as stream:
-            header = stream.read(4 + 4 * dims)
-            shape = _idx_shape(header, where, dims, what)
-            size = math.prod(shape)
-            if path.suffix != ".gz":
-                right = os.stat(path).st_size == len(header) + size
-                # What is empty cannot be mapped, and its other dimensions may be larger than any array's.
-                if right and size:
-                    return np.memmap(path, dtype=np.uint8, mode="r", offset=len(header), shape=shape)
-                data = np.zeros(0, dtype=np.uint8)
-            else:
-                check_fits(size, what=str(path))
-                # Into memory that is taken once; one byte more shows that there is too much, so a gzip bomb is never
-                # inflated.
-                data = np.empty(size, dtype=np.uint8)
-                right = stream.readinto(data.data) == size and not stream.read(1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{where} is broken or truncated ({error}). Copy or download it again.") from error
-    if not right:
-        raise DataError(
-            f"{where} is truncated or has extra bytes: its header says {'×'.join(map(str, shape))} values. Copy or "
-            "download it again."
-        )
+    with damaged(path, "an IDX file"), _idx_stream(path) as stream:
+        header = stream.read(4 + 4 * dims)
+        if len(header) < 4 or header[:2] != b"\0\0":
+            raise DataError(f"{where} is not an IDX file: it begins with {header[:4].hex(' ') or 'nothing'}.")
+        if header[2:4] != bytes((8, dims)):
+            kind = {1: "labels", 3: "images"}.get(header[3], "other data")
+            raise DataError(
+                f"{where} holds {kind} (of type 0x{header[2]:02x}, {header[3]} dimensions) where {what} of unsigned "
+                "bytes (type 0x08) are wanted. Check the name."
+            )
+        if len(header) != 4 + 4 * dims:
+            raise ValueError("its header is cut short")
+        shape = tuple(int(n) for n in np.frombuffer(header, dtype=">u4", offset=4))
+        size = math.prod(shape)
+        data = np.zeros(0, dtype=np.uint8)
+        if path.suffix != ".gz":
+            right = os.stat(path).st_size == len(header) + size
+            # What is empty cannot be mapped, and its other dimensions may be larger than any array's.
+            if right and size:
+                return np.memmap(path, dtype=np.uint8, mode="r", offset=len(header), shape=shape)
+        else:
+            check_fits(size, what=str(path))
+            # Into memory that is taken once; one byte more shows that there is too much, so a gzip bomb is never
+            # inflated.
+            data = np.empty(size, dtype=np.uint8)
+            right = stream.readinto(data.data) == size and not stream.read(1)
+        if not right:
+            raise ValueError(f"its header says {'×'.join(map(str, shape))} values, but there are more or fewer")
     return data.reshape(shape) if size else np.zeros((0,) * dims, dtype=np.uint8)
-
-
-def _idx_shape(header: bytes, where: str, dims: int, what: str) -> tuple[int, ...]:
-    if len(header) < 4 or header[:2] != b"\0\0":
-        raise DataError(f"{where} is not an IDX file: it begins with {header[:4].hex(' ') or 'nothing'}.")
-    if header[2] != 8:
-        raise DataError(f"{where}: IDX values of type 0x{header[2]:02x}; only unsigned bytes (0x08) are read.")
-    if header[3] != dims:
-        kind = {1: "labels", 3: "images"}.get(header[3], "other data")
-        raise DataError(f"{where} holds {kind} ({header[3]} dimensions) where {what} are wanted. Check the name.")
-    if len(header) != 4 + 4 * dims:
-        raise DataError(f"{where} is truncated within its header. Copy or download it again.")
-    return tuple(int(n) for n in np.frombuffer(header, dtype=">u4", offset=4))
 
 
 # -------------------------------------------------------------------------------------------------------------- CIFAR
@@ -369,21 +328,19 @@ def _read_cifar10(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         DataError: files are missing, broken, of the wrong size, or hold labels over 9.
     """
-    where, raw = printable(folder / _CIFAR_ARCHIVE), dict.fromkeys(_CIFAR_FILES[split], b"")
-    try:
-        with tarfile.open(folder / _CIFAR_ARCHIVE, "r:gz") as tar:
+    path = folder / _CIFAR_ARCHIVE
+    raw = dict.fromkeys(_CIFAR_FILES[split], b"")
+    with damaged(path, "the archive of CIFAR-10"):
+        with tarfile.open(path, "r:gz") as tar:
             for member in tar:
                 name = member.name.rpartition("/")[2]
-                stream = tar.extractfile(member) if name in raw and member.size == _CIFAR_BYTES else None
-                raw[name] = stream.read() if stream is not None else raw.get(name, b"")
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise DataError(f"{where} is broken or truncated ({error}). Copy or download it again.") from error
-    lacking = [name for name in _CIFAR_FILES[split] if len(raw[name]) != _CIFAR_BYTES]
-    if lacking:
-        raise DataError(f"{where} lacks {', '.join(lacking)} of {_CIFAR_BYTES:,} bytes. Download it again.")
-    content = b"".join(raw[name] for name in _CIFAR_FILES[split])
-    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, _CIFAR_RECORD)
-    labels = records[:, 0]
-    if labels.max() > 9:
-        raise DataError(f"{where}: labels over 9, so this is not CIFAR-10 (CIFAR-100, perhaps).")
+                if name in raw and member.isreg() and member.size == _CIFAR_BYTES:
+                    raw[name] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        lacking = [name for name, content in raw.items() if len(content) != _CIFAR_BYTES]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)} of {_CIFAR_BYTES:,} bytes")
+        records = np.frombuffer(b"".join(raw.values()), dtype=np.uint8).reshape(-1, _CIFAR_RECORD)
+        labels = records[:, 0]
+        if labels.max() > 9:
+            raise ValueError("labels over 9: CIFAR-100, perhaps")
     return records[:, 1:].reshape(-1, 3, 32, 32), labels

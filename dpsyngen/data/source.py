@@ -106,6 +106,7 @@ class Source:
         name: what image number i is called, for messages.
         bad: (which, why) of what is left out already: it is no image, or has no label.
         every_class: whether a class that is left without images is an error, as it is when the images make the classes.
+        in_order: whether its jobs can only be done one after the other, by the thread that asks.
     """
 
     where: str
@@ -115,6 +116,7 @@ class Source:
     name: Callable[[int], str]
     bad: tuple[tuple[str, str], ...] = ()
     every_class: bool = True
+    in_order: bool = False
 
     def __len__(self) -> int:
         return sum(job.count for job in self.jobs)

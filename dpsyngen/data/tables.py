@@ -11,7 +11,7 @@ import functools
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage, Item
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_names, index_labels
 from dpsyngen.data.source import BLOCK, Job, Source
 from dpsyngen.data.store import check_fits
-from dpsyngen.errors import ConfigError, DataError, DpsyngenError, listed, printable
-from dpsyngen.files import NotPlainError, open_plain
+from dpsyngen.errors import ConfigError, DataError, listed, printable
+from dpsyngen.files import damaged, open_plain
 
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels")
@@ -72,15 +72,10 @@ def _features(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, Any]
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return {}
-    try:
+    with damaged(where, "a table with the metadata of Hugging Face datasets"):
         if len(text) > _MAX_JSON_BYTES:
             raise ValueError("too long")
-        features: dict[str, Any] = dict(json.loads(text)["info"]["features"].items())
-        return features
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{where}: the metadata that Hugging Face datasets wrote are damaged. Save it again."
-        ) from error
+        return dict(json.loads(text)["info"]["features"].items())
 
 
 def _one(names: Sequence[str], features: dict[str, Any], kind: str, usual: Sequence[str], where: str) -> str | None:
@@ -89,11 +84,8 @@ def _one(names: Sequence[str], features: dict[str, Any], kind: str, usual: Seque
         return typed[0]
     known = next((name for name in usual if name in (typed or names)), None)
     if known is None and typed:
-        what, advice = ("images", "") if kind == "Image" else ("labels", ", or ask for images without (labels=False)")
-        raise DataError(
-            f"{where} has several columns of {what}: {listed(typed)}. Rename the one that is meant to {usual[0]!r}"
-            f"{advice}."
-        )
+        what = "images" if kind == "Image" else "labels"
+        raise DataError(f"{where} has several columns of {what}: {listed(typed)}. Rename one to {usual[0]!r}.")
     return known
 
 
@@ -114,18 +106,8 @@ def _check_image_type(kind: Any, name: str, where: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-@contextmanager
-def _guarded(path: Path) -> Iterator[None]:
-    """Make a DataError of whatever a damaged file has pyarrow raise, which is nearly anything."""
-    try:
-        yield
-    except DpsyngenError:
-        raise
-    except Exception as error:
-        kind = "an Arrow stream" if _is_arrow(path) else "a Parquet file"
-        raise DataError(
-            f"{printable(path)} is not {kind}, or is damaged ({printable(error)}). Copy or save it again."
-        ) from error
+def _guarded(path: Path) -> AbstractContextManager[None]:
+    return damaged(path, "an Arrow stream" if _is_arrow(path) else "a Parquet file")
 
 
 def _is_arrow(path: Path) -> bool:
@@ -204,11 +186,8 @@ def saved_files(folder: Path) -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        with open_plain(path, _MAX_JSON_BYTES) as file:
-            found = json.load(file)
-    except (NotPlainError, ValueError, RecursionError) as error:
-        raise DataError(f"{printable(path)} cannot be read ({printable(error)}). Save the data set again.") from error
+    with damaged(path, "a JSON file"), open_plain(path, _MAX_JSON_BYTES) as file:
+        found = json.load(file)
     return found if isinstance(found, dict) else {}
 
 

@@ -26,6 +26,7 @@ from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage, Item
 from dpsyngen.data.labels import MAX_NAME_BYTES, Label, index_labels
 from dpsyngen.data.source import Job, Source, split_evenly
 from dpsyngen.errors import DataError, printable
+from dpsyngen.files import damaged
 
 IMAGE_ENDINGS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"})
 LABEL_KEYS = ("label", "cls", "class")
@@ -34,9 +35,52 @@ _MAX_HEADER_BYTES = 2**16  # of a long name, or of a pax header; writers need so
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
 
 
-def _items(path: Path, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> Iterator[Item]:
+@dataclass
+class _Sample:
+    """The members of one stem; after :func:`_samples` also the label."""
+
+    which: str
+    images: list[tuple[int, int]] = field(default_factory=list)  # first byte and size of each
+    label_file: tarfile.TarInfo | None = None
+    label: Label = None
+
+
+def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
+    """The samples of all shards, in the order of the shards and of their members."""
+    bad: list[tuple[str, str]] = []
+    values: list[Label] = []
+    names: list[str] = []
+    places = array("q")  # first byte and size of each image; as numbers, since there may be millions
+    ends = [0]  # of the shards
+    for path in paths:
+        for sample in _samples(path, bad, labels=labels):
+            values.append(sys.intern(sample.label) if isinstance(sample.label, str) else sample.label)
+            names.append(sample.which)
+            places.extend(sample.images[0])
+        ends.append(len(names))
+    labelled = any(label is not None for label in values)
+    keep = np.array([not labelled or label is not None for label in values], dtype=bool)
+    bad += [(names[i], "no label") for i in np.flatnonzero(~keep)]
+    if not keep.any():
+        first = f" ({len(bad):,} bad items, first {printable(': '.join(bad[0]))})" if bad else ""
+        raise DataError(f"{where}: no sample with an image in it{first}. WebDataset has 0001.jpg with 0001.cls.")
+    index, class_names = None, ()
+    if labelled:
+        values = [label for label in values if label is not None]
+        index, class_names = index_labels(values, None, len(values), where)
+    jobs: list[Job] = []
+    rows = np.array(places, dtype=np.int64).reshape(-1, 2)
+    for path, start, end in zip(paths, ends, ends[1:], strict=False):
+        of_shard = rows[start:end][keep[start:end]]
+        parts = (of_shard[part] for part in split_evenly(len(of_shard)))
+        jobs += [Job(len(part), functools.partial(_items, path, part)) for part in parts]
+    used = np.flatnonzero(keep)
+    return Source(where, jobs, index, class_names, lambda i: names[used[i]], tuple(bad))
+
+
+def _items(path: Path, places: NDArray[np.int64]) -> Iterator[Item]:
     with open(path, "rb", buffering=0) as file:
-        for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
+        for offset, size in places.tolist():
             if size > MAX_FILE_BYTES:
                 yield BadImage(f"{size:,} bytes: over the limit of {MAX_FILE_BYTES:,}")
                 continue
@@ -44,121 +88,57 @@ def _items(path: Path, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> 
             yield content if len(content) == size else BadImage("truncated: the tar file was changed")
 
 
-def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
-    """The samples of all shards, in the order of the shards and of their members."""
-    shards = [_Shard(path) for path in paths]
-    for shard in shards:
-        shard.read(labels=labels)
-    bad = [item for shard in shards for item in shard.bad]
-    if any(label is not None for shard in shards for label in shard.labels):
-        bad += [item for shard in shards for item in shard.drop_unlabelled()]
-        index, names = index_labels([label for s in shards for label in s.labels], None, sum(map(len, shards)), where)
-    else:
-        index, names = None, ()
-    if not any(map(len, shards)):
-        first = f" ({len(bad):,} bad items, first {printable(': '.join(bad[0]))})" if bad else ""
-        raise DataError(f"{where}: no sample with an image in it{first}. WebDataset has 0001.jpg with 0001.cls.")
-    jobs = [job for shard in shards for job in shard.jobs()]
-
-    def name(i: int) -> str:
-        for shard in shards:
-            if i < len(shard):
-                return f"{shard.path.name}: {shard.stems[i]}"
-            i -= len(shard)
-        return str(i)
-
-    return Source(where, jobs, index, names, name, tuple(bad))
+def _samples(path: Path, bad: list[tuple[str, str]], *, labels: bool) -> Iterator[_Sample]:
+    """Samples of one image each, with their labels if asked for; all others go to `bad`."""
+    with open(path, "rb", buffering=0) as file:
+        for sample in _grouped(path, bad):
+            try:
+                if len(sample.images) != 1:
+                    raise ValueError("two images in one sample" if sample.images else "no image, only other files")
+                if labels and sample.label_file is not None:
+                    sample.label = _label(file.fileno(), sample.label_file)
+            except ValueError as error:
+                bad.append((sample.which, str(error)))
+            else:
+                yield sample
 
 
-@dataclass
-class _Sample:
-    stem: str
-    images: list[tarfile.TarInfo] = field(default_factory=list)
-    label: tarfile.TarInfo | None = None
-    is_json: bool = False
+def _grouped(path: Path, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
+    """Consecutive members with one stem.  That stem again, further on, would be a second record of one sample."""
+    sample = None
+    seen: set[int] = set()
+    for member in _members(path):
+        folder, _, file_name = member.name.rpartition("/")
+        if member.isdir() or file_name.startswith("."):
+            continue
+        if not member.isreg() or member.issparse():
+            link = member.issym() or member.islnk()
+            why = "a link, which is not followed" if link else "not a plain file"
+            bad.append((f"{path.name}: {member.name}", why))
+            continue
+        stem, _, ending = file_name.partition(".")
+        which = f"{path.name}: {folder}/{stem}" if folder else f"{path.name}: {stem}"
+        if sample is None or sample.which != which:
+            if sample is not None:
+                yield sample
+            if hash(which) in seen:
+                raise DataError(
+                    f"{printable(path)}: the members of sample {printable(stem)} do not lie together, or it is there "
+                    "twice. Write each sample once, its files one after the other."
+                )
+            seen.add(hash(which))
+            sample = _Sample(which)
+        ending = ending.lower()
+        if ending in IMAGE_ENDINGS:
+            sample.images.append((member.offset_data, member.size))
+        elif ending == "cls" or (ending == "json" and not _is_cls(sample.label_file)):
+            sample.label_file = member
+    if sample is not None:
+        yield sample
 
 
-class _Shard:
-    """Samples of one tar file, as numbers, since there may be millions."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offsets = array("q")
-        self.sizes = array("q")
-        self.labels: list[Label] = []
-        self.stems: list[str] = []
-        self.bad: list[tuple[str, str]] = []
-
-    def __len__(self) -> int:
-        return len(self.stems)
-
-    def jobs(self) -> list[Job]:
-        places = (np.array(self.offsets, dtype=np.int64), np.array(self.sizes, dtype=np.int64))
-        parts = split_evenly(len(self))
-        return [Job(p.stop - p.start, functools.partial(_items, self.path, *(a[p] for a in places))) for p in parts]
-
-    def read(self, *, labels: bool) -> None:
-        with open(self.path, "rb", buffering=0) as file:
-            for sample in self._samples():
-                which = f"{self.path.name}: {sample.stem}"
-                label: Label = None
-                try:
-                    if len(sample.images) != 1:
-                        why = "no image, only other files" if not sample.images else "two images in one sample"
-                        raise ValueError(why)
-                    if labels and sample.label is not None:
-                        label = _label(file.fileno(), sample.label, sample.is_json)
-                except ValueError as error:
-                    self.bad.append((which, str(error)))
-                    continue
-                self.offsets.append(sample.images[0].offset_data)
-                self.sizes.append(sample.images[0].size)
-                self.labels.append(sys.intern(label) if isinstance(label, str) else label)
-                self.stems.append(sample.stem)
-
-    def drop_unlabelled(self) -> list[tuple[str, str]]:
-        """Leave out samples without a label; (which, why) of each."""
-        keep = [i for i, label in enumerate(self.labels) if label is not None]
-        bad = [
-            (f"{self.path.name}: {stem}", "no label")
-            for stem, label in zip(self.stems, self.labels, strict=True)
-            if label is None
-        ]
-        self.offsets, self.sizes = (array("q", [a[i] for i in keep]) for a in (self.offsets, self.sizes))
-        self.labels, self.stems = [self.labels[i] for i in keep], [self.stems[i] for i in keep]
-        return bad
-
-    def _samples(self) -> Iterator[_Sample]:
-        """Consecutive members with one stem.  That stem again, further on, would be a second record of one sample."""
-        sample: _Sample | None = None
-        seen: set[int] = set()
-        for member in _members(self.path):
-            folder, _, file_name = member.name.rpartition("/")
-            if member.isdir() or file_name.startswith("."):
-                continue
-            if not member.isreg() or member.issparse():
-                linked = member.issym() or member.islnk()
-                why = "a link, which is not followed" if linked else "not a plain file"
-                self.bad.append((f"{self.path.name}: {member.name}", why))
-                continue
-            stem, _, ending = file_name.partition(".")
-            stem, ending = f"{folder}/{stem}" if folder else stem, ending.lower()
-            if sample is None or sample.stem != stem:
-                if sample is not None:
-                    yield sample
-                if hash(stem) in seen:
-                    raise DataError(
-                        f"{printable(self.path)}: the members of sample {printable(stem)} do not lie together, or it "
-                        "is there twice. Write each sample once, its files one after the other."
-                    )
-                seen.add(hash(stem))
-                sample = _Sample(stem)
-            if ending in IMAGE_ENDINGS:
-                sample.images.append(member)
-            elif ending == "cls" or (ending == "json" and (sample.label is None or sample.is_json)):
-                sample.label, sample.is_json = member, ending == "json"
-        if sample is not None:
-            yield sample
+def _is_cls(member: tarfile.TarInfo | None) -> bool:
+    return member is not None and member.name.lower().endswith(".cls")
 
 
 class _Headers(io.FileIO):
@@ -173,34 +153,29 @@ class _Headers(io.FileIO):
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
     """All members of an uncompressed tar file, in order."""
     where = printable(path)
-    try:
-        with _Headers(path) as file:
-            start = file.read(2)
-            if start in _COMPRESSED:
-                raise DataError(
-                    f"{where} is compressed, so its images can only be read from the beginning. Image files are small "
-                    f"already: unpack the outer layer once, with {_COMPRESSED[start]}, and give the .tar file."
-                )
-            file.seek(0)
-            total = os.fstat(file.fileno()).st_size
-            with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                    if member.isreg() and not member.issparse() and not 0 <= member.size <= total - member.offset_data:
-                        raise DataError(f"{where} is truncated within {printable(member.name)}. Copy it again.")
-                    yield member
-                # tarfile takes a damaged header for the end, which would silently leave out the rest.
-                file.seek(tar.offset)
-                if file.read(512).strip(b"\0"):
-                    raise DataError(f"{where}: the header at byte {tar.offset:,} is damaged. Copy it again.")
-    except DataError:
-        raise
-    except Exception as error:  # tarfile raises many types for broken files
-        why = printable(error) or type(error).__name__
-        raise DataError(f"{where} is not a tar file, or is damaged or truncated ({why}). Copy it again.") from error
+    with damaged(path, "a tar file"), _Headers(path) as file:
+        start = file.read(2)
+        if start in _COMPRESSED:
+            raise DataError(
+                f"{where} is compressed, so its images can only be read from the beginning. Image files are small "
+                f"already: unpack the outer layer once, with {_COMPRESSED[start]}, and give the .tar file."
+            )
+        file.seek(0)
+        total = os.fstat(file.fileno()).st_size
+        with tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                if member.isreg() and not member.issparse() and not 0 <= member.size <= total - member.offset_data:
+                    raise DataError(f"{where} is truncated within {printable(member.name)}. Copy it again.")
+                yield member
+            # tarfile takes a damaged header for the end, which would silently leave out the rest.
+            file.seek(tar.offset)
+            if file.read(512).strip(b"\0"):
+                raise DataError(f"{where}: the header at byte {tar.offset:,} is damaged. Copy it again.")
 
 
-def _label(descriptor: int, member: tarfile.TarInfo, is_json: bool) -> Label:
+def _label(descriptor: int, member: tarfile.TarInfo) -> Label:
+    is_json = not _is_cls(member)
     if member.size > _MAX_LABEL_BYTES:
         raise ValueError(f"a label of {member.size:,} bytes")
     content = os.pread(descriptor, member.size, member.offset_data)

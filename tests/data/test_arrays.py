@@ -185,7 +185,7 @@ def test_broken_files(tmp_path: Path, rng: np.random.Generator, suffix: str) -> 
     whole = path.read_bytes()
     for content in (b"", b"no array", whole[: len(whole) // 2], whole[:100]):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="broken"):
+        with pytest.raises(DataError, match="damaged"):
             load_images(path)
 
 
@@ -194,7 +194,7 @@ def test_corrupt_compressed_member(tmp_path: Path, rng: np.random.Generator) -> 
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[600:5000] = b"\xff" * 4400
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(DataError, match="broken"):
+    with pytest.raises(DataError, match="damaged"):
         load_images(tmp_path / "a.npz")
 
 
@@ -360,7 +360,7 @@ def test_a_member_longer_or_shorter_than_its_header_says(tmp_path: Path) -> None
     for size in (127, 129):
         with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
             archive.writestr("images.npy", npy_header("(2, 8, 8)") + bytes(size))
-        with pytest.raises(DataError, match="broken or truncated"):
+        with pytest.raises(DataError, match="damaged or truncated"):
             load_images(tmp_path / "a.npz")
 
 

@@ -26,8 +26,11 @@ import json, os, resource, sys
 os.sched_getaffinity = lambda process: range(8)  # so many threads, wherever this runs
 import numpy as np
 from PIL import Image
-from dpsyngen.data import load_images
+from dpsyngen.data import decode, load_images
+from dpsyngen.data.store import PixelBudget
 from dpsyngen.errors import DataError
+decode.MAX_PIXELS = int(sys.argv[3])
+decode._budget = PixelBudget(decode.MAX_PIXELS)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     said = str(load_images(sys.argv[1], **json.loads(sys.argv[2])).images.shape)
@@ -37,9 +40,9 @@ print(json.dumps([said, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - be
 """
 
 
-def measured(source: Path, **options: Any) -> tuple[str, float]:
+def measured(source: Path, max_pixels: int = 2**26, **options: Any) -> tuple[str, float]:
     """What is said of a source, and the MiB that it takes at most."""
-    command = [sys.executable, "-c", _MEASURE, str(source), json.dumps(options)]
+    command = [sys.executable, "-c", _MEASURE, str(source), json.dumps(options), str(max_pixels)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -49,13 +52,13 @@ def measured(source: Path, **options: Any) -> tuple[str, float]:
 
 @pytest.mark.parametrize(("depth", "colour", "channels"), [(8, 6, 3), (16, 0, 1)])
 def test_many_large_images_take_what_one_takes(tmp_path: Path, depth: int, colour: int, channels: int) -> None:
-    content = blank_png(8192, 8192, depth, colour)
-    assert len(content) < 2**20
+    """At a quarter of the limit on pixels, so that it takes a quarter of the time and of the memory."""
+    content = blank_png(4096, 4096, depth, colour)
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(content)
-    said, megabytes = measured(tmp_path, resolution=8)
+    said, megabytes = measured(tmp_path, 2**24, resolution=8)
     assert said == f"(6, {channels}, 8, 8)"
-    assert megabytes < 1024, megabytes
+    assert megabytes < 256, megabytes
 
 
 def test_image_over_the_limit_takes_nothing(tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_gzip_bomb(tmp_path: Path) -> None:
         for _ in range(300):
             file.write(bytes(2**20))
     said, megabytes = measured(tmp_path / "train-images-idx3-ubyte.gz", labels=False)
-    assert "extra bytes" in said
+    assert "more or fewer" in said
     assert megabytes < 50
 
 

@@ -83,7 +83,7 @@ def test_count_mismatch(pair: tuple[Path, Path]) -> None:
     ("change", "match"),
     [
         (lambda raw: raw[:-1], "truncated"),
-        (lambda raw: raw + b"x", "extra"),
+        (lambda raw: raw + b"x", "more or fewer"),
         (lambda raw: raw[:9], "truncated"),
         (lambda raw: b"", "not an IDX"),
         (lambda raw: b"\1" + raw[1:], "not an IDX"),
@@ -106,16 +106,16 @@ def test_labels_given_as_images(pair: tuple[Path, Path]) -> None:
 def test_broken_gzip(pair: tuple[Path, Path]) -> None:
     packed = compress(pair[0])
     packed.write_bytes(packed.read_bytes()[:-40])
-    with pytest.raises(DataError, match="broken"):
+    with pytest.raises(DataError, match="damaged"):
         load_images(packed)
     packed.write_bytes(b"no gzip")
-    with pytest.raises(DataError, match="broken"):
+    with pytest.raises(DataError, match="damaged"):
         load_images(packed)
 
 
 def test_gzip_bomb_stops_after_the_declared_size(pair: tuple[Path, Path]) -> None:
     pair[0].write_bytes(idx(np.zeros((2, 8, 8), dtype=np.uint8)) + bytes(50_000_000))
-    with pytest.raises(DataError, match="extra"):
+    with pytest.raises(DataError, match="more or fewer"):
         load_images(compress(pair[0]))
 
 

@@ -103,9 +103,7 @@ def test_fashion_mnist(fashion_root: Path) -> None:
     assert len(load_images("fashion-mnist")) == 60000
 
 
-@pytest.mark.parametrize(
-    "folder", ["root/fashion-mnist", "root/FashionMNIST/raw", "root", "system/dataset-fashion-mnist"]
-)
+@pytest.mark.parametrize("folder", ["root/fashion-mnist", "root/FashionMNIST/raw", "system/dataset-fashion-mnist"])
 def test_places(data_root: Path, folder: str) -> None:
     write_fashion_test(data_root.parent / folder)
     assert len(load_images("fashion-mnist:test")) == 20
@@ -114,12 +112,6 @@ def test_places(data_root: Path, folder: str) -> None:
 def test_the_cache_is_looked_in(data_root: Path) -> None:
     write_fashion_test(data_root.parent / "home/.cache/dpsyngen/fashion-mnist")
     assert len(load_images("fashion-mnist:test", labels=False)) == 20
-
-
-def test_one_set_is_not_taken_for_another(data_root: Path) -> None:
-    write_fashion_test(data_root)
-    with pytest.raises(DataError, match="do not begin like mnist"):
-        load_images("mnist:test")
 
 
 def test_download_failure_says_where_it_looked(data_root: Path) -> None:
@@ -186,14 +178,8 @@ def test_cifar10_broken(data_root: Path, content: bytes, match: str) -> None:
     with pytest.raises(DataError, match=match):
         load_images("cifar10:test")
     archive.write_bytes(archive.read_bytes()[:50])
-    with pytest.raises(DataError, match="broken"):
+    with pytest.raises(DataError, match="damaged"):
         load_images("cifar10:test")
-
-
-def test_cifar10_pickles_are_not_read(data_root: Path) -> None:
-    (data_root / "cifar10" / "cifar-10-batches-py").mkdir(parents=True)
-    with pytest.raises(DataError, match="pickles"):
-        load_images("cifar10")
 
 
 @pytest.mark.network
