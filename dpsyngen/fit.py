@@ -54,7 +54,7 @@ def prepare(
         out: a folder that does not exist or is empty.  The training that is returned holds its lock.
         data: the private images; None: what ``config.data.source`` names.
         device: "cpu", "cuda", …
-        ranks: the processes that share the work; this is the main one, the others are in :func:`train_together`.
+        ranks: the processes that share the work; this is the main one, see :func:`train_together`.
         on_event: told what happens, now and in the training; see :data:`dpsyngen.training.log.Event`.
 
     Raises:
@@ -76,13 +76,8 @@ def prepare_resume(
 ) -> Training:
     """Go on with the interrupted run in `out`, by default with the images it was started with.
 
-    Args:
-        out: the run directory.
-        data: the same images, if they have moved.
-        device: where to compute.
-        ranks: as in :func:`prepare`; the number of processes may be another than before.
-        on_event: as in :func:`prepare`.
-        tensorboard: whether this session writes files for TensorBoard; None: what the run's settings say.
+    Arguments are those of :func:`prepare`; device and number of processes may be others than before.  `tensorboard`
+    replaces what the run's settings say about files for TensorBoard.
     """
     check_device(device)
     run = Run(Path(out))
@@ -102,12 +97,11 @@ def _read(config: Config, data: Source | None, ranks: Ranks, on_event: OnEvent) 
     dataset = read_together(ranks, config, load)
     if not len(dataset):
         raise DataError("the data set has no images.")
-    if private:
-        on_event(Note(f"{len(dataset):,} images were found", private=True))
+    lines = [f"{len(dataset):,} images were found"] if private else []
     if dataset.file is not None:
-        on_event(Note(f"  read from {dataset.file}, which holds them decoded and is PRIVATE", private=True))
-    for line in dataset.skipped:
-        on_event(Note(f"  left out: {line}", private=True))
+        lines.append(f"  read from {dataset.file}, which holds them decoded and is PRIVATE")
+    for line in [*lines, *(f"  left out: {skipped}" for skipped in dataset.skipped)]:
+        on_event(Note(line, private=True))
     return dataset
 
 
@@ -227,11 +221,7 @@ def train(
     Args:
         data: a folder, file or named set; an :class:`ImageDataset`; or (images, labels) arrays.
         out: the run directory to make.
-        epsilon: ε > 0 for one image, add/remove adjacency; ``math.inf`` trains without privacy, for reference.
-        delta: δ; None: the largest power of ten below the inverse of the number of images.
-        preset: see :func:`dpsyngen.config.preset_names`.
-        settings: nested overrides of the preset, such as ``{"private": {"steps": 500}}``.
-        device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
+        epsilon, delta, preset, settings, device: as for :meth:`Generator.fit`.
         on_progress: called after each step; figures of private phases are private.
 
     Returns:
@@ -370,8 +360,7 @@ class Generator(ReleasedGenerator):
 
         Args:
             out: its run directory.
-            images, labels, class_names: the same as at the start.  Images that came from a folder or file may be left
-                out; arrays must be given again, and others than those are refused.
+            images, labels, class_names: as at the start; needed for arrays only.  Other images are refused.
             device, progress: as for :meth:`fit`.
 
         Raises:

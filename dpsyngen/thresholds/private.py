@@ -265,7 +265,8 @@ class PrivateEstimate:
         q = replace(q, noise_multiplier=known["noise_multiplier"], clipping_norm=float(known["clipping_norm"]))
         if self.result_path.exists():
             return self._read(*networks)
-        session.reserve(self.budget, name, (q.mechanism(),), fingerprint)
+        if self.budget is not None:
+            self.budget.reserve(session.ledger.run, name, (q.mechanism(),), fingerprint)
         ledger = session.ledger
         if not ledger.mechanisms:
             ledger.charge(

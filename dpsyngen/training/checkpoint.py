@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -142,21 +141,11 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 _NAMES = ("checkpoint.safetensors", "checkpoint-previous.safetensors")
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints in a run's private folder."""
-    for name in _NAMES:
-        (folder / name).unlink(missing_ok=True)
-
-
 class Checkpoints:
     """The last two checkpoints of a run; the older one is the fallback if the newer one is damaged.
 
     Each holds the head of the ledger at its time.  A ledger without that line has lost charges: it was put back to an
-    earlier state while the checkpoint was not.
-
-    Args:
-        folder: the run's private folder.
-        ledger: the run's ledger.
+    earlier state while the checkpoint was not.  `folder` is the run's private folder.
     """
 
     def __init__(self, folder: Path, ledger: Ledger) -> None:
@@ -171,12 +160,7 @@ class Checkpoints:
         At no moment is there less than one good checkpoint, once there was one.
         """
         head = self.ledger.head
-        info: dict[str, Any] = {
-            "phase": phase,
-            "step": state.step,
-            "ema_steps": state.ema.steps,
-            "ledger": {"lines": head.lines, "digest": head.digest},
-        }
+        info = {"phase": phase, "step": state.step, "ema_steps": state.ema.steps, "ledger": asdict(head)}
         text, tensors = json.dumps(info), {k: v.cpu() for k, v in state.tensors().items()}
         metadata = {"dpsyngen": text, "digest": _digest(text, tensors)}
 
@@ -204,31 +188,33 @@ class Checkpoints:
         self.damaged += damaged
         self._newest_is_good = any(s.path == self.newest for s in stored)
         for s in stored:
-            if not self.ledger.has_been(s.ledger):
-                raise _rolled_back(s.path, self.ledger, "lines of the ledger that are not in it")
+            mine = s.phase == phase
+            if not self.ledger.has_been(s.ledger) or (mine and charged is not None and charged < s.step <= steps):
+                raise RunError(
+                    f"{s.path}, after step {s.step} of the phase {s.phase!r}, knows of charges that are not in "
+                    f"{self.ledger.path}: that was put back to an earlier state, or the files are of different runs.  "
+                    "Going on would lose charges.  Put back all of private/ as it was at one time, or start a new run."
+                )
         for s in stored:
             if s.phase != phase:
                 continue
-            if not 0 <= s.step <= steps or s.ema_steps < 0:
-                raise RunError(
-                    f"{s.path} says that {s.step} steps were done, but the phase {phase!r} has {steps}: the "
-                    "configuration was changed, or the file is of another run.  Undo the change, or start a new run."
-                )
-            if charged is not None and s.step > charged:
-                raise _rolled_back(s.path, self.ledger, f"{s.step} private steps, of which the ledger has {charged}")
             misfit = state.misfit(s.tensors)
+            if not 0 <= s.step <= steps or s.ema_steps < 0:
+                misfit = f"it says that {s.step} steps were done, but the phase {phase!r} has {steps}"
             if misfit is not None:
                 raise RunError(
-                    f"{s.path} does not fit the run's network: {misfit}.  The configuration was changed, or the file "
-                    "is of another run.  Undo the change, or start a new run."
+                    f"{s.path} does not fit the run: {misfit}.  The configuration was changed, or the file is of "
+                    "another run.  Undo the change, or start a new run."
                 )
             state.restore(s.tensors, s.step, s.ema_steps)
             return True
         return False
 
-    def clear(self) -> None:
-        """Remove the checkpoints, at the end of the run."""
-        remove_checkpoints(self.newest.parent)
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints in a run's private folder, at the end of the run."""
+    for name in _NAMES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def describe_checkpoints(folder: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
@@ -237,10 +223,3 @@ def describe_checkpoints(folder: Path) -> tuple[list[tuple[str, str, int]], list
     """
     good, bad = _read(folder)
     return [(s.path.name, s.phase, s.step) for s in good], bad
-
-
-def _rolled_back(path: Path, ledger: Ledger, what: str) -> RunError:
-    return RunError(
-        f"{path} knows of {what}: {ledger.path} was put back to an earlier state, or the files are of different runs.  "
-        "Going on would lose charges.  Put back all of private/ as it was at one time, or start a new run."
-    )

@@ -1,4 +1,4 @@
-"""Rules that say what is wrong with a training, from its losses and its private figures.
+"""Rules that say what is wrong with a training, from its losses, its private figures and the images that it draws.
 
 A finding says what was seen, in numbers, why it matters and what to do.  Thresholds are justified where they stand.
 
@@ -9,15 +9,13 @@ post-processing of the mechanism's output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial, wraps
-from typing import Any, Literal, ParamSpec, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-_P = ParamSpec("_P")
 Severity = Literal["error", "warning", "note"]
 Basis = Literal["private", "released"]
 
@@ -49,17 +47,89 @@ class Finding:
         return asdict(self)
 
 
-released = partial(Finding, basis="released")
+_CHOOSE_C = (
+    "Choose C on public images, such as a named set or what `dpsyngen programs save` draws: a C that is chosen by this "
+    "private norm is tuned on private images, which ε does not cover"
+)
+_LOWER = "lower the learning rate, {lower}, by a factor of 10 to begin with"
+
+# Why each matters, and what to change.
+_TEXTS = {
+    "weights-not-finite": (
+        "such a network draws nothing; training on would spend the rest of the budget for nothing",
+        "start a new run with a much lower learning rate, {lower}: resuming repeats the same steps and ends here",
+    ),
+    "loss-not-finite": ("the network computed something that is no number", _LOWER + "; or begin with a warm-up"),
+    "diverged": ("the steps led away from a denoiser: the generator is worse than an untrained one", _LOWER),
+    "loss-exploded": (
+        "the first steps threw the network far off; parts of it may never come back",
+        _LOWER + ", or begin with a warm-up",
+    ),
+    "loss-rose": ("the last steps did harm: they were too large, or noise had taken over", _LOWER),
+    "nothing-learned": (
+        "the private images taught the network nothing that shows above the noise of the loss",
+        "raise --lr (the presets use 1e-3 to 1e-2), take more --steps, and see whether noise or clipping is in the way",
+    ),
+    "few-steps": (
+        "Adam needs tens of steps to begin with; the presets take 200 and more",
+        "raise --steps (see `dpsyngen plan` for what that costs in noise)",
+    ),
+    "few-epochs": ("most of the images add nothing", "raise --batch first (less noise an image), then --steps"),
+    "steps-vanish": (
+        "Adam then divides by its ε, and the steps shrink to nothing",
+        "raise --clip to between 0.1 and 1: noise grows with it, and Adam takes the scale out",
+    ),
+    "few-examples": (
+        "the noise is for the expected batch, so the images drown in it",
+        "declare a number of --records near the true one; raise --batch if it is small",
+    ),
+    "gradients-not-finite": (
+        "those images taught nothing; where they are many, what is left is mostly noise",
+        "lower --lr; if only a few images do it, they may be damaged",
+    ),
+    "gradients-below-gamma": (
+        "these gradients use a small part of the sensitivity that the noise is made for",
+        "--set private.clipping=flat with a smaller --clip.  " + _CHOOSE_C,
+    ),
+    "nothing-clipped": ("the noise is made for C, many times what these gradients need", "lower --clip.  " + _CHOOSE_C),
+    "noise-dominates": (
+        "even if all images pulled in one direction in all steps, noise would pull as hard: a walk at random",
+        "raise --batch first, then --epsilon; use a smaller --network; or {instead}.  More images help most",
+    ),
+    "blank-images": (
+        "the network diverged, or never learned what the images look like",
+        "lower --lr by a factor of 10; if the loss fell as it should, draw with lower guidance",
+    ),
+    "collapsed": (
+        "the generator knows one image, or few, and repeats them",
+        "lower --lr, draw with lower guidance, and see whether another finding says that the loss rose",
+    ),
+    "noise-images": (
+        "the images are noise: the network removes too little of it (unless yours are meant to look like this)",
+        "take more --steps, raise --lr if the loss is still falling, and see whether noise dominates",
+    ),
+    "classes-collapsed": (
+        "such a class has one image, not a distribution",
+        "draw with lower guidance (`dpsyngen sample --guidance 1`); lower --lr",
+    ),
+    "label-ignored": (
+        "the generator does not use the class: labelled images from it teach a classifier nothing",
+        "draw with guidance (--set sampling.guidance=2, which needs a network.label_dropout above 0 in training), take "
+        "more --steps, or train --unconditional if classes do not matter",
+    ),
+    "released-weights-not-finite": (
+        "such a network draws nothing",
+        "do not publish this release; train again with a lower --lr",
+    ),
+}
 
 
-def listed(rule: Callable[_P, Iterator[Finding]]) -> Callable[_P, list[Finding]]:
-    """A rule that yields findings, as a function that returns all of them."""
-
-    @wraps(rule)
-    def found(*arguments: _P.args, **options: _P.kwargs) -> list[Finding]:
-        return list(rule(*arguments, **options))
-
-    return found
+def finding(
+    code: str, severity: Severity, seen: str, basis: Basis = "private", also: str = "", **words: str
+) -> Finding:
+    """A finding with the text of its code, in which `words` are filled in; `also` is added to what to change."""
+    why, change = _TEXTS[code]
+    return Finding(code, severity, seen, why, change.format(**words) + also, basis)
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
@@ -76,43 +146,22 @@ for pixels in [-1, 1] and σ_d² = 1/3 is at most 3 (black images at large σ). 
 F = 0 its loss is 1 if the images have the DP moments, and the larger the less they have."""
 
 
-@dataclass(frozen=True)
 class Trend:
     """A loss curve in a few robust numbers; medians, as single steps are noisy.
 
-    Attributes:
-        start: of the first three steps.
-        early: of the first window.
-        best, worst: lowest and highest of any window of `window` steps.
-        end: of the last window.
-        error: standard error of `end`, from the differences of neighbouring steps.
-        window: steps, a tenth of the run.
+    Args:
+        losses: at least three, all finite.
     """
 
-    start: float
-    early: float
-    best: float
-    worst: float
-    end: float
-    error: float
-    window: int
-
-    @classmethod
-    def of(cls, losses: NDArray[np.float64]) -> Trend:
-        """Of at least three finite losses."""
-        window = max(3, len(losses) // 10)
-        windows = np.median(np.lib.stride_tricks.sliding_window_view(losses, window), axis=1)
+    def __init__(self, losses: NDArray[np.float64]) -> None:
+        self.window = max(3, len(losses) // 10)  # steps, a tenth of the run
+        windows = np.median(np.lib.stride_tricks.sliding_window_view(losses, self.window), axis=1)
+        self.start = float(np.median(losses[:3]))
+        self.early, self.end = float(windows[0]), float(windows[-1])
+        self.best, self.worst = float(windows.min()), float(windows.max())
         # A normal distribution has standard deviation 1.4826 × median absolute deviation; a difference has √2 of it.
         step = 1.4826 * float(np.median(np.abs(np.diff(losses)))) / math.sqrt(2)
-        return cls(
-            float(np.median(losses[:3])),
-            float(windows[0]),
-            float(windows.min()),
-            float(windows.max()),
-            float(windows[-1]),
-            1.25 * step / math.sqrt(window),  # 1.25: a median is that much less exact than a mean
-            window,
-        )
+        self.error = 1.25 * step / math.sqrt(self.window)  # of `end`; 1.25: a median is less exact than a mean
 
     @property
     def learned(self) -> bool:
@@ -128,7 +177,6 @@ class Trend:
         return self.end > self.best + max(0.3 * abs(self.best), 6 * self.error)
 
 
-@listed
 def of_losses(
     log: Sequence[dict[str, Any]], phase: str, lower: str, basis: Basis, residual: bool = False
 ) -> Iterator[Finding]:
@@ -136,200 +184,110 @@ def of_losses(
 
     Args:
         log: lines with "loss", in order.
-        phase: its name, for the text.
-        lower: the option that sets the learning rate.
+        phase, lower: its name and the option that sets its learning rate, for the text.
         basis: what the losses are of.
-        residual: whether the network is a residual on DP moments: what it had at the start takes the place of the bound
-            for untrained networks.
+        residual: the network is a residual on DP moments; its own start takes the place of the bound for untrained.
     """
-    losses = np.array([float(v["loss"]) for v in log])
+    at, losses = f"phase {phase!r}:", np.array([float(v["loss"]) for v in log])
     finite = np.isfinite(losses)
     bad, last = int((~finite).sum()), losses[-max(3, len(losses) // 10) :]
     if bad:
         broken = not np.isfinite(last).any() or bad > 0.05 * len(losses)
-        yield Finding(
-            "loss-not-finite",
-            "error" if broken else "warning",
-            f"phase {phase!r}: the loss was NaN or infinite in {bad:,} of {len(losses):,} steps, the first of them "
-            f"step {int(np.argmin(finite)) + 1:,}",
-            "the network computed something that is no number" + (", to the end" if broken else ", and recovered"),
-            f"lower the learning rate, {lower}, by a factor of 10 to begin with; or begin with a warm-up",
-            basis,
-        )
+        seen = f"{at} the loss was NaN or infinite in {bad:,} of {len(losses):,} steps, from {np.argmin(finite) + 1:,}"
+        yield finding("loss-not-finite", "error" if broken else "warning", seen, basis, lower=lower)
     if finite.sum() < 3:
         return
-    t = Trend.of(losses[finite])
+    t = Trend(losses[finite])
     untrained = t.start if residual else UNTRAINED
     known = f"an untrained network has {'' if residual else 'at most '}{untrained:.3g}"
     if t.end > 1.5 * untrained or (t.end > 1.5 * t.start and t.rose):
-        yield Finding(
-            "diverged",
-            "error",
-            f"phase {phase!r}: the loss began at {t.start:.3g} and ended at {t.end:.3g} (best: {t.best:.3g}); {known}",
-            "the steps led away from a denoiser: the generator is worse than an untrained one",
-            f"lower the learning rate, {lower}, by a factor of 10 to begin with"
-            + (".  Too much noise does the same: raise --batch or --epsilon" if basis == "private" else ""),
-            basis,
-        )
+        seen = f"{at} the loss began at {t.start:.3g} and ended at {t.end:.3g} (best: {t.best:.3g}); {known}"
+        also = ".  Too much noise does the same: raise --batch or --epsilon" if basis == "private" else ""
+        yield finding("diverged", "error", seen, basis, also, lower=lower)
     elif t.worst > 1.5 * untrained:
-        yield Finding(
-            "loss-exploded",
-            "warning",
-            f"phase {phase!r}: on the way the loss rose to {t.worst:.3g}, where {known}, and ended at {t.end:.3g}",
-            "the first steps threw the network far off; parts of it may never come back",
-            f"lower the learning rate, {lower}, by a factor of 10 to begin with, or begin with a warm-up",
-            basis,
-        )
+        seen = f"{at} on the way the loss rose to {t.worst:.3g}, where {known}, and ended at {t.end:.3g}"
+        yield finding("loss-exploded", "warning", seen, basis, lower=lower)
     elif len(losses) >= 20 and t.rose:
-        yield Finding(
-            "loss-rose",
-            "warning",
-            f"phase {phase!r}: the loss fell to {t.best:.3g} and rose again to {t.end:.3g}",
-            "the last steps did harm: they were too large, or noise had taken over",
-            f"lower the learning rate, {lower}"
-            + (", use --set private.schedule=cosine, or fewer --steps" if basis == "private" else ""),
-            basis,
-        )
+        seen = f"{at} the loss fell to {t.best:.3g} and rose again to {t.end:.3g}"
+        also = ", use --set private.schedule=cosine, or fewer --steps" if basis == "private" else ""
+        yield finding("loss-rose", "warning", seen, basis, also, lower=lower)
 
 
 # -------------------------------------------------------------------------------------- private phase
 
 _ADAM_EPS = 1e-8
 
-_CHOOSE_C = (
-    "Choose C on public images, such as a named set or what `dpsyngen programs save` draws: a C that is chosen by this "
-    "private norm is tuned on private images, which ε does not cover"
-)
-
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules have to know of the settings.
+    """What the rules have to know of the settings."""
 
-    Attributes:
-        steps, batch, records: planned steps, expected batch, declared number of records.
-        noise_multiplier: z; 0 without privacy.
-        clipping_norm, clipping: C and the style.
-        ema: decay of the moving average of the private phase.
-        parameters: d, trainable numbers; 0 if unknown.
-        pretrained: whether the private network started from programmatic images.
-        residual: whether it is a residual on DP moments, which draw images without it.
-        complete: whether all steps were taken.
-    """
-
-    steps: int
-    batch: int
-    records: int
-    noise_multiplier: float
-    clipping_norm: float
-    clipping: str
-    ema: float
-    parameters: int
-    pretrained: bool
-    complete: bool
-    residual: bool = False
+    steps: int  # planned
+    batch: int  # expected
+    records: int  # declared
+    noise_multiplier: float  # z; 0 without privacy
+    clipping_norm: float  # C
+    clipping: str  # its style
+    parameters: int  # d, trainable numbers; 0 if unknown
+    pretrained: bool  # whether the private network started from programmatic images
+    complete: bool  # whether all steps were taken
+    residual: bool = False  # whether it is a residual on DP moments, which draw images without it
 
 
-@listed
 def of_private_training(log: Sequence[dict[str, Any]], facts: Facts) -> Iterator[Finding]:
-    """Everything that the log of the private phase and its settings say.
-
-    Args:
-        log: lines of ``private/training.jsonl``.
-        facts: the settings.
-    """
-    yield from of_settings(facts)
+    """Everything that the log of the private phase (``private/training.jsonl``) and its settings say."""
+    yield from _of_settings(facts)
     if not log:
         return
-    of_loss = of_losses(log, str(log[0]["phase"]), "--lr", "private", facts.residual)
+    of_loss = list(of_losses(log, str(log[0]["phase"]), "--lr", "private", facts.residual))
     yield from of_loss
     losses = np.array([float(v["loss"]) for v in log])
     settled = losses[np.isfinite(losses)]
     if len(settled) >= 20 and not any(f.code in ("diverged", "loss-not-finite") for f in of_loss):
-        t = Trend.of(settled)
+        t = Trend(settled)
         if not t.learned:
-            begun = facts.pretrained or facts.residual
-            beside = "; after pre-training that may be so" if facts.pretrained else ""
-            if facts.residual:
-                beside = ", beyond what the DP moments say: the generator is little more than these"
-            yield Finding(
+            begun = facts.pretrained or facts.residual  # then it may have been as good before
+            yield finding(
                 "nothing-learned",
                 "error" if t.end > 0.98 * t.start and facts.complete and not begun else "warning",
                 f"the loss began at {t.start:.3g} and was {t.end:.3g} at the end (standard error {t.error:.2g})",
-                f"the private images taught the network nothing that shows above the noise of the loss{beside}",
-                "raise --lr (the presets use 1e-3 to 1e-2), take more --steps, and see whether another finding "
-                "says that noise or clipping is in the way"
-                + ("; variant gaussian spends all of ε on the moments" if facts.residual else ""),
+                also="; variant gaussian spends all of ε on the moments" if facts.residual else "",
             )
     yield from _of_examples(log, facts)
     if facts.noise_multiplier:
         yield from _of_clipping(log, facts)
 
 
-@listed
-def of_settings(f: Facts) -> Iterator[Finding]:
+def _of_settings(f: Facts) -> Iterator[Finding]:
     """What is plain before any image is seen."""
     if f.steps < 50:
-        yield released(
-            "few-steps",
-            "warning",
-            f"the private phase has {f.steps:,} steps",
-            "Adam needs tens of steps to begin with; the presets take 200 and more",
-            "raise --steps (see `dpsyngen plan` for what that costs in noise)",
-        )
+        yield finding("few-steps", "warning", f"the private phase has {f.steps:,} steps", "released")
     epochs = f.steps * f.batch / f.records
     if epochs < 1:
-        yield released(
-            "few-epochs",
-            "warning",
-            f"{f.steps:,} steps of {f.batch:,} images see an image {epochs:.2g} times on average; "
-            f"{100 * (1 - f.batch / f.records) ** f.steps:.0f} % of the images are never used",
-            "most of the images add nothing",
-            "raise --batch first (less noise an image), then --steps",
-        )
+        seen = f"{f.steps:,} steps of {f.batch:,} images see an image {epochs:.2g} times on average"
+        yield finding("few-epochs", "warning", seen, "released")
     # Root mean square of a coordinate of the averaged gradient, at most: noise, and gradients that all have norm C.
     coordinate = f.clipping_norm * math.hypot(f.noise_multiplier / f.batch, 1 / math.sqrt(max(f.parameters, 1)))
     if f.noise_multiplier and coordinate < 10 * _ADAM_EPS:
-        yield released(
-            "steps-vanish",
-            "error",
-            f"with C = {f.clipping_norm:g} a coordinate of the noisy gradient is {coordinate:.1e} at most, and "
-            f"Adam's ε is {_ADAM_EPS:g}",
-            "Adam then divides by its ε, and the steps shrink to nothing",
-            "raise --clip to between 0.1 and 1: noise grows with it, and Adam takes the scale out",
-        )
-    if f.ema and 1 / (1 - f.ema) > f.steps:
-        yield released(
-            "ema-longer-than-run",
-            "note",
-            f"the moving average spans {1 / (1 - f.ema):,.0f} steps (ema {f.ema:g}), the run {f.steps:,}",
-            f"its warm-up shortens it to about {max(1.0, (10 + f.steps) / 9):,.0f} steps at the end, so the random "
-            "start does not linger",
-            "nothing",
-        )
+        seen = f"a coordinate of the noisy gradient is {coordinate:.1e} at most, and Adam's ε is {_ADAM_EPS:g}"
+        yield finding("steps-vanish", "error", f"with C = {f.clipping_norm:g} {seen}", "released")
 
 
 def _of_examples(log: Sequence[dict[str, Any]], f: Facts) -> Iterator[Finding]:
     counts = [int(v["examples"]) for v in log]
     mean = sum(counts) / len(counts)
     if mean < 1 or (f.batch * len(counts) >= 50 and mean < 0.5 * f.batch):
-        yield Finding(
+        yield finding(
             "few-examples",
             "error" if mean < max(1.0, 0.05 * f.batch) else "warning",
             f"a step saw {mean:.3g} images on average, where {f.batch:,} were to be expected of {f.records:,} records",
-            "the noise is for the expected batch, so the images drown in it",
-            "if --records declares far more images than there are, declare a number near the true one; raise "
-            "--batch if it is small",
         )
     total, bad = sum(counts), sum(int(v["not_finite"]) for v in log)
     if bad:
-        share = bad / max(total, 1)
-        yield Finding(
+        yield finding(
             "gradients-not-finite",
-            "error" if share > 0.1 else "warning",
+            "error" if bad > 0.1 * max(total, 1) else "warning",
             f"{bad:,} of {total:,} gradients of single images were NaN or infinite and counted as zero",
-            "those images taught nothing" + (", and what is left is mostly noise" if share > 0.1 else ""),
-            "lower --lr; if only a few images do it, they may be damaged",
         )
 
 
@@ -341,51 +299,145 @@ def _of_clipping(log: Sequence[dict[str, Any]], f: Facts) -> Iterator[Finding]:
     if f.clipping == "automatic":
         shrink = norm / (norm + 0.01)  # γ of automatic clipping
         if 0 < norm < 0.01:
-            yield Finding(
-                "gradients-below-gamma",
-                "warning",
-                f"the median gradient has norm {norm:.2g}, below γ = 0.01 of automatic clipping",
-                f"gradients use only {100 * shrink:.0f} % of the sensitivity that the noise is made for",
-                "--set private.clipping=flat with a smaller --clip.  " + _CHOOSE_C,
-            )
+            seen = f"the median gradient has norm {norm:.2g}, below γ = 0.01 of automatic clipping"
+            yield finding("gradients-below-gamma", "warning", seen)
     else:
         shrink = min(1.0, norm / c)
         if clipped < 0.01 and 0 < norm < c / 10:
-            yield Finding(
-                "nothing-clipped",
-                "error" if norm < c / 1000 else "warning",
-                f"{100 * clipped:.1f} % of the gradients were clipped at C = {c:g}; the median norm is {norm:.2g}",
-                f"the noise is made for C: it is about {c / norm:,.0f} times as large as these gradients need",
-                "lower --clip.  " + _CHOOSE_C,
-            )
-        elif clipped > 0.95:
-            yield Finding(
-                "everything-clipped",
-                "note",
-                f"{100 * clipped:.1f} % of the gradients were clipped at C = {c:g}; the median norm is {norm:.2g}",
-                "every image has the same weight, whatever its gradient.  That is common and works well: noise "
-                "shrinks with C, and Adam does not mind the scale",
-                "nothing, unless another finding says that steps vanish",
-            )
+            seen = f"{100 * clipped:.1f} % of the gradients were clipped at C = {c:g}; the median norm is {norm:.2g}"
+            yield finding("nothing-clipped", "error" if norm < c / 1000 else "warning", seen)
     if f.parameters:
         mean = sum(int(v["examples"]) for v in log) / len(log)
         one = mean * shrink / (f.noise_multiplier * math.sqrt(f.parameters))
         whole = one * math.sqrt(f.steps)
         # At ε = 0.2 the published MNIST setting, which still learns, has 3.  Real gradients are far from parallel.
         if whole < 1:
-            yield Finding(
+            moments, programs = "spend all of ε on DP moments (--variant gaussian)", "start from programs (--pretrain)"
+            yield finding(
                 "noise-dominates",
                 "error" if whole < 0.3 else "warning",
                 f"a step adds noise of norm z·C·√d = {f.noise_multiplier * c * math.sqrt(f.parameters):.3g} to a "
                 f"sum of clipped gradients of {mean * shrink * c:.3g} at most; over all {f.steps:,} steps the "
                 f"ratio of signal to noise is {whole:.2g} at best",
-                "even if all images pulled in one direction in all steps, noise would pull as hard: the network "
-                "walks at random",
-                "raise --batch first, then --epsilon; use a smaller --network; or "
-                + (
-                    "spend all of ε on DP moments (--variant gaussian)"
-                    if f.residual
-                    else "start from programs (--pretrain)"
-                )
-                + ".  More images help most",
+                instead=moments if f.residual else programs,
             )
+
+
+# --------------------------------------------------------------------------------------------- images
+
+SAME = 0.02
+"""Root mean square difference of pixels in [0, 1] below which two images are one: 5 of 255 grey levels, which the eye
+does not tell apart.  Different digits or dead leaves are 0.1 to 0.6 apart."""
+
+FLAT = 0.02
+"""Standard deviation of the pixels of a blank image, by the same reasoning; digits and dead leaves have 0.2 to 0.4."""
+
+SMOOTH = 0.15
+"""Correlation of neighbouring pixels, median over images, below which they are noise.  White noise has 0; digits of 8×8
+pixels have 0.6 (none below 0.4), dead leaves of 28×28 pixels 0.5."""
+
+_PERMUTATIONS = 999
+
+
+def of_images(
+    images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None, class_names: Sequence[str] = ()
+) -> list[Finding]:
+    """What is wrong with generated images, as far as it shows in a few dozen.
+
+    Args:
+        images: uint8 [N, C, H, W], N ≥ 2, not selected in any way.
+        labels: their classes [N], several images each; None: unconditional.
+        class_names: names of the classes.
+    """
+    flat = images.reshape(len(images), -1).astype(np.float64) / 255
+    apart = _distances(flat)
+    out = list(_of_pictures(images, flat, apart))
+    if labels is not None and not any(f.severity == "error" for f in out):
+        out += _of_classes(apart, labels, class_names)
+    return out
+
+
+def _of_pictures(images: NDArray[np.uint8], flat: NDArray[np.float64], apart: NDArray[np.float64]) -> Iterator[Finding]:
+    blank = flat.std(1) < FLAT
+    if blank.mean() > 0.1:
+        level = float(flat[blank].mean())
+        colour = "black" if level < 0.05 else "white" if level > 0.95 else "of one grey or colour"
+        seen = f"{int(blank.sum())} of {len(images)} generated images are {colour} all over"
+        yield finding("blank-images", "error" if blank.mean() > 0.5 else "warning", seen, "released")
+    count = distinct(apart)
+    typical = float(np.median(apart[np.triu_indices(len(images), 1)]))
+    if count <= len(images) / 2 and blank.mean() <= 0.5:
+        yield finding(
+            "collapsed",
+            "error" if typical < SAME or count <= len(images) / 10 else "warning",
+            f"{len(images)} generated images show {count} different ones; half of the pairs differ by less than "
+            f"{typical:.2g} (two images count as one below {SAME:g})",
+            "released",
+        )
+    correlation = neighbour_correlation(images[~blank])
+    if correlation is not None and correlation < SMOOTH:
+        seen = f"neighbouring pixels of generated images correlate by {correlation:.2f} (pictures: 0.4 and more)"
+        yield finding("noise-images", "error", seen, "released")
+
+
+def _of_classes(apart: NDArray[np.float64], labels: NDArray[np.int64], class_names: Sequence[str]) -> Iterator[Finding]:
+    single, classes = [], np.unique(labels)
+    for number in classes:
+        rows = np.flatnonzero(labels == number)
+        within = apart[np.ix_(rows, rows)][np.triu_indices(len(rows), 1)]
+        if len(within) and np.median(within) < SAME:
+            single.append(class_names[number] if number < len(class_names) else str(number))
+    if single:
+        seen = f"the images of a class look all alike in {len(single)} of {len(classes)} classes: "
+        severity: Severity = "error" if 2 * len(single) > len(classes) else "warning"
+        yield finding("classes-collapsed", severity, seen + ", ".join(single[:10]), "released")
+    ratio, p = label_effect(apart, labels)
+    if p > 0.01:
+        seen = f"images of different classes differ no more than images of one (pseudo-F = {ratio:.2f}, p = {p:.2g})"
+        yield finding("label-ignored", "warning", seen, "released")
+
+
+def _distances(flat: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Root mean square differences [N, N]."""
+    squares = (flat**2).sum(1)
+    total = squares[:, None] + squares[None] - 2 * flat @ flat.T
+    return np.sqrt(np.maximum(total, 0) / flat.shape[1])
+
+
+def distinct(apart: NDArray[np.float64]) -> int:
+    """Images that are left if each one that is the same as an earlier one is taken away."""
+    kept: list[int] = []
+    for i in range(len(apart)):
+        if not kept or apart[i, kept].min() >= SAME:
+            kept.append(i)
+    return len(kept)
+
+
+def neighbour_correlation(images: NDArray[np.uint8]) -> float | None:
+    """Correlation of horizontal and vertical neighbours within an image, median over images; None if there is none."""
+    if not len(images):
+        return None
+    x = images.astype(np.float64)
+    x = x - x.mean((2, 3), keepdims=True)
+    variance = (x**2).mean((1, 2, 3))
+    across = ((x[..., 1:] * x[..., :-1]).mean((1, 2, 3)) + (x[:, :, 1:] * x[:, :, :-1]).mean((1, 2, 3))) / 2
+    return float(np.median(across / np.maximum(variance, 1e-12)))
+
+
+def label_effect(apart: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
+    """Pseudo-F of distances between and within classes, and its permutation p (PERMANOVA, Anderson 2001)."""
+    squares = apart**2
+    n, classes = len(labels), len(np.unique(labels))
+    if classes < 2 or n <= classes:
+        return 1.0, 0.0  # nothing to compare, so nothing to report
+    total = squares.sum() / (2 * n)
+
+    def ratio(of: NDArray[np.int64]) -> float:
+        same = of[:, None] == of[None]
+        within = (squares * same / same.sum(1)[:, None]).sum() / 2
+        return float(((total - within) / (classes - 1)) / max(within / (n - classes), 1e-300))
+
+    seen = ratio(labels)
+    rng = np.random.default_rng(0)  # of the permutations: the same run gives the same finding
+    larger = sum(ratio(rng.permutation(labels)) >= seen for _ in range(_PERMUTATIONS))
+    return seen, (1 + larger) / (1 + _PERMUTATIONS)

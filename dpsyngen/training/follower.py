@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -58,7 +59,7 @@ def read_together(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
     if ranks.alone:
         return load(config)
     with ranks.lead(READ, config=config):
-        dataset = _read(ranks, config, load)
+        dataset = ranks.agree(lambda: load(config))
         prints = ranks.gather(dataset.fingerprint())
     others = [rank for rank, value in enumerate(prints) if value != prints[0]]
     if others:
@@ -69,32 +70,24 @@ def read_together(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
     return dataset
 
 
-def _read(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
-    return ranks.agree(lambda: load(config))
-
-
 def follow(ranks: Ranks, load: Load, device: str) -> None:
     """Work for the main process until it says that it is done; raises Dismissed if it failed, RankLost if it is gone.
 
     Ctrl-C and SIGTERM, which torchrun passes on to all processes, are left to the main one: it ends the run after the
     current step, which takes all.
     """
-    chosen = (signal.SIGINT, signal.SIGTERM)
-    before = {s: signal.signal(s, signal.SIG_IGN) for s in chosen}
-    try:
+    with handling(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
         _Follower(ranks, load, device).run()
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 class _Follower:
+    dataset: ImageDataset  # from READ on
+    setting: Setting  # from SET_UP on
+    denoiser: NetworkDenoiser  # of the phase
+
     def __init__(self, ranks: Ranks, load: Load, device: str) -> None:
         self.ranks, self.load, self.device = ranks, load, device
         self.workers = Workers(None if device == "cpu" else 1)
-        self.dataset: ImageDataset | None = None
-        self.setting: Setting | None = None
-        self.denoiser: NetworkDenoiser | None = None
         self.steps: dict[str, PublicStep | PrivateStep] = {}
 
     def run(self) -> None:
@@ -109,59 +102,45 @@ class _Follower:
             handlers.get(command.name, lambda command=command, **values: self._on_step(command))(**command.values)
 
     def _on_read(self, config: Config) -> None:
-        def load(config: Config) -> ImageDataset:
+        def load() -> ImageDataset:
             # What this machine cannot do must be known before anything is spent, too.
             choose(self.device, config.compute, local_rank=self.ranks.local_rank)
             return self.load(config)
 
-        dataset = _read(self.ranks, config, load)
-        self.ranks.gather(dataset.fingerprint())
-        self.dataset = dataset
+        self.dataset = self.ranks.agree(load)
+        self.ranks.gather(self.dataset.fingerprint())
 
     def _on_set_up(self, setting: Setting) -> None:
         self.setting = setting
 
-    @property
-    def known(self) -> Setting:
-        if self.setting is None:
-            raise AssertionError(f"rank {self.ranks.rank} was asked for work before it was told about the run")
-        return self.setting
-
-    @property
-    def images(self) -> ImageDataset:
-        assert self.dataset is not None
-        return self.dataset
-
     def _on_public(self, stage: Stage, conditional: bool) -> None:
-        known, compute = self.known, self._compute()
+        known, compute = self.setting, self._compute()
         self.denoiser = make_denoiser(known.config, known.plan.shape, conditional, 0)
         compute.prepare(self.denoiser)
         compute.compiled(self.denoiser.network, trains=True)
         self._prepare_public([stage], compute)
 
     def _compute(self) -> Compute:
-        return choose(self.device, self.known.config.compute, local_rank=self.ranks.local_rank)
+        return choose(self.device, self.setting.config.compute, local_rank=self.ranks.local_rank)
 
     def _prepare_public(self, stages: list[Stage], compute: Compute) -> None:
-        known = self.known
+        known = self.setting
         program = program_of(known.config, known.plan.shape)
         made = [public_step(known.config, program, s, self.workers, self.ranks, compute) for s in stages]
         self.steps = {step.name: step for step in made}
 
     def _on_moments(self) -> None:
-        known, dataset = self.known, self.images
+        known, dataset = self.setting, self.dataset
         plan, shape = known.plan.moments, known.plan.shape
         assert plan is not None
-        rank = known.config.moments.rank
+        query = partial(estimate_moments, dataset, shape.num_classes, shape.records, plan, known.randomness)
         with contextlib.suppress(Stopped):
-            estimate_moments(
-                dataset, shape.num_classes, shape.records, plan, known.randomness, rank=rank, ranks=self.ranks
-            )
+            query(rank=known.config.moments.rank, ranks=self.ranks)
 
     def _on_private(
         self, physical_batch: int, shared: list[Stage], moments: dict[str, Tensor] | None, pins: dict[str, Any]
     ) -> None:
-        known, dataset = self.known, self.images
+        known, dataset = self.setting, self.dataset
         shape = known.plan.shape
         gaussian = None
         if moments is not None:
@@ -180,10 +159,21 @@ class _Follower:
         self.steps[take.name] = take
 
     def _on_step(self, command: Command) -> None:
-        if self.denoiser is None or command.name not in self.steps:
+        if command.name not in self.steps:
             raise AssertionError(f"rank {self.ranks.rank} does not know the command {command.name!r}")
         arguments: dict[str, Any] = command.values
         self.steps[command.name].help(self.denoiser, **arguments)
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, Any], object] | signal.Handlers, *signals: signal.Signals) -> Iterator[None]:
+    """Answer `signals` by `handler`, and as before afterwards."""
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Stoppable(Protocol):
@@ -225,9 +215,5 @@ def stop_on_signals(training: Stoppable, tell: Callable[[str], None]) -> Iterato
     chosen = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         chosen.append(signal.SIGHUP)
-    before = {s: signal.signal(s, handler) for s in chosen}
-    try:
+    with handling(handler, *chosen):
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -54,21 +54,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Step:
-    """One finished step.
-
-    Attributes:
-        phase: name of the phase.
-        step: steps done, from 1; queries of DP moments are all done at once.
-        steps: steps of the phase.
-        values: figures for the log; private unless the phase is public.
-        private: whether the phase trains on private images.
-    """
+    """One finished step of a phase."""
 
     phase: str
-    step: int
-    steps: int
-    values: dict[str, float]
-    private: bool = False
+    step: int  # steps done, from 1; queries of DP moments are all done at once
+    steps: int  # of the phase
+    values: dict[str, float]  # figures for the log; private if the phase is
+    private: bool = False  # the phase trains on private images
 
 
 Event = Note | Warned | Reading | Step
@@ -123,12 +115,10 @@ class Display:
 
 def timed(progress: Iterator[Step]) -> Iterator[tuple[Step, float]]:
     """Each step with the seconds that it took, without what the caller does between steps."""
-    while True:
-        begun = time.perf_counter()
-        report = next(progress, None)
-        if report is None:
-            return
+    begun = time.perf_counter()
+    for report in progress:
         yield report, time.perf_counter() - begun
+        begun = time.perf_counter()
 
 
 # -------------------------------------------------------------------------------------------------- logs
@@ -140,9 +130,7 @@ class JsonLines:
     No result depends on it: lines that cannot be read are left out.  A number that JSON lacks, such as a loss that is
     not finite, is the word "inf", "-inf" or "nan" in the file, and a number again when it is read here.
 
-    Args:
-        path: the file; made on the first line.
-        mode: permissions.
+    The file is made on the first line, with permissions `mode`.
     """
 
     def __init__(self, path: Path, mode: int) -> None:
@@ -155,7 +143,7 @@ class JsonLines:
             f.write(strict_text(values) + "\n")
 
     def sync(self) -> None:
-        """Flush the lines to the disk, so that a checkpoint never outlives the lines before it."""
+        """Flush the lines to the disk."""
         if self.path.exists():
             with open(self.path, "rb+") as f:
                 os.fsync(f.fileno())
@@ -189,14 +177,9 @@ _ROWS = ("examples", "batch")  # figures that say how many images a step used
 
 
 class StepLog:
-    """The logs of one phase in one session.
+    """The logs of one phase in one session: `figures` (in the release half for a public phase), the clock, TensorBoard.
 
-    Args:
-        private: the run's private folder.
-        phase: name of the phase.
-        done: steps done before; lines of later ones are dropped, as these steps are taken again.
-        figures: where the figures go; in the release half for a public phase.
-        board: TensorBoard's files; None: none are written.
+    Lines of more than `done` steps are dropped, as these steps are taken again.
     """
 
     def __init__(
@@ -229,7 +212,6 @@ class StepLog:
             self.board.flush()
 
     def close(self) -> None:
-        """Close the event file; the other logs are closed after each line."""
         if self.board is not None:
             self.board.close()
 
@@ -254,15 +236,9 @@ def require_tensorboard() -> None:
 class TensorBoard:
     """Event files of one phase in one session, below ``private/tensorboard``.
 
-    Where they cannot be written, the training goes on without them and says so.  The records are written here and not
-    by tensorboardX's SummaryWriter, whose thread dies silently on a full disk; the training would then wait for it for
-    ever.
-
-    Args:
-        private: the run's private folder.
-        phase: name of the phase.
-        done: steps done before this session; TensorBoard is told to forget later ones in earlier files.
-        on_event: told once if the files cannot be written; from then on nothing is.
+    Where they cannot be written, the training goes on without them, and `on_event` is told so once.  The records are
+    written here and not by tensorboardX's SummaryWriter, whose thread dies silently on a full disk; the training would
+    then wait for it for ever.  TensorBoard is told to forget steps after the `done` ones in earlier files.
     """
 
     def __init__(self, private: Path, phase: str, done: int, on_event: OnEvent) -> None:
@@ -286,12 +262,10 @@ class TensorBoard:
         self.flush()
 
     def flush(self) -> None:
-        """Write everything to the disk."""
         self._flushed = time.monotonic()
         self._guarded(lambda: self._writer and self._writer.flush())
 
     def close(self) -> None:
-        """Flush and close the file."""
         self._guarded(lambda: self._writer and self._writer.close())
         self._writer = None
 
@@ -329,12 +303,8 @@ class TensorBoard:
         except Exception as error:  # whatever it is, a picture of the training is not worth the training
             writer, self._writer = self._writer, None
             why = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
-            self.on_event(
-                Warned(
-                    f"TensorBoard files in {self.folder} cannot be written ({why}); the training goes on without "
-                    "them, and training.jsonl has the same figures"
-                )
-            )
+            text = f"TensorBoard files in {self.folder} cannot be written ({why}); the training goes on without them"
+            self.on_event(Warned(f"{text}, and training.jsonl has the same figures"))
             if writer is not None:
                 with contextlib.suppress(OSError, ValueError):  # it tries again to write what is left
                     writer.close()

@@ -45,9 +45,7 @@ SMALLEST_VARIANCE = 1e-5
 SMALLEST_WHITE_VARIANCE = 0.02
 
 _UNIFORM_REST = 0.1
-_TYPICAL_ENERGY = (
-    0.6  # of the clipped residuals, of its largest value R²: what the rule for m assumes, not a measurement
-)
+_TYPICAL_ENERGY = 0.6  # of the clipped residuals in R², its largest value: an assumption, not a measurement
 _SPREAD_OF_ENERGY = 0.25  # about that, for data so few that their energy does not show
 _DIRECTIONS_PER_FOUND = 8
 _FEWEST_FREQUENCIES = 64
@@ -101,8 +99,7 @@ def estimate_moments(
         randomness: the run's secret streams; the queries are steps 0, 1 and 2 of its purpose "moments".
         rank: the most directions that are kept, >= 1.
         stopped: asked now and then whether to give up; with several processes, after each query, the main one.
-        ranks: the processes that share the images; each calls this.  Sums are of whole numbers, so the result is the
-            same to the bit for any number of them.
+        ranks: the processes that share the images; sums are of whole numbers, so their number does not show in a bit.
 
     Raises:
         Stopped: `stopped` said so.
@@ -123,21 +120,13 @@ def estimate_moments(
     if plan.by_class is not None:
         whitened = _by_class(images, means, counts, basis / variances.sqrt(), plan.by_class, randomness)
         covariances = variances.sqrt()[:, None] * whitened * variances.sqrt()
-    return ClassGaussians(
-        *(t.float().contiguous() for t in (means, basis, covariances, rest, counts / counts.sum())),
-    )
+    return ClassGaussians(*(t.float().contiguous() for t in (means, basis, covariances, rest, counts / counts.sum())))
 
 
 class _Images:
     """This process's share of the private images in batches, as rows [B, D] in [-1, 1]."""
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        labelled: bool,
-        stopped: Callable[[], bool],
-        ranks: Ranks,
-    ) -> None:
+    def __init__(self, dataset: ImageDataset, labelled: bool, stopped: Callable[[], bool], ranks: Ranks) -> None:
         self.dataset, self.stopped, self.ranks = dataset, stopped, ranks
         self.share = ranks.share(len(dataset))
         self.shape = (dataset.channels, dataset.resolution, dataset.resolution)

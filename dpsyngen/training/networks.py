@@ -89,12 +89,10 @@ _STEPS = 20  # at most, so that looking costs less than a step
 def preview(
     config: Config, plan: Plan, networks: dict[str, NetworkDenoiser], average: Ema, device: str
 ) -> NDArray[np.uint8]:
-    """Draw images with the network in training at its average, always from the same noise.
+    """Draw images with the network in training at its average, always from the same noise, in 20 steps at most.
 
     The average is made of the mechanism's outputs, so drawing from it is post-processing and costs no privacy.
-
-    The sampler takes 20 steps at most.  `networks` has one for each name in the stages; the private one is loaded with
-    the average.  Returns uint8 [16, C, H, W], classes in turn.
+    `networks` has one for each name in the stages.  Returns uint8 [16, C, H, W], classes in turn.
     """
     shape = plan.shape
     network = networks[plan.stages.private.network]
@@ -102,8 +100,7 @@ def preview(
     denoisers: dict[str, Denoiser] = dict(networks)
     if isinstance(network, ResidualDenoiser):
         denoisers[GAUSSIAN] = network.gaussian
-    given = config.sampling.model_dump()
-    settings = SamplingSettings(**given | {"steps": min(config.sampling.steps, _STEPS)})
+    settings = SamplingSettings(**config.sampling.model_dump() | {"steps": min(config.sampling.steps, _STEPS)})
     (batch,) = settings.draw(
         StagedDenoiser(plan.stages, denoisers),
         (shape.channels, shape.resolution, shape.resolution),

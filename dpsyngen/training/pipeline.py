@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,14 +44,7 @@ from dpsyngen.training.log import (
     require_tensorboard,
     timed,
 )
-from dpsyngen.training.moments import (
-    MOMENTS,
-    Stopped,
-    charge_moments,
-    estimate_moments,
-    load_gaussian,
-    uncharged,
-)
+from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, estimate_moments, load_gaussian, uncharged
 from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview
 from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of, with_whole_program
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
@@ -62,19 +56,12 @@ from dpsyngen.workers import Workers
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller of a training adds to it.
+    """What the caller of a training adds to it."""
 
-    Attributes:
-        on_event: told what happens; see :data:`dpsyngen.training.log.Event`.
-        finish: called with the training when all is trained: writes the release.
-        observer: looks on as private steps are taken, for audits.
-        make_denoiser: makes the networks; audits train others.
-    """
-
-    on_event: OnEvent = ignore
-    finish: Callable[[Training], None] | None = None
-    observer: Observer | None = None
-    make_denoiser: Callable[..., NetworkDenoiser] = make_denoiser
+    on_event: OnEvent = ignore  # told what happens; see :data:`dpsyngen.training.log.Event`
+    finish: Callable[[Training], None] | None = None  # called when all is trained: writes the release
+    observer: Observer | None = None  # looks on as private steps are taken, for audits
+    make_denoiser: Callable[..., NetworkDenoiser] = make_denoiser  # audits train other networks
 
 
 NO_HOOKS = Hooks()
@@ -84,19 +71,16 @@ class Training:
     """One training run, new (:meth:`start`) or continued (:meth:`resume`); iterate :meth:`steps` to the end.
 
     Args:
-        run: the run directory.
-        config: its configuration.
+        run, config: the run directory and its configuration.
         dataset: the private images.
         plan: from :func:`dpsyngen.training.plan.make_plan`.
         device: where to compute.
-        ranks: the processes that share the work; this is the main one.
+        ranks: the processes that share the work, of any number; this is the main one.
         hooks: what the caller adds.
 
     Attributes:
         stop_requested: set it to end the training after the current step, with a checkpoint.
         randomness, ledger, budget: the key, what was charged, and the budget that all runs on these images share.
-        program: what draws the public images.
-        checkpoints: the last two.
     """
 
     def __init__(
@@ -109,7 +93,8 @@ class Training:
         ranks: Ranks = ALONE,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
-        self.run, self.config, self.dataset, self.ranks, self.hooks = run, config, dataset, ranks, hooks
+        self.run, self.config, self.dataset, self.plan = run, config, dataset, plan
+        self.ranks, self.hooks = ranks, hooks
         self.compute = choose(device, config.compute, local_rank=None if ranks.alone else ranks.local_rank)
         self.device = device = self.compute.device
         # Before anything is read that another process could be changing.
@@ -137,6 +122,7 @@ class Training:
             dataset.fingerprint(),
             fixed_settings(config),
             records=len(dataset),
+            parameters=self.parameters,
             source=dataset.source,
             skipped=list(dataset.skipped),
             noise_multiplier=plan.mechanism.noise_multiplier,
@@ -149,7 +135,8 @@ class Training:
         self.plan = plan = replace(plan, mechanism=mechanism, moments=moments)
         self.checkpoints = Checkpoints(run.private, self.ledger)
         self.budget = None if p.budget is None else Budget(Path(p.budget))
-        session.reserve(self.budget, run.path.name, plan.mechanisms, dataset.fingerprint())
+        if self.budget is not None:
+            self.budget.reserve(self.ledger.run, run.path.name, plan.mechanisms, dataset.fingerprint())
         left = plan.steps - charged_steps(self.ledger)
         wanted = () if plan.moments is None else uncharged(self.ledger, plan.moments)
         if left > 0:
@@ -185,8 +172,7 @@ class Training:
             budget = Budget(path)
             budget.require_data(dataset.fingerprint())
             budget.require(plan.mechanisms)
-            privacy = config.privacy.model_copy(update={"budget": str(path)})
-            config = config.model_copy(update={"privacy": privacy})
+            config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"budget": str(path)})})
         return cls(Run.create(out, config), config, dataset, plan, device, ranks, hooks)
 
     @classmethod
@@ -199,15 +185,10 @@ class Training:
         hooks: Hooks = NO_HOOKS,
         tensorboard: bool | None = None,
     ) -> Training:
-        """Go on with an interrupted run.
+        """Go on with an interrupted run, on the images of its start; `tensorboard` replaces what its settings say.
 
-        Args:
-            run: the run.
-            dataset: the images that it was started with.
-            device: where to compute.
-            ranks: the processes that share the work, of any number.
-            hooks: what the caller adds.
-            tensorboard: whether this session writes files for TensorBoard; None: what the run's settings say.
+        Raises:
+            RunError: it is finished, another process works on it, or something does not fit.
         """
         require_unfinished(run)
         run.open_for_writing()
@@ -305,19 +286,11 @@ class Training:
             return
         queries = len(plan.mechanisms())
         self.hooks.on_event(Note(f"{MOMENTS}: reading the private images, {queries} times"))
-        shape = self.plan.shape
+        shape, rank = self.plan.shape, self.config.moments.rank
+        query = partial(estimate_moments, self.dataset, shape.num_classes, shape.records, plan, self.randomness)
         with self.ranks.lead(MOMENTS):
             try:
-                moments = estimate_moments(
-                    self.dataset,
-                    shape.num_classes,
-                    shape.records,
-                    plan,
-                    self.randomness,
-                    rank=self.config.moments.rank,
-                    stopped=lambda: self.stop_requested,
-                    ranks=self.ranks,
-                )
+                moments = query(rank=rank, stopped=lambda: self.stop_requested, ranks=self.ranks)
             except Stopped:
                 return
         write_atomically(path, lambda p: save_file(moments.to_tensors(), p))
@@ -339,10 +312,7 @@ class Training:
             load_weights(self.run.weights(PRETRAIN), denoiser)
         optimizers: dict[str, torch.optim.Optimizer] = {
             "private": torch.optim.Adam(
-                denoiser.parameters(),
-                lr=c.learning_rate,
-                betas=(c.beta1, c.beta2),
-                weight_decay=c.weight_decay,
+                denoiser.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay
             )
         }
         shared = [s for s in stages.public if s.network == network]
@@ -353,8 +323,7 @@ class Training:
         engine.physical_batch = fits
         moments = None if gaussian is None else load_file(self.run.weights(GAUSSIAN))
         self.ranks.tell(PRIVATE, physical_batch=fits, shared=shared, moments=moments, pins=engine.compute.pins())
-        # What was measured must be on the disk before noise is used: a step that is repeated has to sum in the same
-        # order.
+        # What was measured must be on the disk before noise is used: a repeated step has to sum in the same order.
         how = Computing(
             fits, engine.kernels, self.workers, self.ranks, engine.compute, self.hooks.observer, engine.save
         )
@@ -363,7 +332,7 @@ class Training:
         public = [self._public_step(stage, engine.compute) for stage in shared]
         progress = train_private(name, state, take, self.ledger, public, with_epsilon=self.hooks.observer is None)
         yield from self._checkpointed(name, state, progress, private=True)
-        if self.stop_requested and state.step < c.steps:
+        if state.step < c.steps:  # it was asked to stop
             return
         if charged_steps(self.ledger) != state.step:
             raise AssertionError(f"{state.step} steps taken, {charged_steps(self.ledger)} in the ledger")
@@ -428,7 +397,7 @@ class Training:
     def _release(self) -> None:
         if self.hooks.finish is not None:
             self.hooks.finish(self)
-            self.checkpoints.clear()
+            remove_checkpoints(self.run.private)
 
 
 def require_unfinished(run: Run) -> None:

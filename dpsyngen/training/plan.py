@@ -31,8 +31,8 @@ class Shape:
         return len(self.class_names)
 
 
-SHARES = {"mean": 0.2, "pooled": 0.4, "by_class": 0.4}
-"""Of 1/z², which the cost of Gaussian mechanisms adds up in."""
+SHARES = (0.2, 0.4, 0.4)
+"""Of the queries (see :class:`MomentsPlan`) in 1/z², which the cost of Gaussian mechanisms adds up in."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def plan_moments(noise_multiplier: float, classes: int) -> MomentsPlan:
     k Gaussian mechanisms compose to one exactly (the vector of all queries, each over its own sensitivity and noise).
     z = 0 is without noise (ε = ∞); `classes` is 0 or 1 for images without labels.
     """
-    good = noise_multiplier >= 0 and math.isfinite(noise_multiplier)
-    require(good, "the noise multiplier of the moments", noise_multiplier, ">= 0 and finite")
-    shares = dict(SHARES) if classes > 1 else {"mean": 1 / 3, "pooled": 2 / 3}
-    z = {name: noise_multiplier / math.sqrt(share) for name, share in shares.items()}
-    return MomentsPlan(z["mean"], z["pooled"], z.get("by_class"))
+    z = noise_multiplier
+    require(z >= 0 and math.isfinite(z), "the noise multiplier of the moments", z, ">= 0 and finite")
+    shares = SHARES if classes > 1 else (1 / 3, 2 / 3)
+    mean, pooled, *by_class = (z / math.sqrt(share) for share in shares)
+    return MomentsPlan(mean, pooled, by_class[0] if by_class else None)
 
 
 @dataclass(frozen=True)

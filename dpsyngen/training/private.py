@@ -35,7 +35,7 @@ from dpsyngen.hardware import Compute, send
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.exact import DiscreteGaussian
 from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.privacy.ledger import Ledger, LedgerEntry
+from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import GaussianMechanism, NoPrivacy, StepMechanism
 from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
@@ -49,19 +49,12 @@ QUERY = "dp-sgd"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One DP-SGD step, as it was taken.  Everything but `released` is private.
+    """One DP-SGD step, as it was taken.  Everything but `released` is private."""
 
-    Attributes:
-        step: its number, from 0.
-        chosen: [B] int64, the records that Poisson sampling chose.
-        sums: the clipped sum, one tensor a parameter, in units of the gradient.
-        released: what the optimizer gets, one tensor a parameter.
-    """
-
-    step: int
-    chosen: NDArray[np.int64]
-    sums: list[Tensor]
-    released: list[Tensor]
+    step: int  # its number, from 0
+    chosen: NDArray[np.int64]  # [B], the records that Poisson sampling chose
+    sums: list[Tensor]  # the clipped sum, one tensor a parameter, in units of the gradient
+    released: list[Tensor]  # what the optimizer gets, one tensor a parameter
 
 
 Observer = Callable[[StepRecord, PerExampleGradients], None]
@@ -70,19 +63,12 @@ Observer = Callable[[StepRecord, PerExampleGradients], None]
 
 @dataclass(frozen=True)
 class DpSgd:
-    """The constants of the mechanism.
+    """The constants of the mechanism."""
 
-    Attributes:
-        records: declared number of records n (public).
-        noise_multiplier: z; 0 trains without privacy (ε = ∞): neither clipping nor noise.
-        clipping_norm: C.
-        config: steps, batch, K and the optimizer.
-    """
-
-    records: int
-    noise_multiplier: float
-    clipping_norm: float
-    config: PrivateConfig
+    records: int  # declared number of records n (public)
+    noise_multiplier: float  # z; 0 trains without privacy (ε = ∞): neither clipping nor noise
+    clipping_norm: float  # C
+    config: PrivateConfig  # steps, batch, K and the optimizer
 
     @property
     def sampling_rate(self) -> float:
@@ -113,38 +99,30 @@ _EPSILON_POINTS = 20
 class Computing:
     """How private steps are computed: it decides about speed and rounding, not about what a step is.
 
-    Attributes:
-        physical_batch: images in memory at a time.
-        kernels: how convolutions compute; None: measured on first use.
-        workers: threads that share a batch; None: the calling one alone.
-        ranks: the processes that share a batch.  All draw the same set of records from the run's stream and take a part
-            of it each; the clipped sums are added up in the main one, which adds noise to their sum, once.
-        compute: precision of the network's products, see :meth:`Compute.for_dp_steps`; None: as PyTorch is set.
-        observer: called with each step just before the optimizer uses it; None in a run that is not being audited.
-        before_release: called when a step's sum is known, before its noise is.
+    All `ranks` draw the same set of records from the run's stream and take a part of it each; the clipped sums are
+    added up in the main one, which adds noise to their sum, once.
     """
 
-    physical_batch: int
-    kernels: KernelChoices | None = None
-    workers: Workers | None = None
-    ranks: Ranks = ALONE
-    compute: Compute | None = None
-    observer: Observer | None = None
-    before_release: Callable[[], None] | None = None
+    physical_batch: int  # images in memory at a time
+    kernels: KernelChoices | None = None  # how convolutions compute; None: measured on first use
+    workers: Workers | None = None  # threads that share a batch; None: the calling one alone
+    ranks: Ranks = ALONE  # processes that share a batch
+    compute: Compute | None = None  # precision, see :meth:`Compute.for_dp_steps`; None: as PyTorch is set
+    observer: Observer | None = None  # told of each step just before the optimizer uses it, in audits
+    before_release: Callable[[], None] | None = None  # called when a step's sum is known, before its noise is
 
 
 class PrivateStep:
     """Takes one DP-SGD step at a time.
 
+    Nothing is padded: the processes meet once a step, however many records each has, none included.
+
     Args:
         dataset: the private images.
         levels: noise levels of the private stage.
         label_dropout: probability of training a row without its class.
-        dp: the constants of DP-SGD.
-        randomness: the run's secret streams.
-        how: see :class:`Computing`.
-
-    Nothing is padded: the processes meet once a step, however many records each has, none included.
+        dp, randomness: the constants of DP-SGD and the run's secret streams.
+        how: it is computed.
     """
 
     name = "private step"
@@ -246,13 +224,7 @@ class PrivateStep:
         return chosen, joined, sum(all_losses)
 
     def summed(self, engine: PerExampleGradients, loss: Callable[[slice], Tensor], examples: int) -> ClippedGradient:
-        """The sum over examples of their clipped gradients.
-
-        Args:
-            engine: see :meth:`engine`.
-            loss: for a slice of the examples, the loss of each of their rows.
-            examples: how many there are; 0 is legal.
-        """
+        """The sum of the clipped gradients of so many `examples`, 0 included; `loss` is of each row of a slice."""
         copies = self.dp.config.copies
         return self.mechanism.sum(engine, loss, examples, copies=copies, physical_batch=self.how.physical_batch)
 
@@ -306,14 +278,11 @@ def charge_ahead(ledger: Ledger, dp: DpSgd, step: int) -> None:
 
     Raises:
         BudgetExceeded: the block would exceed the target ε.
-        RunError: earlier steps were charged at another sampling rate or noise, so settings were changed in between
-            and steps that are charged already would not be the ones that are taken.
+        RunError: steps were charged at another sampling rate or noise, so they would not be the ones that are taken.
     """
-    c = dp.config
-    one = dp.mechanism(1)
-    for entry in _entries(ledger):
-        m = entry.mechanism
-        if m is not None and (m.sampling_rate, m.noise_multiplier) != (one.sampling_rate, one.noise_multiplier):
+    c, one = dp.config, dp.mechanism(1)
+    for m in charged_mechanisms(ledger):
+        if (m.sampling_rate, m.noise_multiplier) != (one.sampling_rate, one.noise_multiplier):
             raise RunError(
                 f"the ledger has DP-SGD steps at sampling rate {m.sampling_rate:.6g} and noise multiplier "
                 f"{m.noise_multiplier:.6g}, but the run would go on at {one.sampling_rate:.6g} and "
@@ -339,12 +308,13 @@ def charge_ahead(ledger: Ledger, dp: DpSgd, step: int) -> None:
 
 def charged_steps(ledger: Ledger) -> int:
     """DP-SGD steps that the ledger has."""
-    return sum(int(e.details["steps"]) for e in _entries(ledger))
+    return sum(int(e.details["steps"]) for e in ledger.entries if e.details.get("query") == QUERY)
 
 
 def charged_mechanisms(ledger: Ledger) -> list[Mechanism]:
     """What the ledger says that the DP-SGD steps of this run are."""
-    return [e.mechanism for e in _entries(ledger) if e.mechanism is not None]
+    entries = (e for e in ledger.entries if e.details.get("query") == QUERY)
+    return [e.mechanism for e in entries if e.mechanism is not None]
 
 
 def epsilon_so_far(ledger: Ledger, dp: DpSgd, step: int) -> float:
@@ -361,10 +331,6 @@ def epsilon_so_far(ledger: Ledger, dp: DpSgd, step: int) -> float:
     return epsilon([*others, charged], ledger.delta, group_size=ledger.group_size, whole=whole)
 
 
-def _entries(ledger: Ledger) -> list[LedgerEntry]:
-    return [e for e in ledger.entries if e.details.get("query") == QUERY]
-
-
 def train_private(
     phase: str,
     state: TrainState,
@@ -374,13 +340,11 @@ def train_private(
     *,
     with_epsilon: bool = True,
 ) -> Iterator[Step]:
-    """Go on from ``state.step`` to the end of the private phase, yielding after each step.
+    """Go on from ``state.step`` to the end of the private phase, yielding after each step; `ledger` is charged before.
 
     Args:
-        phase: name of the phase.
-        state: the network in training.
+        phase, state: name of the phase, and the network in training.
         take: the private step.
-        ledger: charged before the steps are taken.
         public: for a shared network, one PublicStep for each public stage: their steps are spread evenly between
             the private ones.
         with_epsilon: whether to compute ε so far, for the log.

@@ -48,7 +48,7 @@ class PublicImages:
         distinct: how many different images there are; they are kept in memory.  None: all are fresh.
         randomness: *public* streams, for the order.
         threads: that draw on a CPU.
-        share: which of the images of a batch are wanted; None: all.
+        share: the images of a batch that are wanted; None: all.
     """
 
     def __init__(
@@ -110,13 +110,11 @@ class PublicStep:
     """Takes one Adam step at a time on programmatic images.
 
     Args:
-        program: endless source of images.
+        program, offset: source of images, and the first of them to use, so that networks see different ones.
         levels: noise levels of the stage.
         config: batch, K, learning rate, warm-up.
         randomness: *public* streams; see :func:`public_randomness`.
-        offset: first image of the program to use, so that networks see different images.
-        workers: threads that share a batch; None: the calling one alone.
-        ranks: the processes that share a batch.
+        workers, ranks: threads (None: the calling one alone) and processes that share a batch.
         name: what the main process calls this step when it leads others.
         compute: precision; None: as PyTorch is set.
     """
@@ -133,20 +131,10 @@ class PublicStep:
         name: str = "public step",
         compute: Compute | None = None,
     ) -> None:
-        self.compute = compute
-        self.levels, self.config = levels, config
-        self.randomness, self.offset = randomness, offset
-        self.workers = workers or Workers(1)
-        self.ranks, self.name = ranks, name
-        self.images = PublicImages(
-            program,
-            config.batch,
-            offset,
-            config.distinct,
-            randomness,
-            self.workers.count,
-            ranks.share(config.batch),
-        )
+        self.levels, self.config, self.randomness, self.offset = levels, config, randomness, offset
+        self.workers, self.ranks, self.name, self.compute = workers or Workers(1), ranks, name, compute
+        share, threads = ranks.share(config.batch), self.workers.count
+        self.images = PublicImages(program, config.batch, offset, config.distinct, randomness, threads, share)
 
     def __call__(self, denoiser: NetworkDenoiser, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Take step number `step` (from 0) and return its loss."""
@@ -176,16 +164,14 @@ class PublicStep:
             whole = images.new_zeros(c.batch, *images.shape[1:])
             whole[mine] = images
             images = whole
-        images = to_float(images)
-        generator = torch.Generator().manual_seed(self.randomness.seed("augmentation", step, self.offset))
         batch = make_noisy(
-            images,
+            to_float(images),
             None,  # programmatic images have no class
             self.levels,
             copies=c.copies,
             num_classes=denoiser.num_classes,
             label_dropout=0.0,
-            generator=generator,
+            generator=torch.Generator().manual_seed(self.randomness.seed("augmentation", step, self.offset)),
         )
 
         def loss(part: slice) -> Tensor:
@@ -227,17 +213,8 @@ def public_step(
     """
     # Each network has its own images: a thousand million are more than any phase draws.
     offset = PUBLIC_INDEX[stage.name] * 10**9
-    return PublicStep(
-        program,
-        levels_of(config.network, stage),
-        config.public,
-        public_randomness(config),
-        offset,
-        workers,
-        ranks,
-        f"public step {stage.name}",
-        compute,
-    )
+    levels, name = levels_of(config.network, stage), f"public step {stage.name}"
+    return PublicStep(program, levels, config.public, public_randomness(config), offset, workers, ranks, name, compute)
 
 
 def train_public(phase: str, state: TrainState, take: PublicStep) -> Iterator[Step]:
@@ -248,10 +225,6 @@ def train_public(phase: str, state: TrainState, take: PublicStep) -> Iterator[St
         loss = take(state.module, optimizer, state.step)
         state.step += 1
         state.ema.update(state.module)
-        values = {
-            "loss": loss,
-            "batch": batch,
-            "images": batch * state.step,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-        }
+        values = {"loss": loss, "batch": batch, "images": batch * state.step}
+        values["learning_rate"] = optimizer.param_groups[0]["lr"]
         yield Step(phase, state.step, take.config.steps, values)

@@ -74,9 +74,8 @@ class Run:
     def create(cls, path: Path, config: Config) -> Run:
         """Make a run directory at `path`, which is absent or an empty folder, and hold its lock.
 
-        Everything is made in a hidden folder beside `path` and renamed onto it, so at any moment there is either no
-        run or a whole one, and of two processes that start at once one is refused: a folder that is not empty cannot
-        be renamed onto.
+        It is made in a hidden folder beside `path` and renamed onto it, so there is no run or a whole one, and of two
+        processes that start at once one is refused: a folder that is not empty cannot be renamed onto.
 
         Raises:
             RunError: there is something at `path` already, or it cannot be written.
@@ -178,24 +177,17 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run directory alone; contexts of one object nest.
-
-        Raises:
-            RunError: another process works on the run, or it cannot be written.
-        """
+        """Hold the run directory alone, as :meth:`open_for_writing` does; contexts of one object nest."""
         self.open_for_writing()
         with self._lock.held():
             yield
 
 
 class FolderLock:
-    """An exclusive lock on a folder (``flock``); the system frees it when the process ends, however it ends.
+    """An exclusive lock on the folder `whose` (``flock``); the system frees it when the process ends, however it ends.
 
-    :meth:`acquire` holds it until the outermost :meth:`held` context ends, or until the object does.
-
-    Args:
-        path: the lock file; made if it is missing, never removed.
-        whose: the folder, for messages.
+    :meth:`acquire` holds it until the outermost :meth:`held` context ends, or until the object does.  The lock file
+    `path` is made if it is missing, and never removed.
     """
 
     def __init__(self, path: Path, whose: Path) -> None:
@@ -204,7 +196,7 @@ class FolderLock:
         self._contexts = 0
 
     def acquire(self) -> bool:
-        """Take the lock; whether it had to be taken, because this object did not hold it already.
+        """Take the lock; False if this object held it already.
 
         Raises:
             RunError: another process holds it, the folder cannot be written, or its file system has no locks.
@@ -216,18 +208,17 @@ class FolderLock:
         except Timeout:
             raise RunError(f"another process is working on {self.whose}.  Wait for it or stop it first.") from None
         except OSError as error:
-            advice = {
-                errno.ENOSPC: "Free some space, then try again",
-                errno.EDQUOT: "Free some space, then try again",
-                errno.ENOLCK: "That file system has no locks: use a local disk, or a network disk that has some",
-                errno.ENOTSUP: "That file system has no locks: use a local disk, or a network disk that has some",
-            }.get(error.errno or 0, "Make it writable, or work on a copy that is")
+            advice = "Make it writable, or work on a copy that is"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                advice = "Free some space, then try again"
+            elif error.errno in (errno.ENOLCK, errno.ENOTSUP):
+                advice = "That file system has no locks: use a local disk, or a network disk that has some"
             raise RunError(f"{self.whose} cannot be written: {error.strerror}.  {advice}.") from None
         return True
 
     @contextlib.contextmanager
     def held(self) -> Iterator[bool]:
-        """Hold the lock; yields what :meth:`acquire` returns."""
+        """Hold the lock, in contexts that nest; yields what :meth:`acquire` returns."""
         fresh = self.acquire()
         self._contexts += 1
         try:

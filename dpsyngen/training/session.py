@@ -26,8 +26,6 @@ from dpsyngen.config import Config
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import write_text
 from dpsyngen.hardware import Compute
-from dpsyngen.privacy.accounting import Mechanism
-from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
@@ -50,8 +48,7 @@ class Session:
     Charge the ledger *before* a result is used.
 
     Args:
-        private: its private folder, which the caller has locked.
-        terms: what it may cost.
+        private, terms: its private folder, which the caller has locked, and what it may cost.
         later: files that are made after ``data.json``.
         again: what to advise where nothing can be continued.
 
@@ -77,10 +74,7 @@ class Session:
                     raise
             self.key_path.unlink()
         elif begun:
-            raise RunError(
-                f"{self.key_path} is missing: without it the run cannot be continued privately, as steps that are "
-                f"charged would get fresh noise.  Put it back from a backup, or {self.again}."
-            )
+            raise self._missing(self.key_path, "steps that are charged would get fresh noise")
         seed = terms.insecure_seed
         fresh = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
         fresh.save(self.key_path)
@@ -98,10 +92,7 @@ class Session:
                 )
             return ledger
         if any(p.exists() for p in (self.data_path, *self.later)):
-            raise RunError(
-                f"{self.ledger_path} is missing, though the run had begun: what it charged is no longer known.  Put it "
-                f"back from a backup, or {self.again}."
-            )
+            raise self._missing(self.ledger_path, "what was charged is no longer known")
         return Ledger.create(
             self.ledger_path,
             target_epsilon=terms.epsilon,
@@ -118,8 +109,7 @@ class Session:
         Args:
             fingerprint: of the images; only a keyed tag of it is written.
             settings: what decides the sums; JSON-able.
-            about: more facts to write down, such as calibrated noise, which another version of a library could compute
-                differently in the last digits.
+            about: more facts, such as calibrated noise, in which another version of a library could differ.
 
         Returns:
             `about`, as it was written down the first time.
@@ -131,10 +121,7 @@ class Session:
         known = pinned(self.data_path)
         if known is None:
             if self.ledger.mechanisms or self.ledger.non_private:
-                raise RunError(
-                    f"{self.data_path} is missing, though private steps were charged: nothing says any more that the "
-                    f"images are the same.  Put it back from a backup, or {self.again}."
-                )
+                raise self._missing(self.data_path, "nothing says any more that the images are the same")
             facts = {"fingerprint": tag, **about, "settings": settings}
             write_text(self.data_path, json.dumps(facts, indent=1) + "\n", 0o600)
             return about
@@ -153,14 +140,10 @@ class Session:
             )
         return {k: v for k, v in known.items() if k not in ("fingerprint", "settings")}
 
-    def reserve(self, budget: Budget | None, name: str, mechanisms: Sequence[Mechanism], fingerprint: str) -> None:
-        """Reserve the whole cost in the budget file, if there is one, under the ledger's name.
-
-        Raises:
-            BudgetExceeded, LedgerError: it does not fit, or the file is of other images.
-        """
-        if budget is not None:
-            budget.reserve(self.ledger.run, name, tuple(mechanisms), fingerprint)
+    def _missing(self, path: Path, so: str) -> RunError:
+        return RunError(
+            f"{path} is missing, though the run had begun: {so}.  Put it back from a backup, or {self.again}."
+        )
 
 
 def pinned(path: Path) -> dict[str, Any] | None:
@@ -173,14 +156,12 @@ def pinned(path: Path) -> dict[str, Any] | None:
         return None
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        noise, moments = float(about["noise_multiplier"]), about.get("moments")
-        moments = None if moments is None else [None if z is None else float(z) for z in moments]
-        settings = dict(about["settings"])
+        moments = about.get("moments")
         return about | {
             "fingerprint": str(about["fingerprint"]),
-            "noise_multiplier": noise,
-            "moments": moments,
-            "settings": settings,
+            "noise_multiplier": float(about["noise_multiplier"]),
+            "moments": None if moments is None else [None if z is None else float(z) for z in moments],
+            "settings": dict(about["settings"]),
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
@@ -245,22 +226,25 @@ class EngineSettings:
                     f"{path} cannot be read: {error}.  It holds how this machine computes: put it back from a backup "
                     "or, on the machine that the run was begun on, remove it to have that measured again."
                 ) from None
-            dp = _as_begun(path, config, dp, pins)
+            why = "Steps since the last checkpoint are taken again with the same noise, so their sums must round alike"
+            asked, run = config.compute.precision, path.parent.parent
+            if asked not in ("auto", pins.get("precision")):
+                raise RunError(
+                    f"compute.precision is {asked}, but {run} was begun in {pins.get('precision')}.  {why}.  Undo the "
+                    "change, or start a new run."
+                )
+            try:
+                dp = dp.pinned(pins)
+            except ConfigError as error:
+                raise RunError(f"{run} cannot be continued like this: {error}.  {why}.") from None
         choices = KernelChoices(measure=config.privacy.insecure_seed is None, chosen=kernels)
-        asked = config.private.physical_batch
-        return cls(path, found if asked is None else asked, choices, dp)
+        return cls(path, config.private.physical_batch or found, choices, dp)
 
     def save(self) -> None:
         """Write them down, if there is anything new."""
-        text = json.dumps(
-            {
-                "physical_batch": self.physical_batch,
-                "kernels": self.kernels.chosen,
-                "milliseconds": self.kernels.milliseconds,
-                "compute": self.compute.pins(),
-            },
-            indent=1,
-        )
+        kernels = {"kernels": self.kernels.chosen, "milliseconds": self.kernels.milliseconds}
+        facts = {"physical_batch": self.physical_batch, **kernels, "compute": self.compute.pins()}
+        text = json.dumps(facts, indent=1)
         if text != self._saved:
             write_text(self.path, text + "\n", 0o600)
             self._saved = text
@@ -273,17 +257,3 @@ def computed_with(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return pins if isinstance(pins, dict) else None
-
-
-def _as_begun(path: Path, config: Config, compute: Compute, pins: dict[str, Any]) -> Compute:
-    why = "Steps since the last checkpoint are taken again with the same noise, so their sums must round the same way"
-    asked, run = config.compute.precision, path.parent.parent
-    if asked not in ("auto", pins.get("precision")):
-        raise RunError(
-            f"compute.precision is {asked}, but {run} was begun in {pins.get('precision')}.  {why}.  Undo the change, "
-            "or start a new run."
-        )
-    try:
-        return compute.pinned(pins)
-    except ConfigError as error:
-        raise RunError(f"{run} cannot be continued like this: {error}.  {why}.") from None

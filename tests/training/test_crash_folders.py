@@ -78,7 +78,7 @@ def out(made, tmp_path) -> Path:
 
 
 CHARGED_AND_LOST = {
-    "randomness.json": "cannot be continued privately",
+    "randomness.json": "would get fresh noise",
     "ledger.jsonl": "is missing, though the run had begun|is gone",
     "ledger.jsonl.head": "missing or damaged",
     "data.json": "nothing says any more that the images are the same",
