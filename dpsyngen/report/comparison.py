@@ -117,21 +117,16 @@ def _measured(runs: tuple[JobResult, ...]) -> Iterator[tuple[str, str]]:
     found: dict[tuple[str, str], dict[str, None]] = {}
     for job in runs:
         for name, c in (job.evaluation.get("cas") or {}).items():
-            text = (
-                f"trained on {_count(c, 'n_train')} generated images, chosen on {_count(c, 'n_validation')} held-out "
-                f"generated ones, scored once on {_count(c, 'n_test')} real test images."
-            )
+            trained, chosen, scored = (c.get(key, "?") for key in ("n_train", "n_validation", "n_test"))
+            text = f"trained on {trained} generated images, chosen on {chosen} held-out generated ones, scored once on "
+            text += f"{scored} real test images."
             found.setdefault(("Classifiers", text), {})[ON_NAMES.get(name, name)] = None
         for name, f in (job.evaluation.get("features") or {}).items():
             few = "" if f.get("enough_images", True) else " (too few: the Fréchet distance is biased)"
-            text = f"{_count(f, 'generated_images')} generated images against {_count(f, 'real_images')} real training "
-            text += f"images{few}.  Floor: real test images in their place."
+            text = f"{f.get('generated_images', '?')} generated images against {f.get('real_images', '?')} real "
+            text += f"training images{few}.  Floor: real test images in their place."
             found.setdefault(("Features", text), {})[ON_NAMES.get(name, name)] = None
     yield from ((what, f"{', '.join(names)}: {text}") for (what, text), names in found.items())
-
-
-def _count(figures: dict[str, Any], name: str) -> str:
-    return f"{figures[name]:,}" if isinstance(figures.get(name), int) else "?"
 
 
 def _costs(results: Results, exp: Path) -> Table:
