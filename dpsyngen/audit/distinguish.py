@@ -30,8 +30,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpsyngen.audit.report import Finding, by_p_value
+from dpsyngen.audit.report import Bound, Finding, by_p_value
 from dpsyngen.errors import require
+from dpsyngen.evaluation.cas import clopper_pearson
 from dpsyngen.privacy.clipping import ClippedGradient
 
 _BACKGROUND = 6  # coordinates that the other records use
@@ -79,31 +80,31 @@ class StepGame:
         errors = self.false_alarms + self.misses
         # Clopper-Pearson bound on the mean error rate, one-sided, so twice the error; -2 Φ⁻¹(rate) turns it into μ,
         # of a group of G, and the smaller rate into the larger μ.
-        rates = _interval(errors, 2 * self.trials, 2 * (1 - self.confidence))
+        rates = clopper_pearson(errors, 2 * self.trials, 1 - 2 * (1 - self.confidence))
         self.mu_lower, upper = (max(-2 * float(norm.ppf(rate)), 0.0) / self.group for rate in reversed(rates))
         # For information: the noise over the claimed noise, if it is Gaussian.
         self.noise_ratio = [self.mu_claimed / mu if mu > 0 else math.inf for mu in (upper, self.mu_lower)]
         self.p_value = float(binom.cdf(errors, 2 * self.trials, norm.cdf(-self.group * self.mu_claimed / 2)))
 
-    def bound(self, delta: float) -> tuple[float, float, float]:
-        """Of one step without subsampling: lower bound on ε, claimed ε, δ."""
-        return gaussian_epsilon(self.mu_lower, delta), gaussian_epsilon(self.mu_claimed, delta), delta
-
-    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        return self.with_canary, self.without_canary
+    def bound(self, delta: float) -> Bound:
+        """On one step without subsampling."""
+        mus = self.mu_lower, self.mu_claimed
+        return Bound("one step, worst-case record", *(gaussian_epsilon(mu, delta) for mu in mus), delta)
 
     def to_dict(self, delta: float) -> dict[str, Any]:
-        lower, claimed, _ = self.bound(delta)
-        error = (1 - self.confidence) / 2  # of each of the two intervals, which hold together at the confidence
+        """For JSON: no infinities, no scores; ε at `delta`."""
+        bound = self.bound(delta)
+        each = (1 + self.confidence) / 2  # of the two intervals, which then hold together at the confidence
         return {
             "trials": self.trials,
             "group": self.group,
-            "false_alarm_rate": _interval(self.false_alarms, self.trials, error),
-            "miss_rate": _interval(self.misses, self.trials, error),
+            "slots": self.slots,
+            "false_alarm_rate": clopper_pearson(self.false_alarms, self.trials, each),
+            "miss_rate": clopper_pearson(self.misses, self.trials, each),
             "mu_lower": self.mu_lower,
             "mu_claimed": self.mu_claimed,
-            "epsilon_lower": lower,
-            "epsilon_claimed": claimed,
+            "epsilon_lower": bound.lower,
+            "epsilon_claimed": bound.claimed,
             "noise_ratio": [r if math.isfinite(r) else None for r in self.noise_ratio],
             "confidence": self.confidence,
         }
@@ -167,14 +168,6 @@ def play_step_game(
     return StepGame(scores[present], scores[~present], slots, group, z, confidence)
 
 
-def _interval(events: int, trials: int, error: float) -> tuple[float, float]:
-    """Clopper-Pearson interval of a probability, wrong with a chance of at most `error`, half of it on each side."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(events, trials).proportion_ci(1 - error, method="exact")
-    return float(low), float(high)
-
-
 def _records(
     module: Probe, present: NDArray[np.bool_], group: int, c: float, copies: int
 ) -> tuple[Callable[[slice], Tensor], int]:
@@ -194,17 +187,21 @@ def _records(
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """ε at δ of a μ-GDP mechanism: δ(ε) = Φ(-ε/μ + μ/2) - e^ε Φ(-ε/μ - μ/2) (Balle & Wang 2018, theorem 5)."""
-    from scipy.optimize import brentq
     from scipy.special import log_ndtr
 
     require(mu >= 0, "mu", mu, ">= 0")
     require(0 < delta < 1, "delta", delta, "in (0, 1)")
-    if mu == 0:
-        return 0.0
 
     def excess(epsilon: float) -> float:
         first, second = log_ndtr(-epsilon / mu + mu / 2), epsilon + log_ndtr(-epsilon / mu - mu / 2)
         return float(np.exp(first) * -np.expm1(min(second - first, 0.0)) - delta)
+
+    return 0.0 if mu == 0 else epsilon_where_zero(excess)
+
+
+def epsilon_where_zero(excess: Callable[[float], float]) -> float:
+    """The ε >= 0 at which a function that falls below 0 in the end does so; 0 if it starts there."""
+    from scipy.optimize import brentq
 
     if excess(0.0) <= 0:
         return 0.0

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,11 +152,25 @@ def _books(transcript: Transcript, claim: Claim) -> list[Finding]:
     ]
 
 
-def _chi_square(squares: float | NDArray[np.float64], freedom: int | NDArray[np.int64]) -> NDArray[np.float64]:
+def _two_sided(lower: Any, upper: Any) -> Any:
+    """Two-sided p-values from both tails: twice the smaller one."""
+    return np.minimum(1.0, 2 * np.minimum(lower, upper))
+
+
+def _chi_square(squares: Any, freedom: Any) -> Any:
     """Two-sided p-values of sums of squares of standard normal variables."""
     from scipy.stats import chi2
 
-    return np.minimum(1.0, 2 * np.minimum(chi2.cdf(squares, freedom), chi2.sf(squares, freedom)))
+    return _two_sided(chi2.cdf(squares, freedom), chi2.sf(squares, freedom))
+
+
+def _binomial(name: str, statistic: str, null: str, count: int, trials: int, rate: float) -> Finding:
+    """Whether a count is Binomial(trials, rate), two-sided."""
+    from scipy.stats import binom
+
+    return by_p_value(
+        name, statistic, null, float(_two_sided(binom.cdf(count, trials, rate), binom.sf(count - 1, trials, rate)))
+    )
 
 
 def _smallest(p_values: NDArray[np.float64]) -> tuple[int, float]:
@@ -262,32 +277,34 @@ def _repeats(transcript: Transcript, claim: Claim) -> list[Finding]:
 
 def check_sizes(sizes: NDArray[np.int64], records: int, rate: float) -> list[Finding]:
     """Whether the batch sizes [T] are those of Poisson sampling from the records present at rate q, in (0, 1]."""
-    from scipy.stats import binom
-
     steps, total = len(sizes), int(sizes.sum())
-    mean = records * rate
-    spread, p_spread = _dispersion(sizes, records, rate)
     empty, chance = int((sizes == 0).sum()), float((1 - rate) ** records)
     return [
-        by_p_value(
+        _binomial(
             "records are included at the claimed rate",
             f"{total} inclusions in {steps} steps: rate {total / max(steps * records, 1):.5g}",
             f"Binomial({steps * records}, {rate:.5g})",
-            _two_sided(binom.cdf(total, steps * records, rate), binom.sf(total - 1, steps * records, rate)),
+            total,
+            steps * records,
+            rate,
         ),
-        by_p_value(
-            "batch sizes vary as Poisson sampling says",
-            f"mean squared deviation {spread:.4g}",
-            f"that of {steps} draws of Binomial({records}, {rate:.5g}), {mean * (1 - rate):.4g} on average",
-            p_spread,
-        ),
-        by_p_value(
+        _spread("batch sizes vary as Poisson sampling says", sizes, records, rate),
+        _binomial(
             "empty batches occur and are steps",
             f"{empty} empty of {steps}",
             f"Binomial({steps}, {chance:.3g}); none has probability {(1 - chance) ** steps:.2g}",
-            _two_sided(binom.cdf(empty, steps, chance), binom.sf(empty - 1, steps, chance)),
+            empty,
+            steps,
+            chance,
         ),
     ]
+
+
+def _spread(name: str, values: NDArray[np.int64], trials: int, rate: float) -> Finding:
+    """Whether values vary as draws of Binomial(trials, rate) do."""
+    spread, p = _dispersion(values, trials, rate)
+    null = f"that of {len(values)} draws of Binomial({trials}, {rate:.5g}), {trials * rate * (1 - rate):.4g} on average"
+    return by_p_value(name, f"mean squared deviation {spread:.4g}", null, p)
 
 
 def check_batches(batches: Sequence[NDArray[np.int64]], records: int, rate: float) -> list[Finding]:
@@ -297,14 +314,7 @@ def check_batches(batches: Sequence[NDArray[np.int64]], records: int, rate: floa
     for t, batch in enumerate(batches):
         inside[t, batch] = True
     sizes = inside.sum(1)
-    spread, p_spread = _dispersion(inside.sum(0), steps, rate)
-    mean = steps * rate
-    used = by_p_value(
-        "how often a record is used varies as Poisson sampling says",
-        f"mean squared deviation {spread:.4g}",
-        f"that of {records} draws of Binomial({steps}, {rate:.5g}), {mean * (1 - rate):.4g} on average",
-        p_spread,
-    )
+    used = _spread("how often a record is used varies as Poisson sampling says", inside.sum(0), steps, rate)
     findings = [*check_sizes(sizes, records, rate), used]
     if steps >= 2 and rate < 1:
         findings += _overlaps(inside, sizes, records)
@@ -330,7 +340,7 @@ def _overlaps(inside: NDArray[np.bool_], sizes: NDArray[np.int64], records: int)
             "successive batches are independent",
             f"{successive} records in a batch and the next",
             "sum of hypergeometric variables, exactly, given the sizes of the batches",
-            _two_sided(float(total[: successive + 1].sum()), float(total[successive:].sum())),
+            float(_two_sided(total[: successive + 1].sum(), total[successive:].sum())),
         ),
         by_p_value(
             "no batch repeats an earlier one",
@@ -340,11 +350,6 @@ def _overlaps(inside: NDArray[np.bool_], sizes: NDArray[np.int64], records: int)
             float(upper[worst]) * len(upper),
         ),
     ]
-
-
-def _two_sided(lower: float, upper: float) -> float:
-    """Twice the smaller tail."""
-    return min(1.0, 2 * min(float(lower), float(upper)))
 
 
 def _dispersion(values: NDArray[np.int64], trials: int, rate: float) -> tuple[float, float]:
@@ -373,4 +378,4 @@ def _dispersion(values: NDArray[np.int64], trials: int, rate: float) -> tuple[fl
     figure = float(((values - mean) ** 2).mean())
     if observed >= size:
         return figure, 0.0
-    return figure, _two_sided(total[: observed + 1].sum(), total[observed:].sum())
+    return figure, float(_two_sided(total[: observed + 1].sum(), total[observed:].sum()))

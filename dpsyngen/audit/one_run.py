@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpsyngen.audit.distinguish import epsilon_where_zero
 from dpsyngen.audit.invariants import Transcript
 from dpsyngen.audit.report import Finding, by_p_value
 from dpsyngen.config import Config
@@ -31,8 +32,6 @@ from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss
 from dpsyngen.errors import require
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.training.private import StepRecord
-
-_LARGEST = 200.0  # ε beyond which no bound is looked for
 
 
 def one_run_p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
@@ -56,24 +55,10 @@ def one_run_p_value(correct: int, guesses: int, canaries: int, epsilon: float, d
 def one_run_epsilon(correct: int, guesses: int, canaries: int, delta: float, confidence: float) -> float:
     """Lower bound on ε at `delta`: with probability `confidence` at least, training is not (less than this, δ)-DP.
 
-    The ε that are refuted are all those below the bound, so it is found by bisection.
+    The ε that are refuted are all those below the bound.
     """
     require(0 < confidence < 1, "confidence", confidence, "in (0, 1)")
-
-    def refuted(epsilon: float) -> bool:
-        return one_run_p_value(correct, guesses, canaries, epsilon, delta) <= 1 - confidence
-
-    if not refuted(0.0):
-        return 0.0
-    low, high = 0.0, 1.0
-    while refuted(high):
-        low, high = high, 2 * high
-        if high > _LARGEST:
-            return low
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if refuted(middle) else (low, middle)
-    return low
+    return epsilon_where_zero(lambda e: 1 - confidence - one_run_p_value(correct, guesses, canaries, e, delta))
 
 
 def guess(scores: NDArray[np.float64], guesses: int) -> NDArray[np.int64]:
@@ -133,14 +118,8 @@ class OneRun:
         self.epsilon_lower = one_run_epsilon(*found, self.delta, self.confidence)
         self.p_value = one_run_p_value(*found, self.epsilon_claimed, self.delta)
 
-    def bound(self, delta: float) -> tuple[float, float, float]:
-        """Lower bound on ε, claimed ε, and the δ of both, which is the attack's own."""
-        return self.epsilon_lower, self.epsilon_claimed, self.delta
-
-    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        return self.seen[self.inside], self.seen[~self.inside]
-
-    def to_dict(self, delta: float) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: no scores."""
         names = ("canaries", "guesses", "correct", "delta", "epsilon_lower", "epsilon_claimed", "confidence")
         return {name: getattr(self, name) for name in names}
 

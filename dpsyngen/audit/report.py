@@ -1,21 +1,13 @@
-"""What an audit found: a finding for each property, lower bounds on ε, for a program, a person and a picture."""
+"""What an audit found: a finding for each property and lower bounds on ε, for a program and for a person."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from dpsyngen.errors import require
-from dpsyngen.files import write_text
-
-_COLOURS = {"public": "#2a9d8f", "private": "#d1495b"}
 
 
 @dataclass(frozen=True)
@@ -50,17 +42,14 @@ def decide(findings: Iterable[Finding], error: float) -> list[Finding]:
     return [f if f.p_value is None else replace(f, level=level, passed=f.p_value >= level) for f in findings]
 
 
-class Attack(Protocol):
-    """An attack with a lower bound on ε."""
+@dataclass(frozen=True)
+class Bound:
+    """What an attack showed: training is not (ε, `delta`)-DP for any ε below `lower`, where `claimed` is claimed."""
 
-    def bound(self, delta: float) -> tuple[float, float, float]:
-        """Lower bound on ε, the claimed ε, and the δ of both: the given one, or the attack's own."""
-
-    def scores(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What the attacker saw with the record and without it."""
-
-    def to_dict(self, delta: float) -> dict[str, Any]:
-        """For JSON: no infinities, no scores."""
+    attack: str
+    lower: float
+    claimed: float
+    delta: float
 
 
 @dataclass
@@ -73,8 +62,9 @@ class AuditReport:
     confidence: float  # with which a correct installation passes everything, at least; and of each lower bound
     parts: dict[str, list[Finding]] = field(default_factory=dict)  # by what was audited
     notes: list[str] = field(default_factory=list)  # what a reader must know, such as why something was left out
-    step_game: Attack | None = None
-    one_runs: dict[str, Attack] = field(default_factory=dict)  # by the network of the short training
+    bounds: list[Bound] = field(default_factory=list)  # of each attack
+    step: dict[str, Any] | None = None  # the figures of the step-level game
+    one_run: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the one-run audits, by network
     seconds: float = 0.0
 
     @property
@@ -99,23 +89,15 @@ class AuditReport:
             "notes": self.notes,
             "findings": [{"part": part, **asdict(f)} for part, of in self.parts.items() for f in of],
         }
-        if self.step_game is not None:
-            out["step"] = self.step_game.to_dict(self.delta)
-        return out | {"one_run": {name: attack.to_dict(self.delta) for name, attack in self.one_runs.items()}}
-
-    def bounds(self) -> list[tuple[str, float, float, float]]:
-        """(what, lower bound on ε, claimed ε, δ) of each attack."""
-        named = [("one step, worst-case record", self.step_game)] if self.step_game is not None else []
-        named += [(f"training, {name}", attack) for name, attack in self.one_runs.items()]
-        return [(name, *attack.bound(self.delta)) for name, attack in named]
+        return out | ({} if self.step is None else {"step": self.step}) | {"one_run": self.one_run}
 
     def lines(self) -> Iterator[str]:
         """The table that the command line prints."""
-        if self.bounds():
+        if self.bounds:
             yield f"{'attack':<44} {'lower bound':>12}    {'claimed':>9}   δ"
-            for what, lower, claimed, delta in self.bounds():
-                sign = "≤" if lower <= claimed else ">"
-                yield f"{what:<44} ε ≥ {lower:>8.4f}  {sign} {claimed:>9.4f}   {delta:.3g}"
+            for b in self.bounds:
+                sign = "≤" if b.lower <= b.claimed else ">"
+                yield f"{b.attack:<44} ε ≥ {b.lower:>8.4f}  {sign} {b.claimed:>9.4f}   {b.delta:.3g}"
             yield ""
         for part, findings in self.parts.items():
             yield part
@@ -144,46 +126,3 @@ class AuditReport:
             if all(f.p_value is not None for _, f in self.failures)
             else "This is not chance: do not release the run."
         )
-
-
-def write_audit_plot(report: AuditReport, path: Path) -> None:
-    """Draw the attacks of an audit, at least one, as SVG; the file is private."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    attacks = {"one step": report.step_game} if report.step_game is not None else {}
-    attacks |= report.one_runs
-    buffer = io.StringIO()
-    with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(4.2 * (1 + len(attacks)), 3.4), layout="tight")
-        first, *panels = np.atleast_1d(figure.subplots(1, 1 + len(attacks)))
-        _bounds(first, report)
-        for panel, (name, attack) in zip(panels, attacks.items(), strict=True):
-            _curve(panel, name, *attack.scores())
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_text(path, buffer.getvalue(), 0o600)
-
-
-def _bounds(panel: Any, report: AuditReport) -> None:
-    bounds = report.bounds()
-    places = np.arange(len(bounds))[::-1]
-    for place, (_, lower, claimed, _) in zip(places, bounds, strict=True):
-        panel.barh(place, lower, height=0.5, color=_COLOURS["public" if lower <= claimed else "private"])
-        panel.plot([claimed, claimed], [place - 0.4, place + 0.4], color="#333", lw=2)
-        panel.text(max(lower, claimed), place, f"  {lower:.2f}", va="center")
-    panel.set_yticks(places, [what.replace(", ", ",\n") for what, *_ in bounds])
-    label = f"ε: lower bound at confidence {report.confidence:g} (bar), claimed (line)"
-    panel.set(xlim=(0, 1.25 * max(claimed for _, _, claimed, _ in bounds)), xlabel=label)
-
-
-def _curve(panel: Any, name: str, with_it: NDArray[np.float64], without: NDArray[np.float64]) -> None:
-    """Receiver operating characteristic, on logarithmic axes where attacks matter."""
-    thresholds = np.sort(np.concatenate([with_it, without]))
-    caught = 1 - np.searchsorted(np.sort(with_it), thresholds, side="right") / len(with_it)
-    alarms = 1 - np.searchsorted(np.sort(without), thresholds, side="right") / len(without)
-    panel.plot(alarms, caught, color=_COLOURS["private"], lw=1.5)
-    low = 1 / len(without)
-    diagonal = np.geomspace(low, 1, 50)
-    panel.plot(diagonal, diagonal, color="#999", lw=1, ls="--")
-    panel.set(xscale="log", yscale="log", xlim=(low, 1), ylim=(low, 1.05))
-    panel.set(title=name, xlabel="false alarms", ylabel="records recognised")

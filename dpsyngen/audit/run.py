@@ -16,7 +16,7 @@ import numpy as np
 from dpsyngen.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, train_canaries
 from dpsyngen.audit.invariants import check_sizes, check_transcript
 from dpsyngen.audit.one_run import LARGEST
-from dpsyngen.audit.report import AuditReport, Finding, decide, exact
+from dpsyngen.audit.report import AuditReport, Bound, Finding, decide, exact
 from dpsyngen.audit.sensitivity import ClippingAudit, audit_noise
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import RunError, require
@@ -132,8 +132,9 @@ def _audit_mechanism(
     noise = {m.noise_multiplier for m in charged_mechanisms(ledger)}
     m = DpSgd(shape.records, min(noise), config.privacy.clipping_norm, config.private)
     tell("telling a step with a worst-case record from one without")
-    report.step_game = game = audit_noise(config, m, trials=effort.trials, confidence=report.confidence)
-    report.parts[STEP] = [game.finding]
+    game = audit_noise(config, m, trials=effort.trials, confidence=report.confidence)
+    report.parts[STEP], report.bounds = [game.finding], [game.bound(report.delta)]
+    report.step = game.to_dict(report.delta)
     tell("clipping hostile images")
     moments = stages_of(config).moments
     gaussian = load_gaussian(run.weights(GAUSSIAN), shape).to(device) if moments else None  # released: costs nothing
@@ -158,7 +159,9 @@ def _audit_mechanism(
             report.parts[name] = check_transcript(done.transcript, done.claim)
             if done.one_run is not None:
                 report.parts[name].append(done.one_run.finding)
-                report.one_runs["the run's network" if name == NETWORK else "lookup network"] = done.one_run
+                network, o = "the run's network" if name == NETWORK else "lookup network", done.one_run
+                report.bounds.append(Bound(f"training, {network}", o.epsilon_lower, o.epsilon_claimed, o.delta))
+                report.one_run[network] = o.to_dict()
 
 
 def _shape(run: Run) -> Shape:

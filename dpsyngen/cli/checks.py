@@ -149,7 +149,6 @@ def audit(
     from dpsyngen.console import Console
 
     console = Console(quiet, as_json)
-    from dpsyngen.audit.report import write_audit_plot
     from dpsyngen.audit.run import FULL, QUICK, audit_run
     from dpsyngen.hardware import check_device
     from dpsyngen.training.run import Run
@@ -160,8 +159,6 @@ def audit(
     opened.require_complete()
     with opened.lock():
         report = audit_run(opened, effort=effort, confidence=confidence, device=device, on_progress=console.note)
-        if report.bounds():
-            write_audit_plot(report, folder / "audit.svg")
     console.result(report.to_dict() | {"folder": folder}, [*report.lines(), f"PRIVATE: the details are in {folder}"])
     if not report.passed:
         raise typer.Exit(CONTRADICTED)
