@@ -381,27 +381,29 @@ def validate(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(_sections(values, "the configuration"))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error, Config)) from None
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Every problem of settings (the first 20) with its place, what was given, and what is allowed."""
     lines = []
     problems = error.errors()
     for problem in problems[:_MOST_PROBLEMS]:
         place = printable(".".join(str(p) for p in problem["loc"]), 200)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{place}: there is no such setting{_did_you_mean(problem['loc'])}")
+            lines.append(f"{place}: there is no such setting{_did_you_mean(problem['loc'], model)}")
         elif place:
-            lines.append(f"{place} is {shown(problem['input'])}: {message[0].lower() + message[1:]}")
+            # Of a whole section the values say nothing.
+            given = "" if isinstance(problem["input"], dict | BaseModel) else f" is {shown(problem['input'])}"
+            lines.append(f"{place}{given}: {message[0].lower() + message[1:]}")
         else:
             lines.append(message)
     more = f"; and {len(problems) - len(lines)} more" if len(problems) > len(lines) else ""
     return "; ".join(lines) + more + "."
 
 
-def _did_you_mean(location: tuple[int | str, ...]) -> str:
-    section: Any = Config
+def _did_you_mean(location: tuple[int | str, ...], section: Any) -> str:
     for part in location[:-1]:
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
         section = field.annotation if field else None

@@ -1,8 +1,8 @@
 """The assembly: images → plan → training → release → Generator.
 
-This is the one path to a trained generator.  The command line, :meth:`Generator.fit`, :func:`train` and all processes
-of torchrun take it; they differ in where the settings come from and in what they do with events.  Experiments begin and
-resume their runs here, and take the steps themselves, since they share public networks between phases.
+This is the one path to a trained generator.  The command line, :meth:`Generator.fit`, :func:`train`, the runs of an
+experiment and all processes of torchrun take it; they differ in where the settings come from and in what they do with
+events.
 """
 
 from __future__ import annotations

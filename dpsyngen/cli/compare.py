@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,6 @@ from dpsyngen.errors import ConfigError, DataError, require
 if TYPE_CHECKING:
     from dpsyngen.console import Console
     from dpsyngen.distributed import Ranks
-    from dpsyngen.experiments.cost import PrivacyCost
     from dpsyngen.experiments.experiment import Experiment, Status
     from dpsyngen.experiments.spec import Job, Spec
     from dpsyngen.training.plan import Shape
@@ -42,6 +40,7 @@ def compare(
     """Compare variants, ε and settings: a grid of runs with seeds, measured alike, with tables and a report."""
     from dpsyngen.console import Console
     from dpsyngen.distributed import END, device_of, joined, numbers
+    from dpsyngen.experiments.experiment import Experiment
     from dpsyngen.hardware import check_device
 
     console = Console(quiet, as_json)
@@ -49,7 +48,7 @@ def compare(
     require(gpu_teraflops is None or 0 < gpu_teraflops < 1e6, "--gpu-teraflops", gpu_teraflops, "above 0")
     if numbers()[1] > 1 and processes != 1:
         raise ConfigError("--processes does not go with torchrun, which starts the processes itself.")
-    experiment: Experiment | None = None
+    experiment = None
     with joined() as ranks:
         if ranks.main:
             with ranks.leading():
@@ -68,7 +67,12 @@ def compare(
         else:
             console, device = Console(quiet=True), device_of(device, ranks)
             while (command := ranks.next_command()).name != END:
-                experiment = ranks.agree(partial(_opened, command.values["folder"], device))
+
+                def opened(folder: Path = command.values["folder"]) -> Experiment:
+                    check_device(device)
+                    return Experiment(folder)
+
+                experiment = ranks.agree(opened)
     # From here on they meet in the experiment's folder only: no job has to wait for another.
     if experiment is None:
         return
@@ -76,15 +80,6 @@ def compare(
         _work(console, experiment, processes, device, retry, ranks)
     if ranks.main:
         _finish(console, experiment)
-
-
-def _opened(folder: Path, device: str) -> Experiment:
-    """In a follower: the experiment that the main process has made."""
-    from dpsyngen.experiments.experiment import Experiment
-    from dpsyngen.hardware import check_device
-
-    check_device(device)
-    return Experiment(folder)
 
 
 def _spec(given: str, out: Path | None, data: str | None, test: str | None) -> tuple[Spec, Path | None]:
@@ -147,39 +142,36 @@ def _work(console: Console, experiment: Experiment, processes: int, device: str,
     """Do all jobs, or as many as there is time for."""
     from dpsyngen.experiments import pool
 
-    total = len(experiment.jobs)
-    done = sum(s.state == "done" for s in experiment.statuses().values())
-    with console.progress("jobs", total, "jobs", start=done) as progress:
-        if processes > 1:
+    statuses = experiment.statuses()
+    with console.progress("jobs", len(statuses), "jobs", start=_over(statuses)) as progress:
 
-            def watch(statuses: dict[str, Status]) -> None:
-                progress.update(_finished(statuses), _running(statuses))
-
-            pool.processes(experiment, processes, device, retry=retry, watch=watch)
-            return
-        finished = done
+        def watch(statuses: dict[str, Status]) -> None:
+            running = ((name, s) for name, s in statuses.items() if s.state == "running")
+            progress.update(_over(statuses), "; ".join(_doing(n, s.doing, s.done, s.total) for n, s in running))
 
         def tell(job: Job, doing: str, at: int, of: int) -> None:
-            nonlocal finished
+            nonlocal statuses
             if doing.startswith("training") and at == 1:
-                finished = _finished(experiment.statuses())
-            progress.update(finished, f"{job.name}: {doing}{f' {at:,}/{of:,}' if of else ''}")
+                statuses = experiment.statuses()
+            progress.update(_over(statuses), _doing(job.name, doing, at, of))
 
+        if processes > 1:
+            pool.processes(experiment, processes, device, retry=retry, watch=watch)
+            return
         complete = pool.work(experiment, device, retry=retry, tell=tell)
         if ranks.main and not ranks.alone and complete:
             # The others may still be at theirs.
             while any(s.state in ("running", "waiting") for s in experiment.statuses().values()):
                 time.sleep(2)
-        progress.update(_finished(experiment.statuses()))
+        progress.update(_over(experiment.statuses()))
 
 
-def _finished(statuses: dict[str, Status]) -> int:
+def _over(statuses: dict[str, Status]) -> int:
     return sum(s.state in ("done", "failed") for s in statuses.values())
 
 
-def _running(statuses: dict[str, Status]) -> str:
-    running = {name: s for name, s in statuses.items() if s.state == "running"}
-    return "; ".join(f"{n}: {s.doing}{f' {s.done:,}/{s.total:,}' if s.total else ''}" for n, s in running.items())
+def _doing(job: str, what: str, done: int, total: int) -> str:
+    return f"{job}: {what}{f' {done:,}/{total:,}' if total else ''}"
 
 
 def _finish(console: Console, experiment: Experiment) -> None:
@@ -221,60 +213,60 @@ def _finish(console: Console, experiment: Experiment) -> None:
 
 
 def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, teraflops: float | None) -> None:
+    from dpsyngen.config import with_batch
     from dpsyngen.experiments.cost import GPU_TERAFLOPS, estimate, hours, privacy_cost
     from dpsyngen.experiments.experiment import Experiment
     from dpsyngen.experiments.spec import jobs_of
 
-    jobs = jobs_of(spec)
-    shape = _shape(spec, without_images=True)
+    jobs, shape = jobs_of(spec), _shape(spec, without_images=True)
     cost = privacy_cost(spec, jobs, shape, out)
     console.note("measuring a few steps of each kind …")
     left = jobs
     if out is not None and (out / "experiment.json").exists():
-        states = Experiment(out).statuses()
-        left = tuple(job for job in jobs if job.name not in states or states[job.name].state != "done")
+        done = {name for name, status in Experiment(out).statuses().items() if status.state == "done"}
+        left = tuple(job for job in jobs if job.name not in done)
     found = estimate(spec, left, shape, device)
-    lines = _lines(spec, jobs, left, shape, cost)
     rate = teraflops or GPU_TERAFLOPS
     core, share = ("core-", f"; {os.cpu_count() or 1} cores here") if device == "cpu" else ("", "")
     parts = ", ".join(f"{k} {hours(getattr(found, k), core)}" for k in ("public", "private", "sampling", "evaluation"))
-    flops = found.public_flops + found.private_flops
-    lines += [
-        f"time         about {hours(found.total, core)} ({parts}; references not counted), from steps measured on "
-        f"{device}{share}",
-        f"GPU          about {found.gpu_hours(rate):.3g} GPU-hours for {flops:.2g} floating-point operations of "
-        f"training, if a GPU sustains {rate:g} teraflops (an assumption; --gpu-teraflops)",
+    g, cases = spec.grid, [c.label or "(plain)" for c in spec.grid.cases]
+    rows = [
+        ("experiment", spec.name),
+        (
+            "data",
+            f"{spec.data.train}: {shape.records:,} images {shape.channels}x{shape.resolution}x{shape.resolution}, "
+            f"{shape.num_classes or 'no'} classes; test {spec.data.test or 'none'}",
+        ),
+        (
+            "grid",
+            f"{', '.join(g.variant)} × ε {', '.join(f'{e:g}' for e in g.epsilon)} × seeds "
+            f"{', '.join(map(str, g.seeds))}; axes {', '.join(g.axes) or 'none'}; cases {', '.join(cases)}",
+        ),
+        ("jobs", f"{_count(jobs)}, {len(jobs) - len(left):,} of them done"),
     ]
-    limit = spec.cost.hours
-    if limit is not None and found.total > 3600 * limit:
-        lines.append(f"BEYOND       cost.hours = {limit:g}: no run is started after that")
-    document: dict[str, Any] = {"name": spec.name, "privacy": cost.to_dict()}
-    document |= {"jobs": [job.name for job in jobs], "left": [job.name for job in left]}
-    document["estimate"] = found.to_dict() | {"gpu_hours": found.gpu_hours(rate), "gpu_teraflops_assumed": rate}
-    console.result(document, lines)
-
-
-def _lines(spec: Spec, jobs: Any, left: Any, shape: Shape, cost: PrivacyCost) -> list[str]:
-    from dpsyngen.config import with_batch
-
-    g, names, cases = spec.grid, list(spec.grid.axes) or ["none"], [c.label or "(plain)" for c in spec.grid.cases]
-    size = f"{shape.channels}x{shape.resolution}x{shape.resolution}"
     first = next((job.config for job in jobs if job.config is not None), None)
-    lines = [
-        f"experiment   {spec.name}",
-        f"data         {spec.data.train}: {shape.records:,} images {size}, {shape.num_classes or 'no'} classes; "
-        f"test {spec.data.test or 'none'}",
-        f"grid         {', '.join(g.variant)} × ε {', '.join(f'{e:g}' for e in g.epsilon)} × seeds "
-        f"{', '.join(map(str, g.seeds))}; axes {', '.join(names)}; cases {', '.join(cases)}",
-        f"jobs         {_count(jobs)}, {len(jobs) - len(left):,} of them done",
-    ]
     if first is not None:
         p = with_batch(first, shape.records).private
-        lines.append(
-            f"a run        preset {spec.preset}: network {first.network.size}, {p.steps:,} DP-SGD steps of batch "
-            f"{p.batch:,} (K = {p.copies}), {first.public.steps:,} public steps for each public network"
-        )
-    lines.append(f"privacy      {cost.note()}")
+        steps = f"{p.steps:,} DP-SGD steps of batch {p.batch:,} (K = {p.copies})"
+        public = f"{first.public.steps:,} public steps for each public network"
+        rows.append(("a run", f"preset {spec.preset}: network {first.network.size}, {steps}, {public}"))
+    rows.append(("privacy", cost.note()))
     if cost.limit is not None:
-        lines.append(f"             within cost.total_epsilon = {cost.limit:g}")
-    return lines
+        rows.append(("", f"within cost.total_epsilon = {cost.limit:g}"))
+    rows += [
+        (
+            "time",
+            f"about {hours(found.total, core)} ({parts}; references not counted), from steps measured on "
+            f"{device}{share}",
+        ),
+        (
+            "GPU",
+            f"about {found.gpu_hours(rate):.3g} GPU-hours for {found.flops:.2g} floating-point operations of training, "
+            f"if a GPU sustains {rate:g} teraflops (an assumption; --gpu-teraflops)",
+        ),
+    ]
+    if spec.cost.hours is not None and found.total > 3600 * spec.cost.hours:
+        rows.append(("BEYOND", f"cost.hours = {spec.cost.hours:g}: no run is started after that"))
+    document: dict[str, Any] = {"name": spec.name, "privacy": cost.to_dict(), "estimate": found.to_dict(rate)}
+    document |= {"jobs": [job.name for job in jobs], "left": [job.name for job in left]}
+    console.result(document, [f"{what:<12} {text}" for what, text in rows])

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpsyngen import fit as api
-from dpsyngen.config import Config, validate, with_batch
+from dpsyngen import fit
+from dpsyngen.config import Config, merge_settings, validate, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
@@ -33,12 +34,13 @@ from dpsyngen.evaluation.cas import HELD_OUT, default_epochs
 from dpsyngen.experiments.experiment import networks_of
 from dpsyngen.experiments.spec import Job, Spec
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.privacy.accounting import Mechanism, default_delta, epsilon, merge
+from dpsyngen.privacy.accounting import default_delta, epsilon, merge
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger, check_affordable
+from dpsyngen.training.log import Event, Step
 from dpsyngen.training.moments import MOMENTS
 from dpsyngen.training.networks import make_denoiser
-from dpsyngen.training.plan import Shape, make_plan, stages_of
+from dpsyngen.training.plan import Plan, Shape, make_plan, stages_of
 
 GPU_TERAFLOPS = 3.0
 """Sustained rate that GPU-hours assume, in 10^12 floating-point operations a second.
@@ -118,13 +120,14 @@ def privacy_cost(spec: Spec, jobs: Sequence[Job], shape: Shape, out: Path | None
         BudgetExceeded: all together cost more than ``cost.total_epsilon``.
     """
     configs = [job.config for job in jobs if job.config is not None]
-    plans = [p for p in _plans(configs, shape) if all(m.noise_multiplier > 0 for m in p[0])]
-    earlier = [] if out is None else _earlier(out, {job.name for job in jobs})
-    deltas = [*(delta for _, delta in plans), *(ledger.delta for ledger in earlier)]
-    delta = spec.cost.delta or min(deltas, default=default_delta(shape.records))
+    plans = [plan for plan in _plans(configs, shape) if all(m.noise_multiplier > 0 for m in plan.mechanisms)]
+    names = {job.name for job in jobs}
+    paths = [] if out is None else sorted((out / "runs").glob("*/private/ledger.jsonl"))
+    earlier = [Ledger(path) for path in paths if path.parts[-3] not in names]
+    charged: list[Plan | Ledger] = [*plans, *earlier]
+    delta = spec.cost.delta or min((each.delta for each in charged), default=default_delta(shape.records))
     group = max([1, *(c.privacy.group_size for c in configs), *(ledger.group_size for ledger in earlier)])
-    done = [m for ledger in earlier for m in ledger.mechanisms]
-    mechanisms = merge([*(m for own, _ in plans for m in own), *done])
+    mechanisms = merge([m for each in charged for m in each.mechanisms])
     total = epsilon(mechanisms, delta, group_size=group) if mechanisms else 0.0
     if any(ledger.non_private or not ledger.secure for ledger in earlier):
         total = math.inf
@@ -140,12 +143,6 @@ def privacy_cost(spec: Spec, jobs: Sequence[Job], shape: Shape, out: Path | None
     )
 
 
-def _earlier(out: Path, known: set[str]) -> list[Ledger]:
-    """Ledgers of runs in the folder that are none of the jobs."""
-    paths = (p / "private" / "ledger.jsonl" for p in sorted((out / "runs").glob("*")) if p.name not in known)
-    return [Ledger(p) for p in paths if p.exists()]
-
-
 def require_budget(spec: Spec, new: Sequence[Job], shape: Shape) -> None:
     """Refuse an experiment whose runs do not all fit into the budget file, rather than run some of them.
 
@@ -159,7 +156,7 @@ def require_budget(spec: Spec, new: Sequence[Job], shape: Shape) -> None:
     budget = Budget(Path(spec.cost.budget_file))
     plans = _plans([job.config for job in new if job.config is not None], shape)
     check_affordable(
-        (*budget.mechanisms(), *(m for own, _ in plans for m in own)),
+        (*budget.mechanisms(), *(m for plan in plans for m in plan.mechanisms)),
         budget.epsilon_limit,
         budget.delta,
         budget.group_size,
@@ -167,20 +164,15 @@ def require_budget(spec: Spec, new: Sequence[Job], shape: Shape) -> None:
     )
 
 
-def _plans(configs: Sequence[Config], shape: Shape) -> list[tuple[tuple[Mechanism, ...], float]]:
-    """What each run does to the private images, and its δ; runs alike are calibrated once."""
-    known: dict[tuple[Any, ...], tuple[tuple[Mechanism, ...], float]] = {}
-    out = []
+def _plans(configs: Sequence[Config], shape: Shape) -> list[Plan]:
+    """What each run does to the private images; runs alike are calibrated once."""
+    known: dict[str, Plan] = {}
+    plans = []
     for c in configs:
-        p = c.privacy
-        batch = with_batch(c, shape.records).private.batch
-        key = (p.epsilon, p.delta, p.group_size, batch, c.private.steps, c.data.records)
-        key = (*key, *((c.stages.variant, c.moments.share) if c.stages.variant in USE_MOMENTS else ()))
-        if key not in known:
-            plan = make_plan(c, shape)
-            known[key] = plan.mechanisms, plan.delta
-        out.append(known[key])
-    return out
+        privacy = c.privacy.model_copy(update={"insecure_seed": None})
+        alike = repr((privacy, c.private, c.moments, c.data.records, c.stages.variant in USE_MOMENTS and c.stages))
+        plans.append(known.get(alike) or known.setdefault(alike, make_plan(c, shape)))
+    return plans
 
 
 # ---------------------------------------------------------------------------------------------------- time
@@ -202,21 +194,20 @@ class StepTimes:
     moments: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Estimate:
     """Seconds of one process that has the `device` to itself, or on a CPU, core-seconds.
 
     `public` networks are each trained once and shared; `private` is DP-SGD and DP moments; `evaluation` features and
-    classifiers; the flops are floating-point operations of the training.
+    classifiers; `flops` are floating-point operations of the training.
     """
 
-    public: float
-    private: float
-    sampling: float
-    evaluation: float
-    public_flops: float
-    private_flops: float
     device: str
+    public: float = 0.0
+    private: float = 0.0
+    sampling: float = 0.0
+    evaluation: float = 0.0
+    flops: float = 0.0
 
     @property
     def total(self) -> float:
@@ -224,68 +215,71 @@ class Estimate:
 
     def gpu_hours(self, teraflops: float = GPU_TERAFLOPS) -> float:
         """GPU-hours of the training, at an assumed rate."""
-        return (self.public_flops + self.private_flops) / (teraflops * 1e12) / 3600
+        return self.flops / (teraflops * 1e12) / 3600
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, teraflops: float = GPU_TERAFLOPS) -> dict[str, Any]:
         """JSON-able."""
         return {
             "seconds": {k: getattr(self, k) for k in ("public", "private", "sampling", "evaluation", "total")},
-            "training_flops": {"public": self.public_flops, "private": self.private_flops},
+            "training_flops": self.flops,
             "device": self.device,
-            "gpu_hours": self.gpu_hours(),
-            "gpu_teraflops_assumed": GPU_TERAFLOPS,
+            "gpu_hours": self.gpu_hours(teraflops),
+            "gpu_teraflops_assumed": teraflops,
         }
 
 
 def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
     """Run a few steps of each kind on images of noise, in a folder that is removed; batches are cut to seconds."""
     config = with_batch(config, shape.records)
-    copies = config.private.copies
+    copies, public_copies = config.private.copies, config.public.copies
     flops = _flops(make_denoiser(config, shape, conditional=True, seed=0), shape)
     noisy = min(max(round(_FLOPS / flops), _FEWEST), _MOST)
     batch = max(2, min(config.private.batch, noisy // copies))
-    public_batch = max(2, min(config.public.batch, noisy // config.public.copies))
+    public_batch = max(2, min(config.public.batch, noisy // public_copies))
     stages, n = stages_of(config), 4 * batch
     if stages.moments:
         # So many that what moments take whatever the number of images counts for little.
         n = max(n, min(shape.records, _MOST_IMAGES, _NUMBERS // (shape.channels * shape.resolution**2)))
-    images = coarse_noise(n, shape)
     labels = np.arange(n, dtype=np.int64) % shape.num_classes if shape.num_classes else None
-    dataset = ImageDataset(images, labels, shape.class_names, "noise")
-    values = config.model_dump()
-    values["data"] |= {"source": "noise", "records": None, "resolution": shape.resolution}
+    dataset = ImageDataset(coarse_noise(n, shape), labels, shape.class_names, "noise")
     # The noise is seeded: the images are no images, and the run is thrown away.
     target = config.privacy.epsilon if stages.moments and math.isfinite(config.privacy.epsilon) else 10.0
-    values["privacy"] |= {"epsilon": target, "delta": 1e-6, "insecure_seed": 0, "budget": None, "group_size": 1}
     variant = "gaussian" if stages.gaussian else "residual-cleaning" if stages.moments else "both"
-    values["stages"] |= {"variant": variant, "pretrain": None, "networks": "experts"}
-    values["stages"] |= {"tau_cleaning": -3.0, "tau_coarse": 2.0}
-    values["public"] |= {"steps": 3, "batch": public_batch, "warmup": 0, "checkpoint_every": 10}
-    values["private"] |= {"steps": 5, "batch": batch, "warmup": 0, "checkpoint_every": 10}
-    taken: dict[str, list[float]] = {}
+    few = {"warmup": 0, "checkpoint_every": 10}
+    changes = {
+        "data": {"source": "noise", "records": None, "resolution": shape.resolution},
+        "privacy": {"epsilon": target, "delta": 1e-6, "insecure_seed": 0, "budget": None, "group_size": 1},
+        "stages": {"variant": variant, "pretrain": None, "networks": "experts", "tau_cleaning": -3, "tau_coarse": 2},
+        "public": {"steps": 3, "batch": public_batch, **few},
+        "private": {"steps": 5, "batch": batch, **few},
+    }
+    taken: dict[str, list[float]] = {"public": [], "private": [], MOMENTS: []}
     now_is = _clock(device)
-    with tempfile.TemporaryDirectory(prefix="dpsyngen-estimate-") as folder:
-        training = api.prepare(validate(values), Path(folder) / "run", dataset, device)
-        name = training.plan.stages.private.name
-        last = now_is()
-        for p in training.steps():
-            now = now_is()
+    last = now_is()
+
+    def on_event(event: Event) -> None:
+        nonlocal last
+        if isinstance(event, Step):
             # The first step of a phase builds and measures things.
-            if p.phase == MOMENTS or p.step > 1:
-                part = p.phase if p.phase == MOMENTS else "private" if p.phase == name else "public"
-                taken.setdefault(part, []).append(now - last)
+            if event.phase == MOMENTS or event.step > 1:
+                part = MOMENTS if event.phase == MOMENTS else "private" if event.private else "public"
+                taken[part].append(now_is() - last)
             last = now_is()
+
+    with tempfile.TemporaryDirectory(prefix="dpsyngen-estimate-") as folder:
+        settings = validate(merge_settings(config.model_dump(), changes))
+        training = fit.prepare(settings, Path(folder) / "run", dataset, device, on_event=on_event)
+        last = now_is()
+        fit.carry_out(training)
         generator = ReleasedGenerator(training.run.release, device)
         count = 16
         generator.sample(2, steps=1, sampler="ddim")
         begun = now_is()
         generator.sample(count, steps=2, sampler="ddim")
         drawing = (now_is() - begun) / (2 * count)
-    public, private = (min(taken.get(part, [0.0])) for part in ("public", "private"))  # no steps without a network
-    moments = sum(taken.get(MOMENTS, ())) / n
-    return StepTimes(
-        public / (public_batch * config.public.copies), private / (batch * copies), drawing, flops, moments
-    )
+    public, private = (min(taken[part], default=0.0) for part in ("public", "private"))  # no steps without a network
+    moments = sum(taken[MOMENTS]) / n
+    return StepTimes(public / (public_batch * public_copies), private / (batch * copies), drawing, flops, moments)
 
 
 def _clock(device: str) -> Callable[[], float]:
@@ -324,11 +318,8 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
     """
     times: dict[str, StepTimes] = {}
     known: set[str] = set()
-    public = private = sampling = evaluation = public_flops = private_flops = 0.0
-    for job in jobs:
-        if job.config is None:
-            continue
-        c = with_batch(job.config, shape.records)
+    found = Estimate(device)
+    for c in (with_batch(job.config, shape.records) for job in jobs if job.config is not None):
         stages = stages_of(c)
         sizes = (c.network.size, c.private.copies, c.public.copies, min(c.private.batch, 64), c.program.name)
         # The noise decides how many frequencies the moments are cut to, and so their time.
@@ -337,52 +328,46 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
         if signature not in times:
             times[signature] = measure(c, shape, device)
         t = times[signature]
-        for network in networks_of(c, stages, shape):
-            if network.key not in known:
-                known.add(network.key)
-                noisy = c.public.steps * c.public.batch * c.public.copies
-                public += noisy * t.public
-                public_flops += noisy * t.flops
-        private += t.moments * shape.records if stages.moments else 0.0
-        if not stages.gaussian:
-            noisy = c.private.steps * c.private.batch * c.private.copies
-            private += noisy * t.private
-            private_flops += noisy * t.flops
+        new = {network.key for network in networks_of(c, stages, shape)} - known
+        known |= new
+        public = len(new) * c.public.steps * c.public.batch * c.public.copies
+        private = 0 if stages.gaussian else c.private.steps * c.private.batch * c.private.copies
+        found.public += public * t.public
+        found.private += private * t.private + (shape.records * t.moments if stages.moments else 0.0)
+        found.flops += (public + private) * t.flops
         steps = 1 if stages.gaussian else spec.sampling.steps or c.sampling.steps
         evaluations = 2 * steps - 1 if (spec.sampling.sampler or c.sampling.sampler) == "heun" else steps
-        sampling += spec.sampling.images * evaluations * t.sampling
-    measured = [job for job in jobs if job.kind in ("run", "programs")]
-    if measured:
-        evaluation = len(measured) * _evaluation_seconds(spec, shape, device)
-    return Estimate(public, private, sampling, evaluation, public_flops, private_flops, device)
+        found.sampling += spec.sampling.images * evaluations * t.sampling
+    if measured := sum(job.kind in ("run", "programs") for job in jobs):
+        found.evaluation = measured * _evaluation_seconds(spec, shape, device)
+    return found
 
 
 def _evaluation_seconds(spec: Spec, shape: Shape, device: str) -> float:
     """Features and classifiers of one run, from a few hundred images of noise."""
-    e, count = spec.evaluation, 200
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (count, shape.channels, shape.resolution, shape.resolution), dtype=np.uint8)
-    seconds, now_is = 0.0, _clock(device)
+    e, count, generated = spec.evaluation, 200, spec.sampling.images
+    images, labels = coarse_noise(count, shape), np.arange(count, dtype=np.int64) % max(shape.num_classes, 1)
+    now_is = _clock(device)
+
+    def seconds_per_image(work: Callable[[], Any]) -> float:
+        begun = now_is()
+        work()
+        return (now_is() - begun) / count
+
+    seconds = 0.0
     for name in e.features:
         if name == "inception" and e.inception_weights is None:
             continue  # it would have to be downloaded first
         weights = None if e.inception_weights is None or name != "inception" else Path(e.inception_weights)
         extractor = FeatureSpec(name, weights).make(device)
         extractor.fit(images)
-        begun = now_is()
-        extractor(images)
-        seconds += (now_is() - begun) / count * min(e.max_images, spec.sampling.images)
-    if shape.num_classes > 1 and e.classifiers:
-        labels = np.arange(count, dtype=np.int64) % shape.num_classes
-        made = round((1 - HELD_OUT) * spec.sampling.images)
-        for name in e.classifiers:
-            options: dict[str, Any] = {"num_classes": shape.num_classes, "classifiers": (name,), "device": device}
-            sets = (images, labels, images, labels)
-            classification_accuracy(*sets, **options, epochs=1)  # leaves out what is done once, such as loading
-            begun = now_is()
-            classification_accuracy(*sets, **options, epochs=5)
-            epochs = 5 if name == "logreg" else default_epochs(name, made)
-            seconds += (now_is() - begun) / count * spec.sampling.images * epochs / 5
+        seconds += seconds_per_image(partial(extractor, images)) * min(e.max_images, generated)
+    for name in e.classifiers if shape.num_classes > 1 else ():
+        options: dict[str, Any] = {"num_classes": shape.num_classes, "classifiers": (name,), "device": device}
+        score = partial(classification_accuracy, images, labels, images, labels, **options)
+        score(epochs=1)  # leaves out what is done once, such as loading
+        epochs = 5 if name == "logreg" else default_epochs(name, round((1 - HELD_OUT) * generated))
+        seconds += seconds_per_image(partial(score, epochs=5)) * generated * epochs / 5
     return seconds
 
 

@@ -17,7 +17,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +67,13 @@ def real_reference(
     :func:`~dpsyngen.evaluation.cas.classification_accuracy`; returns :meth:`ClassifierResult.to_dict` of each.
     """
     train_labels, test_labels = _labels(train, test)
-
-    def told(line: str) -> None:
-        if on_progress:
-            on_progress(line.replace("generated images", "real images"))
-
     results = classification_accuracy(
         *(train.array(), train_labels, test.array(), test_labels),
         num_classes=train.num_classes,
         classifiers=classifiers,
         seed=seed,
         device=device,
-        on_progress=told,
+        on_progress=on_progress and (lambda line: on_progress(line.replace("generated images", "real images"))),
     )
     return {name: result.to_dict() for name, result in results.items()}
 
@@ -116,8 +111,8 @@ def dp_classifier_reference(
 
     Returns:
         JSON-able: ``cas``, with the score under "dp-cnn" (scattering is convolutional) as
-        :meth:`ClassifierResult.to_dict` gives it, without held-out images, and its main figures beside it;
-        ``ledger_epsilon``, which the ledger comes to; ``private``, whether the noise was unpredictable; all settings.
+        :meth:`ClassifierResult.to_dict` gives it, without held-out images; ``ledger_epsilon``, which the ledger comes
+        to; ``private``, whether the noise was unpredictable; ``parameters``; all of :class:`DpSettings`.
 
     Raises:
         ConfigError: no classes, sets that do not fit together, or settings out of range.
@@ -129,15 +124,14 @@ def dp_classifier_reference(
         raise ConfigError(f"training images are {train.images.shape[1:]}, but test images {test.images.shape[1:]}.")
     if not (0 < epsilon < float("inf")) or not 0 < delta < 1:
         raise ConfigError(f"ε is {epsilon} and δ {delta}, but must be positive and finite, and in (0, 1).")
-    started = time.monotonic()
     chosen = settings_by_rule(n, epsilon) | {k: v for k, v in given.items() if v is not None}
     # Noise of 1 stands in while the rest is checked; what is needed depends on the checked rest.
-    unchecked = DpSettings(records=n, noise_multiplier=1.0, **chosen)
+    settings = DpSettings(records=n, noise_multiplier=1.0, **chosen)
     try:
-        noise = calibrate_noise(epsilon, delta, sampling_rate=unchecked.sampling_rate, steps=unchecked.steps)
+        noise = calibrate_noise(epsilon, delta, sampling_rate=settings.sampling_rate, steps=settings.steps)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    settings = DpSettings(records=n, noise_multiplier=noise, **chosen)
+    settings = replace(settings, noise_multiplier=noise)
     randomness = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
     classifier = DpClassifier(train.images.shape[1:], train.num_classes, device=device)
     with tempfile.TemporaryDirectory(prefix="dpsyngen-") as folder:
@@ -153,24 +147,25 @@ def dp_classifier_reference(
             classifier, inputs, train_labels, settings, ledger=book, randomness=randomness, on_progress=on_progress
         )
         spent = Ledger(path).epsilon()
-    predicted = classifier.predict(classifier.prepared(test.array()))
-    score = _score(predicted, test_labels, train.num_classes, n)
-    kept = ("accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "per_class_accuracy")
+    predicted, truth = classifier.predict(classifier.prepared(test.array())), test_labels
+    confusion = confusion_matrix(truth, predicted, train.num_classes)
+    score = ClassifierResult(
+        accuracy=float((predicted == truth).mean()),
+        validation_accuracy=float("nan"),
+        chosen="the last average of the weights",
+        per_class_accuracy=per_class_accuracy(confusion),
+        n_train=n,
+        n_validation=0,
+        n_test=len(truth),
+        confusion=confusion,
+    )
     return {
-        "cas": {"dp-cnn": score},
-        **{key: score[key] for key in kept},
-        "epsilon": epsilon,
-        "delta": delta,
+        "cas": {"dp-cnn": score.to_dict() | {"validation_accuracy": None}},
         "ledger_epsilon": spent,
         "private": randomness.secure,
-        "noise_multiplier": noise,
-        "sampling_rate": settings.sampling_rate,
-        **chosen,
+        **asdict(settings),
         "network": "scattering",
-        "records": n,
         "parameters": sum(p.numel() for p in classifier.module.parameters()),
-        "seed": seed,
-        "seconds": time.monotonic() - started,
     }
 
 
@@ -183,21 +178,6 @@ def _labels(train: ImageDataset, test: ImageDataset) -> tuple[np.ndarray, np.nda
             f"{', '.join(test.class_names)}: give sets of the same classes."
         )
     return train.labels, test.labels
-
-
-def _score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, n_train: int) -> dict[str, Any]:
-    confusion = confusion_matrix(truth, predicted, num_classes)
-    result = ClassifierResult(
-        accuracy=float((predicted == truth).mean()),
-        validation_accuracy=float("nan"),
-        chosen="the last average of the weights",
-        per_class_accuracy=per_class_accuracy(confusion),
-        n_train=n_train,
-        n_validation=0,
-        n_test=len(truth),
-        confusion=confusion,
-    )
-    return result.to_dict() | {"validation_accuracy": None}
 
 
 @dataclass(frozen=True)
@@ -340,29 +320,32 @@ def train_dp_classifier(
 class Scattering:
     """Two scales, orders 0 to 2, then each image's features normalised in groups of channels.
 
-    Each image's features are a function of that image and of public constants alone.  The wavelets have `angles`
-    orientations, a multiple of 4; None: 8 for grey images, 4 for colour ones, whose features take three times the
-    memory.  `features` is the shape [channels, h, w] of an image's: C (1 + 2·angles + angles²) channels, and a position
-    for every 4×4 pixels.  Images above 32 pixels are averaged down to 32 at most.
+    Each image's features are a function of that image and of public constants alone.  The wavelets have 8 orientations
+    for grey images, 4 for colour ones, whose features take three times the memory.  Images above 32 pixels are averaged
+    down to 32 at most.
+
+    Attributes:
+        features: the shape [channels, h, w] of an image's: C (1 + 2·orientations + orientations²) channels, and a
+            position for every 4×4 pixels.
     """
 
-    def __init__(self, shape: tuple[int, ...], angles: int | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         channels, height, width = shape
-        self.angles = (8 if channels == 1 else 4) if angles is None else angles
+        angles = 8 if channels == 1 else 4
         self._shrink = -(-max(height, width) // _LARGEST)
         size = [-(-s // self._shrink) for s in (height, width)]
         whole = [-(-s // _STRIDE) * _STRIDE for s in size]
         self._pad = (_STRIDE, _STRIDE + whole[1] - size[1], _STRIDE, _STRIDE + whole[0] - size[0])
         padded = [s + 2 * _STRIDE for s in whole]
         half = [s // 2 for s in padded]
-        turns = [math.pi * a / self.angles for a in range(self.angles)]
-        slant = 4 / self.angles
+        turns = [math.pi * a / angles for a in range(angles)]
+        slant = 4 / angles
         self._fine = [_wavelet(padded, 0.8, 0.75 * math.pi, t, slant) for t in turns]
         # The second scale: of the image itself, and of what the first has left, at half the resolution.
         self._coarse = [_wavelet(padded, 1.6, 0.375 * math.pi, t, slant) for t in turns]
         self._average = [_averaging(n, 1.6, _STRIDE) for n in padded]
         self._average_half = [_averaging(n, 0.8, _STRIDE // 2) for n in half]
-        paths = channels * (1 + SCALES * self.angles + self.angles**2)
+        paths = channels * (1 + SCALES * angles + angles**2)
         self.features = paths, whole[0] // _STRIDE, whole[1] // _STRIDE
 
     def of(self, images: NDArray[np.uint8]) -> Tensor:

@@ -131,12 +131,12 @@ class Experiment:
     def begun_otherwise(self, job: Job) -> bool:
         """Whether the run of that name was begun with other settings than `job` has."""
         begun = _read(self.work_path(job) / "job.json")
-        return begun is not None and begun.get("settings") != training_digest(job)
+        return bool(begun) and begun.get("settings") != training_digest(job)
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """What a finished job found; None if it is not finished, or was measured in another way than is asked now."""
         found = _read(self.result_path(job))
-        return found if found is not None and found.get("measured") == self.measure_digest(job) else None
+        return found if found.get("measured") == self.measure_digest(job) else None
 
     def measure_digest(self, job: Job) -> str:
         """Of everything that decides the figures of a job, beyond the run itself."""
@@ -153,7 +153,7 @@ class Experiment:
 
     def status(self, job: Job) -> Status:
         """How far a job is, as its worker last said."""
-        seconds = float((_read(self.work_path(job) / "times.json") or {}).get("total", 0.0))
+        seconds = self._seconds(job)
         if self.result(job) is not None:
             return Status("done", seconds=seconds)
         failed = self.failure(job)
@@ -162,14 +162,14 @@ class Experiment:
         folder = self.work_path(job)
         if not folder.exists():
             return Status("waiting")
-        said = _read(folder / "status.json") or {}
+        said = _read(folder / "status.json")
         at = str(said.get("doing", "")), int(said.get("done", 0)), int(said.get("total", 0))
         with claimed(folder / "lock") as free:
             return Status("stopped" if free else "running", *at, seconds=seconds)
 
     def failure(self, job: Job) -> str | None:
         """Why a job failed; None if it did not, or would be done in another way now."""
-        failed = _read(self.work_path(job) / "failed.json") or {}
+        failed = _read(self.work_path(job) / "failed.json")
         return str(failed.get("error")) if failed.get("measured") == self.measure_digest(job) else None
 
     def statuses(self) -> dict[str, Status]:
@@ -177,8 +177,10 @@ class Experiment:
 
     def seconds(self) -> float:
         """Computing time of all jobs so far."""
-        times = (_read(self.work_path(job) / "times.json") or {} for job in self.jobs)
-        return sum(float(t.get("total", 0.0)) for t in times)
+        return sum(self._seconds(job) for job in self.jobs)
+
+    def _seconds(self, job: Job) -> float:
+        return float(_read(self.work_path(job) / "times.json").get("total", 0.0))
 
 
 def training_digest(job: Job) -> str:
@@ -222,8 +224,7 @@ class Clock:
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self.path = path
         self._now = time.process_time if device == "cpu" else time.monotonic
-        kept = _read(path) or {}
-        self.spent: dict[str, float] = {k: float(v) for k, v in kept.items() if k != "total"}
+        self.spent: dict[str, float] = {k: float(v) for k, v in _read(path).items() if k != "total"}
         self._since = self._now()
         self._kept = time.monotonic()
 
@@ -237,21 +238,18 @@ class Clock:
             own = sum(v for k, v in self.spent.items() if not k.startswith("shared"))
             write_text(self.path, _json({**self.spent, "total": own}), 0o600)
 
-    def credit(self, what: str, seconds: float) -> None:
-        """Count time that another job spent for this one too."""
-        self.spent[what] = self.spent.get(what, 0.0) + seconds
-
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any]:
+    """What a file holds; {} if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict):
             return values
-    return None
+    return {}
 
 
 # -------------------------------------------------------------------------------------- shared public networks
@@ -293,59 +291,51 @@ def shared(training: Training, folder: Path, waiting: Callable[[PublicNetwork], 
     second while another process trains a network that the run needs; it may raise.
     """
     with ExitStack() as stack:
-        wanted = networks_of(training.config, training.plan.stages, training.plan.shape)
-        held: dict[str, ExitStack] = {}
+        networks = SharedNetworks(training, folder)
         # In one order, so that two processes never wait for each other.
-        for one in sorted(wanted, key=lambda n: n.key):
+        for one in sorted(networks.wanted, key=lambda n: n.key):
             place = folder / one.key
             while not (place / "about.json").exists():
                 place.mkdir(mode=0o700, exist_ok=True)
                 mine = stack.enter_context(ExitStack())
                 if mine.enter_context(claimed(place / "lock")):
-                    held[one.key] = mine
+                    networks.held[one.key] = mine
                     break
                 waiting(one)
                 time.sleep(0.5)
-        yield SharedNetworks(training, folder, wanted, held)
+        yield networks
 
 
 class SharedNetworks:
     """The public networks of one run, between it and the experiment; see :func:`shared`."""
 
-    def __init__(
-        self, training: Training, folder: Path, wanted: tuple[PublicNetwork, ...], held: dict[str, ExitStack]
-    ) -> None:
-        self.training, self.folder, self.wanted, self._held = training, folder, wanted, held
+    def __init__(self, training: Training, folder: Path) -> None:
+        self.run, self.folder = training.run, folder
+        self.wanted = networks_of(training.config, training.plan.stages, training.plan.shape)
+        self.held: dict[str, ExitStack] = {}
+        self._log = JsonLines(self.run.release / "public_training.jsonl", 0o644)
 
     def take(self) -> float:
         """Copy what is there into the run; returns the seconds that it took to train."""
         seconds = 0.0
-        run = self.training.run
         for one in self.wanted:
-            place = self.folder / one.key
-            if not (place / "about.json").exists():
-                continue
-            about: dict[str, Any] = json.loads((place / "about.json").read_text(encoding="utf-8"))
-            seconds += float(about["seconds"])
-            if run.weights(one.network).exists():
-                continue
-            log = JsonLines(run.release / "public_training.jsonl", 0o644)
-            log.cut(one.phase, 0)
-            for line in about["log"]:
-                log.append(**line)
-            write_bytes(run.weights(one.network), (place / "weights.safetensors").read_bytes())
+            about = _read(self.folder / one.key / "about.json")
+            seconds += float(about.get("seconds", 0.0))
+            if about and not self.run.weights(one.network).exists():
+                self._log.cut(one.phase, 0)
+                for line in about["log"]:
+                    self._log.append(**line)
+                weights = (self.folder / one.key / "weights.safetensors").read_bytes()
+                write_bytes(self.run.weights(one.network), weights)
         return seconds
 
     def give(self, seconds: dict[str, float]) -> None:
         """Keep what the run has trained, for the other runs; `seconds` by phase."""
-        run = self.training.run
         for one in self.wanted:
-            place = self.folder / one.key
-            if (place / "about.json").exists() or not run.weights(one.network).exists():
-                continue
-            write_bytes(place / "weights.safetensors", run.weights(one.network).read_bytes())
-            lines = JsonLines(run.release / "public_training.jsonl", 0o644).read()
-            log = [line for line in lines if line["phase"] == one.phase]
-            about = {"phase": one.phase, "seconds": seconds.get(one.phase, 0.0), "log": log}
-            write_text(place / "about.json", json.dumps(about) + "\n", 0o600)
-            self._held.pop(one.key, ExitStack()).close()
+            place, trained = self.folder / one.key, self.run.weights(one.network)
+            if trained.exists() and not (place / "about.json").exists():
+                write_bytes(place / "weights.safetensors", trained.read_bytes())
+                log = [line for line in self._log.read() if line["phase"] == one.phase]
+                about = {"phase": one.phase, "seconds": seconds.get(one.phase, 0.0), "log": log}
+                write_text(place / "about.json", json.dumps(about) + "\n", 0o600)
+                self.held.pop(one.key, ExitStack()).close()

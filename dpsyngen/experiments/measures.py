@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 from dpsyngen.config import Config
+from dpsyngen.diffusion.stages import VARIANTS
+from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.experiments.results import Figure, JobResult, Results
 from dpsyngen.experiments.statistics import (
     Better,
@@ -26,26 +29,7 @@ from dpsyngen.experiments.statistics import (
 )
 from dpsyngen.training.plan import stages_of
 
-VARIANT_NAMES = {
-    "dpdm": "DPDM",
-    "finetune": "FineTune",
-    "cleaning": "Cleaning",
-    "coarse": "Coarse",
-    "both": "Both",
-    "gaussian": "Gaussian",
-    "residual": "Residual",
-    "residual-cleaning": "Residual-cleaning",
-}
-METRIC_NAMES = {
-    "frechet": "Fréchet distance",
-    "kid": "kernel distance (KID)",
-    "sliced-wasserstein": "sliced Wasserstein distance",
-    "precision": "precision",
-    "density": "density",
-    "recall": "recall",
-    "coverage": "coverage",
-}
-"""In the order in which tables have them: distances first."""
+VARIANT_NAMES = {name: name.capitalize() for name in VARIANTS} | {"dpdm": "DPDM", "finetune": "FineTune"}
 ON_NAMES = {
     "cnn": "CNN",
     "mlp": "MLP",
@@ -84,7 +68,7 @@ class Measure:
 
     @property
     def metric_name(self) -> str:
-        return METRIC_NAMES.get(self.metric, self.metric)
+        return METRICS[self.metric].title if self.metric in METRICS else self.metric
 
     @property
     def on_name(self) -> str:
@@ -128,13 +112,10 @@ class Row:
 
 
 class View:
-    """The results of an experiment, by measure (accuracies first), ε (smallest first) and row (in the order of tables).
+    """The results of an experiment by measure (accuracies first), ε (smallest first) and row (in tables' order)."""
 
-    `baseline` is the variant that the others are compared with; None: the one of the specification.
-    """
-
-    def __init__(self, results: Results, baseline: str | None = None) -> None:
-        self.results, self.baseline = results, baseline or results.baseline
+    def __init__(self, results: Results) -> None:
+        self.results, self.baseline = results, results.experiment.spec.baseline
         rows: dict[Row, None] = {}
         self._values: dict[tuple[str, str, str, float, Row], dict[int, float]] = {}
         measures: dict[Measure, None] = {}
@@ -177,8 +158,6 @@ class View:
 
     def programs_share(self, row: Row) -> float | None:
         """See :func:`programs_share`; None where the specification has no such run."""
-        if self.results.experiment is None:
-            return None
         for job in self.results.experiment.jobs:
             if job.config is not None and (job.variant, job.label) == (row.variant, row.label):
                 return programs_share(job.config)
@@ -204,39 +183,34 @@ class View:
 
     def reference(self, kind: str, measure: Measure, epsilon: float) -> list[float]:
         """Values of a reference over seeds, in shown units: of a job's kind, or "test", real test images instead."""
-        found: list[float] = []
-        if kind == "test":
-            found = [f.floor for f in self._of_runs(measure) if f.floor is not None]
-            return [measure.scale * fmean(found)] if found else []
-        for job in self.results.jobs:
-            if job.kind == kind and (kind != "dp-classifier" or job.epsilon == epsilon):
-                found += [f.value for f in job.figures() if _matches(f, measure)]
-        if kind == "programs" and not found:
-            ceilings = [f.ceiling for f in self._of_runs(measure) if f.ceiling is not None]
-            found = [fmean(ceilings)] if ceilings else []
-        return [measure.scale * v for v in found]
 
-    def _of_runs(self, measure: Measure) -> list[Figure]:
-        return [f for job in self.results.runs for f in job.figures() if _matches(f, measure)]
+        def of(jobs: Iterable[JobResult], what: str = "value") -> list[float]:
+            figures = (f for job in jobs for f in job.figures() if _matches(f, measure))
+            return [measure.scale * value for f in figures if (value := getattr(f, what)) is not None]
+
+        def mean_of_runs(what: str) -> list[float]:
+            return [fmean(values)] if (values := of(self.results.runs, what)) else []
+
+        if kind == "test":
+            return mean_of_runs("floor")
+        jobs = (j for j in self.results.jobs if j.kind == kind and (kind != "dp-classifier" or j.epsilon == epsilon))
+        return of(jobs) or (mean_of_runs("ceiling") if kind == "programs" else [])
 
     def seeds(self) -> list[int]:
         """Numbers of seeds that rows have at an ε, without repetition."""
-        counts: dict[tuple[float, Row], int] = {}
-        for job in self.results.runs:
-            key = job.epsilon, row_of(job)
-            counts[key] = counts.get(key, 0) + 1
-        return sorted(set(counts.values()))
+        return sorted(set(Counter((job.epsilon, row_of(job)) for job in self.results.runs).values()))
 
     def unequal(self) -> list[str]:
         """What differs between runs at one ε and settings but must not, in words."""
         out = []
+        varied = {axis.rsplit(".", 1)[-1] for axis in self.results.axes}
         for epsilon in self.epsilons:
-            found: dict[str, dict[Any, dict[str, None]]] = {}
+            found: dict[str, dict[float, dict[str, None]]] = {}
             for job in (j for j in self.results.runs if j.epsilon == epsilon):
                 for what, value in _terms(job):
                     found.setdefault(what, {}).setdefault(value, {})[row_of(job).name] = None
             for what, values in found.items():
-                if len(values) > 1 and what not in {axis.rsplit(".", 1)[-1] for axis in self.results.axes}:
+                if len(values) > 1 and what not in varied:
                     parts = [f"{value:,g} ({', '.join(names)})" for value, names in values.items()]
                     out.append(f"{epsilon_name(epsilon)}: {what} {'; '.join(parts)}")
         return out
@@ -270,12 +244,12 @@ def _matches(f: Figure, measure: Measure) -> bool:
 
 
 def _measure_place(m: Measure) -> tuple[Any, ...]:
-    return m.metric != "accuracy", _place(ON_NAMES, m.on), m.better == "higher", _place(METRIC_NAMES, m.metric)
+    return m.metric != "accuracy", _place(ON_NAMES, m.on), m.better == "higher", _place(METRICS, m.metric)
 
 
-def _place(names: Sequence[str] | dict[str, str], name: str) -> tuple[int, str]:
-    listed = list(names)
-    return (listed.index(name) if name in listed else len(listed)), name
+def _place(names: Iterable[str], name: str) -> tuple[int, str]:
+    listed = [*names, name]
+    return listed.index(name), name
 
 
 class Answer(NamedTuple):
@@ -288,12 +262,9 @@ class Answer(NamedTuple):
 
 def answers(view: View) -> list[Answer]:
     """The answer of the primary measure at each ε; [] if nothing was measured."""
-    measure = view.primary
-    out = []
+    measure, out = view.primary, []
     for epsilon in view.epsilons if measure is not None else ():
-        assert measure is not None
-        groups = view.groups(measure, epsilon)
-        if groups:
+        if measure is not None and (groups := view.groups(measure, epsilon)):
             family = against_baselines(view.baselines(measure, epsilon), groups, measure.better)
             out.append(Answer(epsilon, _headline(groups, measure), tuple(_sentence(c, measure) + "." for c in family)))
     return out

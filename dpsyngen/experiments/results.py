@@ -6,7 +6,6 @@ states.  It is private: its figures come from private images.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from dpsyngen.diffusion.stages import VARIANTS
-from dpsyngen.errors import ConfigError, RunError, printable
+from dpsyngen.errors import printable
 from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.files import write_atomically
-from dpsyngen.generator.files import read_description
 
 KINDS = ("run", "real", "programs", "dp-classifier")
 FIXED = (
@@ -28,20 +26,18 @@ FIXED = (
     *("metric", "on", "class", "value", "low", "high", "floor", "ceiling", "better", "unit", "images"),
 )
 """Columns of the long table, beside one for each setting that is varied (after "private")."""
-_NUMBERS = {"epsilon", "delta", "value", "low", "high", "floor", "ceiling"}
+_TEXTS = ("job", "kind", "variant", "label", "metric", "on", "class", "better", "unit")
+_NUMBERS = ("epsilon", "delta", "value", "low", "high", "floor", "ceiling")
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False))
 class Figure:
-    """One number.
+    """One number: a `metric` `on` a classifier or feature extractor ("" for a fact of the run).
 
-    Attributes:
-        on: classifier or feature extractor; "" for a fact of the run.
-        of_class: name of the class, for class-wise accuracy; "" for all classes.
-        low, high: 95 % interval from this run's images alone: it does not hold the spread between seeds.
-        floor, ceiling: what real test images get, and what images drawn by programs get.
-        better, unit: None for a fact; "share" is a number from 0 to 1.
-        images: number of generated images (features) or real test images (accuracy).
+    `of_class` names the class, "" for all.  `low` and `high` are a 95 % interval from this run's images alone: it does
+    not hold the spread between seeds.  `floor` is what real test images get, `ceiling` what images drawn by programs
+    get.  `better` is None for a fact; the unit "share" is a number from 0 to 1.  `images` counts generated images
+    (features) or real test images (accuracy).
     """
 
     metric: str
@@ -110,19 +106,6 @@ class JobResult(BaseModel):
         """ "core-seconds" on a CPU, "seconds" elsewhere."""
         return str(self.facts.get("seconds_unit", "seconds"))
 
-    @property
-    def seconds_training(self) -> float | None:
-        """Of public and private training together; None if neither was taken."""
-        parts = [self.facts[k] for k in ("seconds_public", "seconds_private") if k in self.facts]
-        known: float | None = self.facts.get("seconds_training", sum(parts) if parts else None)
-        return known
-
-    @property
-    def images_seen(self) -> float | None:
-        """Expected number of private images that training used, each time counted; None if unknown."""
-        f = self.facts
-        return f.get("private_images_seen", f["steps"] * f["batch"] if {"steps", "batch"} <= f.keys() else None)
-
     def figures(self) -> Iterator[Figure]:
         """Yield everything that was measured on this job.
 
@@ -146,11 +129,9 @@ class JobResult(BaseModel):
                 bounds = {k: m.get(k) for k in ("low", "high", "floor", "ceiling")}
                 better, images = m.get("better", "lower"), f.get("generated_images")
                 yield Figure(metric, on, "", m["value"], better=better, images=images, **bounds)
-        facts = {name: value for name, value in self.facts.items() if is_number(value)}
-        derived = {"seconds_training": self.seconds_training, "private_images_seen": self.images_seen}
-        facts |= {name: value for name, value in derived.items() if value is not None}
-        for name in sorted(facts):
-            yield Figure(name, "", "", facts[name], unit=self.seconds_unit if name.startswith("seconds_") else "")
+        for name, value in sorted(self.facts.items()):
+            if is_number(value):
+                yield Figure(name, "", "", value, unit=self.seconds_unit if name.startswith("seconds_") else "")
 
 
 def is_number(value: object) -> bool:
@@ -164,12 +145,12 @@ class Results:
     Attributes:
         jobs: finished jobs, in the order of variant, ε, settings and seed; references last.
         skipped: (file, why) of files that were left out.
-        experiment: what it is; None where its specification cannot be read.
+        experiment: what it is.
     """
 
     jobs: tuple[JobResult, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
-    experiment: Experiment | None = None
+    skipped: tuple[tuple[str, str], ...]
+    experiment: Experiment
 
     @classmethod
     def load(cls, exp: Path) -> Results:
@@ -179,44 +160,23 @@ class Results:
         specification now asks, is left out and named in :attr:`skipped`.
 
         Raises:
-            RunError: there is no such folder.
+            RunError: not the folder of an experiment.
+            ConfigError: its specification was damaged.
         """
-        folder = exp / "results"
-        if not folder.is_dir():
-            raise RunError(
-                f"{exp} has no folder results, so it is not the folder of an experiment.  Give the folder that "
-                "`dpsyngen compare SPEC --out` made."
-            )
-        try:
-            experiment = Experiment(exp)
-        except (RunError, ConfigError):
-            experiment = None
-        planned = {} if experiment is None else {job.name: job for job in experiment.jobs}
+        experiment = Experiment(exp)
+        planned = {job.name: job for job in experiment.jobs}
         found, skipped = [], []
-        for path in sorted(folder.glob("*.json")):
+        for path in sorted((exp / "results").glob("*.json")):
             try:
                 one = JobResult.parse(path.read_text(encoding="utf-8"), path.stem)
-                if experiment is not None:
-                    if one.job not in planned:
-                        raise ValueError("it belongs to no job of the specification")
-                    if experiment.result(planned[one.job]) is None:
-                        raise ValueError("it was measured in another way than the specification now asks")
+                if one.job not in planned:
+                    raise ValueError("it belongs to no job of the specification")
+                if experiment.result(planned[one.job]) is None:
+                    raise ValueError("it was measured in another way than the specification now asks")
                 found.append(one)
             except (OSError, ValueError) as error:
                 skipped.append((path.name, str(error)))
-        names: list[str] = []  # as the first generator that can be read has them
-        for one in found:
-            if not names and one.release is not None:
-                with contextlib.suppress(RunError, ConfigError):
-                    names = list(read_description(exp / one.release)[0].class_names)
-        for one in found:
-            one.evaluation.setdefault("class_names", names)
         return cls(tuple(sorted(found, key=_place)), tuple(skipped), experiment)
-
-    @property
-    def baseline(self) -> str:
-        """The variant that the others are compared with."""
-        return "dpdm" if self.experiment is None else self.experiment.spec.baseline
 
     @property
     def runs(self) -> tuple[JobResult, ...]:
@@ -248,23 +208,20 @@ class Results:
             head = {name: getattr(j, name) for name in FIXED[:8]}
             head |= {axis: j.settings.get(axis) for axis in self.axes}
             for f in j.figures():
-                values = {k: getattr(f, k) for k in ("value", "low", "high", "floor", "ceiling", "better", "unit")}
-                out.append({**head, "metric": f.metric, "on": f.on, "class": f.of_class, **values, "images": f.images})
+                out.append(head | {name: getattr(f, "of_class" if name == "class" else name) for name in FIXED[8:]})
         return out
 
     def write(self, exp: Path) -> list[Path]:
         """Write ``results.csv`` and, where pyarrow is installed, ``results.parquet``; the same bytes each time."""
-        rows, axes = self.tidy(), self.axes
-        columns = [*FIXED[:8], *axes, *FIXED[8:]]
-        out = [exp / "results.csv"]
-        write_atomically(out[0], lambda path: _write_csv(path, columns, rows), 0o600)
+        columns = [*FIXED[:8], *self.axes, *FIXED[8:]]
+        csv_path, parquet_path = exp / "results.csv", exp / "results.parquet"
+        write_atomically(csv_path, lambda path: _write_csv(path, columns, self.tidy()), 0o600)
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            return out
-        out.append(exp / "results.parquet")
-        write_atomically(out[1], lambda path: _write_parquet(path, columns, rows, axes), 0o600)
-        return out
+            return [csv_path]
+        write_atomically(parquet_path, lambda path: _write_parquet(path, csv_path), 0o600)
+        return [csv_path, parquet_path]
 
 
 def _place(j: JobResult) -> tuple[Any, ...]:
@@ -280,17 +237,17 @@ def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> No
         writer.writerows(rows)
 
 
-def _write_parquet(path: Path, columns: list[str], rows: list[dict[str, Any]], axes: tuple[str, ...]) -> None:
+def _write_parquet(path: Path, table: Path) -> None:
+    """The same table; what is empty in the CSV file is null."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from pyarrow import csv as pa_csv
 
-    kinds = {"seed": pa.int64(), "images": pa.int64(), "private": pa.bool_(), **dict.fromkeys(_NUMBERS, pa.float64())}
-
-    def column(name: str) -> Any:
-        values = [row[name] for row in rows]
-        if name not in axes:
-            return pa.array(values, kinds.get(name, pa.string()))
-        make, kind = (float, pa.float64()) if all(v is None or is_number(v) for v in values) else (str, pa.string())
-        return pa.array([None if v is None else make(v) for v in values], kind)
-
-    pq.write_table(pa.table({name: column(name) for name in columns}), path, compression="zstd")
+    convert = pa_csv.ConvertOptions(
+        # A class may be called 7, NA or null, and a column may hold nothing.
+        column_types=dict.fromkeys(_TEXTS, pa.string()) | dict.fromkeys(_NUMBERS, pa.float64()),
+        null_values=[""],
+        strings_can_be_null=True,
+    )
+    parse = pa_csv.ParseOptions(newlines_in_values=True)
+    pq.write_table(pa_csv.read_csv(table, parse_options=parse, convert_options=convert), path, compression="zstd")

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from dpsyngen import fit as api
-from dpsyngen.config import Config, load_config
+from dpsyngen import fit
+from dpsyngen.config import load_config
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
@@ -27,6 +28,7 @@ from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.accounting import default_delta
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
+from dpsyngen.training.log import Event, Step
 from dpsyngen.training.moments import charged_moments
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import charged_mechanisms, charged_steps
@@ -113,7 +115,7 @@ class Worker:
         if self._training is not None:
             self._training.stop_requested = True
 
-    def do(self, job: Job) -> dict[str, Any]:
+    def do(self, job: Job) -> None:
         """Do a job, or what is left of it, and keep its result.  The caller holds the job's lock.
 
         Raises:
@@ -124,31 +126,28 @@ class Worker:
         if not (folder / "job.json").exists():
             write_text(folder / "job.json", json.dumps({"settings": training_digest(job)}) + "\n", 0o600)
         clock = Clock(folder / "times.json", self.device)
+        kinds = {"run": self._run, "real": self._real, "dp-classifier": self._dp, "programs": self._programs}
         try:
-            kinds = {"run": self._run, "real": self._real, "dp-classifier": self._dp, "programs": self._programs}
-            result = kinds[job.kind](job, clock)
+            found = kinds[job.kind](job, clock)
         finally:
             clock.add("other", save=True)
-        about: dict[str, Any] = {"job": job.name}
-        about |= {k: getattr(job, k) for k in ("kind", "variant", "epsilon", "seed", "settings", "label")}
-        about |= {"epsilon": "inf" if math.isinf(job.epsilon) else job.epsilon}
-        about |= {"measured": self.experiment.measure_digest(job)}
+        result = {
+            "job": job.name,
+            **{k: getattr(job, k) for k in ("kind", "variant", "seed", "settings", "label")},
+            "epsilon": "inf" if math.isinf(job.epsilon) else job.epsilon,
+            "measured": self.experiment.measure_digest(job),
+            **{"delta": None, "private": False, "release": None},
+            **found,
+        }
+        result["facts"] = {**_machine(self.device), "seconds_training": sum(clock.spent.values()), **found["facts"]}
         result["evaluation"]["class_names"] = list(self.images.train.class_names)
-        whole = about | result
         path = self.experiment.result_path(job)
         if path.exists():
             # Measured in another way before: kept, as somebody may have quoted it.
             earlier = path.with_name("earlier")
             earlier.mkdir(mode=0o700, exist_ok=True)
             path.rename(earlier / f"{job.name}.{digest(path.read_text(encoding='utf-8'))}.json")
-        write_text(path, json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n", 0o600)
-        return whole
-
-    def _machine(self) -> dict[str, Any]:
-        import torch
-
-        unit = "core-seconds" if self.device == "cpu" else "seconds"
-        return {"threads": torch.get_num_threads(), "device": self.device, "seconds_unit": unit}
+        write_text(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", 0o600)
 
     def _say(self, doing: str, done: int = 0, total: int = 0) -> None:
         self._tell(doing, done, total)
@@ -167,30 +166,22 @@ class Worker:
 
     def _run(self, job: Job, clock: Clock) -> dict[str, Any]:
         run = self._trained(job, clock)
-        config = run.config
-        release = str(Path("runs") / job.name / "release")
         images, labels, drawn = self._drawn(job, run, clock)
-        evaluation = self._measured(images, labels, job, clock)
-        evaluation["sampling"] = drawn
-        ledger = run.finished_ledger()
-        records = config.data.records or len(self.images.train)
-        spent = clock.spent
+        evaluation = self._measured(images, labels, job, clock) | {"sampling": drawn}
+        ledger, spent = run.finished_ledger(), clock.spent
         # What another run spent on a network that both use counts for both: on its own this one would have spent it.
         public = sum(_by_phase(clock).values()) + spent.get("shared public", 0.0)
+        seconds = {"public": public, "training": public + spent.get("private", 0.0)}
+        seconds |= {k: spent.get(k, 0.0) for k in ("private", "sampling", "evaluation")}
         return {
             "delta": ledger.delta,
             "private": not ledger.non_private and ledger.secure,
             "epsilon_spent": None if ledger.non_private else ledger.epsilon(),
             "facts": {
-                "records": records,
-                **_of_training(config, ledger, records),
-                **_of_network(run),
-                "seconds_public": public,
-                **{f"seconds_{k}": spent.get(k, 0.0) for k in ("private", "sampling", "evaluation")},
-                "seconds_training": public + spent.get("private", 0.0),
-                **self._machine(),
+                **_of_training(run, ledger, run.config.data.records or len(self.images.train)),
+                **{f"seconds_{k}": value for k, value in seconds.items()},
             },
-            "release": release,
+            "release": str(Path("runs") / job.name / "release"),
             "evaluation": evaluation,
         }
 
@@ -199,30 +190,34 @@ class Worker:
         if (path / "release" / "generator.json").exists():
             return Run(path)
         assert job.config is not None
-        begun = (path / "run.json").exists()
-        if begun:
-            training = api.prepare_resume(path, self.images.train, self.device)
+        phase = ""
+
+        def on_event(event: Event) -> None:
+            nonlocal phase
+            if not isinstance(event, Step):
+                return
+            clock.add("private" if event.private else f"public {event.phase}")
+            if event.phase != phase:
+                # The public networks before this phase are finished.
+                phase = event.phase
+                networks.give(_by_phase(clock))
+            self._tell(f"training: {event.phase}", event.step, event.steps)
+            training.stop_requested = self.stop_requested  # a checkpoint is written, and the steps end
+
+        if (path / "run.json").exists():
+            training = fit.prepare_resume(path, self.images.train, self.device, on_event=on_event)
         else:
-            training = api.prepare(job.config, path, self.images.train, self.device)
+            training = fit.prepare(job.config, path, self.images.train, self.device, on_event=on_event)
         self._training, training.stop_requested = training, self.stop_requested
         with training.run.lock():
             self._tell("getting ready", 0, 0)
             with shared(training, self.experiment.path / "public", self._wait) as networks:
                 clock.add("other")
                 known = networks.take()
-                if "shared public" not in clock.spent:
-                    clock.credit("shared public", known)
-                phase = ""
-                for p in training.steps():
-                    clock.add("private" if p.private else f"public {p.phase}")
-                    if p.phase != phase:
-                        # The public networks before this phase are finished.
-                        phase = p.phase
-                        networks.give(_by_phase(clock))
-                    self._tell(f"training: {p.phase}", p.step, p.steps)
-                    training.stop_requested = self.stop_requested  # a checkpoint is written, and the steps end
+                clock.spent.setdefault("shared public", known)
+                finished = fit.carry_out(training)
                 networks.give(_by_phase(clock))
-        if not training.run.complete:
+        if not finished:
             raise Stopped
         return training.run
 
@@ -245,13 +240,11 @@ class Worker:
 
         samples = generator.sample(s.images, on_progress=progress, **settings)
         clock.add("sampling")
-        arrays: dict[str, Any] = {"images": samples.images, "stamp": stamp}
-        if samples.labels is not None:
-            arrays["labels"] = samples.labels
+        arrays = {"images": samples.images, "labels": samples.labels, "stamp": stamp}
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as f:
-                np.savez_compressed(f, **arrays)
+                np.savez_compressed(f, **{k: v for k, v in arrays.items() if v is not None})
 
         write_atomically(path, write, 0o600)
         return samples.images, samples.labels, drawn
@@ -289,7 +282,7 @@ class Worker:
                 "references."
             )
         evaluation = self._measured(images, None, job, clock, classifiers=False)
-        return self._reference(evaluation, clock, images=len(images))
+        return {"facts": {"images": len(images)}, "evaluation": evaluation}
 
     def _real(self, job: Job, clock: Clock) -> dict[str, Any]:
         assert self.images.test is not None
@@ -297,17 +290,14 @@ class Worker:
         tell = self._line(clock, "evaluation")
         cas = real_reference(*sets, classifiers=names, seed=job.seed, device=self.device, on_progress=tell)
         clock.add("evaluation")
-        return self._reference({"features": {}, "cas": cas}, clock)
+        return {"facts": {}, "evaluation": {"features": {}, "cas": cas}}
 
     def _dp(self, job: Job, clock: Clock) -> dict[str, Any]:
         assert self.images.test is not None
         spec = self.experiment.spec
         delta = load_config(dict(spec.settings), preset=spec.preset).privacy.delta
         delta = default_delta(len(self.images.train)) if delta is None else delta
-        given = spec.dp_classifier.model_dump(exclude_none=True)
-        seed = None
-        if spec.noise == "seeded":
-            seed = int.from_bytes(bytes.fromhex(digest(job.name))[:7])
+        seed = int.from_bytes(bytes.fromhex(digest(job.name))[:7]) if spec.noise == "seeded" else None
         # Kept, as every access to private images is; an attempt that was killed has its own.
         folder = self.experiment.work_path(job)
         attempt = sum(1 for _ in folder.glob("ledger-*.jsonl"))
@@ -320,49 +310,38 @@ class Worker:
             device=self.device,
             ledger=folder / f"ledger-{attempt}.jsonl",
             on_progress=self._line(clock, "private"),
-            **given,
+            **spec.dp_classifier.model_dump(exclude_none=True),
         )
         clock.add("private")
-        facts = {k: found[k] for k in _DP_FACTS}
+        facts = {k: found[k] for k in _DP_FACTS} | {"private_images_seen": found["steps"] * found["batch"]}
         evaluation = {"features": {}, "cas": found["cas"]}
-        return self._reference(evaluation, clock, delta=delta, private=found["private"], **facts)
+        return {"delta": delta, "private": found["private"], "facts": facts, "evaluation": evaluation}
 
-    def _reference(self, evaluation: dict[str, Any], clock: Clock, **facts: Any) -> dict[str, Any]:
-        spent = sum(clock.spent.values())
-        return {
-            "delta": facts.pop("delta", None),
-            "private": facts.pop("private", False),
-            "facts": {**self._machine(), **facts, "seconds_training": spent},
-            "release": None,
-            "evaluation": evaluation,
-        }
+
+def _machine(device: str) -> dict[str, Any]:
+    unit = "core-seconds" if device == "cpu" else "seconds"
+    return {"threads": torch.get_num_threads(), "device": device, "seconds_unit": unit}
 
 
 def _by_phase(clock: Clock) -> dict[str, float]:
     return {k.removeprefix("public "): v for k, v in clock.spent.items() if k.startswith("public ")}
 
 
-def _of_training(config: Config, ledger: Ledger, records: int) -> dict[str, float]:
-    """What DP-SGD and DP moments did; a run that had no DP-SGD has no steps."""
-    private, steps, noise = config.private, charged_steps(ledger), charged_mechanisms(ledger)
-    moments = charged_moments(ledger)
-    read = len(moments) * records  # each query reads all images
-    facts: dict[str, float] = {"private_images_seen": steps * private.batch + read}
+def _of_training(run: Run, ledger: Ledger, records: int) -> dict[str, float]:
+    """What DP-SGD and DP moments did; a run that had no DP-SGD has no steps and no private network."""
+    private, steps, noise = run.config.private, charged_steps(ledger), charged_mechanisms(ledger)
+    read = len(charged_moments(ledger)) * records  # each query reads all images
+    facts: dict[str, float] = {"records": records, "private_images_seen": steps * private.batch + read}
     if steps:
         facts |= {"steps": steps, "batch": private.batch, "copies": private.copies}
         facts["noise_multiplier"] = noise[0].noise_multiplier if noise else 0.0
-    if moments:
+    if read:
         facts["moments_images_seen"] = read
-    return facts
-
-
-def _of_network(run: Run) -> dict[str, float]:
-    """Numbers in the private network, where there is one."""
     generator = ReleasedGenerator(run.release)
-    if generator.stages.gaussian:
-        return {}
-    private = generator.networks[generator.stages.private.network]
-    return {"parameters": sum(p.numel() for p in private.parameters())}
+    if not generator.stages.gaussian:
+        network = generator.networks[generator.stages.private.network]
+        facts["parameters"] = sum(p.numel() for p in network.parameters())
+    return facts
 
 
 def _load_samples(path: Path, stamp: str) -> tuple[np.ndarray, np.ndarray | None] | None:

@@ -10,16 +10,15 @@ import hashlib
 import itertools
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dpsyngen.config import MAX_EPSILON, Config, load_config, merge_settings, preset_names
+from dpsyngen.config import MAX_EPSILON, Config, explain, load_config, merge_settings, preset_names
 from dpsyngen.diffusion.stages import USE_MOMENTS, VARIANTS
 from dpsyngen.errors import ConfigError, printable, shown
 from dpsyngen.evaluation.extractors import FeatureSpec
@@ -30,8 +29,9 @@ VariantName = Literal["dpdm", "finetune", "cleaning", "coarse", "both", "gaussia
 PUBLISHED: tuple[VariantName, ...] = ("dpdm", "finetune", "cleaning", "coarse", "both")
 """What an experiment compares if it does not say: the variants of the paper, and the union of the last two."""
 Reference = Literal["real", "dp-classifier", "programs"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 MOST_JOBS = 10_000
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,39}")
+_LABEL = r"^([A-Za-z0-9][A-Za-z0-9._=+-]{0,39})?$"
 # What a grid varies by its own name, or what the experiment itself decides.
 _RESERVED = {
     "data": "set the data section of the specification",
@@ -78,7 +78,7 @@ class DataSpec(_Part):
 class Case(_Part):
     """A named combination of settings."""
 
-    label: str = Field("", max_length=40)
+    label: str = Field("", pattern=_LABEL, description="letters, digits and ._=+-: it names folders")
     settings: dict[str, Any] = Field(default_factory=dict, description="full names, as stages.tau_coarse")
 
 
@@ -87,7 +87,9 @@ class GridSpec(_Part):
 
     variant: tuple[VariantName, ...] = PUBLISHED
     epsilon: tuple[float, ...] = Field((1.0, 10.0), description="ε of a run; inf trains without privacy")
-    seeds: tuple[int, ...] = Field((0, 1, 2), description="of the network, the programs, the sampling")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
+        (0, 1, 2), description="of the network, the programs, the sampling"
+    )
     axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict, description="settings by full name, all combined")
     cases: tuple[Case, ...] = Field((Case(),), description="named combinations, each with all axes")
     # Settings, by full name, of the runs of one variant; axes and cases go first.
@@ -124,21 +126,12 @@ class GridSpec(_Part):
         for e in self.epsilon:
             if not e > 0 or MAX_EPSILON < e < math.inf:
                 raise ValueError(f"epsilon {e:g} must be above 0 and at most {MAX_EPSILON:g}, or inf for no privacy")
-        for s in self.seeds:
-            if not 0 <= s < 2**32:
-                raise ValueError(f"the seed {s} must be 0 or more, and below 2^32")
         if len({c.label for c in self.cases}) < len(self.cases):
             raise ValueError("two cases have the same label")
-        wrong = [c.label for c in self.cases if c.label and not _LABEL.fullmatch(c.label)]
-        if wrong:
-            raise ValueError(
-                f"the label {shown(wrong[0])} of a case must be up to 40 letters, digits and ._=+-: it names folders"
-            )
         for name in (*self.axes, *(n for c in self.cases for n in c.settings)):
             check_setting(name)
-        for own in self.variant_settings.values():
-            for name in own:
-                check_setting(name, drawn=True)
+        for name in (n for own in self.variant_settings.values() for n in own):
+            check_setting(name, drawn=True)
         for name, values in self.axes.items():
             if not values or len({repr(v) for v in values}) < len(values):
                 raise ValueError(f"the axis {name} is empty or has a value twice")
@@ -208,7 +201,7 @@ class Spec(_Part):
     grid: GridSpec = GridSpec()
     references: tuple[Reference, ...] = get_args(Reference)
     dp_classifier: DpClassifierSpec = DpClassifierSpec()
-    baseline: str = Field("dpdm", description="the variant that the others are compared with")
+    baseline: VariantName = Field("dpdm", description="the variant that the others are compared with")
     sampling: SamplingSpec = SamplingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     cost: CostSpec = CostSpec()
@@ -220,15 +213,14 @@ class Spec(_Part):
         if self.preset not in preset_names():
             raise ValueError(f"preset is {shown(self.preset)}, but must be one of {', '.join(preset_names())}")
         for section, values in self.settings.items():
-            for name in values if isinstance(values, dict) else ():
-                check_setting(f"{section}.{name}", exists=False)
             if not isinstance(values, dict):
                 raise ValueError(f"settings.{section} must be a section with settings in it")
-        if self.baseline not in VARIANTS:
-            raise ValueError(f"baseline is {shown(self.baseline)}, but must be one of {', '.join(VARIANTS)}")
-        if self.noise == "seeded" and (self.cost.budget_file or self.cost.total_epsilon):
+            for name in values:
+                check_setting(f"{section}.{name}", exists=False)
+        limited = self.cost.budget_file or self.cost.total_epsilon
+        if limited and self.noise == "seeded":
             raise ValueError("noise: seeded, for public data, does not go with cost.budget_file or cost.total_epsilon")
-        if math.inf in self.grid.epsilon and (self.cost.budget_file or self.cost.total_epsilon):
+        if limited and math.inf in self.grid.epsilon:
             raise ValueError("a run of ε = inf exceeds any budget: leave it out of grid.epsilon, or drop the budget")
         if self.data.test is None and self.evaluation.classifiers:
             raise ValueError("data.test is missing: classifiers are scored on it.  Or evaluation: {classifiers: []}")
@@ -294,15 +286,7 @@ def parse_spec(values: Any, name: str = "the specification") -> Spec:
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors()[:20]:
-            place = printable(".".join(str(p) for p in problem["loc"]), 200)
-            kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
-            message = "there is no such entry" if kind == "extra_forbidden" else message
-            said = kind in ("extra_forbidden", "missing", "value_error")
-            given = "" if said else f" is {shown(problem['input'])}"
-            lines.append(f"{place}{given}: {message[:1].lower() + message[1:]}" if place else message)
-        raise ConfigError(f"{printable(name)}: {'; '.join(lines)}.") from None
+        raise ConfigError(f"{printable(name)}: {explain(error, Spec)}") from None
 
 
 # ------------------------------------------------------------------------------------------------- the grid
@@ -401,18 +385,20 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
     return Job(name, "run", variant, epsilon, seed, label, settings, config)
 
 
-_LOOKED_AT_BY: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("stages.tau_cleaning", ("cleaning", "both", "residual-cleaning")),
-    ("stages.tau_coarse", ("coarse", "both", "residual", "residual-cleaning")),
-    ("stages.networks", ("cleaning", "coarse", "both")),
-    ("stages.pretrain", tuple(v for v in VARIANTS if v not in USE_MOMENTS)),
-    ("public.", tuple(v for v in VARIANTS if v not in ("dpdm", "gaussian", "residual"))),
-    ("program.", tuple(v for v in VARIANTS if v not in ("dpdm", "gaussian", "residual"))),
-    ("moments.share", ("residual", "residual-cleaning")),
-    ("moments.", USE_MOMENTS),
-    ("private.", tuple(v for v in VARIANTS if v != "gaussian")),
-    ("network.", tuple(v for v in VARIANTS if v != "gaussian")),
-)
+_USES_PROGRAMS = tuple(v for v in VARIANTS if v not in ("dpdm", "gaussian", "residual"))
+_HAS_NETWORK = tuple(v for v in VARIANTS if v != "gaussian")
+_LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
+    "stages.tau_cleaning": ("cleaning", "both", "residual-cleaning"),
+    "stages.tau_coarse": ("coarse", "both", "residual", "residual-cleaning"),
+    "stages.networks": ("cleaning", "coarse", "both"),
+    "stages.pretrain": tuple(v for v in VARIANTS if v not in USE_MOMENTS),
+    "public.": _USES_PROGRAMS,
+    "program.": _USES_PROGRAMS,
+    "moments.share": ("residual", "residual-cleaning"),
+    "moments.": USE_MOMENTS,
+    "private.": _HAS_NETWORK,
+    "network.": _HAS_NETWORK,
+}
 """Settings, by the beginning of their names, and the variants that look at them; all look at any other."""
 
 
@@ -420,7 +406,9 @@ def _matters(name: str, variant: str, pretrain: bool) -> bool:
     """Whether a run of `variant` looks at a setting at all; `pretrain`: it begins on programs whatever the variant."""
     if pretrain and name.startswith(("public.", "program.")):
         return True
-    return next((variant in variants for beginning, variants in _LOOKED_AT_BY if name.startswith(beginning)), True)
+    return next(
+        (variant in variants for beginning, variants in _LOOKED_AT_BY.items() if name.startswith(beginning)), True
+    )
 
 
 def _short(value: Any) -> str:

@@ -7,13 +7,14 @@ their spread allows, so that nobody reads a difference out of a last digit, and 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpsyngen.errors import printable
 from dpsyngen.experiments.measures import Measure, Row, View, answers, epsilon_name, row_of
@@ -124,7 +125,10 @@ def figures_table(view: View, key: str, title: str, measures: Sequence[Measure])
             for kind, cells in references.items():
                 values = view.reference(kind, measure, epsilon)
                 s = summarise(values) if values else None
-                own = max(digits, _own_decimals(s)) if s is not None and kind == "test" else digits
+                own = digits
+                if kind == "test" and s is not None and s.mean:
+                    # A floor can be far smaller than the figures above it.
+                    own = max(digits, min(4, 1 - math.floor(math.log10(abs(s.mean)))))
                 cells.append(Cell(_NONE if s is None else mean_text(s, own)))
     rows = [TableRow(_heads(view, row), tuple(cells)) for row, cells in grid.items()]
     for kind, name in REFERENCES:
@@ -170,83 +174,68 @@ def class_table(view: View) -> Table | None:
         return None
     columns = [(e, row) for e in view.epsilons for row in view.rows if view.values(measure, e, row, names[0])]
     by_class = {name: [view.values(measure, e, row, name) for e, row in columns] for name in names}
+    of_column = [[values for values in column if values] for column in zip(*by_class.values(), strict=True)]
+    digits = [min(column_decimals([summarise(values) for values in column]), 1) for column in of_column]
+
+    def row_of_texts(name: str, columns: Sequence[Sequence[float]], reference: bool = False) -> TableRow:
+        pairs = zip(columns, digits, strict=True)
+        return TableRow((name,), tuple(Cell(mean_text(summarise(v), d) if v else _NONE) for v, d in pairs), reference)
+
     notes = ["No tests here: among many classes some differ by chance."]
-    shown = names
     if len(names) > _MOST_CLASSES:
-        shown = sorted(names, key=lambda n: statistics.fmean(v for values in by_class[n] for v in values))
-        shown = shown[:_MOST_CLASSES]
-        notes.append(f"The {_MOST_CLASSES} hardest of {len(names):,} classes.")
-    digits = [
-        column_decimals([summarise(by_class[n][i]) for n in names if by_class[n][i]]) for i in range(len(columns))
-    ]
-
-    def cells(values: Sequence[Sequence[float]]) -> tuple[Cell, ...]:
-        pairs = zip(values, digits, strict=True)
-        return tuple(Cell(mean_text(summarise(v), min(d, 1)) if v else _NONE) for v, d in pairs)
-
-    rows = [TableRow((name,), cells(by_class[name])) for name in shown]
-    worst = [
-        [min(at) for at in zip(*(by_class[n][i] for n in names if by_class[n][i]), strict=False)]
-        for i in range(len(columns))
-    ]
-    rows.append(TableRow(("worst class of each run",), cells(worst), reference=True))
-    groups = tuple(
-        (epsilon_name(e), tuple(row.name for at, row in columns if at == e))
-        for e in view.epsilons
-        if any(at == e for at, _ in columns)
-    )
+        names = sorted(names, key=lambda n: statistics.fmean(v for values in by_class[n] for v in values))
+        names = names[:_MOST_CLASSES]
+        notes.append(f"The {_MOST_CLASSES} hardest of {len(by_class):,} classes.")
+    rows = [row_of_texts(name, by_class[name]) for name in names]
+    worst = [[min(of_run) for of_run in zip(*column, strict=False)] for column in of_column]
+    rows.append(row_of_texts("worst class of each run", worst, reference=True))
+    grouped = ((e, tuple(row.name for at, row in columns if at == e)) for e in view.epsilons)
+    groups = tuple((epsilon_name(e), names_at) for e, names_at in grouped if names_at)
     return Table("classes", f"{measure.name} by class, %", ("class",), groups, tuple(rows), tuple(notes))
 
 
 def verdict_table(view: View) -> Table | None:
     """Every variant against its baseline, by every measure and at every ε."""
     rows = []
-    for measure in view.measures:
-        for epsilon in view.epsilons:
-            groups = view.groups(measure, epsilon)
-            family = against_baselines(view.baselines(measure, epsilon), groups, measure.better)
-            rows += [_verdict_row(c, measure, epsilon, (measure.name,)) for c in family]
-    heads = ("figure", "variant", "ε")
-    return _verdicts("verdicts", "Every figure against the baseline", heads, rows, "one figure at one ε")
+    for measure, epsilon in itertools.product(view.measures, view.epsilons):
+        baselines, groups = view.baselines(measure, epsilon), view.groups(measure, epsilon)
+        for c in against_baselines(baselines, groups, measure.better):
+            rows.append(_verdict_row(c, measure, (measure.name, c.first, _bare(epsilon))))
+    title, heads = "Every figure against the baseline", ("figure", "variant", "ε")
+    return _verdicts("verdicts", title, heads, rows, "one figure at one ε")
 
 
 def best_table(view: View) -> Table | None:
     """Every variant against the best one, by the primary measure."""
-    measure = view.primary
-    if measure is None:
-        return None
-    rows = []
-    for epsilon in view.epsilons:
+    measure, rows = view.primary, []
+    for epsilon in view.epsilons if measure is not None else ():
         groups = view.groups(measure, epsilon)
         if len(groups) > 1:
-            rows += [_verdict_row(c, measure, epsilon) for c in against_best(groups, measure.better)]
-    title = f"{measure.name}: against the best mean"
+            compared = against_best(groups, measure.better)
+            rows += [_verdict_row(c, measure, (c.first, _bare(epsilon))) for c in compared]
+    title = f"{measure.name}: against the best mean" if measure else ""
     return _verdicts("best", title, ("variant", "ε"), rows, "all pairs of variants at one ε")
 
 
 def _verdicts(key: str, title: str, heads: tuple[str, ...], rows: list[TableRow], family: str) -> Table | None:
-    if not rows:
-        return None
     columns = ("compared with", "difference", "95 % CI", "p", "p, corrected", "verdict")
     notes = (
         "Welch's t test on runs.  The interval and p are those of one comparison alone; the verdict is at 5 % after "
         f"Holm's correction within a family: {family}.  Over many families, expect one false alarm in twenty.",
     )
-    return Table(key, title, heads, (("", columns),), tuple(rows), notes, numeric=False)
+    return Table(key, title, heads, (("", columns),), tuple(rows), notes, numeric=False) if rows else None
 
 
-def _verdict_row(c: Comparison, measure: Measure, epsilon: float, before: tuple[str, ...] = ()) -> TableRow:
+def _verdict_row(c: Comparison, measure: Measure, heads: tuple[str, ...]) -> TableRow:
     digits = difference_decimals(c)
+    texts = [
+        c.second,
+        number(c.difference, digits, True) + measure.difference_unit,
+        _NONE if c.low is None or c.high is None else f"{number(c.low, digits)} to {number(c.high, digits)}",
+        *(_NONE if p is None else p_text(p) for p in (c.p, c.p_corrected)),
+    ]
     words = "no difference shown" if c.verdict == "not shown" else c.verdict
-    interval = _NONE if c.low is None or c.high is None else f"{number(c.low, digits)} to {number(c.high, digits)}"
-    cells = (
-        Cell(c.second),
-        Cell(number(c.difference, digits, True) + measure.difference_unit),
-        Cell(interval),
-        *(Cell(_NONE if p is None else p_text(p)) for p in (c.p, c.p_corrected)),
-        Cell(words, "best" if c.verdict in ("better", "worse") else ""),
-    )
-    return TableRow((*before, c.first, epsilon_name(epsilon).removeprefix("ε = ")), cells)
+    return TableRow(heads, (*map(Cell, texts), Cell(words, "best" if c.verdict in ("better", "worse") else "")))
 
 
 def compute_table(view: View) -> Table | None:
@@ -256,21 +245,17 @@ def compute_table(view: View) -> Table | None:
     timed |= {name: name for name in ("training", "sampling", "evaluation")}
     columns = [(f"seconds_{name}", f"{title}, {minutes}", 60.0) for name, title in timed.items()]
     columns += [("private_images_seen", "private images used", 1.0), ("parameters", "parameters", 1.0)]
-    figures: dict[tuple[Row, float], dict[str, list[float]]] = {}
+    figures: dict[tuple[Row, float], list[dict[str, Any]]] = {}
     for job in view.results.runs:
-        mine = figures.setdefault((row_of(job), job.epsilon), {})
-        for f in job.figures():
-            mine.setdefault(f.metric, []).append(f.value)
-    present = [c for c in columns if any(c[0] in found for found in figures.values())]
+        figures.setdefault((row_of(job), job.epsilon), []).append(job.facts)
+    present = [c for c in columns if any(c[0] in facts for group in figures.values() for facts in group)]
     if not present:
         return None
     rows = []
-    for (row, epsilon), found in figures.items():
-        cells = []
-        for metric, _, unit in present:
-            s = summarise([v / unit for v in found[metric]]) if metric in found else None
-            cells.append(Cell(_NONE) if s is None else Cell(_plain(s)))
-        rows.append(TableRow((*_heads(view, row), epsilon_name(epsilon).removeprefix("ε = ")), tuple(cells)))
+    for (row, epsilon), group in figures.items():
+        found = [[facts[name] / unit for facts in group if name in facts] for name, _, unit in present]
+        cells = tuple(Cell(_plain(summarise(values)) if values else _NONE) for values in found)
+        rows.append(TableRow((*_heads(view, row), _bare(epsilon)), cells))
     groups = (("", tuple(title for _, title, _ in present)),)
     notes = (
         "Mean ± standard deviation over seeds.  Times depend on the machine and on what else it did; on a CPU they are "
@@ -286,8 +271,8 @@ def _plain(s: Summary) -> str:
     return mean_text(s, max(0, min(2, decimals_for(s.sd))))
 
 
-def _own_decimals(s: Summary) -> int:
-    return 0 if s.mean == 0 else min(4, 1 - math.floor(math.log10(abs(s.mean))))
+def _bare(epsilon: float) -> str:
+    return epsilon_name(epsilon).removeprefix("ε = ")
 
 
 def _half_widths(view: View, measure: Measure, epsilon: float) -> list[float]:
@@ -322,40 +307,59 @@ def write_results(exp: Path) -> list[Path]:
 
 def markdown(view: View) -> str:
     """Answers and all tables."""
-    out = [f"**{PRIVATE}**", ""]
+    lines = _document(view, all_tables(view), markdown_table, _escaped)
+    return "\n".join([f"**{PRIVATE}**", "", *lines]).rstrip("\n") + "\n"
+
+
+def print_tables(exp: Path, console: Console) -> None:
+    """Say the answers, accuracies and distances of an experiment; all tables are in tables.md and in the report.
+
+    Raises:
+        RunError: not the folder of an experiment.
+    """
+    view = View(Results.load(exp))
+    tables = [t for t in all_tables(view) if t.key == "accuracy" or t.key.endswith("-lower")]
+    for line in _document(view, tables, terminal_table, lambda text: printable(text, 4000)):
+        console.line(line)
+    console.line(PRIVATE)
+
+
+def _document(
+    view: View, tables: Sequence[Table], drawn: Callable[[Table], str], safe: Callable[[str], str]
+) -> Iterator[str]:
+    """Lines with the answers, the tables with their notes, and what was left out."""
     for answer in answers(view):
-        out += [f"**{epsilon_name(answer.epsilon)}**: {_escaped(answer.headline)}", ""]
-        out += [f"- {_escaped(line)}" for line in answer.lines]
-        out += [""] * bool(answer.lines)
+        yield safe(f"{epsilon_name(answer.epsilon)}: {answer.headline}")
+        yield ""
+        if answer.lines:
+            yield from (f"- {safe(line)}" for line in answer.lines)
+            yield ""
     said: set[str] = set()
-    for table in all_tables(view):
-        out += [f"### {_escaped(table.title)}", "", *markdown_table(table), ""]
+    for table in tables:
+        yield from (drawn(table), "")
         for note in table.notes:
             # Once is enough: most tables are read in the same way.
-            out += [_escaped(note), ""] if note not in said else []
-            said.add(note)
+            if note not in said:
+                yield from (safe(note), "")
+                said.add(note)
     if view.results.skipped:
-        out += ["Left out:", "", *(f"- {_escaped(name)}: {_escaped(why)}" for name, why in view.results.skipped)]
-    return "\n".join(out).rstrip("\n") + "\n"
+        yield from ("Left out:", "")
+        yield from (f"- {safe(name)}: {safe(why)}" for name, why in view.results.skipped)
 
 
-def markdown_table(table: Table) -> list[str]:
-    """Lines of one table; Markdown has no column groups, so the group stands in the name of the column."""
+def markdown_table(table: Table) -> str:
+    """One table under its title; Markdown has no column groups, so the group stands in the name of the column."""
     columns = [f"{group}, {name}" if group else name for group, names in table.groups for name in names]
     align = "---:" if table.numeric else "---"
     lines = [
-        "| " + " | ".join(_escaped(t) for t in (*table.heads, *columns)) + " |",
-        "|" + "|".join(["---"] * len(table.heads) + [align] * len(columns)) + "|",
+        [_escaped(text) for text in (*table.heads, *columns)],
+        ["---"] * len(table.heads) + [align] * len(columns),
     ]
     for row in table.rows:
         heads = [f"*{_escaped(h)}*" if row.reference and h else _escaped(h) for h in row.heads]
-        lines.append("| " + " | ".join([*heads, *map(_markdown_cell, row.cells)]) + " |")
-    return lines
-
-
-def _markdown_cell(cell: Cell) -> str:
-    text = _escaped(cell.text + _seeds(cell))
-    return f"**{text}**" if cell.mark == "best" else f"{text} †" if cell.mark == "tied" else text
+        marks = {"best": "**{}**", "tied": "{} †", "": "{}"}
+        lines.append([*heads, *(marks[c.mark].format(_escaped(c.text + _seeds(c))) for c in row.cells)])
+    return "\n".join([f"### {_escaped(table.title)}", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _seeds(cell: Cell) -> str:
@@ -367,47 +371,16 @@ def _escaped(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\|*_`[]<>#~" else c for c in printable(text, 4000))
 
 
-def print_tables(exp: Path, console: Console) -> None:
-    """Say the answers, accuracies and distances of an experiment; all tables are in tables.md and in the report.
-
-    Raises:
-        RunError: not the folder of an experiment.
-    """
-    results = Results.load(exp)
-    view = View(results)
-    for answer in answers(view):
-        console.line(printable(f"{epsilon_name(answer.epsilon)}: {answer.headline}", 4000))
-        for line in answer.lines:
-            console.line(printable(f"  {line}", 4000))
-    notes: list[str] = []
-    for table in all_tables(view):
-        if table.key == "accuracy" or table.key.endswith("-lower"):
-            console.line()
-            console.line(terminal_table(table))
-            notes += [note for note in table.notes if note not in notes]
-    for note in notes:
-        console.line(note)
-    for name, why in results.skipped:
-        console.line(printable(f"left out: {name}: {why}", 4000))
-    console.line(PRIVATE)
-
-
-def terminal_table(table: Table, width: int | None = None) -> str:
-    """One table drawn by rich, without colours where the output is no terminal.
-
-    Args:
-        table: to draw.
-        width: columns of the terminal; None: as it is, or as wide as the table is where there is none.
-    """
+def terminal_table(table: Table) -> str:
+    """One table drawn by rich; where there is no terminal, without colours and as wide as it needs."""
     from rich.console import Console as RichConsole
     from rich.table import Table as RichTable
     from rich.text import Text
 
     terminal = sys.stdout.isatty()
     buffer = io.StringIO()
-    # A file has no width: lines must not be cut.
-    wide = width or (None if terminal else 400)
-    rich = RichConsole(file=buffer, force_terminal=terminal, width=wide, highlight=False, emoji=False)
+    width = None if terminal else 400
+    rich = RichConsole(file=buffer, force_terminal=terminal, width=width, highlight=False, emoji=False)
     drawn = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
     for head in table.heads:
         drawn.add_column(Text(head), overflow="fold")
@@ -415,14 +388,12 @@ def terminal_table(table: Table, width: int | None = None) -> str:
         for name in names:
             title = f"{group}\n{name}" if group else name
             drawn.add_column(Text(title), justify="right" if table.numeric else "left", overflow="fold")
-    references = False
-    for row in table.rows:
-        if row.reference and not references:
-            references = True
-            drawn.add_section()
-        # Bold cannot be seen in a file: the star can.
-        marks = {"best": "" if terminal else " *", "tied": " †", "": ""}
+    # Bold cannot be seen in a file: the star can.
+    marks = {"best": "" if terminal else " *", "tied": " †", "": ""}
+    for row, after in zip(table.rows, (*table.rows[1:], None), strict=True):
+        heads = [Text(printable(h, 80), style="dim" if row.reference else "") for h in row.heads]
         cells = [Text(c.text + _seeds(c) + marks[c.mark], "bold" if c.mark == "best" else "") for c in row.cells]
-        drawn.add_row(*(Text(printable(h, 80), style="dim" if row.reference else "") for h in row.heads), *cells)
+        ends = after is not None and after.reference and not row.reference
+        drawn.add_row(*heads, *cells, end_section=ends)
     rich.print(drawn)
     return buffer.getvalue().rstrip("\n")

@@ -41,11 +41,10 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
     plots = write_plots(view, exp / "plots")
     tables = {table.key: table for table in all_tables(view)}
     experiment = results.experiment
-    about = {} if experiment is None else experiment.about
     values = {
-        "name": exp.resolve().name if experiment is None else experiment.spec.name,
-        "description": "" if experiment is None else experiment.spec.description,
-        "facts": list(_facts(view, about.get("seconds"))),
+        "name": experiment.spec.name,
+        "description": experiment.spec.description,
+        "facts": list(_facts(view, experiment.about.get("seconds"))),
         "answers": [
             {"epsilon": epsilon_name(a.epsilon), "headline": a.headline, "lines": a.lines} for a in answers(view)
         ],
@@ -61,7 +60,7 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
         "noise_seed": NOISE_SEED,
         "protocol": list(_protocol(view)),
         "kinds": {job.kind for job in results.jobs},
-        "privacy": about.get("privacy"),
+        "privacy": experiment.about.get("privacy"),
         "costs": _costs(results, exp),
     }
     path = exp / "report.html"
@@ -71,8 +70,7 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
 
 def _facts(view: View, seconds: float | None) -> Iterator[tuple[str, str]]:
     runs = view.results.runs
-    planned = view.results.experiment
-    count = len([job for job in planned.jobs if job.kind == "run"]) if planned is not None else len(runs)
+    count = sum(job.kind == "run" for job in view.results.experiment.jobs)
     yield "runs finished", f"{len(runs):,} of {count:,}"
     yield "seeds", " to ".join(f"{n}" for n in sorted({min(s), max(s)})) if (s := view.seeds()) else "0"
     yield "ε", ", ".join(epsilon_name(e).removeprefix("ε = ") for e in view.epsilons)
@@ -88,9 +86,7 @@ def _failed(results: Results) -> Iterator[tuple[str, str]]:
     """(job, why) of every job without figures."""
     skipped = dict(results.skipped)
     have = {job.job for job in results.jobs}
-    if results.experiment is None:
-        yield "spec.yaml", "cannot be read: other jobs may be missing, too"
-    for job, status in {} if results.experiment is None else results.experiment.statuses().items():
+    for job, status in results.experiment.statuses().items():
         if job not in have and f"{job}.json" not in skipped:
             said = {"failed": f"failed: {status.error}", "waiting": "not begun", "running": "running"}
             yield job, said.get(status.state, "interrupted")
@@ -98,10 +94,9 @@ def _failed(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def _protocol(view: View) -> Iterator[tuple[str, str]]:
-    spec = None if view.results.experiment is None else view.results.experiment.spec
-    if spec is not None:
-        test = f"; real test images: {spec.data.test}" if spec.data.test else ""
-        yield "Images", f"Private training images: {spec.data.train}{test}."
+    data = view.results.experiment.spec.data
+    test = f"; real test images: {data.test}" if data.test else ""
+    yield "Images", f"Private training images: {data.train}{test}."
     drawn = {
         ", ".join(f"{k} {s[k]}" for k in ("images", "sampler", "steps", "guidance") if k in s)
         for j in view.results.runs

@@ -197,8 +197,9 @@ def _against_time(view: View, measure: Measure) -> Plot | None:
     for job in view.results.runs:
         wanted = (measure.metric, measure.on, "")
         value = next((f.value for f in job.figures() if (f.metric, f.on, f.of_class) == wanted), None)
-        if job.seconds_training and value is not None:
-            place = (job.seconds_training / 60, measure.scale * value, job.epsilon)
+        seconds = job.facts.get("seconds_training")
+        if seconds and value is not None:
+            place = (seconds / 60, measure.scale * value, job.epsilon)
             points.setdefault(job.variant, []).append(place)
     times = [time for of_variant in points.values() for time, *_ in of_variant]
     if len(times) < 2:

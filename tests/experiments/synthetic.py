@@ -91,6 +91,7 @@ def _facts(job: Job, rng: np.random.Generator) -> dict[str, Any]:
             "seconds_private": 170 + 20 * rng.random(),
             "seconds_sampling": 20 + rng.random(),
         }
+        facts["seconds_training"] = facts["seconds_public"] + facts["seconds_private"]
     return facts
 
 

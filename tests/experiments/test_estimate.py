@@ -24,10 +24,10 @@ def test_seconds_are_steps_times_images_times_what_was_measured(tiny_spec, known
     found = estimate(spec, jobs_of(spec), SHAPE)
     # Four runs of 6 steps of 12 images at K = 2; 12 images in 2 sampler steps.
     assert found.private == 4 * 6 * 12 * 2 * 2.0
-    assert found.private_flops == 4 * 6 * 12 * 2 * 1e12
+    assert found.flops == 4 * 6 * 12 * 2 * 1e12
     assert found.sampling == 4 * 12 * 2 * 0.25
-    assert found.public == found.public_flops == found.evaluation == 0
-    assert found.gpu_hours(10) == pytest.approx(found.private_flops / 1e13 / 3600)
+    assert found.public == found.evaluation == 0
+    assert found.gpu_hours(10) == pytest.approx(found.flops / 1e13 / 3600)
 
 
 def test_a_public_network_that_runs_share_is_counted_once(tiny_spec, known_times) -> None:

@@ -292,10 +292,10 @@ def test_a_failed_job_costs_no_other_and_is_tried_again_when_asked(tiny_spec, tm
     first, second = experiment.jobs
     real = api.prepare
 
-    def broken(config, out, data, device):
+    def broken(config, out, data, device, on_event):
         if out.name == first.name:
             raise RunError("no such luck")
-        return real(config, out, data, device)
+        return real(config, out, data, device, on_event=on_event)
 
     monkeypatch.setattr(api, "prepare", broken)
     assert pool.work(experiment)

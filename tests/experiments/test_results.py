@@ -123,17 +123,9 @@ def test_a_job_that_the_specification_lacks_is_left_out(exp) -> None:
     assert Results.load(exp).skipped == (("dpdm-eps1-seed7.json", "it belongs to no job of the specification"),)
 
 
-def test_results_are_read_without_the_specification(exp) -> None:
-    before = Results.load(exp).jobs
-    (exp / "spec.yaml").unlink()
-    results = Results.load(exp)
-    assert [j.job for j in results.jobs] == [j.job for j in before]
-    assert results.baseline == "dpdm"
-
-
 def test_the_baseline_is_that_of_the_specification(tmp_path) -> None:
     exp = make_experiment(tmp_path / "e", grid={"epsilon": [1], "seeds": 1}, baseline="finetune", classes=2)
-    assert Results.load(exp).baseline == "finetune"
+    assert Results.load(exp).experiment.spec.baseline == "finetune"
 
 
 def test_no_experiment(tmp_path) -> None:

@@ -231,7 +231,7 @@ def test_print_tables(tmp_path, capsys) -> None:
     print_tables(exp, Console())
     out = capsys.readouterr().out
     assert out.startswith("ε = 1: the best mean CNN accuracy")
-    assert "left out: both-eps1-seed1.json" in out
+    assert "- both-eps1-seed1.json: " in out
     assert "PRIVATE" in out.splitlines()[-1]
     assert "Fréchet" in out
 

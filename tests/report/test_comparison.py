@@ -157,16 +157,6 @@ def test_a_generator_outside_the_experiment_is_not_opened(made, tmp_path) -> Non
     assert "outside" in why
 
 
-def test_class_names_come_from_the_generator(generators, tmp_path) -> None:
-    exp = make_experiment(tmp_path / "exp", grid={"epsilon": [4], "variant": ["dpdm"], "seeds": 1}, classes=3)
-    shutil.copytree(generators / "dpdm", exp / "runs" / "dpdm-eps4-seed0")
-    path = exp / "runs" / "dpdm-eps4-seed0" / "release" / "generator.json"
-    about = json.loads(path.read_text())
-    path.write_text(json.dumps(about | {"class_names": ["cat", "dog", "owl"]}))
-    view = View(Results.load(exp))
-    assert view.classes("cnn") == ["cat", "dog", "owl"]
-
-
 def test_nothing_finished_still_makes_a_page(tmp_path) -> None:
     exp = make_experiment(tmp_path / "exp", grid={"epsilon": [1]}, change=lambda job, result: None)
     shown = visible(write_comparison(exp).read_text())
