@@ -240,7 +240,7 @@ class Worker:
 
         samples = generator.sample(s.images, on_progress=progress, **settings)
         clock.add("sampling")
-        arrays = {"images": samples.images, "labels": samples.labels, "stamp": stamp}
+        arrays: dict[str, Any] = {"images": samples.images, "labels": samples.labels, "stamp": stamp}
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as f:

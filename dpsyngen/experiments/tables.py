@@ -208,12 +208,14 @@ def verdict_table(view: View) -> Table | None:
 def best_table(view: View) -> Table | None:
     """Every variant against the best one, by the primary measure."""
     measure, rows = view.primary, []
-    for epsilon in view.epsilons if measure is not None else ():
+    if measure is None:
+        return None
+    for epsilon in view.epsilons:
         groups = view.groups(measure, epsilon)
         if len(groups) > 1:
             compared = against_best(groups, measure.better)
             rows += [_verdict_row(c, measure, (c.first, _bare(epsilon))) for c in compared]
-    title = f"{measure.name}: against the best mean" if measure else ""
+    title = f"{measure.name}: against the best mean"
     return _verdicts("best", title, ("variant", "ε"), rows, "all pairs of variants at one ε")
 
 

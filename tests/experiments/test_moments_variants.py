@@ -80,7 +80,7 @@ def test_what_runs_without_steps_and_runs_with_moments_take(tiny_spec, monkeypat
         return estimate(spec, jobs_of(spec), SHAPE)
 
     gaussian = of("gaussian")
-    assert (gaussian.private, gaussian.public, gaussian.private_flops) == (2 * moments, 0, 0)
+    assert (gaussian.private, gaussian.public, gaussian.flops) == (2 * moments, 0, 0)
     assert gaussian.sampling == 2 * 12 * 0.25  # a step an image, whatever the sampler was set to
     residual = of("residual-cleaning")
     assert residual.private == 2 * (moments + steps)
