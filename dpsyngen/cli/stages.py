@@ -14,7 +14,7 @@ from dpsyngen.errors import ConfigError
 
 if TYPE_CHECKING:
     from dpsyngen.config import Config
-    from dpsyngen.console import Console, Progress
+    from dpsyngen.console import Console
     from dpsyngen.thresholds.files import StagesResult
     from dpsyngen.thresholds.run import Stages
 
@@ -146,16 +146,9 @@ def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list
         cost = f"ε = {p.privacy.epsilon:g} at δ = {p.delta:.3g}, noise multiplier {p.query.noise_multiplier:.4g}"
         seeded = "" if p.privacy.insecure_seed is None else "; NOT PRIVATE: reproducible noise"
         console.note(f"private images: {p.query.records:,} records, {cost}{seeded}")
-    bars: dict[str, Progress] = {}
     with ExitStack() as stack:
-
-        def tell(title: str, done: int, total: int, unit: str) -> None:
-            if title not in bars:
-                stack.close()  # the bar before
-                bars[title] = stack.enter_context(console.progress(title, total, unit))
-            bars[title].update(done)
-
-        return search.run(tell)
+        stack.push(lambda kind, error, trace: console.track_ends(error))
+        return search.run(console.track)
 
 
 def _say(console: Console, out: Path, result: StagesResult, files: list[Path], seconds: float) -> None:
