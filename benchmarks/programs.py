@@ -161,9 +161,10 @@ def training_share(
 
     from dpsyngen.config import load_config
     from dpsyngen.diffusion.noise_levels import NoiseLevels
+    from dpsyngen.privacy.randomness import Randomness
     from dpsyngen.training.networks import make_denoiser
     from dpsyngen.training.plan import Shape
-    from dpsyngen.training.public import PublicImages, PublicStep, public_randomness
+    from dpsyngen.training.public import PublicImages, PublicStep
     from dpsyngen.workers import Workers
 
     drawing: list[float] = []
@@ -179,7 +180,7 @@ def training_share(
     denoiser = make_denoiser(config, Shape(resolution, channels, (), 1000), False, 0)
     program = make_program(name, resolution=resolution, channels=channels)
     levels = NoiseLevels(config.network.noise_mean, config.network.noise_std)
-    randomness, workers = public_randomness(config), Workers(None)
+    randomness, workers = Randomness.from_insecure_seed(config.program.seed), Workers(None)
     take = PublicStep(program, levels, config.public, randomness, 0, workers)
     take.images = Timed(program, config.public.batch, 0, config.public.distinct, randomness, workers.count)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-4)

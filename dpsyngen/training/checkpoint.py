@@ -218,8 +218,6 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def describe_checkpoints(folder: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
-    """What lies in a run's private folder, without a network to restore: (file, phase, step) of each readable
-    checkpoint, newest first, and what is wrong with the others.
-    """
+    """(File, phase, step) of each readable checkpoint of a private folder, newest first; what is wrong with others."""
     good, bad = _read(folder)
     return [(s.path.name, s.phase, s.step) for s in good], bad

@@ -330,7 +330,7 @@ class Training:
         levels, dropout = levels_of(self.config.network, stages.private), self.config.network.label_dropout
         take = PrivateStep(self.dataset, levels, dropout, self.plan.mechanism, self.randomness, how)
         public = [self._public_step(stage, engine.compute) for stage in shared]
-        progress = train_private(name, state, take, self.ledger, public, with_epsilon=self.hooks.observer is None)
+        progress = train_private(name, state, take, self.ledger, public)
         yield from self._checkpointed(name, state, progress, private=True)
         if state.step < c.steps:  # it was asked to stop
             return

@@ -337,8 +337,6 @@ def train_private(
     take: PrivateStep,
     ledger: Ledger,
     public: list[PublicStep] | None = None,
-    *,
-    with_epsilon: bool = True,
 ) -> Iterator[Step]:
     """Go on from ``state.step`` to the end of the private phase, yielding after each step; `ledger` is charged before.
 
@@ -347,7 +345,6 @@ def train_private(
         take: the private step.
         public: for a shared network, one PublicStep for each public stage: their steps are spread evenly between
             the private ones.
-        with_epsilon: whether to compute ε so far, for the log.
     """
     assert isinstance(state.module, NetworkDenoiser)
     dp, steps = take.dp, take.dp.config.steps
@@ -365,6 +362,6 @@ def train_private(
         values["epochs"] = state.step * dp.sampling_rate
         if losses:
             values["public_loss"] = sum(losses) / len(losses)
-        if with_epsilon:
+        if take.how.observer is None:  # audits take the same steps many times
             values["epsilon"] = epsilon_so_far(ledger, dp, state.step)
         yield Step(phase, state.step, steps, values, private=True)

@@ -113,7 +113,7 @@ class PublicStep:
         program, offset: source of images, and the first of them to use, so that networks see different ones.
         levels: noise levels of the stage.
         config: batch, K, learning rate, warm-up.
-        randomness: *public* streams; see :func:`public_randomness`.
+        randomness: *public* streams.
         workers, ranks: threads (None: the calling one alone) and processes that share a batch.
         name: what the main process calls this step when it leads others.
         compute: precision; None: as PyTorch is set.
@@ -193,11 +193,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def public_randomness(config: Config) -> Randomness:
-    """Streams that depend on the public seed only."""
-    return Randomness.from_insecure_seed(config.program.seed)
-
-
 def levels_of(n: NetworkConfig, stage: Stage) -> NoiseLevels:
     """Noise levels that a stage trains at."""
     return NoiseLevels(n.noise_mean, n.noise_std, stage.low, stage.high)
@@ -214,7 +209,8 @@ def public_step(
     # Each network has its own images: a thousand million are more than any phase draws.
     offset = PUBLIC_INDEX[stage.name] * 10**9
     levels, name = levels_of(config.network, stage), f"public step {stage.name}"
-    return PublicStep(program, levels, config.public, public_randomness(config), offset, workers, ranks, name, compute)
+    randomness = Randomness.from_insecure_seed(config.program.seed)  # public, and the same whatever the images
+    return PublicStep(program, levels, config.public, randomness, offset, workers, ranks, name, compute)
 
 
 def train_public(phase: str, state: TrainState, take: PublicStep) -> Iterator[Step]:
