@@ -127,21 +127,24 @@ def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
     p, levels = config.privacy, LOOKUP_LEVELS if plan.lookup else LIVELY_LEVELS
     # The bound of the one-run audit loses 2mδ: a smaller δ than the run's keeps that small beside 1 - confidence.
     delta = min(p.delta or 1.0, _DELTA / records)
-    private = config.private.model_copy(
-        update={"steps": plan.steps, "batch": plan.batch, "warmup": 0, "checkpoint_every": CHECKPOINT_EVERY}
-    )
+    private: dict[str, float] = {
+        "steps": plan.steps,
+        "batch": plan.batch,
+        "warmup": 0,
+        "checkpoint_every": CHECKPOINT_EVERY,
+    }
     if plan.score:
         # Where weights stay as they are, so does what tells canaries apart.
-        private = private.model_copy(update={"learning_rate": 1e-9})
+        private["learning_rate"] = 1e-9
     if plan.lookup:
-        private = private.model_copy(update={"learning_rate": 1e-12, "physical_batch": 256})
+        private |= {"learning_rate": 1e-12, "physical_batch": 256}
     return config.model_copy(
         update={
             "data": DataConfig(records=records),
             "privacy": PrivacyConfig(epsilon=p.epsilon, delta=delta, clipping_norm=p.clipping_norm),
             "stages": StagesConfig(variant="dpdm"),
             "network": config.network.model_copy(update={"label_dropout": 0.0, **levels}),
-            "private": private,
+            "private": config.private.model_copy(update=private),
             # Nothing is drawn, and guidance would need labels to be dropped.
             "sampling": config.sampling.model_copy(update={"guidance": 1.0}),
         }
@@ -184,25 +187,27 @@ def train_canaries(
         guesses = plan_guesses(plan.canaries, delta, confidence, m.sampling_rate, m.noise_multiplier, plan.steps)
         two = (c.noisy(small, device), c.noisy(small, device))
         attack = LookupScores(plan.canaries) if plan.lookup else Scores(two, small, transcript)
-    with training.run.lock():
-        for progress in training.steps():
-            if progress.step == plan.crash_after:
-                break
+    _take_steps(training, plan.crash_after)
     if plan.crash_after is not None:
         del training  # and with it whatever was not in a checkpoint
-        training = Training.resume(Run(folder), dataset, device, hooks=hooks)
-        with training.run.lock():
-            for _ in training.steps():
-                pass
+        _take_steps(Training.resume(Run(folder), dataset, device, hooks=hooks))
     ledger = Ledger(ledger_path)
     # Were several mechanisms charged, the cheapest would be the one to hold the run to.
-    rate = min(m.sampling_rate for m in charged_mechanisms(ledger))
-    noise = max(m.noise_multiplier for m in charged_mechanisms(ledger))
+    charged = charged_mechanisms(ledger)
+    rate, noise = min(c.sampling_rate for c in charged), max(c.noise_multiplier for c in charged)
     claim = Claim(rate, noise * m.clipping_norm, charged_steps(ledger), crashed=plan.crash_after is not None)
     if attack is None:
         return CanaryRun(transcript, claim, None)
     one_run = OneRun(attack.total, c.inside, guesses, delta, ledger.epsilon(), confidence)
     return CanaryRun(transcript, claim, one_run)
+
+
+def _take_steps(training: Training, last: int | None = None) -> None:
+    """Take all steps, or stop after the `last` like a killed process."""
+    with training.run.lock():
+        for progress in training.steps():
+            if progress.step == last:
+                return
 
 
 class LookupNetwork(nn.Module):

@@ -88,8 +88,8 @@ class StepGame:
 
     def bound(self, delta: float) -> Bound:
         """On one step without subsampling."""
-        mus = self.mu_lower, self.mu_claimed
-        return Bound("one step, worst-case record", *(gaussian_epsilon(mu, delta) for mu in mus), delta)
+        lower, claimed = (gaussian_epsilon(mu, delta) for mu in (self.mu_lower, self.mu_claimed))
+        return Bound("one step, worst-case record", lower, claimed, delta)
 
     def to_dict(self, delta: float) -> dict[str, Any]:
         """For JSON: no infinities, no scores; ε at `delta`."""

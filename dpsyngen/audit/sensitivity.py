@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpsyngen.audit.canaries import lively_denoiser
 from dpsyngen.audit.distinguish import StepGame, play_step_game
@@ -23,7 +23,7 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
-from dpsyngen.privacy.clipping import AUTOMATIC_GAMMA, ClippedGradient, ClippingStyle
+from dpsyngen.privacy.clipping import AUTOMATIC_GAMMA, ClippingStyle
 from dpsyngen.privacy.per_example import layer_numbers
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.plan import Shape
@@ -104,17 +104,19 @@ def clip_by_hand(
     gradient: list[Tensor], layers: Sequence[int], clipping_norm: float, style: ClippingStyle
 ) -> list[Tensor]:
     """One gradient, clipped as :func:`dpsyngen.privacy.clipping.clip` describes, written a second time."""
-    if style == "per-layer":
-        count = len(set(layers))
-        squares: dict[int, float] = {}
-        for layer, g in zip(layers, gradient, strict=True):
-            squares[layer] = squares.get(layer, 0.0) + float(g.square().sum())
-        bound = clipping_norm / math.sqrt(count)
-        return [g * min(1.0, bound / max(math.sqrt(squares[i]), 1e-300)) for i, g in zip(layers, gradient, strict=True)]
-    norm = math.sqrt(sum(float(g.square().sum()) for g in gradient))
-    if style == "automatic":
-        return [g * (clipping_norm / (norm + AUTOMATIC_GAMMA)) for g in gradient]
-    return [g * min(1.0, clipping_norm / max(norm, 1e-300)) for g in gradient]
+    # What shares a norm: a layer with style "per-layer", otherwise everything.
+    groups = list(layers) if style == "per-layer" else [0] * len(gradient)
+    squares: dict[int, float] = {}
+    for group, g in zip(groups, gradient, strict=True):
+        squares[group] = squares.get(group, 0.0) + float(g.square().sum())
+    bound = clipping_norm / math.sqrt(len(squares))
+    factors = {
+        group: bound / (math.sqrt(square) + AUTOMATIC_GAMMA)
+        if style == "automatic"
+        else min(1.0, bound / max(math.sqrt(square), 1e-300))
+        for group, square in squares.items()
+    }
+    return [g * factors[group] for group, g in zip(groups, gradient, strict=True)]
 
 
 def _finite(value: float) -> float:
@@ -143,12 +145,8 @@ def step_of(config: Config, mechanism: DpSgd) -> PrivateStep:
 def audit_noise(config: Config, mechanism: DpSgd, *, trials: int, confidence: float) -> StepGame:
     """The step-level game, played with the code that releases the run's gradients."""
     step = step_of(config, mechanism)
-
-    def summed(module: nn.Module, loss: Callable[[slice], Tensor], examples: int) -> ClippedGradient:
-        return step.summed(step.engine(module), loss, examples)
-
     return play_step_game(
-        summed,
+        lambda module, loss, examples: step.summed(step.engine(module), loss, examples),
         lambda total, call: step.mechanism.release(total, step.randomness, call),
         clipping_norm=mechanism.clipping_norm,
         noise_multiplier=mechanism.noise_multiplier,

@@ -8,8 +8,8 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -250,11 +250,7 @@ class OwnFeatures(FeatureExtractor):
         elif images.shape[1] != 1:
             raise ConfigError(f"{self.name} takes grey images (channels = 1), but these are in colour.")
         batch, n = images.float().contiguous() / 255, len(images)
-        try:
-            found = self._compute(batch)
-        except Exception as error:  # whatever a user's code raises
-            what = f"{self.name} failed on images of shape {tuple(batch.shape)} in [0, 1]"
-            raise ConfigError(f"{what}: {type(error).__name__}: {error}") from error
+        found = _run(f"{self.name} on images of shape {tuple(batch.shape)} in [0, 1]", partial(self._compute, batch))
         features = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
         if not isinstance(features, torch.Tensor) or features.is_complex():
             raise ConfigError(f"{self.name} returned {type(found).__name__}, but must return a real tensor [n, d].")
@@ -278,32 +274,31 @@ def file_sha256(path: Path) -> str:
 
 def _loaded(name: str) -> ModuleType:
     """Run a file as a module of its own (files beside it are not found), or import a module by its name."""
-    if name.endswith(".py") and not Path(name).is_file():
+    if not name.endswith(".py"):
+        module: ModuleType = _run(name, lambda: importlib.import_module(name))
+        if not getattr(module, "__file__", None):
+            raise ConfigError(f"the module {name} has no file whose content could be stamped on a figure.")
+        return module
+    if not Path(name).is_file():
         raise ConfigError(f"{name}: there is no such file; features of your own are given as {FORM}.")
     # One name a file: classes in it can be pickled, and a second load does not disturb the first.
-    own = f"_dpsyngen_features_{file_sha256(Path(name))[:16]}" if name.endswith(".py") else ""
-    try:
-        if not own:
-            module = importlib.import_module(name)
-        else:
-            loader = SourceFileLoader(own, name)
-            module = sys.modules[own] = module_from_spec(spec_from_loader(own, loader))  # type: ignore[arg-type]
-            loader.exec_module(module)
-    except BaseException as error:
-        sys.modules.pop(own, None)
-        if isinstance(error, ImportError) and not own:
-            raise ConfigError(f"the module {name} cannot be imported: {error}.") from None
-        raise _failure(name, error) from error
-    if not getattr(module, "__file__", None):
-        raise ConfigError(f"the module {name} has no file whose content could be stamped on a figure.")
+    own = f"_dpsyngen_features_{file_sha256(Path(name))[:16]}"
+    spec = spec_from_file_location(own, name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[own] = module_from_spec(spec)
+    _run(name, partial(spec.loader.exec_module, module))
     return module
 
 
-def _failure(what: str, error: BaseException) -> BaseException:
-    """`error` as a message; what is no mistake of the code, such as an interrupt, as it is."""
-    if not isinstance(error, Exception) or isinstance(error, DpsyngenError):
-        return error
-    return ConfigError(f"running {what} failed: {type(error).__name__}: {error}")
+def _run(what: str, code: Callable[[], Any]) -> Any:
+    """Run a user's code; ConfigError where it fails.  An interrupt and the like pass."""
+    try:
+        return code()
+    except DpsyngenError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"running {what} failed: {type(error).__name__}: {error}") from error
 
 
 def _made(named: Any, name: str) -> Callable[[Any], Any]:
@@ -311,10 +306,7 @@ def _made(named: Any, name: str) -> Callable[[Any], Any]:
     from torch import nn
 
     if not isinstance(named, nn.Module) and callable(named) and _takes_nothing(named):
-        try:
-            named = named()
-        except Exception as error:
-            raise _failure(f"{name}()", error) from error
+        named = _run(f"{name}()", named)
     if not callable(named):
         raise ConfigError(
             f"{name} is {type(named).__name__}, but must be a torch.nn.Module, a function of images, or something that "
