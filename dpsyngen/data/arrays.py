@@ -14,19 +14,19 @@ import math
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.cache import build, in_memory
+from dpsyngen.data.cache import build, decode, in_memory, settled
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import ImageHeader, arranged, chunks, default_resolution, to_channels, to_resolution, to_uint8
+from dpsyngen.data.decode import ImageHeader, arranged
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, index_labels, to_text
-from dpsyngen.data.source import Found, Job, Options, Source, file_identity, keep_of, settle_bad, split_evenly
-from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, StoredImages, check_fits, kept_of, write_header
+from dpsyngen.data.source import Found, Job, Options, Source, file_identity, split_evenly
+from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, Shape, StoredImages, check_fits, write_header
 from dpsyngen.errors import DataError, listed, printable, shown
 from dpsyngen.files import damaged, open_plain, require_absent_or_empty, write_atomically, write_bytes, write_text
 
@@ -57,34 +57,37 @@ def dataset_from_arrays(
         DataError: other types, shapes or values than these, or counts that differ.
     """
     pixels = arranged(images, source)
-    if len(pixels) == 0:
-        raise DataError(f"{source}: there are no images in it. Give at least one.")
+    shape = _shape(pixels, options, source)
     index, names = index_labels(labels, class_names, len(pixels), source)
-    skipped: tuple[str, ...] = ()
-    if pixels.dtype != np.uint8:
-        pixels, bad = _from_float(pixels, source)
-        lines = [(f"image {i}", why) for i, why in bad.items()]
-        skipped, keep = settle_bad(lines, where=source, skip_bad=options.skip_bad), keep_of(len(pixels), bad)
-        pixels, index = kept_of(pixels, keep), None if index is None else index[keep]
-    pixels = to_channels(pixels, options.channels, source)
-    resolution = options.resolution or default_resolution({(pixels.shape[3], pixels.shape[2])})
-    pixels = to_resolution(pixels, resolution, source).view()
-    pixels.flags.writeable = False
-    return ImageDataset(pixels, index, names, source, skipped)
+    if _is_right(pixels, shape):
+        return ImageDataset(np.broadcast_to(pixels, shape, subok=True), index, names, source)
+    check_fits(math.prod(shape), what=f"{source} at resolution {shape[2]}")
+    whole = _source(len(pixels), lambda part: iter(pixels[part]), index, names, source)
+    target = np.zeros(shape, dtype=np.uint8)
+    return settled(whole, target, decode(whole, target, options), options)
 
 
-def _from_float(pixels: np.ndarray, source: str) -> tuple[np.ndarray, dict[int, str]]:
-    check_fits(pixels.size, what=source)
-    result = np.zeros(pixels.shape, dtype=np.uint8)
-    bad: dict[int, str] = {}
-    for part in chunks(pixels.shape):
-        result[part], wrong = to_uint8(np.asarray(pixels[part]))
-        bad |= {part.start + i: why for i, why in wrong}
-    if len(bad) == len(pixels):
-        raise DataError(
-            f"{source}: every image has values outside 0..1 or NaN. Divide 0..255 by 255; map -1..1 by (x + 1) / 2."
-        )
-    return result, bad
+def _shape(pixels: np.ndarray, options: Options, where: str) -> Shape:
+    count, channels, height, width = pixels.shape
+    if count == 0:
+        raise DataError(f"{where}: there are no images in it. Give at least one.")
+    return options.shape(count, {ImageHeader(width, height, channels == 1)})
+
+
+def _is_right(pixels: np.ndarray, shape: Shape) -> bool:
+    """Whether a view of the array is the result: grey images are RGB by repeating their channel."""
+    return pixels.dtype == np.uint8 and pixels.shape[2:] == shape[2:] and pixels.shape[1] <= shape[1]
+
+
+def _source(
+    count: int,
+    items: Callable[[slice], Iterator[np.ndarray]],
+    index: NDArray[np.int64] | None,
+    names: tuple[str, ...],
+    where: str,
+) -> Source:
+    jobs = [Job(part.stop - part.start, functools.partial(items, part)) for part in split_evenly(count)]
+    return Source(where, jobs, index, names, lambda i: f"image {i}", every_class=False)
 
 
 # -------------------------------------------------------------------------------------------------- .npy and .npz
@@ -238,22 +241,17 @@ def read_array_file(
     """
     images = read_npy(path)
     pixels = arranged(images, where)
-    count, channels, height, width = pixels.shape
-    if count == 0:
-        raise DataError(f"{where}: there are no images in it. Give at least one.")
-    shape = options.shape(count, {ImageHeader(width, height, channels == 1)})
-    small, right = in_memory(shape, options), pixels.dtype == np.uint8 and pixels.shape[2:] == shape[2:]
-    if right and channels == shape[1] and not small and pixels.flags.c_contiguous:
-        index, class_names = index_labels(labels, names, count, where)
+    shape = _shape(pixels, options, where)
+    small, right = in_memory(shape, options), _is_right(pixels, shape)
+    if right and pixels.shape == shape and not small and pixels.flags.c_contiguous:
+        index, class_names = index_labels(labels, names, len(pixels), where)
         return ImageDataset(StoredImages(path, shape, images.offset), index, class_names, where)  # type: ignore[attr-defined]
-    if small or (right and channels <= shape[1]):
-        # Converted in memory, or a view of the file with nothing to convert.
+    if small or right:
         return dataset_from_arrays(images, labels, names, where, options)
 
     def index_file() -> Source:
-        index, class_names = index_labels(labels, names, count, where)
-        jobs = [Job(part.stop - part.start, functools.partial(_npy_items, path, part)) for part in split_evenly(count)]
-        return Source(where, jobs, index, class_names, lambda i: f"image {i}", every_class=False)
+        index, class_names = index_labels(labels, names, len(pixels), where)
+        return _source(len(pixels), functools.partial(_npy_items, path), index, class_names, where)
 
     files = [p for p in (path, path.with_name(LABELS), path.with_name(CLASS_NAMES)) if p == path or p.is_file()]
     return build(Found(where, lambda: ["npy", *file_identity(files)], index_file), options)
@@ -269,7 +267,7 @@ def save_images(dataset: ImageDataset, folder: Path) -> None:
     The folder gets mode 0700 and its files 0600: they are as private as the images.
 
     Args:
-        dataset: its images may lie in a file; 16 MiB of them are in memory at a time.
+        dataset: its images may lie in a file; at most 256 of them are in memory at a time.
         folder: must not exist, or be empty.
 
     Raises:
@@ -279,7 +277,7 @@ def save_images(dataset: ImageDataset, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
     count, *row = dataset.images.shape
-    blocks = (dataset.batch(np.arange(part.start, min(part.stop, count))) for part in chunks((count, *row)))
+    blocks = (dataset.batch(np.arange(part.start, part.stop)) for part in split_evenly(count))
     write_images(folder, (count, *row), blocks, dataset.labels, dataset.class_names)
 
 

@@ -119,7 +119,7 @@ def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], opti
         raise DataError(f"{source.where}: {what}{unused}. Add images, or leave the class out.")
     held: Any = images
     if isinstance(images, np.memmap):
-        held = StoredImages(images.filename, images.shape, images.offset)
+        held = StoredImages(str(images.filename), images.shape, images.offset)
     else:
         images.flags.writeable = False
     return ImageDataset(kept_of(held, keep), labels, source.class_names, source.where, skipped)

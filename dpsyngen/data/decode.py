@@ -23,7 +23,6 @@ The choices, made once for all readers:
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.store import PixelBudget, check_fits
+from dpsyngen.data.store import PixelBudget
 from dpsyngen.errors import DataError, require, shown
 from dpsyngen.files import NotPlainError, open_plain
 
@@ -48,7 +47,6 @@ MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
 _MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
-_CHUNK_VALUES = 4 * 2**20
 
 # Only these decoders are reachable: the others are little used and have had more security faults (EPS runs a
 # program).
@@ -120,14 +118,13 @@ def read_image(item: Item, *, resolution: int, colour: Colour) -> NDArray[np.uin
         if _is_pil(item):
             _check_pixels(item)
             return _from_pil(item, resolution, colour)
+        values = _array(item)[0]
+        with _budget.spend(values[0].size):
+            return _from_pil(_from_array(values), resolution, colour)
     except BadImage:
         raise
     except Exception as error:  # broken files make Pillow raise nearly anything: OSError, SyntaxError, struct.error
         raise BadImage(f"broken or truncated ({_reason(error)})") from error
-    pixels, bad = to_uint8(_array(item))
-    if bad:
-        raise BadImage(bad[0][1])
-    return np.ascontiguousarray(to_resolution(to_channels(pixels, colour, "image"), resolution, "image")[0])
 
 
 def _is_pil(image: Any) -> bool:
@@ -232,10 +229,25 @@ def _from_pil(image: Image.Image, resolution: int, colour: Colour) -> NDArray[np
     plain = _plain(_upright(image))
     if plain.mode != mode:
         plain = plain.convert(mode)
-    return _to_array(resize_square(plain, resolution))
+    pixels = np.asarray(_resize_square(plain, resolution), dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def resize_square(image: Image.Image, resolution: int) -> Image.Image:
+def _from_array(values: NDArray[Any]) -> Image.Image:
+    """An image from ``[C, H, W]``, uint8 or floating point in [0, 1]."""
+    from PIL import Image
+
+    if values.dtype != np.uint8:
+        if not np.isfinite(values).all():
+            raise BadImage("NaN or infinite values")
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise BadImage("values outside 0..1: divide 0..255 by 255; for [-1, 1] give (x + 1) / 2")
+        # float64: float16 cannot hold 255·x to half a grey level.
+        values = np.rint(255 * values.astype(np.float64)).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)))
+
+
+def _resize_square(image: Image.Image, resolution: int) -> Image.Image:
     """The largest centred square of an 8-bit L or RGB image, scaled to `resolution`."""
     from PIL import Image
 
@@ -246,11 +258,6 @@ def resize_square(image: Image.Image, resolution: int) -> Image.Image:
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-
-
-def _to_array(image: Image.Image) -> NDArray[np.uint8]:
-    pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -357,57 +364,3 @@ def _arrange(images: np.ndarray, source: str) -> np.ndarray:
         f"{source}: images of shape {shape}; [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3 is allowed. "
         f"{hint} first, then save again."
     )
-
-
-def to_uint8(values: np.ndarray) -> tuple[NDArray[np.uint8], list[tuple[int, str]]]:
-    """Images ``[N, C, H, W]``, uint8 or floating point in [0, 1], as uint8.
-
-    Those with other values are black, and returned as (which, why).
-    """
-    if values.dtype == np.uint8:
-        return values, []
-    flat = values.reshape(len(values), -1)
-    finite = np.isfinite(flat).all(axis=1)
-    inside = np.asarray((flat >= 0) & (flat <= 1)).all(axis=1)
-    outside = "values outside 0..1; for [-1, 1] give (x + 1) / 2"
-    bad = [(i, outside if finite[i] else "NaN or infinite values") for i in np.flatnonzero(~inside).tolist()]
-    # float64: float16 cannot hold 255·x to half a grey level; bad images are blanked, as NaN has no uint8.
-    clean = np.where(inside.reshape(-1, 1, 1, 1), values, 0).astype(np.float64)
-    return np.rint(255 * clean).astype(np.uint8), bad
-
-
-def to_channels(pixels: np.ndarray, channels: str, source: str) -> np.ndarray:
-    """uint8 ``[N, C, H, W]`` in "grey" or "rgb"; "auto" keeps what is there."""
-    have = pixels.shape[1]
-    if channels == "rgb" and have == 1:
-        return np.broadcast_to(pixels, (len(pixels), 3, *pixels.shape[2:]))  # a view: costs no memory
-    if channels != "grey" or have == 1:
-        return pixels
-    check_fits(pixels.size // 3, what=source)
-    grey = np.empty((len(pixels), 1, *pixels.shape[2:]), dtype=np.uint8)
-    for part in chunks(pixels.shape):
-        red, green, blue = np.moveaxis(np.asarray(pixels[part], dtype=np.uint32), 1, 0)
-        # Luma of ITU-R BT.601 in the fixed-point form Pillow uses, so that folders and arrays agree to the bit.
-        grey[part, 0] = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
-    return grey
-
-
-def to_resolution(pixels: np.ndarray, resolution: int, source: str) -> np.ndarray:
-    """uint8 ``[N, C, H, W]``, each cut to its largest centred square and scaled."""
-    from PIL import Image
-
-    count, channels, height, width = pixels.shape
-    if height == width == resolution:
-        return pixels
-    check_fits(count * channels * resolution**2, what=f"{source} at resolution {resolution}")
-    result = np.empty((count, channels, resolution, resolution), dtype=np.uint8)
-    for i in range(count):
-        one = pixels[i, 0] if channels == 1 else pixels[i].transpose(1, 2, 0)
-        result[i] = _to_array(resize_square(Image.fromarray(np.ascontiguousarray(one)), resolution))
-    return result
-
-
-def chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of an array of this shape that have some million values."""
-    step = max(1, _CHUNK_VALUES // max(1, math.prod(shape[1:])))
-    return (slice(start, start + step) for start in range(0, shape[0], step))

@@ -88,33 +88,36 @@ def index_labels(
     """
     if labels is None:
         return None, ()
+    if isinstance(labels, np.ndarray):
+        labels = _checked(labels, count, source)
+        if labels.dtype.kind in "US":
+            labels = to_text(labels, f"{source}: labels")
+    if not isinstance(labels, np.ndarray) and any(isinstance(label, str) for label in labels):
+        # Looked up one by one: in an array each text would take what the longest takes.
+        if not all(isinstance(label, str) for label in labels):
+            raise DataError(f"{source}: some labels are numbers, some texts. Use one kind for all images.")
+        names = tuple(sorted(set(labels))) if class_names is None else tuple(class_names)
+        check_class_names(names, source)
+        rank: dict[Label, int] = {name: i for i, name in enumerate(names)}
+        unknown = sorted(set(labels) - set(rank))
+        if unknown:
+            raise DataError(f"{source}: labels {listed(unknown)} are not among the class names {listed(names)}.")
+        return np.array([rank[label] for label in labels], dtype=np.int64), names
+    numbers = np.asarray(labels)
+    if numbers.min() < 0:
+        raise DataError(f"{source}: {int((numbers < 0).sum())} labels are negative. Leave out unlabelled images.")
     if class_names is not None:
         check_class_names(class_names, source)
-    if not isinstance(labels, np.ndarray):
-        texts = {label for label in labels if isinstance(label, str)}
-        if texts:
-            # Looked up one by one: in an array each text would take what the longest takes.
-            if not all(isinstance(label, str) for label in labels):
-                raise DataError(f"{source}: some labels are numbers, some texts. Use one kind for all images.")
-            check_class_count(len(texts), source)
-            rank: dict[Label, int] = {text: i for i, text in enumerate(sorted(texts))}
-            index = np.fromiter((rank[text] for text in labels), dtype=np.int64, count=count)
-            return _named(index, tuple(sorted(texts)), class_names, source)
-        labels = np.asarray(labels, dtype=np.int64)
-    labels = _checked(labels, count, source)
-    if labels.dtype.kind in "iu":
-        if labels.min() < 0:
-            raise DataError(f"{source}: {int((labels < 0).sum())} labels are negative. Leave out unlabelled images.")
-        if class_names is not None:
-            if labels.max() >= len(class_names):
-                raise DataError(
-                    f"{source}: labels go up to {labels.max()} but there are {len(class_names)} class names. "
-                    "Number the classes from 0."
-                )
-            return labels.astype(np.int64), tuple(class_names)
-    distinct, index = np.unique(labels, return_inverse=True)
-    check_class_count(len(distinct), source)
-    return _named(index.astype(np.int64), to_text(distinct, f"{source}: labels"), class_names, source)
+        if numbers.max() >= len(class_names):
+            raise DataError(
+                f"{source}: labels go up to {numbers.max()} but there are {len(class_names)} class names. "
+                "Number the classes from 0."
+            )
+        return numbers.astype(np.int64), tuple(class_names)
+    distinct, index = np.unique(numbers, return_inverse=True)
+    names = tuple(map(str, distinct.tolist()))
+    check_class_names(names, source)
+    return index.astype(np.int64), names
 
 
 def _checked(labels: NDArray, count: int, source: str) -> NDArray:
@@ -136,20 +139,6 @@ def _checked(labels: NDArray, count: int, source: str) -> NDArray:
             "bytes. Use short names, or numbers with class_names."
         )
     return labels
-
-
-def _named(
-    index: NDArray[np.int64], texts: tuple[str, ...], class_names: Sequence[str] | None, source: str
-) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Classes by their texts, which `index` counts, in the order of the names that were given, if any."""
-    if class_names is None:
-        check_class_names(texts, source)
-        return index, texts
-    order = {name: i for i, name in enumerate(class_names)}
-    unknown = sorted(set(texts) - set(order))
-    if unknown:
-        raise DataError(f"{source}: labels {listed(unknown)} are not among the class names {listed(order)}.")
-    return np.array([order[text] for text in texts], dtype=np.int64)[index], tuple(class_names)
 
 
 def to_text(values: NDArray, what: str) -> tuple[str, ...]:

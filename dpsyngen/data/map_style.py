@@ -173,7 +173,7 @@ class _Items:
                 given = _class_names_of(self.source, self.label_key)
                 index, names = index_labels(values, given, len(values), self.where)
                 labels = np.zeros(len(self), dtype=np.int64)
-                labels[keep_of(len(self), bad)] = index
+                np.place(labels, keep_of(len(self), bad), index)
                 source = replace(source, labels=labels, class_names=names)
         return settled(source, target, bad, self.options)
 

@@ -64,7 +64,8 @@ def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
     if not keep.any():
         first = f" ({len(bad):,} bad items, first {printable(': '.join(bad[0]))})" if bad else ""
         raise DataError(f"{where}: no sample with an image in it{first}. WebDataset has 0001.jpg with 0001.cls.")
-    index, class_names = None, ()
+    index: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] = ()
     if labelled:
         values = [label for label in values if label is not None]
         index, class_names = index_labels(values, None, len(values), where)
