@@ -92,17 +92,18 @@ def index_labels(
         labels = _checked(labels, count, source)
         if labels.dtype.kind in "US":
             labels = to_text(labels, f"{source}: labels")
-    if not isinstance(labels, np.ndarray) and any(isinstance(label, str) for label in labels):
+    texts = [] if isinstance(labels, np.ndarray) else [label for label in labels if isinstance(label, str)]
+    if texts:
         # Looked up one by one: in an array each text would take what the longest takes.
-        if not all(isinstance(label, str) for label in labels):
+        if len(texts) < len(labels):
             raise DataError(f"{source}: some labels are numbers, some texts. Use one kind for all images.")
-        names = tuple(sorted(set(labels))) if class_names is None else tuple(class_names)
+        names = tuple(sorted(set(texts))) if class_names is None else tuple(class_names)
         check_class_names(names, source)
-        rank: dict[Label, int] = {name: i for i, name in enumerate(names)}
-        unknown = sorted(set(labels) - set(rank))
+        rank = {name: i for i, name in enumerate(names)}
+        unknown = sorted(set(texts) - set(rank))
         if unknown:
             raise DataError(f"{source}: labels {listed(unknown)} are not among the class names {listed(names)}.")
-        return np.array([rank[label] for label in labels], dtype=np.int64), names
+        return np.array([rank[text] for text in texts], dtype=np.int64), names
     numbers = np.asarray(labels)
     if numbers.min() < 0:
         raise DataError(f"{source}: {int((numbers < 0).sum())} labels are negative. Leave out unlabelled images.")

@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from dpsyngen.data.decode import BadImage, Item
 from dpsyngen.data.labels import Label, index_labels
 from dpsyngen.data.source import Job, Options, Source, keep_of, split_evenly
 from dpsyngen.data.store import check_fits
-from dpsyngen.data.tables import IMAGE_NAMES, LABEL_NAMES
+from dpsyngen.data.tables import IMAGE_NAMES, LABEL_NAMES, column_of
 from dpsyngen.errors import ConfigError, DataError, listed, printable, shown
 
 _TRIED_TWICE = 16
@@ -173,7 +173,7 @@ class _Items:
                 given = _class_names_of(self.source, self.label_key)
                 index, names = index_labels(values, given, len(values), self.where)
                 labels = np.zeros(len(self), dtype=np.int64)
-                np.place(labels, keep_of(len(self), bad), index)
+                np.place(labels, keep_of(len(self), bad), cast("NDArray[np.int64]", index))
                 source = replace(source, labels=labels, class_names=names)
         return settled(source, target, bad, self.options)
 
@@ -201,18 +201,13 @@ def _keys_of(source: Any, where: str) -> tuple[str, str]:
     """Names of the image and of the label in items that are mappings."""
     features: Any = getattr(source, "features", None)
     if hasattr(features, "items"):
-        kinds = {name: type(feature).__name__ for name, feature in features.items()}
+        kinds = {name: {"_type": type(feature).__name__} for name, feature in features.items()}
     else:
         first = source[0]
-        kinds = dict.fromkeys(first, "") if isinstance(first, dict) else {}
-    keys = []
-    for kind, usual in (("Image", IMAGE_NAMES), ("ClassLabel", LABEL_NAMES)):
-        typed = [name for name, of in kinds.items() if of == kind]
-        if len(typed) > 1 and not set(typed) & set(usual):
-            raise DataError(f"{where} has several columns of {kind}: {listed(typed)}. Rename one to {usual[0]!r}.")
-        names = [*(typed if len(typed) == 1 else ()), *usual]
-        keys.append(next((name for name in names if name in kinds), usual[0]))
-    return keys[0], keys[1]
+        kinds = {name: {} for name in first} if isinstance(first, dict) else {}
+    names = list(kinds)
+    image = column_of(names, kinds, "Image", IMAGE_NAMES, where) or IMAGE_NAMES[0]
+    return image, column_of(names, kinds, "ClassLabel", LABEL_NAMES, where) or LABEL_NAMES[0]
 
 
 def _class_names_of(source: Any, label_key: str) -> tuple[str, ...] | None:

@@ -49,14 +49,14 @@ class Columns:
 def _columns_of(schema: Any, where: str, *, labels: bool) -> Columns:
     """Which columns are read; DataError if there is no column of images, or it is unclear which one is meant."""
     features = _features(schema.metadata, where)
-    image = _one(schema.names, features, "Image", IMAGE_NAMES, where)
+    image = column_of(schema.names, features, "Image", IMAGE_NAMES, where)
     if image is None:
         raise DataError(
             f"{where} has no column of images: its columns are {listed(schema.names)}. Name it 'image'; its values are "
             "the content of image files (struct of bytes and path, as Hugging Face datasets writes it, or binary)."
         )
     _check_image_type(schema.field(image).type, image, where)
-    label = _one(schema.names, features, "ClassLabel", LABEL_NAMES, where) if labels else None
+    label = column_of(schema.names, features, "ClassLabel", LABEL_NAMES, where) if labels else None
     feature = features.get(label) if label is not None else None
     names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
     if names is None:
@@ -78,7 +78,14 @@ def _features(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, Any]
         return dict(json.loads(text)["info"]["features"].items())
 
 
-def _one(names: Sequence[str], features: dict[str, Any], kind: str, usual: Sequence[str], where: str) -> str | None:
+def column_of(
+    names: Sequence[str], features: dict[str, Any], kind: str, usual: Sequence[str], where: str
+) -> str | None:
+    """The column of a kind that Hugging Face datasets declares ("Image", "ClassLabel"), or else of a usual name.
+
+    Raises:
+        DataError: several columns are declared as such, none of a usual name.
+    """
     typed = [n for n in names if isinstance(features.get(n), dict) and features[n].get("_type") == kind]
     if len(typed) == 1:
         return typed[0]

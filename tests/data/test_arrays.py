@@ -104,7 +104,7 @@ def test_bad_floats(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_floats_of_another_range(skip_bad: bool) -> None:
-    with pytest.raises(DataError, match="divide 0..255 by 255"):
+    with pytest.raises(DataError, match=r"divide 0\.\.255 by 255"):
         load_images((np.full((3, 8, 8), 200.0), None), skip_bad=skip_bad)
 
 
