@@ -276,10 +276,8 @@ def style(variant: str, number: int) -> tuple[str, str, Any]:
 def _line_plot(
     measure: Measure, lines: Sequence[Line], x_label: str, apart: float, beside: float
 ) -> Iterator[tuple[Any, Any, list[str]]]:
-    """A plot of lines through means, with a bar of one standard deviation and every run `beside` it.
-
-    Yields figure, axes and a list with all of it in words.  Lines stand `apart`, so that their bars do not cover each
-    other.
+    """A plot of lines through means, which stand `apart`, with a bar of one standard deviation and every run `beside`
+    it; yields figure, axes and a list with all of it in words.
     """
     said = []
     with new_axes(*_SIZE) as (figure, axes):
@@ -303,36 +301,29 @@ def _line_plot(
 
 def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
     """Draw the references, across the axis of values; returns them in words."""
-    said = []
     single = len(view.epsilons) == 1
     line = axes.axvline if single else axes.axhline
-    found = {i: v for i, e in enumerate(view.epsilons) if (v := view.reference("dp-classifier", measure, e))}
-    low, high = axes.get_xlim() if single else axes.get_ylim()
-    if not single:
-        # These are drawn whatever their height, and what lies within it is not off the scale.
-        high = max([high, *(summarise(v).mean for v in found.values())])
-        low = min([low, *(summarise(v).mean for v in found.values())])
-    margin = 0.9 * (high - low)
     look = {"color": INK, "lw": 1.1, "alpha": 0.75}
-
-    def draw(mean: float, name: str, dash: Any) -> None:
-        # One that is far away would press everything else together.
-        if low - margin <= mean <= high + margin:
-            line(mean, ls=dash, label=name, **look)
-        else:
-            axes.plot([], [], ls=dash, label=f"{name}: {mean:.3g} (off scale)", **look)
-
-    for kind, (name, line_dash) in _REFERENCES.items():
-        if values := view.reference(kind, measure, math.inf):
-            said.append(f"{name}: {_in_words(values)}")
-            draw(summarise(values).mean, name, line_dash)
-    dash: Any = (0, (8, 2, 1, 2))
-    if single and found:
-        draw(summarise(found[0]).mean, "DP-SGD classifier", dash)
-    elif found:
+    found = {i: v for i, e in enumerate(view.epsilons) if (v := view.reference("dp-classifier", measure, e))}
+    said = [f"DP-SGD classifier at {epsilon_name(view.epsilons[i])}: {_in_words(v)}" for i, v in found.items()]
+    if found:
         means = [summarise(v).mean for v in found.values()]
-        axes.plot(list(found), means, ls=dash, marker="*", ms=7, label="DP-SGD classifier", **look)
-    said += [f"DP-SGD classifier at {epsilon_name(view.epsilons[i])}: {_in_words(v)}" for i, v in found.items()]
+        classifier: Any = {"ls": (0, (8, 2, 1, 2)), "label": "DP-SGD classifier", **look}
+        if single:
+            line(means[0], **classifier)
+        else:
+            axes.plot(list(found), means, marker="*", ms=7, **classifier)
+    low, high = axes.get_xlim() if single else axes.get_ylim()
+    margin = 0.9 * (high - low)
+    for kind, (name, dash) in _REFERENCES.items():
+        if values := view.reference(kind, measure, math.inf):
+            mean = summarise(values).mean
+            said.append(f"{name}: {_in_words(values)}")
+            # One that is far away would press everything else together.
+            if low - margin <= mean <= high + margin:
+                line(mean, ls=dash, label=name, **look)
+            else:
+                axes.plot([], [], ls=dash, label=f"{name}: {mean:.3g} (off scale)", **look)
     return said
 
 
