@@ -338,8 +338,8 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
         steps = 1 if stages.gaussian else spec.sampling.steps or c.sampling.steps
         evaluations = 2 * steps - 1 if (spec.sampling.sampler or c.sampling.sampler) == "heun" else steps
         found.sampling += spec.sampling.images * evaluations * t.sampling
-    if measured := sum(job.kind in ("run", "programs") for job in jobs):
-        found.evaluation = measured * _evaluation_seconds(spec, shape, device)
+    if runs := sum(job.kind == "run" for job in jobs):
+        found.evaluation = runs * _evaluation_seconds(spec, shape, device)
     return found
 
 

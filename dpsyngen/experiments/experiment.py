@@ -146,6 +146,8 @@ class Experiment:
         own = {str(f): file_sha256(f) for f in files if f.suffix == ".py" and f.is_file()}
         if own:
             spec["evaluation"]["own"] = own
+        if job.kind == "run" and "programs" not in spec["references"]:
+            spec["evaluation"]["ceiling"] = False
         parts = ["data", "evaluation", *(["sampling"] if job.kind == "run" else [])]
         if job.kind == "dp-classifier":
             parts.append("dp_classifier")

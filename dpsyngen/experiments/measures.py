@@ -182,19 +182,18 @@ class View:
         return out
 
     def reference(self, kind: str, measure: Measure, epsilon: float) -> list[float]:
-        """Values of a reference over seeds, in shown units: of a job's kind, or "test", real test images instead."""
-
-        def of(jobs: Iterable[JobResult], what: str = "value") -> list[float]:
-            figures = (f for job in jobs for f in job.figures() if _matches(f, measure))
-            return [measure.scale * value for f in figures if (value := getattr(f, what)) is not None]
-
-        def mean_of_runs(what: str) -> list[float]:
-            return [fmean(values)] if (values := of(self.results.runs, what)) else []
-
-        if kind == "test":
-            return mean_of_runs("floor")
-        jobs = (j for j in self.results.jobs if j.kind == kind and (kind != "dp-classifier" or j.epsilon == epsilon))
-        return of(jobs) or (mean_of_runs("ceiling") if kind == "programs" else [])
+        """Values of a reference in shown units: over seeds of a job's kind; of "test" and "programs", real test images
+        and images of programs in place of generated ones, their mean over runs.
+        """
+        bounds = {"test": "floor", "programs": "ceiling"}
+        wanted = "run" if kind in bounds else kind
+        jobs = [j for j in self.results.jobs if j.kind == wanted]
+        if kind == "dp-classifier":
+            jobs = [j for j in jobs if j.epsilon == epsilon]
+        figures = (f for j in jobs for f in j.figures() if _matches(f, measure))
+        found = (getattr(f, bounds.get(kind, "value")) for f in figures)
+        values = [measure.scale * value for value in found if value is not None]
+        return [fmean(values)] if values and kind in bounds else values
 
     def seeds(self) -> list[int]:
         """Numbers of seeds that rows have at an ε, without repetition."""

@@ -20,7 +20,7 @@ from dpsyngen.errors import printable
 from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.files import write_atomically
 
-KINDS = ("run", "real", "programs", "dp-classifier")
+KINDS = ("run", "real", "dp-classifier")
 FIXED = (
     *("job", "kind", "variant", "epsilon", "delta", "seed", "label", "private"),
     *("metric", "on", "class", "value", "low", "high", "floor", "ceiling", "better", "unit", "images"),
@@ -65,7 +65,7 @@ class JobResult(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     job: str
-    kind: Literal["run", "real", "programs", "dp-classifier"]
+    kind: Literal["run", "real", "dp-classifier"]
     variant: str
     epsilon: float
     delta: float | None = None

@@ -75,10 +75,14 @@ class Images:
 
     @cached_property
     def programs(self) -> np.ndarray | None:
-        """Images of the program for the ceiling, as many as are generated; None where the runs vary the program."""
+        """Images of the program for the ceiling, as many as are generated.
+
+        None where it is not asked for, or where the runs vary the program, so that there is not one to measure.
+        """
         spec = self._spec
         varied = [*spec.grid.axes, *(n for c in spec.grid.cases for n in c.settings)]
-        if not spec.evaluation.features or any(n.startswith("program.") for n in varied):
+        asked = "programs" in spec.references and spec.evaluation.features
+        if not asked or any(name.startswith("program.") for name in varied):
             return None
         c = load_config(dict(spec.settings), preset=spec.preset).program
         train = self.train
@@ -126,7 +130,7 @@ class Worker:
         if not (folder / "job.json").exists():
             write_text(folder / "job.json", json.dumps({"settings": training_digest(job)}) + "\n", 0o600)
         clock = Clock(folder / "times.json", self.device)
-        kinds = {"run": self._run, "real": self._real, "dp-classifier": self._dp, "programs": self._programs}
+        kinds = {"run": self._run, "real": self._real, "dp-classifier": self._dp}
         try:
             found = kinds[job.kind](job, clock)
         finally:
@@ -249,9 +253,7 @@ class Worker:
         write_atomically(path, write, 0o600)
         return samples.images, samples.labels, drawn
 
-    def _measured(
-        self, images: np.ndarray, labels: np.ndarray | None, job: Job, clock: Clock, classifiers: bool = True
-    ) -> dict[str, Any]:
+    def _measured(self, images: np.ndarray, labels: np.ndarray | None, job: Job, clock: Clock) -> dict[str, Any]:
         e = self.experiment.spec.evaluation
         weights = None if e.inception_weights is None else Path(e.inception_weights)
         clock.add("other")
@@ -263,7 +265,7 @@ class Worker:
             programs=self.images.programs,
             features=[FeatureSpec(f, weights) if f == "inception" else f for f in e.features],
             metrics=e.metrics,
-            classifiers=e.classifiers if classifiers else (),
+            classifiers=e.classifiers,
             seed=job.seed,
             device=self.device,
             max_images=e.max_images,
@@ -273,16 +275,6 @@ class Worker:
         )
         clock.add("evaluation")
         return result
-
-    def _programs(self, job: Job, clock: Clock) -> dict[str, Any]:
-        images = self.images.programs
-        if images is None:
-            raise ConfigError(
-                "the grid varies the program, so there is no one program to measure: leave 'programs' out of "
-                "references."
-            )
-        evaluation = self._measured(images, None, job, clock, classifiers=False)
-        return {"facts": {"images": len(images)}, "evaluation": evaluation}
 
     def _real(self, job: Job, clock: Clock) -> dict[str, Any]:
         assert self.images.test is not None
@@ -335,8 +327,6 @@ def _of_training(run: Run, ledger: Ledger, records: int) -> dict[str, float]:
     if steps:
         facts |= {"steps": steps, "batch": private.batch, "copies": private.copies}
         facts["noise_multiplier"] = noise[0].noise_multiplier if noise else 0.0
-    if read:
-        facts["moments_images_seen"] = read
     generator = ReleasedGenerator(run.release)
     if not generator.stages.gaussian:
         network = generator.networks[generator.stages.private.network]

@@ -291,13 +291,12 @@ def parse_spec(values: Any, name: str = "the specification") -> Spec:
 
 # ------------------------------------------------------------------------------------------------- the grid
 
-Kind = Literal["run", "real", "programs", "dp-classifier"]
+Kind = Literal["run", "real", "dp-classifier"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, or one reference: "real" trains classifiers on real images, "dp-classifier" does so by DP-SGD, and
-    "programs" measures images drawn by programs.
+    """One run, or one reference: "real" trains classifiers on real images, "dp-classifier" does so by DP-SGD.
 
     `name` is that of its folder and files; `variant`, `label` and `settings` (by full name, as far as the variant looks
     at them) are what is varied; `config` are all settings of a run, None for a reference.
@@ -341,13 +340,13 @@ def jobs_of(spec: Spec) -> tuple[Job, ...]:
                 raise ConfigError(
                     f"two runs of the grid would be called {job.name}: give the cases labels that tell them apart."
                 )
-        for kind in spec.references:
-            # The DP-SGD classifier is there once for each ε, the others once for all.
-            at = epsilon if kind == "dp-classifier" else math.inf
-            one = seed if kind != "programs" else g.seeds[0]
-            name = f"{kind}-eps{_short(at)}-seed{one}" if kind == "dp-classifier" else f"{kind}-seed{one}"
-            if _wanted(spec, kind, at):
-                out.setdefault(name, Job(name, kind, "", at, one))
+        if spec.evaluation.classifiers:
+            if "real" in spec.references:
+                out.setdefault(f"real-seed{seed}", Job(f"real-seed{seed}", "real", "", math.inf, seed))
+            # At ε = ∞ that is what "real" is.
+            if "dp-classifier" in spec.references and math.isfinite(epsilon):
+                name = f"dp-classifier-eps{_short(epsilon)}-seed{seed}"
+                out[name] = Job(name, "dp-classifier", "", epsilon, seed)
     return tuple(out.values())
 
 
@@ -414,14 +413,6 @@ def _matters(name: str, variant: str, pretrain: bool) -> bool:
 def _short(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return "".join(c if c.isalnum() or c in "._=+-" else "_" for c in text)[:40]
-
-
-def _wanted(spec: Spec, kind: Kind, epsilon: float) -> bool:
-    if kind == "programs":
-        return bool(spec.evaluation.features and spec.evaluation.metrics)
-    if kind == "dp-classifier" and math.isinf(epsilon):
-        return False  # that is what "real" is
-    return bool(spec.evaluation.classifiers)
 
 
 def digest(value: Any) -> str:

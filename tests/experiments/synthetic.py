@@ -60,7 +60,7 @@ def make_experiment(
             "kind": job.kind,
             "variant": job.variant,
             "epsilon": "inf" if math.isinf(job.epsilon) else job.epsilon,
-            "delta": None if job.kind in ("real", "programs") else 1e-5,
+            "delta": None if job.kind == "real" else 1e-5,
             "seed": job.seed,
             "settings": job.settings,
             "label": job.label,
@@ -102,7 +102,7 @@ def _evaluation(
     epsilon = 100.0 if math.isinf(job.epsilon) else job.epsilon
     quality = 60 + 6 * math.log10(epsilon) + EFFECTS[job.variant] + spread * rng.normal()
     quality += 0.8 * sum(float(v) for v in job.settings.values() if isinstance(v, int | float))
-    cas = {"run": CLASSIFIERS, "real": CLASSIFIERS, "dp-classifier": {"dp-cnn": 9.0}, "programs": {}}[job.kind]
+    cas = {"run": CLASSIFIERS, "real": CLASSIFIERS, "dp-classifier": {"dp-cnn": 9.0}}[job.kind]
     for name, more in cas.items() if classes else ():
         accuracy = (0.9 if job.kind == "real" else quality / 100) + more / 100
         by_class = np.clip(accuracy + np.linspace(-0.2, 0.2, classes) + 0.02 * rng.normal(size=classes), 0, 1)
@@ -117,8 +117,8 @@ def _evaluation(
             "n_test": 10000,
             "chosen": "epoch 12",
         }
-    if job.kind in ("run", "programs"):
-        far = (100 - quality) / 40 if job.kind == "run" else 2.0
+    if job.kind == "run":
+        far = (100 - quality) / 40
         for extractor in features:
             metrics = {}
             for name, (better, value, floor) in METRICS.items():

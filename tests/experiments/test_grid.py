@@ -80,7 +80,6 @@ def test_references_are_made_once_for_what_they_depend_on() -> None:
             ("real", math.inf, 1),
             ("dp-classifier", 1.0, 0),
             ("dp-classifier", 1.0, 1),
-            ("programs", math.inf, 0),
         ]
     )
 

@@ -32,7 +32,7 @@ def test_jobs_in_order(exp) -> None:
     assert len(runs) == 2 * 2 * (1 + 2)
     assert runs[:4] == [("dpdm", 1, "", 0), ("dpdm", 1, "", 1), ("dpdm", math.inf, "", 0), ("dpdm", math.inf, "", 1)]
     assert [r[2] for r in runs[4:8]] == ["tau_coarse=1"] * 2 + ["tau_coarse=2"] * 2
-    assert {j.kind for j in results.jobs[len(runs) :]} == {"real", "programs", "dp-classifier"}
+    assert {j.kind for j in results.jobs[len(runs) :]} == {"real", "dp-classifier"}
     assert results.axes == ("stages.tau_coarse",)
     assert results.skipped == ()
 
