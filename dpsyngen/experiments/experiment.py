@@ -189,14 +189,8 @@ def training_digest(job: Job) -> str:
     """Of the settings that make a run what it is; where its images lie is not one of them."""
     if job.config is None:
         return digest([job.kind, job.epsilon, job.seed])
-    values = job.config.model_dump(mode="json")
-    values["privacy"].pop("budget")
-    for section in ("private", "public"):
-        values[section].pop("checkpoint_every")
-    values["private"].pop("physical_batch")
-    values.pop("sampling")
-    values.pop("logging", None)
-    return digest(values)
+    own = {"privacy": {"budget"}, "public": {"checkpoint_every"}, "private": {"checkpoint_every", "physical_batch"}}
+    return digest(job.config.model_dump(mode="json", exclude={**own, "sampling": True, "logging": True}))
 
 
 @contextmanager

@@ -165,9 +165,11 @@ def test_it_learns_and_says_what_it_did(digits) -> None:
 
 
 def test_same_seed_same_result_and_not_private(digits) -> None:
+    few = [load_images((d.images[:200, 0], d.labels[:200])) for d in digits]
+
     def run(seed):
-        options = {"epsilon": 5, "delta": 1e-4, "steps": 3, "batch": 300}
-        return dp_classifier_reference(*digits, seed=seed, **options)
+        options = {"epsilon": 5, "delta": 1e-4, "steps": 3, "batch": 100}
+        return dp_classifier_reference(*few, seed=seed, **options)
 
     a, torch_state = run(7), torch.get_rng_state()
     torch.manual_seed(5)
