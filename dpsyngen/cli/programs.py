@@ -117,7 +117,7 @@ def save(
     seed: Seed = 0,
     start: Annotated[int, typer.Option(help="index of the first image")] = 0,
     shard_size: Annotated[int, typer.Option(help="images written together")] = 1000,
-    workers: Annotated[int | None, typer.Option(help="processes; default: one for each core")] = None,
+    workers: Annotated[int | None, typer.Option(help="threads; default: one for each core, at most 8")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="do an interrupted job again, in its folder")] = False,
     settings: Settings = None,
     quiet: Quiet = False,
@@ -135,8 +135,8 @@ def save(
                 return
             with ranks.leading():
                 program = _make(name, resolution, channels, seed, settings)
-                if workers is None:  # a process takes a second or two to start
-                    workers = min(len(os.sched_getaffinity(0)), max(1, count // 4000)) if ranks.alone else 1
+                if workers is None:
+                    workers = min(8, len(os.sched_getaffinity(0))) if ranks.alone else 1
                 options: dict[str, Any] = {"format": format, "start": start, "shard_size": shard_size, "ranks": ranks}
                 with console.progress(f"drawing {name}", count, "images") as progress:
                     options |= {"workers": workers, "resume": resume, "on_progress": progress.update}

@@ -1,4 +1,4 @@
-"""Saving many images of a program, by all cores, with a manifest that says how to draw them again.
+"""Saving many images of a program, on all cores, with a manifest that says how to draw them again.
 
 Several processes of torchrun can share a job, too: each draws and writes shards, and the main one writes the manifest.
 """
@@ -8,14 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +148,7 @@ def save_images(
         format: "folder" (one PNG file an image, in ``images/``) or "parquet" (one file a shard, in ``data/``).
         start: index of the first image.
         shard_size: images that are drawn and written together.
-        workers: processes.  With more than one, a script must guard its own start with ``if __name__ == "__main__"``.
+        workers: threads.
         resume: do an interrupted job again from its start, in its folder; the settings must be the same.
         on_progress: called with the number of images done in all.
         ranks: the processes that share the work, which all see the folder; this is the main one, the others are in
@@ -181,10 +177,12 @@ def save_images(
         hashes: dict[int, str] = {}
         report = on_progress or (lambda done: None)
         report(done := 0)
-        for shard, digest in _by_processes(job, workers) if ranks.alone else _by_ranks(job, ranks):
-            hashes[shard] = digest
-            done += len(job.indices(shard))
-            report(done)
+        # Closed whatever happens, so that nothing is written any more when the folder's lock goes.
+        with closing(_by_threads(job, workers) if ranks.alone else _by_ranks(job, ranks)) as parts:
+            for shard, digest in parts:
+                hashes[shard] = digest
+                done += len(job.indices(shard))
+                report(done)
         ordered = [hashes[shard] for shard in range(job.shards)]
         whole = hashlib.sha256("".join(ordered).encode()).hexdigest()
         about = job.about() | {"complete": True, "files": job.files(), "sha256": whole, "shard_sha256": ordered}
@@ -233,42 +231,14 @@ def _check_folder(job: _Job, resume: bool) -> None:
         )
 
 
-def _by_processes(job: _Job, workers: int) -> Iterator[tuple[int, str]]:
-    """Write all shards, and yield each with the hash of its pixels as it gets done."""
-    if workers == 1 or job.shards == 1:
-        yield from ((shard, job.write(shard)) for shard in range(job.shards))
-        return
-    context = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
-    with ProcessPoolExecutor(min(workers, job.shards), context, _begin_worker) as pool:
-        # Each shard is drawn, encoded and written by one process; only its hash comes back.
-        try:
-            running: dict[Future[str], int] = {pool.submit(job.write, shard): shard for shard in range(job.shards)}
-            for future in as_completed(running):
-                yield running[future], future.result()
-        except BrokenProcessPool:
-            raise RunError(
-                f"a process that was drawing for {job.folder} was killed (too little memory?).  Start again with "
-                "--resume, perhaps with fewer --workers or a smaller --shard-size."
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _by_threads(job: _Job, workers: int) -> Generator[tuple[int, str], None, None]:
+    """Write all shards, and yield each with the hash of its pixels; what draws and writes releases Python's lock."""
+    with ThreadPoolExecutor(workers, "dpsyngen-saving") as pool:
+        yield from enumerate(pool.map(job.write, range(job.shards)))
 
 
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the job
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process with its parent: else a worker would wait forever for work from a process that was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _by_ranks(job: _Job, ranks: Ranks) -> Iterator[tuple[int, str]]:
-    """Do as `_by_processes` with the processes of torchrun: in each round, each writes a shard."""
+def _by_ranks(job: _Job, ranks: Ranks) -> Generator[tuple[int, str], None, None]:
+    """Do as `_by_threads` with the processes of torchrun: in each round, each writes a shard."""
     settings = vars(job) | {"program": job.program.config(), "folder": job.folder.absolute()}
     for first in range(0, job.shards, ranks.count):
         with ranks.lead(_SHARDS, first=first, **settings):

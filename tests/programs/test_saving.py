@@ -72,7 +72,7 @@ def test_every_format_holds_the_images(layout: str, channels: int, tmp_path: Pat
     assert there == {str(f.relative_to(tmp_path / "o")) for name in about["files"] for f in (tmp_path / "o").glob(name)}
 
 
-def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
+def test_workers_write_the_same_bytes(tmp_path: Path) -> None:
     for name, workers in (("one", 1), ("two", 2)):
         save_images(program(), tmp_path / name, 40, format="parquet", shard_size=9, workers=workers)
     one, two = (
@@ -142,32 +142,6 @@ def test_a_stopped_process_starts_again(kind: signal.Signals, tmp_path: Path) ->
         digest = hashlib.sha256(whole.batch(range(50 * shard, 50 * shard + 50)).tobytes()).hexdigest()
         assert about["shard_sha256"][shard] == digest
     assert len(list(out.glob("data/*.parquet"))) == 30
-
-
-@pytest.mark.slow
-def test_workers_end_when_the_first_process_is_killed(tmp_path: Path) -> None:
-    out = tmp_path / "o"
-    command = [sys.executable, "-m", "dpsyngen", "programs", "save", "fractal", "--out", str(out), "-n", "100000"]
-    process = subprocess.Popen([*command, "--workers", "2", "--shard-size", "100"], stderr=subprocess.DEVNULL)
-    while not (out / "images" / "00000000.png").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [c for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
-    assert len(workers) == 2
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while any(_alive(int(w)) for w in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_nothing_is_overwritten_and_settings_must_agree(tmp_path: Path) -> None:
