@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError
 from dpsyngen.programs.base import MAX_RESOLUTION, Program, as_choice, as_counts, as_integer, as_number, as_range, param
@@ -30,7 +29,6 @@ _QUANTISE = np.uint64(0x7175616E)  # "quan"
 _MIXTURE = np.uint64(0x6D697874)  # "mixt"
 _CROP = np.uint64(0x63726F70)  # "crop"
 _PER_LN2 = 1.4426950408889634
-_LEVELS = np.arange(256, dtype=np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +51,16 @@ class Wrapper(Program):
         return int(self.source.prior_tier)
 
     @abstractmethod
+    def _change(self, image: Images, index: int, out: Images) -> None:
+        """Write `image`, number `index` of the source, to `out` as it is changed; both [C, S, S]."""
+
+    @abstractmethod
     def _changes(self, index: int) -> dict[str, Any]:
-        """Return what was drawn at random to change image `index` of the source."""
+        """Return what is drawn at random to change image `index` of the source."""
+
+    def _draw(self, indices: Words, out: Images) -> None:
+        for n, image in enumerate(self.source.batch(indices)):
+            self._change(image, int(indices[n]), out[n])
 
     def _params(self, index: int) -> dict[str, Any]:
         return {**self._changes(index), "source": self.source.params(index)}
@@ -81,15 +87,16 @@ class Affine(Wrapper):
     shift: float = param(0.1, as_number, 0.0, 1.0)
     border: str = param("reflect", as_choice, BORDERS, "a border")
 
-    def _law(self) -> Law:
-        return self.turn / 360.0, self.scale, self.shear, self.shift
+    def _law_of(self, index: int) -> tuple[float, float, float, float, float]:
+        law = self.turn / 360.0, self.scale, self.shear, self.shift
+        drawn: tuple[float, float, float, float, float] = affine_law(np.uint64(self.seed), np.uint64(index), law)
+        return drawn
 
-    def _draw(self, indices: Words, out: Images) -> None:
-        images = self.source.batch(indices)
-        draw_affine(indices, np.uint64(self.seed), images, self._law(), BORDERS.index(self.border), out)
+    def _change(self, image: Images, index: int, out: Images) -> None:
+        warp(image, *self._law_of(index), BORDERS.index(self.border), out)
 
     def _changes(self, index: int) -> dict[str, Any]:
-        turns, scale, shear, right, down = affine_law(np.uint64(self.seed), np.uint64(index), self._law())
+        turns, scale, shear, right, down = self._law_of(index)
         return {"turn": 360.0 * turns, "scale": scale, "shear": shear, "shift": (right, down)}
 
 
@@ -111,6 +118,8 @@ def affine_law(seed: Word, index: Word, law: Law) -> tuple[float, float, float, 
 @compiled
 def _mirrored(place: int, size: int) -> int:
     """Return the row or column of an image that its mirror images have at `place`, which may lie outside."""
+    if 0 <= place < size:  # the usual case, without the slow division
+        return place
     place %= 2 * size
     return min(place, 2 * size - 1 - place)
 
@@ -147,17 +156,10 @@ def warp(
             x -= q
             y -= p
             for c in range(out.shape[0]):  # mix the four pixels around it
-                upper = (1.0 - x) * _at(image[c], p, q, border) + x * _at(image[c], p, q + 1, border)
-                lower = (1.0 - x) * _at(image[c], p + 1, q, border) + x * _at(image[c], p + 1, q + 1, border)
+                plane = image[c]
+                upper = (1.0 - x) * _at(plane, p, q, border) + x * _at(plane, p, q + 1, border)
+                lower = (1.0 - x) * _at(plane, p + 1, q, border) + x * _at(plane, p + 1, q + 1, border)
                 out[c, i, j] = np.uint8(math.floor((1.0 - y) * upper + y * lower + 0.5))
-
-
-@compiled
-def draw_affine(indices: Words, seed: Word, images: Images, law: Law, border: int, out: Images) -> None:
-    """Write the changed ``images[n]`` to ``out[n]``, both [C, S, S]."""
-    for n in range(indices.shape[0]):
-        turns, scale, slant, right, down = affine_law(seed, indices[n], law)
-        warp(images[n], turns, scale, slant, right, down, border, out[n])
 
 
 @register("blur")
@@ -173,8 +175,8 @@ class Blur(Wrapper):
 
     deviation: Any = param((0.0, 2.0), as_range, 0.0, 64.0)
 
-    def _draw(self, indices: Words, out: Images) -> None:
-        draw_blur(indices, np.uint64(self.seed), self.source.batch(indices), *self.deviation, out)
+    def _change(self, image: Images, index: int, out: Images) -> None:
+        blur(image, self._changes(index)["deviation"], out)
 
     def _changes(self, index: int) -> dict[str, Any]:
         return {"deviation": uniform_law(np.uint64(self.seed), _BLUR, np.uint64(index), *self.deviation)}
@@ -203,40 +205,25 @@ def blur_rows(image: Floats, weights: Floats, out: Floats) -> None:
 
 
 @compiled
-def draw_blur(indices: Words, seed: Word, images: Images, low: float, high: float, out: Images) -> None:
-    """Write the blurred ``images[n]`` to ``out[n]``, both [C, S, S]; the Gaussian is cut off at 4 deviations."""
-    size = out.shape[2]
+def blur(image: Images, deviation: float, out: Images) -> None:
+    """Blur an image [C, S, S] by a Gaussian of a deviation in pixels, cut off at 4 deviations."""
+    size = out.shape[1]
     level, rows = np.empty((size, size)), np.empty((size, size))
-    for n in range(indices.shape[0]):
-        deviation = uniform_law(seed, _BLUR, indices[n], low, high)
-        weights = np.ones(math.ceil(4.0 * deviation) + 1)
-        for k in range(1, weights.shape[0]):
-            weights[k] = exp2(-0.5 * _PER_LN2 * (k / deviation) * (k / deviation))
-        for c in range(out.shape[1]):  # the Gaussian is a product: along rows first, then along columns
-            level[:] = images[n, c]
-            blur_rows(level, weights, rows)
-            blur_rows(rows, weights, level)
-            for i in range(size):
-                for j in range(size):
-                    out[n, c, i, j] = np.uint8(min(255.0, math.floor(level[i, j] + 0.5)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LevelMap(Wrapper):
-    """A wrapper that gives each level of an image another one, by a table of its own for each image."""
-
-    @abstractmethod
-    def _table(self, index: int) -> NDArray[np.uint8]:
-        """Return the new level of each of the 256."""
-
-    def _draw(self, indices: Words, out: Images) -> None:
-        for n, image in enumerate(self.source.batch(indices)):
-            out[n] = self._table(int(indices[n]))[image]
+    weights = np.ones(math.ceil(4.0 * deviation) + 1)
+    for k in range(1, weights.shape[0]):
+        weights[k] = exp2(-0.5 * _PER_LN2 * (k / deviation) * (k / deviation))
+    for c in range(out.shape[0]):  # the Gaussian is a product: along rows first, then along columns
+        level[:] = image[c]
+        blur_rows(level, weights, rows)
+        blur_rows(rows, weights, level)
+        for i in range(size):
+            for j in range(size):
+                out[c, i, j] = np.uint8(min(255.0, math.floor(level[i, j] + 0.5)))
 
 
 @register("invert")
 @dataclass(frozen=True, kw_only=True)
-class Invert(LevelMap):
+class Invert(Wrapper):
     """Images of a program, a share of them inverted (255 − v in place of level v).
 
     `params` gives ``inverted`` and ``source``.
@@ -247,8 +234,8 @@ class Invert(LevelMap):
 
     probability: float = param(1.0, as_number, 0.0, 1.0)
 
-    def _table(self, index: int) -> NDArray[np.uint8]:
-        return _LEVELS[::-1] if self._changes(index)["inverted"] else _LEVELS
+    def _change(self, image: Images, index: int, out: Images) -> None:
+        np.subtract(255, image, out=out) if self._changes(index)["inverted"] else np.copyto(out, image)
 
     def _changes(self, index: int) -> dict[str, Any]:
         drawn = uniform_law(np.uint64(self.seed), _INVERT, np.uint64(index), 0.0, 1.0)
@@ -257,7 +244,7 @@ class Invert(LevelMap):
 
 @register("quantise")
 @dataclass(frozen=True, kw_only=True)
-class Quantise(LevelMap):
+class Quantise(Wrapper):
     """Images of a program in fewer levels: each value moves to the nearest of m, spread evenly from 0 to 255.
 
     `params` gives ``levels`` m and ``source``.
@@ -268,10 +255,10 @@ class Quantise(LevelMap):
 
     levels: Any = param((2, 8), as_counts, 2, 256)
 
-    def _table(self, index: int) -> NDArray[np.uint8]:
+    def _change(self, image: Images, index: int, out: Images) -> None:
         steps = self._changes(index)["levels"] - 1
         nearest = (2 * np.arange(256) * steps + 255) // 510  # round(v·steps / 255)
-        return ((2 * nearest * 255 + steps) // (2 * steps)).astype(np.uint8)
+        out[:] = ((2 * nearest * 255 + steps) // (2 * steps))[image]
 
     def _changes(self, index: int) -> dict[str, Any]:
         low, high = self.levels
@@ -302,19 +289,18 @@ class Crop(Wrapper):
             )
         object.__setattr__(self, "source", inner_program(self, "source", self.source, resolution=size))
 
-    def _corner(self, index: int) -> tuple[int, int]:
-        room = self.source.resolution - self.resolution + 1
-        a, b, _, _ = words32(np.uint64(self.seed), _CROP, np.uint64(index), np.uint64(0))
-        return int(below(a, room)), int(below(b, room))
-
     def _draw(self, indices: Words, out: Images) -> None:
-        size = self.resolution
         for n, index in enumerate(indices):  # one by one, as the sources can be large
-            i, j = self._corner(int(index))
-            out[n] = self.source.batch([index])[0, :, i : i + size, j : j + size]
+            self._change(self.source.batch([index])[0], int(index), out[n])
+
+    def _change(self, image: Images, index: int, out: Images) -> None:
+        i, j = self._changes(index)["corner"]
+        out[:] = image[:, i : i + self.resolution, j : j + self.resolution]
 
     def _changes(self, index: int) -> dict[str, Any]:
-        return {"corner": self._corner(index)}
+        room = self.source.resolution - self.resolution + 1
+        a, b, _, _ = words32(np.uint64(self.seed), _CROP, np.uint64(index), np.uint64(0))
+        return {"corner": (int(below(a, room)), int(below(b, room)))}
 
 
 @register("mixture")
