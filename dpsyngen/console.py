@@ -32,6 +32,7 @@ class Console:
     def __init__(self, quiet: bool = False, as_json: bool = False, log_format: str = "text") -> None:
         self.quiet, self.as_json, self.log_json = quiet, as_json, log_format == "json"
         self.live = sys.stderr.isatty() and not quiet and not self.log_json
+        self._tracked: Progress | None = None
 
     @classmethod
     def asked_for(cls, arguments: Sequence[str]) -> Console:
@@ -71,6 +72,19 @@ class Console:
     def progress(self, title: str, total: int, unit: str, start: int = 0) -> Progress:
         """Progress of `total` units of work, `start` of which were done before."""
         return (_Bar if self.live else Progress)(self, title, total, unit, start)
+
+    def track(self, title: str, done: int, total: int, unit: str, note: str = "", start: int = 0) -> None:
+        """Say that `done` of `total` units are done, `start` of which before; a new title ends the progress before."""
+        if self._tracked is None or self._tracked.title != title:
+            self.track_ends()
+            self._tracked = self.progress(title, total, unit, start).__enter__()
+        self._tracked.update(done, note)
+
+    def track_ends(self, error: BaseException | None = None) -> None:
+        """End the progress of :meth:`track`, because the work is done or because of `error`."""
+        if self._tracked is not None:
+            self._tracked.__exit__(type(error) if error is not None else None, error, None)
+            self._tracked = None
 
     def show(self, progress: Progress) -> None:
         """Say how far `progress` is; called every ``progress.every`` seconds at most."""

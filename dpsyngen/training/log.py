@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.console import Console, Progress
+from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import number, strict_text, write_text
 from dpsyngen.programs.grid import image_grid
@@ -85,20 +85,12 @@ class Display:
     def __init__(self, console: Console, private: bool = False) -> None:
         self.console, self.private = console, private
         self._begun, self._reading = time.monotonic(), False
-        self._bar, self._ends = Progress(console, "", 0, ""), contextlib.ExitStack()
 
     def __enter__(self) -> OnEvent:
         return self._show
 
-    def __exit__(self, *error: Any) -> None:
-        self._ends.__exit__(*error)
-
-    def _track(self, title: str, done: int, total: int, unit: str, note: str = "", start: int = 0) -> None:
-        """Show that `done` of `total` units are done; a new title ends the progress before."""
-        if self._bar.title != title:
-            self._ends.close()
-            self._bar = self._ends.enter_context(self.console.progress(title, total, unit, start))
-        self._bar.update(done, note)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.console.track_ends(error)
 
     def _show(self, event: Event) -> None:
         if isinstance(event, Warned):
@@ -110,15 +102,15 @@ class Display:
             late = time.monotonic() - self._begun >= self.patience
             if not event.private and (self._reading or (late and event.done < event.total)):
                 self._reading = True
-                self._track("reading images", event.done, event.total, "images")
+                self.console.track("reading images", event.done, event.total, "images")
                 if event.done >= event.total:
-                    self._ends.close()
+                    self.console.track_ends()
         elif event.values:
             what, loss = "DP-SGD on private images" if event.private else "programmatic images", event.values["loss"]
             note = f"loss {loss:.3f}" + (" (private)" if event.private else "")
             if event.private and not self.private:
                 note = ""
-            self._track(f"{event.phase}: {what}", event.step, event.steps, "steps", note, start=event.step - 1)
+            self.console.track(f"{event.phase}: {what}", event.step, event.steps, "steps", note, start=event.step - 1)
 
 
 def timed(progress: Iterator[Step]) -> Iterator[tuple[Step, float]]:

@@ -157,7 +157,7 @@ def test_lost_random_state_is_never_replaced(tmp_path, tiny_settings, tiny_image
     training = begin(tiny_settings, tiny_images(), tmp_path / "r", stages={"variant": "dpdm"})
     next(training.steps())
     training.run.randomness_path.unlink()
-    with pytest.raises(RunError, match="cannot be continued privately"):
+    with pytest.raises(RunError, match="would get fresh noise"):
         resume(Run(tmp_path / "r"), load_images(tiny_images()))
 
 
