@@ -78,12 +78,11 @@ def evaluate(
     run.require_complete()
     device = kind_of(settings.pop("device", "auto"))
     check_device(device_of(device, ranks))
-    given = {"metrics": None, **settings}
-    given["metrics"] = NAMES if given["metrics"] is None else given["metrics"]
-    s = EvaluationSettings.of({**given, "device": device, "cache": run.features_path if cache else None})
+    if settings.get("metrics", NAMES) is None:
+        del settings["metrics"]
+    s = EvaluationSettings.of({**settings, "device": device, "cache": run.features_path if cache else None})
     weights = None if inception_weights is None else Path(inception_weights)
-    specs = [FeatureSpec(f, weights if f == "inception" else None) for f in map(str, s.features)]
-    s = replace(s, features=specs)
+    s = replace(s, features=[FeatureSpec(f, weights if f == "inception" else None) for f in map(str, s.features)])
     tell = on_progress or (lambda line: None)
     config = run.config
     generator = open_everywhere(ranks, run.release, device)
@@ -102,7 +101,7 @@ def evaluate(
         # The ledger knows before the first private image is looked at.
         ledger.note_private_access(
             "evaluation against real images; the figures stay in the private half",
-            features=[spec.name for spec in specs],
+            features=[spec.name for spec in s.specs],
             metrics=list(s.metrics),
             classifiers=list(s.classifiers) if held_out is not None else [],
         )
