@@ -89,21 +89,18 @@ def inline(figure: Any, name: str, alt: str, css_class: str = "") -> Markup:
     return Markup(opening + text)
 
 
-def line_chart(
-    lines: Mapping[str, Points], title: str, tone: str, *, x_label: str = "step", percent: bool = False
-) -> Markup | None:
-    """Lines with a running mean over the values themselves; None if no line has two points.
+def line_chart(lines: Mapping[str, Points], title: str, tone: str, *, percent: bool = False) -> Markup | None:
+    """Lines over steps, with a running mean over the values themselves; None if no line has two points.
 
     The y axis is logarithmic where the values, all above 0, span more than a factor of 30.
 
     Args:
-        lines: (x, y) of each by name, x ascending, all finite.
+        lines: (step, y) of each by name, steps ascending, all finite.
         title: of the chart, for its label.
         tone: "public" or "private".
-        x_label: of the x axis, which counts something.
         percent: values are shares, shown as 0 to 100 %.
     """
-    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     if not lines:
@@ -122,14 +119,14 @@ def line_chart(
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0, " %"))
         elif min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(axis="y", color=EDGE, alpha=0.3, lw=0.8)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel("step")
         if len(lines) > 1:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2)
-        words = [f"{name}: {_in_words(points, x_label, percent)}" for name, points in lines.items()]
+        words = [f"{name}: {_in_words(points, percent)}" for name, points in lines.items()]
         return inline(figure, "line-" + slug(title), ". ".join([title, *words]))
 
 
@@ -141,11 +138,11 @@ def smoothed(points: Points) -> tuple[NDArray[np.float64], NDArray[np.float64], 
     return x, y, np.convolve(y, np.full(width, 1 / width), "valid")
 
 
-def _in_words(points: Points, x_label: str, percent: bool) -> str:
-    (x_first, first), (x_last, last) = points[0], points[-1]
-    x_low, low = min(points, key=lambda p: p[1])
-    first_, last_, low_ = (f"{100 * y:.0f} %" if percent else f"{y:.3g}" for y in (first, last, low))
-    return f"{first_} at {x_label} {x_first:g}, {last_} at {x_label} {x_last:g}, lowest {low_} at {x_label} {x_low:g}"
+def _in_words(points: Points, percent: bool) -> str:
+    def at(x: float, y: float) -> str:
+        return f"{100 * y:.0f} % at step {x:g}" if percent else f"{y:.3g} at step {x:g}"
+
+    return f"{at(*points[0])}, {at(*points[-1])}, lowest {at(*min(points, key=lambda p: p[1]))}"
 
 
 def slug(text: str) -> str:

@@ -106,7 +106,7 @@ def comparison_plots(view: View) -> Iterator[Plot]:
     others = [m for m in view.measures if m.metric != "accuracy"]
     distances = [m for m in others if m.metric == "frechet"] or others[:1]
     for measure in [*accuracies, *distances]:
-        yield _at_one_epsilon(view, measure) if len(view.epsilons) == 1 else _against_epsilon(view, measure)
+        yield _against_epsilon(view, measure)
     main = list(dict.fromkeys(m for m in (view.primary, *distances[:1]) if m is not None))
     found = [_against_setting(view, m, what, e) for what in SETTINGS for m in main for e in view.epsilons]
     if view.primary is not None:
@@ -118,9 +118,9 @@ def comparison_plots(view: View) -> Iterator[Plot]:
 
 
 def _against_epsilon(view: View, measure: Measure) -> Plot:
-    """A line for each variant."""
+    """A line for each variant; at one ε a point for each variant and setting."""
     lines = []
-    for row in _plain_rows(view):
+    for row in view.rows if len(view.epsilons) == 1 else _plain_rows(view):
         values = [(i, epsilon_name(e), view.values(measure, e, row)) for i, e in enumerate(view.epsilons)]
         points = [(i, f"{row.name} at {name}", v) for i, name, v in values if v]
         if points:
@@ -130,27 +130,6 @@ def _against_epsilon(view: View, measure: Measure) -> Plot:
         axes.set_xticks(range(len(view.epsilons)), [_bare(e) for e in view.epsilons])
         axes.set_xlim(-0.5, len(view.epsilons) - 0.5)
         return _finished(figure, "epsilon", measure, "against ε", said, _MARKS)
-
-
-def _at_one_epsilon(view: View, measure: Measure) -> Plot:
-    """A line of points for each row, its name beside it."""
-    epsilon = view.epsilons[0]
-    rows = [r for r in view.rows if view.values(measure, epsilon, r)]
-    said = []
-    with new_axes(_SIZE[0], 0.9 + 0.36 * len(rows)) as (figure, axes):
-        for number, row in enumerate(rows):
-            colour, marker, _ = style(row.variant, number)
-            values = view.values(measure, epsilon, row)
-            s = summarise(values)
-            axes.errorbar(s.mean, number, xerr=s.sd or None, color=colour, marker=marker, ms=6, capsize=2.5, lw=1.3)
-            if len(values) > 1:
-                axes.scatter(values, [number + 0.27] * len(values), s=10, color=colour, marker=marker, alpha=0.7, lw=0)
-            said.append(f"{row.name}: {_in_words(values)}")
-        said += _reference_lines(axes, view, measure)
-        axes.set_yticks(range(len(rows)), [r.name.replace(" (", "\n(") for r in rows])
-        axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=_axis_name(measure))
-        note = _MARKS.replace("Line", "Mark")
-        return _finished(figure, "epsilon", measure, f"at {epsilon_name(epsilon)}", said, note)
 
 
 def _against_setting(view: View, measure: Measure, what: str, epsilon: float) -> Plot | None:
@@ -301,27 +280,20 @@ def _line_plot(
 
 def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
     """Draw the references, across the axis of values; returns them in words."""
-    single = len(view.epsilons) == 1
-    line = axes.axvline if single else axes.axhline
     look = {"color": INK, "lw": 1.1, "alpha": 0.75}
     found = {i: v for i, e in enumerate(view.epsilons) if (v := view.reference("dp-classifier", measure, e))}
     said = [f"DP-SGD classifier at {epsilon_name(view.epsilons[i])}: {_in_words(v)}" for i, v in found.items()]
     if found:
-        means = [summarise(v).mean for v in found.values()]
-        classifier: Any = {"ls": (0, (8, 2, 1, 2)), "label": "DP-SGD classifier", **look}
-        if single:
-            line(means[0], **classifier)
-        else:
-            axes.plot(list(found), means, marker="*", ms=7, **classifier)
-    low, high = axes.get_xlim() if single else axes.get_ylim()
-    margin = 0.9 * (high - low)
+        means, dashes = [summarise(v).mean for v in found.values()], (0, (8, 2, 1, 2))
+        axes.plot(list(found), means, marker="*", ms=7, ls=dashes, label="DP-SGD classifier", **look)
+    low, high = axes.get_ylim()
     for kind, (name, dash) in _REFERENCES.items():
         if values := view.reference(kind, measure, math.inf):
             mean = summarise(values).mean
             said.append(f"{name}: {_in_words(values)}")
             # One that is far away would press everything else together.
-            if low - margin <= mean <= high + margin:
-                line(mean, ls=dash, label=name, **look)
+            if abs(mean - (low + high) / 2) < 1.4 * (high - low):
+                axes.axhline(mean, ls=dash, label=name, **look)
             else:
                 axes.plot([], [], ls=dash, label=f"{name}: {mean:.3g} (off scale)", **look)
     return said
