@@ -111,7 +111,7 @@ def stages(
     )
     # As a training reads them, so that the budget knows them again.
     private = None if data is None else load_private(data, loaded)
-    search = Stages(out, loaded, options, data=private, given=kept, device=device)
+    search = Stages(out, loaded, options, private, kept, device)
     try:
         result, files = _with_progress(search, console)
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -283,10 +283,7 @@ class PrivateEstimate:
             "delta": ledger.delta,
             "group_size": ledger.group_size,
             "adjacency": "add or remove records; sampling rate and normaliser are public constants",
-            "records": q.records,
-            "sampling_rate": q.sampling_rate,
-            "noise_multiplier": q.noise_multiplier,
-            "l2_sensitivity": q.clipping_norm,
+            **asdict(q),
         }
         curves = (log_sigma, curve.gap, curve.teacher_loss, curve.student_loss, curve.noise)
         stated = {name: np.ravel(values).tolist() for name, values in zip(_STORED, curves, strict=True)} | statement

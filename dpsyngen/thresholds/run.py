@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,6 @@ from dpsyngen.thresholds.search import StageSearch, Tell, deciding, stand_in_elb
 from dpsyngen.training.plan import Shape
 from dpsyngen.training.run import FolderLock
 from dpsyngen.workers import Workers
-
-DEFAULT_RESOLUTION = 32
-"""Pixels, where neither images nor settings give a size."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +81,11 @@ class Stages:
         folder: Path,
         config: Config,
         options: StagesOptions,
-        *,
-        data: ImageDataset | None = None,
-        given: Mapping[str, Any] | None = None,
-        device: str = "cpu",
+        data: ImageDataset | None,
+        given: dict[str, Any],
+        device: str,
     ) -> None:
-        self.folder, self.config, self.options = folder, config, options
-        self._path = folder / "settings.json"
+        self.folder, self.config, self.options, self._given = folder, config, options, given
         require_usable(folder)
         if config.stages.variant == "gaussian":
             raise ConfigError(
@@ -112,12 +106,8 @@ class Stages:
         grid = log_sigma_grid(options.spacing)
         self.search = StageSearch(families, proxy, networks, seeds=options.seeds, images=options.images, log_sigma=grid)
         self._program = named[0][1]
-        self._given = dict(given or {"preset": config.preset})
-        self.estimate = None
-        if data is not None:
-            self.estimate = PrivateEstimate(folder, config, data, options.sampling_rate)
+        self.estimate = None if data is None else PrivateEstimate(folder, config, data, options.sampling_rate)
         self.settings = json.loads(json.dumps(self._settings()))
-        self._require_same()
 
     def run(self, tell: Tell) -> tuple[StagesResult, list[Path]]:
         """Train, measure, write; the result and its files.
@@ -126,14 +116,17 @@ class Stages:
         one in training goes on from its last checkpoint, and the private images are never charged twice.
         """
         search, options = self.search, self.options
-        teacher, student = search.teacher.label, search.student.label
-        with self._own():
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FolderLock(self.folder / "lock", self.folder).held():
+            require_usable(self.folder)
+            remove_temporaries(self.folder)
+            self._begin()
             trained = search.train(tell)
             measured = search.measure(trained, tell)
             spent = None
             if self.estimate is not None:
                 curve, spent = self.estimate.released(
-                    {label: trained[label, 0] for label in (teacher, student)},
+                    {family.label: trained[family.label, 0] for family in (search.teacher, search.student)},
                     search.log_sigma,
                     measured.clipping_norm,
                     f"stages {self.folder.name}",
@@ -143,7 +136,7 @@ class Stages:
                 )
                 measured.curves.append(curve)
             found = stand_in_elbows(measured, options.tolerance, options.replicates)
-            decided = deciding(found, student, self.moments)
+            decided = deciding(found, search.student.label, self.moments)
             result = StagesResult(self.settings, measured, found, decided, spent)
             return result, write_results(self.folder, result, self._to_keep())
 
@@ -179,32 +172,22 @@ class Stages:
             "private": private,
         }
 
-    # ---------------------------------------------------------------------------------------- folder
-
-    def _require_same(self) -> None:
-        if not self._path.exists():
+    def _begin(self) -> None:
+        """Write down what decides the figures, or refuse to go on with anything else."""
+        path = self.folder / "settings.json"
+        if not path.exists():
+            write_text(path, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
             return
         try:
-            before = json.loads(self._path.read_text(encoding="utf-8"))
+            before = json.loads(path.read_text(encoding="utf-8"))
             changed = sorted(k for k in before.keys() | self.settings.keys() if before.get(k) != self.settings.get(k))
         except (OSError, ValueError, AttributeError) as error:
-            raise RunError(f"{self._path} is damaged: {error}.  Choose another --out.") from None
+            raise RunError(f"{path} is damaged: {error}.  Choose another --out.") from None
         if changed:
             raise RunError(
                 f"{self.folder} was begun with other settings ({', '.join(changed)}).  Give the same ones to go on, or "
                 f"choose another --out; with --networks {self.folder / 'networks'} networks that fit are used again."
             )
-
-    @contextmanager
-    def _own(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FolderLock(self.folder / "lock", self.folder).held():
-            require_usable(self.folder)
-            remove_temporaries(self.folder)
-            self._require_same()
-            if not self._path.exists():
-                write_text(self._path, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
-            yield
 
 
 def require_usable(folder: Path) -> None:
@@ -236,7 +219,7 @@ def _shape(config: Config, data: ImageDataset | None, proxy: ImageDataset | None
     like = data or proxy
     if like is not None:
         return Shape(like.resolution, like.channels, (), len(like))
-    return Shape(config.data.resolution or DEFAULT_RESOLUTION, 3 if config.data.channels == "rgb" else 1, (), 1)
+    return Shape(config.data.resolution or 32, 3 if config.data.channels == "rgb" else 1, (), 1)
 
 
 def _program(entry: str, config: Config) -> tuple[str, ProgramConfig]:

@@ -76,7 +76,7 @@ def test_it_is_charged_before_it_is_computed_and_budget_and_ledger_agree(tmp_pat
     stated = json.loads((tmp_path / "o/private_gap.json").read_text())
     assert stated["private"] is True
     assert stated["epsilon"] == ledger.epsilon()
-    assert (stated["records"], stated["l2_sensitivity"], stated["delta"]) == (30, 2.0, 1e-3)
+    assert (stated["records"], stated["clipping_norm"], stated["delta"]) == (30, 2.0, 1e-3)
 
 
 def test_result_is_read_and_nothing_is_computed_or_charged_again(tmp_path, budget, monkeypatch) -> None:
