@@ -1,4 +1,4 @@
-"""Plots of a comparison: quality against ε, the thresholds, compute and classes, every seed shown beside its mean.
+"""Plots of a comparison: quality against ε and the thresholds, and by class, every seed shown beside its mean.
 
 Colours stand out from white and from black by 3:1, differ for the colour-blind, and never stand alone: each variant
 has a marker and a dash of its own.  Text takes the colour of the page.
@@ -47,7 +47,7 @@ _REFERENCES = {
     "test": ("real test images", (0, (1, 1.5))),
     "programs": ("images of programs", (0, (5, 3))),
 }
-KINDS = ("epsilon-accuracy", "epsilon", "threshold", "compute", "classes")
+KINDS = ("epsilon-accuracy", "epsilon", "threshold", "classes")
 """The first words of plots' names, one for each section of the report that has plots."""
 _SIZE = (4.3, 3.1)  # inches
 _MARKS = "Small marks: single runs.  Line and bar: mean ± standard deviation over seeds."
@@ -110,7 +110,7 @@ def comparison_plots(view: View) -> Iterator[Plot]:
     main = list(dict.fromkeys(m for m in (view.primary, *distances[:1]) if m is not None))
     found = [_against_setting(view, m, what, e) for what in SETTINGS for m in main for e in view.epsilons]
     if view.primary is not None:
-        found += [_against_time(view, view.primary), _by_class(view, view.primary)]
+        found.append(_by_class(view, view.primary))
     yield from filter(None, found)
 
 
@@ -127,7 +127,7 @@ def _against_epsilon(view: View, measure: Measure) -> Plot:
             lines.append(Line(row.variant, row.name, points))
     with _line_plot(measure, lines, "ε (not to scale)", 0.5 / max(5, len(lines)), beside=0.035) as (figure, axes, said):
         said += _reference_lines(axes, view, measure)
-        axes.set_xticks(range(len(view.epsilons)), [_bare(e) for e in view.epsilons])
+        axes.set_xticks(range(len(view.epsilons)), [epsilon_name(e).removeprefix("ε = ") for e in view.epsilons])
         axes.set_xlim(-0.5, len(view.epsilons) - 0.5)
         return _finished(figure, "epsilon", measure, "against ε", said, _MARKS)
 
@@ -165,43 +165,6 @@ def _against_setting(view: View, measure: Measure, what: str, epsilon: float) ->
             said.append(f"{base.name}: {_in_words(values)}")
         title = f"against {title}, {epsilon_name(epsilon)}"
         return _finished(figure, f"threshold-{what}", measure, title, said, _MARKS, f"-eps{epsilon:g}")
-
-
-def _against_time(view: View, measure: Measure) -> Plot | None:
-    """A point for each run over its training time; None without such figures.
-
-    The marker stands for the variant, the size for ε.
-    """
-    points: dict[str, list[tuple[float, float, float]]] = {}  # of each variant
-    for job in view.results.runs:
-        wanted = (measure.metric, measure.on, "")
-        value = next((f.value for f in job.figures() if (f.metric, f.on, f.of_class) == wanted), None)
-        seconds = job.facts.get("seconds_training")
-        if seconds and value is not None:
-            place = (seconds / 60, measure.scale * value, job.epsilon)
-            points.setdefault(job.variant, []).append(place)
-    times = [time for of_variant in points.values() for time, *_ in of_variant]
-    if len(times) < 2:
-        return None
-    said, note = [], "One mark a run.  Times depend on the machine and on what else it did."
-    sizes = {e: 22 + 26 * i for i, e in enumerate(view.epsilons)}
-    if len(sizes) > 1:
-        note += f"  Larger marks: larger ε ({', '.join(map(_bare, sizes))})."
-    with new_axes(*_SIZE) as (figure, axes):
-        for number, variant in enumerate(points):
-            colour, marker, _ = style(variant, number)
-            x, y, epsilons = zip(*points[variant], strict=True)
-            name = Row(variant, "").variant_name
-            look = {"color": colour, "marker": marker, "alpha": 0.75, "lw": 0}
-            axes.scatter(x, y, s=[sizes[e] for e in epsilons], label=name, **look)
-            said.append(f"{name}: {np.mean(y):.4g} for {np.mean(x):.3g} on average")
-        if max(times) > 20 * min(times):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-        else:
-            axes.set_xlim(0, 1.08 * max(times))
-        axes.set(xlabel=f"training time, {view.results.core}minutes", ylabel=_axis_name(measure))
-        return _finished(figure, "compute", measure, "against training time", said, note)
 
 
 def _by_class(view: View, measure: Measure) -> Plot | None:
@@ -331,7 +294,3 @@ def _in_words(values: Sequence[float]) -> str:
 
 def _axis_name(measure: Measure) -> str:
     return f"{measure.on_name} accuracy, %" if measure.metric == "accuracy" else measure.metric_name
-
-
-def _bare(epsilon: float) -> str:
-    return epsilon_name(epsilon).removeprefix("ε = ")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from dpsyngen.config import load_config
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_atomically, write_text
 from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
-from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Elbow, MeanCurve, mean_curve, price
+from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Elbow, MeanCurve, mean_curve
 from dpsyngen.thresholds.search import Measured, StandInElbows
 from dpsyngen.version import __version__
 
@@ -126,6 +125,7 @@ def curve_rows(result: StagesResult) -> Iterator[dict[str, Any]]:
             "gap": gap,
             "teacher_loss": teacher_loss,
             "student_loss": student_loss,
+            # What a stage of these levels costs at most, as KL divergence of the samples: docs/stages.md.
             "nats_per_log_sigma": m.pixels * gap * np.exp(-2 * m.log_sigma),
         }
         names = {"stand_in": c.stand_in, "teacher": c.teacher, "student": c.student}
@@ -142,18 +142,8 @@ def curve_rows(result: StagesResult) -> Iterator[dict[str, Any]]:
 
 
 def elbow_rows(result: StagesResult) -> list[dict[str, Any]]:
-    """Every elbow, with what stands in for the private images and the price of the stage in nats, as far as the grid
-    goes.
-    """
-    m, rows = result.measured, []
-    for f in result.found:
-        for e in f.elbows.values():
-            nats = None
-            if e.log_sigma is not None:
-                ends = (-math.inf, e.log_sigma) if e.side == "cleaning" else (e.log_sigma, math.inf)
-                nats = price(m.log_sigma, m.pixels * f.mean.gap, *ends)
-            rows.append({"stand_in": f.by, "student": f.student, **asdict(e), "price_nats": nats})
-    return rows
+    """Every elbow, with what stands in for the private images."""
+    return [{"stand_in": f.by, "student": f.student, **asdict(e)} for f in result.found for e in f.elbows.values()]
 
 
 # ------------------------------------------------------------------------------------------------- YAML

@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.integrate import trapezoid
 from torch import Tensor
 
 from dpsyngen.diffusion.denoiser import Denoiser
@@ -174,9 +173,8 @@ class Estimate(NamedTuple):
 
 
 class MeanCurve(NamedTuple):
-    """Averages over networks: the gap, [M], the relative gap and the excess."""
+    """The relative gap and the excess, averaged over networks."""
 
-    gap: Array
     relative: Estimate
     excess: Estimate
 
@@ -189,42 +187,22 @@ def mean_curve(curves: Sequence[GapCurve], replicates: int, seed: int = 0) -> Me
     drawn again with other noise of the mechanism instead.
     """
     rng = np.random.default_rng(seed)
-    gap, relative, excess = (
-        np.concatenate(parts).mean(0)
-        for parts in zip(*((c.squares()[0], c.relative(), c.excess()) for c in curves), strict=True)
-    )
-    drawn = np.zeros((2, replicates, len(gap)))
+    relative = np.concatenate([c.relative() for c in curves]).mean(0)
+    excess = np.concatenate([c.excess() for c in curves]).mean(0)
+    drawn = np.zeros((2, replicates, len(relative)))
     if np.any(curves[0].noise):
         (c,) = curves
-        noisy, teacher, student = (v + c.noise * rng.standard_normal(drawn[0].shape) for v in c.squares())
-        drawn[:] = ratios(noisy, teacher, student, c.noise)
-        return MeanCurve(np.maximum(gap, 0), Estimate(relative, drawn[0]), Estimate(excess, drawn[1]))
+        gap, teacher, student = (v + c.noise * rng.standard_normal(drawn[0].shape) for v in c.squares())
+        drawn[:] = ratios(gap, teacher, student, c.noise)
+        return MeanCurve(Estimate(relative, drawn[0]), Estimate(excess, drawn[1]))
     pairs = [np.stack(parts) for c in curves for parts in zip(c.gap, c.student_loss, c.teacher_loss, strict=True)]
     for b in range(replicates):
         for p in rng.integers(len(pairs), size=len(pairs)):
             images = pairs[p].shape[1]
             # Drawing N images with replacement = multinomial counts as weights.
-            squares, student, teacher = rng.multinomial(images, np.full(images, 1 / images)) @ pairs[p]
-            drawn[:, b] += np.stack([squares, student]) / teacher / len(pairs)
-    return MeanCurve(gap, Estimate(relative, drawn[0]), Estimate(excess, drawn[1] - 1))
-
-
-def price(log_sigma: Array, gap: Array, low: float = -math.inf, high: float = math.inf) -> float:
-    """∫ G(σ)/σ² d log σ in nats, by the trapezoidal rule: what it costs to let q's denoiser own the levels in between.
-
-    G(σ) = E|D_p(x; σ) - D_q(x; σ)|² of optimal denoisers, summed over the d pixels.  Over log σ > τ the exact integral
-    is KL(p_τ ‖ q_τ) (de Bruijn's identity), and over log σ < τ it bounds what q's denoiser adds to the KL divergence of
-    the samples from p (Girsanov's theorem, reverse diffusion); over the whole axis it is KL(p ‖ q).  docs/stages.md has
-    the proofs.
-
-    Args:
-        log_sigma: [M], ascending.
-        gap: G, [M]; interpolated in log G against log σ at the ends of the interval.
-        low, high: log σ.  Levels beyond the grid cost nothing.
-    """
-    low, high = max(low, float(log_sigma[0])), min(high, float(log_sigma[-1]))
-    u = np.array([low, *log_sigma[(log_sigma > low) & (log_sigma < high)], high])
-    return float(trapezoid(np.exp(np.interp(u, log_sigma, np.log(np.maximum(gap, 1e-30))) - 2 * u), u))
+            gap, student, teacher = rng.multinomial(images, np.full(images, 1 / images)) @ pairs[p]
+            drawn[:, b] += np.stack([gap, student]) / teacher / len(pairs)
+    return MeanCurve(Estimate(relative, drawn[0]), Estimate(excess, drawn[1] - 1))
 
 
 # ------------------------------------------------------------------------------------------------ thresholds

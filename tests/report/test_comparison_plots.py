@@ -56,7 +56,6 @@ def test_plots_for_which_there_is_data(plots, tmp_path) -> None:
         "epsilon-accuracy-logreg",
         "epsilon-frechet-efficientnet-lite0",
         "epsilon-frechet-pixels-pca",
-        "compute-accuracy-cnn",
         "classes-accuracy-cnn",
     ]
     axes = {"stages.tau_coarse": [1, 2], "private.steps": [100, 200]}

@@ -1,8 +1,7 @@
-"""What `dpsyngen stages` says of its figures: prices of stages, and where the teacher is no measure."""
+"""What `dpsyngen stages` says of its figures: stages as words and settings, and where the teacher is no measure."""
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from dpsyngen.config import load_config
 from dpsyngen.thresholds.denoisers import ZERO
 from dpsyngen.thresholds.files import StagesResult, stage_lines, stages_yaml, teacher_line
-from dpsyngen.thresholds.gap import Elbow, GapCurve, log_sigma_grid, price
+from dpsyngen.thresholds.gap import Elbow, GapCurve, log_sigma_grid
 from dpsyngen.thresholds.search import Measured, StandInElbows
 
 U = np.array(log_sigma_grid(0.02))
@@ -21,16 +20,6 @@ U = np.array(log_sigma_grid(0.02))
 def elbow(side: Any, tau: float | None, found: float = 1.0) -> Elbow:
     ends = (None, None) if tau is None else (tau - 0.1, tau + 0.1)
     return Elbow(side, "tolerance", tau, *ends, found, 0.05, "" if tau is not None else "the gap is 9 %")
-
-
-def test_price_of_a_stage_is_the_integral_over_its_levels() -> None:
-    """G = d·σ² costs d nats for each unit of log σ; a threshold between two levels counts for its part."""
-    gap = 10 * np.exp(2 * U)
-    assert price(U, gap, low=1.33) == pytest.approx(10 * (U[-1] - 1.33), rel=1e-6)
-    assert price(U, gap, high=-2.17) == pytest.approx(10 * (-2.17 - U[0]), rel=1e-6)
-    # A constant gap: (e^(-2τ) - e^(-2u))/2.
-    exact = 10 * 0.3 * (math.exp(-2) - math.exp(-2 * U[-1])) / 2
-    assert price(U, 3 + 0 * U, low=1.0) == pytest.approx(exact, rel=1e-3)
 
 
 def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
