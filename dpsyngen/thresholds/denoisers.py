@@ -81,7 +81,7 @@ class Family:
         return self.program.batch(range(FIRST_IMAGE, FIRST_IMAGE + count)) if self.held_out is None else self.held_out
 
 
-def split_proxy(images: NDArray[np.uint8], measured: int, resolution: int, channels: int) -> Family:
+def split_proxy(images: NDArray[np.uint8], measured: int) -> Family:
     """Images that the user declares public: `measured` of them, chosen by a fixed seed, are set aside to measure on.
 
     Raises:
@@ -94,7 +94,7 @@ def split_proxy(images: NDArray[np.uint8], measured: int, resolution: int, chann
         )
     order = np.random.default_rng(0).permutation(len(images))
     kept, held_out = (np.ascontiguousarray(images[np.sort(part)]) for part in (order[measured:], order[:measured]))
-    return Family(PROXY, GivenImages(resolution=resolution, channels=channels, images=kept), held_out)
+    return Family(PROXY, GivenImages(resolution=kept.shape[-1], channels=kept.shape[1], images=kept), held_out)
 
 
 def every_level() -> NoiseLevels:
@@ -102,19 +102,15 @@ def every_level() -> NoiseLevels:
     return NoiseLevels((LOWEST + HIGHEST) / 2, 10 * (HIGHEST - LOWEST), LOWEST, HIGHEST)
 
 
+@dataclass(frozen=True)
 class PublicDenoisers:
-    """Trains unconditional denoisers and keeps them.
+    """Trains unconditional denoisers and keeps them."""
 
-    Args:
-        folder: of the files, made if need be.
-        config: network and public training; the rest is not looked at.
-        shape: resolution and channels; classes are not looked at.
-        device: where to compute.
-        workers: threads that share a batch.
-    """
-
-    def __init__(self, folder: Path, config: Config, shape: Shape, device: str, workers: Workers) -> None:
-        self.folder, self.config, self.shape, self.device, self.workers = folder, config, shape, device, workers
+    folder: Path  # of the files, made if need be
+    config: Config  # network and public training; the rest is not looked at
+    shape: Shape  # resolution and channels; classes are not looked at
+    device: str  # where to compute
+    workers: Workers  # share a batch
 
     def key(self, family: Family, seed: int) -> str:
         """A digest of all that decides the weights, 64 hexadecimal digits."""

@@ -146,22 +146,8 @@ def elbow_rows(result: StagesResult) -> list[dict[str, Any]]:
     return [{"stand_in": f.by, "student": f.student, **asdict(e)} for f in result.found for e in f.elbows.values()]
 
 
-# ------------------------------------------------------------------------------------------------- YAML
-
-
 def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
-    """Settings for ``dpsyngen train --config``: the user's own, with the program and the stages that were found."""
-    comment = [
-        f"# Found by dpsyngen stages {__version__}; how is in gap.json beside this file.",
-        f"# {result.decided.student} in place of {_IN_WORDS[result.decided.by]}, method {result.settings['method']}:",
-        *(f"# {line}" for line in stage_lines(result)),
-    ]
-    values = dict(given) | {"stages": _stages(result, given)}
-    return "\n".join(comment) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _stages(result: StagesResult, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The section ``stages``: what the user set, with the variant and the thresholds that were found."""
+    """Settings for ``dpsyngen train --config``: the user's own, with the variant and the thresholds that were found."""
     before = load_config(dict(given)).stages
     replaced = {"variant", "tau_cleaning"} if result.moments else {"variant", "tau_cleaning", "tau_coarse"}
     section: dict[str, Any] = {k: v for k, v in given.get("stages", {}).items() if k not in replaced}
@@ -178,7 +164,13 @@ def _stages(result: StagesResult, given: Mapping[str, Any]) -> dict[str, Any]:
     low, high = (section.get(k, getattr(before, k)) for k in ("tau_cleaning", "tau_coarse"))
     if low >= high:
         section["tau_cleaning"] = round(high - 1, 3)
-    return section
+    comment = [
+        f"# Found by dpsyngen stages {__version__}; how is in gap.json beside this file.",
+        f"# {result.decided.student} in place of {_IN_WORDS[result.decided.by]}, method {result.settings['method']}:",
+        *(f"# {line}" for line in stage_lines(result)),
+    ]
+    values = dict(given) | {"stages": section}
+    return "\n".join(comment) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 # ------------------------------------------------------------------------------------------------ words

@@ -93,14 +93,15 @@ class Stages:
             )
         self.moments = config.stages.variant in USE_MOMENTS
         proxy_images = None if options.proxy is None else _load_proxy(options.proxy, config, data)
-        shape = _shape(config, data, proxy_images)
+        like, d = data or proxy_images, config.data
+        shape = Shape(d.resolution or 32, 3 if d.channels == "rgb" else 1, (), 1)
+        if like is not None:
+            shape = Shape(like.resolution, like.channels, (), len(like))
         check_resolution(named_size(config.network.size), shape.resolution)
         named = [_program(entry, config) for entry in options.programs]
         size = {"resolution": shape.resolution, "channels": shape.channels}
         families = [Family(label, make_program(p.name, **size, seed=p.seed, **p.params)) for label, p in named]
-        proxy = None
-        if proxy_images is not None:
-            proxy = split_proxy(proxy_images.array(), options.images, shape.resolution, shape.channels)
+        proxy = None if proxy_images is None else split_proxy(proxy_images.array(), options.images)
         workers = Workers(None if device == "cpu" else 1)
         networks = PublicDenoisers(options.networks or folder / "networks", config, shape, device, workers)
         grid = log_sigma_grid(options.spacing)
@@ -213,13 +214,6 @@ def _load_proxy(source: str, config: Config, data: ImageDataset | None) -> Image
             "are not, leave --proxy out."
         )
     return loaded
-
-
-def _shape(config: Config, data: ImageDataset | None, proxy: ImageDataset | None) -> Shape:
-    like = data or proxy
-    if like is not None:
-        return Shape(like.resolution, like.channels, (), len(like))
-    return Shape(config.data.resolution or 32, 3 if config.data.channels == "rgb" else 1, (), 1)
 
 
 def _program(entry: str, config: Config) -> tuple[str, ProgramConfig]:

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -54,7 +54,6 @@ from dpsyngen.thresholds.gap import (
 from dpsyngen.thresholds.private import gap_weights, public_clipping_norm, weighted_vectors
 
 StandIn = Literal["programs", "wiener", "proxy", "private"]
-STAND_INS: tuple[StandIn, ...] = ("programs", "wiener", "proxy", "private")
 """The most direct one last."""
 
 
@@ -88,48 +87,36 @@ class Measured:
         return [c for c in self.curves if c.stand_in == stand_in]
 
 
+@dataclass
 class StageSearch:
     """Trains what is needed and measures.
 
-    Args:
-        families: programs, the one that a training would use first.
-        proxy: public images that the user gives, with some held out; or None.
-        networks: where trained networks come from.
-        seeds: networks of each family; their seeds are 0, 1, …
-        images: of each source, to measure on.
-        log_sigma: M levels.
-
-    Attributes:
-        student, teacher: the families whose networks are compared on private images.
+    The first family is the `student` and the proxy, or else the second family, the `teacher` of a private estimate.
 
     Raises:
         ConfigError: nothing would stand in for the private images, or two families are called the same.
     """
 
-    def __init__(
-        self,
-        families: Sequence[Family],
-        proxy: Family | None,
-        networks: PublicDenoisers,
-        *,
-        seeds: int,
-        images: int,
-        log_sigma: tuple[float, ...],
-    ) -> None:
-        labels = [f.label for f in families]
+    families: Sequence[Family]  # programs, the one that a training would use first
+    proxy: Family | None  # public images that the user gives, with some held out
+    networks: PublicDenoisers  # where trained networks come from
+    seeds: int  # networks of each family; their seeds are 0, 1, …
+    images: int  # of each source, to measure on
+    log_sigma: tuple[float, ...]  # M levels
+
+    def __post_init__(self) -> None:
+        labels = [f.label for f in self.families]
         if len(set(labels)) != len(labels) or PROXY in labels:
             raise ConfigError(
                 f"the families are called {', '.join(labels)}, but each needs a name of its own other than {PROXY!r}."
             )
-        if not families or (len(families) == 1 and proxy is None):
+        if not labels or (len(labels) == 1 and self.proxy is None):
             raise ConfigError(
                 "something has to stand in for the private images: give two programs or more (--programs "
                 "dead-leaves,contours), or public images that resemble them (--proxy)."
             )
-        self.families, self.proxy, self.networks = tuple(families), proxy, networks
-        self.seeds, self.images, self.log_sigma = seeds, images, log_sigma
-        self.all_families = self.families if proxy is None else (*self.families, proxy)
-        self.student, self.teacher = self.families[0], proxy or self.families[1]
+        self.all_families = [*self.families, *([] if self.proxy is None else [self.proxy])]
+        self.student, self.teacher = self.families[0], self.proxy or self.families[1]
 
     def train(self, tell: Tell) -> dict[tuple[str, int], NetworkDenoiser]:
         """All networks, by family and seed; those that are there are read."""
@@ -211,7 +198,7 @@ def stand_in_elbows(measured: Measured, tolerance: float, replicates: int) -> li
     `tolerance` is the relative gap or excess that is allowed, `replicates` the number of those of the bootstrap.
     """
     out = []
-    for by in STAND_INS:
+    for by in get_args(StandIn):
         for student in dict.fromkeys(c.student for c in measured.of(by)):
             mean = mean_curve([c for c in measured.of(by) if c.student == student], replicates)
             elbows = {}

@@ -50,7 +50,7 @@ class Constant:
 
 
 def test_every_program_serves_every_other_and_the_proxy(tmp_path) -> None:
-    proxy = split_proxy(images(20), 6, 8, 1)
+    proxy = split_proxy(images(20), 6)
     s = search(tmp_path, [family("a"), family("b", shape="disc"), family("c", "contours")], proxy, seeds=3)
     levels = {"a": 0.0, "b": 0.2, "c": 0.5, "proxy": -0.1}
     trained = {(label, seed): Constant(v + 0.01 * seed) for label, v in levels.items() for seed in range(3)}
@@ -103,14 +103,14 @@ def test_families_that_cannot_be_compared(tmp_path, labels, message) -> None:
 
 def test_proxy_is_split_into_images_to_train_and_to_measure_on() -> None:
     values = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 8, 8), dtype=np.uint8)
-    proxy = split_proxy(values, 5, 8, 1)
+    proxy = split_proxy(values, 5)
     assert isinstance(proxy.program, GivenImages)
     held, kept = set(proxy.held_out[:, 0, 0, 0].tolist()), set(proxy.program.images[:, 0, 0, 0].tolist())
     assert (len(held), len(kept)) == (5, 15)
     assert held | kept == set(range(20))
-    np.testing.assert_array_equal(split_proxy(values, 5, 8, 1).held_out, proxy.held_out)
+    np.testing.assert_array_equal(split_proxy(values, 5).held_out, proxy.held_out)
     with pytest.raises(DataError, match="20 images, but 11 are set aside"):
-        split_proxy(values, 11, 8, 1)
+        split_proxy(values, 11)
 
 
 # ---------------------------------------------------------------------------------------------- results
@@ -174,7 +174,7 @@ def test_optimal_denoisers_of_gaussians_come_out_as_their_closed_form(tmp_path) 
     rng = np.random.default_rng(0)
     # Pixels are independent: 128 ± 30 in the proxy; the program's images do not matter here.
     values = (128 + 30 * rng.standard_normal((900, 1, 8, 8))).clip(0, 255).astype(np.uint8)
-    proxy = split_proxy(values, 400, 8, 1)
+    proxy = split_proxy(values, 400)
     s = search(tmp_path, [family("a")], proxy, seeds=1, count=400)
     x = values / 127.5 - 1
     own = ExactMixture.gaussian(np.full(64, x.mean()).tolist(), (np.eye(64) * x.var()).tolist())
