@@ -42,24 +42,18 @@ class StagesResult:
     private: Mapping[str, Any] | None = None  # what was spent on a DP estimate, and how
 
     @property
-    def moments(self) -> bool:
-        """Whether DP moments of the private images are to own the coarse stage."""
-        return bool(self.settings["moments"])
-
-    @property
     def cleaning(self) -> Elbow:
         return self.decided.elbows["cleaning", self.settings["method"]]
 
     @property
-    def coarse(self) -> Elbow:
-        return self.decided.elbows["coarse", self.settings["method"]]
+    def coarse(self) -> Elbow | None:
+        """None: DP moments of the private images are to own the coarse stage."""
+        return None if self.settings["moments"] else self.decided.elbows["coarse", self.settings["method"]]
 
     @property
     def variant(self) -> str:
-        """The variant of the method in which programs own exactly the stages that were found; with `moments`, those of
-        the private images own the coarse one.
-        """
-        if self.moments:
+        """The variant of the method in which programs own exactly the stages that were found."""
+        if self.coarse is None:
             return "residual" if self.cleaning.log_sigma is None else "residual-cleaning"
         found = [elbow.side for elbow in (self.cleaning, self.coarse) if elbow.log_sigma is not None]
         return "both" if len(found) == 2 else found[0] if found else "dpdm"
@@ -69,7 +63,7 @@ class StagesResult:
         return {
             "variant": self.variant,
             "tau_cleaning": self.cleaning.log_sigma,
-            "tau_coarse": None if self.moments else self.coarse.log_sigma,
+            "tau_coarse": None if self.coarse is None else self.coarse.log_sigma,
             "method": self.settings["method"],
             "decided_by": self.decided.by,
             "student": self.decided.student,
@@ -149,17 +143,17 @@ def elbow_rows(result: StagesResult) -> list[dict[str, Any]]:
 def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
     """Settings for ``dpsyngen train --config``: the user's own, with the variant and the thresholds that were found."""
     before = load_config(dict(given)).stages
-    replaced = {"variant", "tau_cleaning"} if result.moments else {"variant", "tau_cleaning", "tau_coarse"}
+    replaced = {"variant", "tau_cleaning"} if result.coarse is None else {"variant", "tau_cleaning", "tau_coarse"}
     section: dict[str, Any] = {k: v for k, v in given.get("stages", {}).items() if k not in replaced}
     section["variant"] = result.variant
     cleaning = result.cleaning.log_sigma
-    coarse = before.tau_coarse if result.moments else result.coarse.log_sigma
+    coarse = before.tau_coarse if result.coarse is None else result.coarse.log_sigma
     # A threshold that is not in use must still be on its side of the other one, or the file would be refused.
     if cleaning is not None:
         section["tau_cleaning"] = round(cleaning if coarse is None else min(cleaning, coarse - 0.1), 3)
         if coarse is None and cleaning >= before.tau_coarse:
             section["tau_coarse"] = round(cleaning + 1, 3)
-    if coarse is not None and not result.moments:
+    if coarse is not None and result.coarse is not None:
         section["tau_coarse"] = round(coarse, 3)
     low, high = (section.get(k, getattr(before, k)) for k in ("tau_cleaning", "tau_coarse"))
     if low >= high:
@@ -179,7 +173,7 @@ def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
 def stage_lines(result: StagesResult) -> list[str]:
     """The two stages in words."""
     out = [_line(result.cleaning, "<")]
-    if not result.moments:
+    if result.coarse is not None:
         return [*out, _line(result.coarse, ">")]
     if result.decided.by != WIENER:
         out.append(
@@ -295,8 +289,8 @@ def _draw_gap(panel: Any, result: StagesResult) -> None:
     if result.settings["method"] == "tolerance":
         tolerance = result.settings["tolerance"]
         panel.axhline(tolerance, color="#333", lw=0.9, ls="--", label=f"tolerance {100 * tolerance:g} %")
-    for e in (result.cleaning,) if result.moments else (result.cleaning, result.coarse):
-        if e.log_sigma is None:
+    for e in (result.cleaning, result.coarse):
+        if e is None or e.log_sigma is None:
             continue
         panel.axvline(e.log_sigma, color=_MARK, lw=1.4)
         if e.low is not None and e.high is not None:
