@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,40 +62,41 @@ def ledger(
         if run.complete:
             check_against_ledger(run)
     total = Composition.of(ledgers)
+    itself, *others = what_if = total.what_if(deltas or [total.delta / 10], groups or [2, 5])
     Console(quiet, as_json).result(
         {
             "runs": [r.path for r in opened],
             "private": total.secure and not total.non_private,
-            "delta": total.delta,
-            "group_size": total.group_size,
-            "epsilon": total.epsilon(),
-            "epsilon_by_rdp": total.epsilon(accountant="rdp"),
-            "what_if": [
-                {"delta": d, "group_size": g, "epsilon": total.epsilon(d, group_size=g)}
-                for d, g in [*((d, total.group_size) for d in deltas), *((total.delta, g) for g in groups)]
-            ],
+            **itself,
+            "what_if": others,
             "mechanisms": [m.to_dict() for m in total.mechanisms],
             "entries": [[e.to_dict() for e in x.entries] for x in ledgers],
             "heads": [{"lines": x.head.lines, "digest": x.head.digest} for x in ledgers],
         },
-        _ledger_lines(list(zip(opened, ledgers, strict=True)), total, deltas, groups),
+        _ledger_lines(list(zip(opened, ledgers, strict=True)), total, what_if),
     )
 
 
-def _ledger_lines(
-    runs: list[tuple[Run, Ledger]], total: Composition, deltas: list[float], groups: list[int]
-) -> Iterator[str]:
-    from dpsyngen.privacy.budget import ledger_lines, what_if_lines
-
+def _ledger_lines(runs: list[tuple[Run, Ledger]], total: Composition, what_if: list[dict[str, float]]) -> Iterator[str]:
     for run, x in runs:
         anchor = "as its certificate knew it" if run.complete else "not finished, so there is no certificate yet"
         yield f"{run.path}: {x.head.lines} lines, chain and head intact, {anchor}"
-        yield from ledger_lines(x)
+        for number, e in enumerate(x.entries, 2):
+            m, what = e.mechanism, e.reason
+            if m is not None:
+                what += f": {m.count:,} × Gaussian, noise {m.noise_multiplier:.5g}, sampling rate {m.sampling_rate:.5g}"
+            yield f"{number:>5}  {e.kind:<11}  {what}"
     together = f" of {len(runs)} runs together" if len(runs) > 1 else ""
     unit = "one image" if total.group_size == 1 else f"up to {total.group_size} images"
     yield ""
     yield f"total{together} for {unit}, added or removed; ε by PLD and by Rényi DP, both upper bounds"
-    yield from what_if_lines(total, deltas or [total.delta / 10], groups or [2, 5])
+    yield f"{'δ':>10} {'images':>7} {'ε PLD':>10} {'ε RDP':>10}"
+    for row in what_if:
+        # Rounded up, as bounds must be.
+        figures = [math.ceil(e * 1e4) / 1e4 if e < math.inf else e for e in (row["epsilon"], row["epsilon_by_rdp"])]
+        by_pld, by_rdp = (f"{e:.4f}".replace("inf", "∞") for e in figures)
+        note = "  <- the run's" if row is what_if[0] else ""
+        yield f"{row['delta']:>10.3g} {row['group_size']:>7} {by_pld:>10} {by_rdp:>10}{note}"
     if total.non_private:
         yield "NOT PRIVATE: private images were used without noise (ε = ∞)"
     if not total.secure:

@@ -252,30 +252,16 @@ class Composition:
         g = self.group_size if group_size is None else group_size
         return epsilon(self.mechanisms, self.delta if delta is None else delta, accountant, g)
 
-
-def ledger_lines(ledger: Ledger) -> list[str]:
-    """The entries of a ledger, a line each."""
-    lines = []
-    for number, e in enumerate(ledger.entries, 2):
-        what = e.reason
-        if e.mechanism is not None:
-            m = e.mechanism
-            what += f": {m.count:,} × Gaussian, noise {m.noise_multiplier:.5g}, sampling rate {m.sampling_rate:.5g}"
-        lines.append(f"{number:>5}  {e.kind:<11}  {what}")
-    return lines
-
-
-def what_if_lines(composition: Composition, deltas: Sequence[float], groups: Sequence[int]) -> list[str]:
-    """ε by both accountants at other δ and for other groups, as a table."""
-    g, d = composition.group_size, composition.delta
-    rows = [(d, g, "<- the run's"), *((x, g, "") for x in deltas if x != d), *((d, x, "") for x in groups if x != g)]
-    lines = [f"{'δ':>10} {'images':>7} {'ε PLD':>10} {'ε RDP':>10}"]
-    for delta, group, note in rows:
-        by_pld, by_rdp = (_figure(composition.epsilon(delta, kind, group)) for kind in ("pld", "rdp"))
-        lines.append(f"{delta:>10.3g} {group:>7} {by_pld:>10} {by_rdp:>10}  {note}".rstrip())
-    return lines
-
-
-def _figure(value: float) -> str:
-    # Rounded up: it is a bound.
-    return "∞" if math.isinf(value) else f"{math.ceil(value * 1e4) / 1e4:.4f}"
+    def what_if(self, deltas: Iterable[float], groups: Iterable[int]) -> list[dict[str, float]]:
+        """ε by both accountants: first as it is, then at each other δ, then for groups of each other size."""
+        d, g = self.delta, self.group_size
+        cases = dict.fromkeys([(d, g), *((other, g) for other in deltas), *((d, other) for other in groups)])
+        return [
+            {
+                "delta": delta,
+                "group_size": group_size,
+                "epsilon": self.epsilon(delta, "pld", group_size),
+                "epsilon_by_rdp": self.epsilon(delta, "rdp", group_size),
+            }
+            for delta, group_size in cases
+        ]

@@ -75,12 +75,6 @@ class ConvolutionCall:
     examples: int
     copies: int
 
-    def key(self) -> tuple[Any, ...]:
-        """What :meth:`signature` says, quicker to make."""
-        s = self.settings
-        settings = (*s.stride, *s.padding, *s.dilation, s.groups, s.transposed)
-        return self.weight.shape, self.x.shape[2:], settings, self.copies, self.g.dtype, self.g.device.type
-
     def signature(self) -> str:
         """What the speed depends on, but for the number of examples."""
         s = self.settings
@@ -308,24 +302,19 @@ class KernelChoices:
         self.measure = measure
         self.chosen: dict[str, str] = dict(chosen or {})
         self.milliseconds: dict[str, dict[str, float]] = {}
-        self._by_key: dict[tuple[Any, ...], str] = {}
         self._lock = threading.Lock()
         for name in self.chosen.values():
             require(name in KERNELS, "a kernel", name, KERNELS)
 
     def run(self, call: ConvolutionCall) -> Contribution:
         """The weight gradients of the examples, by the kernel chosen for such layers."""
-        key = call.key()
-        name = self._by_key.get(key)
-        if name is None:
-            signature = call.signature()
-            with self._lock:
-                name = self.chosen.get(signature)
-                if name is None:
+        signature = call.signature()
+        if signature not in self.chosen:
+            with self._lock:  # the first thread measures, the others wait for its choice
+                if signature not in self.chosen:
                     name = self._measured(signature, call) if self.measure else fixed_choice(call)
                     self.chosen[signature] = name
-                self._by_key[key] = name
-        kernel = KERNELS[name]
+        kernel = KERNELS[self.chosen[signature]]
         if not kernel.possible(call):  # a shorter batch, or a choice made elsewhere
             kernel = KERNELS[fixed_choice(call)]
         return kernel.run(call)

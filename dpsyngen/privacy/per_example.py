@@ -8,19 +8,18 @@ reused: each pass has its own tape.
 from __future__ import annotations
 
 import math
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dpsyngen.errors import ConfigError, require
+from dpsyngen.hardware import look
 from dpsyngen.privacy.clipping import (
     ClippedGradient,
     ClippingStyle,
@@ -41,7 +40,7 @@ from dpsyngen.workers import Workers
 
 __all__ = ["ClippedGradient", "PerExampleGradients", "UnsupportedLayer", "clip_and_sum", "find_physical_batch"]
 
-_T = TypeVar("_T")
+_Clipped = TypeVar("_Clipped", bound=ClippedGradient)
 RowsLoss = Callable[[], Tensor]
 """Computes the loss of each row, [examples · copies], the copies of one example next to each other."""
 Loss = Callable[[slice], Tensor]
@@ -244,20 +243,7 @@ class PerExampleGradients(Whole):
             own = None if mask is None else mask[part]
             return self(lambda: loss(part), part.stop - part.start, copies, valid=own)
 
-        sums: list[Tensor] | None = None
-        norms: list[Tensor] = []
-        bad = count = 0
-        for clipped in self._in_parts(one, examples, copies, physical_batch):
-            if sums is None:
-                sums = clipped.sums
-            else:
-                torch._foreach_add_(sums, clipped.sums)
-            norms.append(clipped.norms)
-            bad += clipped.not_finite
-            count += clipped.examples
-        if sums is None:
-            return self.zero()
-        return ClippedGradient(sums, self.clipping_norm, count, torch.cat(norms), bad)
+        return self._added_up(one, examples, copies, physical_batch) or self.zero()
 
     def sum_on_grid(
         self, loss: Loss, examples: int, *, grid: float, copies: int = 1, physical_batch: int = 32
@@ -269,10 +255,8 @@ class PerExampleGradients(Whole):
             gradients = self.per_example(lambda: loss(part), part.stop - part.start, copies)
             return clip_to_grid(gradients, self.clipping_norm, grid)
 
-        total = empty_on_grid(self.parameters, self.clipping_norm, grid)
-        for clipped in self._in_parts(one, examples, copies, physical_batch):
-            total = total + clipped
-        return total
+        empty = empty_on_grid(self.parameters, self.clipping_norm, grid)  # refuses a grid that does not fit C
+        return self._added_up(one, examples, copies, physical_batch) or empty
 
     def verify(self, loss: Loss, examples: int, copies: int = 1, tolerance: float = 1e-3) -> None:
         """Check on some examples that the gradient of each does not depend on the others; else UnsupportedLayer.
@@ -299,10 +283,13 @@ class PerExampleGradients(Whole):
         """L2 norms over the whole model, from those of this process's part."""
         return norms
 
-    def _in_parts(
-        self, function: Callable[[slice], _T], examples: int, copies: int, physical_batch: int
-    ) -> Iterator[_T]:
-        """``function`` of slices of the examples, as many at a time as there are workers; results in their order."""
+    def _added_up(
+        self, function: Callable[[slice], _Clipped], examples: int, copies: int, physical_batch: int
+    ) -> _Clipped | None:
+        """The sum of ``function`` of slices of the examples, in their order; None if there are no examples.
+
+        Workers compute as many slices at a time as there are workers.
+        """
         require(examples >= 0, "examples", examples, "at least 0")
         require(copies >= 1, "copies", copies, "at least 1")
         require(physical_batch >= 1, "physical_batch", physical_batch, "at least 1")
@@ -311,28 +298,18 @@ class PerExampleGradients(Whole):
         parts = min(examples, -(-examples // physical_batch) * count)
         edges = [i * examples // max(parts, 1) for i in range(parts + 1)]
         step = min(count, physical_batch)
+        total: _Clipped | None = None
         for i in range(0, parts, step):
-            ends = edges[i : i + step + 1]
-            yield from self.workers.map(function, [slice(a, b) for a, b in pairwise(ends)])
+            slices = [slice(a, b) for a, b in pairwise(edges[i : i + step + 1])]
+            for clipped in self.workers.map(function, slices):
+                total = clipped if total is None else total + clipped
+        return total
 
 
 # ------------------------------------------------------------------------------------------- the physical batch
 
 _SHARE = 0.5  # of the memory that is free; the rest is for what else the program and the machine do
 _TEMPORARY = 1.5  # gradients of activations and workspaces come on top of what is kept
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be used now on `device`."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def bytes_for_each_example(engine: PerExampleGradients, loss: Loss, copies: int = 1) -> int:
@@ -368,9 +345,11 @@ def find_physical_batch(
         most: upper end; None: 64 examples on a CPU, where more is no faster, and 4096 on a GPU.
     """
     device = engine.parameters[0].device
-    budget = available_memory(device) * _SHARE if memory is None else memory
+    if memory is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else look().available
+        memory = int(free * _SHARE)
     limit = (64 if device.type == "cpu" else 4096) if most is None else most
-    require(budget >= 1, "memory", memory, "positive")
+    require(memory >= 1, "memory", memory, "positive")
     require(limit >= 1, "most", most, "positive")
-    fits = budget / (_TEMPORARY * bytes_for_each_example(engine, loss, copies))
+    fits = memory / (_TEMPORARY * bytes_for_each_example(engine, loss, copies))
     return 1 << max(int(min(fits, limit)), 1).bit_length() - 1

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dpsyngen.privacy.rules import RULES, Tape, UnsupportedLayer
-from dpsyngen.privacy.rules.registry import tensors_in
+from dpsyngen.privacy.rules.registry import LAYERS, tensors_in
 
 
 class Recorder(TorchFunctionMode):
@@ -36,7 +36,7 @@ class Recorder(TorchFunctionMode):
         tape = self._tape
         if not tape.any_tracked(args) and not (kwargs and tape.any_tracked(kwargs.values())):
             return func(*args, **kwargs)
-        if func in _LAYERS:
+        if func in LAYERS:
             return RULES[func](tape, func, args, kwargs)
         # 3. A function of parameters and constants alone makes a derived parameter.
         values = [v for v in tensors_in((args, kwargs)) if isinstance(v, Tensor)]
@@ -57,13 +57,6 @@ class Recorder(TorchFunctionMode):
                 "(requires_grad=False), replace the layer, or add a rule in dpsyngen.privacy.rules."
             )
         return out
-
-
-# Straight to their rules, which say what is allowed even where the input is a constant of the module.
-_LAYERS = {
-    *(F.linear, F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d),
-    *(F.group_norm, F.layer_norm, F.embedding),
-}
 
 
 def _refuse_batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

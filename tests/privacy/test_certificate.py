@@ -29,7 +29,10 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("c")
     budget = folder / "budget.jsonl"
     Budget.create(budget, epsilon_limit=9.0, delta=1e-3, group_size=2)
-    settings = {**TINY_SETTINGS, "privacy": {"group_size": 2, "budget": str(budget), "delta": 1e-3}}
+    # With every image in each step the noise for a group of 2 is known at once.
+    private = {**TINY_SETTINGS["private"], "batch": 60, "steps": 2}
+    privacy = {"group_size": 2, "budget": str(budget), "delta": 1e-3}
+    settings = {**TINY_SETTINGS, "private": private, "privacy": privacy}
     images = dpsyngen.load_images(tiny_arrays()).fingerprint()
     Budget(budget).reserve("an earlier run", "first", (Mechanism(1.0, 20.0, 1),), images)
     return dpsyngen.train(tiny_arrays(), epsilon=2.0, out=folder / "second", settings=settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -48,18 +49,13 @@ class _Linear(torch.autograd.Function):
         return ((g @ weight).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None), None, None, None
 
 
-def linear(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``, recorded."""
-    if tape.tracks(x):
-        refuse_argument("linear", "input")
-    tape.check_rows("linear", x)
-    out: Tensor = _Linear.apply(x, weight, bias, tape)
-    return out
-
-
 @rule(F.linear)
-def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear(tape, input, weight, bias)
+def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """Compute ``F.linear`` and record it; for rules of functions that are linear layers inside, too."""
+    if tape.tracks(input):
+        refuse_argument("linear", "input")
+    tape.check_rows("linear", input)
+    return _Linear.apply(input, weight, bias, tape)
 
 
 # -------------------------------------------------------------------------------------------------------- convolution
@@ -103,7 +99,7 @@ def _register_convolution(function: Any, dims: int, *names: str) -> None:
         dilation: Any = 1,
         groups: int = 1,
         output_padding: Any = 0,
-    ) -> Tensor:
+    ) -> Any:
         tape.check_rows(function.__name__, input)
         if padding == "valid":
             padding = 0
@@ -121,8 +117,7 @@ def _register_convolution(function: Any, dims: int, *names: str) -> None:
             transposed="output_padding" in names,
             output_padding=each_axis(output_padding, dims),
         )
-        out: Tensor = _Conv.apply(input, weight, bias, settings, tape)
-        return out
+        return _Conv.apply(input, weight, bias, settings, tape)
 
 
 _register_convolution(F.conv1d, 1, "dilation", "groups")
@@ -169,16 +164,10 @@ class _GroupNorm(torch.autograd.Function):
 
 @rule(F.group_norm)
 def _group_norm(
-    tape: Tape,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
+    tape: Tape, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
     tape.check_rows("group_norm", input)
-    out: Tensor = _GroupNorm.apply(input, num_groups, weight, bias, eps, tape)
-    return out
+    return _GroupNorm.apply(input, num_groups, weight, bias, eps, tape)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -215,16 +204,10 @@ class _LayerNorm(torch.autograd.Function):
 
 @rule(F.layer_norm)
 def _layer_norm(
-    tape: Tape,
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
+    tape: Tape, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
     tape.check_rows("layer_norm", input)
-    out: Tensor = _LayerNorm.apply(input, list(normalized_shape), weight, bias, eps, tape)
-    return out
+    return _LayerNorm.apply(input, list(normalized_shape), weight, bias, eps, tape)
 
 
 # ---------------------------------------------------------------------------------------------------------- embedding
@@ -261,7 +244,7 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Tensor:
+) -> Any:
     if max_norm is not None or scale_grad_by_freq:
         # Both make one example's gradient depend on, or change the weights by, the others.
         raise UnsupportedLayer(
@@ -270,27 +253,23 @@ def _embedding(
     tape.check_rows("embedding", input)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    out: Tensor = _Embedding.apply(input, weight, padding_idx, tape)
-    return out
+    return _Embedding.apply(input, weight, padding_idx, tape)
 
 
 # ------------------------------------- multi-head attention: projections in one parameter, and the batch comes second
 
 
-_ARGUMENTS = (
-    *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k"),
-    *("bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask"),
-    *("need_weights", "attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-    *("static_k", "static_v", "average_attn_weights", "is_causal"),
-)
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
 def _multi_head_attention(
     tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    bound = _ATTENTION.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
     for name in ("bias_k", "bias_v", "static_k", "static_v", "add_zero_attn"):
-        if given.get(name) is not None and given[name] is not False:
+        if given[name] is not None and given[name] is not False:
             raise UnsupportedLayer(f"multi-head attention with {name} has no per-example rule: leave it out.")
     query, key, value = (given[n] for n in ("query", "key", "value"))
     if query.dim() != 3:
@@ -299,7 +278,7 @@ def _multi_head_attention(
             "and inputs [rows, positions, features])."
         )
     bias = given["in_proj_bias"]
-    if given.get("use_separate_proj_weight"):
+    if given["use_separate_proj_weight"]:
         weights = tuple(given[f"{n}_proj_weight"] for n in "qkv")
     else:
         weights = _thirds(tape, given["in_proj_weight"])
@@ -310,13 +289,13 @@ def _multi_head_attention(
         for x, w, b in zip((query, key, value), weights, biases, strict=True)
     )
     mask = _mask(given, q, k)
-    dropout = given.get("dropout_p", 0.0) if given.get("training", True) else 0.0
+    dropout = given["dropout_p"] if given["training"] else 0.0
     attention: Tensor | None = None
-    if given.get("need_weights", True):
+    if given["need_weights"]:
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
         attention = torch.softmax(scores if mask is None else scores + mask, dim=-1)
         mixed = F.dropout(attention, dropout) @ v
-        if given.get("average_attn_weights", True):
+        if given["average_attn_weights"]:
             attention = attention.mean(1)
     else:
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
@@ -324,9 +303,8 @@ def _multi_head_attention(
     return out.transpose(0, 1), attention
 
 
-def _thirds(tape: Tape, value: Tensor) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = tape.derive(torch.chunk, (value, 3), {}) if tape.tracks(value) else value.chunk(3)
-    return parts
+def _thirds(tape: Tape, value: Tensor) -> Any:
+    return tape.derive(torch.chunk, (value, 3), {}) if tape.tracks(value) else value.chunk(3)
 
 
 def _mask(given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor | None:
@@ -338,10 +316,10 @@ def _mask(given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor | None:
         return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(mask, -math.inf)
 
     out = None
-    if given.get("attn_mask") is not None:
+    if given["attn_mask"] is not None:
         out = additive(given["attn_mask"])
         out = out[None, None] if out.dim() == 2 else out.view(len(q), q.shape[1], *out.shape[1:])
-    if given.get("key_padding_mask") is not None:
+    if given["key_padding_mask"] is not None:
         padding = additive(given["key_padding_mask"])[:, None, None, :]
         out = padding if out is None else out + padding
     return out

@@ -54,12 +54,9 @@ class Tape:
         return id(value) in self._position
 
     def any_tracked(self, values: Iterable[Any]) -> bool:
-        """Whether one of them, or of what lists among them hold, is tracked.  On the path of every function call."""
-        position = self._position
-        for value in values:
-            if id(value) in position:
-                return True
-            if isinstance(value, (list, tuple)) and self.any_tracked(value):
+        """Whether one of them, or of what lists among them hold, is tracked."""
+        for value in values:  # on the path of every function call
+            if self.tracks(value) or (isinstance(value, (list, tuple)) and self.any_tracked(value)):
                 return True
         return False
 
@@ -138,6 +135,8 @@ class Tape:
 
 Rule = Callable[[Tape, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 RULES: dict[Callable[..., Any], Rule] = {}
+LAYERS: set[Callable[..., Any]] = set()
+"""Functions whose rule says what is allowed, even where the input is a constant of the module."""
 
 
 def rule(function: Callable[..., Any], *parameters: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -158,6 +157,7 @@ def rule(function: Callable[..., Any], *parameters: str) -> Callable[[Callable[.
             return body(tape, **(defaults | bound))
 
         RULES[function] = apply
+        LAYERS.add(function)
         return body
 
     return decorate

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,7 @@ class OwnExamples(PerExampleGradients):
         # Counts of all processes in place of this one's.
         counts = torch.tensor([own.examples, own.not_finite], device=self.device)
         total, not_finite = _reduced(counts, self._other_examples(), "sum").tolist()
-        return self._placed(ClippedGradient(own.sums, own.l2_sensitivity, total, own.norms, not_finite))
+        return self._placed(replace(own, examples=total, not_finite=not_finite))
 
     def sum(
         self, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32, valid: int | Tensor | None = None
@@ -163,9 +164,7 @@ class OwnExamples(PerExampleGradients):
         return Place.like(self._distributed[i], own.to(self.device))
 
     def _placed(self, own: ClippedGradient) -> ShardedGradient:
-        return ShardedGradient(
-            own.sums, own.l2_sensitivity, own.examples, own.norms, own.not_finite, self.places, self.coordinates
-        )
+        return ShardedGradient(**vars(own) | {"places": self.places, "coordinates": self.coordinates})
 
     def _tape(self, examples: int, copies: int) -> Tape:
         parts = self.places if self._own_part_only else None
@@ -223,10 +222,7 @@ class SameExamples(OwnExamples):
         group = self._everyone()[-1]
         parts = [torch.empty_like(squares) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, squares.contiguous(), group=group)
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return reduce(torch.add, parts)
 
     def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
         """What each process has is its part already; copies of it are added up over replicas with other examples."""

@@ -163,14 +163,6 @@ class GatheredTape(Tape):
         self._position.update(self._gathered.known)
         return id(value) in self._position
 
-    def any_tracked(self, values: Iterable[Any]) -> bool:
-        for value in values:
-            if self.tracks(value):
-                return True
-            if isinstance(value, (list, tuple)) and self.any_tracked(value):
-                return True
-        return False
-
     def is_constant(self, value: Tensor) -> bool:
         return super().is_constant(value) or id(value) in self._gathered.frozen
 
