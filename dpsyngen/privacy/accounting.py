@@ -287,14 +287,12 @@ def calibrate_noise(
     if already >= target_epsilon:
         raise ValueError(f"ε = {already:.4g} is already spent, which leaves nothing of {target_epsilon:.4g}.")
 
-    def cost(noise: float, kind: Accountant) -> float:
-        return epsilon((*spent, Mechanism(sampling_rate, noise, steps)), delta, kind, group_size)
+    def cost(noise: float, kind: Accountant, group: int = group_size) -> float:
+        return epsilon((*spent, Mechanism(sampling_rate, noise, steps)), delta, kind, group)
 
     def guess(noise: float) -> float:
-        if group_size > 1 and accountant == "pld":
-            # A first guess need not be a bound, and g times ε is cheaper than the lemma.
-            return group_size * epsilon((*spent, Mechanism(sampling_rate, noise, steps)), delta, "rdp")
-        return cost(noise, "rdp")
+        # A first guess for PLD need not be a bound, and g times ε is cheaper than the lemma.
+        return group_size * cost(noise, "rdp", 1) if accountant == "pld" else cost(noise, "rdp")
 
     # RDP first, by bisection: an upper bound that takes milliseconds.  Its answer is a little too high for PLD, which
     # then takes a few evaluations.

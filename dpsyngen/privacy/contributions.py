@@ -126,13 +126,11 @@ class Dense(Contribution):
 class Pieces(Contribution):
     """Gradients of a few examples at a time, in separate tensors [b, *shape]: nothing is copied together.
 
-    Their norms are taken at once, while they are in the processor's cache.  `permuted`: shape is that of the parameter
-    with its second axis moved to the end.
+    Their norms are taken at once, while they are in the processor's cache.
     """
 
-    def __init__(self, permuted: bool = False) -> None:
+    def __init__(self) -> None:
         self.pieces: list[Tensor] = []
-        self.permuted = permuted
         self._squares: list[Tensor] = []
 
     def append(self, piece: Tensor) -> None:
@@ -157,20 +155,16 @@ class Pieces(Contribution):
                 flat[~kept[span]] = 0.0
             out.addmv_(flat.t(), factors[span])
             start = span.stop
-        return self._in_place(out.view(self.pieces[0].shape[1:]), 1)
+        return out.view(self.pieces[0].shape[1:])
 
     def dense(self) -> Tensor:
-        return self._in_place(torch.cat(self.pieces), 2)
+        return torch.cat(self.pieces)
 
     def part(self, dim: int, first: int, length: int) -> Pieces:
-        out = Pieces(self.permuted)
-        axis = -1 if self.permuted and dim == 1 else dim if self.permuted and dim > 1 else dim + 1
+        out = Pieces()
         for piece in self.pieces:
-            out.append(cut(piece, axis, first, length))
+            out.append(cut(piece, dim + 1, first, length))
         return out
-
-    def _in_place(self, tensor: Tensor, axis: int) -> Tensor:
-        return tensor.movedim(-1, axis) if self.permuted else tensor
 
 
 def ghost_norms(product: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:

@@ -124,18 +124,6 @@ def _few_at_a_time(examples: int) -> Callable[[ConvolutionCall], Contribution]:
     return run
 
 
-def _each_channels_last(call: ConvolutionCall) -> Contribution:
-    """Example by example with the channels innermost, which some libraries handle better on small images."""
-    form = torch.channels_last
-    weight = call.weight.contiguous(memory_format=form)
-    out = Pieces(permuted=True)
-    gs, xs = (t.contiguous(memory_format=form).split(call.copies) for t in (call.g, call.x))
-    for g, x in zip(gs, xs, strict=True):
-        gradient = call.settings.backward(g, x, weight, call.settings.groups, _ONLY_WEIGHT)[1]
-        out.append(gradient.movedim(1, -1).contiguous()[None])
-    return out
-
-
 def _pointwise(call: ConvolutionCall) -> Contribution:
     """A 1x1 convolution is a matrix product of each row."""
     per_row = torch.bmm(call.g.flatten(2), call.x.flatten(2).transpose(1, 2))
@@ -263,10 +251,7 @@ KERNELS = {
         Kernel("pointwise", _pointwise, _is_pointwise),
         Kernel("dot", _dot, _may_dot),
         Kernel("each", _few_at_a_time(1), lambda call: True),
-        Kernel("each-channels-last", _each_channels_last, lambda call: call.weight.dim() == 4),
-        Kernel("by-2", _few_at_a_time(2), lambda call: call.examples > 2),
         Kernel("by-4", _few_at_a_time(4), lambda call: call.examples > 4),
-        Kernel("by-8", _few_at_a_time(8), lambda call: call.examples > 8),
         Kernel("groups", lambda call: Dense(_grouped(call.g, call.x, call)), lambda call: True),
         Kernel("unfold", _unfold, _may_unfold),
         Kernel("ghost", _Ghost, _may_ghost),

@@ -271,17 +271,14 @@ class PerExampleGradients(Whole):
             differences = [float((t[b] - a[0]).norm()) for t, a in zip(together, alone, strict=True)]
             norm = math.hypot(*(float(a.norm()) for a in alone))
             worst = max(range(len(differences)), key=lambda i: differences[i])
-            change, norm = self._norms_of_whole(math.hypot(*differences), norm)
+            squares = torch.tensor([math.hypot(*differences), norm], dtype=torch.float64, device=together[0].device)
+            change, norm = self.total(squares.square()[:, None]).flatten().sqrt().tolist()  # over the whole model
             if not change <= tolerance * norm:
                 raise UnsupportedLayer(
                     f"the gradient of example {b} depends on the other examples of its batch (most of all that of "
                     f"{self.names[worst]!r}), so one example cannot be bounded by clipping.  Something in the model "
                     "mixes the batch, or is random: means over the batch axis, batch statistics, dropout."
                 )
-
-    def _norms_of_whole(self, *norms: float) -> tuple[float, ...]:
-        """L2 norms over the whole model, from those of this process's part."""
-        return norms
 
     def _added_up(
         self, function: Callable[[slice], _Clipped], examples: int, copies: int, physical_batch: int

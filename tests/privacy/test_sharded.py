@@ -202,7 +202,7 @@ def _contributions() -> dict[str, Contribution]:
     call = ConvolutionCall(
         torch.randn(b * k, out, 2, 2), torch.randn(b * k, inputs, 2, 2), torch.randn(out, inputs, 3, 3), settings, b, k
     )
-    for name in ("each", "each-channels-last", "ghost"):
+    for name in ("each", "ghost"):
         cases[name] = KERNELS[name].run(call)
     return cases
 

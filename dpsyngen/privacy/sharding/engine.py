@@ -170,11 +170,6 @@ class OwnExamples(PerExampleGradients):
         parts = self.places if self._own_part_only else None
         return GatheredTape(self._gathered, self.constants, self.kernels, examples, copies, parts)
 
-    def _norms_of_whole(self, *norms: float) -> tuple[float, ...]:
-        """All processes come to the same result, or some would wait for the others."""
-        squares = torch.tensor(norms, dtype=torch.float64, device=self.device).square()
-        return tuple(self.total(squares[:, None])[:, 0].sqrt().tolist())
-
     def _everyone(self) -> list[ProcessGroup]:
         """Groups that, one after the other, reach all processes that take part in a step; the shards' comes last."""
         return [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
