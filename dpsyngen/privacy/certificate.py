@@ -1,9 +1,8 @@
 """The privacy certificate of a release: its fields, its JSON Schema, and the same in plain words.
 
 ``release/privacy.json`` is a :class:`Certificate`; ``release/PRIVACY.md`` is :func:`plain_words` of it, so the page
-cannot say anything that the numbers do not.  The schema is published as ``docs/certificate.schema.json`` and is in
-every bundle.
-Everything here is public: it follows from settings and from the ledger, never from the private images.
+cannot say anything that the numbers do not.  The schema is ``docs/certificate.schema.json`` and in every bundle.  All
+of it is public: it follows from settings and from the ledger, never from the private images.
 """
 
 from __future__ import annotations
@@ -192,11 +191,9 @@ def number(value: float, digits: int = 4, up: bool = False) -> str:
     exact = Decimal(str(value))  # as it is printed: 0.01 is no more than 0.01
     step = Decimal(1).scaleb(exact.adjusted() - digits + 1)
     rounded = exact.quantize(step, ROUND_CEILING if up else ROUND_HALF_EVEN)
-    if 1e-4 <= abs(value) < 1e7:
-        plain = f"{rounded:,f}"
-        return plain.rstrip("0").rstrip(".") if "." in plain else plain
     mantissa, exponent = f"{rounded:.{digits - 1}e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    plain, power = (f"{rounded:,f}", "") if 1e-4 <= abs(value) < 1e7 else (mantissa, f"e{int(exponent)}")
+    return (plain.rstrip("0").rstrip(".") if "." in plain else plain) + power
 
 
 def strength(epsilon_value: float, delta: float) -> str:
@@ -204,9 +201,7 @@ def strength(epsilon_value: float, delta: float) -> str:
     # The best any test can do, by the trade-off between its two errors (Kairouz, Oh, Viswanath, ICML 2015).
     sure = (math.exp(min(epsilon_value, 700)) + delta) / (1 + math.exp(min(epsilon_value, 700)))
     percent = 100 * sure
-    figure = f"{percent:.2f} %" if percent > 99 else f"{percent:.1f} %"
-    if percent >= 99.995:
-        figure = "practically 100 %"
+    figure = "practically 100 %" if percent >= 99.995 else f"{percent:.{2 if percent > 99 else 1}f} %"
     if epsilon_value <= 1:
         grade = "This is a strong guarantee by the standards of published machine-learning models."
     elif epsilon_value <= 3:
@@ -337,18 +332,14 @@ def foundations(c: Certificate) -> list[str]:
 def _mechanism(m: MechanismPart) -> str:
     if m.sampling_rate is None or m.noise_multiplier is None or m.count is None:
         return f"- {m.reason}: without noise."
-    if m.sampling_rate == 1:
-        bound = "limited" if isinstance(m.l2_sensitivity, str | None) else f"limited to {number(m.l2_sensitivity)}"
-        return (
-            f"- {m.reason}: {m.mechanism} mechanism, {'once' if m.count == 1 else f'{m.count:,} times'}, with every "
-            f"image in it.  The influence of one image was {bound}, and noise of {number(m.noise_multiplier)} times "
-            "that limit was added."
-        )
-    bound = "its bound" if m.l2_sensitivity is None else str(m.l2_sensitivity)
+    times = "once" if m.count == 1 else f"{m.count:,} times"
+    images = "with every image in it"
+    if m.sampling_rate < 1:
+        images = f"each image in or out by chance every time (probability {number(m.sampling_rate)})"
+    bound = f" to {number(m.l2_sensitivity)}" if isinstance(m.l2_sensitivity, float) else ""
     return (
-        f"- {m.reason}: {m.mechanism} mechanism, {m.count:,} times.  Each time every image was in or out by chance "
-        f"(probability {number(m.sampling_rate)}), the influence of one image was limited to {bound}, and noise of "
-        f"{number(m.noise_multiplier)} times that was added."
+        f"- {m.reason}: {m.mechanism} mechanism, {times}, {images}.  The influence of one image was limited{bound}, "
+        f"and noise of {number(m.noise_multiplier)} times that limit was added."
     )
 
 

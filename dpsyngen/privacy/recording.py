@@ -1,8 +1,4 @@
-"""Watching one pass of a model: which functions use which parameters, and what each contributes.
-
-A ``TorchFunctionMode`` sees every function the model calls.  Calls that involve a trainable parameter go to its rule;
-functions of parameters alone make derived parameters; anything else with a parameter in it is refused.
-"""
+"""Watch the functions that a model calls in one pass, and send those that use parameters to their rules."""
 
 from __future__ import annotations
 
@@ -19,7 +15,10 @@ from dpsyngen.privacy.rules.registry import LAYERS, tensors_in
 
 
 class Recorder(TorchFunctionMode):
-    """Sends each function call that involves a tracked parameter through its rule; refuses the rest."""
+    """Sends each function call with a trainable parameter to its rule.
+
+    Functions of parameters alone make derived parameters; anything else with a parameter in it is refused.
+    """
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()

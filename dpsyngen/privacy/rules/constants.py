@@ -1,9 +1,8 @@
-"""Parameters that are used without a layer: learned constants, scales, class tokens, reparametrised weights.
+"""Rules for parameters that are used without a layer: learned constants, scales, class tokens, weight normalisation.
 
-Two things happen to such a parameter.  A function of parameters alone (a view, ``exp``, ``p.t()``, a normalised
-weight) gives a *derived* parameter: its own per-example gradients are collected like any other's, and after the
-pass they are sent back through the function, example by example.  Where a parameter meets the rows of the batch (a
-sum, a product, a concatenation), each row gets its own copy to take its gradient with.
+A function of parameters alone (a view, ``exp``, ``p.t()``) gives a *derived* parameter.  Its per-example gradients are
+collected like any other's and go back through the function after the pass, example by example.  Where a parameter meets
+the rows of the batch (a sum, a product, a concatenation), it is expanded to one copy a row, each with its gradient.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class _ForEachRow(torch.autograd.Function):
 
 
 def _for_each_row(tape: Tape, parameter: Tensor, dims: int, function: str) -> Tensor:
-    """The parameter with a leading axis of rows, in `dims` axes; broadcasting does the rest."""
+    """Expand the parameter to one copy a row, in `dims` axes that broadcast with the batch."""
     if parameter.dim() == dims and parameter.shape[0] != 1:
         base = tape.expanded_from(parameter)
         if base is None or parameter.shape[0] != tape.examples * tape.copies:
@@ -60,7 +59,7 @@ def _for_each_row(tape: Tape, parameter: Tensor, dims: int, function: str) -> Te
 
 
 def _elementwise(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A function that pairs entries by broadcasting, so that rows stay apart."""
+    """Call a function that pairs entries by broadcasting, so that rows stay apart."""
     name = getattr(func, "__name__", "a function")
     others = [v for v in tensors_in((args, kwargs)) if isinstance(v, Tensor) and not tape.is_constant(v)]
     lead = max(others, key=lambda v: v.dim())
@@ -75,7 +74,7 @@ def _elementwise(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kw
 
 
 def _concatenate(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A parameter that was expanded to the batch, beside the batch's own rows."""
+    """Concatenate a parameter that was expanded to the batch with the batch, along another axis than the first."""
     parts = list(kwargs.get("tensors", args[0] if args else ()))
     axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
     dims = parts[0].dim()
@@ -89,7 +88,7 @@ def _concatenate(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kw
 
 
 def _matrix_product(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Rows times a matrix of parameters is a linear layer without a bias."""
+    """Multiply rows by a matrix of parameters: a linear layer without a bias."""
     x, matrix = (*args, *kwargs.values())[:2]
     if tape.tracks(x) or matrix.dim() != 2 or x.dim() < 2:
         raise UnsupportedLayer(
@@ -100,7 +99,7 @@ def _matrix_product(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...],
 
 
 def _expand_as(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Only the shape of the batch is used."""
+    """Expand a parameter to the shape of the batch, of which nothing else is used."""
     parameter, like = (*args, *kwargs.values())[:2]
     return tape.derive(Tensor.expand, (parameter, like.shape), {})
 

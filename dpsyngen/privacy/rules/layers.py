@@ -1,4 +1,4 @@
-"""Rules of the layers: linear, convolutions and their transposes, normalisation, embedding, multi-head attention."""
+"""Rules for linear layers, convolutions and their transposes, normalisation, embedding and multi-head attention."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def _thirds(tape: Tape, value: Tensor) -> Any:
 
 
 def _mask(given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor | None:
-    """All masks as one that is added to the scores, [rows or 1, heads or 1, queries, keys]."""
+    """Join all masks into one that is added to the scores, [rows or 1, heads or 1, queries, keys]."""
 
     def additive(mask: Tensor) -> Tensor:
         if mask.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""What a rule gets: the tape of one pass.  And the table of rules."""
+"""The tape that records the per-example gradients of one pass, and the table of rules that write on it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Any]:
 
 
 class Tape:
-    """What one pass of B examples with K copies each records: contributions to the gradient of each parameter.
+    """Records what each layer contributes to the gradients of one pass of B examples with K copies each.
 
     `parameters` are those whose gradients are wanted, `constants` the ids of buffers and frozen parameters.
     """
@@ -50,11 +50,11 @@ class Tape:
         self._derived: list[tuple[Tensor, Tensor, list[Tensor], Callable[..., Any]]] = []
 
     def tracks(self, value: object) -> bool:
-        """Whether `value` is a parameter whose per-example gradient is wanted, or computed from such alone."""
+        """Whether `value` is a parameter whose per-example gradient is wanted, or derived from such alone."""
         return id(value) in self._position
 
     def any_tracked(self, values: Iterable[Any]) -> bool:
-        """Whether one of them, or of what lists among them hold, is tracked."""
+        """Whether one of the values is tracked, or something in a list or tuple among them."""
         for value in values:  # on the path of every function call
             if self.tracks(value) or (isinstance(value, (list, tuple)) and self.any_tracked(value)):
                 return True
@@ -90,7 +90,7 @@ class Tape:
     # ------------------------------------------------------------------------------- derived parameters
 
     def derive(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A function of parameters alone: its value becomes a parameter of this pass."""
+        """Call a function of parameters alone and make its result a derived parameter of this pass."""
         origins = [v for v in tensors_in((args, kwargs)) if self.tracks(v)]
 
         def follow(value: Any) -> Any:
@@ -119,7 +119,7 @@ class Tape:
         return base if all(a in (1, v) for a, v in zip(aligned, value.shape, strict=True)) else None
 
     def send_back(self) -> None:
-        """Gradients of derived parameters become gradients of what they came from, the last ones first."""
+        """Turn gradients of derived parameters into those of the parameters they came from, last derived first."""
         for i in reversed(range(len(self._derived))):
             contribution = self.recorded.pop(len(self._names) + i, None)
             if contribution is None:
@@ -140,7 +140,10 @@ LAYERS: set[Callable[..., Any]] = set()
 
 
 def rule(function: Callable[..., Any], *parameters: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the rule of `function`, whose arguments are `parameters` in order; none: named as in the rule itself."""
+    """Register the decorated rule for `function`.
+
+    `parameters` are the names of the function's arguments in order; by default those of the rule after its tape.
+    """
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(body).parameters
@@ -164,7 +167,7 @@ def rule(function: Callable[..., Any], *parameters: str) -> Callable[[Callable[.
 
 
 def refuse_argument(function: str, argument: str) -> NoReturn:
-    """Raise for a tensor in a place where its gradient would escape."""
+    """Raise UnsupportedLayer for a tensor in a place where its gradient would not be clipped."""
     raise UnsupportedLayer(
         f"{function} got as its {argument} a tensor whose gradient would be lost or left unclipped: weights and biases "
         "must be trainable parameters of the module (or frozen), and its input must not be one."
@@ -179,10 +182,9 @@ def per_example(per_row: Tensor, tape: Tape) -> Tensor:
 
 
 def low_precision(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast as autocast casts the inputs of matrix products and convolutions; unchanged outside of autocast.
+    """Cast as autocast casts the inputs of matrix products and convolutions; leave them alone outside of autocast.
 
-    The functions of this package bypass autocast's own casts, and their backward passes must see the tensors that the
-    forward pass used.
+    Rules bypass autocast's own casts, and their backward passes need the tensors that the forward pass used.
     """
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):
@@ -192,5 +194,5 @@ def low_precision(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def as_fp32(x: Tensor) -> Tensor:
-    """fp32 for the input of a normalisation, which autocast never runs in less."""
+    """Cast the input of a normalisation to fp32, below which autocast never runs one."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

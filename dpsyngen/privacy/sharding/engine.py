@@ -1,4 +1,4 @@
-"""Clipping together: the engine of one process that holds a part of the parameters."""
+"""The engines of a process that holds a part of the parameters and clips together with the others."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which part of a sharded model is where, and recording a pass of it.
+"""Where each part of a sharded model is, and a tape that records a pass of one.
 
-Between passes a module that FSDP2 shards holds its shards (``DTensor``).  Just before a layer runs, other tensors take
-their places: whole parameters, which are given back once the layer is done and gathered again for its backward pass.
-Those are the ones that the layer's functions see, so those are the ones to follow.
+Between passes a module under FSDP2 holds shards (``DTensor``).  Just before a layer runs, whole parameters take their
+places; they are freed after the layer and gathered again for its backward pass.  The layer's functions see these whole
+parameters, so the tape follows them.
 """
 
 from __future__ import annotations
