@@ -128,10 +128,8 @@ class Ranks:
         self.tell(END)
 
     def _exchange(self, command: Command | None) -> Any:
-        import torch.distributed as dist
-
         box: list[Any] = [command]
-        with _lost(self):
+        with self._group() as dist:
             dist.broadcast_object_list(box, src=MAIN)
         return box[0]
 
@@ -141,10 +139,8 @@ class Ranks:
         """What all processes give, in the order of their ranks; in every process."""
         if self.alone:
             return [value]
-        import torch.distributed as dist
-
         out: list[Any] = [None] * self.count
-        with _lost(self):
+        with self._group() as dist:
             dist.all_gather_object(out, value)
         return out
 
@@ -181,12 +177,11 @@ class Ranks:
     def sum_to_main(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over all processes of tensors of one dtype and device; only in the main process they are of use."""
         import torch
-        import torch.distributed as dist
 
         if self.alone:
             return list(tensors)
         flat = torch.cat([t.detach().reshape(-1) for t in tensors])
-        with _lost(self):
+        with self._group() as dist:
             dist.reduce(flat, dst=MAIN)
             if flat.device.type != "cpu":
                 torch.cuda.synchronize(flat.device)  # an error of another process shows here, not in a later step
@@ -194,23 +189,20 @@ class Ranks:
 
     def sum_everywhere(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in every process."""
-        import torch.distributed as dist
-
         if self.alone:
             return tensor
         out = tensor.clone()
-        with _lost(self):
+        with self._group() as dist:
             dist.all_reduce(out)
         return out
 
     def copy_from_main(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors of one dtype with those of the main process."""
         import torch
-        import torch.distributed as dist
 
         if self.alone:
             return
-        with torch.no_grad(), _lost(self):
+        with torch.no_grad(), self._group() as dist:
             flat = torch.cat([t.detach().reshape(-1) for t in tensors])
             dist.broadcast(flat, src=MAIN)
             if not self.main:
@@ -221,32 +213,34 @@ class Ranks:
         """What all processes give, in the order of their ranks; None but in the main process."""
         if self.alone:
             return [value]
-        import torch.distributed as dist
-
         out: list[Any] | None = [None] * self.count if self.main else None
-        with _lost(self):
+        with self._group() as dist:
             dist.gather_object(value, out, dst=MAIN)
         return out
+
+    # -------------------------------------------------------------------------------------------- errors
+
+    @contextlib.contextmanager
+    def _group(self) -> Iterator[Any]:
+        """``torch.distributed``, in which a process that is gone raises RankLost."""
+        import torch.distributed as dist
+
+        try:
+            yield dist
+        except RuntimeError as error:
+            if isinstance(error, DpsyngenError) or "out of memory" in str(error):
+                raise
+            raise RankLost(
+                f"a process of the {self.count} that work together is gone (seen by rank {self.rank}: "
+                f"{str(error).strip().splitlines()[0][:200]}), so all stop.  "
+                "What it said itself, if anything, stands above.  "
+                "Start the same command again, with any number of processes; a training goes on from its last "
+                "checkpoint, which is whole, with --resume."
+            ) from None
 
 
 ALONE = Ranks()
 """One process."""
-
-
-@contextlib.contextmanager
-def _lost(ranks: Ranks) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, DpsyngenError) or "out of memory" in str(error):
-            raise
-        raise RankLost(
-            f"a process of the {ranks.count} that work together is gone (seen by rank {ranks.rank}: "
-            f"{str(error).strip().splitlines()[0][:200]}), so all stop.  "
-            "What it said itself, if anything, stands above.  "
-            "Start the same command again, with any number of processes; a training goes on from its last checkpoint, "
-            "which is whole, with --resume."
-        ) from None
 
 
 def started_by_torchrun() -> bool:

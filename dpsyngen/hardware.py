@@ -82,7 +82,7 @@ class Compute:
     precision: Precision  # of a network's products: tf32 rounds factors to 11 bits of significand, bf16 (autocast) to 8
     channels_last: bool  # images lie in memory with their channels innermost
     compile: bool  # networks are compiled
-    reasons: dict[str, str] = field(hash=False)  # why, by the names of the other attributes (and "dp_compile")
+    reasons: dict[str, str] = field(hash=False)  # why, by the names of the other attributes
     allowed: tuple[Precision, ...] = ("fp32",)  # what this device has
     dp_precision: Precision = "fp32"  # of networks in DP-SGD steps
     dp_channels_last: bool = False
@@ -165,8 +165,7 @@ class Compute:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Each choice with its ``value`` and ``why``, for programs."""
-        values = {name: getattr(self, name) for name in _WORDS if name != "dp_compile"} | {"dp_compile": False}
-        return {name: {"value": values[name], "why": self.reasons.get(name, "")} for name in _WORDS}
+        return {name: {"value": getattr(self, name), "why": self.reasons.get(name, "")} for name in _WORDS}
 
     def describe(self) -> list[tuple[str, str, str]]:
         """(what, value, why) of each choice, for people."""
@@ -181,7 +180,6 @@ _WORDS = {
     "channels_last": "channels last",
     "dp_channels_last": "channels last in DP-SGD steps",
     "compile": "compiled networks",
-    "dp_compile": "compiled DP-SGD steps",
 }
 
 
@@ -229,7 +227,6 @@ def decide(device: str, asked: ComputeConfig, facts: Facts, local_rank: int | No
         "device": why,
         "compile": "compiling takes up to minutes: only where compute.compile asks for it (docs/hardware.md)",
         "dp_channels_last": "the engine takes batches apart by example, which the plain layout suits",
-        "dp_compile": "per-example gradients come from the functions that a network calls; compiled code has none",
     }
     if gpu is None:
         allowed = ("fp32", "bf16")
@@ -290,11 +287,6 @@ def _device(device: str, facts: Facts, local_rank: int | None) -> tuple[str, str
         parsed = torch.device("meta")  # refused below
     if parsed.type == "cpu":
         return "cpu", "asked for", None
-    if parsed.type == "mps":
-        raise ConfigError(
-            "device is 'mps', which has no fp64: noise levels, and the norms that bound one image's gradient, need "
-            "it.  Use --device cpu on this machine."
-        )
     if parsed.type == "cuda" and not there:
         raise ConfigError(f"device is {shown(device)}, which this machine cannot use: {none}.  Choose {choices}.")
     number = parsed.index if parsed.index is not None else local_rank or 0
@@ -335,8 +327,6 @@ def send(array: NDArray[Any], device: str | torch.device, dtype: torch.dtype | N
 
 # --------------------------------------------------------------------------------- what `dpsyngen doctor` says
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -355,7 +345,6 @@ class Machine:
     memory: int  # the limit of a container counted in
     available: int
     disk: int  # free in the working directory
-    torchrun: dict[str, str] | None  # what it told this process, if it started it
     facts: Facts
 
     def rows(self) -> Iterator[tuple[str, str]]:
@@ -371,9 +360,6 @@ class Machine:
             yield f"GPU {i}", f"{gpu.name}, {gpu.architecture}, {_gib(gpu.memory)}"
         if not self.facts.gpus:
             yield "GPU", "none"
-        if self.torchrun is not None:
-            rank, world, local, beside = map(self.torchrun.get, _TORCHRUN[:4])
-            yield "torchrun", f"process {rank} of {world}, number {local} of {beside} on this machine"
 
 
 def look() -> Machine:
@@ -400,14 +386,13 @@ def look() -> Machine:
         memory=memory,
         available=available,
         disk=shutil.disk_usage(Path.cwd()).free,
-        torchrun={k: os.environ[k] for k in _TORCHRUN if k in os.environ} if "RANK" in os.environ else None,
         facts=find(),
     )
 
 
 def advice(machine: Machine) -> Iterator[str]:
     """What would make this machine faster, or keep a run from failing; a sentence each."""
-    gpus, alone = len(machine.facts.gpus), machine.torchrun is None
+    gpus = len(machine.facts.gpus)
     if not gpus and _nvidia_driver():
         if machine.facts.built_for == "cpu":
             why = "is built for CPUs only: install one for CUDA (pytorch.org has the command for your driver)."
@@ -419,9 +404,9 @@ def advice(machine: Machine) -> Iterator[str]:
         yield f"There is an NVIDIA driver, but this PyTorch, {machine.torch}, {why}"
     elif not gpus:
         yield "No GPU: presets cpu-small and cpu are made for this; `dpsyngen compare SPEC --dry-run` estimates times."
-    if gpus > 1 and alone:
+    if gpus > 1:
         yield f"{gpus} GPUs: one process uses one; `torchrun --nproc-per-node {gpus} -m dpsyngen train …` uses all."
-    if machine.threads < machine.cores and alone:
+    if machine.threads < machine.cores:
         limit = os.environ.get("OMP_NUM_THREADS", "not set")
         yield f"PyTorch uses {machine.threads} of {machine.cores} cores: OMP_NUM_THREADS is {limit}."
     if machine.threads > machine.cores:

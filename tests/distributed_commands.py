@@ -1,6 +1,6 @@
 """Command lines of tests/test_distributed_tools.py, run one after the other: `torchrun distributed_commands.py FOLDER`.
 
-They are the same in one process, in two and in four; what each process says to whom is written down.
+They are the same in one process and in several; what each process says to whom is written down.
 """
 
 from __future__ import annotations

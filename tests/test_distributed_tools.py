@@ -1,4 +1,4 @@
-"""Sampling, programs and evaluation by 2 and 4 processes, as torchrun starts them, against one."""
+"""Sampling, programs and evaluation by 3 processes, as torchrun starts them, against one."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return work(1, trained, tmp_path_factory.mktemp("one") / "work")
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[3])
 def together(request, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Said]:
     return work(request.param, trained, tmp_path_factory.mktemp(f"processes-{request.param}") / "work")
 

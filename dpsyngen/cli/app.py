@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen.cli import checks as cli_checks
-from dpsyngen.cli import compare as cli_compare
-from dpsyngen.cli import evaluate as cli_evaluate
 from dpsyngen.cli import options as cli_options
-from dpsyngen.cli import release as cli_release
-from dpsyngen.cli import sample as cli_sample
-from dpsyngen.cli import stages as cli_stages
-from dpsyngen.cli import train as cli_train
+from dpsyngen.cli.checks import audit, doctor, memorisation
+from dpsyngen.cli.compare import compare
+from dpsyngen.cli.evaluate import evaluate
 from dpsyngen.cli.options import AsJson, Quiet, RunArgument, epsilon_of
 from dpsyngen.cli.programs import app as programs_app
+from dpsyngen.cli.release import budget_app, key, ledger, release, verify
+from dpsyngen.cli.sample import export, sample
+from dpsyngen.cli.stages import stages
+from dpsyngen.cli.train import train
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.version import __version__
 
@@ -34,20 +34,13 @@ app = typer.Typer(
 )
 
 app.add_typer(programs_app, name="programs")
-app.add_typer(cli_release.budget_app, name="budget")
-app.command()(cli_train.train)
-app.command()(cli_sample.sample)
-app.command()(cli_stages.stages)
-app.command()(cli_release.ledger)
-app.command()(cli_checks.audit)
-app.command()(cli_release.release)
-app.command()(cli_release.verify)
-app.command()(cli_sample.export)
-app.command()(cli_release.key)
-app.command()(cli_compare.compare)
-app.command()(cli_evaluate.evaluate)
-app.command()(cli_checks.memorisation)
-app.command()(cli_checks.doctor)
+app.add_typer(budget_app, name="budget")
+_COMMANDS = (
+    *(train, sample, stages, ledger, audit, release, verify),
+    *(export, key, compare, evaluate, memorisation, doctor),
+)
+for _command in _COMMANDS:
+    app.command()(_command)
 
 
 def _show_version(value: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dpsyngen.distributed import Dismissed, numbers
 from dpsyngen.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -68,39 +69,28 @@ SHARED = ("train", "sample", "programs save", "evaluate", "compare")
 _WAIT = 10.0  # seconds
 
 
-def place() -> tuple[int, int]:
-    """(rank, number of processes).
-
-    Raises:
-        ConfigError: the environment is not one that torchrun makes.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1  # without importing anything
-    from dpsyngen.distributed import numbers
-
-    return numbers()[:2]
-
-
 def require_shared(command: str) -> None:
     """Raise ConfigError if several processes were started for a command that is the work of one."""
-    rank, count = place()
+    rank, count, _ = numbers()
     if count == 1 or command in SHARED or command == "programs":
         return
     text = (
         f"torchrun started {count} processes, but `dpsyngen {command}` is the work of one: start it without torchrun.  "
         f"What several share is {', '.join(SHARED)}."
     )
-    from dpsyngen.distributed import Dismissed
-
     raise Dismissed(text) if rank else ConfigError(text)
+
+
+def _rank() -> int:
+    try:
+        return numbers()[0]
+    except ConfigError:
+        return 0  # what is wrong with the environment is said where the command needs to know
 
 
 def follows() -> bool:
     """Whether another process speaks for this one; its standard output is then closed."""
-    try:
-        rank, _ = place()
-    except ConfigError:
-        return False  # it is said where the command needs to know
+    rank = _rank()
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the process ends)
     return rank > 0
@@ -108,10 +98,7 @@ def follows() -> bool:
 
 def tell(console: Console, kind: str, message: str) -> None:
     """Say why the command failed: the main process its own and what all have in common, another what is its own."""
-    try:
-        rank, _ = place()
-    except ConfigError:
-        rank = 0
+    rank = _rank()
     if rank == 0:
         console.error(kind, message)
         return

@@ -83,12 +83,13 @@ def export(
 ) -> None:
     """Write a generator for other tools: a folder for diffusers and the Hub."""
     from dpsyngen.generator.guarantee import Guarantee
+    from dpsyngen.generator.samples import require_new_folder
     from dpsyngen.release.bundle import check_against_ledger
-    from dpsyngen.release.place import check_export, export_release, find
+    from dpsyngen.release.place import export_release, find
     from dpsyngen.training.run import Run
 
     require(format == "diffusers", "--format", format, "diffusers")
-    check_export(out)
+    require_new_folder(out)
     place = find(run)
     if place.run is not None:
         check_against_ledger(Run(place.run))

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, DpsyngenError, require, shown
+from dpsyngen.files import file_sha256
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
@@ -265,11 +266,6 @@ class OwnFeatures(FeatureExtractor):
         if not torch.isfinite(features.float()).all():
             raise ConfigError(f"{self.name} returned NaN or infinite features.")
         return features
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _loaded(name: str) -> ModuleType:

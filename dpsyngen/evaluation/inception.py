@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpsyngen.errors import DataError
-from dpsyngen.evaluation.features import FeatureExtractor, file_sha256, in_colour
+from dpsyngen.evaluation.features import FeatureExtractor, in_colour
+from dpsyngen.files import file_sha256
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"

@@ -30,9 +30,8 @@ from filelock import FileLock, Timeout
 from dpsyngen.config import Config
 from dpsyngen.diffusion.stages import StageMap
 from dpsyngen.errors import RunError
-from dpsyngen.evaluation.features import file_sha256
 from dpsyngen.experiments.spec import Job, Spec, digest, jobs_of, load_spec
-from dpsyngen.files import require_absent_or_empty, write_bytes, write_text
+from dpsyngen.files import file_sha256, require_absent_or_empty, write_bytes, write_text
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.plan import Shape

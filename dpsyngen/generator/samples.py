@@ -207,6 +207,11 @@ def check_target(out: Path) -> None:
         if out.exists():
             raise RunError(f"--out {out} exists already.  Choose another path or move it away.")
         return
+    require_new_folder(out)
+
+
+def require_new_folder(out: Path) -> None:
+    """Raise RunError unless :func:`new_folder` can make `out`: absent or empty, and with a name of its own."""
     require_absent_or_empty(out, "--out")
     if not out.name:
         raise RunError(f"--out {out} has no name of its own, so it cannot appear whole.  Give a new folder in it.")

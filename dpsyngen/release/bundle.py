@@ -10,6 +10,7 @@ that belong to no member (a zip can carry those before, between and after its me
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import math
@@ -25,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError, printable, require
-from dpsyngen.files import write_atomically
+from dpsyngen.files import file_sha256, write_atomically, write_text
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import write_samples
 from dpsyngen.privacy.certificate import Certificate, schema_text
 from dpsyngen.privacy.ledger import Head, Ledger
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.release.card import companions, digest_of, release_files
+from dpsyngen.release.card import copy_release
 from dpsyngen.release.signing import fingerprint, read_private_key, sign
 from dpsyngen.training.run import Run
 from dpsyngen.version import __version__
@@ -100,32 +101,30 @@ def pack(
     certificate = check_against_ledger(run)
     require_private(certificate, not_private, "--not-private packs")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        content: dict[str, Path | bytes] = dict(release_files(run.release, certificate))
-        content[SCHEMA] = schema_text().encode()
-        # Written anew: what was changed by hand does not follow from the certificate.
-        follow = companions(certificate, digest_of((run.release / "privacy.json").read_bytes()))
-        content |= {name: text.encode() for name, text in follow.items()}
+        folder = Path(scratch)
+        copy_release(run.release, certificate, folder)
+        write_text(folder / SCHEMA, schema_text())
         if samples:
-            folder, generator = Path(scratch) / "samples", ReleasedGenerator(run.release)
+            generator = ReleasedGenerator(run.release)
             settings, labels = generator.settings(seed=seed), generator.labels(samples)
             about = {"dpsyngen": __version__, "private": certificate.private, "count": samples, **asdict(settings)}
             batches = generator.stream(samples, settings, labels=labels)
-            write_samples(folder, batches, labels, generator.class_names, about, on_progress)
-            content |= {SAMPLES + f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
-        _search_for_secrets(run, content)
-        members = sorted(content.items())
-        listed = {name: {"bytes": _size(x), "sha256": _sha256(x)} for name, x in members}
+            write_samples(folder / SAMPLES, batches, labels, generator.class_names, about, on_progress)
+        files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        _search_for_secrets(run, files)
+        members: list[tuple[str, Path | bytes]] = sorted(files.items())
+        listed = {name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for name, p in sorted(files.items())}
         manifest = {"format": FORMAT, "dpsyngen": __version__, "files": listed}
         text = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
         members.append((MANIFEST, text))
         if signer is not None:
             members.append((SIGNATURE, sign(text, signer).encode()))
         write_atomically(out, lambda path: write_zip(path, members))
-    there = {p.relative_to(run.release).as_posix(): p for p in sorted(run.release.rglob("*")) if p.is_file()}
-    written_anew = {n for n, x in content.items() if isinstance(x, bytes) and n in there and there[n].read_bytes() != x}
-    left_out = tuple(n for n in there if n not in content or n in written_anew)
+        # What was changed by hand does not follow from the certificate, and was written anew.
+        there = {p.relative_to(run.release).as_posix(): p for p in sorted(run.release.rglob("*")) if p.is_file()}
+        left_out = tuple(n for n, p in there.items() if n not in files or not filecmp.cmp(p, files[n], shallow=False))
     signed_by = None if signer is None else fingerprint(signer.public_key())
-    return Packed(out, len(members), _sha256(out), signed_by, left_out, certificate)
+    return Packed(out, len(members), file_sha256(out), signed_by, left_out, certificate)
 
 
 def check_against_ledger(run: Run) -> Certificate:
@@ -156,18 +155,7 @@ def require_private(certificate: Certificate, not_private: bool, way: str) -> No
         )
 
 
-def _size(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def _sha256(content: Path | bytes) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with open(content, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _search_for_secrets(run: Run, content: dict[str, Path | bytes]) -> None:
+def _search_for_secrets(run: Run, files: dict[str, Path]) -> None:
     """Refuse if the run's key, or a path or digest from its private half, stands in a file that would be packed.
 
     The release is made from an allow-list, so this finds nothing unless something is broken or was put there by hand.
@@ -186,27 +174,14 @@ def _search_for_secrets(run: Run, content: dict[str, Path | bytes]) -> None:
         secrets["the digest of the images"] = [json.loads(run.data_path.read_text())["fingerprint"].encode()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{run.data_path} cannot be read: {error}.") from None
-    longest = max(len(s) for found in secrets.values() for s in found)
-    for name, file in content.items():
-        for window in _windows(file, longest):
-            for what, forms in secrets.items():
-                if any(form in window for form in forms):
-                    raise ReleaseError(
-                        f"{what} stands in {name}, which would be published.  Nothing was written.  Remove it from the "
-                        "release folder; if you did not put it there, please report this as a bug."
-                    )
-
-
-def _windows(content: Path | bytes, longest: int) -> Iterator[bytes]:
-    """The content in overlapping pieces, so that nothing up to `longest` bytes is cut apart."""
-    if isinstance(content, bytes):
-        yield content
-        return
-    with open(content, "rb") as f:
-        tail = b""
-        while chunk := f.read(4 * _CHUNK):
-            yield tail + chunk
-            tail = chunk[-longest:]
+    for name, file in files.items():
+        content = file.read_bytes()
+        for what, forms in secrets.items():
+            if any(form in content for form in forms):
+                raise ReleaseError(
+                    f"{what} stands in {name}, which would be published.  Nothing was written.  Remove it from the "
+                    "release folder; if you did not put it there, please report this as a bug."
+                )
 
 
 def write_zip(path: Path, members: Iterable[tuple[str, Path | bytes]]) -> None:
@@ -218,13 +193,7 @@ def write_zip(path: Path, members: Iterable[tuple[str, Path | bytes]]) -> None:
             # Weights and pictures are dense already.
             dense = name.endswith((".safetensors", ".png"))
             info.compress_type = zipfile.ZIP_STORED if dense else zipfile.ZIP_DEFLATED
-            if isinstance(content, bytes):
-                archive.writestr(info, content)
-                continue
-            info.file_size = content.stat().st_size
-            with open(content, "rb") as source, archive.open(info, "w") as target:
-                while chunk := source.read(_CHUNK):
-                    target.write(chunk)
+            archive.writestr(info, content if isinstance(content, bytes) else content.read_bytes())
 
 
 def unpack(bundle: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from dpsyngen.errors import ReleaseError, RunError
+from dpsyngen.files import write_text
 from dpsyngen.privacy.certificate import Certificate, foundations, number, safe_markdown, strength
 
 REQUIRED = ("PRIVACY.md", "privacy.json", "config.yaml", "generator.json")
@@ -66,6 +68,21 @@ def code() -> dict[str, str]:
     hub = Path(__file__).parent / "hub"
     texts = {name: (hub / Path(name).name).read_text(encoding="utf-8") for name in (PIPELINE, DENOISER)}
     return {MODEL_INDEX: json.dumps(index, indent=1) + "\n", **texts}
+
+
+def write_companions(folder: Path, certificate: Certificate) -> None:
+    """Write ``COMPANIONS`` beside the ``privacy.json`` of a folder, in place of any that are there."""
+    for name, text in companions(certificate, digest_of((folder / "privacy.json").read_bytes())).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_text(folder / name, text)
+
+
+def copy_release(release: Path, certificate: Certificate, folder: Path) -> None:
+    """Copy what belongs to a release to `folder`, and write ``COMPANIONS`` anew; errors as in :func:`release_files`."""
+    for name, file in release_files(release, certificate):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / name)
+    write_companions(folder, certificate)
 
 
 def digest_of(certificate: bytes) -> str:

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from dpsyngen.errors import ConfigError, ReleaseError, RunError, printable
-from dpsyngen.files import NotPlainError, open_plain, require_absent_or_empty, write_atomically, write_text
-from dpsyngen.generator.files import MAX_JSON_BYTES, Place
+from dpsyngen.files import NotPlainError, file_sha256, open_plain, write_atomically
+from dpsyngen.generator.files import Place
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.generator.samples import new_folder
+from dpsyngen.generator.guarantee import Guarantee
+from dpsyngen.generator.samples import new_folder, require_new_folder
 from dpsyngen.privacy.certificate import Certificate
 from dpsyngen.release.bundle import pack, require_private, unpack
-from dpsyngen.release.card import companions, digest_of, release_files
+from dpsyngen.release.card import copy_release
 from dpsyngen.training.run import Run
 
 PathLike = str | os.PathLike[str]
@@ -64,8 +65,7 @@ def save(place: Place, out: PathLike, not_private: bool = False) -> Path:
         ReleaseError: not private, or something is wrong with the release.
     """
     target = Path(out).expanduser()
-    certificate, _ = _certificate(place.release)
-    require_private(certificate, not_private, "not_private=True saves")
+    require_private(Guarantee.read(place.release).certificate, not_private, "not_private=True saves")
     if target.suffix.lower() != ".zip":
         export_release(place.release, target, not_private=not_private)
         return target
@@ -104,13 +104,6 @@ class Exported:
     certificate_sha256: str
 
 
-def check_export(out: Path) -> None:
-    """Raise ConfigError or RunError if an export could not be written, before anything is computed."""
-    require_absent_or_empty(out, "--out")
-    if not out.name:
-        raise ConfigError(f"--out {out} has no name of its own, so it cannot appear whole.  Give a new folder in it.")
-
-
 def export_release(release: Path, out: Path, *, not_private: bool = False) -> Exported:
     """Write the generator of a release to a folder for diffusers, which appears whole or not at all.
 
@@ -125,30 +118,15 @@ def export_release(release: Path, out: Path, *, not_private: bool = False) -> Ex
         ConfigError, RunError: before anything is written.
         ReleaseError: no guarantee, or something is wrong with the release.
     """
-    check_export(out)
-    certificate, digest = _certificate(release)
-    require_private(certificate, not_private, "--not-private exports")
+    require_new_folder(out)
     generator = ReleasedGenerator(release)
-    names = certificate.public_assumptions.class_names
-    if generator.private != certificate.private or list(generator.class_names) != names:
+    certificate = generator.privacy.certificate
+    require_private(certificate, not_private, "--not-private exports")
+    if list(generator.class_names) != certificate.public_assumptions.class_names:
         raise ReleaseError(f"generator.json and privacy.json of {release} are not of one release.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out) as folder:
-        for name, file in release_files(release, certificate):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / name)
-        for name, text in companions(certificate, digest).items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            write_text(folder / name, text)
+        copy_release(release, certificate, folder)
         files = tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
+        digest = file_sha256(folder / "privacy.json")
     return Exported(out, files, certificate, digest)
-
-
-def _certificate(release: Path) -> tuple[Certificate, str]:
-    """The certificate of a release folder, and the digest of its file."""
-    try:
-        with open_plain(release / "privacy.json", MAX_JSON_BYTES) as file:
-            data = file.read()
-    except (NotPlainError, OSError) as error:
-        raise ReleaseError(f"{release} has no certificate to go with it (privacy.json: {error}).") from None
-    return Certificate.from_json(data, printable(release / "privacy.json")), digest_of(data)

@@ -26,11 +26,11 @@ from safetensors import SafetensorError, safe_open
 from dpsyngen.config import validate
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import DpsyngenError, ReleaseError, printable
-from dpsyngen.files import read_yaml
+from dpsyngen.files import file_sha256, read_yaml
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.certificate import Certificate, number, plain_words, schema_text
 from dpsyngen.release.bundle import MANIFEST, SAMPLES, SCHEMA, SIGNATURE, open_zip
-from dpsyngen.release.card import CARD, COMPANIONS, OPTIONAL, REQUIRED, WEIGHTS, code, digest_of, model_card
+from dpsyngen.release.card import CARD, COMPANIONS, OPTIONAL, REQUIRED, WEIGHTS, code, model_card
 from dpsyngen.release.signing import check_signature, fingerprint, read_public_key
 from dpsyngen.release.write import stage_parts
 from dpsyngen.training.plan import stages_of
@@ -113,11 +113,21 @@ class _Bundle:
         self.trusted, self.all_samples = trusted, all_samples
 
     def checks(self) -> dict[str, Callable[[], Finding]]:
-        container = {"archive": self._archive, "signature": self._signature, "checksums": self._checksums}
-        claim = {"certificate": self._certificate, "guarantee": self._guarantee, "privacy cost": self._cost}
-        words = {"plain words": self._words, "model card": self._card, "code": self._code}
-        rest = {"settings": self._settings, "report": self._report}
-        return container | claim | words | rest | {"generator": self._generator, "images": self._images}
+        return {
+            "archive": self._archive,
+            "signature": self._signature,
+            "checksums": self._checksums,
+            "certificate": self._certificate,
+            "guarantee": self._guarantee,
+            "privacy cost": self._cost,
+            "plain words": lambda: self._says("PRIVACY.md", plain_words(self.c)),
+            "model card": lambda: self._says(CARD, model_card(self.c, file_sha256(self.folder / "privacy.json"))),
+            "code": self._code,
+            "settings": self._settings,
+            "report": self._report,
+            "generator": self._generator,
+            "images": self._images,
+        }
 
     def _archive(self) -> Finding:
         self.zip = self.stack.enter_context(open_zip(self.path))
@@ -184,13 +194,9 @@ class _Bundle:
             return False, f"computed again: {text}, more than the ε = {number(stated)} that is stated"
         return True, f"computed again: {text}"
 
-    def _words(self) -> Finding:
-        same = self._text("PRIVACY.md") == plain_words(self.c)
-        return same, f"PRIVACY.md {'says' if same else 'does not say'} what privacy.json says"
-
-    def _card(self) -> Finding:
-        same = self._text(CARD) == model_card(self.c, digest_of((self.folder / "privacy.json").read_bytes()))
-        return same, f"{CARD} {'says' if same else 'does not say'} what privacy.json says"
+    def _says(self, name: str, expected: str) -> Finding:
+        same = self._text(name) == expected
+        return same, f"{name} {'says' if same else 'does not say'} what privacy.json says"
 
     def _code(self) -> Finding:
         other = [name for name, text in code().items() if self._text(name) != text]
@@ -207,44 +213,36 @@ class _Bundle:
         if not isinstance(loaded, dict):
             raise ReleaseError("config.yaml holds no settings")
         config, c = validate(loaded), self.c
-        n = c.public_assumptions.records
+        stages, a = stages_of(config), c.public_assumptions
+        n, finite = a.records, c.epsilon != "inf"
         steps = [m for m in c.mechanisms if m.expected_batch is not None]
-        taken = sum(m.count or 0 for m in steps)
-        program = {k: v for k, v in c.programmatic_images.items() if k != "prior_tier_meaning"}
-        named = {"name": config.program.name, "seed": config.program.seed, "prior_tier": config.program.prior_tier}
-        size = {"resolution": c.public_assumptions.resolution, "channels": c.public_assumptions.channels}
-        facts: list[tuple[str, Any, Any]] = [
-            ("group size", config.privacy.group_size, c.group_size),
-            ("variant", config.stages.variant, c.variant),
-            ("preset", config.preset, c.preset),
-            ("program", {**named, **size, **config.program.params}, program),
-            ("data", "" if not config.data.source and config.data.cache == "auto" else "a path", ""),
-            ("seed", config.privacy.insecure_seed is None or not c.private, True),
-        ]
-        if config.privacy.delta is not None:
-            facts.append(("δ", config.privacy.delta, c.delta))
-        if config.data.records is not None:
-            facts.append(("number of images", config.data.records, n))
-        stages = stages_of(config)
-        facts.append(("stages", stage_parts(stages), c.stages))
-        if stages.moments:
-            # Each is charged before it is taken, so a certificate without them states too small an ε.
-            queries = 2 if len(c.public_assumptions.class_names) < 2 else 3
-            facts.append(("DP moments", len(c.mechanisms) - len(steps) >= queries, True))
-        if c.epsilon != "inf":
-            facts += [
-                ("number of steps", 0 if stages.gaussian else config.private.steps, taken),
-                ("target", config.privacy.epsilon >= c.epsilon, True),
-            ]
-        for m in steps:
-            facts.append(("batch", float(config.private.batch), m.expected_batch))
-            facts.append(("clipping", config.private.clipping, m.clipping))
-            if m.kind == "dp" and m.sampling_rate is not None:
-                facts.append(("clipping norm", config.privacy.clipping_norm, m.l2_sensitivity))
-                facts.append(("sampling rate", math.isclose(config.private.batch / n, m.sampling_rate), True))
-        wrong = [name for name, a, b in facts if a != b]
+        noisy = [m for m in steps if m.kind == "dp" and m.sampling_rate is not None]
+        taken, planned = sum(m.count or 0 for m in steps), 0 if stages.gaussian else config.private.steps
+        program = {"name": config.program.name, "seed": config.program.seed, "prior_tier": config.program.prior_tier}
+        program |= {"resolution": a.resolution, "channels": a.channels, **config.program.params}
+        # Each query of DP moments is charged before it is made, so a certificate without them states too small an ε.
+        queries = 0 if not stages.moments else 2 if len(a.class_names) < 2 else 3
+        agrees = {
+            "group size": config.privacy.group_size == c.group_size,
+            "variant": config.stages.variant == c.variant,
+            "preset": config.preset == c.preset,
+            "program": program == {k: v for k, v in c.programmatic_images.items() if k != "prior_tier_meaning"},
+            "data": not config.data.source and config.data.cache == "auto",  # no path
+            "seed": config.privacy.insecure_seed is None or not c.private,
+            "δ": config.privacy.delta in (None, c.delta),
+            "number of images": config.data.records in (None, n),
+            "stages": stage_parts(stages) == c.stages,
+            "DP moments": len(c.mechanisms) - len(steps) >= queries,
+            "number of steps": taken == planned or not finite,
+            "target": not finite or config.privacy.epsilon >= float(c.epsilon),
+            "batch": all(m.expected_batch == config.private.batch for m in steps),
+            "clipping": all(m.clipping == config.private.clipping for m in steps),
+            "clipping norm": all(m.l2_sensitivity == config.privacy.clipping_norm for m in noisy),
+            "sampling rate": all(math.isclose(config.private.batch / n, m.sampling_rate or 0) for m in noisy),
+        }
+        wrong = [name for name, same in agrees.items() if not same]
         if wrong:
-            return False, f"config.yaml contradicts the certificate in: {', '.join(dict.fromkeys(wrong))}"
+            return False, f"config.yaml contradicts the certificate in: {', '.join(wrong)}"
         return True, "config.yaml agrees with the certificate, and names no path of the holder's"
 
     def _report(self) -> Finding:
@@ -259,16 +257,15 @@ class _Bundle:
         generator = self.generator = ReleasedGenerator(self.folder)
         c, a = self.c, self.c.public_assumptions
         described = _json((self.folder / "generator.json").read_bytes(), "generator.json")
-        facts = [
-            ("size", (generator.resolution, generator.channels), (a.resolution, a.channels)),
-            ("classes", list(generator.class_names), a.class_names),
-            ("stages", described.get("stages"), [s.model_dump(mode="json") for s in c.stages]),
-            ("private", generator.private, c.private),
-        ]
-        wrong = [name for name, x, y in facts if x != y]
         files = {s.network for s in c.stages} | ({"pretrain"} if c.pretrained_on_programmatic_images else set())
-        if {p.stem for p in (self.folder / "weights").iterdir()} != files:
-            wrong.append("networks")
+        agrees = {
+            "size": (generator.resolution, generator.channels) == (a.resolution, a.channels),
+            "classes": list(generator.class_names) == a.class_names,
+            "stages": described.get("stages") == [s.model_dump(mode="json") for s in c.stages],
+            "private": generator.private == c.private,
+            "networks": {p.stem for p in (self.folder / "weights").iterdir()} == files,
+        }
+        wrong = [name for name, same in agrees.items() if not same]
         if wrong:
             return False, f"contradicts the certificate in: {', '.join(wrong)}"
         for file in sorted((self.folder / "weights").iterdir()):

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from dpsyngen.config import Config
 from dpsyngen.diffusion.stages import GAUSSIAN, StageMap
 from dpsyngen.files import write_text
-from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.certificate import (
     Assumptions,
@@ -27,7 +26,7 @@ from dpsyngen.privacy.certificate import (
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import TIERS, Program
-from dpsyngen.release.card import companions, digest_of
+from dpsyngen.release.card import write_companions
 from dpsyngen.training.plan import Plan
 from dpsyngen.training.run import Run
 from dpsyngen.version import FORMAT, __version__
@@ -88,16 +87,17 @@ def certify(
         stages=stage_parts(plan.stages),
         pretrained_on_programmatic_images=plan.stages.pretrain,
         programs_used=bool(plan.stages.public) or plan.stages.pretrain,
-        budget=None if budget is None else _budget(budget),
+        budget=None
+        if budget is None
+        else BudgetPart(
+            epsilon=budget.epsilon_limit,
+            delta=budget.delta,
+            group_size=budget.group_size,
+            reserved_epsilon=budget.epsilon(),
+            runs=len(budget.charges),
+        ),
         ledger=LedgerPart(lines=ledger.head.lines, digest=ledger.head.digest),
         not_covered=not_covered,
-    )
-
-
-def _budget(b: Budget) -> BudgetPart:
-    spent, runs = b.epsilon(), len(b.charges)
-    return BudgetPart(
-        epsilon=b.epsilon_limit, delta=b.delta, group_size=b.group_size, reserved_epsilon=spent, runs=runs
     )
 
 
@@ -139,19 +139,20 @@ def _merged(ledger: Ledger) -> list[LedgerEntry]:
     for e in ledger.entries:
         if e.kind in ("private", "public"):
             continue
-        last = out[-1] if out else None
-        if last and last.mechanism and e.mechanism and last.reason == e.reason:
-            a, b = last.mechanism, e.mechanism
-            if (a.sampling_rate, a.noise_multiplier) == (b.sampling_rate, b.noise_multiplier):
-                total = Mechanism(a.sampling_rate, a.noise_multiplier, a.count + b.count)
-                out[-1] = replace(last, mechanism=total, details=last.details | {"steps": total.count})
-                continue
-        if last and e.kind == last.kind == "non-private" and last.reason == e.reason:
-            steps = last.details.get("steps", 0) + e.details.get("steps", 0)
-            out[-1] = replace(last, details=last.details | {"steps": steps})
+        last, m = out[-1] if out else None, e.mechanism
+        if last is None or _accesses(last) != _accesses(e) or (m is None and e.kind != "non-private"):
+            out.append(e)
             continue
-        out.append(e)
+        if m is not None and last.mechanism is not None:
+            m = replace(m, count=last.mechanism.count + m.count)
+        steps = m.count if m is not None else last.details.get("steps", 0) + e.details.get("steps", 0)
+        out[-1] = replace(last, mechanism=m, details=last.details | {"steps": steps})
     return out
+
+
+def _accesses(e: LedgerEntry) -> tuple[object, ...]:
+    """Equal for entries that differ in nothing but how often they count."""
+    return e.kind, e.reason, None if e.mechanism is None else (e.mechanism.sampling_rate, e.mechanism.noise_multiplier)
 
 
 def public_config(config: Config) -> dict[str, Any]:
@@ -176,9 +177,7 @@ def write_release(
     certificate = certify(config, plan, ledger, randomness, program, budget)
     write_text(run.release / "privacy.json", certificate.to_json())
     write_text(run.release / "PRIVACY.md", plain_words(certificate))
-    for name, text in companions(certificate, digest_of(certificate.to_json().encode())).items():
-        (run.release / name).parent.mkdir(exist_ok=True)
-        write_text(run.release / name, text)
+    write_companions(run.release, certificate)
     settings = yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True)
     write_text(run.release / "config.yaml", settings)
     moments = {}

@@ -196,15 +196,14 @@ def test_budget_of_other_images(call, data, tmp_path) -> None:
 
 
 def test_group_size_of_training(call, data, tmp_path) -> None:
-    for name, options in (("one", []), ("three", ["--group-size", 3])):
-        assert call("train", "--data", data, "--epsilon", 3, "--out", tmp_path / name, *SMALL, *options)[0] == 0
-    one, three = (Ledger(Run(tmp_path / n).ledger_path) for n in ("one", "three"))
+    train = ["train", "--data", data, "--epsilon", 3, *SMALL]
+    assert call(*train, "--out", tmp_path / "three", "--group-size", 3)[0] == 0
+    three = Ledger(Run(tmp_path / "three").ledger_path)
     assert 2.9 < three.epsilon() <= 3.0
     assert three.group_size == 3
-    assert three.mechanisms[0].noise_multiplier > 2 * one.mechanisms[0].noise_multiplier
     assert epsilon(three.mechanisms, 1e-3, group_size=3) == three.epsilon() > 3 * three.epsilon(group_size=1)
     assert "up to 3 images of one person" in (tmp_path / "three" / "release" / "PRIVACY.md").read_text()
-    code, _, err = call("train", "--data", data, "--epsilon", 3, "--out", tmp_path / "x", "--group-size", 0)
+    code, _, err = call(*train, "--out", tmp_path / "x", "--group-size", 0)
     assert code == 2
     assert "group_size" in err
     assert not (tmp_path / "x").exists()

@@ -16,7 +16,7 @@ A100 = Gpu("NVIDIA A100", (8, 0), 80 * 2**30)
 def machine() -> Machine:
     """With eight cores and room."""
     nothing = Facts((), "cuda")
-    return replace(look(), cores=8, threads=8, memory=2**36, available=2**35, disk=2**40, torchrun=None, facts=nothing)
+    return replace(look(), cores=8, threads=8, memory=2**36, available=2**35, disk=2**40, facts=nothing)
 
 
 def said(machine: Machine) -> str:
@@ -34,7 +34,6 @@ def test_advice_is_for_what_is_the_matter(machine, monkeypatch) -> None:
     assert said(gpu) == ""
     two = replace(gpu, facts=Facts((A100, A100), "cuda"))
     assert "torchrun --nproc-per-node 2 -m dpsyngen train" in said(two)
-    assert said(replace(two, torchrun={"RANK": "0"})) == ""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert "2 of 8 cores: OMP_NUM_THREADS is 2" in said(replace(gpu, threads=2))
     assert "OMP_NUM_THREADS=8" in said(replace(gpu, threads=16))
@@ -55,12 +54,6 @@ def test_doctor_without_a_run_looks_at_the_machine(call) -> None:
         assert what in out
 
 
-def test_doctor_says_what_torchrun_told(call, monkeypatch) -> None:
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    assert dict(look().rows())["torchrun"] == "process 3 of 4, number 1 of 2 on this machine"
-
-
 def test_doctor_of_the_machine_as_json(call) -> None:
     code, out, _ = call("doctor", "--json", "--device", "cpu")
     document = json.loads(out)
@@ -69,7 +62,6 @@ def test_doctor_of_the_machine_as_json(call) -> None:
     assert document["ok"] is True
     assert document["machine"]["memory"] >= document["machine"]["available"] > 0
     assert document["compute"]["device"] == {"value": "cpu", "why": "asked for"}
-    assert document["compute"]["dp_compile"]["value"] is False
 
 
 def test_doctor_refuses_a_device_that_is_not_there(call) -> None:

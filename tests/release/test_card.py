@@ -15,7 +15,7 @@ from dpsyngen.privacy.certificate import Certificate, number
 from dpsyngen.release.card import digest_of, model_card
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("releases")]  # made once
 
 
 def parts(text: str) -> tuple[dict[str, Any], str]:

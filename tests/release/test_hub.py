@@ -34,6 +34,7 @@ def test_networks_of_every_size_are_ours(name) -> None:
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
 
 
+@pytest.mark.xdist_group("releases")
 def test_the_owner_of_a_noise_level_is_ours(releases) -> None:
     """At thresholds, next to them, and in batches of mixed levels."""
     import dpsyngen

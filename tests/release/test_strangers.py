@@ -17,7 +17,7 @@ import pytest
 import dpsyngen
 from dpsyngen.generator.samples import write_samples
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("releases")]  # made once
 
 pytest.importorskip("diffusers")
 pytest.importorskip("datasets")
