@@ -19,7 +19,6 @@ from dpsyngen.distributed import END, Ranks, device_of
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import Samples
-from dpsyngen.hardware import check_device
 
 Handlers = Mapping[str, Callable[..., None]]
 """What a follower does at each command, called with the command's values."""
@@ -39,9 +38,7 @@ def open_everywhere(ranks: Ranks, release: Path, device: str) -> ReleasedGenerat
 
 
 def _open(ranks: Ranks, release: Path, device: str) -> ReleasedGenerator:
-    own = device_of(device, ranks)
-    check_device(own)
-    return ReleasedGenerator(release, own)
+    return ReleasedGenerator(release, device_of(device, ranks))
 
 
 def stream(
@@ -58,9 +55,7 @@ def stream(
     To be called by the main one; images come in order.
     """
     what: dict[str, Any] = {"count": count, "settings": settings, "labels": labels, "batch_size": batch_size}
-    if not ranks.alone:
-        with ranks.lead(_IMAGES, **what):
-            pass
+    ranks.tell(_IMAGES, **what)
     for batch in _own(ranks, generator, **what):
         with ranks.lead(_ROUND):
             parts = ranks.gather_to_main(batch)

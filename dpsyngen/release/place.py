@@ -6,11 +6,10 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from dpsyngen.errors import ConfigError, ReleaseError, RunError, printable
-from dpsyngen.files import NotPlainError, file_sha256, open_plain, write_atomically
+from dpsyngen.files import file_sha256, write_atomically
 from dpsyngen.generator.files import Place
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.guarantee import Guarantee
@@ -21,8 +20,6 @@ from dpsyngen.release.card import copy_release
 from dpsyngen.training.run import Run
 
 PathLike = str | os.PathLike[str]
-
-_MOST_BYTES = 2**40
 
 
 def find(path: PathLike) -> Place:
@@ -78,20 +75,13 @@ def save(place: Place, out: PathLike, not_private: bool = False) -> Path:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     if place.bundle is not None:
-        write_atomically(target, partial(_copy, place.bundle))
+        bundle = place.bundle
+        write_atomically(target, lambda path: shutil.copyfile(bundle, path))
     elif place.run is not None:
         run = Run(place.run)
         with run.lock():
             pack(run, target, not_private=not_private)
     return target
-
-
-def _copy(bundle: Path, target: Path) -> None:
-    try:
-        with open_plain(bundle, _MOST_BYTES) as read, open(target, "wb") as written:
-            shutil.copyfileobj(read, written)
-    except NotPlainError as error:
-        raise ReleaseError(f"{printable(bundle)} {error}; a release holds plain files only.") from None
 
 
 @dataclass(frozen=True)

@@ -256,12 +256,11 @@ class _Bundle:
     def _generator(self) -> Finding:
         generator = self.generator = ReleasedGenerator(self.folder)
         c, a = self.c, self.c.public_assumptions
-        described = _json((self.folder / "generator.json").read_bytes(), "generator.json")
         files = {s.network for s in c.stages} | ({"pretrain"} if c.pretrained_on_programmatic_images else set())
         agrees = {
             "size": (generator.resolution, generator.channels) == (a.resolution, a.channels),
             "classes": list(generator.class_names) == a.class_names,
-            "stages": described.get("stages") == [s.model_dump(mode="json") for s in c.stages],
+            "stages": stage_parts(generator.stages) == c.stages,
             "private": generator.private == c.private,
             "networks": {p.stem for p in (self.folder / "weights").iterdir()} == files,
         }

@@ -114,7 +114,7 @@ def test_ledger_says_what_is_not_private(call, data, tmp_path) -> None:
 def test_budget_from_first_run_to_last(call, data, tmp_path) -> None:
     file = tmp_path / "budget.jsonl"
     assert call("budget", "new", file, "--epsilon", 5, "--delta", "1e-3")[0] == 0
-    train = ["train", "--data", data, "--budget", file, *SMALL]
+    train = ["train", "--data", data, "--budget", file, *SMALL, "--batch", 60]  # all records: ε in closed form
     assert call(*train, "--epsilon", 3, "--out", tmp_path / "one")[0] == 0
     before = file.read_bytes()
     code, _, err = call(*train, "--epsilon", 5, "--out", tmp_path / "two")
@@ -196,7 +196,7 @@ def test_budget_of_other_images(call, data, tmp_path) -> None:
 
 
 def test_group_size_of_training(call, data, tmp_path) -> None:
-    train = ["train", "--data", data, "--epsilon", 3, *SMALL]
+    train = ["train", "--data", data, "--epsilon", 3, *SMALL, "--steps", 1]
     assert call(*train, "--out", tmp_path / "three", "--group-size", 3)[0] == 0
     three = Ledger(Run(tmp_path / "three").ledger_path)
     assert 2.9 < three.epsilon() <= 3.0
