@@ -218,17 +218,14 @@ def clip(
         # Below the smallest normal number a factor has few digits and may round up by far more than the slack; an
         # example that large contributes nothing.
         kept = (torch.isfinite(squares) & (factors >= torch.finfo(parts.dtype).tiny)).all(0)
-        if valid is not None:
-            left_out = ~kept & valid
+        if valid is not None:  # padding is left out, too, but not counted
             norms, kept = norms[valid], kept & valid
-        else:
-            left_out = ~kept
-        dropped = int(left_out.sum())
+        count = int(kept.sum())
         factors = torch.where(kept, factors, torch.zeros_like(factors)).to(parts.dtype)
-        # The sum of factor times gradient.  0 · NaN is NaN, so where something is dropped it is set to zero by `kept`.
-        weighted = parts.weighted_sums(factors, None if dropped == 0 and valid is None else kept)
+        # The sum of factor times gradient.  0 · NaN is NaN, so where something is left out it is set to zero by `kept`.
+        weighted = parts.weighted_sums(factors, None if count == len(kept) else kept)
         sums = whole.collect(weighted)
-    return ClippedGradient(sums, clipping_norm, len(norms), norms, dropped)
+    return ClippedGradient(sums, clipping_norm, len(norms), norms, len(norms) - count)
 
 
 def default_grid(clipping_norm: float, parameters: int) -> float:
