@@ -196,7 +196,7 @@ def test_budget_of_other_images(call, data, tmp_path) -> None:
 
 
 def test_group_size_of_training(call, data, tmp_path) -> None:
-    train = ["train", "--data", data, "--epsilon", 3, *SMALL, "--steps", 1]
+    train = ["train", "--data", data, "--epsilon", 3, *SMALL, "--batch", 60]  # all records: ε in closed form
     assert call(*train, "--out", tmp_path / "three", "--group-size", 3)[0] == 0
     three = Ledger(Run(tmp_path / "three").ledger_path)
     assert 2.9 < three.epsilon() <= 3.0
