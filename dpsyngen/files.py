@@ -33,7 +33,7 @@ MAX_DIGITS = 400  # characters of a number: more than any float or seed needs
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], mode: int = 0o644) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], mode: int = 0o644) -> None:
     """Call ``write(temporary path)``, flush it to the disk and rename it to `path`, whose folder must exist.
 
     A process that is killed meanwhile leaves a hidden temporary file beside `path`; see :func:`remove_temporaries`.
