@@ -84,9 +84,9 @@ class PrivacyConfig(_Section):
 class StagesConfig(_Section):
     """Who trains what; see :func:`dpsyngen.diffusion.stages.stage_map`."""
 
-    variant: Literal["dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "residual", "residual-cleaning"] = (
-        "both"
-    )
+    variant: Literal[
+        "dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "instant", "residual", "residual-cleaning"
+    ] = "both"
     tau_cleaning: float = Field(-3.0, ge=-100, le=100, description="log σ")
     tau_coarse: float = Field(2.0, ge=-100, le=100, description="log σ")
     networks: Literal["experts", "shared"] = "experts"
@@ -106,6 +106,12 @@ class NetworkConfig(_Section):
     """The denoiser."""
 
     size: str = Field("tiny", max_length=100, description="a preset of dpsyngen.diffusion.unet.SIZES")
+    prior: str | None = Field(
+        None,
+        max_length=4096,
+        description="weights that programs trained, which a network on DP moments starts from: 'shipped', or a file; "
+        "it brings its size of network (docs/prior.md)",
+    )
     sigma_data: float = Field(math.sqrt(1 / 3), ge=1e-3, le=1e3, description="σ_d; never measured on private images")
     noise_mean: float = Field(-1.2, ge=-100, le=100, description="P_mean of log σ")
     noise_std: float = Field(1.2, ge=1e-3, le=100, description="P_std of log σ")

@@ -128,7 +128,7 @@ def test_closed_forms_stay_exact_where_networks_are_rounded() -> None:
     def all_of_it() -> list[torch.Tensor]:
         return [
             denoiser(x, sigma, labels),
-            denoiser.residual_std(sigma, labels),
+            denoiser.left(sigma, labels),
             denoiser.draw(labels, 80.0, x, uniform),
         ]
 

@@ -20,6 +20,47 @@ if TYPE_CHECKING:
     from dpsyngen.training.pipeline import Training
 
 
+prior_app = typer.Typer(
+    help="The prior: a network that programs train to denoise any set, given its DP moments.", no_args_is_help=True
+)
+
+
+@prior_app.command("train")
+def train_prior(
+    out: Annotated[Path, typer.Option(help="file to make; beside it, NAME.part keeps what is done so far")],
+    channels: Annotated[str, typer.Option(help="grey or rgb")] = "grey",
+    steps: Annotated[int, typer.Option(help="of Adam")] = 2400,
+    seed: Annotated[int, typer.Option(help="public; the weights follow from it")] = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a prior on families of programs; no private data can touch it.  Goes on where it was interrupted."""
+    from dpsyngen.console import Console
+
+    if channels not in ("grey", "rgb"):
+        raise ConfigError(f"--channels is {channels!r}, but must be grey or rgb.")
+    if out.exists():
+        raise ConfigError(f"{out} exists already, and is not written over: give another --out, or remove it.")
+    from dpsyngen.training import prior
+
+    console, part = Console(quiet, as_json), out.with_name(out.name + ".part")
+    settings = prior.PriorSettings(1 if channels == "grey" else 3, seed, steps)
+
+    def tell(step: int, loss: float) -> None:
+        console.track("prior", step, steps, "steps", f"loss {loss:.3f}", start=step - 1)
+
+    made = prior.train_prior(settings, part, tell)
+    console.track_ends()
+    made.save(out)
+    part.unlink(missing_ok=True)
+    told = made.about["error_over_wiener"]
+    lines = [f"squared error over the Wiener filter's, at log σ = {' '.join(f'{v:g}' for v in told['log_sigma'])}:"]
+    lines += [
+        f"  {name}: {' '.join(f'{v:.2f}' for v in values)}" for name, values in told.items() if name != "log_sigma"
+    ]
+    console.result(made.about, [*lines, f"the prior is in {out}: use it with --set network.prior={out}"])
+
+
 def train(
     out: Annotated[Path, typer.Option(help="run directory to make (or, with --resume, to continue)")],
     data: Annotated[
@@ -36,8 +77,12 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
     variant: Annotated[
         str | None,
-        typer.Option(help="dpdm, finetune, cleaning, coarse, both, gaussian, residual or residual-cleaning"),
+        typer.Option(help="dpdm, finetune, cleaning, coarse, both, gaussian, instant, residual or residual-cleaning"),
     ] = None,
+    instant: Annotated[
+        bool,
+        typer.Option("--instant", help="DP moments and the prior from programs, no DP-SGD: seconds (variant instant)"),
+    ] = False,
     tau_cleaning: Annotated[float | None, typer.Option(help="log σ below which programs train")] = None,
     tau_coarse: Annotated[float | None, typer.Option(help="log σ above which programs or DP moments answer")] = None,
     networks: Annotated[str | None, typer.Option(help="experts (one a stage) or shared")] = None,
@@ -87,6 +132,8 @@ def train(
 
     if log_format not in LOG_FORMATS:
         raise ConfigError(f"--log-format is {log_format!r}, but must be text or json.")
+    if instant and variant not in (None, "instant"):
+        raise ConfigError(f"--instant is --variant instant, but --variant is {variant!r}: leave one of them out.")
     from dpsyngen.config import load_config, merge_settings, with_options
     from dpsyngen.fit import Interrupted, prepare, prepare_resume, train_together
     from dpsyngen.training.log import Display
@@ -104,7 +151,7 @@ def train(
         privacy__insecure_seed=insecure_seed,
         privacy__group_size=group_size,
         privacy__budget=None if budget is None else str(budget),
-        stages__variant=variant,
+        stages__variant="instant" if instant else variant,
         stages__tau_cleaning=tau_cleaning,
         stages__tau_coarse=tau_coarse,
         stages__networks=networks,

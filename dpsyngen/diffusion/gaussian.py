@@ -1,4 +1,4 @@
-"""The denoiser that follows from means and covariances alone, in closed form, and a network on top of it.
+"""The denoiser that follows from means and covariances alone, in closed form.
 
 If images of a class c are N(μ_c, Σ_c), then E[x₀ | x₀ + σ·n = x, c] = μ_c + Σ_c (Σ_c + σ²I)⁻¹ (x - μ_c), the Wiener
 filter.  Whatever the images are, this is the best *affine* denoiser, and as σ → ∞ the best of all.  It needs no network
@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.errors import ConfigError
 from dpsyngen.full_precision import in_full_precision
 
@@ -111,9 +110,6 @@ class GaussianDenoiser(nn.Module):
         gaussians: the model.
         shape: (C, H, W) of an image.
         dtype: what is computed in.
-
-    Attributes:
-        pixel_std: root mean square of a pixel value, of all classes together.
     """
 
     means: Tensor
@@ -150,9 +146,6 @@ class GaussianDenoiser(nn.Module):
             rho, inner_turns = torch.linalg.eigh(outer.mT @ (rest[:, None] * outer))
             rho, outer = rho.clamp_min(0), outer @ inner_turns
         frequencies = gaussians.frequencies.double()
-        second = means.square().sum(1) + values.clamp_min(0).sum(1)  # [K], tr(μμᵀ + A)
-        outside = rho.sum() * ((size - d) if self.spherical else 1)
-        self.pixel_std = math.sqrt(float(frequencies @ second + outside) / size)
         kept = {"means": means, "means_in": means @ basis, "means_out": means @ outer, "basis": basis, "outer": outer}
         kept |= {"turns": turns, "inner_variances": values.clamp_min(0), "outer_variances": rho}
         for name, tensor in (kept | {"log_frequencies": frequencies.log()}).items():
@@ -266,27 +259,27 @@ class GaussianDenoiser(nn.Module):
         return torch.where(unknown, drawn.clamp_max(self.classes - 1), known)
 
     @in_full_precision
-    def residual_std(self, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[N], how far x₀ lies from what :meth:`forward` gives: root mean square over pixels, if the model is right.
+    def left(self, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """s(σ), [N, C, H, W]: the standard deviation of each pixel of x₀ given x, if the model is right.
 
-        √(1/D Σ_i λ_i σ² / (λ_i + σ²)) over the eigenvalues λ of Σ_c.  For an unknown class, the root of the mean of the
-        square over classes, by frequency.
+        √diag(Σ_c (Σ_c + σ²I)⁻¹ σ²).  For an unknown class the root of the mean square over classes, by frequency.
         """
-        square = sigma.to(self.means.dtype).square().view(-1, 1)
+        square = sigma.to(self.means.dtype).square().view(-1, 1)  # σ², [N, 1]
 
-        def left(variances: Tensor) -> Tensor:
-            return variances * square / (variances + square)
+        def kept(variances: Tensor, squares: Tensor) -> Tensor:
+            return variances * squares / (variances + squares)
 
-        count = self.dimension - self.basis.shape[1] if self.spherical else 1
-        outside = left(self.outer_variances).sum(1) * count
-        inside = torch.empty_like(outside)
+        if self.spherical:
+            outside = kept(self.outer_variances, square) * (1 - self.basis.square().sum(1))  # diagonal of P
+        else:
+            outside = kept(self.outer_variances, square) @ self.outer.square().mT
+        inside = torch.zeros_like(outside)
         for label, rows in self._groups(labels, len(square)):
-            if label < self.classes:
-                inside[rows] = left(self.inner_variances[label])[rows].sum(1)
-            else:
-                means = torch.stack([left(v)[rows].sum(1) for v in self.inner_variances], 1)
-                inside[rows] = means @ self.log_frequencies.exp()
-        return ((inside + outside) / self.dimension).sqrt()
+            weights = [(label, 1.0)] if label < self.classes else list(enumerate(self.log_frequencies.exp().tolist()))
+            for c, weight in weights:
+                directions = (self.basis @ self.turns[c]).square()  # [D, d]
+                inside[rows] += weight * (kept(self.inner_variances[c], square[rows]) @ directions.mT)
+        return (inside + outside).clamp_min(1e-8).sqrt().view(-1, *self.shape)
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,54 +288,3 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.eigh((matrices + matrices.mT) / 2)
     except RuntimeError as error:  # no convergence
         raise ConfigError(f"Gaussian moments: a covariance has no eigenvalues ({error}).") from None
-
-
-class ResidualDenoiser(NetworkDenoiser):
-    """D = G(x; σ, y) + c_out·F([c_in·x, c_base·G], c_noise, y): a network learns what second moments do not say.
-
-    G is the Gaussian's denoiser.  Above some σ it is the optimal one, and below, still most of the answer.  A network
-    that had to learn it again, from noisy gradients, would spend its privacy budget on what is known already.
-
-    c_out(σ, y) is the root mean square of G's error if the data were that Gaussian
-    (:meth:`GaussianDenoiser.residual_std`), and λ = 1/c_out²: the loss of each σ is 1 where F = 0 and the data are
-    Gaussian, as EDM's is at the start.  c_in = 1/√(σ² + σ_g²) and c_base = 1/σ_g with σ_g the Gaussian's own root
-    mean square.  F ends in a layer that starts at almost 0, so training starts from G.
-
-    The moments are constants: only the network has parameters and an entry in ``state_dict``.
-
-    Args:
-        network: F(input [N, 2C, H, W], c_noise [N], classes [N] or None) -> [N, C, H, W].
-        num_classes: 0 for an unconditional network.
-        gaussian: G.
-    """
-
-    def __init__(self, network: nn.Module, num_classes: int, gaussian: GaussianDenoiser) -> None:
-        super().__init__()
-        self.network, self.num_classes = network, num_classes
-        # In a list, so that PyTorch does not register it: G is not trained, saved or released with the network.
-        self._gaussian = [gaussian]
-
-    @property
-    def gaussian(self) -> GaussianDenoiser:
-        """G."""
-        return self._gaussian[0]
-
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Denoiser`.  A label equal to ``num_classes`` means "no class"."""
-        levels = sigma.to(x.dtype)
-        with torch.no_grad():
-            base = self.gaussian(x, levels, labels)  # [N, C, H, W]
-            c_out = self.gaussian.residual_std(levels, labels).view(-1, 1, 1, 1)
-            c_in = (levels.square() + self.gaussian.pixel_std**2).rsqrt().view(-1, 1, 1, 1)
-            both = torch.cat([c_in * x, base / self.gaussian.pixel_std], 1)  # [N, 2C, H, W]
-        return base + c_out * self.network(both, levels.log() / 4, self.classes_of(x, labels))
-
-    def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """λ = 1/c_out², [N]."""
-        with torch.no_grad():
-            return self.gaussian.residual_std(sigma, labels).square().reciprocal()
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Move G along with the network (``.to(device)``)."""
-        self._gaussian[0] = self._gaussian[0]._apply(fn, recurse)
-        return super()._apply(fn, recurse)

@@ -79,7 +79,7 @@ class SamplingSettings:
             known = gaussian if isinstance(gaussian, GaussianDenoiser) else None
             first, start = sampling_start(denoiser.stages, known, self.sigma_min, self.sigma_max)
             # Where all is Gaussian, x is drawn at σ_min, and a single step takes that noise off.
-            steps = 1 if denoiser.stages.gaussian else steps
+            steps = steps if denoiser.stages.networks else 1
         return karras_steps(steps, self.sigma_min, first, self.rho), start
 
     @torch.no_grad()

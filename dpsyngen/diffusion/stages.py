@@ -1,7 +1,7 @@
 """Stages: who trains which noise levels, and which network answers there.
 
 A :class:`StageMap` cuts the log σ axis into pieces.  The published variants (DPDM, FineTune, Cleaning, Coarse), their
-union (Both) and ours (Gaussian, Residual) are values of this one type.
+union (Both) and ours (Gaussian, Instant, Residual) are values of this one type.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser
 from dpsyngen.errors import ConfigError, require
 
-Trainer = Literal["public", "private", "moments"]
+Trainer = Literal["public", "private", "moments", "prior"]
 Networks = Literal["experts", "shared"]
 
 _ENDS: dict[str, tuple[Trainer | None, Trainer | None]] = {
@@ -28,10 +28,12 @@ _ENDS: dict[str, tuple[Trainer | None, Trainer | None]] = {
     "coarse": (None, "public"),
     "both": ("public", "public"),
     "gaussian": ("moments", "moments"),
+    "instant": ("prior", "moments"),
     "residual": (None, "moments"),
     "residual-cleaning": ("public", "moments"),
 }
-"""For each variant who trains below τ_cleaning and above τ_coarse, besides private images in between."""
+"""For each variant who trains below τ_cleaning and above τ_coarse, besides private images in between.  Where private
+images train nothing ("gaussian", "instant") the lower one reaches up to τ_coarse."""
 
 VARIANTS = tuple(_ENDS)
 USE_MOMENTS = tuple(variant for variant, ends in _ENDS.items() if "moments" in ends)
@@ -50,7 +52,8 @@ class Stage:
         low: lower end in log σ (-inf at the clean end).
         high: upper end in log σ (inf at the noisy end).
         trainer: "public" (programmatic images only), "private" (DP-SGD on private images) or "moments" (DP moments of
-            private images, from which the optimal denoiser of a Gaussian follows in closed form).
+            private images, from which the optimal denoiser of a Gaussian follows in closed form) or "prior" (a network
+            that programs trained to read such moments, :mod:`dpsyngen.diffusion.prior`).
         network: name of the network that owns the piece; ``GAUSSIAN`` where none does.
     """
 
@@ -68,7 +71,7 @@ class StageMap:
     The thresholds themselves belong to the private stage: τ_cleaning <= log σ <= τ_coarse.
 
     Attributes:
-        stages: adjacent pieces that cover (-inf, inf), exactly one of them private; or a single one, of moments.
+        stages: adjacent pieces that cover (-inf, inf), exactly one of them private; or none, but moments are used.
         pretrain: whether the private network starts from training on programmatic images at all σ.
     """
 
@@ -93,13 +96,13 @@ class StageMap:
 
     @property
     def private(self) -> Stage:
-        """The stage that private images train by DP-SGD; where their moments are all that is used, that one stage."""
-        return self.stages[0] if self.gaussian else next(s for s in self.stages if s.trainer == "private")
+        """The stage that private images train by DP-SGD; where their moments are all that is used, the lowest stage."""
+        return next((s for s in self.stages if s.trainer == "private"), self.stages[0])
 
     @property
     def gaussian(self) -> bool:
-        """Whether DP moments are all that is used: no network, no step of DP-SGD."""
-        return len(self.stages) == 1 and self.stages[0].trainer == "moments"
+        """Whether DP moments are all that is used of the private images: no step of DP-SGD."""
+        return sorted(s.trainer for s in self.stages) in (["moments"], ["moments", "prior"])
 
     @property
     def moments(self) -> bool:
@@ -115,7 +118,8 @@ class StageMap:
     def networks(self) -> tuple[str, ...]:
         """Names of the networks, each once, the private one last."""
         names = [s.network for s in self.public if s.network != self.private.network]
-        return (*dict.fromkeys(names), *(() if self.gaussian else (self.private.network,)))
+        last = self.private.network
+        return (*dict.fromkeys(names), *(() if last == GAUSSIAN else (last,)))
 
     @property
     def shared(self) -> bool:
@@ -145,7 +149,8 @@ def stage_map(
 
     Args:
         variant: of the paper "dpdm", "finetune", "cleaning", "coarse"; "both" of the last two.  Ours: "gaussian"
-            (DP moments alone), "residual" (DP moments above τ_coarse; the private network learns what they lack),
+            (DP moments alone), "instant" (DP moments above τ_coarse, below a network that programs trained to read
+            moments), "residual" (DP moments above τ_coarse; the private network learns what they lack),
             "residual-cleaning" (and programs below τ_cleaning).
         tau_cleaning: log σ below which programmatic images train.
         tau_coarse: log σ above which programmatic images train or DP moments answer.
@@ -169,9 +174,12 @@ def stage_map(
     require(networks in ("experts", "shared"), "networks", networks, "'experts' or 'shared'")
     if pretrain is False and variant == "finetune":
         raise ConfigError("variant 'finetune' is pre-training; without it choose 'dpdm'.")
+    if variant in ("gaussian", "instant") and pretrain:
+        raise ConfigError(f"variant {variant!r} has no network that could be pre-trained.")
+    if variant == "instant":
+        lower = Stage("context", -math.inf, tau_coarse, "prior", "prior")
+        return StageMap((lower, Stage("coarse", tau_coarse, math.inf, "moments", GAUSSIAN)))
     if variant == "gaussian":
-        if pretrain:
-            raise ConfigError("variant 'gaussian' has no network that could be pre-trained.")
         return StageMap((Stage("gaussian", -math.inf, math.inf, "moments", GAUSSIAN),))
     if variant in USE_MOMENTS and networks == "shared":
         raise ConfigError(

@@ -39,6 +39,7 @@ class UNetSize:
     attention: tuple[int, ...] | None = None
     embedding: int = 0
     patch: int = 1
+    refine: int = 0
 
     @property
     def divisor(self) -> int:
@@ -54,6 +55,7 @@ SIZES: dict[str, UNetSize] = {
     "base": UNetSize(40, (1, 2, 2), 2),  # 1.9 M
     "paper-32": UNetSize(40, (1, 2, 2), 2, (16,)),  # 1.9 M, attention at 16x16 as published for CIFAR-10
     "large": UNetSize(72, (1, 2, 2), 2),  # 6 M
+    "prior": UNetSize(32, (1, 2), 1, None, 128, patch=2, refine=12),  # 0.47 M
     "huge": UNetSize(96, (1, 2, 2, 2), 3),  # 22 M
 }
 
@@ -155,7 +157,13 @@ class UNet(nn.Module):
                 self.up.append(_Block(now + skips.pop(), w, emb, grid >> level in attention))
                 now = w
         self.norm = _norm(now)
-        self.last = _zeroed(nn.Conv2d(now, channels * patch**2, 3, padding=1))
+        folded = size.refine or channels
+        last = nn.Conv2d(now, folded * patch**2, 3, padding=1)
+        self.last = last if size.refine else _zeroed(last)
+        if size.refine:
+            seen = folded + (channels if inputs is None else inputs)
+            self.mix = nn.Conv2d(seen, size.refine, 3, padding=1)
+            self.out = _zeroed(nn.Conv2d(size.refine, channels, 3, padding=1))
 
     def forward(self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; c_noise: [N]; classes: [N] in 0..num_classes, or None if unconditional."""
@@ -167,7 +175,7 @@ class UNet(nn.Module):
             embedding = embedding + self.embed_class(classes)
         embedding = F.silu(self.embed_out(F.silu(embedding)))
 
-        blocks, patch = self.size.blocks, self.size.patch
+        blocks, patch, pixels = self.size.blocks, self.size.patch, x
         if patch > 1:
             x = F.pixel_unshuffle(x, patch)  # [N, C·p², H/p, W/p]
         h = self.first(x)  # [N, width, H/p, W/p]
@@ -183,7 +191,10 @@ class UNet(nn.Module):
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
             h = block(torch.cat([h, skips.pop()], 1), embedding)  # the skip of the same level
         out: Tensor = self.last(F.silu(self.norm(h)))  # [N, C·p², H/p, W/p]
-        return F.pixel_shuffle(out, patch) if patch > 1 else out  # [N, C, H, W]
+        out = F.pixel_shuffle(out, patch) if patch > 1 else out  # [N, C, H, W]
+        if self.size.refine:
+            out = self.out(F.silu(self.mix(torch.cat([F.silu(out), pixels], 1))))
+        return out
 
 
 def named_size(name: str) -> UNetSize:

@@ -244,7 +244,7 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
     dataset = ImageDataset(coarse_noise(n, shape), labels, shape.class_names, "noise")
     # The noise is seeded: the images are no images, and the run is thrown away.
     target = config.privacy.epsilon if stages.moments and math.isfinite(config.privacy.epsilon) else 10.0
-    variant = "gaussian" if stages.gaussian else "residual-cleaning" if stages.moments else "both"
+    variant = config.stages.variant if stages.gaussian else "residual-cleaning" if stages.moments else "both"
     few = {"warmup": 0, "checkpoint_every": 10}
     changes = {
         "data": {"source": "noise", "records": None, "resolution": shape.resolution},
@@ -324,7 +324,7 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
         sizes = (c.network.size, c.private.copies, c.public.copies, min(c.private.batch, 64), c.program.name)
         # The noise decides how many frequencies the moments are cut to, and so their time.
         of_moments = (c.privacy.epsilon, c.moments.share, c.moments.rank) if stages.moments else ()
-        signature = repr((stages.gaussian, *sizes, *of_moments))
+        signature = repr((stages.gaussian and c.stages.variant, *sizes, *of_moments))
         if signature not in times:
             times[signature] = measure(c, shape, device)
         t = times[signature]
@@ -335,7 +335,7 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
         found.public += public * t.public
         found.private += private * t.private + (shape.records * t.moments if stages.moments else 0.0)
         found.flops += (public + private) * t.flops
-        steps = 1 if stages.gaussian else spec.sampling.steps or c.sampling.steps
+        steps = (spec.sampling.steps or c.sampling.steps) if stages.networks else 1
         evaluations = 2 * steps - 1 if (spec.sampling.sampler or c.sampling.sampler) == "heun" else steps
         found.sampling += spec.sampling.images * evaluations * t.sampling
     if runs := sum(job.kind == "run" for job in jobs):

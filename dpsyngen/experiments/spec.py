@@ -25,7 +25,9 @@ from dpsyngen.evaluation.extractors import FeatureSpec
 from dpsyngen.evaluation.metrics import NAMES, EvaluationSettings
 from dpsyngen.files import read_yaml, read_yaml_file
 
-VariantName = Literal["dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "residual", "residual-cleaning"]
+VariantName = Literal[
+    "dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "instant", "residual", "residual-cleaning"
+]
 PUBLISHED: tuple[VariantName, ...] = ("dpdm", "finetune", "cleaning", "coarse", "both")
 """What an experiment compares if it does not say: the variants of the paper, and the union of the last two."""
 Reference = Literal["real", "dp-classifier", "programs"]
@@ -384,19 +386,20 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
     return Job(name, "run", variant, epsilon, seed, label, settings, config)
 
 
-_USES_PROGRAMS = tuple(v for v in VARIANTS if v not in ("dpdm", "gaussian", "residual"))
-_HAS_NETWORK = tuple(v for v in VARIANTS if v != "gaussian")
+_USES_PROGRAMS = tuple(v for v in VARIANTS if v not in ("dpdm", "gaussian", "instant", "residual"))
+_TRAINS = tuple(v for v in VARIANTS if v not in ("gaussian", "instant"))
 _LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
     "stages.tau_cleaning": ("cleaning", "both", "residual-cleaning"),
-    "stages.tau_coarse": ("coarse", "both", "residual", "residual-cleaning"),
+    "stages.tau_coarse": ("coarse", "both", "instant", "residual", "residual-cleaning"),
     "stages.networks": ("cleaning", "coarse", "both"),
     "stages.pretrain": tuple(v for v in VARIANTS if v not in USE_MOMENTS),
     "public.": _USES_PROGRAMS,
     "program.": _USES_PROGRAMS,
     "moments.share": ("residual", "residual-cleaning"),
     "moments.": USE_MOMENTS,
-    "private.": _HAS_NETWORK,
-    "network.": _HAS_NETWORK,
+    "private.": _TRAINS,
+    "network.prior": tuple(v for v in USE_MOMENTS if v != "gaussian"),
+    "network.": _TRAINS,
 }
 """Settings, by the beginning of their names, and the variants that look at them; all look at any other."""
 

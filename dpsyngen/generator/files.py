@@ -24,7 +24,8 @@ from torch import Tensor
 from dpsyngen.config import SamplingConfig
 from dpsyngen.data.labels import MAX_CLASSES, check_class_names
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
-from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser, ResidualDenoiser
+from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
+from dpsyngen.diffusion.prior import PriorDenoiser
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage, StageMap
 from dpsyngen.diffusion.unet import UNet, check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, shown
@@ -72,7 +73,7 @@ class _Stage(_Part):
     name: _Name
     log_sigma_low: float | None = Field(ge=-100, le=100)
     log_sigma_high: float | None = Field(ge=-100, le=100)
-    trained_by: Literal["public", "private", "moments"]
+    trained_by: Literal["public", "private", "moments", "prior"]
     network: _Name
 
 
@@ -180,7 +181,7 @@ def load_network(
         RunError: the weights are missing, damaged, or not those of this network.
     """
     classes = len(about.class_names) if about.conditional[name] else 0
-    inputs = None if gaussian is None else 2 * about.channels
+    inputs = None if gaussian is None else 3 * about.channels
 
     def make() -> UNet:
         return UNet(about.network.size, about.resolution, about.channels, classes, inputs)
@@ -192,7 +193,7 @@ def load_network(
     if gaussian is None:
         denoiser = PreconditionedDenoiser(make(), classes, about.network.sigma_data)
     else:
-        denoiser = ResidualDenoiser(make(), classes, gaussian)
+        denoiser = PriorDenoiser(make(), classes, gaussian)
     denoiser.load_state_dict(weights)
     return denoiser.to(device).eval()
 

@@ -120,7 +120,7 @@ class ReleasedGenerator:
         return flat
 
     def _about(self) -> dict[str, str]:
-        trainers = {"public": "programs", "private": "DP-SGD", "moments": "DP moments"}
+        trainers = {"public": "programs", "private": "DP-SGD", "moments": "DP moments", "prior": "programs"}
         try:
             privacy = self.privacy.line
         except DpsyngenError as error:

@@ -72,7 +72,7 @@ class StagePart(_Part):
     name: str = Field(max_length=50)
     log_sigma_low: float | None
     log_sigma_high: float | None
-    trained_by: Literal["public", "private", "moments"]
+    trained_by: Literal["public", "private", "moments", "prior"]
     network: str = Field(max_length=50)
 
 
@@ -115,6 +115,9 @@ class Certificate(_Part):
     programmatic_images: dict[str, Any] = Field(description="the program, all its parameters, its prior tier")
     programs_used: bool
     pretrained_on_programmatic_images: bool
+    prior: dict[str, Any] | None = Field(
+        None, description="weights that programs alone trained, which a network started from: how, and their SHA-256"
+    )
     stages: list[StagePart] = Field(min_length=1)
     budget: BudgetPart | None = None
     ledger: LedgerPart
@@ -312,6 +315,11 @@ def foundations(c: Certificate) -> list[str]:
         lines.append(
             f"- Part of the training used images that a program draws ({name}, prior tier {tier}: {meaning}).  They "
             "hold nobody's data and cost no privacy."
+        )
+    if c.prior is not None:
+        lines.append(
+            "- A network started from weights that images drawn by programs trained (the prior, SHA-256 "
+            f"{safe_markdown(str(c.prior.get('sha256')))}).  No private image had touched them."
         )
     if c.budget is not None:
         b = c.budget

@@ -62,7 +62,7 @@ def register(name: str) -> Callable[[_P], _P]:
 
 _FAMILIES = (
     *("contours", "dead_leaves", "fractal", "random_network", "smooth_noise", "spectrum", "strokes"),
-    *("wavelet_marginal", "wrappers"),
+    *("tasks", "wavelet_marginal", "wrappers"),
 )
 
 

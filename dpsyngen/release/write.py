@@ -86,6 +86,7 @@ def certify(
         },
         stages=stage_parts(plan.stages),
         pretrained_on_programmatic_images=plan.stages.pretrain,
+        prior=next((e.details["prior"] for e in ledger.entries if "prior" in e.details), None),
         programs_used=bool(plan.stages.public) or plan.stages.pretrain,
         budget=None
         if budget is None
@@ -192,7 +193,7 @@ def write_release(
         "class_names": list(plan.shape.class_names),
         "stages": [s.model_dump() for s in certificate.stages],
         "network": {"size": config.network.size, "sigma_data": config.network.sigma_data},
-        "conditional": {n: n == plan.stages.private.network for n in plan.stages.networks},
+        "conditional": {n: n == plan.stages.private.network and not plan.stages.gaussian for n in plan.stages.networks},
         "label_dropout": config.network.label_dropout,
         **moments,
         "sampling": config.sampling.model_dump(mode="json"),

@@ -34,6 +34,7 @@ for _tone, _variable in (("public", "--pub"), ("private", "--priv"), ("moments",
 WHO = {
     "private": "private images, DP-SGD",
     "public": "programs, no privacy cost",
+    "prior": "programs, shown the DP moments",
     "moments": "DP moments, in closed form",
 }
 _MOST_POINTS = 240
@@ -169,7 +170,7 @@ def stage_chart(stages: Sequence[Mapping[str, Any]], network: Mapping[str, Any],
                 end if stage[name] is None else min(max(stage[name], low), high)
                 for name, end in (("log_sigma_low", low), ("log_sigma_high", high))
             )
-            _, fill, soft = _TONES[stage["trained_by"]]
+            _, fill, soft = _TONES["public" if stage["trained_by"] == "prior" else stage["trained_by"]]
             u, who = np.linspace(a, b, 160), WHO[stage["trained_by"]]
             axes.axvspan(a, b, color=soft, lw=0)
             label = f"{stage['name']} ({_where(stage)}): {who}"

@@ -31,6 +31,7 @@ STYLES: dict[str, tuple[str, str, Any]] = {
     "coarse": ("#2b7fc4", "D", (0, (7, 2, 1.5, 2))),
     "both": ("#c0519b", "v", (0, (4, 1, 1, 1, 1, 1))),
     "gaussian": ("#a1532f", "p", (0, (1, 1))),
+    "instant": ("#b8860b", "P", (0, (4, 1))),
     "residual": ("#2f8f57", "*", (0, (9, 1.5))),
     "residual-cleaning": ("#7d6bc9", "h", (0, (3, 1, 1, 1))),
 }

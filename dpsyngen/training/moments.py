@@ -223,6 +223,8 @@ def _pooled(
 def _rest(basis: Tensor, variances: Tensor, leftover: float) -> Tensor:
     """Spread variance over the pixels as the directions do: where nothing ever varies there is to be no grain."""
     size = len(basis)
+    if basis.shape[1] == size:  # no pixel has anything outside
+        return torch.full((size,), SMALLEST_VARIANCE, dtype=basis.dtype)
     modelled = basis.square() @ variances
     profile = (1 - _UNIFORM_REST) * modelled / modelled.sum() + _UNIFORM_REST / size
     # What counts is the trace outside the directions, where each pixel keeps a share of its variance.

@@ -14,41 +14,72 @@ from torch import Tensor
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import Denoiser, NetworkDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.ema import Ema
-from dpsyngen.diffusion.gaussian import GaussianDenoiser, ResidualDenoiser
+from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.prior import PRIOR_SIZE, SHIPPED, Prior, PriorDenoiser, read_prior
 from dpsyngen.diffusion.sampling import SamplingSettings
-from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
+from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import RunError
 from dpsyngen.hardware import Compute
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients, find_physical_batch
-from dpsyngen.training.plan import Plan, Shape
+from dpsyngen.training.plan import Plan, Shape, stages_of
 
 
 def make_denoiser(
     config: Config, shape: Shape, conditional: bool, seed: int, gaussian: GaussianDenoiser | None = None
 ) -> NetworkDenoiser:
-    """A fresh network (a residual of `gaussian`, if that is given), whose start follows from the public `seed`."""
+    """A fresh network, whose start follows from the public `seed`; on top of `gaussian`, if that is given.
+
+    On top of a Gaussian it starts from ``config.network.prior``, if the configuration has one.
+    """
     num_classes = shape.num_classes if conditional else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = make_network(config, shape, conditional, residual=gaussian is not None)
     if gaussian is not None:
-        return ResidualDenoiser(network, num_classes, gaussian)
+        if config.network.prior is not None:
+            load_prior(network, config.network.prior)
+        return PriorDenoiser(network, num_classes, gaussian)
     return PreconditionedDenoiser(network, num_classes, config.network.sigma_data)
 
 
 def make_network(config: Config, shape: Shape, conditional: bool = True, *, residual: bool = False) -> UNet:
-    """F; a residual network is also shown what it is a residual of."""
+    """F; on top of a Gaussian it is also shown what that answers and how sure that is."""
     return UNet(
         config.network.size,
         shape.resolution,
         shape.channels,
         shape.num_classes if conditional else 0,
-        inputs=2 * shape.channels if residual else None,
+        inputs=3 * shape.channels if residual else None,
     )
+
+
+def with_prior(config: Config) -> Config:
+    """The configuration with what a prior implies: the size of the network that it is for; "instant" has one anyway."""
+    stages, n = stages_of(config), config.network
+    if n.prior is None and any(s.trainer == "prior" for s in stages.stages):
+        n = n.model_copy(update={"prior": SHIPPED})
+    if n.prior is not None and stages.moments and stages.networks:
+        n = n.model_copy(update={"size": PRIOR_SIZE})
+    return config.model_copy(update={"network": n})
+
+
+def prior_of(config: Config, stages: StageMap, channels: int) -> Prior | None:
+    """The prior that a run starts from or releases; None if it uses none.  ConfigError if it cannot be read."""
+    if config.network.prior is None or not (stages.moments and stages.networks):
+        return None
+    return read_prior(config.network.prior, channels)
+
+
+def load_prior(network: UNet, prior: str) -> None:
+    """Start `network` from a prior; what it has of classes starts at zero, so that it answers as the prior does."""
+    weights = dict(read_prior(prior, network.channels).weights)
+    if network.embed_class is not None:
+        weights["embed_class.weight"] = torch.zeros_like(network.embed_class.weight)
+    network.load_state_dict(weights)
 
 
 def load_weights(path: Path, denoiser: NetworkDenoiser) -> None:
@@ -98,7 +129,7 @@ def preview(
     network = networks[plan.stages.private.network]
     network.load_state_dict(average.average)
     denoisers: dict[str, Denoiser] = dict(networks)
-    if isinstance(network, ResidualDenoiser):
+    if isinstance(network, PriorDenoiser):
         denoisers[GAUSSIAN] = network.gaussian
     settings = SamplingSettings(**config.sampling.model_dump() | {"steps": min(config.sampling.steps, _STEPS)})
     (batch,) = settings.draw(

@@ -45,7 +45,15 @@ from dpsyngen.training.log import (
     timed,
 )
 from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, estimate_moments, load_gaussian, uncharged
-from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview
+from dpsyngen.training.networks import (
+    fitting_batch,
+    load_weights,
+    make_denoiser,
+    make_network,
+    preview,
+    prior_of,
+    with_prior,
+)
 from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of, with_whole_program
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import PRETRAIN, PUBLIC_INDEX, PublicStep, levels_of, public_step, train_public
@@ -110,7 +118,13 @@ class Training:
         terms = Terms(p.epsilon, plan.delta, plan.shape.records, p.group_size, p.insecure_seed)
         session = Session(run.private, terms, later=[run.engine_path])
         self.randomness, self.ledger = session.randomness, session.ledger
-        if (plan.stages.public or plan.stages.pretrain) and not self.ledger.entries:
+        prior = prior_of(config, plan.stages, plan.shape.channels)
+        if prior is not None and not self.ledger.entries:
+            self.ledger.note_public_choice(
+                "the network starts from weights that images drawn by programs trained, and nothing else",
+                prior=prior.about,
+            )
+        if (plan.stages.public or plan.stages.pretrain) and len(self.ledger.entries) <= (prior is not None):
             self.ledger.note_public_choice(
                 "public images are drawn by this program; ε holds if it was chosen without looking at private images",
                 program=self.program.config(),
@@ -162,9 +176,10 @@ class Training:
         if config.logging.tensorboard:
             require_tensorboard()
         shape = shape_of(dataset, config)
-        config = with_batch(config, shape.records)
+        config = with_prior(with_batch(config, shape.records))
         plan = make_plan(config, shape)
-        # A program that cannot draw such images must say so before the directory is made.
+        # A prior or a program that does not fit must say so before the directory is made.
+        prior_of(config, plan.stages, shape.channels)
         config = with_whole_program(config, program_of(config, shape))
         if config.privacy.budget is not None:
             path = Path(config.privacy.budget).resolve()
@@ -247,6 +262,8 @@ class Training:
             return
         if stages.gaussian:
             self._gaussian()  # which refuses damaged moments
+            for stage in (s for s in stages.stages if s.trainer == "prior"):
+                self._save_prior(stage.network)
             self._release()
         else:
             yield from self._private()
@@ -389,6 +406,13 @@ class Training:
             self._shown = None
             why = str(error).splitlines()[0]
             self.hooks.on_event(Warned(f"no pictures for TensorBoard from here on ({why}); the training goes on"))
+
+    def _save_prior(self, network: str) -> None:
+        """Put the weights of the prior among those of the release, as they are."""
+        prior = prior_of(self.config, self.plan.stages, self.plan.shape.channels)
+        assert prior is not None
+        weights = {f"network.{name}": w for name, w in prior.weights.items()}
+        write_atomically(self.run.weights(network), lambda p: save_file(weights, p))
 
     def _save_weights(self, network: str, state: TrainState) -> None:
         average = {k: v.detach().cpu().contiguous() for k, v in state.ema.average.items()}

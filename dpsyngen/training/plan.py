@@ -115,7 +115,7 @@ def make_plan(config: Config, shape: Shape) -> Plan:
             "records is plenty)."
         )
     stages = stages_of(config)
-    if not stages.gaussian:
+    if stages.networks:
         check_resolution(named_size(config.network.size), shape.resolution)
     if shape.num_classes == 1:
         raise ConfigError(
@@ -193,7 +193,12 @@ def with_whole_program(config: Config, program: Program) -> Config:
     return config.model_copy(update={"program": section})
 
 
-_TRAINERS = {"public": "images drawn by programs", "private": "private images, DP-SGD", "moments": "DP moments"}
+_TRAINERS = {
+    "public": "images drawn by programs",
+    "private": "private images, DP-SGD",
+    "moments": "DP moments",
+    "prior": "programs, by their moments",
+}
 
 
 def describe(plan: Plan, config: Config, parameters: int) -> Iterator[str]:
@@ -203,7 +208,7 @@ def describe(plan: Plan, config: Config, parameters: int) -> Iterator[str]:
     yield f"{shape.records:,} images {shape.channels}x{shape.resolution}x{shape.resolution}, {classes}"
     stages = ", ".join(f"{s.name} ({_TRAINERS[s.trainer]})" for s in reversed(plan.stages.stages))
     pretrained = "; pre-trained on programs" if plan.stages.pretrain else ""
-    network = "no network" if plan.stages.gaussian else f"{config.network.size} network, {parameters:,} parameters"
+    network = f"{config.network.size} network, {parameters:,} parameters" if parameters else "no network to train"
     yield f"preset {config.preset}; stages, noisy to clean: {stages}{pretrained}; {network}"
     if math.isinf(config.privacy.epsilon):
         yield "NOT PRIVATE: ε = ∞, no clipping, no noise"

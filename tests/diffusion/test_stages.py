@@ -19,6 +19,7 @@ PUBLIC = {
     "coarse": {"coarse"},
     "both": {"cleaning", "coarse"},
     "gaussian": set(),
+    "instant": set(),
     "residual": set(),
     "residual-cleaning": {"cleaning"},
 }
@@ -86,7 +87,7 @@ def test_owner_at_and_beside_the_thresholds(variant) -> None:
         assert stages.owner(log_sigma).name == expected_stage(variant, log_sigma), log_sigma
     # The thresholds themselves belong to the private stage.
     assert stages.owner(-3.0) is stages.owner(2.0) is stages.private
-    assert stages.private.trainer == ("moments" if variant == "gaussian" else "private")
+    assert stages.private.trainer == {"gaussian": "moments", "instant": "prior"}.get(variant, "private")
     with pytest.raises(ValueError, match="not a number"):
         stages.owner(math.nan)
 
@@ -246,7 +247,9 @@ def test_a_stage_map_is_a_partition(variant) -> None:
         assert owner in stages.stages
         assert owner.low <= log_sigma <= owner.high
     assert stages.networks[-1:] == (() if variant == "gaussian" else (stages.private.network,))
-    assert len([s for s in stages.stages if s.trainer != "public"]) == (2 if "residual" in variant else 1)
+    assert len([s for s in stages.stages if s.trainer != "public"]) == (
+        2 if "residual" in variant or variant == "instant" else 1
+    )
 
 
 def test_one_threshold_alone_may_lie_anywhere() -> None:

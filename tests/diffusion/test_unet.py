@@ -60,7 +60,7 @@ def test_attention_is_where_the_published_networks_have_it() -> None:
 
 
 def test_every_size_is_tested() -> None:
-    assert set(SIZES) == {"nano", "tiny", "small", "base", "paper-32", "large", "huge"}
+    assert set(SIZES) == {"nano", "tiny", "small", "base", "paper-32", "large", "huge", "prior"}
 
 
 @pytest.mark.parametrize(

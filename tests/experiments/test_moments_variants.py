@@ -34,7 +34,7 @@ def jobs(axes: dict, variants: list[str]):
     ("setting", "values", "twice"),
     [
         ("stages.tau_cleaning", [-3, -2], {"residual-cleaning"}),
-        ("stages.tau_coarse", [1, 2], {"residual", "residual-cleaning"}),
+        ("stages.tau_coarse", [1, 2], {"instant", "residual", "residual-cleaning"}),
         ("stages.networks", ["experts", "shared"], set()),
         ("stages.pretrain", [False, True], set()),
         ("public.batch", [8, 16], {"residual-cleaning"}),
@@ -89,7 +89,10 @@ def test_what_runs_without_steps_and_runs_with_moments_take(tiny_spec, monkeypat
     assert of("dpdm").private == 2 * steps
 
 
-@pytest.mark.parametrize("variant", USE_MOMENTS)
+WITHOUT_PRIOR = tuple(v for v in USE_MOMENTS if v != "instant")
+
+
+@pytest.mark.parametrize("variant", WITHOUT_PRIOR)
 def test_measuring_takes_the_steps_that_such_a_run_has(variant, tiny_spec) -> None:
     job = jobs_of(load_spec(tiny_spec(grid={"variant": [variant], "epsilon": [3], "seeds": 1})))[0]
     found = measure(job.config, SHAPE)
@@ -98,9 +101,17 @@ def test_measuring_takes_the_steps_that_such_a_run_has(variant, tiny_spec) -> No
     assert found.moments > 0
 
 
+def test_an_instant_run_is_measured_as_moments_and_the_drawing_of_a_network(tiny_spec) -> None:
+    job = jobs_of(load_spec(tiny_spec(grid={"variant": ["instant"], "epsilon": [3], "seeds": 1})))[0]
+    found = measure(job.config, SHAPE)
+    assert found.private == found.public == 0
+    assert found.sampling > 0
+    assert found.moments > 0
+
+
 def test_an_experiment_with_all_of_them(tiny_spec, tmp_path) -> None:
     spec = tiny_spec(
-        grid={"variant": ["cleaning", *USE_MOMENTS], "epsilon": [3], "seeds": 1},
+        grid={"variant": ["cleaning", *WITHOUT_PRIOR], "epsilon": [3], "seeds": 1},
         evaluation={"features": ["pixels-pca"], "metrics": ["frechet"], "classifiers": []},
     )
     experiment = Experiment.open_or_create(tmp_path / "x", load_spec(spec))
@@ -117,12 +128,12 @@ def test_an_experiment_with_all_of_them(tiny_spec, tmp_path) -> None:
     assert facts["residual"]["noise_multiplier"] > facts["cleaning"]["noise_multiplier"]
     assert facts["residual"]["parameters"] > facts["cleaning"]["parameters"]
     # Moments are work on private images, and the cleaning network is trained once for both.
-    for variant in USE_MOMENTS:
+    for variant in WITHOUT_PRIOR:
         assert facts[variant]["seconds_private"] > 0
     assert facts["gaussian"]["seconds_public"] == facts["residual"]["seconds_public"] == 0
     assert len(list((tmp_path / "x" / "public").iterdir())) == 1
     page = write_comparison(tmp_path / "x").read_text()
-    for variant in USE_MOMENTS:
+    for variant in WITHOUT_PRIOR:
         assert VARIANT_NAMES[variant] in page
 
 

@@ -134,6 +134,7 @@ def test_tiers() -> None:
     assert {e for e, tier in tiers.items() if tier == 1} == {
         *("strokes", "contours", "contours-harmonics", "dead-leaves-textured"),  # a texture of strokes
         *("mixture", "affine", "affine-black", "blur", "invert", "crop"),
+        *("family", "family-textured", "family-whole"),
     }
     assert tiers["dead-leaves"] == tiers["spectrum"] == tiers["fractal"] == tiers["random-network"] == 0
 

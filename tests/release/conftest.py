@@ -25,6 +25,10 @@ KINDS: dict[str, tuple[dict[str, Any], bool, int]] = {
         {"stages": {"variant": "residual-cleaning", "tau_coarse": 1.0}, "network": {"size": "tiny"}},
         *(True, 1),
     ),
+    "instant": (
+        {"stages": {"variant": "instant", "tau_coarse": 1.0}},
+        *(True, 1),
+    ),
     "gaussian": ({"stages": {"variant": "gaussian"}}, True, 1),
     "gaussian-colour": ({"stages": {"variant": "gaussian"}}, False, 3),
 }

@@ -37,6 +37,7 @@ SAMPLER_CASES: list[tuple[str, dict[str, Any]]] = [
     ("residual", {"sampler": "dpmpp", "steps": 6, "seed": 9}),
     ("gaussian", {"seed": 4, "classes": [1]}),
     ("shared", {"sampler": "dpmpp", "steps": 9, "batch_size": 4}),
+    ("instant", {}),
 ]
 COUNT = 7
 IMAGES = np.random.default_rng(0).integers(0, 256, (9, 3, 8, 8), dtype=np.uint8)

@@ -24,15 +24,17 @@ from torch.nn import functional as F
 
 GAUSSIAN, SAMPLERS = "gaussian", ("ddim", "heun", "dpmpp")
 
-# width, channel multipliers, blocks a level, resolutions with attention (None: the lowest), embedding, patch
+# width, channel multipliers, blocks a level, resolutions with attention (None: the lowest), embedding, patch,
+# channels of the last layers
 SIZES = {
-    "nano": (16, (1, 2), 1, (), 64, 1),
-    "tiny": (16, (1, 2), 1, None, 64, 2),
-    "small": (24, (1, 2, 2), 1, None, 96, 1),
-    "base": (40, (1, 2, 2), 2, None, 160, 1),
-    "paper-32": (40, (1, 2, 2), 2, (16,), 160, 1),
-    "large": (72, (1, 2, 2), 2, None, 288, 1),
-    "huge": (96, (1, 2, 2, 2), 3, None, 384, 1),
+    "nano": (16, (1, 2), 1, (), 64, 1, 0),
+    "tiny": (16, (1, 2), 1, None, 64, 2, 0),
+    "small": (24, (1, 2, 2), 1, None, 96, 1, 0),
+    "base": (40, (1, 2, 2), 2, None, 160, 1, 0),
+    "paper-32": (40, (1, 2, 2), 2, (16,), 160, 1, 0),
+    "large": (72, (1, 2, 2), 2, None, 288, 1, 0),
+    "huge": (96, (1, 2, 2, 2), 3, None, 384, 1, 0),
+    "prior": (32, (1, 2), 1, None, 128, 2, 12),
 }
 
 
@@ -84,7 +86,7 @@ class UNet(nn.Module):
 
     def __init__(self, size: str, resolution: int, channels: int, num_classes: int, inputs: int) -> None:
         super().__init__()
-        width, multipliers, self.blocks, attention, emb, self.patch = SIZES[size]
+        width, multipliers, self.blocks, attention, emb, self.patch, self.refine = SIZES[size]
         widths = [width * m for m in multipliers]
         grid = resolution // self.patch
         lowest = grid // 2 ** (len(widths) - 1)
@@ -108,7 +110,10 @@ class UNet(nn.Module):
                 self.up.append(_Block(now + skips.pop(), w, emb, grid >> level in attention))
                 now = w
         self.norm = _norm(now)
-        self.last = nn.Conv2d(now, channels * self.patch**2, 3, padding=1)
+        self.last = nn.Conv2d(now, (self.refine or channels) * self.patch**2, 3, padding=1)
+        if self.refine:
+            self.mix = nn.Conv2d(self.refine + inputs, self.refine, 3, padding=1)
+            self.out = nn.Conv2d(self.refine, channels, 3, padding=1)
 
     def forward(self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None) -> Tensor:
         angles = c_noise[:, None] * self.frequencies
@@ -127,11 +132,12 @@ class UNet(nn.Module):
             h = F.interpolate(h, scale_factor=2.0, mode="nearest") if i and i % self.blocks == 0 else h
             h = block(torch.cat([h, skips.pop()], 1), embedding)
         out: Tensor = self.last(F.silu(self.norm(h)))
-        return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
+        out = F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
+        return self.out(F.silu(self.mix(torch.cat([F.silu(out), x], 1)))) if self.refine else out
 
 
 class NetworkDenoiser(nn.Module):
-    """c_skip·x + c_out·F(c_in·x, c_noise) (EDM eq. 7); on a Gaussian G: G + c_out·F([c_in·x, c_base·G], c_noise)."""
+    """c_skip·x + c_out·F(c_in·x, c_noise) (EDM eq. 7); on a Gaussian G: G + s ⊙ F([c_in·x, G, s/σ], c_noise)."""
 
     def __init__(self, network: UNet, num_classes: int, sigma_data: float, gaussian: Gaussian | None) -> None:
         super().__init__()
@@ -149,11 +155,9 @@ class NetworkDenoiser(nn.Module):
             total = s.square() + self.sigma_data**2
             c_skip, c_out, c_in = self.sigma_data**2 / total, s * self.sigma_data / total.sqrt(), total.rsqrt()
             return c_skip * x + c_out * self.network(c_in * x, sigma.log() / 4, classes)
-        base = gaussian(x, sigma, labels)
-        c_out = gaussian.residual_std(sigma, labels).view(-1, 1, 1, 1)
-        c_in = (s.square() + gaussian.pixel_std**2).rsqrt()
-        both = torch.cat([c_in * x, base / gaussian.pixel_std], 1)
-        return base + c_out * self.network(both, sigma.log() / 4, classes)
+        base, left = gaussian(x, sigma, labels), gaussian.left(sigma, labels)
+        seen = torch.cat([x * (s.square() + 1).rsqrt(), base, left / s], 1)
+        return base + left * self.network(seen, sigma.log() / 4, classes)
 
 
 class Gaussian(nn.Module):
@@ -180,10 +184,6 @@ class Gaussian(nn.Module):
         else:
             rho, inner_turns = torch.linalg.eigh(outer.mT @ (rest[:, None] * outer))
             rho, outer = rho.clamp_min(0), outer @ inner_turns
-        outside = self.dimension - d
-        energy = float(rho.sum()) if len(rho) == outside else float(rho[0]) * outside
-        energy = float(frequencies @ (means.square().sum(1) + inner.sum(1))) + energy
-        self.pixel_std = math.sqrt(energy / self.dimension)
         kept = {"means": means, "means_in": means @ basis, "means_out": means @ outer, "basis": basis, "outer": outer}
         kept |= {"turns": turns, "inner": inner, "rho": rho, "log_frequencies": frequencies.log()}
         for name, tensor in kept.items():
@@ -218,22 +218,21 @@ class Gaussian(nn.Module):
             across[rows] += self._means_across(label)
         return self._image(along, across)
 
-    def residual_std(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """[N], root mean square over pixels of x₀ - E[x₀ | x] if the images were this Gaussian."""
+    def left(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """s, [N, C, H, W]: the standard deviation of each pixel of x₀ given x, if the images were this Gaussian."""
         square = sigma.float().square().view(-1, 1)
 
-        def left(variances: Tensor) -> Tensor:
-            return variances * square / (variances + square)
+        def kept(variances: Tensor, squares: Tensor) -> Tensor:
+            return variances * squares / (variances + squares)
 
-        outside = left(self.rho).sum(1) * (self.dimension - self.basis.shape[1] if self.spherical else 1)
-        inside = torch.empty_like(outside)
+        across = 1 - self.basis.square().sum(1) if self.spherical else self.outer.square().mT
+        outside = kept(self.rho, square) * across if self.spherical else kept(self.rho, square) @ across
+        inside = torch.zeros_like(outside)
         for label, rows in self._groups(labels, sigma):
-            if label < self.classes:
-                inside[rows] = left(self.inner[label])[rows].sum(1)
-            else:
-                of_classes = torch.stack([left(v)[rows].sum(1) for v in self.inner], 1)
-                inside[rows] = of_classes @ self.log_frequencies.exp()
-        return ((inside + outside) / self.dimension).sqrt()
+            weights = [(label, 1.0)] if label < self.classes else list(enumerate(self.log_frequencies.exp().tolist()))
+            for c, weight in weights:
+                inside[rows] += weight * (kept(self.inner[c], square[rows]) @ (self.basis @ self.turns[c]).square().mT)
+        return (inside + outside).clamp_min(1e-8).sqrt().view(-1, *self.shape)
 
     def _groups(self, labels: Tensor | None, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         known = torch.full((len(rows),), self.classes, device=rows.device) if labels is None else labels
@@ -343,7 +342,7 @@ class ReleasedDenoiser(nn.Module):
         classes = len(self.class_names) if about["conditional"][name] else 0
         gaussian = self.gaussian if name == self.private_stage[3] else None
         channels, resolution, _ = self.shape
-        unet = UNet(about["network"]["size"], resolution, channels, classes, channels * (2 if gaussian else 1))
+        unet = UNet(about["network"]["size"], resolution, channels, classes, channels * (3 if gaussian else 1))
         denoiser = NetworkDenoiser(unet, classes, about["network"]["sigma_data"], gaussian)
         denoiser.load_state_dict(self._weights(name))
         return denoiser

@@ -1,15 +1,23 @@
-"""A network on top of a Gaussian: it starts as the Gaussian's denoiser; its gradients are clipped like any other's."""
+"""The denoiser that reads moments: where F is 0 it is the Wiener filter, and gradients are clipped like any other's.
+
+Files of priors are refused unless they are whole.
+"""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpsyngen.diffusion.gaussian import GaussianDenoiser, ResidualDenoiser
+from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.prior import SHIPPED, Prior, PriorDenoiser, read_prior
 from dpsyngen.diffusion.unet import UNet
+from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients
 from tests.diffusion.test_gaussian import example
@@ -24,15 +32,15 @@ def gaussian(classes: int = CLASSES, dtype: torch.dtype = torch.float64) -> Gaus
     return GaussianDenoiser(example(k=classes, size=SIZE, d=6), SHAPE, dtype=dtype)
 
 
-def residual(classes: int = CLASSES, dtype: torch.dtype = torch.float64, zero: bool = False) -> ResidualDenoiser:
+def residual(classes: int = CLASSES, dtype: torch.dtype = torch.float64, zero: bool = False) -> PriorDenoiser:
     torch.manual_seed(0)
-    network = UNet("nano", 8, 2, classes, inputs=4)
+    network = UNet("nano", 8, 2, classes, inputs=6)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # Layers that start near zero would hide what lies before them.
         for p in network.parameters():
             p.mul_(0.0) if zero else p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return ResidualDenoiser(network, classes, gaussian(max(classes, 1), dtype)).to(dtype)
+    return PriorDenoiser(network, classes, gaussian(max(classes, 1), dtype)).to(dtype)
 
 
 def rows(n: int, classes: int = CLASSES, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -46,9 +54,9 @@ def rows(n: int, classes: int = CLASSES, seed: int = 0) -> tuple[Tensor, Tensor,
 class Half(nn.Module):
     """A network whose answer is known: half of what it is shown of the Gaussian's denoiser."""
 
-    def forward(self, both: Tensor, c_noise: Tensor, classes: Tensor | None) -> Tensor:
-        self.seen = both, c_noise, classes
-        return both[:, both.shape[1] // 2 :] / 2
+    def forward(self, seen: Tensor, c_noise: Tensor, classes: Tensor | None) -> Tensor:
+        self.seen = seen, c_noise, classes
+        return seen[:, 2:4] / 2
 
 
 @pytest.mark.parametrize("classes", [0, CLASSES])
@@ -62,17 +70,18 @@ def test_a_zero_network_is_the_gaussians_denoiser(classes) -> None:
 def test_what_the_network_is_shown_and_how_its_answer_is_used() -> None:
     x, sigma, labels = rows(8)
     network = Half()
-    denoiser = ResidualDenoiser(network, CLASSES, gaussian())
+    denoiser = PriorDenoiser(network, CLASSES, gaussian())
     g = denoiser.gaussian
     out = denoiser(x, sigma, labels)
-    base, std = g(x, sigma, labels), g.residual_std(sigma, labels).view(-1, 1, 1, 1)
-    both, c_noise, classes = network.seen
+    base, left = g(x, sigma, labels), g.left(sigma, labels)
+    seen, c_noise, classes = network.seen
     level = sigma.view(-1, 1, 1, 1)
-    torch.testing.assert_close(both[:, :2], x / (level**2 + g.pixel_std**2).sqrt(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(both[:, 2:], base / g.pixel_std, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[:, :2], x / (level**2 + 1).sqrt(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[:, 2:4], base, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[:, 4:], left / level, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(c_noise, sigma.log() / 4)
     assert torch.equal(classes, labels)
-    torch.testing.assert_close(out, base + std * base / g.pixel_std / 2, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, base + left * base / 2, rtol=1e-12, atol=1e-12)
     denoiser(x, sigma)
     assert network.seen[2].tolist() == [CLASSES] * 8
 
@@ -81,8 +90,8 @@ def test_the_weight_is_one_over_the_square_of_what_the_network_is_scaled_with() 
     _, sigma, labels = rows(12)
     denoiser = residual()
     for given in (labels, None):
-        std = denoiser.gaussian.residual_std(sigma, given)
-        torch.testing.assert_close(denoiser.weight(sigma, given), 1 / std**2, rtol=1e-12, atol=0)
+        square = denoiser.gaussian.left(sigma, given).square().flatten(1).mean(1)
+        torch.testing.assert_close(denoiser.weight(sigma, given), 1 / square, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
@@ -114,7 +123,7 @@ def test_the_network_alone_is_trained_saved_and_released() -> None:
     assert {k.split(".")[0] for k in denoiser.state_dict()} == {"network"}
     assert {id(p) for p in denoiser.parameters()} == {id(p) for p in denoiser.network.parameters()}
     assert not list(denoiser.gaussian.parameters())
-    again = ResidualDenoiser(UNet("nano", 8, 2, CLASSES, inputs=4), CLASSES, gaussian(dtype=torch.float32))
+    again = PriorDenoiser(UNet("nano", 8, 2, CLASSES, inputs=6), CLASSES, gaussian(dtype=torch.float32))
     again.load_state_dict(denoiser.state_dict())
     x, sigma, labels = rows(6)
     assert torch.equal(again(x.float(), sigma, labels), denoiser(x.float(), sigma, labels))
@@ -179,3 +188,48 @@ def test_an_examples_loss_does_not_depend_on_the_others() -> None:
     for i in range(6):
         alone = denoising_loss(denoiser, batch.rows(slice(i, i + 1)))
         torch.testing.assert_close(alone, whole[i : i + 1], rtol=1e-10, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ files of priors
+
+
+def test_a_prior_is_kept_in_16_bits_and_comes_back(tmp_path) -> None:
+    network = UNet("prior", 32, 1, 0, inputs=3)
+    prior = Prior.of(network.state_dict(), channels=1, seed=3)
+    prior.save(tmp_path / "p.safetensors")
+    again = read_prior(str(tmp_path / "p.safetensors"), 1)
+    assert again.about == prior.about
+    assert again.about["seed"] == 3
+    for name, w in network.state_dict().items():
+        assert torch.equal(again.weights[name], w.half().float())
+
+
+def test_a_prior_that_was_edited_or_is_none_is_refused(tmp_path) -> None:
+    path = tmp_path / "p.safetensors"
+    Prior.of(UNet("prior", 32, 1, 0, inputs=3).state_dict(), channels=1).save(path)
+    with pytest.raises(ConfigError, match="for images of 1 channels, but these have 3"):
+        read_prior(str(path), 3)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    weights = load_file(path)
+    weights["out.bias"] += 0.5
+    save_file(weights, path, about)
+    for text, message in ((None, "not those that its description"), ("not a file", ""), ("", "")):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape("which is no prior") + f".*{message}"):
+            read_prior(str(path), 1)
+    with pytest.raises(ConfigError, match="which is no prior"):
+        read_prior(str(tmp_path / "missing"), 1)
+
+
+def test_the_prior_that_ships_fits_the_network_and_its_limit_of_size() -> None:
+    from importlib import resources
+
+    prior = read_prior(SHIPPED, 1)
+    UNet("prior", 8, 1, 0, inputs=3).load_state_dict(prior.weights)
+    file = resources.files("dpsyngen") / "diffusion" / "priors" / "grey.safetensors"
+    assert len(file.read_bytes()) <= 1_000_000
+    assert prior.about["programs"] == "family"

@@ -1,0 +1,206 @@
+"""The prior: it follows from a seed alone, learns nothing from Gaussians, and a run says that it used it."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dpsyngen
+from dpsyngen.diffusion.prior import SHIPPED, Prior, read_prior
+from dpsyngen.diffusion.unet import UNet
+from dpsyngen.errors import ConfigError
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.programs import make_program
+from dpsyngen.release.verify import verify
+from dpsyngen.training import prior as prior_module
+from dpsyngen.training.prior import LEVELS, PriorSettings, Task, error_ratios, family_task, make_task, train_prior
+
+INSTANT = {"stages": {"variant": "instant", "tau_coarse": 1.0}, "network": {"prior": SHIPPED}}
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> None:
+    """Tasks of a few images of 8 pixels."""
+    monkeypatch.setattr(prior_module, "SIZES", {1: {8: prior_module._Size(1.0, 2, 32, 0.5)}})
+    monkeypatch.setattr(prior_module, "family_task", lambda s, size, number: _task(s, number))
+    monkeypatch.setattr(prior_module, "held_out", lambda settings: {})
+
+
+def _task(settings: PriorSettings, number: int) -> Task:
+    one = make_program("family", resolution=8, channels=1, seed=settings.seed, number=number)
+    return make_task([one], 1e-4, number, images=80, fresh=8)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_weights_follow_from_the_seed_to_the_bit_also_after_an_interruption(tmp_path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, loss: float) -> None:
+        if step == 5:
+            raise Stop
+
+    settings = PriorSettings(seed=3, steps=6)
+    whole = train_prior(settings)
+    with pytest.raises(Stop):
+        train_prior(settings, tmp_path / "part", stop, every=2)
+    resumed = train_prior(settings, tmp_path / "part", every=2)
+    assert resumed.about == whole.about
+    assert all(torch.equal(w, resumed.weights[k]) for k, w in whole.weights.items())
+    other = train_prior(PriorSettings(seed=4, steps=6))
+    assert other.about["sha256"] != whole.about["sha256"]
+    with pytest.raises(ConfigError, match=r"training in .*part"):
+        train_prior(PriorSettings(seed=4, steps=6), tmp_path / "part")
+
+
+def test_tasks_are_functions_of_their_number() -> None:
+    settings = PriorSettings(seed=1)
+    a, b, c = (family_task(settings, 8, n) for n in (2, 2, 3))
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.gaussian.means, b.gaussian.means)
+    assert a.images.shape != c.images.shape or not torch.equal(a.images, c.images)
+
+
+def test_nothing_private_can_reach_the_training() -> None:
+    """It imports nothing that reads images, runs or files of data, and takes settings alone."""
+    tree = ast.parse(Path(prior_module.__file__).read_text())
+    names = {f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    of_data = {
+        n for n in names if n.startswith(("dpsyngen.data", "dpsyngen.training.run", "dpsyngen.training.session"))
+    }
+    assert of_data == {"dpsyngen.data.ImageDataset"}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_on_gaussian_images_nothing_is_learned(monkeypatch) -> None:
+    """The Wiener filter is optimal there, so the error stays that of the filter, within noise."""
+
+    def gaussian_task(seed: int) -> Task:
+        rng = np.random.default_rng(seed)
+        mix = rng.standard_normal((64, 6))
+        x = 127.5 + 12 * rng.standard_normal((4000, 6)) @ mix.T + 6 * rng.standard_normal((4000, 64))
+        images = np.clip(np.round(x), 0, 255).astype(np.uint8).reshape(-1, 1, 8, 8)
+
+        class Given:
+            resolution, channels = 8, 1
+
+            def batch(self, indices: range) -> np.ndarray:
+                return images[np.asarray(indices)]
+
+        return make_task([Given()], 0.0, 0, images=3500, fresh=500)  # type: ignore[list-item]
+
+    monkeypatch.setattr(prior_module, "family_task", lambda s, size, number: gaussian_task(number))
+    learned = train_prior(PriorSettings(steps=150))
+    network = UNet("prior", 8, 1, 0, inputs=3)
+    network.load_state_dict(learned.weights)
+    for ratio in error_ratios(network, gaussian_task(99), 500):
+        assert ratio == pytest.approx(1, abs=0.03)
+
+
+def test_the_shipped_prior_beats_the_filter_on_families_and_a_program_it_has_never_seen() -> None:
+    prior = read_prior(SHIPPED, 1)
+    network = UNet("prior", 16, 1, 0, inputs=3)
+    network.load_state_dict(prior.weights)
+    for size in (16, 28):
+        tasks = [family_task(PriorSettings(seed=77), size, number) for number in range(3)]
+        ratios = np.mean([error_ratios(network, task) for task in tasks], axis=0)
+        assert all(r < 1 for level, r in zip(LEVELS, ratios, strict=True) if level < 0), (size, ratios)
+    alien = make_task([make_program("random-network", resolution=16, channels=1, seed=5)], 1e-4, 0)
+    ratios = error_ratios(network, alien)
+    assert np.mean([r for level, r in zip(LEVELS, ratios, strict=True) if level < 0]) < 1, ratios
+
+
+# ------------------------------------------------------------------------------------------------ in a run
+
+
+def test_an_instant_run_costs_its_moments_and_says_what_it_stands_on(tmp_path, tiny_settings, tiny_images) -> None:
+    settings = {k: v | INSTANT.get(k, {}) for k, v in tiny_settings.items()}
+    run = dpsyngen.train(tiny_images(), epsilon=4.0, out=tmp_path / "r", settings=settings)
+    ledger, about = Ledger(run.ledger_path), read_prior(SHIPPED, 1).about
+    assert [e.kind for e in ledger.entries] == ["public", "dp", "dp", "dp"]
+    assert {e.details["query"] for e in ledger.entries[1:]} == {"moments"}
+    assert ledger.entries[0].details["prior"] == about
+    assert 3.9 < ledger.epsilon() <= 4.0
+    certificate = json.loads((run.release / "privacy.json").read_text())
+    assert certificate["prior"] == about
+    assert [s["trained_by"] for s in certificate["stages"]] == ["prior", "moments"]
+    assert about["sha256"] in (run.release / "PRIVACY.md").read_text()
+    kept = load_file(run.weights("prior"))
+    assert all(torch.equal(kept[f"network.{k}"], w) for k, w in read_prior(SHIPPED, 1).weights.items())
+    generator = dpsyngen.Generator.load(run.path)
+    labelled = generator.sample(6, labels=[0, 0, 0, 1, 1, 1]).images
+    assert len(np.unique(labelled.reshape(6, -1), axis=0)) == 6
+    assert generator.save(tmp_path / "b.zip").exists()
+    assert verify(tmp_path / "b.zip").passed
+
+
+def test_a_private_network_starts_from_the_prior_and_answers_as_it_does(tmp_path, tiny_settings, tiny_images) -> None:
+    """With no class yet: what it knows of classes is zero at the start, and learned by DP-SGD."""
+    from dpsyngen.training.networks import make_denoiser
+    from dpsyngen.training.plan import Shape
+    from tests.diffusion.test_gaussian import example
+
+    settings = {k: dict(v) for k, v in tiny_settings.items()}
+    settings["stages"] = {"variant": "residual", "tau_coarse": 1.0}
+    settings["network"] = settings.get("network", {}) | {"prior": SHIPPED}
+    run = dpsyngen.train(tiny_images(), epsilon=8.0, out=tmp_path / "r", settings=settings)
+    assert Ledger(run.ledger_path).entries[0].details["prior"]["sha256"] == read_prior(SHIPPED, 1).about["sha256"]
+    from dpsyngen.diffusion.gaussian import GaussianDenoiser
+
+    gaussian = GaussianDenoiser(example(k=3, size=64, d=6), (1, 8, 8), dtype=torch.float32)
+    denoiser = make_denoiser(run.config, Shape(8, 1, ("a", "b", "c"), 100), True, 0, gaussian)
+    plain = UNet("prior", 8, 1, 0, inputs=3)
+    plain.load_state_dict(read_prior(SHIPPED, 1).weights)
+    x, sigma = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5)
+    for labels in (torch.tensor([0, 1, 2, 3]), None):
+        base, left = gaussian(x, sigma, labels), gaussian.left(sigma, labels)
+        seen = torch.cat([x / (1.25**0.5), base, left / 0.5], 1)
+        expected = base + left * plain(seen, sigma.log() / 4)
+        torch.testing.assert_close(denoiser(x, sigma, labels), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"prior": "nowhere.safetensors"}, "which is no prior"),
+        ({"prior": __file__}, "which is no prior"),
+    ],
+)
+def test_a_prior_that_does_not_fit_is_refused_before_anything_is_made(
+    tmp_path, tiny_settings, tiny_images, network, message
+) -> None:
+    settings = {k: v | INSTANT.get(k, {}) for k, v in tiny_settings.items()}
+    settings["network"] = {"label_dropout": 0.1} | network
+    with pytest.raises(ConfigError, match=message):
+        dpsyngen.train(tiny_images(), epsilon=4.0, out=tmp_path / "r", settings=settings)
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_command_makes_a_file_that_training_takes(tmp_path, call, monkeypatch) -> None:
+    out = tmp_path / "p.safetensors"
+    monkeypatch.setattr(
+        prior_module,
+        "train_prior",
+        lambda settings, part, tell: Prior.of(
+            UNet("prior", 32, 1, 0, inputs=3).state_dict(),
+            channels=settings.channels,
+            seed=settings.seed,
+            error_over_wiener={"log_sigma": [0.0], "x": [1.0]},
+        ),
+    )
+    code, said, _ = call("prior", "train", "--out", out, "--steps", 3, "--seed", 5)
+    assert code == 0
+    assert str(out) in said
+    assert read_prior(str(out), 1).about["seed"] == 5
+    code, _, err = call("prior", "train", "--out", out)
+    assert code == 2
+    assert "not written over" in err
+    code, _, err = call("prior", "train", "--out", tmp_path / "q", "--channels", "blue")
+    assert code == 2
+    assert "grey or rgb" in err
