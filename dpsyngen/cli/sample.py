@@ -12,13 +12,18 @@ from dpsyngen.cli.release import claim
 from dpsyngen.console import Console
 from dpsyngen.errors import require
 
+Source = Annotated[
+    Path, typer.Argument(metavar="RUN", help="a run directory, a copy of its release folder, or a bundle (.zip)")
+]
+
 
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, or a copy of its release folder")],
+    run: Source,
     out: Annotated[Path, typer.Option(help="folder for PNGs and metadata.csv, or a .npz or .parquet file")],
     count: Annotated[int, typer.Option("-n", "--count", help="number of images")] = 1000,
     classes: Annotated[
-        str | None, typer.Option(help="comma-separated names or numbers; default: all, balanced")
+        list[str] | None,
+        typer.Option(help="comma-separated names or numbers, or once for each; default: all, balanced"),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")] = None,
     steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
@@ -34,9 +39,10 @@ def sample(
     from dataclasses import asdict
 
     from dpsyngen.distributed import joined
+    from dpsyngen.generator.classes import from_text
     from dpsyngen.generator.ranks import follow, handlers, open_everywhere, stream
     from dpsyngen.generator.samples import check_target, write_samples
-    from dpsyngen.training.run import Run
+    from dpsyngen.release.place import find
     from dpsyngen.version import __version__
 
     console = Console(quiet, as_json)
@@ -48,14 +54,9 @@ def sample(
             check_target(out)
             require(batch_size >= 1, "--batch-size", batch_size, "at least 1")
             require(count >= 1, "-n", count, "at least 1")
-            release = run
-            if not (run / "generator.json").exists():
-                opened = Run(run)
-                opened.require_complete()
-                release = opened.release
-            generator = open_everywhere(ranks, release, device)
-            chosen = None if classes is None else [c.strip() for c in classes.split(",") if c.strip()]
-            labels = generator.labels(count, chosen)
+            place = find(run)
+            generator = open_everywhere(ranks, place.release, device)
+            labels = generator.labels(count, from_text(classes, generator.class_names) if classes else None)
             settings = generator.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
             about = {"dpsyngen": __version__, "private": generator.private, "count": count, **asdict(settings)}
             batches = stream(ranks, generator, count, settings, labels=labels, batch_size=batch_size)

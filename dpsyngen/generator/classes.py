@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +39,22 @@ def class_number(given: int | str, names: Sequence[str], strict: bool = False) -
     return number
 
 
+def from_text(texts: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The classes that were asked for on a command line: each text is a name, or several as a line of CSV.
+
+    >>> from_text(["Glasses, sun", '"a, b", none'], ["Glasses, sun", "none", "a, b"])
+    ['Glasses, sun', 'a, b', 'none']
+    """
+    lines = [[t] if t in names else next(csv.reader([t], skipinitialspace=True), []) for t in texts]
+    asked = [c if c in names else c.strip() for line in lines for c in line if c.strip()]
+    if any("," in name for name in names) and not set(asked) <= {*names, *map(str, range(len(names)))}:
+        raise ConfigError(
+            f"there is no class {shown(next(c for c in asked if c not in names))}; the classes are {listed(names)}.  "
+            "Quote a name that has a comma, as in --classes '\"a, b\",c', or give --classes once for each class."
+        )
+    return asked
+
+
 def in_turn(count: int, names: Sequence[str], classes: Sequence[int | str] | None) -> NDArray[np.int64] | None:
     """Labels for `count` images: all classes (or those given, by name or number) in turn; None without classes."""
     if not names:
@@ -69,6 +86,8 @@ def asked_for(
     if labels is None:
         if count is None:
             raise ConfigError("the number of images is missing: sample(100).")
+        if classes is not None and names:
+            classes = [class_number(c, names, strict=True) for c in classes]
         return int(count), in_turn(int(count), names, classes)
     if classes is not None:
         raise ConfigError("labels and classes were both given: labels say the class of each image already.")

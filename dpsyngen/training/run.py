@@ -55,14 +55,18 @@ class Run:
         self.features_path = self.private / "features"  # of real images, kept by evaluations
         self._lock = FolderLock(self.private / LOCK, path)
         if not path.is_dir():
-            raise RunError(f"{path} is not a folder.  Give the folder that `dpsyngen train --out` made.")
+            what = "is not a folder" if path.exists() else "does not exist"
+            if path.is_file() and path.suffix.lower() == ".zip":
+                what = "is a bundle, which has no private half (sample, export and verify take bundles)"
+            raise RunError(f"{path} {what}.  Give the folder that `dpsyngen train --out` made.")
         try:
             stamp = json.loads((path / "run.json").read_text())
             found = stamp["format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(
                 f"{path} is not a run directory (no readable run.json).  Give the folder that "
-                "`dpsyngen train --out` made."
+                "`dpsyngen train --out` made"
+                + (", not its release alone." if (path / "generator.json").is_file() else ".")
             ) from None
         if found != FORMAT:
             raise RunError(

@@ -54,7 +54,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
     ("train", "--out", "{new}/r"): [
         ("--epsilon 1", "--data is missing"),
         ("--epsilon 1 --data {new}/nowhere", "nowhere"),
-        ("--resume", "not a folder"),
+        ("--resume", "does not exist"),
     ],
     ("train", "--out", "{new}"): [("--resume --epsilon 3", "continues with the settings")],
     SAMPLE: [

@@ -232,6 +232,48 @@ def test_release_and_verify(call, runs, tmp_path) -> None:
     assert call("sample", tmp_path / "g", "-n", 3, "--out", tmp_path / "s.npz", "-q")[0] == 0
 
 
+def test_a_bundle_is_sampled_and_says_where_it_is_not_enough(call, runs, tmp_path) -> None:
+    call("release", runs[0], tmp_path / "b.zip", "-q")
+    for source, out in ((runs[0], "run.npz"), (tmp_path / "b.zip", "bundle.npz")):
+        code, _, err = call("sample", source, "-n", 4, "--seed", 1, "--out", tmp_path / out, "-q")
+        assert code == 0, err
+    drawn = [np.load(tmp_path / name)["images"] for name in ("run.npz", "bundle.npz")]
+    assert np.array_equal(*drawn)
+    for command in (("ledger",), ("doctor",), ("evaluate",)):
+        code, _, err = call(*command, tmp_path / "b.zip")
+        assert code == 2
+        assert "is a bundle, which has no private half" in err
+    (tmp_path / "bad.zip").write_bytes((tmp_path / "b.zip").read_bytes()[:-100])
+    code, _, err = call("sample", tmp_path / "bad.zip", "--out", tmp_path / "s")
+    assert code == 6
+    assert "zip" in err.lower()
+
+
+def test_classes_whose_names_have_commas_are_asked_for(call, tmp_path) -> None:
+    images, labels = tiny_arrays()
+    names = ["Glasses, sun", "none", 'a "b", c']
+    settings = {**TINY_SETTINGS, "privacy": {"delta": 1e-3}}
+    source = (images, labels, names)
+    dpsyngen.train(source, epsilon=4, out=tmp_path / "r", settings=settings)
+    for number, (asked, expected) in enumerate(
+        [
+            (["Glasses, sun"], [0, 0, 0]),
+            (['"Glasses, sun", none'], [0, 1, 0]),
+            (["none", 'a "b", c'], [1, 2, 1]),
+            (["2,0"], [2, 0, 2]),
+        ]
+    ):
+        options = [part for text in asked for part in ("--classes", text)]
+        code, _, err = call("sample", tmp_path / "r", "-n", 3, "--out", tmp_path / f"{number}.npz", *options, "-q")
+        assert code == 0, err
+        assert np.load(tmp_path / f"{number}.npz")["labels"].tolist() == expected
+    code, _, err = call(
+        "sample", tmp_path / "r", "-n", 3, "--out", tmp_path / "x.npz", "--classes", "Glasses, sun,none"
+    )
+    assert code == 2
+    assert "Quote a name that has a comma" in err
+
+
 def test_bundle_that_was_changed(call, runs, tmp_path) -> None:
     call("release", runs[0], tmp_path / "b.zip", "-q")
     data = bytearray((tmp_path / "b.zip").read_bytes())

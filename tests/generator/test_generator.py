@@ -331,6 +331,8 @@ def test_numbers_that_are_also_names_of_other_classes_are_refused(tmp_path) -> N
         g.sample(2, labels=1)
     with pytest.raises(ConfigError, match="could be the one called '1'"):
         g.sample(labels=[1, 2])
+    with pytest.raises(ConfigError, match="could be the one called '1'"):
+        g.sample(2, classes=[1])
     assert g.sample(labels=np.array([0, 2])).labels.tolist() == [0, 2]  # as Samples.labels are
     assert g.sample(1, labels="1").labels.tolist() == [0]
 

@@ -49,20 +49,53 @@ def draw(task: dict) -> dict:
         again.set_progress_bar_config(disable=True)
         arrays = again(**task["call"], output_type="np", return_dict=False)[0]
         tensors = again(**task["call"], output_type="pt").images
-        seeded = dict(task["call"])
-        generator = torch.Generator().manual_seed(seeded.pop("seed"))
-        raw = again(**seeded, generator=generator, output_type="uint8").images
+        raw = again(**task["call"], output_type="uint8").images
         about["same"] = {
             "np": bool((np.round(arrays[..., 0] * 255) == np.stack(pictures)).all()),
             "pt": bool((torch.round(tensors[:, 0] * 255).numpy() == np.stack(pictures)).all()),
             "uint8": bool((raw[:, 0] == np.stack(pictures)).all()),
         }
+        about["asked"] = asked_for(again)
         about["errors"] = [raised(pipeline, **wrong) for wrong in task["wrong"]]
         about["errors"].append(raised(lambda: pipeline.save_pretrained(task["save"])))
         half = {"torch_dtype": torch.float16, "trust_remote_code": True}
         about["errors"].append(raised(lambda: DiffusionPipeline.from_pretrained(task["release"], **half)))
         about["errors"].append(raised(lambda: DiffusionPipeline.from_pretrained(task["release"])))
     return about
+
+
+def asked_for(pipeline) -> dict:  # type: ignore[no-untyped-def]
+    """Classes and generators in the forms that users of diffusers have; whether each draws what it should."""
+    import numpy as np
+    import torch
+
+    def drawn(**call) -> bytes:  # type: ignore[no-untyped-def]
+        return pipeline(**call, num_inference_steps=2, output_type="uint8").images.tobytes()
+
+    def seeded(*seeds):  # type: ignore[no-untyped-def]
+        return [torch.Generator().manual_seed(s) for s in seeds]
+
+    last = len(pipeline.class_names) - 1
+    name, one = pipeline.class_names[last], seeded(5)[0]
+    first, second = (drawn(generator=one, batch_size=2) for _ in range(2))
+    torch.manual_seed(8)
+    free = [drawn(), drawn()]
+    torch.manual_seed(8)
+    same = [drawn(), drawn()]
+    by_list = drawn(batch_size=2, class_labels=[last], seed=1)
+    forms = (last, name, str(last), (name,), np.array([last]), np.int64(last), torch.tensor([last]), torch.tensor(last))
+    wrong = ({"class_labels": name * 2}, {"class_labels": -1}, {"class_labels": []}, {"class_labels": True})
+    return {
+        "forms": [drawn(batch_size=2, class_labels=form, seed=1) == by_list for form in forms],
+        "as many": [len(pipeline(class_labels=[0, 0, 0]).images), len(pipeline(generator=seeded(1, 2)).images)],
+        "again": first == drawn(generator=seeded(5)[0], batch_size=2) != second,
+        "each": drawn(generator=seeded(3, 4), class_labels=0)
+        == drawn(generator=seeded(3)[0], class_labels=0) + drawn(generator=seeded(4)[0], class_labels=0),
+        "free": [free[0] != free[1], free == same],
+        "wrong": [raised(pipeline, **call) for call in wrong],
+        "generators": raised(pipeline, batch_size=3, generator=seeded(1, 2)),
+        "both": raised(pipeline, seed=1, generator=one),
+    }
 
 
 def raised(call, **options) -> str:  # type: ignore[no-untyped-def]

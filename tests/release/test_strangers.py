@@ -55,7 +55,7 @@ def as_called(options: dict[str, Any]) -> dict[str, Any]:
 def tasks_of(releases: dict[str, Path], folder: Path) -> dict[str, Any]:
     pipelines = []
     for number, (kind, options) in enumerate(SAMPLER_CASES):
-        call = {"batch_size": COUNT, **as_called(options)}
+        call = {"batch_size": COUNT, "seed": 0, **as_called(options)}
         pipelines.append({"release": str(releases[kind]), "call": call, "out": str(folder / f"{number}.npy")})
     for number in (0, 1):
         pipelines[number]["custom"] = True
@@ -139,6 +139,15 @@ def test_the_pipeline_keeps_to_the_conventions_of_diffusers(releases, visit) -> 
     about = found["pipelines"][8]
     assert about["same"] == {"np": True, "pt": True, "uint8": True}
     kind, size, sampler, label, target, half, untrusted = about["errors"]
+    asked = about["asked"]
+    assert all(asked["forms"]), asked["forms"]
+    assert asked["as many"] == [3, 2]
+    assert asked["again"]
+    assert asked["each"]
+    assert asked["free"] == [True, True]
+    assert "nothing" not in asked["wrong"], asked["wrong"]
+    assert "2 generators for 3 images" in asked["generators"]
+    assert "both given" in asked["both"]
     assert "'jpg'" in kind
     assert "at least 1" in size
     assert "'euler'" in sampler

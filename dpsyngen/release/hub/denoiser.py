@@ -380,29 +380,13 @@ class ReleasedDenoiser(nn.Module):
             out[rows] = answer
         return out
 
-    def labels(self, count: int, classes: Sequence[int | str] | None = None) -> Tensor | None:
-        """[count] classes: all (or those given, by name or number) in turn; None if unconditional."""
-        if not self.class_names:
-            require(classes is None, "the choice of classes", classes, "None: this generator has no classes")
-            return None
-        chosen = range(len(self.class_names)) if classes is None else [self._class(c) for c in classes]
-        require(len(chosen) > 0, "the choice of classes", classes, "at least one class")
-        return torch.tensor([chosen[i % len(chosen)] for i in range(count)], dtype=torch.long)
-
-    def _class(self, given: int | str) -> int:
-        if given in self.class_names:
-            return self.class_names.index(given)
-        number = int(given) if str(given).isdecimal() else -1
-        require(0 <= number < len(self.class_names), "a class", given, f"one of {', '.join(self.class_names)}")
-        return number
-
     @torch.no_grad()
     def sample(
         self,
         count: int,
         labels: Tensor | None = None,
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         sampler: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -411,7 +395,8 @@ class ReleasedDenoiser(nn.Module):
     ) -> Iterator[Tensor]:
         """Draw `count` images in batches, uint8 [n, C, H, W] on the CPU; image i follows from (seed, i, its label).
 
-        `labels` is [count], from :meth:`labels`, or None.  None for how to draw means: as the run would.
+        `labels` is [count] numbers of classes, or None.  None for how to draw means: as the run would.  With a list of
+        seeds, one for each image, each is drawn as the first image of its seed.
         """
         require(self.dtype == torch.float32, "the type of the numbers", self.dtype, "torch.float32")
         d, always = self.defaults, bool(self.class_names and len(self.networks)) and self.label_dropout == 0
@@ -433,7 +418,9 @@ class ReleasedDenoiser(nn.Module):
         sigmas = karras_steps(steps, d["sigma_min"], first, d["rho"])
         for begin in range(0, count, batch_size):
             # Philox is keyed with (seed, index), so no two images share their noise.
-            keys = [[seed & 2**64 - 1, i] for i in range(begin, min(begin + batch_size, count))]
+            numbers = range(begin, min(begin + batch_size, count))
+            pairs = ((seed, i) if isinstance(seed, int) else (seed[i], 0) for i in numbers)
+            keys = [[s & 2**64 - 1, i] for s, i in pairs]
             generators = [np.random.Generator(np.random.Philox(key=np.array(key, np.uint64))) for key in keys]
             y = None if labels is None else labels[begin : begin + batch_size].to(self.device)
 

@@ -48,12 +48,12 @@ class DPSynGenPipeline(DiffusionPipeline):
 
     def __call__(
         self,
-        batch_size: int = 1,
-        class_labels: Sequence[int | str] | None = None,
+        batch_size: int | None = None,
+        class_labels: int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
         sampler: str | None = None,
         churn: float | None = None,
         output_type: str = "pil",
@@ -62,12 +62,14 @@ class DPSynGenPipeline(DiffusionPipeline):
         """Draw images; free of privacy cost, however many.
 
         Args:
-            batch_size: how many images.
-            class_labels: classes by name or number, taken in turn; None: all classes in turn.
+            batch_size: how many images; None: as many as there are generators or classes in a list, or 1.
+            class_labels: a class by name or number, or several, taken in turn; None: all classes in turn.
             num_inference_steps: sampler steps; None here and below: as the run would.
             guidance_scale: weight of classifier-free guidance, 1 is none.
-            generator: its seed is used instead of `seed`.
-            seed: image i follows from (seed, i, its class), whatever `batch_size`.
+            generator: gives the seed, and moves on by that, so that a second call draws other images; or one generator
+                for each image, which is then the one that a call with that generator alone draws.
+            seed: image i follows from (seed, i, its class), whatever `batch_size`; None, and no generator: another seed
+                every time, from PyTorch's own generator.
             sampler: "ddim", "heun" or "dpmpp".
             churn: S_churn of "heun".
             output_type: "pil"; "np" for [N, H, W, C] or "pt" for [N, C, H, W], both in [0, 1]; "uint8" for an array
@@ -83,16 +85,22 @@ class DPSynGenPipeline(DiffusionPipeline):
             raise TypeError(f"unknown options: {', '.join(others)}.")
         if output_type not in ("pil", "np", "pt", "uint8"):
             raise ValueError(f"output_type is {output_type!r}, but must be pil, np, pt or uint8.")
-        if generator is not None:
-            # Images have random numbers of their own each, which follow from one seed.
-            seed = generator.initial_seed()
-        labels = self.denoiser.labels(batch_size, class_labels)
+        classes: Any = class_labels.tolist() if isinstance(class_labels, np.ndarray | torch.Tensor) else class_labels
+        several = isinstance(generator, list | tuple)
+        if batch_size is None:
+            batch_size = len(generator if several else classes if isinstance(classes, list | tuple) else [None])
+        if several and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} images: give one, or one for each image.")
+        if generator is not None and seed is not None:
+            raise ValueError("seed and generator were both given: one of them says which images are drawn.")
+        seeds = [_seed(g) for g in generator] if several else _seed(generator) if seed is None else int(seed)
+        labels = self._labels(batch_size, classes)
         drawn: list[torch.Tensor] = []
         with self.progress_bar(total=max(batch_size, 0)) as bar:
             for images in self.denoiser.sample(
                 batch_size,
                 labels,
-                seed=seed,
+                seed=seeds,
                 sampler=sampler,
                 steps=num_inference_steps,
                 guidance=guidance_scale,
@@ -103,6 +111,31 @@ class DPSynGenPipeline(DiffusionPipeline):
                 bar.update(len(images))
         out = _as(output_type, torch.cat(drawn))
         return ImagePipelineOutput(images=out) if return_dict else (out,)
+
+    def _labels(self, count: int, classes: Any) -> torch.Tensor | None:
+        """[count] numbers of all classes, or of those given, in turn; None without classes."""
+        names = self.class_names
+        if not names and classes is not None:
+            raise ValueError(f"class_labels is {classes!r}, but this generator has no classes: leave it out.")
+        if not names:
+            return None
+        one = classes is None or isinstance(classes, str) or not hasattr(classes, "__iter__")
+        chosen = range(len(names)) if classes is None else [self._class(c) for c in ([classes] if one else classes)]
+        if not chosen:
+            raise ValueError("class_labels is empty: give at least one class, or leave it out for all.")
+        return torch.tensor([chosen[i % len(chosen)] for i in range(count)], dtype=torch.long)
+
+    def _class(self, given: Any) -> int:
+        """The number of a class; one that is also the name of another class is refused."""
+        names, text = self.class_names, str(given)
+        number = int(text) if text.isdecimal() else -1
+        if text in names and (isinstance(given, str) or names.index(text) == number):
+            return names.index(text)
+        if text in names:
+            raise ValueError(f"class {given} could be the one called {text!r} or number {given}: give names.")
+        if not 0 <= number < len(names):
+            raise ValueError(f"there is no class {given!r}: give one of {', '.join(names)}, or 0 to {len(names) - 1}.")
+        return number
 
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
         """Copy the release, its certificate included, to a folder that is empty or does not exist."""
@@ -116,6 +149,11 @@ class DPSynGenPipeline(DiffusionPipeline):
                 copy = target / file.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
+
+
+def _seed(generator: torch.Generator | None) -> int:
+    device = None if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (1,), generator=generator, device=device))
 
 
 def _as(output_type: str, images: torch.Tensor) -> Any:
