@@ -199,7 +199,7 @@ def test_an_interrupted_start_is_no_run_and_is_started_again(tmp_path, monkeypat
     killed_at(path, operation, monkeypatch)
     assert path.exists() == existing
     assert not existing or not names(path)
-    with pytest.raises(RunError, match="not a|does not exist"):
+    with pytest.raises(RunError, match=r"not a|does not exist"):
         Run(path)
     assert len(names(path.parent) - {"r"}) == 1
     Run.create(path, CONFIG)
