@@ -41,6 +41,8 @@ def train_prior(
         raise ConfigError(f"--channels is {channels!r}, but must be grey or rgb.")
     if out.exists():
         raise ConfigError(f"{out} exists already, and is not written over: give another --out, or remove it.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out is {out}, but there is no folder {out.parent}: make it, or give another file.")
     from dpsyngen.training import prior
 
     console, part = Console(quiet, as_json), out.with_name(out.name + ".part")
@@ -49,7 +51,13 @@ def train_prior(
     def tell(step: int, loss: float) -> None:
         console.track("prior", step, steps, "steps", f"loss {loss:.3f}", start=step - 1)
 
-    made = prior.train_prior(settings, part, tell)
+    try:
+        made = prior.train_prior(settings, part, tell)
+    except KeyboardInterrupt as stop:
+        console.track_ends(stop)
+        text = f"interrupted; the same command goes on from {part}" if part.exists() else "interrupted at its start"
+        console.error("interrupted", text)
+        raise typer.Exit(130) from None
     console.track_ends()
     made.save(out)
     part.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.files import write_bytes
 
 SHIPPED = "shipped"
-"""Name of the priors that come with the package, one for grey and one for colour."""
+"""Name of the prior that comes with the package, for grey images; there is none for colour yet."""
 
 PRIOR_SIZE = "prior"
 """Of the network F, in :data:`dpsyngen.diffusion.unet.SIZES`."""
@@ -103,7 +103,7 @@ class Prior:
     def of(cls, weights: dict[str, Tensor], **about: Any) -> Prior:
         """A prior of weights, which are rounded to 16 bits, as its file keeps them."""
         rounded = {name: w.detach().cpu().half().float().contiguous() for name, w in sorted(weights.items())}
-        return cls(rounded, {"format": PRIOR_FORMAT, **about, "sha256": _digest(rounded)})
+        return cls(rounded, {"format": PRIOR_FORMAT, **about, "sha256": digest(rounded)})
 
     def save(self, path: Path) -> None:
         """Write a safetensors file with 16-bit weights."""
@@ -121,8 +121,8 @@ def read_prior(prior: str, channels: int) -> Prior:
         path = Path(str(resources.files("dpsyngen") / "diffusion" / "priors" / f"{_FILES[channels]}.safetensors"))
         if not path.exists():
             raise ConfigError(
-                f"no prior ships for images of {channels} channels.  Leave network.prior out, or train one "
-                "(dpsyngen prior train) and give its file."
+                f"no prior ships for images of {channels} channels.  Train one (dpsyngen prior train --channels "
+                f"{'rgb' if channels == 3 else 'grey'}) and give its file to network.prior, or choose another variant."
             )
     else:
         path = Path(prior)
@@ -130,7 +130,7 @@ def read_prior(prior: str, channels: int) -> Prior:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["prior"])
             weights = {name: file.get_tensor(name).float() for name in sorted(file.keys())}
-        if about["format"] != PRIOR_FORMAT or about["sha256"] != _digest(weights):
+        if about["format"] != PRIOR_FORMAT or about["sha256"] != digest(weights):
             raise ValueError("its weights are not those that its description was written for")
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -146,8 +146,9 @@ def read_prior(prior: str, channels: int) -> Prior:
     return Prior(weights, about)
 
 
-def _digest(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and 16-bit values, so of a prior's weights in its file and in a release alike."""
+    made = hashlib.sha256()
     for name, w in sorted(weights.items()):
-        digest.update(f"{name} {list(w.shape)}\n".encode() + w.half().numpy().tobytes())
-    return digest.hexdigest()
+        made.update(f"{name} {list(w.shape)}\n".encode() + w.half().numpy().tobytes())
+    return made.hexdigest()

@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from dpsyngen.config import validate
+from dpsyngen.diffusion.prior import SHIPPED, digest, read_prior
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import DpsyngenError, ReleaseError, printable
 from dpsyngen.files import file_sha256, read_yaml
@@ -222,6 +223,10 @@ class _Bundle:
         program |= {"resolution": a.resolution, "channels": a.channels, **config.program.params}
         # Each query of DP moments is charged before it is made, so a certificate without them states too small an ε.
         queries = 0 if not stages.moments else 2 if len(a.class_names) < 2 else 3
+        # What a prior of the holder's own was trained on, nothing shows; "shipped" can be looked up.
+        prior = c.prior if config.network.prior else None
+        if config.network.prior == SHIPPED and stages.moments and stages.networks:
+            prior = read_prior(SHIPPED, a.channels).about
         agrees = {
             "group size": config.privacy.group_size == c.group_size,
             "variant": config.stages.variant == c.variant,
@@ -232,6 +237,7 @@ class _Bundle:
             "δ": config.privacy.delta in (None, c.delta),
             "number of images": config.data.records in (None, n),
             "stages": stage_parts(stages) == c.stages,
+            "prior": c.prior == prior,
             "DP moments": len(c.mechanisms) - len(steps) >= queries,
             "number of steps": taken == planned or not finite,
             "target": not finite or config.privacy.epsilon >= float(c.epsilon),
@@ -262,6 +268,13 @@ class _Bundle:
             "classes": list(generator.class_names) == a.class_names,
             "stages": stage_parts(generator.stages) == c.stages,
             "private": generator.private == c.private,
+            # Weights that claim to be no private image's must be those that the certificate names.
+            "prior": all(
+                c.prior is not None
+                and digest(generator.networks[s.network].network.state_dict()) == c.prior.get("sha256")
+                for s in c.stages
+                if s.trained_by == "prior"
+            ),
             "networks": {p.stem for p in (self.folder / "weights").iterdir()} == files,
         }
         wrong = [name for name, same in agrees.items() if not same]
@@ -272,7 +285,12 @@ class _Bundle:
         count = len(files - {GAUSSIAN})
         parts = [f"{count} network{'s' if count > 1 else ''}"] if count else []
         parts += ["DP moments"] if GAUSSIAN in files else []
-        return True, f"its weights are whole; {' and '.join(parts)} as the certificate says"
+        own = (
+            ""
+            if c.prior is None
+            else "; what the prior was trained on is the holder's word, unless it is the shipped one"
+        )
+        return True, f"its weights are whole; {' and '.join(parts)} as the certificate says{own}"
 
     def _images(self) -> Finding:
         """Whether the generator draws, and the samples are what it draws."""

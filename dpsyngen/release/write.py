@@ -11,6 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from dpsyngen.config import Config
+from dpsyngen.diffusion.prior import SHIPPED
 from dpsyngen.diffusion.stages import GAUSSIAN, StageMap
 from dpsyngen.files import write_text
 from dpsyngen.privacy.budget import Budget
@@ -162,6 +163,8 @@ def public_config(config: Config) -> dict[str, Any]:
     for name in ("source", "cache", "workers"):
         values["data"].pop(name)
     values["privacy"].pop("budget")
+    if config.network.prior not in (None, SHIPPED):
+        values["network"]["prior"] = "a file of the holder's"  # the certificate has its SHA-256
     return values
 
 

@@ -27,6 +27,7 @@ _TONES = {  # line, fill and ground; all are stand-ins for colours of the style 
     "private": ("#010208", "#010209", "#01020a"),
     "moments": ("#01020b", "#01020c", "#01020d"),
 }
+_TONES["prior"] = _TONES["public"]  # it comes from programs, too
 _CSS = {INK: "currentColor", EDGE: "var(--edge)"}
 for _tone, _variable in (("public", "--pub"), ("private", "--priv"), ("moments", "--mom")):
     _CSS |= {c: f"var({_variable}{part})" for c, part in zip(_TONES[_tone], ("", "-fill", "-soft"), strict=True)}
@@ -170,7 +171,7 @@ def stage_chart(stages: Sequence[Mapping[str, Any]], network: Mapping[str, Any],
                 end if stage[name] is None else min(max(stage[name], low), high)
                 for name, end in (("log_sigma_low", low), ("log_sigma_high", high))
             )
-            _, fill, soft = _TONES["public" if stage["trained_by"] == "prior" else stage["trained_by"]]
+            _, fill, soft = _TONES[stage["trained_by"]]
             u, who = np.linspace(a, b, 160), WHO[stage["trained_by"]]
             axes.axvspan(a, b, color=soft, lw=0)
             label = f"{stage['name']} ({_where(stage)}): {who}"

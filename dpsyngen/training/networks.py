@@ -63,7 +63,9 @@ def with_prior(config: Config) -> Config:
     if n.prior is None and any(s.trainer == "prior" for s in stages.stages):
         n = n.model_copy(update={"prior": SHIPPED})
     if n.prior is not None and stages.moments and stages.networks:
-        n = n.model_copy(update={"size": PRIOR_SIZE})
+        # A run is resumed from any folder.
+        prior = n.prior if n.prior == SHIPPED else str(Path(n.prior).resolve())
+        n = n.model_copy(update={"size": PRIOR_SIZE, "prior": prior})
     return config.model_copy(update={"network": n})
 
 

@@ -119,6 +119,13 @@ class Training:
         session = Session(run.private, terms, later=[run.engine_path])
         self.randomness, self.ledger = session.randomness, session.ledger
         prior = prior_of(config, plan.stages, plan.shape.channels)
+        noted = next((e.details["prior"] for e in self.ledger.entries if "prior" in e.details), None)
+        if prior is not None and noted not in (None, prior.about):
+            raise RunError(
+                f"the prior {config.network.prior!r} is another one than when the run was started (its SHA-256 is "
+                f"{prior.about['sha256']}, the ledger has {noted['sha256']}).  Put the old file back, or start a new "
+                "run."
+            )
         if prior is not None and not self.ledger.entries:
             self.ledger.note_public_choice(
                 "the network starts from weights that images drawn by programs trained, and nothing else",

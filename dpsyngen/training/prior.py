@@ -24,7 +24,7 @@ from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.prior import PRIOR_SIZE, Prior, network_input
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.diffusion.unet import UNet
-from dpsyngen.errors import require
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program, make_program
@@ -180,7 +180,7 @@ def train_prior(
     settings: PriorSettings,
     checkpoint: Path | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
-    every: int = 250,
+    every: int = 25,
 ) -> Prior:
     """Train a prior; a function of the settings alone.
 
@@ -255,7 +255,11 @@ def _keep(path: Path, settings: PriorSettings, step: int, network: UNet, optimiz
 def _restore(path: Path, settings: PriorSettings, network: UNet, optimizer: Any, ema: Ema) -> int:
     """Load what :func:`_keep` wrote; returns the number of steps that are done."""
     state = torch.load(path, weights_only=True)
-    require(state["settings"] == asdict(settings), f"the training in {path}", state["settings"], f"{asdict(settings)}")
+    if state["settings"] != asdict(settings):
+        raise ConfigError(
+            f"{path} holds a training with {state['settings']}, but {asdict(settings)} were asked for.  Give those "
+            "settings to go on with it, or remove it to begin anew."
+        )
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
     ema.average, ema.steps = state["ema"], state["ema_steps"]

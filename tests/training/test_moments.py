@@ -269,6 +269,14 @@ def test_directions_that_are_not_kept_go_to_the_pixels(digits) -> None:
     assert float(got.rest[still].max()) < 0.25 * float(got.rest.mean())
 
 
+def test_directions_that_fill_the_space_leave_nothing_to_the_pixels() -> None:
+    """Where every direction is kept, a leftover of rounding must not be divided by a share of nothing."""
+    images = np.random.default_rng(0).integers(0, 256, (4000, 1, 4, 4), dtype=np.uint8)
+    got = estimate(dataset(images, np.arange(4000) % 2), 0.0, rank=16)
+    assert got.basis.shape == (16, 16)
+    assert float(got.rest.max()) < 1e-3
+
+
 def test_energy_of_the_frequencies_that_are_left_out_is_not_lost(digits, monkeypatch) -> None:
     whole = estimate(digits, 0.0, rank=5)
     monkeypatch.setattr(moments, "scatter_frequencies", lambda z, records, size: 10)

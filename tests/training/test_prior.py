@@ -9,17 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dpsyngen
+from dpsyngen.config import load_config, with_options
 from dpsyngen.diffusion.prior import SHIPPED, Prior, read_prior
 from dpsyngen.diffusion.unet import UNet
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.fit import carry_out, prepare, prepare_resume
+from dpsyngen.privacy.certificate import Certificate, plain_words
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
+from dpsyngen.release.bundle import pack
 from dpsyngen.release.verify import verify
+from dpsyngen.report.html import write_report
 from dpsyngen.training import prior as prior_module
 from dpsyngen.training.prior import LEVELS, PriorSettings, Task, error_ratios, family_task, make_task, train_prior
+from dpsyngen.training.run import Run
 
 INSTANT = {"stages": {"variant": "instant", "tau_coarse": 1.0}, "network": {"prior": SHIPPED}}
 
@@ -55,7 +61,7 @@ def test_weights_follow_from_the_seed_to_the_bit_also_after_an_interruption(tmp_
     assert all(torch.equal(w, resumed.weights[k]) for k, w in whole.weights.items())
     other = train_prior(PriorSettings(seed=4, steps=6))
     assert other.about["sha256"] != whole.about["sha256"]
-    with pytest.raises(ConfigError, match=r"training in .*part"):
+    with pytest.raises(ConfigError, match="remove it to begin anew"):
         train_prior(PriorSettings(seed=4, steps=6), tmp_path / "part")
 
 
@@ -165,6 +171,70 @@ def test_a_private_network_starts_from_the_prior_and_answers_as_it_does(tmp_path
         torch.testing.assert_close(denoiser(x, sigma, labels), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_release_whose_weights_are_not_the_named_prior_does_not_verify(tmp_path, tiny_settings, tiny_images) -> None:
+    """Weights that private images had trained could be slipped in as "the prior", and would cost no ε."""
+    settings = {k: v | INSTANT.get(k, {}) for k, v in tiny_settings.items()}
+    run = dpsyngen.train(tiny_images(), epsilon=4.0, out=tmp_path / "r", settings=settings)
+    weights = load_file(run.weights("prior"))
+    weights["network.out.bias"] += 0.01
+    save_file(weights, run.weights("prior"))
+    about = json.loads((run.release / "privacy.json").read_text())
+    other = Prior.of({k.removeprefix("network."): w for k, w in weights.items()}, channels=1)
+    pack(run, tmp_path / "b.zip")
+    failed = [c for c in verify(tmp_path / "b.zip").checks if c.passed is False]
+    assert [c.name for c in failed] == ["generator"]
+    assert "contradicts the certificate in: prior" in failed[0].text
+    # Nor does it help to name them, while the settings say that it is the prior that ships.
+    about["prior"] = other.about
+    (run.release / "privacy.json").write_text(Certificate.model_validate(about).to_json())
+    (run.release / "PRIVACY.md").write_text(plain_words(Certificate.model_validate(about)))
+    pack(run, tmp_path / "c.zip")
+    failed = [c for c in verify(tmp_path / "c.zip").checks if c.passed is False]
+    assert [c.name for c in failed] == ["settings"]
+    assert "contradicts the certificate in: prior" in failed[0].text
+
+
+def test_a_prior_of_ones_own_is_pinned_and_its_path_stays_at_home(
+    tmp_path, tiny_settings, tiny_images, monkeypatch
+) -> None:
+    settings = {k: dict(v) for k, v in tiny_settings.items()} | {"stages": {"variant": "residual", "tau_coarse": 1.0}}
+    settings["network"] = settings["network"] | {"prior": "own.safetensors"}
+    monkeypatch.chdir(tmp_path)
+    network = UNet("prior", 32, 1, 0, inputs=3)
+    Prior.of(network.state_dict(), channels=1).save(tmp_path / "own.safetensors")
+    config = load_config(with_options(settings, privacy__epsilon=8.0))
+    training = prepare(config, tmp_path / "r", tiny_images())
+    steps = training.steps()
+    while next(steps).phase == "moments":
+        pass
+    steps.close()
+    assert training.run.config.network.prior == str(tmp_path / "own.safetensors")
+    with torch.no_grad():
+        network.out.bias += 1
+    Prior.of(network.state_dict(), channels=1).save(tmp_path / "own.safetensors")
+    with pytest.raises(RunError, match="another one than when the run was started"):
+        prepare_resume(tmp_path / "r", tiny_images())
+    with torch.no_grad():
+        network.out.bias -= 1
+    Prior.of(network.state_dict(), channels=1).save(tmp_path / "own.safetensors")
+    monkeypatch.chdir(tmp_path.parent)
+    assert carry_out(prepare_resume(tmp_path / "r", tiny_images()))
+    released = (tmp_path / "r" / "release" / "config.yaml").read_text()
+    assert "own.safetensors" not in released
+    assert "a file of the holder's" in released
+    pack(Run(tmp_path / "r"), tmp_path / "b.zip")
+    assert verify(tmp_path / "b.zip").passed
+
+
+def test_the_report_of_an_instant_run_says_who_answers_where(tmp_path, tiny_settings, tiny_images) -> None:
+    settings = {k: v | INSTANT.get(k, {}) for k, v in tiny_settings.items()}
+    run = dpsyngen.train(tiny_images(), epsilon=4.0, out=tmp_path / "r", settings=settings)
+    private, _ = write_report(run)
+    page = private.read_text()
+    assert "programs, shown the DP moments" in page
+    assert 'class="stage tone-prior">context<span>programs</span>' in page
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
@@ -201,6 +271,9 @@ def test_the_command_makes_a_file_that_training_takes(tmp_path, call, monkeypatc
     code, _, err = call("prior", "train", "--out", out)
     assert code == 2
     assert "not written over" in err
+    code, _, err = call("prior", "train", "--out", tmp_path / "none" / "p")
+    assert code == 2
+    assert "there is no folder" in err
     code, _, err = call("prior", "train", "--out", tmp_path / "q", "--channels", "blue")
     assert code == 2
     assert "grey or rgb" in err
