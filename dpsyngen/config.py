@@ -49,6 +49,10 @@ class DataConfig(_Section):
     channels: Literal["auto", "grey", "rgb"] = "auto"
     labels: bool = Field(True, description="train class-conditionally where the images have classes")
     skip_bad: bool = Field(False, description="leave out unreadable images instead of stopping")
+    value_range: tuple[float, float] | None = Field(
+        None, description="values of black and white, as 0,4095, public; None: what files and types say"
+    )
+    fit: Literal["crop", "pad"] = Field("crop", description="cut images to squares, or add black bars")
     records: int | None = Field(
         None, ge=1, le=10**12, description="declared number of records n, public; None: the number found"
     )
@@ -59,6 +63,18 @@ class DataConfig(_Section):
         description="folder for decoded images, private; auto: in memory up to 1 GiB, else ~/.cache/dpsyngen/images",
     )
     workers: int | None = Field(None, ge=1, le=1024, description="processes that decode; None: one a core")
+
+    @field_validator("value_range", mode="before")
+    @classmethod
+    def _two_numbers(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("value_range")
+    @classmethod
+    def _two_levels(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and (value[0] == value[1] or math.isinf(value[1] - value[0])):
+            raise ValueError("black and white must be two different numbers, as 0,4095")
+        return value
 
 
 class PrivacyConfig(_Section):

@@ -292,12 +292,13 @@ class Generator(ReleasedGenerator):
         the generator NOT PRIVATE.
 
         What is printed is public, so that a notebook can be shared with its output: no loss on private images is in it.
+        One exception is a warning that most images are nearly black, where their values have another range than said.
         (The arguments in the notebook, and the run directory's ``private/``, are another matter.)
 
         Args:
-            images: arrays (or PyTorch tensors, or a list of Pillow images), uint8 or float in [0, 1], ``[N, H, W]``,
-                ``[N, H, W, C]`` or ``[N, C, H, W]``; or a folder, a file, a named set or a data set, as for
-                :func:`dpsyngen.load_images`.
+            images: arrays (or PyTorch tensors), uint8 or float in [0, 1], ``[N, H, W]``, ``[N, H, W, C]`` or
+                ``[N, C, H, W]``, or a list of images in any form; or a folder, a file, a named set or a data set, as
+                for :func:`dpsyngen.load_images`.
             labels: for arrays: [N] whole numbers or texts; None: no classes.  Folders, files and data sets bring
                 their own.
             epsilon: ε > 0, for one image added or removed; ``math.inf`` trains without privacy, for reference.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -116,6 +117,12 @@ def main() -> None:
     from dpsyngen.console import Console
 
     console = Console.asked_for(sys.argv[1:])
+    plainly = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        console.warn(str(message)) if category is UserWarning else plainly(message, category, *where, **more)
+
+    warnings.showwarning = show
     try:
         sys.exit(_run(console))
     except DpsyngenError as error:

@@ -106,7 +106,14 @@ def train(
     clip: Annotated[float | None, typer.Option(help="C, clipping norm")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr")] = None,
     physical_batch: Annotated[int | None, typer.Option(help="images in memory at a time; default: what fits")] = None,
-    resolution: Annotated[int | None, typer.Option(help="pixels; images are resized and centre-cropped")] = None,
+    resolution: Annotated[int | None, typer.Option(help="pixels to which images are resized")] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="of images that are not square: crop (default), or pad in black")
+    ] = None,
+    value_range: Annotated[
+        str | None,
+        typer.Option(metavar="LOW,HIGH", help="values of black and white where files do not say: 0,4095; public"),
+    ] = None,
     channels: Annotated[str | None, typer.Option(help="auto, grey or rgb")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="ignore classes")] = False,
     records: Annotated[int | None, typer.Option(help="declared number of images, public; default: as found")] = None,
@@ -150,6 +157,8 @@ def train(
         data__source=data,
         data__resolution=resolution,
         data__channels=channels,
+        data__fit=fit,
+        data__value_range=value_range,
         data__labels=False if unconditional else None,
         data__records=records,
         data__skip_bad=True if skip_bad else None,

@@ -1,7 +1,7 @@
 """Images that are arrays already: in Python, in ``.npy`` and ``.npz`` files, and in folders of arrays.
 
-Layouts: ``[N, H, W]`` (grey), ``[N, H, W, C]`` and ``[N, C, H, W]`` with C = 1 or 3.  Values: uint8, or floating point
-in [0, 1] (multiplied by 255 and rounded).  Nothing is copied where nothing has to change, and nothing is ever
+Layouts: ``[N, H, W]`` (grey), ``[N, H, W, C]`` and ``[N, C, H, W]`` with C = 1 or 3.  Values: see
+:mod:`dpsyngen.data.decode`.  Nothing is copied where nothing has to change, and nothing is ever
 unpickled.  The header of a file says how much memory its array takes, so it is read first, with bounds of its own.
 """
 
@@ -15,15 +15,16 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.cache import build, decode, in_memory, settled
+from dpsyngen.data.cache import build, decode, in_memory, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import ImageHeader, arranged
+from dpsyngen.data.decode import Form, ImageHeader, Item, Range, arranged, to_8_bit
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, index_labels, to_text
 from dpsyngen.data.source import Found, Job, Options, Source, file_identity, split_evenly
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, Shape, StoredImages, check_fits, write_header
@@ -42,12 +43,17 @@ _MAX_NAMES_BYTES = 2**23
 
 
 def dataset_from_arrays(
-    images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str] | None, source: str, options: Options
+    images: np.ndarray | Sequence[Item],
+    labels: np.ndarray | None,
+    class_names: Sequence[str] | None,
+    source: str,
+    options: Options,
 ) -> ImageDataset:
-    """A data set from arrays in any accepted layout.
+    """A data set from arrays in any accepted layout, or from a list of images in any form.
 
     Args:
-        images: uint8 or float in [0, 1]; ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``, C = 1 or 3.
+        images: uint8, uint16, bool or float in [0, 1]; ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``, C = 1 or 3;
+            or Pillow images, arrays, tensors, paths or contents of files, also mixed.
         labels: whole numbers or strings ``[N]`` (or ``[N, 1]``), or None.
         class_names: see :func:`dpsyngen.data.labels.index_labels`.
         source: shown in messages and kept in the data set.
@@ -56,13 +62,20 @@ def dataset_from_arrays(
     Raises:
         DataError: other types, shapes or values than these, or counts that differ.
     """
-    pixels = arranged(images, source)
-    shape = _shape(pixels, options, source)
-    index, names = index_labels(labels, class_names, len(pixels), source)
-    if _is_right(pixels, shape):
-        return ImageDataset(np.broadcast_to(pixels, shape, subok=True), index, names, source)
+    index, names = index_labels(labels, class_names, len(images), source)
+    if isinstance(images, np.ndarray):
+        value_range = options.form.value_range
+        pixels = arranged(images, source, value_range)
+        shape = _shape(pixels, options, source)
+        if _is_right(pixels, shape, options):
+            return ImageDataset(np.broadcast_to(pixels, shape, subok=True), index, names, source)
+        whole = _source(len(pixels), lambda part: to_8_bit(pixels[part], value_range), index, names, source)
+        options = _after_8_bit(options)
+    else:
+        items = images
+        whole = _source(len(items), lambda part: iter(items[part]), index, names, source)
+        shape = options.shape(len(images), read_headers(whole, options))
     check_fits(math.prod(shape), what=f"{source} at resolution {shape[2]}")
-    whole = _source(len(pixels), lambda part: iter(pixels[part]), index, names, source)
     target = np.zeros(shape, dtype=np.uint8)
     return settled(whole, target, decode(whole, target, options), options)
 
@@ -74,14 +87,21 @@ def _shape(pixels: np.ndarray, options: Options, where: str) -> Shape:
     return options.shape(count, {ImageHeader(width, height, channels == 1)})
 
 
-def _is_right(pixels: np.ndarray, shape: Shape) -> bool:
+def _after_8_bit(options: Options) -> Options:
+    """The options for images of which :func:`to_8_bit` has made grey levels."""
+    return replace(options, form=Form(fit=options.form.fit))
+
+
+def _is_right(pixels: np.ndarray, shape: Shape, options: Options) -> bool:
     """Whether a view of the array is the result: grey images are RGB by repeating their channel."""
-    return pixels.dtype == np.uint8 and pixels.shape[2:] == shape[2:] and pixels.shape[1] <= shape[1]
+    if pixels.dtype != np.uint8 or options.form.value_range is not None:
+        return False
+    return pixels.shape[2:] == shape[2:] and pixels.shape[1] <= shape[1]
 
 
 def _source(
     count: int,
-    items: Callable[[slice], Iterator[np.ndarray]],
+    items: Callable[[slice], Iterator[Item]],
     index: NDArray[np.int64] | None,
     names: tuple[str, ...],
     where: str,
@@ -239,10 +259,10 @@ def read_array_file(
     An array of the right form is used where it lies.  One that must be converted (floating point, another size or
     colour) is converted once, into memory or into the cache, as its size says.
     """
-    images = read_npy(path)
-    pixels = arranged(images, where)
+    images, value_range = read_npy(path), options.form.value_range
+    pixels = arranged(images, where, value_range)
     shape = _shape(pixels, options, where)
-    small, right = in_memory(shape, options), _is_right(pixels, shape)
+    small, right = in_memory(shape, options), _is_right(pixels, shape, options)
     if right and pixels.shape == shape and not small and pixels.flags.c_contiguous:
         index, class_names = index_labels(labels, names, len(pixels), where)
         return ImageDataset(StoredImages(path, shape, images.offset), index, class_names, where)  # type: ignore[attr-defined]
@@ -251,14 +271,14 @@ def read_array_file(
 
     def index_file() -> Source:
         index, class_names = index_labels(labels, names, len(pixels), where)
-        return _source(len(pixels), functools.partial(_npy_items, path), index, class_names, where)
+        return _source(len(pixels), functools.partial(_npy_items, path, value_range), index, class_names, where)
 
     files = [p for p in (path, path.with_name(LABELS), path.with_name(CLASS_NAMES)) if p == path or p.is_file()]
-    return build(Found(where, lambda: ["npy", *file_identity(files)], index_file), options)
+    return build(Found(where, lambda: ["npy", value_range, *file_identity(files)], index_file), _after_8_bit(options))
 
 
-def _npy_items(path: Path, part: slice) -> Iterator[np.ndarray]:
-    yield from arranged(read_npy(path), str(path))[part]
+def _npy_items(path: Path, value_range: Range | None, part: slice) -> Iterator[Item]:
+    yield from to_8_bit(arranged(read_npy(path), str(path), value_range)[part], value_range)
 
 
 def save_images(dataset: ImageDataset, folder: Path) -> None:

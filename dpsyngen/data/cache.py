@@ -28,13 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import ImageHeader, share_budget
+from dpsyngen.data.decode import Form, ImageHeader, share_budget
 from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
 from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable
 from dpsyngen.files import sync_folder, write_bytes, write_text
 
-FORMAT = "dpsyngen-image-cache-2"
+FORMAT = "dpsyngen-image-cache-3"
 IN_MEMORY_BYTES = 2**30
 """Decoded images that take more go to a file (with ``cache="auto"``)."""
 _SPARE_BYTES = 2**24  # on the disk, for labels and other programs
@@ -81,7 +81,7 @@ def build(found: Found, options: Options) -> ImageDataset:
 
 
 def _key(found: Found, options: Options) -> str:
-    parts = [FORMAT, found.identity(), options.resolution, options.channels, options.labels]
+    parts = [FORMAT, found.identity(), options.resolution, options.channels, options.labels, options.form]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -150,7 +150,7 @@ def decode(source: Source, target: NDArray[np.uint8], options: Options, turns: P
     placed = list(zip(firsts, source.jobs, strict=False))
     bad: dict[int, str] = {}
     done = 0
-    for count, wrong in _each(functools.partial(_decode_job, target), placed, source, options, turns):
+    for count, wrong in _each(functools.partial(_decode_job, target, options.form), placed, source, options, turns):
         bad.update(wrong)
         done += count
         if options.on_progress is not None:
@@ -158,11 +158,11 @@ def decode(source: Source, target: NDArray[np.uint8], options: Options, turns: P
     return bad
 
 
-def _decode_job(target: NDArray[np.uint8], placed: tuple[int, Job]) -> tuple[int, list[Bad]]:
+def _decode_job(target: NDArray[np.uint8], form: Form, placed: tuple[int, Job]) -> tuple[int, list[Bad]]:
     first, job = placed
     bad: list[Bad] = []
     row = first
-    for images, wrong in job.blocks(target.shape):
+    for images, wrong in job.blocks(target.shape, form):
         target[row : row + len(images)] = images
         row += len(images)
         bad += [(first + i, why) for i, why in wrong]

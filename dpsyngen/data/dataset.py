@@ -16,6 +16,14 @@ from dpsyngen.data.store import ImageStore, SelectedImages, check_fits, is_mappe
 from dpsyngen.errors import DataError
 
 _HASH_CHUNK_BYTES = 16 * 2**20
+_LOOKED_AT = 2048
+_DARK = 17  # a sixteenth of white, and what resizing adds beside edges
+NEARLY_BLACK = (
+    "most images are nearly black: none of their values is above a sixteenth of white.  If that is not how they look, "
+    "say which values are black and white with --value-range LOW,HIGH (from Python: the setting data.value_range): 0,1 "
+    "for masks of 0 and 1, 0,4095 for 12 bits stored in 16.  It is public: take it from the format, not "
+    "from these images."
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -177,3 +185,15 @@ class ImageDataset:
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def is_nearly_black(dataset: ImageDataset) -> bool:
+    """Whether most images (of 2,048 that are looked at) have no value above a sixteenth of white.
+
+    Such are 10 and 12 bits stored in 16, and masks of 0 and 1, where nothing says so.
+    """
+    some = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).astype(np.int64))
+    dark = sum(
+        int((dataset.batch(part).max((1, 2, 3)) <= _DARK).sum()) for part in np.array_split(some, 32) if len(part)
+    )
+    return 2 * dark > len(some)

@@ -6,13 +6,15 @@ The choices, made once for all readers:
 * **Alpha** is composited on white, as viewers and paper show it; before resizing, so that hidden colours do
   not bleed in.
 * **16-bit** values are scaled by 255/65535 (white stays white), not clipped as Pillow's own conversion does
-  (16-bit RGB is read by Pillow itself, which keeps the high byte).
+  (16-bit RGB is read by Pillow itself, which keeps the high byte); 12-bit TIFF by 255/4095.
   The scale is fixed: stretching to an image's own range would change what its grey values mean.
-* **Floating point** in an array lies in [0, 1]; it is multiplied by 255 and rounded.  In files it is refused.
+* **White is zero** where a TIFF says so.
+* **Floating point** in an array lies in [0, 1]; it is multiplied by 255 and rounded.  In files, and for signed and
+  32-bit values, black and white are not defined, so a value range must be given (:class:`Form`).
 * **Palette, CMYK and YCbCr** become RGB by Pillow's plain formulas; embedded colour profiles are ignored.
-* **Resizing** cuts the largest centred square and scales it with LANCZOS, antialiased: the filter with which
-  EDM's data sets are prepared.  A box filter blurs more at ratios that are not whole, and sampling without
-  antialiasing leaves patterns that DP training would spend its budget on learning.
+* **Resizing** cuts the largest centred square, or adds black bars (:class:`Form`), and scales with LANCZOS,
+  antialiased: the filter with which EDM's data sets are prepared.  A box filter blurs more at ratios that are not
+  whole, and sampling without antialiasing leaves patterns that DP training would spend its budget on learning.
 * **Animations** are refused: which frame was meant is not ours to guess, and frames of one person are many
   records. Multi-picture JPEGs of phones (MPO) count as still: their first picture is the photo.
 * **Sizes**: at most 2²⁶ pixels (8192×8192) and 256 MiB an image.  All threads together decode no more than 2²⁶ pixels
@@ -23,6 +25,7 @@ The choices, made once for all readers:
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.store import PixelBudget
-from dpsyngen.errors import DataError, require, shown
+from dpsyngen.errors import DataError, printable, shown
 from dpsyngen.files import NotPlainError, open_plain
 
 if TYPE_CHECKING:
@@ -40,10 +43,9 @@ if TYPE_CHECKING:
 
 Colour = Literal["grey", "rgb"]
 Item = Any
-"""An image: a path, the content of a file, a PIL image, or an array or CPU tensor ``[H, W]``, ``[H, W, C]`` or
+"""An image: a path, the content of a file, a PIL image, or an array or tensor ``[H, W]``, ``[H, W, C]`` or
 ``[C, H, W]``; or a BadImage, which says why there is none."""
-DEFAULT_RESOLUTION = 32
-MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
+Range = tuple[float, float]
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
 _MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
@@ -51,12 +53,24 @@ _MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
 # Only these decoders are reachable: the others are little used and have had more security faults (EPS runs a
 # program).
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-_GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
+_GREY_MODES = {"1", "L", "LA", "La", "F", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 _HIDDEN_IN_RGB = {"RGBA", "RGBa", "PA", "LA", "La"}
 
 
 class BadImage(Exception):
     """One image cannot be used; the message says why, and the reader adds where."""
+
+
+class Form(NamedTuple):
+    """How values become grey levels, and rectangles squares."""
+
+    value_range: Range | None = None
+    """(black, white) in stored values, those beyond clipped; white may be below black.  None: what file or type says"""
+    fit: Literal["crop", "pad"] = "crop"
+    """the largest centred square, or all of it between black bars"""
+
+
+AS_STORED = Form()
 
 
 class ImageHeader(NamedTuple):
@@ -65,30 +79,6 @@ class ImageHeader(NamedTuple):
     width: int
     height: int
     is_grey: bool
-
-
-def check_resolution(resolution: int | None) -> int | None:
-    """`resolution` as an int in 8..256, or None (choose by :func:`default_resolution`); otherwise ConfigError."""
-    if resolution is None:
-        return None
-    whole = isinstance(resolution, int | np.integer) and not isinstance(resolution, bool)
-    require(
-        whole and MIN_RESOLUTION <= resolution <= MAX_RESOLUTION,
-        "resolution",
-        resolution,
-        f"a whole number from {MIN_RESOLUTION} to {MAX_RESOLUTION}. Use 28, 32 or 64, or leave it out to keep the size "
-        "of small square images",
-    )
-    return int(resolution)
-
-
-def default_resolution(sizes: set[tuple[int, int]]) -> int:
-    """The resolution when none was asked for: the native one if all images are one square of 8..64, or 32."""
-    if len(sizes) == 1:
-        width, height = next(iter(sizes))
-        if width == height and MIN_RESOLUTION <= width <= MAX_NATIVE_RESOLUTION:
-            return width
-    return DEFAULT_RESOLUTION
 
 
 # -------------------------------------------------------------------------------------------------------------- items
@@ -101,11 +91,11 @@ def read_header(item: Item) -> ImageHeader:
             return ImageHeader(image.width, image.height, image.mode in _GREY_MODES)
     if _is_pil(item):
         return ImageHeader(item.width, item.height, item.mode in _GREY_MODES)
-    _, channels, height, width = _array(item).shape
+    _, channels, height, width = _array(item, (0, 1)).shape
     return ImageHeader(width, height, channels == 1)
 
 
-def read_image(item: Item, *, resolution: int, colour: Colour) -> NDArray[np.uint8]:
+def read_image(item: Item, *, resolution: int, colour: Colour, form: Form = AS_STORED) -> NDArray[np.uint8]:
     """An image as uint8 ``[C, resolution, resolution]``, C = 1 for ``"grey"``, 3 for ``"rgb"``.
 
     Raises:
@@ -114,13 +104,17 @@ def read_image(item: Item, *, resolution: int, colour: Colour) -> NDArray[np.uin
     try:
         if isinstance(item, str | bytes | os.PathLike):
             with _open_checked(item) as image:
-                return _decoded(image, resolution, colour)
+                return _decoded(image, resolution, colour, form)
         if _is_pil(item):
             _check_pixels(item)
-            return _from_pil(item, resolution, colour)
-        values = _array(item)[0]
+            return _from_pil(item, resolution, colour, form)
+        values = next(to_8_bit(_array(item, form.value_range), form.value_range))
+        if isinstance(values, BadImage):
+            raise values
+        if values.shape == (1 if colour == "grey" else 3, resolution, resolution):
+            return values
         with _budget.spend(values[0].size):
-            return _from_pil(_from_array(values), resolution, colour)
+            return _from_pil(_from_array(values), resolution, colour, Form(fit=form.fit))
     except BadImage:
         raise
     except Exception as error:  # broken files make Pillow raise nearly anything: OSError, SyntaxError, struct.error
@@ -131,18 +125,18 @@ def _is_pil(image: Any) -> bool:
     return hasattr(image, "getexif") and hasattr(image, "mode")
 
 
-def _array(image: Any) -> NDArray[Any]:
+def _array(image: Any, value_range: Range | None) -> NDArray[Any]:
     """An image that is an array or a tensor as ``[1, C, H, W]``."""
     if isinstance(image, BadImage):
         raise image
     if not isinstance(image, np.ndarray) and not hasattr(image, "__array__"):
-        raise BadImage(f"the image is {shown(type(image).__name__)}: a PIL image, an array or a CPU tensor is read")
-    array = np.asarray(image)
+        raise BadImage(f"the image is {shown(type(image).__name__)}: a PIL image, an array or a tensor is read")
+    array = as_array(image)
     if array.ndim not in (2, 3) or 0 in array.shape:
         why = ": [H, W], [H, W, C] or [C, H, W] is read" if array.ndim not in (2, 3) else ", which is empty"
         raise BadImage(f"the image has shape {list(array.shape)}{why}")
     try:
-        return arranged(array[None, None] if array.ndim == 2 else array[None], "the image")
+        return arranged(array[None, None] if array.ndim == 2 else array[None], "the image", value_range)
     except DataError as error:
         raise BadImage(str(error).removeprefix("the image: ")) from None
 
@@ -160,7 +154,7 @@ def share_budget(path: str | os.PathLike[str]) -> None:
         _budget = PixelBudget(MAX_PIXELS, path)
 
 
-def _decoded(image: Image.Image, resolution: int, colour: Colour) -> NDArray[np.uint8]:
+def _decoded(image: Image.Image, resolution: int, colour: Colour, form: Form) -> NDArray[np.uint8]:
     whole = image.width * image.height
     # JPEG can decode at 1/2, 1/4 or 1/8 size at a fraction of the cost; a margin of 4× leaves LANCZOS its say.
     image.draft(None, (4 * resolution, 4 * resolution))
@@ -168,7 +162,7 @@ def _decoded(image: Image.Image, resolution: int, colour: Colour) -> NDArray[np.
     pixels = whole if image.info.get("progressive") else image.width * image.height
     with _budget.spend(pixels):
         try:
-            return _from_pil(image, resolution, colour)
+            return _from_pil(image, resolution, colour, form)
         finally:
             image.close()  # its pixels go before the next image comes
 
@@ -224,36 +218,38 @@ def _check_pixels(image: Image.Image) -> None:
 # ------------------------------------------------------------------------------------------------------------- pixels
 
 
-def _from_pil(image: Image.Image, resolution: int, colour: Colour) -> NDArray[np.uint8]:
+def _from_pil(image: Image.Image, resolution: int, colour: Colour, form: Form) -> NDArray[np.uint8]:
     mode = "L" if colour == "grey" else "RGB"
-    plain = _plain(_upright(image))
+    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not image.mode.startswith("I")
+    if deep and form.value_range is not None:
+        raise BadImage("16 bits in colour or with alpha are read as 8, which a value range cannot stretch; convert it")
+    plain = _plain(_upright(image), form.value_range)
     if plain.mode != mode:
         plain = plain.convert(mode)
-    pixels = np.asarray(_resize_square(plain, resolution), dtype=np.uint8)
+    pixels = np.asarray(_square(plain, resolution, form.fit), dtype=np.uint8)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _from_array(values: NDArray[Any]) -> Image.Image:
-    """An image from ``[C, H, W]``, uint8 or floating point in [0, 1]."""
+def _from_array(values: NDArray[np.uint8]) -> Image.Image:
+    """An image from ``[C, H, W]``."""
     from PIL import Image
 
-    if values.dtype != np.uint8:
-        if not np.isfinite(values).all():
-            raise BadImage("NaN or infinite values")
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise BadImage("values outside 0..1: divide 0..255 by 255; for [-1, 1] give (x + 1) / 2")
-        # float64: float16 cannot hold 255·x to half a grey level.
-        values = np.rint(255 * values.astype(np.float64)).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)))
 
 
-def _resize_square(image: Image.Image, resolution: int) -> Image.Image:
-    """The largest centred square of an 8-bit L or RGB image, scaled to `resolution`."""
+def _square(image: Image.Image, resolution: int, fit: Literal["crop", "pad"]) -> Image.Image:
+    """An 8-bit L or RGB image, scaled to `resolution`: its largest centred square, or all of it between black bars."""
     from PIL import Image
 
     width, height = image.size
     if (width, height) == (resolution, resolution):
         return image
+    if fit == "pad" and width != height:
+        new_width, new_height = (max(1, round(side * resolution / max(width, height))) for side in (width, height))
+        bars = Image.new(image.mode, (resolution, resolution))
+        scaled = image.resize((new_width, new_height), Image.Resampling.LANCZOS)
+        bars.paste(scaled, ((resolution - new_width) // 2, (resolution - new_height) // 2))
+        return bars
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
@@ -276,17 +272,41 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def _plain(image: Image.Image, value_range: Range | None) -> Image.Image:
     """The image with 8 bits a channel and nothing transparent: mode 1, L or RGB."""
-    if image.mode == "F":
-        raise BadImage("floating-point pixels have no fixed white; save it with 8 or 16 bits a channel")
-    if image.mode.startswith("I"):
-        return _from_16_bit(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_numbers(image, value_range)
+    stored, bilevel = np.arange(256), image.mode == "1"
     if image.mode in _HIDDEN_IN_RGB or image.has_transparency_data:
-        return _on_white(image)
-    if image.mode in ("1", "L", "RGB"):
-        return image
-    return image.convert("RGB")  # P, CMYK, YCbCr, HSV; through RGB also for grey, as CMYK → L differs
+        plain = _on_white(image)
+    elif image.mode in ("1", "L", "RGB"):
+        plain = image
+    else:
+        plain = image.convert("RGB")  # P, CMYK, YCbCr, HSV; through RGB also for grey, as CMYK → L differs
+    if value_range is None:
+        return plain
+    if bilevel:
+        plain, stored = plain.convert("L"), stored // 255
+    if _tag(image, _PHOTOMETRIC) == 0:  # Pillow has inverted these already
+        stored, value_range = stored[::-1], value_range[::-1]
+    return plain.point(_levels(stored, value_range).tolist() * len(plain.getbands()))
+
+
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+
+
+def _tag(image: Image.Image, tag: int) -> Any:
+    """The (first) value of a TIFF tag; None where there is none, or the image is no TIFF file."""
+    value = getattr(image, "tag_v2", {}).get(tag)
+    return value[0] if isinstance(value, tuple) and value else value
+
+
+def _levels(values: NDArray[Any], value_range: Range) -> NDArray[np.uint8]:
+    """Grey levels of numbers, from black at the first of the range to white at the second."""
+    black, white = value_range
+    # float64: float16 cannot hold 255·x to half a grey level.
+    scaled = (values.astype(np.float64) - black) * (255 / (white - black))
+    return np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -303,36 +323,95 @@ def _on_white(image: Image.Image) -> Image.Image:
     return result
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
+def _from_numbers(image: Image.Image, value_range: Range | None) -> Image.Image:
+    """The image in grey, from one of 12, 16 or 32 bits or of floating point."""
     from PIL import Image
 
     values = np.asarray(image)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise BadImage("more than 16 bits a channel, so white is not defined; save it with 8 or 16 bits")
-    table = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int) and 0 <= transparent <= 65535:
-        table[transparent] = 255
+    if not np.isfinite(values).all():
+        raise BadImage("NaN or infinite values")
+    if value_range is None:
+        signed = image.mode == "F" or _tag(image, _SAMPLE_FORMAT) == 2
+        if signed or (values.size and (values.min() < 0 or values.max() > 65535)):
+            raise BadImage(
+                "floating-point, signed or 32-bit pixels have no fixed black and white: say which values they are with "
+                "--value-range LOW,HIGH (from Python: value_range), or save it with 8 or 16 bits a channel"
+            )
+        value_range = (0, 4095 if _tag(image, _BITS) == 12 else 65535)
+    if _tag(image, _PHOTOMETRIC) == 0:
+        value_range = value_range[::-1]
     grey = np.empty(values.shape, dtype=np.uint8)
     rows = max(1, 2**20 // max(1, values.shape[1]))
-    for start in range(0, len(values), rows):  # in parts, as an index takes 8 bytes a pixel
-        grey[start : start + rows] = table[values[start : start + rows]]
+    for start in range(0, len(values), rows):  # in parts, as the numbers between take 8 bytes a pixel
+        grey[start : start + rows] = _levels(values[start : start + rows], value_range)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
     return Image.fromarray(grey)
 
 
 # ------------------------------------------------------------------------------------------------------------- arrays
 
 
-def arranged(images: np.ndarray, source: str) -> np.ndarray:
-    """Images in any accepted layout as a view ``[N, C, H, W]``; DataError for another type or shape."""
+_FULL_SCALE = {"uint8": 255, "uint16": 65535, "bool": 1}  # floating point: 1
+
+
+def as_array(values: Any) -> NDArray[Any]:
+    """Any array or tensor (bfloat16, on a GPU, with a gradient) as an array of NumPy; DataError for what cannot be."""
+    if isinstance(values, np.ma.MaskedArray):
+        return values
+    try:
+        if hasattr(values, "detach"):
+            values = values.detach().cpu()
+            kind = str(values.dtype)
+            values = values.float() if "bfloat16" in kind or "float8" in kind else values
+        array = np.asarray(values)
+        # bfloat16 of JAX and ml_dtypes is a type that NumPy knows nothing of.
+        return array.astype(np.float32) if "float" in array.dtype.name and array.dtype.kind != "f" else array
+    except Exception as error:  # ragged lists, sparse tensors, arrays of other devices
+        raise DataError(
+            f"{type(values).__name__} does not form an array ({printable(error)}). Use np.stack on equal sizes."
+        ) from error
+
+
+def to_8_bit(images: NDArray[Any], value_range: Range | None) -> Iterator[Any]:
+    """From images ``[B, C, H, W]``, as :func:`arranged` gives them, each as uint8 ``[C, H, W]`` or a BadImage."""
+    if images.dtype == np.uint8 and value_range is None:
+        yield from images
+        return
+    step = max(1, 2**20 // math.prod(images.shape[1:]))
+    for start in range(0, len(images), step):
+        part = images[start : start + step]
+        low, high = part.min((1, 2, 3)), part.max((1, 2, 3))  # NaN where there is one
+        finite = np.isfinite(low) & np.isfinite(high)
+        inside = finite & (low >= 0) & (high <= 1) if part.dtype.kind == "f" and value_range is None else finite
+        part = part if finite.all() else np.where(finite[:, None, None, None], part, 0)
+        levels = _levels(part, value_range or (0, _FULL_SCALE.get(part.dtype.name, 1)))
+        for pixels, has_numbers, is_good in zip(levels, finite, inside, strict=True):
+            if is_good:
+                yield pixels
+            elif has_numbers:
+                yield BadImage(
+                    "values outside 0..1: divide 0..255 by 255; for [-1, 1] give (x + 1) / 2; or say which values are "
+                    "black and white with --value-range LOW,HIGH (from Python: value_range)"
+                )
+            else:
+                yield BadImage("NaN or infinite values")
+
+
+def arranged(images: np.ndarray, source: str, value_range: Range | None = None) -> np.ndarray:
+    """Images in any accepted layout as a view ``[N, C, H, W]``; DataError for another shape, or a type whose black and
+    white are not known.
+    """
     if isinstance(images, np.ma.MaskedArray):
         raise DataError(f"{source}: masked images; the mask would be lost. Fill it first: images.filled(255).")
     if images.dtype.hasobject:
         raise DataError(f"{source}: the images are Python objects, perhaps of several sizes. Make one array: np.stack.")
-    if images.dtype != np.uint8 and images.dtype.kind != "f":
+    known = images.dtype.name in _FULL_SCALE or images.dtype.kind == "f"
+    if not known and not (value_range is not None and images.dtype.kind in "iu"):
         raise DataError(
-            f"{source}: images of type {images.dtype}; uint8 (0..255) or floating point (0..1) is allowed. "
-            "If the values are 0..255, save images.astype('uint8')."
+            f"{source}: images of type {images.dtype}; uint8 (0..255), uint16 (0..65535), bool or floating point "
+            "(0..1) is allowed, and other whole numbers with --value-range LOW,HIGH (from Python: value_range), the "
+            "values of black and white. If the values are 0..255, save images.astype('uint8')."
         )
     result = _arrange(images, source)
     height, width = result.shape[2:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,12 @@ import numpy as np
 from dpsyngen.config import Config
 from dpsyngen.data.arrays import dataset_from_arrays, read_array_file, read_array_folder, read_npz
 from dpsyngen.data.cache import build
-from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import check_resolution
+from dpsyngen.data.dataset import NEARLY_BLACK, ImageDataset, is_nearly_black
+from dpsyngen.data.decode import Form, as_array
 from dpsyngen.data.folder import SHARD_SUFFIXES, find_files, find_folder, find_in_folder, find_pattern, is_pattern
 from dpsyngen.data.map_style import MapStyle, is_map_style, read_map_style
 from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_pair, read_named, suggest
-from dpsyngen.data.source import Options
+from dpsyngen.data.source import Options, check_resolution, check_value_range
 from dpsyngen.data.store import IMAGES
 from dpsyngen.errors import ConfigError, DataError, listed, printable, require
 
@@ -40,6 +41,8 @@ def load_images(
     skip_bad: bool = False,
     cache: str | os.PathLike[str] = "auto",
     workers: int | None = None,
+    value_range: tuple[float, float] | None = None,
+    fit: Literal["crop", "pad"] = "crop",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ImageDataset:
     """Read the user's private images.  docs/data.md describes each kind of source.
@@ -59,10 +62,11 @@ def load_images(
             * a ``.npz`` (``images``, ``labels``, optional ``class_names``) or ``.npy`` file (images only), or a folder
               with ``images.npy`` and perhaps ``labels.npy`` and ``class_names.json``;
             * an IDX image file, its labels beside it;
-            * arrays ``(images, labels or None)``, with names of the classes as a third, if there are any;
+            * arrays ``(images, labels or None)``, with names of the classes as a third, if there are any; for images
+              also a list of Pillow images, arrays, tensors, paths or contents of files;
             * a dataset of Python: :class:`~dpsyngen.data.map_style.MapStyle` says what it must have.
-        resolution: height and width of the result, 8..256.  Images of other sizes are cut to their largest
-            centred square and resized.  None: the native size if all images are one square of 8..64 pixels,
+        resolution: height and width of the result, 8..256.  Images of other sizes are made square (see `fit`) and
+            resized.  None: the native size if all images are one square of 8..64 pixels,
             else 32.
         channels: ``"grey"``, ``"rgb"``, or ``"auto"``: grey if every image is stored in grey.
         labels: False ignores labels (for a folder: all images below it, however nested).
@@ -73,6 +77,10 @@ def load_images(
             images; they are made for their owner alone, are used again as long as the source does not change, and may
             be removed whenever no run is going on.  Arrays of the right form are used where they lie.
         workers: processes that decode; None: one a core (one in all for a dataset of Python).
+        value_range: the values that are black and white, where files or types do not say so: ``(0, 4095)`` for 12 bits
+            stored in 16, ``(0, 1)`` for masks of 0 and 1.  Values beyond are clipped; ``(4095, 0)`` inverts.  It is
+            **public**: take it from the format, not from these images.
+        fit: how images become square: "crop" to the largest centred square, or "pad" with black bars.
         on_progress: called as ``(done, total)`` while images are decoded.
 
     Returns:
@@ -83,14 +91,29 @@ def load_images(
     Raises:
         DataError: the images or labels cannot be read; all bad files are listed in one message.
         ConfigError: an argument has a value that is not allowed.
+
+    Warns:
+        UserWarning: most images are nearly black, so their values probably have another range.
     """
     require(channels in ("auto", "grey", "rgb"), "channels", channels, ("auto", "grey", "rgb"))
     whole = isinstance(workers, int) and not isinstance(workers, bool) and 1 <= workers <= 1024
     require(workers is None or whole, "workers", workers, "a whole number from 1 to 1024, or left out for one a core")
     place = os.fsdecode(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else ""
     require(place.strip() and "\0" not in place, "cache", cache, "'auto' or the path of a folder")
-    options = Options(check_resolution(resolution), channels, labels, skip_bad, place, workers, on_progress)
+    require(fit in ("crop", "pad"), "fit", fit, ("crop", "pad"))
+    if value_range is not None:
+        black, white = check_value_range(value_range)
+        value_range = (black, white)
+    form = Form(value_range, fit)
+    options = Options(check_resolution(resolution), channels, labels, skip_bad, place, workers, form, on_progress)
+    dataset = _read(source, options)
+    if is_nearly_black(dataset):
+        warnings.warn(NEARLY_BLACK, stacklevel=2)
+    return dataset
 
+
+def _read(source: Any, options: Options) -> ImageDataset:
+    labels = options.labels
     if isinstance(source, tuple | list):
         return _from_tuple(source, options)
     if not isinstance(source, str | os.PathLike):
@@ -174,14 +197,13 @@ def _from_tuple(arrays: Sequence[Any], options: Options) -> ImageDataset:
     if len(arrays) not in (2, 3):
         raise ConfigError(f"arrays must come as a pair (images, labels or None), not {len(arrays)} items.")
     images, values, names = (*arrays, None)[:3]
-    try:
-        images = images if isinstance(images, np.ma.MaskedArray) else np.asarray(images)
-        values = np.asarray(values) if options.labels and values is not None else None
-    except (ValueError, TypeError) as error:
-        raise DataError(
-            f"arrays: images or labels do not form an array ({printable(error)}). Use np.stack on equal sizes."
-        ) from error
-    source = f"arrays of shape {list(images.shape)}"
+    values = as_array(values) if options.labels and values is not None else None
+    first = images[0] if isinstance(images, list | tuple) and len(images) else None
+    if isinstance(first, str | bytes | os.PathLike) or hasattr(first, "getexif") or hasattr(first, "__array__"):
+        source = f"a list of {len(images):,} images"
+    else:
+        images = as_array(images)
+        source = f"arrays of shape {list(images.shape)}"
     return dataset_from_arrays(images, values, names if options.labels else None, source, options)
 
 
@@ -227,7 +249,7 @@ def as_source(images: Any, labels: Any, class_names: Sequence[str] | None) -> An
     """A source for :func:`load_images` from what a user holds.
 
     Args:
-        images: arrays, PyTorch tensors, lists of Pillow images; or a folder, file, named set or data set.
+        images: arrays, PyTorch tensors, lists of images in any form; or a folder, file, named set or data set.
         labels: for arrays: one an image, numbers or names; None: no classes.
         class_names: names for labels 0, 1, …; None: the labels themselves.
 
@@ -243,6 +265,4 @@ def as_source(images: Any, labels: Any, class_names: Sequence[str] | None) -> An
         return images
     if class_names is not None and labels is None:
         raise ConfigError("class_names are names for labels 0, 1, …, but there are no labels.")
-    # A tensor may be on a GPU or need a gradient.
-    images, labels = (v.detach().cpu() if hasattr(v, "detach") else v for v in (images, labels))
-    return np.asarray(images), labels, None if class_names is None else list(class_names)
+    return images, labels, None if class_names is None else list(class_names)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.data.cache import Cache, decode, in_memory, quiet_decoders, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import BadImage, Item
+from dpsyngen.data.decode import BadImage, Item, as_array
 from dpsyngen.data.labels import Label, index_labels
 from dpsyngen.data.source import Job, Options, Source, keep_of, split_evenly
 from dpsyngen.data.store import check_fits
@@ -38,9 +38,10 @@ class MapStyle(Protocol):
     ``dataset[i]`` for i = 0 … N - 1 is an image, a pair ``(image, label)``, or a mapping with "image" (or "img") and,
     if there are labels, "label" (or "labels").
 
-    * image: a PIL image of any size and mode; or an array or CPU tensor ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` with
-      C = 1 or 3, uint8 in 0..255 or floating point in [0, 1], which is multiplied by 255 and rounded.  Other values are
-      an error: what was normalised to another range must be mapped back, ``(x + 1) / 2`` for [-1, 1].
+    * image: a PIL image of any size and mode; or an array or tensor ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` with
+      C = 1 or 3, uint8 in 0..255, uint16 in 0..65535, bool, or floating point in [0, 1], which is multiplied by 255 and
+      rounded.  Other values are an error without a ``value_range``: what was normalised must be mapped back,
+      ``(x + 1) / 2`` for [-1, 1].
     * label: a whole number, or a text.
 
     Class names come from ``dataset.classes`` (torchvision) or ``dataset.features`` (Hugging Face); without either the
@@ -123,7 +124,7 @@ class _Items:
                 )
             item, label = item[0], item[1] if len(item) == 2 else None
         if isinstance(item, str | bytes | os.PathLike):  # nobody said that files should be opened
-            raise BadImage(f"the image is {shown(type(item).__name__)}: a PIL image, an array or a CPU tensor is read")
+            raise BadImage(f"the image is {shown(type(item).__name__)}: a PIL image, an array or a tensor is read")
         return item, _label_of(label) if self.options.labels else None
 
     def require_fixed(self) -> None:
@@ -185,7 +186,8 @@ def _as_it_is(item: Any) -> Any:
 def _same(a: Any, b: Any) -> bool:
     if hasattr(a, "tobytes") and hasattr(a, "mode"):
         return bool(a.mode == b.mode and a.size == b.size and a.tobytes() == b.tobytes())
-    return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind == "f")
+    a, b = as_array(a), as_array(b)
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
 def _label_of(value: Any) -> Label:

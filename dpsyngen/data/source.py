@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,16 +11,53 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.decode import BadImage, ImageHeader, Item, default_resolution, read_header, read_image
+from dpsyngen.data.decode import AS_STORED, BadImage, Colour, Form, ImageHeader, Item, Range, read_header, read_image
 from dpsyngen.data.store import Shape
-from dpsyngen.errors import DataError, printable
+from dpsyngen.errors import DataError, printable, require
 
 BLOCK = 64
 """Images that are decoded and handed on together; a bound on memory, not on the source."""
 LISTED = 1000  # lines of bad images in a message: whoever mends the files needs all of them
+DEFAULT_RESOLUTION = 32
+MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
 Channels = Literal["auto", "grey", "rgb"]
 Bad = tuple[int, str]
 """Which image (by its number) cannot be used, and why."""
+
+
+def check_resolution(resolution: int | None) -> int | None:
+    """`resolution` as an int in 8..256, or None (choose by :func:`default_resolution`); otherwise ConfigError."""
+    if resolution is None:
+        return None
+    whole = isinstance(resolution, int | np.integer) and not isinstance(resolution, bool)
+    require(
+        whole and MIN_RESOLUTION <= resolution <= MAX_RESOLUTION,
+        "resolution",
+        resolution,
+        f"a whole number from {MIN_RESOLUTION} to {MAX_RESOLUTION}. Use 28, 32 or 64, or leave it out to keep the size "
+        "of small square images",
+    )
+    return int(resolution)
+
+
+def check_value_range(value_range: Any) -> Range:
+    """The values of black and white as two numbers; otherwise ConfigError."""
+    try:
+        black, white = (float(v) for v in value_range)
+        allowed = math.isfinite(white - black) and black != white
+    except (TypeError, ValueError, OverflowError):
+        allowed = False
+    require(allowed, "value_range", value_range, "two different numbers, the values of black and white, such as 0,4095")
+    return black, white
+
+
+def default_resolution(sizes: set[tuple[int, int]]) -> int:
+    """The resolution when none was asked for: the native one if all images are one square of 8..64, or 32."""
+    if len(sizes) == 1:
+        width, height = next(iter(sizes))
+        if width == height and MIN_RESOLUTION <= width <= MAX_NATIVE_RESOLUTION:
+            return width
+    return DEFAULT_RESOLUTION
 
 
 @dataclass(frozen=True)
@@ -32,6 +70,7 @@ class Options:
     skip_bad: bool = False
     cache: str = "auto"
     workers: int | None = None
+    form: Form = AS_STORED
     on_progress: Callable[[int, int], None] | None = None
 
     @property
@@ -74,20 +113,22 @@ class Job:
                 continue  # it is told of later, with all others
         return found
 
-    def blocks(self, shape: Shape) -> Iterator[tuple[NDArray[np.uint8], list[Bad]]]:
+    def blocks(self, shape: Shape, form: Form) -> Iterator[tuple[NDArray[np.uint8], list[Bad]]]:
         """The images in order, some at a time, as uint8 ``[B, C, H, W]``; bad ones are black.
 
         Args:
             shape: of the result; C, H and W count.
+            form: of levels and rectangles.
         """
         items, done = self.items(), 0
+        colour: Colour = "grey" if shape[1] == 1 else "rgb"
         while done < self.count:
             block = np.zeros((min(BLOCK, self.count - done), *shape[1:]), dtype=np.uint8)
             bad: list[Bad] = []
             for i in range(len(block)):
                 item = next(items, BadImage("missing: the file was changed"))
                 try:
-                    block[i] = read_image(item, resolution=shape[2], colour="grey" if shape[1] == 1 else "rgb")
+                    block[i] = read_image(item, resolution=shape[2], colour=colour, form=form)
                 except BadImage as error:
                     bad.append((done + i, str(error)))
             yield block, bad

@@ -206,7 +206,7 @@ def _load_proxy(source: str, config: Config, data: ImageDataset | None) -> Image
     d = config.data
     resolution = d.resolution if data is None else data.resolution
     channels: Any = d.channels if data is None else "grey" if data.channels == 1 else "rgb"
-    loaded = load_images(source, resolution=resolution, channels=channels, labels=False, skip_bad=d.skip_bad)
+    loaded = load_images(source, resolution=resolution, channels=channels, labels=False, skip_bad=d.skip_bad, fit=d.fit)
     without_labels = None if data is None else ImageDataset(data.images, None, (), data.source)
     if without_labels is not None and loaded.fingerprint() == without_labels.fingerprint():
         raise DataError(

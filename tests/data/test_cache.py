@@ -38,8 +38,8 @@ class _Counted:
         self.count, self.most = 0, most
         whole = Job.blocks
 
-        def blocks(job, shape):
-            for images, bad in whole(job, shape):
+        def blocks(job, shape, form):
+            for images, bad in whole(job, shape, form):
                 if self.count >= self.most:
                     raise KeyboardInterrupt
                 self.count += len(images)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpsyngen.data.decode import BadImage, check_resolution, default_resolution, read_header, read_image
+from dpsyngen.data.decode import BadImage, Form, read_header, read_image
+from dpsyngen.data.source import check_resolution, default_resolution
 from dpsyngen.errors import ConfigError
 
 
@@ -42,6 +43,60 @@ def test_16_bit_is_scaled_not_clipped(tmp_path: Path) -> None:
 def test_pixels_without_a_defined_white_are_bad(tmp_path: Path, pixels: np.ndarray) -> None:
     with pytest.raises(BadImage, match="8 or 16 bits"):
         read(save(Image.fromarray(pixels), tmp_path / "a.tif"))
+
+
+def tiff(path: Path, values: np.ndarray, bits: int, white: int, *, sample_format: int = 1) -> Path:
+    """A TIFF of one strip; `white` is its photometric interpretation, 0 where zero is white."""
+    height, width = values.shape
+    if bits == 12:
+        a, b = values.ravel()[::2].astype(int), values.ravel()[1::2].astype(int)
+        data = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype("u1").tobytes()
+    else:
+        data = values.astype(f"<{'if'[sample_format == 3] if sample_format > 1 else 'u'}{bits // 8}").tobytes()
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, white), (273, 8), (277, 1), (278, height)]
+    tags += [(279, len(data)), (339, sample_format)]
+    content = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags))
+    path.write_bytes(content + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in tags) + struct.pack("<I", 0))
+    return path
+
+
+def test_what_a_tiff_says_of_its_values_is_applied(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 1, 8), (8, 1))
+    levels = np.rint(ramp * 255)
+    for bits, white in ((8, 1), (8, 0), (12, 1), (16, 1), (16, 0)):
+        got = read(tiff(tmp_path / "a.tif", np.rint(ramp * (2**bits - 1)), bits, white), "grey")[0]
+        assert np.abs(got - (levels if white else 255 - levels)).max() <= 1, (bits, white)
+    for bits, sample_format, low, high in ((16, 2, -1000, 1000), (32, 2, 0, 100_000), (32, 3, -1, 1)):
+        for white in (0, 1) if sample_format == 3 else (1,):
+            path = tiff(tmp_path / "a.tif", low + ramp * (high - low), bits, white, sample_format=sample_format)
+            with pytest.raises(BadImage, match="--value-range"):
+                read(path, "grey")
+            got = read_image(path, resolution=8, colour="grey", form=Form((low, high)))[0]
+            assert np.abs(got - (levels if white else 255 - levels)).max() <= 1
+
+
+def test_a_value_range_is_of_stored_values(tmp_path: Path) -> None:
+    mask = np.eye(8, dtype=np.uint8)
+    for image in (Image.fromarray(mask), Image.fromarray(mask == 1), Image.fromarray(np.stack([mask] * 3, -1))):
+        save(image, tmp_path / "a.png")
+        got = read_image(tmp_path / "a.png", resolution=8, colour="grey", form=Form((0, 1)))
+        assert np.array_equal(got[0], 255 * mask)
+    inverted = tiff(tmp_path / "a.tif", mask, 8, 0)
+    assert np.array_equal(read_image(inverted, resolution=8, colour="grey", form=Form((0, 1)))[0], 255 - 255 * mask)
+    twelve = save(Image.fromarray(np.full((8, 8), 4095, dtype=np.uint16)), tmp_path / "b.png")
+    assert read_image(twelve, resolution=8, colour="grey", form=Form((0, 4095))).min() == 255
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (400, 1)])
+def test_rectangles_are_cut_or_padded(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (200, 200, 200))
+    assert read_image(image, resolution=8, colour="rgb").min() == 200
+    padded = read_image(image, resolution=8, colour="rgb", form=Form(fit="pad"))
+    filled = max(1, round(8 * min(size) / max(size)))
+    assert (padded == 200).sum() == 3 * 8 * filled
+    assert (padded == 0).sum() == 3 * 8 * (8 - filled)
+    if min(size) > 8:
+        assert np.array_equal(read_image(np.asarray(image), resolution=8, colour="rgb", form=Form(fit="pad")), padded)
 
 
 def test_palette_with_transparency(tmp_path: Path) -> None:
