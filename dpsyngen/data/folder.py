@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dpsyngen.data.labels import check_class_names
-from dpsyngen.data.source import Found, Job, Source, file_identity, split_evenly
+from dpsyngen.data.source import Found, Job, Source, changes, file_identity, split_evenly
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars
 from dpsyngen.errors import DataError, listed, printable
@@ -52,8 +52,8 @@ def find_folder(root: Path, *, labels: bool) -> Found:
         files, _, names = _list_files(root, labels, [])
         digest = hashlib.sha256()
         for name in files:
-            status = os.lstat(root / name)
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+            parts = (name, *changes(os.lstat(root / name)), "")
+            digest.update("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
         return ["folder", os.path.realpath(root), len(files), names, digest.hexdigest()]
 
     return Found(printable(root), identity, lambda: index_folder(root, labels=labels))

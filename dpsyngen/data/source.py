@@ -186,8 +186,16 @@ def split_evenly(count: int, most: int = 256, least_jobs: int = 32) -> list[slic
 
 
 def file_identity(paths: Iterable[Any]) -> list[list[Any]]:
-    """[path, bytes, time of the last change in ns] of each file, for :attr:`Found.identity`."""
-    return [[os.path.realpath(path), (s := os.stat(path)).st_size, s.st_mtime_ns] for path in paths]
+    """[path, bytes, times of the last change in ns] of each file, for :attr:`Found.identity`."""
+    return [[os.path.realpath(path), *changes(os.stat(path))] for path in paths]
+
+
+def changes(status: os.stat_result) -> tuple[int, int, int]:
+    """What tells that a file was changed: bytes, and the times of content and inode in ns.
+
+    Copying tools set the first time back (``cp -p``, ``rsync -t``); nobody can set the second.
+    """
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def keep_of(count: int, bad: Iterable[int]) -> NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dpsyngen.config import load_config
 from dpsyngen.data import cache, load_images
@@ -109,6 +111,36 @@ def test_a_source_that_changed_is_read_again(tar: Path, tmp_path: Path) -> None:
     assert load_images(tar, cache=tmp_path / "cache").fingerprint() == load_images(tar).fingerprint()
     assert len(entries(tmp_path / "cache")) == 2
     assert np.array_equal(old.batch([3])[:, 0], pixels(COUNT)[[3]])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "npy"])
+def test_redaction_that_keeps_size_and_time_is_seen(kind: str, tmp_path: Path) -> None:
+    source = {"folder": tmp_path / "folder", "tar": tmp_path / "a.tar", "npy": tmp_path / "a.npy"}[kind]
+
+    def write(images: np.ndarray) -> None:
+        if kind == "folder":
+            source.mkdir(exist_ok=True)
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(source / f"{i}.bmp")
+        elif kind == "tar":
+            write_tar(source, [(f"{i}.bmp", bmp(image)) for i, image in enumerate(images)])
+        else:
+            np.save(source, images.astype(np.float32) / 255)
+
+    def bmp(image: np.ndarray) -> bytes:
+        Image.fromarray(image).save(content := io.BytesIO(), "bmp")
+        return content.getvalue()
+
+    write(pixels(COUNT))
+    load_images(source, cache=tmp_path / "cache")
+    files = sorted(source.iterdir()) if kind == "folder" else [source]
+    before = [file.stat() for file in files]
+    write(255 - pixels(COUNT))
+    for file, status in zip(files, before, strict=True):
+        assert file.stat().st_size == status.st_size
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = load_images(source, cache=tmp_path / "cache")
+    assert np.array_equal(np.sort(again.array().mean((1, 2, 3))), np.sort((255 - pixels(COUNT)).mean((1, 2))))
 
 
 def test_a_source_that_changes_meanwhile_is_refused(tar: Path, tmp_path: Path) -> None:
