@@ -62,19 +62,19 @@ def dataset_from_arrays(
     Raises:
         DataError: other types, shapes or values than these, or counts that differ.
     """
-    index, names = index_labels(labels, class_names, len(images), source)
-    if isinstance(images, np.ndarray):
-        value_range = options.form.value_range
-        pixels = arranged(images, source, value_range)
+    pixels, value_range = images, options.form.value_range
+    if isinstance(pixels, np.ndarray):
+        pixels = arranged(pixels, source, value_range)
+    index, names = index_labels(labels, class_names, len(pixels), source)
+    if isinstance(pixels, np.ndarray):
         shape = _shape(pixels, options, source)
         if _is_right(pixels, shape, options):
             return ImageDataset(np.broadcast_to(pixels, shape, subok=True), index, names, source)
         whole = _source(len(pixels), lambda part: to_8_bit(pixels[part], value_range), index, names, source)
         options = _after_8_bit(options)
     else:
-        items = images
-        whole = _source(len(items), lambda part: iter(items[part]), index, names, source)
-        shape = options.shape(len(images), read_headers(whole, options))
+        whole = _source(len(pixels), lambda part: iter(pixels[part]), index, names, source)
+        shape = options.shape(len(pixels), read_headers(whole, options))
     check_fits(math.prod(shape), what=f"{source} at resolution {shape[2]}")
     target = np.zeros(shape, dtype=np.uint8)
     return settled(whole, target, decode(whole, target, options), options)

@@ -65,8 +65,8 @@ class Form(NamedTuple):
     """How values become grey levels, and rectangles squares."""
 
     value_range: Range | None = None
-    """(black, white) in stored values, those beyond clipped; white may be below black, and a TIFF in which white is zero
-    turns them round.  None: what file or type says"""
+    """(black, white) in stored values, those beyond clipped; white may be below black, and TIFF in which white is
+    zero turns them round.  None: what file or type says"""
     fit: Literal["crop", "pad"] = "crop"
     """the largest centred square, or all of it between black bars"""
 

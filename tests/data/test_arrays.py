@@ -50,7 +50,7 @@ def test_layouts(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(4, 3, 8, 3), (4, 1, 8, 1), (4, 8, 8, 4), (4, 64), (16, 16, 3), (8,), (2, 2, 3, 8, 8)]
+    "shape", [(), (4, 3, 8, 3), (4, 1, 8, 1), (4, 8, 8, 4), (4, 64), (16, 16, 3), (8,), (2, 2, 3, 8, 8)]
 )
 def test_unclear_layouts(shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="shape"):
