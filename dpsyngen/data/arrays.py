@@ -32,7 +32,7 @@ from dpsyngen.errors import DataError, listed, printable, shown
 from dpsyngen.files import damaged, open_plain, require_absent_or_empty, write_atomically, write_bytes, write_text
 
 IMAGE_KEYS = ("images", "x", "x_train", "arr_0")
-LABEL_KEYS = ("labels", "y", "y_train")
+LABEL_KEYS = ("labels", "label", "y", "y_train", "target", "targets")
 NAME_KEY = "class_names"
 MAX_HEADER_BYTES = 10_000  # numpy writes about 100
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # what numpy writes; others have dictionaries of any size
@@ -164,15 +164,24 @@ def read_npy(path: Path) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")
 
 
-def read_npz(path: Path, *, labels: bool) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None]:
-    """Images, labels and class names of a ``.npz`` file.  Only these are read, whatever else the file holds.
+class Arrays(NamedTuple):
+    """What a ``.npz`` file holds: images, labels and class names, and texts that tell what else is ignored."""
 
-    Keys: images under ``images``, ``x``, ``x_train`` or ``arr_0``; labels under ``labels``, ``y`` or
-    ``y_train``; names under ``class_names`` (strings).  The first key that is there wins.
+    images: np.ndarray
+    labels: np.ndarray | None
+    class_names: tuple[str, ...] | None
+    ignored: tuple[str, ...]
+
+
+def read_npz(path: Path, *, labels: bool) -> Arrays:
+    """Read images, labels and class names of a ``.npz`` file, and nothing else, whatever it holds.
+
+    Keys: images under ``images``, ``x``, ``x_train`` or ``arr_0``; labels under ``labels``, ``label``,
+    ``y``, ``y_train``, ``target`` or ``targets``; names under ``class_names`` (strings).
 
     Raises:
         DataError: broken, without images, of Python objects, declaring more than half of the memory, with a key that is
-            there twice, or compressed in another way than numpy does.
+            there twice or unclear, or compressed in another way than numpy does.
     """
     with damaged(path, "a .npz file"), zipfile.ZipFile(path) as archive:
         members = _members(archive, path)
@@ -183,7 +192,7 @@ def read_npz(path: Path, *, labels: bool) -> tuple[np.ndarray, np.ndarray | None
                 f"{printable(path)} has no images: its keys are {listed(keys)}. Save them under 'images' "
                 f"({listed(IMAGE_KEYS)} are known)."
             )
-        label_key = next((key for key in LABEL_KEYS if labels and key in members), None)
+        label_key, ignored = _label_key(archive, path, image_key) if labels else (None, ())
         wanted = [key for key in (image_key, label_key, NAME_KEY if label_key else None) if key in members]
         headers: dict[str, _Header] = {}
         for key in wanted:
@@ -199,7 +208,42 @@ def read_npz(path: Path, *, labels: bool) -> tuple[np.ndarray, np.ndarray | None
                 if member.read(1):  # at the end of a member its check sum is checked, too
                     raise ValueError(f"'{key}' has more bytes than declared")
     names = to_text(arrays[NAME_KEY], f"{printable(path)}: '{NAME_KEY}'") if NAME_KEY in arrays else None
-    return arrays[image_key], arrays[label_key] if label_key else None, names
+    return Arrays(arrays[image_key], arrays[label_key] if label_key else None, names, ignored)
+
+
+def _label_key(archive: zipfile.ZipFile, path: Path, image_key: str) -> tuple[str | None, tuple[str, ...]]:
+    """The key of the labels, and what is told of the arrays that are left alone.
+
+    Raises:
+        DataError: there are several such keys, or none, while an array of another name could hold the labels.
+    """
+    headers: dict[str, _Header | None] = {}
+    for info in archive.infolist():
+        key = info.filename.removesuffix(".npy")
+        try:
+            with archive.open(info) as member:
+                headers[key] = _read_header(member, path, key)
+        except (DataError, ValueError, NotImplementedError, RuntimeError, EOFError):
+            headers[key] = None  # no array, or of Python objects; if it is one of ours, this is told of later
+    own = headers.pop(image_key)
+    count = own.shape[0] if own is not None and own.shape else -1
+    known = [key for key in LABEL_KEYS if key in headers]
+    fitting = [
+        key
+        for key, h in headers.items()
+        if h is not None and h.shape in ((count,), (count, 1)) and h.dtype.kind in "iuUS" and key != NAME_KEY
+    ]
+    where = printable(path)
+    if len(known) > 1:
+        raise DataError(f"{where}: {listed(known)} could all be the labels. Keep one of them.")
+    if fitting and not known:
+        raise DataError(
+            f"{where}: {listed(fitting)} could be the labels, one for each image, but a key of labels is called one of "
+            f"{', '.join(LABEL_KEYS)}. Rename the one that is meant, or train without classes (--unconditional; from "
+            "Python: labels=False)."
+        )
+    others = [key for key in headers if key not in known and not (key == NAME_KEY and known)]
+    return next(iter(known), None), (f"{where}: {listed(others)} beside the images is ignored",) if others else ()
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:

@@ -34,7 +34,7 @@ from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits,
 from dpsyngen.errors import DataError, listed, printable
 from dpsyngen.files import sync_folder, write_bytes, write_text
 
-FORMAT = "dpsyngen-image-cache-3"
+FORMAT = "dpsyngen-image-cache-4"
 IN_MEMORY_BYTES = 2**30
 """Decoded images that take more go to a file (with ``cache="auto"``)."""
 _SPARE_BYTES = 2**24  # on the disk, for labels and other programs
@@ -122,7 +122,7 @@ def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], opti
         held = StoredImages(str(images.filename), images.shape, images.offset)
     else:
         images.flags.writeable = False
-    return ImageDataset(kept_of(held, keep), labels, source.class_names, source.where, skipped)
+    return ImageDataset(kept_of(held, keep), labels, source.class_names, source.where, skipped, source.ignored)
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
@@ -287,7 +287,8 @@ class Cache:
             stored = StoredImages(path / IMAGES, tuple(about["shape"]), about["offset"])
             labels = np.load(path / LABELS, allow_pickle=False) if about["labelled"] else None
             images = kept_of(stored, keep_of(len(stored), about["bad"]))
-            return ImageDataset(images, labels, tuple(about["class_names"]), source, tuple(about["skipped"]))
+            told = (tuple(about[name]) for name in ("skipped", "ignored"))
+            return ImageDataset(images, labels, tuple(about["class_names"]), source, *told)
         except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"{printable(path)}, a copy of decoded images, is damaged ({printable(error)}). Remove it: it is made "
@@ -352,7 +353,8 @@ class Cache:
         path = Path(str(images.filename))
         folder = path.parent
         about = {"shape": images.shape, "offset": images.offset, "bad": sorted(bad)}
-        about |= {"labelled": made.labels is not None, "class_names": made.class_names, "skipped": made.skipped}
+        about |= {"labelled": made.labels is not None, "class_names": made.class_names}
+        about |= {"skipped": made.skipped, "ignored": made.ignored}
         if made.labels is not None:
             content = io.BytesIO()
             np.save(content, made.labels, allow_pickle=False)

@@ -41,6 +41,7 @@ class ImageDataset:
             :mod:`dpsyngen.data.labels`.
         source: what was asked for, in words a person can read.
         skipped: what was left out under ``skip_bad=True``, each as ``"where: why"``.  Private (it holds file names).
+        ignored: what was found beside the images and is not used, a sentence each, of which ``load_images`` warns.
 
     Raises:
         DataError: the fields do not fit together as above.
@@ -51,6 +52,7 @@ class ImageDataset:
     class_names: tuple[str, ...]
     source: str
     skipped: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels

@@ -32,8 +32,8 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 SHARD_SUFFIXES = (".parquet", ".tar", ".arrow")
 # The last two are what `dpsyngen sample` writes beside its class folders, so that its output can be read back.
 _IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx", "metadata.csv", "about.json"})
-_SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
-_SPLIT = re.compile(f"({'|'.join(_SPLIT_NAMES)})(?=[-_.0-9])", re.IGNORECASE)
+_SPLIT = re.compile("(training|train|testing|test|validation|valid|val)(?=[-_.0-9]|$)", re.IGNORECASE)
+_SPLIT_FOLDER = re.compile(_SPLIT.pattern + r"([-_. ]?(set|data|split|images|imgs|[0-9]+))*", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_FILES = 1_000_000
 _Bad = list[tuple[str, str]]
@@ -86,9 +86,11 @@ def _list_files(root: Path, labels: bool, bad: _Bad) -> tuple[list[str], list[in
     """Image files (texts below the root, as millions of paths would fill the memory), the class index of each, and the
     class names; ``()`` when there are no labels."""
     folders, top = _scan(root, "", bad)
+    _refuse_splits(root, folders)
     if not labels:
         while folders:
             inner, images = _scan(root, folders.pop(), bad)
+            _refuse_splits(root, inner)
             top += images
             folders += inner
         return sorted(top), [0] * len(top), ()
@@ -97,20 +99,25 @@ def _list_files(root: Path, labels: bool, bad: _Bad) -> tuple[list[str], list[in
     bad += [(image, "an image beside the class folders, so it has no label") for image in top]
     files: list[str] = []
     classes: list[int] = []
-    nested = False
     for index, folder in enumerate(folders):
         inner, images = _scan(root, folder, bad)
-        nested |= bool(inner)
         bad += [(path, "a folder inside a class folder") for path in inner]
         files += images
         classes += [index] * len(images)
     check_class_names(folders, str(root))
-    if nested and set(_SPLIT_NAMES).issuperset(name.lower() for name in folders):
-        raise DataError(
-            f"{printable(root)} holds the splits {', '.join(map(printable, folders))}, not classes. "
-            f"Give one of them, such as {printable(root / folders[-1])}."
-        )
     return files, classes, tuple(folders)
+
+
+def _refuse_splits(root: Path, folders: Sequence[str]) -> None:
+    """Raise DataError where folders beside each other are splits: one would train on test images without a word."""
+    matches = ((path, _SPLIT_FOLDER.fullmatch(os.path.basename(path))) for path in folders)
+    of = {path: match.group(1).lower()[:3] for path, match in matches if match}
+    if of and (len(of) == len(folders) or len(set(of.values())) > 1):
+        first = min(of, key=lambda path: of[path] != "tra")
+        raise DataError(
+            f"{printable(root)} holds the splits {', '.join(map(printable, of))}, not classes. Give one of them, such "
+            f"as {printable(root / first)}; rename the folders if they are classes."
+        )
 
 
 def _scan(root: Path, folder: str, bad: _Bad) -> tuple[list[str], list[str]]:

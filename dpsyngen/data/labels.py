@@ -89,7 +89,7 @@ def index_labels(
     if labels is None:
         return None, ()
     if isinstance(labels, np.ndarray):
-        labels = _checked(labels, count, source)
+        labels = _checked(_of_objects(labels, source), count, source)
         if labels.dtype.kind in "US":
             labels = to_text(labels, f"{source}: labels")
     texts = [] if isinstance(labels, np.ndarray) else [label for label in labels if isinstance(label, str)]
@@ -125,7 +125,14 @@ def _checked(labels: NDArray, count: int, source: str) -> NDArray:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1:
-        raise DataError(f"{source}: labels of shape {list(labels.shape)}; [N] is allowed. For one-hot rows: argmax(1).")
+        one_hot = labels.ndim == 2 and labels.dtype.kind in "biuf" and bool((labels.astype(bool).sum(1) == 1).all())
+        advice = (
+            "These rows are one-hot: give labels.argmax(1)."
+            if one_hot
+            else "Here images have several labels or none, but each needs one class: choose one finding "
+            "(labels[:, k]), name each combination that matters, or leave the labels out."
+        )
+        raise DataError(f"{source}: labels of shape {list(labels.shape)}; [N] is allowed. {advice}")
     if len(labels) != count:
         raise DataError(f"{source}: {count} images but {len(labels)} labels. Give one label per image.")
     if labels.dtype.kind not in "iuUS":
@@ -140,6 +147,23 @@ def _checked(labels: NDArray, count: int, source: str) -> NDArray:
             "bytes. Use short names, or numbers with class_names."
         )
     return labels
+
+
+def _of_objects(labels: NDArray, source: str) -> NDArray:
+    """Labels of pandas (a column of texts, a categorical), which are arrays of objects, as texts or whole numbers."""
+    if labels.dtype.kind != "O":
+        return labels
+    values = labels.ravel().tolist()
+    missing = sum(value is None or value != value or type(value).__name__ == "NAType" for value in values)
+    kinds = {type(value) for value in values}
+    if missing:
+        raise DataError(f"{source}: {missing:,} labels are missing. Leave out these images, or name a class for them.")
+    if not (all(issubclass(k, str) for k in kinds) or all(issubclass(k, int | np.integer) for k in kinds)):
+        seen = listed(sorted(kind.__name__ for kind in kinds))
+        raise DataError(f"{source}: labels are of the types {seen}; texts alone or whole numbers alone are allowed.")
+    if any(isinstance(value, str) and len(value) > MAX_NAME_BYTES for value in values):
+        raise DataError(f"{source}: labels are texts of more than {MAX_NAME_BYTES} characters. Use short names.")
+    return np.array(values).reshape(labels.shape)
 
 
 def to_text(values: NDArray, what: str) -> tuple[str, ...]:

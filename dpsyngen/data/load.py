@@ -6,6 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,7 +94,8 @@ def load_images(
         ConfigError: an argument has a value that is not allowed.
 
     Warns:
-        UserWarning: most images are nearly black, so their values probably have another range.
+        UserWarning: something beside the images is not used (:attr:`ImageDataset.ignored`); most images are nearly
+            black, so their values probably have another range.
     """
     require(channels in ("auto", "grey", "rgb"), "channels", channels, ("auto", "grey", "rgb"))
     whole = isinstance(workers, int) and not isinstance(workers, bool) and 1 <= workers <= 1024
@@ -107,6 +109,8 @@ def load_images(
     form = Form(value_range, fit)
     options = Options(check_resolution(resolution), channels, labels, skip_bad, place, workers, form, on_progress)
     dataset = _read(source, options)
+    for text in dataset.ignored:
+        warnings.warn(f"{text}.", stacklevel=2)
     if is_nearly_black(dataset):
         warnings.warn(NEARLY_BLACK, stacklevel=2)
     return dataset
@@ -178,8 +182,8 @@ def _from_file(path: Path, options: Options) -> ImageDataset:
     where = printable(path)
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        images, values, names = read_npz(path, labels=options.labels)
-        return dataset_from_arrays(images, values, names, where, options)
+        images, values, names, ignored = read_npz(path, labels=options.labels)
+        return replace(dataset_from_arrays(images, values, names, where, options), ignored=ignored)
     if suffix == ".npy":
         return read_array_file(path, None, None, options, where=where)
     if suffix in SHARD_SUFFIXES:

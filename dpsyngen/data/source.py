@@ -148,6 +148,7 @@ class Source:
         bad: (which, why) of what is left out already: it is no image, or has no label.
         every_class: whether a class that is left without images is an error, as it is when the images make the classes.
         in_order: whether its jobs can only be done one after the other, by the thread that asks.
+        ignored: for :attr:`ImageDataset.ignored <dpsyngen.data.dataset.ImageDataset>`.
     """
 
     where: str
@@ -158,6 +159,7 @@ class Source:
     bad: tuple[tuple[str, str], ...] = ()
     every_class: bool = True
     in_order: bool = False
+    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return sum(job.count for job in self.jobs)

@@ -43,6 +43,7 @@ class _Sample:
     images: list[tuple[int, int]] = field(default_factory=list)  # first byte and size of each
     label_file: tarfile.TarInfo | None = None
     label: Label = None
+    dotted: str = ""  # a name such as scan_1.0.png, of which ".0.png" is taken for the extension
 
 
 def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
@@ -95,7 +96,12 @@ def _samples(path: Path, bad: list[tuple[str, str]], *, labels: bool) -> Iterato
         for sample in _grouped(path, bad):
             try:
                 if len(sample.images) != 1:
-                    raise ValueError("two images in one sample" if sample.images else "no image, only other files")
+                    dotted = (
+                        f": {sample.dotted} has a dot before its extension, but all after the first dot is taken for "
+                        "the extension; rename it"
+                    )
+                    none = "no image, only other files" + (dotted if sample.dotted else "")
+                    raise ValueError("two images in one sample" if sample.images else none)
                 if labels and sample.label_file is not None:
                     sample.label = _label(file.fileno(), sample.label_file)
             except ValueError as error:
@@ -134,6 +140,8 @@ def _grouped(path: Path, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
             sample.images.append((member.offset_data, member.size))
         elif ending == "cls" or (ending == "json" and not _is_cls(sample.label_file)):
             sample.label_file = member
+        elif ending.rpartition(".")[2] in IMAGE_ENDINGS:
+            sample.dotted = file_name
     if sample is not None:
         yield sample
 
@@ -191,7 +199,7 @@ def _label(descriptor: int, member: tarfile.TarInfo) -> Label:
             raise ValueError("its label in .json is neither a whole number nor a text")
     else:
         try:
-            found = content.decode("utf-8").strip()
+            found = content.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             raise ValueError("its label in .cls is not UTF-8") from None
     if isinstance(found, str) and not 0 < len(found) <= MAX_NAME_BYTES:

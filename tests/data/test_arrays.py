@@ -29,12 +29,48 @@ def save(path: Path, **arrays: Any) -> Path:
 def test_npz(tmp_path: Path, rng: np.random.Generator, image_key: str, label_key: str) -> None:
     x = images(rng, 6, 12, 12)
     path = save(tmp_path / "a.npz", **{image_key: x, label_key: np.array([0, 1, 2] * 2), "other": np.zeros(3)})
-    data = load_images(path)
+    with pytest.warns(UserWarning, match=r"'other' beside the images is ignored"):
+        data = load_images(path)
     assert np.array_equal(data.images, x[:, None])
     assert data.class_names == ("0", "1", "2")
     assert data.labels is not None
     assert data.labels.tolist() == [0, 1, 2] * 2
     assert load_images(path, labels=False).labels is None
+
+
+@pytest.mark.parametrize("key", ["label", "target", "targets", "y"])
+def test_npz_other_keys_of_labels(tmp_path: Path, rng: np.random.Generator, key: str) -> None:
+    data = load_images(save(tmp_path / "a.npz", images=images(rng, 4, 8, 8), **{key: [3, 1, 3, 1]}))
+    assert data.class_names == ("1", "3")
+
+
+def test_npz_what_could_be_labels_is_not_dropped(tmp_path: Path, rng: np.random.Generator) -> None:
+    x = images(rng, 4, 8, 8)
+    for dx in (np.array([0, 1, 0, 1]), np.array([[0], [1], [0], [1]], np.uint8), np.array(["a", "b", "a", "b"])):
+        path = save(tmp_path / "a.npz", images=x, dx=dx)
+        with pytest.raises(DataError, match=r"'dx' could be the labels.*--unconditional"):
+            load_images(path)
+        assert load_images(path, labels=False).labels is None
+    with pytest.raises(DataError, match="'label', 'y' could all be the labels"):
+        load_images(save(tmp_path / "b.npz", images=x, label=[0, 1, 0, 1], y=[0, 1, 0, 1]))
+
+
+def test_npz_what_cannot_be_labels_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    others: dict[str, Any] = {
+        "mean": np.zeros(3),
+        "age": np.linspace(0, 1, 4),
+        "about": np.array({"by": "hand"}),  # of Python objects, and left pickled
+        "x_test": images(rng, 2, 8, 8),
+        "y_test": [0, 1],
+    }
+    path = save(tmp_path / "a.npz", x_train=images(rng, 4, 8, 8), **others)
+    with pytest.warns(UserWarning, match="ignored"):
+        data = load_images(path)
+    assert data.labels is None
+    assert all(repr(key) in data.ignored[0] for key in others)
+    path = save(tmp_path / "b.npz", x_train=images(rng, 4, 8, 8), y_train=[0, 1, 0, 1], dx=[1, 0, 1, 0], **others)
+    with pytest.warns(UserWarning, match="'dx'"):
+        assert load_images(path).num_classes == 2
 
 
 def test_npz_positional_and_compressed(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -121,6 +157,8 @@ def test_labels(rng: np.random.Generator, tmp_path: Path) -> None:
         (np.array([10, 2, 10]), ("2", "10"), [1, 0, 1]),
         (np.array([[1], [0], [1]]), ("0", "1"), [1, 0, 1]),
         (np.array(["b", "a", "b"]), ("a", "b"), [1, 0, 1]),
+        (np.array(["b", "a", "b"], object), ("a", "b"), [1, 0, 1]),  # a column of pandas
+        (np.array([10, 2, 10], object), ("2", "10"), [1, 0, 1]),
     ]:
         data = load_images((x, labels))
         assert data.class_names == names
@@ -141,7 +179,12 @@ def test_labels(rng: np.random.Generator, tmp_path: Path) -> None:
         ([0.0, 1.0, np.nan], "float64"),
         ([-1, 0, 1], "1 labels are negative"),
         (np.eye(3, dtype=int), "one-hot"),
-        (np.array([None, 1, 2]), "object"),
+        (np.array([None, 1, 2]), "1 labels are missing"),
+        (np.array(["a", None, "b"], object), "1 labels are missing"),
+        (np.array([0, float("nan"), 1], object), "1 labels are missing"),
+        (np.array(["a", 1, "b"], object), "types 'int', 'str'"),
+        (np.array(["a", "b" * 300, "b"], object), "more than 255"),
+        (np.array([[1, 1], [0, 0], [0, 1]]), "several labels"),
     ],
 )
 def test_bad_labels(rng: np.random.Generator, labels: Any, match: str) -> None:

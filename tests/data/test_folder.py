@@ -129,6 +129,32 @@ def test_split_folders(class_folder: Path) -> None:
     assert len(load_images(root / "train")) == 6
 
 
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (("train", "test"), True),
+        (("Training", "validation", "masks"), True),
+        (("train2017", "val2017"), True),
+        (("test_images",), True),
+        (("car", "train", "plane"), False),
+        (("train-station", "test-tube"), False),
+    ],
+)
+def test_flat_splits(tmp_path: Path, names: tuple[str, ...], refused: bool, labels: bool) -> None:
+    for name in names:
+        (tmp_path / "in" / name).mkdir(parents=True)
+        grey(tmp_path / "in" / name / "a.png")
+    if not refused:
+        assert len(load_images(tmp_path / "in", labels=labels)) == len(names)
+        return
+    # Deeper, only a data set without classes is read.
+    for root in (tmp_path / "in", *(() if labels else (tmp_path,))):
+        with pytest.raises(DataError, match=r"holds the splits .* not classes") as caught:
+            load_images(root, labels=labels)
+        assert str(tmp_path / "in" / names[0]) in str(caught.value)
+
+
 def test_links_are_not_followed(class_folder: Path) -> None:
     outside = class_folder.parent / "outside"
     outside.mkdir()

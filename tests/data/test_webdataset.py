@@ -217,3 +217,18 @@ def test_the_own_writer_of_webdataset_is_read(tmp_path: Path) -> None:
     data = load_images(tmp_path / "s.tar")
     assert np.array_equal(data.images[:, 0], images)
     assert data.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_dots_in_names_are_told_of(tmp_path: Path) -> None:
+    members = [(f"scan_1.{i}.{kind}", c) for i in range(2) for kind, c in (("png", png(pixels(1)[0])), ("cls", b"0"))]
+    with pytest.raises(DataError, match=r"scan_1\.\d\.png has a dot before its extension"):
+        load_images(write_tar(tmp_path / "a.tar", members))
+
+
+def test_byte_order_marks_are_no_part_of_a_class(tmp_path: Path) -> None:
+    members = [
+        member
+        for i, (kind, label) in enumerate([("cls", "\ufeff0"), ("cls", "0"), ("json", '\ufeff{"label": 0}')])
+        for member in ((f"{i}.png", png(pixels(1)[0])), (f"{i}.{kind}", label.encode()))
+    ]
+    assert load_images(write_tar(tmp_path / "a.tar", members)).class_names == ("0",)
