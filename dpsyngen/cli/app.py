@@ -96,7 +96,7 @@ def plan(
     from dataclasses import asdict
 
     from dpsyngen.console import Console
-    from dpsyngen.privacy.accounting import neighbouring_plans, plan_lines
+    from dpsyngen.privacy.budget import neighbouring_plans, plan_lines
 
     target = None if epsilon is None else epsilon_of(epsilon)
     options: dict[str, Any] = {"noise_multiplier": noise, "delta": delta, "group_size": group_size}

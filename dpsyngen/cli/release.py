@@ -77,7 +77,7 @@ def ledger(
     )
 
 
-def _ledger_lines(runs: list[tuple[Run, Ledger]], total: Composition, what_if: list[dict[str, float]]) -> Iterator[str]:
+def _ledger_lines(runs: list[tuple[Run, Ledger]], total: Composition, what_if: list[dict[str, Any]]) -> Iterator[str]:
     for run, x in runs:
         anchor = "as its certificate knew it" if run.complete else "not finished, so there is no certificate yet"
         yield f"{run.path}: {x.head.lines} lines, chain and head intact, {anchor}"
@@ -97,6 +97,9 @@ def _ledger_lines(runs: list[tuple[Run, Ledger]], total: Composition, what_if: l
         by_pld, by_rdp = (f"{e:.4f}".replace("inf", "∞") for e in figures)
         note = "  <- the run's" if row is what_if[0] else ""
         yield f"{row['delta']:>10.3g} {row['group_size']:>7} {by_pld:>10} {by_rdp:>10}{note}"
+    yield f"ε PLD of the run's by {what_if[0]['accountant']}"
+    others = {row["accountant"] for row in what_if if not row["accountant"].startswith("privacy loss distribution")}
+    yield from (f"one of the others by {by}" for by in others - {what_if[0]["accountant"]})
     if total.non_private:
         yield "NOT PRIVATE: private images were used without noise (ε = ∞)"
     if not total.secure:

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from dpsyngen.errors import ConfigError, require
+from dpsyngen.errors import require
 
 Accountant = Literal["pld", "rdp"]
 
@@ -32,6 +32,13 @@ SMALLEST_EPSILON = 1e-3
 
 LARGEST_GROUP = 1000
 """The most records of one person."""
+
+LEAST_NOISE = 1e-6
+"""With less noise ε is counted as infinite."""
+
+# What a privacy loss distribution may cost, 1.6 GB and half a minute: points of single steps (200 bytes and 2 µs each;
+# those of mixtures take _MIXTURE times as long), losses of all steps (64 bytes each), step of the grid, and ε.
+_MOST_POINTS, _MIXTURE, _MOST_LOSSES, _COARSEST, _LARGEST_EPSILON = 1 << 22, 10, 1 << 25, 1.0, 10_000
 
 _ETA = 1e-6  # the share of δ that pays for more records of a group in one step than are composed
 
@@ -73,11 +80,10 @@ def _one_gaussian(mechanisms: tuple[Mechanism, ...]) -> tuple[Mechanism, ...]:
     Exact, by a rotation: the dominating pair of several Gaussian mechanisms is a pair of Gaussians with as many
     coordinates, which differ along one direction only.  It saves the accountant a convolution for each.
     """
-    whole = [m for m in mechanisms if m.sampling_rate == 1]
-    if sum(m.count for m in whole) < 2:
+    whole = tuple(m for m in mechanisms if m.sampling_rate == 1)
+    if sum(m.count for m in whole) < 2 or min(m.noise_multiplier for m in whole) < LEAST_NOISE:
         return mechanisms
-    noise = 1 / math.sqrt(sum(m.count / m.noise_multiplier**2 for m in whole))
-    return (*(m for m in mechanisms if m.sampling_rate < 1), Mechanism(1.0, noise))
+    return (*(m for m in mechanisms if m.sampling_rate < 1), Mechanism(1.0, _noise_of_all(whole)))
 
 
 @contextmanager
@@ -97,6 +103,8 @@ def _one_step_rdp(sampling_rate: float, noise_multiplier: float) -> Any:
     """Rényi divergences of one step at dp-accounting's default orders; those of n steps are n times as large."""
     import dp_accounting as dp
 
+    if noise_multiplier < 0.01:
+        sampling_rate = 1.0  # sampling makes no difference that counts any more, but takes a long sum
     accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
     event: Any = dp.GaussianDpEvent(noise_multiplier)
     with _quiet():
@@ -104,91 +112,166 @@ def _one_step_rdp(sampling_rate: float, noise_multiplier: float) -> Any:
     return accountant._rdp
 
 
-@lru_cache(maxsize=8)
-def _one_step_pld(sampling_rate: float, noise_multiplier: float, interval: float) -> Any:
+@lru_cache(maxsize=2)
+def _one_step_pld(rate: float, noise: float, interval: float) -> Any:
     """Privacy loss distribution of one step, on a grid of losses with steps `interval`, rounded up."""
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
-    return from_gaussian_mechanism(
-        noise_multiplier, value_discretization_interval=interval, sampling_prob=sampling_rate
-    )
+    return from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=rate)
 
 
-def _group_step(m: Mechanism, delta: float, kinds: int, group_size: int, interval: float) -> Any:
-    """Privacy loss distribution of one step when up to `group_size` records are added or removed at once.
+def _most_in_a_step(m: Mechanism, delta: float, kinds: int, group_size: int) -> int:
+    """J: more than J records of a group are in one of the steps of `kinds` mechanisms with probability
+    η = 10⁻⁶ δ at most, which is left to δ.
+    """
+    from scipy.stats import binom
 
-    More than J of them in one step, for a J so large that this happens in none of the steps of `kinds` mechanisms but
-    with probability η = 10⁻⁶ δ, is left to δ.
+    most = group_size
+    while most > 1 and binom.sf(most - 1, group_size, m.sampling_rate) * m.count * kinds <= _ETA * delta:
+        most -= 1
+    return most
+
+
+def _group_step(m: Mechanism, most: int, group_size: int, interval: float) -> Any:
+    """Privacy loss distribution of one step when up to `group_size` records, `most` of them in one step, are added or
+    removed at once.
     """
     from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
     from scipy.stats import binom
 
-    q, most = m.sampling_rate, group_size
-    while most > 1 and binom.sf(most - 1, group_size, q) * m.count * kinds <= _ETA * delta:
-        most -= 1
-    number = range(most + 1)
-    chances = binom.pmf(number, group_size, q)
-    chances /= chances.sum()
-    shifts = [float(j) for j in number]
-    return from_mixture_gaussian_mechanism(
-        m.noise_multiplier, shifts, chances.tolist(), value_discretization_interval=interval
-    )
+    shifts = [float(j) for j in range(most + 1)]
+    chances = binom.pmf(shifts, group_size, m.sampling_rate)
+    chances = (chances / chances.sum()).tolist()
+    return from_mixture_gaussian_mechanism(m.noise_multiplier, shifts, chances, value_discretization_interval=interval)
 
 
-def _interval(mechanisms: tuple[Mechanism, ...], delta: float, group_size: int) -> float:
-    """Step of the grid of losses that suits a composition."""
+def _interval(mechanisms: tuple[Mechanism, ...], rough: float, group_size: int) -> float:
+    """Step of the grid of losses that suits a composition that costs about `rough`."""
     # The loss of one step shrinks as the steps grow; the grid must stay fine beside it, or rounding up each step's
     # loss adds up.  1e-4 is dp-accounting's own choice and right for hundreds of steps.
     steps = sum(m.count for m in mechanisms)
     interval = 1e-4 if steps <= 300 else 2e-5 if steps <= 5000 else 5e-6
     # Huge losses make a fine grid needlessly long: at a large ε a coarser one has the same relative error.
-    rough = group_size * _epsilon(mechanisms, delta, "rdp")
     interval *= max(1.0, min(rough, 100.0))
     # Mixtures take ten times as long; this adds 0.02 % to ε at most where it was measured, and stays a bound.
     return interval if group_size == 1 else 8 * interval
 
 
-@lru_cache(maxsize=256)
-def _epsilon(
-    mechanisms: tuple[Mechanism, ...],
-    delta: float,
-    kind: Accountant,
-    group_size: int = 1,
-    whole: tuple[Mechanism, ...] = (),
-) -> float:
-    if not mechanisms:
-        return 0.0
-    if any(m.noise_multiplier == 0 for m in mechanisms):
-        return math.inf
-    mechanisms = _one_gaussian(mechanisms)  # a convolution less for each
-    if kind == "rdp":
-        return _rdp_epsilon(mechanisms, delta, group_size)
+def _noise_of_all(mechanisms: tuple[Mechanism, ...]) -> float:
+    """Noise multiplier of the single Gaussian mechanism that all together are, if every record is in every step."""
+    return 1 / math.hypot(*(math.sqrt(m.count) / m.noise_multiplier for m in mechanisms))
+
+
+def _length(losses: Any, count: int) -> float:
+    """About how many losses `count` steps have, by the Chernoff bounds at which dp-accounting cuts."""
+    import numpy as np
+    from scipy.special import logsumexp
+
+    chances = losses.to_dense_pmf()._probs
+    size, block = len(chances), -(-len(chances) // 4096)
+    starts = np.arange(0, size, block)
+    orders = np.arange(1, 21)[:, None] / size * np.array([[[1.0]], [[-1.0]]])
+    means = logsumexp(orders * (starts + (block - 1) / 2), axis=2, b=np.add.reduceat(chances, starts), keepdims=True)
+    upper, lower = (count * means + math.log(2e15)) / orders
+    return float(max(size, min(upper.min(), count * (size - 1)) - max(lower.max(), 0)))
+
+
+def _composed(mechanisms: tuple[Mechanism, ...], most: list[int], group_size: int, interval: float) -> Any:
+    """Privacy loss distribution of all on one grid, rounded up; None where it would have too many points."""
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, identity
 
-    interval = _interval(_one_gaussian(whole) if whole else mechanisms, delta, group_size)
-
-    # Composition is the convolution of privacy loss distributions; that of equal steps is a power in Fourier space.
-    total = identity(interval)
-    for m in mechanisms:
+    parts, length = [], 0.0
+    for m, j in zip(mechanisms, most, strict=True):
         if m.sampling_rate == 1:  # several Gaussians are one, and a group of g shifts it by g C
             noise = m.noise_multiplier / group_size / math.sqrt(m.count)
-            total = total.compose(from_gaussian_mechanism(noise, value_discretization_interval=interval))
-        elif group_size == 1:
-            total = total.compose(_one_step_pld(m.sampling_rate, m.noise_multiplier, interval).self_compose(m.count))
+            parts.append(from_gaussian_mechanism(noise, value_discretization_interval=interval))
+            continue
+        if group_size > 1:
+            step = _group_step(m, j, group_size, interval)
         else:
-            step = _group_step(m, delta, len(mechanisms), group_size, interval)
-            total = total.compose(step.self_compose(m.count))
-    if group_size == 1:
-        return float(total.get_epsilon_for_delta(delta))
-    # `total` is P₁, which has at most J of the group in each step; P has any number.  With P(S) <= P₁(S) + η and
-    # P₁(S) <= P(S)/(1 - η), ε(δ - η) of P₁ plus -log(1 - η) holds for P.
-    eta = _ETA * delta
-    return float(total.get_epsilon_for_delta(delta - eta)) - math.log1p(-eta)
+            step = _one_step_pld(m.sampling_rate, m.noise_multiplier, interval)
+        length += _length(step._pmf_remove, m.count) + _length(step._pmf_add, m.count)
+        if length > _MOST_LOSSES:
+            return None
+        # Composition is the convolution of privacy loss distributions; that of equal steps is a power in Fourier space.
+        parts.append(step.self_compose(m.count))
+    total = identity(interval)
+    for part in parts:
+        total = total.compose(part)
+    return total
 
 
+@dataclass(frozen=True, order=True)
+class Bound:
+    """An upper bound on ε, and `by` which accountant and on which grid it was computed."""
+
+    epsilon: float
+    by: str
+
+
+def _quick_bound(mechanisms: tuple[Mechanism, ...], delta: float, group_size: int, why: str) -> Bound:
+    """The smaller of two upper bounds that take milliseconds."""
+    from scipy.special import ndtri
+
+    # Sampling leaves less to see, so all are at most the Gaussian with μ = g/z in which every record is in every step.
+    # Its δ(ε) is below P(loss > ε), the loss being normal with mean μ²/2 and standard deviation μ.
+    mu = group_size / _noise_of_all(mechanisms)
+    gaussian = max(0.0, (mu * mu / 2 - mu * float(ndtri(delta))) * (1 + 1e-12))
+    renyi = _rdp_epsilon(mechanisms, delta, group_size)
+    if renyi <= gaussian:
+        return Bound(renyi, f"Rényi DP (upper bound; {why}), dp-accounting")
+    return Bound(gaussian, f"closed form of the Gaussian mechanism without sampling (upper bound; {why})")
+
+
+@lru_cache(maxsize=256)
+def _bound(mechanisms: tuple[Mechanism, ...], delta: float, group_size: int, whole: tuple[Mechanism, ...]) -> Bound:
+    """By the privacy loss distribution, on the grid that suits or the finest that is not too large; else quickly."""
+    if not mechanisms:
+        return Bound(0.0, "nothing was used")
+    if any(m.noise_multiplier < LEAST_NOISE for m in mechanisms):
+        return Bound(math.inf, f"a noise multiplier is below {LEAST_NOISE:g}")
+    mechanisms = _one_gaussian(mechanisms)  # a convolution less for each
+    whole = _one_gaussian(whole) if whole else mechanisms
+    rough = group_size * _rdp_epsilon(whole, delta, 1)
+    if rough > _LARGEST_EPSILON:
+        return _quick_bound(mechanisms, delta, group_size, f"beyond ε = {_LARGEST_EPSILON:,} nothing finer is computed")
+    interval = suits = _interval(whole, rough, group_size)
+    most = [_most_in_a_step(m, delta, len(mechanisms), group_size) for m in mechanisms]
+    points = 0.0  # of the grid, times its step: noise is cut at 10 z, and a mixture is searched for each of its points
+    for m, j in zip(mechanisms, most, strict=True):
+        loss = j / m.noise_multiplier * (math.sqrt(m.count) if m.sampling_rate == 1 else 1)
+        points += (loss * loss + 20 * loss) * (1 if m.sampling_rate == 1 or group_size == 1 else _MIXTURE)
+    while points / interval > _MOST_POINTS:
+        interval *= 2  # the coarser grid is a part of the finer, so what it gives is never below
+    # P₁ has at most J of the group in each step; P has any number.  With P(S) <= P₁(S) + η and P₁(S) <= P(S)/(1 - η),
+    # ε(δ - η) of P₁ plus -log(1 - η) holds for P.
+    eta = 0.0 if group_size == 1 else _ETA * delta
+    why = "the privacy loss distribution would be too large"
+    while interval <= _COARSEST:
+        try:
+            total = _composed(mechanisms, most, group_size, interval)
+            if total is None:
+                interval *= 2
+                continue
+            value = float(total.get_epsilon_for_delta(delta - eta)) - math.log1p(-eta)
+        except (ValueError, ArithmeticError, MemoryError):  # dp-accounting's, on extreme mixtures
+            value = math.inf
+        if value < math.inf:
+            coarser = "" if interval == suits else f", {interval / suits:g} times coarser than usual to save memory"
+            by = f"privacy loss distribution (upper bound, losses in steps of {interval:.3g}{coarser}), dp-accounting"
+            found = Bound(value, by)
+            return min(found, _quick_bound(mechanisms, delta, group_size, why)) if coarser else found
+        why = "δ is below what the privacy loss distribution resolves"
+        break
+    return _quick_bound(mechanisms, delta, group_size, why)
+
+
+@lru_cache(maxsize=256)
 def _rdp_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, group_size: int) -> float:
+    if not mechanisms or any(m.noise_multiplier < LEAST_NOISE for m in mechanisms):
+        return math.inf if mechanisms else 0.0
     if group_size > 1:
-        return _group_lemma(lambda d: _epsilon(mechanisms, d, "rdp"), delta, group_size)
+        return _group_lemma(lambda d: _rdp_epsilon(mechanisms, d, 1), delta, group_size)
     from dp_accounting.rdp import rdp_privacy_accountant as rdp
 
     total = sum(m.count * _one_step_rdp(m.sampling_rate, m.noise_multiplier) for m in mechanisms)
@@ -222,13 +305,8 @@ def _group_lemma(epsilon_at: Callable[[float], float], delta: float, group_size:
 
 def check_group_size(group_size: int) -> None:
     """Raise ConfigError unless it is a whole number in 1 .. LARGEST_GROUP."""
-    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
-    require(
-        whole and 1 <= group_size <= LARGEST_GROUP,
-        "group_size",
-        group_size,
-        f"a whole number from 1 to {LARGEST_GROUP}",
-    )
+    ok = isinstance(group_size, int) and not isinstance(group_size, bool) and 1 <= group_size <= LARGEST_GROUP
+    require(ok, "group_size", group_size, f"a whole number from 1 to {LARGEST_GROUP}")
 
 
 def epsilon(
@@ -249,7 +327,21 @@ def epsilon(
     """
     require(0 < delta < 1, "delta", delta, "in (0, 1)")
     check_group_size(group_size)
-    return _epsilon(merge(mechanisms), delta, accountant, group_size, merge(whole))
+    merged = merge(mechanisms)
+    if accountant == "rdp":
+        return _rdp_epsilon(_one_gaussian(merged), delta, group_size)
+    return _bound(merged, delta, group_size, merge(whole)).epsilon
+
+
+def epsilon_bound(mechanisms: Iterable[Mechanism], delta: float, group_size: int = 1) -> Bound:
+    """:func:`epsilon` by "pld", with how it was computed.
+
+    A privacy loss distribution that would take more than 1.6 GB is computed on a coarser grid; where no grid helps,
+    the smaller of two quick bounds takes its place: Rényi DP, and the Gaussian mechanism without sampling.
+    """
+    mechanisms = merge(mechanisms)
+    epsilon(mechanisms, delta, group_size=group_size)
+    return _bound(mechanisms, delta, group_size, ())
 
 
 def calibrate_noise(
@@ -266,12 +358,11 @@ def calibrate_noise(
     """The smallest noise multiplier (to `tolerance`, relative) whose total cost is at most `target_epsilon`.
 
     Args:
-        target_epsilon, delta: ε > 0 and δ in (0, 1).
+        target_epsilon, delta, group_size: ε > 0, δ in (0, 1), and g: the target is for up to g records together.
         sampling_rate, steps: q in (0, 1], and how many steps.
         spent: earlier mechanisms on the same data, which the total includes.
         accountant: which bound to calibrate.
         tolerance: how far below the target the total may end, relative; it never ends above.
-        group_size: g; the target is for up to g records together.
 
     Raises:
         ValueError: the target is below ``SMALLEST_EPSILON``, or the earlier mechanisms alone exceed it.
@@ -355,91 +446,3 @@ def default_delta(records: int) -> float:
     exponent = math.floor(-math.log10(records))
     delta = 10.0**exponent
     return delta if delta < 1 / records else delta / 10
-
-
-# --------------------------------------------------------------------------------- what a budget buys
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One plan and its cost: ε by both accountants, epochs (how often an image is used on average), and the standard
-    deviation of the noise in a coordinate of the mean gradient, in units of C.
-    """
-
-    steps: int
-    batch: int
-    sampling_rate: float
-    epochs: float
-    noise_multiplier: float
-    epsilon: float
-    epsilon_by_rdp: float
-    noise_a_step: float
-    asked: bool
-
-
-def neighbouring_plans(
-    records: int,
-    batch: int,
-    steps: int,
-    *,
-    epsilon: float | None = None,
-    noise_multiplier: float | None = None,
-    delta: float | None = None,
-    group_size: int = 1,
-) -> tuple[float, list[PlanRow]]:
-    """What training costs, or what noise a budget needs, and how neighbouring plans compare.
-
-    Args:
-        records, batch, steps: number of private images n, expected batch (at most n), DP-SGD steps.
-        epsilon, noise_multiplier: target ε, or z: exactly one of the two.
-        delta, group_size: δ (None: :func:`default_delta`), and g: ε is for up to g records together.
-
-    Returns:
-        δ, and the plans, the one that was asked about first.
-    """
-    if (epsilon is None) == (noise_multiplier is None):
-        raise ConfigError("give one of --epsilon (how much noise does it need?) and --noise (what does it cost?).")
-    require(records >= 1, "records", records, "at least 1")
-    require(steps >= 1, "steps", steps, "at least 1")
-    require(1 <= batch <= records, "the batch", batch, f"from 1 to the {records:,} records")
-    delta = default_delta(records) if delta is None else delta
-    require(0 < delta < 1 / records, "delta", delta, f"above 0 and below 1/records = {1 / records:.3g}")
-    ok = epsilon is None or SMALLEST_EPSILON <= epsilon < math.inf
-    require(ok, "epsilon", epsilon, f"a positive number, {SMALLEST_EPSILON} at least")
-    ok = noise_multiplier is None or 0 < noise_multiplier < math.inf
-    require(ok, "the noise multiplier", noise_multiplier, "a positive number")
-    check_group_size(group_size)
-
-    plans = [(steps, batch)]
-    plans += [(max(1, steps // 2), batch), (steps * 2, batch)]
-    plans += [(steps, b) for b in (max(1, batch // 2), batch * 2) if b <= records]
-    rows = []
-    for number, (t, b) in enumerate(dict.fromkeys(plans)):
-        q = b / records
-        z = noise_multiplier or calibrate_noise(epsilon or 0.0, delta, sampling_rate=q, steps=t, group_size=group_size)
-        m = (Mechanism(q, z, t),)
-        by_pld, by_rdp = _epsilon(m, delta, "pld", group_size), _epsilon(m, delta, "rdp", group_size)
-        rows.append(PlanRow(t, b, q, q * t, z, by_pld, by_rdp, z / b, number == 0))
-    return delta, rows
-
-
-def plan_lines(records: int, group_size: int, delta: float, rows: list[PlanRow]) -> Iterator[str]:
-    """:func:`neighbouring_plans` as a table for people."""
-    unit = "one image = one record" if group_size == 1 else f"up to {group_size} images of one person together"
-    yield from (
-        f"{records:,} records, {unit}, add/remove; δ = {delta:.3g}",
-        "Poisson-subsampled Gaussian mechanism; ε by PLD (upper bound), beside it by Rényi DP",
-        "",
-        f"{'steps':>8} {'batch':>8} {'rate':>9} {'epochs':>8} {'noise z':>9} {'ε PLD':>9} {'ε RDP':>9} "
-        f"{'noise a step':>13}",
-    )
-    for r in rows:
-        yield (
-            f"{r.steps:>8,} {r.batch:>8,} {r.sampling_rate:>9.5f} {r.epochs:>8.1f} {r.noise_multiplier:>9.4f} "
-            f"{r.epsilon:>9.4f} {r.epsilon_by_rdp:>9.4f} {r.noise_a_step:>11.6f} C{'  <- asked' if r.asked else ''}"
-        )
-    yield from (
-        "",
-        "epochs: how often an image is used on average.  noise a step: standard deviation of the noise in each",
-        "coordinate of the mean gradient, in units of the clipping norm C; lower is better for the same steps.",
-    )

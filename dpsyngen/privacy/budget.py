@@ -22,8 +22,21 @@ from typing import Any
 
 from filelock import FileLock
 
+from dpsyngen.config import MAX_EPSILON
 from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError, require
-from dpsyngen.privacy.accounting import Accountant, Mechanism, calibrate_noise, check_group_size, epsilon, merge
+from dpsyngen.privacy.accounting import (
+    LEAST_NOISE,
+    SMALLEST_EPSILON,
+    Accountant,
+    Bound,
+    Mechanism,
+    calibrate_noise,
+    check_group_size,
+    default_delta,
+    epsilon,
+    epsilon_bound,
+    merge,
+)
 from dpsyngen.privacy.ledger import HashChain, Ledger, check_affordable, start_chain
 
 FORMAT = 1
@@ -252,7 +265,14 @@ class Composition:
         g = self.group_size if group_size is None else group_size
         return epsilon(self.mechanisms, self.delta if delta is None else delta, accountant, g)
 
-    def what_if(self, deltas: Iterable[float], groups: Iterable[int]) -> list[dict[str, float]]:
+    def bound(self, delta: float | None = None, group_size: int | None = None) -> Bound:
+        """:meth:`epsilon` by "pld", with how it was computed."""
+        if self.non_private:
+            return Bound(math.inf, "images were used without noise")
+        g = self.group_size if group_size is None else group_size
+        return epsilon_bound(self.mechanisms, self.delta if delta is None else delta, g)
+
+    def what_if(self, deltas: Iterable[float], groups: Iterable[int]) -> list[dict[str, Any]]:
         """ε by both accountants: first as it is, then at each other δ, then for groups of each other size."""
         d, g = self.delta, self.group_size
         cases = dict.fromkeys([(d, g), *((other, g) for other in deltas), *((d, other) for other in groups)])
@@ -260,8 +280,102 @@ class Composition:
             {
                 "delta": delta,
                 "group_size": group_size,
-                "epsilon": self.epsilon(delta, "pld", group_size),
+                "epsilon": (bound := self.bound(delta, group_size)).epsilon,
                 "epsilon_by_rdp": self.epsilon(delta, "rdp", group_size),
+                "accountant": bound.by,
             }
             for delta, group_size in cases
         ]
+
+
+# --------------------------------------------------------------------------------- what a budget buys
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One plan and its cost: ε by both accountants, epochs (how often an image is used on average), and the standard
+    deviation of the noise in a coordinate of the mean gradient, in units of C; `accountant`: how ε was computed.
+    """
+
+    steps: int
+    batch: int
+    sampling_rate: float
+    epochs: float
+    noise_multiplier: float
+    epsilon: float
+    epsilon_by_rdp: float
+    noise_a_step: float
+    asked: bool
+    accountant: str
+
+
+def neighbouring_plans(
+    records: int,
+    batch: int,
+    steps: int,
+    *,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+    delta: float | None = None,
+    group_size: int = 1,
+) -> tuple[float, list[PlanRow]]:
+    """What training costs, or what noise a budget needs, and how neighbouring plans compare.
+
+    Args:
+        records, batch, steps: number of private images n, expected batch (at most n), DP-SGD steps.
+        epsilon, noise_multiplier: target ε, or z: exactly one of the two.
+        delta, group_size: δ (None: :func:`default_delta`), and g: ε is for up to g records together.
+
+    Returns:
+        δ, and the plans, the one that was asked about first.
+    """
+    if (epsilon is None) == (noise_multiplier is None):
+        raise ConfigError("give one of --epsilon (how much noise does it need?) and --noise (what does it cost?).")
+    require(records >= 1, "records", records, "at least 1")
+    require(steps >= 1, "steps", steps, "at least 1")
+    require(1 <= batch <= records, "the batch", batch, f"from 1 to the {records:,} records")
+    delta = default_delta(records) if delta is None else delta
+    require(0 < delta < 1 / records, "delta", delta, f"above 0 and below 1/records = {1 / records:.3g}")
+    ok = epsilon is None or SMALLEST_EPSILON <= epsilon <= MAX_EPSILON
+    require(ok, "epsilon", epsilon, f"from {SMALLEST_EPSILON} to {MAX_EPSILON:g}; more protects nobody")
+    ok = noise_multiplier is None or LEAST_NOISE <= noise_multiplier < math.inf
+    require(ok, "the noise multiplier", noise_multiplier, f"a number from {LEAST_NOISE:g}; less protects nobody")
+    check_group_size(group_size)
+
+    plans = [(steps, batch)]
+    plans += [(max(1, steps // 2), batch), (steps * 2, batch)]
+    plans += [(steps, b) for b in (max(1, batch // 2), batch * 2) if b <= records]
+    rows = []
+    for number, (t, b) in enumerate(dict.fromkeys(plans)):
+        q = b / records
+        z = noise_multiplier or calibrate_noise(epsilon or 0.0, delta, sampling_rate=q, steps=t, group_size=group_size)
+        m = (Mechanism(q, z, t),)
+        cost = Composition(m, delta, group_size, False, True)
+        bound, by_rdp = cost.bound(), cost.epsilon(accountant="rdp")
+        rows.append(PlanRow(t, b, q, q * t, z, bound.epsilon, by_rdp, z / b, number == 0, bound.by))
+    return delta, rows
+
+
+def plan_lines(records: int, group_size: int, delta: float, rows: list[PlanRow]) -> Iterator[str]:
+    """:func:`neighbouring_plans` as a table for people."""
+    unit = "one image = one record" if group_size == 1 else f"up to {group_size} images of one person together"
+    yield from (
+        f"{records:,} records, {unit}, add/remove; δ = {delta:.3g}",
+        "Poisson-subsampled Gaussian mechanism; ε PLD: how it was computed stands below; beside it by Rényi DP",
+        "",
+        f"{'steps':>8} {'batch':>8} {'rate':>9} {'epochs':>8} {'noise z':>9} {'ε PLD':>9} {'ε RDP':>9} "
+        f"{'noise a step':>13}",
+    )
+    for r in rows:
+        yield (
+            f"{r.steps:>8,} {r.batch:>8,} {r.sampling_rate:>9.5f} {r.epochs:>8.1f} {r.noise_multiplier:>9.4f} "
+            f"{r.epsilon:>9.4f} {r.epsilon_by_rdp:>9.4f} {r.noise_a_step:>11.6f} C{'  <- asked' if r.asked else ''}"
+        )
+    yield ""
+    for r in rows:
+        if r.asked or r.accountant.partition(" (")[0] != rows[0].accountant.partition(" (")[0]:
+            yield f"ε of {r.steps:,} steps of batch {r.batch:,}: by {r.accountant}"
+    yield from (
+        "epochs: how often an image is used on average.  noise a step: standard deviation of the noise in each",
+        "coordinate of the mean gradient, in units of the clipping norm C; lower is better for the same steps.",
+    )

@@ -102,7 +102,7 @@ class Certificate(_Part):
     variant: str = Field(max_length=50)
     private: bool = Field(description="false: there is no guarantee, see not_private_because")
     not_private_because: list[str]
-    epsilon: float | Literal["inf"] = Field(description="ε by PLD, an upper bound")
+    epsilon: float | Literal["inf"] = Field(description="an upper bound on ε; accountant says how it was computed")
     epsilon_by_rdp: float | Literal["inf"] = Field(description="ε by Rényi DP, a looser upper bound")
     delta: float = Field(gt=0, lt=1)
     group_size: int = Field(1, ge=1, le=LARGEST_GROUP, description="g: the guarantee is for up to g images together")

@@ -14,7 +14,7 @@ from dpsyngen.config import Config
 from dpsyngen.diffusion.prior import SHIPPED
 from dpsyngen.diffusion.stages import GAUSSIAN, StageMap
 from dpsyngen.files import write_text
-from dpsyngen.privacy.budget import Budget
+from dpsyngen.privacy.budget import Budget, Composition
 from dpsyngen.privacy.certificate import (
     Assumptions,
     BudgetPart,
@@ -37,7 +37,8 @@ def certify(
     config: Config, plan: Plan, ledger: Ledger, randomness: Randomness, program: Program, budget: Budget | None
 ) -> Certificate:
     """The claim and everything needed to check it.  ε is computed from the ledger, not from a setting."""
-    epsilon, by_rdp = ledger.epsilon(), ledger.epsilon(accountant="rdp")
+    bound, by_rdp = Composition.of([ledger]).bound(), ledger.epsilon(accountant="rdp")
+    epsilon = bound.epsilon
     reasons = []
     if math.isinf(epsilon):
         reasons.append("trained without privacy (ε = ∞), as a reference")
@@ -61,7 +62,7 @@ def certify(
         epsilon_by_rdp="inf" if math.isinf(by_rdp) else by_rdp,
         delta=ledger.delta,
         group_size=g,
-        accountant="privacy loss distribution (upper bound), dp-accounting",
+        accountant=bound.by,
         unit="one image" if g == 1 else f"up to {g} images together",
         adjacency=(
             f"add or remove {'one record' if g == 1 else f'up to {g} records'}; sampling rate and normaliser are "

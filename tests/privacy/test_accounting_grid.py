@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 from scipy.special import log_ndtr
 
-from dpsyngen.privacy.accounting import Mechanism, _refine, calibrate_noise, epsilon, merge
+from dpsyngen.privacy import accounting
+from dpsyngen.privacy.accounting import Mechanism, _refine, calibrate_noise, epsilon, epsilon_bound, merge
 
 
 def gaussian_epsilon(z: float, delta: float) -> float:
@@ -117,3 +119,78 @@ def test_order_and_grouping_do_not_matter() -> None:
 def test_one_step_without_noise_spoils_everything() -> None:
     for kind in ("pld", "rdp"):
         assert math.isinf(epsilon([Mechanism(0.1, 5.0, 100), Mechanism(1e-6, 0.0)], 1e-5, kind))
+
+
+# ------------------------------------------------------------------------------------- what an evaluation may cost
+
+
+@pytest.fixture
+def afresh():
+    yield accounting._bound.cache_clear
+    accounting._bound.cache_clear()
+
+
+@pytest.mark.parametrize(("mechanism", "group"), [(Mechanism(0.05, 1.0, 100), 1), (Mechanism(0.2, 1.5, 20), 3)])
+def test_a_coarser_grid_is_never_below_a_finer_one_and_says_so(monkeypatch, afresh, mechanism, group) -> None:
+    found = []
+    for most in (1 << 22, 1 << 14, 1 << 12):
+        monkeypatch.setattr(accounting, "_MOST_POINTS", most)
+        afresh()
+        found.append(epsilon_bound([mechanism], 1e-5, group))
+    values = [b.epsilon for b in found]
+    assert values == sorted(values)
+    assert values[-1] <= values[0] * 1.1
+    assert "coarser" not in found[0].by
+    assert all("times coarser than usual to save memory" in b.by for b in found[1:])
+
+
+def test_a_composition_that_grows_too_long_gets_a_coarser_grid(monkeypatch, afresh) -> None:
+    m = [Mechanism(0.1, 1.0, 300), Mechanism(0.2, 3.0, 200)]
+    fine = epsilon_bound(m, 1e-5)
+    monkeypatch.setattr(accounting, "_MOST_LOSSES", 100_000)
+    afresh()
+    coarse = epsilon_bound(m, 1e-5)
+    assert fine.epsilon < coarse.epsilon <= fine.epsilon * 1.05
+    assert "times coarser" in coarse.by
+
+
+@pytest.mark.parametrize("points", [1 << 22, 200])
+def test_the_closed_form_is_below_every_way_of_computing(monkeypatch, afresh, points) -> None:
+    monkeypatch.setattr(accounting, "_MOST_POINTS", points)
+    afresh()
+    for z, delta in ((0.5, 1e-5), (2.0, 1e-8), (0.1, 1e-3)):
+        exact = gaussian_epsilon(z, delta)
+        assert exact * (1 - 1e-6) <= epsilon([Mechanism(1.0, z)], delta) <= 1.5 * exact
+        quick = accounting._quick_bound((Mechanism(1.0, 5 * z, 25),), delta, 1, "")
+        assert exact * (1 - 1e-6) <= quick.epsilon
+
+
+@pytest.mark.parametrize(
+    ("q", "z", "steps", "delta", "group"),
+    [
+        (0.0085, 0.003, 300, 1e-5, 1),
+        (0.0085, 1e-6, 300, 1e-5, 1000),
+        (1.0, 1e-5, 1, 1e-5, 1),
+        (0.5, 1.0, 10**7, 1e-5, 1),
+        (0.5, 1.0, 400, 1e-5, 1000),
+        (0.0085, 1.0, 10**21, 1e-5, 1),
+        (0.0085, 1.0, 400, 1e-300, 1),
+        (1e-7, 1e6, 10**7, 1e-8, 1),
+    ],
+)
+def test_extreme_figures_cost_seconds_and_have_a_bound(q, z, steps, delta, group) -> None:
+    begun = time.monotonic()
+    bound = epsilon_bound([Mechanism(q, z, steps)], delta, group)
+    assert 0 <= bound.epsilon < math.inf
+    assert bound.epsilon == epsilon([Mechanism(q, z, steps)], delta, group_size=group)
+    assert time.monotonic() - begun < 60
+    # Without sampling it is the Gaussian mechanism with μ = g √steps / z, which sampling can only lower.
+    mu = group * math.sqrt(steps) / z
+    assert bound.epsilon <= mu**2 / 2 + mu * 40
+
+
+def test_noise_that_is_none_and_nothing_at_all() -> None:
+    assert epsilon_bound([], 1e-5).epsilon == 0
+    for z in (1e-7, 1e-300):
+        assert math.isinf(epsilon_bound([Mechanism(1.0, z, 3), Mechanism(0.1, 1.0)], 1e-5).epsilon)
+        assert math.isinf(epsilon([Mechanism(1.0, z, 3)], 1e-5, "rdp", 4))

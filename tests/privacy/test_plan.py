@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.accounting import Mechanism, epsilon, neighbouring_plans, plan_lines
+from dpsyngen.privacy.accounting import Mechanism, epsilon
+from dpsyngen.privacy.budget import neighbouring_plans, plan_lines
 
 
 def budget_table(records: int, batch: int, steps: int, **options) -> list[str]:
@@ -48,6 +49,13 @@ def test_groups() -> None:
     assert float(first[5]) == pytest.approx(epsilon([Mechanism(1.0, 2.0, 1)], 1e-3), abs=1e-4)
 
 
+def test_the_plan_says_how_each_figure_was_computed() -> None:
+    text = "\n".join(budget_table(100, 100, 1, epsilon=2.0))
+    assert "ε of 1 steps of batch 100: by privacy loss distribution (upper bound, losses in steps of 0.000" in text
+    text = "\n".join(budget_table(60_000, 512, 300, noise_multiplier=0.003))
+    assert "by closed form of the Gaussian mechanism without sampling (upper bound; beyond ε = 10,000" in text
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -57,7 +65,9 @@ def test_groups() -> None:
         {"epsilon": 0.0},
         {"epsilon": float("inf")},
         {"epsilon": float("nan")},
+        {"epsilon": 1e5},
         {"epsilon": None, "noise_multiplier": 0.0},
+        {"epsilon": None, "noise_multiplier": 1e-200},
         {"records": 0},
         {"steps": 0},
         {"batch": 0},
