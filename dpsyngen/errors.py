@@ -58,6 +58,10 @@ class ReleaseError(DpsyngenError, ValueError):
     kind = "release"
 
 
+class BadImage(Exception):
+    """One image cannot be used; the message says why, and the reader, which tells the user, adds where."""
+
+
 MOST_NAMES = 20  # names inside a sentence
 _LONGEST = 400  # characters of one text inside a message: longer than most paths
 

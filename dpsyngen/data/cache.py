@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import Form, ImageHeader, share_budget
+from dpsyngen.data.decode import BUDGET, Form, ImageHeader
 from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
 from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable
@@ -211,7 +211,7 @@ def _by_processes(task: Callable[[Any], Any], jobs: Sequence[Any], count: int) -
 
 def _apart(task: Callable[[Any], Any], turns: Path, job: Any) -> Any:
     """The task in a process of its own."""
-    share_budget(turns)
+    BUDGET.turns = turns  # large images one at a time, of all processes
     with quiet_decoders():
         return task(job)
 
@@ -221,9 +221,11 @@ def quiet_decoders() -> Iterator[None]:
     """No warnings, no log lines on the terminal, and no messages of libtiff while the context lasts.
 
     What decoders say of a broken file names no file; whatever of it matters is raised as an error and reported with
-    the file's name.  An application that collects the log of Pillow still gets it.
+    the file's name.  An application that collects the log of Pillow still gets it, but nobody gets that of pydicom,
+    which quotes what is in a file.
     """
-    logger, ignored = logging.getLogger("PIL"), logging.NullHandler()
+    logger, ignored, dicom = logging.getLogger("PIL"), logging.NullHandler(), logging.getLogger("pydicom")
+    dicom.propagate, propagated = False, dicom.propagate
     logger.addHandler(ignored)  # without any handler, Python prints errors to the terminal
     handler = _set_tiff_handler(None)
     try:
@@ -233,6 +235,7 @@ def quiet_decoders() -> Iterator[None]:
     finally:
         _set_tiff_handler(handler)
         logger.removeHandler(ignored)
+        dicom.propagate = propagated
 
 
 def _set_tiff_handler(handler: int | None) -> int | None:

@@ -15,6 +15,7 @@ The choices, made once for all readers:
 * **Resizing** cuts the largest centred square, or adds black bars (:class:`Form`), and scales with LANCZOS,
   antialiased: the filter with which EDM's data sets are prepared.  A box filter blurs more at ratios that are not
   whole, and sampling without antialiasing leaves patterns that DP training would spend its budget on learning.
+* **DICOM**, known by its mark, is read by :mod:`dpsyngen.data.dicom`, as its header says.
 * **Animations** are refused: which frame was meant is not ours to guess, and frames of one person are many
   records. Multi-picture JPEGs of phones (MPO) count as still: their first picture is the photo.
 * **Sizes**: at most 2²⁶ pixels (8192×8192) and 256 MiB an image.  All threads together decode no more than 2²⁶ pixels
@@ -35,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.store import PixelBudget
-from dpsyngen.errors import DataError, printable, shown
+from dpsyngen.errors import BadImage, ConfigError, DataError, printable, shown
 from dpsyngen.files import NotPlainError, open_plain
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ Item = Any
 Range = tuple[float, float]
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
+BUDGET = PixelBudget(MAX_PIXELS)
 _MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
 
 # Only these decoders are reachable: the others are little used and have had more security faults (EPS runs a
@@ -55,10 +57,6 @@ _MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _GREY_MODES = {"1", "L", "LA", "La", "F", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 _HIDDEN_IN_RGB = {"RGBA", "RGBa", "PA", "LA", "La"}
-
-
-class BadImage(Exception):
-    """One image cannot be used; the message says why, and the reader adds where."""
 
 
 class Form(NamedTuple):
@@ -69,6 +67,11 @@ class Form(NamedTuple):
     zero turns them round.  None: what file or type says"""
     fit: Literal["crop", "pad"] = "crop"
     """the largest centred square, or all of it between black bars"""
+    window: Range | None = None
+    """(centre, width) for DICOM, in values of the modality; None: what each file says"""
+    frames: Literal["first", "all"] | None = None
+    """of DICOM files of several: the first, or each as an image (in a folder); None: such files are refused"""
+    group_size: int = 1000  # most frames a file may have where all are read, as they are of one person
 
 
 AS_STORED = Form()
@@ -90,7 +93,7 @@ def read_header(item: Item) -> ImageHeader:
     if isinstance(item, str | bytes | os.PathLike):
         with _open_checked(item) as image:
             return ImageHeader(image.width, image.height, image.mode in _GREY_MODES)
-    if _is_pil(item):
+    if hasattr(item, "getexif") or hasattr(item, "picture"):
         return ImageHeader(item.width, item.height, item.mode in _GREY_MODES)
     _, channels, height, width = _array(item, (0, 1)).shape
     return ImageHeader(width, height, channels == 1)
@@ -106,7 +109,9 @@ def read_image(item: Item, *, resolution: int, colour: Colour, form: Form = AS_S
         if isinstance(item, str | bytes | os.PathLike):
             with _open_checked(item) as image:
                 return _decoded(image, resolution, colour, form)
-        if _is_pil(item):
+        if hasattr(item, "picture"):  # a frame of a DicomFile
+            return _decoded(item, resolution, colour, form)
+        if hasattr(item, "getexif"):
             _check_pixels(item)
             return _from_pil(item, resolution, colour, form)
         values = next(to_8_bit(_array(item, form.value_range), form.value_range))
@@ -114,16 +119,15 @@ def read_image(item: Item, *, resolution: int, colour: Colour, form: Form = AS_S
             raise values
         if values.shape == (1 if colour == "grey" else 3, resolution, resolution):
             return values
-        with _budget.spend(values[0].size):
-            return _from_pil(_from_array(values), resolution, colour, Form(fit=form.fit))
-    except BadImage:
+        from PIL import Image
+
+        with BUDGET.spend(values[0].size):
+            whole = Image.fromarray(np.ascontiguousarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)))
+            return _from_pil(whole, resolution, colour, Form(fit=form.fit))
+    except (BadImage, ConfigError):  # the second: a library is missing
         raise
     except Exception as error:  # broken files make Pillow raise nearly anything: OSError, SyntaxError, struct.error
         raise BadImage(f"broken or truncated ({_reason(error)})") from error
-
-
-def _is_pil(image: Any) -> bool:
-    return hasattr(image, "getexif") and hasattr(image, "mode")
 
 
 def _array(image: Any, value_range: Range | None) -> NDArray[Any]:
@@ -145,23 +149,23 @@ def _array(image: Any, value_range: Range | None) -> NDArray[Any]:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-_budget = PixelBudget(MAX_PIXELS)
-
-
-def share_budget(path: str | os.PathLike[str]) -> None:
-    """From now on, take turns with the other processes that gave this lock file: one large image at a time."""
-    global _budget
-    if _budget.turns != path:
-        _budget = PixelBudget(MAX_PIXELS, path)
-
-
-def _decoded(image: Image.Image, resolution: int, colour: Colour, form: Form) -> NDArray[np.uint8]:
+def _decoded(image: Any, resolution: int, colour: Colour, form: Form) -> NDArray[np.uint8]:
+    if hasattr(image, "picture"):  # a DicomFile
+        if form.value_range is not None:
+            raise BadImage("DICOM says itself what its values are: instead of a value range say --window CENTRE,WIDTH")
+        if image.frame is None and image.frames > 1 and form.frames != "first":
+            how = "all are read from a folder of files only" if form.frames else "say --frames first, or all"
+            raise BadImage(f"{image.frames:,} frames: {how} (from Python: frames)")
+        with BUDGET.spend(image.cost):
+            return _from_pil(image.picture(form.window), resolution, colour, form)
+    if form.window is not None:
+        raise BadImage("a window is for DICOM files; say with --value-range LOW,HIGH which values are black and white")
     whole = image.width * image.height
     # JPEG can decode at 1/2, 1/4 or 1/8 size at a fraction of the cost; a margin of 4× leaves LANCZOS its say.
     image.draft(None, (4 * resolution, 4 * resolution))
     # A progressive JPEG is held whole, whatever size is asked for.
     pixels = whole if image.info.get("progressive") else image.width * image.height
-    with _budget.spend(pixels):
+    with BUDGET.spend(pixels):
         try:
             return _from_pil(image, resolution, colour, form)
         finally:
@@ -186,18 +190,24 @@ def _file_of(encoded: str | bytes | os.PathLike[str]) -> BinaryIO:
 
 
 @contextmanager
-def _open_checked(encoded: str | bytes | os.PathLike[str]) -> Iterator[Image.Image]:
-    """The opened image, whose pixels are not decoded yet."""
+def _open_checked(encoded: str | bytes | os.PathLike[str]) -> Iterator[Any]:
+    """The opened image, of Pillow or a DicomFile, whose pixels are not decoded yet."""
     from PIL import Image
 
+    from dpsyngen.data.dicom import DicomFile, is_dicom
+
     with _file_of(encoded) as file:
+        if is_dicom(file):
+            yield DicomFile(file, MAX_PIXELS, MAX_FILE_BYTES)
+            return
         try:
             image = Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError as error:
             raise BadImage(f"far too many pixels, perhaps a decompression bomb ({error})") from error
         except Image.UnidentifiedImageError as error:
             empty = file.seek(0, io.SEEK_END) == 0
-            raise BadImage("empty file" if empty else "not an image that can be read") from error
+            why = f"not an image that can be read ({', '.join(_FORMATS)}, or DICOM with DICM after 128 bytes)"
+            raise BadImage("empty file" if empty else why) from error
         except Exception as error:
             raise BadImage(f"cannot be opened ({_reason(error)})") from error
         with image:
@@ -229,13 +239,6 @@ def _from_pil(image: Image.Image, resolution: int, colour: Colour, form: Form) -
         plain = plain.convert(mode)
     pixels = np.asarray(_square(plain, resolution, form.fit), dtype=np.uint8)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _from_array(values: NDArray[np.uint8]) -> Image.Image:
-    """An image from ``[C, H, W]``."""
-    from PIL import Image
-
-    return Image.fromarray(np.ascontiguousarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0)))
 
 
 def _square(image: Image.Image, resolution: int, fit: Literal["crop", "pad"]) -> Image.Image:

@@ -1,9 +1,9 @@
 """Folders: image files in class folders, shards of Parquet, WebDataset or Arrow, and patterns that name shards.
 
 In a folder of images the sub-folders are the classes, or it is flat and has no labels.  Left out without a word: dot
-files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``, and the ``metadata.csv`` and ``about.json`` that this tool writes
-beside generated images.  Everything else that is not a PNG, JPEG, WebP, BMP, TIFF or still GIF file is listed as bad,
-because a data set with surprises in it should be looked at once.
+files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``, ``DICOMDIR``, and the ``metadata.csv`` and ``about.json`` that this
+tool writes beside generated images.  Everything else that is not a PNG, JPEG, WebP, BMP, TIFF, still GIF or DICOM file
+is listed as bad, because a data set with surprises in it should be looked at once.
 
 Symbolic links in a folder are not followed: one that leaves it reads files that nobody named, and one that stays counts
 an image twice, while the guarantee says one image = one record.  A pattern may match links, which it names.
@@ -16,22 +16,25 @@ import glob
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpsyngen.data.dicom import is_dicom
 from dpsyngen.data.labels import check_class_names
 from dpsyngen.data.source import Found, Job, Source, changes, file_identity, split_evenly
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars
 from dpsyngen.errors import DataError, listed, printable
+from dpsyngen.files import NotPlainError, open_plain
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".dcm", ".dicom"})
 SHARD_SUFFIXES = (".parquet", ".tar", ".arrow")
 # The last two are what `dpsyngen sample` writes beside its class folders, so that its output can be read back.
-_IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx", "metadata.csv", "about.json"})
+_IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx", "dicomdir", "metadata.csv", "about.json"})
 _SPLIT = re.compile("(training|train|testing|test|validation|valid|val)(?=[-_.0-9]|$)", re.IGNORECASE)
 _SPLIT_FOLDER = re.compile(_SPLIT.pattern + r"([-_. ]?(set|data|split|images|imgs|[0-9]+))*", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -140,11 +143,22 @@ def _scan(root: Path, folder: str, bad: _Bad) -> tuple[list[str], list[str]]:
             folders.append(path)
         elif not entry.is_file():  # a pipe or device would block or never end
             bad.append((path, "not a plain file"))
-        elif os.path.splitext(path)[1].lower() not in IMAGE_SUFFIXES:
+        elif not _is_image(root, path):
             bad.append((path, "not an image file by its name"))
         else:
             images.append(path)
     return folders, images
+
+
+def _is_image(root: Path, path: str) -> bool:
+    """By its name; or by the mark of DICOM, as hospitals export files without a suffix."""
+    if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        with open_plain(root / path, sys.maxsize) as file:
+            return is_dicom(file)
+    except (OSError, NotPlainError):
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------- shards

@@ -28,7 +28,7 @@ from dpsyngen.data.source import Job, Source, split_evenly
 from dpsyngen.errors import DataError, printable
 from dpsyngen.files import damaged
 
-IMAGE_ENDINGS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"})
+IMAGE_ENDINGS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "dcm"})
 LABEL_KEYS = ("label", "cls", "class")
 _MAX_LABEL_BYTES = 2**20
 _MAX_HEADER_BYTES = 2**16  # of a long name, or of a pax header; writers need some hundred

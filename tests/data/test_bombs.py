@@ -30,7 +30,7 @@ from dpsyngen.data import decode, load_images
 from dpsyngen.data.store import PixelBudget
 from dpsyngen.errors import DataError
 decode.MAX_PIXELS = int(sys.argv[3])
-decode._budget = PixelBudget(decode.MAX_PIXELS)
+decode.BUDGET = PixelBudget(decode.MAX_PIXELS)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     said = str(load_images(sys.argv[1], **json.loads(sys.argv[2])).images.shape)

@@ -53,7 +53,7 @@ def test_file_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_limits_are_what_the_documentation_says() -> None:
-    assert (decode.MAX_PIXELS, decode.MAX_FILE_BYTES, decode._budget.total) == (2**26, 2**28, 2**26)
+    assert (decode.MAX_PIXELS, decode.MAX_FILE_BYTES, decode.BUDGET.total) == (2**26, 2**28, 2**26)
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])

@@ -6,6 +6,7 @@ import gzip
 import io
 import struct
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -62,7 +63,20 @@ def images() -> dict[str, tuple[bytes, ...]]:
             _saved(rgb, "TIFF", **frames()),
         ),
         "gif": (_saved(palette, "GIF"), _saved(grey, "GIF", transparency=3), _saved(rgb, "GIF", **frames())),
+        "dcm": dicom(),
     }
+
+
+def dicom() -> tuple[bytes, ...]:
+    """Some of pydicom's test files: plain and compressed, grey and colour, of several frames, with tables, no image."""
+    try:
+        import pydicom
+    except ImportError:
+        return (b"",)
+    folder = Path(pydicom.__file__).parent / "data" / "test_files"
+    names = ("MR_small", "MR_small_RLE", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless", "MR_small_bigendian")
+    names += ("SC_rgb_small_odd", "SC_rgb_small_odd_jpeg", "JPEGLSNearLossless_08", "rtdose_rle", "test-SR")
+    return tuple((folder / f"{name}.dcm").read_bytes() for name in names)
 
 
 def interlaced_png() -> bytes:
