@@ -8,15 +8,34 @@ In a notebook it goes into one output below the cell, which is replaced as thing
 from __future__ import annotations
 
 import html
+import io
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TextIO
 
 from dpsyngen.files import strict_text
 
 LOG_FORMATS = ("text", "json")
+
+
+def is_open(stream: TextIO | None) -> bool:
+    """Whether something can be written: windowed programs and daemons have no standard error or output."""
+    return stream is not None and not stream.closed
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person looks at it."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def speak_any_language(as_json: bool) -> None:
+    """Have a command escape what the encoding of its output lacks; JSON is UTF-8 wherever it goes (RFC 8259)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            json_text = as_json and stream is sys.stdout
+            stream.reconfigure(encoding="utf-8" if json_text else None, errors="backslashreplace")
 
 
 class Console:
@@ -31,7 +50,7 @@ class Console:
 
     def __init__(self, quiet: bool = False, as_json: bool = False, log_format: str = "text") -> None:
         self.quiet, self.as_json, self.log_json = quiet, as_json, log_format == "json"
-        self.live = sys.stderr.isatty() and not quiet and not self.log_json
+        self.live = is_terminal(sys.stderr) and not quiet and not self.log_json
         self._tracked: Progress | None = None
 
     @classmethod
@@ -45,7 +64,7 @@ class Console:
     def result(self, document: Mapping[str, Any], lines: Iterable[str] = ()) -> None:
         """The result of a command, once, as its last act: a document for programs or lines for people."""
         if self.as_json:
-            print(strict_text(document), flush=True)
+            self._result(strict_text(document))
             return
         for text in lines:
             self.line(text)
@@ -53,6 +72,10 @@ class Console:
     def line(self, text: str = "") -> None:
         """A line that belongs to the result, for people."""
         if not self.as_json:
+            self._result(text)
+
+    def _result(self, text: str) -> None:
+        if is_open(sys.stdout):
             print(text, flush=True)
 
     def error(self, kind: str, message: str) -> None:
@@ -104,7 +127,8 @@ class Console:
     def _say(self, text: str, event: str, **values: Any) -> None:
         if self.log_json:
             text = strict_text({"time": round(time.time(), 3), "event": event, **values})
-        print(text, file=sys.stderr, flush=True)
+        if is_open(sys.stderr):  # print() would take None for standard output
+            print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -107,9 +107,36 @@ def remove_temporaries(folder: Path) -> None:
         Path(name).unlink(missing_ok=True)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` as the home folder; as it is where nobody's is known, as in a container without users."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def cache_home() -> Path:
+    """Where downloads and decoded images are kept: ``dpsyngen`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
+
+    Without a home folder it is a folder of this user's below the folder for temporary files.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpsyngen"
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"dpsyngen-{os.geteuid()}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = os.lstat(folder)
+        own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        return folder if own else Path(tempfile.mkdtemp(prefix="dpsyngen-"))
+
+
+_OF_THE_DISK = ("lost+found", ".snapshot")  # what a fresh disk has in its uppermost folder
+
+
 def require_absent_or_empty(path: Path, option: str) -> None:
     """Raise RunError if the folder `path` has anything in it, so that nothing is ever overwritten."""
-    if path.is_dir() and not any(path.iterdir()):
+    if path.is_dir() and all(entry.name in _OF_THE_DISK for entry in path.iterdir()):
         return
     if path.exists() or path.is_symlink():
         raise RunError(f"{option} {path} exists already and is not an empty folder. Choose another, or move it away.")

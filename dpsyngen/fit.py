@@ -8,7 +8,6 @@ events.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,8 +19,10 @@ from dpsyngen.config import Config, load_config, with_options
 from dpsyngen.console import console_for
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given
-from dpsyngen.distributed import ALONE, Ranks, device_of, joined, started_by_torchrun
+from dpsyngen.distributed import ALONE, Ranks, device_of, joined
 from dpsyngen.errors import ConfigError, DataError, RunError
+from dpsyngen.files import expanded
+from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.release.place import find, save
@@ -31,7 +32,7 @@ from dpsyngen.training.follower import follow, read_together, stop_on_signals
 from dpsyngen.training.health import assess, write_health
 from dpsyngen.training.log import Display, Event, Note, OnEvent, Reading, Step, ignore
 from dpsyngen.training.pipeline import Hooks, Training, require_unfinished
-from dpsyngen.training.run import Run, require_new
+from dpsyngen.training.run import Run, place_of, require_new
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------- images, plan, training, release
 
 
+@ordinary_modes()
 def prepare(
     config: Config,
     out: PathLike,
@@ -66,6 +68,7 @@ def prepare(
     return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, finish))
 
 
+@ordinary_modes()
 def prepare_resume(
     out: PathLike,
     data: Source | None = None,
@@ -126,6 +129,7 @@ class Interrupted(KeyboardInterrupt):
         self.run = training.run
 
 
+@ordinary_modes()
 def train_together(begin: Callable[..., Training], data: Source | None, device: str) -> Trained | None:
     """Train to the end, in this process or in all that torchrun started; all of them call this alike.
 
@@ -158,6 +162,7 @@ def train_together(begin: Callable[..., Training], data: Source | None, device: 
     return Trained(training, findings)
 
 
+@ordinary_modes()
 def carry_out(training: Training) -> bool:
     """Say what is planned and take all steps that are left, the release included.
 
@@ -343,8 +348,8 @@ class Generator(ReleasedGenerator):
         )
         config, device = load_config(given, preset=preset), kind_of(device)
         source = as_source(images, labels, options.get("class_names"))
-        folder = new_folder() if out is None else Path(out).expanduser()
-        return cls._trained(partial(prepare, config, folder, source), folder, source, device, progress)
+        with place_of(out) as folder:
+            return cls._trained(partial(prepare, config, folder, source), folder, source, device, progress)
 
     @classmethod
     def resume(
@@ -368,7 +373,7 @@ class Generator(ReleasedGenerator):
             ConfigError, DataError, RunError: the images are missing or others, or there is nothing to resume.
             KeyboardInterrupt: it was interrupted again.
         """
-        folder, device = Path(out).expanduser(), kind_of(device)
+        folder, device = expanded(out), kind_of(device)
         run = Run(folder)
         if run.complete:
             raise RunError(
@@ -431,19 +436,3 @@ class Generator(ReleasedGenerator):
 def _named(images: Any) -> str | None:
     """What the settings say that the images are; None for images in memory, which are written down nowhere."""
     return os.fspath(images) if isinstance(images, str | os.PathLike) else None
-
-
-def new_folder() -> Path:
-    """A run directory that does not exist yet: ``runs/fit-20260101-120000``.
-
-    Raises:
-        ConfigError: torchrun started this process, and each of its processes would choose another one.
-    """
-    if started_by_torchrun():
-        raise ConfigError("out is missing: the processes of torchrun have to be given one run directory.")
-    first = Path("runs") / f"fit-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, number = first, 1
-    while path.exists():
-        number += 1
-        path = first.with_name(f"{first.name}-{number}")
-    return path

@@ -1,4 +1,4 @@
-"""Where numbers must be computed in fp32 whatever the machine would rather do.
+"""Modes of the process: those that our work needs, and where numbers must be computed in fp32.
 
 Two things make products of fp32 tensors coarser than fp32: autocast, which casts their inputs to bf16 (8 bits of
 significand), and TF32, which rounds them to 11 bits.  On an NVIDIA GPU from Ampere on PyTorch allows TF32 in
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,3 +139,66 @@ def tf32_allowed() -> tuple[bool, bool]:
     if "matmul" in now:
         return now["matmul"] != "highest", bool(now["cudnn"])
     return now["each"].get("cuda.matmul") == "tf32", now["each"].get("cudnn.conv") == "tf32"
+
+
+_modes = threading.Lock()
+_inside = 0  # calls of ours, in all threads
+_callers: tuple[torch.dtype, int] = (torch.float32, 0)  # modes of the process before the first of them
+_PROCESS = os.getpid()
+
+
+@contextlib.contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """Within, PyTorch has the modes that it is imported with; then the caller's are restored.  Also a decorator.
+
+    That is: gradients, no inference mode, no autocast, new tensors on the CPU in float32, and no insistence on
+    deterministic algorithms (which some layers lack).  Default type and determinism are the whole process's, as PyTorch
+    has it.  In a process that was forked PyTorch gets one thread, and keeps it: it would wait for its parent's threads.
+    """
+    global _inside, _callers
+    if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+    with _modes:
+        if _inside == 0:
+            _callers = torch.get_default_dtype(), torch.get_deterministic_debug_mode()
+            _set_modes(torch.float32, 0)
+        _inside += 1
+    try:
+        with contextlib.ExitStack() as stack:
+            if sys.stderr is None:  # libraries take for granted that there is one
+                stack.enter_context(contextlib.redirect_stderr(_nowhere()))
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+            yield
+    finally:
+        with _modes:
+            _inside -= 1
+            if _inside == 0:
+                _set_modes(*_callers)
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
+def _set_modes(dtype: torch.dtype, deterministic: int) -> None:
+    if torch.get_default_dtype() != dtype:
+        torch.set_default_dtype(dtype)
+    if torch.get_deterministic_debug_mode() != deterministic:
+        torch.set_deterministic_debug_mode(deterministic)
+
+
+def _after_fork() -> None:
+    """In a forked process other threads, and with them their calls and what they held, are gone."""
+    global _modes, _products
+    _modes, _products = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -8,6 +8,7 @@ needs them to meet once.  PyTorch releases Python's lock inside its operations, 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ class Workers:
         self.count = min(self.cores, _MOST) if count is None else count
         self._each = max(1, self.cores // self.count)
         self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
 
     def map(self, function: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
         """``[function(i) for i in items]``, in order, with the caller's autocast and gradient modes.
@@ -46,7 +48,8 @@ class Workers:
         """
         if self.count == 1 or len(items) <= 1 or getattr(_worker, "inside", False):
             return [function(item) for item in items]
-        if self._pool is None:
+        if self._pool is None or self._process != os.getpid():  # a forked process has no other threads
+            self._process = os.getpid()
             self._pool = ThreadPoolExecutor(self.count, "dpsyngen-worker", self._start)
         # The caller's modes, which new threads do not inherit.
         grad = torch.is_grad_enabled()
@@ -82,6 +85,14 @@ class Workers:
 
 
 _changing = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _changing
+    _changing = threading.Lock()  # another thread may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 _worker = threading.local()  # has `inside` in the threads of any pool, which do not share their parts any further
 
 

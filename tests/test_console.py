@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
 from dpsyngen import console as console_module
@@ -58,3 +61,30 @@ def test_bar_is_drawn_on_a_terminal(monkeypatch, capsys) -> None:
 
 def test_hours() -> None:
     assert console_module._clock(3725) == "1:02:05"
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_without_standard_error_or_output_nothing_is_said(closed, monkeypatch, tmp_path) -> None:
+    for name in ("stdout", "stderr"):
+        stream = None
+        if closed:
+            with open(tmp_path / name, "w", encoding="utf-8") as stream:
+                pass
+        monkeypatch.setattr(sys, name, stream)
+    console = Console()
+    console.note("a note")
+    console.result({}, ["a line"])
+    console.error("data", "an error")
+    console_module.speak_any_language(as_json=True)
+    with console.progress("work", 3, "things") as p:
+        p.update(3)
+    assert not console.live
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_an_encoding_lacks_is_escaped_and_json_is_utf8(as_json, monkeypatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    console_module.speak_any_language(as_json)
+    Console(as_json=as_json).result({"ε": "é"}, ["ε is é"])
+    assert written.getvalue() == ('{"ε": "é"}\n'.encode() if as_json else b"\\u03b5 is \xe9\n")

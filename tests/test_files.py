@@ -157,3 +157,25 @@ def test_open_plain(tmp_path) -> None:
     ):
         with pytest.raises(NotPlainError, match=why):
             open_plain(tmp_path / name, limit)
+
+
+def test_without_a_home_there_is_a_cache_of_this_user_alone(tmp_path, monkeypatch) -> None:
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert files.expanded("~/x") == Path("~/x")
+    cache = files.cache_home()
+    assert cache.parent == tmp_path
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert files.cache_home() == cache
+    cache.chmod(0o777)  # somebody else may have made it
+    assert files.cache_home() != cache
+
+
+def test_what_a_fresh_disk_has_counts_as_empty(tmp_path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    files.require_absent_or_empty(tmp_path, "--out")

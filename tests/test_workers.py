@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 
 import pytest
 import torch
 
+from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.workers import Workers
 
 
@@ -97,3 +99,27 @@ def test_workers_inside_of_workers_do_not_wait_for_each_other(four_threads) -> N
 
     assert outer.map(nested, range(3)) == [[0, 1], [10, 11], [20, 21]]
     outer.close()
+
+
+def test_in_a_forked_process_threads_are_made_anew(four_threads) -> None:
+    """Its parent's are gone: whoever waits for them waits for ever."""
+    workers = Workers(2)
+
+    def work(pipe=None) -> list[float]:
+        with ordinary_modes():
+            x = torch.ones(64, 64)
+            found = workers.map(lambda i: float((x @ (x * i)).sum()), [1, 2, 3])
+        if pipe is not None:
+            pipe.send((found, torch.get_num_threads()))
+        return found
+
+    expected = work()
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=work, args=(there,))
+    child.start()
+    try:
+        assert here.poll(60)
+        assert here.recv() == (expected, 1)
+    finally:
+        child.kill()
+        child.join()

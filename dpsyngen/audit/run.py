@@ -21,6 +21,7 @@ from dpsyngen.audit.sensitivity import ClippingAudit, audit_noise
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import RunError, require
 from dpsyngen.files import write_text
+from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.hardware import choose
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger
@@ -60,6 +61,7 @@ FULL = Effort()
 QUICK = Effort(seconds=6.0, most_canaries=32, steps=10, lookup_canaries=1500, lookup_steps=24, sparse_steps=40)
 
 
+@ordinary_modes()
 def audit_run(
     run: Run | Path | str,
     *,

@@ -114,9 +114,10 @@ def main() -> None:
     """Run the command line: errors that a user can mend are one message, without a traceback."""
     # With other work on the machine, threads that spin while they wait make each other many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from dpsyngen.console import Console
+    from dpsyngen.console import Console, speak_any_language
 
     console = Console.asked_for(sys.argv[1:])
+    speak_any_language(console.as_json or console.log_json)
     plainly = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -142,7 +143,7 @@ def main() -> None:
                 "lost: free some space, then continue (training: --resume).",
             )
         elif error.errno == errno.EPIPE:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         else:
             cli_options.tell(console, "system", str(error))
         sys.exit(1)

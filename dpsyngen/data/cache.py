@@ -32,7 +32,7 @@ from dpsyngen.data.decode import BUDGET, Form, ImageHeader
 from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
 from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable
-from dpsyngen.files import sync_folder, write_bytes, write_text
+from dpsyngen.files import cache_home, expanded, sync_folder, write_bytes, write_text
 
 FORMAT = "dpsyngen-image-cache-4"
 IN_MEMORY_BYTES = 2**30
@@ -266,12 +266,12 @@ class Cache:
 
     Args:
         folder: it is made when something is to be written.  "auto": ``$DPSYNGEN_CACHE``, else
-            ``$XDG_CACHE_HOME/dpsyngen/images``, else ``~/.cache/dpsyngen/images``.
+            ``images`` in :func:`dpsyngen.files.cache_home`.
     """
 
     def __init__(self, folder: str = "auto") -> None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpsyngen" / "images"
-        self.folder = Path((os.environ.get("DPSYNGEN_CACHE") or base) if folder == "auto" else folder).expanduser()
+        given = os.environ.get("DPSYNGEN_CACHE") if folder == "auto" else folder
+        self.folder = expanded(given) if given else cache_home() / "images"
 
     def get(self, key: str, source: str) -> ImageDataset | None:
         """The entry of this name, if there is one; DataError if others could have put it there, or it is damaged."""

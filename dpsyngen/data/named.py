@@ -27,7 +27,7 @@ import numpy as np
 
 from dpsyngen.data.store import check_fits
 from dpsyngen.errors import ConfigError, DataError, printable
-from dpsyngen.files import damaged
+from dpsyngen.files import cache_home, damaged, expanded
 
 SPLITS = ("train", "test", "all")
 _SYSTEM_FOLDERS = (Path("/usr/share/datasets"), Path("/usr/share"))
@@ -175,8 +175,8 @@ def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _locate(known: NamedSet, parts: tuple[str, ...]) -> Path:
     """The folder that holds the files of these splits, downloading them if need be."""
-    given, cache = os.environ.get("DPSYNGEN_DATA"), Path.home() / ".cache" / "dpsyngen"
-    roots = [Path(given).expanduser()] if given else []
+    given, cache = os.environ.get("DPSYNGEN_DATA"), cache_home()
+    roots = [expanded(given)] if given else []
     looked = [root / name for root in (*roots, cache, *_SYSTEM_FOLDERS) for name in known.folders]
     for folder in looked:
         files = [folder / _CIFAR_ARCHIVE if known.name == "cifar10" else _idx_images(folder, part) for part in parts]

@@ -31,6 +31,7 @@ from dpsyngen.evaluation.memorisation import (
 )
 from dpsyngen.evaluation.metrics import NAMES, EvaluationSettings, evaluate_images
 from dpsyngen.files import write_text
+from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.training.run import Run
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 
+@ordinary_modes()
 def evaluate(
     run: Run | PathLike,
     *,
@@ -120,6 +122,7 @@ def evaluate(
     return result
 
 
+@ordinary_modes()
 def follow_evaluation(ranks: Ranks) -> None:
     """In every process but the main one: share the evaluation that the main one leads, to its end.
 
@@ -148,6 +151,7 @@ def follow_evaluation(ranks: Ranks) -> None:
     sampling_ranks.follow(ranks, {**known, "features": features, "classifiers": classifiers})
 
 
+@ordinary_modes()
 def check_memorisation(
     run: Run | PathLike,
     *,

@@ -24,6 +24,7 @@ from dpsyngen.experiments.dp_classifier import dp_classifier_reference, real_ref
 from dpsyngen.experiments.experiment import Clock, Experiment, PublicNetwork, shared, training_digest
 from dpsyngen.experiments.spec import DataFacts, Job, Spec, digest
 from dpsyngen.files import write_atomically, write_text
+from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.accounting import default_delta
 from dpsyngen.privacy.ledger import Ledger
@@ -119,6 +120,7 @@ class Worker:
         if self._training is not None:
             self._training.stop_requested = True
 
+    @ordinary_modes()
     def do(self, job: Job) -> None:
         """Do a job, or what is left of it, and keep its result.  The caller holds the job's lock.
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from dpsyngen.console import is_terminal
 from dpsyngen.errors import printable
 from dpsyngen.experiments.measures import Measure, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.results import Results
@@ -379,7 +380,7 @@ def terminal_table(table: Table) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    terminal = sys.stdout.isatty()
+    terminal = is_terminal(sys.stdout)
     buffer = io.StringIO()
     width = None if terminal else 400
     rich = RichConsole(file=buffer, force_terminal=terminal, width=width, highlight=False, emoji=False)

@@ -20,6 +20,7 @@ from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
 from dpsyngen.errors import ConfigError, DpsyngenError, ReleaseError, RunError, listed, printable, require, shown
 from dpsyngen.files import read_yaml_file
+from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator.classes import asked_for, in_turn
 from dpsyngen.generator.files import Place, load_gaussian, load_network, read_description
 from dpsyngen.generator.guarantee import Guarantee
@@ -63,6 +64,7 @@ class ReleasedGenerator:
         gaussian: the denoiser of the DP moments; None if there are none.
     """
 
+    @ordinary_modes()
     def __init__(
         self, release: str | os.PathLike[str], device: str = "cpu", compute: ComputeConfig | None = None
     ) -> None:
@@ -217,9 +219,9 @@ class ReleasedGenerator:
             observe=observe,
             take=take,
         )
-        # In the precision that was chosen for the device, which must not leak into the caller between two batches.
+        # In the modes and the precision that drawing needs, which must not leak into the caller between two batches.
         while True:
-            with self.compute.autocast():
+            with ordinary_modes(), self.compute.autocast():
                 batch = next(batches, None)
             if batch is None:
                 return

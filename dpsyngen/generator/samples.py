@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from dpsyngen.console import in_notebook
 from dpsyngen.diffusion.stages import Stage
 from dpsyngen.errors import ConfigError, RunError, listed, printable
-from dpsyngen.files import require_absent_or_empty, sync_folder, write_atomically, write_text
+from dpsyngen.files import expanded, require_absent_or_empty, sync_folder, write_atomically, write_text
 from dpsyngen.programs.grid import image_grid
 from dpsyngen.programs.saving import png, require_parquet
 from dpsyngen.version import __version__
@@ -107,7 +107,7 @@ class Samples:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write all images to a ``.npz`` or ``.parquet`` file or a folder; RunError if there is something already."""
-        target = Path(path).expanduser()
+        target = expanded(path)
         about = {"dpsyngen": __version__, "private": self.private, "count": len(self), **self.settings}
         write_samples(target, [self.images], self.labels, self.class_names, about)
         return target

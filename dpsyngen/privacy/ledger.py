@@ -194,7 +194,7 @@ def _head_path(path: Path) -> Path:
 def _read_head(path: Path, what: str) -> Head:
     file = _head_path(path)
     try:
-        stored = json.loads(file.read_text())
+        stored = json.loads(file.read_text(encoding="utf-8"))
         head = Head(stored["lines"], stored["digest"])
         if type(head.lines) is not int or type(head.digest) is not str:
             raise TypeError

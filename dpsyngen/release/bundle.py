@@ -171,7 +171,8 @@ def _search_for_secrets(run: Run, files: dict[str, Path]) -> None:
         if path and "/" in path and len(path) >= 6:
             secrets[what] = [path.encode()]
     try:
-        secrets["the digest of the images"] = [json.loads(run.data_path.read_text())["fingerprint"].encode()]
+        known = json.loads(run.data_path.read_text(encoding="utf-8"))
+        secrets["the digest of the images"] = [known["fingerprint"].encode()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{run.data_path} cannot be read: {error}.") from None
     for name, file in files.items():

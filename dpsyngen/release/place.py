@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpsyngen.errors import ConfigError, ReleaseError, RunError, printable
-from dpsyngen.files import file_sha256, write_atomically
+from dpsyngen.files import expanded, file_sha256, write_atomically
 from dpsyngen.generator.files import Place
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.guarantee import Guarantee
@@ -31,7 +31,7 @@ def find(path: PathLike) -> Place:
         RunError: there is none, or its training is not finished.
         ReleaseError: a bundle that is damaged or was changed.
     """
-    given = Path(path).expanduser()
+    given = expanded(path)
     if (given / "generator.json").is_file():  # written last, so the release is whole
         return Place.of_release(given)
     allowed = "a run directory, its release folder or a bundle (.zip)"
@@ -61,7 +61,7 @@ def save(place: Place, out: PathLike, not_private: bool = False) -> Path:
         ConfigError, RunError: there is something at `out`, or a bundle cannot be made from what is at hand.
         ReleaseError: not private, or something is wrong with the release.
     """
-    target = Path(out).expanduser()
+    target = expanded(out)
     require_private(Guarantee.read(place.release).certificate, not_private, "not_private=True saves")
     if target.suffix.lower() != ".zip":
         export_release(place.release, target, not_private=not_private)

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from dpsyngen.config import load_config
+from dpsyngen.console import is_terminal
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_atomically, write_text
 from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
@@ -214,7 +215,7 @@ def table(result: StagesResult) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    buffer, terminal = io.StringIO(), sys.stdout.isatty()
+    buffer, terminal = io.StringIO(), is_terminal(sys.stdout)
     # A file has no width: lines must not be cut.
     width = None if terminal else 400
     rich = RichConsole(file=buffer, force_terminal=terminal, width=width, highlight=False, emoji=False)

@@ -23,6 +23,7 @@ from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, require
 from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_text
+from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.programs import make_program
 from dpsyngen.thresholds.denoisers import Family, PublicDenoisers, split_proxy
 from dpsyngen.thresholds.files import StagesResult, write_results
@@ -110,6 +111,7 @@ class Stages:
         self.estimate = None if data is None else PrivateEstimate(folder, config, data, options.sampling_rate)
         self.settings = json.loads(json.dumps(self._settings()))
 
+    @ordinary_modes()
     def run(self, tell: Tell) -> tuple[StagesResult, list[Path]]:
         """Train, measure, write; the result and its files.
 

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from dpsyngen.config import Config, validate
+from dpsyngen.distributed import started_by_torchrun
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import (
     TEMPORARY_SUFFIX,
+    expanded,
     is_temporary,
     read_yaml_file,
     remove_temporaries,
@@ -60,7 +64,7 @@ class Run:
                 what = "is a bundle, which has no private half (sample, export and verify take bundles)"
             raise RunError(f"{path} {what}.  Give the folder that `dpsyngen train --out` made.")
         try:
-            stamp = json.loads((path / "run.json").read_text())
+            stamp = json.loads((path / "run.json").read_text(encoding="utf-8"))
             found = stamp["format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(
@@ -231,6 +235,32 @@ class FolderLock:
             self._contexts -= 1
             if not self._contexts:
                 self._lock.release(force=True)
+
+
+@contextlib.contextmanager
+def place_of(out: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Where to make a run: `out`, or a new folder ``runs/fit-DATE-TIME``, which goes again if nothing is made in it.
+
+    Raises:
+        ConfigError: `out` is missing where torchrun started this process: each of its processes would choose another.
+    """
+    if out is not None:
+        yield expanded(out)
+        return
+    if started_by_torchrun():
+        raise ConfigError("out is missing: the processes of torchrun have to be given one run directory.")
+    first = path = Path("runs") / f"fit-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(2):
+        try:
+            path.mkdir(parents=True)  # of two that begin in one second, each has its own
+            break
+        except FileExistsError:
+            path = first.with_name(f"{first.name}-{number}")
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def require_new(path: Path) -> None:

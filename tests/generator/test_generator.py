@@ -19,6 +19,7 @@ from dpsyngen import Generator
 from dpsyngen.config import ComputeConfig
 from dpsyngen.errors import ConfigError, DataError, ReleaseError, RunError
 from dpsyngen.privacy.certificate import Certificate
+from dpsyngen.training.run import place_of
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
 pytestmark = pytest.mark.slow
@@ -59,11 +60,10 @@ def test_fit_is_a_whole_run_with_ledger_and_certificate(generator) -> None:
 def test_fit_without_out_makes_a_new_folder_each_time(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda form: "20260101-120000")
-    for expected in ("runs/fit-20260101-120000", "runs/fit-20260101-120000-2"):
-        from dpsyngen.fit import new_folder
-
-        assert str(new_folder()) == expected
-        Path(expected).mkdir(parents=True)
+    with place_of(None) as first, place_of(None) as second:
+        assert [str(first), str(second)] == ["runs/fit-20260101-120000", "runs/fit-20260101-120000-2"]
+        (first / "run.json").touch()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [first.name]  # nothing was made in the other
 
 
 def test_two_fits_have_different_noise(generator, tmp_path) -> None:
@@ -510,12 +510,10 @@ def test_the_private_half_of_a_fit_is_closed_to_others(generator) -> None:
 
 def test_processes_of_torchrun_must_be_given_one_run_directory(monkeypatch) -> None:
     """Each would choose another one."""
-    from dpsyngen.fit import new_folder
-
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="out is missing"):
-        new_folder()
+    with pytest.raises(ConfigError, match="out is missing"), place_of(None):
+        pass
 
 
 @pytest.mark.parametrize("module", ["config", "generator.classes", "generator.samples"])
