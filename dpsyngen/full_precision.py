@@ -143,7 +143,7 @@ def tf32_allowed() -> tuple[bool, bool]:
 
 _modes = threading.Lock()
 _inside = 0  # calls of ours, in all threads
-_callers: tuple[torch.dtype, int] = (torch.float32, 0)  # modes of the process before the first of them
+_callers: tuple[torch.dtype, int, TextIO | None]  # modes of the process before the first of them
 _PROCESS = os.getpid()
 
 
@@ -151,22 +151,22 @@ _PROCESS = os.getpid()
 def ordinary_modes() -> Iterator[None]:
     """Within, PyTorch has the modes that it is imported with; then the caller's are restored.  Also a decorator.
 
-    That is: gradients, no inference mode, no autocast, new tensors on the CPU in float32, and no insistence on
-    deterministic algorithms (which some layers lack).  Default type and determinism are the whole process's, as PyTorch
-    has it.  In a process that was forked PyTorch gets one thread, and keeps it: it would wait for its parent's threads.
+    That is: gradients, no inference mode, no autocast, new tensors on the CPU in float32, no insistence on
+    deterministic algorithms (which some layers lack), and a standard error to write to.  Default type, determinism and
+    standard error are the whole process's, and come back when the last call in any thread ends.  In a process that was
+    forked PyTorch gets one thread, and keeps it: it would wait for its parent's threads.
     """
     global _inside, _callers
     if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
     with _modes:
         if _inside == 0:
-            _callers = torch.get_default_dtype(), torch.get_deterministic_debug_mode()
-            _set_modes(torch.float32, 0)
+            _callers = torch.get_default_dtype(), torch.get_deterministic_debug_mode(), sys.stderr
+            # Libraries take for granted that there is a standard error.
+            _set_modes(torch.float32, 0, _nowhere() if sys.stderr is None else sys.stderr)
         _inside += 1
     try:
         with contextlib.ExitStack() as stack:
-            if sys.stderr is None:  # libraries take for granted that there is one
-                stack.enter_context(contextlib.redirect_stderr(_nowhere()))
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
             for device in ("cpu", "cuda"):
@@ -180,7 +180,8 @@ def ordinary_modes() -> Iterator[None]:
         with _modes:
             _inside -= 1
             if _inside == 0:
-                _set_modes(*_callers)
+                dtype, deterministic, stderr = _callers
+                _set_modes(dtype, deterministic, stderr if sys.stderr is _nowhere() else sys.stderr)
 
 
 @functools.cache
@@ -188,7 +189,8 @@ def _nowhere() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")
 
 
-def _set_modes(dtype: torch.dtype, deterministic: int) -> None:
+def _set_modes(dtype: torch.dtype, deterministic: int, stderr: TextIO | None) -> None:
+    sys.stderr = stderr
     if torch.get_default_dtype() != dtype:
         torch.set_default_dtype(dtype)
     if torch.get_deterministic_debug_mode() != deterministic:

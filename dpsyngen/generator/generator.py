@@ -267,6 +267,7 @@ class ReleasedGenerator:
                     on_progress(done, count)
         return Samples(np.concatenate(out), drawn, self.class_names, asdict(chosen), self.private)
 
+    @ordinary_modes()
     def trajectory(
         self,
         count: int,

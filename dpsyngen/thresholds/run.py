@@ -77,6 +77,7 @@ class Stages:
         ConfigError, DataError, RunError, BudgetExceeded: before anything is written or spent.
     """
 
+    @ordinary_modes()
     def __init__(
         self,
         folder: Path,

@@ -26,6 +26,7 @@ from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError, require
 from dpsyngen.files import write_atomically
+from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program, make_program
 from dpsyngen.training.moments import estimate_moments
@@ -176,6 +177,7 @@ def held_out(settings: PriorSettings) -> dict[str, Task]:
     }
 
 
+@ordinary_modes()
 def train_prior(
     settings: PriorSettings,
     checkpoint: Path | None = None,
