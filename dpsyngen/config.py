@@ -53,6 +53,12 @@ class DataConfig(_Section):
         None, description="values of black and white, as 0,4095, public; None: what files and types say"
     )
     fit: Literal["crop", "pad"] = Field("crop", description="cut images to squares, or add black bars")
+    window: tuple[float, float] | None = Field(
+        None, description="of DICOM: centre and width, as 40,400, public; None: what each file says"
+    )
+    frames: Literal["first", "all"] | None = Field(
+        None, description="of DICOM files of several: the first, or each as an image; all needs privacy.group_size"
+    )
     records: int | None = Field(
         None, ge=1, le=10**12, description="declared number of records n, public; None: the number found"
     )
@@ -64,17 +70,10 @@ class DataConfig(_Section):
     )
     workers: int | None = Field(None, ge=1, le=1024, description="processes that decode; None: one a core")
 
-    @field_validator("value_range", mode="before")
+    @field_validator("value_range", "window", mode="before")
     @classmethod
     def _two_numbers(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
-
-    @field_validator("value_range")
-    @classmethod
-    def _two_levels(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and (value[0] == value[1] or math.isinf(value[1] - value[0])):
-            raise ValueError("black and white must be two different numbers, as 0,4095")
-        return value
 
 
 class PrivacyConfig(_Section):
@@ -273,6 +272,11 @@ class Config(_Section):
             (sampling.sigma_min >= sampling.sigma_max, "sampling.sigma_min must be below sampling.sigma_max"),
             (sampling.churn and sampling.sampler != "heun", "sampling.churn needs sampling.sampler = heun"),
             (math.isnan(privacy.epsilon), "privacy.epsilon is not a number"),
+            (
+                self.data.frames == "all" and "group_size" not in privacy.model_fields_set,
+                "data.frames = all makes an image of each frame, and those of one person are protected together: say "
+                "with privacy.group_size (--group-size) how many images of one person there are at most, of all files",
+            ),
             (
                 MAX_EPSILON < privacy.epsilon < math.inf,
                 f"privacy.epsilon = {privacy.epsilon:g} is above {MAX_EPSILON:g}, which protects nobody; say inf to "

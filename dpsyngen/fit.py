@@ -297,7 +297,7 @@ class Generator(ReleasedGenerator):
         the generator NOT PRIVATE.
 
         What is printed is public, so that a notebook can be shared with its output: no loss on private images is in it.
-        One exception is a warning that most images are nearly black, where their values have another range than said.
+        One exception is a warning that most images are nearly black or of one grey, where values have another range.
         (The arguments in the notebook, and the run directory's ``private/``, are another matter.)
 
         Args:

@@ -114,6 +114,12 @@ def train(
         str | None,
         typer.Option(metavar="LOW,HIGH", help="values of black and white where files do not say: 0,4095; public"),
     ] = None,
+    window: Annotated[
+        str | None, typer.Option(metavar="CENTRE,WIDTH", help="of DICOM; default: what each file says; public")
+    ] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="of DICOM files of several: first, or all, which needs --group-size")
+    ] = None,
     channels: Annotated[str | None, typer.Option(help="auto, grey or rgb")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="ignore classes")] = False,
     records: Annotated[int | None, typer.Option(help="declared number of images, public; default: as found")] = None,
@@ -159,6 +165,8 @@ def train(
         data__channels=channels,
         data__fit=fit,
         data__value_range=value_range,
+        data__window=window,
+        data__frames=frames,
         data__labels=False if unconditional else None,
         data__records=records,
         data__skip_bad=True if skip_bad else None,

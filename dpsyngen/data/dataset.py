@@ -17,12 +17,13 @@ from dpsyngen.errors import DataError
 
 _HASH_CHUNK_BYTES = 16 * 2**20
 _LOOKED_AT = 2048
-_DARK = 17  # a sixteenth of white, and what resizing adds beside edges
+_FLAT = 17  # a sixteenth of white, and what resizing adds beside edges
 NEARLY_BLACK = (
-    "most images are nearly black: none of their values is above a sixteenth of white.  If that is not how they look, "
-    "say which values are black and white with --value-range LOW,HIGH (from Python: the setting data.value_range): 0,1 "
-    "for masks of 0 and 1, 0,4095 for 12 bits stored in 16.  It is public: take it from the format, not "
-    "from these images."
+    "most images are nearly black, or of one grey: their values span no more than a sixteenth of black to white.  If "
+    "that is not how they look, say which values are black and white with --value-range LOW,HIGH (from Python: the "
+    "setting data.value_range), 0,1 for masks of 0 and 1, 0,4095 for 12 bits stored in 16; for DICOM with --window "
+    "CENTRE,WIDTH (data.window), 40,400 for CT of soft parts.  It is public: take it from the format, not from these "
+    "images."
 )
 
 
@@ -190,12 +191,12 @@ class ImageDataset:
 
 
 def is_nearly_black(dataset: ImageDataset) -> bool:
-    """Whether most images (of 2,048 that are looked at) have no value above a sixteenth of white.
+    """Whether the values of most images (of 2,048 that are looked at) span no more than a sixteenth of black to white.
 
-    Such are 10 and 12 bits stored in 16, and masks of 0 and 1, where nothing says so.
+    Such are 10 and 12 bits stored in 16, masks of 0 and 1, and CT without a window, where nothing says so.
     """
     some = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).astype(np.int64))
     dark = sum(
-        int((dataset.batch(part).max((1, 2, 3)) <= _DARK).sum()) for part in np.array_split(some, 32) if len(part)
+        int((np.ptp(dataset.batch(part), (1, 2, 3)) <= _FLAT).sum()) for part in np.array_split(some, 32) if len(part)
     )
     return 2 * dark > len(some)

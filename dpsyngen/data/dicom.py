@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import BadImage, ConfigError
+from dpsyngen.files import NotPlainError, open_plain
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,6 +67,23 @@ def is_dicom(file: BinaryIO) -> bool:
     start = file.read(132)
     file.seek(0)
     return start[128:] == b"DICM"
+
+
+def count_frames(path: str, max_pixels: int, max_bytes: int) -> int:
+    """How many frames the header of a file says it has; 0 if it is no DICOM file; BadImage if it is broken."""
+    with open_plain(path, max_bytes) as file:
+        return DicomFile(file, max_pixels, max_bytes).frames if is_dicom(file) else 0
+
+
+def pictures(path: str, frames: Sequence[int], max_pixels: int, max_bytes: int) -> Iterator[DicomFile | BadImage]:
+    """These frames of a file, which is open as long as they are asked for: each time the same object."""
+    try:
+        with open_plain(path, max_bytes) as file:
+            whole = DicomFile(file, max_pixels, max_bytes)
+            for whole.frame in frames:
+                yield whole
+    except (NotPlainError, BadImage) as error:
+        yield from [BadImage(str(error))] * len(frames)
 
 
 class DicomFile:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -16,11 +16,11 @@ from dpsyngen.config import Config
 from dpsyngen.data.arrays import dataset_from_arrays, read_array_file, read_array_folder, read_npz
 from dpsyngen.data.cache import build
 from dpsyngen.data.dataset import NEARLY_BLACK, ImageDataset, is_nearly_black
-from dpsyngen.data.decode import Form, as_array
+from dpsyngen.data.decode import as_array
 from dpsyngen.data.folder import SHARD_SUFFIXES, find_files, find_folder, find_in_folder, find_pattern, is_pattern
 from dpsyngen.data.map_style import MapStyle, is_map_style, read_map_style
 from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_pair, read_named, suggest
-from dpsyngen.data.source import Options, check_resolution, check_value_range
+from dpsyngen.data.source import FormOptions, Options, check_form, check_resolution
 from dpsyngen.data.store import IMAGES
 from dpsyngen.errors import ConfigError, DataError, listed, printable, require
 
@@ -42,9 +42,8 @@ def load_images(
     skip_bad: bool = False,
     cache: str | os.PathLike[str] = "auto",
     workers: int | None = None,
-    value_range: tuple[float, float] | None = None,
-    fit: Literal["crop", "pad"] = "crop",
     on_progress: Callable[[int, int], None] | None = None,
+    **form: Unpack[FormOptions],
 ) -> ImageDataset:
     """Read the user's private images.  docs/data.md describes each kind of source.
 
@@ -78,11 +77,15 @@ def load_images(
             images; they are made for their owner alone, are used again as long as the source does not change, and may
             be removed whenever no run is going on.  Arrays of the right form are used where they lie.
         workers: processes that decode; None: one a core (one in all for a dataset of Python).
+        on_progress: called as ``(done, total)`` while images are decoded.
         value_range: the values that are black and white, where files or types do not say so: ``(0, 4095)`` for 12 bits
             stored in 16, ``(0, 1)`` for masks of 0 and 1.  Values beyond are clipped; ``(4095, 0)`` inverts.  It is
             **public**: take it from the format, not from these images.
         fit: how images become square: "crop" to the largest centred square, or "pad" with black bars.
-        on_progress: called as ``(done, total)`` while images are decoded.
+        window: of DICOM files, ``(centre, width)`` in values of the modality (Hounsfield units for CT), instead of what
+            each says; grey at the centre, black and white half the width from it.  It is public, too.
+        frames: of DICOM files of several: "first", or "all" as an image each (in folders), or None: such are refused.
+        group_size: with ``frames="all"`` the most frames that a file may have, as they are of one person.
 
     Returns:
         The images.  The shape ``[C, H, W]``, the number of images and the class names are treated as
@@ -102,12 +105,8 @@ def load_images(
     require(workers is None or whole, "workers", workers, "a whole number from 1 to 1024, or left out for one a core")
     place = os.fsdecode(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else ""
     require(place.strip() and "\0" not in place, "cache", cache, "'auto' or the path of a folder")
-    require(fit in ("crop", "pad"), "fit", fit, ("crop", "pad"))
-    if value_range is not None:
-        black, white = check_value_range(value_range)
-        value_range = (black, white)
-    form = Form(value_range, fit)
-    options = Options(check_resolution(resolution), channels, labels, skip_bad, place, workers, form, on_progress)
+    size, checked = check_resolution(resolution), check_form(**form)
+    options = Options(size, channels, labels, skip_bad, place, workers, checked, on_progress)
     dataset = _read(source, options)
     for text in dataset.ignored:
         warnings.warn(f"{text}.", stacklevel=2)
@@ -233,6 +232,8 @@ def load_private(source: Source, config: Config, on_progress: Callable[[int, int
     if isinstance(source, ImageDataset):
         return source
     asked = config.data.model_dump(exclude={"source", "records"})
+    if config.data.frames == "all":
+        asked["group_size"] = config.privacy.group_size
     return load_images(source, **asked, on_progress=on_progress)
 
 

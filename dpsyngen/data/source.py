@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,15 +40,36 @@ def check_resolution(resolution: int | None) -> int | None:
     return int(resolution)
 
 
-def check_value_range(value_range: Any) -> Range:
-    """The values of black and white as two numbers; otherwise ConfigError."""
+class FormOptions(TypedDict, total=False):
+    """Arguments of :func:`~dpsyngen.data.load.load_images`, where they are explained."""
+
+    value_range: Range | None
+    fit: Literal["crop", "pad"]
+    window: Range | None
+    frames: Literal["first", "all"] | None
+    group_size: int
+
+
+def check_form(
+    value_range: Any = None, fit: Any = "crop", window: Any = None, frames: Any = None, group_size: Any = 1000
+) -> Form:
+    """How pixels are read, from what a user asks for; otherwise ConfigError."""
+    require(fit in ("crop", "pad"), "fit", fit, ("crop", "pad"))
+    require(frames in (None, "first", "all"), "frames", frames, ("first", "all"))
+    ends, levels = _two_numbers(value_range), _two_numbers(window)
+    allowed = "two different numbers, the values of black and white, such as 0,4095"
+    require(value_range is None or (ends is not None and ends[0] != ends[1]), "value_range", value_range, allowed)
+    allowed = "two numbers, the centre and the width, which is above 0, such as 40,400"
+    require(window is None or (levels is not None and levels[1] > 0), "window", window, allowed)
+    return Form(ends, fit, levels, frames, group_size)
+
+
+def _two_numbers(values: Any) -> Range | None:
     try:
-        black, white = (float(v) for v in value_range)
-        allowed = math.isfinite(white - black) and black != white
+        first, second = (float(v) for v in values)
+        return (first, second) if math.isfinite(second - first) else None
     except (TypeError, ValueError, OverflowError):
-        allowed = False
-    require(allowed, "value_range", value_range, "two different numbers, the values of black and white, such as 0,4095")
-    return black, white
+        return None
 
 
 def default_resolution(sizes: set[tuple[int, int]]) -> int:

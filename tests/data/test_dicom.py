@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpsyngen.data import decode
+from dpsyngen.config import load_config
+from dpsyngen.data import decode, load_images
 from dpsyngen.data.cache import quiet_decoders
 from dpsyngen.data.decode import BadImage, Form, read_header, read_image
 from dpsyngen.errors import ConfigError
@@ -370,3 +371,33 @@ def test_without_pydicom_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ConfigError, match=r"pip install 'dpsyngen\[dicom\]'"):
         read_image(FILES / "MR_small.dcm", resolution=8, colour="grey")
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_settings_of_windows_and_frames() -> None:
+    def config(privacy: dict[str, Any] | None = None, **data: Any) -> Any:
+        return load_config({"data": data, "privacy": privacy or {}}, preset="cpu-small")
+
+    assert config(window="40,400").data.window == (40, 400)
+    for window in ("40", "40,4,4", "a,b", "0,inf"):
+        with pytest.raises(ConfigError, match=r"data\.window"):
+            config(window=window)
+    assert config(frames="first").data.frames == "first"
+    with pytest.raises(ConfigError, match="--group-size"):
+        config(frames="all")
+    assert config({"group_size": 1}, frames="all").privacy.group_size == 1
+    for wrong in ({"window": (40, 0)}, {"window": (40, -1)}, {"window": 40}, {"frames": "last"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            load_images(FILES, **wrong)  # type: ignore[arg-type]
+
+
+def test_pictures_of_one_grey_are_told_of(tmp_path: Path) -> None:
+    """As CT is whose file has no window: its values are a small part of what 16 bits can hold."""
+    (tmp_path / "a.dcm").write_bytes(content_of("CT_small.dcm"))
+    with pytest.warns(UserWarning, match="--window CENTRE,WIDTH"):
+        load_images(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_images(tmp_path, window=(40, 400)).images.shape == (1, 1, 32, 32)
