@@ -8,7 +8,24 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dpsyngen.data.store import available_bytes
 from dpsyngen.errors import ConfigError, listed, require, shown
+
+MOST_IMAGES = 10**8
+
+
+def check_count(count: int) -> None:
+    """Raise ConfigError for more images than can be drawn at once."""
+    allowed = f"at most {MOST_IMAGES:,} at a time; for more, sample again with other seeds"
+    require(count <= MOST_IMAGES, "the number of images", count, allowed)
+
+
+def check_in_memory(count: int, size: int) -> None:
+    """Raise ConfigError where so many images of `size` bytes would take more than half of the memory."""
+    check_count(count)
+    limit = available_bytes() // (4 * size)  # they are put together at the end, which takes as much again
+    allowed = f"at most {limit:,}, which half of the memory holds; `dpsyngen sample` and stream() draw any number"
+    require(count <= limit, "the number of images", count, allowed)
 
 
 def class_number(given: int | str, names: Sequence[str], strict: bool = False) -> int:
@@ -64,7 +81,8 @@ def in_turn(count: int, names: Sequence[str], classes: Sequence[int | str] | Non
     chosen = range(len(names)) if classes is None else [class_number(c, names) for c in classes]
     if not chosen:
         raise ConfigError("no class was given.")
-    return np.array([chosen[i % len(chosen)] for i in range(count)], dtype=np.int64)
+    check_count(count)
+    return np.resize(np.array(chosen, dtype=np.int64), count)
 
 
 def asked_for(

@@ -21,7 +21,7 @@ from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser
 from dpsyngen.errors import ConfigError, DpsyngenError, ReleaseError, RunError, listed, printable, require, shown
 from dpsyngen.files import read_yaml_file
 from dpsyngen.full_precision import ordinary_modes
-from dpsyngen.generator.classes import asked_for, in_turn
+from dpsyngen.generator.classes import asked_for, check_count, check_in_memory, in_turn
 from dpsyngen.generator.files import Place, load_gaussian, load_network, read_description
 from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.generator.samples import Samples, Trajectory
@@ -204,6 +204,7 @@ class ReleasedGenerator:
             observe: is shown each step of the sampler.
         """
         require(count >= 1, "the number of images", count, "at least 1")
+        check_count(count)
         if labels is not None:
             if len(labels) != count:
                 raise ConfigError(f"{len(labels)} labels were given for {count} images.")
@@ -256,6 +257,7 @@ class ReleasedGenerator:
         """
         chosen = self.settings(**settings)
         count, drawn = asked_for(count, labels, classes, self.class_names)
+        check_in_memory(count, self.channels * self.resolution**2)
         out: list[NDArray[np.uint8]] = []
         done = 0
         with console_for(progress).progress("sampling", count, "images") as bar:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.distributed import END, Ranks, device_of
 from dpsyngen.errors import DpsyngenError
+from dpsyngen.generator.classes import check_in_memory
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import Samples
 
@@ -66,6 +67,7 @@ def sample(ranks: Ranks, generator: ReleasedGenerator, count: int, **settings: A
     """As :meth:`ReleasedGenerator.sample`, classes in turn, drawn by all processes; to be called by the main one."""
     if ranks.alone or count < 1:
         return generator.sample(count, **settings)
+    check_in_memory(count, generator.channels * generator.resolution**2)
     chosen, labels = generator.settings(**settings), generator.labels(count)
     images = np.concatenate(list(stream(ranks, generator, count, chosen, labels=labels)))
     return Samples(images, labels, generator.class_names, asdict(chosen), generator.private)

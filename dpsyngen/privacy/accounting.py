@@ -106,7 +106,7 @@ def _one_step_rdp(sampling_rate: float, noise_multiplier: float) -> Any:
     if noise_multiplier < 0.01:
         sampling_rate = 1.0  # sampling makes no difference that counts any more, but takes a long sum
     accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    event: Any = dp.GaussianDpEvent(noise_multiplier)
+    event: Any = dp.GaussianDpEvent(min(noise_multiplier, 1e9))  # less noise, whose square is an ordinary number
     with _quiet():
         accountant.compose(event if sampling_rate == 1 else dp.PoissonSampledDpEvent(sampling_rate, event))
     return accountant._rdp
@@ -167,7 +167,7 @@ def _length(losses: Any, count: int) -> float:
     import numpy as np
     from scipy.special import logsumexp
 
-    chances = losses.to_dense_pmf()._probs
+    chances = losses._probs
     size, block = len(chances), -(-len(chances) // 4096)
     starts = np.arange(0, size, block)
     orders = np.arange(1, 21)[:, None] / size * np.array([[[1.0]], [[-1.0]]])
@@ -178,7 +178,7 @@ def _length(losses: Any, count: int) -> float:
 
 def _composed(mechanisms: tuple[Mechanism, ...], most: list[int], group_size: int, interval: float) -> Any:
     """Privacy loss distribution of all on one grid, rounded up; None where it would have too many points."""
-    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, identity
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism, identity
 
     parts, length = [], 0.0
     for m, j in zip(mechanisms, most, strict=True):
@@ -190,11 +190,13 @@ def _composed(mechanisms: tuple[Mechanism, ...], most: list[int], group_size: in
             step = _group_step(m, j, group_size, interval)
         else:
             step = _one_step_pld(m.sampling_rate, m.noise_multiplier, interval)
-        length += _length(step._pmf_remove, m.count) + _length(step._pmf_add, m.count)
+        ways = step._pmf_remove.to_dense_pmf(), step._pmf_add.to_dense_pmf()
+        length += sum(_length(way, m.count) for way in ways)
         if length > _MOST_LOSSES:
             return None
         # Composition is the convolution of privacy loss distributions; that of equal steps is a power in Fourier space.
-        parts.append(step.self_compose(m.count))
+        # (Dense: of a sparse one dp-accounting would compute size to the power of count, digit by digit.)
+        parts.append(PrivacyLossDistribution(*ways).self_compose(m.count) if m.count > 1 else step)
     total = identity(interval)
     for part in parts:
         total = total.compose(part)

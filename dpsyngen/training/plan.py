@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
+from dpsyngen.data.store import available_bytes
+from dpsyngen.diffusion.gaussian import LARGEST_DIMENSION
 from dpsyngen.diffusion.stages import StageMap, stage_map
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, require
@@ -150,8 +152,24 @@ def make_plan(config: Config, shape: Shape) -> Plan:
     return Plan(shape, stages, delta, mechanism, moments)
 
 
+def _check_moments_fit(config: Config, shape: Shape) -> None:
+    """Raise ConfigError where the moments would take more than half of the memory, before any of it is taken."""
+    classes, size = max(shape.num_classes, 1), shape.channels * shape.resolution**2
+    d, most = min(config.moments.rank, size), min(size, LARGEST_DIMENSION)
+    # Sums, their noise and what is made of them: some copies of each, in eight bytes a number.
+    needed = 8 * (5 * classes * size + (6 * classes * d * d if classes > 1 else 0) + 6 * most * most)
+    if needed > (limit := available_bytes() // 2):
+        raise ConfigError(
+            f"DP moments of {classes:,} classes, {size:,} pixel values and rank {d:,} would take "
+            f"{needed / 2**30:,.1f} GiB of memory; at most {limit / 2**30:,.1f} GiB (half of what is available) is "
+            "allowed.  Use a smaller --resolution, a smaller moments.rank, fewer classes (--unconditional), or a "
+            "variant without moments."
+        )
+
+
 def _plan_moments(config: Config, stages: StageMap, shape: Shape, delta: float) -> MomentsPlan:
     """Noise of the moments, so that they alone cost their share of ε."""
+    _check_moments_fit(config, shape)
     if math.isinf(config.privacy.epsilon):
         return plan_moments(0.0, shape.num_classes)
     epsilon = config.privacy.epsilon * (1.0 if stages.gaussian else config.moments.share)

@@ -59,6 +59,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
     ("train", "--out", "{new}"): [("--resume --epsilon 3", "continues with the settings")],
     SAMPLE: [
         ("-n 0", "-n is 0"),
+        ("-n 1000000000000", "at most 100,000,000 at a time"),
         ("--sampler magic", "ddim, heun, dpmpp"),
         ("--steps 0", "sampler steps is 0"),
         ("--guidance -1", "guidance is -1"),
@@ -74,6 +75,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--test {two}", "classes 0, 1"),
         ("--data {new}/gone", "gone"),
         ("-n 0", "at least 1"),
+        ("-n 1000000000000", "at most 100,000,000 at a time"),
         ("--features inception --inception-weights {two}", "does not hold the weights"),
         ("--bootstrap 5", "at least 40"),
         ("--max-images 1", "at least 2 images"),
@@ -91,9 +93,11 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--epsilon 1 --noise 1", "give one of --epsilon"),
     ],
     ("plan", "--records", "100", "--batch", "10"): [
-        ("--epsilon -1", "must be a positive number"),
+        ("--epsilon -1", "from 0.001 to 10000"),
         ("--epsilon 1 --delta 0.5", "below 1/records"),
-        ("--noise 0", "must be a positive number"),
+        ("--noise 0", "a number from 1e-06"),
+        ("--epsilon 1 --steps 10000000", "from 1 to a million"),
+        ("--epsilon 1 --group-size 1000000", "from 1 to 1000"),
     ],
     ("plan", "--epsilon", "1"): [
         ("--records 0", "at least 1"),

@@ -176,6 +176,8 @@ def test_the_closed_form_is_below_every_way_of_computing(monkeypatch, afresh, po
         (0.0085, 1.0, 10**21, 1e-5, 1),
         (0.0085, 1.0, 400, 1e-300, 1),
         (1e-7, 1e6, 10**7, 1e-8, 1),
+        (0.5, 1e300, 400, 1e-5, 3),
+        (1.0, 1e300, 400, 1e-5, 1),
     ],
 )
 def test_extreme_figures_cost_seconds_and_have_a_bound(q, z, steps, delta, group) -> None:

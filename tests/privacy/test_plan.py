@@ -70,6 +70,7 @@ def test_the_plan_says_how_each_figure_was_computed() -> None:
         {"epsilon": None, "noise_multiplier": 1e-200},
         {"records": 0},
         {"steps": 0},
+        {"steps": 10**7},
         {"batch": 0},
         {"batch": 101},
         {"delta": 0.0},

@@ -133,3 +133,9 @@ def test_batch_where_none_is_given_is_a_third_of_the_records_up_to_a_limit(confi
         plan = make_plan(config, Shape(8, 1, (), records))
         assert plan.mechanism.sampling_rate == batch / records
     assert with_batch(configured("dpdm", private={"batch": 7}), records).private.batch == 7
+
+
+def test_moments_that_no_memory_holds_are_refused_before_anything_is_spent(configured) -> None:
+    many = Shape(256, 3, tuple(map(str, range(10_000))), 60_000)
+    with pytest.raises(ConfigError, match=r"10,000 classes, 196,608 pixel values and rank 100 would take .* GiB"):
+        make_plan(configured("gaussian"), many)
