@@ -47,7 +47,10 @@ class DataConfig(_Section):
     )
     resolution: int | None = Field(None, ge=8, le=256, description="pixels; None: what the source has")
     channels: Literal["auto", "grey", "rgb"] = "auto"
-    labels: bool = Field(True, description="train class-conditionally where the images have classes")
+    labels: bool | str = Field(
+        True, description="train class-conditionally where the images have classes; a path: of a table with the labels"
+    )
+    label_column: str | None = Field(None, max_length=255, description="column of the labels; None: of a usual name")
     skip_bad: bool = Field(False, description="leave out unreadable images instead of stopping")
     value_range: tuple[float, float] | None = Field(
         None, description="values of black and white, as 0,4095, public; None: what files and types say"

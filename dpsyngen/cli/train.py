@@ -121,6 +121,13 @@ def train(
         str | None, typer.Option(help="of DICOM files of several: first, or all, which needs --group-size")
     ] = None,
     channels: Annotated[str | None, typer.Option(help="auto, grey or rgb")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="table (CSV, JSON Lines) of image files and their labels"),
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="column (of Parquet too), key or array of the labels; default: a usual name")
+    ] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="ignore classes")] = False,
     records: Annotated[int | None, typer.Option(help="declared number of images, public; default: as found")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out unreadable images")] = False,
@@ -167,7 +174,8 @@ def train(
         data__value_range=value_range,
         data__window=window,
         data__frames=frames,
-        data__labels=False if unconditional else None,
+        data__labels=False if unconditional else labels,
+        data__label_column=label_column,
         data__records=records,
         data__skip_bad=True if skip_bad else None,
         privacy__epsilon=None if epsilon is None else epsilon_of(epsilon),

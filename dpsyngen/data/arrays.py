@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 from dpsyngen.data.cache import build, decode, in_memory, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import Form, ImageHeader, Item, Range, arranged, to_8_bit
-from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, index_labels, to_text
+from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, ignored, index_labels, label_name, to_text
 from dpsyngen.data.source import Found, Job, Options, Source, file_identity, split_evenly
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, Shape, StoredImages, check_fits, write_header
 from dpsyngen.errors import DataError, listed, printable, shown
 from dpsyngen.files import damaged, open_plain, require_absent_or_empty, write_atomically, write_bytes, write_text
 
 IMAGE_KEYS = ("images", "x", "x_train", "arr_0")
-LABEL_KEYS = ("labels", "label", "y", "y_train", "target", "targets")
 NAME_KEY = "class_names"
 MAX_HEADER_BYTES = 10_000  # numpy writes about 100
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # what numpy writes; others have dictionaries of any size
@@ -173,11 +172,11 @@ class Arrays(NamedTuple):
     ignored: tuple[str, ...]
 
 
-def read_npz(path: Path, *, labels: bool) -> Arrays:
+def read_npz(path: Path, *, labels: bool, label_column: str | None = None) -> Arrays:
     """Read images, labels and class names of a ``.npz`` file, and nothing else, whatever it holds.
 
-    Keys: images under ``images``, ``x``, ``x_train`` or ``arr_0``; labels under ``labels``, ``label``,
-    ``y``, ``y_train``, ``target`` or ``targets``; names under ``class_names`` (strings).
+    Keys: images under ``images``, ``x``, ``x_train`` or ``arr_0``; labels under `label_column` or a usual
+    name, see :data:`~dpsyngen.data.labels.LABEL_NAMES`; names of classes under ``class_names`` (strings).
 
     Raises:
         DataError: broken, without images, of Python objects, declaring more than half of the memory, with a key that is
@@ -192,10 +191,12 @@ def read_npz(path: Path, *, labels: bool) -> Arrays:
                 f"{printable(path)} has no images: its keys are {listed(keys)}. Save them under 'images' "
                 f"({listed(IMAGE_KEYS)} are known)."
             )
-        label_key, ignored = _label_key(archive, path, image_key) if labels else (None, ())
+        label_key, told = _label_key(archive, path, image_key, label_column) if labels else (None, ())
         wanted = [key for key in (image_key, label_key, NAME_KEY if label_key else None) if key in members]
         headers: dict[str, _Header] = {}
         for key in wanted:
+            if members[key].compress_type not in _METHODS:
+                raise DataError(f"{printable(path)}: '{key}' is not compressed as numpy does. Use np.savez_compressed.")
             with archive.open(members[key]) as member:
                 headers[key] = _read_header(member, path, key)
         if NAME_KEY in headers:
@@ -208,18 +209,19 @@ def read_npz(path: Path, *, labels: bool) -> Arrays:
                 if member.read(1):  # at the end of a member its check sum is checked, too
                     raise ValueError(f"'{key}' has more bytes than declared")
     names = to_text(arrays[NAME_KEY], f"{printable(path)}: '{NAME_KEY}'") if NAME_KEY in arrays else None
-    return Arrays(arrays[image_key], arrays[label_key] if label_key else None, names, ignored)
+    return Arrays(arrays[image_key], arrays[label_key] if label_key else None, names, told)
 
 
-def _label_key(archive: zipfile.ZipFile, path: Path, image_key: str) -> tuple[str | None, tuple[str, ...]]:
-    """The key of the labels, and what is told of the arrays that are left alone.
+def _label_key(
+    archive: zipfile.ZipFile, path: Path, image_key: str, asked: str | None
+) -> tuple[str | None, tuple[str, ...]]:
+    """The key of the labels, by :func:`~dpsyngen.data.labels.label_name`, and what is told of arrays that are not used.
 
-    Raises:
-        DataError: there are several such keys, or none, while an array of another name could hold the labels.
+    An array of another name could hold them if it has a whole number or a text for each image.
     """
     headers: dict[str, _Header | None] = {}
     for info in archive.infolist():
-        key = info.filename.removesuffix(".npy")
+        key = info.filename.removesuffix(".npy")  # what is no array keeps its ending, and is told of
         try:
             with archive.open(info) as member:
                 headers[key] = _read_header(member, path, key)
@@ -227,37 +229,25 @@ def _label_key(archive: zipfile.ZipFile, path: Path, image_key: str) -> tuple[st
             headers[key] = None  # no array, or of Python objects; if it is one of ours, this is told of later
     own = headers.pop(image_key)
     count = own.shape[0] if own is not None and own.shape else -1
-    known = [key for key in LABEL_KEYS if key in headers]
-    fitting = [
-        key
-        for key, h in headers.items()
-        if h is not None and h.shape in ((count,), (count, 1)) and h.dtype.kind in "iuUS" and key != NAME_KEY
-    ]
-    where = printable(path)
-    if len(known) > 1:
-        raise DataError(f"{where}: {listed(known)} could all be the labels. Keep one of them.")
-    if fitting and not known:
-        raise DataError(
-            f"{where}: {listed(fitting)} could be the labels, one for each image, but a key of labels is called one of "
-            f"{', '.join(LABEL_KEYS)}. Rename the one that is meant, or train without classes (--unconditional; from "
-            "Python: labels=False)."
-        )
-    others = [key for key in headers if key not in known and not (key == NAME_KEY and known)]
-    return next(iter(known), None), (f"{where}: {listed(others)} beside the images is ignored",) if others else ()
+    shapes = ((count,), (count, 1))
+    fitting = [k for k, h in headers.items() if h is not None and h.shape in shapes and h.dtype.kind in "iuUS"]
+    others = [key for key in headers if key != NAME_KEY]
+    chosen = label_name(others, asked, None, printable(path), could_be=[k for k in fitting if k != NAME_KEY])
+    others = [other for other in headers if other not in (chosen, NAME_KEY if chosen else None)]
+    return chosen, ignored(str(path), others)
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The members of known keys.  Unlike numpy's loader it takes no name for another: the array whose size was checked
+    """The members by their keys.  Unlike numpy's loader it takes no name for another: the array whose size was checked
     is the one that is read."""
     found: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         key = info.filename.removesuffix(".npy")
-        if key == info.filename or key not in (*IMAGE_KEYS, *LABEL_KEYS, NAME_KEY):
+        if key == info.filename:
             continue
         if key in found:
-            raise DataError(f"{printable(path)}: '{key}' is in it twice, and only one can be meant. Save it again.")
-        if info.compress_type not in _METHODS:
-            raise DataError(f"{printable(path)}: '{key}' is not compressed as numpy does. Use np.savez_compressed.")
+            what = printable(key, 80)
+            raise DataError(f"{printable(path)}: '{what}' is in it twice, and only one can be meant. Save it again.")
         found[key] = info
     return found
 

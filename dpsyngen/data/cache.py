@@ -82,6 +82,7 @@ def build(found: Found, options: Options) -> ImageDataset:
 
 def _key(found: Found, options: Options) -> str:
     parts = [FORMAT, found.identity(), options.resolution, options.channels, options.labels, options.form]
+    parts.append(options.label_column)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

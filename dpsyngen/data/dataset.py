@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dpsyngen.data.labels import check_class_names
+from dpsyngen.data.labels import check_class_names, same_name
 from dpsyngen.data.store import ImageStore, SelectedImages, check_fits, is_mapped
-from dpsyngen.errors import DataError
+from dpsyngen.errors import DataError, listed
 
 _HASH_CHUNK_BYTES = 16 * 2**20
 _LOOKED_AT = 2048
@@ -129,6 +129,35 @@ class ImageDataset:
         if isinstance(self.images, np.ndarray) and not is_mapped(self.images):
             return replace(self, images=self.images[index], labels=labels)
         return replace(self, images=SelectedImages(self.images, index), labels=labels)
+
+    @property
+    def absent_classes(self) -> tuple[str, ...]:
+        """Names of the classes of which there is no image."""
+        counts = np.bincount([] if self.labels is None else self.labels, minlength=self.num_classes)
+        return tuple(name for name, count in zip(self.class_names, counts, strict=True) if not count)
+
+    def with_classes(self, class_names: Sequence[str], what: str) -> ImageDataset:
+        """Number the labels by the classes of another set; of some of them there may be no image here.
+
+        Args:
+            class_names: of the other set; their Unicode form does not matter.
+            what: these images, in messages, such as "test".
+
+        Raises:
+            DataError: there are images of other classes, or one of the two sets has no classes.
+        """
+        places = {same_name(name): i for i, name in enumerate(class_names)}
+        others = [name for name in self.class_names if same_name(name) not in places]
+        if others or bool(class_names) != bool(self.class_names):
+            also = f"; not among them: {listed(others)}" if others and class_names else ""
+            raise DataError(
+                f"the {what} images have the classes {listed(self.class_names)}, but the others have "
+                f"{listed(class_names)}{also}. Give images of the same classes; there may be none of some of them."
+            )
+        if self.labels is None:
+            return self
+        index = np.array([places[same_name(name)] for name in self.class_names], dtype=np.int64)
+        return replace(self, labels=index[self.labels], class_names=tuple(class_names))
 
     def batch(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """The images at `indices` as a fresh, contiguous, writable uint8 array ``[B, C, H, W]``.

@@ -1,9 +1,10 @@
 """Folders: image files in class folders, shards of Parquet, WebDataset or Arrow, and patterns that name shards.
 
-In a folder of images the sub-folders are the classes, or it is flat and has no labels.  Left out without a word: dot
-files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``, ``DICOMDIR``, and the ``metadata.csv`` and ``about.json`` that this
-tool writes beside generated images.  Everything else that is not a PNG, JPEG, WebP, BMP, TIFF, still GIF or DICOM file
-is listed as bad, because a data set with surprises in it should be looked at once.
+In a folder of images the sub-folders are the classes, or a table beside the images says what they are
+(:mod:`dpsyngen.data.metadata`), or there are none.  Left out without a word: dot files, ``Thumbs.db``, ``desktop.ini``,
+``__MACOSX``, ``DICOMDIR``, and the ``about.json`` that this tool writes beside generated images.  Everything else that
+is not a PNG, JPEG, WebP, BMP, TIFF, still GIF or DICOM file is listed as bad, because a data set with surprises in it
+should be looked at once.
 
 Symbolic links in a folder are not followed: one that leaves it reads files that nobody named, and one that stays counts
 an image twice, while the guarantee says one image = one record.  A pattern may match links, which it names.
@@ -17,15 +18,18 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpsyngen.data.dicom import is_dicom
-from dpsyngen.data.labels import check_class_names
-from dpsyngen.data.source import Found, Job, Source, changes, file_identity, split_evenly
+from dpsyngen.data.labels import LABEL_NAMES, check_class_names, ignored, index_labels, same_name
+from dpsyngen.data.metadata import METADATA, TABLE_SUFFIXES, find_metadata, read_label_table
+from dpsyngen.data.source import Found, Job, Options, Source, changes, file_identity, split_evenly
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars
 from dpsyngen.errors import DataError, listed, printable
@@ -33,8 +37,7 @@ from dpsyngen.files import NotPlainError, open_plain
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".dcm", ".dicom"})
 SHARD_SUFFIXES = (".parquet", ".tar", ".arrow")
-# The last two are what `dpsyngen sample` writes beside its class folders, so that its output can be read back.
-_IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx", "dicomdir", "metadata.csv", "about.json"})
+_IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx", "dicomdir", "about.json"})
 _SPLIT = re.compile("(training|train|testing|test|validation|valid|val)(?=[-_.0-9]|$)", re.IGNORECASE)
 _SPLIT_FOLDER = re.compile(_SPLIT.pattern + r"([-_. ]?(set|data|split|images|imgs|[0-9]+))*", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -45,29 +48,44 @@ _Bad = list[tuple[str, str]]
 # ------------------------------------------------------------------------------------------------------------- images
 
 
-def find_folder(root: Path, *, labels: bool) -> Found:
-    """A folder of images as a source: in the order of class name, then file name ("10" before "2").
+@dataclass(frozen=True)
+class _Listed:
+    """What is in a folder: image files (texts below the root, as millions of paths would fill the memory), the class of
+    each, the names of the classes (``()`` without labels), what cannot be used, what is ignored, and the table."""
 
-    Without `labels` all images are read, in sub-folders or not.
+    files: list[str]
+    classes: Sequence[int] | NDArray[np.int64]
+    names: tuple[str, ...]
+    bad: _Bad
+    ignored: tuple[str, ...] = ()
+    table: Path | None = None
+
+
+def find_folder(root: Path, options: Options) -> Found:
+    """A folder of images as a source: in the order of class folder, then file name.
+
+    Without labels, or with those of a table, all images are read, in sub-folders or not.
     """
 
     def identity() -> Any:
-        files, _, names = _list_files(root, labels, [])
+        found = _list_folder(root, options)
         digest = hashlib.sha256()
-        for name in files:
+        for name in found.files:
             parts = (name, *changes(os.lstat(root / name)), "")
             digest.update("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
-        return ["folder", os.path.realpath(root), len(files), names, digest.hexdigest()]
+        table = [] if found.table is None else file_identity([found.table])
+        return ["folder", os.path.realpath(root), len(found.files), found.names, digest.hexdigest(), table]
 
-    return Found(printable(root), identity, lambda: index_folder(root, labels=labels))
+    return Found(printable(root), identity, lambda: index_folder(root, options))
 
 
-def index_folder(root: Path, *, labels: bool) -> Source:
+def index_folder(root: Path, options: Options) -> Source:
     """The images in a folder, none of them opened.  An empty class is an error, unless bad files are told of later."""
-    bad: _Bad = []
-    files, classes, names = _list_files(root, labels, bad)
-    empty = [name for c, name in enumerate(names) if c not in set(classes)]
-    if (empty or not files) and not bad:
+    found = _list_folder(root, options)
+    files = found.files
+    used = set(np.asarray(found.classes).tolist())
+    empty = [name for c, name in enumerate(found.names) if c not in used]
+    if (empty or not files) and not found.bad:
         what = f"no usable image of the classes {listed(empty)}" if empty else "no usable image in this folder"
         raise DataError(
             f"{printable(root)}: {what}. Give a folder with image files ({', '.join(sorted(IMAGE_SUFFIXES))}), or with "
@@ -77,38 +95,98 @@ def index_folder(root: Path, *, labels: bool) -> Source:
         Job(len(files[part]), functools.partial(_file_items, str(root), tuple(files[part])))
         for part in split_evenly(len(files))
     ]
-    index = np.array(classes, dtype=np.int64) if names else None
-    return Source(printable(root), jobs, index, names, lambda i: files[i], tuple(bad))
+    index = np.array(found.classes, dtype=np.int64) if found.names else None
+    bad, ignored = tuple(found.bad), found.ignored
+    return Source(printable(root), jobs, index, found.names, lambda i: files[i], bad, ignored=ignored)
+
+
+def _list_folder(root: Path, options: Options) -> _Listed:
+    """The images of a folder with their classes: from the table that the user named, else from class folders or the
+    table in the folder, whichever there is.
+
+    Raises:
+        DataError: it is unclear what the classes are; see also :func:`~dpsyngen.data.metadata.read_label_table`.
+    """
+    bad: _Bad = []
+    if not options.labels:
+        files = _list_all(root, bad)
+        return _Listed(files, [0] * len(files), (), bad)
+    path = options.label_file or find_metadata(root)
+    if path is None and options.label_column is not None:
+        raise DataError(
+            f"{printable(root)} has no {' or '.join(METADATA)}, so there is no column "
+            f"{printable(options.label_column, 80)!r}. Give the table with --labels FILE, or leave the column out."
+        )
+    asked = options.label_file is not None or options.label_column is not None
+    files, classes, names = ([], [], ()) if asked else _list_classes(root, bad)
+    if path is None:
+        return _Listed(files, classes, names, bad)
+    folders = len(names) > 1
+    table = read_label_table(path, options.label_column, needed=not folders)
+    unused = ignored(table.where, table.ignored, "columns")
+    if options.label_file is not None and table.column is None:
+        raise DataError(
+            f"{table.where}: no column is called as labels are ({', '.join(LABEL_NAMES)}); there are "
+            f"{listed(table.ignored)}. Say which one has them with --label-column (from Python: label_column=…)."
+        )
+    if table.column is None:
+        return _Listed(files, classes, names, bad, unused, path)
+    if names:  # as beside images that this tool has written
+        labels, _ = table.of(files)
+        pairs = {(c, label) for c, label in zip(classes, labels, strict=True) if label is not None}
+        if pairs and len(pairs) == len({c for c, _ in pairs}) == len({label for _, label in pairs}):
+            return _Listed(files, classes, names, bad, unused, path)
+        if folders:
+            raise DataError(
+                f"{printable(root)}: the sub-folders are other classes than column {printable(table.column, 80)!r} of "
+                f"{printable(path.name)} says. Use the column, with --label-column {printable(table.column, 80)} (from "
+                "Python: label_column=…), or move the table elsewhere to use the folders."
+            )
+    bad = []
+    files = _list_all(root, bad)
+    labels, told = table.of(files)
+    bad += [(file, f"no label in {path.name}") for file, label in zip(files, labels, strict=True) if label is None]
+    files = [file for file, label in zip(files, labels, strict=True) if label is not None]
+    given = [label for label in labels if label is not None]
+    index, names = index_labels(given, None, len(given), table.where) if given else (None, ())
+    return _Listed(files, [] if index is None else index, names, bad, (*unused, *told), path)
 
 
 def _file_items(root: str, files: Sequence[str]) -> Iterator[str]:
     return (os.path.join(root, name) for name in files)
 
 
-def _list_files(root: Path, labels: bool, bad: _Bad) -> tuple[list[str], list[int], tuple[str, ...]]:
-    """Image files (texts below the root, as millions of paths would fill the memory), the class index of each, and the
-    class names; ``()`` when there are no labels."""
+def _list_all(root: Path, bad: _Bad) -> list[str]:
+    """All image files below the root, sorted."""
     folders, top = _scan(root, "", bad)
     _refuse_splits(root, folders)
-    if not labels:
-        while folders:
-            inner, images = _scan(root, folders.pop(), bad)
-            _refuse_splits(root, inner)
-            top += images
-            folders += inner
-        return sorted(top), [0] * len(top), ()
+    while folders:
+        inner, images = _scan(root, folders.pop(), bad)
+        _refuse_splits(root, inner)
+        top += images
+        folders += inner
+    return sorted(top)
+
+
+def _list_classes(root: Path, bad: _Bad) -> tuple[list[str], list[int], tuple[str, ...]]:
+    """Image files, the class index of each, and the class names; ``()`` for a flat folder.
+
+    Folders whose names differ in their Unicode form alone are one class.
+    """
+    folders, top = _scan(root, "", bad)
+    _refuse_splits(root, folders)
     if not folders:
         return top, [0] * len(top), ()
     bad += [(image, "an image beside the class folders, so it has no label") for image in top]
+    names = check_class_names(list(dict.fromkeys(map(same_name, folders))), str(root))
     files: list[str] = []
     classes: list[int] = []
-    for index, folder in enumerate(folders):
+    for folder in folders:
         inner, images = _scan(root, folder, bad)
         bad += [(path, "a folder inside a class folder") for path in inner]
         files += images
-        classes += [index] * len(images)
-    check_class_names(folders, str(root))
-    return files, classes, tuple(folders)
+        classes += [names.index(same_name(folder))] * len(images)
+    return files, classes, names
 
 
 def _refuse_splits(root: Path, folders: Sequence[str]) -> None:
@@ -135,7 +213,7 @@ def _scan(root: Path, folder: str, bad: _Bad) -> tuple[list[str], list[str]]:
         raise DataError(f"{where}: cannot be listed ({error.strerror}). Check its permissions.") from error
     for entry in found:
         path = os.path.join(folder, entry.name)
-        if entry.name.startswith(".") or entry.name.lower() in _IGNORED:
+        if entry.name.startswith(".") or entry.name.lower() in _IGNORED or (not folder and entry.name in METADATA):
             continue
         if entry.is_symlink():
             bad.append((path, "a symbolic link, which is not followed; copy the file here"))
@@ -144,7 +222,8 @@ def _scan(root: Path, folder: str, bad: _Bad) -> tuple[list[str], list[str]]:
         elif not entry.is_file():  # a pipe or device would block or never end
             bad.append((path, "not a plain file"))
         elif not _is_image(root, path):
-            bad.append((path, "not an image file by its name"))
+            table = "; if it has the labels, give it with --labels" if path.lower().endswith(TABLE_SUFFIXES) else ""
+            bad.append((path, f"not an image file by its name{table}"))
         else:
             images.append(path)
     return folders, images
@@ -169,7 +248,7 @@ def is_pattern(text: str) -> bool:
     return any(c in text for c in "*?[") or _RANGE.search(text) is not None
 
 
-def find_pattern(text: str, *, labels: bool) -> Found:
+def find_pattern(text: str, options: Options) -> Found:
     """The source that a pattern names.  Its files may be links: whoever wrote the pattern named them."""
     paths = [Path(p) for pattern in _expanded(text) for p in sorted(glob.glob(os.path.expanduser(pattern)))]
     paths = [path for path in paths if path.is_file()]
@@ -181,14 +260,20 @@ def find_pattern(text: str, *, labels: bool) -> Found:
             f"{printable(text)!r} matches files that end in {listed(kinds)}; a pattern names files of one kind, one "
             f"of {', '.join(SHARD_SUFFIXES)}."
         )
-    return find_files(paths, printable(text), labels=labels)
+    splits = _splits(path.name for path in paths)
+    told = f"{printable(text)!r} matches the splits {listed(splits)}, and the images of all of them are taken"
+    return find_files(paths, printable(text), options, (told,) if len(splits) > 1 else ())
 
 
-def find_in_folder(folder: Path, *, labels: bool) -> Found | None:
+def _splits(names: Iterable[str]) -> list[str]:
+    return sorted({match.group(1).lower() for name in names if (match := _SPLIT.match(name))})
+
+
+def find_in_folder(folder: Path, options: Options) -> Found | None:
     """The source in a folder of shards or of ``save_to_disk``; None if it is a folder of images."""
     where = printable(folder)
     if (folder / SPLITS).is_file() or (folder / STATE).is_file():
-        return find_files(saved_files(folder), where, labels=labels)
+        return find_files(saved_files(folder), where, options)
     for place in (folder, folder / "data"):  # the second as on the hub
         try:
             with os.scandir(place) as entries:
@@ -212,22 +297,28 @@ def find_in_folder(folder: Path, *, labels: bool) -> Found | None:
             f"{where}: {listed(linked, 3)} {'is a link' if len(linked) == 1 else 'are links'}, and links in a folder "
             f"are not followed. If they are meant, name them by a pattern: {printable(place)}/*{kinds[0]}."
         )
-    splits = sorted({match.group(1).lower() for e in shards if (match := _SPLIT.match(e.name))})
+    splits = _splits(e.name for e in shards)
     if len(splits) > 1:
         raise DataError(
             f"{printable(place)} holds the splits {listed(splits)}. Give one of them by a pattern, such as "
             f"{printable(place)}/{splits[-1]}*{kinds[0]}."
         )
-    return find_files([place / e.name for e in shards], where, labels=labels)
+    others = [e.name for e in seen if e not in shards]
+    return find_files([place / e.name for e in shards], where, options, ignored(str(place), others))
 
 
-def find_files(paths: Sequence[Path], where: str, *, labels: bool) -> Found:
-    """The source in these shards of one kind, in this order."""
+def find_files(paths: Sequence[Path], where: str, options: Options, told: tuple[str, ...] = ()) -> Found:
+    """The source in these shards of one kind, in this order; `told` is of what lies beside them."""
     if len(paths) > _MOST_FILES:
         raise DataError(f"{where}: {len(paths):,} files; at most {_MOST_FILES:,} are read.")
     suffix = paths[0].suffix.lower()
-    index: Callable[..., Source] = index_tars if suffix == ".tar" else index_tables
-    return Found(where, lambda: [suffix, *file_identity(paths)], lambda: index(paths, where, labels=labels))
+    read: Callable[..., Source] = index_tars if suffix == ".tar" else index_tables
+
+    def index() -> Source:
+        source = read(paths, where, labels=options.labels, label_column=options.label_column)
+        return replace(source, ignored=(*source.ignored, *told))
+
+    return Found(where, lambda: [suffix, *file_identity(paths)], index)
 
 
 def _expanded(text: str) -> list[str]:

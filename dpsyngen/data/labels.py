@@ -2,14 +2,16 @@
 
 Class names are public.  They end up in terminals, JSON, YAML, CSV, HTML and ``.npz`` files, and as file names where
 they can be.  A name that some of these could not hold, or that would not look like what it is, is refused before
-anything is trained; all others are kept to the last character.
+anything is trained; all others are kept to the last character, in Unicode's composed form (NFC): macOS spells file
+names in another one.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,62 @@ MAX_NAME_BYTES = 255  # in UTF-8, like file names
 # Marks that make text read in another order than it is stored in.  Those that only join or separate letters, which
 # several scripts need, are allowed.
 _REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+LABEL_NAMES = ("label", "labels", "class", "cls", "target", "targets", "y", "y_train")
+"""What columns, keys and arrays of labels are usually called, whatever the format."""
 Label = int | str | None
+
+
+def same_name(name: str) -> str:
+    """The text in one Unicode form (NFC): Linux, Windows and Macs spell one name with different characters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def label_name(
+    names: Sequence[str],
+    asked: str | None,
+    usual: Sequence[str] | None,
+    where: str,
+    could_be: Sequence[str] = (),
+) -> str | None:
+    """Which of the names is that of the labels; None if none is.
+
+    Args:
+        names: of columns, keys or arrays.
+        asked: the one that the user named, if any (the setting ``data.label_column``).
+        usual: what it is usually called, in order; None: :data:`LABEL_NAMES`.  Case, spaces and hyphens do not matter.
+        where: the source, for messages.
+        could_be: those that hold what could be labels, whatever they are called.
+
+    Raises:
+        DataError: the one that was asked for is not there, or it is unclear which one is meant.
+    """
+    if asked is not None:
+        if asked not in names:
+            raise DataError(f"{where} has no {printable(asked, 80)!r}: it has {listed(names)}.")
+        return asked
+    folded = {name: re.sub("[ -]+", "_", name.strip().lower()) for name in names}
+    if usual is not None:
+        return next((name for known in usual for name in names if folded[name] == known), None)
+    found = [name for name in names if folded[name] in LABEL_NAMES]
+    if len(found) == 1 or not (found or could_be):
+        return next(iter(found), None)
+    why = "could all be the labels" if found else "could be the labels, but no name says so"
+    raise DataError(
+        f"{where}: {listed(found or could_be)} {why}. Say which with --label-column (from Python: label_column=…), or "
+        "train without classes: --unconditional (labels=False)."
+    )
+
+
+def ignored(where: str, names: Iterable[object], what: str = "beside the images") -> tuple[str, ...]:
+    """What is told of names that are not used; ``()`` if there are none."""
+    names = list(names)
+    return (f"{printable(where)}: ignored {what}: {listed(names)}",) if names else ()
+
+
+def could_be_labels(values: Sequence[object]) -> bool:
+    """Whether these values, one for each image, repeat as classes do: some kinds, each of them twice on average."""
+    kinds = {repr(value) for value in values if value is not None}
+    return 1 < len(kinds) <= max(2, min(len(values) // 2, MAX_CLASSES))
 
 
 def check_class_count(count: int, source: str) -> None:
@@ -33,8 +90,8 @@ def check_class_count(count: int, source: str) -> None:
         )
 
 
-def check_class_names(names: Sequence[str], source: str) -> None:
-    """Raise DataError unless these names, from this source, can be shown and stored everywhere, and told apart."""
+def check_class_names(names: Sequence[str], source: str) -> tuple[str, ...]:
+    """The names in NFC; DataError unless they, from this source, can be shown, stored everywhere, and told apart."""
     check_class_count(len(names), source)
     bad = [(name, why) for name in names if (why := _why_not(name))]
     if bad:
@@ -49,6 +106,7 @@ def check_class_names(names: Sequence[str], source: str) -> None:
             alike = "are the same" if other == name else "look the same but are spelt with different Unicode characters"
             raise DataError(f"{printable(source)}: the class names {listed((other, name))} {alike}. Rename one.")
         first[composed] = name
+    return tuple(first)
 
 
 def _why_not(name: str) -> str | None:
@@ -97,8 +155,8 @@ def index_labels(
         # Looked up one by one: in an array each text would take what the longest takes.
         if len(texts) < len(labels):
             raise DataError(f"{source}: some labels are numbers, some texts. Use one kind for all images.")
-        names = tuple(sorted(set(texts))) if class_names is None else tuple(class_names)
-        check_class_names(names, source)
+        texts = [same_name(text) for text in texts]
+        names = check_class_names(sorted(set(texts)) if class_names is None else class_names, source)
         rank = {name: i for i, name in enumerate(names)}
         unknown = sorted(set(texts) - set(rank))
         if unknown:
@@ -108,13 +166,13 @@ def index_labels(
     if numbers.min() < 0:
         raise DataError(f"{source}: {int((numbers < 0).sum())} labels are negative. Leave out unlabelled images.")
     if class_names is not None:
-        check_class_names(class_names, source)
+        class_names = check_class_names(class_names, source)
         if numbers.max() >= len(class_names):
             raise DataError(
                 f"{source}: labels go up to {numbers.max()} but there are {len(class_names)} class names. "
                 "Number the classes from 0."
             )
-        return numbers.astype(np.int64), tuple(class_names)
+        return numbers.astype(np.int64), class_names
     distinct, index = np.unique(numbers, return_inverse=True)
     names = tuple(map(str, distinct.tolist()))
     check_class_names(names, source)

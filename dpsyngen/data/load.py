@@ -18,10 +18,11 @@ from dpsyngen.data.cache import build
 from dpsyngen.data.dataset import NEARLY_BLACK, ImageDataset, is_nearly_black
 from dpsyngen.data.decode import as_array
 from dpsyngen.data.folder import SHARD_SUFFIXES, find_files, find_folder, find_in_folder, find_pattern, is_pattern
+from dpsyngen.data.labels import ignored
 from dpsyngen.data.map_style import MapStyle, is_map_style, read_map_style
 from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_pair, read_named, suggest
 from dpsyngen.data.source import FormOptions, Options, check_form, check_resolution
-from dpsyngen.data.store import IMAGES
+from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS
 from dpsyngen.errors import ConfigError, DataError, listed, printable, require
 
 PathLike = str | os.PathLike[str]
@@ -38,7 +39,8 @@ def load_images(
     *,
     resolution: int | None = None,
     channels: Literal["auto", "grey", "rgb"] = "auto",
-    labels: bool = True,
+    labels: bool | PathLike = True,
+    label_column: str | None = None,
     skip_bad: bool = False,
     cache: str | os.PathLike[str] = "auto",
     workers: int | None = None,
@@ -51,10 +53,11 @@ def load_images(
         source: one of
 
             * a named set: ``"digits"``, ``"fashion-mnist"``, ``"mnist"``, ``"cifar10"``, with ``":train"``
-              (default), ``":test"`` or ``":all"``.  The name wins over a file or folder of that name: write
-              ``"./mnist"`` (or pass a ``Path``) for the latter;
-            * a folder of PNG, JPEG or WebP files (BMP, TIFF and still GIF too): sub-folders are classes, a
-              flat folder has no labels.  A folder with ``train-images-idx3-ubyte`` (``.gz``) is read as IDX,
+              (default), ``":test"`` or ``":all"``.  A file or folder of that name wins, with a warning:
+              ``"mnist:train"`` is always the set;
+            * a folder of PNG, JPEG or WebP files (BMP, TIFF and still GIF too): sub-folders are classes, or a
+              ``metadata.csv`` or ``metadata.jsonl`` (columns ``file_name`` and ``label``) says them, or there are
+              no labels.  A folder with ``train-images-idx3-ubyte`` (``.gz``) is read as IDX,
               training split;
             * Parquet as Hugging Face ``datasets`` has it: a file, a folder of shards, or a pattern
               (``"data/train-*.parquet"``); or a folder that ``Dataset.save_to_disk`` wrote;
@@ -69,7 +72,9 @@ def load_images(
             resized.  None: the native size if all images are one square of 8..64 pixels,
             else 32.
         channels: ``"grey"``, ``"rgb"``, or ``"auto"``: grey if every image is stored in grey.
-        labels: False ignores labels (for a folder: all images below it, however nested).
+        labels: False ignores labels (for a folder: all images below it, however nested).  A path: a table (CSV, or
+            JSON Lines) with the names of image files of a folder, however nested, and their labels.
+        label_column: the column, key or array that holds the labels, where it has no usual name ("label", "class", …).
         skip_bad: leave out images that cannot be used and list them in ``.skipped``, instead of raising.
             Whether an image is left out depends on that image alone, so the privacy guarantee is not touched.
         cache: where decoded images lie.  "auto": in memory up to 1 GiB, else in a file below ``$DPSYNGEN_CACHE`` or
@@ -97,7 +102,7 @@ def load_images(
         ConfigError: an argument has a value that is not allowed.
 
     Warns:
-        UserWarning: something beside the images is not used (:attr:`ImageDataset.ignored`); most images are nearly
+        UserWarning: something beside the images is not used (``ImageDataset.ignored``); most images are nearly
             black, so their values probably have another range.
     """
     require(channels in ("auto", "grey", "rgb"), "channels", channels, ("auto", "grey", "rgb"))
@@ -106,7 +111,9 @@ def load_images(
     place = os.fsdecode(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else ""
     require(place.strip() and "\0" not in place, "cache", cache, "'auto' or the path of a folder")
     size, checked = check_resolution(resolution), check_form(**form)
-    options = Options(size, channels, labels, skip_bad, place, workers, checked, on_progress)
+    table = None if isinstance(labels, bool) else Path(labels).expanduser()
+    which = (labels is not False, table, label_column)
+    options = Options(size, channels, *which, skip_bad, place, workers, checked, on_progress)
     dataset = _read(source, options)
     for text in dataset.ignored:
         warnings.warn(f"{text}.", stacklevel=2)
@@ -116,21 +123,16 @@ def load_images(
 
 
 def _read(source: Any, options: Options) -> ImageDataset:
-    labels = options.labels
     if isinstance(source, tuple | list):
+        _require_no_table(options, "arrays")
         return _from_tuple(source, options)
     if not isinstance(source, str | os.PathLike):
+        _require_no_table(options, "a dataset", columns=True)
         return _from_object(source, options)
     text = os.fspath(source)
     if not text.strip():
         raise ConfigError(f"the images' source is empty; give {_KINDS}.")
     named = parse_name(text) if isinstance(source, str) else None
-    if named is not None:
-        images, values, names = read_named(*named)
-        if not labels:
-            return dataset_from_arrays(images, None, None, ":".join(named), options)
-        return dataset_from_arrays(images, values, names, ":".join(named), options)
-
     text = os.fsdecode(text)
     try:
         path = Path(text).expanduser()
@@ -139,13 +141,34 @@ def _read(source: Any, options: Options) -> ImageDataset:
         raise DataError(f"{printable(text)} cannot be read ({error.strerror}). Give {_KINDS}.") from error
     except (ValueError, RuntimeError) as error:  # a null byte in the text, or ~ of nobody
         raise DataError(f"{printable(text)} cannot be a path ({printable(error)}). Give {_KINDS}.") from error
+    if named is not None and (is_folder or is_file):
+        told = f"{printable(text)} is a {'folder' if is_folder else 'file'} here, and is read; the public set is called"
+        found = _from_folder(path, options) if is_folder else _from_file(path, options)
+        return replace(found, ignored=(f"{told} {':'.join(named)}", *found.ignored))
     if is_folder:
         return _from_folder(path, options)
     if is_file:
         return _from_file(path, options)
+    if named is not None:
+        _require_no_table(options, ":".join(named))
+        images, values, names = read_named(*named)
+        if not options.labels:
+            return dataset_from_arrays(images, None, None, ":".join(named), options)
+        return dataset_from_arrays(images, values, names, ":".join(named), options)
     if is_pattern(text):
-        return build(find_pattern(text, labels=labels), options)
+        _require_no_table(options, text)
+        return build(find_pattern(text, options), options)
     raise DataError(_not_found(path, text))
+
+
+def _require_no_table(options: Options, where: str, *, columns: bool = False) -> None:
+    """Raise ConfigError where labels were asked for from a table, or from a column if there are no `columns`."""
+    require(
+        options.label_file is None, "labels", options.label_file, "true or false here: a table is for image folders"
+    )
+    asked = options.label_column
+    allowed = f"left out: {printable(where)} has no columns, and its labels are its own"
+    require(asked is None or columns, "label_column", asked, allowed)
 
 
 def _from_object(source: Any, options: Options) -> ImageDataset:
@@ -169,24 +192,37 @@ def _from_object(source: Any, options: Options) -> ImageDataset:
 
 def _from_folder(path: Path, options: Options) -> ImageDataset:
     if (path / IMAGES).is_file():
-        return read_array_folder(path, options)
+        _require_no_table(options, str(path))
+        return _beside(path, read_array_folder(path, options), (IMAGES, LABELS, CLASS_NAMES))
     train_images = find_train_images(path)
     if train_images is not None:
-        return _from_file(train_images, options)
-    found = find_in_folder(path, labels=options.labels) or find_folder(path, labels=options.labels)
-    return build(found, options)
+        name = train_images.name.removesuffix(".gz")
+        used = (name, name.replace("images", "labels").replace("idx3", "idx1"))
+        return _beside(path, _from_file(train_images, options), used)
+    found = find_in_folder(path, options)
+    if found is not None:
+        _require_no_table(options, str(path), columns=True)
+    return build(found or find_folder(path, options), options)
+
+
+def _beside(folder: Path, found: ImageDataset, used: Sequence[str]) -> ImageDataset:
+    """The data set, told of what else lies in its folder."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    others = [name for name in names if name.removesuffix(".gz") not in used]
+    return replace(found, ignored=(*found.ignored, *ignored(str(folder), others)))
 
 
 def _from_file(path: Path, options: Options) -> ImageDataset:
     where = printable(path)
     suffix = path.suffix.lower()
+    _require_no_table(options, str(path), columns=suffix in (".npz", *SHARD_SUFFIXES))
     if suffix == ".npz":
-        images, values, names, ignored = read_npz(path, labels=options.labels)
-        return replace(dataset_from_arrays(images, values, names, where, options), ignored=ignored)
+        images, values, names, told = read_npz(path, labels=options.labels, label_column=options.label_column)
+        return replace(dataset_from_arrays(images, values, names, where, options), ignored=told)
     if suffix == ".npy":
         return read_array_file(path, None, None, options, where=where)
     if suffix in SHARD_SUFFIXES:
-        return build(find_files([path], where, labels=options.labels), options)
+        return build(find_files([path], where, options), options)
     if "idx" in path.name.lower() or "ubyte" in path.name.lower() or is_idx(path):
         images, values = read_idx_pair(path, labels=options.labels)
         return dataset_from_arrays(images, values, None, where, options)

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from dpsyngen.data.cache import Cache, decode, in_memory, quiet_decoders, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import BadImage, Item, as_array
-from dpsyngen.data.labels import Label, index_labels
+from dpsyngen.data.labels import Label, ignored, index_labels
 from dpsyngen.data.source import Job, Options, Source, keep_of, split_evenly
 from dpsyngen.data.store import check_fits
-from dpsyngen.data.tables import IMAGE_NAMES, LABEL_NAMES, column_of
+from dpsyngen.data.tables import IMAGE_NAMES, image_of, label_of
 from dpsyngen.errors import ConfigError, DataError, listed, printable, shown
 
 _TRIED_TWICE = 16
@@ -92,7 +92,7 @@ class _Items:
 
     def __init__(self, source: Any, where: str, options: Options) -> None:
         self.source, self.where, self.options = source, where, options
-        self.image_key, self.label_key = _keys_of(source, where)
+        self.image_key, self.label_key, self.ignored = _keys_of(source, where, options)
         self.labels: list[Label] = []
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ class _Items:
             Job(part.stop - part.start, functools.partial(itertools.islice, images, part.stop - part.start))
             for part in split_evenly(len(self))
         ]
-        return Source(self.where, jobs, None, (), lambda i: f"item {i}", every_class=False, in_order=True)
+        return Source(self.where, jobs, None, (), lambda i: f"item {i}", (), False, True, self.ignored)
 
     def _images(self) -> Iterator[Item]:
         self.labels.clear()
@@ -199,17 +199,20 @@ def _label_of(value: Any) -> Label:
     return int(array.reshape(()))
 
 
-def _keys_of(source: Any, where: str) -> tuple[str, str]:
-    """Names of the image and of the label in items that are mappings."""
+def _keys_of(source: Any, where: str, options: Options) -> tuple[str, str, tuple[str, ...]]:
+    """Names of the image and of the label in items that are mappings, and what is told of other names."""
     features: Any = getattr(source, "features", None)
     if hasattr(features, "items"):
         kinds = {name: {"_type": type(feature).__name__} for name, feature in features.items()}
     else:
         first = source[0]
         kinds = {name: {} for name in first} if isinstance(first, dict) else {}
-    names = list(kinds)
-    image = column_of(names, kinds, "Image", IMAGE_NAMES, where) or IMAGE_NAMES[0]
-    return image, column_of(names, kinds, "ClassLabel", LABEL_NAMES, where) or LABEL_NAMES[0]
+    image = image_of(list(kinds), kinds, where) or IMAGE_NAMES[0]
+    others = [name for name in kinds if name != image]
+    if not options.labels:
+        return image, "", ()
+    label = label_of(others, kinds, options.label_column, where) or ""
+    return image, label, ignored(where, [name for name in others if name != label], "in each item")
 
 
 def _class_names_of(source: Any, label_key: str) -> tuple[str, ...] | None:

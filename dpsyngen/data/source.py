@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -88,6 +89,8 @@ class Options:
     resolution: int | None = None
     channels: Channels = "auto"
     labels: bool = True
+    label_file: Path | None = None
+    label_column: str | None = None
     skip_bad: bool = False
     cache: str = "auto"
     workers: int | None = None
@@ -169,7 +172,7 @@ class Source:
         bad: (which, why) of what is left out already: it is no image, or has no label.
         every_class: whether a class that is left without images is an error, as it is when the images make the classes.
         in_order: whether its jobs can only be done one after the other, by the thread that asks.
-        ignored: for :attr:`ImageDataset.ignored <dpsyngen.data.dataset.ImageDataset>`.
+        ignored: for ``ImageDataset.ignored``.
     """
 
     where: str

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage, Item
-from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_names, index_labels
+from dpsyngen.data.labels import (
+    LABEL_NAMES,
+    MAX_NAME_BYTES,
+    check_class_names,
+    could_be_labels,
+    ignored,
+    index_labels,
+    label_name,
+)
 from dpsyngen.data.source import BLOCK, Job, Source
 from dpsyngen.data.store import check_fits
 from dpsyngen.errors import ConfigError, DataError, listed, printable
 from dpsyngen.files import damaged, open_plain
 
 IMAGE_NAMES = ("image", "img")
-LABEL_NAMES = ("label", "labels")
 STATE, SPLITS = "state.json", "dataset_dict.json"
 _MAX_JSON_BYTES = 2**23
 _MAX_THRIFT_BYTES = 2**26  # of a text in the footer of a Parquet file
@@ -44,27 +51,31 @@ class Columns:
     image: str
     label: str | None
     class_names: tuple[str, ...] | None
+    unused: tuple[str, ...] = field(compare=False)
 
 
-def _columns_of(schema: Any, where: str, *, labels: bool) -> Columns:
+def _columns_of(schema: Any, path: Path, *, labels: bool, asked: str | None) -> Columns:
     """Which columns are read; DataError if there is no column of images, or it is unclear which one is meant."""
+    where = printable(path)
     features = _features(schema.metadata, where)
-    image = column_of(schema.names, features, "Image", IMAGE_NAMES, where)
+    image = image_of(schema.names, features, where)
     if image is None:
         raise DataError(
             f"{where} has no column of images: its columns are {listed(schema.names)}. Name it 'image'; its values are "
             "the content of image files (struct of bytes and path, as Hugging Face datasets writes it, or binary)."
         )
     _check_image_type(schema.field(image).type, image, where)
-    label = column_of(schema.names, features, "ClassLabel", LABEL_NAMES, where) if labels else None
+    others = [name for name in schema.names if name != image]
+    label = None
+    if labels:
+        label = label_of(others, features, asked, where, lambda: _could_be_labels(path, schema, others))
+    others = [name for name in others if name != label]
     feature = features.get(label) if label is not None else None
     names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
-    if names is None:
-        return Columns(image, label, None)
-    if not isinstance(names, list):
+    if names is not None and not isinstance(names, list):
         raise DataError(f"{where}: the class names in its metadata are damaged. Save it again.")
-    check_class_names(names, where)
-    return Columns(image, label, tuple(names))
+    given = None if names is None else check_class_names(names, where)
+    return Columns(image, label, given, tuple(others) if labels else ())
 
 
 def _features(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, Any]:
@@ -78,22 +89,57 @@ def _features(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, Any]
         return dict(json.loads(text)["info"]["features"].items())
 
 
-def column_of(
-    names: Sequence[str], features: dict[str, Any], kind: str, usual: Sequence[str], where: str
-) -> str | None:
-    """The column of a kind that Hugging Face datasets declares ("Image", "ClassLabel"), or else of a usual name.
+def image_of(names: Sequence[str], features: dict[str, Any], where: str) -> str | None:
+    """The column that Hugging Face datasets declares as "Image", or else the one of a usual name.
 
     Raises:
         DataError: several columns are declared as such, none of a usual name.
     """
-    typed = [n for n in names if isinstance(features.get(n), dict) and features[n].get("_type") == kind]
+    typed = _declared(names, features, "Image")
     if len(typed) == 1:
         return typed[0]
-    known = next((name for name in usual if name in (typed or names)), None)
+    known = label_name(typed or names, None, IMAGE_NAMES, where)
     if known is None and typed:
-        what = "images" if kind == "Image" else "labels"
-        raise DataError(f"{where} has several columns of {what}: {listed(typed)}. Rename one to {usual[0]!r}.")
+        raise DataError(f"{where} has several columns of images: {listed(typed)}. Rename one to {IMAGE_NAMES[0]!r}.")
     return known
+
+
+def label_of(
+    names: Sequence[str],
+    features: dict[str, Any],
+    asked: str | None,
+    where: str,
+    could_be: Callable[[], Sequence[str]] = tuple,
+) -> str | None:
+    """The column that was asked for, or that Hugging Face datasets declares as "ClassLabel", or one of a usual name.
+
+    Raises:
+        DataError: see :func:`~dpsyngen.data.labels.label_name`; `could_be` is asked for columns of other names.
+    """
+    typed = _declared(names, features, "ClassLabel")
+    if len(typed) == 1 and asked is None:
+        return typed[0]
+    usual = any(name in LABEL_NAMES for name in names)
+    return label_name(names, asked, None, where, typed or (() if asked or usual else could_be()))
+
+
+def _declared(names: Sequence[str], features: dict[str, Any], kind: str) -> list[str]:
+    return [n for n in names if isinstance(features.get(n), dict) and features[n].get("_type") == kind]
+
+
+def _could_be_labels(path: Path, schema: Any, names: Sequence[str]) -> list[str]:
+    """The columns whose first values repeat as classes do."""
+    import pyarrow.types as types
+
+    plain = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary, types.is_boolean)
+    found = []
+    for name in names:
+        if any(is_kind(schema.field(name).type) for is_kind in plain):
+            with _guarded(path):
+                array = next(iter(_arrays(path, 0, name)), None)
+                if array is not None and could_be_labels(array.to_pylist()):
+                    found.append(name)
+    return found
 
 
 def _check_image_type(kind: Any, name: str, where: str) -> None:
@@ -201,7 +247,7 @@ def _json(path: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- index
 
 
-def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
+def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_column: str | None = None) -> Source:
     """The rows of all files, in their order; ConfigError without pyarrow."""
     try:
         import pyarrow  # noqa: F401
@@ -213,7 +259,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
     for path in paths:
         with _guarded(path), _stream(path) if _is_arrow(path) else _parquet(path) as file:
             schema = file.schema if _is_arrow(path) else file.schema_arrow
-            found = _columns_of(schema, printable(path), labels=labels)
+            found = _columns_of(schema, path, labels=labels, asked=label_column)
         if columns not in (None, found):
             raise DataError(
                 f"{where}: {printable(path.name)} has other columns or class names than {printable(paths[0].name)}. "
@@ -257,7 +303,8 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
         start, file, first, used = places[bisect_right(starts, i) - 1]
         return f"{file}: row {first + used[i - start]}"
 
-    return Source(where, jobs, index, names, name, tuple(bad), every_class=columns.class_names is None)
+    told = ignored(where, columns.unused, "columns")
+    return Source(where, jobs, index, names, name, tuple(bad), columns.class_names is None, ignored=told)
 
 
 def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bool_], NDArray[np.int64] | list[str]]:

@@ -1,8 +1,8 @@
 """WebDataset: tar files whose members with one stem are one sample: ``0001.jpg`` with ``0001.cls`` or ``0001.json``.
 
 The stem is everything up to the first dot of the file name, the folder included.  The label is the whole number, or the
-text, in ``.cls``; or what ``.json`` has under "label", "cls" or "class".  Members of other kinds (captions, masks) are
-left alone.  Nothing is unpacked, so no name can lead anywhere; links, devices and sparse members are bad items.
+text, in ``.cls``; or what ``.json`` has under "label" or another usual name.  Other members (captions, masks) are told
+of as ignored.  Nothing is unpacked, so no name can lead anywhere; links, devices and sparse members are bad items.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage, Item
-from dpsyngen.data.labels import MAX_NAME_BYTES, Label, index_labels
+from dpsyngen.data.labels import LABEL_NAMES, MAX_NAME_BYTES, Label, ignored, index_labels
 from dpsyngen.data.source import Job, Source, split_evenly
-from dpsyngen.errors import DataError, printable
+from dpsyngen.errors import MOST_NAMES, DataError, printable
 from dpsyngen.files import damaged
 
 IMAGE_ENDINGS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "dcm"})
-LABEL_KEYS = ("label", "cls", "class")
 _MAX_LABEL_BYTES = 2**20
 _MAX_HEADER_BYTES = 2**16  # of a long name, or of a pax header; writers need some hundred
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
@@ -46,15 +45,23 @@ class _Sample:
     dotted: str = ""  # a name such as scan_1.0.png, of which ".0.png" is taken for the extension
 
 
-def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
-    """The samples of all shards, in the order of the shards and of their members."""
+def index_tars(paths: Sequence[Path], where: str, *, labels: bool, label_column: str | None = None) -> Source:
+    """The samples of all shards, in the order of the shards and of their members.
+
+    Args:
+        paths: the shards.
+        where: for messages.
+        labels: whether labels are read.
+        label_column: the key of the label in ``.json``; None: a usual name.
+    """
+    others: set[str] = set()
     bad: list[tuple[str, str]] = []
     values: list[Label] = []
     names: list[str] = []
     places = array("q")  # first byte and size of each image; as numbers, since there may be millions
     ends = [0]  # of the shards
     for path in paths:
-        for sample in _samples(path, bad, labels=labels):
+        for sample in _samples(path, bad, labels, label_column, others):
             values.append(sys.intern(sample.label) if isinstance(sample.label, str) else sample.label)
             names.append(sample.which)
             places.extend(sample.images[0])
@@ -77,7 +84,8 @@ def index_tars(paths: Sequence[Path], where: str, *, labels: bool) -> Source:
         parts = (of_shard[part] for part in split_evenly(len(of_shard)))
         jobs += [Job(len(part), functools.partial(_items, path, part)) for part in parts]
     used = np.flatnonzero(keep)
-    return Source(where, jobs, index, class_names, lambda i: names[used[i]], tuple(bad))
+    told = ignored(where, sorted(others) if labels else ())
+    return Source(where, jobs, index, class_names, lambda i: names[used[i]], tuple(bad), ignored=told)
 
 
 def _items(path: Path, places: NDArray[np.int64]) -> Iterator[Item]:
@@ -90,10 +98,13 @@ def _items(path: Path, places: NDArray[np.int64]) -> Iterator[Item]:
             yield content if len(content) == size else BadImage("truncated: the tar file was changed")
 
 
-def _samples(path: Path, bad: list[tuple[str, str]], *, labels: bool) -> Iterator[_Sample]:
-    """Samples of one image each, with their labels if asked for; all others go to `bad`."""
+def _samples(
+    path: Path, bad: list[tuple[str, str]], labels: bool, column: str | None, others: set[str]
+) -> Iterator[_Sample]:
+    """Samples of one image each, with their labels if asked for; all others go to `bad`.  Endings of members, and keys
+    in ``.json``, that are not used go to `others`."""
     with open(path, "rb", buffering=0) as file:
-        for sample in _grouped(path, bad):
+        for sample in _grouped(path, bad, others):
             try:
                 if len(sample.images) != 1:
                     dotted = (
@@ -103,14 +114,14 @@ def _samples(path: Path, bad: list[tuple[str, str]], *, labels: bool) -> Iterato
                     none = "no image, only other files" + (dotted if sample.dotted else "")
                     raise ValueError("two images in one sample" if sample.images else none)
                 if labels and sample.label_file is not None:
-                    sample.label = _label(file.fileno(), sample.label_file)
+                    sample.label = _label(file.fileno(), sample.label_file, column, others)
             except ValueError as error:
                 bad.append((sample.which, str(error)))
             else:
                 yield sample
 
 
-def _grouped(path: Path, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
+def _grouped(path: Path, bad: list[tuple[str, str]], others: set[str]) -> Iterator[_Sample]:
     """Consecutive members with one stem.  That stem again, further on, would be a second record of one sample."""
     sample = None
     seen: set[int] = set()
@@ -142,6 +153,8 @@ def _grouped(path: Path, bad: list[tuple[str, str]]) -> Iterator[_Sample]:
             sample.label_file = member
         elif ending.rpartition(".")[2] in IMAGE_ENDINGS:
             sample.dotted = file_name
+        if ending not in IMAGE_ENDINGS and member is not sample.label_file and len(others) < MOST_NAMES:
+            others.add(f".{ending}")
     if sample is not None:
         yield sample
 
@@ -183,7 +196,7 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
                 raise DataError(f"{where}: the header at byte {tar.offset:,} is damaged. Copy it again.")
 
 
-def _label(descriptor: int, member: tarfile.TarInfo) -> Label:
+def _label(descriptor: int, member: tarfile.TarInfo, column: str | None, others: set[str]) -> Label:
     is_json = not _is_cls(member)
     if member.size > _MAX_LABEL_BYTES:
         raise ValueError(f"a label of {member.size:,} bytes")
@@ -194,7 +207,12 @@ def _label(descriptor: int, member: tarfile.TarInfo) -> Label:
             values = json.loads(content)
         except (ValueError, RecursionError):
             raise ValueError("its .json file is not JSON") from None
-        found = next((values[k] for k in LABEL_KEYS if k in values), None) if isinstance(values, dict) else None
+        values = values if isinstance(values, dict) else {}
+        usual = (column,) if column is not None else LABEL_NAMES
+        key = next((key for key in usual if key in values), None)
+        found = values.get(key)
+        if len(others) < MOST_NAMES:
+            others.update(f"{k} of .json" for k in list(values)[:MOST_NAMES] if k != key)
         if isinstance(found, bool) or not isinstance(found, int | str | None):
             raise ValueError("its label in .json is neither a whole number nor a text")
     else:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.data import ImageDataset, ImageStore
 from dpsyngen.distributed import ALONE, Ranks, device_of
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, listed
 from dpsyngen.evaluation.cas import (
     DEFAULT,
     HELD_OUT,
@@ -175,7 +175,8 @@ def evaluate_images(
         settings: see :class:`EvaluationSettings`.
 
     Returns:
-        JSON-able.  ``features``: for each extractor its ``config``, numbers of images, ``enough_images`` (whether all
+        JSON-able.  ``notes``: what to know before the figures are read, a sentence each.
+        ``features``: for each extractor its ``config``, numbers of images, ``enough_images`` (whether all
         sets have more images than features have dimensions, which a Fréchet distance needs), ``interval`` (what the
         intervals are) and ``metrics``: by name ``value``, ``low``, ``high`` (None where resampling shows no scatter),
         ``floor``, ``ceiling`` (None without), ``better``, ``unit`` and ``protocol``.
@@ -195,10 +196,15 @@ def evaluate_images(
             require_same_size(what, images, "the real training images", reference.images)
     out: dict[str, Any] = {
         "private": "computed from private images without noise: publishing these figures costs privacy",
+        "notes": [],
         "features": {},
         "cas": {},
         "protocol": {"generated_images": len(generated), "real_train_images": len(reference), "seed": s.seed},
     }
+    if test is not None and test.absent_classes:
+        out["notes"].append(
+            f"no test image is of {listed(test.absent_classes)}: accuracy and floors are of the other classes"
+        )
     # Subsets are drawn in this order, whatever is measured, so that a seed means the same sets.
     rng = np.random.default_rng(s.seed)
     real = _subset(reference.images, s.max_images, rng)

@@ -18,7 +18,7 @@ from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import Source, load_private
 from dpsyngen.distributed import ALONE, Ranks, device_of
-from dpsyngen.errors import ConfigError, DataError, RunError
+from dpsyngen.errors import ConfigError, DataError, RunError, listed
 from dpsyngen.evaluation.cas import own_accuracy
 from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
 from dpsyngen.evaluation.features import FeatureExtractor, OwnFeatures
@@ -66,7 +66,8 @@ def evaluate(
         cache: keep features of real images in the run's private half, so that the next evaluation is faster.
         sampling: settings of the sampler, as for :meth:`Generator.settings`.
         ranks: the processes that share the work; this is the main one, the others are in :func:`follow_evaluation`.
-        settings: those of :class:`~dpsyngen.evaluation.metrics.EvaluationSettings`, with "auto" as the device.
+        settings: those of :class:`~dpsyngen.evaluation.metrics.EvaluationSettings`, with "auto" as the device; and
+            ``labels`` and ``label_column`` of `data` and `test`, as for :func:`dpsyngen.load_images`.
 
     Returns:
         the figures and the protocol of each, as written to the file.
@@ -80,6 +81,7 @@ def evaluate(
     run.require_complete()
     device = kind_of(settings.pop("device", "auto"))
     check_device(device_of(device, ranks))
+    labelled = {name: settings.pop(name) for name in ("labels", "label_column") if name in settings}
     if settings.get("metrics", NAMES) is None:
         del settings["metrics"]
     s = EvaluationSettings.of({**settings, "device": device, "cache": run.features_path if cache else None})
@@ -88,8 +90,8 @@ def evaluate(
     tell = on_progress or (lambda line: None)
     config = run.config
     generator = open_everywhere(ranks, run.release, device)
-    reference = _images(data, config, generator, "data")
-    held_out = None if test is None else _images(test, config, generator, "test")
+    reference = _images(data, config, generator, "data", **labelled)
+    held_out = None if test is None else _images(test, config, generator, "test", **labelled)
     for spec in s.specs:
         # What is missing or wrong should show before images are generated and the ledger is written.
         extractor = spec.make(device_of(device, ranks))
@@ -227,20 +229,38 @@ def _keep(run: Run, name: str, values: dict[str, Any]) -> None:
     write_text(run.private / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n", 0o600)
 
 
-def _images(given: Source | None, config: Config, generator: ReleasedGenerator, what: str) -> ImageDataset:
-    """Load real images in the form of the generated ones; None: those that the run was trained on."""
+def _images(
+    given: Source | None,
+    config: Config,
+    generator: ReleasedGenerator,
+    what: str,
+    *,
+    labels: PathLike | None = None,
+    label_column: str | None = None,
+) -> ImageDataset:
+    """Load real images in the form of the generated ones; None: those that the run was trained on, with its labels.
+
+    Args:
+        given, what: the images, and what they are called in messages.
+        labels: a table of the labels of those that are `given`; None: they bring their own.
+        label_column: None: that of the run.
+    """
     source = config.data.source if given is None else given
     if isinstance(source, str) and not source:
         raise ConfigError("the run was trained on arrays in memory: give the images as data.")
     channels = "grey" if generator.channels == 1 else "rgb"
-    asked = {"resolution": generator.resolution, "channels": channels, "labels": bool(generator.class_names)}
+    own: bool | str = config.data.labels if given is None else True if labels is None else os.fspath(labels)
+    asked = {
+        "resolution": generator.resolution,
+        "channels": channels,
+        "labels": own if generator.class_names else False,
+    }
+    if given is not None and label_column is not None:
+        asked["label_column"] = label_column or None
     wanted = config.model_copy(update={"data": config.data.model_copy(update=asked)})
-    dataset = load_private(source, wanted)
-    if dataset.class_names != generator.class_names:
-        raise DataError(
-            f"the {what} images have the classes {', '.join(dataset.class_names) or '(none)'}, but the generator has "
-            f"{', '.join(generator.class_names) or '(none)'}.  Give images with the same class folders."
-        )
+    dataset = load_private(source, wanted).with_classes(generator.class_names, what)
+    if dataset.absent_classes and what in ("data", "training"):
+        raise DataError(f"of the training images none is of {listed(dataset.absent_classes)}: give all of them.")
     return dataset
 
 

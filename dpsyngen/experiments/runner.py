@@ -60,13 +60,7 @@ class Images:
         if d.test is not None:
             channels = "grey" if self.train.channels == 1 else "rgb"
             fixed = {**d.section, "resolution": self.train.resolution, "channels": channels}
-            self.test = load_private(d.test, load_config({"data": fixed}))
-            if self.test.class_names != self.train.class_names:
-                raise DataError(
-                    f"the test images have the classes {', '.join(self.test.class_names) or '(none)'}, but the "
-                    f"training images {', '.join(self.train.class_names) or '(none)'}.  Give images with the same "
-                    "classes."
-                )
+            self.test = load_private(d.test, load_config({"data": fixed})).with_classes(self.train.class_names, "test")
         if spec.evaluation.classifiers and len(self.train.class_names) < 2:
             raise ConfigError(
                 f"the images of {d.train} have {'one class' if self.train.class_names else 'no classes'}: there is "

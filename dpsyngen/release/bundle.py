@@ -164,11 +164,12 @@ def _search_for_secrets(run: Run, files: dict[str, Path]) -> None:
     config = run.config
     for what, path in (
         ("the path of the images", config.data.source),
+        ("the path of the labels", config.data.labels),
         ("the path of the decoded images", config.data.cache),
         ("the path of the budget", config.privacy.budget),
     ):
         # The name of a named set, or a single short word, may stand anywhere for other reasons.
-        if path and "/" in path and len(path) >= 6:
+        if isinstance(path, str) and "/" in path and len(path) >= 6:
             secrets[what] = [path.encode()]
     try:
         known = json.loads(run.data_path.read_text(encoding="utf-8"))

@@ -232,7 +232,7 @@ class _Bundle:
             "variant": config.stages.variant == c.variant,
             "preset": config.preset == c.preset,
             "program": program == {k: v for k, v in c.programmatic_images.items() if k != "prior_tier_meaning"},
-            "data": not config.data.source and config.data.cache == "auto",  # no path
+            "data": (config.data.source, config.data.cache) == ("", "auto") and config.data.labels in (True, False),
             "seed": config.privacy.insecure_seed is None or not c.private,
             "δ": config.privacy.delta in (None, c.delta),
             "number of images": config.data.records in (None, n),

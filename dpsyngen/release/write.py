@@ -163,6 +163,7 @@ def public_config(config: Config) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude={"logging"})
     for name in ("source", "cache", "workers"):
         values["data"].pop(name)
+    values["data"]["labels"] = config.data.labels is not False  # a path is a table of the holder's
     values["privacy"].pop("budget")
     if config.network.prior not in (None, SHIPPED):
         values["network"]["prior"] = "a file of the holder's"  # the certificate has its SHA-256

@@ -33,7 +33,7 @@ def figure_table(rows: Sequence[FigureRow | Mapping[str, str]]) -> dict[str, Any
 
 def metric_rows(metrics: dict[str, Any]) -> list[FigureRow]:
     """A row for each figure of :func:`dpsyngen.evaluate`."""
-    rows = []
+    rows = [FigureRow("READ FIRST", "–", note=note) for note in metrics.get("notes", ())]
     for name, c in metrics["cas"].items():
         note = (
             f"trained on {c['n_train']:,} generated images, {c['chosen']} chosen on {c['n_validation']:,} held-out "

@@ -72,7 +72,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--features vibes", "pixels-pca, efficientnet-lite0, inception"),
         ("--classifiers oracle", "logreg, mlp, cnn"),
         ("--metrics fid", "metrics are 'fid'"),
-        ("--test {two}", "classes 0, 1"),
+        ("--test {four}", "not among them: '3'"),
         ("--data {new}/gone", "gone"),
         ("-n 0", "at least 1"),
         ("-n 1000000000000", "at most 100,000,000 at a time"),
@@ -82,7 +82,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
     ],
     MEMORISATION: [
         ("--data {other}", "not those that"),
-        ("--held-out {two}", "classes 0, 1"),
+        ("--held-out {four}", "not among them: '3'"),
         ("--held-out {new}/gone", "gone"),
         ("-n 0", "at least 1"),
         ("--features vibes", "pixels, pixels-pca"),
@@ -134,12 +134,13 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
 
 @pytest.fixture(scope="module")
 def places(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The run, its images with two classes, and other images."""
+    """The run, its images with two and with four classes, and other images."""
     folder = tmp_path_factory.mktemp("other")
     images, labels = tiny_arrays()
     np.savez(folder / "two.npz", images=images, labels=labels % 2)
+    np.savez(folder / "four.npz", images=images, labels=np.arange(len(images)) % 4)
     np.savez(folder / "other.npz", images=tiny_arrays(seed=3)[0], labels=labels)
-    return {"run": finished.path, "two": folder / "two.npz", "other": folder / "other.npz"}
+    return {"run": finished.path, "two": folder / "two.npz", "four": folder / "four.npz", "other": folder / "other.npz"}
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,25 @@ def test_figures_bounds_and_intervals(call, run, trained) -> None:
     assert "sliced-wasserstein" in str(entry.details)
 
 
+def test_a_test_set_without_a_class(call, run, trained, tmp_path) -> None:
+    images = np.random.default_rng(2).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % 2 * 2)  # none of class 1
+    options = ("-n", 60, "--classifiers", "logreg", "--features", "pixels-pca", "--bootstrap", 0)
+    code, out, err = call("evaluate", run.path, "--test", tmp_path / "test.npz", *options)
+    assert code == 0, err
+    assert "no test image is of '1'" in out
+    found = kept(run)
+    assert "no test image is of '1'" in found["notes"][0]
+    accuracy = found["cas"]["logreg"]["per_class_accuracy"]
+    assert accuracy[1] is None
+    assert None not in (accuracy[0], accuracy[2])
+    dpsyngen.write_report(run)
+    assert "no test image is of" in (run.private / "report.html").read_text()
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % 4)
+    code, _, err = call("evaluate", run.path, "--test", tmp_path / "test.npz", *options)
+    assert (code, "not among them: '3'" in err) == (2, True)
+
+
 def test_the_ceiling_is_the_runs_own_program(run, monkeypatch) -> None:
     seen = []
     from dpsyngen.evaluation import run as evaluation

@@ -29,7 +29,7 @@ def save(path: Path, **arrays: Any) -> Path:
 def test_npz(tmp_path: Path, rng: np.random.Generator, image_key: str, label_key: str) -> None:
     x = images(rng, 6, 12, 12)
     path = save(tmp_path / "a.npz", **{image_key: x, label_key: np.array([0, 1, 2] * 2), "other": np.zeros(3)})
-    with pytest.warns(UserWarning, match=r"'other' beside the images is ignored"):
+    with pytest.warns(UserWarning, match=r"ignored beside the images: 'other'"):
         data = load_images(path)
     assert np.array_equal(data.images, x[:, None])
     assert data.class_names == ("0", "1", "2")

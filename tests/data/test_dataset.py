@@ -95,3 +95,20 @@ def test_fields_that_do_not_fit(changes: dict) -> None:
 def test_import_is_light() -> None:
     code = "import sys, dpsyngen.data; print([m for m in ('PIL', 'pooch', 'sklearn', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_classes_of_another_set() -> None:
+    images = np.zeros((3, 1, 8, 8), np.uint8)
+    test = ImageDataset(images, np.array([1, 0, 1]), ("cafe\u0301", "x"), "here")
+    found = test.with_classes(("w", "x", "caf\u00e9"), "test")
+    assert found.labels is not None
+    assert found.labels.tolist() == [1, 2, 1]
+    assert found.absent_classes == ("w",)
+    assert test.absent_classes == ()
+    with pytest.raises(DataError, match="not among them: 'x'"):
+        test.with_classes(("w", "cafe\u0301"), "test")
+    bare = ImageDataset(images, None, (), "here")
+    assert bare.with_classes((), "test") is bare
+    for own, other in ((bare, ("w",)), (test, ())):
+        with pytest.raises(DataError, match="test images have the classes"):
+            own.with_classes(other, "test")

@@ -65,6 +65,12 @@ def test_a_link_in_a_folder_is_not_followed(pair: tuple[Path, Path], tmp_path: P
     assert load_images(folder / pair[0].name).fingerprint() == expected  # named by the user
 
 
+def test_what_lies_beside_is_named(pair: tuple[Path, Path]) -> None:
+    (pair[0].parent / "t10k-images-idx3-ubyte").write_bytes(b"")
+    with pytest.warns(UserWarning, match="ignored beside the images: 't10k-images-idx3-ubyte'"):
+        load_images(pair[0].parent)
+
+
 def test_missing_labels(pair: tuple[Path, Path]) -> None:
     pair[1].unlink()
     with pytest.raises(DataError, match="no labels beside it"):

@@ -224,3 +224,19 @@ def test_training_takes_them(tiny_settings) -> None:
     config = load_config(tiny_settings | {"data": {"resolution": 8}}, preset="cpu-small")
     shape = shape_of(load_private(Vision(), config), config)
     assert (shape.class_names, shape.records, shape.resolution) == (("zebra", "ant"), 30, 8)
+
+
+def test_other_keys_of_items_are_named() -> None:
+    items = [{"image": np.full((8, 8), 90 + i, np.uint8), "dx": "ab"[i % 2], "text": str(i)} for i in range(4)]
+
+    class Items:
+        def __len__(self) -> int:
+            return len(items)
+
+        def __getitem__(self, i: int) -> dict:
+            return items[i]
+
+    with pytest.warns(UserWarning, match="ignored in each item: 'dx', 'text'"):
+        assert load_images(Items()).labels is None
+    with pytest.warns(UserWarning, match="ignored in each item: 'text'"):
+        assert load_images(Items(), label_column="dx").class_names == ("a", "b")

@@ -66,12 +66,25 @@ def test_names() -> None:
             named.parse_name(split)
 
 
-def test_name_wins_over_a_path_unless_it_has_a_separator(class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class_folder.rename(class_folder.parent / "digits")
+@pytest.mark.parametrize("name", ["digits", "Digits", "mnist", "cifar10", "fashion_mnist"])
+def test_an_own_folder_wins_over_a_set_of_its_name(
+    class_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class_folder.rename(class_folder.parent / name)
     monkeypatch.chdir(class_folder.parent)
-    assert len(load_images("digits")) == 1437
-    assert len(load_images("./digits")) == 6
-    assert len(load_images(Path("digits"))) == 6
+    with pytest.warns(UserWarning, match=f"{name} is a folder here, and is read; the public set is called .*:train"):
+        assert len(load_images(name)) == 6
+    for path in (f"./{name}", Path(name)):  # that need no word
+        assert load_images(path).ignored == ()
+    assert len(load_images("digits:train")) == 1437
+
+
+def test_an_own_file_wins_over_a_set_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 8, 8), np.uint8))
+    (tmp_path / "a.npy").rename(tmp_path / "mnist")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="not read"):  # instead of a download
+        load_images("mnist")
 
 
 def test_unknown_source(tmp_path: Path) -> None:

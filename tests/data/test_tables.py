@@ -140,7 +140,7 @@ def test_links_in_a_saved_folder_are_not_followed(tmp_path: Path) -> None:
         (
             {"image": [FILES[0]], "a": [1], "b": [1]},
             {"a": "ClassLabel", "b": "ClassLabel"},
-            "several columns of labels",
+            r"'a', 'b' could be the labels",
         ),
     ],
 )
@@ -150,6 +150,31 @@ def test_tables_of_another_form(write, columns, features, why) -> None:
     data = data.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": kinds}})})
     with pytest.raises(DataError, match=why):
         load_images(write(data))
+
+
+def test_columns_are_used_or_named(write) -> None:
+    dx, text = ["x", "y"] * 12 + ["x"], [f"caption {i}" for i in range(25)]
+    path = write(pa.table({"image": FILES, "dx": dx, "text": text}))
+    with pytest.raises(DataError, match=r"'dx' could be the labels.*--label-column"):
+        load_images(path)
+    with pytest.warns(UserWarning, match="ignored columns: 'text'"):
+        assert load_images(path, label_column="dx").class_names == ("x", "y")
+    assert load_images(path, labels=False).ignored == ()
+    with pytest.raises(DataError, match="has no 'sex'"):
+        load_images(path, label_column="sex")
+
+
+def test_a_column_that_cannot_be_labels_is_named(write) -> None:
+    path = write(pa.table({"image": FILES, "text": [f"caption {i}" for i in range(25)]}))
+    with pytest.warns(UserWarning, match="ignored columns: 'text'"):
+        assert load_images(path).labels is None
+
+
+def test_a_pattern_over_splits_is_told_of(tmp_path: Path) -> None:
+    for name in ("train-0.parquet", "test-0.parquet"):
+        write_parquet(tmp_path / name, table(FILES[:4], [0, 1, 0, 1], ["a", "b"]))
+    with pytest.warns(UserWarning, match="matches the splits 'test', 'train'"):
+        assert len(load_images(str(tmp_path / "*.parquet"))) == 8
 
 
 def test_plain_binary_columns_and_usual_names(write) -> None:

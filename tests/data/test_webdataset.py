@@ -219,6 +219,23 @@ def test_the_own_writer_of_webdataset_is_read(tmp_path: Path) -> None:
     assert data.labels.tolist() == [0, 1, 0, 1]
 
 
+def test_other_members_and_keys_are_named(tmp_path: Path) -> None:
+    members = [
+        member
+        for i, image in enumerate(pixels(4))
+        for member in (
+            (f"{i}.png", png(image)),
+            (f"{i}.txt", b"a caption"),
+            (f"{i}.json", b'{"dx": "%s", "age": 4}' % b"ab"[i % 2 : i % 2 + 1]),
+        )
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    with pytest.warns(UserWarning, match=r"ignored beside the images: '\.txt', 'age of \.json', 'dx of \.json'"):
+        assert load_images(path).labels is None
+    with pytest.warns(UserWarning, match=r"'\.txt', 'age of \.json'\.$"):
+        assert load_images(path, label_column="dx").class_names == ("a", "b")
+
+
 def test_dots_in_names_are_told_of(tmp_path: Path) -> None:
     members = [(f"scan_1.{i}.{kind}", c) for i in range(2) for kind, c in (("png", png(pixels(1)[0])), ("cls", b"0"))]
     with pytest.raises(DataError, match=r"scan_1\.\d\.png has a dot before its extension"):

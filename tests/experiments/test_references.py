@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpsyngen.data import load_images
-from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError
+from dpsyngen.errors import BudgetExceeded, ConfigError, DataError, LedgerError
 from dpsyngen.evaluation import classification_accuracy
 from dpsyngen.experiments import dp_classifier
 from dpsyngen.experiments.dp_classifier import (
@@ -224,8 +224,8 @@ def test_bad_input(digits) -> None:
         dp_classifier_reference(bare, test, **good)
     with pytest.raises(ConfigError, match="needs classes"):
         real_reference(train, bare)
-    other = load_images((test.images[:, 0], test.labels % 3))
-    with pytest.raises(ConfigError, match="same classes"):
+    other = load_images((test.images[:, 0], test.labels + 3))
+    with pytest.raises(DataError, match="same classes"):
         real_reference(train, other)
 
 

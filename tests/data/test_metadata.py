@@ -1,0 +1,209 @@
+"""Labels from a table beside the images, or from one that the user names."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpsyngen.data import load_images
+from dpsyngen.errors import DataError
+from tests.data.encoded import pixels
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    """Eight images in one folder, 0.png to 7.png."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(pixels(8)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return folder
+
+
+def classes_of(source: Path, **options: Any) -> list[str]:
+    """The name of the class of each image, in order."""
+    data = load_images(source, **options)
+    assert data.labels is not None
+    return [data.class_names[i] for i in data.labels]
+
+
+def csv_of(rows: dict[str, object], head: str = "file_name,label", separator: str = ",") -> str:
+    lines = [head, *(f"{name},{value}" for name, value in rows.items())]
+    return "\n".join(line.replace(",", separator) for line in lines) + "\n"
+
+
+EVEN = {f"{i}.png": "ab"[i % 2] for i in range(8)}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_metadata_csv(flat: Path, separator: str, encoding: str) -> None:
+    (flat / "metadata.csv").write_text(csv_of(EVEN, separator=separator), encoding=encoding)
+    assert classes_of(flat) == list("abababab")
+    assert load_images(flat, labels=False).labels is None
+
+
+def test_metadata_jsonl(flat: Path) -> None:
+    rows = [{"file_name": name, "Label": i % 3, "box": [1, 2]} for i, name in enumerate(EVEN)]
+    (flat / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="ignored columns: 'box'"):
+        assert classes_of(flat) == list("01201201")
+    (flat / "metadata.csv").write_text(csv_of(EVEN))
+    with pytest.raises(DataError, match="Keep the one that is meant"):
+        load_images(flat)
+
+
+@pytest.mark.parametrize("values", [["0", "10", "2"], ["0.0", "10.0", "2.0"]])
+def test_numbers_are_classes_in_order(flat: Path, values: list[str]) -> None:
+    (flat / "metadata.csv").write_text(csv_of({f"{i}.png": values[i % 3] for i in range(8)}))
+    data = load_images(flat)
+    assert data.class_names == ("0", "2", "10")
+
+
+def test_images_may_lie_in_folders(flat: Path) -> None:
+    root = flat.parent / "set"
+    root.mkdir()
+    flat.rename(root / "images")
+    (root / "metadata.csv").write_text(csv_of({f"images/{name}": label for name, label in EVEN.items()}))
+    assert classes_of(root) == list("abababab")
+
+
+def test_images_without_a_row_and_rows_without_an_image(flat: Path) -> None:
+    rows = {**EVEN, "7.png": "", "9.png": "a"}
+    del rows["6.png"]
+    (flat / "metadata.csv").write_text(csv_of(rows))
+    with pytest.raises(DataError, match=r"2 items(.|\n)*6\.png: no label in metadata\.csv"):
+        load_images(flat)
+    with pytest.warns(UserWarning, match=r"1 row of no image here, such as '9\.png', ignored"):
+        data = load_images(flat, skip_bad=True)
+    assert (len(data), len(data.skipped)) == (6, 2)
+
+
+def test_unusual_columns_are_never_dropped_or_guessed(flat: Path) -> None:
+    path = flat / "metadata.csv"
+    head, rows = "file_name,dx,patient", {name: f"{label},p{name}" for name, label in EVEN.items()}
+    path.write_text(csv_of(rows, head))
+    with pytest.raises(DataError, match=r"'dx' could be the labels.*--label-column"):
+        load_images(flat)
+    with pytest.warns(UserWarning, match="ignored columns: 'patient'"):
+        assert classes_of(flat, label_column="dx") == list("abababab")
+    with pytest.raises(DataError, match="has no 'sex'"):
+        load_images(flat, label_column="sex")
+    path.write_text(csv_of(rows, "file_name,label,class"))
+    with pytest.raises(DataError, match="'label', 'class' could all be the labels"):
+        load_images(flat)
+    path.write_text(csv_of({name: f"text of {name}" for name in EVEN}, "file_name,text"))
+    with pytest.warns(UserWarning, match="ignored columns: 'text'"):
+        assert load_images(flat).labels is None
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("name of it,label\n0.png,a\n", "no column of file names"),
+        ("file_name,label\n0.png,a,b\n", "3 cells"),
+        ("file_name,label,label\n0.png,a,b\n", "two columns"),
+        ('file_name,label\n"0.png,a\n', "damaged"),
+        ("file_name,label\n0.png,a\n0.png,b\n", "is there twice"),
+        (f"file_name,label\n0.png,{'x' * 300}\n", "too long"),
+        ("", "no column of file names"),
+    ],
+)
+def test_tables_of_another_form(flat: Path, content: str, why: str) -> None:
+    (flat / "metadata.csv").write_text(content)
+    with pytest.raises(DataError, match=why):
+        load_images(flat)
+
+
+def test_tables_of_another_encoding_or_of_several_labels(flat: Path) -> None:
+    (flat / "metadata.csv").write_bytes(csv_of({"0.png": "é"}).encode("latin-1"))
+    with pytest.raises(DataError, match="damaged"):
+        load_images(flat)
+    (flat / "metadata.csv").unlink()
+    (flat / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": n, "labels": [1, 2]}) for n in EVEN))
+    with pytest.raises(DataError, match="several labels"):
+        load_images(flat)
+
+
+def test_class_folders_and_a_column_must_agree(class_folder: Path) -> None:
+    rows = {f"{c}/{i}.png": c.upper() for c in ("cats", "dogs") for i in range(3)}
+    (class_folder / "metadata.csv").write_text(csv_of(rows))
+    assert load_images(class_folder).class_names == ("cats", "dogs")
+    (class_folder / "metadata.csv").write_text(csv_of({**rows, "cats/0.png": "DOGS"}))
+    with pytest.raises(DataError, match=r"sub-folders are other classes than column 'label'"):
+        load_images(class_folder)
+    assert classes_of(class_folder, label_column="label") == ["DOGS", "CATS", "CATS", "DOGS", "DOGS", "DOGS"]
+    (class_folder / "metadata.csv").write_text(csv_of(rows, "file_name,kind"))
+    with pytest.warns(UserWarning, match="ignored columns: 'kind'"):
+        assert load_images(class_folder).class_names == ("cats", "dogs")
+
+
+@pytest.mark.parametrize("way", ["{path}", "{name}", "{stem}", "./{path}"])
+def test_a_table_that_is_named(tmp_path: Path, way: str) -> None:
+    rows = {}
+    for i, image in enumerate(pixels(6)):
+        path = tmp_path / "photos" / f"patient{i // 2}" / f"scan{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        named = way.format(path=path.relative_to(tmp_path / "photos"), name=path.name, stem=path.stem)
+        rows[named] = "ab"[i % 2]
+    table = tmp_path / "labels.csv"
+    table.write_text(csv_of(rows, "image_id,dx"))
+    with pytest.raises(DataError, match=r"'dx' could be the labels"):
+        load_images(tmp_path / "photos", labels=table)
+    assert classes_of(tmp_path / "photos", labels=table, label_column="dx") == list("ababab")
+    table.write_text(csv_of({"a": "x"}, "image_id,text"))
+    with pytest.raises(DataError, match="no column is called as labels are"):
+        load_images(tmp_path / "photos", labels=table)
+
+
+def test_names_that_several_images_have_are_unclear(class_folder: Path) -> None:
+    table = class_folder.parent / "labels.csv"
+    table.write_text(csv_of({f"{i}.png": "x" for i in range(3)}))
+    with pytest.raises(DataError, match="could be several images"):
+        load_images(class_folder, labels=table)
+
+
+def test_unicode_forms_are_one_name(flat: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "sténose") for form in ("NFC", "NFD"))
+    (flat / "0.png").rename(flat / f"{apart}.png")
+    rows = {f"{composed}.png": apart, **{f"{i}.png": composed for i in range(1, 8)}}
+    (flat / "metadata.csv").write_text(csv_of(rows), encoding="utf-8")
+    assert load_images(flat).class_names == (composed,)
+    other = flat.parent / "folders"
+    for name in (composed, apart, "normal"):
+        (other / name).mkdir(parents=True)
+        Image.fromarray(pixels(1)[0]).save(other / name / "a.png")
+    data = load_images(other)
+    assert data.class_names == ("normal", composed)
+    assert sorted(np.bincount(data.labels).tolist()) == [1, 2]
+
+
+def test_decoded_images_are_made_anew_when_the_table_changes(flat: Path, tmp_path: Path) -> None:
+    (flat / "metadata.csv").write_text(csv_of(EVEN))
+    options: dict[str, Any] = {"cache": tmp_path / "cache"}
+    assert classes_of(flat, **options) == list("abababab")
+    (flat / "metadata.csv").write_text(csv_of({**EVEN, "0.png": "b"}, "file_name,label") + "9.png,a\n")
+    for _ in range(2):  # what is ignored is told of from the cache, too
+        with pytest.warns(UserWarning, match="1 row of no image"):
+            assert classes_of(flat, **options) == list("bbababab")
+
+
+def test_tables_are_for_folders_of_images(flat: Path, tmp_path: Path) -> None:
+    (flat / "labels.csv").write_text(csv_of(EVEN))
+    with pytest.raises(DataError, match=r"labels\.csv: not an image file by its name; if it has the labels"):
+        load_images(flat)
+    with pytest.raises(ValueError, match="a table is for image folders"):
+        load_images("digits", labels=flat / "labels.csv")
+    with pytest.raises(ValueError, match="has no columns"):
+        load_images((pixels(4), [0, 1, 0, 1]), label_column="x")
+    (flat / "labels.csv").rename(tmp_path / "labels.csv")
+    with pytest.raises(DataError, match="there is no column 'dx'"):
+        load_images(flat, label_column="dx")
+    assert classes_of(flat, labels=tmp_path / "labels.csv") == list("abababab")
