@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -58,7 +59,9 @@ def write_atomically(path: Path, write: Callable[[Path], object], mode: int = 0o
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            mounted = "a file that is mounted by itself cannot be replaced: mount the folder that holds it"
+            why = mounted if error.errno == errno.EBUSY else error.strerror
+            raise OSError(error.errno, why, str(path)) from None
         raise
 
 
@@ -131,15 +134,47 @@ def cache_home() -> Path:
         return folder if own else Path(tempfile.mkdtemp(prefix="dpsyngen-"))
 
 
-_OF_THE_DISK = ("lost+found", ".snapshot")  # what a fresh disk has in its uppermost folder
+OF_THE_DISK = ("lost+found", ".snapshot")  # what a fresh disk has in its uppermost folder
+PARTIAL = ".dpsyngen-partial"
 
 
 def require_absent_or_empty(path: Path, option: str) -> None:
     """Raise RunError if the folder `path` has anything in it, so that nothing is ever overwritten."""
-    if path.is_dir() and all(entry.name in _OF_THE_DISK for entry in path.iterdir()):
-        return
-    if path.exists() or path.is_symlink():
+    found = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name] if os.path.lexists(path) else []
+    left = [name for name in found if name not in (*OF_THE_DISK, PARTIAL)]
+    if left and PARTIAL in found:
+        raise RunError(
+            f"{option} {path} holds a part of what an interrupted command wrote: empty it, or choose another."
+        )
+    if left:
         raise RunError(f"{option} {path} exists already and is not an empty folder. Choose another, or move it away.")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into; all in it is at `target` (absent or empty) at the end, and goes if something fails.
+
+    It is beside `target`, which appears by one renaming.  Where `target` is there already, perhaps as a mounted disk,
+    it is in it: a process that is killed leaves :data:`PARTIAL` there, alone or, if that was in the last moment, with
+    some of what it wrote, which :func:`require_absent_or_empty` refuses.
+    """
+    inside = target.is_dir()
+    partial = target / PARTIAL if inside else target.with_name(f".{target.name}.partial")
+    if partial.exists():  # of a process that was killed
+        shutil.rmtree(partial)
+    partial.mkdir()
+    moved: list[Path] = []
+    try:
+        yield partial
+        for entry in partial.iterdir() if inside else ():
+            moved.append(target / entry.name)
+            entry.rename(moved[-1])
+        partial.rmdir() if inside else partial.rename(target)
+        sync_folder(target if inside else target.parent)
+    except BaseException:
+        for path in (*moved, partial):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}

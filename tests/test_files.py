@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dpsyngen import files
-from dpsyngen.errors import RunError
+from dpsyngen.data import load_images
+from dpsyngen.errors import DataError, RunError
 from dpsyngen.files import (
     NotPlainError,
     is_temporary,
@@ -179,3 +180,63 @@ def test_without_a_home_there_is_a_cache_of_this_user_alone(tmp_path, monkeypatc
 def test_what_a_fresh_disk_has_counts_as_empty(tmp_path) -> None:
     (tmp_path / "lost+found").mkdir()
     files.require_absent_or_empty(tmp_path, "--out")
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_new_folder_appears_whole_beside_its_place_or_in_it(tmp_path, existing) -> None:
+    """A folder that is there may be a mounted disk, which cannot be renamed onto."""
+    target = tmp_path / "out"
+    if existing:
+        target.mkdir(mode=0o750)
+        (target / "lost+found").mkdir()
+        inode = target.stat().st_ino
+    for fails in (True, False):
+        try:
+            with files.new_folder(target) as folder:
+                (folder / "a").mkdir()
+                (folder / "a" / "x").write_text("1")
+                (folder / "y").write_text("2")
+                files.require_absent_or_empty(target, "--out")
+                if fails:
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            assert not target.exists() or [p.name for p in target.iterdir()] == ["lost+found"]
+    assert {p.name for p in target.iterdir()} - {"lost+found"} == {"a", "y"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+    assert not existing or (target.stat().st_ino, stat.S_IMODE(target.stat().st_mode)) == (inode, 0o750)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_what_a_kill_leaves_in_a_folder_is_written_anew_or_refused(tmp_path, moved) -> None:
+    pid = os.fork()
+    if pid == 0:
+        with files.new_folder(tmp_path) as folder:
+            for name in "ab":
+                (folder / name).write_text(name)
+            real, calls = Path.rename, []
+
+            def rename(*names):
+                calls.append(names)
+                return real(*names) if len(calls) <= moved else os.kill(os.getpid(), 9)
+
+            Path.rename = rename
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == 9
+    with pytest.raises(DataError, match="part of the images only"):
+        load_images(tmp_path)
+    if moved:
+        with pytest.raises(RunError, match="part of what an interrupted command wrote"):
+            files.require_absent_or_empty(tmp_path, "--out")
+        return
+    files.require_absent_or_empty(tmp_path, "--out")
+    with files.new_folder(tmp_path) as folder:
+        (folder / "c").write_text("c")
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_file_that_is_mounted_by_itself_is_told_of(tmp_path, monkeypatch) -> None:
+    def busy(*names: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(OSError, match="mount the folder that holds it"):
+        files.write_text(tmp_path / "budget.json", "{}")

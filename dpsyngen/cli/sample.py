@@ -83,14 +83,14 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a generator for other tools: a folder for diffusers and the Hub."""
+    from dpsyngen.files import require_absent_or_empty
     from dpsyngen.generator.guarantee import Guarantee
-    from dpsyngen.generator.samples import require_new_folder
     from dpsyngen.release.bundle import check_against_ledger
     from dpsyngen.release.place import export_release, find
     from dpsyngen.training.run import Run
 
     require(format == "diffusers", "--format", format, "diffusers")
-    require_new_folder(out)
+    require_absent_or_empty(out, "--out")
     place = find(run)
     if place.run is not None:
         check_against_ledger(Run(place.run))

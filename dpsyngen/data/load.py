@@ -24,6 +24,7 @@ from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_
 from dpsyngen.data.source import FormOptions, Options, check_form, check_resolution
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS
 from dpsyngen.errors import ConfigError, DataError, listed, printable, require
+from dpsyngen.files import PARTIAL
 
 PathLike = str | os.PathLike[str]
 Source = PathLike | ImageDataset | MapStyle | tuple[np.ndarray, np.ndarray | None]
@@ -191,6 +192,8 @@ def _from_object(source: Any, options: Options) -> ImageDataset:
 
 
 def _from_folder(path: Path, options: Options) -> ImageDataset:
+    if (path / PARTIAL).exists():
+        raise DataError(f"{printable(path)} holds part of the images only: a command that wrote it was interrupted.")
     if (path / IMAGES).is_file():
         _require_no_table(options, str(path))
         return _beside(path, read_array_folder(path, options), (IMAGES, LABELS, CLASS_NAMES))

@@ -91,7 +91,7 @@ class Experiment:
             RunError: there is something else at `path`, or runs there have other settings.
         """
         jobs = jobs_of(spec)
-        if (path / "experiment.json").exists():
+        if (path / "work").exists():  # made after the other two files
             before = cls(path)
             changed = [job.name for job in jobs if before.begun_otherwise(job)]
             if changed:
@@ -100,15 +100,15 @@ class Experiment:
                     f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''}.  Undo the change, give the new "
                     "settings a label (grid.cases), or choose another --out."
                 )
-        else:
+        elif not (path / "experiment.json").exists():
             require_absent_or_empty(path, "--out")
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.chmod(path, 0o700)
-        for name in ("runs", "work", "results", "public", "real"):
-            (path / name).mkdir(mode=0o700, exist_ok=True)
-        write_text(path / "spec.yaml", spec.to_yaml(), 0o600)
-        if not (path / "experiment.json").exists():
+            with contextlib.suppress(PermissionError):  # a mounted disk of somebody else's; all that is in it is closed
+                os.chmod(path, 0o700)
             write_text(path / "experiment.json", _json({"format": FORMAT, "dpsyngen": __version__}), 0o600)
+        write_text(path / "spec.yaml", spec.to_yaml(), 0o600)
+        for name in ("runs", "results", "public", "real", "work"):
+            (path / name).mkdir(mode=0o700, exist_ok=True)
         return cls(path)
 
     def note(self, **values: Any) -> None:

@@ -13,10 +13,8 @@ import io
 import json
 import os
 import re
-import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 from dpsyngen.console import in_notebook
 from dpsyngen.diffusion.stages import Stage
 from dpsyngen.errors import ConfigError, RunError, listed, printable
-from dpsyngen.files import expanded, require_absent_or_empty, sync_folder, write_atomically, write_text
+from dpsyngen.files import expanded, new_folder, require_absent_or_empty, write_atomically, write_text
 from dpsyngen.programs.grid import image_grid
 from dpsyngen.programs.saving import png, require_parquet
 from dpsyngen.version import __version__
@@ -207,14 +205,7 @@ def check_target(out: Path) -> None:
         if out.exists():
             raise RunError(f"--out {out} exists already.  Choose another path or move it away.")
         return
-    require_new_folder(out)
-
-
-def require_new_folder(out: Path) -> None:
-    """Raise RunError unless :func:`new_folder` can make `out`: absent or empty, and with a name of its own."""
     require_absent_or_empty(out, "--out")
-    if not out.name:
-        raise RunError(f"--out {out} has no name of its own, so it cannot appear whole.  Give a new folder in it.")
 
 
 def folder_names(class_names: tuple[str, ...]) -> tuple[str, ...]:
@@ -277,24 +268,6 @@ class _Drawn:
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...]
     about: dict[str, Any]
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` (absent or empty) at the end, and goes if something fails."""
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():  # of a process that was killed
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        yield partial
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _counted(

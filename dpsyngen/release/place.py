@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpsyngen.errors import ConfigError, ReleaseError, RunError, printable
-from dpsyngen.files import expanded, file_sha256, write_atomically
+from dpsyngen.files import expanded, file_sha256, new_folder, require_absent_or_empty, write_atomically
 from dpsyngen.generator.files import Place
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.guarantee import Guarantee
-from dpsyngen.generator.samples import new_folder, require_new_folder
 from dpsyngen.privacy.certificate import Certificate
 from dpsyngen.release.bundle import pack, require_private, unpack
 from dpsyngen.release.card import copy_release
@@ -108,7 +107,7 @@ def export_release(release: Path, out: Path, *, not_private: bool = False) -> Ex
         ConfigError, RunError: before anything is written.
         ReleaseError: no guarantee, or something is wrong with the release.
     """
-    require_new_folder(out)
+    require_absent_or_empty(out, "--out")
     generator = ReleasedGenerator(release)
     certificate = generator.privacy.certificate
     require_private(certificate, not_private, "--not-private exports")

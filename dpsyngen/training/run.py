@@ -14,8 +14,6 @@ import errno
 import itertools
 import json
 import os
-import secrets
-import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ from dpsyngen.config import Config, validate
 from dpsyngen.distributed import started_by_torchrun
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import (
-    TEMPORARY_SUFFIX,
+    OF_THE_DISK,
     expanded,
     is_temporary,
     read_yaml_file,
@@ -82,45 +80,32 @@ class Run:
     def create(cls, path: Path, config: Config) -> Run:
         """Make a run directory at `path`, which is absent or an empty folder, and hold its lock.
 
-        It is made in a hidden folder beside `path` and renamed onto it, so there is no run or a whole one, and of two
-        processes that start at once one is refused: a folder that is not empty cannot be renamed onto.
+        It is made where it is, so `path` may be a mounted disk, and ``run.json`` comes last: without that there is no
+        run, but what a killed start left, which the next one completes.  Of two that start at once one gets the lock.
 
         Raises:
             RunError: there is something at `path` already, or it cannot be written.
         """
         require_new(path)
-        target = path.resolve()
-        if target == Path.cwd():
-            raise RunError(f"--out {path} is the current folder.  Give a folder inside it, or another path.")
-        stage = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        private, weights = path / "private", path / "release" / "weights"
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(target)
-            stage.mkdir()
+            path.mkdir(parents=True, exist_ok=True)
             try:
-                (stage / "private").mkdir(mode=0o700)
-                # While it is held, no other start takes the stage for one that was killed.
-                with FolderLock(stage / "private" / LOCK, path).held():
-                    write_text(stage / "private" / "config.yaml", config.to_yaml(), 0o600)
-                    (stage / "release" / "weights").mkdir(parents=True)
-                    write_text(stage / "run.json", json.dumps({"format": FORMAT, "dpsyngen": __version__}) + "\n")
-                    if target.exists():
-                        stage.chmod(stat.S_IMODE(target.stat().st_mode))
-                    os.rename(stage, target)
-            except BaseException:
-                _remove_stage(stage)
-                raise
+                private.mkdir(mode=0o700)
+            except FileExistsError:
+                require_new(path)
+            with FolderLock(private / LOCK, path).held():
+                require_new(path)  # another process may have made it meanwhile
+                weights.mkdir(parents=True, exist_ok=True)
+                sync_folder(weights.parent)
+                write_text(private / "config.yaml", config.to_yaml(), 0o600)
+                write_text(path / "run.json", json.dumps({"format": FORMAT, "dpsyngen": __version__}) + "\n")
             with contextlib.suppress(OSError):  # the parent need not be readable for us
-                sync_folder(target.parent)
+                sync_folder(path.absolute().parent)
         except OSError as error:
-            why = error.strerror
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                why = "another process has just made it"
-            elif error.errno == errno.EBUSY:
-                why = "it is in use, as a mounted disk is; give a folder inside it"
             raise RunError(
-                f"the run directory {path} cannot be made: {why}.  Nothing was trained yet.  Mend that or choose "
-                "another path, and start again."
+                f"the run directory {path} cannot be made: {error.strerror}.  Nothing was trained yet.  Mend that or "
+                "choose another path, and start again."
             ) from None
         run = cls(path)
         run.open_for_writing()
@@ -264,7 +249,7 @@ def place_of(out: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 
 def require_new(path: Path) -> None:
-    """Raise RunError unless a run can be made at `path`: it is absent or an empty folder."""
+    """Raise RunError unless a run can be made at `path`: absent, empty, or no more than a killed start left there."""
     if (path / "run.json").exists():
         if (path / "release" / "generator.json").exists():
             raise RunError(f"--out {path} exists already and holds a finished run.  Choose another path.")
@@ -272,27 +257,19 @@ def require_new(path: Path) -> None:
             f"--out {path} exists already and holds an unfinished run.  Continue it with "
             f"`dpsyngen train --resume --out {path}`, or choose another path."
         )
-    require_absent_or_empty(path, "--out")
+    if not _only_begun(path):
+        require_absent_or_empty(path, "--out")
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove the stages of :meth:`Run.create` that killed processes left beside `target`."""
-    for stage in target.parent.iterdir():
-        if stage.name.startswith(f".{target.name[:50]}.") and is_temporary(stage.name) and stage.is_dir():
-            if not (stage / "private").is_dir():
-                _remove_stage(stage)  # killed before its lock was there; one that is alive is refused
-                continue
-            with contextlib.suppress(RunError), FolderLock(stage / "private" / LOCK, target).held():
-                _remove_stage(stage)
+# All that a start makes before ``run.json``: no key yet, so there is nothing that could be lost or was spent.
+_BEGUN = {".": {"private", "release"}, "private": {LOCK, "config.yaml"}, "release": {"weights"}, "release/weights": ()}
 
 
-def _remove_stage(stage: Path) -> None:
-    """Remove a stage, each file by its name: whatever else somebody put there stays, with the folder around it."""
-    with contextlib.suppress(OSError):
-        for folder in (stage, stage / "private"):
-            remove_temporaries(folder)
-        for name in ("private/config.yaml", f"private/{LOCK}", "run.json"):
-            (stage / name).unlink(missing_ok=True)
-        for name in ("private", "release/weights", "release", "."):
-            if (stage / name).is_dir():
-                (stage / name).rmdir()
+def _only_begun(path: Path) -> bool:
+    """Whether at `path` is what a killed :meth:`Run.create` of this user left, and nothing else."""
+    private = path / "private"
+    if not private.is_dir() or private.stat().st_uid != os.geteuid() or private.stat().st_mode & 0o077:
+        return False
+    found = [entry for name in _BEGUN if (path / name).is_dir() for entry in (path / name).iterdir()]
+    known = {path / folder / name for folder, names in _BEGUN.items() for name in (*names, *OF_THE_DISK)}
+    return all((f in known or is_temporary(f.name)) and not f.is_symlink() for f in found)

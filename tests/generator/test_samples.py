@@ -201,8 +201,8 @@ def test_nothing_is_drawn_for_a_target_that_exists(tmp_path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_the_working_folder_itself_is_refused_with_a_way_out(tmp_path, monkeypatch) -> None:
+def test_the_working_folder_itself_can_be_written_to(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunError, match="new folder in it"):
-        write_samples(Path("."), batches(), None, (), {})
-    assert list(tmp_path.iterdir()) == []
+    write_samples(Path("."), batches(), None, (), {"x": 1})
+    assert {p.name for p in tmp_path.iterdir()} >= {"about.json", "metadata.csv"}
+    assert not any(p.name.startswith(".") for p in tmp_path.iterdir())

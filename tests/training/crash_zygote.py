@@ -75,15 +75,12 @@ class Points:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.out = str(request["out"])
-        out = Path(self.out)
-        self.stage = str(out.with_name(f".{out.name}."))  # beside the run directory, while that is made
         self.kill_at, self.full_at = request.get("kill_at"), request.get("full_at")
         self.interrupt_at = request.get("interrupt_at")
         self.names: list[str] = []
 
     def tick(self, what: str, path: str) -> None:
-        path = re.sub(re.escape(self.stage) + r"\w+\.dpsyngen-tmp", ".", path)
-        self.names.append(f"{what} {path.removeprefix(self.out).lstrip('/') or '.'}")
+        self.names.append(f"{what} .{path.removeprefix(self.out)}")
         if len(self.names) == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if len(self.names) == self.interrupt_at:
@@ -93,7 +90,7 @@ class Points:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     def concerns(self, path: object) -> bool:
-        return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith((self.out, self.stage))
+        return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(self.out)
 
     def install(self) -> None:
         def audit(event: str, arguments: tuple[Any, ...]) -> None:

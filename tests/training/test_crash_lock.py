@@ -181,70 +181,82 @@ def killed_at(path: Path, operation: str, monkeypatch) -> None:
         def kill(*_: object, **__: object) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        where = {"rename": (os, "rename"), "stamp": (run_module.json, "dumps"), "config": (run_module, "write_text")}
-        monkeypatch.setattr(*where.get(operation, (Path, "chmod")), kill)
-        if operation == "lock":
-            monkeypatch.setattr(run_module.FolderLock, "acquire", kill)
+        where = {"lock": (run_module.FolderLock, "acquire"), "config": (run_module, "write_text")}
+        where |= {"stamp": (run_module.json, "dumps"), "rename": (os, "replace")}
+        monkeypatch.setattr(*where[operation], kill)
         Run.create(path, CONFIG)
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
+OPERATIONS = ["lock", "config", "stamp", "rename"]
+
+
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("operation", ["lock", "config", "stamp", "rename"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_interrupted_start_is_no_run_and_is_started_again(tmp_path, monkeypatch, operation, existing) -> None:
     path = tmp_path / "a" / "r"
     if existing:
         path.mkdir(parents=True, mode=0o750)
+        (path / "lost+found").mkdir()
     killed_at(path, operation, monkeypatch)
-    assert path.exists() == existing
-    assert not existing or not names(path)
-    with pytest.raises(RunError, match=r"not a|does not exist"):
+    with pytest.raises(RunError, match="not a run"):
         Run(path)
-    assert len(names(path.parent) - {"r"}) == 1
     Run.create(path, CONFIG)
     assert names(path.parent) == {"r"}
-    assert names(path) == {"private", "release", "run.json"}
+    assert names(path) - {"lost+found"} == {"private", "release", "run.json"}
     assert names(path / "private") == {"lock", "config.yaml"}
+    assert names(path / "release") == {"weights"}
+    assert not names(path / "release" / "weights")
     assert (path / "private").stat().st_mode & 0o777 == 0o700
     assert not existing or path.stat().st_mode & 0o777 == 0o750
 
 
-@pytest.mark.parametrize("foreign", ["notes.txt", "private/results.csv", "release/weights/w"])
+@pytest.mark.parametrize("foreign", ["notes.txt", "private/randomness.json", "release/weights/w", "release/x.json"])
 def test_what_somebody_put_into_an_interrupted_start_stays(tmp_path, monkeypatch, foreign) -> None:
+    """Of a run that lost its run.json, too: its key and ledger are no leftovers."""
     path = tmp_path / "r"
-    killed_at(path, "rename", monkeypatch)
-    stage = next(tmp_path.iterdir())
-    (stage / foreign).write_text("precious")
-    (tmp_path / ".r.notes").mkdir()
-    Run.create(path, CONFIG)
-    assert (stage / foreign).read_text() == "precious"
-    assert (tmp_path / ".r.notes").exists()
+    killed_at(path, "stamp", monkeypatch)
+    (path / foreign).write_text("precious")
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match="exists already and is not an empty folder"):
+        Run.create(path, CONFIG)
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
 
 
-def test_an_interrupted_start_of_a_living_process_is_not_cleared(tmp_path) -> None:
+@pytest.mark.parametrize("how", ["open", "link"])
+def test_a_private_half_that_others_may_have_made_is_refused(tmp_path, how) -> None:
+    path = tmp_path / "r"
+    path.mkdir()
+    if how == "open":
+        (path / "private").mkdir()
+        (path / "private").chmod(0o777)
+    else:
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        (path / "private").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="not an empty folder"):
+        Run.create(path, CONFIG)
+
+
+def test_an_interrupted_start_of_a_living_process_is_not_taken_over(tmp_path) -> None:
     path = tmp_path / "r"
     code = """
-        real = os.rename
-        def rename(source, target):
-            print("moving", source, flush=True)
+        import dpsyngen.training.run as module
+        real = module.write_text
+        def write_text(path, *more):
+            print("writing", path, flush=True)
             sys.stdin.readline()
-            return real(source, target)
-        os.rename = rename
-        try:
-            Run.create(out, load_config({"privacy": {"epsilon": 1}}))
-            print("made")
-        except RunError as error:
-            print(error)
+            return real(path, *more)
+        module.write_text = write_text
+        Run.create(out, load_config({"privacy": {"epsilon": 1}}))
+        print("made")
         """
     other = python(code, path)
     assert other.stdout is not None
-    stage = Path(other.stdout.readline().split()[1])
-    run = Run.create(path, CONFIG)
-    assert names(stage) == {"private", "release", "run.json"}
-    assert "another process has just made it" in other.communicate("\n")[0]
-    assert names(tmp_path) == {"r"}
-    assert Run(path).config == run.config
+    assert other.stdout.readline().startswith("writing")
+    with pytest.raises(RunError, match="another process is working"):
+        Run.create(path, CONFIG)
+    assert "made" in other.communicate("\n\n")[0]
     with pytest.raises(RunError, match=r"unfinished run.*--resume"):
         Run.create(path, CONFIG)
 
@@ -279,37 +291,35 @@ def test_of_two_that_start_at_once_one_makes_the_run(tmp_path) -> None:
             assert Run(tmp_path / str(number)).config == CONFIG
 
 
-@pytest.mark.parametrize("fault", ["mkdir", "write_text", "rename"])
-def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch, fault) -> None:
+@pytest.mark.parametrize("fault", ["mkdir", "write_text"])
+def test_a_start_that_fails_is_started_again(tmp_path, monkeypatch, fault) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"mkdir": Path, "write_text": run_module, "rename": os}[fault]
     with monkeypatch.context() as patch:
-        patch.setattr(target, fault, fail)
+        patch.setattr({"mkdir": Path, "write_text": run_module}[fault], fault, fail)
         with pytest.raises(RunError, match=r"cannot be made: No space left on device.*start again"):
             Run.create(tmp_path / "r", CONFIG)
-    assert names(tmp_path) == set()
+    Run.create(tmp_path / "r", CONFIG)
 
 
-def test_folders_that_cannot_be_renamed_onto_are_refused_with_advice(tmp_path, monkeypatch) -> None:
-    """The current folder, and a disk that is mounted there."""
+def test_a_run_can_be_made_in_the_current_folder_and_on_a_mounted_disk(tmp_path, monkeypatch) -> None:
     path = tmp_path / "volume"
     path.mkdir()
     monkeypatch.chdir(path)
-    with pytest.raises(RunError, match="Give a folder inside it"):
-        Run.create(Path("."), CONFIG)
+    Run.create(Path("."), CONFIG)
+    assert Run(path).config == CONFIG
     monkeypatch.chdir(tmp_path)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], capture_output=True, text=True)
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path / "disk"]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
     try:
-        with pytest.raises(RunError, match="give a folder inside it"):
-            Run.create(path, CONFIG)
-        Run.create(path / "r", CONFIG)
-        assert names(tmp_path) == {"volume"}
+        Run.create(tmp_path / "disk", CONFIG)
+        assert names(tmp_path) == {"volume", "disk"}
     finally:
-        subprocess.run(["umount", path], check=True)
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
 # ------------------------------------------------------------------------------------------------ signals
