@@ -20,7 +20,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import select
 import signal
 import sys
