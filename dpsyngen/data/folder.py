@@ -12,9 +12,11 @@ an image twice, while the guarantee says one image = one record.  A pattern may 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -26,13 +28,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.dicom import is_dicom
+from dpsyngen.data.cache import quiet_decoders
+from dpsyngen.data.decode import MAX_FILE_BYTES, MAX_PIXELS, Form, Item
+from dpsyngen.data.dicom import count_frames, is_dicom, pictures
 from dpsyngen.data.labels import LABEL_NAMES, check_class_names, ignored, index_labels, same_name
 from dpsyngen.data.metadata import METADATA, TABLE_SUFFIXES, find_metadata, read_label_table
 from dpsyngen.data.source import Found, Job, Options, Source, changes, file_identity, split_evenly
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars
-from dpsyngen.errors import DataError, listed, printable
+from dpsyngen.errors import BadImage, DataError, listed, printable
 from dpsyngen.files import NotPlainError, open_plain
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".dcm", ".dicom"})
@@ -80,7 +84,10 @@ def find_folder(root: Path, options: Options) -> Found:
 
 
 def index_folder(root: Path, options: Options) -> Source:
-    """The images in a folder, none of them opened.  An empty class is an error, unless bad files are told of later."""
+    """The images in a folder.  An empty class is an error, unless bad files are told of later.
+
+    None of them is opened, but where each frame is an image, which the header tells.
+    """
     found = _list_folder(root, options)
     files = found.files
     used = set(np.asarray(found.classes).tolist())
@@ -97,7 +104,40 @@ def index_folder(root: Path, options: Options) -> Source:
     ]
     index = np.array(found.classes, dtype=np.int64) if found.names else None
     bad, ignored = tuple(found.bad), found.ignored
-    return Source(printable(root), jobs, index, found.names, lambda i: files[i], bad, ignored=ignored)
+    source = Source(printable(root), jobs, index, found.names, lambda i: files[i], bad, ignored=ignored)
+    return _by_frames(root, files, source, options.form) if options.form.frames == "all" else source
+
+
+def _by_frames(root: Path, files: Sequence[str], source: Source, form: Form) -> Source:
+    """A source of these files with each frame of a DICOM file as an image of its own."""
+    counts, bad = np.ones(len(files), dtype=np.int64), list(source.bad)
+    with quiet_decoders():
+        for i, name in enumerate(files):
+            with contextlib.suppress(BadImage, NotPlainError):  # told of when it is read
+                counts[i] = max(1, count_frames(os.path.join(root, name), MAX_PIXELS, MAX_FILE_BYTES))
+            if counts[i] > form.group_size:
+                why = f"{counts[i]:,} frames, which are of one person, but the group size is {form.group_size:,}"
+                bad.append((name, f"{why}; give a larger one with --group-size (from Python: group_size)"))
+                counts[i] = 0
+    which = np.repeat(np.arange(len(files)), counts)
+    frames = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+    jobs = []
+    for part in split_evenly(len(which)):
+        places = [(files[i], int(k) if counts[i] > 1 else None) for i, k in zip(which[part], frames[part], strict=True)]
+        jobs.append(Job(len(places), functools.partial(_frame_items, str(root), tuple(places))))
+    labels = None if source.labels is None else source.labels[which]
+
+    def name_of(i: int) -> str:
+        return files[which[i]] + (f", frame {frames[i] + 1}" if counts[which[i]] > 1 else "")
+
+    return replace(source, jobs=jobs, labels=labels, name=name_of, bad=tuple(bad))
+
+
+def _frame_items(root: str, places: Sequence[tuple[str, int | None]]) -> Iterator[Item]:
+    for name, of_file in itertools.groupby(places, key=lambda place: place[0]):
+        frames = [frame for _, frame in of_file if frame is not None]
+        path = os.path.join(root, name)
+        yield from pictures(path, frames, MAX_PIXELS, MAX_FILE_BYTES) if frames else [path]
 
 
 def _list_folder(root: Path, options: Options) -> _Listed:
@@ -156,16 +196,16 @@ def _file_items(root: str, files: Sequence[str]) -> Iterator[str]:
     return (os.path.join(root, name) for name in files)
 
 
-def _list_all(root: Path, bad: _Bad) -> list[str]:
-    """All image files below the root, sorted."""
-    folders, top = _scan(root, "", bad)
-    _refuse_splits(root, folders)
+def _list_all(root: Path, bad: _Bad, folder: str = "") -> list[str]:
+    """All image files below a folder of the root, sorted."""
+    found: list[str] = []
+    folders = [folder]
     while folders:
         inner, images = _scan(root, folders.pop(), bad)
         _refuse_splits(root, inner)
-        top += images
+        found += images
         folders += inner
-    return sorted(top)
+    return sorted(found)
 
 
 def _list_classes(root: Path, bad: _Bad) -> tuple[list[str], list[int], tuple[str, ...]]:
@@ -183,7 +223,14 @@ def _list_classes(root: Path, bad: _Bad) -> tuple[list[str], list[int], tuple[st
     classes: list[int] = []
     for folder in folders:
         inner, images = _scan(root, folder, bad)
-        bad += [(path, "a folder inside a class folder") for path in inner]
+        for path in inner:
+            others: _Bad = []
+            deeper = _list_all(root, others, path)
+            if deeper and all(_is_dicom(root, file) for file in deeper):  # patient, study, series
+                images += deeper
+                bad += others
+            else:
+                bad.append((path, "a folder inside a class folder"))
         files += images
         classes += [names.index(same_name(folder))] * len(images)
     return files, classes, names
@@ -231,8 +278,10 @@ def _scan(root: Path, folder: str, bad: _Bad) -> tuple[list[str], list[str]]:
 
 def _is_image(root: Path, path: str) -> bool:
     """By its name; or by the mark of DICOM, as hospitals export files without a suffix."""
-    if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
-        return True
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES or _is_dicom(root, path)
+
+
+def _is_dicom(root: Path, path: str) -> bool:
     try:
         with open_plain(root / path, sys.maxsize) as file:
             return is_dicom(file)
