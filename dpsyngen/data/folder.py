@@ -162,7 +162,7 @@ def _list_folder(root: Path, options: Options) -> _Listed:
     if path is None:
         return _Listed(files, classes, names, bad)
     folders = len(names) > 1
-    table = read_label_table(path, options.label_column, needed=not folders)
+    table = read_label_table(path, options.label_column, needed=not folders, named=options.label_file is not None)
     unused = ignored(table.where, table.ignored, "columns")
     if options.label_file is not None and table.column is None:
         raise DataError(

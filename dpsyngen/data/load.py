@@ -84,14 +84,16 @@ def load_images(
             be removed whenever no run is going on.  Arrays of the right form are used where they lie.
         workers: processes that decode; None: one a core (one in all for a dataset of Python).
         on_progress: called as ``(done, total)`` while images are decoded.
-        value_range: the values that are black and white, where files or types do not say so: ``(0, 4095)`` for 12 bits
-            stored in 16, ``(0, 1)`` for masks of 0 and 1.  Values beyond are clipped; ``(4095, 0)`` inverts.  It is
-            **public**: take it from the format, not from these images.
-        fit: how images become square: "crop" to the largest centred square, or "pad" with black bars.
-        window: of DICOM files, ``(centre, width)`` in values of the modality (Hounsfield units for CT), instead of what
-            each says; grey at the centre, black and white half the width from it.  It is public, too.
-        frames: of DICOM files of several: "first", or "all" as an image each (in folders), or None: such are refused.
-        group_size: with ``frames="all"`` the most frames that a file may have, as they are of one person.
+
+    Keyword Args:
+        value_range (tuple[float, float]): the values that are black and white, where files or types do not say so: ``(0, 4095)``
+            for 12 bits stored in 16, ``(0, 1)`` for masks of 0 and 1.  Values beyond are clipped; ``(4095, 0)``
+            inverts.  It is **public**: take it from the format, not from these images.
+        fit (str): how images become square: "crop" to the largest centred square, or "pad" with black bars.
+        window (tuple[float, float]): of DICOM files, centre and width in values of the modality (Hounsfield units for
+            CT), instead of what each says; grey at the centre, black and white half the width from it.  It is public, too.
+        frames (str): of DICOM files of several: "first", or "all" as an image each (in folders), or None: such are refused.
+        group_size (int): with ``frames="all"`` the most frames that a file may have, as they are of one person.
 
     Returns:
         The images.  The shape ``[C, H, W]``, the number of images and the class names are treated as

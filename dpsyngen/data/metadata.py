@@ -84,13 +84,14 @@ class LabelTable:
         return out, (f"{self.where}: {rows} of no image here, such as {listed(unused, 1)}, ignored",) if unused else ()
 
 
-def read_label_table(path: Path, column: str | None, *, needed: bool) -> LabelTable:
+def read_label_table(path: Path, column: str | None, *, needed: bool, named: bool = False) -> LabelTable:
     """Read a table: CSV with commas, semicolons or tabs, or JSON Lines; UTF-8.
 
     Args:
         path: a plain file of at most 512 MiB.
         column: the column of labels; None: the one that is called as usual ("label", "class", "target", …).
         needed: whether it is an error if no column is called so, but one could be meant.
+        named: whether the user gave it as a table of labels: beside the names, a sole column is then meant.
 
     Raises:
         DataError: it is damaged or too large, has no column of file names, names a file twice, or it is unclear which
@@ -108,6 +109,8 @@ def read_label_table(path: Path, column: str | None, *, needed: bool) -> LabelTa
     others = [name for name in names if name != files]
     at = {name: names.index(name) for name in names}
     fitting = [name for name in others if could_be_labels([row[at[name]] for row in rows])] if needed else []
+    if named and column is None and fitting == others and len(others) == 1:
+        column = others[0]
     chosen = label_name(others, column, None, where, could_be=fitting)
     labels: dict[str, Label] = {}
     values = [None] * len(rows) if chosen is None else _labels([row[at[chosen]] for row in rows], where, chosen)

@@ -290,5 +290,5 @@ def _figures(
 
 def _subset(images: NDArray[np.uint8] | ImageStore, most: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     if len(images) <= most:
-        return np.asarray(images)
+        return np.asarray(images[:])  # a store has no array of itself
     return np.asarray(images[np.sort(rng.choice(len(images), most, replace=False))])

@@ -434,8 +434,10 @@ def export_to(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_from_a_hospitals_files_to_a_bundle_and_nothing_of_a_header_is_anywhere(call, tmp_path: Path) -> None:
     from tests.cli.test_app import SMALL
+    from tests.cli.test_evaluate import QUICK
 
     data, run, cache = export_to(tmp_path / "export"), tmp_path / "run", tmp_path / "cache"
     given = ["train", "--data", data, "--labels", tmp_path / "labels.csv", "--epsilon", 3, "--resolution", 16]
@@ -450,10 +452,10 @@ def test_from_a_hospitals_files_to_a_bundle_and_nothing_of_a_header_is_anywhere(
     for command in (
         [*given, "--frames", "first", "--skip-bad"],
         ["sample", run, "-n", 4, "--out", tmp_path / "samples"],
-        ["evaluate", run, "--test", data, "--labels", tmp_path / "labels.csv", "-n", 8],
+        ["evaluate", run, "--test", data, "--labels", tmp_path / "labels.csv", "-n", 8, *QUICK, "--bootstrap", 0],
         ["memorisation", run, "-n", 8],
         ["report", run],
-        ["release", run, "--out", tmp_path / "bundle.zip"],
+        ["release", run, tmp_path / "bundle.zip"],
         ["doctor", run],
     ):
         code, out, err = call(*command)

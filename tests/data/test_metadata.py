@@ -155,6 +155,9 @@ def test_a_table_that_is_named(tmp_path: Path, way: str) -> None:
         rows[named] = "ab"[i % 2]
     table = tmp_path / "labels.csv"
     table.write_text(csv_of(rows, "image_id,dx"))
+    assert classes_of(tmp_path / "photos", labels=table) == list("ababab")  # there is no other column
+    assert classes_of(tmp_path / "photos", labels=table, label_column="dx") == list("ababab")
+    table.write_text(csv_of({name: f"{label},7" for name, label in rows.items()}, "image_id,dx,site"))
     with pytest.raises(DataError, match=r"'dx' could be the labels"):
         load_images(tmp_path / "photos", labels=table)
     assert classes_of(tmp_path / "photos", labels=table, label_column="dx") == list("ababab")
