@@ -86,13 +86,14 @@ def load_images(
         on_progress: called as ``(done, total)`` while images are decoded.
 
     Keyword Args:
-        value_range (tuple[float, float]): the values that are black and white, where files or types do not say so: ``(0, 4095)``
-            for 12 bits stored in 16, ``(0, 1)`` for masks of 0 and 1.  Values beyond are clipped; ``(4095, 0)``
-            inverts.  It is **public**: take it from the format, not from these images.
+        value_range (tuple[float, float]): the values that are black and white, where files or types do not say so:
+            ``(0, 4095)`` for 12 bits stored in 16, ``(0, 1)`` for masks of 0 and 1.  Values beyond are clipped;
+            ``(4095, 0)`` inverts.  It is **public**: take it from the format, not from these images.
         fit (str): how images become square: "crop" to the largest centred square, or "pad" with black bars.
         window (tuple[float, float]): of DICOM files, centre and width in values of the modality (Hounsfield units for
-            CT), instead of what each says; grey at the centre, black and white half the width from it.  It is public, too.
-        frames (str): of DICOM files of several: "first", or "all" as an image each (in folders), or None: such are refused.
+            CT), instead of what each says; black and white are half the width from the centre.  It is public, too.
+        frames (str): of DICOM files of several: "first", or "all" as an image each (in folders); without it such files
+            are refused.
         group_size (int): with ``frames="all"`` the most frames that a file may have, as they are of one person.
 
     Returns:
