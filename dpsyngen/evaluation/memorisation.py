@@ -37,6 +37,8 @@ PAIRS_FILE = "memorisation_pairs.json"
 LEVEL = 0.01
 """Chance of a false alarm, all tests of a check together, if the two real sets are exchangeable."""
 
+FEW = 50
+"""Real images below which the conclusion says so."""
 _TAIL, _FEWEST = 0.05, 20  # generated images nearest to any real image that are judged on their own
 _ASKING = 2_000  # real images that look for their neighbour, for the scale of real distances
 _FEATURE_IMAGES = 5_000  # of a real set, where features have to be computed: a network takes minutes for more
@@ -50,15 +52,17 @@ class Space:
     real one.  The median distances and their `ratio` (below 1: nearer to the training set) are to sets of equal `size`,
     the larger one subsampled, since more images are nearer.  `threshold` is the 1st percentile of the distances of real
     images to their nearest training image: of held-out images or, without any, of training images to the others.
-    `closer` is the share of generated images below it (of real ones: 1 %), with its Clopper-Pearson interval at 95 %.
+    `closer` is the share of generated images below it (of real ones: 1 %), with its Clopper-Pearson interval at 95 %;
+    None where the threshold is 0, as real images are copies of training images: `copies` is the share of such.
     """
 
     features: dict[str, Any]
     median_private: float
     threshold: float
-    closer: float
-    closer_low: float
-    closer_high: float
+    closer: float | None
+    closer_low: float | None
+    closer_high: float | None
+    copies: float
     size: int | None = None
     everything: Share | None = None
     nearest_few: Share | None = None
@@ -312,8 +316,11 @@ def _space(
     real = nearest(a[asking], a, skip=asking) if b is None else nearest(b[asking], a)
     threshold = float(np.quantile(real.distance, 0.01))
     closer = int((to_a.distance < threshold).sum())
-    low, high = clopper_pearson(closer, len(x))
-    space = Space(about, float(np.median(to_a.distance)) * unit, threshold * unit, closer / len(x), low, high)
+    copies = float((real.squared == 0).mean())
+    low, high = clopper_pearson(closer, len(x)) if threshold else (None, None)
+    share_closer = closer / len(x) if threshold else None
+    median = float(np.median(to_a.distance)) * unit
+    space = Space(about, median, threshold * unit, share_closer, low, high, copies)
     if b is None:
         return space, to_a, None
     to_b = nearest(x, b)
@@ -351,14 +358,27 @@ def _verdict(
                     f"by {name}, {100 * s.share:.1f} % of the generated images{what} are nearest to a training image, "
                     f"where {100 * s.expected:.1f} % were to be expected (p = {s.p_permutation:.2g})"
                 )
+    copies = [name for name, space in spaces.items() if 2 * space.copies > 1]
+    fewest = min(n_private, n_held_out) if others is not None else n_private
     if found:
         return True, "Signs of memorisation: " + "; ".join(found) + "."
+    if copies:
+        return None, (
+            f"Nothing can be concluded: by {', '.join(copies)}, most real images are copies of training images, so "
+            "whatever is generated is as near to those it was not trained on."
+        )
     if others is None:
         return None, (
             "Nothing can be concluded: there are no held-out images to compare with, so nobody can say whether these "
             "distances are small.  No generated image equals a training image in every pixel."
         )
+    if math.comb(n_private + n_held_out, n_private) * level < 1:
+        return None, (
+            f"Nothing can be concluded: with {n_private} training and {n_held_out} held-out images no test could tell "
+            "memory from chance."
+        )
+    few = f"  There are only {fewest} images in the smaller set: a copy would show, and little else." * (fewest < FEW)
     return False, (
         "No sign of memorisation: generated images are no nearer to the training images than to images that were not "
-        "trained on, as far as this many images can tell."
+        "trained on, as far as this many images can tell." + few
     )

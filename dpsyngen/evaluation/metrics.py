@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -34,7 +36,7 @@ from dpsyngen.evaluation.distances import (
     frechet_influence,
 )
 from dpsyngen.evaluation.extractors import FeatureCache, FeatureSpec, computed_by_all
-from dpsyngen.evaluation.neighbours import Manifold
+from dpsyngen.evaluation.neighbours import NEIGHBOURS, Manifold
 
 Features = NDArray[np.float32]
 Tell = Callable[[str], None]
@@ -59,6 +61,8 @@ METRICS: dict[str, Metric] = {
 }
 NAMES = tuple(METRICS)
 _OF_MANIFOLD = ("precision", "recall", "density", "coverage")
+FEW = 50
+"""Different images below which every figure of a set is flagged."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,47 @@ class EvaluationSettings:
         if not self.metrics:
             return []
         return [FeatureSpec(f) if isinstance(f, str) else f for f in self.features]
+
+
+@dataclass(frozen=True)
+class _Set:
+    """What makes figures of a set of images perfect, or bad, for no reason of theirs: few of them, or copies."""
+
+    what: str
+    images: NDArray[np.uint8]
+    different: int
+    crowded: float  # share of the images that have so many copies that the neighbours of all are copies
+
+    @classmethod
+    def of(cls, what: str, images: NDArray[np.uint8]) -> _Set:
+        """Count the images [N, C, H, W] that differ in a pixel."""
+        copies = Counter(hashlib.blake2b(np.ascontiguousarray(i).tobytes(), digest_size=16).digest() for i in images)
+        crowded = sum(n for n in copies.values() if n > NEIGHBOURS) / len(images)
+        return cls(what, images, len(copies), crowded)
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
+    def note(self) -> str | None:
+        """What to know of the set before any figure is read."""
+        if self.different == 1:
+            return f"all {self.count:,} {self.what} are alike"
+        if self.different < FEW:
+            return f"there are only {self.different} different {self.what}"
+        if 2 * self.different < self.count:
+            return f"of {self.count:,} {self.what} only {self.different:,} are different"
+        return None
+
+    def refusal(self, metric: str, *, real: bool = True) -> str | None:
+        """Why the metric cannot be taken of the set; of generated images that are alike it can: they are bad."""
+        if real and self.different == 1:
+            return f"all {self.count:,} {self.what} are alike"
+        if metric in _OF_MANIFOLD and self.count <= 2 * NEIGHBOURS:
+            return f"{self.count} {self.what}: the {NEIGHBOURS} neighbours of each are half of them or more"
+        if real and metric in _OF_MANIFOLD and 2 * self.crowded > 1:
+            return f"most {self.what} have {NEIGHBOURS} copies or more, so the balls around them have no size"
+        return None
 
 
 class Measures:
@@ -179,7 +224,9 @@ def evaluate_images(
         ``features``: for each extractor its ``config``, numbers of images, ``enough_images`` (whether all
         sets have more images than features have dimensions, which a Fréchet distance needs), ``interval`` (what the
         intervals are) and ``metrics``: by name ``value``, ``low``, ``high`` (None where resampling shows no scatter),
-        ``floor``, ``ceiling`` (None without), ``better``, ``unit`` and ``protocol``.
+        ``floor``, ``ceiling`` (None without), ``better``, ``unit``, ``protocol`` and ``flag``: None, or why the figure
+        says little, or, where ``value`` is None, why it was not taken: images that are too few or copies of each other
+        make figures perfect.
         ``cas``: :meth:`ClassifierResult.to_dict` by classifier; ``cas_chosen``: the one that held-out generated images
         choose; ``protocol``: numbers of images, split and seed.
 
@@ -190,8 +237,8 @@ def evaluate_images(
     s = EvaluationSettings.of(settings)
     if s.specs and len(generated) < 2:
         raise ConfigError(f"there is {len(generated)} generated image, but metrics need at least 2: generate more.")
-    sets = {"generated images": generated, "test images": test and test.images, "images drawn by programs": programs}
-    for what, images in sets.items():
+    others = {"generated images": generated, "test images": test and test.images, "images drawn by programs": programs}
+    for what, images in others.items():
         if images is not None:
             require_same_size(what, images, "the real training images", reference.images)
     out: dict[str, Any] = {
@@ -212,9 +259,14 @@ def evaluate_images(
     held_out = None if test is None else _subset(test.images, len(made), rng)
     drawn = None if programs is None else _subset(programs, len(made), rng)
     tell = on_progress or (lambda line: None)
+    given = {"real": ("real training images", real), "generated": ("generated images", made)}
+    given |= {} if held_out is None else {"floor": ("real test images", held_out)}
+    given |= {} if drawn is None else {"ceiling": ("images drawn by programs", drawn)}
+    sets = {name: _Set.of(what, images) for name, (what, images) in given.items()}
+    out["notes"] += [note for name, each in sets.items() if name != "ceiling" and (note := each.note())]
     for spec in s.specs:
         tell(f"features {spec.name}: {len(made):,} generated, {len(real):,} real training images")
-        out["features"][spec.name] = _figures(spec, made, real, held_out, drawn, s, tell, ranks)
+        out["features"][spec.name] = _figures(spec, sets, s, tell, ranks)
     if test is not None and s.classifiers and labels is not None and test.labels is not None:
         results = shared_accuracy(
             ranks,
@@ -228,7 +280,11 @@ def evaluate_images(
         out["cas"] = {name: result.to_dict() for name, result in results.items()}
         out["cas_chosen"] = best_by_validation(results)
         out["protocol"]["real_test_images"] = len(test)
+        shares = np.bincount(test.labels, minlength=test.num_classes) / len(test)
+        if shares.max() == 1:
+            out["notes"].append("all test images are of one class: accuracy is perfect for whatever always says it")
         out["protocol"]["cas"] = {
+            "most_frequent_class": float(shares.max()),
             "held_out_share": HELD_OUT,
             "split": "generated images, by class",
             "chosen_on": "held-out generated images",
@@ -239,50 +295,52 @@ def evaluate_images(
 
 
 def _figures(
-    spec: FeatureSpec,
-    made: NDArray[np.uint8],
-    real: NDArray[np.uint8],
-    held_out: NDArray[np.uint8] | None,
-    drawn: NDArray[np.uint8] | None,
-    s: EvaluationSettings,
-    tell: Tell,
-    ranks: Ranks,
+    spec: FeatureSpec, sets: dict[str, _Set], s: EvaluationSettings, tell: Tell, ranks: Ranks
 ) -> dict[str, Any]:
-    """All metrics of one extractor, with the floor from `held_out` and the ceiling from `drawn`."""
+    """All metrics of one extractor: of the set "generated" against "real", beside "floor" and "ceiling" if given."""
+    real, made = sets["real"], sets["generated"]
+    bounding = {name: each for name, each in sets.items() if name in ("floor", "ceiling")}
     extractor, kept = spec.make(device_of(s.device, ranks)), FeatureCache(s.cache)
-    extractor.fit(real)
+    extractor.fit(real.images)
     compute = computed_by_all(extractor, spec, s.device, ranks)
-    of_real, of_made = kept.features(extractor, real, tell, compute), compute(made, on_progress=tell)
-    bounds = {
-        name: kept.features(extractor, images, tell, compute)
-        for name, images in (("floor", held_out), ("ceiling", drawn))
-        if images is not None
-    }
+    of_real, of_made = kept.features(extractor, real.images, tell, compute), compute(made.images, on_progress=tell)
+    bounds = {name: kept.features(extractor, each.images, tell, compute) for name, each in bounding.items()}
     tell(f"comparing {len(of_made):,} {', '.join(('generated images', *bounds))} with {len(of_real):,} real ones")
-    measures = Measures(of_real, s.metrics, s.seed)
+    refused = {name: real.refusal(name) or made.refusal(name, real=False) for name in s.metrics}
+    measures = Measures(of_real, [name for name in s.metrics if not refused[name]], s.seed)
     found = measures.of(of_made, scatter=s.bootstrap > 0)
-    bounding = {name: measures.of(features) for name, features in bounds.items()}
+    found_of = {name: measures.of(features) for name, features in bounds.items()}
     bootstrap = Bootstrap(len(of_made), s.bootstrap, s.seed) if s.bootstrap else None
-    metrics = {}
-    for name, estimate in found.items():
-        low, high = (bootstrap.interval(estimate) if bootstrap else None) or (None, None)
+    # Components that are fewer because the images they are fitted to are few do not make these images enough.
+    dimensions = max(of_real.shape[1], min(getattr(extractor, "components", 0), real.images[0].size))
+    enough = all(each.different > dimensions for each in sets.values())
+    metrics: dict[str, Any] = {}
+    for name in s.metrics:
+        estimate = found.get(name)
+        low, high = (bootstrap.interval(estimate) if bootstrap and estimate else None) or (None, None)
+        few = "fewer different images than dimensions" if name == "frechet" and not enough else None
         metrics[name] = {
-            "value": estimate.value,
+            "value": None if estimate is None else estimate.value,
             "low": low,
             "high": high,
-            **{bound: bounding[bound][name].value if bound in bounding else None for bound in ("floor", "ceiling")},
+            **{
+                bound: found_of[bound][name].value
+                if estimate is not None and bound in found_of and not bounding[bound].refusal(name)
+                else None
+                for bound in ("floor", "ceiling")
+            },
             "better": METRICS[name].better,
             "unit": METRICS[name].unit,
-            "protocol": estimate.protocol,
+            "protocol": "not measured" if estimate is None else estimate.protocol,
+            "flag": refused[name] or "; ".join(filter(None, (real.note(), made.note(), few))) or None,
         }
     return {
         "config": extractor.config(),
-        "generated_images": len(made),
-        "real_images": len(real),
-        "floor_images": None if held_out is None else len(held_out),
-        "ceiling_images": None if drawn is None else len(drawn),
+        "generated_images": made.count,
+        "real_images": real.count,
+        **{f"{name}_images": bounding[name].count if name in bounding else None for name in ("floor", "ceiling")},
         "subset_seed": s.seed,
-        "enough_images": all(len(x) > of_real.shape[1] for x in (of_made, of_real, *bounds.values())),
+        "enough_images": enough,
         "interval": bootstrap.protocol() if bootstrap else None,
         "metrics": metrics,
     }

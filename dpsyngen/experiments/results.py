@@ -126,6 +126,8 @@ class JobResult(BaseModel):
                     yield Figure("accuracy", on, name, value, **share)
         for on, f in (self.evaluation.get("features") or {}).items():
             for metric, m in f["metrics"].items():
+                if m["value"] is None:
+                    continue  # the images allow no such figure; its flag says why
                 bounds = {k: m.get(k) for k in ("low", "high", "floor", "ceiling")}
                 better, images = m.get("better", "lower"), f.get("generated_images")
                 yield Figure(metric, on, "", m["value"], better=better, images=images, **bounds)

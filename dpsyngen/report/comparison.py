@@ -111,13 +111,16 @@ def _measured(runs: tuple[JobResult, ...]) -> Iterator[tuple[str, str]]:
     """What was measured on how many images; classifiers and features of which the same can be said share a line."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for job in runs:
+        for note in job.evaluation.get("notes") or ():
+            found.setdefault(("Read first", f"{note}."), {})[job.variant or job.kind] = None
         for name, c in (job.evaluation.get("cas") or {}).items():
             trained, chosen, scored = (c.get(key, "?") for key in ("n_train", "n_validation", "n_test"))
             text = f"trained on {trained} generated images, chosen on {chosen} held-out generated ones, scored once on "
             text += f"{scored} real test images."
             found.setdefault(("Classifiers", text), {})[ON_NAMES.get(name, name)] = None
         for name, f in (job.evaluation.get("features") or {}).items():
-            few = "" if f.get("enough_images", True) else " (too few: the Fréchet distance is biased)"
+            flags = dict.fromkeys(m["flag"] for m in f.get("metrics", {}).values() if m.get("flag"))
+            few = f" (DOUBTFUL or not measured: {'; '.join(flags)})" if flags else ""
             text = f"{f.get('generated_images', '?')} generated images against {f.get('real_images', '?')} real "
             text += f"training images{few}.  Floor: real test images in their place."
             found.setdefault(("Features", text), {})[ON_NAMES.get(name, name)] = None

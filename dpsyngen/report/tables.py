@@ -34,10 +34,13 @@ def figure_table(rows: Sequence[FigureRow | Mapping[str, str]]) -> dict[str, Any
 def metric_rows(metrics: dict[str, Any]) -> list[FigureRow]:
     """A row for each figure of :func:`dpsyngen.evaluate`."""
     rows = [FigureRow("READ FIRST", "–", note=note) for note in metrics.get("notes", ())]
+    most = metrics.get("protocol", {}).get("cas", {}).get("most_frequent_class")
+    usual = "" if most is None else f"; {100 * most:.1f} % of them are of the most frequent class"
     for name, c in metrics["cas"].items():
         note = (
             f"trained on {c['n_train']:,} generated images, {c['chosen']} chosen on {c['n_validation']:,} held-out "
             f"generated ones ({100 * c['validation_accuracy']:.1f} %), scored once on {c['n_test']:,} real test images"
+            f"{usual}"
         )
         star = " (chosen by validation)" if name == metrics.get("cas_chosen") else ""
         interval = f"{100 * c['accuracy_low']:.2f} to {100 * c['accuracy_high']:.2f} %"
@@ -49,13 +52,13 @@ def metric_rows(metrics: dict[str, Any]) -> list[FigureRow]:
             if f[key] is not None and f[key] != f["generated_images"]:
                 counts += f", {what} of {f[key]:,}"
         for name, m in f["metrics"].items():
-            few = "; TOO FEW IMAGES for its dimensions" if name == "frechet" and not f["enough_images"] else ""
+            flag = f"{'DOUBTFUL' if m['value'] is not None else 'NOT MEASURED'}: {m['flag']}; " if m.get("flag") else ""
             value, low, high, floor, ceiling = (
                 "" if m[key] is None else f"{m[key]:.4g}" for key in ("value", "low", "high", "floor", "ceiling")
             )
             title = f"{METRICS[name].title if name in METRICS else name}, {features}"
-            note = f"{m['better']} is better; {counts}; {m['protocol']}{few}"
-            rows.append(FigureRow(title, value, f"{low} to {high}" if low else "", floor, ceiling, note))
+            note = f"{flag}{m['better']} is better; {counts}; {m['protocol']}"
+            rows.append(FigureRow(title, value or "–", f"{low} to {high}" if low else "", floor, ceiling, note))
     return rows
 
 
@@ -90,8 +93,17 @@ def memorisation_rows(figures: dict[str, Any]) -> list[FigureRow]:
                 ),
             ]
         note = f"nearer to a training image than 99 % of the {real} images are to another ({space['threshold']:.3g}); "
-        note += f"95 % interval {100 * space['closer_low']:.1f} to {_percent(space['closer_high'])}"
-        found.append(("closer than real images are", _percent(space["closer"]), note))
+        if space["closer"] is None:
+            found.append(
+                (
+                    "closer than real images are",
+                    "–",
+                    f"NOT MEASURED: {_percent(space['copies'])} of the {real} images are copies of training images",
+                )
+            )
+        else:
+            note += f"95 % interval {100 * space['closer_low']:.1f} to {_percent(space['closer_high'])}"
+            found.append(("closer than real images are", _percent(space["closer"]), note))
         rows += [FigureRow(f"{name}, {features}", value, note=note) for name, value, note in found]
     note = "generated images that equal a training image in every pixel"
     if figures["duplicates_held_out"] is not None:

@@ -13,6 +13,7 @@ from dpsyngen.evaluation import neighbours as exchange
 from dpsyngen.evaluation.cas import clopper_pearson as interval
 from dpsyngen.evaluation.memorisation import LEVEL, memorisation_check
 from dpsyngen.evaluation.neighbours import Neighbours, nearest, share
+from dpsyngen.report.tables import memorisation_rows
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +142,33 @@ def test_neighbours_are_rows_of_the_arrays_given() -> None:
     # Root mean square of pixels in [0, 1].
     other = private[found.to_private[1]].astype(float) - held_out[9]
     assert found.distances[0][1] == pytest.approx(np.sqrt(np.mean((other / 255) ** 2)))
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_real_images_that_are_copies_of_each_other_allow_no_conclusion(controlled: bool) -> None:
+    rng = np.random.default_rng(3)
+    black, others = np.zeros((60, 1, 8, 8), np.uint8), blobs(rng, 40)
+    held_out = np.concatenate([black[:30], others]) if controlled else None
+    found = memorisation_check(blobs(rng, 50), black, held_out)
+    assert found.flagged is None or controlled
+    assert (found.spaces["pixels"].closer is None) == (found.spaces["pixels"].threshold == 0)
+    assert found.spaces["pixels"].copies == (30 / 70 if controlled else 1)
+    assert ("most real images are copies" in found.conclusion) == (not controlled)
+    rows = {row.name: row for row in memorisation_rows(json.loads(json.dumps(found.to_dict())))}
+    row = rows["closer than real images are, pixels"]
+    assert row.value == "–"
+    assert "NOT MEASURED" in row.note
+    with pytest.raises(DataError, match="no control"):
+        memorisation_check(black, black, black)
+
+
+def test_a_few_real_images_allow_little() -> None:
+    rng = np.random.default_rng(4)
+    found = memorisation_check(blobs(rng, 50), blobs(rng, 4), blobs(rng, 3))
+    assert found.flagged is None
+    assert "no test could tell" in found.conclusion
+    found = memorisation_check(blobs(rng, 50), blobs(rng, 12), blobs(rng, 90))
+    assert found.flagged or "only 12 images in the smaller set" in found.conclusion
 
 
 def test_without_held_out_images_nothing_is_concluded() -> None:

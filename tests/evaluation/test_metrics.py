@@ -8,12 +8,13 @@ import warnings
 import numpy as np
 import pytest
 
-from dpsyngen.data import load_images
+from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.errors import ConfigError
 from dpsyngen.evaluation import FeatureSpec, evaluate_images, frechet_distance, make_extractor
 from dpsyngen.evaluation.distances import KernelDistance
 from dpsyngen.evaluation.metrics import METRICS, NAMES
 from dpsyngen.evaluation.neighbours import Manifold
+from dpsyngen.report.tables import metric_rows
 
 PCA = "pixels-pca"
 
@@ -38,7 +39,9 @@ def test_every_figure_carries_its_bounds_and_protocol(train, test) -> None:
     bad = evaluate_images(noise(), np.arange(300) % 10, features=[FeatureSpec(PCA)], **options)
     good = evaluate_images(made, train.labels[:300], features=[FeatureSpec(PCA)], **options)
     json.dumps([good, bad], allow_nan=False)
-    assert set(good) == {"private", "features", "cas", "cas_chosen", "protocol"}
+    assert set(good) == {"private", "notes", "features", "cas", "cas_chosen", "protocol"}
+    assert good["notes"] == []
+    assert all(m["flag"] is None for m in good["features"][PCA]["metrics"].values())
     assert "private" in good["private"]
     figure = good["features"][PCA]
     assert figure["config"]["dimensions"] == 64
@@ -111,8 +114,9 @@ def test_subsets_are_counted_seeded_and_too_few_images_are_marked(train, test) -
         out = evaluate_images(made, None, reference=train, test=test, max_images=50)
     figure = out["features"][PCA]
     assert (figure["generated_images"], figure["real_images"], figure["floor_images"]) == (50, 50, 50)
-    assert figure["config"]["dimensions"] == 49  # 50 reference images span no more
-    assert figure["enough_images"]
+    assert figure["config"]["dimensions"] == 49  # 50 reference images span no more, and are not enough for 64
+    assert not figure["enough_images"]
+    assert "fewer different images than dimensions" in figure["metrics"]["frechet"]["flag"]
     assert "50 images" in figure["metrics"]["kid"]["protocol"]
     few = evaluate_images(made[:30], None, reference=train, test=None)["features"][PCA]
     assert not few["enough_images"]
@@ -132,10 +136,93 @@ def test_few_floor_images_are_marked_too(train, test) -> None:
     assert not figure["enough_images"]
 
 
-def test_tiny_sets_still_have_figures(train, test) -> None:
-    out = evaluate_images(train.images[:3], None, reference=train, test=test, bootstrap=50)
+def figures(made, train, test=None, **options) -> tuple[dict, dict]:
+    """The figures of pixels-pca by name, and everything, which JSON and tables can hold."""
+    out = evaluate_images(made, None, reference=train, test=test, **{"bootstrap": 50, **options})
     json.dumps(out, allow_nan=False)
-    assert out["features"][PCA]["metrics"]["recall"]["protocol"] == "k = 2"
+    rows = {row.name.partition(",")[0]: row for row in metric_rows(out)}
+    for name, m in out["features"][PCA]["metrics"].items():
+        row = rows[METRICS[name].title]
+        # A figure that was refused or flagged is so in words, wherever it is shown.
+        assert (row.value == "–") == (m["value"] is None) == row.note.startswith("NOT MEASURED")
+        assert row.note.startswith("DOUBTFUL") == (m["value"] is not None and m["flag"] is not None)
+    return out["features"][PCA]["metrics"], out
+
+
+OF_NEIGHBOURS = ("precision", "recall", "density", "coverage")
+
+
+def test_figures_of_a_few_generated_images_are_refused_or_flagged(train, test) -> None:
+    found, out = figures(train.images[:5], train, test)
+    assert out["notes"] == [
+        "there are only 5 different generated images",
+        "there are only 5 different real test images",
+    ]
+    for name, m in found.items():
+        assert (m["value"] is None) == (name in OF_NEIGHBOURS)
+        assert "5 different generated images" in m["flag"] or "5 generated images: the 5 neighbours" in m["flag"]
+        assert m["value"] is not None or {m[k] for k in ("low", "high", "floor", "ceiling")} == {None}
+    found, _ = figures(train.images[:11], train)
+    assert all(m["value"] is not None and "only 11 different" in m["flag"] for m in found.values())
+
+
+def test_figures_of_a_few_real_images_are_refused_or_flagged(train) -> None:
+    few = train.subset(np.arange(5))
+    found, out = figures(noise(), few, programs=train.images[:300])
+    assert out["notes"] == ["there are only 5 different real training images"]
+    assert all((m["value"] is None) == (name in OF_NEIGHBOURS) for name, m in found.items())
+    assert "fewer different images than dimensions" in found["frechet"]["flag"]
+    assert not out["features"][PCA]["enough_images"]  # four components of five images are no features of 8×8 pixels
+
+
+@pytest.mark.parametrize("level", [0, 200])
+def test_real_images_that_are_all_alike_allow_no_figure(train, level) -> None:
+    images = np.full_like(train.images[:80], level)
+    alike = ImageDataset(images, None, (), "alike")
+    for made in (images, noise(80)):
+        found, out = figures(made, alike, alike, programs=noise(80))
+        assert "all 80 real training images are alike" in out["notes"]
+        assert {m["value"] for m in found.values()} == {None}
+        assert {m["flag"] for m in found.values()} == {"all 80 real training images are alike"}
+
+
+def test_copies_among_real_images_make_no_balls(train) -> None:
+    copies = train.subset(np.repeat(np.arange(60), 20))
+    found, out = figures(train.images[:300], copies)
+    assert out["notes"] == ["of 1,200 real training images only 60 are different"]
+    assert all((m["value"] is None) == (name in OF_NEIGHBOURS) for name, m in found.items())
+    assert "have 5 copies or more" in found["precision"]["flag"]
+
+
+def test_generated_images_that_are_all_alike_are_bad_and_said_to_be(train) -> None:
+    found, out = figures(np.repeat(train.images[:1], 60, 0), train)
+    assert out["notes"] == ["all 60 generated images are alike"]
+    assert found["precision"]["value"] == 1  # they are one real image: true, and flagged
+    assert all("all 60 generated images are alike" in m["flag"] for m in found.values())
+
+
+def test_bounds_of_degenerate_sets_are_left_out(train, test) -> None:
+    alike = test.subset(np.zeros(100, int))
+    found, out = figures(train.images[:100], train, alike, programs=noise(100))
+    assert out["notes"][1:] == ["all 100 real test images are alike"]  # the first says which classes it lacks
+    for m in found.values():
+        assert m["value"] is not None
+        assert m["floor"] is None
+        assert m["ceiling"] is not None
+    found, _ = figures(train.images[:100], train, test.subset(np.arange(8)))
+    assert [name for name, m in found.items() if m["floor"] is None] == list(OF_NEIGHBOURS)
+
+
+def test_accuracy_stands_beside_what_is_had_for_nothing(train, test) -> None:
+    options = {"reference": train, "metrics": (), "classifiers": ("logreg",)}
+    assert test.labels is not None
+    one = test.subset(test.labels == 3)
+    out = evaluate_images(train.images[:300], train.labels[:300], test=one, **options)
+    assert out["protocol"]["cas"]["most_frequent_class"] == 1
+    assert any("all test images are of one class" in note for note in out["notes"])
+    assert "100.0 % of them are of the most frequent class" in metric_rows(out)[-1].note
+    out = evaluate_images(train.images[:300], train.labels[:300], test=test.subset(np.arange(5)), **options)
+    assert "there are only 5 different real test images" in out["notes"]
 
 
 def test_what_cannot_be_measured_is_refused(train, test) -> None:
