@@ -250,7 +250,7 @@ class DicomFile:
             centre, width = window
             if not (width > 0 and np.isfinite(centre + width)):
                 raise BadImage("its window has no width; say --window CENTRE,WIDTH (from Python: window)")
-            if function == "LINEAR" and width > 1:  # PS3.3 C.11.2.1.2.1
+            if function not in ("LINEAR_EXACT", "SIGMOID") and width > 1:  # PS3.3 C.11.2.1.2.1
                 centre, width = centre - 0.5, width - 1
             low, high = centre - width / 2, centre + width / 2
         elif "ModalityLUTSequence" in modality:
