@@ -89,6 +89,10 @@ class PrivacyConfig(_Section):
         None, ge=-(2**63), lt=2**64, description="reproducible noise: NOT PRIVATE, for tests"
     )
     group_size: int = Field(1, ge=1, le=1000, description="g: ε is for up to g images of one person together")
+    groups: str | None = Field(None, max_length=4096, description="table of file names and persons; never released")
+    most_per_person: int | None = Field(
+        None, ge=1, le=1000, description="m: of each person in groups m images at random are used; group_size is then m"
+    )
     budget: str | None = Field(
         None, max_length=4096, description="budget file that all runs on these images share; never released"
     )
@@ -276,9 +280,13 @@ class Config(_Section):
             (sampling.churn and sampling.sampler != "heun", "sampling.churn needs sampling.sampler = heun"),
             (math.isnan(privacy.epsilon), "privacy.epsilon is not a number"),
             (
-                self.data.frames == "all" and "group_size" not in privacy.model_fields_set,
+                self.data.frames == "all" and privacy.model_fields_set.isdisjoint({"group_size", "most_per_person"}),
                 "data.frames = all makes an image of each frame, and those of one person are protected together: say "
                 "with privacy.group_size (--group-size) how many images of one person there are at most, of all files",
+            ),
+            (
+                "group_size" in privacy.model_fields_set and privacy.most_per_person not in (None, privacy.group_size),
+                f"privacy.group_size = {privacy.group_size} is not privacy.most_per_person, which it follows from",
             ),
             (
                 MAX_EPSILON < privacy.epsilon < math.inf,

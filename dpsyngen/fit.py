@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from dpsyngen.config import Config, load_config, with_options
 from dpsyngen.console import console_for
 from dpsyngen.data import ImageDataset
-from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given
+from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, with_persons
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.files import expanded
@@ -253,6 +253,8 @@ class FitOptions(TypedDict, total=False):
     delta: float | None
     class_names: Sequence[str] | None
     group_size: int | None
+    groups: ArrayLike | PathLike | None
+    most_per_person: int | None
     budget: PathLike | None
     variant: str | None
     steps: int | None
@@ -315,7 +317,9 @@ class Generator(ReleasedGenerator):
             progress: tell what is going on: in a notebook below the cell, elsewhere on standard error.
             options: ``delta`` (δ; default: the largest power of ten below 1/N), ``class_names`` (names for labels
                 0, 1, …, all of which are then public; default: the labels that occur are), ``group_size`` (images of
-                one person at most; ε is then for all of them together), ``budget`` (file of the budget that all runs
+                one person at most; ε is then for all of them together), ``groups`` (whose image each is, [N] numbers or
+                texts; for files a table of file names and persons: it checks ``group_size``), ``most_per_person``
+                (with it: so many images of each are used, at random), ``budget`` (file of the budget that all runs
                 on these images share; see docs/privacy.md), ``variant`` (who trains which noise levels), ``steps``
                 (of DP-SGD) and ``resolution`` (pixels; default: what the images have).
 
@@ -340,6 +344,8 @@ class Generator(ReleasedGenerator):
             privacy__epsilon=epsilon,
             privacy__delta=options.get("delta"),
             privacy__group_size=options.get("group_size"),
+            privacy__groups=_named(options.get("groups")),
+            privacy__most_per_person=options.get("most_per_person"),
             privacy__budget=None if budget is None else os.fspath(budget),
             stages__variant=options.get("variant"),
             private__steps=options.get("steps"),
@@ -347,7 +353,7 @@ class Generator(ReleasedGenerator):
             data__source=_named(images),
         )
         config, device = load_config(given, preset=preset), kind_of(device)
-        source = as_source(images, labels, options.get("class_names"))
+        source = with_persons(as_source(images, labels, options.get("class_names")), options.get("groups"), config)
         with place_of(out) as folder:
             return cls._trained(partial(prepare, config, folder, source), folder, source, device, progress)
 
@@ -359,6 +365,7 @@ class Generator(ReleasedGenerator):
         labels: ArrayLike | None = None,
         *,
         class_names: Sequence[str] | None = None,
+        groups: ArrayLike | None = None,
         device: str = "auto",
         progress: bool = True,
     ) -> Self:
@@ -366,7 +373,7 @@ class Generator(ReleasedGenerator):
 
         Args:
             out: its run directory.
-            images, labels, class_names: as at the start; needed for arrays only.  Other images are refused.
+            images, labels, class_names, groups: as at the start; needed for arrays only.  Other images are refused.
             device, progress: as for :meth:`fit`.
 
         Raises:
@@ -379,7 +386,7 @@ class Generator(ReleasedGenerator):
             raise RunError(
                 f"{folder} is finished: there is nothing to resume.  Generator.load({str(folder)!r}) takes it."
             )
-        source = None if images is None else as_source(images, labels, class_names)
+        source = None if images is None else with_persons(as_source(images, labels, class_names), groups, run.config)
         return cls._trained(partial(prepare_resume, folder, source), folder, source, device, progress)
 
     @classmethod

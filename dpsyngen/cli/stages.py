@@ -38,6 +38,8 @@ def stages(
     ] = 1.0,
     records: Annotated[int | None, typer.Option(help="declared number of private images; default: as found")] = None,
     group_size: Annotated[int | None, typer.Option(help="images of one person at most")] = None,
+    groups: Annotated[Path | None, typer.Option(help="table of file names and persons; as for train")] = None,
+    most_per_person: Annotated[int | None, typer.Option(help="images of each person to use; as for train")] = None,
     preset: Annotated[
         str | None, typer.Option(help="named settings; default gpu where there is one, else cpu-small")
     ] = None,
@@ -68,9 +70,18 @@ def stages(
     from dpsyngen.console import Console
 
     console, begun = Console(quiet, as_json), time.monotonic()
-    names = ("--epsilon", "--delta", "--budget", "--records", "--group-size", "--insecure-seed", "--sampling-rate")
+    names = (
+        "--epsilon",
+        "--delta",
+        "--budget",
+        "--records",
+        "--group-size",
+        "--groups",
+        "--insecure-seed",
+        "--sampling-rate",
+    )
     rate = None if sampling_rate == 1 else sampling_rate
-    asked = zip(names, (epsilon, delta, budget, records, group_size, insecure_seed, rate), strict=True)
+    asked = zip(names, (epsilon, delta, budget, records, group_size, groups, insecure_seed, rate), strict=True)
     # An ε that nobody asked for, or an option without effect, is a mistake.
     if data is not None and epsilon is None:
         raise ConfigError("--epsilon is missing: what an estimate on the private images of --data may cost.")
@@ -95,6 +106,8 @@ def stages(
             "delta": delta,
             "budget": None if budget is None else str(budget),
             "group_size": group_size,
+            "groups": None if groups is None else str(groups),
+            "most_per_person": most_per_person,
             "insecure_seed": insecure_seed,
         },
     )
@@ -110,7 +123,7 @@ def stages(
         networks=networks,
     )
     # As a training reads them, so that the budget knows them again.
-    private = None if data is None else load_private(data, loaded)
+    private = None if data is None else load_private(data, loaded, groups=loaded.privacy.groups)
     search = Stages(out, loaded, options, private, kept, device)
     try:
         result, files = _with_progress(search, console)

@@ -134,6 +134,12 @@ def train(
     group_size: Annotated[
         int | None, typer.Option(help="images of one person at most: ε is then for all of them together")
     ] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="table of file names and persons, which checks --group-size; stays private")
+    ] = None,
+    most_per_person: Annotated[
+        int | None, typer.Option(help="with --groups: use this many images of each person at most, chosen at random")
+    ] = None,
     budget: Annotated[
         Path | None, typer.Option(help="budget file of these images, charged by all runs; see `dpsyngen budget`")
     ] = None,
@@ -183,6 +189,8 @@ def train(
         privacy__clipping_norm=clip,
         privacy__insecure_seed=insecure_seed,
         privacy__group_size=group_size,
+        privacy__groups=None if groups is None else str(groups),
+        privacy__most_per_person=most_per_person,
         privacy__budget=None if budget is None else str(budget),
         stages__variant="instant" if instant else variant,
         stages__tau_cleaning=tau_cleaning,

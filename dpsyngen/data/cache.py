@@ -21,14 +21,16 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.dataset import ImageDataset
+from dpsyngen.data.dataset import ImageDataset, numbered
 from dpsyngen.data.decode import BUDGET, Form, ImageHeader
+from dpsyngen.data.metadata import read_persons
 from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
 from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable
@@ -59,10 +61,11 @@ def build(found: Found, options: Options) -> ImageDataset:
     """
     store = Cache(options.cache)
     key = _key(found, options) if options.cache != "auto" or store.folder.is_dir() else ""
-    made = store.get(key, found.where) if key else None
-    source = None
+    source = None if options.groups is None else with_persons(found.index(), options.groups)
+    persons = None if source is None else source.persons
+    made = store.get(key, found.where, persons) if key else None
     if made is None and options.cache == "auto":
-        source = found.index()
+        source = source or found.index()
         shape = options.shape(len(source), read_headers(source, options))
         if in_memory(shape, options):
             check_fits(math.prod(shape), what=f"{source.where} at resolution {shape[2]}")
@@ -73,11 +76,19 @@ def build(found: Found, options: Options) -> ImageDataset:
         with store.locked(key):
             if store.get(key, found.where) is None:  # another process may have made it meanwhile
                 _into_file(found, source, key, store, options)
-            made = store.get(key, found.where)
+            made = store.get(key, found.where, persons)
     assert made is not None
     if made.skipped and not options.skip_bad:  # it was made with skip_bad
         settle_bad([(line, "") for line in made.skipped], where=found.where, skip_bad=False)
     return made
+
+
+def with_persons(source: Source, table: Path) -> Source:
+    """The source with whose image each is, by number, from a table; names of persons go no further."""
+    files = [source.name(i) for i in range(len(source))] if source.files is None else source.files()
+    distinct = list(dict.fromkeys(files))  # frames of a file are of one person
+    whose = dict(zip(distinct, read_persons(table, distinct), strict=True))
+    return replace(source, persons=numbered([whose[file] for file in files]))
 
 
 def _key(found: Found, options: Options) -> str:
@@ -123,7 +134,9 @@ def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], opti
         held = StoredImages(str(images.filename), images.shape, images.offset)
     else:
         images.flags.writeable = False
-    return ImageDataset(kept_of(held, keep), labels, source.class_names, source.where, skipped, source.ignored)
+    persons = None if source.persons is None else source.persons[keep]
+    told = (skipped, source.ignored, persons)
+    return ImageDataset(kept_of(held, keep), labels, source.class_names, source.where, *told)
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
@@ -274,8 +287,11 @@ class Cache:
         given = os.environ.get("DPSYNGEN_CACHE") if folder == "auto" else folder
         self.folder = expanded(given) if given else cache_home() / "images"
 
-    def get(self, key: str, source: str) -> ImageDataset | None:
-        """The entry of this name, if there is one; DataError if others could have put it there, or it is damaged."""
+    def get(self, key: str, source: str, persons: NDArray[np.int64] | None = None) -> ImageDataset | None:
+        """The entry of this name, if there is one; DataError if others could have put it there, or it is damaged.
+
+        `persons` [N] says whose the images are, those that are left out included; no entry keeps that.
+        """
         path = self.folder / key
         try:
             status = os.lstat(path)
@@ -290,9 +306,9 @@ class Cache:
             about = json.loads((path / "about.json").read_text(encoding="utf-8"))
             stored = StoredImages(path / IMAGES, tuple(about["shape"]), about["offset"])
             labels = np.load(path / LABELS, allow_pickle=False) if about["labelled"] else None
-            images = kept_of(stored, keep_of(len(stored), about["bad"]))
-            told = (tuple(about[name]) for name in ("skipped", "ignored"))
-            return ImageDataset(images, labels, tuple(about["class_names"]), source, *told)
+            keep = keep_of(len(stored), about["bad"])
+            told = (tuple(about["skipped"]), tuple(about["ignored"]), None if persons is None else persons[keep])
+            return ImageDataset(kept_of(stored, keep), labels, tuple(about["class_names"]), source, *told)
         except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"{printable(path)}, a copy of decoded images, is damaged ({printable(error)}). Remove it: it is made "

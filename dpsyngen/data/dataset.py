@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,16 @@ NEARLY_BLACK = (
 )
 
 
+def numbered(values: Sequence[Any]) -> np.ndarray:
+    """int64 [N]: equal numbers, from 0, for equal values."""
+    known: dict[Any, int] = {}
+    return np.array([known.setdefault(value, len(known)) for value in values], dtype=np.int64)
+
+
+def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+    return (rows[start : start + _LOOKED_AT] for start in range(0, len(rows), _LOOKED_AT))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
     """Private images with their labels.
@@ -43,6 +54,7 @@ class ImageDataset:
         source: what was asked for, in words a person can read.
         skipped: what was left out under ``skip_bad=True``, each as ``"where: why"``.  Private (it holds file names).
         ignored: what was found beside the images and is not used, a sentence each, of which ``load_images`` warns.
+        persons: int64 ``[N]``, whose image each is, by a number that says nothing else; None: not known.  Private.
 
     Raises:
         DataError: the fields do not fit together as above.
@@ -54,9 +66,12 @@ class ImageDataset:
     source: str
     skipped: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    persons: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
+        if self.persons is not None and (self.persons.dtype != np.int64 or self.persons.shape != (len(images),)):
+            raise DataError(f"persons must be int64 [{len(images)}], one for each image. Use with_persons.")
         if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3):
             raise DataError(
                 f"images must be uint8 [N, C, H, W] with C = 1 or 3, not {images.dtype} {list(images.shape)}. "
@@ -125,10 +140,47 @@ class ImageDataset:
             IndexError: an index is not in ``-N .. N - 1``.
         """
         index = self._rows(indices)
-        labels = None if self.labels is None else self.labels[index]
+        labels, persons = (None if v is None else v[index] for v in (self.labels, self.persons))
         if isinstance(self.images, np.ndarray) and not is_mapped(self.images):
-            return replace(self, images=self.images[index], labels=labels)
-        return replace(self, images=SelectedImages(self.images, index), labels=labels)
+            return replace(self, images=self.images[index], labels=labels, persons=persons)
+        return replace(self, images=SelectedImages(self.images, index), labels=labels, persons=persons)
+
+    def with_persons(self, persons: Any) -> ImageDataset:
+        """The same images with whose each of them is: ``[N]`` whole numbers or texts, of which nothing is kept but
+        which are equal.
+        """
+        values = np.asarray(persons)
+        texts = values.dtype.kind == "O" and all(isinstance(value, str) for value in values.flat)  # as of pandas
+        if values.shape != (len(self),) or not (texts or values.dtype.kind in "iuU"):
+            raise DataError(
+                f"groups must be whole numbers or texts [{len(self)}], whose image each is, not {values.dtype} "
+                f"{list(values.shape)}. (Of images that are left out as bad there must be none, too.)"
+            )
+        return replace(self, persons=numbered(values.tolist()))
+
+    def images_a_person(self, most: int | None = None) -> tuple[int, int]:
+        """How many images a person has at most, and how many images there are; at most `most` of each counted."""
+        if self.persons is None:
+            return 1, len(self)
+        counts = np.bincount(self.persons)
+        counts = counts if most is None else np.minimum(counts, most)
+        return int(counts.max(initial=0)), int(counts.sum())
+
+    def at_most(self, most: int, rank: Callable[[bytes], str]) -> ImageDataset:
+        """At most `most` images of each person, in their order: those whose content has the least `rank`.
+
+        With a keyed digest as `rank`, of hexadecimal digits, that is a choice at random which depends on the key and
+        on the person's own images alone: without a person, all images of the others stay as they are.
+        """
+        assert self.persons is not None
+        many = np.flatnonzero((np.bincount(self.persons) > most)[self.persons])
+        ranks = [int(rank(image.tobytes())[:16], 16) for part in _parts(many) for image in self.batch(part)]
+        order = np.lexsort((many, np.array(ranks, dtype=np.uint64), self.persons[many]))
+        _, first, counts = np.unique(self.persons[many][order], return_index=True, return_counts=True)
+        place = np.arange(len(many)) - np.repeat(first, counts)
+        keep = np.ones(len(self), dtype=bool)
+        keep[many[order[place >= most]]] = False
+        return self if keep.all() else self.subset(keep)
 
     @property
     def absent_classes(self) -> tuple[str, ...]:

@@ -103,7 +103,9 @@ def index_folder(root: Path, options: Options) -> Source:
         for part in split_evenly(len(files))
     ]
     index = np.array(found.classes, dtype=np.int64) if found.names else None
-    bad, ignored = tuple(found.bad), found.ignored
+    # A table that the user named may lie beside the images.
+    named = {path.resolve() for path in (options.label_file, options.groups) if path is not None}
+    bad, ignored = tuple(b for b in found.bad if not named or (root / b[0]).resolve() not in named), found.ignored
     source = Source(printable(root), jobs, index, found.names, lambda i: files[i], bad, ignored=ignored)
     return _by_frames(root, files, source, options.form) if options.form.frames == "all" else source
 
@@ -130,7 +132,8 @@ def _by_frames(root: Path, files: Sequence[str], source: Source, form: Form) -> 
     def name_of(i: int) -> str:
         return files[which[i]] + (f", frame {frames[i] + 1}" if counts[which[i]] > 1 else "")
 
-    return replace(source, jobs=jobs, labels=labels, name=name_of, bad=tuple(bad))
+    told = {"name": name_of, "files": lambda: [files[i] for i in which]}
+    return replace(source, jobs=jobs, labels=labels, bad=tuple(bad), **told)
 
 
 def _frame_items(root: str, places: Sequence[tuple[str, int | None]]) -> Iterator[Item]:

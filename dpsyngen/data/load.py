@@ -95,6 +95,8 @@ def load_images(
         frames (str): of DICOM files of several: "first", or "all" as an image each (in folders); without it such files
             are refused.
         group_size (int): with ``frames="all"`` the most frames that a file may have, as they are of one person.
+        groups (str): path of a table (CSV, …, as for labels) of file names and persons, for
+            :attr:`ImageDataset.persons`: every image needs a row.  Names of persons are kept nowhere.
 
     Returns:
         The images.  The shape ``[C, H, W]``, the number of images and the class names are treated as
@@ -114,11 +116,18 @@ def load_images(
     require(workers is None or whole, "workers", workers, "a whole number from 1 to 1024, or left out for one a core")
     place = os.fsdecode(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else ""
     require(place.strip() and "\0" not in place, "cache", cache, "'auto' or the path of a folder")
-    size, checked = check_resolution(resolution), check_form(**form)
+    groups, asked = form.get("groups"), {name: value for name, value in form.items() if name != "groups"}
+    size, checked = check_resolution(resolution), check_form(**asked)
     table = None if isinstance(labels, bool) else Path(labels).expanduser()
     which = (labels is not False, table, label_column)
-    options = Options(size, channels, *which, skip_bad, place, workers, checked, on_progress)
+    persons = None if groups is None else Path(groups).expanduser()
+    options = Options(size, channels, *which, skip_bad, place, workers, checked, persons, on_progress)
     dataset = _read(source, options)
+    if persons is not None and dataset.persons is None:
+        raise ConfigError(
+            f"{dataset.source}: its images have no file names, so {printable(persons)} cannot say whose they are. Give "
+            "a folder, Parquet or WebDataset; from Python also arrays, and groups=[…] with whose each image is."
+        )
     for text in dataset.ignored:
         warnings.warn(f"{text}.", stacklevel=2)
     if is_nearly_black(dataset):
@@ -263,19 +272,26 @@ def _not_found(path: Path, text: str) -> str:
     return f"{printable(path)!r} is neither a file or folder nor a named set. {hint}{suggest(text)}"
 
 
-def load_private(source: Source, config: Config, on_progress: Callable[[int, int], None] | None = None) -> ImageDataset:
+def load_private(
+    source: Source,
+    config: Config,
+    on_progress: Callable[[int, int], None] | None = None,
+    groups: PathLike | None = None,
+) -> ImageDataset:
     """The private images as the section ``data`` of `config` asks for them.
 
     Args:
         source: see :func:`load_images`; an ImageDataset is taken as it is.
         config: size, colour, with or without classes, …
         on_progress: called as ``(done, total)`` while images are decoded, which can take long for large sets.
+        groups: the table of persons, of the images that are trained on.
     """
     if isinstance(source, ImageDataset):
         return source
-    asked = config.data.model_dump(exclude={"source", "records"})
+    asked: dict[str, Any] = {"groups": groups}
+    asked |= config.data.model_dump(exclude={"source", "records"})
     if config.data.frames == "all":
-        asked["group_size"] = config.privacy.group_size
+        asked["group_size"] = 1000 if config.privacy.most_per_person else config.privacy.group_size
     return load_images(source, **asked, on_progress=on_progress)
 
 
@@ -289,7 +305,18 @@ def load_named_or_given(
             "no images were given: use --data with a folder, a file or a named set.  A run that was started from "
             "arrays in memory needs the same images again as data."
         )
-    return load_private(source, config, on_reading)
+    return load_private(source, config, on_reading, config.privacy.groups)
+
+
+def with_persons(source: Any, groups: Any, config: Config) -> Any:
+    """A source with whose image each is, from what a user holds: an array ``[N]`` for images in memory.  A table of
+    persons is read with the files that it names.
+    """
+    if groups is None or isinstance(groups, str | os.PathLike):
+        return source
+    if isinstance(source, str | os.PathLike):
+        raise ConfigError("for files, groups is the path of a table of file names and persons, not an array.")
+    return load_private(source, config).with_persons(groups)
 
 
 def as_source(images: Any, labels: Any, class_names: Sequence[str] | None) -> Any:

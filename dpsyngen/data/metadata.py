@@ -23,6 +23,7 @@ from dpsyngen.files import damaged, open_plain
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
+PERSON_NAMES = ("person", "person_id", "patient", "patient_id", "patientid", "subject", "subject_id", "participant")
 FILE_NAMES = ("file_name", "filename", "file", "path", "image", "image_id", "image_path", "image_name")
 _MAX_BYTES = 2**29
 
@@ -98,16 +99,7 @@ def read_label_table(path: Path, column: str | None, *, needed: bool, named: boo
             column has the labels.
     """
     where = printable(path)
-    with damaged(path, "a table of labels"), open_plain(path, _MAX_BYTES) as file:
-        text = file.read().decode("utf-8-sig")
-        names, rows = _json_lines(text) if path.suffix.lower() == ".jsonl" else _separated(text)
-    files = label_name(names, None, FILE_NAMES, where) if names else None
-    if files is None:
-        raise DataError(
-            f"{where} has no column of file names: its columns are {listed(names)}. Call it {FILE_NAMES[0]!r}."
-        )
-    others = [name for name in names if name != files]
-    at = {name: names.index(name) for name in names}
+    files, others, rows, at = _read(path, "a table of labels")
     fitting = [name for name in others if could_be_labels([row[at[name]] for row in rows])] if needed else []
     if named and column is None and fitting == others and len(others) == 1:
         column = others[0]
@@ -120,6 +112,57 @@ def read_label_table(path: Path, column: str | None, *, needed: bool, named: boo
             raise DataError(f"{where}: {printable(name)!r} is there twice, with different labels. Keep one.")
         labels[name] = value
     return LabelTable(where, chosen, labels, tuple(name for name in others if name != chosen))
+
+
+def read_persons(path: Path, files: Sequence[str]) -> list[str]:
+    """Whose image each of the files is, as a table of the same form says.  **Private**: names of persons.
+
+    Args:
+        path: the table; the column of persons is one of :data:`PERSON_NAMES`, or the only one beside the file names.
+        files: paths below the folder, or names.
+
+    Raises:
+        DataError: as for :func:`read_label_table`; a file has no person.  No message says what a person is called.
+    """
+    where = printable(path)
+    name_column, others, rows, at = _read(path, "a table of persons")
+    column = label_name(others, None, PERSON_NAMES, where) or (others[0] if len(others) == 1 else None)
+    if column is None:
+        raise DataError(
+            f"{where}: it is unclear which column says whose image a file is: there are {listed(others)}. Call it "
+            f"{PERSON_NAMES[0]!r}."
+        )
+    persons: dict[str, Label] = {}
+    bare = not any("." in os.path.basename(file) for file in files)  # as in WebDataset, and in exports of hospitals
+    for row in rows:
+        name, person = same_name(str(row[at[name_column]]).replace("\\", "/").removeprefix("./")), row[at[column]]
+        if bare:
+            folder, slash, base = name.rpartition("/")
+            name = folder + slash + base.partition(".")[0]
+        if persons.setdefault(name, None if person is None else str(person)) != (person and str(person)):
+            raise DataError(f"{where}: {printable(name)!r} is there twice, with different persons. Keep one.")
+    given, _ = LabelTable(where, column, persons, ()).of(files)
+    missing = [file for file, person in zip(files, given, strict=True) if not person]
+    if missing:
+        raise DataError(
+            f"{where} says no person for {len(missing):,} of {len(files):,} images, such as {listed(missing, 3)}. Add "
+            "a row for each: whether images are of one person decides what ε means."
+        )
+    return [str(person) for person in given]
+
+
+def _read(path: Path, what: str) -> tuple[str, list[str], list[list[Any]], dict[str, int]]:
+    """The column of file names, the others, the rows, and where each column is in them."""
+    where = printable(path)
+    with damaged(path, what), open_plain(path, _MAX_BYTES) as file:
+        text = file.read().decode("utf-8-sig")
+        names, rows = _json_lines(text) if path.suffix.lower() == ".jsonl" else _separated(text)
+    files = label_name(names, None, FILE_NAMES, where) if names else None
+    if files is None:
+        raise DataError(
+            f"{where} has no column of file names: its columns are {listed(names)}. Call it {FILE_NAMES[0]!r}."
+        )
+    return files, [name for name in names if name != files], rows, {name: names.index(name) for name in names}
 
 
 def _separated(text: str) -> tuple[list[str], list[list[Any]]]:

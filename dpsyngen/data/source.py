@@ -49,6 +49,7 @@ class FormOptions(TypedDict, total=False):
     window: Range | None
     frames: Literal["first", "all"] | None
     group_size: int
+    groups: str | os.PathLike[str] | None
 
 
 def check_form(
@@ -95,6 +96,7 @@ class Options:
     cache: str = "auto"
     workers: int | None = None
     form: Form = AS_STORED
+    groups: Path | None = None
     on_progress: Callable[[int, int], None] | None = None
 
     @property
@@ -172,6 +174,8 @@ class Source:
         bad: (which, why) of what is left out already: it is no image, or has no label.
         every_class: whether a class that is left without images is an error, as it is when the images make the classes.
         in_order: whether its jobs can only be done one after the other, by the thread that asks.
+        files: the name of each image's file, for tables that name files; None: what `name` gives.
+        persons: for ``ImageDataset.persons``.
         ignored: for ``ImageDataset.ignored``.
     """
 
@@ -184,6 +188,8 @@ class Source:
     every_class: bool = True
     in_order: bool = False
     ignored: tuple[str, ...] = ()
+    files: Callable[[], Sequence[str]] | None = None
+    persons: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return sum(job.count for job in self.jobs)

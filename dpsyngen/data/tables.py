@@ -303,8 +303,38 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
         start, file, first, used = places[bisect_right(starts, i) - 1]
         return f"{file}: row {first + used[i - start]}"
 
+    def files() -> list[str]:
+        return _paths_of(paths, columns.image, [place[1:] for place in places])
+
     told = ignored(where, columns.unused, "columns")
-    return Source(where, jobs, index, names, name, tuple(bad), columns.class_names is None, ignored=told)
+    return Source(where, jobs, index, names, name, tuple(bad), columns.class_names is None, ignored=told, files=files)
+
+
+def _paths_of(paths: Sequence[Path], column: str, places: Sequence[tuple[str, int, NDArray[np.int64]]]) -> list[str]:
+    """What the files of the images were called, as the structs of images say; "" where one does not.
+
+    Args:
+        paths: of the tables.
+        column: of images.
+        places: table, its first row and the rows that are used, of each part that has any.
+    """
+    found: dict[tuple[str, int], list[str]] = {}
+    for path in paths:
+        first = 0
+        with _guarded(path), _stream(path) if _is_arrow(path) else _parquet(path) as file:
+            kind = (file.schema if _is_arrow(path) else file.schema_arrow).field(column).type
+            named = any(field.name == "path" for field in kind) if hasattr(kind, "get_field_index") else False
+        if not named:
+            raise DataError(
+                f"{printable(path)}: column {printable(column)!r} has no 'path' beside the bytes, so a table of "
+                "file names cannot say whose image a row is. Save it with datasets.Image()."
+            )
+        with _guarded(path):
+            for rows, values in _parts(path, column if _is_arrow(path) else f"{column}.path"):
+                texts = values.field("path").to_pylist()
+                found[path.name, first] = ["" if text is None else str(text) for text in texts]
+                first += rows
+    return [found[file, first][row] for file, first, used in places for row in used]
 
 
 def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bool_], NDArray[np.int64] | list[str]]:

@@ -85,7 +85,12 @@ def index_tars(paths: Sequence[Path], where: str, *, labels: bool, label_column:
         jobs += [Job(len(part), functools.partial(_items, path, part)) for part in parts]
     used = np.flatnonzero(keep)
     told = ignored(where, sorted(others) if labels else ())
-    return Source(where, jobs, index, class_names, lambda i: names[used[i]], tuple(bad), ignored=told)
+    files = functools.partial(_stems, names, used)
+    return Source(where, jobs, index, class_names, lambda i: names[used[i]], tuple(bad), ignored=told, files=files)
+
+
+def _stems(names: list[str], used: NDArray[np.int64]) -> list[str]:
+    return [names[i].partition(": ")[2] for i in used]
 
 
 def _items(path: Path, places: NDArray[np.int64]) -> Iterator[Item]:

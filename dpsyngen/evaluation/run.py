@@ -34,6 +34,7 @@ from dpsyngen.files import write_text
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.training.run import Run
+from dpsyngen.training.session import chosen_images
 
 if TYPE_CHECKING:
     from dpsyngen.generator.generator import ReleasedGenerator
@@ -194,7 +195,7 @@ def check_memorisation(
     config = run.config
     generator = ReleasedGenerator(run.release, device)
     private = _images(data, config, generator, "training")
-    _require_training_images(run, private)
+    private = _require_training_images(run, private)
     control = None if held_out is None else _images(held_out, config, generator, "held-out")
     tell = on_progress or (lambda line: None)
     with run.lock():
@@ -258,14 +259,17 @@ def _images(
     if given is not None and label_column is not None:
         asked["label_column"] = label_column or None
     wanted = config.model_copy(update={"data": config.data.model_copy(update=asked)})
-    dataset = load_private(source, wanted).with_classes(generator.class_names, what)
+    groups = config.privacy.groups if given is None else None
+    dataset = load_private(source, wanted, groups=groups).with_classes(generator.class_names, what)
     if dataset.absent_classes and what in ("data", "training"):
         raise DataError(f"of the training images none is of {listed(dataset.absent_classes)}: give all of them.")
     return dataset
 
 
-def _require_training_images(run: Run, dataset: ImageDataset) -> None:
-    """Refuse images that the run was not trained on: to those nothing can have been memorised."""
+def _require_training_images(run: Run, dataset: ImageDataset) -> ImageDataset:
+    """Those that the run was trained on, chosen as it chose them; others are refused: to those nothing can have been
+    memorised.
+    """
     from dpsyngen.privacy.randomness import Randomness
 
     try:
@@ -275,12 +279,15 @@ def _require_training_images(run: Run, dataset: ImageDataset) -> None:
             f"{run.data_path} cannot be read, so nobody can tell which images the run was trained on.  Put it back "
             "from a backup."
         ) from None
-    found = Randomness.load(run.randomness_path).tag(dataset.fingerprint())
+    randomness = Randomness.load(run.randomness_path)
+    dataset = chosen_images(run.config, dataset, randomness)
+    found = randomness.tag(dataset.fingerprint())
     if not hmac.compare_digest(pinned, found):
         raise DataError(
             f"the images are not those that {run.path} was trained on, so whether they were memorised says nothing.  "
             "Give the same --data as for training."
         )
+    return dataset
 
 
 def _drawn_by_program(config: Config, generator: ReleasedGenerator, count: int) -> np.ndarray | None:

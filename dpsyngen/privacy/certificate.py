@@ -106,6 +106,9 @@ class Certificate(_Part):
     epsilon_by_rdp: float | Literal["inf"] = Field(description="ε by Rényi DP, a looser upper bound")
     delta: float = Field(gt=0, lt=1)
     group_size: int = Field(1, ge=1, le=LARGEST_GROUP, description="g: the guarantee is for up to g images together")
+    people: str | None = Field(
+        None, max_length=500, description="how it is known that nobody has more than group_size of the images"
+    )
     accountant: str = Field(max_length=200)
     unit: str = Field(max_length=200)
     adjacency: str = Field(max_length=1000)
@@ -261,7 +264,7 @@ def plain_words(certificate: Certificate) -> str:
 def _guarantee(c: Certificate, epsilon_value: float) -> list[str]:
     delta, n = number(c.delta, 3, up=True), f"{c.public_assumptions.records:,}"
     if c.group_size == 1:
-        whose, one, it = "each single image", "any one image", "that image"
+        whose, one, it = "each single image" + (" and its person" if c.people else ""), "any one image", "that image"
     else:
         whose = f"up to {c.group_size} images of one person together"
         one, it = f"any {c.group_size} images", "those images"
@@ -308,7 +311,9 @@ def foundations(c: Certificate) -> list[str]:
         "- Settings, thresholds and programs were chosen without looking at the private images.",
         f"- The noise cannot be known to anybody.  It came from: {c.randomness}.",
     ]
-    if c.group_size > 1:
+    if c.people is not None:
+        lines.append(f"- Images of one person: {safe_markdown(c.people)}.")
+    elif c.group_size > 1:
         lines.append(f"- Nobody has more than {c.group_size} of the images.")
     if c.programs_used:
         name, tier, meaning = (safe_markdown(str(p.get(k))) for k in ("name", "prior_tier", "prior_tier_meaning"))

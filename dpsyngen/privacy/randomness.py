@@ -80,9 +80,10 @@ class Randomness:
         """A 63-bit seed for a fast generator, for randomness that the guarantee does not rest on."""
         return int.from_bytes(self._stream_key(purpose, step, part)[:8], "little") >> 1
 
-    def tag(self, text: str) -> str:
-        """A keyed digest of `text`: equal for equal texts, useless to anyone without the key."""
-        return hashlib.blake2b(text.encode(), key=self._stream_key("tag", 0, 0), digest_size=32).hexdigest()
+    def tag(self, text: str | bytes) -> str:
+        """A keyed digest of `text`, 64 hexadecimal digits: equal for equal texts, useless to anyone without the key."""
+        content = text.encode() if isinstance(text, str) else text
+        return hashlib.blake2b(content, key=self._stream_key("tag", 0, 0), digest_size=32).hexdigest()
 
     def key_forms(self) -> tuple[bytes, bytes]:
         """The key in bytes and in hexadecimal digits, to search for it in what is about to be published."""

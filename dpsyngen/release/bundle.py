@@ -167,6 +167,7 @@ def _search_for_secrets(run: Run, files: dict[str, Path]) -> None:
         ("the path of the labels", config.data.labels),
         ("the path of the decoded images", config.data.cache),
         ("the path of the budget", config.privacy.budget),
+        ("the path of the table of persons", config.privacy.groups),
     ):
         # The name of a named set, or a single short word, may stand anywhere for other reasons.
         if isinstance(path, str) and "/" in path and len(path) >= 6:

@@ -229,10 +229,13 @@ class _Bundle:
             prior = read_prior(SHIPPED, a.channels).about
         agrees = {
             "group size": config.privacy.group_size == c.group_size,
+            "images of a person": config.privacy.most_per_person is None or c.people is not None,
             "variant": config.stages.variant == c.variant,
             "preset": config.preset == c.preset,
             "program": program == {k: v for k, v in c.programmatic_images.items() if k != "prior_tier_meaning"},
-            "data": (config.data.source, config.data.cache) == ("", "auto") and config.data.labels in (True, False),
+            "data": (config.data.source, config.data.cache) == ("", "auto")
+            and config.data.labels in (True, False)
+            and config.privacy.groups is None,
             "seed": config.privacy.insecure_seed is None or not c.private,
             "δ": config.privacy.delta in (None, c.delta),
             "number of images": config.data.records in (None, n),

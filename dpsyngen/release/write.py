@@ -45,8 +45,11 @@ def certify(
     if not (randomness.secure and ledger.secure):
         reasons.append("the noise came from a reproducible seed, so anyone who knows the seed can subtract it")
     g = ledger.group_size
+    people = next((e.details["people"] for e in ledger.entries if "people" in e.details), None)
     not_covered = [
-        "several images of one person: the guarantee is for one image at a time"
+        "people whose images the holder's table has under several names"
+        if people is not None
+        else "several images of one person: the guarantee is for one image at a time"
         if g == 1
         else f"people with more than {g} images",
         "settings that were tuned by looking at private metrics of earlier runs on the same images",
@@ -62,6 +65,7 @@ def certify(
         epsilon_by_rdp="inf" if math.isinf(by_rdp) else by_rdp,
         delta=ledger.delta,
         group_size=g,
+        people=people,
         accountant=bound.by,
         unit="one image" if g == 1 else f"up to {g} images together",
         adjacency=(
@@ -164,7 +168,8 @@ def public_config(config: Config) -> dict[str, Any]:
     for name in ("source", "cache", "workers"):
         values["data"].pop(name)
     values["data"]["labels"] = config.data.labels is not False  # a path is a table of the holder's
-    values["privacy"].pop("budget")
+    for name in ("budget", "groups"):
+        values["privacy"].pop(name)
     if config.network.prior not in (None, SHIPPED):
         values["network"]["prior"] = "a file of the holder's"  # the certificate has its SHA-256
     return values

@@ -49,7 +49,7 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
 from dpsyngen.thresholds.gap import Answers, GapCurve, Pair, measure
-from dpsyngen.training.session import Session, Terms
+from dpsyngen.training.session import Session, Terms, with_group_size
 from dpsyngen.workers import Workers
 
 _STORED = ("log_sigma", "gap", "teacher_loss", "student_loss", "noise")  # curves in private_gap.json
@@ -206,7 +206,9 @@ class PrivateEstimate:
                 "FILE --epsilon … --delta …` for this estimate and the trainings after it together."
             )
         require(0 < sampling_rate <= 1, "--sampling-rate", sampling_rate, "above 0 and at most 1")
-        records = config.data.records or len(dataset)
+        config = with_group_size(config, dataset)
+        p, self.config = config.privacy, config
+        records = config.data.records or dataset.images_a_person(p.most_per_person)[1]
         delta = default_delta(records) if p.delta is None else p.delta
         require(delta < 1 / records, "--delta", delta, f"below 1/records = {1 / records:.3g}")
         try:
@@ -251,22 +253,24 @@ class PrivateEstimate:
             RunError, LedgerError: the files in the folder do not fit together.
         """
         p, q = self.privacy, self.query
-        fingerprint = self.dataset.fingerprint()
         self.private.mkdir(mode=0o700, exist_ok=True)
         os.chmod(self.private, 0o700)
         terms = Terms(p.epsilon, self.delta, q.records, p.group_size, p.insecure_seed)
         session = Session(
             self.private, terms, (self.result_path,), "start again in another folder, which charges again"
         )
+        whole, dataset = self.dataset.fingerprint(), session.images(self.config, self.dataset)
         fixed = {"networks": [_digest(network) for network in networks.values()], "log_sigma": list(log_sigma)}
         fixed |= {"records": q.records, "sampling_rate": q.sampling_rate}
         # Calibration and public clipping could differ in the last digits with another version of a library.
-        known = session.pin(fingerprint, fixed, noise_multiplier=q.noise_multiplier, clipping_norm=clipping_norm)
+        known = session.pin(
+            dataset.fingerprint(), fixed, noise_multiplier=q.noise_multiplier, clipping_norm=clipping_norm
+        )
         q = replace(q, noise_multiplier=known["noise_multiplier"], clipping_norm=float(known["clipping_norm"]))
         if self.result_path.exists():
             return self._read(*networks)
         if self.budget is not None:
-            self.budget.reserve(session.ledger.run, name, (q.mechanism(),), fingerprint)
+            self.budget.reserve(session.ledger.run, name, (q.mechanism(),), whole)
         ledger = session.ledger
         if not ledger.mechanisms:
             ledger.charge(
@@ -276,7 +280,7 @@ class PrivateEstimate:
                 values=3 * len(log_sigma),
             )
         gap = PrivateGap(networks, log_sigma, self.sigma_data, session.randomness, workers)
-        curve = gap.released(gap.summed(self.dataset, q, on_progress), q)
+        curve = gap.released(gap.summed(dataset, q, on_progress), q)
         statement = {
             "private": ledger.secure,
             "epsilon": ledger.epsilon(),

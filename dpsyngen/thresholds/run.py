@@ -156,7 +156,9 @@ class Stages:
         s, o, c, private = self.search, self.options, self.config, None
         if self.estimate is not None:
             query = self.estimate.query
-            private = c.privacy.model_dump(mode="json", include={"epsilon", "group_size", "insecure_seed"})
+            private = c.privacy.model_dump(
+                mode="json", include={"epsilon", "group_size", "most_per_person", "insecure_seed"}
+            )
             private |= {"delta": self.estimate.delta, "records": query.records, "sampling_rate": query.sampling_rate}
         proxy = None if s.proxy is None else s.proxy.program.config() | {"set_aside": len(s.proxy.measuring_images(0))}
         return {

@@ -33,6 +33,7 @@ from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.plan import Plan, program_of
 from dpsyngen.training.private import Computing, PrivateStep
 from dpsyngen.training.public import PublicStep, levels_of, public_step
+from dpsyngen.training.session import chosen_images
 from dpsyngen.workers import Workers
 
 READ, SET_UP, PUBLIC, PRIVATE = "read", "set up", "public", "private"
@@ -43,7 +44,9 @@ Load = Callable[[Config], ImageDataset]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is, as the main process tells it to the others; `randomness` is its key."""
+    """What a run is, as the main process tells it to the others; `randomness` is its key, by which all choose the same
+    images where ``privacy.most_per_person`` is set.
+    """
 
     config: Config
     plan: Plan
@@ -112,6 +115,7 @@ class _Follower:
 
     def _on_set_up(self, setting: Setting) -> None:
         self.setting = setting
+        self.dataset = chosen_images(setting.config, self.dataset, setting.randomness)
 
     def _on_public(self, stage: Stage, conditional: bool) -> None:
         known, compute = self.setting, self._compute()

@@ -58,7 +58,7 @@ from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, progr
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import PRETRAIN, PUBLIC_INDEX, PublicStep, levels_of, public_step, train_public
 from dpsyngen.training.run import Run
-from dpsyngen.training.session import EngineSettings, Session, Terms, fixed_settings
+from dpsyngen.training.session import EngineSettings, Session, Terms, fixed_settings, with_group_size
 from dpsyngen.workers import Workers
 
 
@@ -138,6 +138,8 @@ class Training:
                 prior_tier=self.program.prior_tier,
                 prior_tier_meaning=TIERS[self.program.prior_tier],
             )
+        whole, self.dataset = dataset.fingerprint(), session.images(config, dataset)
+        dataset = self.dataset
         moments = plan.moments
         known = session.pin(
             dataset.fingerprint(),
@@ -157,7 +159,7 @@ class Training:
         self.checkpoints = Checkpoints(run.private, self.ledger)
         self.budget = None if p.budget is None else Budget(Path(p.budget))
         if self.budget is not None:
-            self.budget.reserve(self.ledger.run, run.path.name, plan.mechanisms, dataset.fingerprint())
+            self.budget.reserve(self.ledger.run, run.path.name, plan.mechanisms, whole)
         left = plan.steps - charged_steps(self.ledger)
         wanted = () if plan.moments is None else uncharged(self.ledger, plan.moments)
         if left > 0:
@@ -182,6 +184,7 @@ class Training:
         """
         if config.logging.tensorboard:
             require_tensorboard()
+        config = with_group_size(config, dataset)
         shape = shape_of(dataset, config)
         config = with_prior(with_batch(config, shape.records))
         plan = make_plan(config, shape)
@@ -220,6 +223,7 @@ class Training:
             config = config.model_copy(update={"logging": logging})
         if config.logging.tensorboard:
             require_tensorboard()
+        with_group_size(config, dataset)
         return cls(run, config, dataset, make_plan(config, shape_of(dataset, config)), device, ranks, hooks)
 
     @property

@@ -89,7 +89,8 @@ class Plan:
 def shape_of(dataset: ImageDataset, config: Config) -> Shape:
     """The public facts about a data set."""
     names = dataset.class_names if config.data.labels else ()
-    return Shape(dataset.resolution, dataset.channels, names, config.data.records or len(dataset))
+    _, used = dataset.images_a_person(config.privacy.most_per_person)
+    return Shape(dataset.resolution, dataset.channels, names, config.data.records or used)
 
 
 def stages_of(config: Config) -> StageMap:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsyngen.config import Config
+from dpsyngen.data import ImageDataset
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import write_text
 from dpsyngen.hardware import Compute
@@ -140,6 +141,17 @@ class Session:
             )
         return {k: v for k, v in known.items() if k not in ("fingerprint", "settings")}
 
+    def images(self, config: Config, dataset: ImageDataset) -> ImageDataset:
+        """The :func:`chosen_images`.  How it is known how many images a person has is written down, which is public."""
+        p, noted = config.privacy, any("people" in e.details for e in self.ledger.entries)
+        if dataset.persons is not None and not noted:
+            what = f"declared: at most {p.group_size} images a person, checked against"
+            if p.most_per_person is not None:
+                what = f"at most {p.most_per_person} images of each person were used, chosen at random first of all, by"
+            people = f"{what} the holder's table of whose image is whose"
+            self.ledger.note_public_choice("how many images a person has at most", people=people)
+        return chosen_images(config, dataset, self.randomness)
+
     def _missing(self, path: Path, so: str) -> RunError:
         return RunError(
             f"{path} is missing, though the run had begun: {so}.  Put it back from a backup, or {self.again}."
@@ -170,10 +182,58 @@ def pinned(path: Path) -> dict[str, Any] | None:
         ) from None
 
 
+def with_group_size(config: Config, dataset: ImageDataset) -> Config:
+    """The configuration with the number of images of one person that ε is for, checked by whose images they are.
+
+    What is found in the table is private, and where it decided about noise that is published, ε would not hold.  So it
+    is checked only: the number is declared, or made true by leaving images out.
+
+    Raises:
+        ConfigError: a person has more images than was declared, nothing was declared, or nobody said whose they are.
+    """
+    p = config.privacy
+    changed: dict[str, Any] = {}
+    if p.groups is not None:
+        changed["groups"] = str(Path(p.groups).expanduser().resolve())
+    if dataset.persons is None:
+        if p.most_per_person is not None or p.groups is not None:
+            raise ConfigError(
+                "privacy.most_per_person and privacy.groups need to know whose image each is: give --groups FILE, a "
+                "table of file names and persons, with a folder, Parquet or WebDataset; for arrays groups=[…]."
+            )
+        return config
+    if p.most_per_person is not None:
+        changed["group_size"] = p.most_per_person
+    config = config.model_copy(update={"privacy": p.model_copy(update=changed)})
+    largest, _ = dataset.images_a_person(p.most_per_person)
+    ways = (
+        "How many images a person has at most is private, and the noise, which is published, follows from it: so it is "
+        "said and not counted.  Either declare a number that follows from how the images were taken, with "
+        "--group-size N, which is checked; or use at most m images of each person, chosen at random, with "
+        f"--most-per-person m.  In this table it is {largest:,}, which is for your eyes only."
+    )
+    if "group_size" not in config.privacy.model_fields_set:
+        raise ConfigError(f"how many images of one person ε is for was not said.  {ways}")
+    if largest > config.privacy.group_size:
+        raise ConfigError(f"somebody has more images than --group-size {config.privacy.group_size} says.  {ways}")
+    return config
+
+
+def chosen_images(config: Config, dataset: ImageDataset, randomness: Randomness) -> ImageDataset:
+    """The images that a run uses: where ``privacy.most_per_person`` is m, m at random of each person who has more.
+
+    A function of the run's key and the images, so that a run which is resumed has the same ones.
+    """
+    most = config.privacy.most_per_person
+    if most is None or dataset.persons is None:
+        return dataset
+    return dataset.at_most(most, lambda content: randomness.tag(content))
+
+
 # What may change between two sessions of a run: it decides neither what a step is nor what is made of the steps.
 _FREE = {
     "data": {"source", "cache", "workers"},
-    "privacy": {"budget"},
+    "privacy": {"budget", "groups"},
     "private": {"physical_batch", "checkpoint_every"},
     "public": {"checkpoint_every"},
     "compute": {"compile"},  # DP-SGD steps are never compiled

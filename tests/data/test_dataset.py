@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from dpsyngen.data import ImageDataset
 from dpsyngen.errors import DataError
+from dpsyngen.privacy.randomness import Randomness
 
 
 def make(n: int = 5, **changes: object) -> ImageDataset:
@@ -112,3 +114,52 @@ def test_classes_of_another_set() -> None:
     for own, other in ((bare, ("w",)), (test, ())):
         with pytest.raises(DataError, match="test images have the classes"):
             own.with_classes(other, "test")
+
+
+# ------------------------------------------------------------------------------------- images of one person
+
+
+def of_persons(seed: int, persons: int = 12, most: int = 9) -> ImageDataset:
+    rng = np.random.default_rng(seed)
+    whose = np.repeat(np.arange(persons), rng.integers(1, most + 1, persons))
+    rng.shuffle(whose)
+    images = rng.integers(0, 256, (len(whose), 1, 8, 8), dtype=np.uint8)
+    images[::5] = images[0]  # some are alike
+    return ImageDataset(images, None, (), "test").with_persons(whose)
+
+
+def contents(data: ImageDataset) -> Counter[bytes]:
+    return Counter(image.tobytes() for image in data.array())
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_without_a_person_at_most_that_many_images_are_gone(most: int, seed: int) -> None:
+    """Neighbouring data sets: the choice among the images of all others is the same."""
+    rank = Randomness.from_insecure_seed(seed).tag
+    data = of_persons(seed)
+    chosen = data.at_most(most, rank)
+    assert chosen.images_a_person()[0] <= most
+    assert len(chosen) == data.images_a_person(most)[1]
+    for person in range(12):
+        without = data.subset(data.persons != person).at_most(most, rank)  # type: ignore[arg-type]
+        assert contents(without) <= contents(chosen)
+        assert sum((contents(chosen) - contents(without)).values()) == min(most, int((data.persons == person).sum()))
+
+
+def test_the_choice_is_at_random_and_follows_from_the_key() -> None:
+    data = of_persons(1)
+    picked = [contents(data.at_most(2, Randomness.from_insecure_seed(seed).tag)) for seed in (0, 0, 1, 2)]
+    assert picked[0] == picked[1]
+    assert len({tuple(sorted(p)) for p in picked}) == 3
+    distinct = ImageDataset(np.arange(5 * 64, dtype=np.uint8).reshape(5, 1, 8, 8) % 251, None, (), "t")
+    one = distinct.with_persons(["a"] * 5)
+    counts = Counter(one.at_most(1, Randomness.from_insecure_seed(s).tag).array()[0, 0, 0, 0] for s in range(500))
+    assert all(60 < counts[first] < 140 for first in distinct.array()[:, 0, 0, 0])
+    assert data.at_most(9, Randomness.from_insecure_seed(0).tag) is data
+
+
+@pytest.mark.parametrize("persons", [[1, 2], [1.5] * 5, [[1]] * 5, [None] * 5])
+def test_persons_that_do_not_fit(persons: list) -> None:
+    with pytest.raises(DataError, match="whose image each is"):
+        ImageDataset(np.zeros((5, 1, 8, 8), dtype=np.uint8), None, (), "t").with_persons(persons)

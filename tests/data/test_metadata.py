@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from dpsyngen.data import load_images
-from dpsyngen.errors import DataError
-from tests.data.encoded import pixels
+from dpsyngen.errors import ConfigError, DataError
+from tests.data.encoded import pixels, png, samples, table, write_parquet, write_saved, write_tar
 
 
 @pytest.fixture
@@ -210,3 +210,86 @@ def test_tables_are_for_folders_of_images(flat: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no column 'dx'"):
         load_images(flat, label_column="dx")
     assert classes_of(flat, labels=tmp_path / "labels.csv") == list("abababab")
+
+
+# ------------------------------------------------------------------------------------------------- whose image it is
+
+NAMES = ("Ivanova", "Okonkwo", "Grünbaum")
+WHOSE = {f"{i}.png": NAMES[i % 3] for i in range(8)}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("head", ["file_name,person", "file,Patient ID", "image,whatever it is called"])
+def test_persons_of_a_table_become_numbers(flat: Path, tmp_path: Path, inside: bool, head: str) -> None:
+    table = (flat if inside else tmp_path) / "patients.csv"
+    table.write_text(csv_of(dict(reversed(WHOSE.items())), head), encoding="utf-8")
+    data = load_images(flat, groups=table)
+    assert data.persons is not None
+    assert data.persons.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert data.images_a_person() == (3, 8)
+    assert data.images_a_person(2) == (2, 6)
+    assert not any(name in repr(vars(data)) for name in NAMES)
+    assert data.subset([7, 2]).persons.tolist() == [1, 2]  # type: ignore[union-attr]
+
+
+def test_persons_are_kept_in_no_cache_and_follow_images_that_are_left_out(flat: Path, tmp_path: Path) -> None:
+    table = tmp_path / "patients.csv"
+    table.write_text(csv_of({**WHOSE, "0a.png": NAMES[2]}, "file_name,person"), encoding="utf-8")
+    (flat / "0a.png").write_bytes(b"broken")
+    for cache in (tmp_path / "cache", tmp_path / "cache", "auto"):
+        data = load_images(flat, groups=table, skip_bad=True, cache=cache)
+        assert data.persons.tolist() == [0, 2, 1, 0, 2, 1, 0, 2]  # type: ignore[union-attr]
+    assert load_images(flat, skip_bad=True, cache=tmp_path / "cache").persons is None
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert kept
+    assert not any(name.encode() in kept for name in NAMES)
+
+
+def test_persons_of_shards(tmp_path: Path) -> None:
+    images = pixels(6)
+    csv = tmp_path / "patients.csv"
+    csv.write_text(csv_of({f"{i:06}.png": NAMES[i // 3] for i in range(6)}, "file_name,person"))
+    tar = write_tar(tmp_path / "s.tar", samples(images))
+    assert load_images(tar, groups=csv).persons.tolist() == [0, 0, 0, 1, 1, 1]  # type: ignore[union-attr]
+    content = table([png(image) for image in images], [0, None, 1, 0, 1, 1])
+    structs = [{"bytes": png(image), "path": f"{i:06}.png"} for i, image in enumerate(images)]
+    content = content.set_column(0, content.schema.field(0), [structs])
+    for source in (write_parquet(tmp_path / "t.parquet", content, 4), write_saved(tmp_path / "saved", [content])):
+        data = load_images(source, groups=csv, skip_bad=True)
+        assert data.persons.tolist() == [0, 0, 1, 1, 1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (csv_of({f"{i}.png": NAMES[0] for i in range(7)}, "file_name,person"), "no person for 1 of 8 images, such as"),
+        (csv_of({**WHOSE, "3.png": ""}, "file_name,person"), "no person for 1 of 8 images"),
+        (csv_of(WHOSE, "file_name,person") + f"0.png,{NAMES[2]}\n", "'0.png' is there twice, with different persons"),
+        ("file_name,age,ward\n0.png,3,Okonkwo\n", "unclear which column says whose image.* 'age', 'ward'"),
+        ("number,person\n1,Okonkwo\n", "no column of file names"),
+        ("", "no column of file names"),
+    ],
+)
+def test_tables_of_persons_that_do_not_do(flat: Path, tmp_path: Path, text: str, message: str) -> None:
+    csv = tmp_path / "patients.csv"
+    csv.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message) as told:
+        load_images(flat, groups=csv)
+    assert not any(name in str(told.value) for name in NAMES)
+
+
+def test_images_without_file_names_have_no_persons_in_a_table(tmp_path: Path) -> None:
+    csv = tmp_path / "patients.csv"
+    csv.write_text(csv_of(WHOSE, "file_name,person"), encoding="utf-8")
+    np.savez(tmp_path / "images.npz", images=pixels(8))
+    with pytest.raises(ConfigError, match="have no file names"):
+        load_images(tmp_path / "images.npz", groups=csv)
+    bare = write_parquet(tmp_path / "t.parquet", pa_binary([png(image) for image in pixels(3)]))
+    with pytest.raises(DataError, match="has no 'path' beside the bytes"):
+        load_images(bare, groups=csv)
+
+
+def pa_binary(images: list[bytes]) -> Any:
+    import pyarrow as pa
+
+    return pa.table({"image": images})

@@ -1,0 +1,178 @@
+"""One record, one person: runs that know whose image is whose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpsyngen import Generator
+from dpsyngen.config import load_config
+from dpsyngen.data import ImageDataset, load_images
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.evaluation.run import check_memorisation
+from dpsyngen.privacy.accounting import epsilon
+from dpsyngen.privacy.budget import Budget
+from dpsyngen.privacy.certificate import Certificate
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.release.bundle import pack
+from dpsyngen.release.verify import verify
+from dpsyngen.training.run import Run
+from tests.conftest import TINY_SETTINGS, tiny_arrays
+from tests.training.short_runs import begin, bytes_of, finish, merged, resume, start
+
+NAMES = ("Ivanova-Planted", "Okonkwo-Planted", "Grünbaum-Planted")
+COUNT = 60
+
+
+def whose(i: int) -> str:
+    """Five images of most, 15 of one person."""
+    return NAMES[0] if i < 15 else f"{NAMES[1 + i % 2]}-{i // 5}-{i % 2}"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder of 60 images in three classes, and a table of persons."""
+    images, labels = tiny_arrays(n=COUNT)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "photos" / "abc"[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    table = tmp_path / "patients.csv"
+    rows = [f"{i:02}.png,{whose(i)}" for i in range(COUNT)]
+    table.write_text("\n".join(["file_name,patient", *rows]) + "\n", encoding="utf-8")
+    return tmp_path / "photos", table
+
+
+def settings_file(path: Path, **sections: dict) -> Path:
+    path.write_text(json.dumps(merged(TINY_SETTINGS, **sections)))
+    return path
+
+
+def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos, tmp_path, monkeypatch) -> None:
+    """With names of persons planted: they are nowhere in what is written or printed."""
+    folder, table = photos
+    monkeypatch.chdir(tmp_path)
+    config = settings_file(tmp_path / "c.yaml")
+    given = (
+        "--config",
+        config,
+        "--data",
+        "photos",
+        "--epsilon",
+        8,
+        "--groups",
+        "patients.csv",
+        "--set",
+        "data.cache=c",
+    )
+    code, out, err = call("train", *given, "--most-per-person", 2, "--out", "run", "--delta", "1e-3")
+    assert code == 0, err
+    run = Run(tmp_path / "run")
+    ledger = Ledger(run.ledger_path)
+    used = load_images(folder, groups=table).images_a_person(2)[1]
+    assert used < COUNT
+    assert (ledger.records, ledger.group_size) == (used, 2)
+    # DP moments and DP-SGD are accounted for two images together.
+    assert epsilon(ledger.mechanisms, 1e-3, group_size=2) == ledger.epsilon() <= 8 < ledger.epsilon(group_size=3)
+    c = Certificate.read(run.release / "privacy.json")
+    assert (c.group_size, c.public_assumptions.records) == (2, used)
+    assert "at most 2 images of each person were used, chosen at random" in str(c.people)
+    assert "several images of one person" not in " ".join(c.not_covered)
+    assert "at most 2 images of each person were used" in (run.release / "PRIVACY.md").read_text()
+    pack(run, tmp_path / "b.zip")
+    checked = verify(tmp_path / "b.zip")
+    assert checked.ok, checked
+    # The same images are found again, by the key.
+    assert check_memorisation(run, images=4).duplicates == 0
+    written = b"".join(bytes_of(tmp_path / "run").values()) + b"".join(bytes_of(tmp_path / "c").values())
+    released = b"".join(bytes_of(run.release).values()) + (tmp_path / "b.zip").read_bytes()
+    assert b"Planted" not in written + released + (out + err).encode()
+    assert b"patients" not in released
+
+
+def test_a_declared_number_is_checked(call, photos, tmp_path) -> None:
+    folder, table = photos
+    given = ("--data", folder, "--config", settings_file(tmp_path / "c.yaml"), "--epsilon", 8, "--groups", table)
+    code, _, err = call("train", *given, "--out", tmp_path / "a")
+    assert code == 2
+    assert "--group-size N" in err
+    assert "--most-per-person m" in err
+    code, _, err = call("train", *given, "--out", tmp_path / "a", "--group-size", 14)
+    assert code == 2
+    assert "somebody has more images than --group-size 14 says" in err
+    assert "it is 15" in err
+    assert "Planted" not in err
+    assert not (tmp_path / "a").exists()
+    assert call("train", *given, "--out", tmp_path / "a", "--group-size", 20)[0] == 0
+    c = Certificate.read(tmp_path / "a" / "release" / "privacy.json")
+    assert c.group_size == 20
+    assert str(c.people).startswith("declared: at most 20 images a person, checked against")
+    assert c.public_assumptions.records == COUNT
+
+
+def with_persons() -> ImageDataset:
+    images, labels = tiny_arrays(n=COUNT)
+    return load_images((images, labels)).with_persons([whose(i) for i in range(COUNT)])
+
+
+def test_without_a_person_a_run_sees_no_more_than_that_many_images_less(tmp_path) -> None:
+    data = with_persons()
+    assert data.persons is not None
+    privacy = {"epsilon": 8, "insecure_seed": 7, "most_per_person": 3, "delta": 1e-3}
+    config = load_config(merged(TINY_SETTINGS, privacy=privacy, data={"records": 50}))
+    whole = start(config, data, tmp_path / "whole")
+    without = start(config, data.subset(data.persons != 0), tmp_path / "without")
+    seen, left = ({image.tobytes() for image in t.dataset.array()} for t in (whole, without))
+    assert left < seen
+    assert len(seen - left) == 3
+    assert whole.plan == without.plan
+    assert whole.ledger.group_size == 3
+
+
+def test_a_resumed_run_has_the_same_images_and_no_others(tmp_path) -> None:
+    data = with_persons()
+    privacy = {"epsilon": 8, "insecure_seed": 7, "most_per_person": 2, "delta": 1e-3}
+    config = load_config(merged(TINY_SETTINGS, privacy=privacy))
+    through = finish(start(config, data, tmp_path / "through"))
+    stopped = start(config, data, tmp_path / "stopped")
+    for step in stopped.steps():
+        if step.phase == "private":
+            break
+    again = finish(resume(stopped.run, data))
+    assert again.dataset.fingerprint() == through.dataset.fingerprint() != data.fingerprint()
+    assert again.run.weights("private").read_bytes() == through.run.weights("private").read_bytes()
+    assert [e.details.get("people") is not None for e in again.ledger.entries].count(True) == 1
+    other = begin(TINY_SETTINGS, tiny_arrays(n=COUNT), tmp_path / "other")
+    assert other.dataset.persons is None
+    with pytest.raises(ConfigError, match="whose image each is"):
+        resume(start(config, data, tmp_path / "third").run, load_images(tiny_arrays(n=COUNT)))
+    with pytest.raises(RunError, match="not those"):
+        resume(Run(tmp_path / "third"), data.with_persons([str(i // 3) for i in range(COUNT)]))
+
+
+def test_fit_takes_a_person_for_each_image(tmp_path) -> None:
+    images, labels = tiny_arrays(n=COUNT)
+    options = {"epsilon": 8, "delta": 1e-3, "progress": False, "settings": TINY_SETTINGS}
+    groups = np.array([whose(i) for i in range(COUNT)])
+    g = Generator.fit(images, labels, groups=groups, most_per_person=1, out=tmp_path / "a", **options)
+    assert g.privacy.group_size == 1
+    assert "at most 1 images of each person" in str(g.privacy.certificate.people)
+    with pytest.raises(ConfigError, match="was not said"):
+        Generator.fit(images, labels, groups=groups, out=tmp_path / "b", **options)
+    with pytest.raises(ConfigError, match="whose image each is"):
+        Generator.fit(images, labels, most_per_person=2, out=tmp_path / "b", **options)
+
+
+def test_runs_of_one_budget_may_choose_different_images(tmp_path) -> None:
+    """The budget is of the data set, whatever was chosen of it."""
+    budget = Budget.create(tmp_path / "budget", epsilon_limit=30.0, delta=1e-3, group_size=2)
+    data = with_persons()
+    privacy = {"epsilon": 4, "delta": 1e-3, "most_per_person": 2, "budget": str(budget.path)}
+    config = load_config(merged(TINY_SETTINGS, privacy=privacy))
+    chosen = {start(config, data, tmp_path / name).dataset.fingerprint() for name in "ab"}
+    assert len(chosen) == 2
+    assert len(Budget(budget.path).charges) == 2
