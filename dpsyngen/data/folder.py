@@ -132,8 +132,10 @@ def _by_frames(root: Path, files: Sequence[str], source: Source, form: Form) -> 
     def name_of(i: int) -> str:
         return files[which[i]] + (f", frame {frames[i] + 1}" if counts[which[i]] > 1 else "")
 
-    told = {"name": name_of, "files": lambda: [files[i] for i in which]}
-    return replace(source, jobs=jobs, labels=labels, bad=tuple(bad), **told)
+    def names() -> list[str]:
+        return [files[i] for i in which.tolist()]
+
+    return replace(source, jobs=jobs, labels=labels, name=name_of, bad=tuple(bad), files=names)
 
 
 def _frame_items(root: str, places: Sequence[tuple[str, int | None]]) -> Iterator[Item]:
