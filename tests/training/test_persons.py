@@ -142,6 +142,10 @@ def test_a_resumed_run_has_the_same_images_and_no_others(tmp_path) -> None:
     for number, _ in enumerate(stopped.steps()):
         stopped.stop_requested = number >= 8  # in the private phase
     assert not stopped.run.complete
+    with pytest.raises(ConfigError, match="whose image each is"):
+        resume(stopped.run, load_images(tiny_arrays(n=COUNT)))
+    with pytest.raises(RunError, match="not those"):
+        resume(stopped.run, data.with_persons([str(i // 3) for i in range(COUNT)]))
     again = finish(resume(stopped.run, data))
     assert again.dataset.fingerprint() == through.dataset.fingerprint() != data.fingerprint()
     weights = [{p.name: p.read_bytes() for p in t.run.release.rglob("*.safetensors")} for t in (again, through)]
@@ -149,10 +153,6 @@ def test_a_resumed_run_has_the_same_images_and_no_others(tmp_path) -> None:
     assert [e.details.get("people") is not None for e in again.ledger.entries].count(True) == 1
     other = begin(TINY_SETTINGS, tiny_arrays(n=COUNT), tmp_path / "other")
     assert other.dataset.persons is None
-    with pytest.raises(ConfigError, match="whose image each is"):
-        resume(start(config, data, tmp_path / "third").run, load_images(tiny_arrays(n=COUNT)))
-    with pytest.raises(RunError, match="not those"):
-        resume(start(config, data, tmp_path / "fourth").run, data.with_persons([str(i // 3) for i in range(COUNT)]))
 
 
 def test_fit_takes_a_person_for_each_image(tmp_path) -> None:
