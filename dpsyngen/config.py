@@ -110,7 +110,7 @@ class StagesConfig(_Section):
         "dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "instant", "residual", "residual-cleaning"
     ] = "both"
     tau_cleaning: float = Field(-3.0, ge=-100, le=100, description="log σ")
-    tau_coarse: float = Field(2.0, ge=-100, le=100, description="log σ")
+    tau_coarse: float | None = Field(None, ge=-100, le=100, description="log σ; None: what suits the variant")
     networks: Literal["experts", "shared"] = "experts"
     pretrain: bool | None = Field(None, description="start from programmatic images; None: what the variant says")
 
@@ -132,7 +132,7 @@ class NetworkConfig(_Section):
         None,
         max_length=4096,
         description="weights that programs trained, which a network on DP moments starts from: 'shipped', or a file; "
-        "it brings its size of network (docs/prior.md)",
+        "it brings its size of network, so that of a preset is dropped where network.size is given (docs/prior.md)",
     )
     sigma_data: float = Field(math.sqrt(1 / 3), ge=1e-3, le=1e3, description="σ_d; never measured on private images")
     noise_mean: float = Field(-1.2, ge=-100, le=100, description="P_mean of log σ")
@@ -272,7 +272,7 @@ class Config(_Section):
         reference = math.isinf(privacy.epsilon) or privacy.insecure_seed is not None
         for contradiction, message in (
             (
-                stages.tau_cleaning >= stages.tau_coarse,
+                stages.tau_coarse is not None and stages.tau_cleaning >= stages.tau_coarse,
                 f"stages.tau_cleaning = {stages.tau_cleaning} must be below stages.tau_coarse = {stages.tau_coarse}: "
                 "between them lies the stage that private images train",
             ),
@@ -408,7 +408,12 @@ def load_config(
     name = preset or (overrides or {}).get("preset") or given.get("preset") or default_preset(device)
     require(name in preset_names(), "preset", name, preset_names())
     text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    merged = merge_settings(merge_settings(_sections(read_yaml(text, f"preset {name}"), name), given), overrides or {})
+    named, given = _sections(read_yaml(text, f"preset {name}"), name), merge_settings(given, overrides or {})
+    network = given.get("network")
+    if isinstance(network, dict) and "size" in network and "prior" not in network:
+        # The preset's prior is of one size: a size of one's own does without.
+        named["network"].pop("prior", None)
+    merged = merge_settings(named, given)
     merged["preset"] = name
     return validate(merged)
 

@@ -211,3 +211,11 @@ def test_messages_are_short_and_fit_for_a_terminal() -> None:
 def test_a_configuration_that_is_no_mapping(values) -> None:
     with pytest.raises(ConfigError, match="mapping"):
         validate(values)
+
+
+def test_a_size_of_ones_own_does_without_the_prior_of_the_preset() -> None:
+    given = {"privacy": {"epsilon": 1.0}}
+    assert load_config(given, preset="cpu-small").network.prior == "shipped"
+    assert load_config(given | {"network": {"size": "small"}}, preset="cpu-small").network.prior is None
+    both = given | {"network": {"size": "small", "prior": "shipped"}}
+    assert load_config(both, preset="cpu-small").network.prior == "shipped"

@@ -27,7 +27,7 @@ def evaluate(
     labels: Annotated[str | None, typer.Option(metavar="FILE", help="table of the labels of --data or --test")] = None,
     label_column: Annotated[str | None, typer.Option(help="default: the run's; '' for a usual name")] = None,
     count: Annotated[int, typer.Option("-n", "--count", help="number of generated images")] = 10_000,
-    features: Annotated[str, typer.Option(help=_FEATURES)] = "pixels-pca,efficientnet-lite0",
+    features: Annotated[str, typer.Option(help=_FEATURES)] = "efficientnet-lite0,pixels-pca",
     metrics: Annotated[str, typer.Option(help="comma-separated, '' for none; see docs/metrics.md")] = ",".join(METRICS),
     classifiers: Annotated[str, typer.Option(help="among logreg, mlp, cnn, resnet; '' for none")] = "logreg,mlp,cnn",
     bootstrap: Annotated[int, typer.Option(help="replicates for the 95 % intervals; 0: no intervals")] = 200,

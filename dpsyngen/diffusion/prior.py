@@ -1,4 +1,4 @@
-"""A denoiser that reads the moments of a set: D = G + s ⊙ F(c_in·x, G, s/σ; log σ).
+"""A denoiser that reads the moments of a set: D = G + s ⊙ F(c_in·x, G, s/σ, r(x - x̄); log σ).
 
 G is the Wiener filter of the set's DP moments and s the standard deviation of each pixel that it leaves.  F is trained
 on hundreds of families of programs, each with moments of its own, and is shown which family it is in by G and s only.
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
@@ -26,7 +27,7 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.files import write_bytes
 
 SHIPPED = "shipped"
-"""Name of the prior that comes with the package, for grey images; there is none for colour yet."""
+"""Name of the priors that come with the package, one for grey images and one for colour."""
 
 PRIOR_SIZE = "prior"
 """Of the network F, in :data:`dpsyngen.diffusion.unet.SIZES`."""
@@ -36,7 +37,7 @@ _FILES = {1: "grey", 3: "colour"}
 
 
 class PriorDenoiser(NetworkDenoiser):
-    """D = G(x; σ, y) + s(σ, y) ⊙ F([c_in·x, G, s/σ], c_noise, y).
+    """D = G(x; σ, y) + s(σ, y) ⊙ F([c_in·x, G, s/σ, r(x - x̄)], c_noise, y).
 
     c_in = 1/√(σ² + 1), and λ = 1 / mean s²: the loss of each σ is 1 where F = 0 and the data are as their moments say,
     as EDM's is at the start.  F ends in a layer that starts at almost 0, so training starts from G.
@@ -44,7 +45,7 @@ class PriorDenoiser(NetworkDenoiser):
     The moments are constants: only the network has parameters and an entry in ``state_dict``.
 
     Args:
-        network: F(input [N, 3C, H, W], c_noise [N], classes [N] or None) -> [N, C, H, W].
+        network: F(input [N, 4C, H, W], c_noise [N], classes [N] or None) -> [N, C, H, W].
         num_classes: 0 for a network that knows no class.
         gaussian: G.
     """
@@ -81,10 +82,20 @@ class PriorDenoiser(NetworkDenoiser):
         return super()._apply(fn, recurse)
 
 
+SEEN = 4
+"""Channels that F sees for each channel of an image."""
+
+
 def network_input(x: Tensor, sigma: Tensor, base: Tensor, left: Tensor) -> Tensor:
-    """What F sees of rows x [N, C, H, W] at levels sigma [N]: c_in·x, G and s/σ, [N, 3C, H, W]."""
+    """What F sees of rows x [N, C, H, W] at levels sigma [N], [N, 4C, H, W].
+
+    c_in·x, G, s/σ, and the difference of x from its mean x̄ over 3x3 pixels in units of the noise, r(d) = 2 tanh(d/2σ).
+    At small σ the noise is far below the size of x, but it is what F has to tell from the picture.
+    """
     level = sigma.view(-1, 1, 1, 1)
-    return torch.cat([x * (level.square() + 1).rsqrt(), base, left / level], 1)
+    near = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+    grain = 2 * torch.tanh((x - near) / (2 * level))
+    return torch.cat([x * (level.square() + 1).rsqrt(), base, left / level, grain], 1)
 
 
 @dataclass(frozen=True)
@@ -115,15 +126,10 @@ def read_prior(prior: str, channels: int) -> Prior:
     """Read a prior: "shipped", or the file of one that ``dpsyngen prior train`` made.
 
     Raises:
-        ConfigError: there is none for images of so many channels, or the file is not one, damaged or edited.
+        ConfigError: the file is no prior for images of so many channels, or damaged or edited.
     """
     if prior == SHIPPED:
         path = Path(str(resources.files("dpsyngen") / "diffusion" / "priors" / f"{_FILES[channels]}.safetensors"))
-        if not path.exists():
-            raise ConfigError(
-                f"no prior ships for images of {channels} channels.  Train one (dpsyngen prior train --channels "
-                f"{'rgb' if channels == 3 else 'grey'}) and give its file to network.prior, or choose another variant."
-            )
     else:
         path = Path(prior)
     try:

@@ -35,6 +35,9 @@ _ENDS: dict[str, tuple[Trainer | None, Trainer | None]] = {
 """For each variant who trains below τ_cleaning and above τ_coarse, besides private images in between.  Where private
 images train nothing ("gaussian", "instant") the lower one reaches up to τ_coarse."""
 
+TAU_COARSE = {"instant": -0.9, "residual": 1.5, "residual-cleaning": 1.5}
+"""τ_coarse where none is given (2 for others): below it the network does better than the moments (docs/prior.md)."""
+
 VARIANTS = tuple(_ENDS)
 USE_MOMENTS = tuple(variant for variant, ends in _ENDS.items() if "moments" in ends)
 """Variants that release DP moments of the private images, see :mod:`dpsyngen.diffusion.gaussian`."""
@@ -141,7 +144,7 @@ def stage_map(
     variant: str,
     *,
     tau_cleaning: float = -3.0,
-    tau_coarse: float = 2.0,
+    tau_coarse: float | None = None,
     networks: Networks = "experts",
     pretrain: bool | None = None,
 ) -> StageMap:
@@ -153,7 +156,7 @@ def stage_map(
             moments), "residual" (DP moments above τ_coarse; the private network learns what they lack),
             "residual-cleaning" (and programs below τ_cleaning).
         tau_cleaning: log σ below which programmatic images train.
-        tau_coarse: log σ above which programmatic images train or DP moments answer.
+        tau_coarse: log σ above which programmatic images train or DP moments answer; None: by ``TAU_COARSE``.
         networks: "experts" (a network for each stage: the public ones never see a private gradient) or "shared"
             (one network that takes public steps at public stages and DP steps at the private one).
         pretrain: start the private network from programmatic training at all σ.  None: what the variant says
@@ -163,6 +166,7 @@ def stage_map(
         ConfigError: unknown variant, τ_cleaning >= τ_coarse, or networks or pretrain that the variant cannot have.
     """
     require(variant in VARIANTS, "variant", variant, VARIANTS)
+    tau_coarse = TAU_COARSE.get(variant, 2.0) if tau_coarse is None else tau_coarse
     for name, tau in (("tau_cleaning", tau_cleaning), ("tau_coarse", tau_coarse)):
         require(math.isfinite(tau), name, tau, "a finite log σ (choose another variant for no threshold)")
     below, above = _ENDS[variant]

@@ -31,6 +31,8 @@ class UNetSize:
         embedding: width of the embedding of σ and class; 0 for four times `width`.
         patch: pixels of patch x patch are folded into channels first, which divides the work of the highest level
             by patch²; 1 for none.
+        refine: channels of two last layers at full resolution, which see the pixels once more and take away the
+            pattern that folding and repetition leave; 0 for none.
     """
 
     width: int
@@ -188,7 +190,7 @@ class UNet(nn.Module):
         h = self.middle(h, embedding)
         for i, block in enumerate(self.up):
             if i and i % blocks == 0:
-                h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+                h = F.interpolate(h, scale_factor=2.0, mode="bilinear" if self.size.refine else "nearest")
             h = block(torch.cat([h, skips.pop()], 1), embedding)  # the skip of the same level
         out: Tensor = self.last(F.silu(self.norm(h)))  # [N, C·p², H/p, W/p]
         out = F.pixel_shuffle(out, patch) if patch > 1 else out  # [N, C, H, W]

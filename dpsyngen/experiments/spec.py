@@ -156,7 +156,7 @@ class SamplingSpec(_Part):
 class EvaluationSpec(_Part):
     """What is measured; see docs/metrics.md and docs/cas.md."""
 
-    features: tuple[str, ...] = ("pixels-pca", "efficientnet-lite0")
+    features: tuple[str, ...] = ("efficientnet-lite0", "pixels-pca")
     metrics: tuple[str, ...] = NAMES
     classifiers: tuple[str, ...] = ("logreg", "mlp", "cnn")
     max_images: int = Field(10_000, ge=2, le=10**7, description="of each set, for features")

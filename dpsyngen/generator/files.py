@@ -25,7 +25,7 @@ from dpsyngen.config import SamplingConfig
 from dpsyngen.data.labels import MAX_CLASSES, check_class_names
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
-from dpsyngen.diffusion.prior import PriorDenoiser
+from dpsyngen.diffusion.prior import SEEN, PriorDenoiser
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage, StageMap
 from dpsyngen.diffusion.unet import UNet, check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, shown
@@ -181,7 +181,7 @@ def load_network(
         RunError: the weights are missing, damaged, or not those of this network.
     """
     classes = len(about.class_names) if about.conditional[name] else 0
-    inputs = None if gaussian is None else 3 * about.channels
+    inputs = None if gaussian is None else SEEN * about.channels
 
     def make() -> UNet:
         return UNet(about.network.size, about.resolution, about.channels, classes, inputs)

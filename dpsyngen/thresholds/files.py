@@ -17,6 +17,7 @@ import yaml
 
 from dpsyngen.config import load_config
 from dpsyngen.console import is_terminal
+from dpsyngen.diffusion.stages import TAU_COARSE
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_atomically, write_text
 from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
@@ -148,15 +149,16 @@ def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
     section: dict[str, Any] = {k: v for k, v in given.get("stages", {}).items() if k not in replaced}
     section["variant"] = result.variant
     cleaning = result.cleaning.log_sigma
-    coarse = before.tau_coarse if result.coarse is None else result.coarse.log_sigma
+    known = TAU_COARSE.get(result.variant, 2.0) if before.tau_coarse is None else before.tau_coarse
+    coarse = known if result.coarse is None else result.coarse.log_sigma
     # A threshold that is not in use must still be on its side of the other one, or the file would be refused.
     if cleaning is not None:
         section["tau_cleaning"] = round(cleaning if coarse is None else min(cleaning, coarse - 0.1), 3)
-        if coarse is None and cleaning >= before.tau_coarse:
+        if coarse is None and cleaning >= known:
             section["tau_coarse"] = round(cleaning + 1, 3)
     if coarse is not None and result.coarse is not None:
         section["tau_coarse"] = round(coarse, 3)
-    low, high = (section.get(k, getattr(before, k)) for k in ("tau_cleaning", "tau_coarse"))
+    low, high = section.get("tau_cleaning", before.tau_cleaning), section.get("tau_coarse", known)
     if low >= high:
         section["tau_cleaning"] = round(high - 1, 3)
     comment = [

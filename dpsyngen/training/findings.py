@@ -71,7 +71,7 @@ _TEXTS = {
         "raise --lr (the presets use 1e-3 to 1e-2), take more --steps, and see whether noise or clipping is in the way",
     ),
     "few-steps": (
-        "Adam needs tens of steps to begin with; the presets take 200 and more",
+        "Adam needs tens of steps to begin with",
         "raise --steps (see `dpsyngen plan` for what that costs in noise)",
     ),
     "few-epochs": ("most of the images add nothing", "raise --batch first (less noise an image), then --steps"),
@@ -229,7 +229,7 @@ class Facts:
     clipping_norm: float  # C
     clipping: str  # its style
     parameters: int  # d, trainable numbers; 0 if unknown
-    pretrained: bool  # whether the private network started from programmatic images
+    pretrained: bool  # whether the private network started from programmatic images, or from the prior
     complete: bool  # whether all steps were taken
     residual: bool = False  # whether it is a residual on DP moments, which draw images without it
 
@@ -260,10 +260,10 @@ def of_private_training(log: Sequence[dict[str, Any]], facts: Facts) -> Iterator
 
 def _of_settings(f: Facts) -> Iterator[Finding]:
     """What is plain before any image is seen."""
-    if f.steps < 50:
+    if f.steps < (20 if f.pretrained else 50):
         yield finding("few-steps", "warning", f"the private phase has {f.steps:,} steps", "released")
     epochs = f.steps * f.batch / f.records
-    if epochs < 1:
+    if epochs < 1 and not f.pretrained:
         seen = f"{f.steps:,} steps of {f.batch:,} images see an image {epochs:.2g} times on average"
         yield finding("few-epochs", "warning", seen, "released")
     # Root mean square of a coordinate of the averaged gradient, at most: noise, and gradients that all have norm C.

@@ -17,7 +17,7 @@ from dpsyngen.diffusion.ema import Ema
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
-from dpsyngen.diffusion.prior import PRIOR_SIZE, SHIPPED, Prior, PriorDenoiser, read_prior
+from dpsyngen.diffusion.prior import PRIOR_SIZE, SEEN, SHIPPED, Prior, PriorDenoiser, read_prior
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap
 from dpsyngen.diffusion.unet import UNet
@@ -53,7 +53,7 @@ def make_network(config: Config, shape: Shape, conditional: bool = True, *, resi
         shape.resolution,
         shape.channels,
         shape.num_classes if conditional else 0,
-        inputs=3 * shape.channels if residual else None,
+        inputs=SEEN * shape.channels if residual else None,
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.ema import Ema
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.prior import PRIOR_SIZE, Prior, network_input
+from dpsyngen.diffusion.prior import PRIOR_SIZE, SEEN, Prior, network_input
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError, require
@@ -80,7 +80,7 @@ class PriorSettings:
 
     channels: int = 1
     seed: int = 0
-    steps: int = 2400
+    steps: int = 3000
     learning_rate: float = 2e-3
     ema: float = 0.998
 
@@ -195,7 +195,7 @@ def train_prior(
     sizes = SIZES[settings.channels]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        network = UNet(PRIOR_SIZE, 32, settings.channels, 0, inputs=3 * settings.channels)
+        network = UNet(PRIOR_SIZE, 32, settings.channels, 0, inputs=SEEN * settings.channels)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), settings.learning_rate, betas=(0.9, 0.99))
     ema, begin = Ema(network, settings.ema), 0
@@ -214,8 +214,8 @@ def train_prior(
         for number in rng.integers(last - about.pool, last, about.rows // _ROWS).tolist():
             if (size, number) not in tasks:
                 tasks[size, number] = family_task(settings, size, number)
-            # Log-normal as in EDM, cut to the levels below which a Gaussian says all.
-            sigma = (-1.2 + 1.2 * torch.randn(_ROWS, generator=generator)).clamp(-4.5, 1.8).exp()
+            # Log-normal as in EDM, a little lower and wider, cut to the levels below which a Gaussian says all.
+            sigma = (-1.5 + 1.3 * torch.randn(_ROWS, generator=generator)).clamp(-4.5, 1.8).exp()
             parts.append(_rows(tasks[size, number], sigma, generator))
         r = _Rows(*(torch.cat(t) for t in zip(*parts, strict=True)))
         error = (_denoised(network, r) - r.clean).square().flatten(1).mean(1)

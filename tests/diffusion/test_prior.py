@@ -5,6 +5,7 @@ Files of priors are refused unless they are whole.
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -34,7 +35,7 @@ def gaussian(classes: int = CLASSES, dtype: torch.dtype = torch.float64) -> Gaus
 
 def residual(classes: int = CLASSES, dtype: torch.dtype = torch.float64, zero: bool = False) -> PriorDenoiser:
     torch.manual_seed(0)
-    network = UNet("nano", 8, 2, classes, inputs=6)
+    network = UNet("nano", 8, 2, classes, inputs=4 * 2)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # Layers that start near zero would hide what lies before them.
@@ -78,7 +79,12 @@ def test_what_the_network_is_shown_and_how_its_answer_is_used() -> None:
     level = sigma.view(-1, 1, 1, 1)
     torch.testing.assert_close(seen[:, :2], x / (level**2 + 1).sqrt(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(seen[:, 2:4], base, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(seen[:, 4:], left / level, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[:, 4:6], left / level, rtol=1e-12, atol=1e-12)
+    # At the edge of an image, the mean is over the pixels that there are.
+    padded = nn.functional.pad(x, (1, 1, 1, 1), value=math.nan)
+    near = torch.stack([padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]).nanmean(0)
+    grain = 2 * torch.tanh((x - near) / level / 2)
+    torch.testing.assert_close(seen[:, 6:], grain, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(c_noise, sigma.log() / 4)
     assert torch.equal(classes, labels)
     torch.testing.assert_close(out, base + left * base / 2, rtol=1e-12, atol=1e-12)
@@ -123,7 +129,7 @@ def test_the_network_alone_is_trained_saved_and_released() -> None:
     assert {k.split(".")[0] for k in denoiser.state_dict()} == {"network"}
     assert {id(p) for p in denoiser.parameters()} == {id(p) for p in denoiser.network.parameters()}
     assert not list(denoiser.gaussian.parameters())
-    again = PriorDenoiser(UNet("nano", 8, 2, CLASSES, inputs=6), CLASSES, gaussian(dtype=torch.float32))
+    again = PriorDenoiser(UNet("nano", 8, 2, CLASSES, inputs=4 * 2), CLASSES, gaussian(dtype=torch.float32))
     again.load_state_dict(denoiser.state_dict())
     x, sigma, labels = rows(6)
     assert torch.equal(again(x.float(), sigma, labels), denoiser(x.float(), sigma, labels))
@@ -194,7 +200,7 @@ def test_an_examples_loss_does_not_depend_on_the_others() -> None:
 
 
 def test_a_prior_is_kept_in_16_bits_and_comes_back(tmp_path) -> None:
-    network = UNet("prior", 32, 1, 0, inputs=3)
+    network = UNet("prior", 32, 1, 0, inputs=4)
     prior = Prior.of(network.state_dict(), channels=1, seed=3)
     prior.save(tmp_path / "p.safetensors")
     again = read_prior(str(tmp_path / "p.safetensors"), 1)
@@ -206,7 +212,7 @@ def test_a_prior_is_kept_in_16_bits_and_comes_back(tmp_path) -> None:
 
 def test_a_prior_that_was_edited_or_is_none_is_refused(tmp_path) -> None:
     path = tmp_path / "p.safetensors"
-    Prior.of(UNet("prior", 32, 1, 0, inputs=3).state_dict(), channels=1).save(path)
+    Prior.of(UNet("prior", 32, 1, 0, inputs=4).state_dict(), channels=1).save(path)
     with pytest.raises(ConfigError, match="for images of 1 channels, but these have 3"):
         read_prior(str(path), 3)
     from safetensors import safe_open
@@ -229,7 +235,7 @@ def test_the_prior_that_ships_fits_the_network_and_its_limit_of_size() -> None:
     from importlib import resources
 
     prior = read_prior(SHIPPED, 1)
-    UNet("prior", 8, 1, 0, inputs=3).load_state_dict(prior.weights)
+    UNet("prior", 8, 1, 0, inputs=4).load_state_dict(prior.weights)
     file = resources.files("dpsyngen") / "diffusion" / "priors" / "grey.safetensors"
     assert len(file.read_bytes()) <= 1_000_000
     assert prior.about["programs"] == "family"

@@ -61,7 +61,7 @@ def test_variants_are_values(variant, networks) -> None:
     ],
 )
 def test_variants_with_moments_are_values(variant, names, networks, trainers) -> None:
-    stages = stage_map(variant)
+    stages = stage_map(variant, tau_coarse=2.0)
     assert tuple(s.name for s in stages.stages) == names
     assert tuple(s.trainer for s in stages.stages) == trainers
     assert stages.networks == networks
@@ -70,7 +70,7 @@ def test_variants_with_moments_are_values(variant, names, networks, trainers) ->
     assert not stages.shared
     assert stages.gaussian is (variant == "gaussian")
     assert [s.network == GAUSSIAN for s in stages.stages] == [t == "moments" for t in trainers]
-    assert stage_map(variant, pretrain=False) == stages
+    assert stage_map(variant, pretrain=False, tau_coarse=2.0) == stages
 
 
 def test_published_variants_take_no_moments() -> None:
@@ -78,8 +78,14 @@ def test_published_variants_take_no_moments() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_where_no_tau_coarse_is_given_it_suits_the_variant(variant) -> None:
+    given = {"instant": -0.9, "residual": 1.5, "residual-cleaning": 1.5}.get(variant, 2.0)
+    assert stage_map(variant) == stage_map(variant, tau_coarse=given)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_owner_at_and_beside_the_thresholds(variant) -> None:
-    stages = stage_map(variant)
+    stages = stage_map(variant, tau_coarse=2.0)
     for tau in (-3.0, 2.0):
         for log_sigma in (math.nextafter(tau, -9), tau, math.nextafter(tau, 9)):
             assert stages.owner(log_sigma).name == expected_stage(variant, log_sigma), log_sigma
@@ -107,7 +113,7 @@ class Fake:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_which_network_answers_during_sampling(variant, sampler) -> None:
-    stages = stage_map(variant)
+    stages = stage_map(variant, tau_coarse=2.0)
     fakes = {s.name: Fake(0.1) for s in stages.stages}
     staged = StagedDenoiser(stages, {s.network: fakes[s.name] for s in stages.stages})
     sigmas = karras_steps(30)

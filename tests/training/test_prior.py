@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import dpsyngen
 from dpsyngen.config import load_config, with_options
-from dpsyngen.diffusion.prior import SHIPPED, Prior, read_prior
+from dpsyngen.diffusion.prior import SHIPPED, Prior, network_input, read_prior
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.fit import carry_out, prepare, prepare_resume
@@ -103,7 +103,7 @@ def test_on_gaussian_images_nothing_is_learned(monkeypatch) -> None:
 
     monkeypatch.setattr(prior_module, "family_task", lambda s, size, number: gaussian_task(number))
     learned = train_prior(PriorSettings(steps=150))
-    network = UNet("prior", 8, 1, 0, inputs=3)
+    network = UNet("prior", 8, 1, 0, inputs=4)
     network.load_state_dict(learned.weights)
     for ratio in error_ratios(network, gaussian_task(99), 500):
         assert ratio == pytest.approx(1, abs=0.03)
@@ -111,7 +111,7 @@ def test_on_gaussian_images_nothing_is_learned(monkeypatch) -> None:
 
 def test_the_shipped_prior_beats_the_filter_on_families_and_a_program_it_has_never_seen() -> None:
     prior = read_prior(SHIPPED, 1)
-    network = UNet("prior", 16, 1, 0, inputs=3)
+    network = UNet("prior", 16, 1, 0, inputs=4)
     network.load_state_dict(prior.weights)
     for size in (16, 28):
         tasks = [family_task(PriorSettings(seed=77), size, number) for number in range(3)]
@@ -161,12 +161,12 @@ def test_a_private_network_starts_from_the_prior_and_answers_as_it_does(tmp_path
 
     gaussian = GaussianDenoiser(example(k=3, size=64, d=6), (1, 8, 8), dtype=torch.float32)
     denoiser = make_denoiser(run.config, Shape(8, 1, ("a", "b", "c"), 100), True, 0, gaussian)
-    plain = UNet("prior", 8, 1, 0, inputs=3)
+    plain = UNet("prior", 8, 1, 0, inputs=4)
     plain.load_state_dict(read_prior(SHIPPED, 1).weights)
     x, sigma = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5)
     for labels in (torch.tensor([0, 1, 2, 3]), None):
         base, left = gaussian(x, sigma, labels), gaussian.left(sigma, labels)
-        seen = torch.cat([x / (1.25**0.5), base, left / 0.5], 1)
+        seen = network_input(x, sigma, base, left)
         expected = base + left * plain(seen, sigma.log() / 4)
         torch.testing.assert_close(denoiser(x, sigma, labels), expected, rtol=1e-4, atol=1e-5)
 
@@ -200,7 +200,7 @@ def test_a_prior_of_ones_own_is_pinned_and_its_path_stays_at_home(
     settings = {k: dict(v) for k, v in tiny_settings.items()} | {"stages": {"variant": "residual", "tau_coarse": 1.0}}
     settings["network"] = settings["network"] | {"prior": "own.safetensors"}
     monkeypatch.chdir(tmp_path)
-    network = UNet("prior", 32, 1, 0, inputs=3)
+    network = UNet("prior", 32, 1, 0, inputs=4)
     Prior.of(network.state_dict(), channels=1).save(tmp_path / "own.safetensors")
     config = load_config(with_options(settings, privacy__epsilon=8.0))
     training = prepare(config, tmp_path / "r", tiny_images())
@@ -258,7 +258,7 @@ def test_the_command_makes_a_file_that_training_takes(tmp_path, call, monkeypatc
         prior_module,
         "train_prior",
         lambda settings, part, tell: Prior.of(
-            UNet("prior", 32, 1, 0, inputs=3).state_dict(),
+            UNet("prior", 32, 1, 0, inputs=4).state_dict(),
             channels=settings.channels,
             seed=settings.seed,
             error_over_wiener={"log_sigma": [0.0], "x": [1.0]},

@@ -129,7 +129,8 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle(h, embedding)
         for i, block in enumerate(self.up):
-            h = F.interpolate(h, scale_factor=2.0, mode="nearest") if i and i % self.blocks == 0 else h
+            if i and i % self.blocks == 0:
+                h = F.interpolate(h, scale_factor=2.0, mode="bilinear" if self.refine else "nearest")
             h = block(torch.cat([h, skips.pop()], 1), embedding)
         out: Tensor = self.last(F.silu(self.norm(h)))
         out = F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
@@ -137,7 +138,7 @@ class UNet(nn.Module):
 
 
 class NetworkDenoiser(nn.Module):
-    """c_skip·x + c_out·F(c_in·x, c_noise) (EDM eq. 7); on a Gaussian G: G + s ⊙ F([c_in·x, G, s/σ], c_noise)."""
+    """c_skip·x + c_out·F(c_in·x, c_noise) (EDM eq. 7); on a Gaussian G: G + s ⊙ F([c_in·x, G, s/σ, …], c_noise)."""
 
     def __init__(self, network: UNet, num_classes: int, sigma_data: float, gaussian: Gaussian | None) -> None:
         super().__init__()
@@ -156,7 +157,9 @@ class NetworkDenoiser(nn.Module):
             c_skip, c_out, c_in = self.sigma_data**2 / total, s * self.sigma_data / total.sqrt(), total.rsqrt()
             return c_skip * x + c_out * self.network(c_in * x, sigma.log() / 4, classes)
         base, left = gaussian(x, sigma, labels), gaussian.left(sigma, labels)
-        seen = torch.cat([x * (s.square() + 1).rsqrt(), base, left / s], 1)
+        near = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        grain = 2 * torch.tanh((x - near) / (2 * s))
+        seen = torch.cat([x * (s.square() + 1).rsqrt(), base, left / s, grain], 1)
         return base + left * self.network(seen, sigma.log() / 4, classes)
 
 
@@ -342,7 +345,7 @@ class ReleasedDenoiser(nn.Module):
         classes = len(self.class_names) if about["conditional"][name] else 0
         gaussian = self.gaussian if name == self.private_stage[3] else None
         channels, resolution, _ = self.shape
-        unet = UNet(about["network"]["size"], resolution, channels, classes, channels * (3 if gaussian else 1))
+        unet = UNet(about["network"]["size"], resolution, channels, classes, channels * (4 if gaussian else 1))
         denoiser = NetworkDenoiser(unet, classes, about["network"]["sigma_data"], gaussian)
         denoiser.load_state_dict(self._weights(name))
         return denoiser
