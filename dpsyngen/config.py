@@ -318,15 +318,11 @@ class Config(_Section):
 
 
 def with_batch(config: Config, records: int) -> Config:
-    """The configuration with an expected batch; one that is given stays.
+    """The configuration with an expected batch for `records`, their declared number; one that is given stays.
 
     The rule: a third of the records, at most ``private.largest_batch``.  At one ε the noise in the mean gradient falls
     with the batch, so it is as large as the computing time allows; beyond a third of the records sampling amplifies
     privacy too little.
-
-    Args:
-        config: whose ``private.batch`` may be 0.
-        records: declared number of records, public.
     """
     if config.private.batch:
         return config
