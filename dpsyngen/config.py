@@ -269,11 +269,12 @@ class Config(_Section):
     @model_validator(mode="after")
     def _together(self) -> Config:
         stages, sampling, privacy, private = self.stages, self.sampling, self.privacy, self.private
+        coarse = 2.0 if stages.tau_coarse is None else stages.tau_coarse
         reference = math.isinf(privacy.epsilon) or privacy.insecure_seed is not None
         for contradiction, message in (
             (
-                stages.tau_coarse is not None and stages.tau_cleaning >= stages.tau_coarse,
-                f"stages.tau_cleaning = {stages.tau_cleaning} must be below stages.tau_coarse = {stages.tau_coarse}: "
+                stages.tau_cleaning >= coarse,
+                f"stages.tau_cleaning = {stages.tau_cleaning} must be below stages.tau_coarse = {coarse}: "
                 "between them lies the stage that private images train",
             ),
             (sampling.sigma_min >= sampling.sigma_max, "sampling.sigma_min must be below sampling.sigma_max"),
@@ -407,7 +408,6 @@ def load_config(
     named, given = _sections(read_yaml(text, f"preset {name}"), name), merge_settings(given, overrides or {})
     network = given.get("network")
     if isinstance(network, dict) and "size" in network and "prior" not in network:
-        # The preset's prior is of one size: a size of one's own does without.
         named["network"].pop("prior", None)
     merged = merge_settings(named, given)
     merged["preset"] = name

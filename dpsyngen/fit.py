@@ -8,6 +8,7 @@ events.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -354,7 +355,7 @@ class Generator(ReleasedGenerator):
         )
         config, device = load_config(given, preset=preset), kind_of(device)
         source = with_persons(as_source(images, labels, options.get("class_names")), options.get("groups"), config)
-        with place_of(out) as folder:
+        with place_of(out, time.strftime("fit-%Y%m%d-%H%M%S")) as folder:
             return cls._trained(partial(prepare, config, folder, source), folder, source, device, progress)
 
     @classmethod

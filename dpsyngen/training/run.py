@@ -14,7 +14,6 @@ import errno
 import itertools
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,8 +222,8 @@ class FolderLock:
 
 
 @contextlib.contextmanager
-def place_of(out: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Where to make a run: `out`, or a new folder ``runs/fit-DATE-TIME``, which goes again if nothing is made in it.
+def place_of(out: str | os.PathLike[str] | None, name: str) -> Iterator[Path]:
+    """Where to make a run: `out`, or a new folder `name` in ``runs``, which goes again if nothing is made in it.
 
     Raises:
         ConfigError: `out` is missing where torchrun started this process: each of its processes would choose another.
@@ -234,7 +233,7 @@ def place_of(out: str | os.PathLike[str] | None) -> Iterator[Path]:
         return
     if started_by_torchrun():
         raise ConfigError("out is missing: the processes of torchrun have to be given one run directory.")
-    first = path = Path("runs") / f"fit-{time.strftime('%Y%m%d-%H%M%S')}"
+    first = path = Path("runs") / name
     for number in itertools.count(2):
         try:
             path.mkdir(parents=True)  # of two that begin in one second, each has its own

@@ -59,8 +59,8 @@ def test_fit_is_a_whole_run_with_ledger_and_certificate(generator) -> None:
 
 def test_fit_without_out_makes_a_new_folder_each_time(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("time.strftime", lambda form: "20260101-120000")
-    with place_of(None) as first, place_of(None) as second:
+    name = "fit-20260101-120000"
+    with place_of(None, name) as first, place_of(None, name) as second:
         assert [str(first), str(second)] == ["runs/fit-20260101-120000", "runs/fit-20260101-120000-2"]
         (first / "run.json").touch()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [first.name]  # nothing was made in the other
