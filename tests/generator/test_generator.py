@@ -512,7 +512,7 @@ def test_processes_of_torchrun_must_be_given_one_run_directory(monkeypatch) -> N
     """Each would choose another one."""
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="out is missing"), place_of(None):
+    with pytest.raises(ConfigError, match="out is missing"), place_of(None, "fit"):
         pass
 
 
