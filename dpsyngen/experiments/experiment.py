@@ -9,6 +9,7 @@
     results/JOB.json  settings, time and figures of a finished job
     public/           networks trained on programs alone, shared by the runs that need the same
     real/             features of the real images, kept between jobs
+    images.json       digests of the images that all figures are of
     results.csv, results.parquet, tables.md, report.html
 """
 
@@ -28,8 +29,9 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from dpsyngen.config import Config
+from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.stages import StageMap
-from dpsyngen.errors import RunError
+from dpsyngen.errors import DataError, RunError
 from dpsyngen.experiments.spec import Job, Spec, digest, jobs_of, load_spec
 from dpsyngen.files import file_sha256, require_absent_or_empty, write_bytes, write_text
 from dpsyngen.training.log import JsonLines
@@ -115,6 +117,28 @@ class Experiment:
         """Keep facts about the experiment in ``experiment.json``."""
         self.about |= values
         write_text(self.path / "experiment.json", _json(self.about), 0o600)
+
+    def pin(self, train: ImageDataset, test: ImageDataset | None) -> None:
+        """Write down which images the figures are of, by what they are, or refuse to go on with others.
+
+        Test images may be replaced by others that the specification names; jobs are measured again then.
+
+        Raises:
+            DataError: runs on different images would be pooled into one mean.
+        """
+        data, path = self.spec.data, self.path / "images.json"
+        found = {"train": train.fingerprint(), "test": test and test.fingerprint(), "test_source": data.test}
+        known = _read(path)
+        if known and any((self.work_path(job) / "job.json").exists() for job in self.jobs):
+            same = known["train"] == found["train"]
+            if not same or (known["test"] != found["test"] and known["test_source"] == data.test):
+                what = f"test images in {data.test}" if same else f"training images in {data.train}"
+                raise DataError(
+                    f"the {what} are not those that {self.path} was begun with: figures of runs on different images "
+                    "must not be pooled.  Put the images back, or choose another --out."
+                )
+        if known != found:
+            write_text(path, _json(found), 0o600)
 
     # ------------------------------------------------------------------------------------------- jobs
 

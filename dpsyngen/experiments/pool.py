@@ -64,7 +64,9 @@ def work(
                 if not retry:
                     continue
                 (folder / "failed.json").unlink()
-            images = images or Images(experiment.spec)
+            if images is None:
+                images = Images(experiment.spec)
+                experiment.pin(images.train, images.test)
             if not _one(experiment, images, job, device, tell):
                 return False
     return True

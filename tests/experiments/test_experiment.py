@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from dpsyngen import fit as api
-from dpsyngen.errors import BudgetExceeded, RunError
+from dpsyngen.errors import BudgetExceeded, DataError, RunError
 from dpsyngen.experiments import pool, runner
 from dpsyngen.experiments.cost import privacy_cost
 from dpsyngen.experiments.experiment import Experiment, networks_of
@@ -489,3 +489,20 @@ def test_ranks_of_torchrun_share_the_jobs(tiny_spec, tmp_path) -> None:
     assert (tmp_path / "x" / "report.html").exists()
     said = json.loads(done.stdout)  # one document, of one process
     assert (said["done"], said["left"]) == (said["jobs"], [])
+
+
+def test_figures_of_other_images_are_not_pooled(worked, tiny_data, tmp_path) -> None:
+    """Images are what they are, wherever they lie; other test images that are asked for are measured anew."""
+    shutil.copytree(worked, tmp_path / "x")
+    experiment = Experiment(tmp_path / "x")
+    images = Images(experiment.spec)
+    experiment.pin(images.train, images.test)
+    kept = (experiment.path / "images.json").read_bytes()
+    with pytest.raises(DataError, match=r"the training images in .* must not be pooled"):
+        experiment.pin(images.test, images.test)
+    with pytest.raises(DataError, match=r"the test images in .* must not be pooled"):
+        experiment.pin(images.train, images.train)
+    assert (experiment.path / "images.json").read_bytes() == kept
+    data = experiment.spec.data.model_copy(update={"test": str(tiny_data / "train.npz")})
+    experiment.spec = experiment.spec.model_copy(update={"data": data})
+    experiment.pin(images.train, images.train)
