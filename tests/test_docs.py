@@ -83,7 +83,8 @@ def test_no_page_fetches_anything_from_elsewhere(site: Path) -> None:
         page.feed(path.read_text(encoding="utf-8"))
         outside = [a for a in page.addresses if re.match(r"(https?:)?//", a)]
         assert not outside, f"{path.relative_to(site)} loads {outside}"
-        assert "cdn" not in path.read_text(encoding="utf-8"), f"{path.relative_to(site)} can load a script"
+        text = re.sub(r"base64,[\w+/=]+", "", path.read_text(encoding="utf-8"))  # a picture may spell anything
+        assert "cdn" not in text, f"{path.relative_to(site)} can load a script"
     for path in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", path.read_text(encoding="utf-8")), path
 

@@ -82,7 +82,7 @@ def test_a_fit_in_a_notebook_shows_progress_in_one_place_without_private_figures
     (progress,) = (o for o in fit.outputs if "dpsyngen-progress" in o.get("data", {}).get("text/html", ""))
     text = progress.data["text/plain"]
     assert "run directory: runs/digits" in text
-    lines = [line for line in text.splitlines() if "DP-SGD: " in line]
+    lines = [line for line in text.splitlines() if line.startswith("context: DP-SGD")]
     assert lines
     assert not [line for line in lines if "loss" in line]
 
