@@ -76,7 +76,10 @@ class DataConfig(_Section):
     @field_validator("value_range", "window", mode="before")
     @classmethod
     def _two_numbers(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, list | tuple) and len(parts) != 2:
+            raise ValueError("two numbers are needed, with a comma between, such as 0,4095")
+        return parts
 
 
 class PrivacyConfig(_Section):
@@ -321,9 +324,8 @@ class Config(_Section):
 def with_batch(config: Config, records: int) -> Config:
     """The configuration with an expected batch for `records`, their declared number; one that is given stays.
 
-    The rule: a third of the records, at most ``private.largest_batch``.  At one ε the noise in the mean gradient falls
-    with the batch, so it is as large as the computing time allows; beyond a third of the records sampling amplifies
-    privacy too little.
+    A third of the records, at most ``private.largest_batch``.  At one ε the noise in the mean gradient falls with the
+    batch, so it is as large as time allows; beyond a third of the records sampling amplifies privacy too little.
     """
     if config.private.batch:
         return config
@@ -409,9 +411,7 @@ def load_config(
     network = given.get("network")
     if isinstance(network, dict) and "size" in network and "prior" not in network:
         named["network"].pop("prior", None)
-    merged = merge_settings(named, given)
-    merged["preset"] = name
-    return validate(merged)
+    return validate(merge_settings(named, given) | {"preset": name})
 
 
 def validate(values: dict[str, Any]) -> Config:
