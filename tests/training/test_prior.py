@@ -232,6 +232,8 @@ def test_the_report_of_an_instant_run_says_who_answers_where(tmp_path, tiny_sett
     private, _ = write_report(run)
     page = private.read_text()
     assert "programs, shown the DP moments" in page
+    assert read_prior(SHIPPED, 1).about["sha256"] in page
+    assert "trained no network of this run" in page
     assert 'class="stage tone-prior">context<span>programs</span>' in page
 
 
