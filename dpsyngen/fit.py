@@ -77,23 +77,26 @@ def prepare_resume(
     ranks: Ranks = ALONE,
     on_event: OnEvent = ignore,
     tensorboard: bool | None = None,
+    groups: PathLike | None = None,
 ) -> Training:
     """Go on with the interrupted run in `out`, by default with the images it was started with.
 
-    Arguments are those of :func:`prepare`; device and number of processes may be others than before.  `tensorboard`
-    replaces what the run's settings say about files for TensorBoard.
+    Arguments are those of :func:`prepare`; device and number of processes may be others than before.  `tensorboard` and
+    `groups` replace what the run's settings say about files for TensorBoard, and where the table of persons lies.
     """
     check_device(device)
     run = Run(Path(out))
     require_unfinished(run)
     run.open_for_writing()  # before the images are read, which can take long
-    dataset = _read(run.config, data, ranks, on_event)
+    moved = {} if groups is None else {"groups": str(Path(groups).expanduser().resolve())}
+    config = run.config.model_copy(update={"privacy": run.config.privacy.model_copy(update=moved)})
+    dataset = _read(config, data, ranks, on_event)
     return Training.resume(run, dataset, device, ranks, Hooks(on_event, finish), tensorboard)
 
 
 def _read(config: Config, data: Source | None, ranks: Ranks, on_event: OnEvent) -> ImageDataset:
-    # How many images are found is private where the configuration declares another number.
-    private = config.data.records is not None
+    # How many images are found is private where another number is declared, or where not all are used.
+    private = config.data.records is not None or config.privacy.most_per_person is not None
 
     def load(c: Config) -> ImageDataset:
         return load_named_or_given(data, c, lambda done, total: on_event(Reading(done, total, private)))
@@ -295,13 +298,12 @@ class Generator(ReleasedGenerator):
         Everything is checked before anything is spent.  The training is a run like one of `dpsyngen train`: with a
         ledger, a certificate, checkpoints, and a private half that stays with you.
 
-        There is no seed.  Whoever knows the seed of the noise can subtract it, so it comes from the operating system's
-        entropy; two fits of one call differ.  ``settings={"privacy": {"insecure_seed": 0}}`` is for tests, and stamps
-        the generator NOT PRIVATE.
+        There is no seed: whoever knows it can subtract the noise, which comes from the operating system's entropy.
+        ``settings={"privacy": {"insecure_seed": 0}}`` is for tests, and stamps the generator NOT PRIVATE.
 
         What is printed is public, so that a notebook can be shared with its output: no loss on private images is in it.
-        One exception is a warning that most images are nearly black or of one grey, where values have another range.
-        (The arguments in the notebook, and the run directory's ``private/``, are another matter.)
+        Not so the warning that most images are nearly black or of one grey, the error of ``groups`` with too small a
+        ``group_size``, the arguments in the notebook, and the run directory's ``private/``.
 
         Args:
             images: arrays (or PyTorch tensors), uint8 or float in [0, 1], ``[N, H, W]``, ``[N, H, W, C]`` or
@@ -388,7 +390,9 @@ class Generator(ReleasedGenerator):
                 f"{folder} is finished: there is nothing to resume.  Generator.load({str(folder)!r}) takes it."
             )
         source = None if images is None else with_persons(as_source(images, labels, class_names), groups, run.config)
-        return cls._trained(partial(prepare_resume, folder, source), folder, source, device, progress)
+        table = groups if isinstance(groups, str | os.PathLike) else None
+        begin = partial(prepare_resume, folder, source, groups=table)
+        return cls._trained(begin, folder, source, device, progress)
 
     @classmethod
     def _trained(

@@ -99,7 +99,7 @@ def _ledger_lines(runs: list[tuple[Run, Ledger]], total: Composition, what_if: l
         yield f"{row['delta']:>10.3g} {row['group_size']:>7} {by_pld:>10} {by_rdp:>10}{note}"
     yield f"ε PLD of the run's by {what_if[0]['accountant']}"
     others = {row["accountant"] for row in what_if if not row["accountant"].startswith("privacy loss distribution")}
-    yield from (f"one of the others by {by}" for by in others - {what_if[0]["accountant"]})
+    yield from (f"one of the others by {by}" for by in sorted(others - {what_if[0]["accountant"]}))
     if total.non_private:
         yield "NOT PRIVATE: private images were used without noise (ε = ∞)"
     if not total.secure:

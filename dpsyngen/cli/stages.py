@@ -77,11 +77,13 @@ def stages(
         "--records",
         "--group-size",
         "--groups",
+        "--most-per-person",
         "--insecure-seed",
         "--sampling-rate",
     )
     rate = None if sampling_rate == 1 else sampling_rate
-    asked = zip(names, (epsilon, delta, budget, records, group_size, groups, insecure_seed, rate), strict=True)
+    values = (epsilon, delta, budget, records, group_size, groups, most_per_person, insecure_seed, rate)
+    asked = zip(names, values, strict=True)
     # An ε that nobody asked for, or an option without effect, is a mistake.
     if data is not None and epsilon is None:
         raise ConfigError("--epsilon is missing: what an estimate on the private images of --data may cost.")

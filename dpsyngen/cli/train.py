@@ -212,13 +212,14 @@ def train(
         """Make the training; what is wrong with the settings is said here, by the main process alone."""
         given = merge_settings(options, assignments(settings or []))
         if resume:
-            extra = [k for k in given if k != "data"] + [k for k in given.get("data", {}) if k != "source"]
-            if extra or preset or config:
+            moved = {("data", "source"), ("privacy", "groups")}
+            if preset or config or {(section, name) for section, names in given.items() for name in names} - moved:
                 raise ConfigError(
                     "--resume continues with the settings that the run was started with; leave out everything but "
-                    "--out, --data (only if the images have moved), --device, --tensorboard and what is about output."
+                    "--out, --data and --groups (only if they have moved), --device, --tensorboard and what is about "
+                    "output."
                 )
-            return prepare_resume(out, data, tensorboard=tensorboard, **where)
+            return prepare_resume(out, data, tensorboard=tensorboard, groups=groups, **where)
         if data is None and config is None:
             raise ConfigError("--data is missing: a folder, Parquet, WebDataset, .npz, .npy, IDX, or a named set.")
         if epsilon is None and config is None:

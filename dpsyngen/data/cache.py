@@ -61,7 +61,9 @@ def build(found: Found, options: Options) -> ImageDataset:
     """
     store = Cache(options.cache)
     key = _key(found, options) if options.cache != "auto" or store.folder.is_dir() else ""
-    source = None if options.groups is None else with_persons(found.index(), options.groups)
+    source = (
+        None if options.groups is None else with_persons(found.index(), options.groups, options.form.frames == "all")
+    )
     persons = None if source is None else source.persons
     made = store.get(key, found.where, persons) if key else None
     if made is None and options.cache == "auto":
@@ -83,12 +85,16 @@ def build(found: Found, options: Options) -> ImageDataset:
     return made
 
 
-def with_persons(source: Source, table: Path) -> Source:
-    """The source with whose image each is, by number, from a table; names of persons go no further."""
+def with_persons(source: Source, table: Path, frames: bool) -> Source:
+    """The source with whose image each is, by number, from a table; names of persons go no further.
+
+    With `frames`, images of one name are frames of a file, so of one person; else they are different images.
+    """
     files = [source.name(i) for i in range(len(source))] if source.files is None else source.files()
-    distinct = list(dict.fromkeys(files))  # frames of a file are of one person
-    whose = dict(zip(distinct, read_persons(table, distinct), strict=True))
-    return replace(source, persons=numbered([whose[file] for file in files]))
+    distinct = list(dict.fromkeys(files)) if frames else list(files)
+    persons = read_persons(table, distinct)
+    whose = dict(zip(distinct, persons, strict=True))
+    return replace(source, persons=numbered([whose[file] for file in files] if frames else persons))
 
 
 def _key(found: Found, options: Options) -> str:

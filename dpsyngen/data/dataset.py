@@ -156,7 +156,8 @@ class ImageDataset:
                 f"groups must be whole numbers or texts [{len(self)}], whose image each is, not {values.dtype} "
                 f"{list(values.shape)}. (Of images that are left out as bad there must be none, too.)"
             )
-        return replace(self, persons=numbered(values.tolist()))
+        whose = values.tolist()
+        return replace(self, persons=numbered([same_name(w.strip()) if isinstance(w, str) else w for w in whose]))
 
     def images_a_person(self, most: int | None = None) -> tuple[int, int]:
         """How many images a person has at most, and how many images there are; at most `most` of each counted."""

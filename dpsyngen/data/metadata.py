@@ -68,15 +68,19 @@ class LabelTable:
             for way, name in zip(ways, (path, base, os.path.splitext(base)[0]), strict=True):
                 way[name] = -1 if name in way else i
         out: list[Label] = [None] * len(files)
-        unused, unclear = [], []
+        unused, unclear, given = [], [], set[int]()
         for name, label in self.labels.items():
             number = next((way[name] for way in ways if name in way), None)
             if number is None:
                 unused.append(name)
             elif number < 0:
                 unclear.append(name)
+            elif number in given and out[number] != label:
+                which = printable(files[number])
+                raise DataError(f"{self.where}: {which!r} is named by several rows, which do not agree. Keep one.")
             else:
                 out[number] = label
+                given.add(number)
         if unclear:
             raise DataError(
                 f"{self.where}: {listed(unclear, 3)} could be several images. Name each by its path below the folder."
@@ -125,7 +129,7 @@ def read_persons(path: Path, files: Sequence[str]) -> list[str]:
         DataError: as for :func:`read_label_table`; a file has no person.  No message says what a person is called.
     """
     where = printable(path)
-    name_column, others, rows, at = _read(path, "a table of persons")
+    name_column, others, rows, at = _read(path, "a table of persons", show=False)
     column = label_name(others, None, PERSON_NAMES, where) or (others[0] if len(others) == 1 else None)
     if column is None:
         raise DataError(
@@ -135,11 +139,12 @@ def read_persons(path: Path, files: Sequence[str]) -> list[str]:
     persons: dict[str, Label] = {}
     bare = not any("." in os.path.basename(file) for file in files)  # as in WebDataset, and in exports of hospitals
     for row in rows:
-        name, person = same_name(str(row[at[name_column]]).replace("\\", "/").removeprefix("./")), row[at[column]]
+        name = same_name(str(row[at[name_column]]).replace("\\", "/").removeprefix("./"))
+        person = None if row[at[column]] is None else same_name(str(row[at[column]]).strip())
         if bare:
             folder, slash, base = name.rpartition("/")
             name = folder + slash + base.partition(".")[0]
-        if persons.setdefault(name, None if person is None else str(person)) != (person and str(person)):
+        if persons.setdefault(name, person) != person:
             raise DataError(f"{where}: {printable(name)!r} is there twice, with different persons. Keep one.")
     given, _ = LabelTable(where, column, persons, ()).of(files)
     missing = [file for file, person in zip(files, given, strict=True) if not person]
@@ -151,17 +156,19 @@ def read_persons(path: Path, files: Sequence[str]) -> list[str]:
     return [str(person) for person in given]
 
 
-def _read(path: Path, what: str) -> tuple[str, list[str], list[list[Any]], dict[str, int]]:
-    """The column of file names, the others, the rows, and where each column is in them."""
+def _read(path: Path, what: str, show: bool = True) -> tuple[str, list[str], list[list[Any]], dict[str, int]]:
+    """The column of file names, the others, the rows, and where each column is in them.
+
+    Without `show` no message quotes the first line: of a table without a line of names it is a person's.
+    """
     where = printable(path)
     with damaged(path, what), open_plain(path, _MAX_BYTES) as file:
         text = file.read().decode("utf-8-sig")
         names, rows = _json_lines(text) if path.suffix.lower() == ".jsonl" else _separated(text)
     files = label_name(names, None, FILE_NAMES, where) if names else None
     if files is None:
-        raise DataError(
-            f"{where} has no column of file names: its columns are {listed(names)}. Call it {FILE_NAMES[0]!r}."
-        )
+        seen = f": its columns are {listed(names)}" if show else " in its first line, which names the columns"
+        raise DataError(f"{where} has no column of file names{seen}. Call it {FILE_NAMES[0]!r}.")
     return files, [name for name in names if name != files], rows, {name: names.index(name) for name in names}
 
 

@@ -46,6 +46,11 @@ GAUSSIAN = "gaussian"
 """Name of what answers where DP moments are all that is known: no network, but it has weights of that name."""
 
 
+def coarse_of(variant: str, given: float | None) -> float:
+    """τ_coarse as it is given, or by the variant: ``TAU_COARSE``, else the paper's 2."""
+    return TAU_COARSE.get(variant, 2.0) if given is None else given
+
+
 @dataclass(frozen=True)
 class Stage:
     """One piece of the log σ axis.
@@ -166,7 +171,7 @@ def stage_map(
         ConfigError: unknown variant, τ_cleaning >= τ_coarse, or networks or pretrain that the variant cannot have.
     """
     require(variant in VARIANTS, "variant", variant, VARIANTS)
-    tau_coarse = TAU_COARSE.get(variant, 2.0) if tau_coarse is None else tau_coarse
+    tau_coarse = coarse_of(variant, tau_coarse)
     for name, tau in (("tau_cleaning", tau_cleaning), ("tau_coarse", tau_coarse)):
         require(math.isfinite(tau), name, tau, "a finite log σ (choose another variant for no threshold)")
     below, above = _ENDS[variant]

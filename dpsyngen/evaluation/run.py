@@ -33,6 +33,7 @@ from dpsyngen.evaluation.metrics import NAMES, EvaluationSettings, evaluate_imag
 from dpsyngen.files import write_text
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.hardware import check_device, kind_of
+from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.run import Run
 from dpsyngen.training.session import chosen_images
 
@@ -92,6 +93,8 @@ def evaluate(
     config = run.config
     generator = open_everywhere(ranks, run.release, device)
     reference = _images(data, config, generator, "data", **labelled)
+    if data is None and config.privacy.most_per_person is not None:
+        reference = chosen_images(config, reference, Randomness.load(run.randomness_path))
     held_out = None if test is None else _images(test, config, generator, "test", **labelled)
     for spec in s.specs:
         # What is missing or wrong should show before images are generated and the ledger is written.
@@ -259,7 +262,9 @@ def _images(
     if given is not None and label_column is not None:
         asked["label_column"] = label_column or None
     wanted = config.model_copy(update={"data": config.data.model_copy(update=asked)})
-    groups = config.privacy.groups if given is None else None
+    # Which of a person's images were trained on follows from all of them.
+    trained_on = given is None or (what == "training" and isinstance(given, str | os.PathLike))
+    groups = config.privacy.groups if trained_on else None
     dataset = load_private(source, wanted, groups=groups).with_classes(generator.class_names, what)
     if dataset.absent_classes and what in ("data", "training"):
         raise DataError(f"of the training images none is of {listed(dataset.absent_classes)}: give all of them.")
@@ -270,8 +275,6 @@ def _require_training_images(run: Run, dataset: ImageDataset) -> ImageDataset:
     """Those that the run was trained on, chosen as it chose them; others are refused: to those nothing can have been
     memorised.
     """
-    from dpsyngen.privacy.randomness import Randomness
-
     try:
         pinned = str(json.loads(run.data_path.read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):

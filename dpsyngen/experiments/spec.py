@@ -40,6 +40,8 @@ _RESERVED = {
     "privacy.epsilon": "use grid.epsilon",
     "privacy.insecure_seed": "use noise: seeded",
     "privacy.budget": "use cost.budget_file",
+    "privacy.groups": "train such runs one by one, with dpsyngen train --groups",
+    "privacy.most_per_person": "train such runs one by one, with dpsyngen train --groups",
     "stages.variant": "use grid.variant",
     "network.seed": "use grid.seeds",
     "program.seed": "use grid.seeds",

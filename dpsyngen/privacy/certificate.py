@@ -109,6 +109,9 @@ class Certificate(_Part):
     people: str | None = Field(
         None, max_length=500, description="how it is known that nobody has more than group_size of the images"
     )
+    by_person: bool = Field(
+        False, description="whether images were chosen by person, so that the guarantee is for persons, not for images"
+    )
     accountant: str = Field(max_length=200)
     unit: str = Field(max_length=200)
     adjacency: str = Field(max_length=1000)
@@ -263,7 +266,10 @@ def plain_words(certificate: Certificate) -> str:
 
 def _guarantee(c: Certificate, epsilon_value: float) -> list[str]:
     delta, n = number(c.delta, 3, up=True), f"{c.public_assumptions.records:,}"
-    if c.group_size == 1:
+    if c.by_person:
+        # Without one of a person's images another of theirs may be taken in its place.
+        whose, one, it = "each person, with all of their images", "all images of any one person", "that person"
+    elif c.group_size == 1:
         whose, one, it = "each single image" + (" and its person" if c.people else ""), "any one image", "that image"
     else:
         whose = f"up to {c.group_size} images of one person together"

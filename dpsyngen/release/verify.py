@@ -229,7 +229,8 @@ class _Bundle:
             prior = read_prior(SHIPPED, a.channels).about
         agrees = {
             "group size": config.privacy.group_size == c.group_size,
-            "images of a person": config.privacy.most_per_person is None or c.people is not None,
+            "images of a person": c.by_person == (config.privacy.most_per_person is not None)
+            and (c.people is not None or not c.by_person),
             "variant": config.stages.variant == c.variant,
             "preset": config.preset == c.preset,
             "program": program == {k: v for k, v in c.programmatic_images.items() if k != "prior_tier_meaning"},

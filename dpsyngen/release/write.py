@@ -55,6 +55,9 @@ def certify(
         "settings that were tuned by looking at private metrics of earlier runs on the same images",
         "side channels such as the time that training took",
     ]
+    unit, moved = ("one image", "one record") if g == 1 else (f"up to {g} images together", f"up to {g} records")
+    if by_person := config.privacy.most_per_person is not None:
+        unit, moved = "one person, with all of their images", f"all images of a person, of which at most {g} are used"
     return Certificate(
         dpsyngen=__version__,
         preset=config.preset,
@@ -66,10 +69,11 @@ def certify(
         delta=ledger.delta,
         group_size=g,
         people=people,
+        by_person=by_person,
         accountant=bound.by,
-        unit="one image" if g == 1 else f"up to {g} images together",
+        unit=unit,
         adjacency=(
-            f"add or remove {'one record' if g == 1 else f'up to {g} records'}; sampling rate and normaliser are "
+            f"add or remove {moved}; sampling rate and normaliser are "
             "public constants fixed by the declared number of records (replacing an image by nothing, zero-out "
             "adjacency, costs the same)"
         ),

@@ -17,7 +17,7 @@ import yaml
 
 from dpsyngen.config import load_config
 from dpsyngen.console import is_terminal
-from dpsyngen.diffusion.stages import TAU_COARSE
+from dpsyngen.diffusion.stages import coarse_of
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_atomically, write_text
 from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
@@ -149,7 +149,7 @@ def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
     section: dict[str, Any] = {k: v for k, v in given.get("stages", {}).items() if k not in replaced}
     section["variant"] = result.variant
     cleaning = result.cleaning.log_sigma
-    known = TAU_COARSE.get(result.variant, 2.0) if before.tau_coarse is None else before.tau_coarse
+    known = coarse_of(result.variant, before.tau_coarse)
     coarse = known if result.coarse is None else result.coarse.log_sigma
     # A threshold that is not in use must still be on its side of the other one, or the file would be refused.
     if cleaning is not None:

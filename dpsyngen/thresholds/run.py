@@ -156,7 +156,7 @@ class Stages:
         s, o, c, private = self.search, self.options, self.config, None
         if self.estimate is not None:
             query = self.estimate.query
-            private = c.privacy.model_dump(
+            private = self.estimate.config.privacy.model_dump(
                 mode="json", include={"epsilon", "group_size", "most_per_person", "insecure_seed"}
             )
             private |= {"delta": self.estimate.delta, "records": query.records, "sampling_rate": query.sampling_rate}

@@ -7,6 +7,7 @@ reads itself.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -63,7 +64,7 @@ def read_together(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
         return load(config)
     with ranks.lead(READ, config=config):
         dataset = ranks.agree(lambda: load(config))
-        prints = ranks.gather(dataset.fingerprint())
+        prints = ranks.gather(_print(dataset))
     others = [rank for rank, value in enumerate(prints) if value != prints[0]]
     if others:
         raise RunError(
@@ -71,6 +72,12 @@ def read_together(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
             f"{dataset.source} must be the same on every machine, in the same order."
         )
     return dataset
+
+
+def _print(dataset: ImageDataset) -> tuple[str, str]:
+    """Of the images, and of whose each of them is, which the choice of ``privacy.most_per_person`` follows from."""
+    persons = b"" if dataset.persons is None else dataset.persons.tobytes()
+    return dataset.fingerprint(), hashlib.sha256(persons).hexdigest()
 
 
 def follow(ranks: Ranks, load: Load, device: str) -> None:
@@ -111,7 +118,7 @@ class _Follower:
             return self.load(config)
 
         self.dataset = self.ranks.agree(load)
-        self.ranks.gather(self.dataset.fingerprint())
+        self.ranks.gather(_print(self.dataset))
 
     def _on_set_up(self, setting: Setting) -> None:
         self.setting = setting

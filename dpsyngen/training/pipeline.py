@@ -54,7 +54,7 @@ from dpsyngen.training.networks import (
     prior_of,
     with_prior,
 )
-from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of, with_whole_program
+from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of, with_all_settings
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import PRETRAIN, PUBLIC_INDEX, PublicStep, levels_of, public_step, train_public
 from dpsyngen.training.run import Run
@@ -190,7 +190,7 @@ class Training:
         plan = make_plan(config, shape)
         # A prior or a program that does not fit must say so before the directory is made.
         prior_of(config, plan.stages, shape.channels)
-        config = with_whole_program(config, program_of(config, shape))
+        config = with_all_settings(config, program_of(config, shape))
         if config.privacy.budget is not None:
             path = Path(config.privacy.budget).resolve()
             # Training reserves it again under the file's lock; here it is refused while there is no run directory yet.

@@ -10,7 +10,7 @@ from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.store import available_bytes
 from dpsyngen.diffusion.gaussian import LARGEST_DIMENSION
-from dpsyngen.diffusion.stages import StageMap, stage_map
+from dpsyngen.diffusion.stages import StageMap, coarse_of, stage_map
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, require
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
@@ -205,11 +205,14 @@ def program_of(config: Config, shape: Shape) -> Program:
     return program
 
 
-def with_whole_program(config: Config, program: Program) -> Config:
-    """The configuration with every parameter of the program, so that it draws the same with other defaults."""
+def with_all_settings(config: Config, program: Program) -> Config:
+    """The configuration with the parameters of the program and τ_coarse as they are, so that new defaults leave a run
+    alone."""
     params = {k: v for k, v in program.config().items() if k not in ("name", "resolution", "channels", "seed")}
     section = config.program.model_copy(update={"params": params, "prior_tier": program.prior_tier})
-    return config.model_copy(update={"program": section})
+    s = config.stages
+    stages = s.model_copy(update={"tau_coarse": coarse_of(s.variant, s.tau_coarse)})
+    return config.model_copy(update={"program": section, "stages": stages})
 
 
 _TRAINERS = {

@@ -225,8 +225,10 @@ def chosen_images(config: Config, dataset: ImageDataset, randomness: Randomness)
     A function of the run's key and the images, so that a run which is resumed has the same ones.
     """
     most = config.privacy.most_per_person
-    if most is None or dataset.persons is None:
+    if most is None:
         return dataset
+    if dataset.persons is None:
+        raise ConfigError("privacy.most_per_person needs to know whose image each is: give the table or array again.")
     return dataset.at_most(most, lambda content: randomness.tag(content))
 
 

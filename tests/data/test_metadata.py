@@ -267,6 +267,8 @@ def test_persons_of_shards(tmp_path: Path) -> None:
         (csv_of(WHOSE, "file_name,person") + f"0.png,{NAMES[2]}\n", "'0.png' is there twice, with different persons"),
         ("file_name,age,ward\n0.png,3,Okonkwo\n", "unclear which column says whose image.* 'age', 'ward'"),
         ("number,person\n1,Okonkwo\n", "no column of file names"),
+        ("0.png,Okonkwo\n1.png,Ivanova\n", "no column of file names in its first line"),
+        (csv_of(WHOSE, "file_name,person") + f"0,{NAMES[2]}\n", "'0.png' is named by several rows"),
         ("", "no column of file names"),
     ],
 )
@@ -276,6 +278,31 @@ def test_tables_of_persons_that_do_not_do(flat: Path, tmp_path: Path, text: str,
     with pytest.raises(DataError, match=message) as told:
         load_images(flat, groups=csv)
     assert not any(name in str(told.value) for name in NAMES)
+
+
+def test_a_person_is_one_in_any_unicode_form_and_by_any_number(flat: Path, tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "Grünbaum") for form in ("NFC", "NFD"))
+    assert composed != apart
+    rows = [{"file": f"{i}.png", "person": [composed, apart + " ", 0, "0"][i % 4]} for i in range(8)]
+    lines = tmp_path / "p.jsonl"
+    lines.write_text("\n".join(json.dumps(row) for row in rows))
+    expected = [0, 0, 1, 1, 0, 0, 1, 1]
+    assert load_images(flat, groups=lines).persons.tolist() == expected  # type: ignore[union-attr]
+    whose = [composed, apart, "x", "x "] * 2
+    assert load_images((pixels(8), None)).with_persons(whose).persons.tolist() == expected  # type: ignore[union-attr]
+
+
+def test_images_of_one_name_in_two_shards_are_not_taken_for_one(tmp_path: Path) -> None:
+    """A row could be of either: whose image it is decides what ε means."""
+    csv = tmp_path / "patients.csv"
+    csv.write_text("file_name,person\n0.png,Ivanova\n")
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        content = table([png(pixels(2)[shard])], [shard])
+        content = content.set_column(0, content.schema.field(0), [[{"bytes": png(pixels(2)[shard]), "path": "0.png"}]])
+        write_parquet(tmp_path / "shards" / f"{shard}.parquet", content, 1)
+    with pytest.raises(DataError, match="could be several images"):
+        load_images(tmp_path / "shards", groups=csv)
 
 
 def test_images_without_file_names_have_no_persons_in_a_table(tmp_path: Path) -> None:

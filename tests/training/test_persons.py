@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,18 @@ from dpsyngen import Generator
 from dpsyngen.config import load_config
 from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.evaluation.run import check_memorisation
+from dpsyngen.evaluation.run import check_memorisation, evaluate
+from dpsyngen.fit import prepare
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.privacy.budget import Budget
-from dpsyngen.privacy.certificate import Certificate
+from dpsyngen.privacy.certificate import Certificate, plain_words
 from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.release.bundle import pack
 from dpsyngen.release.verify import verify
+from dpsyngen.training.follower import _print
 from dpsyngen.training.run import Run
+from dpsyngen.training.session import chosen_images
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.training.short_runs import begin, bytes_of, finish, merged, resume, start
 
@@ -82,12 +87,29 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     assert (c.group_size, c.public_assumptions.records) == (2, used)
     assert "at most 2 images of each person were used, chosen at random" in str(c.people)
     assert "several images of one person" not in " ".join(c.not_covered)
-    assert "at most 2 images of each person were used" in (run.release / "PRIVACY.md").read_text()
+    # Without one of a person's images another of theirs may be taken: the guarantee is for persons, not for images.
+    assert (c.by_person, c.unit) == (True, "one person, with all of their images")
+    assert c.adjacency.startswith("add or remove all images of a person, of which at most 2 are used;")
+    words = (run.release / "PRIVACY.md").read_text()
+    assert "at most 2 images of each person were used" in words
+    assert ", for each person, with all of their images.**" in words
+    assert "had all images of any one person never been used" in words
+    assert "any 2 images" not in words
     pack(run, tmp_path / "b.zip")
     checked = verify(tmp_path / "b.zip")
     assert checked.passed, checked
-    # The same images are found again, by the key.
+    # The same images are found again, by the key, also where their path is given.
     assert check_memorisation(run, images=4).duplicates == 0
+    assert check_memorisation(run, images=4, data=folder).duplicates == 0
+    measured = evaluate(run, images=20, metrics=["frechet"], classifiers=[], bootstrap=0)
+    assert measured["protocol"]["real_train_images"] == used
+    privacy = run.release / "privacy.json"
+    stated = json.loads(privacy.read_text())
+    privacy.write_text(json.dumps(stated | {"by_person": False}))
+    (run.release / "PRIVACY.md").write_text(plain_words(Certificate.read(privacy)))
+    pack(run, tmp_path / "c.zip")
+    failed = [check for check in verify(tmp_path / "c.zip").checks if check.passed is False]
+    assert "images of a person" in " ".join(check.text for check in failed)
     written = b"".join(bytes_of(tmp_path / "run").values()) + b"".join(bytes_of(tmp_path / "c").values())
     released = b"".join(bytes_of(run.release).values()) + (tmp_path / "b.zip").read_bytes()
     assert b"Planted" not in written + released + (out + err).encode()
@@ -177,3 +199,32 @@ def test_runs_of_one_budget_may_choose_different_images(tmp_path) -> None:
     chosen = {start(config, data, tmp_path / name).dataset.fingerprint() for name in "ab"}
     assert len(chosen) == 2
     assert len(Budget(budget.path).charges) == 2
+
+
+def test_processes_must_agree_on_whose_the_images_are() -> None:
+    """Each process chooses the images of a run by itself."""
+    data = with_persons()
+    other = data.with_persons([whose(i) if i else "somebody" for i in range(COUNT)])
+    assert data.fingerprint() == other.fingerprint()
+    assert _print(data) == _print(with_persons()) != _print(other)
+    config = load_config(merged(TINY_SETTINGS, privacy={"epsilon": 8, "most_per_person": 2}))
+    with pytest.raises(ConfigError, match="whose image each is"):
+        chosen_images(config, replace(data, persons=None), Randomness.from_insecure_seed(0))
+
+
+def test_a_table_that_has_moved_is_given_when_a_run_is_resumed(call, photos, tmp_path) -> None:
+    folder, table = photos
+    privacy = {"epsilon": 8, "most_per_person": 2, "delta": 1e-3, "groups": str(table)}
+    config = load_config(merged(TINY_SETTINGS, privacy=privacy, data={"source": str(folder)}))
+    training = prepare(config, tmp_path / "r")
+    steps = training.steps()
+    next(steps)
+    steps.close()
+    del training, steps
+    moved = table.rename(tmp_path / "elsewhere.csv")
+    code, _, err = call("train", "--resume", "--out", tmp_path / "r")
+    assert code != 0
+    assert "patients.csv" in err
+    code, _, err = call("train", "--resume", "--out", tmp_path / "r", "--groups", moved)
+    assert code == 0, err
+    assert Run(tmp_path / "r").complete
