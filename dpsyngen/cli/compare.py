@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +31,6 @@ def compare(
     processes: Annotated[int, typer.Option(help="runs at a time, each with its share of the cores")] = 1,
     retry: Annotated[bool, typer.Option("--retry", help="try failed jobs again")] = False,
     tables: Annotated[bool, typer.Option("--tables", help="only write tables and report of what is there")] = False,
-    gpu_teraflops: Annotated[float | None, typer.Option(help="sustained rate that --dry-run assumes of a GPU")] = None,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -45,7 +43,6 @@ def compare(
 
     console = Console(quiet, as_json)
     require(1 <= processes <= 1024, "--processes", processes, "from 1 to 1,024")
-    require(gpu_teraflops is None or 0 < gpu_teraflops < 1e6, "--gpu-teraflops", gpu_teraflops, "above 0")
     if numbers()[1] > 1 and processes != 1:
         raise ConfigError("--processes does not go with torchrun, which starts the processes itself.")
     experiment = None
@@ -56,7 +53,7 @@ def compare(
                 check_device(device)
                 chosen, out = _spec(spec, out, data, test)
                 if dry_run:
-                    _dry_run(console, chosen, out, device, gpu_teraflops)
+                    _dry_run(console, chosen, out, device)
                     return
                 if out is None:
                     raise ConfigError("--out is missing: the folder of the experiment.")
@@ -212,9 +209,8 @@ def _finish(console: Console, experiment: Experiment) -> None:
         raise typer.Exit(code)
 
 
-def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, teraflops: float | None) -> None:
-    from dpsyngen.config import with_batch
-    from dpsyngen.experiments.cost import GPU_TERAFLOPS, estimate, hours, privacy_cost
+def _dry_run(console: Console, spec: Spec, out: Path | None, device: str) -> None:
+    from dpsyngen.experiments.cost import estimate, hours, privacy_cost
     from dpsyngen.experiments.experiment import Experiment
     from dpsyngen.experiments.spec import jobs_of
 
@@ -226,47 +222,22 @@ def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, terafl
         done = {name for name, status in Experiment(out).statuses().items() if status.state == "done"}
         left = tuple(job for job in jobs if job.name not in done)
     found = estimate(spec, left, shape, device)
-    rate = teraflops or GPU_TERAFLOPS
-    core, share = ("core-", f"; {os.cpu_count() or 1} cores here") if device == "cpu" else ("", "")
-    parts = ", ".join(f"{k} {hours(getattr(found, k), core)}" for k in ("public", "private", "sampling", "evaluation"))
-    g, cases = spec.grid, [c.label or "(plain)" for c in spec.grid.cases]
+    total, core = sum(found.values()), "core-" if device == "cpu" else ""
+    parts = ", ".join(f"{part} {hours(seconds, core)}" for part, seconds in found.items())
+    images = f"{shape.records:,} images {shape.channels}x{shape.resolution}x{shape.resolution}"
     rows = [
         ("experiment", spec.name),
-        (
-            "data",
-            f"{spec.data.train}: {shape.records:,} images {shape.channels}x{shape.resolution}x{shape.resolution}, "
-            f"{shape.num_classes or 'no'} classes; test {spec.data.test or 'none'}",
-        ),
-        (
-            "grid",
-            f"{', '.join(g.variant)} × ε {', '.join(f'{e:g}' for e in g.epsilon)} × seeds "
-            f"{', '.join(map(str, g.seeds))}; axes {', '.join(g.axes) or 'none'}; cases {', '.join(cases)}",
-        ),
+        ("data", f"{spec.data.train}: {images}, {shape.num_classes or 'no'} classes; test {spec.data.test or 'none'}"),
         ("jobs", f"{_count(jobs)}, {len(jobs) - len(left):,} of them done"),
+        ("privacy", cost.note()),
     ]
-    first = next((job.config for job in jobs if job.config is not None), None)
-    if first is not None:
-        p = with_batch(first, shape.records).private
-        steps = f"{p.steps:,} DP-SGD steps of batch {p.batch:,} (K = {p.copies})"
-        public = f"{first.public.steps:,} public steps for each public network"
-        rows.append(("a run", f"preset {spec.preset}: network {first.network.size}, {steps}, {public}"))
-    rows.append(("privacy", cost.note()))
     if cost.limit is not None:
         rows.append(("", f"within cost.total_epsilon = {cost.limit:g}"))
-    rows += [
-        (
-            "time",
-            f"about {hours(found.total, core)} ({parts}; references not counted), from steps measured on "
-            f"{device}{share}",
-        ),
-        (
-            "GPU",
-            f"about {found.gpu_hours(rate):.3g} GPU-hours for {found.flops:.2g} floating-point operations of training, "
-            f"if a GPU sustains {rate:g} teraflops (an assumption; --gpu-teraflops)",
-        ),
-    ]
-    if spec.cost.hours is not None and found.total > 3600 * spec.cost.hours:
+    rows.append(("time", f"about {hours(total, core)} ({parts}), from steps measured on {device}"))
+    rows.append(("", "figures and references come on top"))
+    if spec.cost.hours is not None and total > 3600 * spec.cost.hours:
         rows.append(("BEYOND", f"cost.hours = {spec.cost.hours:g}: no run is started after that"))
-    document: dict[str, Any] = {"name": spec.name, "privacy": cost.to_dict(), "estimate": found.to_dict(rate)}
+    document: dict[str, Any] = {"name": spec.name, "privacy": cost.to_dict()}
+    document |= {"estimate": {"seconds": found | {"total": total}, "device": device}}
     document |= {"jobs": [job.name for job in jobs], "left": [job.name for job in left]}
     console.result(document, [f"{what:<12} {text}" for what, text in rows])

@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any, NamedTuple
 
-from dpsyngen.config import Config
 from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.experiments.results import Figure, JobResult, Results
@@ -27,7 +26,6 @@ from dpsyngen.experiments.statistics import (
     seeds_in_words,
     summarise,
 )
-from dpsyngen.training.plan import stages_of
 
 VARIANT_NAMES = {name: name.capitalize() for name in VARIANTS} | {"dpdm": "DPDM", "finetune": "FineTune"}
 ON_NAMES = {
@@ -156,13 +154,6 @@ class View:
         found = {row.name: self.values(measure, epsilon, row) for row in self.rows}
         return {name: values for name, values in found.items() if values}
 
-    def programs_share(self, row: Row) -> float | None:
-        """See :func:`programs_share`; None where the specification has no such run."""
-        for job in self.results.experiment.jobs:
-            if job.config is not None and (job.variant, job.label) == (row.variant, row.label):
-                return programs_share(job.config)
-        return None
-
     def classes(self, on: str) -> list[str]:
         """Names of the classes that `on` was scored by."""
         return list(dict.fromkeys(c for metric, o, c, _, _ in self._values if metric == "accuracy" and o == on and c))
@@ -213,12 +204,6 @@ class View:
                     parts = [f"{value:,g} ({', '.join(names)})" for value, names in values.items()]
                     out.append(f"{epsilon_name(epsilon)}: {what} {'; '.join(parts)}")
         return out
-
-
-def programs_share(config: Config) -> float:
-    """Share of the training noise levels, by their density, that programs alone train; 0 for DPDM and Residual."""
-    levels = NormalDist(config.network.noise_mean, config.network.noise_std)
-    return sum(levels.cdf(stage.high) - levels.cdf(stage.low) for stage in stages_of(config).public)
 
 
 def row_of(job: JobResult) -> Row:

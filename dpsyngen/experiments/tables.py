@@ -1,4 +1,4 @@
-"""The answers and tables of a comparison, as values and as text: Markdown for files, rich for the terminal.
+"""The answers and tables of a comparison, as values and as Markdown, which rich shows on a terminal.
 
 What a table says is decided in :class:`Table`; the HTML report shows the same values.  Numbers have as many digits as
 their spread allows, so that nobody reads a difference out of a last digit, and sentences say no more than was shown.
@@ -6,12 +6,11 @@ their spread allows, so that nobody reads a difference out of a last digit, and 
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -100,7 +99,7 @@ def all_tables(view: View) -> list[Table]:
             if these:
                 title = f"Features of {these[0].on_name}: {what} ({better} is better)"
                 out.append(figures_table(view, f"{on}-{better}", title, these))
-    out += [class_table(view), verdict_table(view), best_table(view), compute_table(view)]
+    out += [class_table(view), verdict_table(view), compute_table(view)]
     return [table for table in out if table is not None]
 
 
@@ -202,31 +201,15 @@ def verdict_table(view: View) -> Table | None:
         baselines, groups = view.baselines(measure, epsilon), view.groups(measure, epsilon)
         for c in against_baselines(baselines, groups, measure.better):
             rows.append(_verdict_row(c, measure, (measure.name, c.first, _bare(epsilon))))
-    title, heads = "Every figure against the baseline", ("figure", "variant", "ε")
-    return _verdicts("verdicts", title, heads, rows, "one figure at one ε")
-
-
-def best_table(view: View) -> Table | None:
-    """Every variant against the best one, by the primary measure."""
-    measure, rows = view.primary, []
-    if measure is None:
+    if not rows:
         return None
-    for epsilon in view.epsilons:
-        groups = view.groups(measure, epsilon)
-        if len(groups) > 1:
-            compared = against_best(groups, measure.better)
-            rows += [_verdict_row(c, measure, (c.first, _bare(epsilon))) for c in compared]
-    title = f"{measure.name}: against the best mean"
-    return _verdicts("best", title, ("variant", "ε"), rows, "all pairs of variants at one ε")
-
-
-def _verdicts(key: str, title: str, heads: tuple[str, ...], rows: list[TableRow], family: str) -> Table | None:
     columns = ("compared with", "difference", "95 % CI", "p", "p, corrected", "verdict")
-    notes = (
+    note = (
         "Welch's t test on runs.  The interval and p are those of one comparison alone; the verdict is at 5 % after "
-        f"Holm's correction within a family: {family}.  Over many families, expect one false alarm in twenty.",
+        "Holm's correction within a family: one figure at one ε.  Over many families, expect one false alarm in twenty."
     )
-    return Table(key, title, heads, (("", columns),), tuple(rows), notes, numeric=False) if rows else None
+    title, heads = "Every figure against the baseline", ("figure", "variant", "ε")
+    return Table("verdicts", title, heads, (("", columns),), tuple(rows), (note,), numeric=False)
 
 
 def _verdict_row(c: Comparison, measure: Measure, heads: tuple[str, ...]) -> TableRow:
@@ -310,8 +293,7 @@ def write_results(exp: Path) -> list[Path]:
 
 def markdown(view: View) -> str:
     """Answers and all tables."""
-    lines = _document(view, all_tables(view), markdown_table, _escaped)
-    return "\n".join([f"**{PRIVATE}**", "", *lines]).rstrip("\n") + "\n"
+    return "\n".join([f"**{PRIVATE}**", "", *_document(view, all_tables(view))]).rstrip("\n") + "\n"
 
 
 def print_tables(exp: Path, console: Console) -> None:
@@ -320,34 +302,35 @@ def print_tables(exp: Path, console: Console) -> None:
     Raises:
         RunError: not the folder of an experiment.
     """
+    from rich.console import Console as RichConsole
+    from rich.markdown import Markdown
+
     view = View(Results.load(exp))
     tables = [t for t in all_tables(view) if t.key == "accuracy" or t.key.endswith("-lower")]
-    for line in _document(view, tables, terminal_table, lambda text: printable(text, 4000)):
-        console.line(line)
-    console.line(PRIVATE)
+    text = "\n".join([*_document(view, tables), "", PRIVATE])
+    if is_terminal(sys.stdout) and not console.as_json:
+        RichConsole(highlight=False, emoji=False).print(Markdown(text, hyperlinks=False))
+    else:
+        console.line(text)
 
 
-def _document(
-    view: View, tables: Sequence[Table], drawn: Callable[[Table], str], safe: Callable[[str], str]
-) -> Iterator[str]:
-    """Lines with the answers, the tables with their notes, and what was left out."""
+def _document(view: View, tables: Sequence[Table]) -> Iterator[str]:
+    """Lines of Markdown with the answers, the tables with their notes, and what was left out."""
     for answer in answers(view):
-        yield safe(f"{epsilon_name(answer.epsilon)}: {answer.headline}")
-        yield ""
+        yield from (_escaped(f"{epsilon_name(answer.epsilon)}: {answer.headline}"), "")
         if answer.lines:
-            yield from (f"- {safe(line)}" for line in answer.lines)
-            yield ""
+            yield from (*(f"- {_escaped(line)}" for line in answer.lines), "")
     said: set[str] = set()
     for table in tables:
-        yield from (drawn(table), "")
+        yield from (markdown_table(table), "")
         for note in table.notes:
             # Once is enough: most tables are read in the same way.
             if note not in said:
-                yield from (safe(note), "")
+                yield from (_escaped(note), "")
                 said.add(note)
     if view.results.skipped:
         yield from ("Left out:", "")
-        yield from (f"- {safe(name)}: {safe(why)}" for name, why in view.results.skipped)
+        yield from (f"- {_escaped(name)}: {_escaped(why)}" for name, why in view.results.skipped)
 
 
 def markdown_table(table: Table) -> str:
@@ -358,45 +341,15 @@ def markdown_table(table: Table) -> str:
         [_escaped(text) for text in (*table.heads, *columns)],
         ["---"] * len(table.heads) + [align] * len(columns),
     ]
+    marks = {"best": "**{}**", "tied": "{} †", "": "{}"}
     for row in table.rows:
         heads = [f"*{_escaped(h)}*" if row.reference and h else _escaped(h) for h in row.heads]
-        marks = {"best": "**{}**", "tied": "{} †", "": "{}"}
-        lines.append([*heads, *(marks[c.mark].format(_escaped(c.text + _seeds(c))) for c in row.cells)])
+        texts = (c.text if c.n is None else f"{c.text} (n = {c.n})" for c in row.cells)
+        cells = (marks[c.mark].format(_escaped(text)) for c, text in zip(row.cells, texts, strict=True))
+        lines.append([*heads, *cells])
     return "\n".join([f"### {_escaped(table.title)}", "", *(f"| {' | '.join(line)} |" for line in lines)])
-
-
-def _seeds(cell: Cell) -> str:
-    return "" if cell.n is None else f" (n = {cell.n})"
 
 
 def _escaped(text: str) -> str:
     """Class names and file names come from users: they must not end a cell or begin markup."""
     return "".join(f"\\{c}" if c in "\\|*_`[]<>#~" else c for c in printable(text, 4000))
-
-
-def terminal_table(table: Table) -> str:
-    """One table drawn by rich; where there is no terminal, without colours and as wide as it needs."""
-    from rich.console import Console as RichConsole
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    terminal = is_terminal(sys.stdout)
-    buffer = io.StringIO()
-    width = None if terminal else 400
-    rich = RichConsole(file=buffer, force_terminal=terminal, width=width, highlight=False, emoji=False)
-    drawn = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
-    for head in table.heads:
-        drawn.add_column(Text(head), overflow="fold")
-    for group, names in table.groups:
-        for name in names:
-            title = f"{group}\n{name}" if group else name
-            drawn.add_column(Text(title), justify="right" if table.numeric else "left", overflow="fold")
-    # Bold cannot be seen in a file: the star can.
-    marks = {"best": "" if terminal else " *", "tied": " †", "": ""}
-    for row, after in zip(table.rows, (*table.rows[1:], None), strict=True):
-        heads = [Text(printable(h, 80), style="dim" if row.reference else "") for h in row.heads]
-        cells = [Text(c.text + _seeds(c) + marks[c.mark], "bold" if c.mark == "best" else "") for c in row.cells]
-        ends = after is not None and after.reference and not row.reference
-        drawn.add_row(*heads, *cells, end_section=ends)
-    rich.print(drawn)
-    return buffer.getvalue().rstrip("\n")

@@ -11,11 +11,9 @@ from dpsyngen.errors import DpsyngenError
 from dpsyngen.evaluation.memorisation import png_url
 from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.results import JobResult, Results
-from dpsyngen.experiments.tables import Cell, Table, TableRow, all_tables
+from dpsyngen.experiments.tables import all_tables
 from dpsyngen.files import write_text
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.privacy.certificate import Certificate, number
-from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import image_grid
 from dpsyngen.report.comparison_plots import KINDS, write_plots
 from dpsyngen.report.html import render
@@ -61,7 +59,6 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
         "protocol": list(_protocol(view)),
         "kinds": {job.kind for job in results.jobs},
         "privacy": experiment.about.get("privacy"),
-        "costs": _costs(results, exp),
     }
     path = exp / "report.html"
     write_text(path, render("comparison.html.j2", values), 0o600)
@@ -125,39 +122,6 @@ def _measured(runs: tuple[JobResult, ...]) -> Iterator[tuple[str, str]]:
             text += f"training images{few}.  Floor: real test images in their place."
             found.setdefault(("Features", text), {})[ON_NAMES.get(name, name)] = None
     yield from ((what, f"{', '.join(names)}: {text}") for (what, text), names in found.items())
-
-
-def _costs(results: Results, exp: Path) -> Table:
-    """What each run's certificate states, and what its ledger holds."""
-    rows = []
-    for job in results.runs:
-        heads = (row_of(job).name, epsilon_name(job.epsilon).removeprefix("ε = "), str(job.seed))
-        rows.append(TableRow(heads, tuple(map(Cell, _cost(job, exp)))))
-    columns = ("ε stated", "δ", "steps", "sampling rate", "noise multiplier", "ledger entries", "state")
-    note = "“ε stated” is that of the run's certificate, computed from its ledger; it is the cost of that run alone."
-    heads = ("variant", "ε asked", "seed")
-    return Table("costs", "Ledger of each run", heads, (("", columns),), tuple(rows), (note,))
-
-
-def _cost(job: JobResult, exp: Path) -> list[str]:
-    if job.release is None:
-        return ["–"] * 6 + ["no generator"]
-    release = exp / job.release
-    try:
-        c = Certificate.read(release / "privacy.json")
-        entries = len(Ledger(release.parent / "private" / "ledger.jsonl").entries)
-    except (DpsyngenError, OSError):
-        return ["–"] * 6 + ["certificate or ledger cannot be read"]
-    first = next((m for m in c.mechanisms if m.kind == "dp" and m.expected_batch is not None), None)
-    rate, noise = (None, None) if first is None else (first.sampling_rate, first.noise_multiplier)
-    return [
-        "∞" if c.epsilon == "inf" else number(c.epsilon, up=True),
-        number(c.delta, 3, up=True),
-        "–" if first is None else f"{first.count:,}",
-        *("–" if value is None else number(value) for value in (rate, noise)),
-        str(entries),
-        "private" if c.private else f"NOT PRIVATE: {'; '.join(c.not_private_because)}",
-    ]
 
 
 # ------------------------------------------------------------------------------- images from the same noise

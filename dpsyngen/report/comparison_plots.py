@@ -1,4 +1,4 @@
-"""Plots of a comparison: quality against ε and the thresholds, and by class, every seed shown beside its mean.
+"""Plots of a comparison: quality against ε and against the thresholds, every seed shown beside its mean.
 
 Colours stand out from white and from black by 3:1, differ for the colour-blind, and never stand alone: each variant
 has a marker and a dash of its own.  Text takes the colour of the page.
@@ -7,8 +7,8 @@ has a marker and a dash of its own.  Text takes the colour of the page.
 from __future__ import annotations
 
 import io
+import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from dpsyngen.experiments.measures import Measure, Row, View, epsilon_name
 from dpsyngen.experiments.statistics import summarise
-from dpsyngen.files import write_bytes, write_text
+from dpsyngen.files import write_bytes
 from dpsyngen.report.charts import INK, inline, new_axes, slug
 
 STYLES: dict[str, tuple[str, str, Any]] = {
@@ -37,18 +37,12 @@ STYLES: dict[str, tuple[str, str, Any]] = {
 }
 """Colour, marker and dashes of each variant."""
 _OTHER = (("#8a6d3b", "P", "-"), ("#6f6fc4", "X", "--"))
-SETTINGS = {
-    "tau_cleaning": ("τ_cleaning", "τ_cleaning (log σ)"),
-    "tau_coarse": ("τ_coarse", "τ_coarse (log σ)"),
-    "share": ("the share of programs", "noise levels trained on programs alone, %"),
-}
-"""What results are drawn against: in titles, and at the axis."""
 _REFERENCES = {
     "real": ("trained on real images", (0, (1, 1.5))),
     "test": ("real test images", (0, (1, 1.5))),
     "programs": ("images of programs", (0, (5, 3))),
 }
-KINDS = ("epsilon-accuracy", "epsilon", "threshold", "classes")
+KINDS = ("epsilon-accuracy", "epsilon", "threshold")
 """The first words of plots' names, one for each section of the report that has plots."""
 _SIZE = (4.3, 3.1)  # inches
 _MARKS = "Small marks: single runs.  Line and bar: mean ± standard deviation over seeds."
@@ -81,20 +75,12 @@ class Line(NamedTuple):
 
 
 def write_plots(view: View, folder: Path) -> list[Plot]:
-    """Write each plot as SVG and as PNG (on white) into `folder`, made if need be; plots of before are removed."""
+    """Write each plot as PNG, on white, into `folder`, made if need be; plots of before are removed."""
     folder.mkdir(mode=0o700, exist_ok=True)
     out = list(comparison_plots(view))
     for plot in out:
-        # Alone, the picture has no page to take its letters and its colour from.
-        own = (
-            "<style>svg{color:#1d2129;font-family:sans-serif}"
-            "@media(prefers-color-scheme:dark){svg{color:#e7e9ec}}</style>"
-        )
-        namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        text = re.sub(r"(<svg)([^>]*>)", rf"\1 {namespaces}\2{own}", str(plot.svg), count=1)
-        write_text(folder / f"{plot.name}.svg", text, 0o600)
         write_bytes(folder / f"{plot.name}.png", plot.png, 0o600)
-    wanted = {f"{plot.name}.{suffix}" for plot in out for suffix in ("svg", "png")}
+    wanted = {f"{plot.name}.png" for plot in out}
     for path in folder.iterdir():
         if path.suffix in (".svg", ".png") and path.name not in wanted:
             path.unlink()
@@ -109,10 +95,10 @@ def comparison_plots(view: View) -> Iterator[Plot]:
     for measure in [*accuracies, *distances]:
         yield _against_epsilon(view, measure)
     main = list(dict.fromkeys(m for m in (view.primary, *distances[:1]) if m is not None))
-    found = [_against_setting(view, m, what, e) for what in SETTINGS for m in main for e in view.epsilons]
-    if view.primary is not None:
-        found.append(_by_class(view, view.primary))
-    yield from filter(None, found)
+    for threshold, m, e in itertools.product(("tau_cleaning", "tau_coarse"), main, view.epsilons):
+        plot = _against_threshold(view, m, threshold, e)
+        if plot is not None:
+            yield plot
 
 
 # ------------------------------------------------------------------------------------------------ the plots
@@ -130,81 +116,38 @@ def _against_epsilon(view: View, measure: Measure) -> Plot:
         said += _reference_lines(axes, view, measure)
         axes.set_xticks(range(len(view.epsilons)), [epsilon_name(e).removeprefix("ε = ") for e in view.epsilons])
         axes.set_xlim(-0.5, len(view.epsilons) - 0.5)
-        return _finished(figure, "epsilon", measure, "against ε", said, _MARKS)
+        return _finished(figure, "epsilon", measure, "against ε", said)
 
 
-def _against_setting(view: View, measure: Measure, what: str, epsilon: float) -> Plot | None:
-    """A line for each variant and each combination of the other settings; None where nothing varies along them."""
-    share = what == "share"  # which follows from both thresholds
-    own = {"stages.tau_cleaning", "stages.tau_coarse"} if share else {f"stages.{what}"}
+def _against_threshold(view: View, measure: Measure, threshold: str, epsilon: float) -> Plot | None:
+    """A line for each variant and each combination of the other settings; None where the threshold does not vary."""
+    own = f"stages.{threshold}"
     found: dict[tuple[str, tuple[str, ...]], list[tuple[float, str, list[float]]]] = {}
     for row in view.rows:
-        x = view.programs_share(row) if share else dict(row.settings).get(f"stages.{what}")
-        if isinstance(x, int | float) and (values := view.values(measure, epsilon, row)):
-            others = tuple(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in row.settings if k not in own)
-            place = (round(100 * x), f"{row.name} at {100 * x:.0f} %") if share else (x, f"{row.name} at {x:g}")
-            found.setdefault((row.variant, others), []).append((*place, values))
-    if not any(len({x for x, *_ in points}) > 1 for points in found.values()):
+        x, values = dict(row.settings).get(own), view.values(measure, epsilon, row)
+        if isinstance(x, int | float) and values:
+            others = tuple(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in row.settings if k != own)
+            found.setdefault((row.variant, others), []).append((x, f"{row.name} at {x:g}", values))
+    if not any(len(points) > 1 for points in found.values()):
         return None
     lines: list[Line] = []
     alike = Counter(variant for variant, _ in found)
     for variant, others in found:
-        points = sorted(found[variant, others])
-        # Lines of one variant are told apart by the dash.  Settings of one share are points of their own, not a line.
+        # Lines of one variant are told apart by the dash.
         dash = None if alike[variant] == 1 else ("-", "--", ":", "-.")[len(lines) % 4]
-        dash = dash if len({x for x, *_ in points}) == len(points) else ""
-        lines.append(Line(variant, ", ".join((Row(variant, "").variant_name, *others)), points, dash))
+        name = ", ".join((Row(variant, "").variant_name, *others))
+        lines.append(Line(variant, name, sorted(found[variant, others]), dash))
     span = float(np.ptp([x for line in lines for x, *_ in line.points]))
-    # Variants have the same thresholds, where their bars would cover each other, but shares of their own.
-    apart = 0.0 if share else 0.03 * span
-    title, x_label = SETTINGS[what]
-    with _line_plot(measure, lines, x_label, apart, beside=0.012 * span) as (figure, axes, said):
+    x_label = f"{threshold.replace('tau', 'τ')} (log σ)"
+    # Variants have the same thresholds, where their bars would cover each other.
+    with _line_plot(measure, lines, x_label, 0.03 * span, beside=0.012 * span) as (figure, axes, said):
         base = next((r for r in view.rows if r.variant == view.baseline and not r.settings), None)
-        if not share and base is not None and (values := view.values(measure, epsilon, base)):
+        if base is not None and (values := view.values(measure, epsilon, base)):
             look = {"color": style(base.variant, 0)[0], "lw": 1.2, "ls": (0, (1, 1.5))}
             axes.axhline(summarise(values).mean, label=f"{base.name} (mean)", **look)
             said.append(f"{base.name}: {_in_words(values)}")
-        title = f"against {title}, {epsilon_name(epsilon)}"
-        return _finished(figure, f"threshold-{what}", measure, title, said, _MARKS, f"-eps{epsilon:g}")
-
-
-def _by_class(view: View, measure: Measure) -> Plot | None:
-    """Mean accuracy of each class, as a map: variants by classes."""
-    names = view.classes(measure.on)
-    if measure.metric != "accuracy" or not 2 <= len(names) <= 40:
-        return None
-    rows = [(e, r) for e in view.epsilons for r in _plain_rows(view) if view.values(measure, e, r, names[0])]
-    if not rows:
-        return None
-    grid = np.array(
-        [[np.mean(v) if (v := view.values(measure, e, r, n)) else math.nan for n in names] for e, r in rows]
-    )
-    long = max(map(len, names)) >= 5
-    with new_axes(min(9.0, 2.2 + 0.62 * len(names)), 0.9 + 0.3 * len(rows)) as (figure, axes):
-        picture = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        for (y, x), value in np.ndenumerate(grid):
-            if not math.isnan(value):
-                # The lower half of cividis is dark: light letters there.
-                colour = "#fff" if value < 55 else "#000"
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
-        short = [n if len(n) <= 14 else f"{n[:13]}…" for n in names]
-        axes.set_xticks(range(len(names)), short, rotation=35 if long else 0, ha="right" if long else "center")
-        several = len(view.epsilons) > 1
-        axes.set_yticks(range(len(rows)), [f"{r.name}, {epsilon_name(e)}" if several else r.name for e, r in rows])
-        for index in range(1, len(rows)):
-            if rows[index][0] != rows[index - 1][0]:
-                axes.axhline(index - 0.5, color="#888", lw=2.5)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        bar = figure.colorbar(picture, ax=axes, fraction=0.03, pad=0.015)
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=8, length=0)
-        said = [
-            f"{r.name} at {epsilon_name(e)}: {np.nanmin(g):.3g} to {np.nanmax(g):.3g}"
-            for (e, r), g in zip(rows, grid, strict=True)
-        ]
-        note = "Percent of the real test images of each class, mean over seeds."
-        return _finished(figure, "classes", measure, "by class", said, note)
+        title = f"against {threshold.replace('tau', 'τ')}, {epsilon_name(epsilon)}"
+        return _finished(figure, f"threshold-{threshold}", measure, title, said, f"-eps{epsilon:g}")
 
 
 # ------------------------------------------------------------------------------------------------ parts
@@ -263,9 +206,7 @@ def _reference_lines(axes: Any, view: View, measure: Measure) -> list[str]:
     return said
 
 
-def _finished(
-    figure: Any, kind: str, measure: Measure, title: str, said: Sequence[str], note: str, suffix: str = ""
-) -> Plot:
+def _finished(figure: Any, kind: str, measure: Measure, title: str, said: Sequence[str], suffix: str = "") -> Plot:
     """The plot as SVG for a page, and as PNG on white; `title` goes on behind the name of the measure."""
     title, name = f"{measure.name} {title}", slug(f"{kind}-{measure.metric}-{measure.on}{suffix}")
     title = title[:1].upper() + title[1:]
@@ -278,8 +219,8 @@ def _finished(
         axes.legend(frameon=False, fontsize=8, ncols=columns, handlelength=3.4, columnspacing=1.2, **place)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=200, bbox_inches="tight", facecolor="white", metadata={"Software": None})
-    svg = inline(figure, name, alt, "plot wide-plot" if kind == "classes" else "plot")
-    return Plot(name, title, alt, f"{note}  {measure.better.capitalize()} is better.", svg, png.getvalue())
+    svg = inline(figure, name, alt, "plot")
+    return Plot(name, title, alt, f"{_MARKS}  {measure.better.capitalize()} is better.", svg, png.getvalue())
 
 
 def _plain_rows(view: View) -> Sequence[Row]:

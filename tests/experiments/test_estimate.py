@@ -16,68 +16,44 @@ SHAPE = Shape(8, 1, ("a", "b", "c"), 60)
 
 @pytest.fixture
 def known_times(monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda config, shape, device: StepTimes(0.5, 2.0, 0.25, 1e12))
+    monkeypatch.setattr(module, "measure", lambda config, shape, device: StepTimes(0.5, 2.0, 0.25))
 
 
 def test_seconds_are_steps_times_images_times_what_was_measured(tiny_spec, known_times) -> None:
     spec = load_spec(tiny_spec(grid={"variant": ["dpdm"], "epsilon": [1, 3], "seeds": 2}))
     found = estimate(spec, jobs_of(spec), SHAPE)
     # Four runs of 6 steps of 12 images at K = 2; 12 images in 2 sampler steps.
-    assert found.private == 4 * 6 * 12 * 2 * 2.0
-    assert found.flops == 4 * 6 * 12 * 2 * 1e12
-    assert found.sampling == 4 * 12 * 2 * 0.25
-    assert found.public == found.evaluation == 0
-    assert found.gpu_hours(10) == pytest.approx(found.flops / 1e13 / 3600)
+    assert found == {"public": 0, "private": 4 * 6 * 12 * 2 * 2.0, "sampling": 4 * 12 * 2 * 0.25}
 
 
 def test_a_public_network_that_runs_share_is_counted_once(tiny_spec, known_times) -> None:
     spec = load_spec(tiny_spec(grid={"variant": ["cleaning", "both"], "epsilon": [1, 3], "seeds": 1}))
     one = 3 * 4 * 1 * 0.5
-    assert estimate(spec, jobs_of(spec), SHAPE).public == 2 * one  # cleaning, and coarse for Both
+    assert estimate(spec, jobs_of(spec), SHAPE)["public"] == 2 * one  # cleaning, and coarse for Both
 
 
 def test_heun_looks_twice_at_all_steps_but_the_last(tiny_spec, known_times) -> None:
     grid = {"variant": ["dpdm"], "epsilon": [1], "seeds": 1}
     spec = load_spec(tiny_spec(grid=grid, sampling={"images": 10, "steps": 5, "sampler": "heun"}))
-    assert estimate(spec, jobs_of(spec), SHAPE).sampling == 10 * 9 * 0.25
+    assert estimate(spec, jobs_of(spec), SHAPE)["sampling"] == 10 * 9 * 0.25
 
 
 def test_jobs_that_are_done_cost_nothing_more(tiny_spec, known_times) -> None:
     spec = load_spec(tiny_spec())
-    assert estimate(spec, (), SHAPE).total == 0
+    assert sum(estimate(spec, (), SHAPE).values()) == 0
 
 
 def test_measuring_takes_real_steps_and_leaves_nothing(tiny_spec, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    job = jobs_of(load_spec(tiny_spec()))[0]
-    found = measure(job.config, SHAPE)
-    assert found.public > 0
-    assert found.private > 0
-    assert found.sampling > 0
+    config = next(job.config for job in jobs_of(load_spec(tiny_spec())) if job.variant == "cleaning")
+    found = measure(config, SHAPE)
+    assert min(found.public, found.private, found.sampling) > 0
     assert not list((tmp_path / "temporary").glob("dpsyngen-*"))
 
 
-def test_operations_are_counted_forward_and_backward() -> None:
-    import torch
-    from torch import nn
-
-    from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-
-    class Linear(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(64, 64, bias=False)
-
-        def forward(self, x: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-            return self.layer(x.flatten(1)).view_as(x)
-
-    # A matrix product of 64 by 64: two operations each, once forward and once for the weights; images need no gradient.
-    assert module._flops(PreconditionedDenoiser(Linear(), 0, 0.5), SHAPE) == 2 * 2 * 64 * 64
-
-
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3, "3 seconds"), (600, "10 minutes"), (7200, "2.0 hours"), (3.6e7, "10,000 hours")]
+    ("seconds", "text"), [(3, "3 seconds"), (600, "10 minutes"), (7200, "2.0 hours"), (3.6e7, "10,000.0 hours")]
 )
 def test_times_are_said_in_words(seconds, text) -> None:
     assert hours(seconds) == text
