@@ -74,6 +74,16 @@ class Console:
         if not self.as_json:
             self._result(text)
 
+    def markdown(self, text: str) -> None:
+        """Markdown that belongs to the result, for people: drawn on a terminal, as it is elsewhere."""
+        if self.as_json or not is_terminal(sys.stdout):
+            self.line(text)
+            return
+        from rich.console import Console as RichConsole
+        from rich.markdown import Markdown
+
+        RichConsole(highlight=False, emoji=False).print(Markdown(text, hyperlinks=False))
+
     def _result(self, text: str) -> None:
         if is_open(sys.stdout):
             print(text, flush=True)

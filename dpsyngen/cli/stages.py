@@ -51,7 +51,7 @@ def stages(
     resolution: Annotated[int | None, typer.Option(help="pixels; default: as the images given, or 32")] = None,
     channels: Annotated[str | None, typer.Option(help="auto, grey or rgb")] = None,
     tolerance: Annotated[float, typer.Option(help="relative gap that a stage of programs may have")] = 0.05,
-    method: Annotated[str, typer.Option(help="of the thresholds: tolerance, loss or kneedle")] = "tolerance",
+    method: Annotated[str, typer.Option(help="of the thresholds: tolerance or loss")] = "tolerance",
     spacing: Annotated[float, typer.Option(help="of the noise levels, in log σ")] = 0.5,
     networks: Annotated[
         Path | None, typer.Option(help="folder of trained networks, shared by several calls; default: in --out")
@@ -170,8 +170,8 @@ def _say(console: Console, out: Path, result: StagesResult, files: list[Path], s
     from dpsyngen.thresholds.files import elbow_rows, stage_lines, table, teacher_line
 
     statement = result.private or {}
-    lines = [] if console.as_json else [table(result)]
-    lines += [*stage_lines(result), *filter(None, [teacher_line(result)])]
+    console.markdown(table(result))
+    lines = [*stage_lines(result), *filter(None, [teacher_line(result)])]
     if statement:
         spent = f"ε = {statement['epsilon']:.4f} at δ = {statement['delta']:.3g} of the private images is spent"
         lines.append(spent if statement["private"] else f"NOT PRIVATE (reproducible noise); it would be: {spent}")

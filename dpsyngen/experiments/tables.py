@@ -9,13 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dpsyngen.console import is_terminal
 from dpsyngen.errors import printable
 from dpsyngen.experiments.measures import Measure, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.results import Results
@@ -302,16 +300,9 @@ def print_tables(exp: Path, console: Console) -> None:
     Raises:
         RunError: not the folder of an experiment.
     """
-    from rich.console import Console as RichConsole
-    from rich.markdown import Markdown
-
     view = View(Results.load(exp))
     tables = [t for t in all_tables(view) if t.key == "accuracy" or t.key.endswith("-lower")]
-    text = "\n".join([*_document(view, tables), "", PRIVATE])
-    if is_terminal(sys.stdout) and not console.as_json:
-        RichConsole(highlight=False, emoji=False).print(Markdown(text, hyperlinks=False))
-    else:
-        console.line(text)
+    console.markdown("\n".join([*_document(view, tables), "", PRIVATE]))
 
 
 def _document(view: View, tables: Sequence[Table]) -> Iterator[str]:

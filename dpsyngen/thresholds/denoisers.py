@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +17,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
@@ -42,8 +39,8 @@ FIRST_IMAGE = 10**12
 
 _PER_SEED = 10**9
 
-PROXY, WIENER, ZERO = "proxy", "wiener", "zero-information"
-"""What the proxy and the predictors that know its moments are called among the families."""
+PROXY, WIENER = "proxy", "wiener"
+"""What the proxy and the filter that knows its mean and covariance are called among the families."""
 
 MOST_PIXELS = 4096
 """Beyond that the Wiener filter is left out: its covariance matrix would take minutes and gigabytes."""
@@ -131,7 +128,7 @@ class PublicDenoisers:
         return self.folder / f"{family.label}-{seed}-{self.key(family, seed)[:16]}.safetensors"
 
     def get(self, family: Family, seed: int, on_progress: Callable[[int], None] | None = None) -> NetworkDenoiser:
-        """The network of a family and seed: read, or trained from where an interrupted call left it.
+        """The network of a family and seed: read, or trained.
 
         The seed, which is public, decides the start, the images and the noise levels; `on_progress` is called with the
         number of steps that are done.
@@ -150,56 +147,19 @@ class PublicDenoisers:
             take = PublicStep(family.program, every_level(), c, randomness, offset, self.workers)
             optimizer = torch.optim.Adam(denoiser.parameters(), lr=c.learning_rate)
             state = TrainState(denoiser, Ema(denoiser, c.ema), {"public": optimizer})
-            unfinished = path.with_suffix(".unfinished")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _restore(unfinished, state, c.steps)
             for progress in train_public("public", state, take):
                 if not math.isfinite(progress.values["loss"]):
                     raise RunError(
                         f"training on {family.label} diverged at step {progress.step}: its loss is not finite.  Use a "
                         "lower learning rate: --set public.learning_rate=…"
                     )
-                if progress.step % c.checkpoint_every == 0 and progress.step < c.steps:
-                    counts = {"step": torch.tensor(state.step), "ema_steps": torch.tensor(state.ema.steps)}
-                    _save(state.tensors() | counts, unfinished)
                 if on_progress is not None:
                     on_progress(progress.step)
-            _save(state.ema.average, path)
-            unfinished.unlink(missing_ok=True)
+            weights = {name: tensor.detach().cpu() for name, tensor in state.ema.average.items()}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda temporary: save_file(weights, temporary))
         load_weights(path, denoiser)
         return denoiser.eval()
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(held, temporary))
-
-
-def _restore(path: Path, state: TrainState, steps: int) -> None:
-    """Go on from an unfinished file; one that cannot be read is ignored, as it is only time."""
-    try:
-        tensors = load_file(path)
-        step, ema_steps = (int(tensors.pop(name)) for name in ("step", "ema_steps"))
-    except (SafetensorError, OSError, KeyError, ValueError):
-        return
-    if 0 <= step <= steps and state.misfit(tensors) is None:
-        state.restore(tensors, step, ema_steps)
-
-
-# ------------------------------------------------------------------------------- predictors that know moments
-
-
-class ZeroInformation:
-    """D(x; σ) = m + v/(v + σ²)·(x - m): the best affine predictor that knows mean m and variance v of all pixels of
-    `images`, uint8 [n, C, H, W], alone.
-    """
-
-    def __init__(self, images: NDArray[np.uint8]) -> None:
-        self.mean, self.variance = float(images.mean() / 127.5 - 1), float(images.var() / 127.5**2)
-
-    def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        share = self.variance / (self.variance + sigma.square())
-        return self.mean + share.view(-1, 1, 1, 1) * (x - self.mean)
 
 
 def wiener_filter(images: NDArray[np.uint8]) -> GaussianDenoiser | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import platform
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +15,11 @@ import torch
 import yaml
 
 from dpsyngen.config import load_config
-from dpsyngen.console import is_terminal
 from dpsyngen.diffusion.stages import coarse_of
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_atomically, write_text
-from dpsyngen.thresholds.denoisers import PROXY, WIENER, ZERO
-from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Elbow, MeanCurve, mean_curve
+from dpsyngen.thresholds.denoisers import PROXY, WIENER
+from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Elbow
 from dpsyngen.thresholds.search import Measured, StandInElbows
 from dpsyngen.version import __version__
 
@@ -76,14 +74,13 @@ def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) 
     """Write all results into an existing folder and return the files; ``gap.json``, which marks it as finished, comes
     last.  `given` are the settings that the user gave, which ``stages.yaml`` keeps.
     """
-    pictures = [folder / "gap.png", folder / "gap.svg"]
-    _draw(result, *pictures)
-    m, rows = result.measured, list(curve_rows(result))
-    written, columns = io.StringIO(), dict.fromkeys(name for row in rows for name in row)
-    lines = csv.DictWriter(written, list(columns), restval="", lineterminator="\n")
+    picture = folder / "gap.png"
+    _draw(result, picture)
+    rows, written = list(curve_rows(result)), io.StringIO()
+    lines = csv.DictWriter(written, list(rows[0]), lineterminator="\n")
     lines.writeheader()
     for row in rows:
-        for i in range(len(m.log_sigma)):
+        for i in range(len(result.measured.log_sigma)):
             lines.writerow({k: f"{v[i]:.6g}" if isinstance(v, np.ndarray) else v for k, v in row.items()})
     texts = {"gap.csv": written.getvalue(), "stages.yaml": stages_yaml(result, given)}
     texts["gap.json"] = strict_text(
@@ -93,7 +90,6 @@ def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) 
             "settings": dict(result.settings),
             "stages": result.stages(),
             "elbows": elbow_rows(result),
-            "pixels": m.pixels,
             "curves": [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows],
             "private": result.private,
         },
@@ -101,37 +97,18 @@ def write_results(folder: Path, result: StagesResult, given: Mapping[str, Any]) 
     )
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [*pictures, *(folder / name for name in texts)]
+    return [picture, *(folder / name for name in texts)]
 
 
 # ---------------------------------------------------------------------------------------------- numbers
 
 
 def curve_rows(result: StagesResult) -> Iterator[dict[str, Any]]:
-    """Names and arrays, [M], of all curves: of each seed, and for each student and stand-in the mean (seed "mean") with
-    its 95 % interval.
-    """
-    m = result.measured
-    axis = {"log_sigma": m.log_sigma, "sigma": np.exp(m.log_sigma)}
-    for c in m.curves:
-        gap, teacher_loss, student_loss = c.squares()
-        figures = {
-            "relative_gap": c.relative(),
-            "excess": c.excess(),
-            "gap": gap,
-            "teacher_loss": teacher_loss,
-            "student_loss": student_loss,
-            # What a stage of these levels costs at most, as KL divergence of the samples: docs/stages.md.
-            "nats_per_log_sigma": m.pixels * gap * np.exp(-2 * m.log_sigma),
-        }
-        names = {"stand_in": c.stand_in, "teacher": c.teacher, "student": c.student}
-        for seed in range(len(gap)):
-            yield names | {"seed": seed} | axis | {k: v[seed] for k, v in figures.items()}
-    means: list[tuple[str, str, MeanCurve]] = [(f.by, f.student, f.mean) for f in result.found]
-    means += [(ZERO, c.student, mean_curve([c], result.settings["replicates"])) for c in m.of(ZERO)]
-    for stand_in, student, mean in means:
-        row = {"stand_in": stand_in, "student": student, "seed": "mean"} | axis
-        for name, estimate in (("relative_gap", mean.relative), ("excess", mean.excess)):
+    """Names and arrays, [M], of the curves of each student and stand-in, each with its 95 % interval."""
+    u = result.measured.log_sigma
+    for f in result.found:
+        row = {"stand_in": f.by, "student": f.student, "log_sigma": u, "sigma": np.exp(u)}
+        for name, estimate in (("relative_gap", f.mean.relative), ("excess", f.mean.excess)):
             low, high = estimate.band()
             row |= {name: estimate.curve, f"{name}_low": low, f"{name}_high": high}
         yield row
@@ -198,8 +175,8 @@ def _line(elbow: Elbow, relation: str) -> str:
 
 def teacher_line(result: StagesResult) -> str | None:
     """Where the proxy's networks do not show what can be known of its images; None if there is no sign of that."""
-    losses = {c.student: c.squares()[2].mean(0) for c in result.measured.of(ZERO)}
-    behind = losses[PROXY] > losses[WIENER] if WIENER in losses else np.zeros(1, bool)
+    losses = {c.stand_in: c.squares()[1].mean(0) for c in result.measured.curves}
+    behind = losses[PROXY] > losses[WIENER] if {PROXY, WIENER} <= losses.keys() else np.zeros(1, bool)
     if not behind.any():
         return None
     return (
@@ -210,32 +187,19 @@ def teacher_line(result: StagesResult) -> str | None:
 
 
 def table(result: StagesResult) -> str:
-    """For the terminal: the thresholds of every family against every stand-in by all methods, the ones that decide
-    starred.
-    """
-    from rich.console import Console as RichConsole
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    buffer, terminal = io.StringIO(), is_terminal(sys.stdout)
-    # A file has no width: lines must not be cut.
-    width = None if terminal else 400
-    rich = RichConsole(file=buffer, force_terminal=terminal, width=width, highlight=False, emoji=False)
-    tolerance = f"{100 * result.settings['tolerance']:g} % of the teacher's loss"
-    title = f"Thresholds in log σ [95 %] of a gap, and of an excess of the loss, of {tolerance}; * decides"
-    drawn = RichTable(title=Text(title), title_justify="left", title_style="bold")
-    methods = {"tolerance": "gap", "loss": "loss", "kneedle": "Kneedle"}
-    drawn.add_column("programs of", overflow="fold")
-    for head in ("in place of", *(f"τ_{side}\nby {methods[method]}" for method in METHODS for side in SIDES)):
-        drawn.add_column(Text(head), justify="right", overflow="fold")
+    """The thresholds of every family against every stand-in by both methods, as Markdown; a star marks what decides."""
+    heads = ["programs of", "in place of"]
+    heads += [f"τ_{side} by {'gap' if method == 'tolerance' else method}" for method in METHODS for side in SIDES]
+    lines = [heads, ["---"] * len(heads)]
     for f in result.found:
-        cells = [printable(f.student, 60) + (" *" if f is result.decided else ""), _IN_WORDS[f.by]]
+        cells = [printable(f.student, 60) + (" \\*" if f is result.decided else ""), _IN_WORDS[f.by]]
         for e in (f.elbows[side, method] for method in METHODS for side in SIDES):
-            interval = "" if e.low is None else f" [{e.low:.2f}, {e.high:.2f}]"
+            interval = "" if e.low is None else f" ({e.low:.2f} to {e.high:.2f})"
             cells.append("none" if e.log_sigma is None else f"{e.log_sigma:.2f}{interval}")
-        drawn.add_row(*map(Text, cells))
-    rich.print(drawn)
-    return buffer.getvalue().rstrip("\n")
+        lines.append(cells)
+    tolerance = f"{100 * result.settings['tolerance']:g} % of the teacher's loss"
+    title = f"Thresholds in log σ (95 %) of a gap, and of an excess of the loss, of {tolerance}; \\* decides"
+    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
 # ---------------------------------------------------------------------------------------------- picture
@@ -245,28 +209,22 @@ _LINES = ("#4c72b0", "#dd8452", "#8172b3", "#937860", "#da8bc3", "#64b5cd", "#cc
 _LOWEST = 3e-4
 
 
-def _draw(result: StagesResult, png: Path, svg: Path) -> None:
-    """Draw the gap by noise level with its thresholds, and the losses on the proxy, on white."""
+def _draw(result: StagesResult, path: Path) -> None:
+    """Draw the gap by noise level with its thresholds, on white."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    losses = result.measured.of(ZERO)
-    panels = 2 if losses else 1
-    # A fixed salt and no date: equal results give equal files.
-    with matplotlib.rc_context({"svg.hashsalt": "dpsyngen", "font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(6.4 * panels, 5.4))
-        axes = figure.subplots(1, panels, squeeze=False)[0]
-        _draw_gap(axes[0], result)
-        if losses:
-            _draw_losses(axes[1], result)
-        for panel in axes:
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.set_xlim(result.measured.log_sigma[0], result.measured.log_sigma[-1])
-            panel.set_xlabel("noise level log σ   (clean image at the left, pure noise at the right)")
-            panel.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
+        figure = Figure(figsize=(6.4, 5.4))
+        panel = figure.subplots()
+        _draw_gap(panel, result)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_xlim(result.measured.log_sigma[0], result.measured.log_sigma[-1])
+        panel.set_xlabel("noise level log σ   (clean image at the left, pure noise at the right)")
+        panel.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
         figure.tight_layout()
-        write_atomically(png, lambda p: figure.savefig(p, format="png", dpi=130, metadata={"Software": None}))
-        write_atomically(svg, lambda p: figure.savefig(p, format="svg", metadata={"Date": None, "Creator": None}))
+        # Without the version of matplotlib: equal results give equal files.
+        write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=130, metadata={"Software": None}))
 
 
 def _draw_gap(panel: Any, result: StagesResult) -> None:
@@ -303,18 +261,3 @@ def _draw_gap(panel: Any, result: StagesResult) -> None:
         panel.annotate(f"τ_{e.side} = {e.log_sigma:.2f}", (e.log_sigma, 1.02), **place)
     panel.set_ylim(_LOWEST, None)
     panel.set_ylabel("gap of the denoisers, relative to the teacher's loss")
-
-
-def _draw_losses(panel: Any, result: StagesResult) -> None:
-    colours = iter(_LINES * len(result.measured.curves))
-    looks: dict[str, tuple[str, dict[str, Any]]] = {
-        PROXY: ("trained on the proxy itself", {"color": "#222", "lw": 1.8}),
-        WIENER: ("Wiener filter", {"color": _SOFT, "lw": 1.2, "ls": ":"}),
-        result.decided.student: (f"trained on {result.decided.student}", {"color": _MAIN, "lw": 1.6}),
-    }
-    for c in result.measured.of(ZERO):
-        label, look = looks.get(c.student) or (f"trained on {c.student}", {"color": next(colours), "lw": 1.6})
-        panel.plot(result.measured.log_sigma, 1 + c.excess().mean(0), label=label, **look)
-    panel.axhline(1, color="#333", lw=0.9, ls="--", label="knows mean and variance of the pixels only")
-    panel.set_ylim(0, min(2.2, panel.get_ylim()[1]))
-    panel.set_ylabel("loss on proxy images, relative")

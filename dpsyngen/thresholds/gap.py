@@ -208,8 +208,8 @@ def mean_curve(curves: Sequence[GapCurve], replicates: int, seed: int = 0) -> Me
 # ------------------------------------------------------------------------------------------------ thresholds
 
 Side = Literal["cleaning", "coarse"]
-Method = Literal["tolerance", "loss", "kneedle"]
-METHODS: tuple[Method, ...] = ("tolerance", "loss", "kneedle")
+Method = Literal["tolerance", "loss"]
+METHODS: tuple[Method, ...] = ("tolerance", "loss")
 SIDES: tuple[Side, ...] = ("cleaning", "coarse")
 _SMALLEST = 1e-12  # noise may make an estimate of a gap negative
 
@@ -220,12 +220,12 @@ class Elbow:
 
     Attributes:
         side: "cleaning" (the stage is below it) or "coarse" (above it).
-        method: "tolerance" (the first level at which the relative gap exceeds a tolerance), "loss" (the same of the
-            excess) or "kneedle" (the point farthest below the chord from the end to the peak; Satopää et al., 2011).
+        method: "tolerance" (the first level at which the relative gap exceeds a tolerance) or "loss" (the same of the
+            excess).
         log_sigma: τ; None if there is none.
         low, high: 95 % interval of τ: percentiles of the bootstrap's elbows; None if it has none.
         found: share of the bootstrap's curves that have an elbow at this side.
-        value: the curve at τ, which is the tolerance if the method has one; None if there is no τ.
+        value: the curve at τ, which is the tolerance; None if there is no τ.
         reason: why there is none; "" if there is one.
     """
 
@@ -253,8 +253,7 @@ def find_elbow(
     found = [v for v in (_locate(u, c, side, method, tolerance)[0] for c in replicates) if v is not None]
     low, high = (float(v) for v in np.percentile(found, [2.5, 97.5])) if found else (None, None)
     share = len(found) / len(replicates) if len(replicates) else float(value is not None)
-    at = None if value is None else float(np.interp(value, u, curve)) if method == "kneedle" else tolerance
-    return Elbow(side, method, value, low, high, share, at, reason)
+    return Elbow(side, method, value, low, high, share, None if value is None else tolerance, reason)
 
 
 def _locate(u: Array, curve: Array, side: Side, method: Method, tolerance: float) -> tuple[float | None, str]:
@@ -263,8 +262,6 @@ def _locate(u: Array, curve: Array, side: Side, method: Method, tolerance: float
         value, reason = _locate(-u[::-1], curve[::-1], "cleaning", method, tolerance)
         return None if value is None else -value, reason
     # From here on the end that is looked from is the first point.
-    if method == "kneedle":
-        return _kneedle(u, curve, int(np.argmax(curve)))
     what = "gap" if method == "tolerance" else "excess of the loss"
     if curve.max() <= tolerance:
         # Networks that were hardly trained are all alike.
@@ -277,19 +274,3 @@ def _locate(u: Array, curve: Array, side: Side, method: Method, tolerance: float
         # Gaps grow by powers of σ, so the curve is nearly straight in log g against log σ.  An excess may be negative.
         below, above, limit = (float(np.log(max(v, _SMALLEST))) for v in (below, above, limit))
     return float(u[first - 1] + (limit - below) / (above - below) * (u[first] - u[first - 1])), ""
-
-
-def _kneedle(u: Array, curve: Array, peak: int) -> tuple[float | None, str]:
-    if peak < 2:
-        return None, "the gap is largest at this end"
-    x = (u[: peak + 1] - u[0]) / (u[peak] - u[0])
-    lowest = curve[: peak + 1].min()
-    y = (curve[: peak + 1] - lowest) / max(float(curve[peak] - lowest), _SMALLEST)
-    depth = x - y
-    i = int(np.argmax(depth))
-    if depth[i] <= 0 or i in (0, peak):
-        return None, "the curve bends nowhere at this end"
-    # The vertex of the parabola through the deepest point and its neighbours: the grid is coarser than what is sought.
-    a, b, _ = np.polyfit(x[i - 1 : i + 2] - x[i], depth[i - 1 : i + 2], 2)
-    shift = 0.0 if a >= 0 else float(np.clip(-b / (2 * a), (x[i - 1] - x[i]) / 2, (x[i + 1] - x[i]) / 2))
-    return float(u[0] + (x[i] + shift) * (u[peak] - u[0])), ""

@@ -5,7 +5,7 @@
     settings.json   what decides the figures; the same call goes on where it was, another one is refused
     networks/       the trained networks (or in another folder, shared by several calls)
     private/, private_gap.json   only with private images: see dpsyngen.thresholds.private
-    gap.png, gap.svg, gap.csv, stages.yaml, gap.json   the results, gap.json last
+    gap.png, gap.csv, stages.yaml, gap.json            the results, gap.json last
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Stages:
         """Train, measure, write; the result and its files.
 
         A call that is interrupted at any moment goes on with the same arguments: networks that are trained are read,
-        one in training goes on from its last checkpoint, and the private images are never charged twice.
+        and the private images are never charged twice.
         """
         search, options = self.search, self.options
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -29,11 +29,9 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.thresholds.denoisers import (
     PROXY,
     WIENER,
-    ZERO,
     Family,
     GivenImages,
     PublicDenoisers,
-    ZeroInformation,
     wiener_filter,
 )
 from dpsyngen.thresholds.gap import (
@@ -71,9 +69,8 @@ class Measured:
         log_sigma: [M].
         pixels: d, of an image.
         curves: programs in place of others ("programs"), of the proxy's Wiener filter ("wiener") and of networks that
-            were trained on it ("proxy"), networks in place of others of their own family ("floor"), and all networks
-            and the Wiener filter in place of the zero-information predictor of the proxy ("zero-information"); on
-            private images, with noise, the student in place of the teacher ("private").
+            were trained on it ("proxy"), and networks in place of others of their own family ("floor"); on private
+            images, with noise, the student in place of the teacher ("private").
         clipping_norm: C that public images suggest for a private estimate.
     """
 
@@ -137,11 +134,10 @@ class StageSearch:
         for family in self.all_families:
             images = torch.from_numpy(np.array(family.measuring_images(self.images))).to(self.networks.device)
             denoisers: dict[str, Denoiser] = {f"{label}/{seed}": d for (label, seed), d in trained.items()}
-            if isinstance(family.program, GivenImages):
-                denoisers[ZERO] = ZeroInformation(family.program.images)
-                if (wiener := wiener_filter(family.program.images)) is not None:
-                    denoisers[WIENER] = wiener.to(self.networks.device)
-            compared = self._compared(family, [name for name in (ZERO, WIENER) if name in denoisers])
+            given = family.program.images if isinstance(family.program, GivenImages) else None
+            if given is not None and (wiener := wiener_filter(given)) is not None:
+                denoisers[WIENER] = wiener.to(self.networks.device)
+            compared = self._compared(family, wiener=WIENER in denoisers)
             answers = measure(
                 denoisers,
                 to_float(images),
@@ -160,17 +156,14 @@ class StageSearch:
         result.clipping_norm = public_clipping_norm(vectors)
         return result
 
-    def _compared(self, family: Family, predictors: Sequence[str]) -> list[tuple[str, str, str, list[Pair]]]:
+    def _compared(self, family: Family, wiener: bool) -> list[tuple[str, str, str, list[Pair]]]:
         """(stand-in, teacher, student, pairs of networks) of all comparisons on the images of a family."""
         own, seeds = family.label, range(self.seeds)
         others = [f.label for f in self.families if f is not family]
         stand_in = PROXY if family is self.proxy else "programs"
         out = [(stand_in, own, o, [(f"{own}/{s}", f"{o}/{s}") for s in seeds]) for o in others]
-        for p in predictors:
-            students = others if p == WIENER else [*others, own]
-            out += [(p, p, o, [(p, f"{o}/{s}") for s in seeds]) for o in students]
-        if WIENER in predictors:
-            out.append((ZERO, ZERO, WIENER, [(ZERO, WIENER)]))
+        if wiener:
+            out += [(WIENER, WIENER, o, [(WIENER, f"{o}/{s}") for s in seeds]) for o in others]
         if self.seeds > 1:
             # Each network against the next of its family; two networks make one pair.
             count = self.seeds if self.seeds > 2 else 1

@@ -44,29 +44,6 @@ def test_tolerance_on_gaussians_is_where_the_closed_form_says() -> None:
     assert find_elbow(U, curve, NONE, "cleaning", "tolerance", 0.02).log_sigma == pytest.approx(exact, abs=0.06)
 
 
-def test_kneedle_on_a_hockey_stick_finds_the_bend() -> None:
-    """Flat at 0 to -2, then a straight line to the peak at 1, then down to 3 and flat again."""
-    curve = np.interp(U, [-2, 1, 3], [0, 1, 0])
-    assert find_elbow(U, curve, NONE, "cleaning", "kneedle").log_sigma == pytest.approx(-2, abs=0.3)
-    elbow = find_elbow(U, curve, NONE, "coarse", "kneedle")
-    assert elbow.log_sigma == pytest.approx(3, abs=0.3)
-    assert elbow.value == pytest.approx(np.interp(elbow.log_sigma, U, curve))
-
-
-def test_kneedle_on_an_exponential_is_where_its_slope_is_that_of_the_chord() -> None:
-    """y = e^(2u) from -6.2 to the peak: the deepest point has slope 1 in scaled units."""
-    u = np.linspace(-6, 0, 25)
-    curve = np.exp(2 * u)
-    exact = math.log((curve[-1] - curve[0]) / 6 / 2) / 2
-    elbow = find_elbow(u, curve, np.empty((0, 25)), "cleaning", "kneedle")
-    assert elbow.log_sigma == pytest.approx(exact, abs=0.03)
-    # Neither scale nor offset matters, nor a mirror.
-    again = find_elbow(u, 3 * curve + 7, np.empty((0, 25)), "cleaning", "kneedle")
-    assert again.log_sigma == pytest.approx(elbow.log_sigma, abs=1e-9)
-    mirrored = find_elbow(-u[::-1], curve[::-1], np.empty((0, 25)), "coarse", "kneedle")
-    assert mirrored.log_sigma == pytest.approx(-elbow.log_sigma, abs=1e-9)
-
-
 @pytest.mark.parametrize(
     ("curve", "side", "method", "reason"),
     [
@@ -74,8 +51,6 @@ def test_kneedle_on_an_exponential_is_where_its_slope_is_that_of_the_chord() -> 
         (0.2 + np.maximum(U, 0), "coarse", "tolerance", "at this end already"),
         (0.01 + 0.001 * U**2, "cleaning", "tolerance", "within 5 % everywhere"),
         (0.01 + 0.001 * U**2, "cleaning", "loss", "excess of the loss is within"),
-        (U - U[0], "coarse", "kneedle", "largest at this end"),
-        (np.sqrt(U - U[0]), "cleaning", "kneedle", "bends nowhere"),
     ],
 )
 def test_it_says_so_where_there_is_no_stage(curve, side, method, reason) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dpsyngen.config import load_config
-from dpsyngen.thresholds.denoisers import ZERO
 from dpsyngen.thresholds.files import StagesResult, stage_lines, stages_yaml, teacher_line
 from dpsyngen.thresholds.gap import Elbow, GapCurve, log_sigma_grid
 from dpsyngen.thresholds.search import Measured, StandInElbows
@@ -25,7 +24,7 @@ def elbow(side: Any, tau: float | None, found: float = 1.0) -> Elbow:
 def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
     def said(**losses: list[float]) -> str | None:
         squares = {name: np.array([[values] * 3]) for name, values in losses.items()}
-        measured = Measured(np.arange(4.0), 4, [GapCurve(ZERO, ZERO, n, s, s, s) for n, s in squares.items()])
+        measured = Measured(np.arange(4.0), 4, [GapCurve(n, n, "a", s, s, s) for n, s in squares.items()])
         result: Any = SimpleNamespace(measured=measured)
         return teacher_line(result)
 
