@@ -96,7 +96,7 @@ class Compute:
         """How DP-SGD steps compute.
 
         Never compiled: the engine learns per-example gradients from the functions that a network calls
-        (``dpsyngen.privacy.recording``, a TorchFunctionMode), and compiled code calls none.
+        (``dpsyngen.privacy.rules.Recorder``, a TorchFunctionMode), and compiled code calls none.
         """
         reasons = self.reasons | {k[3:]: why for k, why in self.reasons.items() if k.startswith("dp_")}
         precision, channels_last = self.dp_precision, self.dp_channels_last

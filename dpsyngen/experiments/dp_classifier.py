@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.denoiser import Ema
 from dpsyngen.errors import ConfigError, LedgerError, require
 from dpsyngen.evaluation.cas import (
     DEFAULT,

@@ -124,25 +124,6 @@ class GridGradient(ClippedGradient):
         return super().__add__(other)
 
 
-class Whole:
-    """How this process's part of a model clips together with the others: here it is the whole model.
-
-    A sharded engine overrides it; see :mod:`dpsyngen.privacy.sharding`.
-    """
-
-    layer_count: int | None = None  # of the whole model; None: those of the contributions
-
-    def total(self, squares: Tensor) -> Tensor:
-        """[layers, B] squared norms of whole gradients, from those of this process's part; the same numbers, to the
-        last bit, in all processes that see the same examples, so that they decide alike.
-        """
-        return squares
-
-    def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
-        """This process's part of the sums over all processes, from its own sums in the order of the parameters."""
-        return list(sums)
-
-
 def check_clipping(clipping_norm: float, style: str) -> None:
     """Raise ConfigError unless both are allowed."""
     ok = clipping_norm > 0 and math.isfinite(clipping_norm)
@@ -180,7 +161,7 @@ def clip(
     style: ClippingStyle,
     *,
     valid: Tensor | None = None,
-    whole: Whole | None = None,
+    collect: Callable[[Iterator[Tensor]], list[Tensor]] = list,
 ) -> ClippedGradient:
     """Clip each example's gradient and sum over examples.
 
@@ -196,13 +177,13 @@ def clip(
         contributions, layers: for each parameter its gradients, and the number of its layer, from 0.
         valid: [B] booleans; where it is False there is no example but padding, which adds exactly zero and is not
             counted.  None: all are examples.
-        whole: how the parts of a model that is split over processes clip together; None: it is not split.
+        collect: makes the result's sums of those of each parameter, in their order; of a model that is split over
+            processes it adds up those of all.
     """
-    whole = whole or Whole()
     # Factors come from norms in fp32 or more, so what they are multiplied with must not be rounded further: in TF32 an
     # example's part of the sum would exceed C by up to a thousandth, in bf16 by up to a hundredth.
     with torch.no_grad(), full_precision(contributions[0].device.type):
-        parts = _Parts(contributions, layers, style != "per-layer", whole)
+        parts = _Parts(contributions, layers, style != "per-layer")
         squares = parts.squared_norms()  # ‖g_l‖², [layers, B]
         norms = squares.sum(0).sqrt()  # ‖g‖, [B]
         bounded = squares if style == "per-layer" else squares.sum(0, keepdim=True)
@@ -223,8 +204,7 @@ def clip(
         count = int(kept.sum())
         factors = torch.where(kept, factors, torch.zeros_like(factors)).to(parts.dtype)
         # The sum of factor times gradient.  0 · NaN is NaN, so where something is left out it is set to zero by `kept`.
-        weighted = parts.weighted_sums(factors, None if count == len(kept) else kept)
-        sums = whole.collect(weighted)
+        sums = collect(parts.weighted_sums(factors, None if count == len(kept) else kept))
     return ClippedGradient(sums, clipping_norm, len(norms), norms, len(norms) - count)
 
 
@@ -291,10 +271,8 @@ def _squared_norm(steps: list[Tensor]) -> int:
 class _Parts:
     """The contributions, the small ones of them laid side by side so that they cost one operation and not many."""
 
-    def __init__(self, contributions: list[Contribution], layers: list[int], together: bool, whole: Whole) -> None:
-        self.contributions, self.whole = contributions, whole
-        self.layers = [0] * len(layers) if together else layers
-        self.layer_count = 1 if together else whole.layer_count or max(layers) + 1
+    def __init__(self, contributions: list[Contribution], layers: list[int], together: bool) -> None:
+        self.contributions, self.layers = contributions, [0] * len(layers) if together else layers
         self.dtype, self.device = contributions[0].dtype, contributions[0].device
         small = {i: c for i, c in enumerate(contributions) if type(c) is Dense and c.size <= _SMALL_TENSOR}
         self.small: dict[int, Dense] = small if together and len(small) > 1 else {}
@@ -303,22 +281,21 @@ class _Parts:
 
     def squared_norms(self) -> Tensor:
         """[layers, B]."""
-        total = self.whole.total(self._own_squared_norms(wide=False))
-        # Of whole gradients, which all shards know, so that all of them or none go on to the second round, in fp64.
+        total = self._squared_norms(wide=False)
+        # A second round in fp64 for squares that leave the range of fp32.
         doubtful = ~torch.isfinite(total) | (total < _SMALL_SQUARE)
         if self.dtype == torch.float32 and bool(doubtful.any()):
-            total = torch.where(doubtful, self.whole.total(self._own_squared_norms(wide=True)), total)
+            total = torch.where(doubtful, self._squared_norms(wide=True), total)
         return total
 
-    def _own_squared_norms(self, wide: bool) -> Tensor:
+    def _squared_norms(self, wide: bool) -> Tensor:
         totals: dict[int, Tensor] = {}
         if self.joined is not None:
             totals[0] = self.joined.squared_norms(wide)
         for i in self.large:
             squares, layer = self.contributions[i].squared_norms(wide), self.layers[i]
             totals[layer] = totals[layer] + squares if layer in totals else squares
-        none = torch.zeros_like(next(iter(totals.values())))  # for layers that other shards have
-        return torch.stack([totals.get(layer, none) for layer in range(self.layer_count)])
+        return torch.stack([totals[layer] for layer in range(len(totals))])
 
     def weighted_sums(self, factors: Tensor, kept: Tensor | None) -> Iterator[Tensor]:
         """One tensor a parameter, in their order; `factors` is [layers, B]."""

@@ -40,15 +40,6 @@ class Contribution(ABC):
     def dense(self) -> Tensor:
         """The gradients themselves, [B, *parameter.shape]."""
 
-    @abstractmethod
-    def part(self, dim: int, first: int, length: int) -> Contribution:
-        """The gradients of ``parameter.narrow(dim, first, length)``, length >= 1, with no hold on the rest."""
-
-
-def cut(tensor: Tensor, dim: int, first: int, length: int) -> Tensor:
-    """A copy of ``tensor.narrow(dim, first, length)``."""
-    return tensor.narrow(dim, first, length).clone(memory_format=torch.contiguous_format)
-
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """The tensor without its graph, in fp32 if it has half precision: norms and sums are never taken in less.
@@ -119,9 +110,6 @@ class Dense(Contribution):
     def dense(self) -> Tensor:
         return self.gradients
 
-    def part(self, dim: int, first: int, length: int) -> Dense:
-        return Dense(cut(self.gradients, dim + 1, first, length))
-
 
 class Pieces(Contribution):
     """Gradients of a few examples at a time, in separate tensors [b, *shape]: nothing is copied together.
@@ -159,12 +147,6 @@ class Pieces(Contribution):
 
     def dense(self) -> Tensor:
         return torch.cat(self.pieces)
-
-    def part(self, dim: int, first: int, length: int) -> Pieces:
-        out = Pieces()
-        for piece in self.pieces:
-            out.append(cut(piece, dim + 1, first, length))
-        return out
 
 
 def ghost_norms(product: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,10 +190,6 @@ class Outer(Contribution):
     def dense(self) -> Tensor:
         return torch.bmm(self.g.transpose(1, 2), self.x)
 
-    def part(self, dim: int, first: int, length: int) -> Outer:
-        own = cut(self.x if dim else self.g, 2, first, length)
-        return Outer(self.g, own) if dim else Outer(own, self.x)
-
 
 class Rows(Contribution):
     """Gradients of a table with `rows` rows (an embedding), of which each example read `indices` [B, T].
@@ -247,13 +225,6 @@ class Rows(Contribution):
     def dense(self) -> Tensor:
         out = self.g.new_zeros(len(self.g), self.rows, self.g.shape[2])
         return out.scatter_add_(1, self.indices[..., None].expand_as(self.g), self.g)
-
-    def part(self, dim: int, first: int, length: int) -> Rows:
-        if dim:
-            return Rows(self.indices, cut(self.g, 2, first, length), self.rows)
-        here = (self.indices >= first) & (self.indices < first + length)
-        none = torch.zeros_like(self.g)
-        return Rows(torch.where(here, self.indices - first, 0), torch.where(here[..., None], self.g, none), rows=length)
 
 
 def merged(a: Contribution, b: Contribution) -> Contribution:

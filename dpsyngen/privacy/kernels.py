@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpsyngen.errors import require
-from dpsyngen.privacy.contributions import Contribution, Dense, Pieces, at_least_fp32, blanked, cut, ghost_norms
+from dpsyngen.privacy.contributions import Contribution, Dense, Pieces, at_least_fp32, blanked, ghost_norms
 
 _convolution_backward = torch.ops.aten.convolution_backward
 _ONLY_WEIGHT = [False, True, False]
@@ -195,14 +195,6 @@ class _Ghost(Contribution):
 
     def dense(self) -> Tensor:
         return Dense(_grouped(self.call.g, self.call.x, self.call)).dense()
-
-    def part(self, dim: int, first: int, length: int) -> Contribution:
-        if dim > 1:
-            return Dense(self.dense()).part(dim, first, length)
-        call = self.call
-        own = cut(call.x if dim else call.g, 1, first, length)
-        weight = call.weight.narrow(dim, first, length)
-        return _Ghost(replace(call, x=own, weight=weight) if dim else replace(call, g=own, weight=weight))
 
 
 # ------------------------------------------------------------------------------------------ which may be used

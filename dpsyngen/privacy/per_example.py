@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
@@ -24,7 +24,6 @@ from dpsyngen.privacy.clipping import (
     ClippedGradient,
     ClippingStyle,
     GridGradient,
-    Whole,
     check_clipping,
     clip,
     clip_and_sum,
@@ -34,8 +33,7 @@ from dpsyngen.privacy.clipping import (
 )
 from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
-from dpsyngen.privacy.recording import Recorder
-from dpsyngen.privacy.rules import Tape, UnsupportedLayer
+from dpsyngen.privacy.rules import Recorder, Tape, UnsupportedLayer
 from dpsyngen.workers import Workers
 
 __all__ = ["ClippedGradient", "PerExampleGradients", "UnsupportedLayer", "clip_and_sum", "find_physical_batch"]
@@ -58,7 +56,7 @@ def layer_numbers(names: list[str]) -> list[int]:
     return [numbers[module] for module in modules]
 
 
-class PerExampleGradients(Whole):
+class PerExampleGradients:
     """Clipped per-example gradients of a module.
 
     Args:
@@ -73,7 +71,7 @@ class PerExampleGradients(Whole):
             PyTorch's threads, at most 8 (one on a GPU).
 
     Raises:
-        ConfigError: the parameters are sharded; :mod:`dpsyngen.privacy.sharding` has the engines for those.
+        ConfigError: the parameters are sharded; :mod:`dpsyngen.privacy.sharding` has the engine for those.
 
     The model must treat the rows of a batch independently.  Layers known to mix them are refused; ordinary arithmetic
     that does (``h - h.mean(0)``) would void the sensitivity and cannot be seen in a single pass:
@@ -137,8 +135,8 @@ class PerExampleGradients(Whole):
         """For each parameter the number of its layer in the whole model."""
         if any(hasattr(p, "to_local") for p in self.parameters):
             raise ConfigError(
-                "the parameters are sharded over processes (DTensor): make the engine with "
-                "OwnExamples or SameExamples of dpsyngen.privacy.sharding."
+                "the parameters are sharded over processes (DTensor): make the engine with OwnExamples of "
+                "dpsyngen.privacy.sharding."
             )
         return layer_numbers(self.names)
 
@@ -193,6 +191,10 @@ class PerExampleGradients(Whole):
             )
         return rows
 
+    def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
+        """The sums of the result, from those of each parameter in order; a sharded engine adds up all processes'."""
+        return list(sums)
+
     def per_example(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Tensor]:
         """Unclipped per-example gradients, one tensor [examples, *parameter.shape] for each parameter.
 
@@ -219,7 +221,7 @@ class PerExampleGradients(Whole):
         if examples == 0:
             return self.zero()
         contributions = self.contributions(loss, examples, copies)
-        return clip(contributions, self.layers, self.clipping_norm, self.style, valid=mask, whole=self)
+        return clip(contributions, self.layers, self.clipping_norm, self.style, valid=mask, collect=self.collect)
 
     def sum(
         self, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32, valid: int | Tensor | None = None
@@ -271,9 +273,7 @@ class PerExampleGradients(Whole):
             differences = [float((t[b] - a[0]).norm()) for t, a in zip(together, alone, strict=True)]
             norm = math.hypot(*(float(a.norm()) for a in alone))
             worst = max(range(len(differences)), key=lambda i: differences[i])
-            squares = torch.tensor([math.hypot(*differences), norm], dtype=torch.float64, device=together[0].device)
-            change, norm = self.total(squares.square()[:, None]).flatten().sqrt().tolist()  # over the whole model
-            if not change <= tolerance * norm:
+            if not math.hypot(*differences) <= tolerance * norm:
                 raise UnsupportedLayer(
                     f"the gradient of example {b} depends on the other examples of its batch (most of all that of "
                     f"{self.names[worst]!r}), so one example cannot be bounded by clipping.  Something in the model "

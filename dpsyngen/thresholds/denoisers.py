@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.denoiser import NetworkDenoiser
-from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.denoiser import Ema, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.errors import DataError, RunError

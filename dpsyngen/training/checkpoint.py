@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.denoiser import Ema
 from dpsyngen.errors import RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.ledger import Head, Ledger

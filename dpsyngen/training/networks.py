@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.denoiser import Denoiser, NetworkDenoiser, PreconditionedDenoiser
-from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.denoiser import Denoiser, Ema, NetworkDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.denoiser import NetworkDenoiser
-from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.denoiser import Ema, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage
 from dpsyngen.diffusion.unet import count_parameters

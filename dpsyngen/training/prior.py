@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.denoiser import Ema
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.prior import PRIOR_SIZE, SEEN, Prior, network_input
 from dpsyngen.diffusion.samplers import to_float

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpsyngen.diffusion.denoiser import GuidedDenoiser, PreconditionedDenoiser, loss_weight
-from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.denoiser import Ema, GuidedDenoiser, PreconditionedDenoiser, loss_weight
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.denoiser import Ema
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger

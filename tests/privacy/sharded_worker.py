@@ -24,16 +24,13 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from dpsyngen.diffusion.unet import UNet
+from dpsyngen.privacy import sharding
 from dpsyngen.privacy.clipping import STYLES, ClippedGradient
-from dpsyngen.privacy.contributions import Dense
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
-from dpsyngen.privacy.sharding import OwnExamples, SameExamples
-from dpsyngen.privacy.sharding import engine as engine_module
-from dpsyngen.privacy.sharding.engine import ShardedGradient
-from dpsyngen.privacy.sharding.gathered import Place
+from dpsyngen.privacy.sharding import OwnExamples, Place, ShardedGradient
 
 NORM = 0.7
 WORLD = 2
@@ -114,9 +111,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, **settings: Any) -> nn.Module:
     return module
 
 
-def engine_of(module: nn.Module, style: Any = "flat", kind: Any = OwnExamples, **settings: Any) -> PerExampleGradients:
-    if "workers" in settings:
-        kind = PerExampleGradients
+def engine_of(module: nn.Module, style: Any = "flat", **settings: Any) -> PerExampleGradients:
+    kind = PerExampleGradients if "workers" in settings else OwnExamples
     return kind(module, NORM, style=style, kernels=KernelChoices(measure=False), **settings)
 
 
@@ -166,25 +162,21 @@ def equals_one_process(mesh: DeviceMesh) -> None:
         split = shard(module, mesh)
         for style in STYLES if name != "unet" else STYLES[:1]:
             plain, own = engine_of(module, style, workers=1), engine_of(split, style)
-            same = engine_of(split, style, kind=SameExamples)
             whole = plain.sum(lambda part: loss(module, x[part]), 6)  # noqa: B023 - used here only
             for sizes in ((4, 2), (0, 6)):
                 rows, valid = own_share(x, sizes)
                 got = own.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid, physical_batch=3)  # noqa: B023
-                compare(f"own examples, {name}", got, whole)
-                found[f"own examples, {name}"]["facts"] &= close(
+                compare(name, got, whole)
+                found[name]["facts"] &= close(
                     got.norms, whole.norms[: sizes[0]] if RANK == 0 else whole.norms[sizes[0] :]
                 )
-            got = same.sum(lambda part: loss(split, x[part]), 6, physical_batch=4)  # noqa: B023
-            compare(f"same examples, {name}", got, whole)
-            found[f"same examples, {name}"]["facts"] &= close(got.norms, whole.norms)
             # Noise multiplicity, and padding in the middle.
             valid = torch.tensor([True, False, True])
-            got = same(lambda: loss(split, x), 3, 2, valid=valid)  # noqa: B023
+            got = own(lambda: loss(split, x), 3, 2, valid=0 if RANK == 0 else valid)  # noqa: B023
             pairs = plain(lambda: loss(module, x), 3, 2, valid=valid)  # noqa: B023
             kept = plain(lambda: loss(module, x[[0, 1, 4, 5]]), 2, 2)  # noqa: B023
-            compare(f"same examples, {name}", got, pairs)
-            compare(f"same examples, {name}", got, kept)
+            compare(name, got, pairs)
+            compare(name, got, kept)
         untouched = all(p.grad is None for p in (*split.parameters(), *module.parameters()))
         found[f"no gradient is left behind, {name}"] = untouched
 
@@ -205,31 +197,27 @@ def other_ways_to_shard(mesh: DeviceMesh) -> None:
     }
     for name, (settings, kernels) in cases.items():
         split = shard(module, mesh, **settings)
-        for kind in (OwnExamples, SameExamples):
-            engine = kind(split, NORM, kernels=kernels or KernelChoices(measure=False))
-            rows, valid = own_share(x, (4, 2)) if kind is OwnExamples else (x, 6)
-            got = engine.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid)  # noqa: B023
-            compare(name, got, whole)
+        engine = OwnExamples(split, NORM, kernels=kernels or KernelChoices(measure=False))
+        rows, valid = own_share(x, (4, 2))
+        got = engine.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid)  # noqa: B023
+        compare(name, got, whole)
 
     # Activation checkpointing, of a block that is sharded on its own.
     odd, indices, odd_loss = varied()
     expected = engine_of(odd, workers=1).sum(lambda part: odd_loss(odd, indices[part]), 6)
     split = shard(odd, mesh)
-    for kind in (OwnExamples, SameExamples):
-        engine = engine_of(split, kind=kind)
-        split.again = partial(checkpoint, use_reentrant=False, context_fn=engine.checkpoint_contexts)
-        rows, valid = own_share(indices, (4, 2)) if kind is OwnExamples else (indices, 6)
-        got = engine.sum(lambda part: odd_loss(split, rows[part]), len(rows), valid=valid)  # noqa: B023
-        compare("activation checkpointing", got, expected)
+    engine = engine_of(split)
+    split.again = partial(checkpoint, use_reentrant=False, context_fn=engine.checkpoint_contexts)
+    rows, valid = own_share(indices, (4, 2))
+    got = engine.sum(lambda part: odd_loss(split, rows[part]), len(rows), valid=valid)
+    compare("activation checkpointing", got, expected)
 
-    # Replicas of one shard each: rows of the mesh have their own examples in either way.
+    # Replicas of one shard each.
     grid = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicas", "shards"))
     split = shard(module, grid)
     rows, valid = own_share(x, (4, 2))
-    for kind in (OwnExamples, SameExamples):
-        engine = engine_of(split, kind=kind)
-        got = engine.sum(lambda part: loss(split, rows[part]), len(rows), valid=valid)
-        compare("replicas", got, whole)
+    got = engine_of(split).sum(lambda part: loss(split, rows[part]), len(rows), valid=valid)
+    compare("replicas", got, whole)
 
 
 def _signatures(module: nn.Module, x: Tensor, loss: Rows) -> list[str]:
@@ -245,22 +233,15 @@ def sensitivity(mesh: DeviceMesh) -> None:
     changes = found.setdefault("changes", {})
     for style in STYLES:
         for scale in (1e-3, 1.0, 1e6):
-            own, same = engine_of(split, style), engine_of(split, style, kind=SameExamples)
+            own = engine_of(split, style)
             rows = x[:3] if RANK == 0 else x[3:]
 
             def scaled(part: slice, rows: Tensor = rows, scale: float = scale) -> Tensor:
                 return scale * loss(split, rows[part])
 
-            def all_scaled(part: slice, scale: float = scale) -> Tensor:
-                return scale * loss(split, x[part])
-
-            pairs = {
-                "own": (own.sum(scaled, 3), own.sum(scaled, 3, valid=3 if RANK == 0 else 2)),
-                "same": (same.sum(all_scaled, 6), same.sum(all_scaled, 6, valid=5)),
-            }
-            for way, (a, b) in pairs.items():
-                change = norm_over_all([u - v for u, v in zip(a.sums, b.sums, strict=True)])
-                changes[f"{way}, {style}, {scale}"] = change / a.l2_sensitivity
+            a, b = own.sum(scaled, 3), own.sum(scaled, 3, valid=3 if RANK == 0 else 2)
+            change = norm_over_all([u - v for u, v in zip(a.sums, b.sums, strict=True)])
+            changes[f"{style}, {scale}"] = change / a.l2_sensitivity
 
 
 def noise(mesh: DeviceMesh) -> None:
@@ -307,15 +288,14 @@ def training(mesh: DeviceMesh) -> None:
     module, _, loss = varied()
     torch.manual_seed(9)
     data = torch.randint(0, 5, (20, 4))
-    split, together = shard(module, mesh), shard(module, mesh)
+    split = shard(module, mesh)
 
     def share(chosen: Tensor) -> tuple[Tensor, int]:
         mine = chosen[RANK::WORLD]
         return torch.cat([mine, mine.new_zeros(-(-len(chosen) // WORLD) - len(mine))]), len(mine)
 
-    own, same = engine_of(split), engine_of(together, kind=SameExamples)
+    own = engine_of(split)
     optimizer = train(split, loss, own, share)
-    train(together, loss, same, lambda chosen: (chosen, len(chosen)))
     before = deepcopy(module)
     plain = engine_of(module, workers=1)
     train(module, loss, plain, lambda chosen: (chosen, len(chosen)))
@@ -326,16 +306,6 @@ def training(mesh: DeviceMesh) -> None:
     found["weights after three steps"] = {
         "moved": moved,
         "own": own_error(own.parameters, places, plain.parameters),
-        "same": own_error(same.parameters, places, plain.parameters),
-    }
-
-    # Gradients of examples, which come in whole layers and stay as parts of them.
-    contributions = same.contributions(lambda: loss(together, data[:4]), 4)
-    kept = [c.gradients for c in contributions if isinstance(c, Dense)]
-    found["gradients of examples"] = {
-        "share": sum(c.dense()[0].numel() for c in contributions) / sum(p.numel() for p in plain.parameters),
-        "dense": len(kept),
-        "bytes beyond": sum(k.untyped_storage().nbytes() - k.nbytes for k in kept),
     }
 
     # What a process holds between two steps.
@@ -354,7 +324,7 @@ def training(mesh: DeviceMesh) -> None:
 def refusals(mesh: DeviceMesh) -> None:
     module, x, loss = varied()
     split = shard(module, mesh)
-    own, same = engine_of(split), engine_of(split, kind=SameExamples)
+    own = engine_of(split)
     partly = deepcopy(module)
     fully_shard(partly.attention, mesh=mesh)
 
@@ -367,15 +337,12 @@ def refusals(mesh: DeviceMesh) -> None:
         "never run": lambda: engine_of(shard(module, mesh))(lambda: loss(nn.Module(), x), 6),
         "unequal": lambda: own.sum(lambda part: loss(split, x[part]), 3 + RANK),
         "other batches": lambda: own.sum(lambda part: loss(split, x[part]), 4, physical_batch=1 + RANK),
-        "other examples": lambda: same.sum(lambda part: loss(split, x[3 * RANK :][part]), 3),
-        "another order": lambda: same.sum(lambda part: loss(split, (x if RANK else x.flip(0))[part]), 6),
         "none": lambda: own(lambda: loss(split, x[:0]), 0),
         "the engine of a whole model": lambda: engine_of(split, workers=1),
         "a whole model": lambda: engine_of(module),
         "grid": lambda: own.sum_on_grid(lambda part: loss(split, x[part]), 3, grid=2.0**-20),
         "partly sharded": lambda: engine_of(partly),
         "mixing, own": lambda: own.verify(mixing, 3),
-        "mixing, same": lambda: same.verify(mixing, 3),
         "too many valid": lambda: own(lambda: loss(split, x), 6, valid=7),
         "valid of another shape": lambda: own(lambda: loss(split, x), 6, valid=torch.ones(5, dtype=torch.bool)),
     }
@@ -386,7 +353,6 @@ def refusals(mesh: DeviceMesh) -> None:
             found.setdefault("refused", {})[name] = f"{type(error).__name__}: {error}"
     # All of them were refused in both processes before or between passes, so the two can go on.
     own.verify(lambda part: loss(split, x[part]), 2)
-    same.verify(lambda part: loss(split, x[part]), 2)
     empty = own.sum(lambda part: loss(split, x[part]), 0)
     compare("empty", empty, engine_of(module, workers=1).zero())
     padding = own.sum(lambda part: loss(split, x[part]), 3, valid=0)
@@ -400,7 +366,7 @@ def main() -> None:
     folder = Path(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=RANK, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
-    engine_module._BUCKET = 1000  # several buckets, some of one parameter
+    sharding._BUCKET = 1000  # several buckets, some of one parameter
     checks: list[Callable[[DeviceMesh], None]] = [
         *(equals_one_process, other_ways_to_shard, sensitivity, noise, training, refusals),
     ]

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from dpsyngen.diffusion.ema import Ema
+from dpsyngen.diffusion.denoiser import Ema
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger

@@ -10,6 +10,6 @@ copies); the gradient of an example is the sum over its rows.  A new layer type 
 """
 
 from dpsyngen.privacy.rules import constants, layers
-from dpsyngen.privacy.rules.registry import RULES, Tape, UnsupportedLayer, rule
+from dpsyngen.privacy.rules.registry import RULES, Recorder, Tape, UnsupportedLayer, rule
 
-__all__ = ["RULES", "Tape", "UnsupportedLayer", "constants", "layers", "rule"]
+__all__ = ["RULES", "Recorder", "Tape", "UnsupportedLayer", "constants", "layers", "rule"]

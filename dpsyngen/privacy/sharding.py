@@ -1,4 +1,8 @@
-"""Where each part of a sharded model is, and a tape that records a pass of one.
+"""The engine for models whose parameters are split over processes by FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+Each process has its own examples.  Clipped sums are reduced to the shards, so the L2 sensitivity of the whole sum is C
+if an example is in one process only.  FSDP's own reduction of gradients has no part in it: it would average gradients
+that are not clipped, and gets none to see.
 
 Between passes a module under FSDP2 holds shards (``DTensor``).  Just before a layer runs, whole parameters take their
 places; they are freed after the layer and gathered again for its backward pass.  The layer's functions see these whole
@@ -10,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +24,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.contributions import Contribution, Dense
+from dpsyngen.privacy.clipping import ClippedGradient, Draw, GridGradient
+from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
+from dpsyngen.privacy.per_example import Loss, PerExampleGradients, RowsLoss, layer_numbers
 from dpsyngen.privacy.rules import Tape
+from dpsyngen.workers import Workers
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DeviceMesh, DTensor
+
+__all__ = ["OwnExamples", "ShardedGradient"]
+
+_BUCKET = 1 << 22  # numbers that are reduced in one go: enough to be quick, few beside the gradients of the examples
 
 
 @dataclass(frozen=True)
@@ -136,22 +149,13 @@ class Gathered:
 
 
 class GatheredTape(Tape):
-    """A tape of one pass of a module with gathered parameters.
-
-    `places` are the parts of the parameters whose gradients are wanted; None: whole ones.
-    """
+    """A tape of one pass of a module with gathered parameters."""
 
     def __init__(
-        self,
-        gathered: Gathered,
-        constants: set[int],
-        kernels: KernelChoices,
-        examples: int,
-        copies: int,
-        places: tuple[Place, ...] | None,
+        self, gathered: Gathered, constants: set[int], kernels: KernelChoices, examples: int, copies: int
     ) -> None:
         super().__init__({}, constants, kernels, examples, copies)
-        self._names, self._gathered, self._places = gathered.names, gathered, places
+        self._names, self._gathered = gathered.names, gathered
         self._position = dict(gathered.known)
 
     def tracks(self, value: object) -> bool:
@@ -166,26 +170,12 @@ class GatheredTape(Tape):
     def is_constant(self, value: Tensor) -> bool:
         return super().is_constant(value) or id(value) in self._gathered.frozen
 
-    def add(self, parameter: Tensor, contribution: Contribution) -> None:
-        position = self._position[id(parameter)]
-        if position < len(self._names) and self._places is not None:
-            contribution = self._own_part(contribution, self._places[position])
-        super().add(parameter, contribution)
-
     def send_back(self) -> None:
         """What parameters were derived from is gathered once more."""
         count = len(self._names)
         origins = {self._position[id(o)] for _, _, sources, _ in self._derived for o in sources}
         with self._gathered.whole(p for p in origins if p < count):
             super().send_back()
-
-    def _own_part(self, contribution: Contribution, place: Place) -> Contribution:
-        if place.length == place.shape[place.dim]:
-            return contribution
-        if place.length:
-            return contribution.part(place.dim, place.first, place.length)
-        shape = [0 if d == place.dim else n for d, n in enumerate(place.shape)]
-        return Dense(torch.zeros(self.examples, *shape, dtype=contribution.dtype, device=contribution.device))
 
 
 def sharded_parameters(
@@ -238,3 +228,155 @@ def place_of(parameter: DTensor, start: int, name: str) -> Place:
     if parameter.to_local().shape[dim] != length:
         raise ConfigError(f"parameter {name!r} is cut into unequal pieces: leave the cutting to fully_shard.")
     return place
+
+
+@dataclass(frozen=True)
+class ShardedGradient(ClippedGradient):
+    """This process's part of a sum of clipped gradients, with the L2 sensitivity of the *whole* sum.
+
+    ``examples`` and ``not_finite`` count those of all processes; ``norms`` has those that went through this one.
+    """
+
+    places: tuple[Place, ...]  # where each of ``sums`` lies in the vector of all parameters
+    coordinates: int  # length of that vector
+
+    def noisy(self, scale: float, divisor: float, draw: Draw) -> list[Tensor]:
+        """Each process adds its own coordinates of the one noise vector, so that every coordinate has noise once.
+
+        Two processes that took the same coordinates would add the same noise to different parameters, whose difference
+        would be free of it: that is why a sum carries its places with it.
+        """
+        drawn = draw(self.coordinates, (place.span for place in self.places))
+        return [
+            place.like(total, (own + scale * place.cut(noise, own)) / divisor)
+            for total, place, noise in zip(self.sums, self.places, drawn, strict=True)
+            for own in (place.own(total),)
+        ]
+
+
+class OwnExamples(PerExampleGradients):
+    """The engine of a module sharded by FSDP2 whose processes each have their own examples.
+
+    Layers are whole while they run, so norms are complete.  It runs in one thread, since the collectives of the
+    processes must come in one order.  Every method but :meth:`zero` and :meth:`per_example` must be called in all
+    processes alike, and gives each its own part of the sum, with the sensitivity of the whole.
+
+    Raises:
+        ConfigError: the parameters are not sharded, or in a way that is not supported.
+    """
+
+    def _layers(self) -> list[int]:
+        self.workers = Workers(1)
+        self._distributed, self._mesh = sharded_parameters(self.module, self.names, self.parameters)
+        self.device = self._distributed[0].to_local().device
+        self._gathered = Gathered(self.module, self.names)
+        *starts, self.coordinates = accumulate((p.numel() for p in self._distributed), initial=0)
+        parts = zip(self._distributed, starts, self.names, strict=True)
+        self.places = tuple(place_of(p, start, name) for p, start, name in parts)
+        return layer_numbers(self.names)
+
+    def zero(self) -> ShardedGradient:
+        sums = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        norms = torch.zeros(0, dtype=self.parameters[0].dtype, device=self.device)
+        return self._placed(ClippedGradient(sums, self.clipping_norm, 0, norms, 0))
+
+    def __call__(
+        self, loss: RowsLoss, examples: int, copies: int = 1, *, valid: int | Tensor | None = None
+    ) -> ShardedGradient:
+        if examples == 0:
+            raise ConfigError(
+                "examples is 0, but each process must run the same passes of a model that is split: give it one "
+                "example of any kind, with valid=0."
+            )
+        own = super().__call__(loss, examples, copies, valid=valid)
+        # Counts of all processes in place of this one's.
+        counts = torch.tensor([own.examples, own.not_finite], device=self.device)
+        total, not_finite = _reduced(counts, self._everyone(), "sum").tolist()
+        return self._placed(replace(own, examples=total, not_finite=not_finite))
+
+    def sum(
+        self, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32, valid: int | Tensor | None = None
+    ) -> ShardedGradient:
+        """As of the base class.  All processes must give the same number of examples: those with fewer fill up."""
+        given = {"examples": examples, "copies": copies, "physical_batch": physical_batch}
+        mine = torch.tensor([s * v for v in given.values() for s in (1, -1)], device=self.device)
+        bounds = _reduced(mine, self._everyone(), "max").view(-1, 2).tolist()
+        for name, (most, least) in zip(given, bounds, strict=True):
+            if most != -least:  # in all processes, or some would wait for the others for ever
+                raise ConfigError(
+                    f"{name} is {given[name]} here and from {-least} to {most} in the processes that share the model, "
+                    "but must be the same in all, since they gather parameters together.  Fill the smaller batches up "
+                    "with any rows and say with `valid` how many are examples."
+                )
+        return self._placed(super().sum(loss, examples, copies=copies, physical_batch=physical_batch, valid=valid))
+
+    def sum_on_grid(
+        self, loss: Loss, examples: int, *, grid: float, copies: int = 1, physical_batch: int = 32
+    ) -> GridGradient:
+        raise ConfigError("a sharded model has no sum on a grid: use Gaussian noise, or keep the model whole.")
+
+    def contributions(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Contribution]:
+        try:
+            return super().contributions(loss, examples, copies)
+        except Exception:
+            self._gathered.abandon()
+            raise
+
+    def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
+        """Sums over all processes, a few parameters at a time: the sums of the whole model never exist at once."""
+        out: list[Tensor] = []
+        bucket: list[Tensor] = []
+        for value in sums:
+            if bucket and (bucket[0].dtype != value.dtype or sum(b.numel() for b in bucket) >= _BUCKET):
+                out += self._scatter(bucket, len(out))
+                bucket = []
+            bucket.append(value)
+        return out + self._scatter(bucket, len(out))
+
+    def _scatter(self, bucket: list[Tensor], first: int) -> list[Tensor]:
+        """Reduce whole parameters, number `first` and on, to this process's shards of their sums over all processes."""
+        import torch.distributed as dist
+
+        *replicas, group = self._everyone()
+        count = dist.get_world_size(group)
+        chunks = []
+        for value, place in zip(bucket, self.places[first : first + len(bucket)], strict=True):
+            rows = value.movedim(place.dim, 0)
+            each = -(-len(rows) // count)  # as FSDP cuts: equal pieces, the last ones short or empty
+            padded = rows.new_zeros(count * each, *rows.shape[1:])
+            padded[: len(rows)] = rows
+            chunks.append(padded.view(count, -1))
+        widths = [c.shape[1] for c in chunks]
+        own = chunks[0].new_empty(sum(widths))
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the newer name of the two
+        scatter(own, torch.cat(chunks, 1).flatten(), group=group)
+        _reduced(own, replicas, "sum")
+        out = []
+        for i, part in enumerate(own.split(widths), first):
+            place = self.places[i]
+            rest = [n for d, n in enumerate(place.shape) if d != place.dim]
+            rows = part[: place.length * math.prod(rest)].view(place.length, *rest)
+            out.append(self._as_shard(i, rows.movedim(0, place.dim).contiguous()))
+        return out
+
+    def _as_shard(self, i: int, own: Tensor) -> Tensor:
+        return Place.like(self._distributed[i], own.to(self.device))
+
+    def _placed(self, own: ClippedGradient) -> ShardedGradient:
+        return ShardedGradient(**vars(own) | {"places": self.places, "coordinates": self.coordinates})
+
+    def _tape(self, examples: int, copies: int) -> Tape:
+        return GatheredTape(self._gathered, self.constants, self.kernels, examples, copies)
+
+    def _everyone(self) -> list[ProcessGroup]:
+        """Groups that, one after the other, reach all processes that take part in a step; the shards' comes last."""
+        return [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
+
+
+def _reduced(tensor: Tensor, groups: list[ProcessGroup], how: str) -> Tensor:
+    """The tensor's sum or maximum over the processes of all the groups, in place."""
+    import torch.distributed as dist
+
+    for group in groups:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
+    return tensor
