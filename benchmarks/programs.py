@@ -41,12 +41,11 @@ CASES = {"disc_32": ("disc", 32), "mixed_32": ("mixed", 32), "disc_128": ("disc"
 # What families are drawn with where their defaults do not do.
 GIVEN: dict[str, dict[str, Any]] = {
     "mixture": {"programs": ["dead-leaves", "spectrum", "contours"]},
-    **{name: {"source": "dead-leaves"} for name in ("affine", "blur", "crop", "invert", "quantise")},
+    **{name: {"source": "dead-leaves"} for name in ("affine", "blur", "invert")},
 }
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "dead-leaves, reference": ("dead-leaves", {"mode": "reference"}),
     "dead-leaves, supersample 4": ("dead-leaves", {"supersample": 4}),
-    "dead-leaves, textured by spectrum": ("dead-leaves", {"texture": "spectrum"}),
     "random-network, random": ("random-network", {"kind": "random"}),
     "random-network, high-frequency": ("random-network", {"kind": "high-frequency"}),
 }

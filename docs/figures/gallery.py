@@ -24,7 +24,6 @@ SHOWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Dead leaves, triangles", "dead-leaves", {"shape": "triangle", "r_min": 0.06, "supersample": 4}),
     ("Dead leaves, quadrilaterals of few colours", "dead-leaves", {"shape": "quadrilateral", "colour": "palette"}),
     ("Dead leaves, black and white discs", "dead-leaves", {"shape": "disc", "colour": "black-white", "r_min": 0.06}),
-    ("Dead leaves, textured", "dead-leaves", {"texture": "spectrum", "r_min": 0.15, "supersample": 2}),
     ("Dead leaves, as published", "dead-leaves", {"mode": "reference"}),
     ("Spectrum", "spectrum", {}),
     ("Spectrum with a palette", "spectrum", {"colour": "palette"}),
@@ -43,11 +42,9 @@ SHOWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Contours: mirrored figures", "contours", {"shape": "mirrored", "figures": 1, "upright": True, "radius": 0.45}),
     ("Contours: radial harmonics", "contours", {"shape": "harmonics", "ground": "random"}),
     ("Mixture", "mixture", {"programs": ["dead-leaves", "fractal", "contours"], "weights": [2, 1, 1]}),
-    ("Affine", "affine", {"source": "contours", "border": "edge"}),
+    ("Affine", "affine", {"source": "contours"}),
     ("Blur", "blur", {"source": "dead-leaves", "deviation": [0, 4]}),
     ("Invert", "invert", {"source": "strokes", "probability": 0.5}),
-    ("Quantise", "quantise", {"source": "smooth-noise"}),
-    ("Crop", "crop", {"source": "contours"}),
 )
 
 

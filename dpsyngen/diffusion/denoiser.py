@@ -107,7 +107,7 @@ class GuidedDenoiser:
 
 
 class Ema:
-    """Moving average of weights, which costs no privacy: θ̄ ← m·θ̄ + (1 - m)·θ with m = min(decay, (1 + t)/(10 + t)) at step t.
+    """Moving average of weights, which costs no privacy: at step t θ̄ ← m·θ̄ + (1 - m)·θ, m = min(decay, (1+t)/(10+t)).
 
     The warm-up of m keeps the random start from lingering in short runs, which is what private training has.
     """

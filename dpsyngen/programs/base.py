@@ -86,25 +86,6 @@ def as_counts(name: str, value: Any, low: int, high: int) -> tuple[int, int]:
     return int(a), int(b)
 
 
-def as_weights(name: str, value: Any, keys: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """Return weights of named choices as ((key, weight), …), from a mapping or such pairs; at least one is positive."""
-    items = list(value.items()) if isinstance(value, dict) else value
-    try:
-        pairs = [(key, weight) for key, weight in items]
-    except (TypeError, ValueError):
-        raise ConfigError(
-            f"{name}={value!r} does not give weights: give a mapping such as {{{keys[0]}: 2, {keys[-1]}: 1}}."
-        ) from None
-    for key, _ in pairs:
-        as_choice(name, key, keys, "something that can be weighted")
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ConfigError(f"{name}={value!r} names something twice: give each one weight.")
-    weights = tuple((key, as_number(f"{name}.{key}", weight, 0.0, 1e9)) for key, weight in pairs)
-    if not any(weight > 0 for _, weight in weights):
-        raise ConfigError(f"{name}={value!r} has no positive weight: give one to at least one of {', '.join(keys)}.")
-    return weights
-
-
 def param(default: Any, check: Callable[..., Any], *bounds: Any, **options: Any) -> Any:
     """Declare a parameter of a family: a dataclass field with a default and ``check(name, value, *bounds, **options)``.
 
@@ -172,18 +153,6 @@ class Program(ABC):
     @abstractmethod
     def _draw(self, indices: Words, out: Images) -> None:
         """Write image ``indices[n]`` to ``out[n]``, every pixel.  Several threads may call this."""
-
-    def _params(self, index: int) -> dict[str, Any]:
-        """Return what was drawn at random for image `index`, besides pixel noise; families override this."""
-        return {}
-
-    def params(self, index: SupportsIndex) -> dict[str, Any]:
-        """Return what was drawn at random to make image `index`: numbers, strings, lists and arrays by name.
-
-        Enough to tell images apart and to group them; the family's class says what there is.  Errors as of `batch`.
-        """
-        number = int(as_indices([operator.index(index)])[0])
-        return {"index": number, **self._params(number)}
 
     def __call__(self, index: SupportsIndex) -> Images:
         """Draw image `index`, uint8 [C, H, W], values 0 to 255.  Errors as of `batch`."""

@@ -45,9 +45,6 @@ class Contours(Program):
 
     Superellipses, mirrored figures and harmonics are scaled to touch the circle of their radius; no figure leaves it.
 
-    `params` gives ``shapes``, ``outlines`` (whether only the outline is drawn) and ``points`` [figures, 96, 2], (x, y)
-    in pixels.
-
     Attributes:
         shape: one of the above.
         figures: range of their number, 1 to 8, evenly; later ones lie over earlier ones.
@@ -76,16 +73,6 @@ class Contours(Program):
 
     def _draw(self, indices: Words, out: Images) -> None:
         draw(indices, np.uint64(self.seed), self._law(), out)
-
-    def _params(self, index: int) -> dict[str, Any]:
-        seed, number, law = np.uint64(self.seed), np.uint64(index), self._law()
-        points = np.empty((figure_count(seed, number, law), POINTS, 2))
-        drawn = []
-        for k in range(len(points)):
-            xs, ys = np.empty(POINTS), np.empty(POINTS)
-            drawn.append(draw_figure(seed, number, k, law, self.resolution, np.empty(_VALUES), xs, ys))
-            points[k] = np.stack([xs, ys], 1)
-        return {"shapes": [SHAPES[s] for s, _ in drawn], "outlines": [bool(o) for _, o in drawn], "points": points}
 
 
 @compiled

@@ -37,8 +37,6 @@ _STEPS = np.uint64(0x69667363)  # "ifsc"
 class Fractal(Program):
     """One attractor on plain ground, fitted to the image: brightness grows with the logarithm of the visits to a pixel.
 
-    `params` gives the ``maps`` as an array [N, 2, 3], their ``singular_values`` [N, 2] and ``chances`` [N].
-
     Attributes:
         maps: range of the number of maps, 2 to 8, evenly.
         points: points drawn, per pixel of the image; 1 to 100.
@@ -54,16 +52,6 @@ class Fractal(Program):
 
     def _draw(self, indices: Words, out: Images) -> None:
         draw(indices, np.uint64(self.seed), *self.maps, self.points, GROUNDS.index(self.ground), out)
-
-    def _params(self, index: int) -> dict[str, Any]:
-        maps = np.empty((MAX_MAPS, _MAP))
-        count = draw_maps(np.uint64(self.seed), np.uint64(index), *self.maps, maps)
-        a, b, c, d, e, f, reached, s1, s2 = maps[:count, :9].T
-        return {
-            "maps": np.stack([np.stack([a, b, e], 1), np.stack([c, d, f], 1)], 1),
-            "singular_values": np.stack([s1, s2], 1),
-            "chances": np.diff(reached, prepend=0.0),
-        }
 
 
 @compiled

@@ -57,9 +57,6 @@ WAVELETS = np.array([np.outer(a, b) for a in _ONE_SIDED for b in _ONE_SIDED]) / 
 class RandomNetwork(Program):
     """Pictures of untrained convolutional generators of StyleGAN's build.
 
-    `params` gives ``kind``, ``noise`` (strength), ``alpha`` of the noise's spectrum, and ``mean`` and ``contrast``
-    (levels, before they are cut off at 0 and 255).
-
     Attributes:
         kind: "random", "high-frequency", "sparse", "oriented" or "mixed".
         width: channels up to 16 pixels, 4 to 64; half as many at each further doubling, 4 at least.
@@ -75,11 +72,6 @@ class RandomNetwork(Program):
     def _draw(self, indices: Words, out: Images) -> None:
         law = KINDS.index(self.kind), self.contrast
         draw(indices, np.uint64(self.seed), law, self.width, max(8, power_of_two(self.resolution)), out)
-
-    def _params(self, index: int) -> dict[str, Any]:
-        law = KINDS.index(self.kind), self.contrast
-        kind, *drawn = law_of(np.uint64(self.seed), np.uint64(index), law)
-        return {"kind": KINDS[int(kind)], **dict(zip(("noise", "alpha", "mean", "contrast"), drawn, strict=True))}
 
 
 @compiled

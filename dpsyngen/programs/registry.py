@@ -131,11 +131,11 @@ def make_program(name: str, *, resolution: int, channels: int, seed: int = 0, **
     return cls(resolution=resolution, channels=channels, seed=seed, **params)
 
 
-def inner_program(outer: Program, key: str, value: Any, *, position: int = 0, resolution: int | None = None) -> Program:
+def inner_program(outer: Program, key: str, value: Any, *, position: int = 0) -> Program:
     """Build what parameter `key` of `outer` describes: a name, a mapping with name and parameters, or a Program.
 
-    It gets the channels of `outer`, its resolution unless another is given, and a seed that is a function of the outer
-    seed and of `position`, so that two inner programs of the same family are independent.
+    It gets resolution and channels of `outer`, and a seed that is a function of the outer seed and of `position`, so
+    that two inner programs of the same family are independent.
 
     Raises:
         ConfigError: `value` is none of these, or sets what the outer program sets.
@@ -154,5 +154,4 @@ def inner_program(outer: Program, key: str, value: Any, *, position: int = 0, re
     if given:
         raise ConfigError(f"{key} sets {', '.join(given)}: leave that out, the outer program {outer.name!r} gives it.")
     seed, _ = words(np.uint64(outer.seed), _NESTED, np.uint64(position), np.uint64(0))
-    settings = {**value, "channels": outer.channels, "seed": int(seed), "resolution": resolution or outer.resolution}
-    return make_program(**settings)
+    return make_program(**value, resolution=outer.resolution, channels=outer.channels, seed=int(seed))

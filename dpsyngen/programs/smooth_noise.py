@@ -32,8 +32,7 @@ _OFFSETS = np.uint64(0x6E6F6666)  # "noff"
 class SmoothNoise(Program):
     """Sums of Perlin noise over octaves, each twice as fine as the one before and `persistence` times as strong.
 
-    Octaves finer than two pixels to a cell are left out.  `params` gives ``kind``, ``cells`` across the image in the
-    first octave, ``persistence`` and ``octaves``.
+    Octaves finer than two pixels to a cell are left out.
 
     Attributes:
         kind: "perlin", "ridged" (1 − |noise|: sharp crests) or "mixed" (each image one of them, evenly).
@@ -56,10 +55,6 @@ class SmoothNoise(Program):
 
     def _draw(self, indices: Words, out: Images) -> None:
         draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour), out)
-
-    def _params(self, index: int) -> dict[str, Any]:
-        kind, cells, octaves, persistence = law_of(np.uint64(self.seed), np.uint64(index), self._law())
-        return {"kind": KINDS[kind], "cells": cells, "octaves": octaves, "persistence": persistence}
 
 
 @compiled

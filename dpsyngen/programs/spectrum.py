@@ -7,7 +7,6 @@ Ours has its axes turned by a random angle, and no colour was measured on photog
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,8 +36,7 @@ _PHASES = np.uint64(0x70686173)  # "phas"
 class Spectrum(Program):
     """Gaussian-like fields whose amplitude falls as 1/(|u|^(s + d) + |v|^(s − d)), with u, v turned frequency axes.
 
-    The field is drawn on the next power of two and cut, so it does not wrap around at sizes in between.  `params` gives
-    ``slope`` s, ``difference`` d and ``angle`` in radians.
+    The field is drawn on the next power of two and cut, so it does not wrap around at sizes in between.
 
     Attributes:
         slope: range of s, uniform; 0 to 6.  One number fixes it.
@@ -62,10 +60,6 @@ class Spectrum(Program):
     def _draw(self, indices: Words, out: Images) -> None:
         size = power_of_two(self.resolution)
         draw(indices, np.uint64(self.seed), self._law(), COLOURS.index(self.colour), size, out)
-
-    def _params(self, index: int) -> dict[str, Any]:
-        slope, difference, turns = law_of(np.uint64(self.seed), np.uint64(index), self._law())
-        return {"slope": slope, "difference": difference, "angle": 2 * math.pi * turns}
 
 
 @compiled

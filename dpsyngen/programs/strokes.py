@@ -27,9 +27,6 @@ _LAW = np.uint64(0x7374726F)  # "stro"
 class Strokes(Program):
     """Cubic Bézier curves with round ends and a width that changes along them, anti-aliased, in one ink.
 
-    `params` gives the ``points`` of the curves, [strokes, 4, 2] (x, y) in pixels, and the ``widths`` at their ends,
-    [strokes, 2] in pixels.
-
     Attributes:
         strokes: range of their number, 1 to 16, evenly.
         width: range of the width as a fraction of the resolution, log-uniform; 0.005 to 0.5.
@@ -49,11 +46,6 @@ class Strokes(Program):
 
     def _draw(self, indices: Words, out: Images) -> None:
         draw(indices, np.uint64(self.seed), self._law(), GROUNDS.index(self.ground), out)
-
-    def _params(self, index: int) -> dict[str, Any]:
-        values = np.empty((MAX_STROKES, _VALUES))
-        count = draw_curves(np.uint64(self.seed), np.uint64(index), self._law(), self.resolution, values)
-        return {"points": values[:count, :8].reshape(count, 4, 2), "widths": 2 * values[:count, 8:]}
 
 
 @compiled

@@ -65,9 +65,6 @@ _PER_IMAGE = 2 * _WAVES**2 + 24  # numbers of an image
 class Family(Program):
     """One family of the endless stream: image i is a pure function of (seed, number, i), as of any program.
 
-    `params` gives the ``figure`` of an image and the six uniform numbers by which it was ``placed`` (turn, stretch and
-    shift), or what the program that the family is says of it.
-
     Attributes:
         number: of the family, 0 to 2⁶³ − 1; every sixth, 5, 11, …, is another program with its own seed.
     """
@@ -101,13 +98,6 @@ class Family(Program):
             kind = TEXTURES[int(law[_TEXTURE_KIND] * len(TEXTURES))]
             textures = make_program(kind, **self._inner(1)).batch(indices)
         compose(indices, np.uint64(self.seed), np.uint64(self.number), law, figures, textures, out)
-
-    def _params(self, index: int) -> dict[str, Any]:
-        if self.whole is not None:
-            return self.whole.params(index)
-        numbers, (_, figures) = np.empty(_PER_IMAGE), _figures(self.seed, self.number, self.resolution)
-        image_numbers(np.uint64(self.seed), np.uint64(self.number), np.uint64(index), numbers)
-        return {"figure": int(numbers[0] * len(figures)), "placed": numbers[16:22].tolist()}
 
 
 @functools.lru_cache(maxsize=64)

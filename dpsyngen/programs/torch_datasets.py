@@ -13,19 +13,18 @@ torch.Size([64, 3, 32, 32])
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from dpsyngen.distributed import numbers
 from dpsyngen.errors import ConfigError
 from dpsyngen.programs.base import MAX_INDEX, Program, as_choice, as_integer
 
 Values = Literal["float", "uint8"]
-Transform = Callable[[torch.Tensor], Any]
 
 
 def _tensor(program: Program, indices: Sequence[int], values: str, threads: int = 1) -> torch.Tensor:
@@ -41,7 +40,6 @@ class ProgramDataset(Dataset[Any]):
         length: how many there are.
         start: index of the first.
         values: "float" for float32 from −1 to 1, or "uint8" for 0 to 255.
-        transform: called with each image.
 
     Raises:
         ConfigError: a wrong length, start or kind of values.
@@ -54,13 +52,12 @@ class ProgramDataset(Dataset[Any]):
         *,
         start: int = 0,
         values: Values = "float",
-        transform: Transform | None = None,
     ) -> None:
         self.program = program
         self.start = as_integer("start", start, 0, MAX_INDEX)
         self.length = as_integer("length", length, 1, MAX_INDEX - self.start + 1)
         as_choice("values", values, ("float", "uint8"), "a kind of values")
-        self.values, self.transform = values, transform
+        self.values = values
 
     def __len__(self) -> int:
         return self.length
@@ -76,8 +73,7 @@ class ProgramDataset(Dataset[Any]):
             if not 0 <= place < self.length:
                 raise IndexError(f"Image {index} is out of range: there are {self.length}.")
             places.append(self.start + place)
-        images = list(_tensor(self.program, places, self.values))
-        return images if self.transform is None else [self.transform(image) for image in images]
+        return list(_tensor(self.program, places, self.values))
 
 
 class ProgramStream(IterableDataset[Any]):
@@ -96,10 +92,9 @@ class ProgramStream(IterableDataset[Any]):
         program: what draws the images.
         batch_size: images of a batch.
         start: index of the first image.
-        rank, world_size: this process among all; default: those of torch.distributed or, before it is initialised,
-            of the environment that torchrun sets; else 0 of 1.
+        rank, world_size: this process among all; default: those of torch.distributed, else as torchrun set
+            them, else 0 of 1.
         values: "float" for float32 from −1 to 1, or "uint8" for 0 to 255.
-        transform: called with each batch.
         threads: to draw a batch with.
 
     Raises:
@@ -115,7 +110,6 @@ class ProgramStream(IterableDataset[Any]):
         rank: int | None = None,
         world_size: int | None = None,
         values: Values = "float",
-        transform: Transform | None = None,
         threads: int = 1,
     ) -> None:
         self.program = program
@@ -124,11 +118,13 @@ class ProgramStream(IterableDataset[Any]):
         if (rank is None) != (world_size is None):
             raise ConfigError("rank and world_size belong together: give both or none.")
         if rank is None or world_size is None:
-            rank, world_size = _ranks()
+            joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+            group = torch.distributed
+            rank, world_size = (group.get_rank(), group.get_world_size()) if joined else numbers()[:2]
         self.world_size = as_integer("world_size", world_size, 1, 2**20)
         self.rank = as_integer("rank", rank, 0, self.world_size - 1)
         as_choice("values", values, ("float", "uint8"), "a kind of values")
-        self.values, self.transform = values, transform
+        self.values = values
         self.threads = as_integer("threads", threads, 1, 4096)
         self._done = 0  # batches since `first`, by this copy of the stream
 
@@ -141,7 +137,7 @@ class ProgramStream(IterableDataset[Any]):
             begin = self.first + (step * self.world_size + self.rank) * self.batch_size
             batch = _tensor(self.program, range(begin, begin + self.batch_size), self.values, self.threads)
             self._done += 1
-            yield batch if self.transform is None else self.transform(batch)
+            yield batch
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """Say where the stream stands, after `batches` batches or, without a number, as many as this copy has given."""
@@ -160,12 +156,3 @@ class ProgramStream(IterableDataset[Any]):
             raise ConfigError(f"{state!r} is not the state of a ProgramStream: give what state_dict() returned.")
         self.first = as_integer("first", state["first"], 0, MAX_INDEX)
         self._done = 0
-
-
-def _ranks() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    try:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
-        raise ConfigError("RANK or WORLD_SIZE in the environment is no number: unset them, or give rank=.") from None

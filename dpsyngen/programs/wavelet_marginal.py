@@ -49,8 +49,7 @@ class WaveletMarginal(Program):
 
     A band at level j (1 the finest) has the standard deviation 2^(decay·j), so decay = 1 gives the 1/f amplitudes of
     natural images.  The residual of 4 × 4 coefficients is normal with that of the last level.  Drawn on the next power
-    of two (8 at least), shifted around by a random offset and cut.  `params` gives ``decay``, ``tails`` r by level
-    (finest first) and orientation (rows, columns, both), and ``offset`` in pixels (down, right).
+    of two (8 at least), shifted around by a random offset and cut.
 
     Attributes:
         tails: range of r, uniform in each band; 0.2 to 4, where 2 is the normal distribution.
@@ -71,13 +70,6 @@ class WaveletMarginal(Program):
     def _draw(self, indices: Words, out: Images) -> None:
         law = self.tails, self.decay, self._side
         draw(indices, np.uint64(self.seed), law, COLOURS.index(self.colour), out)
-
-    def _params(self, index: int) -> dict[str, Any]:
-        tails = np.empty((int(math.log2(self._side // COARSEST)), 3))
-        offset = np.empty(2, dtype=np.int64)
-        law = self.tails, self.decay, self._side
-        decay = law_of(np.uint64(self.seed), np.uint64(index), law, tails, offset)
-        return {"decay": decay, "tails": tails, "offset": offset}
 
 
 @compiled

@@ -70,7 +70,7 @@ def test_show_draws_a_grid(call, tmp_path) -> None:
 
 def test_what_show_proposes_works(call, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("mixture", "crop"):
+    for name in ("mixture", "blur"):
         proposed = call("show", name)[1].splitlines()[-1].partition("dpsyngen ")[2]
         done = subprocess.run(f"{sys.executable} -m dpsyngen {proposed}", shell=True, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_save_writes_images_and_a_manifest(call, tmp_path) -> None:
         (["save", "dead-leaves", "--out", "{}/o", "-n", "5", "--shard-size", "0"], "shard_size=0"),
         (["save", "dead-leaves", "--out", "{}/o", "-n", "5", "--start", "-2"], "start=-2"),
         (["save", "dead-leaves", "--out", "{}/o", "-n", "5", "--resume"], "no manifest"),
-        (["save", "crop", "--out", "{}/o", "-n", "5"], "needs a value for source"),
+        (["save", "blur", "--out", "{}/o", "-n", "5"], "needs a value for source"),
         (["save", "dead-leaves", "--out", "{}/o", "-n", "5", "--set", "r_min=2"], "r_min=2.0"),
     ],
 )

@@ -9,7 +9,6 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "dead-leaves": ("dead-leaves", {}),
     "dead-leaves-reference": ("dead-leaves", {"mode": "reference", "r_min": 0.15}),
     "dead-leaves-smooth": ("dead-leaves", {"supersample": 2, "exponent": 2.5, "colour": "palette"}),
-    "dead-leaves-textured": ("dead-leaves", {"texture": {"name": "strokes", "ground": "white"}, "r_min": 0.2}),
     "spectrum": ("spectrum", {}),
     "spectrum-grey": ("spectrum", {"colour": "grey", "turn": False}),
     "wavelet-marginal": ("wavelet-marginal", {}),
@@ -29,9 +28,6 @@ EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
     "family-whole": ("family", {"number": 5}),
     "mixture": ("mixture", {"programs": ["strokes", {"name": "contours", "shape": "polygon"}], "weights": [1, 3]}),
     "affine": ("affine", {"source": "contours"}),
-    "affine-black": ("affine", {"source": {"name": "contours", "ground": "white"}, "border": "black"}),
     "blur": ("blur", {"source": "strokes"}),
     "invert": ("invert", {"source": "strokes", "probability": 0.5}),
-    "quantise": ("quantise", {"source": "smooth-noise"}),
-    "crop": ("crop", {"source": {"name": "invert", "source": "strokes"}}),
 }

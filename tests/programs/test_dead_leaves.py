@@ -21,6 +21,7 @@ from dpsyngen.programs.dead_leaves import SHAPES, DeadLeaves
 from dpsyngen.programs.drawing.colours import RGB
 from dpsyngen.programs.drawing.reference_leaves import EMPTY, leaf_radius, paint, paint_over
 from dpsyngen.programs.drawing.shapes import LeafLaw, convex_spans, disc_spans, rectangle_spans
+from tests.programs.drawn import leaf_counts
 
 # SHA-256 of images 0…7 at seed 7: what other machines and later versions must draw too.
 GOLDEN: dict[tuple[str, str, int], str] = {
@@ -109,7 +110,7 @@ def test_tiny_leaves_cover_like_a_coupon_collector(shape: str) -> None:
     """
     program = _leaves(8, 1, shape=shape, r_min=1e-4, r_max=2e-4)
     assert isinstance(program, DeadLeaves)
-    counts = program.leaf_counts(range(2000))
+    counts = leaf_counts(program, 2000)
     n = 64
     mean = n * sum(1 / k for k in range(1, n + 1))
     deviation = np.sqrt(sum((1 - k / n) / (k / n) ** 2 for k in range(1, n + 1)))
@@ -121,7 +122,7 @@ def test_large_leaves_need_few() -> None:
     # Discs of at least 0.95 of the resolution: half of the images need very few.
     program = _leaves(8, 1, shape="disc", r_min=0.95)
     assert isinstance(program, DeadLeaves)
-    counts = program.leaf_counts(range(200))
+    counts = leaf_counts(program, 200)
     assert counts.min() == 1
     assert np.median(counts) <= 3
 
@@ -155,7 +156,7 @@ def test_radii_and_centres_of_drawn_discs() -> None:
     """The law as drawn, not only as a function: the share of images that their first disc covers."""
     program = _leaves(16, 1, shape="disc", r_min=0.5)
     assert isinstance(program, DeadLeaves)
-    share = (program.leaf_counts(range(20_000)) == 1).mean()
+    share = (leaf_counts(program, 20_000) == 1).mean()
     rng = np.random.default_rng(1)
     x, y = rng.random((2, 400_000)) * 16
     fine = np.linspace(0.5, 1, 20_001)

@@ -17,6 +17,7 @@ from dpsyngen.programs import make_program
 from dpsyngen.programs.dead_leaves import SHAPES, DeadLeaves
 from dpsyngen.programs.drawing.exact_leaves import RECORDED
 from dpsyngen.programs.drawing.shapes import KINDS, padded_masses, padded_radius
+from tests.programs.drawn import covered, drawn
 
 # SHA-256 of images 0…7 at seed 7.
 GOLDEN: dict[tuple[str, str, int], str] = {
@@ -42,7 +43,7 @@ def _leaves(resolution: int = 32, channels: int = 1, **params: Any) -> DeadLeave
 def _numbers(program: DeadLeaves, count: int) -> NDArray[np.int32]:
     """The leaf seen at each pixel, [count, S, S]."""
     nothing = np.empty((0, RECORDED))
-    return np.stack([program._cover(i, nothing)[0] for i in range(count)])
+    return np.stack([covered(program, i, nothing)[0] for i in range(count)])
 
 
 def _same_leaf(h: float, r_min: float, r_max: float) -> float:
@@ -120,10 +121,10 @@ def test_every_pixel_is_covered(
     resolution: int, shape: str, seed: int, r_min: float, width: float, exponent: float
 ) -> None:
     program = _leaves(resolution, shape=shape, seed=seed, r_min=r_min, r_max=r_min + width, exponent=exponent)
-    canvas, leaves = program._cover(5, np.empty((0, RECORDED)))
+    canvas, leaves = covered(program, 5, np.empty((0, RECORDED)))
     assert canvas.min() >= 0  # −1 is uncovered
     assert canvas.max() == leaves - 1  # the last one covered what was left
-    params = program.params(5)
+    params = drawn(program, 5)
     assert params["leaves"] == leaves
     # Each pixel belongs to one leaf, and the record says how many each kept.
     assert np.array_equal(np.bincount(canvas.ravel(), minlength=leaves), params["visible"])
@@ -146,13 +147,13 @@ def test_radius_law(exponent: float, r_min: float, r_max: float) -> None:
 
     # As drawn: the topmost leaf of each image comes from that law and nothing else.
     program = _leaves(exponent=exponent, r_min=r_min / 32, r_max=r_max / 32, shape="disc")
-    first = [program.params(i)["radius"][0] for i in range(1500)]
+    first = [drawn(program, i)["radius"][0] for i in range(1500)]
     assert stats.kstest(first, lambda r: np.interp(r, fine, cdf)).pvalue > 1e-3
 
 
 def test_centres_are_uniform_in_the_padded_square() -> None:
     program = _leaves(shape="disc")
-    first = [program.params(i) for i in range(3000)]
+    first = [drawn(program, i) for i in range(3000)]
     for axis in ("x", "y"):
         share = [(p[axis][0] + p["radius"][0]) / (32 + 2 * p["radius"][0]) for p in first]
         assert stats.kstest(share, "uniform").pvalue > 1e-3
@@ -184,16 +185,6 @@ def test_pictures_are_scale_invariant_away_from_the_cut_offs() -> None:
     assert slope(3.8) > -1.65
 
 
-def test_weights_set_how_often_shapes_occur() -> None:
-    program = _leaves(weights={"disc": 3, "triangle": 1})
-    kinds = [program.params(i)["shape"][0] for i in range(2000)]
-    share = kinds.count("disc") / len(kinds)
-    assert set(kinds) == {"disc", "triangle"}
-    assert abs(share - 0.75) < 4.5 * np.sqrt(0.75 * 0.25 / len(kinds))
-    alone = _leaves(weights={"square": 2.0})
-    assert np.array_equal(alone.batch(range(5)), _leaves(shape="square").batch(range(5)))
-
-
 def test_supersampling_averages_the_finer_picture() -> None:
     smooth = _leaves(24, 3, supersample=4, seed=3).batch(range(6))
     fine = _leaves(96, 3, seed=3).batch(range(6)).astype(float)
@@ -210,19 +201,6 @@ def test_palette_images_have_few_colours() -> None:
     assert max(len(np.unique(image)) for image in grey) <= 8
 
 
-def test_textured_leaves_show_their_textures() -> None:
-    texture = {"name": "dead-leaves", "shape": "square", "r_max": 0.1, "colour": "black-white"}
-    program = _leaves(32, 1, shape="disc", r_min=0.2, texture=texture)
-    images, flat = program.batch(range(50)), _leaves(32, 1, shape="disc", r_min=0.2).batch(range(50))
-    assert set(np.unique(images)) == {0, 255}  # the texture's colours, not the leaves'
-    # Within what was one flat leaf there is now contrast.
-    inside = flat[:, :, 1:] == flat[:, :, :-1]
-    assert (images[:, :, 1:] != images[:, :, :-1])[inside].mean() > 0.1
-    assert program.config()["texture"]["shape"] == "square"
-    assert make_program(**program.config()) == program
-    assert make_program(**{**program.config(), "seed": 9})(0).tobytes() != program(0).tobytes()
-
-
 @pytest.mark.parametrize(("shape", "colour", "channels"), GOLDEN)
 def test_golden_images(shape: str, colour: str, channels: int) -> None:
     images = _leaves(28, channels, seed=7, shape=shape, colour=colour).batch(range(8))
@@ -233,21 +211,11 @@ def test_golden_images(shape: str, colour: str, channels: int) -> None:
     ("bad", "message"),
     [
         ({"mode": "fast"}, "'fast'.*exact, reference"),
-        ({"weights": {"star": 1}}, "'star'.*disc"),
-        ({"weights": {"disc": -1}}, "disc=-1.0.*out of range"),
-        ({"weights": {"disc": 0}}, "no positive weight"),
-        ({"weights": 3}, "mapping"),
-        ({"weights": [["disc", 1], ["disc", 2]]}, "twice"),
-        ({"weights": {"disc": 1}, "shape": "disc"}, "leave out one"),
         ({"exponent": 9}, "exponent=9.0.*from 0 to 8"),
         ({"exponent": float("nan")}, "exponent=nan"),
         ({"supersample": 0}, "supersample=0"),
         ({"supersample": 8, "resolution": 1024}, "8192 pixels"),
         ({"mode": "reference", "exponent": 2.0}, "leave out exponent"),
-        ({"mode": "reference", "texture": "dead-leaves"}, "texture"),
-        ({"texture": "wood"}, "'wood'"),
-        ({"texture": 7}, "texture=7 is not a program"),
-        ({"texture": {"name": "dead-leaves", "seed": 3}}, "sets seed"),
     ],
 )
 def test_bad_parameters(bad: dict[str, Any], message: str) -> None:

@@ -47,9 +47,7 @@ def test_config_rebuilds_the_program() -> None:
         "r_max": 1.0,
         "exponent": 3.0,
         "mode": "exact",
-        "weights": None,
         "supersample": 1,
-        "texture": None,
     }
     assert make_program(**config) == program
     assert pickle.loads(pickle.dumps(program)) == program

@@ -1,6 +1,4 @@
-"""One pass of a model: who watches the functions that it calls, the rules that take their place, and the tape that these
-write per-example gradients on.
-"""
+"""One pass of a model: what watches the functions that it calls, the rules for these, and the tape that rules write on."""
 
 from __future__ import annotations
 

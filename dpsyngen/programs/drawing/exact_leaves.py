@@ -244,13 +244,10 @@ def unpack(canvas: Canvas, factor: int, out: Images) -> None:
 
 
 @compiled
-def draw_exact(indices: Words, seed: Word, law: LeafLaw, factor: int, out: Images, leaves: Ints) -> None:
-    """Draw image ``indices[n]`` into ``out[n]``, [C, H, W], and its number of leaves into ``leaves[n]``.
-
-    The side of the canvas is `factor` times the image's.
-    """
+def draw_exact(indices: Words, seed: Word, law: LeafLaw, factor: int, out: Images) -> None:
+    """Draw image ``indices[n]`` into ``out[n]``, [C, H, W]; the side of the canvas is `factor` times the image's."""
     work = workspace(out.shape[2] * factor)
     record = np.empty((0, RECORDED))
     for n in range(indices.shape[0]):
-        leaves[n] = cover(seed, indices[n], law, False, work, record)
+        cover(seed, indices[n], law, False, work, record)
         unpack(work[0], factor, out[n])

@@ -163,13 +163,10 @@ def paint_over(canvas: Canvas, seed: Word, index: Word, law: LeafLaw) -> int:
 
 
 @compiled
-def draw_reference(indices: Words, seed: Word, law: LeafLaw, factor: int, out: Images, leaves: Ints) -> None:
-    """Draw image ``indices[n]`` into ``out[n]``, [C, H, W], and its number of leaves into ``leaves[n]``.
-
-    The side of the canvas is `factor` times the image's.
-    """
+def draw_reference(indices: Words, seed: Word, law: LeafLaw, factor: int, out: Images) -> None:
+    """Draw image ``indices[n]`` into ``out[n]``, [C, H, W]; the side of the canvas is `factor` times the image's."""
     size = out.shape[2] * factor
     canvas = np.empty((size, size), dtype=np.int32)
     for n in range(indices.shape[0]):
-        leaves[n] = paint_over(canvas, seed, indices[n], law)
+        paint_over(canvas, seed, indices[n], law)
         unpack(canvas, factor, out[n])
