@@ -59,9 +59,9 @@ class Wrapper(Program):
 @register("affine")
 @dataclass(frozen=True, kw_only=True)
 class Affine(Wrapper):
-    """Images of a program, turned, scaled, sheared and shifted about the centre, with linear interpolation.
+    """Images of a program, its `source`, turned, scaled, sheared and shifted about the centre, linearly interpolated.
 
-    Outside of a source lies its mirror image.
+    Outside of an image lies its mirror image.
 
     Attributes:
         turn: largest turn in degrees, uniform to both sides; 0 to 180.
@@ -135,7 +135,7 @@ def warp(image: Images, turns: float, scale: float, slant: float, right: float, 
 @register("blur")
 @dataclass(frozen=True, kw_only=True)
 class Blur(Wrapper):
-    """Images of a program, blurred by a Gaussian, with mirrored borders.
+    """Images of a program, its `source`, blurred by a Gaussian, with mirrored borders.
 
     Attributes:
         deviation: range of the Gaussian's standard deviation in pixels, uniform; 0 to 64.
@@ -189,7 +189,7 @@ def blur(image: Images, deviation: float, out: Images) -> None:
 @register("invert")
 @dataclass(frozen=True, kw_only=True)
 class Invert(Wrapper):
-    """Images of a program, a share of them inverted (255 − v in place of level v).
+    """Images of a program, its `source`, a share of them inverted (255 − v in place of level v).
 
     Attributes:
         probability: of inverting an image; 0 to 1.

@@ -1,4 +1,4 @@
-"""One pass of a model: what watches the functions that it calls, the rules for these, and the tape that rules write on."""
+"""One pass of a model: what watches the functions that it calls, their rules, and the tape that rules write on."""
 
 from __future__ import annotations
 
