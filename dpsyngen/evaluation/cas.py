@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.distributed import Ranks, device_of
 from dpsyngen.errors import ConfigError, require
 
 if TYPE_CHECKING:
@@ -245,34 +244,6 @@ def best_by_validation(results: dict[str, ClassifierResult]) -> str:
     if not results:
         raise ConfigError("there is no classifier to choose from: classification_accuracy returned none.")
     return max(results, key=lambda name: results[name].validation_accuracy)
-
-
-def shared_accuracy(
-    ranks: Ranks, *images: NDArray[Any], classifiers: tuple[str, ...], **options: Any
-) -> dict[str, ClassifierResult]:
-    """As :func:`classification_accuracy`, each classifier trained by one process; to be called by the main one."""
-    tell = options.pop("on_progress", None)
-    if ranks.alone:
-        return classification_accuracy(*images, classifiers=classifiers, on_progress=tell, **options)
-    with ranks.lead("classifiers", images=images, classifiers=classifiers, options=options):
-        found = own_accuracy(ranks, images, classifiers, options, tell)
-    results = {name: result for part in found or () for name, result in part.items()}
-    return {name: results[name] for name in classifiers}
-
-
-def own_accuracy(
-    ranks: Ranks,
-    images: tuple[NDArray[Any], ...],
-    classifiers: tuple[str, ...],
-    options: dict[str, Any],
-    tell: Callable[[str], None] | None = None,
-) -> list[dict[str, ClassifierResult]] | None:
-    """Train this process's share of the classifiers; the results of all in the main process, None elsewhere."""
-    mine = classifiers[ranks.rank :: ranks.count]
-    own = {**options, "device": device_of(options["device"], ranks), "on_progress": tell}
-    # The main process takes part even with nothing to train: it is the one to say what is wrong with the images.
-    found = ranks.agree(lambda: classification_accuracy(*images, classifiers=mine, **own) if mine else {})
-    return ranks.gather_to_main(found)
 
 
 def _candidates(

@@ -22,9 +22,6 @@ from dpsyngen.version import __version__
 
 Compute = Callable[..., NDArray[np.float32]]
 NAMES = ("pixels-pca", "efficientnet-lite0", "inception")
-_SOURCES = ("features.py", "inception.py", "extractors.py")
-# Taken when the code is loaded: a file may be changed while it runs.
-_CODE = [hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest() for name in _SOURCES]
 
 
 def make_extractor(name: str, **options: Any) -> FeatureExtractor:
@@ -82,72 +79,50 @@ class FeatureSpec:
         return make_extractor(self.name, **{k: v for k, v in given.items() if k in _maker(self.name)[1]})
 
 
-class FeatureCache:
-    """Features by what they follow from: the images, the extractor, the code and PyTorch's version.
+def kept_features(
+    folder: Path | None,
+    extractor: FeatureExtractor,
+    images: NDArray[np.uint8],
+    on_progress: Tell | None = None,
+    compute: Compute | None = None,
+) -> NDArray[np.float32]:
+    """``extractor(images)``, kept in the **private** `folder` (made with mode 0700; None: nothing is kept).
 
-    A file holds that key in full, and the checksums of its format (NumPy's .npz).  One that is damaged, or whose key is
-    another than its name says, is computed again and replaced.  An extractor that cannot tell what its features follow
-    from is not cached, nor is one that was fitted to other images.  Features are as private as the images, so `folder`
-    (made with mode 0700; None: nothing is kept) must be private.
+    A file is named by a digest of all that features follow from: images, extractor, versions of dpsyngen and PyTorch.
+    One that is damaged is computed again.  Features that nobody can tell what they follow from are not kept.
+
+    Args:
+        compute: what computes them, see :func:`computed_by_all`; None: the extractor itself.
+
+    Raises:
+        DataError: `folder` is a file.
     """
+    compute, identity = compute or extractor, extractor.identity()
+    if folder is None or identity is None:
+        return compute(images, on_progress=on_progress)
+    import torch
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = None if folder is None else Path(folder)
-
-    def features(
-        self,
-        extractor: FeatureExtractor,
-        images: NDArray[np.uint8],
-        on_progress: Tell | None = None,
-        compute: Compute | None = None,
-    ) -> NDArray[np.float32]:
-        """Return ``extractor(images)``, from the folder where it is known; DataError if that cannot be written.
-
-        `compute` is what computes them (None: the extractor itself), see :func:`computed_by_all`.
-        """
-        compute = compute or extractor
-        identity = extractor.identity()
-        if self._folder is None or identity is None:
-            return compute(images, on_progress=on_progress)
-        import torch
-
-        content = {
-            "images": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
-            "shape": list(images.shape),
-            "extractor": extractor.name,
-            "identity": identity,
-            "code": _CODE,
-            "dpsyngen": __version__,
-            "torch": torch.__version__,
-        }
-        key = json.dumps(content, sort_keys=True)
-        path = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.npz"
-        kept = _read(path, key, len(images))
-        if kept is not None:
+    content = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+    facts = [content, images.shape, extractor.name, identity, __version__, torch.__version__]
+    path = folder / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]}.npz"
+    with suppress(Exception), np.load(path, allow_pickle=False) as file:  # np.load raises many kinds
+        kept: NDArray[np.float32] = file["features"]
+        if kept.ndim == 2 and len(kept) == len(images):
             if on_progress:
                 on_progress(f"features of {len(images):,} images were kept from before")
             return kept
-        features = compute(images, on_progress=on_progress)
+    features = compute(images, on_progress=on_progress)
 
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:  # to a file, for NumPy would add .npz to a name
-                np.savez(file, key=np.frombuffer(key.encode(), np.uint8), features=features)
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # to a file, for NumPy would add .npz to a name
+            np.savez(file, features=features)
 
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(path, write, 0o600)
-        except FileExistsError:
-            raise DataError(f"{self._folder} is no folder, so no features can be kept in it.  Move it away.") from None
-        return features
-
-
-def _read(path: Path, key: str, n: int) -> NDArray[np.float32] | None:
-    """Features [n, d] that `path` holds for `key`; None if it is not there or not what it should be."""
-    with suppress(Exception), np.load(path, allow_pickle=False) as file:  # np.load raises many kinds
-        features: NDArray[np.float32] = file["features"]
-        if file["key"].tobytes() == key.encode() and features.ndim == 2 and len(features) == n:
-            return features
-    return None
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(path, write, 0o600)
+    except FileExistsError:
+        raise DataError(f"{folder} is no folder, so no features can be kept in it.  Move it away.") from None
+    return features
 
 
 def computed_by_all(extractor: FeatureExtractor, spec: FeatureSpec, device: str, ranks: Ranks) -> Compute:

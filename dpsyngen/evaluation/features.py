@@ -50,7 +50,7 @@ class FeatureExtractor(ABC):
     def identity(self) -> dict[str, Any] | None:
         """All that the features of an image follow from beside the image; None where that cannot be told.
 
-        Such features are never kept, see :class:`~dpsyngen.evaluation.extractors.FeatureCache`.
+        Such features are never kept, see :func:`~dpsyngen.evaluation.extractors.kept_features`.
         """
         return {**self.config(), "device": self.device}  # a GPU rounds otherwise
 

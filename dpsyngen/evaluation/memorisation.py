@@ -72,7 +72,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """What was found, by name of the features and, in the first of them, by class.  **Private**, all of it.
+    """What was found, by name of the features.  **Private**, all of it.
 
     `duplicates` and `duplicates_held_out` are generated images that equal a real one in every pixel,
     `held_out_in_training` held-out images that equal a training image; as ties these count for neither side.
@@ -81,7 +81,6 @@ class Memorisation:
     """
 
     spaces: dict[str, Space]
-    by_class: dict[str, Share]
     duplicates: int
     duplicates_held_out: int | None
     held_out_in_training: int
@@ -102,7 +101,6 @@ class Memorisation:
             "duplicates_held_out": self.duplicates_held_out,
             "held_out_in_training": self.held_out_in_training,
             "spaces": {name: asdict(space) for name, space in self.spaces.items()},
-            "by_class": {name: asdict(figures) for name, figures in self.by_class.items()},
             "protocol": self.protocol,
         }
 
@@ -119,8 +117,6 @@ def memorisation_check(
     held_out: NDArray[np.uint8] | None = None,
     *,
     features: Sequence[FeatureSpec | str] = (PIXELS,),
-    labels: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None,
-    class_names: Sequence[str] = (),
     seed: int = 0,
     device: str = "cpu",
     on_progress: Callable[[str], None] | None = None,
@@ -135,7 +131,6 @@ def memorisation_check(
         held_out: [M, C, H, W], real images of the same source that were not trained on; None: no control, and then
             nothing can be concluded but from exact copies.
         features: "pixels" (root mean square difference of pixels in [0, 1]) or names of feature extractors.
-        labels: classes of the three sets, [Q], [N], [M], for figures by class; only used with `held_out`.
         seed: of subsets and permutations.
 
     Raises:
@@ -155,7 +150,6 @@ def memorisation_check(
     repeated, duplicates, others = _copies(generated, private, held_out)
     control = np.arange(0 if held_out is None else len(held_out))
     spaces: dict[str, Space] = {}
-    by_class: dict[str, Share] = {}
     first: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
     x: NDArray[Any]
     a: NDArray[Any]
@@ -180,21 +174,13 @@ def memorisation_check(
         spaces[name], to_a, to_b = _space(x, a, b, about, scale, rng)
         if first:
             continue
-        # What is said of single images and of classes is in the first features.
+        # What is said of single images is in the first features.
         first.append((of_a[to_a.index], to_a.distance * scale))
         if to_b is not None:
             first.append((of_b[to_b.index], to_b.distance * scale))
-        for number, name in enumerate(class_names if b is not None and labels is not None else ()):
-            assert b is not None
-            assert labels is not None
-            in_class = (labels[0] == number, labels[1][of_a] == number, labels[2][of_b] == number)
-            made, seen, unseen = (rows[chosen] for rows, chosen in zip((x, a, b), in_class, strict=True))
-            if min(len(made), len(seen), len(unseen)) > 1:
-                by_class[name] = share(nearest(made, seen), nearest(made, unseen), len(seen), len(unseen), rng)
     flagged, conclusion = _verdict(spaces, duplicates, others, len(private), len(control))
     return Memorisation(
         spaces=spaces,
-        by_class=by_class,
         duplicates=duplicates,
         duplicates_held_out=others,
         held_out_in_training=repeated,

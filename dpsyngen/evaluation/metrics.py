@@ -20,9 +20,9 @@ from dpsyngen.evaluation.cas import (
     DEFAULT,
     HELD_OUT,
     best_by_validation,
+    classification_accuracy,
     require_names,
     require_same_size,
-    shared_accuracy,
 )
 from dpsyngen.evaluation.cas import NAMES as CLASSIFIERS
 from dpsyngen.evaluation.distances import (
@@ -35,7 +35,7 @@ from dpsyngen.evaluation.distances import (
     frechet_distance,
     frechet_influence,
 )
-from dpsyngen.evaluation.extractors import FeatureCache, FeatureSpec, computed_by_all
+from dpsyngen.evaluation.extractors import FeatureSpec, computed_by_all, kept_features
 from dpsyngen.evaluation.neighbours import NEIGHBOURS, Manifold
 
 Features = NDArray[np.float32]
@@ -268,13 +268,12 @@ def evaluate_images(
         tell(f"features {spec.name}: {len(made):,} generated, {len(real):,} real training images")
         out["features"][spec.name] = _figures(spec, sets, s, tell, ranks)
     if test is not None and s.classifiers and labels is not None and test.labels is not None:
-        results = shared_accuracy(
-            ranks,
+        results = classification_accuracy(
             *(generated, labels, test.array(), test.labels),
             num_classes=test.num_classes,
-            classifiers=tuple(s.classifiers),
+            classifiers=s.classifiers,
             seed=s.seed,
-            device=s.device,
+            device=device_of(s.device, ranks),
             on_progress=on_progress,
         )
         out["cas"] = {name: result.to_dict() for name, result in results.items()}
@@ -300,11 +299,12 @@ def _figures(
     """All metrics of one extractor: of the set "generated" against "real", beside "floor" and "ceiling" if given."""
     real, made = sets["real"], sets["generated"]
     bounding = {name: each for name, each in sets.items() if name in ("floor", "ceiling")}
-    extractor, kept = spec.make(device_of(s.device, ranks)), FeatureCache(s.cache)
+    extractor = spec.make(device_of(s.device, ranks))
     extractor.fit(real.images)
     compute = computed_by_all(extractor, spec, s.device, ranks)
-    of_real, of_made = kept.features(extractor, real.images, tell, compute), compute(made.images, on_progress=tell)
-    bounds = {name: kept.features(extractor, each.images, tell, compute) for name, each in bounding.items()}
+    of_real = kept_features(s.cache, extractor, real.images, tell, compute)
+    of_made = compute(made.images, on_progress=tell)
+    bounds = {name: kept_features(s.cache, extractor, each.images, tell, compute) for name, each in bounding.items()}
     tell(f"comparing {len(of_made):,} {', '.join(('generated images', *bounds))} with {len(of_real):,} real ones")
     refused = {name: real.refusal(name) or made.refusal(name, real=False) for name in s.metrics}
     measures = Measures(of_real, [name for name in s.metrics if not refused[name]], s.seed)

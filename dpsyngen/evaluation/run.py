@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import json
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import Source, load_private
 from dpsyngen.distributed import ALONE, Ranks, device_of
 from dpsyngen.errors import ConfigError, DataError, RunError, listed
-from dpsyngen.evaluation.cas import own_accuracy
 from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
 from dpsyngen.evaluation.features import FeatureExtractor, OwnFeatures
 from dpsyngen.evaluation.memorisation import (
@@ -148,13 +146,8 @@ def follow_evaluation(ranks: Ranks) -> None:
 
         shared_features(ranks, extractor, images, size)
 
-    def classifiers(images: tuple[NDArray[Any], ...], classifiers: tuple[str, ...], options: dict[str, Any]) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the main process sees the same images
-            own_accuracy(ranks, images, classifiers, options)
-
     known = sampling_ranks.handlers(ranks)
-    sampling_ranks.follow(ranks, {**known, "features": features, "classifiers": classifiers})
+    sampling_ranks.follow(ranks, {**known, "features": features})
 
 
 @ordinary_modes()
@@ -204,10 +197,6 @@ def check_memorisation(
     with run.lock():
         tell(f"generating {images:,} images")
         samples = generator.sample(images, **{"seed": seed, **(sampling or {})})
-        labels = None
-        if samples.labels is not None and private.labels is not None and control is not None:
-            assert control.labels is not None
-            labels = (samples.labels, private.labels, control.labels)
         Ledger(run.ledger_path).note_private_access(
             "memorisation check: generated images against training images; the figures stay in the private half",
             features=list(features),
@@ -218,8 +207,6 @@ def check_memorisation(
         result = memorisation_check(
             *sets,
             features=features,
-            labels=labels,
-            class_names=generator.class_names,
             seed=seed,
             device=device,
             on_progress=on_progress,

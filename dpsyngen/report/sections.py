@@ -202,15 +202,10 @@ def _memorisation(run: Run) -> dict[str, Any] | None:
     if figures is None:
         return None
     everything = next(iter(figures["spaces"].values()))["everything"]
-    by_class = [
-        (name, f"{100 * s['share']:.1f} %", f"{100 * s['expected']:.1f} %", f"{s['p_permutation']:.2g}", s["images"])
-        for name, s in figures["by_class"].items()
-    ]
     return {
         "conclusion": figures["conclusion"],
         "flagged": figures["flagged"],
         "rows": figure_table(memorisation_rows(figures)),
-        "by_class": by_class,
         "pairs": _kept(run.private / PAIRS_FILE),
         "expected": None if everything is None else f"{100 * everything['expected']:.0f} %",
     }

@@ -78,7 +78,6 @@ def test_memorisation_stays_in_the_private_half(call, run, trained) -> None:
     figures = json.loads((run.private / "memorisation.json").read_text())
     assert figures["flagged"] is False
     assert figures["spaces"]["pixels"]["size"] == 60
-    assert set(figures["by_class"]) == {"0", "1", "2"}
     entry = Ledger(run.ledger_path).entries[-1]
     assert (entry.kind, entry.details["held_out_images"]) == ("private", 60)
     assert Ledger(run.ledger_path).epsilon() <= 8
@@ -149,7 +148,6 @@ def test_unlabelled_images(tmp_path) -> None:
     images, other = images_of(0)[0], images_of(1)[0]
     run = api.train((images, None), epsilon=float("inf"), out=tmp_path / "r", settings=SETTINGS)
     result = check_memorisation(run, data=(images, None), held_out=(other, None), images=30)
-    assert result.by_class == {}
     assert result.flagged is False
 
 

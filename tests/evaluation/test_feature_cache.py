@@ -10,7 +10,7 @@ import pytest
 from dpsyngen.data import load_images
 from dpsyngen.errors import DataError
 from dpsyngen.evaluation import evaluate_images
-from dpsyngen.evaluation.extractors import FeatureCache
+from dpsyngen.evaluation.extractors import kept_features
 
 
 class Counting:
@@ -45,8 +45,8 @@ def images(tiny_images) -> np.ndarray:
 def test_computed_once(tmp_path, images) -> None:
     extractor = Counting()
     lines: list[str] = []
-    first = FeatureCache(tmp_path / "c").features(extractor, images)
-    again = FeatureCache(tmp_path / "c").features(extractor, images, lines.append)
+    first = kept_features(tmp_path / "c", extractor, images)
+    again = kept_features(tmp_path / "c", extractor, images, lines.append)
     assert extractor.calls == 1
     np.testing.assert_array_equal(first, again)
     assert again.dtype == np.float32
@@ -54,41 +54,26 @@ def test_computed_once(tmp_path, images) -> None:
 
 
 def test_other_images_and_other_extractors_are_never_served(tmp_path, images) -> None:
-    cache = FeatureCache(tmp_path)
-    cache.features(Counting(), images)
+    kept_features(tmp_path, Counting(), images)
     changed = images.copy()
     changed[7, 0, 3, 3] ^= 1  # one bit of one pixel
     reordered = images[::-1]
     reshaped = images.reshape(len(images), 1, 4, 16)
     for other in (changed, reordered, images[:-1], reshaped):
         extractor = Counting()
-        np.testing.assert_array_equal(cache.features(extractor, other), Counting()(other))
+        np.testing.assert_array_equal(kept_features(tmp_path, extractor, other), Counting()(other))
         assert extractor.calls == 1
     heavier = Counting(weights=2)
-    np.testing.assert_array_equal(cache.features(heavier, images), Counting(weights=2)(images))
+    np.testing.assert_array_equal(kept_features(tmp_path, heavier, images), Counting(weights=2)(images))
     renamed = Counting()
     renamed.name = "other"
-    cache.features(renamed, images)
+    kept_features(tmp_path, renamed, images)
     assert heavier.calls == renamed.calls == 1
-
-
-def test_a_file_moved_to_another_name_is_not_believed(tmp_path, images) -> None:
-    cache = FeatureCache(tmp_path)
-    cache.features(Counting(), images)
-    (first,) = tmp_path.iterdir()
-    other = 255 - images
-    cache.features(Counting(), other)
-    (second,) = set(tmp_path.iterdir()) - {first}
-    second.write_bytes(first.read_bytes())  # says the images are others than its name says
-    extractor = Counting()
-    np.testing.assert_array_equal(cache.features(extractor, other), Counting()(other))
-    assert extractor.calls == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped", "pickle", "folder"])
 def test_damaged_files_are_computed_again(tmp_path, images, damage) -> None:
-    cache = FeatureCache(tmp_path)
-    good = cache.features(Counting(), images)
+    good = kept_features(tmp_path, Counting(), images)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
     if damage == "cut":
@@ -109,30 +94,27 @@ def test_damaged_files_are_computed_again(tmp_path, images, damage) -> None:
     extractor = Counting()
     if damage == "folder":
         with pytest.raises(OSError, match=path.name):
-            cache.features(extractor, images)
+            kept_features(tmp_path, extractor, images)
         return
-    np.testing.assert_array_equal(cache.features(extractor, images), good)
+    np.testing.assert_array_equal(kept_features(tmp_path, extractor, images), good)
     assert extractor.calls == 1
     again = Counting()
-    np.testing.assert_array_equal(cache.features(again, images), good)  # and it is whole again
+    np.testing.assert_array_equal(kept_features(tmp_path, again, images), good)  # and it is whole again
     assert again.calls == 0
 
 
-def test_code_is_part_of_the_key(tmp_path, images, monkeypatch) -> None:
+def test_the_version_is_part_of_the_key(tmp_path, images, monkeypatch) -> None:
     import dpsyngen.evaluation.extractors as module
 
-    cache = FeatureCache(tmp_path)
-    cache.features(Counting(), images)
-    for name, value in (("__version__", "other"), ("_CODE", ["other"])):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, value)
-            extractor = Counting()
-            cache.features(extractor, images)
-            assert extractor.calls == 1, name
+    kept_features(tmp_path, Counting(), images)
+    monkeypatch.setattr(module, "__version__", "other")
+    extractor = Counting()
+    kept_features(tmp_path, extractor, images)
+    assert extractor.calls == 1
 
 
 def test_files_are_private_and_nothing_is_left_beside(tmp_path, images) -> None:
-    FeatureCache(tmp_path / "c").features(Counting(), images)
+    kept_features(tmp_path / "c", Counting(), images)
     assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o700
     (path,) = (tmp_path / "c").iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -141,8 +123,8 @@ def test_files_are_private_and_nothing_is_left_beside(tmp_path, images) -> None:
 def test_what_cannot_be_identified_is_not_kept(tmp_path, images) -> None:
     extractor = Counting(known=False)
     for _ in range(2):
-        FeatureCache(tmp_path).features(extractor, images)
-        FeatureCache(None).features(Counting(), images)
+        kept_features(tmp_path, extractor, images)
+        kept_features(None, Counting(), images)
     assert extractor.calls == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -150,7 +132,7 @@ def test_what_cannot_be_identified_is_not_kept(tmp_path, images) -> None:
 def test_a_file_in_the_place_of_the_folder(tmp_path, images) -> None:
     (tmp_path / "c").write_text("")
     with pytest.raises(DataError, match="no folder"):
-        FeatureCache(tmp_path / "c").features(Counting(), images)
+        kept_features(tmp_path / "c", Counting(), images)
 
 
 def test_an_evaluation_is_the_same_from_the_cache(tmp_path) -> None:

@@ -196,18 +196,6 @@ def test_held_out_images_that_were_trained_on() -> None:
     assert not found.flagged
 
 
-def test_figures_by_class() -> None:
-    rng = np.random.default_rng(6)
-    private, held_out = blobs(rng, 120), blobs(rng, 120)
-    labels = np.arange(120) % 2
-    generated = np.concatenate([private[labels == 0][:30], held_out[labels == 1][:30]])
-    made = np.repeat([0, 1], 30)
-    found = memorisation_check(
-        generated, private, held_out, labels=(made, labels, labels), class_names=("copied", "fresh", "absent")
-    )
-    assert {k: v.share for k, v in found.by_class.items()} == {"copied": 1.0, "fresh": 0.0}
-
-
 def test_features_by_name() -> None:
     rng = np.random.default_rng(7)
     private, held_out = blobs(rng, 80), blobs(rng, 80)
