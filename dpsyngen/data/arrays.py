@@ -26,7 +26,7 @@ from dpsyngen.data.cache import build, decode, in_memory, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import Form, ImageHeader, Item, Range, arranged, to_8_bit
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, ignored, index_labels, label_name, to_text
-from dpsyngen.data.source import Found, Job, Options, Source, file_identity, split_evenly
+from dpsyngen.data.source import Found, Job, Options, Source, split_evenly, whole
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, Shape, StoredImages, check_fits, write_header
 from dpsyngen.errors import DataError, listed, printable, shown
 from dpsyngen.files import damaged, open_plain, require_absent_or_empty, write_atomically, write_bytes, write_text
@@ -308,7 +308,8 @@ def read_array_file(
         return _source(len(pixels), functools.partial(_npy_items, path, value_range), index, class_names, where)
 
     files = [p for p in (path, path.with_name(LABELS), path.with_name(CLASS_NAMES)) if p == path or p.is_file()]
-    return build(Found(where, lambda: ["npy", value_range, *file_identity(files)], index_file), _after_8_bit(options))
+    place = ["npy", value_range, os.path.realpath(path)]
+    return build(Found(where, place, lambda: whole(files), index_file), _after_8_bit(options))
 
 
 def _npy_items(path: Path, value_range: Range | None, part: slice) -> Iterator[Item]:

@@ -36,7 +36,7 @@ from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits,
 from dpsyngen.errors import DataError, listed, printable
 from dpsyngen.files import cache_home, expanded, sync_folder, write_bytes, write_text
 
-FORMAT = "dpsyngen-image-cache-4"
+FORMAT = "dpsyngen-image-cache-5"
 IN_MEMORY_BYTES = 2**30
 """Decoded images that take more go to a file (with ``cache="auto"``)."""
 _SPARE_BYTES = 2**24  # on the disk, for labels and other programs
@@ -59,13 +59,12 @@ def build(found: Found, options: Options) -> ImageDataset:
         DataError: bad images, all in one message; no images; too little memory or space on the disk; a source that
             changes while it is read.
     """
-    store = Cache(options.cache)
-    key = _key(found, options) if options.cache != "auto" or store.folder.is_dir() else ""
+    store, key = Cache(options.cache), _key(found, options)
     source = (
         None if options.groups is None else with_persons(found.index(), options.groups, options.form.frames == "all")
     )
     persons = None if source is None else source.persons
-    made = store.get(key, found.where, persons) if key else None
+    made = store.get(key, found, persons)
     if made is None and options.cache == "auto":
         source = source or found.index()
         shape = options.shape(len(source), read_headers(source, options))
@@ -74,12 +73,10 @@ def build(found: Found, options: Options) -> ImageDataset:
             images = np.zeros(shape, dtype=np.uint8)
             return settled(source, images, decode(source, images, options), options)
     if made is None:
-        key = key or _key(found, options)
         with store.locked(key):
-            if store.get(key, found.where) is None:  # another process may have made it meanwhile
-                _into_file(found, source, key, store, options)
-            made = store.get(key, found.where, persons)
-    assert made is not None
+            made = store.get(key, found, persons)  # another process may have made it meanwhile
+            if made is None:
+                made = store.read(_into_file(found, source, key, store, options), found.where, persons)
     if made.skipped and not options.skip_bad:  # it was made with skip_bad
         settle_bad([(line, "") for line in made.skipped], where=found.where, skip_bad=False)
     return made
@@ -98,20 +95,20 @@ def with_persons(source: Source, table: Path, frames: bool) -> Source:
 
 
 def _key(found: Found, options: Options) -> str:
-    parts = [FORMAT, found.identity(), options.resolution, options.channels, options.labels, options.form]
-    parts.append(options.label_column)
+    parts = [FORMAT, found.place, options.resolution, options.channels, options.labels, options.form]
+    parts += [options.label_column, options.label_file and os.path.realpath(options.label_file)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _into_file(found: Found, source: Source | None, key: str, store: Cache, options: Options) -> None:
-    before, turns = found.identity(), store.folder / "large-images.lock"
+def _into_file(found: Found, source: Source | None, key: str, store: Cache, options: Options) -> Path:
+    content, turns = found.content(), store.folder / "large-images.lock"
     source = source or found.index()
     shape = options.shape(len(source), read_headers(source, options, turns))
     with store.making(key, shape) as images:
         bad = decode(source, images, options, turns)
-        if found.identity() != before:
+        if found.content() != content:
             raise DataError(f"{source.where} was changed while it was read. Try again when nothing writes to it.")
-        store.publish(key, images, bad, settled(source, images, bad, options))
+        return store.publish(key, content, images, bad, settled(source, images, bad, options))
 
 
 def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], options: Options) -> ImageDataset:
@@ -281,8 +278,9 @@ def _set_tiff_handler(handler: int | None) -> int | None:
 class Cache:
     """A folder of decoded private images: folders of mode 0700, files of mode 0600.
 
-    An entry is named by a digest of its source's files (paths, sizes, times) and of the options.  It is made under
-    another name and renamed when it is whole; one that was interrupted is removed and starts again.
+    An entry is named by two digests: of its source's path and the options (the key), and of what is in the source's
+    files, so that redacted images are never read as they were, whatever sizes and times say; the entry from before
+    is removed then.  It is made under another name and renamed when it is whole; one that was interrupted starts again.
 
     Args:
         folder: it is made when something is to be written.  "auto": ``$DPSYNGEN_CACHE``, else
@@ -293,16 +291,20 @@ class Cache:
         given = os.environ.get("DPSYNGEN_CACHE") if folder == "auto" else folder
         self.folder = expanded(given) if given else cache_home() / "images"
 
-    def get(self, key: str, source: str, persons: NDArray[np.int64] | None = None) -> ImageDataset | None:
-        """The entry of this name, if there is one; DataError if others could have put it there, or it is damaged.
+    def get(self, key: str, found: Found, persons: NDArray[np.int64] | None = None) -> ImageDataset | None:
+        """The entry of this key and content, if there is one; the content is read only where there is one of the key.
 
         `persons` [N] says whose the images are, those that are left out included; no entry keeps that.
         """
-        path = self.folder / key
-        try:
-            status = os.lstat(path)
-        except OSError:
-            return None
+        path = self.folder / f"{key}-{found.content()}" if self._entries(key) else None
+        return None if path is None or not os.path.lexists(path) else self.read(path, found.where, persons)
+
+    def _entries(self, key: str) -> list[Path]:
+        return [path for path in self.folder.glob(f"{key}-*") if path.suffix != ".part"]
+
+    def read(self, path: Path, source: str, persons: NDArray[np.int64] | None = None) -> ImageDataset:
+        """An entry; DataError if others could have put it there, or it is damaged."""
+        status = os.lstat(path)
         if not path.is_dir() or path.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise DataError(
                 f"{printable(path)} is not a folder that only you can read, so it is not used for private images. "
@@ -366,12 +368,17 @@ class Cache:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def publish(
-        self, key: str, images: np.memmap[Any, np.dtype[np.uint8]], bad: Iterable[int], made: ImageDataset
-    ) -> None:
-        """Give a file, all of whose images are written, its name.
+        self,
+        key: str,
+        content: str,
+        images: np.memmap[Any, np.dtype[np.uint8]],
+        bad: Iterable[int],
+        made: ImageDataset,
+    ) -> Path:
+        """Give a file, all of whose images are written, its name, and remove what the source was before.
 
         Args:
-            key: the name.
+            key, content: the two parts of the name.
             images: from :meth:`making`.
             bad: numbers of the images that are left out; their rows stay in the file, unused.
             made: labels of the other images, class names, and what was left out.
@@ -382,16 +389,21 @@ class Cache:
         about |= {"labelled": made.labels is not None, "class_names": made.class_names}
         about |= {"skipped": made.skipped, "ignored": made.ignored}
         if made.labels is not None:
-            content = io.BytesIO()
-            np.save(content, made.labels, allow_pickle=False)
-            write_bytes(folder / LABELS, content.getvalue(), 0o600)
+            labels = io.BytesIO()
+            np.save(labels, made.labels, allow_pickle=False)
+            write_bytes(folder / LABELS, labels.getvalue(), 0o600)
         images.flush()
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         write_text(folder / "about.json", json.dumps(about), 0o600)
         # Everything in it is on the disk by now, so a power failure cannot leave the name on an entry without content.
-        os.rename(folder, self.folder / key)
+        place = self.folder / f"{key}-{content}"
+        os.rename(folder, place)
         sync_folder(self.folder)
+        for path in self._entries(key):  # whoever reads one goes on with the file that is open
+            if path != place:
+                shutil.rmtree(path, ignore_errors=True)
+        return place
 
     def _unusable(self, error: Exception, size: int = 0) -> DataError:
         if getattr(error, "errno", None) in _FULL:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
-import hashlib
 import itertools
 import os
 import re
@@ -23,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +31,7 @@ from dpsyngen.data.decode import MAX_FILE_BYTES, MAX_PIXELS, Form, Item
 from dpsyngen.data.dicom import count_frames, is_dicom, pictures
 from dpsyngen.data.labels import LABEL_NAMES, check_class_names, ignored, index_labels, same_name
 from dpsyngen.data.metadata import METADATA, TABLE_SUFFIXES, find_metadata, read_label_table
-from dpsyngen.data.source import Found, Job, Options, Source, changes, file_identity, split_evenly
+from dpsyngen.data.source import Found, Job, Options, Source, split_evenly, whole
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars
 from dpsyngen.errors import BadImage, DataError, listed, printable
@@ -71,16 +69,12 @@ def find_folder(root: Path, options: Options) -> Found:
     Without labels, or with those of a table, all images are read, in sub-folders or not.
     """
 
-    def identity() -> Any:
+    def files() -> list[tuple[str, str]]:
         found = _list_folder(root, options)
-        digest = hashlib.sha256()
-        for name in found.files:
-            parts = (name, *changes(os.lstat(root / name)), "")
-            digest.update("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
-        table = [] if found.table is None else file_identity([found.table])
-        return ["folder", os.path.realpath(root), len(found.files), found.names, digest.hexdigest(), table]
+        named = [(name, os.path.join(root, name)) for name in found.files]
+        return named if found.table is None else [*named, *whole([found.table])]
 
-    return Found(printable(root), identity, lambda: index_folder(root, options))
+    return Found(printable(root), ["folder", os.path.realpath(root)], files, lambda: index_folder(root, options))
 
 
 def index_folder(root: Path, options: Options) -> Source:
@@ -372,7 +366,7 @@ def find_files(paths: Sequence[Path], where: str, options: Options, told: tuple[
         source = read(paths, where, labels=options.labels, label_column=options.label_column)
         return replace(source, ignored=(*source.ignored, *told))
 
-    return Found(where, lambda: [suffix, *file_identity(paths)], index)
+    return Found(where, [suffix, *map(os.path.realpath, paths)], lambda: whole(paths), index)
 
 
 def _expanded(text: str) -> list[str]:

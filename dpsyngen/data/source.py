@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -15,12 +18,14 @@ from numpy.typing import NDArray
 from dpsyngen.data.decode import AS_STORED, BadImage, Colour, Form, ImageHeader, Item, Range, read_header, read_image
 from dpsyngen.data.store import Shape
 from dpsyngen.errors import DataError, printable, require
+from dpsyngen.files import NotPlainError, open_plain
 
 BLOCK = 64
 """Images that are decoded and handed on together; a bound on memory, not on the source."""
 LISTED = 1000  # lines of bad images in a message: whoever mends the files needs all of them
 DEFAULT_RESOLUTION = 32
 MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
+_READERS = 8
 Channels = Literal["auto", "grey", "rgb"]
 Bad = tuple[int, str]
 """Which image (by its number) cannot be used, and why."""
@@ -201,33 +206,49 @@ class Found:
 
     Attributes:
         where: what was asked for.
-        identity: format, paths, sizes and times of all its files, JSON-able: as long as they are the same, so are the
-            images.
+        place: format and paths, JSON-able: what it is called in the cache.
+        files: names and paths of all files that the images and labels follow from, listed anew by each call.
         index: reads the index.
     """
 
     where: str
-    identity: Callable[[], Any]
+    place: Any
+    files: Callable[[], Sequence[tuple[str, str]]]
     index: Callable[[], Source]
+
+    def content(self) -> str:
+        """Digest the names and contents of all files: as long as it is the same, so are the images.
+
+        Sizes and times would tell less: redaction can leave both as they were.
+        """
+        files, digest = self.files(), hashlib.sha256()
+        with ThreadPoolExecutor(_READERS, "dpsyngen-reading") as pool:  # both reading and hashing let others run
+            for lines in pool.map(_contents, [files[part] for part in split_evenly(len(files))]):
+                digest.update(lines)
+        return digest.hexdigest()
+
+
+def _contents(files: Sequence[tuple[str, str]]) -> bytes:
+    parts: list[str] = []
+    for name, path in files:
+        try:
+            with open_plain(path, sys.maxsize) as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        except (NotPlainError, OSError) as error:  # it is told of when it is decoded
+            content = str(error)
+        parts += [name, content, ""]
+    return "\0".join(parts).encode("utf-8", "surrogateescape")
+
+
+def whole(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str]]:
+    """Files for :attr:`Found.files`, of which only the order matters; links in a pattern were meant."""
+    return [("", os.path.realpath(path)) for path in paths]
 
 
 def split_evenly(count: int, most: int = 256, least_jobs: int = 32) -> list[slice]:
     """0..count - 1 in parts of at most `most`, some more of them for few images, so that all cores have work."""
     step = max(1, min(most, -(-count // least_jobs)))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
-
-
-def file_identity(paths: Iterable[Any]) -> list[list[Any]]:
-    """[path, bytes, times of the last change in ns] of each file, for :attr:`Found.identity`."""
-    return [[os.path.realpath(path), *changes(os.stat(path))] for path in paths]
-
-
-def changes(status: os.stat_result) -> tuple[int, int, int]:
-    """What tells that a file was changed: bytes, and the times of content and inode in ns.
-
-    Copying tools set the first time back (``cp -p``, ``rsync -t``); nobody can set the second.
-    """
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def keep_of(count: int, bad: Iterable[int]) -> NDArray[np.bool_]:
