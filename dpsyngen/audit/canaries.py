@@ -1,8 +1,7 @@
 """Training runs of the audit's own: the audited run's settings, on canary images drawn by a program.
 
 They go the way of every run (``start``, ``Training.steps``, a crash, ``resume``), with entropy from the operating
-system, in a temporary folder.  No private image is touched, so they cost no privacy.  They train one of two networks
-in which a record shows more than it would in a run:
+system, in a temporary folder.  No private image is touched, so they cost no privacy.  They train one of two networks:
 
 The *lookup* network has one number for each class and nothing else.  A canary with a class of its own then has a
 gradient along a coordinate of its own, far longer than C, and the same whatever noise is drawn: each step in which it
@@ -23,14 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpsyngen.audit.invariants import Claim, Transcript
-from dpsyngen.audit.one_run import LookupScores, OneRun, Scores, plan_guesses
+from dpsyngen.audit.one_run import LookupScores, OneRun, plan_guesses
 from dpsyngen.config import Config, DataConfig, PrivacyConfig, StagesConfig
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.loss import NoisyBatch, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
-from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.programs import make_program
@@ -42,9 +38,6 @@ from dpsyngen.training.run import Run
 
 LOOKUP_LEVELS = {"noise_mean": 2.0, "noise_std": 0.1}
 """Density of log σ: noise far above the image, where the loss hardly depends on which noise it was."""
-
-LIVELY_LEVELS = {"noise_mean": -1.0, "noise_std": 0.05}
-"""Noise levels close to each other, so that those of the training resemble the auditor's."""
 
 _PERTURBATION = 0.05  # standard deviation of what is added to each weight
 _STEEP = 1e4
@@ -65,7 +58,7 @@ class CanaryPlan:
     channels: int = 1
     classes: bool = True
     crash_after: int | None = None  # steps after which the session ends like a killed process, before a checkpoint
-    score: bool = True  # attack it
+    score: bool = False  # attack it: the lookup network only
 
 
 @dataclass(frozen=True)
@@ -104,27 +97,14 @@ class Canaries:
         names = (*(f"canary {i}" for i in range(count)), "others")
         return ImageDataset(images, labels, names, "canaries of an audit")
 
-    def noisy(self, config: Config, device: str) -> NoisyBatch:
-        """Noisy rows of all canaries, K each, with a fresh draw of the noise."""
-        n, count = config.network, len(self.images)
-        return make_noisy(
-            to_float(torch.from_numpy(self.images)).to(device),
-            torch.arange(count, device=device) if self.classes else None,
-            NoiseLevels(n.noise_mean, n.noise_std),
-            copies=config.private.copies,
-            num_classes=count + 1 if self.classes else 0,
-            label_dropout=0.0,
-            generator=torch.Generator().manual_seed(int.from_bytes(np.random.default_rng().bytes(4), "little")),
-        )
-
 
 def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
     """The audited run's configuration, for a short run without public phases on `records` images.
 
-    K, clipping, kind of noise and target ε stay.  Every image shows its class, noise levels are close to each other
-    and weights hardly move, all of which helps the attack, and none of which the guarantee depends on.
+    K, clipping, kind of noise and target ε stay.  Every image shows its class and weights hardly move, which helps the
+    attack, and on which the guarantee does not depend.
     """
-    p, levels = config.privacy, LOOKUP_LEVELS if plan.lookup else LIVELY_LEVELS
+    p, network = config.privacy, {"label_dropout": 0.0, **(LOOKUP_LEVELS if plan.lookup else {})}
     # The bound of the one-run audit loses 2mδ: a smaller δ than the run's keeps that small beside 1 - confidence.
     delta = min(p.delta or 1.0, _DELTA / records)
     private: dict[str, float] = {
@@ -132,18 +112,17 @@ def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
         "batch": plan.batch,
         "warmup": 0,
         "checkpoint_every": CHECKPOINT_EVERY,
-    }
-    if plan.score:
         # Where weights stay as they are, so does what tells canaries apart.
-        private["learning_rate"] = 1e-9
+        "learning_rate": 1e-12 if plan.lookup else 1e-9,
+    }
     if plan.lookup:
-        private |= {"learning_rate": 1e-12, "physical_batch": 256}
+        private["physical_batch"] = 256
     return config.model_copy(
         update={
             "data": DataConfig(records=records),
             "privacy": PrivacyConfig(epsilon=p.epsilon, delta=delta, clipping_norm=p.clipping_norm),
             "stages": StagesConfig(variant="dpdm"),
-            "network": config.network.model_copy(update={"label_dropout": 0.0, **levels}),
+            "network": config.network.model_copy(update=network),
             "private": config.private.model_copy(update=private),
             # Nothing is drawn, and guidance would need labels to be dropped.
             "sampling": config.sampling.model_copy(update={"guidance": 1.0}),
@@ -173,7 +152,7 @@ def train_canaries(
     def observe(record: StepRecord, engine: PerExampleGradients) -> None:
         transcript.add(record)
         if attack is not None:
-            attack.add(record, engine)
+            attack.add(record)
 
     hooks = Hooks(observer=observe, make_denoiser=lookup_denoiser if plan.lookup else lively_denoiser)
     training = Training.start(small, dataset, folder, device, hooks=hooks)
@@ -181,12 +160,10 @@ def train_canaries(
     ledger_path = training.run.ledger_path
     noise_scale, expected = m.noise_multiplier * m.clipping_norm, m.sampling_rate * m.records
     transcript = Transcript(len(dataset), noise_scale, expected, lambda: charged_steps(Ledger(ledger_path)))
-    attack: Scores | None = None
+    attack = LookupScores(plan.canaries) if plan.score else None
     if plan.score:
         # The number of guesses is fixed before anything of the run is seen.
         guesses = plan_guesses(plan.canaries, delta, confidence, m.sampling_rate, m.noise_multiplier, plan.steps)
-        two = (c.noisy(small, device), c.noisy(small, device))
-        attack = LookupScores(plan.canaries) if plan.lookup else Scores(two, small, transcript)
     _take_steps(training, plan.crash_after)
     if plan.crash_after is not None:
         del training  # and with it whatever was not in a checkpoint

@@ -64,7 +64,7 @@ class AuditReport:
     notes: list[str] = field(default_factory=list)  # what a reader must know, such as why something was left out
     bounds: list[Bound] = field(default_factory=list)  # of each attack
     step: dict[str, Any] | None = None  # the figures of the step-level game
-    one_run: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the one-run audits, by network
+    one_run: dict[str, Any] | None = None  # the figures of the one-run audit
     seconds: float = 0.0
 
     @property
@@ -79,7 +79,7 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: no infinities, no scores."""
-        out: dict[str, Any] = {
+        return {
             "run": self.run,
             "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon,
             "delta": self.delta,
@@ -88,8 +88,9 @@ class AuditReport:
             "seconds": round(self.seconds, 1),
             "notes": self.notes,
             "findings": [{"part": part, **asdict(f)} for part, of in self.parts.items() for f in of],
+            "step": self.step,
+            "one_run": self.one_run,
         }
-        return out | ({} if self.step is None else {"step": self.step}) | {"one_run": self.one_run}
 
     def lines(self) -> Iterator[str]:
         """The table that the command line prints."""

@@ -15,7 +15,6 @@ import numpy as np
 
 from dpsyngen.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, train_canaries
 from dpsyngen.audit.invariants import check_sizes, check_transcript
-from dpsyngen.audit.one_run import LARGEST
 from dpsyngen.audit.report import AuditReport, Bound, Finding, decide, exact
 from dpsyngen.audit.sensitivity import ClippingAudit, audit_noise
 from dpsyngen.diffusion.stages import GAUSSIAN
@@ -43,14 +42,10 @@ NETWORK, LOOKUP, SPARSE = (
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to do: trials of the step-level game, and canaries and steps of the short trainings.
-
-    `seconds`, roughly, and `most_canaries` set how many canaries the run's network is trained on.
-    """
+    """How much to do: trials of the step-level game, and canaries and steps of the short trainings."""
 
     trials: int = 20_000
-    seconds: float = 60.0
-    most_canaries: int = 256
+    canaries: int = 24
     steps: int = 24
     lookup_canaries: int = 8000
     lookup_steps: int = 40
@@ -58,7 +53,7 @@ class Effort:
 
 
 FULL = Effort()
-QUICK = Effort(seconds=6.0, most_canaries=32, steps=10, lookup_canaries=1500, lookup_steps=24, sparse_steps=40)
+QUICK = Effort(canaries=16, steps=10, lookup_canaries=1500, lookup_steps=24, sparse_steps=40)
 
 
 @ordinary_modes()
@@ -142,17 +137,14 @@ def _audit_mechanism(
     gaussian = load_gaussian(run.weights(GAUSSIAN), shape).to(device) if moments else None  # released: costs nothing
     clipping = ClippingAudit(config, m, shape, device, gaussian)
     report.parts[CLIPPING] = clipping.findings()
-    # A step trains on a quarter of the canaries and scores all of them twice, K rows each.
-    cost = clipping.seconds_a_row() * 2.5 * config.private.copies * effort.steps
-    fitting = min(int(effort.seconds / cost), LARGEST // sum(p.numel() for p in clipping.engine.parameters))
-    canaries = max(16, min(effort.most_canaries, fitting))
     images: dict[str, Any] = {"resolution": shape.resolution, "channels": shape.channels}
     images["classes"] = bool(shape.class_names)
-    lookups, crash = effort.lookup_canaries, CHECKPOINT_EVERY + 2
+    count, lookups, crash = effort.canaries, effort.lookup_canaries, CHECKPOINT_EVERY + 2
+    attacked: dict[str, Any] = {"lookup": True, "crash_after": crash, "score": True}
     plans = {
-        NETWORK: CanaryPlan(canaries, 8, (canaries + 8) // 2, effort.steps, crash_after=crash, **images),
-        LOOKUP: CanaryPlan(lookups, 16, (lookups + 16) // 2, effort.lookup_steps, lookup=True, crash_after=crash),
-        SPARSE: CanaryPlan(24, 16, 1, effort.sparse_steps, lookup=True, score=False),
+        NETWORK: CanaryPlan(count, 8, (count + 8) // 2, effort.steps, crash_after=crash, **images),
+        LOOKUP: CanaryPlan(lookups, 16, (lookups + 16) // 2, effort.lookup_steps, **attacked),
+        SPARSE: CanaryPlan(24, 16, 1, effort.sparse_steps, lookup=True),
     }
     with tempfile.TemporaryDirectory(prefix="dpsyngen-audit-") as folder:
         for number, (name, plan) in enumerate(plans.items()):
@@ -160,10 +152,10 @@ def _audit_mechanism(
             done = train_canaries(config, plan, Path(folder) / str(number), confidence=report.confidence, device=device)
             report.parts[name] = check_transcript(done.transcript, done.claim)
             if done.one_run is not None:
-                report.parts[name].append(done.one_run.finding)
-                network, o = "the run's network" if name == NETWORK else "lookup network", done.one_run
-                report.bounds.append(Bound(f"training, {network}", o.epsilon_lower, o.epsilon_claimed, o.delta))
-                report.one_run[network] = o.to_dict()
+                o = done.one_run
+                report.parts[name].append(o.finding)
+                report.bounds.append(Bound("training, lookup network", o.epsilon_lower, o.epsilon_claimed, o.delta))
+                report.one_run = o.to_dict()
 
 
 def _shape(run: Run) -> Shape:

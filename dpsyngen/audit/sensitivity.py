@@ -7,7 +7,6 @@ engine on a real network, with examples of the auditor's own: small, huge, equal
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -186,12 +185,6 @@ class ClippingAudit:
             check_sensitivity(self._summed, self.examples, c),
             check_gradients(self._summed, self._reference, layer_numbers(self.engine.names), self.examples, c, style),
         ]
-
-    def seconds_a_row(self) -> float:
-        """What a row of a batch costs here, for choosing the size of longer audits."""
-        begun = time.perf_counter()
-        self._summed(range(self.examples))
-        return (time.perf_counter() - begun) / (self.examples * self.copies)
 
     def _pick(self, examples: Sequence[int]) -> NoisyBatch:
         return self.rows.rows(torch.tensor([e * self.copies + k for e in examples for k in range(self.copies)]))

@@ -27,8 +27,8 @@ from dpsyngen.training.plan import Shape
 from dpsyngen.training.private import DpSgd, PrivateStep
 
 ERROR = 1e-6  # chance that one of these tests fails although nothing is wrong: the noise is real
-DENSE = CanaryPlan(120, 16, 68, 14, lookup=True, crash_after=6, score=False)
-SPARSE = CanaryPlan(24, 16, 1, 40, lookup=True, score=False)
+DENSE = CanaryPlan(120, 16, 68, 14, lookup=True, crash_after=6)
+SPARSE = CanaryPlan(24, 16, 1, 40, lookup=True)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def sparse(config: Config, folder: Path) -> list[Finding]:
 
 
 def network(config: Config, folder: Path) -> list[Finding]:
-    return training(config, folder, CanaryPlan(8, 8, 8, 6, crash_after=6, score=False))
+    return training(config, folder, CanaryPlan(8, 8, 8, 6, crash_after=6))
 
 
 # ------------------------------------------------------------------------------------------------- the bugs

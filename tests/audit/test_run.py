@@ -26,9 +26,7 @@ from tests.training.short_runs import start
 
 pytestmark = pytest.mark.slow
 
-SMALL = Effort(
-    trials=2000, seconds=0.2, most_canaries=8, steps=7, lookup_canaries=300, lookup_steps=10, sparse_steps=25
-)
+SMALL = Effort(trials=2000, canaries=8, steps=7, lookup_canaries=300, lookup_steps=10, sparse_steps=25)
 CONFIDENCE = 1 - 1e-6
 
 
@@ -63,7 +61,7 @@ def test_audit_of_a_run(tmp_path, tiny_settings, tiny_images) -> None:
     assert stored["passed"] is True
     assert stored["epsilon"] == Ledger(run.ledger_path).epsilon()
     assert 0 < stored["step"]["epsilon_lower"] < 1.2 * stored["step"]["epsilon_claimed"]
-    assert set(stored["one_run"]) == {"the run's network", "lookup network"}
+    assert 0 <= stored["one_run"]["epsilon_lower"] <= stored["one_run"]["epsilon_claimed"]
     # The tests of all parts share the error.
     tests = [f for f in stored["findings"] if f["p_value"] is not None]
     assert sum(f["level"] for f in tests) == pytest.approx(1e-6)
