@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from dpsyngen.config import Config, load_config, with_options
 from dpsyngen.console import console_for
 from dpsyngen.data import ImageDataset
-from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, with_persons
+from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, with_persons, with_whole_paths
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.files import expanded
@@ -66,7 +66,7 @@ def prepare(
     require_new(Path(out))
     check_device(device, config.compute)
     dataset = _read(config, data, ranks, on_event)
-    return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, finish))
+    return Training.start(with_whole_paths(config), dataset, Path(out), device, ranks, Hooks(on_event, finish))
 
 
 @ordinary_modes()

@@ -24,7 +24,7 @@ from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_
 from dpsyngen.data.source import FormOptions, Options, check_form, check_resolution
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS
 from dpsyngen.errors import ConfigError, DataError, listed, printable, require
-from dpsyngen.files import PARTIAL
+from dpsyngen.files import PARTIAL, expanded
 
 PathLike = str | os.PathLike[str]
 Source = PathLike | ImageDataset | MapStyle | tuple[np.ndarray, np.ndarray | None]
@@ -270,6 +270,24 @@ def _not_found(path: Path, text: str) -> str:
         pass  # a parent that cannot be listed has no suggestions to offer
     hint = f"Did you mean {printable(path.parent / near[0])}? " if near else ""
     return f"{printable(path)!r} is neither a file or folder nor a named set. {hint}{suggest(text)}"
+
+
+def whole_source(source: str) -> str:
+    """A source that means the same in any working folder: an absolute path, or a named set with its split."""
+    path = expanded(source)
+    named = None if path.exists() else parse_name(source)
+    return str(path.absolute()) if source and named is None else ":".join(named or ())
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The configuration with absolute paths of the images, their labels and their cache, for later sessions of the run,
+    which may begin in another working folder.
+    """
+    d = config.data
+    labels = str(expanded(d.labels).absolute()) if isinstance(d.labels, str) else d.labels
+    cache = d.cache if d.cache == "auto" else str(expanded(d.cache).absolute())
+    data = d.model_copy(update={"source": whole_source(d.source), "labels": labels, "cache": cache})
+    return config.model_copy(update={"data": data})
 
 
 def load_private(

@@ -252,6 +252,8 @@ def evaluate_images(
         out["notes"].append(
             f"no test image is of {listed(test.absent_classes)}: accuracy and floors are of the other classes"
         )
+    if test is not None and len(test) == len(reference) and test.fingerprint() == reference.fingerprint():
+        out["notes"].append("the test images are the training images: accuracy and floors say nothing of new images")
     # Subsets are drawn in this order, whatever is measured, so that a seed means the same sets.
     rng = np.random.default_rng(s.seed)
     real = _subset(reference.images, s.max_images, rng)

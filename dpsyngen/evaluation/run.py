@@ -33,7 +33,7 @@ from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.run import Run
-from dpsyngen.training.session import chosen_images
+from dpsyngen.training.session import chosen_images, pinned
 
 if TYPE_CHECKING:
     from dpsyngen.generator.generator import ReleasedGenerator
@@ -91,8 +91,15 @@ def evaluate(
     config = run.config
     generator = open_everywhere(ranks, run.release, device)
     reference = _images(data, config, generator, "data", **labelled)
-    if data is None and config.privacy.most_per_person is not None:
-        reference = chosen_images(config, reference, Randomness.load(run.randomness_path))
+    # Without persons, those that were chosen among a person's images cannot be told from the others.
+    known = data is None or config.privacy.most_per_person is None or reference.persons is not None
+    own = training_images(run, reference) if known else None
+    if own is None and data is None:
+        raise DataError(
+            f"{config.data.source} holds other images than those that {run.path} was trained on: they were changed "
+            "since.  Put them back, or say with --data which images to measure against (from Python: data)."
+        )
+    reference = reference if own is None else own
     held_out = None if test is None else _images(test, config, generator, "test", **labelled)
     for spec in s.specs:
         # What is missing or wrong should show before images are generated and the ledger is written.
@@ -122,6 +129,8 @@ def evaluate(
             **vars(s),
         )
         result["sampling"] = samples.settings
+        if own is None:
+            result["notes"].append("the real images are not those that the run was trained on")
         _keep(run, "metrics.json", result)
     return result
 
@@ -190,8 +199,12 @@ def check_memorisation(
         raise ConfigError(f"the number of images is {images}, but must be at least 1.")
     config = run.config
     generator = ReleasedGenerator(run.release, device)
-    private = _images(data, config, generator, "training")
-    private = _require_training_images(run, private)
+    private = training_images(run, _images(data, config, generator, "training"))
+    if private is None:
+        raise DataError(
+            f"the images are not those that {run.path} was trained on, so whether they were memorised says nothing.  "
+            "Give the same --data as for training."
+        )
     control = None if held_out is None else _images(held_out, config, generator, "held-out")
     tell = on_progress or (lambda line: None)
     with run.lock():
@@ -258,26 +271,24 @@ def _images(
     return dataset
 
 
-def _require_training_images(run: Run, dataset: ImageDataset) -> ImageDataset:
-    """Those that the run was trained on, chosen as it chose them; others are refused: to those nothing can have been
-    memorised.
+def training_images(run: Run, dataset: ImageDataset) -> ImageDataset | None:
+    """Those that the run was trained on, chosen as it chose them; None if what it pinned are others.
+
+    It tells by what they are, not by where they lie.
+
+    Raises:
+        ConfigError: the run chose among the images of each person, and nobody says whose these are.
+        RunError: the files that tell are missing or damaged.
     """
-    try:
-        pinned = str(json.loads(run.data_path.read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+    known = pinned(run.data_path)
+    if known is None:
         raise RunError(
-            f"{run.data_path} cannot be read, so nobody can tell which images the run was trained on.  Put it back "
-            "from a backup."
-        ) from None
+            f"{run.data_path} is missing, so nobody can tell which images the run was trained on.  Put it back from a "
+            "backup."
+        )
     randomness = Randomness.load(run.randomness_path)
     dataset = chosen_images(run.config, dataset, randomness)
-    found = randomness.tag(dataset.fingerprint())
-    if not hmac.compare_digest(pinned, found):
-        raise DataError(
-            f"the images are not those that {run.path} was trained on, so whether they were memorised says nothing.  "
-            "Give the same --data as for training."
-        )
-    return dataset
+    return dataset if hmac.compare_digest(known["fingerprint"], randomness.tag(dataset.fingerprint())) else None
 
 
 def _drawn_by_program(config: Config, generator: ReleasedGenerator, count: int) -> np.ndarray | None:

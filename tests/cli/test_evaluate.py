@@ -147,3 +147,41 @@ def test_wrong_features_of_ones_own_cost_nothing(call, run, trained) -> None:
         dpsyngen.evaluate(run, metrix=["kid"])
     assert run.ledger_path.read_bytes() == entries
     assert not (run.private / "metrics.json").exists()
+
+
+def test_the_runs_images_are_those_that_it_was_trained_on(call, trained, tmp_path, monkeypatch) -> None:
+    """By what they are: the same in another place and from another folder, others in their place are refused."""
+    for name in ("data", "test"):
+        shutil.copy(trained / f"{name}.npz", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    api.train("data.npz", epsilon=8, out="run", settings=SETTINGS)
+    run, quick = Run(tmp_path / "run"), (*QUICK, "-n", 20, "--bootstrap", 0)
+    assert run.config.data.source == str(tmp_path / "data.npz")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy("test.npz", tmp_path / "elsewhere" / "data.npz")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, err = call("evaluate", run.path, *quick)
+    assert code == 0, err
+    assert not any("trained on" in note for note in kept(run)["notes"])
+    shutil.copy(trained / "data.npz", tmp_path / "moved.npz")
+    assert call("evaluate", run.path, "--data", tmp_path / "moved.npz", *quick)[0] == 0
+    assert not any("trained on" in note for note in kept(run)["notes"])
+    shutil.copy(trained / "test.npz", tmp_path / "data.npz")
+    before, entries = kept(run), len(Ledger(run.ledger_path).entries)
+    code, _, err = call("evaluate", run.path, *quick)
+    assert code == 2
+    assert "other images than those" in err
+    assert (kept(run), len(Ledger(run.ledger_path).entries)) == (before, entries)
+    assert call("evaluate", run.path, "--data", "data.npz", *quick)[0] == 0
+    assert any("not those that the run was trained on" in note for note in kept(run)["notes"])
+    digest = json.loads(run.data_path.read_text())["fingerprint"].encode()
+    for path in run.release.rglob("*"):
+        assert path.is_dir() or not (digest in path.read_bytes() or str(tmp_path).encode() in path.read_bytes())
+
+
+def test_test_images_that_were_trained_on_are_told_of(call, run, trained, tmp_path) -> None:
+    shutil.copy(trained / "data.npz", tmp_path / "held-out.npz")
+    code, out, err = call("evaluate", run.path, "--test", tmp_path / "held-out.npz", *QUICK, "-n", 20, "--bootstrap", 0)
+    assert code == 0, err
+    assert any("the test images are the training images" in note for note in kept(run)["notes"])
+    assert "the test images are the training images" in out

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dpsyngen import Generator
 from dpsyngen.config import load_config
 from dpsyngen.data import ImageDataset, load_images
-from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.evaluation.run import check_memorisation, evaluate
 from dpsyngen.fit import prepare
 from dpsyngen.privacy.accounting import epsilon
@@ -101,8 +101,16 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     # The same images are found again, by the key, also where their path is given.
     assert check_memorisation(run, images=4).duplicates == 0
     assert check_memorisation(run, images=4, data=folder).duplicates == 0
-    measured = evaluate(run, images=20, metrics=["frechet"], classifiers=[], bootstrap=0)
+    quick = {"images": 20, "metrics": ["frechet"], "classifiers": [], "bootstrap": 0}
+    measured = evaluate(run, **quick)
     assert measured["protocol"]["real_train_images"] == used
+    assert not any("trained on" in note for note in measured["notes"])
+    for path in folder.rglob("*.png"):
+        ImageOps.invert(Image.open(path)).save(path)
+    with pytest.raises(DataError, match="holds other images than those"):
+        evaluate(run, **quick)
+    with pytest.raises(DataError, match="not those that"):
+        check_memorisation(run, images=4)
     privacy = run.release / "privacy.json"
     stated = json.loads(privacy.read_text())
     privacy.write_text(json.dumps(stated | {"by_person": False}))
