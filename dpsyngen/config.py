@@ -238,7 +238,6 @@ class LoggingConfig(_Section):
     """What a run writes down about itself besides its logs; see docs/logging.md.  Never released."""
 
     tensorboard: bool = Field(False, description="event files for TensorBoard, in the private half")
-    images_every: int = Field(50, ge=1, le=10**8, description="private steps between pictures for TensorBoard")
 
 
 class ComputeConfig(_Section):

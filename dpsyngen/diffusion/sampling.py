@@ -1,6 +1,6 @@
 """Drawing images: settings that are checked before anything is computed, and the one loop that draws with them.
 
-Generator, preview and benchmarks draw through :meth:`SamplingSettings.draw`.  The file that a release carries for
+Generator and benchmarks draw through :meth:`SamplingSettings.draw`.  The file that a release carries for
 diffusers (``release/hub/denoiser.py``) holds the same steps once more, and a test compares the pixels.
 """
 

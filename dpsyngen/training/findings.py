@@ -74,7 +74,6 @@ _TEXTS = {
         "Adam needs tens of steps to begin with",
         "raise --steps (see `dpsyngen plan` for what that costs in noise)",
     ),
-    "few-epochs": ("most of the images add nothing", "raise --batch first (less noise an image), then --steps"),
     "steps-vanish": (
         "Adam then divides by its ε, and the steps shrink to nothing",
         "raise --clip to between 0.1 and 1: noise grows with it, and Adam takes the scale out",
@@ -86,10 +85,6 @@ _TEXTS = {
     "gradients-not-finite": (
         "those images taught nothing; where they are many, what is left is mostly noise",
         "lower --lr; if only a few images do it, they may be damaged",
-    ),
-    "gradients-below-gamma": (
-        "these gradients use a small part of the sensitivity that the noise is made for",
-        "--set private.clipping=flat with a smaller --clip.  " + _CHOOSE_C,
     ),
     "nothing-clipped": ("the noise is made for C, many times what these gradients need", "lower --clip.  " + _CHOOSE_C),
     "noise-dominates": (
@@ -116,10 +111,6 @@ _TEXTS = {
         "the generator does not use the class: labelled images from it teach a classifier nothing",
         "draw with guidance (--set sampling.guidance=2, which needs a network.label_dropout above 0 in training), take "
         "more --steps, or train --unconditional if classes do not matter",
-    ),
-    "released-weights-not-finite": (
-        "such a network draws nothing",
-        "do not publish this release; train again with a lower --lr",
     ),
 }
 
@@ -262,10 +253,6 @@ def _of_settings(f: Facts) -> Iterator[Finding]:
     """What is plain before any image is seen."""
     if f.steps < (20 if f.pretrained else 50):
         yield finding("few-steps", "warning", f"the private phase has {f.steps:,} steps", "released")
-    epochs = f.steps * f.batch / f.records
-    if epochs < 1 and not f.pretrained:
-        seen = f"{f.steps:,} steps of {f.batch:,} images see an image {epochs:.2g} times on average"
-        yield finding("few-epochs", "warning", seen, "released")
     # Root mean square of a coordinate of the averaged gradient, at most: noise, and gradients that all have norm C.
     coordinate = f.clipping_norm * math.hypot(f.noise_multiplier / f.batch, 1 / math.sqrt(max(f.parameters, 1)))
     if f.noise_multiplier and coordinate < 10 * _ADAM_EPS:
@@ -298,9 +285,6 @@ def _of_clipping(log: Sequence[dict[str, Any]], f: Facts) -> Iterator[Finding]:
     c = f.clipping_norm
     if f.clipping == "automatic":
         shrink = norm / (norm + 0.01)  # γ of automatic clipping
-        if 0 < norm < 0.01:
-            seen = f"the median gradient has norm {norm:.2g}, below γ = 0.01 of automatic clipping"
-            yield finding("gradients-below-gamma", "warning", seen)
     else:
         shrink = min(1.0, norm / c)
         if clipped < 0.01 and 0 < norm < c / 10:

@@ -178,10 +178,6 @@ def _of_generator(run: Run, open_release: Callable[[Path], Any]) -> list[Finding
         generator = open_release(run.release)
     except RunError as error:
         return [damage("release-damaged", str(error), "no image can be drawn from this release")]
-    broken = [name for name, net in generator.networks.items() if not weights_finite(net.state_dict().values())]
-    if broken:
-        seen = f"weights of {', '.join(broken)} in the release are NaN, infinite or too large to compute with"
-        return [finding("released-weights-not-finite", "error", seen, "released")]
     classes = len(generator.class_names)
     labels = None
     if classes:

@@ -14,16 +14,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import number, strict_text, write_text
-from dpsyngen.programs.grid import image_grid
 
 # ------------------------------------------------------------------------------------------------ events
 
@@ -251,15 +248,9 @@ class TensorBoard:
         """Add the finite ones of some figures, by name."""
         for name, value in values.items():
             if math.isfinite(value):
-                self._event(step, "scalar", name, float(value))
+                self._guarded(partial(self._scalar, step, name, float(value)))
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
-
-    def images(self, step: int, name: str, images: NDArray[np.uint8]) -> None:
-        """Add uint8 [N, C, H, W] images as one picture."""
-        picture = np.asarray(image_grid(images, math.ceil(math.sqrt(len(images))), scale=2))
-        self._event(step, "image", name, picture[..., None] if picture.ndim == 2 else picture, 1, "HWC")
-        self.flush()
 
     def flush(self) -> None:
         self._flushed = time.monotonic()
@@ -283,24 +274,21 @@ class TensorBoard:
         self._write(step=done + 1, session_log={"status": 1})  # START: forget what is there of this step and later
         self._writer.flush()
 
-    def _event(self, step: int, kind: str, *content: Any) -> None:
-        def write() -> None:
-            from tensorboardX import summary
+    def _scalar(self, step: int, name: str, value: float) -> None:
+        from tensorboardX import summary
 
-            self._write(step=step, summary=getattr(summary, kind)(*content))
-
-        if self._writer is not None:
-            self._guarded(write)
+        self._write(step=step, summary=summary.scalar(name, value))
 
     def _write(self, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
+        if self._writer is not None:
+            self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
 
     def _guarded(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as error:  # whatever it is, a picture of the training is not worth the training
+        except Exception as error:  # whatever it is, a curve of the training is not worth the training
             writer, self._writer = self._writer, None
             why = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
             text = f"TensorBoard files in {self.folder} cannot be written ({why}); the training goes on without them"

@@ -38,7 +38,6 @@ from dpsyngen.training.log import (
     Step,
     StepLog,
     TensorBoard,
-    Warned,
     ignore,
     require_tensorboard,
     timed,
@@ -49,7 +48,6 @@ from dpsyngen.training.networks import (
     load_weights,
     make_denoiser,
     make_network,
-    preview,
     prior_of,
     with_prior,
 )
@@ -109,7 +107,6 @@ class Training:
         self.private_log = JsonLines(run.private / "training.jsonl", 0o600)
         self.public_log = JsonLines(run.release / "public_training.jsonl", 0o644)
         self.stop_requested = False
-        self._shown: dict[str, NetworkDenoiser] | None = {}  # the networks that draw for TensorBoard
         self.workers = Workers(None if device == "cpu" else 1)
         self.program = program_of(config, plan.shape)
         # The order of what follows is that of a crash-safe session: key, ledger, data, reservation; charges come later.
@@ -390,32 +387,12 @@ class Training:
                 # Before a checkpoint is written: the last one stays finite.
                 last = saves or report.step == c.steps
                 require_finite(self.run.private, state, report, c.learning_rate, shape, last=last)
-                if private and board is not None:
-                    self._draw(board, state, report)
                 yield report
                 if saves or self.stop_requested:
                     log.sync()
                     self.checkpoints.save(phase, state)
                 if self.stop_requested:
                     return
-
-    def _draw(self, board: TensorBoard, state: TrainState, report: Step) -> None:
-        """Show TensorBoard what the average of the weights draws, now and then."""
-        if self._shown is None or (report.step % self.config.logging.images_every and report.step != report.steps):
-            return
-        try:
-            if not self._shown:
-                stages, gaussian = self.plan.stages, self._gaussian()
-                for name in stages.networks:
-                    own = name == stages.private.network
-                    self._shown[name] = self._denoiser(own, 0, gaussian if own else None).eval()
-                    if not own:
-                        load_weights(self.run.weights(name), self._shown[name])
-            board.images(report.step, "samples", preview(self.config, self.plan, self._shown, state.ema, self.device))
-        except (RuntimeError, OSError) as error:  # such as: no memory for a second network
-            self._shown = None
-            why = str(error).splitlines()[0]
-            self.hooks.on_event(Warned(f"no pictures for TensorBoard from here on ({why}); the training goes on"))
 
     def _save_prior(self, network: str) -> None:
         """Put the weights of the prior among those of the release, as they are."""
