@@ -1,8 +1,7 @@
 """One typed, validated configuration.  Presets are YAML files in ``presets/``; options override them.
 
-Everything here is public: it is chosen without looking at the private images, and all of it but where the data lie is
-released with the generator.  Every number has bounds, far from anything useful: they keep a slip of the pen
-(steps = 10^18) or a hostile file from running for years, or from failing only after ε was spent.
+All is public: chosen without looking at the private images and, but for where the data lie, released with the generator.
+Bounds are far from anything useful: they keep a slip of the pen (steps = 10^18) or a hostile file from running for years.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -227,11 +226,19 @@ class SamplingConfig(_Section):
 
     sampler: Literal["ddim", "heun", "dpmpp"] = "ddim"
     steps: int = Field(50, ge=1, le=10_000)
-    sigma_min: float = Field(0.002, ge=1e-6, le=1e6)
-    sigma_max: float = Field(80.0, ge=1e-6, le=1e6)
-    rho: float = Field(7.0, ge=0.1, le=1e3)
-    churn: float = Field(0.0, ge=0, le=1e6)
-    guidance: float = Field(1.0, ge=0, le=1e6)
+    sigma_min: float = Field(0.002, ge=1e-6, le=1e6, description="σ of the last step (EDM eq. 5)")
+    sigma_max: float = Field(80.0, ge=1e-6, le=1e6, description="σ of the first step")
+    rho: float = Field(7.0, ge=0.1, le=1e3, description="how the steps are spread; larger: more at small σ")
+    churn: float = Field(0.0, ge=0, le=1e6, description="S_churn of the stochastic heun")
+    guidance: float = Field(1.0, ge=0, le=1e6, description="weight of classifier-free guidance; 1 is none")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min:g} must be below sigma_max = {self.sigma_max:g}")
+        if self.churn and self.sampler != "heun":
+            raise ValueError(f"churn needs the sampler 'heun'; given {self.sampler!r}")
+        return self
 
 
 class LoggingConfig(_Section):
@@ -270,7 +277,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Config:
-        stages, sampling, privacy, private = self.stages, self.sampling, self.privacy, self.private
+        stages, privacy, private = self.stages, self.privacy, self.private
         coarse = 2.0 if stages.tau_coarse is None else stages.tau_coarse
         reference = math.isinf(privacy.epsilon) or privacy.insecure_seed is not None
         for contradiction, message in (
@@ -279,8 +286,6 @@ class Config(_Section):
                 f"stages.tau_cleaning = {stages.tau_cleaning} must be below stages.tau_coarse = {coarse}: "
                 "between them lies the stage that private images train",
             ),
-            (sampling.sigma_min >= sampling.sigma_max, "sampling.sigma_min must be below sampling.sigma_max"),
-            (sampling.churn and sampling.sampler != "heun", "sampling.churn needs sampling.sampler = heun"),
             (math.isnan(privacy.epsilon), "privacy.epsilon is not a number"),
             (
                 self.data.frames == "all" and privacy.model_fields_set.isdisjoint({"group_size", "most_per_person"}),
@@ -333,11 +338,7 @@ def with_batch(config: Config, records: int) -> Config:
 
 
 def default_preset(device: str = "auto") -> str:
-    """The preset where none is asked for: "gpu" where a GPU computes, else "cpu-small".
-
-    Args:
-        device: as for :func:`dpsyngen.hardware.choose`, whose "auto" is a GPU where there is one, too.
-    """
+    """The preset where none is asked for: "gpu" where `device` is a GPU ("auto": if there is one), else "cpu-small"."""
     import torch
 
     gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")

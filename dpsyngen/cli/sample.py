@@ -36,7 +36,6 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Draw images from a trained generator; costs no privacy, however many."""
-    from dataclasses import asdict
 
     from dpsyngen.distributed import joined
     from dpsyngen.generator.classes import from_text
@@ -58,7 +57,7 @@ def sample(
             generator = open_everywhere(ranks, place.release, device)
             labels = generator.labels(count, from_text(classes, generator.class_names) if classes else None)
             settings = generator.settings(seed=seed, sampler=sampler, steps=steps, guidance=guidance, churn=churn)
-            about = {"dpsyngen": __version__, "private": generator.private, "count": count, **asdict(settings)}
+            about = {"dpsyngen": __version__, "private": generator.private, "count": count, **settings.model_dump()}
             batches = stream(ranks, generator, count, settings, labels=labels, batch_size=batch_size)
             if count <= batch_size * (ranks.count - 1):
                 console.note(f"some of the {ranks.count} processes have nothing to do: use a smaller --batch-size")

@@ -102,30 +102,26 @@ def heun(
     labels: Tensor | None = None,
     *,
     churn: float = 0.0,
-    churn_min: float = 0.0,
-    churn_max: float = math.inf,
-    churn_noise: float = 1.0,
     draw: Callable[[], Tensor] | None = None,
     observe: Observer = unobserved,
 ) -> Tensor:
-    """EDM's second-order sampler (algorithm 1); with ``churn`` > 0 its stochastic one (algorithm 2).
+    """EDM's second-order sampler (algorithm 1); with ``churn`` > 0 its stochastic one (algorithm 2)
+    at all levels and with S_noise = 1.
 
     Args:
         denoiser, x, sigmas, labels, observe: as for :func:`ddim`; shown are the first calls of each step.
         churn: S_churn >= 0, how much noise is added and removed again over all steps.
-        churn_min, churn_max: S_tmin and S_tmax, the levels between which there is churn.
-        churn_noise: S_noise, standard deviation of the added noise.
         draw: returns standard normal noise of the shape of `x`; None: from PyTorch's global generator.
     """
     levels = sigmas.tolist()
     steps = len(levels) - 1
     for i, (t, t_next) in enumerate(itertools.pairwise(levels)):
         # Raise the noise level to t̂ = t + γ·t.  γ <= √2 - 1, so that at most as much noise is added as there is.
-        gamma = min(churn / steps, math.sqrt(2) - 1) if churn_min <= t <= churn_max else 0.0
+        gamma = min(churn / steps, math.sqrt(2) - 1)
         t_hat = t * (1 + gamma)
         if gamma > 0:
             epsilon = torch.randn_like(x) if draw is None else draw()
-            x = x + math.sqrt(t_hat**2 - t**2) * churn_noise * epsilon
+            x = x + math.sqrt(t_hat**2 - t**2) * epsilon
         # Euler step from t̂ to the next level.
         denoised = denoiser(x, _level(t_hat, x), labels)  # D(x̂; t̂, y), [N, C, H, W]
         observe(Step(i, t_hat, x, denoised))

@@ -7,15 +7,15 @@ diffusers (``release/hub/denoiser.py``) holds the same steps once more, and a te
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from dpsyngen.config import SamplingConfig, explain
 from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.samplers import SAMPLERS, Observer, karras_steps, to_uint8, unobserved
@@ -23,53 +23,30 @@ from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap
 from dpsyngen.errors import ConfigError, require
 from dpsyngen.hardware import send
 
-MAX_STEPS = 10_000  # of a sampler, as in the configuration
-
 _FINE = 2.0**-10  # of a standard deviation; the rounding of the sum, about 1e-15, is far below it
 
 Start = Callable[[Tensor, Tensor | None], Tensor]
 """Makes noisy images x at the sampler's first noise level from standard normal noise and labels."""
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
+class SamplingSettings(SamplingConfig):
     """How images are drawn; enough, with the labels, to draw the same ones again.
-
-    Attributes:
-        sampler: "ddim", "heun" or "dpmpp".
-        steps: sampler steps, 1 to 10,000.
-        sigma_min, sigma_max, rho: EDM's noise levels.
-        guidance: weight of classifier-free guidance, >= 0; 1 is none.
-        churn: S_churn of the stochastic "heun", >= 0.
-        seed: public; image i depends on (seed, i, its label).
 
     Raises:
         ConfigError: a value that is not allowed.
     """
 
-    sampler: str = "ddim"
-    steps: int = 50
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    guidance: float = 1.0
-    churn: float = 0.0
-    seed: int = 0
+    model_config = ConfigDict(strict=True)
 
-    def __post_init__(self) -> None:
-        require(self.sampler in tuple(SAMPLERS), "sampler", self.sampler, SAMPLERS)
-        steps_allowed = _is_whole(self.steps) and 1 <= self.steps <= MAX_STEPS
-        require(steps_allowed, "the number of sampler steps", self.steps, f"at least 1 and at most {MAX_STEPS:,}")
-        require(_is_whole(self.seed), "the seed", self.seed, "a whole number")
-        for name in ("steps", "seed"):  # NumPy's numbers cannot be written as JSON
-            object.__setattr__(self, name, int(getattr(self, name)))
-        for name in ("sigma_min", "sigma_max", "rho", "guidance", "churn"):
-            value, may_be_0 = getattr(self, name), name in ("guidance", "churn")
-            allowed = "0 or more" if may_be_0 else "a number above 0"
-            require(_is_finite(value) and (value > 0 or (may_be_0 and value == 0)), name, value, allowed)
-            object.__setattr__(self, name, float(value))
-        if self.churn and self.sampler != "heun":
-            raise ConfigError(f"churn needs the sampler 'heun'; given {self.sampler!r}.")
+    seed: int = Field(0, description="public; image i depends on (seed, i, its label)")
+
+    def __init__(self, **values: Any) -> None:
+        # NumPy's numbers are no Python numbers.
+        plain = {name: v.item() if isinstance(v, np.generic) else v for name, v in values.items()}
+        try:
+            super().__init__(**plain)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
 
     def levels(self, denoiser: Denoiser) -> tuple[Tensor, Start | None]:
         """Noise levels at which a draw asks `denoiser`, and the final 0: [steps + 1]; and what draws x at the first."""
@@ -176,11 +153,3 @@ def _generator(seed: int, index: int) -> np.random.Generator:
     """
     mask = 2**64 - 1
     return np.random.Generator(np.random.Philox(key=np.array([seed & mask, index & mask], dtype=np.uint64)))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)  # type: ignore[operator]

@@ -6,7 +6,6 @@ import json
 import math
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -227,7 +226,7 @@ class Worker:
         generator = ReleasedGenerator(run.release, self.device)
         wanted = s.model_dump(exclude={"images"}, exclude_none=True)
         settings = {"seed": job.seed, **wanted}
-        drawn = {"images": s.images, **asdict(generator.settings(**settings))}
+        drawn = {"images": s.images, **generator.settings(**settings).model_dump()}
         stamp = digest([drawn, (run.release / "generator.json").read_text(encoding="utf-8")])
         kept = _load_samples(path, stamp)
         if kept is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -181,7 +180,8 @@ class ReleasedGenerator:
             churn = 0.0  # a churn set for the run belongs to its sampler
         given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
         seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
-        return replace(self.defaults, seed=seed, **{k: v for k, v in given.items() if v is not None})
+        given = self.defaults.model_dump() | {k: v for k, v in given.items() if v is not None}
+        return SamplingSettings(**given | {"seed": seed})
 
     def stream(
         self,
@@ -267,7 +267,7 @@ class ReleasedGenerator:
                 bar.update(done)
                 if on_progress:
                     on_progress(done, count)
-        return Samples(np.concatenate(out), drawn, self.class_names, asdict(chosen), self.private)
+        return Samples(np.concatenate(out), drawn, self.class_names, chosen.model_dump(), self.private)
 
     @ordinary_modes()
     def trajectory(
@@ -307,5 +307,5 @@ class ReleasedGenerator:
             stages=tuple(self.stages.owner(math.log(sigma)) for sigma in sigmas),
             noisy=np.stack(noisy),
             denoised=np.stack(denoised),
-            samples=Samples(images, labels, self.class_names, asdict(s), self.private),
+            samples=Samples(images, labels, self.class_names, s.model_dump(), self.private),
         )

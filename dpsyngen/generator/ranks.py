@@ -7,7 +7,6 @@ is a batch in each process and one of each in the main one, however many images 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def sample(ranks: Ranks, generator: ReleasedGenerator, count: int, **settings: A
     check_in_memory(count, generator.channels * generator.resolution**2)
     chosen, labels = generator.settings(**settings), generator.labels(count)
     images = np.concatenate(list(stream(ranks, generator, count, chosen, labels=labels)))
-    return Samples(images, labels, generator.class_names, asdict(chosen), generator.private)
+    return Samples(images, labels, generator.class_names, chosen.model_dump(), generator.private)
 
 
 def _own(

@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def pack(
         if samples:
             generator = ReleasedGenerator(run.release)
             settings, labels = generator.settings(seed=seed), generator.labels(samples)
-            about = {"dpsyngen": __version__, "private": certificate.private, "count": samples, **asdict(settings)}
+            about = {"dpsyngen": __version__, "private": certificate.private, "count": samples, **settings.model_dump()}
             batches = generator.stream(samples, settings, labels=labels)
             write_samples(folder / SAMPLES, batches, labels, generator.class_names, about, on_progress)
         files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}

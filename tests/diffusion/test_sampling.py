@@ -120,7 +120,7 @@ def draw(variant: str, count: int, batch_size: int, *, labelled: bool, sampler: 
     denoisers: dict[str, Denoiser] = {GAUSSIAN: g, "context": Shrink()}
     labels = torch.arange(count) % 3 if labelled else None
     churn = 2.0 if sampler == "heun" else 0.0
-    settings = SamplingSettings(sampler, steps=4, sigma_min=0.02, churn=churn, seed=seed)
+    settings = SamplingSettings(sampler=sampler, steps=4, sigma_min=0.02, churn=churn, seed=seed)
     staged = StagedDenoiser(stages, denoisers)
     assert settings.levels(staged)[0][0] == pytest.approx(sampling_start(stages, g, 0.02, 80.0)[0])
     return torch.cat(list(settings.draw(staged, SHAPE, labels, count, batch_size=batch_size)))

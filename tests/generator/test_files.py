@@ -8,7 +8,6 @@ import os
 import struct
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -331,4 +330,4 @@ def test_classes_that_are_not_there(release: Path, given: Any) -> None:
 
 def test_numpy_numbers_are_numbers(release: Path) -> None:
     settings = Generator(release).settings(steps=np.int64(2), seed=np.uint32(5), guidance=np.float32(1.5))  # type: ignore[arg-type]
-    assert json.loads(json.dumps(asdict(settings)))["steps"] == 2
+    assert json.loads(json.dumps(settings.model_dump()))["steps"] == 2
