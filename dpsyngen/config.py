@@ -1,7 +1,7 @@
 """One typed, validated configuration.  Presets are YAML files in ``presets/``; options override them.
 
-All is public: chosen without looking at the private images and, but for where the data lie, released with the generator.
-Bounds are far from anything useful: they keep a slip of the pen (steps = 10^18) or a hostile file from running for years.
+All is public: chosen without looking at the private images and, but for where these lie, released with the generator.
+Bounds are far from anything useful: they keep a slip of the pen (steps = 10^18) or a hostile file from running on.
 """
 
 from __future__ import annotations
