@@ -74,8 +74,8 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
     SAMPLE: [
         ("-n 0", "-n is 0"),
         ("-n 1000000000000", "at most 100,000,000 at a time"),
-        ("--sampler magic", "ddim, heun, dpmpp"),
-        ("--steps 0", "sampler steps is 0"),
+        ("--sampler magic", "'ddim', 'heun' or 'dpmpp'"),
+        ("--steps 0", "steps is 0"),
         ("--guidance -1", "guidance is -1"),
         ("--churn 5", "churn needs the sampler 'heun'"),
         ("--classes 9", "no class '9'"),
