@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.cli import options as cli_options
-from dpsyngen.cli.checks import audit, doctor, memorisation
+from dpsyngen.cli.checks import audit, doctor, evaluate, memorisation
 from dpsyngen.cli.compare import compare
-from dpsyngen.cli.evaluate import evaluate
 from dpsyngen.cli.options import AsJson, Quiet, RunArgument, epsilon_of
 from dpsyngen.cli.programs import app as programs_app
 from dpsyngen.cli.release import budget_app, key, ledger, release, verify

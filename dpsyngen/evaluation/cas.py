@@ -177,6 +177,8 @@ def classification_accuracy(
     Warns:
         UserWarning: a class has no generated image, so no classifier can know it.
     """
+    import torch
+
     require(classifiers, "classifiers", classifiers, NAMES)
     require_names("classifiers", classifiers, NAMES)
     require(num_classes >= 2, "num_classes", num_classes, "at least 2")
@@ -211,11 +213,14 @@ def classification_accuracy(
         if on_progress:
             on_progress(f"training the classifier {name} on {len(train):,} generated images")
         best, chosen = -1.0, None
-        # 2. The held-out generated images choose the candidate, the first of equals.
-        for candidate in _candidates(name, x, y, num_classes, seed, passes, device):
-            score = float((candidate.predict(x_held_out) == y_held_out).mean())
-            if score > best:
-                best, chosen = score, candidate.keep()
+        # Starts and dropout draw from PyTorch's global state: a copy of it, so that a score depends on the seed alone.
+        with torch.random.fork_rng([] if device == "cpu" else [device]):
+            torch.manual_seed(seed)
+            # 2. The held-out generated images choose the candidate, the first of equals.
+            for candidate in _candidates(name, x, y, num_classes, seed, passes, device):
+                score = float((candidate.predict(x_held_out) == y_held_out).mean())
+                if score > best:
+                    best, chosen = score, candidate.keep()
         assert chosen is not None
         # 3. Only then are the real test images looked at, once: choosing on them would overstate utility.
         predicted = chosen.predict(test_images)
@@ -257,12 +262,8 @@ def _candidates(
     if name == "logreg":
         return classifiers.linear_candidates(x, y)
     make = {"mlp": classifiers.make_mlp, "cnn": classifiers.make_cnn, "resnet": classifiers.make_resnet}[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = make(x.shape[1:], num_classes)
-    classifiers.seed_dropout(network, seed + 1, device)
     return classifiers.train_network(
-        network,
+        make(x.shape[1:], num_classes),
         x,
         y,
         augmented=name == "resnet",

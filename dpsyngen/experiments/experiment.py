@@ -20,8 +20,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -302,36 +302,15 @@ def networks_of(config: Config, stages: StageMap, shape: Shape) -> tuple[PublicN
     return tuple(out)
 
 
-@contextmanager
-def shared(training: Training, folder: Path, waiting: Callable[[PublicNetwork], None]) -> Iterator[SharedNetworks]:
-    """Give a run the public networks that are there, and hold the places of those that it has to train.
-
-    A place is held until its network is there for the others, not until the run ends.  `waiting` is called twice a
-    second while another process trains a network that the run needs; it may raise.
-    """
-    with ExitStack() as stack:
-        networks = SharedNetworks(training, folder)
-        # In one order, so that two processes never wait for each other.
-        for one in sorted(networks.wanted, key=lambda n: n.key):
-            place = folder / one.key
-            while not (place / "about.json").exists():
-                place.mkdir(mode=0o700, exist_ok=True)
-                mine = stack.enter_context(ExitStack())
-                if mine.enter_context(claimed(place / "lock")):
-                    networks.held[one.key] = mine
-                    break
-                waiting(one)
-                time.sleep(0.5)
-        yield networks
-
-
 class SharedNetworks:
-    """The public networks of one run, between it and the experiment; see :func:`shared`."""
+    """The public networks of one run, between it and the experiment.
+
+    Nobody waits for a network that another process is training: training it, too, gives the same in the same time.
+    """
 
     def __init__(self, training: Training, folder: Path) -> None:
         self.run, self.folder = training.run, folder
         self.wanted = networks_of(training.config, training.plan.stages, training.plan.shape)
-        self.held: dict[str, ExitStack] = {}
         self._log = JsonLines(self.run.release / "public_training.jsonl", 0o644)
 
     def take(self) -> float:
@@ -353,8 +332,8 @@ class SharedNetworks:
         for one in self.wanted:
             place, trained = self.folder / one.key, self.run.weights(one.network)
             if trained.exists() and not (place / "about.json").exists():
+                place.mkdir(mode=0o700, exist_ok=True)
                 write_bytes(place / "weights.safetensors", trained.read_bytes())
                 log = [line for line in self._log.read() if line["phase"] == one.phase]
                 about = {"phase": one.phase, "seconds": seconds.get(one.phase, 0.0), "log": log}
                 write_text(place / "about.json", json.dumps(about) + "\n", 0o600)
-                self.held.pop(one.key, ExitStack()).close()

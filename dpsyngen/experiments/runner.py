@@ -20,7 +20,7 @@ from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureSpec, evaluate_images
 from dpsyngen.experiments.dp_classifier import dp_classifier_reference, real_reference
-from dpsyngen.experiments.experiment import Clock, Experiment, PublicNetwork, shared, training_digest
+from dpsyngen.experiments.experiment import Clock, Experiment, SharedNetworks, training_digest
 from dpsyngen.experiments.spec import DataFacts, Job, Spec, digest
 from dpsyngen.files import write_atomically, write_text
 from dpsyngen.full_precision import ordinary_modes
@@ -153,9 +153,6 @@ class Worker:
         if self.stop_requested:
             raise Stopped
 
-    def _wait(self, network: PublicNetwork) -> None:
-        self._say(f"waiting for the public network {network.network}, which another run trains")
-
     def _line(self, clock: Clock, part: str) -> Callable[[str], None]:
         def tell(text: str) -> None:
             clock.add(part)
@@ -210,12 +207,11 @@ class Worker:
         self._training, training.stop_requested = training, self.stop_requested
         with training.run.lock():
             self._tell("getting ready", 0, 0)
-            with shared(training, self.experiment.path / "public", self._wait) as networks:
-                clock.add("other")
-                known = networks.take()
-                clock.spent.setdefault("shared public", known)
-                finished = fit.carry_out(training)
-                networks.give(_by_phase(clock))
+            networks = SharedNetworks(training, self.experiment.path / "public")
+            clock.spent.setdefault("shared public", networks.take())
+            clock.add("other")
+            finished = fit.carry_out(training)
+            networks.give(_by_phase(clock))
         if not finished:
             raise Stopped
         return training.run

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.evaluation.memorisation import PAIRS_FILE, image_data, png_url
+from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.files import read_yaml_file
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.programs import image_grid, make_program
 from dpsyngen.report.charts import Points, line_chart, stage_chart
-from dpsyngen.report.tables import figure_table, memorisation_rows, metric_rows
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.run import Run
 
@@ -232,38 +232,127 @@ def class_accuracy(metrics: Mapping[str, Any], class_names: Sequence[str]) -> di
 
 
 def ledger_rows(entries: Sequence[LedgerEntry]) -> list[dict[str, str]]:
-    """Rows of texts: ``entry`` (numbers, from 1), ``kind``, ``reason``, ``runs``, ``rate``, ``noise``, ``details``.
-
-    Neighbouring entries, such as steps of DP-SGD, share a row if all but their counts and their places agree.  Its runs
-    are their sum, and its details those on which they agree.
-    """
-
-    def alike(pair: tuple[int, LedgerEntry]) -> tuple[Any, ...]:
-        entry, m = pair[1], pair[1].mechanism
-        return entry.kind, entry.reason, m and (m.sampling_rate, m.noise_multiplier)
-
+    """Rows of texts: ``entry`` (its number, from 1), ``kind``, ``reason``, ``runs``, ``rate``, ``noise``."""
     rows = []
-    for _, group in itertools.groupby(enumerate(entries, 1), alike):
-        numbers, same = zip(*group, strict=True)
-        first, m = same[0], same[0].mechanism
-        details = {k: v for k, v in first.details.items() if all(e.details.get(k) == v for e in same)}
+    for number, entry in enumerate(entries, 1):
+        m = entry.mechanism
+        about = ("", "", "") if m is None else (f"{m.count:,}", f"{m.sampling_rate:.5g}", f"{m.noise_multiplier:.5g}")
+        row = {"entry": str(number), "kind": entry.kind, "reason": entry.reason}
+        rows.append(row | dict(zip(("runs", "rate", "noise"), about, strict=True)))
+    return rows
+
+
+# --------------------------------------------------------------- rows of figures, for the terminal too
+
+_WORDS = {"name": "figure", "note": "how to read it", "interval": "95 % interval"}
+
+
+class FigureRow(NamedTuple):
+    """A figure as a line of a table; what it lacks is an empty text."""
+
+    name: str
+    value: str
+    interval: str = ""
+    floor: str = ""
+    ceiling: str = ""
+    note: str = ""
+
+
+def figure_table(rows: Sequence[FigureRow | Mapping[str, str]]) -> dict[str, Any]:
+    """Figures for a template: ``columns``, headings, and ``rows``, a text for each column; without empty columns."""
+    named = [row._asdict() if isinstance(row, FigureRow) else row for row in rows]
+    used = [name for name in (named[0] if named else ()) if any(row[name] for row in named)]
+    return {
+        "columns": [_WORDS.get(name, name) for name in used],
+        "rows": [[row[name] for name in used] for row in named],
+    }
+
+
+def metric_rows(metrics: dict[str, Any]) -> list[FigureRow]:
+    """A row for each figure of :func:`dpsyngen.evaluate`."""
+    rows = [FigureRow("READ FIRST", "–", note=note) for note in metrics.get("notes", ())]
+    most = metrics.get("protocol", {}).get("cas", {}).get("most_frequent_class")
+    usual = "" if most is None else f"; {100 * most:.1f} % of them are of the most frequent class"
+    for name, c in metrics["cas"].items():
+        note = (
+            f"trained on {c['n_train']:,} generated images, {c['chosen']} chosen on {c['n_validation']:,} held-out "
+            f"generated ones ({100 * c['validation_accuracy']:.1f} %), scored once on {c['n_test']:,} real test images"
+            f"{usual}"
+        )
+        star = " (chosen by validation)" if name == metrics.get("cas_chosen") else ""
+        interval = f"{100 * c['accuracy_low']:.2f} to {100 * c['accuracy_high']:.2f} %"
+        rows.append(FigureRow(f"CAS, {name}{star}", f"{100 * c['accuracy']:.2f} %", interval, note=note))
+    for features, f in metrics.get("features", {}).items():
+        counts = f"{f['generated_images']:,} generated against {f['real_images']:,} real training images"
+        for what, key in (("floor", "floor_images"), ("ceiling", "ceiling_images")):
+            # Most figures depend on the number of images, so bounds of fewer are not bounds of the same figure.
+            if f[key] is not None and f[key] != f["generated_images"]:
+                counts += f", {what} of {f[key]:,}"
+        for name, m in f["metrics"].items():
+            flag = f"{'DOUBTFUL' if m['value'] is not None else 'NOT MEASURED'}: {m['flag']}; " if m.get("flag") else ""
+            value, low, high, floor, ceiling = (
+                "" if m[key] is None else f"{m[key]:.4g}" for key in ("value", "low", "high", "floor", "ceiling")
+            )
+            title = f"{METRICS[name].title if name in METRICS else name}, {features}"
+            note = f"{flag}{m['better']} is better; {counts}; {m['protocol']}"
+            rows.append(FigureRow(title, value or "–", f"{low} to {high}" if low else "", floor, ceiling, note))
+    return rows
+
+
+def memorisation_rows(figures: dict[str, Any]) -> list[FigureRow]:
+    """A row for each figure of a memorisation check, ``private/memorisation.json``."""
+    rows = []
+    for features, space in figures["spaces"].items():
+        about, everything, few = (space[k] for k in ("features", "everything", "nearest_few"))
+        real = "training" if everything is None else "held-out"
+        if everything is None:
+            note = f"nothing to compare it with: there are no held-out images; {about['unit']}"
+            found = [("median distance to a training image", f"{space['median_private']:.3g}", note)]
+        else:
+            found = [
+                (
+                    "nearest to a training image",
+                    _percent(everything["share"]),
+                    f"{_percent(everything['expected'])} if not memorised; {about['private_images']:,} training and "
+                    f"{about['held_out_images']:,} held-out images; 95 % interval {100 * everything['low']:.1f} to "
+                    f"{_percent(everything['high'])}; permutation test p = {everything['p_permutation']:.2g}",
+                ),
+                (
+                    f"the same for the {few['images']:,} nearest images",
+                    _percent(few["share"]),
+                    f"{_percent(few['expected'])} if not memorised; permutation test p = {few['p_permutation']:.2g}",
+                ),
+                (
+                    "distance to training over held-out images",
+                    "–" if space["ratio"] is None else f"{space['ratio']:.3f}",
+                    f"1 if not memorised; medians {space['median_private']:.3g} and {space['median_held_out']:.3g}, "
+                    f"real sets of {space['size']:,} images each; {about['unit']}",
+                ),
+            ]
+        note = f"nearer to a training image than 99 % of the {real} images are to another ({space['threshold']:.3g}); "
+        if space["closer"] is None:
+            found.append(
+                (
+                    "closer than real images are",
+                    "–",
+                    f"NOT MEASURED: {_percent(space['copies'])} of the {real} images are copies of training images",
+                )
+            )
+        else:
+            note += f"95 % interval {100 * space['closer_low']:.1f} to {_percent(space['closer_high'])}"
+            found.append(("closer than real images are", _percent(space["closer"]), note))
+        rows += [FigureRow(f"{name}, {features}", value, note=note) for name, value, note in found]
+    note = "generated images that equal a training image in every pixel"
+    if figures["duplicates_held_out"] is not None:
+        note += f"; {figures['duplicates_held_out']:,} equal a held-out image"
+    rows.append(FigureRow("exact copies", f"{figures['duplicates']:,}", note=note))
+    if figures["held_out_in_training"]:
+        note = "no control, and counted for neither side"
         rows.append(
-            {
-                "entry": str(numbers[0]) if len(same) == 1 else f"{numbers[0]}–{numbers[-1]}",
-                "kind": first.kind,
-                "reason": first.reason,
-                "runs": "" if m is None else f"{sum(e.mechanism.count for e in same if e.mechanism):,}",
-                "rate": "" if m is None else f"{m.sampling_rate:.5g}",
-                "noise": "" if m is None else f"{m.noise_multiplier:.5g}",
-                "details": "; ".join(f"{k.replace('_', ' ')} {_text(v)}" for k, v in details.items()),
-            }
+            FigureRow("held-out images that are training images", f"{figures['held_out_in_training']:,}", note=note)
         )
     return rows
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "(" + ", ".join(f"{k} {_text(v)}" for k, v in value.items() if v is not None) + ")"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,4 +1,4 @@
-"""The ResNet of the classification accuracy score, and the dropout of the CNN."""
+"""The ResNet of the classification accuracy score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError
 from dpsyngen.evaluation.cas import DEFAULT, NAMES, classification_accuracy, default_epochs
-from dpsyngen.evaluation.classifiers import HalfDropout, make_resnet, one_cycle, shift_for, shifted, train_network
+from dpsyngen.evaluation.classifiers import make_resnet, one_cycle, shift_for, shifted, train_network
 
 
 def score(train, test, *, labels=None, rows=slice(None), **options):
@@ -95,22 +95,6 @@ def test_shifted_images_are_the_images_moved_with_their_border_repeated() -> Non
 def test_a_shift_of_each_image_is_its_own() -> None:
     images = torch.arange(36).view(1, 1, 6, 6).expand(64, 1, 6, 6)
     assert len({tuple(i.flatten().tolist()) for i in shifted(images, 1, torch.Generator().manual_seed(0))}) > 4
-
-
-def test_dropout_keeps_half_of_the_numbers_and_doubles_them() -> None:
-    layer = HalfDropout().train()
-    x = torch.rand(64, 8, 9, 9).add(1).to(memory_format=torch.channels_last).requires_grad_()
-    y = layer(x)
-    kept = y != 0
-    assert torch.equal(y, torch.where(kept, 2 * x, 0))
-    # 41,472 draws: a standard deviation of 0.0025; neighbours are independent, the four pairs likewise.
-    assert kept.float().mean() == pytest.approx(0.5, abs=0.015)
-    both = (kept[..., 1:] & kept[..., :-1]).float().mean()
-    assert both == pytest.approx(0.25, abs=0.015)
-    y.sum().backward()
-    assert torch.equal(x.grad, 2.0 * kept)
-    assert not torch.equal(layer(x), y)
-    assert layer.eval()(x) is x
 
 
 def test_names_and_epochs() -> None:

@@ -11,8 +11,7 @@ from dpsyngen.data import load_images
 from dpsyngen.evaluation import evaluate_images
 from dpsyngen.evaluation.memorisation import image_data, memorisation_check, neighbour_pairs
 from dpsyngen.privacy.accounting import Mechanism
-from dpsyngen.report.sections import class_accuracy, curves, ledger_rows
-from dpsyngen.report.tables import FigureRow, figure_table, metric_rows
+from dpsyngen.report.sections import FigureRow, class_accuracy, curves, figure_table, ledger_rows, metric_rows
 
 
 def test_no_empty_columns() -> None:
@@ -39,29 +38,13 @@ def test_accuracy_by_class() -> None:
     assert class_accuracy({}, []) is None
 
 
-def entry(kind: str, reason: str, mechanism: Mechanism | None = None, **details: object) -> SimpleNamespace:
-    return SimpleNamespace(kind=kind, reason=reason, mechanism=mechanism, details=details)
-
-
-def test_entries_that_repeat_share_a_row_and_no_run_is_lost() -> None:
-    rows = ledger_rows(
-        [
-            entry("public", "choice", program={"name": "noise", "weights": None}, tiers=[1, 2]),
-            entry("dp", "steps", Mechanism(0.25, 1.5, 900), first_step=0, batch=4.0),
-            entry("dp", "steps", Mechanism(0.25, 1.5, 600), first_step=900, batch=4.0),
-            entry("dp", "steps", Mechanism(0.25, 2.0, 7), first_step=1500, batch=4.0),
-            entry("dp", "steps", Mechanism(0.25, 1.5, 5), first_step=1507, batch=4.0),
-        ]
-    )
-    assert [(r["entry"], r["runs"], r["noise"]) for r in rows] == [
-        ("1", "", ""),
-        ("2–3", "1,500", "1.5"),
-        ("4", "7", "2"),
-        ("5", "5", "1.5"),
+def test_every_entry_of_the_ledger_has_a_row() -> None:
+    charged = SimpleNamespace(kind="dp", reason="steps", mechanism=Mechanism(0.25, 1.5, 900))
+    public = SimpleNamespace(kind="public", reason="choice", mechanism=None)
+    assert ledger_rows([public, charged]) == [
+        {"entry": "1", "kind": "public", "reason": "choice", "runs": "", "rate": "", "noise": ""},
+        {"entry": "2", "kind": "dp", "reason": "steps", "runs": "900", "rate": "0.25", "noise": "1.5"},
     ]
-    assert rows[0]["details"] == "program (name noise); tiers 1, 2"
-    assert rows[1]["details"] == "batch 4"
-    assert rows[2]["details"] == "first step 1500; batch 4"
 
 
 def test_curves_leave_out_what_is_not_finite() -> None:
