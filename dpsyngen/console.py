@@ -41,11 +41,8 @@ def speak_any_language(as_json: bool) -> None:
 class Console:
     """Lines and progress on standard error, and the result on standard output.
 
-    Args:
-        quiet: only results, warnings and errors.
-        as_json: the result is one JSON document instead of lines.
-        log_format: of what goes to standard error: "text", or "json" for log collectors.  These may carry what they
-            get to another machine, so "json" has no figure of a private image in it.
+    `quiet` leaves results, warnings and errors; with `as_json` the result is one JSON document.  `log_format` "json" is
+    for log collectors, which may carry standard error to another machine: no figure of a private image is in it.
     """
 
     def __init__(self, quiet: bool = False, as_json: bool = False, log_format: str = "text") -> None:

@@ -151,9 +151,7 @@ class Ranks:
     def agree(self, work: Callable[[], _T]) -> _T:
         """Do something in every process; if it fails in any, it has failed in all.
 
-        Raises:
-            DpsyngenError: in the main process the first error, with the rank it is of; in the others
-                :class:`Dismissed`.
+        The main process gets the first error, with the rank it is of; the others :class:`Dismissed`.
         """
         if self.alone:
             return work()
@@ -325,11 +323,7 @@ def _leave() -> None:
 
 
 def device_of(device: str, ranks: Ranks) -> str:
-    """The device of this process: "cuda" is the GPU of its local rank.
-
-    Raises:
-        ConfigError: all processes of a machine would share one GPU.
-    """
+    """The device of this process: "cuda" is the GPU of its local rank; ConfigError if processes would share one."""
     if ranks.alone or not device.startswith("cuda"):
         return device
     from dpsyngen.config import ComputeConfig

@@ -211,8 +211,7 @@ class NotPlainError(Exception):
 def open_plain(path: str | os.PathLike[str], max_bytes: int) -> BinaryIO:
     """The regular file `path`, opened for reading; links in the folders above it are followed.
 
-    Raises:
-        NotPlainError: it is missing, a link, not a regular file, or larger than `max_bytes`.
+    NotPlainError if it is missing, a link, not a regular file, or larger than `max_bytes`.
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for a writer.
@@ -233,12 +232,7 @@ def open_plain(path: str | os.PathLike[str], max_bytes: int) -> BinaryIO:
 
 @contextlib.contextmanager
 def damaged(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Make a DataError of whatever a damaged file has a library raise, which is nearly anything.
-
-    Args:
-        path: the file.
-        kind: what it should be, with an article.
-    """
+    """Make a DataError of whatever a damaged `path`, which should be `kind`, has a library raise: nearly anything."""
     try:
         yield
     except DpsyngenError:
@@ -300,15 +294,7 @@ def _refused(where: Any, why: str) -> yaml.MarkedYAMLError:
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """What a YAML text of at most 1 MiB holds.
-
-    Args:
-        text: :func:`read_yaml_file` bounds it before it is in memory.
-        name: what the text is, for messages.
-
-    Raises:
-        ConfigError: not YAML, or more of it than the bounds of this module allow.
-    """
+    """What a YAML text of at most 1 MiB, called `name`, holds; ConfigError if it is not YAML or beyond our bounds."""
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{printable(name)} has {len(text):,} characters; at most {MAX_BYTES:,} are read.")
     try:
@@ -324,11 +310,7 @@ def read_yaml(text: str, name: str) -> Any:
 
 
 def read_yaml_file(path: Path, name: str) -> Any:
-    """What a YAML file holds; a pipe is read as well (``--config <(…)``), but never more than 1 MiB of anything.
-
-    Raises:
-        ConfigError: as :func:`read_yaml`, or the file cannot be read.
-    """
+    """What a YAML file or pipe (``--config <(…)``) holds, as :func:`read_yaml`; never more than 1 MiB is read."""
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode

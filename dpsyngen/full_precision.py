@@ -79,10 +79,7 @@ def _put(setting: _Setting) -> None:
 
 @contextlib.contextmanager
 def full_precision(device: str) -> Iterator[None]:
-    """Within, products of fp32 tensors are fp32: no autocast on `device` in this thread, no TF32 in the process.
-
-    Args:
-        device: type of the device that is computed on, such as "cuda".
+    """Within, products of fp32 tensors are fp32: no autocast on `device` ("cuda", …) in this thread, no TF32 at all.
 
     The process has one setting, shared by threads.  Several may be inside at the same time, and exactness wins: whoever
     allows TF32 through :func:`tf32` meanwhile gets it when the last of them has left.
@@ -119,10 +116,7 @@ def in_full_precision(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Within, fp32 products on an NVIDIA GPU may use TF32, or must not; then what was before is restored.
-
-    For the whole process, as PyTorch has it.
-    """
+    """Within, fp32 products on an NVIDIA GPU may use TF32, or must not, in the whole process; then as before."""
     with _products:
         before = _later if _exact else _read()
         _put(_asked_for(before, allowed))

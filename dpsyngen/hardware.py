@@ -1,12 +1,5 @@
 """What a machine has, and how it is used: device, precision, memory format, compiling, transfer.
 
-    from dpsyngen.hardware import choose
-
-    compute = choose("auto")
-    network = compute.compiled(compute.prepare(network))
-    with compute.autocast():
-        images = network(compute.send(batch))
-
 Nothing here changes a guarantee: whatever is chosen, gradients are clipped and summed in fp32
 (:mod:`dpsyngen.full_precision`).
 """
@@ -75,7 +68,6 @@ class Compute:
     """How one process computes, made by :func:`choose`: for drawing images and for training on programs.
 
     DP-SGD steps compute by :meth:`for_dp_steps`, and so do public steps on a network that DP-SGD steps train as well.
-
     """
 
     device: str  # "cpu" or "cuda:0", …
@@ -103,10 +95,7 @@ class Compute:
         return replace(self, precision=precision, channels_last=channels_last, compile=False, reasons=reasons)
 
     def pins(self) -> dict[str, Any]:
-        """What must be the same whenever a step is taken again, as it rounds the sums that noise is added to.
-
-        To be kept before the noise of a first step is used, and given to :meth:`pinned` when a run goes on.
-        """
+        """What must be the same when a step is taken again, as it rounds sums; for :meth:`pinned`."""
         return {"device": self.kind, "precision": self.precision, "channels_last": self.channels_last}
 
     def pinned(self, pins: dict[str, Any]) -> Compute:
@@ -128,10 +117,7 @@ class Compute:
         return replace(self, precision=precision, channels_last=channels_last, reasons=self.reasons | changed)
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """Move a module, before optimizers and averages are made, to the device and memory format; returns the same.
-
-        Images follow the format of the weights that they meet.
-        """
+        """Move a module, before optimizers and averages are made, to the device and memory format (images follow)."""
         module = module.to(self.device)
         return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
 
@@ -190,15 +176,12 @@ def kind_of(device: str) -> str:
 
 
 def choose(device: str = "auto", compute: ComputeConfig | None = None, *, local_rank: int | None = None) -> Compute:
-    """How to compute on this machine.
+    """How to compute on this machine; ConfigError if the device is not there, or cannot do what was asked for.
 
     Args:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
         compute: what was asked for; None: all automatic.
         local_rank: number of this process on its machine, where several work together: that of its GPU.
-
-    Raises:
-        ConfigError: the device is not there, or cannot do what was asked for.
     """
     chosen = decide(device, compute or ComputeConfig(), find(), local_rank)
     if chosen.kind == "cuda":

@@ -24,10 +24,7 @@ _MOST = 8  # beyond that, Python's lock costs more than finer parts gain: operat
 
 
 class Workers:
-    """A fixed number of threads that share the cores.
-
-    Args:
-        count: how many; None: one for each of PyTorch's threads (``torch.get_num_threads()``), at most 8.
+    """`count` threads that share the cores; None: one for each of ``torch.get_num_threads()``, at most 8.
 
     With one worker, or inside of a worker, everything runs in the calling thread.
     """
@@ -42,10 +39,7 @@ class Workers:
         self._process = os.getpid()
 
     def map(self, function: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
-        """``[function(i) for i in items]``, in order, with the caller's autocast and gradient modes.
-
-        The first exception is raised after the items that run already have ended.
-        """
+        """``[function(i) for i in items]``, in order, in the caller's modes; the first error comes when all ended."""
         if self.count == 1 or len(items) <= 1 or getattr(_worker, "inside", False):
             return [function(item) for item in items]
         if self._pool is None or self._process != os.getpid():  # a forked process has no other threads
@@ -110,16 +104,9 @@ def _threads(count: int) -> Iterator[None]:
 def summed_gradients(
     parameters: Sequence[Tensor], loss: Callable[[slice], Tensor], examples: int, workers: Workers
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the summed loss of a batch.
+    """Gradients of the summed loss of a batch, one for each parameter (zeros where it has none), and the summed loss.
 
-    Args:
-        parameters: what to differentiate by.
-        loss: for a slice of the examples, any number of losses; called from several threads.
-        examples: how many there are, at least 1.
-        workers: who shares them.
-
-    Returns:
-        one gradient for each parameter (zeros where the loss does not depend on it), and the summed loss.
+    `loss` gives for a slice of the `examples`, at least one, any number of losses; it is called from several threads.
     """
     parts = min(workers.count, examples)
     edges = [i * examples // parts for i in range(parts + 1)]

@@ -44,10 +44,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Charge:
-    """What one run takes from the budget: what it may do or, once it was given up and settled, what it did.
-
-    `run` is :attr:`dpsyngen.privacy.ledger.Ledger.run`, `name` what people call it.
-    """
+    """What a run (:attr:`Ledger.run`, called `name`) takes: what it may do or, once settled, what it did."""
 
     run: str
     name: str
@@ -56,16 +53,13 @@ class Charge:
 
 
 class Budget(HashChain):
-    """The budget of a data set; see :meth:`create`.
+    """The budget of a data set; see :meth:`create`.  LedgerError if the file is missing or was edited or truncated.
 
     Attributes:
         epsilon_limit, delta: what all runs together may spend; ε finite.
         group_size: g; the limit is for up to g records together.
         growing: whether runs may be on changed images.
         charges: by run, in the order in which they began.
-
-    Raises:
-        LedgerError: the file is missing, or was edited, truncated or reordered.
     """
 
     def __init__(self, path: Path) -> None:
@@ -150,13 +144,9 @@ class Budget(HashChain):
     def reserve(self, run: str, name: str, mechanisms: tuple[Mechanism, ...], fingerprint: str) -> None:
         """Take what a run plans, before it begins; nothing happens if it was taken already.
 
-        Args:
-            run, name, mechanisms: see :class:`Charge`.
-            fingerprint: a digest of its images.
-
         Raises:
             BudgetExceeded: it does not fit, or the run was settled; nothing was written.
-            ConfigError: the budget is of other images.
+            ConfigError: the budget is of other images (than those of `fingerprint`).
             LedgerError: the run reserved something else before.
         """
         with self._alone():
@@ -180,8 +170,7 @@ class Budget(HashChain):
     def settle(self, run: str, spent: Iterable[Mechanism]) -> None:
         """Give a run up: from now on it counts with `spent`, what its ledger has, and it cannot go on.
 
-        Raises:
-            LedgerError: the budget knows no such run, or it was settled before.
+        LedgerError if the budget knows no such run, or it was settled before.
         """
         with self._alone():
             known = self.charges.get(run)
@@ -211,10 +200,7 @@ class Budget(HashChain):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the file, and know all that other processes wrote into it before.
-
-        The lock of a process that was killed frees itself.
-        """
+        """Hold the file (a killed process frees it), and know all that other processes wrote into it before."""
         if not self.path.exists():
             raise LedgerError(f"the budget file {self.path} is gone.")
         with FileLock(f"{self.path.resolve()}.lock", mode=0o600):

@@ -160,11 +160,7 @@ class Certificate(_Part):
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Certificate:
-        """Read and check; `where` is for messages.
-
-        Raises:
-            ReleaseError: not JSON, or not of the schema.
-        """
+        """Read and check; ReleaseError, naming `where`, if it is not JSON or not of the schema."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -132,10 +132,7 @@ def check_clipping(clipping_norm: float, style: str) -> None:
 
 
 def valid_mask(valid: int | Tensor | None, examples: int, device: torch.device) -> Tensor | None:
-    """[examples] booleans: which are more than padding; None: all.
-
-    `valid` is such a tensor, or how many of the first ones are.
-    """
+    """[examples] booleans: which are more than padding; None: all.  `valid` may say how many of the first ones are."""
     if valid is None:
         return None
     if isinstance(valid, Tensor):

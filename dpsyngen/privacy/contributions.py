@@ -112,10 +112,7 @@ class Dense(Contribution):
 
 
 class Pieces(Contribution):
-    """Gradients of a few examples at a time, in separate tensors [b, *shape]: nothing is copied together.
-
-    Their norms are taken at once, while they are in the processor's cache.
-    """
+    """Gradients of a few examples at a time, [b, *shape], never copied together; norms are taken while in the cache."""
 
     def __init__(self) -> None:
         self.pieces: list[Tensor] = []

@@ -101,16 +101,10 @@ def _dot_products(x: Any, g: Any, out: Any, copies: int) -> None:  # pragma: no 
 
 
 def dot_products(g: Tensor, x: Tensor, examples: int, copies: int) -> Tensor:
-    """Weight gradients of a 3x3 convolution with stride 1 and padding 1, for each example.
+    """Weight gradients [examples, C_out, C_in, 3, 3] of a convolution with stride 1 and padding 1, for each example.
 
-    Args:
-        g: gradient of the output, [examples*copies, C_out, H, W], fp32 on the CPU.
-        x: input, [examples*copies, C_in, H, W].
-        examples: B.
-        copies: K, rows of each example; their gradients add up.
-
-    Returns:
-        [examples, C_out, C_in, 3, 3].
+    g [examples*copies, C_out, H, W] is the gradient of the output, x [examples*copies, C_in, H, W] the input, fp32 on
+    the CPU; gradients of the copies of an example add up.
     """
     out = torch.empty(examples, g.shape[1], x.shape[1], 9, dtype=torch.float32)
     _dot_products(x.contiguous().numpy(), g.contiguous().numpy(), out.numpy(), copies)

@@ -57,11 +57,7 @@ class DiscreteGaussian(GaussianMechanism):
         return engine.sum_on_grid(loss, examples, grid=grid, copies=copies, physical_batch=physical_batch)
 
     def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
-        """(sum + discrete noise) · grid / expected batch, one tensor a parameter: from here on it is public.
-
-        Raises:
-            ConfigError: the grid is so coarse that σ would be below 2^10 of its steps.
-        """
+        """(sum + noise) · grid / expected batch, one tensor a parameter, public; ConfigError if σ is below 2^10."""
         assert isinstance(total, GridGradient)
         sigma = math.ceil(self.noise_multiplier * total.l2_sensitivity)
         if sigma < SMALLEST_SIGMA:
@@ -143,8 +139,7 @@ def _all_of(words: _Words, times: Ints, fractions: _Fractions) -> NDArray[np.boo
 def discrete_gaussian(randomness: Randomness, step: int, count: int, sigma: int) -> Ints:
     """`count` integers, each n with probability proportional to exp(-n² / 2σ²), a function of (key, step, count, σ).
 
-    Rejection from a discrete Laplace distribution of scale σ (CKS, algorithms 2 and 3); every decision compares
-    integers.
+    Rejection from a discrete Laplace distribution of scale σ (CKS, algorithms 2 and 3), comparing integers only.
     """
     require(1 <= sigma <= 1 << 40, "sigma", sigma, "a whole number from 1 to 2^40")
     words = _Words(randomness, step)

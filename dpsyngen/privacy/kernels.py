@@ -269,10 +269,8 @@ _SLOW_ON_CPU = {"unfold"}  # 2 to 13 times the plain weight gradient wherever it
 class KernelChoices:
     """Which kernel each layer uses (``chosen``), and what each candidate took (``milliseconds``), by layer signature.
 
-    Args:
-        measure: measure on first use; otherwise :func:`fixed_choice`.
-        chosen: choices of an earlier process, which are kept: a resumed run then adds in the same order and repeats a
-            step bit for bit.
+    With `measure` it is measured on first use, otherwise :func:`fixed_choice`.  Choices of an earlier process are kept:
+    a resumed run then adds in the same order and repeats a step bit for bit.
     """
 
     def __init__(self, measure: bool = True, chosen: dict[str, str] | None = None) -> None:

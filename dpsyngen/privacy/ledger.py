@@ -56,10 +56,8 @@ def _line(body: dict[str, Any], previous: str) -> bytes:
 class HashChain:
     """An append-only file of JSON objects (``bodies``), each chained to the one before by its digest.
 
-    `what` is what messages call the file, such as "ledger".
-
-    Raises:
-        LedgerError: the file was edited, truncated or reordered, or its head is missing or does not fit.
+    `what` is what messages call the file.  LedgerError if it was edited, truncated or reordered, or its head is missing
+    or does not fit.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -264,14 +262,10 @@ class Ledger(HashChain):
     Attributes:
         entries: the accesses, in order.
         target_epsilon: ε that the total may not exceed; ``math.inf`` for a non-private reference.
-        delta: δ at which ε is stated.
+        delta, group_size: δ and g: ε is for up to g records together.
         records: declared number of records n.
-        group_size: g; ε is for up to g records together.
         run: a name of the run that nobody can choose, derived from its secret key.
         secure: False if the noise came from a reproducible seed, so that ε is not a guarantee.
-
-    Raises:
-        LedgerError: the file was edited, truncated or reordered.
     """
 
     def __init__(self, path: Path) -> None:
@@ -345,10 +339,7 @@ class Ledger(HashChain):
     def epsilon(
         self, delta: float | None = None, accountant: Accountant = "pld", group_size: int | None = None
     ) -> float:
-        """Total ε of everything in the ledger, at the ledger's δ and group size or others.
-
-        Infinite after a non-private access.
-        """
+        """Total ε of the ledger, at its δ and group size or others; infinite after a non-private access."""
         if self.non_private:
             return math.inf
         g = self.group_size if group_size is None else group_size
@@ -359,8 +350,7 @@ class Ledger(HashChain):
     def charge(self, mechanism: Mechanism, reason: str, **details: Any) -> None:
         """Write down a mechanism that is about to run; returns once the line is on the disk.
 
-        Raises:
-            BudgetExceeded: the total would exceed the target.  Nothing was written and nothing may be run.
+        BudgetExceeded if the total would exceed the target: nothing was written and nothing may be run.
         """
         self.require(mechanism)
         kind: Kind = "dp" if mechanism.noise_multiplier > 0 else "non-private"

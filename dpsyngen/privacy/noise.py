@@ -149,11 +149,9 @@ def fine_normal(randomness: Randomness, step: int, count: int, purpose: Purpose)
 def standard_normal_parts(
     randomness: Randomness, step: int, count: int, spans: Iterable[tuple[int, int]], purpose: Purpose = "noise"
 ) -> Iterator[NDArray[np.float32]]:
-    """Parts of ``standard_normal(randomness, step, count, purpose)``, bit by bit, one at a time.
+    """The parts (start, length) of ``standard_normal(randomness, step, count, purpose)``, bit by bit, one at a time.
 
-    Only what lies near the spans is drawn, and only one part of it is in memory.
-
-    `spans` are (start, length) of each part; in ascending order nothing is drawn twice.
+    Only what lies near them is drawn, in ascending order nothing twice.
     """
     last, chunk = -1, np.empty(0)
     for start, length in spans:

@@ -46,11 +46,7 @@ Loss = Callable[[slice], Tensor]
 
 
 def layer_numbers(names: list[str]) -> list[int]:
-    """For each parameter the number of its module: the layer that per-layer clipping counts it to.
-
-    >>> layer_numbers(["a.weight", "a.bias", "b.weight"])
-    [0, 0, 1]
-    """
+    """For each parameter the number of its module: the layer that per-layer clipping counts it to."""
     modules = [name.rpartition(".")[0] for name in names]
     numbers = {module: i for i, module in enumerate(dict.fromkeys(modules))}
     return [numbers[module] for module in modules]
@@ -69,9 +65,6 @@ class PerExampleGradients:
         kernels: how convolutions compute; None: measure on first use (:class:`KernelChoices`).
         workers: how many threads share a batch in :meth:`sum`, or the threads themselves; None: one for each of
             PyTorch's threads, at most 8 (one on a GPU).
-
-    Raises:
-        ConfigError: the parameters are sharded; :mod:`dpsyngen.privacy.sharding` has the engine for those.
 
     The model must treat the rows of a batch independently.  Layers known to mix them are refused; ordinary arithmetic
     that does (``h - h.mean(0)``) would void the sensitivity and cannot be seen in a single pass:
@@ -198,13 +191,9 @@ class PerExampleGradients:
     def per_example(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Tensor]:
         """Unclipped per-example gradients, one tensor [examples, *parameter.shape] for each parameter.
 
-        Args:
-            loss: computes the loss of each row, shape [examples * copies], copies of one example adjacent.
-            examples: B >= 1.
-            copies: K >= 1, rows of each example; their losses are *averaged* (noise multiplicity).
-
-        Raises:
-            UnsupportedLayer: a parameter is used in a way that has no rule, is never used, or examples mix.
+        `loss` computes the loss of each row, [examples · copies]; losses of the K >= 1 copies of one of the B >= 1
+        examples are *averaged* (noise multiplicity).  UnsupportedLayer where examples mix, or a parameter is used in a
+        way that has no rule, or never.
         """
         return [c.dense() for c in self.contributions(loss, examples, copies)]
 
@@ -226,18 +215,14 @@ class PerExampleGradients:
     def sum(
         self, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32, valid: int | Tensor | None = None
     ) -> ClippedGradient:
-        """Sum over any number of examples of clipped gradients, a bounded number of them in memory at a time.
+        """Sum over B >= 0 examples of clipped gradients, in their order: for given settings it is the same each time.
 
         Args:
             loss: for a slice of the examples, the loss of each of their rows, [len(slice) * copies].  It is called
                 from several threads at once, so it must not change anything that they share.
-            examples: B >= 0, the logical batch.
-            copies, valid: as of :meth:`__call__`.
+            examples, copies, valid: as of :meth:`__call__`.
             physical_batch: examples in memory at a time, over all workers together.  It changes the rounding of the
                 sums and nothing else.
-
-        Returns:
-            the sum, added up in the order of the examples: for given settings it is the same each time.
         """
         mask = valid_mask(valid, examples, self.parameters[0].device)
 
@@ -283,10 +268,7 @@ class PerExampleGradients:
     def _added_up(
         self, function: Callable[[slice], _Clipped], examples: int, copies: int, physical_batch: int
     ) -> _Clipped | None:
-        """The sum of ``function`` of slices of the examples, in their order; None if there are no examples.
-
-        Workers compute as many slices at a time as there are workers.
-        """
+        """The sum of ``function`` of slices of the examples, as many at a time as workers; None if there are none."""
         require(examples >= 0, "examples", examples, "at least 0")
         require(copies >= 1, "copies", copies, "at least 1")
         require(physical_batch >= 1, "physical_batch", physical_batch, "at least 1")
@@ -310,10 +292,7 @@ _TEMPORARY = 1.5  # gradients of activations and workspaces come on top of what 
 
 
 def bytes_for_each_example(engine: PerExampleGradients, loss: Loss, copies: int = 1) -> int:
-    """Memory that one more example in a pass takes: what autograd keeps and the per-example gradients.
-
-    `loss` is of at least two examples; random numbers in place of private images do.
-    """
+    """Memory that one more of at least two examples takes in a pass: what autograd keeps, and its gradients."""
     counts = []
     for examples in (1, 2):
         kept: dict[int, int] = {}
@@ -336,10 +315,8 @@ def find_physical_batch(
 ) -> int:
     """The largest power of two of examples that fits into memory, with room to spare; at least 1.
 
-    Args:
-        engine, loss, copies: see :func:`bytes_for_each_example`.
-        memory: bytes that may be used; None: half of what is available now.
-        most: upper end; None: 64 examples on a CPU, where more is no faster, and 4096 on a GPU.
+    `memory` are the bytes that may be used, None: half of what is available now.  `most` is 64 on a CPU, where more is
+    no faster, and 4096 on a GPU.
     """
     device = engine.parameters[0].device
     if memory is None:

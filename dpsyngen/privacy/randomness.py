@@ -92,11 +92,7 @@ class Randomness:
     # ------------------------------------------------------------------------------------------- storage
 
     def save(self, path: Path) -> None:
-        """Write the key to `path`, readable by its owner only.  It appears whole or not at all.
-
-        Raises:
-            FileExistsError: there is a key already; it is never written over.
-        """
+        """Write the key to `path`, whole, readable by its owner only; FileExistsError if there is one already."""
         if path.exists() or path.is_symlink():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         write_text(path, json.dumps({"key": self._key.hex(), "insecure_seed": self.insecure_seed}), 0o600)

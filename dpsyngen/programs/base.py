@@ -171,10 +171,8 @@ class Program(ABC):
             dtype: uint8 for values v from 0 to 255, or float32 for v/127.5 − 1, from −1 to 1.
 
         Raises:
-            IndexError: an index is negative or above 2⁶³ − 1.
-            TypeError: the indices are not integers.
-            ConfigError: `threads` is not a positive integer, `dtype` is neither of the two, or the indices are not
-                one-dimensional.
+            IndexError, TypeError: an index is not in that range, or no integer.
+            ConfigError: another argument is not allowed.
         """
         if np.dtype(dtype) not in (np.uint8, np.float32):
             raise ConfigError(f"dtype={dtype!r} is not allowed: give uint8 (0 to 255) or float32 (−1 to 1).")

@@ -22,13 +22,9 @@ def image_grid(images: Images, columns: int, *, scale: int = 1, pad: int = 1) ->
     """Arrange images in reading order, `columns` to a row, as one Pillow image (mode "L" or "RGB").
 
     Args:
-        images: uint8 [N, C, H, W], N ≥ 1, C is 1 or 3.
-        columns: images to a row; fewer are used when N is smaller.
+        images: uint8 [N, C, H, W], N ≥ 1, C is 1 or 3; else ConfigError.
         scale: side of the square of output pixels that shows one pixel.
         pad: width of the grey gaps and frame in output pixels.
-
-    Raises:
-        ConfigError: an argument has a wrong shape, type or range.
     """
     from PIL import Image
 
@@ -61,9 +57,7 @@ def save_grid(
 ) -> Path:
     """Write images 0 … count − 1 of `program` as one PNG file, whole or not at all; returns its path.
 
-    Raises:
-        ConfigError: `path` does not end in .png, its folder does not exist, or it exists and `overwrite` is
-            false; or `count`, `columns` or `scale` is not a positive integer.
+    ConfigError if `path` is no new .png in a folder (it may be there with `overwrite`), or a number is not positive.
     """
     from dpsyngen.files import write_atomically
 

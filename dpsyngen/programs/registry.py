@@ -37,10 +37,8 @@ _registered: dict[str, type[Program]] = {}
 def register(name: str) -> Callable[[_P], _P]:
     """Make a `Program` dataclass known as `name` (lower-case words joined by hyphens); a class decorator.
 
-    Works for classes outside this package too, once their module is imported.
-
-    Raises:
-        ValueError: `name` is malformed or taken by another class, or the class has no `prior_tier`.
+    Works for classes outside this package too, once their module is imported.  ValueError if `name` is malformed or
+    taken, or the class has no `prior_tier`.
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
         raise ValueError(f"{name!r} is not a program name: use lower-case words joined by hyphens.")
@@ -79,11 +77,7 @@ def program_names() -> list[str]:
 
 
 def program_class(name: str) -> type[Program]:
-    """Return the class registered as `name`; its dataclass fields are its parameters.
-
-    Raises:
-        ConfigError: there is no such program.
-    """
+    """Return the class called `name`, whose dataclass fields are its parameters; ConfigError if there is none."""
     _discover()
     if name not in _registered:
         raise ConfigError(f"There is no program named {name!r}: choose one of {', '.join(sorted(_registered))}.")
@@ -103,18 +97,7 @@ def usual_tier(cls: type[Program]) -> int | None:
 
 
 def make_program(name: str, *, resolution: int, channels: int, seed: int = 0, **params: Any) -> Program:
-    """Build a program.
-
-    Args:
-        name: one of `program_names`.
-        resolution: height and width in pixels.
-        channels: 1 or 3.
-        seed: public; see `Program`.
-        params: parameters of the family; see its class.
-
-    Raises:
-        ConfigError: unknown name or parameter, or a value that is not allowed.
-    """
+    """Build a program of :func:`program_names`, see `Program`; ConfigError if a name or value is not allowed."""
     cls = program_class(name)
     own = parameters(cls)
     unknown = sorted(params.keys() - own.keys())
@@ -135,10 +118,7 @@ def inner_program(outer: Program, key: str, value: Any, *, position: int = 0) ->
     """Build what parameter `key` of `outer` describes: a name, a mapping with name and parameters, or a Program.
 
     It gets resolution and channels of `outer`, and a seed that is a function of the outer seed and of `position`, so
-    that two inner programs of the same family are independent.
-
-    Raises:
-        ConfigError: `value` is none of these, or sets what the outer program sets.
+    that two inner programs of the same family are independent.  ConfigError if `value` is none of these, or sets those.
     """
     from dpsyngen.programs.drawing.counter_rng import words
 

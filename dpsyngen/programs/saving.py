@@ -142,17 +142,14 @@ def save_images(
     files are the same for any number of workers.
 
     Args:
-        program: what draws.
         out: a folder that does not exist or is empty; with `resume`, one that an interrupted job left.
-        count: how many images.
         format: "folder" (one PNG file an image, in ``images/``) or "parquet" (one file a shard, in ``data/``).
-        start: index of the first image.
         shard_size: images that are drawn and written together.
         workers: threads.
         resume: do an interrupted job again from its start, in its folder; the settings must be the same.
         on_progress: called with the number of images done in all.
-        ranks: the processes that share the work, which all see the folder; this is the main one, the others are in
-            :func:`follow_saving`.  They replace `workers`.
+        ranks: the processes that share the work in place of `workers`, which all see the folder; this is the main one,
+            the others are in :func:`follow_saving`.
 
     Raises:
         ConfigError: an argument is out of range, or a library that the format needs is missing.
@@ -263,12 +260,7 @@ def _part(job: _Job, first: int, ranks: Ranks) -> list[tuple[int, str] | None] |
 
 
 def follow_saving(ranks: Ranks) -> None:
-    """Write the shards of this process, which is not the main one, until the main one ends the job.
-
-    Raises:
-        Dismissed: the main process failed, and said why.
-        RankLost: a process is gone.
-    """
+    """Write the shards of this process, which is not the main one, until that ends the job, or fails (Dismissed)."""
     while (command := ranks.next_command()).name != END:
         values = dict(command.values)
         first = values.pop("first")

@@ -35,14 +35,7 @@ def _tensor(program: Program, indices: Sequence[int], values: str, threads: int 
 class ProgramDataset(Dataset[Any]):
     """Images `start` to start + length − 1 of a program, each [C, H, W]; works with any sampler and DataLoader.
 
-    Args:
-        program: what draws the images.
-        length: how many there are.
-        start: index of the first.
-        values: "float" for float32 from −1 to 1, or "uint8" for 0 to 255.
-
-    Raises:
-        ConfigError: a wrong length, start or kind of values.
+    `values` are "float" for float32 from −1 to 1, or "uint8" for 0 to 255.
     """
 
     def __init__(
@@ -89,16 +82,12 @@ class ProgramStream(IterableDataset[Any]):
     equally many.
 
     Args:
-        program: what draws the images.
-        batch_size: images of a batch.
+        program, batch_size: what draws the images, and how many a batch has.
         start: index of the first image.
         rank, world_size: this process among all; default: those of torch.distributed, else as torchrun set
             them, else 0 of 1.
         values: "float" for float32 from −1 to 1, or "uint8" for 0 to 255.
         threads: to draw a batch with.
-
-    Raises:
-        ConfigError: an argument is out of range.
     """
 
     def __init__(
@@ -147,11 +136,7 @@ class ProgramStream(IterableDataset[Any]):
         return {"first": self.first + done * self.world_size * self.batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where another stream stood.
-
-        Raises:
-            ConfigError: `state` is not one that `state_dict` made.
-        """
+        """Go on from where another stream stood; ConfigError if `state` is not one that `state_dict` made."""
         if not isinstance(state, dict) or state.keys() != {"first"}:
             raise ConfigError(f"{state!r} is not the state of a ProgramStream: give what state_dict() returned.")
         self.first = as_integer("first", state["first"], 0, MAX_INDEX)

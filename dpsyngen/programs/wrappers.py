@@ -30,11 +30,7 @@ _PER_LN2 = 1.4426950408889634
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(Program):
-    """A program that changes the images of another, its source.
-
-    Attributes:
-        source: the program whose images are changed: a name, or a mapping with name and parameters.
-    """
+    """A program that changes the images of another, its source: a name, or a mapping with name and parameters."""
 
     source: Any
 

@@ -22,13 +22,10 @@ from dpsyngen.privacy.ledger import Head, Ledger
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in place.
+    """Write a safetensors file in place; OSError if the disk is full or read-only.
 
     The library's own ``save_file`` goes through a temporary file of its own, which a killed process leaves behind, and
     tells of a full disk as a SafetensorError.
-
-    Raises:
-        OSError: the disk is full, read-only, …
     """
     # Convolutions may have their channels last in memory (docs/hardware.md); files never do.
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
@@ -155,10 +152,7 @@ class Checkpoints:
         self._newest_is_good = False
 
     def save(self, phase: str, state: TrainState) -> None:
-        """Write the state of `phase`; the one before is kept until the next.
-
-        At no moment is there less than one good checkpoint, once there was one.
-        """
+        """Write the state of `phase`; the one before is kept until the next, so that one is good at any moment."""
         head = self.ledger.head
         info = {"phase": phase, "step": state.step, "ema_steps": state.ema.steps, "ledger": asdict(head)}
         text, tensors = json.dumps(info), {k: v.cpu() for k, v in state.tensors().items()}
@@ -177,12 +171,8 @@ class Checkpoints:
         """Restore `state` from the newest readable checkpoint of `phase`; False if there is none.
 
         A phase without a checkpoint starts at its first step, which is safe: the steps come out as they did before,
-        with the same noise.  Files that cannot be read are named in ``damaged``.
-
-        The phase has so many `steps` in all, of which the ledger has `charged` (None: a public phase).
-
-        Raises:
-            RunError: a checkpoint does not fit the network or the ledger.
+        with the same noise.  Files that cannot be read are named in ``damaged``.  The phase has so many `steps` in all,
+        of which the ledger has `charged` (None: a public phase).  RunError if a checkpoint does not fit them.
         """
         stored, damaged = _read(self.newest.parent)
         self.damaged += damaged

@@ -28,9 +28,7 @@ class Finding:
         code: a fixed name, for programs and for the documentation.
         severity: "error": the generator is no use, or will not be; "warning": it could be better, or part of it is
             broken; "note": nothing to do.
-        seen: what was seen, in numbers.
-        why: why it matters.
-        change: what to change.
+        seen, why, change: what was seen, in numbers, why it matters, and what to change.
         basis: "private" if it rests on figures of private images: then neither it nor a setting that was chosen by it
             is covered by ε.  "released": it follows from released weights, settings and files.
     """
@@ -138,11 +136,7 @@ F = 0 its loss is 1 if the images have the DP moments, and the larger the less t
 
 
 class Trend:
-    """A loss curve in a few robust numbers; medians, as single steps are noisy.
-
-    Args:
-        losses: at least three, all finite.
-    """
+    """A loss curve, of three or more finite `losses`, in a few robust numbers; medians, as single steps are noisy."""
 
     def __init__(self, losses: NDArray[np.float64]) -> None:
         self.window = max(3, len(losses) // 10)  # steps, a tenth of the run
@@ -171,13 +165,9 @@ class Trend:
 def of_losses(
     log: Sequence[dict[str, Any]], phase: str, lower: str, basis: Basis, residual: bool = False
 ) -> Iterator[Finding]:
-    """Losses that are not finite, diverged or rose again.
+    """Losses that are not finite, diverged or rose again, in the lines of a `log`; `lower` is the option to turn down.
 
-    Args:
-        log: lines with "loss", in order.
-        phase, lower: its name and the option that sets its learning rate, for the text.
-        basis: what the losses are of.
-        residual: the network is a residual on DP moments; its own start takes the place of the bound for untrained.
+    Of a `residual` on DP moments its own start takes the place of the bound for untrained networks.
     """
     at, losses = f"phase {phase!r}:", np.array([float(v["loss"]) for v in log])
     finite = np.isfinite(losses)
@@ -326,12 +316,9 @@ _PERMUTATIONS = 999
 def of_images(
     images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None, class_names: Sequence[str] = ()
 ) -> list[Finding]:
-    """What is wrong with generated images, as far as it shows in a few dozen.
+    """What is wrong with generated images, uint8 [N, C, H, W], N ≥ 2 and not selected, as far as a few dozen show it.
 
-    Args:
-        images: uint8 [N, C, H, W], N ≥ 2, not selected in any way.
-        labels: their classes [N], several images each; None: unconditional.
-        class_names: names of the classes.
+    `labels` [N] has several images of each class; None: unconditional.
     """
     flat = images.reshape(len(images), -1).astype(np.float64) / 255
     apart = _distances(flat)

@@ -55,10 +55,9 @@ class Setting:
 
 
 def read_together(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
-    """In the main process: have all read the images, and see to it that they are the same.
+    """In the main process: have all read the images, and see to it that they are the same; else RunError.
 
-    Raises:
-        DataError, RunError: images cannot be read, or are not the same everywhere; nothing is spent yet.
+    DataError where images cannot be read.  Nothing is spent yet.
     """
     if ranks.alone:
         return load(config)

@@ -59,13 +59,10 @@ def answers_finite(denoiser: NetworkDenoiser, shape: tuple[int, int, int]) -> bo
 def require_finite(
     private: Path, state: TrainState, report: Step, learning_rate: float, shape: tuple[int, int, int], *, last: bool
 ) -> None:
-    """End a phase whose network is no longer finite, and write that down in the run's private folder.
+    """End a phase whose network is no longer finite with a RunError, and keep that in the run's private folder.
 
     It looks at the weights, and after steps 1, 2, 4, 8, … and where `last` is set (before a checkpoint or a release) at
     their average and the network's answers: a network that breaks mostly does so early, and a forward pass costs.
-
-    Raises:
-        RunError: something is not finite.  No checkpoint may be written then.
     """
     good = weights_finite(state.module.state_dict().values())
     if good and (last or report.step & (report.step - 1) == 0):
@@ -110,15 +107,8 @@ _SAMPLER_STEPS = 20  # at most, so that looking takes seconds
 def assess(run: Run, open_release: Callable[[Path], Any]) -> list[Finding]:
     """Findings about the training and the generated images of a run, finished or not, by severity.
 
-    It reads logs, settings, weights and the ledger, and draws a few images; the run is not changed.
-
-    Args:
-        run: the run.
-        open_release: loads the generator (a ReleasedGenerator) from the release half of a finished run.
-
-    Raises:
-        RunError: the configuration cannot be read.
-        LedgerError: the ledger is damaged.
+    It reads logs, settings, weights and the ledger, and draws a few images by the generator that `open_release` loads;
+    the run is not changed.  RunError or LedgerError if the configuration or the ledger is damaged.
     """
     stopped = stopped_because(run.private)
     out = [] if stopped is None else [stopped]

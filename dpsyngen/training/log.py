@@ -71,10 +71,8 @@ def ignore(event: Event) -> None:
 class Display:
     """Shows events on a console; a context manager that yields the callback.
 
-    Args:
-        console: where to.
-        private: whether private figures are shown.  A notebook keeps its output and is published, and log collectors
-            carry theirs to other machines: nothing private belongs there.
+    A notebook keeps its output and is published, and log collectors carry theirs to other machines: private figures are
+    shown only where `private` is set.
     """
 
     patience = 3.0  # seconds that reading images may take before it is told
@@ -126,8 +124,6 @@ class JsonLines:
 
     No result depends on it: lines that cannot be read are left out.  A number that JSON lacks, such as a loss that is
     not finite, is the word "inf", "-inf" or "nan" in the file, and a number again when it is read here.
-
-    The file is made on the first line, with permissions `mode`.
     """
 
     def __init__(self, path: Path, mode: int) -> None:
@@ -188,11 +184,7 @@ class StepLog:
         self.clock.cut(phase, done + 1)
 
     def write(self, report: Step, seconds: float) -> None:
-        """Write down a step.
-
-        Raises:
-            OSError: the disk is full or read-only.  The run is as if it was killed here, and can be resumed.
-        """
+        """Write down a step.  An OSError leaves the run as if it was killed here: it can be resumed."""
         self.figures.append(phase=report.phase, step=report.step, **report.values)
         images = next((report.values[k] for k in _ROWS if k in report.values), 0)
         times = {"seconds": round(seconds, 6), "images_per_second": round(images / max(seconds, 1e-9), 3)}

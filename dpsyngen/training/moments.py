@@ -92,17 +92,15 @@ def estimate_moments(
     again with the same key repeats the noise.
 
     Args:
-        dataset: the private images.
-        classes: K; with 0 or 1 labels are not looked at, and the result has one class.
+        dataset, classes: the private images, and K; with 0 or 1 labels are not looked at.
         records: declared number of records (public).
         plan: of :func:`plan_moments` for as many classes.
         randomness: the run's secret streams; the queries are steps 0, 1 and 2 of its purpose "moments".
         rank: the most directions that are kept, >= 1.
-        stopped: asked now and then whether to give up; with several processes, after each query, the main one.
+        stopped: asked now and then, in the main process, whether to give up, by raising Stopped.
         ranks: the processes that share the images; sums are of whole numbers, so their number does not show in a bit.
 
     Raises:
-        Stopped: `stopped` said so.
         ConfigError: labels, plan, records or rank do not fit.
     """
     if (classes > 1) != (plan.by_class is not None):
@@ -282,13 +280,10 @@ def uncharged(ledger: Ledger, plan: MomentsPlan) -> tuple[Mechanism, ...]:
 
 
 def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
-    """Make sure that the ledger has the moments before they are taken.
+    """Make sure that the ledger has the moments before they are taken; BudgetExceeded if they exceed the target ε.
 
-    A run that was killed in between takes them again, with the same noise: the same result, charged once.
-
-    Raises:
-        BudgetExceeded: they would exceed the target ε.
-        RunError: moments of other noise were charged before, so the settings were changed in between.
+    A run that was killed in between takes them again, with the same noise: the same result, charged once.  RunError if
+    moments of other noise were charged before, so the settings were changed in between.
     """
     wanted = queries(plan, shape)
     charged = charged_moments(ledger)
@@ -305,11 +300,7 @@ def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
 
 
 def load_gaussian(path: Path, shape: Shape) -> GaussianDenoiser:
-    """The denoiser of released moments.
-
-    Raises:
-        RunError: they are damaged.
-    """
+    """The denoiser of released moments; RunError if they are damaged."""
     try:
         moments = ClassGaussians.from_tensors(load_file(path))
         return GaussianDenoiser(moments, (shape.channels, shape.resolution, shape.resolution))

@@ -27,10 +27,7 @@ from dpsyngen.training.plan import Shape, stages_of
 def make_denoiser(
     config: Config, shape: Shape, conditional: bool, seed: int, gaussian: GaussianDenoiser | None = None
 ) -> NetworkDenoiser:
-    """A fresh network, whose start follows from the public `seed`; on top of `gaussian`, if that is given.
-
-    On top of a Gaussian it starts from ``config.network.prior``, if the configuration has one.
-    """
+    """A fresh network from the public `seed`; on top of `gaussian` from ``config.network.prior``, if that is set."""
     num_classes = shape.num_classes if conditional else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -75,15 +75,8 @@ NO_HOOKS = Hooks()
 class Training:
     """One training run, new (:meth:`start`) or continued (:meth:`resume`); iterate :meth:`steps` to the end.
 
-    Args:
-        run, config: the run directory and its configuration.
-        dataset: the private images.
-        plan: from :func:`dpsyngen.training.plan.make_plan`.
-        device: where to compute.
-        ranks: the processes that share the work, of any number; this is the main one.
-        hooks: what the caller adds.
-
     Attributes:
+        run, config, dataset, plan, ranks: as given; the process is the main one of `ranks`.
         stop_requested: set it to end the training after the current step, with a checkpoint.
         randomness, ledger, budget: the key, what was charged, and the budget that all runs on these images share.
     """
@@ -173,11 +166,7 @@ class Training:
         ranks: Ranks = ALONE,
         hooks: Hooks = NO_HOOKS,
     ) -> Training:
-        """Plan a new run and make its directory `out`.
-
-        Raises:
-            ConfigError, RunError: before anything is written or spent.
-        """
+        """Plan a new run and make its directory `out`; errors come before anything is written or spent."""
         if config.logging.tensorboard:
             require_tensorboard()
         config = with_group_size(config, dataset)
@@ -208,8 +197,7 @@ class Training:
     ) -> Training:
         """Go on with an interrupted run, on the images of its start; `tensorboard` replaces what its settings say.
 
-        Raises:
-            RunError: it is finished, another process works on it, or something does not fit.
+        RunError if it is finished, another process works on it, or something does not fit.
         """
         require_unfinished(run)
         run.open_for_writing()
@@ -242,10 +230,8 @@ class Training:
     def steps(self) -> Iterator[Step]:
         """Train what is left, yielding each step after telling ``hooks.on_event``; the release is written at the end.
 
-        The run directory is locked until the end of the iteration, whichever way it ends.
-
-        Raises:
-            RunError: another process works on the run, or its files do not fit together.
+        The run directory is locked until the end of the iteration, whichever way it ends.  RunError if it is locked or
+        its files do not fit together.
         """
         with self.run.lock():
             require_not_stopped(self.run.private)

@@ -99,11 +99,7 @@ def stages_of(config: Config) -> StageMap:
 
 
 def make_plan(config: Config, shape: Shape) -> Plan:
-    """Check everything that can be checked and calibrate the noise.
-
-    Raises:
-        ConfigError: the settings do not fit the data or each other.
-    """
+    """Check everything that can be checked and calibrate the noise; ConfigError if settings and data do not fit."""
     config = with_batch(config, shape.records)
     n, batch = shape.records, config.private.batch
     delta = default_delta(n) if config.privacy.delta is None else config.privacy.delta
@@ -190,11 +186,7 @@ def _plan_moments(config: Config, stages: StageMap, shape: Shape, delta: float) 
 
 
 def program_of(config: Config, shape: Shape) -> Program:
-    """The program that draws the public images, at the size of the private ones.
-
-    Raises:
-        ConfigError: it cannot be built, or has another prior tier than the configuration says.
-    """
+    """The program that draws public images of this size; ConfigError if it cannot, or its prior tier is another."""
     c = config.program
     program = make_program(c.name, resolution=shape.resolution, channels=shape.channels, seed=c.seed, **c.params)
     if c.prior_tier not in (None, program.prior_tier):

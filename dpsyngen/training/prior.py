@@ -99,13 +99,10 @@ class Task:
 
 
 def make_task(programs: list[Program], noise: float, seed: int, images: int = IMAGES, fresh: int = FRESH) -> Task:
-    """A data set whose classes are images of programs.
+    """A data set whose classes are images of programs of one size.
 
-    Args:
-        programs: one for each class, of one size.
-        noise: z/n of the moments: the noise multiplier of all queries together over the number of records.
-        seed: of that noise.
-        images, fresh: of each class, for the moments and for the task.
+    `noise` is z/n of the moments: the noise multiplier of all queries together over the number of records; `seed` is of
+    that noise.  `images` of each class are for the moments, `fresh` for the task.
     """
     classes = len(programs)
     drawn = [p.batch(range(images + fresh)) for p in programs]
@@ -186,11 +183,8 @@ def train_prior(
 ) -> Prior:
     """Train a prior; a function of the settings alone.
 
-    Args:
-        settings: see :class:`PriorSettings`.
-        checkpoint: file to go on from, where it is there, and to keep the state in every `every` steps.
-        on_step: told the number of each step that is done, and its loss (1 for the Wiener filter).
-        every: steps between checkpoints.
+    `checkpoint` is a file to go on from, where it is there, and to keep the state in `every` so many steps; `on_step`
+    is told the number of each step that is done, and its loss (1 for the Wiener filter).
     """
     sizes = SIZES[settings.channels]
     with torch.random.fork_rng(devices=[]):

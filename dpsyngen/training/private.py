@@ -113,16 +113,10 @@ class Computing:
 
 
 class PrivateStep:
-    """Takes one DP-SGD step at a time.
+    """Takes one DP-SGD step at a time, at the noise `levels` of the private stage.
 
-    Nothing is padded: the processes meet once a step, however many records each has, none included.
-
-    Args:
-        dataset: the private images.
-        levels: noise levels of the private stage.
-        label_dropout: probability of training a row without its class.
-        dp, randomness: the constants of DP-SGD and the run's secret streams.
-        how: it is computed.
+    `label_dropout` is the probability of training a row without its class.  Nothing is padded: the processes meet once
+    a step, however many records each has, none included.
     """
 
     name = "private step"
@@ -271,14 +265,11 @@ class PrivateStep:
 
 
 def charge_ahead(ledger: Ledger, dp: DpSgd, step: int) -> None:
-    """Make sure that the ledger has the step numbered `step` (from 0) before it is taken.
+    """Make sure that the ledger has the step numbered `step` (from 0) before it is taken; else BudgetExceeded.
 
-    Steps are charged in blocks of a checkpoint interval.  A step that a killed run had charged already is not
-    charged again: it is the same step, with the same records and the same noise.
-
-    Raises:
-        BudgetExceeded: the block would exceed the target ε.
-        RunError: steps were charged at another sampling rate or noise, so they would not be the ones that are taken.
+    Steps are charged in blocks of a checkpoint interval.  A step that a killed run had charged already is not charged
+    again: it is the same step, with the same records and the same noise.  RunError if steps were charged at another
+    sampling rate or noise, so that they would not be the ones that are taken.
     """
     c, one = dp.config, dp.mechanism(1)
     for m in charged_mechanisms(ledger):
@@ -340,11 +331,7 @@ def train_private(
 ) -> Iterator[Step]:
     """Go on from ``state.step`` to the end of the private phase, yielding after each step; `ledger` is charged before.
 
-    Args:
-        phase, state: name of the phase, and the network in training.
-        take: the private step.
-        public: for a shared network, one PublicStep for each public stage: their steps are spread evenly between
-            the private ones.
+    `public` has for a shared network one PublicStep a public stage: their steps are spread evenly between the private.
     """
     assert isinstance(state.module, NetworkDenoiser)
     dp, steps = take.dp, take.dp.config.steps

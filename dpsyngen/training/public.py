@@ -43,12 +43,10 @@ class PublicImages:
     busy with this one.
 
     Args:
-        program, batch: what draws, and how many images a step has.
+        program, batch, share: what draws, how many images a step has, and which of them are wanted; None: all.
         offset: the first image of the program to use, so that networks see different images.
         distinct: how many different images there are; they are kept in memory.  None: all are fresh.
-        randomness: *public* streams, for the order.
-        threads: that draw on a CPU.
-        share: the images of a batch that are wanted; None: all.
+        randomness, threads: *public* streams, for the order, and how many draw on a CPU.
     """
 
     def __init__(
@@ -107,16 +105,10 @@ class PublicImages:
 
 
 class PublicStep:
-    """Takes one Adam step at a time on programmatic images.
+    """Takes one Adam step at a time on programmatic images, from number `offset` on, at the noise `levels` of a stage.
 
-    Args:
-        program, offset: source of images, and the first of them to use, so that networks see different ones.
-        levels: noise levels of the stage.
-        config: batch, K, learning rate, warm-up.
-        randomness: *public* streams.
-        workers, ranks: threads (None: the calling one alone) and processes that share a batch.
-        name: what the main process calls this step when it leads others.
-        compute: precision; None: as PyTorch is set.
+    `randomness` are *public* streams, `workers` (None: the calling thread) and `ranks` share a batch, `name` is what
+    the main process calls this step when it leads others, and `compute` the precision (None: as PyTorch is set).
     """
 
     def __init__(

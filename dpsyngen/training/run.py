@@ -39,14 +39,7 @@ LOCK = "lock"
 
 
 class Run:
-    """One run directory.
-
-    Args:
-        path: an existing run directory (see :meth:`create`).
-
-    Raises:
-        RunError: not a run directory, or written in another format.
-    """
+    """One run directory, at an existing `path`; RunError if it is none, or written in another format."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,13 +70,10 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Run:
-        """Make a run directory at `path`, which is absent or an empty folder, and hold its lock.
+        """Make a run directory at `path`, which is absent or an empty folder (else RunError), and hold its lock.
 
         It is made where it is, so `path` may be a mounted disk, and ``run.json`` comes last: without that there is no
         run, but what a killed start left, which the next one completes.  Of two that start at once one gets the lock.
-
-        Raises:
-            RunError: there is something at `path` already, or it cannot be written.
         """
         require_new(path)
         private, weights = path / "private", path / "release" / "weights"
@@ -136,12 +126,7 @@ class Run:
             )
 
     def finished_ledger(self) -> Ledger:
-        """The ledger of a finished run, which must have all that it had at the release.
-
-        Raises:
-            LedgerError: it is damaged.
-            RunError: it is of an earlier time than the release, so some charges are not in it.
-        """
+        """The ledger of a finished run; RunError if it lacks charges that it had at the release."""
         ledger = Ledger(self.ledger_path)
         path = self.release / "privacy.json"
         try:
@@ -158,8 +143,7 @@ class Run:
     def open_for_writing(self) -> None:
         """Take the lock until the next :meth:`lock` context or this object ends; remove what killed processes left.
 
-        Raises:
-            RunError: another process works on the run, or it cannot be written.
+        RunError if another process works on the run, or it cannot be written.
         """
         if self._lock.acquire():
             released = (self.release, self.release / "weights", self.release / "denoiser")
@@ -190,8 +174,7 @@ class FolderLock:
     def acquire(self) -> bool:
         """Take the lock; False if this object held it already.
 
-        Raises:
-            RunError: another process holds it, the folder cannot be written, or its file system has no locks.
+        RunError if another process holds it, the folder cannot be written, or its file system has no locks.
         """
         if self._lock.is_locked:
             return False
@@ -225,8 +208,7 @@ class FolderLock:
 def place_of(out: str | os.PathLike[str] | None, name: str) -> Iterator[Path]:
     """Where to make a run: `out`, or a new folder `name` in ``runs``, which goes again if nothing is made in it.
 
-    Raises:
-        ConfigError: `out` is missing where torchrun started this process: each of its processes would choose another.
+    ConfigError if torchrun started this process and `out` is missing: each process would choose another.
     """
     if out is not None:
         yield expanded(out)

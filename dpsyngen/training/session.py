@@ -46,15 +46,9 @@ class Terms:
 class Session:
     """Key (`randomness`), `ledger` and pinned facts of one computation on private images.
 
-    Charge the ledger *before* a result is used.
-
-    Args:
-        private, terms: its private folder, which the caller has locked, and what it may cost.
-        later: files that are made after ``data.json``.
-        again: what to advise where nothing can be continued.
-
-    Raises:
-        RunError, LedgerError: the files do not fit together, or one is missing.
+    Charge the ledger *before* a result is used.  `private` is its private folder, which the caller has locked; `later`
+    are files that are made after ``data.json``, and `again` is what to advise where nothing can be continued.
+    RunError or LedgerError if the files do not fit together, or one is missing.
     """
 
     def __init__(self, private: Path, terms: Terms, later: Sequence[Path] = (), again: str = "start a new run") -> None:
@@ -105,7 +99,7 @@ class Session:
         )
 
     def pin(self, fingerprint: str, settings: Mapping[str, Any], **about: Any) -> dict[str, Any]:
-        """Write down what the noise is for, or refuse to go on with anything else.
+        """Write down what the noise is for, or refuse to go on with anything else (RunError).
 
         Args:
             fingerprint: of the images; only a keyed tag of it is written.
@@ -114,9 +108,6 @@ class Session:
 
         Returns:
             `about`, as it was written down the first time.
-
-        Raises:
-            RunError: the noise belongs to other images or settings, or nothing says any more to which.
         """
         tag, settings = self.randomness.tag(fingerprint), json.loads(json.dumps(settings))
         known = pinned(self.data_path)
@@ -159,11 +150,7 @@ class Session:
 
 
 def pinned(path: Path) -> dict[str, Any] | None:
-    """What :meth:`Session.pin` wrote to `path`; None if it did not come to that yet.
-
-    Raises:
-        RunError: it cannot be read.
-    """
+    """What :meth:`Session.pin` wrote to `path`; None if it did not come to that; RunError if it cannot be read."""
     if not path.exists():
         return None
     try:
@@ -271,10 +258,8 @@ class EngineSettings:
         """Those of an earlier session of the run, from `path`, or new ones.
 
         With an insecure seed, for reproducible runs, kernels follow from the shapes instead of measurements.  Device,
-        precision and memory format of DP-SGD steps are those of the run's first session, whatever `compute` says.
-
-        Raises:
-            RunError: this session cannot compute as the first one did, or the file is damaged.
+        precision and memory format of DP-SGD steps are those of the run's first session, whatever `compute` says:
+        RunError if this one cannot have them, or the file is damaged.
         """
         kernels: dict[str, str] = {}
         found, dp = 0, compute.for_dp_steps()

@@ -142,10 +142,7 @@ LAYERS: set[Callable[..., Any]] = set()
 
 
 def rule(function: Callable[..., Any], *parameters: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated rule for `function`.
-
-    `parameters` are the names of the function's arguments in order; by default those of the rule after its tape.
-    """
+    """Register the decorated rule for `function`, whose arguments have the names `parameters` (else as the rule's)."""
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(body).parameters
