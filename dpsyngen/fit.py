@@ -66,7 +66,8 @@ def prepare(
     require_new(Path(out))
     check_device(device, config.compute)
     dataset = _read(config, data, ranks, on_event)
-    return Training.start(with_whole_paths(config), dataset, Path(out), device, ranks, Hooks(on_event, finish))
+    config = config.model_copy(update={"data": with_whole_paths(config.data)})
+    return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, finish))
 
 
 @ordinary_modes()
@@ -78,18 +79,23 @@ def prepare_resume(
     on_event: OnEvent = ignore,
     tensorboard: bool | None = None,
     groups: PathLike | None = None,
+    labels: PathLike | None = None,
 ) -> Training:
     """Go on with the interrupted run in `out`, by default with the images it was started with.
 
-    Arguments are those of :func:`prepare`; device and number of processes may be others than before.  `tensorboard` and
-    `groups` replace what the run's settings say about files for TensorBoard, and where the table of persons lies.
+    Arguments are those of :func:`prepare`; device and number of processes may be others than before.  `tensorboard`,
+    `groups` and `labels` replace what the run's settings say about files for TensorBoard, and where the tables of
+    persons and of labels lie.
     """
     check_device(device)
     run = Run(Path(out))
     require_unfinished(run)
     run.open_for_writing()  # before the images are read, which can take long
-    moved = {} if groups is None else {"groups": str(Path(groups).expanduser().resolve())}
-    config = run.config.model_copy(update={"privacy": run.config.privacy.model_copy(update=moved)})
+    moved: dict[str, dict[str, Any]] = {"privacy": {"groups": groups}, "data": {"labels": labels}}
+    config = run.config
+    for section, paths in moved.items():
+        new = {name: str(expanded(path).resolve()) for name, path in paths.items() if path is not None}
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update=new)})
     dataset = _read(config, data, ranks, on_event)
     return Training.resume(run, dataset, device, ranks, Hooks(on_event, finish), tensorboard)
 

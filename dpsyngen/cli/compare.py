@@ -101,11 +101,16 @@ def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experimen
 
     if tables:
         return Experiment(out)
+    from dpsyngen.config import load_config
     from dpsyngen.experiments.cost import privacy_cost, require_budget
+    from dpsyngen.experiments.runner import Images
     from dpsyngen.experiments.spec import jobs_of
+    from dpsyngen.training.plan import shape_of
 
-    jobs = jobs_of(spec)
-    shape = _shape(spec)
+    jobs, images = jobs_of(spec), Images(spec)
+    if (out / "work").exists():
+        Experiment(out).pin(spec, images.train, images.test)
+    shape = shape_of(images.train, load_config(dict(spec.settings), preset=spec.preset))
     cost = privacy_cost(spec, jobs, shape, out)
     require_budget(spec, [job for job in jobs if not (out / "runs" / job.name / "run.json").exists()], shape)
     experiment = Experiment.open_or_create(out, spec)
@@ -115,7 +120,8 @@ def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experimen
     return experiment
 
 
-def _shape(spec: Spec, without_images: bool = False) -> Shape:
+def _shape(spec: Spec) -> Shape:
+    """Of the images, or what the specification says of them where there are none."""
     from dpsyngen.config import load_config
     from dpsyngen.experiments.runner import Images
     from dpsyngen.training.plan import Shape, shape_of
@@ -124,7 +130,7 @@ def _shape(spec: Spec, without_images: bool = False) -> Shape:
     try:
         images = Images(spec)
     except DataError:
-        if not without_images or facts is None:
+        if facts is None:
             raise
         return Shape(facts.resolution, facts.channels, tuple(f"class {i}" for i in range(facts.classes)), facts.records)
     return shape_of(images.train, load_config(dict(spec.settings), preset=spec.preset))
@@ -214,7 +220,7 @@ def _dry_run(console: Console, spec: Spec, out: Path | None, device: str) -> Non
     from dpsyngen.experiments.experiment import Experiment
     from dpsyngen.experiments.spec import jobs_of
 
-    jobs, shape = jobs_of(spec), _shape(spec, without_images=True)
+    jobs, shape = jobs_of(spec), _shape(spec)
     cost = privacy_cost(spec, jobs, shape, out)
     console.note("measuring a few steps of each kind …")
     left = jobs

@@ -213,13 +213,14 @@ def train(
         given = merge_settings(options, assignments(settings or []))
         if resume:
             moved = {("data", "source"), ("privacy", "groups")}
+            moved |= set() if unconditional else {("data", "labels")}
             if preset or config or {(section, name) for section, names in given.items() for name in names} - moved:
                 raise ConfigError(
                     "--resume continues with the settings that the run was started with; leave out everything but "
-                    "--out, --data and --groups (only if they have moved), --device, --tensorboard and what is about "
-                    "output."
+                    "--out, --data, --labels and --groups (only if they have moved), --device, --tensorboard and what "
+                    "is about output."
                 )
-            return prepare_resume(out, data, tensorboard=tensorboard, groups=groups, **where)
+            return prepare_resume(out, data, tensorboard=tensorboard, groups=groups, labels=labels, **where)
         if data is None and config is None:
             raise ConfigError("--data is missing: a folder, Parquet, WebDataset, .npz, .npy, IDX, or a named set.")
         if epsilon is None and config is None:

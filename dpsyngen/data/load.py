@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
 
-from dpsyngen.config import Config
+from dpsyngen.config import Config, DataConfig
 from dpsyngen.data.arrays import dataset_from_arrays, read_array_file, read_array_folder, read_npz
 from dpsyngen.data.cache import build
 from dpsyngen.data.dataset import NEARLY_BLACK, ImageDataset, is_nearly_black
@@ -27,6 +27,7 @@ from dpsyngen.errors import ConfigError, DataError, listed, printable, require
 from dpsyngen.files import PARTIAL, expanded
 
 PathLike = str | os.PathLike[str]
+Data = TypeVar("Data", bound=DataConfig)
 Source = PathLike | ImageDataset | MapStyle | tuple[np.ndarray, np.ndarray | None]
 
 _KINDS = (
@@ -279,15 +280,13 @@ def whole_source(source: str) -> str:
     return str(path.absolute()) if source and named is None else ":".join(named or ())
 
 
-def with_whole_paths(config: Config) -> Config:
-    """The configuration with absolute paths of the images, their labels and their cache, for later sessions of the run,
-    which may begin in another working folder.
+def with_whole_paths(d: Data) -> Data:
+    """The settings with absolute paths of the images, their labels and their cache, for later sessions, which may begin
+    in another working folder.
     """
-    d = config.data
     labels = str(expanded(d.labels).absolute()) if isinstance(d.labels, str) else d.labels
     cache = d.cache if d.cache == "auto" else str(expanded(d.cache).absolute())
-    data = d.model_copy(update={"source": whole_source(d.source), "labels": labels, "cache": cache})
-    return config.model_copy(update={"data": data})
+    return d.model_copy(update={"source": whole_source(d.source), "labels": labels, "cache": cache})
 
 
 def load_private(

@@ -10,6 +10,7 @@
     public/           networks trained on programs alone, shared by the runs that need the same
     real/             features of the real images, kept between jobs
     images.json       digests of the images that all figures are of
+    images.json       digests of the images that all figures are of
     results.csv, results.parquet, tables.md, report.html
 """
 
@@ -30,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
+from dpsyngen.data.load import whole_source, with_whole_paths
 from dpsyngen.diffusion.stages import StageMap
 from dpsyngen.errors import DataError, RunError
 from dpsyngen.experiments.spec import Job, Spec, digest, jobs_of, load_spec
@@ -38,6 +40,7 @@ from dpsyngen.training.log import JsonLines
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.plan import Shape
 from dpsyngen.training.public import PRETRAIN
+from dpsyngen.training.session import fixed_settings
 from dpsyngen.version import __version__
 
 FORMAT = 1
@@ -92,6 +95,7 @@ class Experiment:
         Raises:
             RunError: there is something else at `path`, or runs there have other settings.
         """
+        spec = _whole(spec)
         jobs = jobs_of(spec)
         if (path / "work").exists():  # made after the other two files
             before = cls(path)
@@ -118,7 +122,7 @@ class Experiment:
         self.about |= values
         write_text(self.path / "experiment.json", _json(self.about), 0o600)
 
-    def pin(self, train: ImageDataset, test: ImageDataset | None) -> None:
+    def pin(self, spec: Spec, train: ImageDataset, test: ImageDataset | None) -> None:
         """Write down which images the figures are of, by what they are, or refuse to go on with others.
 
         Test images may be replaced by others that the specification names; jobs are measured again then.
@@ -126,19 +130,20 @@ class Experiment:
         Raises:
             DataError: runs on different images would be pooled into one mean.
         """
-        data, path = self.spec.data, self.path / "images.json"
-        found = {"train": train.fingerprint(), "test": test and test.fingerprint(), "test_source": data.test}
-        known = _read(path)
-        if known and any((self.work_path(job) / "job.json").exists() for job in self.jobs):
-            same = known["train"] == found["train"]
-            if not same or (known["test"] != found["test"] and known["test_source"] == data.test):
-                what = f"test images in {data.test}" if same else f"training images in {data.train}"
-                raise DataError(
-                    f"the {what} are not those that {self.path} was begun with: figures of runs on different images "
-                    "must not be pooled.  Put the images back, or choose another --out."
-                )
-        if known != found:
-            write_text(path, _json(found), 0o600)
+        d, known = _whole(spec).data, _read(self.path / "images.json")
+        if not any((self.work_path(job) / "job.json").exists() for job in self.jobs):
+            known = {}
+        pinned = {"train": known.get("train", train.fingerprint()), "tests": dict(known.get("tests", {}))}
+        same = pinned["train"] == train.fingerprint()
+        found = test and test.fingerprint()
+        if not same or (found and pinned["tests"].setdefault(d.test, found) != found):
+            what = f"test images in {d.test}" if same else f"training images in {d.train}"
+            raise DataError(
+                f"the {what} are not those that {self.path} was begun with: figures of runs on different images "
+                "must not be pooled.  Put the images back, or choose another --out."
+            )
+        if known != pinned:
+            write_text(self.path / "images.json", _json(pinned), 0o600)
 
     # ------------------------------------------------------------------------------------------- jobs
 
@@ -171,6 +176,9 @@ class Experiment:
             spec["evaluation"]["own"] = own
         if job.kind == "run" and "programs" not in spec["references"]:
             spec["evaluation"]["ceiling"] = False
+        # Images, too, are what they are and not where they lie.
+        images = _read(self.path / "images.json")
+        spec["data"] = [images.get("train"), images.get("tests", {}).get(self.spec.data.test)]
         parts = ["data", "evaluation", *(["sampling"] if job.kind == "run" else [])]
         if job.kind == "dp-classifier":
             parts.append("dp_classifier")
@@ -210,10 +218,19 @@ class Experiment:
 
 def training_digest(job: Job) -> str:
     """Of the settings that make a run what it is; where its images lie is not one of them."""
-    if job.config is None:
-        return digest([job.kind, job.epsilon, job.seed])
-    own = {"privacy": {"budget"}, "public": {"checkpoint_every"}, "private": {"checkpoint_every", "physical_batch"}}
-    return digest(job.config.model_dump(mode="json", exclude={**own, "sampling": True, "logging": True}))
+    return digest([job.kind, job.epsilon, job.seed] if job.config is None else fixed_settings(job.config))
+
+
+def _whole(spec: Spec) -> Spec:
+    """The specification with absolute paths, for calls from another working folder."""
+    d, weights, budget = spec.data, spec.evaluation.inception_weights, spec.cost.budget_file
+    where = {"train": whole_source(d.train), "test": d.test and whole_source(d.test)}
+    parts = {
+        "data": with_whole_paths(d).model_copy(update=where),
+        "evaluation": spec.evaluation.model_copy(update={"inception_weights": weights and os.path.abspath(weights)}),
+        "cost": spec.cost.model_copy(update={"budget_file": budget and os.path.abspath(budget)}),
+    }
+    return spec.model_copy(update=parts)
 
 
 @contextmanager

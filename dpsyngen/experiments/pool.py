@@ -56,6 +56,9 @@ def work(
         hours = experiment.spec.cost.hours
         if hours is not None and experiment.seconds() > 3600 * hours:
             return False
+        if images is None:
+            images = Images(experiment.spec)
+            experiment.pin(experiment.spec, images.train, images.test)
         folder.mkdir(mode=0o700, exist_ok=True)
         with claimed(folder / "lock") as mine:
             if not mine or experiment.result(job) is not None:
@@ -64,9 +67,6 @@ def work(
                 if not retry:
                     continue
                 (folder / "failed.json").unlink()
-            if images is None:
-                images = Images(experiment.spec)
-                experiment.pin(images.train, images.test)
             if not _one(experiment, images, job, device, tell):
                 return False
     return True

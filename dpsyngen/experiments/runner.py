@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from dpsyngen import fit
-from dpsyngen.config import load_config
+from dpsyngen.config import load_config, merge_settings
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureSpec, evaluate_images
+from dpsyngen.evaluation.run import training_images
 from dpsyngen.experiments.dp_classifier import dp_classifier_reference, real_reference
 from dpsyngen.experiments.experiment import Clock, Experiment, SharedNetworks, training_digest
 from dpsyngen.experiments.spec import DataFacts, Job, Spec, digest
@@ -53,13 +54,15 @@ class Images:
 
     def __init__(self, spec: Spec) -> None:
         d = spec.data
-        self.train: ImageDataset = load_private(d.train, load_config({"data": d.section}))
+        config = load_config(merge_settings(spec.settings, {"data": d.section}), preset=spec.preset)
+        self.train: ImageDataset = load_private(d.train, config)
         _require(d.facts, self.train, d.train)
         self.test: ImageDataset | None = None
         if d.test is not None:
             channels = "grey" if self.train.channels == 1 else "rgb"
-            fixed = {**d.section, "resolution": self.train.resolution, "channels": channels}
-            self.test = load_private(d.test, load_config({"data": fixed})).with_classes(self.train.class_names, "test")
+            fixed = {"resolution": self.train.resolution, "channels": channels}
+            config = config.model_copy(update={"data": config.data.model_copy(update=fixed)})
+            self.test = load_private(d.test, config).with_classes(self.train.class_names, "test")
         if spec.evaluation.classifiers and len(self.train.class_names) < 2:
             raise ConfigError(
                 f"the images of {d.train} have {'one class' if self.train.class_names else 'no classes'}: there is "
@@ -184,7 +187,9 @@ class Worker:
     def _trained(self, job: Job, clock: Clock) -> Run:
         path = self.experiment.run_path(job)
         if (path / "release" / "generator.json").exists():
-            return Run(path)
+            if training_images(run := Run(path), self.images.train) is None:
+                raise DataError(f"{path} was trained on other images.  Put them back, or choose another --out.")
+            return run
         assert job.config is not None
         phase = ""
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dpsyngen.config import MAX_EPSILON, Config, explain, load_config, merge_settings, preset_names
+from dpsyngen.config import MAX_EPSILON, Config, DataConfig, explain, load_config, merge_settings, preset_names
 from dpsyngen.diffusion.stages import USE_MOMENTS, VARIANTS
 from dpsyngen.errors import ConfigError, printable, shown
 from dpsyngen.evaluation.extractors import FeatureSpec
@@ -63,20 +63,23 @@ class DataFacts(_Part):
     classes: int = Field(ge=0, le=10**6)
 
 
-class DataSpec(_Part):
-    """The images of an experiment."""
+class DataSpec(DataConfig):
+    """The images of an experiment, and how they are read: by the settings of the section ``data`` of a run."""
 
     train: str = Field(max_length=4096, description="private images: what `dpsyngen train --data` takes")
     test: str | None = Field(None, max_length=4096, description="real test images, never trained on")
-    resolution: int | None = Field(None, ge=8, le=256)
-    channels: Literal["auto", "grey", "rgb"] = "auto"
-    labels: bool = True
     facts: DataFacts | None = Field(None, description="what train must be like; None: whatever it is")
 
     @property
     def section(self) -> dict[str, Any]:
         """The section ``data`` of a run's configuration."""
-        return {"source": self.train, **{k: getattr(self, k) for k in ("resolution", "channels", "labels")}}
+        return self.model_dump(include=set(DataConfig.model_fields)) | {"source": self.train}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if self.source:
+            raise ValueError("data.source is not set here: the images are data.train and data.test")
+        return self
 
 
 class Case(_Part):

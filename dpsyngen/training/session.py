@@ -237,6 +237,8 @@ def fixed_settings(config: Config) -> dict[str, Any]:
             out |= {f"{section}.{k}": v for k, v in values.items() if k not in _FREE.get(section, ())}
         else:
             out[section] = values
+    # A table of labels is what is in it, which is pinned with the images, and not where it lies.
+    out["data.labels"] = config.data.labels is not False
     # What "auto" came to is pinned by EngineSettings.
     return {k: v for k, v in out.items() if not (k.startswith("compute.") and v == "auto")}
 

@@ -451,18 +451,45 @@ def test_ranks_of_torchrun_share_the_jobs(tiny_spec, tmp_path) -> None:
     assert (said["done"], said["left"]) == (said["jobs"], [])
 
 
-def test_figures_of_other_images_are_not_pooled(worked, tiny_data, tmp_path) -> None:
-    """Images are what they are, wherever they lie; other test images that are asked for are measured anew."""
-    shutil.copytree(worked, tmp_path / "x")
-    experiment = Experiment(tmp_path / "x")
-    images = Images(experiment.spec)
-    experiment.pin(images.train, images.test)
-    kept = (experiment.path / "images.json").read_bytes()
-    with pytest.raises(DataError, match=r"the training images in .* must not be pooled"):
-        experiment.pin(images.test, images.test)
-    with pytest.raises(DataError, match=r"the test images in .* must not be pooled"):
-        experiment.pin(images.train, images.train)
-    assert (experiment.path / "images.json").read_bytes() == kept
-    data = experiment.spec.data.model_copy(update={"test": str(tiny_data / "train.npz")})
-    experiment.spec = experiment.spec.model_copy(update={"data": data})
-    experiment.pin(images.train, images.train)
+def test_figures_of_other_images_are_not_pooled(done, tiny_data, tmp_path, call, monkeypatch) -> None:
+    """Images are what they are: copies in another place go on, and others in the same place are refused."""
+    data = shutil.copytree(tiny_data, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    given = ("compare", done.path, "-q")
+    code, _, err = call(*given, "--data", "copy/train.npz", "--test", "copy/test.npz")
+    assert code == 0, err
+    monkeypatch.chdir("/")
+    again = Experiment(done.path)
+    assert again.spec.data.train == str(data / "train.npz")
+    assert {s.state for s in again.statuses().values()} == {"done"}
+    kept = {path: path.read_bytes() for path in done.path.rglob("*.json")}
+    for what, other in (("train", "test"), ("test", "train")):
+        shutil.copy(tiny_data / f"{other}.npz", data / f"{what}.npz")
+        code, _, err = call(*given)
+        assert code == 2
+        assert f"the {what}" in err
+        assert "must not be pooled" in err
+        shutil.copy(tiny_data / f"{what}.npz", data)
+    assert {path: path.read_bytes() for path in done.path.rglob("*.json")} == kept
+
+
+def test_all_test_images_there_were_are_remembered(done, tiny_data) -> None:
+    """Other ones that are asked for are measured anew; none that changed since are taken for what they were."""
+    images = Images(done.spec)
+    other = done.spec.model_copy(update={"data": done.spec.data.model_copy(update={"test": "/other.npz"})})
+    again = Experiment.open_or_create(done.path, other)
+    again.pin(other, images.train, images.train)
+    assert "done" not in {s.state for s in again.statuses().values()}
+    done.pin(done.spec, images.train, images.test)
+    assert {s.state for s in done.statuses().values()} == {"done"}
+    for spec, changed in ((done.spec, images.train), (other, images.test)):
+        with pytest.raises(DataError, match="the test images in"):
+            done.pin(spec, images.train, changed)
+
+
+def test_a_finished_run_on_other_images_is_not_measured(done, tiny_data) -> None:
+    """Also where the experiment no longer knows which images it is of."""
+    data = done.spec.data.model_copy(update={"train": str(tiny_data / "test.npz")})
+    worker = Worker(done, Images(done.spec.model_copy(update={"data": data})), "cpu", lambda *said: None)
+    with pytest.raises(DataError, match="was trained on other images"):
+        worker.do(done.jobs[0])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import yaml
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.experiments.spec import load_spec, parse_spec, spec_names
+from dpsyngen.experiments.runner import Images
+from dpsyngen.experiments.spec import jobs_of, load_spec, parse_spec, spec_names
 
 SMALL = {"name": "x", "data": {"train": "digits", "test": "digits:test"}}
 
@@ -92,3 +95,29 @@ def test_a_list_is_no_specification(tmp_path) -> None:
     (tmp_path / "x.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="mapping"):
         load_spec(tmp_path / "x.yaml")
+
+
+def test_images_are_read_by_the_settings_of_a_run() -> None:
+    """All of the section "data", and with the images of a person that frames of DICOM files need."""
+    asked = {"label_column": "finding", "labels": "l.csv", "window": "40,400", "frames": "all", "fit": "pad"}
+    asked |= {"skip_bad": True, "records": 500}
+    settings = {"privacy": {"group_size": 4}}
+    spec = parse_spec({"name": "x", "data": {"train": "t", "test": "u", **asked}, "settings": settings})
+    config = jobs_of(spec)[0].config
+    assert (config.data.source, config.data.window, config.privacy.group_size) == ("t", (40, 400), 4)
+    assert {name: getattr(config.data, name) for name in asked} == asked | {"window": (40, 400)}
+    assert parse_spec(yaml.safe_load(spec.to_yaml())) == spec
+    with pytest.raises(ConfigError, match="the images are data"):
+        parse_spec({"name": "x", "data": {"train": "t", "test": "u", "source": "v"}})
+
+
+def test_test_images_are_read_as_the_training_images(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4096, (40, 8, 8), dtype=np.uint16)
+    for name in ("train", "test"):
+        np.savez(tmp_path / f"{name}.npz", images=pixels, kind=np.arange(40) % 2, batch=np.arange(40) % 3)
+    paths = {name: str(tmp_path / f"{name}.npz") for name in ("train", "test")}
+    asked = {"value_range": [0, 4095], "label_column": "kind"}
+    images = Images(parse_spec({"name": "x", "data": {**paths, **asked}}))
+    assert images.train.num_classes == images.test.num_classes == 2
+    assert images.train.fingerprint() == images.test.fingerprint()
+    assert images.train.array().max() > 200

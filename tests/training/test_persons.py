@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,10 +221,13 @@ def test_processes_must_agree_on_whose_the_images_are() -> None:
         chosen_images(config, replace(data, persons=None), Randomness.from_insecure_seed(0))
 
 
-def test_a_table_that_has_moved_is_given_when_a_run_is_resumed(call, photos, tmp_path) -> None:
+def test_tables_that_have_moved_are_given_when_a_run_is_resumed(call, photos, tmp_path) -> None:
     folder, table = photos
+    labels = tmp_path / "labels.csv"
+    rows = [f"{path.name},{path.parent.name}" for path in folder.rglob("*.png")]
+    labels.write_text("\n".join(["file_name,label", *rows]) + "\n")
     privacy = {"epsilon": 8, "most_per_person": 2, "delta": 1e-3, "groups": str(table)}
-    config = load_config(merged(TINY_SETTINGS, privacy=privacy, data={"source": str(folder)}))
+    config = load_config(merged(TINY_SETTINGS, privacy=privacy, data={"source": str(folder), "labels": str(labels)}))
     training = prepare(config, tmp_path / "r")
     steps = training.steps()
     next(steps)
@@ -233,6 +237,12 @@ def test_a_table_that_has_moved_is_given_when_a_run_is_resumed(call, photos, tmp
     code, _, err = call("train", "--resume", "--out", tmp_path / "r")
     assert code != 0
     assert "patients.csv" in err
-    code, _, err = call("train", "--resume", "--out", tmp_path / "r", "--groups", moved)
+    given = ("train", "--resume", "--out", tmp_path / "r", "--groups", moved, "--labels", tmp_path / "other.csv")
+    labels.write_text(labels.read_text().replace("label", "class"))
+    shutil.copy(labels, tmp_path / "other.csv")
+    code, _, err = call(*given, "--unconditional")
+    assert code == 2
+    labels.write_text("file_name,label\n")
+    code, _, err = call(*given)
     assert code == 0, err
     assert Run(tmp_path / "r").complete
