@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from dpsyngen.config import Config, load_config, with_options
 from dpsyngen.console import console_for
 from dpsyngen.data import ImageDataset
-from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, with_persons, with_whole_paths
+from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, with_persons
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.files import expanded
@@ -66,7 +66,6 @@ def prepare(
     require_new(Path(out))
     check_device(device, config.compute)
     dataset = _read(config, data, ranks, on_event)
-    config = config.model_copy(update={"data": with_whole_paths(config.data)})
     return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, finish))
 
 
@@ -84,18 +83,16 @@ def prepare_resume(
     """Go on with the interrupted run in `out`, by default with the images it was started with.
 
     Arguments are those of :func:`prepare`; device and number of processes may be others than before.  `tensorboard`,
-    `groups` and `labels` replace what the run's settings say about files for TensorBoard, and where the tables of
-    persons and of labels lie.
+    `groups` and `labels` replace settings of the run: whether it writes for TensorBoard, and where its tables lie.
     """
     check_device(device)
     run = Run(Path(out))
     require_unfinished(run)
     run.open_for_writing()  # before the images are read, which can take long
-    moved: dict[str, dict[str, Any]] = {"privacy": {"groups": groups}, "data": {"labels": labels}}
-    config = run.config
-    for section, paths in moved.items():
-        new = {name: str(expanded(path).resolve()) for name, path in paths.items() if path is not None}
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update=new)})
+    p = {} if groups is None else {"groups": str(expanded(groups).absolute())}
+    d = {} if labels is None else {"labels": str(expanded(labels).absolute())}
+    c = run.config
+    config = c.model_copy(update={"privacy": c.privacy.model_copy(update=p), "data": c.data.model_copy(update=d)})
     dataset = _read(config, data, ranks, on_event)
     return Training.resume(run, dataset, device, ranks, Hooks(on_event, finish), tensorboard)
 
@@ -446,9 +443,6 @@ class Generator(ReleasedGenerator):
             ReleaseError: there is no guarantee and `not_private` is false, or something is wrong with the release.
         """
         return save(self.place, path, not_private)
-
-
-# ------------------------------------------------------------------------------------- what a user holds
 
 
 def _named(images: Any) -> str | None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
+from dpsyngen.data.load import with_whole_paths
 from dpsyngen.diffusion.denoiser import Ema, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage
@@ -170,6 +171,7 @@ class Training:
         if config.logging.tensorboard:
             require_tensorboard()
         config = with_group_size(config, dataset)
+        config = config.model_copy(update={"data": with_whole_paths(config.data)})
         shape = shape_of(dataset, config)
         config = with_prior(with_batch(config, shape.records))
         plan = make_plan(config, shape)
