@@ -140,7 +140,6 @@ def play_step_game(
         summed: (module, loss, examples) -> the clipped sum, as ``PerExampleGradients(module, …).sum``.
         released: (sum, step) -> the noisy mean; called with another step number each time.
         clipping_norm, noise_multiplier, expected_examples: C, z and the constant divisor, as claimed; > 0.
-        copies: K, rows of each example.
         trials: with the canary, and as many without, at least.
         slots: games in one call.  1 makes no assumption on the noise of different coordinates; more is faster where a
             call is slow, and takes them to be independent, as is claimed.

@@ -68,11 +68,9 @@ def audit_run(
     """Audit a finished run.  No private image is touched, so it costs no privacy; the results are private all the same.
 
     Args:
-        run: a finished run.
         effort: FULL (about two minutes on two cores for small networks) or QUICK (20 seconds).
         confidence: a correct installation passes all tests together with this probability, at least; each lower bound
             on ε holds with it, too.  From 0.95 to below 1.
-        on_progress: called with a line about what is being done.
 
     Returns:
         the report, which is also in ``private/audit/audit.json``.

@@ -209,9 +209,7 @@ CONTRADICTED = 4
 def audit(
     run: RunArgument,
     quick: Annotated[bool, typer.Option("--quick", help="20 seconds instead of some two minutes")] = False,
-    confidence: Annotated[
-        float, typer.Option(help="with which a correct installation passes, and lower bounds on ε hold")
-    ] = 0.999,
+    confidence: Annotated[float, typer.Option(help="that sound code passes, and of lower bounds")] = 0.999,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,

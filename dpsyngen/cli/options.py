@@ -31,6 +31,7 @@ def _device(value: str) -> str:
 
 _DEVICES = "auto (a GPU where there is one), cpu, cuda, cuda:1, …"
 Device = Annotated[str, typer.Option(help=_DEVICES, callback=_device)]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.NAME=VALUE", help="any other setting")]
 AskedDevice = Annotated[str, typer.Option("--device", help=_DEVICES)]
 """As it was asked for: "auto" stays."""
 

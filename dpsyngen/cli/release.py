@@ -192,12 +192,8 @@ def release(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE.zip", help="file to make")],
     samples: Annotated[int, typer.Option(help="generated images to put in; costs no privacy")] = 0,
     seed: Annotated[int | None, typer.Option(help="public seed of the samples; default: a random one")] = None,
-    sign: Annotated[
-        Path | None, typer.Option(metavar="KEY", help="sign with this private key, from `dpsyngen key`")
-    ] = None,
-    not_private: Annotated[
-        bool, typer.Option("--not-private", help="pack a run without a guarantee all the same, stamped as such")
-    ] = False,
+    sign: Annotated[Path | None, typer.Option(metavar="KEY", help="key, from `dpsyngen key`")] = None,
+    not_private: Annotated[bool, typer.Option("--not-private", help="pack it without a guarantee")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -21,10 +21,7 @@ def sample(
     run: Source,
     out: Annotated[Path, typer.Option(help="folder for PNGs and metadata.csv, or a .npz or .parquet file")],
     count: Annotated[int, typer.Option("-n", "--count", help="number of images")] = 1000,
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(help="comma-separated names or numbers, or once for each; default: all, balanced"),
-    ] = None,
+    classes: Annotated[list[str] | None, typer.Option(help="comma-separated; default: all")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")] = None,
     steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")] = None,
@@ -70,14 +67,10 @@ def sample(
 
 
 def export(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="a run directory, a copy of its release folder, or a bundle (.zip)")
-    ],
+    run: Source,
     out: Annotated[Path, typer.Option(help="folder to make")],
     format: Annotated[str, typer.Option(help="diffusers")] = "diffusers",
-    not_private: Annotated[
-        bool, typer.Option("--not-private", help="export a generator without a guarantee all the same, stamped as such")
-    ] = False,
+    not_private: Annotated[bool, typer.Option("--not-private", help="export it without a guarantee")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

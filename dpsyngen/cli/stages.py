@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen.cli.options import AsJson, Device, Quiet, assignments, epsilon_of
+from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of
 from dpsyngen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,28 +21,18 @@ if TYPE_CHECKING:
 
 def stages(
     out: Annotated[Path, typer.Option(help="folder of the results; the same call again goes on after an interruption")],
-    programs: Annotated[
-        str, typer.Option(help="names, or YAML files of name and params, comma-separated; the first is to train with")
-    ],
-    proxy: Annotated[
-        str | None, typer.Option(help="images that are PUBLIC and resemble the private ones: as --data of train")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="the private images, for an estimate that costs --epsilon of --budget")
-    ] = None,
+    programs: Annotated[str, typer.Option(help="names or YAML files; the first is to train with")],
+    proxy: Annotated[str | None, typer.Option(help="images that are PUBLIC and resemble the private ones")] = None,
+    data: Annotated[str | None, typer.Option(help="the private images, for an estimate that costs --epsilon")] = None,
     epsilon: Annotated[str | None, typer.Option(help="ε of that estimate")] = None,
     delta: Annotated[float | None, typer.Option(help="δ; default: the largest power of ten below 1/n")] = None,
     budget: Annotated[Path | None, typer.Option(help="budget file of these images; see `dpsyngen budget`")] = None,
-    sampling_rate: Annotated[
-        float, typer.Option(help="share of the private images that are used, Poisson-sampled; less is faster")
-    ] = 1.0,
+    sampling_rate: Annotated[float, typer.Option(help="share of private images used")] = 1.0,
     records: Annotated[int | None, typer.Option(help="declared number of private images; default: as found")] = None,
     group_size: Annotated[int | None, typer.Option(help="images of one person at most")] = None,
     groups: Annotated[Path | None, typer.Option(help="table of file names and persons; as for train")] = None,
     most_per_person: Annotated[int | None, typer.Option(help="images of each person to use; as for train")] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="named settings; default gpu where there is one, else cpu-small")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help="named settings; default: gpu on a GPU, else cpu-small")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
     network: Annotated[str | None, typer.Option(help="size: nano, tiny, small, base, large, huge")] = None,
     steps: Annotated[int | None, typer.Option(help="training steps of each network")] = None,
@@ -53,15 +43,9 @@ def stages(
     tolerance: Annotated[float, typer.Option(help="relative gap that a stage of programs may have")] = 0.05,
     method: Annotated[str, typer.Option(help="of the thresholds: tolerance or loss")] = "tolerance",
     spacing: Annotated[float, typer.Option(help="of the noise levels, in log σ")] = 0.5,
-    networks: Annotated[
-        Path | None, typer.Option(help="folder of trained networks, shared by several calls; default: in --out")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.NAME=VALUE", help="any other setting")
-    ] = None,
-    insecure_seed: Annotated[
-        int | None, typer.Option(help="reproducible noise, for tests: stamps the estimate NOT PRIVATE")
-    ] = None,
+    networks: Annotated[Path | None, typer.Option(help="folder of networks; default: in --out")] = None,
+    settings: Settings = None,
+    insecure_seed: Annotated[int | None, typer.Option(help="reproducible noise: NOT PRIVATE")] = None,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.cli import checks as cli_checks
-from dpsyngen.cli.options import AsJson, Device, Quiet, assignments, epsilon_of
+from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of
 from dpsyngen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,32 +71,20 @@ def train_prior(
 
 def train(
     out: Annotated[Path, typer.Option(help="run directory to make (or, with --resume, to continue)")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="folder (class sub-folders are labels), Parquet, WebDataset, .npz, .npy, IDX, a named set: digits, …"
-        ),
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="folder, Parquet, tar, .npz, .npy, IDX, or a named set")] = None,
     epsilon: Annotated[str | None, typer.Option(help="ε, the privacy budget; inf trains without privacy")] = None,
     delta: Annotated[float | None, typer.Option(help="δ; default: the largest power of ten below 1/n")] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="named settings; default: gpu where there is one, else cpu-small")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help="named settings; default: gpu on a GPU, else cpu-small")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
     variant: Annotated[
         str | None,
         typer.Option(help="dpdm, finetune, cleaning, coarse, both, gaussian, instant, residual or residual-cleaning"),
     ] = None,
-    instant: Annotated[
-        bool,
-        typer.Option("--instant", help="DP moments and the prior from programs, no DP-SGD: seconds (variant instant)"),
-    ] = False,
+    instant: Annotated[bool, typer.Option("--instant", help="variant instant: seconds")] = False,
     tau_cleaning: Annotated[float | None, typer.Option(help="log σ below which programs train")] = None,
     tau_coarse: Annotated[float | None, typer.Option(help="log σ above which programs or DP moments answer")] = None,
     networks: Annotated[str | None, typer.Option(help="experts (one a stage) or shared")] = None,
-    pretrain: Annotated[
-        bool | None, typer.Option("--pretrain/--no-pretrain", help="start from programmatic images")
-    ] = None,
+    pretrain: Annotated[bool | None, typer.Option(help="start from programmatic images")] = None,
     network: Annotated[str | None, typer.Option(help="size: nano, tiny, small, base, large, huge")] = None,
     program: Annotated[str | None, typer.Option(help="programmatic images; see `dpsyngen programs list`")] = None,
     public_steps: Annotated[int | None, typer.Option(help="steps on programs for each public network")] = None,
@@ -107,27 +95,16 @@ def train(
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr")] = None,
     physical_batch: Annotated[int | None, typer.Option(help="images in memory at a time; default: what fits")] = None,
     resolution: Annotated[int | None, typer.Option(help="pixels to which images are resized")] = None,
-    fit: Annotated[
-        str | None, typer.Option(help="of images that are not square: crop (default), or pad in black")
-    ] = None,
+    fit: Annotated[str | None, typer.Option(help="of images that are not square: crop (default) or pad")] = None,
     value_range: Annotated[
         str | None,
         typer.Option(metavar="LOW,HIGH", help="values of black and white where files do not say: 0,4095; public"),
     ] = None,
-    window: Annotated[
-        str | None, typer.Option(metavar="CENTRE,WIDTH", help="of DICOM; default: what each file says; public")
-    ] = None,
-    frames: Annotated[
-        str | None, typer.Option(help="of DICOM files of several: first, or all, which needs --group-size")
-    ] = None,
+    window: Annotated[str | None, typer.Option(metavar="CENTRE,WIDTH", help="of DICOM; default: the file's")] = None,
+    frames: Annotated[str | None, typer.Option(help="of DICOM: first, or all, which needs --group-size")] = None,
     channels: Annotated[str | None, typer.Option(help="auto, grey or rgb")] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="table (CSV, JSON Lines) of image files and their labels"),
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="column (of Parquet too), key or array of the labels; default: a usual name")
-    ] = None,
+    labels: Annotated[str | None, typer.Option(metavar="FILE", help="table of image files and their labels")] = None,
+    label_column: Annotated[str | None, typer.Option(help="column or key of labels; default: a usual name")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="ignore classes")] = False,
     records: Annotated[int | None, typer.Option(help="declared number of images, public; default: as found")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out unreadable images")] = False,
@@ -140,15 +117,9 @@ def train(
     most_per_person: Annotated[
         int | None, typer.Option(help="with --groups: use this many images of each person at most, chosen at random")
     ] = None,
-    budget: Annotated[
-        Path | None, typer.Option(help="budget file of these images, charged by all runs; see `dpsyngen budget`")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.NAME=VALUE", help="any other setting")
-    ] = None,
-    insecure_seed: Annotated[
-        int | None, typer.Option(help="reproducible noise, for tests: stamps the run NOT PRIVATE")
-    ] = None,
+    budget: Annotated[Path | None, typer.Option(help="file charged by all runs on these images")] = None,
+    settings: Settings = None,
+    insecure_seed: Annotated[int | None, typer.Option(help="reproducible noise: NOT PRIVATE")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run")] = False,
     tensorboard: Annotated[
         bool | None,

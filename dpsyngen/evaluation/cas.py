@@ -164,12 +164,9 @@ def classification_accuracy(
     Args:
         train_images, train_labels: generated, uint8 [N, C, H, W], and their classes [N].
         test_images, test_labels: real, uint8 [M, C, H, W], and their classes [M].
-        num_classes: number of classes.
         classifiers: names among "logreg", "mlp", "cnn", "resnet".
         seed: of the split, the initial weights and the order of images.
         epochs: passes over the training part for the networks; None: :func:`default_epochs`.
-        device: where to compute.
-        on_progress: called with a line for each classifier.
 
     Raises:
         ConfigError: unknown classifier, shapes that differ, labels out of range, or too few images or classes.

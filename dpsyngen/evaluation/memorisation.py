@@ -211,8 +211,6 @@ def neighbour_pairs(
 ) -> dict[str, Any]:
     """Put generated images, most suspicious ones and some at random, beside their nearest real ones.  **Private.**
 
-    The sets are those of the check; `count` images in each group.
-
     Returns:
         JSON-able: ``unit`` of the distances, and ``groups`` of ``title`` and ``pairs``; images are ``data:`` URLs.
     """

@@ -97,15 +97,10 @@ def dp_classifier_reference(
     them and is as private as they are.
 
     Args:
-        train: private training images with classes.
-        test: real test images with classes.
-        epsilon: ε > 0, finite.
-        delta: δ in (0, 1).
+        epsilon, delta: ε > 0, finite, and δ in (0, 1).
         seed: None: noise from the operating system's entropy.  A number: the same result each time, and NOT PRIVATE.
-        device: where to compute.
         ledger: a file that does not exist yet, to keep the ledger in.  None: a temporary one, so that whoever adds up
             what was spent on these images has to take it from the result.
-        on_progress: called with a line now and then.
         given: ``steps``, ``batch``, ``learning_rate`` and ``clipping_norm`` where :func:`settings_by_rule` is not
             followed.
 

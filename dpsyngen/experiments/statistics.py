@@ -40,11 +40,9 @@ class Comparison:
     """The difference of the means of two variants, first - second.
 
     Attributes:
-        n_first, n_second: numbers of seeds.
         low, high, p: 95 % confidence interval (Welch) and two-sided p of this comparison alone; None without a test.
         p_corrected: by Holm, for all comparisons of the family.
         family: number of comparisons in the family.
-        better: which direction is better.
     """
 
     first: str

@@ -169,13 +169,7 @@ def load_gaussian(release: Path, about: GeneratorDescription, device: str) -> Ga
 def load_network(
     release: Path, about: GeneratorDescription, name: str, gaussian: GaussianDenoiser | None, device: str
 ) -> NetworkDenoiser:
-    """The denoiser of the network `name` of a release.
-
-    Args:
-        release, about: the folder and its description.
-        name: one of its networks.
-        gaussian: the denoiser that it is a residual of; None: it stands alone.
-        device: where to compute.
+    """The denoiser of the network `name` of a release, a residual on `gaussian` if that is given.
 
     Raises:
         RunError: the weights are missing, damaged, or not those of this network.

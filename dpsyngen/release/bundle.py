@@ -78,13 +78,11 @@ def pack(
     """Write the bundle of a finished run.  A report page is in it if the release folder has one.
 
     Args:
-        run: a finished run.
         out: a ``.zip`` that does not exist yet; it appears whole or not at all.
         samples: number of generated images to put in, which costs no privacy.
         seed: public seed of the images; None: a random one, written down.
         key: private key to sign with, see :mod:`dpsyngen.release.signing`.
         not_private: pack a run that carries no guarantee; its bundle says so and does not verify.
-        on_progress: called with the number of images drawn.
 
     Raises:
         ConfigError, RunError: before anything is written.

@@ -50,11 +50,8 @@ def find(path: PathLike) -> Place:
 def save(place: Place, out: PathLike, not_private: bool = False) -> Path:
     """Copy the releasable files of a generator, and nothing else; returns where.
 
-    Args:
-        place: where it is.
-        out: a ``.zip``: the release bundle, made from a run directory or copied from a bundle.  Anything else: a
-            folder, which must not exist or be empty.  It appears whole or not at all.
-        not_private: save a generator without a guarantee all the same.
+    `out` is a ``.zip``, the release bundle, made from a run directory or copied from a bundle; or else a folder, which
+    must not exist or be empty.  It appears whole or not at all.
 
     Raises:
         ConfigError, RunError: there is something at `out`, or a bundle cannot be made from what is at hand.
@@ -98,10 +95,7 @@ def export_release(release: Path, out: Path, *, not_private: bool = False) -> Ex
 
     It holds the code that diffusers loads it with, also where `release` is of an earlier version and lacks that.
 
-    Args:
-        release: the ``release`` folder of a run, or a copy of it.  It may come from a stranger: nothing in it is run.
-        out: must not exist (or be an empty folder).
-        not_private: export a generator without a guarantee all the same, stamped as such.
+    `release` may come from a stranger: nothing in it is run.
 
     Raises:
         ConfigError, RunError: before anything is written.

@@ -61,11 +61,7 @@ def new_axes(width: float, height: float, size: float = 8.5) -> Iterator[tuple[A
 def inline(figure: Any, name: str, alt: str, css_class: str = "") -> Markup:
     """The figure as SVG that can stand in a page beside others: the same figure gives the same text.
 
-    Args:
-        figure: of :func:`new_axes`.
-        name: letters and digits, unique in the page.
-        alt: what it shows, in words and numbers.
-        css_class: besides "chart".
+    `name`, of letters and digits, is unique in the page; `alt` says what it shows, in words and numbers.
     """
     import matplotlib
 
@@ -98,7 +94,6 @@ def line_chart(lines: Mapping[str, Points], title: str, tone: str, *, percent: b
 
     Args:
         lines: (step, y) of each by name, steps ascending, all finite.
-        title: of the chart, for its label.
         tone: "public" or "private".
         percent: values are shares, shown as 0 to 100 %.
     """

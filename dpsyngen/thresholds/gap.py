@@ -75,13 +75,10 @@ def measure(
     An image has one noise n, scaled to every σ: the curves over log σ come out smooth with few images.
 
     Args:
-        denoisers: by name; asked without labels.
+        denoisers: by name; asked without labels.  The answers of `pairs` of them are compared.
         images: x₀, [N, C, H, W] in [-1, 1], N > 0, on the device of the denoisers.
-        log_sigma: M levels.
-        pairs: of names, whose answers are compared.
         noise: n of a slice of the images, on the CPU.
         block: images at a time; `workers` share the blocks.
-        on_progress: called now and then with the number of images that are done.
     """
     pairs = list(dict.fromkeys(pairs))
 

@@ -78,12 +78,8 @@ class GapQuery:
 class PrivateGap:
     """Computes what images contribute, and releases their noisy mean.
 
-    Args:
-        networks: D_a, the teacher, and D_b, the student, by name; trained on public images only.
-        log_sigma: M levels.
-        sigma_data: σ_d of the weight λ(σ).
-        randomness: the secret streams; their key decides the blur of every image, the sampling and the noise.
-        workers: share the images.
+    `networks` are D_a, the teacher, and D_b, the student, by name, trained on public images only; `sigma_data` is σ_d
+    of the weight λ(σ).  The key of `randomness` decides the blur of every image, the sampling and the noise.
     """
 
     def __init__(
@@ -174,19 +170,8 @@ def public_clipping_norm(vectors: list[Tensor], share: float = 0.9) -> float:
 class PrivateEstimate:
     """The private half of a folder of ``dpsyngen stages``.
 
-    Making it calibrates the noise and checks everything, the budget too; nothing is written or spent.
-
-    Args:
-        folder: the command's output folder.
-        config: its sections ``privacy``, ``data`` and ``network``.
-        dataset: the private images.
-        sampling_rate: q in (0, 1].
-
-    Attributes:
-        privacy: what it may cost.
-        delta: δ.
-        query: the constants, but for the clipping norm, which public images decide later.
-        budget: the budget file; None only with a reproducible seed.
+    Making it calibrates the noise and checks everything, the budget too; nothing is written or spent.  Of the clipping
+    norm in its `query` public images decide later; `budget` is None only with a reproducible seed.
 
     Raises:
         ConfigError, BudgetExceeded, LedgerError: see their messages.
@@ -239,12 +224,7 @@ class PrivateEstimate:
     ) -> tuple[GapCurve, dict[str, Any]]:
         """Charge and run the query, or read what it gave before; the caller has locked the folder.
 
-        Args:
-            networks, log_sigma: see :class:`PrivateGap`.
-            clipping_norm: C, chosen by public images.
-            name: what the budget file calls this estimate.
-            workers: share the images.
-            on_progress: called with the number of images that are done, and of all.
+        `clipping_norm` is C, chosen by public images, and `name` what the budget file calls this estimate.
 
         Returns:
             the curve, and what was spent and how.

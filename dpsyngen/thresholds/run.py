@@ -67,11 +67,8 @@ class Stages:
 
     Args:
         folder: of the results: absent, empty, or of the same call that was interrupted.
-        config: network and public training; with private images also ``data`` and ``privacy``.
-        options: what to measure.
         data: the private images, for a DP estimate; None: none are looked at.
         given: settings that ``stages.yaml`` keeps, besides what is found.
-        device: where to compute.
 
     Raises:
         ConfigError, DataError, RunError, BudgetExceeded: before anything is written or spent.
