@@ -115,7 +115,9 @@ def read_label_table(path: Path, column: str | None, *, needed: bool, named: boo
         if name in labels and labels[name] != value:
             raise DataError(f"{where}: {printable(name)!r} is there twice, with different labels. Keep one.")
         labels[name] = value
-    return LabelTable(where, chosen, labels, tuple(name for name in others if name != chosen))
+    # The second is what `dpsyngen sample` writes beside the number of a class.
+    unused = [name for name in others if name != chosen and others != ["label", "class_name"]]
+    return LabelTable(where, chosen, labels, tuple(unused))
 
 
 def read_persons(path: Path, files: Sequence[str]) -> list[str]:

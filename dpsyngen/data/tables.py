@@ -306,7 +306,8 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
     def files() -> list[str]:
         return _paths_of(paths, columns.image, [place[1:] for place in places])
 
-    told = ignored(where, columns.unused, "columns")
+    # A sole "index" is what `dpsyngen programs save` writes.
+    told = ignored(where, () if columns.unused == ("index",) else columns.unused, "columns")
     return Source(where, jobs, index, names, name, tuple(bad), columns.class_names is None, ignored=told, files=files)
 
 

@@ -57,7 +57,8 @@ def certify(
     ]
     unit, moved = ("one image", "one record") if g == 1 else (f"up to {g} images together", f"up to {g} records")
     if by_person := config.privacy.most_per_person is not None:
-        unit, moved = "one person, with all of their images", f"all images of a person, of which at most {g} are used"
+        used = "at most 1 is" if g == 1 else f"at most {g} are"
+        unit, moved = "one person, with all of their images", f"all images of a person, of which {used} used"
     return Certificate(
         dpsyngen=__version__,
         preset=config.preset,

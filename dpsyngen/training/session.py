@@ -136,9 +136,11 @@ class Session:
         """The :func:`chosen_images`.  How it is known how many images a person has is written down, which is public."""
         p, noted = config.privacy, any("people" in e.details for e in self.ledger.entries)
         if dataset.persons is not None and not noted:
-            what = f"declared: at most {p.group_size} images a person, checked against"
-            if p.most_per_person is not None:
-                what = f"at most {p.most_per_person} images of each person were used, chosen at random first of all, by"
+            most = "1 image" if p.group_size == 1 else f"{p.group_size} images"
+            what = f"declared: at most {most} a person, checked against"
+            if p.most_per_person is not None:  # which is the group size then
+                were = "was" if p.group_size == 1 else "were"
+                what = f"at most {most} of each person {were} used, chosen at random first of all, by"
             people = f"{what} the holder's table of whose image is whose"
             self.ledger.note_public_choice("how many images a person has at most", people=people)
         return chosen_images(config, dataset, self.randomness)

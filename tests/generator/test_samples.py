@@ -36,7 +36,7 @@ def test_folder(tmp_path) -> None:
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert about == {"seed": 5, "class_names": ["cat", "dog", "emu"]}
     back = load_images(tmp_path / "out")
-    assert back.class_names == ("cat", "dog", "emu")
+    assert (back.class_names, back.ignored) == (("cat", "dog", "emu"), ())
     assert {x.tobytes() for x in back.images} == {x.tobytes() for x in IMAGES}
 
 

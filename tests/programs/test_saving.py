@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.programs import Program, make_program
 from dpsyngen.programs.saving import FORMATS, save_images
@@ -75,6 +76,7 @@ def test_every_format_holds_the_images(layout: str, channels: int, tmp_path: Pat
 def test_workers_write_the_same_bytes(tmp_path: Path) -> None:
     for name, workers in (("one", 1), ("two", 2)):
         save_images(program(), tmp_path / name, 40, format="parquet", shard_size=9, workers=workers)
+        assert load_images(tmp_path / name).ignored == ()
     one, two = (
         {f.relative_to(tmp_path / n): f.read_bytes() for f in (tmp_path / n).rglob("*") if f.is_file()}
         for n in ("one", "two")

@@ -192,7 +192,8 @@ def test_fit_takes_a_person_for_each_image(tmp_path) -> None:
     groups = np.array([whose(i) for i in range(COUNT)])
     g = Generator.fit(images, labels, groups=groups, most_per_person=1, out=tmp_path / "a", **options)
     assert g.privacy.group_size == 1
-    assert "at most 1 images of each person" in str(g.privacy.certificate.people)
+    assert "at most 1 image of each person was used" in str(g.privacy.certificate.people)
+    assert "of which at most 1 is used" in g.privacy.certificate.adjacency
     with pytest.raises(ConfigError, match="was not said"):
         Generator.fit(images, labels, groups=groups, out=tmp_path / "b", **options)
     with pytest.raises(ConfigError, match="whose image each is"):
