@@ -88,3 +88,17 @@ def test_what_an_encoding_lacks_is_escaped_and_json_is_utf8(as_json, monkeypatch
     console_module.speak_any_language(as_json)
     Console(as_json=as_json).result({"ε": "é"}, ["ε is é"])
     assert written.getvalue() == ('{"ε": "é"}\n'.encode() if as_json else b"\\u03b5 is \xe9\n")
+
+
+def test_markdown_is_drawn_on_a_terminal_and_plain_elsewhere(monkeypatch, capsys) -> None:
+    text = "### A\\_b\n\n| variant | ε = 1 |\n|---|---:|\n| Both | **3.1** |\n"
+    Console().markdown(text)
+    assert "| Both | **3.1** |" in capsys.readouterr().out
+    Console(as_json=True).markdown(text)
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(console_module, "is_terminal", lambda stream: stream is sys.stdout)
+    Console().markdown(text)
+    drawn = capsys.readouterr().out
+    assert "A_b" in drawn
+    assert "Both" in drawn
+    assert "|" not in drawn

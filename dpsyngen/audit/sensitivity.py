@@ -40,11 +40,8 @@ Summed = Callable[[Sequence[int]], list[Tensor]]
 def check_sensitivity(summed: Summed, examples: int, clipping_norm: float, already_clipped: float = 0.5) -> Finding:
     """Take each example away from all, add it a second time, and look at it alone: the sum may move by C at most.
 
-    Args:
-        summed: the sum over given examples, as training computes it, in units of the gradient.
-        examples: B >= 2; a good part of them with gradients far above C, or the check has nothing to find.
-        clipping_norm: C as claimed.
-        already_clipped: the share of C that the largest move must reach for the check to show anything.
+    Of the `examples`, B >= 2, a good part must have gradients far above C, or the check has nothing to find:
+    `already_clipped` is the share of C that the largest move must reach for it to show anything.
     """
     everyone = list(range(examples))
     whole = _flat(summed(everyone))

@@ -94,9 +94,7 @@ class GridSpec(_Part):
 
     variant: tuple[VariantName, ...] = PUBLISHED
     epsilon: tuple[float, ...] = Field((1.0, 10.0), description="ε of a run; inf trains without privacy")
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
-        (0, 1, 2), description="of the network, the programs, the sampling"
-    )
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), description="of the network, the programs, the sampling")
     axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict, description="settings by full name, all combined")
     cases: tuple[Case, ...] = Field((Case(),), description="named combinations, each with all axes")
     # Settings, by full name, of the runs of one variant; axes and cases go first.

@@ -90,11 +90,8 @@ def asked_for(
 ) -> tuple[int, NDArray[np.int64] | None]:
     """The number of images and their labels, from what :meth:`dpsyngen.Generator.sample` was given.
 
-    Args:
-        count: how many; None: as many as there are labels.
-        labels: an array or list of names or numbers, or one for all images.
-        classes: in turn, where there are no labels.
-        names: of all classes.
+    `count` None means as many as there are labels: an array or list of names or numbers, or one for all images.  Where
+    there are none, `classes` are taken in turn.
 
     Raises:
         ConfigError: the number is missing, or labels, classes and number do not fit together.

@@ -105,9 +105,9 @@ def trajectory_table(generator: ReleasedGenerator) -> dict[str, Any]:
     """The images with which the class rows of the report begin, at nine steps that are even in log σ.
 
     Returns:
-        ``sigmas``: a text for each column; ``trainers``: of each column; ``stages``: name, trainer and number of
-        columns of each run of columns that one stage owns; ``noisy``: pictures of x, what the sampler had, for the
-        first image; ``rows``: for each image its name, pictures of D(x; σ), what was expected of it, and the image.
+        ``sigmas`` and ``trainers`` of each column; ``stages``: name, trainer and number of columns of each run of
+        columns that one stage owns; ``noisy``: pictures of x, what the sampler had, for the first image; ``rows``: for
+        each image its name, pictures of D(x; σ), what was expected of it, and the image.
     """
     count = min(6, len(generator.class_names)) or 4
     found = generator.trajectory(count, 9, seed=SEED)
