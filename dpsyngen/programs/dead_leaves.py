@@ -30,14 +30,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import (
-    Program,
-    as_choice,
-    as_integer,
-    as_number,
-    colour_param,
-    param,
-)
+from dpsyngen.programs.base import Program, as_choice, as_integer, as_number, colour_param, param
 from dpsyngen.programs.drawing import Images, Words
 from dpsyngen.programs.drawing.colours import GREY, LAWS
 from dpsyngen.programs.drawing.counter_rng import cumulative

@@ -15,15 +15,7 @@ import numpy as np
 from dpsyngen.programs.base import Program, as_flag, as_number, as_range, colour_param, param
 from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import unit32, words32
-from dpsyngen.programs.drawing.fields import (
-    COLOURED,
-    COLOURS,
-    ROTATION,
-    inverse_2d,
-    paint_fields,
-    power_of_two,
-    roots,
-)
+from dpsyngen.programs.drawing.fields import COLOURED, COLOURS, ROTATION, inverse_2d, paint_fields, power_of_two, roots
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, normal_pair, power
 from dpsyngen.programs.registry import register
 

@@ -38,14 +38,7 @@ class ProgramDataset(Dataset[Any]):
     `values` are "float" for float32 from −1 to 1, or "uint8" for 0 to 255.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        length: int,
-        *,
-        start: int = 0,
-        values: Values = "float",
-    ) -> None:
+    def __init__(self, program: Program, length: int, *, start: int = 0, values: Values = "float") -> None:
         self.program = program
         self.start = as_integer("start", start, 0, MAX_INDEX)
         self.length = as_integer("length", length, 1, MAX_INDEX - self.start + 1)

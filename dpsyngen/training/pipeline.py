@@ -44,14 +44,7 @@ from dpsyngen.training.log import (
     timed,
 )
 from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, estimate_moments, load_gaussian, uncharged
-from dpsyngen.training.networks import (
-    fitting_batch,
-    load_weights,
-    make_denoiser,
-    make_network,
-    prior_of,
-    with_prior,
-)
+from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, prior_of, with_prior
 from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of, with_all_settings
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import PRETRAIN, PUBLIC_INDEX, PublicStep, levels_of, public_step, train_public

@@ -323,11 +323,7 @@ def epsilon_so_far(ledger: Ledger, dp: DpSgd, step: int) -> float:
 
 
 def train_private(
-    phase: str,
-    state: TrainState,
-    take: PrivateStep,
-    ledger: Ledger,
-    public: list[PublicStep] | None = None,
+    phase: str, state: TrainState, take: PrivateStep, ledger: Ledger, public: list[PublicStep] | None = None
 ) -> Iterator[Step]:
     """Go on from ``state.step`` to the end of the private phase, yielding after each step; `ledger` is charged before.
 
