@@ -127,14 +127,6 @@ def tf32(allowed: bool) -> Iterator[None]:
             _put(before)
 
 
-def tf32_allowed() -> tuple[bool, bool]:
-    """Whether (matrix products, convolutions) of fp32 tensors may use TF32 now."""
-    now = _read()
-    if "matmul" in now:
-        return now["matmul"] != "highest", bool(now["cudnn"])
-    return now["each"].get("cuda.matmul") == "tf32", now["each"].get("cudnn.conv") == "tf32"
-
-
 _modes = threading.Lock()
 _inside = 0  # calls of ours, in all threads
 _callers: tuple[torch.dtype, int, TextIO | None]  # modes of the process before the first of them

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -313,32 +312,25 @@ def send(array: NDArray[Any], device: str | torch.device, dtype: torch.dtype | N
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is, in words, versions (None: PyTorch is built without) and bytes."""
+    """What there is, in words, versions and bytes."""
 
     system: str
     processor: str
     python: str
     dpsyngen: str
     torch: str
-    cuda: str | None
-    cudnn: str | None
-    nccl: str | None
     cores: int  # that this process may use
     threads: int  # that PyTorch uses
     memory: int  # the limit of a container counted in
     available: int
-    disk: int  # free in the working directory
     facts: Facts
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """(what, how much) for people."""
         yield "system", f"{self.system}, Python {self.python}, dpsyngen {self.dpsyngen}"
-        versions = (("CUDA", self.cuda), ("cuDNN", self.cudnn), ("NCCL", self.nccl))
-        built = " and ".join(f"{name} {version}" for name, version in versions if version)
-        yield "PyTorch", f"{self.torch}, {f'with {built}' if built else 'for CPUs only'}"
+        yield "PyTorch", f"{self.torch}, {'for CPUs only' if self.facts.built_for == 'cpu' else self.facts.built_for}"
         yield "processor", f"{self.processor}, {self.cores} cores, {self.threads} threads"
         yield "memory", f"{_gib(self.memory)}, {_gib(self.available)} of it available"
-        yield "disk", f"{_gib(self.disk)} free in the working directory"
         for i, gpu in enumerate(self.facts.gpus):
             yield f"GPU {i}", f"{gpu.name}, {gpu.architecture}, {_gib(gpu.memory)}"
         if not self.facts.gpus:
@@ -347,9 +339,6 @@ class Machine:
 
 def look() -> Machine:
     """The machine that this process runs on."""
-    cudnn, nccl = (torch.backends.cudnn.version() or 0) if torch.version.cuda else 0, None
-    with contextlib.suppress(AttributeError, RuntimeError, OSError, ImportError):  # built without
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
     memory, available = (int(next(_proc("/proc/meminfo", n)).split()[0]) * 1024 for n in ("MemTotal", "MemAvailable"))
     with contextlib.suppress(OSError, ValueError):  # of a container (cgroup v2); "max" is no number: no limit
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
@@ -361,14 +350,10 @@ def look() -> Machine:
         python=platform.python_version(),
         dpsyngen=__version__,
         torch=torch.__version__,
-        cuda=torch.version.cuda,
-        cudnn=f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}" if cudnn else None,
-        nccl=nccl,
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         memory=memory,
         available=available,
-        disk=shutil.disk_usage(Path.cwd()).free,
         facts=find(),
     )
 
@@ -376,7 +361,7 @@ def look() -> Machine:
 def advice(machine: Machine) -> Iterator[str]:
     """What would make this machine faster, or keep a run from failing; a sentence each."""
     gpus = len(machine.facts.gpus)
-    if not gpus and _nvidia_driver():
+    if not gpus and Path("/proc/driver/nvidia/version").exists():
         if machine.facts.built_for == "cpu":
             why = "is built for CPUs only: install one for CUDA (pytorch.org has the command for your driver)."
         else:
@@ -392,20 +377,12 @@ def advice(machine: Machine) -> Iterator[str]:
     if machine.threads < machine.cores:
         limit = os.environ.get("OMP_NUM_THREADS", "not set")
         yield f"PyTorch uses {machine.threads} of {machine.cores} cores: OMP_NUM_THREADS is {limit}."
-    if machine.threads > machine.cores:
-        yield f"PyTorch's {machine.threads} threads wait for each other: set OMP_NUM_THREADS={machine.cores}."
     if machine.available < 4 * 2**30:
         yield f"Only {_gib(machine.available)} of memory are available: end other programs, or give --physical-batch."
-    if machine.disk < 5 * 2**30:  # a run takes some hundred MB; feature caches and samples take more
-        yield f"Only {_gib(machine.disk)} are free in the working directory: give --out a folder on another disk."
 
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
-
-
-def _nvidia_driver() -> bool:
-    return Path("/proc/driver/nvidia/version").exists()
 
 
 def _proc(file: str, name: str) -> Iterator[str]:

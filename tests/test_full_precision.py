@@ -19,8 +19,8 @@ from dpsyngen.full_precision import (
     in_full_precision,
     ordinary_modes,
     tf32,
-    tf32_allowed,
 )
+from tests.tf32 import tf32_allowed
 
 
 @pytest.fixture(autouse=True)

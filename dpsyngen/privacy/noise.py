@@ -22,7 +22,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,18 +37,6 @@ from dpsyngen.workers import summed_gradients
 _SUMMED = 4  # Gaussians in a sample, each of which hides the others
 _CHUNK = 1 << 15  # samples at a time: the temporary arrays stay within the cache
 _UNIT = 2.0**-53
-
-
-class StepMechanism(Protocol):
-    """Sums the clipped gradients of a step and releases the sum."""
-
-    def sum(
-        self, engine: PerExampleGradients, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32
-    ) -> ClippedGradient:
-        """The sum over examples of their clipped gradients; arguments as of :meth:`PerExampleGradients.sum`."""
-
-    def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
-        """The noisy mean, one tensor a parameter: public from here on."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +59,11 @@ class GaussianMechanism:
     def sum(
         self, engine: PerExampleGradients, loss: Loss, examples: int, *, copies: int = 1, physical_batch: int = 32
     ) -> ClippedGradient:
+        """The sum over examples of their clipped gradients; arguments as of :meth:`PerExampleGradients.sum`."""
         return engine.sum(loss, examples, copies=copies, physical_batch=physical_batch)
 
     def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
+        """The noisy mean, one tensor a parameter: public from here on."""
         z, expected = self.noise_multiplier, self.expected_examples
         return noisy_mean(total, noise_multiplier=z, expected_examples=expected, randomness=randomness, step=step)
 
@@ -102,6 +91,10 @@ class NoPrivacy:
 
     def release(self, total: ClippedGradient, randomness: Randomness, step: int) -> list[Tensor]:
         return [s / self.expected_examples for s in total.sums]
+
+
+StepMechanism = GaussianMechanism | NoPrivacy
+"""Sums the clipped gradients of a step and releases the sum."""
 
 
 def noisy_mean(

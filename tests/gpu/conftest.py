@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dpsyngen.full_precision import tf32_allowed
 from dpsyngen.hardware import Compute, choose
+from tests.tf32 import tf32_allowed
 
 NO_GPU = "no GPU that PyTorch can use: `dpsyngen doctor` says why"
 needs_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU))

@@ -14,11 +14,11 @@ from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.unet import SIZES, UNet
 from dpsyngen.errors import ConfigError
-from dpsyngen.full_precision import tf32_allowed
 from dpsyngen.hardware import Compute, choose, send
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.training.checkpoint import save_file
+from tests.tf32 import tf32_allowed
 
 CPU = choose("cpu")
 
