@@ -16,26 +16,18 @@ class Denoiser(Protocol):
     """All that the samplers see: an estimate of E[x₀ | x₀ + σ·n = x, label]."""
 
     def __call__(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Estimate the clean image.
+        """Estimate the clean image, [N, C, H, W].
 
         Args:
             x: noisy images, [N, C, H, W], x₀ in [-1, 1] plus noise of standard deviation σ.
             sigma: noise levels, [N], > 0.
             labels: [N] classes in 0..num_classes-1, or None where there is no condition.
-
-        Returns:
-            [N, C, H, W].
         """
         ...
 
 
 class NetworkDenoiser(nn.Module):
-    """A Denoiser with a network to train, and the weight of its loss.
-
-    Attributes:
-        network: F.
-        num_classes: 0 for an unconditional network, which ignores labels.
-    """
+    """A Denoiser with a network F to train, and the weight of its loss; unconditional where ``num_classes`` is 0."""
 
     network: nn.Module
     num_classes: int
@@ -56,10 +48,8 @@ class NetworkDenoiser(nn.Module):
 class PreconditionedDenoiser(NetworkDenoiser):
     """D = c_skip·x + c_out·F(c_in·x, c_noise), EDM eq. 7 with the coefficients of its table 1.
 
-    Args:
-        network: F(input [N, C, H, W], c_noise [N], classes [N] or None) -> [N, C, H, W].
-        num_classes: 0 for an unconditional network, which ignores labels.
-        sigma_data: σ_d; √(1/3) unless a measurement was paid for.
+    F(input [N, C, H, W], c_noise [N], classes [N] or None) gives [N, C, H, W]; σ_d is √(1/3) unless a measurement was
+    paid for.
     """
 
     def __init__(self, network: nn.Module, num_classes: int, sigma_data: float = UNIFORM_PRIOR_SIGMA) -> None:
@@ -88,12 +78,7 @@ def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
 
 
 class GuidedDenoiser:
-    """Classifier-free guidance (Ho & Salimans 2022): D = D(∅) + w·(D(y) - D(∅)).
-
-    Args:
-        denoiser: a conditional denoiser trained with label dropout.
-        weight: w; 1 is no guidance, more than 1 sharpens classes.
-    """
+    """Classifier-free guidance (Ho & Salimans 2022): D = D(∅) + w·(D(y) - D(∅)); w = 1 is none."""
 
     def __init__(self, denoiser: Denoiser, weight: float) -> None:
         self.denoiser, self.weight = denoiser, weight

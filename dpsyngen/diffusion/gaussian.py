@@ -26,7 +26,7 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class ClassGaussians:
-    """One Gaussian for each class, with covariances Σ_c = V A_c Vᵀ + P diag(ψ) P, P = I - V Vᵀ.
+    """One Gaussian for each class, with covariances Σ_c = V A_c Vᵀ + P diag(ψ) P, P = I - V Vᵀ; else ConfigError.
 
     D is the number of pixel values of an image, in the order [C, H, W]; d <= D.
 
@@ -36,9 +36,6 @@ class ClassGaussians:
         covariances: A, [K, d, d], symmetric and positive semi-definite.
         rest: ψ, [D], >= 0: variance that each pixel has outside the basis.
         frequencies: [K], of the classes, >= 0, summing to 1.
-
-    Raises:
-        ConfigError: the tensors are not of this form: they may come from a stranger's file.
     """
 
     means: Tensor
@@ -103,13 +100,8 @@ class GaussianDenoiser(nn.Module):
 
     In the orthonormal basis (V, Q), Q the eigenvectors of P diag(ψ) P, the covariances are A_c on V and diag(ρ) on Q,
     so a batch costs one product with the basis each way, whatever its classes and noise levels.  Where all ψ are
-    equal no Q is needed.  Images of more than 4,096 values get the mean of ψ everywhere (same trace): a basis of all
-    dimensions would not be worth its memory.
-
-    Args:
-        gaussians: the model.
-        shape: (C, H, W) of an image.
-        dtype: what is computed in.
+    equal no Q is needed.  Images (of `shape`, (C, H, W)) of more than 4,096 values get the mean of ψ everywhere (same
+    trace): a basis of all dimensions would not be worth its memory.
     """
 
     means: Tensor
@@ -154,12 +146,9 @@ class GaussianDenoiser(nn.Module):
 
     @in_full_precision
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """E[x₀ | x, label], exact for the model, [N, C, H, W] in the dtype of x.
+        """E[x₀ | x, label], exact for the model, [N, C, H, W] in the dtype of x [N, C, H, W], at sigma [N], > 0.
 
-        Args:
-            x: [N, C, H, W].
-            sigma: [N], > 0.
-            labels: [N] in 0..K; K, or None for all, means "class unknown": the posterior mean of the mixture.
+        labels [N] are in 0..K; K, or None for all, means "class unknown": the posterior mean of the mixture.
         """
         flat = x.to(self.means.dtype).flatten(1)  # [N, D]
         square = sigma.to(self.means.dtype).square().view(-1, 1)  # σ², [N, 1]

@@ -52,16 +52,10 @@ def make_noisy(
     label_dropout: float,
     generator: torch.Generator,
 ) -> NoisyBatch:
-    """Repeat each image `copies` times, each at its own noise level, and drop labels at random.
+    """Repeat images [examples, C, H, W] in [-1, 1] `copies` times, each at its own level, and drop labels at random.
 
-    Args:
-        images: [examples, C, H, W] in [-1, 1].
-        labels: [examples], or None: no class.
-        levels: density of σ.
-        copies: K >= 1 (noise multiplicity of DPDM).
-        num_classes: 0 for an unconditional network.
-        label_dropout: probability of replacing a row's label by "no class".
-        generator: source of σ, n and the dropout.
+    labels are [examples], or None: no class; one is dropped with probability `label_dropout`.  `num_classes` is 0 for
+    an unconditional network, and `generator` the source of σ, n and the dropout.
     """
     examples, device = len(images), images.device
     sigma = levels.sample(examples, copies, generator).reshape(-1).to(device)  # [examples * copies]

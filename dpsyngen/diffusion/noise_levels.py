@@ -18,14 +18,7 @@ def _normal_cdf(z: float) -> float:
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """log σ ~ N(mean, std²) truncated to [low, high] (EDM table 1: mean -1.2, std 1.2).
-
-    Attributes:
-        mean: P_mean, in log σ.
-        std: P_std > 0.
-        low: lower end in log σ, -inf for none.
-        high: upper end in log σ, inf for none; above `low`.
-    """
+    """log σ ~ N(mean, std²) truncated to [low, high], by default without bounds (EDM table 1: mean -1.2, std 1.2)."""
 
     mean: float = -1.2
     std: float = 1.2

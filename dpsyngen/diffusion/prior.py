@@ -42,12 +42,8 @@ class PriorDenoiser(NetworkDenoiser):
     c_in = 1/√(σ² + 1), and λ = 1 / mean s²: the loss of each σ is 1 where F = 0 and the data are as their moments say,
     as EDM's is at the start.  F ends in a layer that starts at almost 0, so training starts from G.
 
-    The moments are constants: only the network has parameters and an entry in ``state_dict``.
-
-    Args:
-        network: F(input [N, 4C, H, W], c_noise [N], classes [N] or None) -> [N, C, H, W].
-        num_classes: 0 for a network that knows no class.
-        gaussian: G.
+    The moments are constants: only the network F(input [N, 4C, H, W], c_noise [N], classes [N] or None) has parameters
+    and an entry in ``state_dict``; it knows no class where `num_classes` is 0.
     """
 
     def __init__(self, network: nn.Module, num_classes: int, gaussian: GaussianDenoiser) -> None:
@@ -123,11 +119,7 @@ class Prior:
 
 
 def read_prior(prior: str, channels: int) -> Prior:
-    """Read a prior: "shipped", or the file of one that ``dpsyngen prior train`` made.
-
-    Raises:
-        ConfigError: the file is no prior for images of so many channels, or damaged or edited.
-    """
+    """Read a prior: "shipped", or a file of ``dpsyngen prior train``; ConfigError if it is none for `channels`."""
     if prior == SHIPPED:
         path = Path(str(resources.files("dpsyngen") / "diffusion" / "priors" / f"{_FILES[channels]}.safetensors"))
     else:

@@ -25,8 +25,7 @@ class Step:
     Attributes:
         index: of the step, from 0 at σ_max.
         sigma: σ, the noise level at which the denoiser was asked (with churn, the raised one).
-        x: the noisy images, [N, C, H, W].
-        denoised: D(x; σ), the images that they were expected to become, [N, C, H, W].
+        x, denoised: the noisy images, and D(x; σ), what they were expected to become, [N, C, H, W].
     """
 
     index: int
@@ -78,14 +77,10 @@ def ddim(
     """Deterministic DDIM, which is Euler's method on the ODE (Song et al. 2021; EDM §3).
 
     Args:
-        denoiser: D(x; σ, y).
-        x: starting noise of standard deviation ``sigmas[0]``, [N, C, H, W].
+        denoiser, labels: D(x; σ, y), and y [N] or None.
+        x: starting noise of standard deviation ``sigmas[0]``, [N, C, H, W]; returned are images in about [-1, 1].
         sigmas: descending noise levels, ending in 0.
-        labels: [N], or None.
         observe: is shown each step.
-
-    Returns:
-        images, [N, C, H, W] in about [-1, 1].
     """
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas.tolist())):
         denoised = denoiser(x, _level(sigma, x), labels)  # D(x; σ_i, y), [N, C, H, W]

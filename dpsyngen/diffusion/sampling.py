@@ -30,11 +30,7 @@ Start = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class SamplingSettings(SamplingConfig):
-    """How images are drawn; enough, with the labels, to draw the same ones again.
-
-    Raises:
-        ConfigError: a value that is not allowed.
-    """
+    """How images are drawn; enough, with the labels, to draw the same ones again.  ConfigError if not allowed."""
 
     model_config = ConfigDict(strict=True)
 
@@ -72,7 +68,7 @@ class SamplingSettings(SamplingConfig):
         observe: Observer | None = None,
         take: slice = slice(None),
     ) -> Iterator[Tensor]:
-        """Draw `count` images, batch by batch.
+        """Draw `count` images (C, H, W) of `labels` [count] or None, batch by batch: uint8 [n, C, H, W], on the CPU.
 
         Image i depends on (seed, i, its label) only, not on the batch size (up to the rounding of sums): each image has
         a random generator of its own, for its starting noise and its churn.
@@ -80,20 +76,10 @@ class SamplingSettings(SamplingConfig):
         Args:
             denoiser: the model.  Guidance is applied to it (to the private stage of a staged one), and where the top
                 stage of a staged one is a Gaussian, sampling starts at its lower end (:func:`sampling_start`).
-            shape: (C, H, W) of an image.
-            labels: [count] classes, or None.
-            count: how many, >= 1.
-            batch_size: images at a time, >= 1.
             device: where to compute.
             observe: is shown each step of each batch; the images do not depend on it.
             take: which of the batches to draw, by number.  Several processes share them out so, and each batch is what
                 it would be in one process, to the last bit.
-
-        Yields:
-            uint8 [n, C, H, W] on the CPU.
-
-        Raises:
-            ConfigError: `count` or `batch_size` is below 1, or the noise levels are not descending.
         """
         require(count >= 1, "the number of images", count, "at least 1")
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")

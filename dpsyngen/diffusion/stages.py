@@ -57,8 +57,7 @@ class Stage:
 
     Attributes:
         name: "coarse", "context" or "cleaning"; "gaussian" where it is the only one.
-        low: lower end in log σ (-inf at the clean end).
-        high: upper end in log σ (inf at the noisy end).
+        low, high: its ends in log σ; -inf at the clean end, inf at the noisy end.
         trainer: "public" (programmatic images only), "private" (DP-SGD on private images) or "moments" (DP moments of
             private images, from which the optimal denoiser of a Gaussian follows in closed form) or "prior" (a network
             that programs trained to read such moments, :mod:`dpsyngen.diffusion.prior`).
@@ -218,14 +217,8 @@ class StagedDenoiser:
     """A Denoiser made of Denoisers: each row is answered by the network that owns its σ.
 
     Labels do not reach the public stages: programmatic images have none, so the network that answers there was trained
-    without.
-
-    Args:
-        stages: who owns what.
-        denoisers: one Denoiser for each name in ``stages.networks``, and for ``GAUSSIAN`` where that is an owner.
-
-    Raises:
-        ConfigError: one is missing.
+    without.  `denoisers` has one for each name in ``stages.networks``, and for ``GAUSSIAN`` where that is an owner;
+    else ConfigError.
     """
 
     def __init__(self, stages: StageMap, denoisers: Mapping[str, Denoiser]) -> None:

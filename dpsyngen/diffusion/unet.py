@@ -109,17 +109,13 @@ class _Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(input, c_noise, classes).
+    """F(input, c_noise, classes); ConfigError for an unknown preset or a resolution that it cannot take.
 
     Args:
         size: widths and depths, or the name of a preset in ``SIZES``.
         resolution: height and width in pixels, divisible by ``size.divisor``.
-        channels: 1 or 3, of the images that come out.
+        channels, inputs: 1 or 3, of the images that come out, and of what goes in; None: as many.
         num_classes: 0 for unconditional; class ``num_classes`` means "no class".
-        inputs: channels that go in; None: as many as come out.
-
-    Raises:
-        ConfigError: unknown preset, or a resolution that the network cannot take.
     """
 
     frequencies: Tensor

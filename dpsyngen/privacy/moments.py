@@ -89,12 +89,8 @@ def class_sums(batches: Iterable[Rows], classes: int, *, norm: float, count_weig
     Sensitivity: a record belongs to one class.  It adds a row of norm at most `norm` and, in a coordinate of weight w,
     one: √(norm² + w²).  With w = 0 the number is left out.
 
-    Args:
-        batches: at least one, labels in 0 .. classes-1, or None where `classes` is 1; see :class:`Rows`.
-        classes, norm, count_weight: >= 1, > 0, and w >= 0.
-
-    Returns:
-        ``sums`` are [classes, D + 1], the number last; [classes, D] without it.  At most 2^24 records.
+    `batches`, one at least, have labels in 0 .. classes-1, or None where `classes` is 1.  ``sums`` are
+    [classes, D + 1], the number last; [classes, D] without it.  At most 2^24 records.
     """
     require(count_weight >= 0 and math.isfinite(count_weight), "count_weight", count_weight, ">= 0 and finite")
     clipped = _Clipped(batches, classes, norm)
@@ -125,12 +121,8 @@ def scatter_sums(batches: Iterable[Rows], groups: int, *, norm: float) -> Vector
     Where batches have ``outside``, the whole vector (r, r_out) is clipped to `norm`, and the sum of the ‖r_out‖² is one
     more coordinate: √(‖r‖⁴ + ‖r_out‖⁴) <= ‖r‖² + ‖r_out‖² <= norm², so the sensitivity is the same.
 
-    Args:
-        batches: at least one, all or none with ``outside``; see :class:`Rows`.
-        groups, norm: >= 1, and > 0.
-
-    Returns:
-        ``sums`` are [groups, D(D+1)/2], one more with ``outside``; see :func:`matrices`.  At most 2^24 records.
+    `batches`, one at least, have ``outside`` all or none.  ``sums`` are [groups, D(D+1)/2], one more with ``outside``;
+    see :func:`matrices`.  At most 2^24 records.
     """
     clipped = _Clipped(batches, groups, norm)
     step = _power_below(norm) * 2.0**-_SCATTER_BITS
