@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.programs.drawing import Images, Words
 
 MAX_RESOLUTION = 2048  # keeps the 32-bit block counter of one image (`counter_rng`) from wrapping
@@ -24,65 +24,47 @@ MAX_INDEX = 2**63 - 1
 _LEAST_CHUNK = 32  # images
 
 
-def as_integer(name: str, value: object, low: int, high: int) -> int:
+def as_integer(name: str, value: Any, low: int, high: int) -> int:
     """Return `value` as an int in [low, high]; ConfigError, naming the option, if it is anything else."""
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigError(f"{name}={value!r} is not an integer: give one from {low} to {high}.") from None
-    if not low <= number <= high:
-        raise ConfigError(f"{name}={number} is out of range: give an integer from {low} to {high}.")
-    return number
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    require(whole and low <= value <= high, name, value, f"an integer from {low} to {high}")
+    return int(value)
 
 
-def as_number(name: str, value: Any, low: float, high: float, *, above: bool = False, hint: str = "") -> float:
+def as_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
     """Return `value` as a float in [low, high], or in (low, high] if `above`."""
-    allowed = f"give a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
-    allowed += f" ({hint})." if hint else "."
-    try:
-        if isinstance(value, bool | str):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name}={value!r} is not a number: {allowed}") from None
-    if not low <= number <= high or (above and number == low) or math.isnan(number):
-        raise ConfigError(f"{name}={number} is out of range: {allowed}")
-    return number
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    allowed = f"a number above {low:g} and at most {high:g}" if above else f"a number from {low:g} to {high:g}"
+    require(real and low <= value <= high and not (above and value == low), name, value, allowed)
+    return float(value)
 
 
-def as_choice(name: str, value: Any, allowed: Sequence[str], what: str) -> str:
+def as_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     """Return `value`, which has to be one of `allowed`."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not {what}: choose one of {', '.join(allowed)}.")
-    return value
+    require(isinstance(value, str) and value in allowed, name, value, allowed)
+    return str(value)
 
 
 def as_flag(name: str, value: Any) -> bool:
     """Return `value` as a bool; 0, 1 and "yes" are refused."""
-    if not isinstance(value, bool | np.bool_):
-        raise ConfigError(f"{name}={value!r} is not a yes or no: give true or false.")
+    require(isinstance(value, bool | np.bool_), name, value, "true or false")
     return bool(value)
 
 
 def as_range(name: str, value: Any, low: float, high: float) -> tuple[float, float]:
     """Return `value` as a pair (a, b) with low ≤ a ≤ b ≤ high; one number stands for both."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = (value, value)
-    if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := list(value)) != 2:
-        raise ConfigError(f"{name}={value!r} is not a range: give two numbers [a, b] with {low:g} ≤ a ≤ b ≤ {high:g}.")
+    pair = (value, value) if isinstance(value, Real) else value
+    two = isinstance(pair, list | tuple) and len(pair) == 2
+    require(two, name, value, f"two numbers [a, b] with {low:g} ≤ a ≤ b ≤ {high:g}, or one")
     a, b = (as_number(name, v, low, high) for v in pair)
-    if a > b:
-        raise ConfigError(f"{name}={[a, b]} is empty: give [a, b] with a ≤ b.")
+    require(a <= b, name, value, "[a, b] with a ≤ b")
     return a, b
 
 
 def as_counts(name: str, value: Any, low: int, high: int) -> tuple[int, int]:
     """Return `value` as a pair of whole numbers, low ≤ a ≤ b ≤ high; one number stands for both."""
     a, b = as_range(name, value, low, high)
-    if a != int(a) or b != int(b):
-        raise ConfigError(f"{name}={[a, b]} are not whole numbers: give two from {low} to {high}.")
+    require(a == int(a) and b == int(b), name, value, f"whole numbers from {low} to {high}")
     return int(a), int(b)
 
 
@@ -103,7 +85,7 @@ def colour_param(laws: Sequence[str], coloured: Sequence[str]) -> Any:
     def check(program: Program, name: str, value: Any) -> str:
         if value is None:
             return "grey" if program.channels == 1 else coloured[0]
-        if as_choice(name, value, laws, "a colour law") in coloured and program.channels == 1:
+        if as_choice(name, value, laws) in coloured and program.channels == 1:
             others = ", ".join(law for law in laws if law not in coloured)
             raise ConfigError(
                 f"{name}={value!r} needs 3 channels, and channels=1 was given: choose channels=3, or {name}={others}."

@@ -58,14 +58,14 @@ class Contours(Program):
 
     prior_tier: ClassVar[int] = 1
 
-    shape: str = param("mixed", as_choice, SHAPES, "a shape")
+    shape: str = param("mixed", as_choice, SHAPES)
     figures: Any = param((1, 3), as_counts, 1, MAX_FIGURES)
     radius: Any = param((0.15, 0.45), as_range, 0.02, 1.0)
     roughness: float = param(0.6, as_number, 0.0, 1.0)
     outline: float = param(0.25, as_number, 0.0, 1.0)
     gradient: float = param(0.25, as_number, 0.0, 1.0)
     upright: bool = param(False, as_flag)
-    ground: str = param("black", as_choice, GROUNDS, "a ground")
+    ground: str = param("black", as_choice, GROUNDS)
 
     def _law(self) -> Law:
         shape, ground = SHAPES.index(self.shape), GROUNDS.index(self.ground)

@@ -46,7 +46,7 @@ MAX_CANVAS = 4096
 
 def as_shape(name: str, value: Any) -> str:
     """Return a shape of leaves; "circle", the literature's name, is a disc."""
-    return "disc" if value == "circle" else as_choice(name, value, SHAPES, "a shape")
+    return "disc" if value == "circle" else as_choice(name, value, SHAPES)
 
 
 @register("dead-leaves")
@@ -71,10 +71,10 @@ class DeadLeaves(Program):
 
     shape: str = param("mixed", as_shape)
     colour: str = colour_param(LAWS, ("rgb",))
-    r_min: float = param(0.03, as_number, 0.0, 1.0, above=True, hint="a fraction of the resolution")
-    r_max: float = param(1.0, as_number, 0.0, 1.0, above=True, hint="a fraction of the resolution")
+    r_min: float = param(0.03, as_number, 0.0, 1.0, above=True)
+    r_max: float = param(1.0, as_number, 0.0, 1.0, above=True)
     exponent: float = param(3.0, as_number, 0.0, 8.0)
-    mode: str = param("exact", as_choice, MODES, "a mode")
+    mode: str = param("exact", as_choice, MODES)
     supersample: int = param(1, as_integer, 1, 8)
 
     def __post_init__(self) -> None:

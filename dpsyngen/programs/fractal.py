@@ -48,7 +48,7 @@ class Fractal(Program):
 
     maps: Any = param((2, 6), as_counts, 2, MAX_MAPS)
     points: int = param(8, as_integer, 1, 100)
-    ground: str = param("black", as_choice, GROUNDS, "a ground")
+    ground: str = param("black", as_choice, GROUNDS)
 
     def _draw(self, indices: Words, out: Images) -> None:
         draw(indices, np.uint64(self.seed), *self.maps, self.points, GROUNDS.index(self.ground), out)

@@ -65,7 +65,7 @@ class RandomNetwork(Program):
 
     prior_tier: ClassVar[int] = 0
 
-    kind: str = param("oriented", as_choice, KINDS, "a kind of network")
+    kind: str = param("oriented", as_choice, KINDS)
     width: int = param(12, as_integer, MIN_CHANNELS, 64)
     contrast: Any = param((35.0, 75.0), as_range, 1.0, 127.0)
 

@@ -155,7 +155,7 @@ def save_images(
         ConfigError: an argument is out of range, or a library that the format needs is missing.
         RunError: `out` has something in it, or, with `resume`, holds no such job or one with other settings.
     """
-    as_choice("format", format, FORMATS, "a format")
+    as_choice("format", format, FORMATS)
     start = as_integer("start", start, 0, MAX_INDEX)
     count = as_integer("count", count, 1, MAX_INDEX - start + 1)
     shard_size = min(as_integer("shard_size", shard_size, 1, 10**7), count)

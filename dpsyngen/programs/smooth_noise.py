@@ -44,7 +44,7 @@ class SmoothNoise(Program):
 
     prior_tier: ClassVar[int] = 0
 
-    kind: str = param("mixed", as_choice, KINDS, "a kind of noise")
+    kind: str = param("mixed", as_choice, KINDS)
     cells: Any = param((1.0, 8.0), as_range, 0.5, 256.0)
     octaves: int = param(5, as_integer, 1, 10)
     persistence: Any = param((0.3, 0.8), as_range, 0.0, 1.0)

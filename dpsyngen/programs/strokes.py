@@ -39,7 +39,7 @@ class Strokes(Program):
     strokes: Any = param((1, 4), as_counts, 1, MAX_STROKES)
     width: Any = param((0.04, 0.14), as_range, 0.005, 0.5)
     margin: float = param(0.1, as_number, 0.0, 0.45)
-    ground: str = param("black", as_choice, GROUNDS, "a ground")
+    ground: str = param("black", as_choice, GROUNDS)
 
     def _law(self) -> Law:
         return self.strokes, self.width, self.margin

@@ -42,7 +42,7 @@ class ProgramDataset(Dataset[Any]):
         self.program = program
         self.start = as_integer("start", start, 0, MAX_INDEX)
         self.length = as_integer("length", length, 1, MAX_INDEX - self.start + 1)
-        as_choice("values", values, ("float", "uint8"), "a kind of values")
+        as_choice("values", values, ("float", "uint8"))
         self.values = values
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class ProgramStream(IterableDataset[Any]):
             rank, world_size = (group.get_rank(), group.get_world_size()) if joined else numbers()[:2]
         self.world_size = as_integer("world_size", world_size, 1, 2**20)
         self.rank = as_integer("rank", rank, 0, self.world_size - 1)
-        as_choice("values", values, ("float", "uint8"), "a kind of values")
+        as_choice("values", values, ("float", "uint8"))
         self.values = values
         self.threads = as_integer("threads", threads, 1, 4096)
         self._done = 0  # batches since `first`, by this copy of the stream
