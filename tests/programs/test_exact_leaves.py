@@ -211,9 +211,9 @@ def test_golden_images(shape: str, colour: str, channels: int) -> None:
     ("bad", "message"),
     [
         ({"mode": "fast"}, "'fast'.*exact, reference"),
-        ({"exponent": 9}, "exponent=9.0.*from 0 to 8"),
-        ({"exponent": float("nan")}, "exponent=nan"),
-        ({"supersample": 0}, "supersample=0"),
+        ({"exponent": 9}, r"exponent is 9(\.0)?.*from 0 to 8"),
+        ({"exponent": float("nan")}, "exponent is nan"),
+        ({"supersample": 0}, "supersample is 0"),
         ({"supersample": 8, "resolution": 1024}, "8192 pixels"),
         ({"mode": "reference", "exponent": 2.0}, "leave out exponent"),
     ],

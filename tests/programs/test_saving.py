@@ -180,11 +180,11 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     ("bad", "message"),
     [
         ({"format": "jpeg"}, "'jpeg'.*folder, parquet"),
-        ({"count": 0}, "count=0"),
-        ({"count": 2**63, "start": 5}, "count="),
-        ({"start": -1}, "start=-1"),
-        ({"workers": 0}, "workers=0"),
-        ({"shard_size": 0}, "shard_size=0"),
+        ({"count": 0}, "count is 0"),
+        ({"count": 2**63, "start": 5}, "count is "),
+        ({"start": -1}, "start is -1"),
+        ({"workers": 0}, "workers is 0"),
+        ({"shard_size": 0}, "shard_size is 0"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(

@@ -52,9 +52,9 @@ def test_map_style() -> None:
     for index in (20, -21):
         with pytest.raises(IndexError, match="there are 20"):
             data[index]
-    with pytest.raises(ConfigError, match="length=0"):
+    with pytest.raises(ConfigError, match="length is 0"):
         ProgramDataset(PROGRAM, 0)
-    with pytest.raises(ConfigError, match="values='int'"):
+    with pytest.raises(ConfigError, match="values is 'int'"):
         ProgramDataset(PROGRAM, 1, values="int")  # type: ignore[arg-type]
 
 
@@ -124,10 +124,10 @@ def test_ranks_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"rank": 2, "world_size": 2}, "rank=2"),
+        ({"rank": 2, "world_size": 2}, "rank is 2"),
         ({"rank": 0}, "belong together"),
-        ({"start": -1}, "start=-1"),
-        ({"threads": 0}, "threads=0"),
+        ({"start": -1}, "start is -1"),
+        ({"threads": 0}, "threads is 0"),
     ],
 )
 def test_bad_arguments(bad: dict[str, Any], message: str) -> None:
