@@ -239,7 +239,7 @@ def test_painted_pixels_are_those_whose_centres_lie_inside(kind: str) -> None:
     ("bad", "message"),
     [
         ({"shape": "star"}, "'star'.*disc, square"),
-        ({"shape": None}, "not a shape"),
+        ({"shape": None}, "one of disc"),
         ({"colour": "red"}, "'red'.*grey, rgb, black-white"),
         ({"colour": "rgb", "channels": 1}, "needs 3 channels"),
         ({"r_min": 0.0}, r"r_min is 0(\.0)?.*above 0"),
