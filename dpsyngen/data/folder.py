@@ -34,8 +34,8 @@ from dpsyngen.data.metadata import METADATA, TABLE_SUFFIXES, find_metadata, read
 from dpsyngen.data.source import Found, Job, Options, Source, split_evenly, whole
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars
-from dpsyngen.errors import BadImage, DataError, listed, printable
-from dpsyngen.files import NotPlainError, open_plain
+from dpsyngen.errors import BadImage, DataError, listed, printable, require
+from dpsyngen.files import NotPlainError, expanded, open_plain
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".dcm", ".dicom"})
 SHARD_SUFFIXES = (".parquet", ".tar", ".arrow")
@@ -66,8 +66,14 @@ class _Listed:
 def find_folder(root: Path, options: Options) -> Found:
     """A folder of images as a source: in the order of class folder, then file name.
 
-    Without labels, or with those of a table, all images are read, in sub-folders or not.
+    Without labels, or with those of a table, all images are read, in sub-folders or not.  ConfigError if the cache lies
+    among them.
     """
+
+    if options.cache != "auto":
+        inside = os.path.relpath(os.path.realpath(expanded(options.cache)), os.path.realpath(root))
+        allowed = "a folder outside that of the images, or a hidden one in it, as what is in it would count as images"
+        require(inside != "." and inside.startswith("."), "cache", options.cache, allowed)
 
     def files() -> list[tuple[str, str]]:
         found = _list_folder(root, options)

@@ -17,7 +17,15 @@ from dpsyngen.data.arrays import dataset_from_arrays, read_array_file, read_arra
 from dpsyngen.data.cache import build
 from dpsyngen.data.dataset import NEARLY_BLACK, ImageDataset, is_nearly_black
 from dpsyngen.data.decode import as_array
-from dpsyngen.data.folder import SHARD_SUFFIXES, find_files, find_folder, find_in_folder, find_pattern, is_pattern
+from dpsyngen.data.folder import (
+    IMAGE_SUFFIXES,
+    SHARD_SUFFIXES,
+    find_files,
+    find_folder,
+    find_in_folder,
+    find_pattern,
+    is_pattern,
+)
 from dpsyngen.data.labels import ignored
 from dpsyngen.data.map_style import MapStyle, is_map_style, read_map_style
 from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_pair, read_named, suggest
@@ -242,9 +250,11 @@ def _from_file(path: Path, options: Options) -> ImageDataset:
     if "idx" in path.name.lower() or "ubyte" in path.name.lower() or is_idx(path):
         images, values = read_idx_pair(path, labels=options.labels)
         return dataset_from_arrays(images, values, None, where, options)
-    advice = (
-        "unpack it and give what is in it" if suffix in (".zip", ".gz", ".tgz", ".7z", ".zst") else f"give {_KINDS}"
-    )
+    advice = f"give {_KINDS}"
+    if suffix in (".zip", ".gz", ".tgz", ".7z", ".zst"):
+        advice = "unpack it and give what is in it"
+    elif suffix in IMAGE_SUFFIXES:
+        advice = "give the folder that the images are in"
     raise DataError(f"{where}: files of this kind are not read; {advice}.")
 
 

@@ -96,8 +96,9 @@ def evaluate(
     own = training_images(run, reference) if known else None
     if own is None and data is None:
         raise DataError(
-            f"{config.data.source} holds other images than those that {run.path} was trained on: they were changed "
-            "since.  Put them back, or say with --data which images to measure against (from Python: data)."
+            f"{config.data.source} holds other images than those that {run.path} was trained on, or in another order: "
+            "they were changed since.  Put them back, or say with --data which images to measure against (from Python: "
+            "data)."
         )
     reference = reference if own is None else own
     held_out = None if test is None else _images(test, config, generator, "test", **labelled)
@@ -265,7 +266,11 @@ def _images(
     # Which of a person's images were trained on follows from all of them.
     trained_on = given is None or (what == "training" and isinstance(given, str | os.PathLike))
     groups = config.privacy.groups if trained_on else None
-    dataset = load_private(source, wanted, groups=groups).with_classes(generator.class_names, what)
+    try:
+        dataset = load_private(source, wanted, groups=groups).with_classes(generator.class_names, what)
+    except DataError as error:
+        moved = "  They are those of the run: if they have moved, say where with --data." if given is None else ""
+        raise DataError(f"{error}{moved}") from error
     if dataset.absent_classes and what in ("data", "training"):
         raise DataError(f"of the training images none is of {listed(dataset.absent_classes)}: give all of them.")
     return dataset

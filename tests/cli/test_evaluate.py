@@ -166,6 +166,8 @@ def test_the_runs_images_are_those_that_it_was_trained_on(call, trained, tmp_pat
     shutil.copy(trained / "data.npz", tmp_path / "moved.npz")
     assert call("evaluate", run.path, "--data", tmp_path / "moved.npz", *quick)[0] == 0
     assert not any("trained on" in note for note in kept(run)["notes"])
+    (tmp_path / "data.npz").unlink()
+    assert "if they have moved, say where with --data" in call("evaluate", run.path, *quick)[2]
     shutil.copy(trained / "test.npz", tmp_path / "data.npz")
     before, entries = kept(run), len(Ledger(run.ledger_path).entries)
     code, _, err = call("evaluate", run.path, *quick)

@@ -246,6 +246,13 @@ def test_a_folder_that_cannot_be_used(tar: Path, tmp_path: Path) -> None:
             load_images(tar, workers=wrong)
 
 
+def test_a_cache_among_the_images_is_refused(class_folder: Path) -> None:
+    for place in (class_folder, class_folder / "cache"):
+        with pytest.raises(ConfigError, match="a folder outside that of the images"):
+            load_images(class_folder, cache=place)
+    assert isinstance(load_images(class_folder, cache=class_folder / ".cache").images, StoredImages)
+
+
 def test_damaged_entries_are_named(tar: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     load_images(tar, cache=folder)

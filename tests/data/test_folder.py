@@ -193,3 +193,8 @@ def test_a_folder_too_large_for_memory(class_folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr("dpsyngen.data.store.available_bytes", lambda: 2000)
     with pytest.raises(DataError, match="memory"):
         load_images(class_folder)
+
+
+def test_one_image_is_told_apart_from_a_folder(class_folder: Path) -> None:
+    with pytest.raises(DataError, match="give the folder that the images are in"):
+        load_images(class_folder / "cats" / "0.png")
