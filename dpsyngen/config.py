@@ -61,9 +61,7 @@ class DataConfig(_Section):
     frames: Literal["first", "all"] | None = Field(
         None, description="of DICOM files of several: the first, or each as an image; all needs privacy.group_size"
     )
-    records: int | None = Field(
-        None, ge=1, le=10**12, description="declared number of records n, public; None: the number found"
-    )
+    records: int | None = Field(None, ge=1, le=10**12, description="declared number n, public; None: as found")
     cache: str = Field(
         "auto",
         min_length=1,
@@ -245,6 +243,7 @@ class LoggingConfig(_Section):
     """What a run writes down about itself besides its logs; see docs/logging.md.  Never released."""
 
     tensorboard: bool = Field(False, description="event files for TensorBoard, in the private half")
+    pictures: int | None = Field(None, ge=1, description="steps between pictures in preview.png; None: no pictures")
 
 
 class ComputeConfig(_Section):

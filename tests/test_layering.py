@@ -20,7 +20,7 @@ FOUNDATION = (
 
 ROOMS = (
     *("programs", "data", "privacy", "diffusion", "training", "generator", "release", "fit", "evaluation"),
-    *("thresholds", "audit", "experiments", "report", "cli"),
+    *("thresholds", "audit", "experiments", "report", "studio", "cli"),
 )
 """In the order in which data flows: a room imports only from rooms before it."""
 

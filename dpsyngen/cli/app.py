@@ -17,6 +17,7 @@ from dpsyngen.cli.programs import app as programs_app
 from dpsyngen.cli.release import budget_app, key, ledger, release, verify
 from dpsyngen.cli.sample import export, sample
 from dpsyngen.cli.stages import stages
+from dpsyngen.cli.studio import studio
 from dpsyngen.cli.train import prior_app, train
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.version import __version__
@@ -38,7 +39,7 @@ app.add_typer(prior_app, name="prior")
 app.add_typer(budget_app, name="budget")
 _COMMANDS = (
     *(train, sample, stages, ledger, audit, release, verify),
-    *(export, key, compare, evaluate, memorisation, doctor),
+    *(export, key, compare, evaluate, memorisation, doctor, studio),
 )
 for _command in _COMMANDS:
     app.command()(_command)

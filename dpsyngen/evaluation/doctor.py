@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import stat
@@ -46,7 +45,7 @@ def diagnose(run: Run, device: str = "cpu") -> Diagnosis:
     """
     state: list[tuple[str, str]] = []
     findings: list[Finding] = []
-    busy = _locked(run)
+    busy = run.busy
     state.append(("run", _progress(run, busy)))
     findings += _of_files(run, state)
     if not _begun(run):
@@ -82,18 +81,6 @@ def diagnose(run: Run, device: str = "cpu") -> Diagnosis:
 def _begun(run: Run) -> bool:
     """Whether a training was ever set up here: its key is written before its ledger."""
     return run.complete or run.randomness_path.exists() or run.ledger_path.exists()
-
-
-def _locked(run: Run) -> bool:
-    """Whether another process works on the run; looking takes no lock and makes no file."""
-    try:
-        with open(run.private / "lock", "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 def _progress(run: Run, busy: bool) -> str:

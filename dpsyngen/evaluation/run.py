@@ -230,6 +230,47 @@ def check_memorisation(
     return result
 
 
+@ordinary_modes()
+def generated_beside_real(
+    run: Run, *, each: int = 8, classes: int = 10, seed: int = 0, device: str = "cpu"
+) -> list[tuple[str, NDArray[np.uint8], NDArray[np.uint8]]]:
+    """For the owner's eyes: of each of the first `classes` classes, generated images and training images.
+
+    The training images are **private**, and so is which of them are shown.  The ledger notes that they were looked at.
+
+    Args:
+        run: a finished run; its images are read again.
+        each: how many of either kind, at most, in a row; four times as many without classes.
+        classes: how many rows at most.
+        seed: of the generated images, and of the choice of the real ones.
+
+    Returns:
+        name of the class ("" without classes), generated and real images, uint8 [n, C, H, W], of each row.
+
+    Raises:
+        ConfigError, DataError, RunError: see their messages; nothing was looked at.
+    """
+    from dpsyngen.generator.generator import ReleasedGenerator
+
+    run.require_complete()
+    generator = ReleasedGenerator(run.release, device)
+    real = training_images(run, _images(None, run.config, generator, "training"))
+    if real is None:
+        raise DataError(f"the images are not those that {run.path} was trained on: they were changed since.")
+    names = generator.class_names[:classes] or ("",)
+    count = each if generator.class_names else 4 * each
+    with run.lock():
+        ledger = run.finished_ledger()
+        ledger.note_private_access("training images were looked at beside generated ones", images=count * len(names))
+    order = np.random.default_rng(seed).permutation(len(real))
+    rows = []
+    for number, name in enumerate(names):
+        chosen = order if real.labels is None else order[real.labels[order] == number]
+        drawn = generator.sample(count, labels=number if generator.class_names else None, seed=seed)
+        rows.append((name, drawn.images, real.batch(np.sort(chosen[:count]))))
+    return rows
+
+
 def _keep(run: Run, name: str, values: dict[str, Any]) -> None:
     write_text(run.private / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n", 0o600)
 

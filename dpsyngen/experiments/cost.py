@@ -219,6 +219,19 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
     )
 
 
+def training_seconds(config: Config, shape: Shape, device: str = "cpu") -> float:
+    """Seconds of one training, from a few steps on noise; core-seconds on a CPU."""
+    c = with_batch(config, shape.records)
+    return sum(_training_seconds(c, shape, measure(c, shape, device), len(networks_of(c, stages_of(c), shape))))
+
+
+def _training_seconds(c: Config, shape: Shape, t: StepTimes, networks: int) -> tuple[float, float]:
+    """Seconds of the training of so many public `networks`, and of DP moments and DP-SGD."""
+    public = networks * c.public.steps * c.public.batch * c.public.copies * t.public
+    private = 0.0 if stages_of(c).gaussian else c.private.steps * c.private.batch * c.private.copies * t.private
+    return public, private + shape.records * t.moments
+
+
 def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu") -> dict[str, float]:
     """Seconds of all runs among `jobs`, none of them begun, in one process that has the device to itself.
 
@@ -241,10 +254,9 @@ def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu")
         t = times[alike]
         new = {network.key for network in networks_of(c, stages, shape)} - known
         known |= new
-        found["public"] += len(new) * c.public.steps * c.public.batch * c.public.copies * t.public
-        if not stages.gaussian:
-            found["private"] += c.private.steps * c.private.batch * c.private.copies * t.private
-        found["private"] += shape.records * t.moments
+        public, private = _training_seconds(c, shape, t, len(new))
+        found["public"] += public
+        found["private"] += private
         steps = (spec.sampling.steps or c.sampling.steps) if stages.networks else 1
         evaluations = 2 * steps - 1 if (spec.sampling.sampler or c.sampling.sampler) == "heun" else steps
         found["sampling"] += spec.sampling.images * evaluations * t.sampling

@@ -201,11 +201,32 @@ def number(value: float, digits: int = 4, up: bool = False) -> str:
     return (plain.rstrip("0").rstrip(".") if "." in plain else plain) + power
 
 
+def posterior(epsilon_value: float, delta: float, prior: float) -> float:
+    """How sure, on average, somebody may become that an image was used, who thought so with probability `prior`.
+
+    What an (ε, δ)-DP release tells about one of two neighbouring data sets is no more than this tells: the truth with
+    probability δ, else an answer that is e^ε times as likely to be right as wrong (Kairouz, Oh, Viswanath, ICML 2015).
+    For a prior of ½ it is also the share of right guesses of the best test there can be.
+    """
+    odds = math.exp(min(epsilon_value, 700)) * prior
+    return delta + (1 - delta) * odds / (1 - prior + odds)
+
+
+def suspicion(epsilon_value: float, delta: float, group_size: int = 1) -> list[tuple[str, str]]:
+    """How sure two attackers can become, each as a headline and a sentence: one who tosses a coin, one with a hunch."""
+    what = "an image was used" if group_size == 1 else f"a person's images, {group_size} at most, were used"
+    rows = []
+    for prior, like in ((0.5, "as likely as a coin's head"), (0.01, "likely as one in a hundred")):
+        after = 100 * posterior(epsilon_value, delta, prior)
+        sure = "practically 100 %" if after > 99.949 else f"at most {after:.1f} %"
+        text = f"How sure an attacker can become that {what}, who found it {like} before."
+        rows.append((f"{100 * prior:g} % → {sure}", text))
+    return rows
+
+
 def strength(epsilon_value: float, delta: float) -> str:
     """What ε means to somebody who guesses whether a person's image was used."""
-    # The best any test can do, by the trade-off between its two errors (Kairouz, Oh, Viswanath, ICML 2015).
-    sure = (math.exp(min(epsilon_value, 700)) + delta) / (1 + math.exp(min(epsilon_value, 700)))
-    percent = 100 * sure
+    percent = 100 * posterior(epsilon_value, delta, 0.5)
     figure = "practically 100 %" if percent >= 99.995 else f"{percent:.{2 if percent > 99 else 1}f} %"
     if epsilon_value <= 1:
         grade = "This is a strong guarantee by the standards of published machine-learning models."

@@ -8,21 +8,23 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import yaml
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.evaluation.memorisation import PAIRS_FILE, image_data, png_url
 from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.files import read_yaml_file
-from dpsyngen.generator.generator import ReleasedGenerator
+from dpsyngen.generator.generator import ReleasedGenerator, SamplerOptions
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.programs import image_grid, make_program
 from dpsyngen.report.charts import Points, line_chart, stage_chart
 from dpsyngen.training.log import JsonLines
+from dpsyngen.training.progress import Phase
 from dpsyngen.training.run import Run
 
 SEED = 0
@@ -101,8 +103,12 @@ def _grid(images: NDArray[np.uint8]) -> str:
     return png_url(image_grid(images, _PER_CLASS, scale=max(1, round(66 / images.shape[-1])), pad=3))
 
 
-def trajectory_table(generator: ReleasedGenerator) -> dict[str, Any]:
+def trajectory_table(generator: ReleasedGenerator, **sampling: Unpack[SamplerOptions]) -> dict[str, Any]:
     """The images with which the class rows of the report begin, at nine steps that are even in log σ.
+
+    Args:
+        generator: draws them.
+        sampling: as for :meth:`ReleasedGenerator.settings`; the seed is the report's where none is given.
 
     Returns:
         ``sigmas`` and ``trainers`` of each column; ``stages``: name, trainer and number of columns of each run of
@@ -110,7 +116,8 @@ def trajectory_table(generator: ReleasedGenerator) -> dict[str, Any]:
         each image its name, pictures of D(x; σ), what was expected of it, and the image.
     """
     count = min(6, len(generator.class_names)) or 4
-    found = generator.trajectory(count, 9, seed=SEED)
+    given: SamplerOptions = {"seed": SEED, **sampling}
+    found = generator.trajectory(count, 9, **given)
     labels = found.samples.labels
     return {
         # Two digits, without an exponent where that is short.
@@ -169,6 +176,26 @@ def private_values(run: Run, class_names: Sequence[str]) -> dict[str, Any]:
         "memorisation": _memorisation(run),
         "health": None if health is None else health["findings"],
     }
+
+
+def loss_charts(phases: Sequence[Phase], private: bool) -> list[Markup]:
+    """The loss of each phase that has two steps at least, of the private or of the public ones."""
+    tone = "private" if private else "public"
+    lines = [(p.name, curves(p.log, "loss")) for p in phases if p.private == private]
+    charts = (line_chart(points, f"Loss of {name}", tone) for name, points in lines)
+    return [chart for chart in charts if chart is not None]
+
+
+def measured(run: Run) -> list[FigureRow]:
+    """The figures of the last evaluation of a run, none if there was none; RunError if they are damaged."""
+    metrics = _kept(run.private / "metrics.json")
+    return [] if metrics is None else metric_rows(metrics)
+
+
+def copied(run: Run) -> tuple[str, list[FigureRow]]:
+    """The conclusion and the figures of the last memorisation check of a run; empty if there was none."""
+    found = _kept(run.private / "memorisation.json")
+    return ("", []) if found is None else (str(found["conclusion"]), memorisation_rows(found))
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

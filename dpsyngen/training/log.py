@@ -18,9 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError
-from dpsyngen.files import number, strict_text, write_text
+from dpsyngen.files import number, strict_text, write_atomically, write_text
+from dpsyngen.programs.grid import image_grid
 
 # ------------------------------------------------------------------------------------------------ events
 
@@ -165,8 +169,14 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-CLOCK = "timing.jsonl"
+CLOCK, PREVIEW = "timing.jsonl", "preview.png"
 _ROWS = ("examples", "batch")  # figures that say how many images a step used
+
+
+def write_preview(private: Path, images: NDArray[np.uint8]) -> None:
+    """Keep uint8 [N, C, H, W] images as one picture, in place of the one before."""
+    picture = image_grid(images, math.ceil(math.sqrt(len(images))), scale=2)
+    write_atomically(private / PREVIEW, lambda path: picture.save(path, format="PNG"), 0o600)
 
 
 class StepLog:

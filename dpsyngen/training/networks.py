@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import Denoiser, Ema, NetworkDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.prior import PRIOR_SIZE, SEEN, SHIPPED, Prior, PriorDenoiser, read_prior
-from dpsyngen.diffusion.stages import StageMap
+from dpsyngen.diffusion.sampling import SamplingSettings
+from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import RunError
 from dpsyngen.hardware import Compute
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients, find_physical_batch
-from dpsyngen.training.plan import Shape, stages_of
+from dpsyngen.training.plan import Plan, Shape, stages_of
 
 
 def make_denoiser(
@@ -106,3 +109,32 @@ def fitting_batch(denoiser: NetworkDenoiser, config: Config, shape: Shape, compu
 
     with compute.autocast():
         return find_physical_batch(engine, loss, copies=copies)
+
+
+_DRAWN = 16
+_STEPS = 20  # at most, so that looking costs less than a step
+
+
+def preview(
+    config: Config, plan: Plan, networks: dict[str, NetworkDenoiser], average: Ema, device: str
+) -> NDArray[np.uint8]:
+    """Draw images with the network in training at its average, always from the same noise, in 20 steps at most.
+
+    The average is made of the mechanism's outputs, so drawing from it is post-processing and costs no privacy.
+    `networks` has one for each name in the stages.  Returns uint8 [16, C, H, W], classes in turn.
+    """
+    shape = plan.shape
+    network = networks[plan.stages.private.network]
+    network.load_state_dict(average.average)
+    denoisers: dict[str, Denoiser] = dict(networks)
+    if isinstance(network, PriorDenoiser):
+        denoisers[GAUSSIAN] = network.gaussian
+    settings = SamplingSettings(**config.sampling.model_dump() | {"steps": min(config.sampling.steps, _STEPS)})
+    (batch,) = settings.draw(
+        StagedDenoiser(plan.stages, denoisers),
+        (shape.channels, shape.resolution, shape.resolution),
+        torch.arange(_DRAWN) % shape.num_classes if shape.num_classes else None,
+        _DRAWN,
+        device=device,
+    )
+    return batch.numpy()

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dpsyngen.config import Config, with_batch
+from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
-from dpsyngen.data.load import with_whole_paths
 from dpsyngen.diffusion.denoiser import Ema, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage
@@ -39,17 +38,19 @@ from dpsyngen.training.log import (
     Step,
     StepLog,
     TensorBoard,
+    Warned,
     ignore,
     require_tensorboard,
     timed,
+    write_preview,
 )
 from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, estimate_moments, load_gaussian, uncharged
-from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, prior_of, with_prior
-from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of, with_all_settings
+from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview, prior_of
+from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import PRETRAIN, PUBLIC_INDEX, PublicStep, levels_of, public_step, train_public
 from dpsyngen.training.run import Run
-from dpsyngen.training.session import EngineSettings, Session, Terms, fixed_settings, with_group_size
+from dpsyngen.training.session import EngineSettings, Session, Terms, fixed_settings, planned, with_group_size
 from dpsyngen.workers import Workers
 
 
@@ -163,21 +164,7 @@ class Training:
         """Plan a new run and make its directory `out`; errors come before anything is written or spent."""
         if config.logging.tensorboard:
             require_tensorboard()
-        config = with_group_size(config, dataset)
-        config = config.model_copy(update={"data": with_whole_paths(config.data)})
-        shape = shape_of(dataset, config)
-        config = with_prior(with_batch(config, shape.records))
-        plan = make_plan(config, shape)
-        # A prior or a program that does not fit must say so before the directory is made.
-        prior_of(config, plan.stages, shape.channels)
-        config = with_all_settings(config, program_of(config, shape))
-        if config.privacy.budget is not None:
-            path = Path(config.privacy.budget).resolve()
-            # Training reserves it again under the file's lock; here it is refused while there is no run directory yet.
-            budget = Budget(path)
-            budget.require_data(dataset.fingerprint())
-            budget.require(plan.mechanisms)
-            config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"budget": str(path)})})
+        config, plan = planned(config, dataset)
         return cls(Run.create(out, config), config, dataset, plan, device, ranks, hooks)
 
     @classmethod
@@ -368,12 +355,33 @@ class Training:
                 # Before a checkpoint is written: the last one stays finite.
                 last = saves or report.step == c.steps
                 require_finite(self.run.private, state, report, c.learning_rate, shape, last=last)
+                if private:
+                    self._draw(state, report)
                 yield report
                 if saves or self.stop_requested:
                     log.sync()
                     self.checkpoints.save(phase, state)
                 if self.stop_requested:
                     return
+
+    def _draw(self, state: TrainState, report: Step) -> None:
+        """Keep a picture of what the average of the weights draws, now and then."""
+        every = self.config.logging.pictures
+        if every is None or (report.step % every and report.step != report.steps):
+            return
+        try:
+            stages, gaussian = self.plan.stages, self._gaussian()
+            shown = {}
+            for name in stages.networks:
+                own = name == stages.private.network
+                shown[name] = self._denoiser(own, 0, gaussian if own else None).eval()
+                if not own:
+                    load_weights(self.run.weights(name), shown[name])
+            images = preview(self.config, self.plan, shown, state.ema, self.device)
+            write_preview(self.run.private, images)
+        except (RuntimeError, OSError) as error:  # such as: no memory for a second network
+            why = str(error).splitlines()[0]
+            self.hooks.on_event(Warned(f"no picture of what is drawn ({why}); the training goes on"))
 
     def _save_prior(self, network: str) -> None:
         """Put the weights of the prior among those of the release, as they are."""

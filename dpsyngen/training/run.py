@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -104,6 +105,18 @@ class Run:
     def complete(self) -> bool:
         """Whether training has finished and the generator is released."""
         return (self.release / "generator.json").exists()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process works on the run; looking takes no lock and makes no file."""
+        try:
+            with open(self.private / LOCK, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
     @property
     def config(self) -> Config:

@@ -22,14 +22,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpsyngen.config import Config
+from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
+from dpsyngen.data.load import with_whole_paths
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import write_text
 from dpsyngen.hardware import Compute
+from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.training.networks import prior_of, with_prior
+from dpsyngen.training.plan import Plan, make_plan, program_of, shape_of, with_all_settings
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,29 @@ _FREE = {
     "public": {"checkpoint_every"},
     "compute": {"compile"},  # DP-SGD steps are never compiled
 }
+
+
+def planned(config: Config, dataset: ImageDataset) -> tuple[Config, Plan]:
+    """All that is checked and fixed before a run has a directory, and the configuration with what follows from it.
+
+    Raises:
+        ConfigError: the settings do not fit the images, each other, the prior or the program.
+        BudgetExceeded: the run does not fit into its budget file, under whose lock training reserves it once more.
+    """
+    config = with_group_size(config, dataset)
+    config = config.model_copy(update={"data": with_whole_paths(config.data)})
+    shape = shape_of(dataset, config)
+    config = with_prior(with_batch(config, shape.records))
+    plan = make_plan(config, shape)
+    prior_of(config, plan.stages, shape.channels)
+    config = with_all_settings(config, program_of(config, shape))
+    if config.privacy.budget is not None:
+        path = Path(config.privacy.budget).resolve()
+        budget = Budget(path)
+        budget.require_data(dataset.fingerprint())
+        budget.require(plan.mechanisms)
+        config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"budget": str(path)})})
+    return config, plan
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:

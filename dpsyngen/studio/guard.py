@@ -1,0 +1,145 @@
+"""Who may speak to the studio: a layer around its application that sees every request, websockets included, first.
+
+A page of another site can make a browser send requests to 127.0.0.1, hence three checks, each on its own: of the Host
+(against a name that a stranger points here), of Origin and Sec-Fetch-Site, and of a cookie, which a browser gets for
+the token in the link that the terminal shows.  A link is good for one browser.  No answer but the library's own files
+is stored by the browser, framed, or loads anything from elsewhere.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import parse_qs
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers = dict[str, list[str]]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+"""Nothing comes from elsewhere; Vue compiles its templates in the browser, hence 'unsafe-eval'."""
+
+_HEADERS = {
+    "content-security-policy": POLICY,
+    "cache-control": "no-store",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+_PAGE = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">{head}<title>dpsyngen studio</title></head>'
+    '<body style="font: 16px/1.5 system-ui, sans-serif; margin: 3rem auto; max-width: 40rem; padding: 0 1rem">'
+    "<h1>dpsyngen studio</h1><p>{text}</p></body></html>"
+)
+
+_UNKNOWN = (
+    "This browser is not known here.  Open the link that the terminal shows in which <code>dpsyngen studio</code> "
+    "runs: it is good for one browser, and a new one is shown when it was used."
+)
+
+
+class Guard:
+    """The ASGI application `app`, for those who may use it.
+
+    `hosts` may stand in the header Host (``127.0.0.1:8080``; the first one is in the link); `secure`: served by TLS;
+    `announce` is told each link as it becomes valid; below the path `storable` lie the library's scripts and styles.
+    """
+
+    def __init__(
+        self, app: Application, hosts: tuple[str, ...], secure: bool, announce: Callable[[str], None], storable: str
+    ) -> None:
+        self.app, self.hosts, self.announce, self.storable = app, hosts, announce, storable
+        self.scheme = "https" if secure else "http"
+        self.cookie = f"dpsyngen_studio_{hosts[0].rpartition(':')[2]}"  # cookies do not know ports
+        self._secret = secrets.token_urlsafe(32)
+        self.link = ""
+        self._renew()
+
+    def _renew(self) -> None:
+        self._token = secrets.token_urlsafe(32)
+        self.link = f"{self.scheme}://{self.hosts[0]}/?token={self._token}"
+        self.announce(self.link)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        headers: Headers = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        token = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
+        arrives = scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/" and bool(token)
+        problem = self._wrong_host(headers) or self._wrong_origin(scope, headers, arrives)
+        if problem is None and arrives and hmac.compare_digest(token.encode(), self._token.encode()):
+            # Not a redirect: where the link was followed from another site, that would come without the new cookie.
+            secure = "; Secure" if self.scheme == "https" else ""
+            given = f"{self.cookie}={self._secret}; Path=/; HttpOnly; SameSite=Strict{secure}"
+            head, text = '<meta http-equiv="refresh" content="0; url=/">', 'Opening … <a href="/">go on</a>'
+            await _answer(send, 200, _PAGE.format(head=head, text=text), {"set-cookie": given})
+            self._renew()
+            return
+        if problem is None and not self._known(headers):
+            problem = _UNKNOWN
+        if problem is None:
+            await self.app(scope, receive, self._marked(scope, send))
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "refused"})
+        else:
+            await _answer(send, 403, _PAGE.format(head="", text=problem), {})
+
+    def _wrong_host(self, headers: Headers) -> str | None:
+        if headers.get("host", []) and all(host.lower() in self.hosts for host in headers.get("host", [])):
+            return None
+        return (
+            f"Refused: the studio is asked for by another name than its own.  It is at {self.scheme}://{self.hosts[0]}/"
+        )
+
+    def _wrong_origin(self, scope: Scope, headers: Headers, arrives: bool) -> str | None:
+        own = [f"{self.scheme}://{host.lower()}" for host in headers.get("host", [])]
+        origins = headers.get("origin", [])
+        changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD")
+        site = headers.get("sec-fetch-site", [])
+        foreign = any(o.lower() not in own for o in origins) or (changes and not origins)
+        foreign |= not arrives and any(s not in ("same-origin", "none") for s in site)
+        return "Refused: another site asked for this." if foreign else None
+
+    def _known(self, headers: Headers) -> bool:
+        for text in headers.get("cookie", []):
+            for pair in text.split(";"):
+                name, _, value = pair.strip().partition("=")
+                if name == self.cookie and hmac.compare_digest(value.encode(), self._secret.encode()):
+                    return True
+        return False
+
+    def _marked(self, scope: Scope, send: Send) -> Send:
+        """`send`, with our headers in place of those of the same name."""
+        ours = dict(_HEADERS)
+        if scope["path"].startswith(self.storable):
+            del ours["cache-control"]
+
+        async def marked(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                kept = [(k, v) for k, v in message.get("headers", ()) if k.decode("latin-1").lower() not in ours]
+                message["headers"] = [*kept, *((k.encode(), v.encode()) for k, v in ours.items())]
+            await send(message)
+
+        return marked
+
+
+async def _answer(send: Send, status: int, text: str, more: dict[str, str]) -> None:
+    headers = {**_HEADERS, "content-type": "text/html; charset=utf-8", **more}
+    named = [(k.encode(), v.encode()) for k, v in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": named})
+    await send({"type": "http.response.body", "body": text.encode()})

@@ -1,0 +1,98 @@
+"""The studio as a server: where it listens, what must be there, and its life."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import warnings
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpsyngen.console import Console
+from dpsyngen.errors import ConfigError, require
+from dpsyngen.studio.guard import Guard
+from dpsyngen.studio.places import Places
+
+LOCAL = ("127.0.0.1", "localhost")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the studio listens: at 127.0.0.1 and `port` (0: a free one).
+
+    With `remote` other machines reach it by the name `host`, by TLS with the PEM files `certificate` and `key`.
+    """
+
+    host: str = LOCAL[0]
+    port: int = 0
+    remote: bool = False
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError unless it is this machine alone, or TLS and asked for."""
+        require(0 <= self.port <= 65_535, "--port", self.port, "from 1 to 65535, or 0 for one that is free")
+        if not self.remote:
+            allowed = (
+                "127.0.0.1: whoever reaches another address reaches your private images.  From another machine use "
+                "`ssh -L`; or give --allow-remote, --tls-cert and --tls-key"
+            )
+            require(self.host in LOCAL, "--host", self.host, allowed)
+            return
+        for option, file in (("--tls-cert", self.certificate), ("--tls-key", self.key)):
+            ok = file is not None and file.is_file()
+            require(ok, option, file, "a PEM file: with --allow-remote everything is encrypted by TLS")
+        wild = self.host in ("0.0.0.0", "::", "", "*")
+        require(not wild, "--host", self.host, "the name or address by which browsers reach this machine")
+
+    def bind(self) -> socket.socket:
+        """A socket that listens there; ConfigError if that cannot be."""
+        try:
+            return socket.create_server((self.host, self.port))
+        except OSError as error:
+            where = f"{self.host}:{self.port}: {error.strerror}"
+            raise ConfigError(f"the studio cannot listen at {where}.  Choose another --port.") from None
+
+
+def serve(places: Places, address: Address, console: Console, show: bool) -> None:
+    """Serve until Ctrl-C; `console` is told the links that let a browser in, and with `show` the first one is opened.
+
+    Raises:
+        ConfigError: the address is not allowed or taken, a folder is missing, or what the pages need is not installed.
+    """
+    address.check()
+    for folder in places.folders:
+        require(folder.is_dir(), "--folder", folder, "an existing folder")
+    try:
+        import nicegui
+        import uvicorn
+        from fastapi import FastAPI
+        from nicegui import ui
+    except ImportError as error:
+        missing = f"the studio needs packages that are not installed ({error.name})"
+        raise ConfigError(f"{missing}: pip install 'dpsyngen[studio]'") from None
+    from dpsyngen.studio import overview, run_page, wizard
+    from dpsyngen.studio.look import Studio
+
+    places.runs.mkdir(parents=True, exist_ok=True)
+    listening = address.bind()
+    studio = Studio(places)
+    for pages in (overview, wizard, run_page):
+        pages.register(studio)
+    application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    ui.run_with(application, favicon="🔒", dark=None, language="en-US", tailwind=False, show_welcome_message=False)
+    nicegui.app.config.quasar_config["loadingBar"]["skipHijack"] = True  # it would have no name for screen readers
+    logging.getLogger("nicegui").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="nicegui")  # it looks at torch's objects, too
+    console.note(f"runs are in {places.runs}; images may lie in {', '.join(map(str, places.folders))}")
+    console.note("Ctrl-C ends the studio; trainings go on.  This link lets one browser in:")
+    hosts, port = (address.host.lower(),) if address.remote else LOCAL, listening.getsockname()[1]
+    names, files = tuple(f"{host}:{port}" for host in hosts), f"/_nicegui/{nicegui.__version__}/"
+    guard = Guard(application, names, address.remote, lambda link: console.result({"link": link}, [link]), files)
+    if show:
+        webbrowser.open(guard.link)
+    tls: dict[str, Any] = {"ssl_certfile": address.certificate, "ssl_keyfile": address.key}
+    config = uvicorn.Config(guard, log_level="error", server_header=False, timeout_graceful_shutdown=1, **tls)
+    uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,139 @@
+"""What the studio may touch and where it listens: each is refused before anything is served."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpsyngen.config import Config, load_config
+from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.studio.places import Places
+from dpsyngen.studio.serve import Address
+from dpsyngen.training.background import Jobs
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    for name in ("home/photos", "home/runs", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "elsewhere/secret.npz").write_bytes(b"")
+    (tmp_path / "home/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "home/runs/linked").symlink_to(tmp_path / "elsewhere")
+    return Places(tmp_path / "home/runs", (tmp_path / "home",))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["../elsewhere", "photos/../../elsewhere", "/", "/etc/passwd", "~", "link", "link/secret.npz", "./link/../link"],
+)
+def test_no_path_outside_the_folders(places: Places, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"outside the folders .*--folder"):
+        places.inside(text, "the images")
+    with pytest.raises(ConfigError, match="outside the folders"):
+        places.source(text)
+
+
+def test_paths_inside_are_found(places: Places) -> None:
+    home = places.folders[0]
+    assert places.inside("photos", "x") == places.inside(str(home / "photos"), "x") == home / "photos"
+    assert places.source("digits") == "digits:train"
+    (home / "digits").mkdir()
+    assert places.source("digits") == str(home / "digits")
+    with pytest.raises(ConfigError, match="there is nothing at"):
+        places.source("photographs")
+    for wrong in ("", "  ", "a\0b"):
+        with pytest.raises(ConfigError):
+            places.inside(wrong, "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../elsewhere", "a/b", "/etc", ".studio", " a", "a\n", "a?b", "a%2fb", "linked", "x" * 300]
+)
+def test_a_run_is_a_folder_in_the_folder_of_runs(places: Places, name: str) -> None:
+    with pytest.raises(ConfigError, match="the name of the run"):
+        places.path_of(name)
+    assert places.path_of("digits-1") == places.runs / "digits-1"
+    assert places.path_of("ε = 3") == places.runs / "ε = 3"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "board.example", ""])
+def test_another_address_is_refused(host: str, call, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must be 127\.0\.0\.1.*--allow-remote"):
+        Address(host).check()
+    code, out, err = call("studio", "--no-browser", "--host", host, "--runs", tmp_path / "runs")
+    assert code == 2
+    assert "127.0.0.1" in err
+    assert "token" not in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_others_are_let_in_by_tls_alone(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    for address in (Address("board.example", 0, True), Address("board.example", 0, True, certificate, key)):
+        with pytest.raises(ConfigError, match=r"--tls-cert .*encrypted by TLS"):
+            address.check()
+    certificate.touch()
+    with pytest.raises(ConfigError, match="--tls-key"):
+        Address("board.example", 0, True, certificate).check()
+    key.touch()
+    Address("board.example", 8080, True, certificate, key).check()
+    with pytest.raises(ConfigError, match="by which browsers reach"):
+        Address("0.0.0.0", 8080, True, certificate, key).check()
+
+
+def test_it_listens_on_this_machine_alone() -> None:
+    with Address().bind() as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+        with pytest.raises(ConfigError, match="cannot listen"):
+            Address(port=listening.getsockname()[1]).bind()
+
+
+def test_a_folder_that_is_missing_is_told(call, tmp_path: Path) -> None:
+    code, _, err = call("studio", "--no-browser", "--folder", tmp_path / "no")
+    assert code == 2
+    assert "--folder" in err
+
+
+def test_without_its_packages_it_says_what_to_install(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    code, _, err = call("studio", "--no-browser", "--runs", tmp_path / "runs")
+    assert code == 2
+    assert "pip install 'dpsyngen[studio]'" in err
+
+
+def settings(source: str) -> Config:
+    return load_config({"data": {"source": source}, "stages": {"variant": "instant"}})
+
+
+def test_two_tabs_do_not_start_one_run_twice(tmp_path: Path) -> None:
+    jobs, path, config = Jobs(tmp_path / ".studio"), tmp_path / "r", settings("digits")
+    jobs.train(path, config)
+    try:
+        with pytest.raises(RunError, match="going on already"):
+            jobs.train(path, config)
+        said, progress = jobs.look(path)
+        assert said.going
+        assert progress is None
+    finally:
+        jobs.stop(path)
+        jobs._started[tmp_path / ".studio/r.log"].wait(60)
+    said, progress = jobs.look(path)
+    assert not said.going
+    assert said.error is None
+    assert os.stat(tmp_path / ".studio").st_mode & 0o077 == 0
+    assert os.stat(tmp_path / ".studio/r.log").st_mode & 0o077 == 0
+
+
+def test_why_a_training_could_not_begin_is_told(tmp_path: Path) -> None:
+    jobs, path = Jobs(tmp_path / ".studio"), tmp_path / "r"
+    jobs.train(path, settings(str(tmp_path / "none")))
+    jobs._started[tmp_path / ".studio/r.log"].wait(60)
+    said, progress = jobs.look(path)
+    assert progress is None
+    assert said.error is not None
+    assert "neither a file or folder nor a named set" in said.error
+    with pytest.raises(RunError, match="no training of this run"):
+        jobs.stop(path)

@@ -1,0 +1,449 @@
+"""The studio in a real browser: the whole way, wrong inputs, kills, tabs, small and dark screens, keyboard, labels.
+
+``DPSYNGEN_SCREENSHOTS=docs/studio pytest tests/studio`` writes the pictures of docs/studio.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpsyngen.privacy.budget import Budget
+from dpsyngen.release.verify import verify
+from dpsyngen.training.progress import progress_of, worker
+from dpsyngen.training.run import Run
+from tests.conftest import tiny_arrays
+from tests.studio.served import ROOT, Served, needs_browser, opened, wait_until
+
+pytestmark = [needs_browser, pytest.mark.slow]
+SHOTS = os.environ.get("DPSYNGEN_SCREENSHOTS")
+LARGEST = 300_000  # bytes
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    from tests.report.chromium import find
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=find(), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs of digits, a set of images and one with a file that is none."""
+    folder = tmp_path_factory.mktemp("studio")
+    for name, epsilon in (("first", "10"), ("second", "1")):
+        train(folder, name, "--data", "digits", "--epsilon", epsilon, "--preset", "demo")
+    images, _ = tiny_arrays()
+    (folder / "photos").mkdir()
+    for number, pixels in enumerate(images[:20]):
+        Image.fromarray(pixels).save(folder / "photos" / f"{number}.png")
+    (folder / "photos" / "broken.png").write_bytes(b"no picture")
+    (folder / "notes.zip").write_bytes(b"no bundle")
+    return folder
+
+
+def train(folder: Path, name: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", "dpsyngen", "train", "--out", f"runs/{name}", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def served(home: Path) -> Iterator[Served]:
+    studio = Served(home)
+    yield studio
+    studio.end()
+
+
+@pytest.fixture
+def page(browser: Any, served: Served) -> Iterator[Any]:
+    with opened(browser, served) as one:
+        yield one
+
+
+def shot(page: Any, name: str, tall: int = 1100) -> None:
+    """A picture of the page for the documentation, if asked for: with few colours, so that it is small."""
+    if SHOTS:
+        page.wait_for_timeout(600)
+        height = min(tall, page.evaluate("document.documentElement.scrollHeight"))
+        path = ROOT / SHOTS / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=path, full_page=True, clip={"x": 0, "y": 0, "width": 1100, "height": height})
+        with Image.open(path) as picture:
+            picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+        assert path.stat().st_size < LARGEST
+
+
+def press(page: Any, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def fill(page: Any, label: str, value: str) -> None:
+    page.get_by_label(label).first.fill(value)
+
+
+def problem(page: Any, text: str) -> None:
+    """Wait until the page tells this problem."""
+    page.locator(".problem", has_text=text).first.wait_for()
+
+
+def choose(page: Any, served: Served, source: str = "digits") -> None:
+    """Go to the promise about some images."""
+    page.goto(f"{served.address}/images")
+    fill(page, "Folder, file or public set", source)
+    press(page, "Look at them")
+    page.get_by_role("link", name="Go on: what is promised").click()
+    page.get_by_label("Name of the run").wait_for()
+
+
+# ------------------------------------------------------------------------------------------- the whole way
+
+
+def test_from_a_folder_to_a_verified_bundle(page: Any, served: Served, home: Path, tmp_path: Path) -> None:
+    press_link = lambda name: page.get_by_role("link", name=name).first.click()  # noqa: E731
+    press_link("New generator")
+    press(page, "digits")
+    press(page, "Look at them")
+    page.get_by_text("1,437").wait_for()
+    private = page.locator(".private", has_text="PRIVATE").locator("img")
+    assert private.get_attribute("src").startswith("data:image/png;base64,")
+    shot(page, "images")
+    press_link("Go on: what is promised")
+    page.get_by_text("50 % → at most 95.3 %").wait_for()
+    page.get_by_text("1 % → at most 16.9 %").wait_for()
+    fill(page, "ε", "10")
+    page.get_by_text("practically 100 %").first.wait_for()
+    page.get_by_text("It will take").wait_for()
+    fill(page, "Name of the run", "mine")
+    shot(page, "promise", 1300)
+    press(page, "Start training")
+    page.wait_for_url("**/run/mine/train")
+    page.get_by_role("link", name="Look at what it draws").wait_for()
+    page.get_by_text("ε so far").wait_for()
+    assert Run(home / "runs/mine").complete
+    press_link("Look at what it draws")
+    page.get_by_role("heading", name="From noise to image").wait_for()
+    assert page.locator(".class-row img").count() == 10
+    page.get_by_text("Nothing was found").or_(page.locator(".finding").first).wait_for()
+    shot(page, "look")
+    press_link("Release")
+    page.get_by_role("heading", name="Privacy certificate").wait_for()
+    press(page, "Make a key")
+    fill(page, "Generated images in it", "20")
+    press(page, "Make the bundle")
+    page.get_by_role("button", name="Download", exact=True).wait_for()
+    shot(page, "release")
+    with page.expect_download() as download:
+        press(page, "Download")
+    bundle = tmp_path / "mine.zip"
+    download.value.save_as(bundle)
+    assert verify(bundle, home / "runs/signing-key.pem.pub").passed
+    press_link("Check it")
+    page.get_by_text("I have the public key").click()
+    page.get_by_label("public key").locator("input[type=file]").set_input_files(home / "runs/signing-key.pem.pub")
+    page.get_by_label("public key").get_by_text("100.00%").wait_for()
+    page.get_by_label("bundle").locator("input[type=file]").set_input_files(bundle)
+    page.get_by_text("mine.zip: the bundle is sound").wait_for()
+    page.get_by_text("is by the key that was given").wait_for()
+    shot(page, "verify")
+    press_link("Runs")
+    page.locator(".runs img").nth(2).wait_for()
+    shot(page, "runs")
+
+
+def test_measured_checked_and_beside_real_images(page: Any, served: Served, home: Path) -> None:
+    page.goto(f"{served.address}/run/first/look")
+    page.get_by_role("heading", name="From noise to image").wait_for()
+    press(page, "Show training images beside them")
+    page.locator(".beside img").nth(19).wait_for()
+    press(page, "Check")
+    page.get_by_text("No sign of memorisation").wait_for()
+    press(page, "Measure")
+    page.get_by_text("The last measurement").wait_for(timeout=240_000)
+    page.get_by_text("floor").first.wait_for()
+    ledger = (home / "runs/first/private/ledger.jsonl").read_text(encoding="utf-8")
+    assert "looked at beside generated ones" in ledger
+    page.goto(f"{served.address}/")
+    page.get_by_label("compare first").click()
+    page.get_by_label("compare second").click()
+    press(page, "Compare two")
+    page.locator("section", has_text="second").locator("img").nth(9).wait_for()
+    page.get_by_text("CAS, ").first.wait_for()
+    shot(page, "compare")
+
+
+# ------------------------------------------------------------------------------------------- wrong inputs
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "told"),
+    [
+        ("Folder, file or public set", "photographs", "there is nothing at"),
+        ("Folder, file or public set", "../..", "outside the folders that the studio may use"),
+        ("Folder, file or public set", "", "must be the path of a file or folder"),
+        ("Folder, file or public set", "notes.zip", "files of this kind are not read"),
+        ("Table of their labels (CSV), if there is one", "/etc/passwd", "outside the folders"),
+        ("Pixels a side, if not as found", "many", "must be a whole number"),
+        ("Pixels a side, if not as found", "3", "8"),
+    ],
+)
+def test_wrong_images(page: Any, served: Served, label: str, value: str, told: str) -> None:
+    page.goto(f"{served.address}/images")
+    fill(page, "Folder, file or public set", "photos")
+    page.get_by_text("More").click()
+    fill(page, label, value)
+    press(page, "Look at them")
+    problem(page, told)
+    assert not page.get_by_role("link", name="Go on: what is promised").count()
+
+
+def test_unreadable_files_are_named_and_left_out(page: Any, served: Served) -> None:
+    page.goto(f"{served.address}/images?source=photos")
+    problem(page, "1 cannot be read, and will be left out (PRIVATE):")
+    problem(page, "broken.png")
+    page.get_by_role("link", name="Go on: what is promised").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "told"),
+    [
+        ("ε", "", "ε is None, but must be a number above 0"),
+        ("ε", "0.0000001", "epsilon"),
+        ("δ", "little", "must be a number such as 1e-5"),
+        ("δ", "0.5", "must be below 1/records"),
+        ("Images of one person", "1.5", "must be a whole number"),
+        ("Budget file that all runs on these images share", "../x.budget", "outside the folders"),
+        ("Budget file that all runs on these images share", "none.budget", "cannot be read"),
+        ("Budget file that all runs on these images share", "small.budget", "above the budget"),
+        ("Name of the run", "../mine", "must be a plain name"),
+        ("Name of the run", "", "must be a plain name"),
+        ("Name of the run", "first", "holds a finished run"),
+    ],
+)
+def test_wrong_promises(page: Any, served: Served, home: Path, label: str, value: str, told: str) -> None:
+    if not (home / "small.budget").exists():
+        Budget.create(home / "small.budget", epsilon_limit=0.5, delta=1e-4)
+    choose(page, served)
+    page.get_by_text("For experts").click()
+    fill(page, label, value)
+    press(page, "Start training")
+    problem(page, told)
+    assert page.url.startswith(f"{served.address}/promise")
+
+
+def test_wrong_releases(page: Any, served: Served, home: Path) -> None:
+    page.goto(f"{served.address}/run/second/release")
+    for label, value, told in (
+        ("Private key to sign with (PEM); empty: not signed", "/etc/hosts", "outside the folders"),
+        ("Private key to sign with (PEM); empty: not signed", "notes.zip", "is no private key"),
+        ("Name of the file", "../x.zip", "must be a plain name"),
+        ("Name of the file", "x.tar", "must be one that ends in .zip"),
+        ("Generated images in it", "", "must be a whole number"),
+    ):
+        before = page.get_by_label(label).first.input_value()
+        fill(page, label, value)
+        press(page, "Make the bundle")
+        problem(page, told)
+        fill(page, label, before)
+    assert not list(home.glob("**/x.*"))
+
+
+def test_wrong_bundles_and_runs(page: Any, served: Served, home: Path, tmp_path: Path) -> None:
+    page.goto(f"{served.address}/verify")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("generator.json", "{}")
+    for path in (home / "notes.zip", tmp_path / "other.zip"):
+        page.get_by_label("bundle").locator("input[type=file]").set_input_files(path)
+        page.get_by_text(f"{path.name}: the bundle is NOT to be relied on").wait_for()
+    page.goto(f"{served.address}/run/nobody/look")
+    problem(page, "does not exist")
+    page.goto(f"{served.address}/run/..%5Cx/train")
+    problem(page, "must be a plain name")
+    page.goto(f"{served.address}/compare?run=first&run=../x")
+    problem(page, "must be a plain name")
+    page.goto(f"{served.address}/compare?run=first")
+    problem(page, "choose two")
+    page.goto(f"{served.address}/run/first/look")
+    fill(page, "Guidance", "3")
+    press(page, "Draw")
+    problem(page, "guidance")
+
+
+# ------------------------------------------------------------------------------------- kills, tabs, reloads
+
+
+def test_a_killed_studio_loses_nothing(browser: Any, tmp_path: Path) -> None:
+    studio = Served(tmp_path)
+    path = tmp_path / "runs/long"
+    try:
+        with opened(browser, studio, killed=True) as page:
+            choose(page, studio)
+            fill(page, "Name of the run", "long")
+            page.get_by_label("Train on").click()
+            press(page, "Start training")
+            page.wait_for_url("**/run/long/train")
+            page.get_by_role("button", name="Stop after this step").wait_for()
+            wait_until((path / "run.json").exists)
+            studio.end(signal.SIGKILL)
+            assert Run(path).busy, "the training goes on without the studio"
+            studio = Served(tmp_path)
+        with opened(browser, studio) as page:
+            page.goto(f"{studio.address}/run/long/train")
+            page.get_by_text("Training.").wait_for()
+            page.get_by_text("of 40 steps").wait_for()
+            page.locator(".private", has_text="What the network draws now").locator("img").wait_for()
+            shot(page, "training", 1400)
+            page.reload()
+            page.get_by_text("of 40 steps").wait_for()
+            with page.context.expect_page() as other:
+                page.evaluate("window.open(location.href)")
+            other.value.get_by_text("of 40 steps").wait_for()
+            press(page, "Stop after this step")
+            for tab in (page, other.value):
+                tab.get_by_role("button", name="Go on").wait_for()
+                tab.get_by_text("Interrupted.  Nothing is lost").wait_for()
+            assert worker(path) is None
+            done = progress_of(Run(path)).phases[-1].done
+            assert done < 40
+            press(page, "Go on")
+            page.get_by_text("Training.").wait_for()
+            wait_until(lambda: progress_of(Run(path)).phases[-1].done > done)
+            press(page, "Stop after this step")
+            page.get_by_role("button", name="Go on").wait_for()
+    finally:
+        if (number := worker(path)) is not None:
+            os.kill(number, signal.SIGKILL)
+        studio.end()
+
+
+def test_a_second_tab_cannot_start_the_same_run(page: Any, served: Served) -> None:
+    choose(page, served)
+    other = page.context.new_page()
+    choose(other, served)
+    for tab in (page, other):
+        fill(tab, "Name of the run", "twice")
+    press(page, "Start training")
+    page.wait_for_url("**/run/twice/train")
+    press(other, "Start training")
+    problem(other, "already")
+    page.get_by_role("link", name="Look at what it draws").wait_for()
+
+
+def test_the_guard_stands_before_everything(served: Served) -> None:
+    host = served.address.removeprefix("http://")
+    for path, headers in (
+        ("/_nicegui_ws/socket.io/?EIO=4&transport=websocket", "Origin: http://evil.example\r\n"),
+        ("/_nicegui_ws/socket.io/?EIO=4&transport=websocket", f"Origin: http://{host}\r\n"),
+        ("/_nicegui_ws/socket.io/?EIO=4&transport=polling", ""),
+        ("/", ""),
+        ("/run/first/look", ""),
+    ):
+        upgrade = (
+            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" if "Origin" in headers else ""
+        )
+        key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n" if upgrade else "Connection: close\r\n"
+        with socket.create_connection(("127.0.0.1", int(host.partition(":")[2]))) as line:
+            line.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{headers}{upgrade}{key}\r\n".encode())
+            assert line.recv(4096).split(b" ")[1] == b"403", path
+
+
+# ---------------------------------------------------------------------------- small, dark, by keyboard, heard
+
+PAGES = ("/", "/images?source=digits", "/promise?source=digits", "/run/first/train", "/run/first/look")
+PAGES += ("/run/first/release", "/verify", "/compare?run=first&run=second")
+
+
+def settled(page: Any, address: str) -> None:
+    page.goto(address)
+    page.wait_for_selector("main h1")
+    page.wait_for_function("!document.querySelector('.q-spinner')")
+    page.wait_for_timeout(300)
+    page.wait_for_function("!document.querySelector('.q-spinner')")
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_phone_shows_it_and_a_screen_reader_says_it_light_and_dark(browser: Any, served: Served, path: str) -> None:
+    looks = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}
+    for look in (looks, {"color_scheme": "light"}):
+        with opened(browser, served, **look) as page:
+            settled(page, served.address + path)
+            wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            assert wide <= 0, f"{wide} pixels wider than the window"
+            dark = look["color_scheme"] == "dark"
+            if dark:
+                ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+                assert max(map(int, ground[4:-1].split(","))) < 60
+            assert violations(page) == []
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds: missing labels, contrast, structure; a skip with the reason where it is not installed."""
+    found = importlib.util.find_spec("axe_playwright_python")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("axe_playwright_python, which brings axe-core, is not installed")
+    page.evaluate((Path(found.submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8"))
+    result = page.evaluate("axe.run()")
+    return [f"{v['id']}: {n['html'][:160]}: {n['failureSummary']}" for v in result["violations"] for n in v["nodes"]]
+
+
+def test_by_keyboard_alone(page: Any, served: Served) -> None:
+    def tab_to(name: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            labels = "[...(e.labels || [])].map(l => l.innerText)"
+            own = "[e.closest('[aria-label]')?.ariaLabel, e.innerText]"
+            text = page.evaluate(f"(e => {own}.concat({labels}).join(' '))(document.activeElement)")
+            if name in text:
+                return
+        raise AssertionError(f"the keyboard does not reach {name!r}")
+
+    tab_to("New generator")
+    page.keyboard.press("Enter")
+    page.get_by_label("Folder, file or public set").wait_for()
+    page.wait_for_function("document.activeElement.tagName == 'INPUT'")
+    page.keyboard.type("digits")
+    page.keyboard.press("Enter")
+    page.get_by_text("1,437").wait_for()
+    tab_to("Go on: what is promised")
+    page.keyboard.press("Enter")
+    page.get_by_text("50 % → at most 95.3 %").wait_for()
+    tab_to("ε, from safer to better images")
+    page.keyboard.press("ArrowLeft")
+    page.get_by_text("50 % → at most 88.1 %").wait_for()
+    tab_to("Name of the run")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("keys")
+    tab_to("Start training")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/run/keys/train")
+    tab_to("Look at what it draws") if page.get_by_role(
+        "link", name="Look at what it draws"
+    ).wait_for() is None else None
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/run/keys/look")
+
+
+def test_the_pictures_of_the_documentation_are_small() -> None:
+    pictures = sorted((ROOT / "docs/studio").glob("*.png"))
+    assert len(pictures) >= 8
+    for path in pictures:
+        assert path.stat().st_size < LARGEST
+        with Image.open(path) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5, f"{path.name} is blank"

@@ -1,0 +1,89 @@
+"""How far a run is, seen from another process; and the picture of what is drawn meanwhile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dpsyngen import fit
+from dpsyngen.config import load_config
+from dpsyngen.data import load_images
+from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.report.sections import loss_charts
+from dpsyngen.training.progress import progress_of, worker
+from dpsyngen.training.run import Run
+
+
+def begin(settings: dict, out: Path, arrays: tuple[np.ndarray, np.ndarray], **logging: object) -> fit.Training:
+    given = {**settings, "privacy": {"epsilon": 4.0, "delta": 1e-3}, "logging": logging}
+    return fit.prepare(load_config(given), out, load_images(arrays))
+
+
+def test_a_run_is_followed_from_its_files(tiny_settings, tiny_images, tmp_path: Path) -> None:
+    training = begin(tiny_settings, tmp_path / "r", tiny_images(), pictures=2)
+    run, seen = Run(tmp_path / "r"), []
+    before = progress_of(run)
+    assert (before.state, before.phases, before.epsilon, before.target) == ("training", [], 0.0, 4.0)
+    for step in training.steps():
+        now = progress_of(run)
+        seen.append((now.phases[-1].name, now.phases[-1].done, now.phases[-1].private))
+        assert seen[-1] == (step.phase, step.step, step.private)
+        assert now.epsilon == Ledger(run.ledger_path).epsilon()
+        assert now.seconds_left is not None
+        training.stop_requested = step.private and step.step == 4
+    stopped = progress_of(run)
+    assert stopped.state == "interrupted"
+    assert stopped.seconds_left is None
+    assert [(p.done, p.steps) for p in stopped.phases] == [(3, 3), (3, 3), (4, 6)]
+    assert 0 < stopped.epsilon < 4.0
+    assert stopped.preview == run.private / "preview.png"
+    assert stopped.preview.stat().st_mode & 0o077 == 0
+    with Image.open(stopped.preview) as picture:
+        assert picture.width > 4 * 8
+    assert [len(loss_charts(stopped.phases, private)) for private in (False, True)] == [2, 1]
+
+
+def test_pictures_change_no_step_and_are_not_released(tiny_settings, tiny_images, tmp_path: Path) -> None:
+    released = []
+    for name, pictures in (("a", None), ("b", 1)):
+        settings = {k: dict(v) for k, v in tiny_settings.items()}
+        given = {**settings, "privacy": {"epsilon": 4.0, "delta": 1e-3, "insecure_seed": 1}}
+        given["logging"] = {"pictures": pictures}
+        training = fit.prepare(load_config(given), tmp_path / name, load_images(tiny_images()))
+        fit.carry_out(training)
+        run = training.run
+        assert (run.private / "preview.png").exists() == (pictures is not None)
+        released.append({p.name: p.read_bytes() for p in run.release.rglob("*.safetensors")})
+        assert "preview.png" not in {p.name for p in run.release.rglob("*")}
+    assert released[0] == released[1]
+
+
+def test_a_finished_run(finished: Run) -> None:
+    now = progress_of(finished)
+    assert now.state == "finished"
+    assert now.seconds_left is None
+    assert not finished.busy
+
+
+def test_who_works_on_a_run_is_found(finished: Run, tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    shutil.copytree(finished.path, path)
+    assert worker(path) is None
+    code = f"from pathlib import Path; from dpsyngen.training.run import Run\nrun = Run(Path({str(path)!r}))\n"
+    code += "with run.lock():\n print('here', flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "here\n"
+        assert Run(path).busy
+        assert worker(path) == other.pid != os.getpid()
+        other.stdin.close()
+    assert not Run(path).busy
+    assert worker(path) is None
