@@ -130,6 +130,7 @@ def test_closed_forms_stay_exact_where_networks_are_rounded() -> None:
         basis=basis,
         covariances=torch.diag_embed(torch.rand(2, 4, generator=g)),
         rest=torch.full((16,), 0.01),
+        spectrum=torch.ones(16),
         frequencies=torch.tensor([0.5, 0.5]),
     )
     denoiser = GaussianDenoiser(gaussians, (1, 4, 4))

@@ -8,7 +8,7 @@ and no training; and x at any σ can be drawn from N(μ_c, Σ_c + σ²I) at once
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -18,23 +18,40 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.full_precision import in_full_precision
 
 LARGEST_DIMENSION = 4096
-"""Of an image whose pixels may each have a variance of their own outside the basis."""
+"""Of an image whose covariance outside the basis is diagonalised; that of a larger one is taken as stationary."""
 
 _LARGEST_NUMBER = 1e6
 _TOLERANCE = 1e-4
 
 
+def cosine_matrix(size: int) -> Tensor:
+    """[size, size] fp64, the orthonormal DCT-II: row f is √(2/size)·cos(π f (2i + 1) / (2 size)), row 0 over √2."""
+    f, i = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)[None]
+    matrix = (math.pi * f * (2 * i + 1) / (2 * size)).cos() * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def each_axis(flat: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Apply a matrix to each axis of images [N, D] = [N, C, H, W]: with :func:`cosine_matrix` of each axis, F."""
+    c, h, w = matrices
+    images = h @ flat.view(-1, len(c), len(h), len(w)) @ w.mT
+    return (torch.einsum("kc,nchw->nkhw", c, images) if len(c) > 1 else images).flatten(1)
+
+
 @dataclass(frozen=True)
 class ClassGaussians:
-    """One Gaussian for each class, with covariances Σ_c = V A_c Vᵀ + P diag(ψ) P, P = I - V Vᵀ; else ConfigError.
+    """One Gaussian for each class, Σ_c = V A_c Vᵀ + P √ψ Fᵀ diag(q) F √ψ P, with P = I - V Vᵀ and √ψ = diag(ψ)^½.
 
-    D is the number of pixel values of an image, in the order [C, H, W]; d <= D.
+    F is the orthonormal cosine transform: outside the basis images are a stationary texture of spectrum q, stronger
+    where ψ is.  D is the number of pixel values of an image, in the order [C, H, W]; d <= D.  Else ConfigError.
 
     Attributes:
         means: μ, [K, D].
         basis: V, [D, d], orthonormal columns; the same for all classes.
         covariances: A, [K, d, d], symmetric and positive semi-definite.
-        rest: ψ, [D], >= 0: variance that each pixel has outside the basis.
+        rest: ψ, [D], >= 0: of each pixel.
+        spectrum: q, [D], >= 0: of each frequency, in the order of F.  With q = 1, ψ is the variance of each pixel.
         frequencies: [K], of the classes, >= 0, summing to 1.
     """
 
@@ -42,6 +59,7 @@ class ClassGaussians:
     basis: Tensor
     covariances: Tensor
     rest: Tensor
+    spectrum: Tensor
     frequencies: Tensor
 
     def __post_init__(self) -> None:
@@ -51,11 +69,12 @@ class ClassGaussians:
                 raise ConfigError(f"Gaussian moments: {name} must be fp32 or fp64, not {tensor.dtype}.")
         k, size = self.means.shape if self.means.ndim == 2 else (0, 0)
         d = self.basis.shape[-1] if self.basis.ndim == 2 else 0
-        wanted = ((k, size), (size, d), (k, d, d), (size,), (k,))  # in the order of the fields
+        wanted = ((k, size), (size, d), (k, d, d), (size,), (size,), (k,))  # in the order of the fields
         if not (k and 1 <= d <= size) or tuple(tuple(t.shape) for t in tensors.values()) != wanted:
             raise ConfigError(
                 f"Gaussian moments have shapes { {n: list(t.shape) for n, t in tensors.items()} }, but must be means "
-                "[K, D], basis [D, d], covariances [K, d, d], rest [D] and frequencies [K] with K >= 1, 1 <= d <= D."
+                "[K, D], basis [D, d], covariances [K, d, d], rest [D], spectrum [D] and frequencies [K] with "
+                "K >= 1 and 1 <= d <= D."
             )
         for name, tensor in tensors.items():
             # NaN fails the comparison, too.
@@ -72,7 +91,7 @@ class ClassGaussians:
             raise ConfigError("Gaussian moments: a covariance is not symmetric.")
         if (_eigh(covariances)[0] < -size[:, 0]).any():
             raise ConfigError("Gaussian moments: a covariance has a negative eigenvalue.")
-        if (self.rest < 0).any():
+        if (self.rest < 0).any() or (self.spectrum < 0).any():
             raise ConfigError("Gaussian moments: a variance outside the basis is negative.")
         if (self.frequencies < 0).any() or abs(float(self.frequencies.double().sum()) - 1) > _TOLERANCE:
             raise ConfigError("Gaussian moments: the class frequencies must be at least 0 and sum to 1.")
@@ -98,10 +117,10 @@ class ClassGaussians:
 class GaussianDenoiser(nn.Module):
     """The Wiener filter of each class as a :class:`dpsyngen.diffusion.denoiser.Denoiser`; nothing to train.
 
-    In the orthonormal basis (V, Q), Q the eigenvectors of P diag(ψ) P, the covariances are A_c on V and diag(ρ) on Q,
-    so a batch costs one product with the basis each way, whatever its classes and noise levels.  Where all ψ are
-    equal no Q is needed.  Images (of `shape`, (C, H, W)) of more than 4,096 values get the mean of ψ everywhere (same
-    trace): a basis of all dimensions would not be worth its memory.
+    In the orthonormal basis (V, Q), Q the eigenvectors of what is outside V, the covariances are A_c on V and diag(ρ)
+    on Q, so a batch costs one product with the basis each way, whatever its classes and noise levels.  For images of
+    more than 4,096 values (`shape` is (C, H, W)) Q would not be worth its memory: there F takes its place, with ρ = q · mean ψ, as if P and F
+    commuted, which they nearly do (V are coarse patterns).
     """
 
     means: Tensor
@@ -113,6 +132,9 @@ class GaussianDenoiser(nn.Module):
     inner_variances: Tensor
     outer_variances: Tensor
     log_frequencies: Tensor
+    cosines_c: Tensor
+    cosines_h: Tensor
+    cosines_w: Tensor
 
     def __init__(
         self, gaussians: ClassGaussians, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32
@@ -124,25 +146,28 @@ class GaussianDenoiser(nn.Module):
                 f"Gaussian moments are of {size} pixel values, but an image {list(shape)} has {math.prod(shape)}."
             )
         self.gaussians, self.shape, self.classes, self.dimension = gaussians, shape, gaussians.classes, size
-        means, rest = gaussians.means.double(), gaussians.rest.double()
+        means, rest, spectrum = gaussians.means.double(), gaussians.rest.double(), gaussians.spectrum.double()
         # V, orthonormal to the last digit, and a basis of its orthogonal complement.
         complete, triangle = torch.linalg.qr(gaussians.basis.double(), mode="complete")
         basis, outer = complete[:, :d] * triangle.diagonal().sign(), complete[:, d:]
         values, turns = _eigh(gaussians.covariances.double())
-        self.spherical = bool((rest == rest[0]).all()) or size > LARGEST_DIMENSION
-        if self.spherical:
+        self.large = size > LARGEST_DIMENSION
+        cosines = [cosine_matrix(n) for n in shape]
+        if self.large:
             share = 1 - basis.square().sum(1)  # [D], diagonal of P
-            rho = (share @ rest / share.sum().clamp_min(1e-12)).clamp_min(0).view(1)
-            outer = outer[:, :0]
+            rho, outer = spectrum * (share @ rest / share.sum()), outer[:, :0]
         else:
-            rho, inner_turns = torch.linalg.eigh(outer.mT @ (rest[:, None] * outer))
-            rho, outer = rho.clamp_min(0), outer @ inner_turns
+            textures = each_axis((outer * rest.sqrt()[:, None]).mT, cosines)  # F √ψ Q, transposed: [D - d, D]
+            rho, inner_turns = torch.linalg.eigh((textures * spectrum) @ textures.mT)
+            outer = outer @ inner_turns
         frequencies = gaussians.frequencies.double()
-        kept = {"means": means, "means_in": means @ basis, "means_out": means @ outer, "basis": basis, "outer": outer}
-        kept |= {"turns": turns, "inner_variances": values.clamp_min(0), "outer_variances": rho}
+        kept = {"means": means, "means_in": means @ basis, "basis": basis, "outer": outer, "turns": turns}
+        kept |= {"inner_variances": values.clamp_min(0), "outer_variances": rho.clamp_min(0)}
+        kept |= dict(zip(("cosines_c", "cosines_h", "cosines_w"), cosines, strict=True))
         for name, tensor in (kept | {"log_frequencies": frequencies.log()}).items():
             # Not persistent: the model's own tensors are what is kept.
             self.register_buffer(name, tensor.to(dtype).contiguous(), persistent=False)
+        self.register_buffer("means_out", self._across(self.means), persistent=False)
 
     @in_full_precision
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -157,25 +182,26 @@ class GaussianDenoiser(nn.Module):
         for label, rows in self._groups(labels, len(x)):
             if label < self.classes:
                 inner[rows] = self._filtered(along[rows], square[rows], label)[0]
-                mean_out[rows] = self._means_across(label)
+                mean_out[rows] = self.means_out[label]
             else:
                 inner[rows], mean_out[rows] = self._mixture(along[rows], across[rows], square[rows])
         gain = self.outer_variances / (self.outer_variances + square)  # ρ/(ρ + σ²), the same for all classes
         return self._image(inner, mean_out + gain * (across - mean_out), x.dtype)
 
-    def _across(self, flat: Tensor) -> Tensor:
-        """The part of x outside the basis: its coordinates in Q, or itself where no Q is needed."""
-        if not self.spherical:
-            return flat @ self.outer
-        return flat - (flat @ self.basis) @ self.basis.mT
+    @property
+    def _cosines(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.cosines_c, self.cosines_h, self.cosines_w
 
-    def _means_across(self, label: int) -> Tensor:
-        if not self.spherical:
-            return self.means_out[label]
-        return self.means[label] - self.means_in[label] @ self.basis.mT
+    def _across(self, flat: Tensor) -> Tensor:
+        """The part of x outside the basis: its coordinates in Q, or in F of a large image."""
+        return each_axis(flat - (flat @ self.basis) @ self.basis.mT, self._cosines) if self.large else flat @ self.outer
 
     def _image(self, along: Tensor, across: Tensor, dtype: torch.dtype) -> Tensor:
-        outside = across if self.spherical else across @ self.outer.mT
+        if self.large:
+            outside = each_axis(across, [m.mT for m in self._cosines])
+            outside = outside - (outside @ self.basis) @ self.basis.mT
+        else:
+            outside = across @ self.outer.mT
         return (along @ self.basis.mT + outside).to(dtype).view(-1, *self.shape)
 
     def _groups(self, labels: Tensor | None, count: int) -> Iterator[tuple[int, Tensor]]:
@@ -197,18 +223,16 @@ class GaussianDenoiser(nn.Module):
     def _mixture(self, along: Tensor, across: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
         """The same for an unknown class: filtered coordinates in V and mean outside it, averaged over p(class | x)."""
         outer_total = self.outer_variances + square
-        log_chances, filtered, means = [], [], []
-        for label in range(self.classes):
+        log_chances, filtered = [], []
+        for label, mean in enumerate(self.means_out):
             image, turned = self._filtered(along, square, label)
             total = self.inner_variances[label] + square
-            mean = self._means_across(label)
             # -2 log p(x | class) without the terms that all classes share (the determinant outside the basis is one).
             distance = (turned.square() / total + total.log()).sum(1) + ((across - mean).square() / outer_total).sum(1)
             log_chances.append(self.log_frequencies[label] - distance / 2)
             filtered.append(image)
-            means.append(mean)
         chances = torch.softmax(torch.stack(log_chances, 1), 1)
-        return torch.einsum("nk,knd->nd", chances, torch.stack(filtered)), chances @ torch.stack(means)
+        return torch.einsum("nk,knd->nd", chances, torch.stack(filtered)), chances @ self.means_out
 
     @in_full_precision
     def draw(
@@ -230,7 +254,7 @@ class GaussianDenoiser(nn.Module):
         for label, rows in self._groups(self._drawn_classes(labels, len(flat), uniform), len(flat)):
             turned = (self.inner_variances[label] + square[rows]).sqrt() * (along[rows] @ self.turns[label])
             along[rows] = self.means_in[label] + turned @ self.turns[label].mT
-            across[rows] += self._means_across(label)
+            across[rows] += self.means_out[label]
         return self._image(along, across, noise.dtype)
 
     def _drawn_classes(self, labels: Tensor | None, count: int, uniform: Tensor | None) -> Tensor:
@@ -258,10 +282,11 @@ class GaussianDenoiser(nn.Module):
         def kept(variances: Tensor, squares: Tensor) -> Tensor:
             return variances * squares / (variances + squares)
 
-        if self.spherical:
-            outside = kept(self.outer_variances, square) * (1 - self.basis.square().sum(1))  # diagonal of P
+        outside = kept(self.outer_variances, square)
+        if self.large:  # the diagonals of Fᵀ diag(.) F and of P
+            outside = each_axis(outside, [m.square().mT for m in self._cosines]) * (1 - self.basis.square().sum(1))
         else:
-            outside = kept(self.outer_variances, square) @ self.outer.square().mT
+            outside = outside @ self.outer.square().mT
         inside = torch.zeros_like(outside)
         for label, rows in self._groups(labels, len(square)):
             weights = [(label, 1.0)] if label < self.classes else list(enumerate(self.log_frequencies.exp().tolist()))

@@ -155,6 +155,7 @@ def load_gaussian(release: Path, about: GeneratorDescription, device: str) -> Ga
         "basis": (pixels, rank),
         "covariances": (classes, rank, rank),
         "rest": (pixels,),
+        "spectrum": (pixels,),
         "frequencies": (classes,),
     }
     path = release / "weights" / f"{GAUSSIAN}.safetensors"

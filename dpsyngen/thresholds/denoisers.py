@@ -175,6 +175,6 @@ def wiener_filter(images: NDArray[np.uint8]) -> GaussianDenoiser | None:
         second += x.T @ x
     mean = total / len(images)
     covariance = second / len(images) - np.outer(mean, mean)
-    tensors = mean[None], np.eye(d), covariance[None], np.zeros(d), np.ones(1)
+    tensors = mean[None], np.eye(d), covariance[None], np.zeros(d), np.ones(d), np.ones(1)
     c, h, w = images.shape[1:]
     return GaussianDenoiser(ClassGaussians(*map(torch.from_numpy, tensors)), (c, h, w))

@@ -29,13 +29,14 @@ from dpsyngen.privacy.moments import Rows, VectorSum, class_sums, matrices, rele
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.plan import MomentsPlan, Shape
 from dpsyngen.training.spectra import (
+    TYPICAL_ENERGY,
     Frequencies,
-    debiased,
     denoised_white_covariance,
     noise_edge,
-    noise_limit,
+    powers,
     shrink_bands,
-    shrunk_number,
+    shrink_blocks,
+    with_sum,
 )
 
 COUNT_WEIGHT = 0.25  # of √D, the norm of an image
@@ -45,8 +46,7 @@ SMALLEST_VARIANCE = 1e-5
 SMALLEST_WHITE_VARIANCE = 0.02
 
 _UNIFORM_REST = 0.1
-_TYPICAL_ENERGY = 0.6  # of the clipped residuals in R², its largest value: an assumption, not a measurement
-_SPREAD_OF_ENERGY = 0.25  # about that, for data so few that their energy does not show
+_ROUND = 5.0  # how far the energy of a band is moved at once
 _DIRECTIONS_PER_FOUND = 8
 _FEWEST_FREQUENCIES = 64
 _NUMBERS_A_BATCH = 1 << 22
@@ -70,7 +70,7 @@ def scatter_frequencies(noise_multiplier: float, records: int, size: int) -> int
     if noise_multiplier == 0:
         return most
     harmonic = sum(1 / j for j in range(1, size + 1))
-    m = (_DIRECTIONS_PER_FOUND * _TYPICAL_ENERGY * records / (noise_multiplier * harmonic * math.sqrt(2))) ** (2 / 3)
+    m = (_DIRECTIONS_PER_FOUND * TYPICAL_ENERGY * records / (noise_multiplier * harmonic * math.sqrt(2))) ** (2 / 3)
     return int(min(max(math.ceil(min(m, most)), min(size, _FEWEST_FREQUENCIES)), most))
 
 
@@ -113,12 +113,13 @@ def estimate_moments(
     means, counts = _means(images, max(classes, 1), records, plan.mean, randomness)
     # Made of released numbers alone, but another processor may round them otherwise: all go on with the same.
     means, counts = ranks.from_main((means, counts))
-    basis, variances, rest = ranks.from_main(_pooled(images, means, records, plan.pooled, randomness, rank))
+    basis, variances, rest, spectrum = ranks.from_main(_pooled(images, means, records, plan.pooled, randomness, rank))
     covariances = variances.diag().expand(len(means), -1, -1)
     if plan.by_class is not None:
         whitened = _by_class(images, means, counts, basis / variances.sqrt(), plan.by_class, randomness)
         covariances = variances.sqrt()[:, None] * whitened * variances.sqrt()
-    return ClassGaussians(*(t.float().contiguous() for t in (means, basis, covariances, rest, counts / counts.sum())))
+    found = means, basis, covariances, rest, spectrum, counts / counts.sum()
+    return ClassGaussians(*(t.float().contiguous() for t in found))
 
 
 class _Images:
@@ -187,8 +188,8 @@ def _means(images: _Images, classes: int, records: int, z: float, randomness: Ra
 
 def _pooled(
     images: _Images, means: Tensor, records: int, z: float, randomness: Randomness, rank: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query 2: directions V [D, d], variances along them [d] and those of the pixels outside [D]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query 2: directions V [D, d], variances along them [d], and ψ and q [D] of what is outside them."""
     size = images.size
     m = scatter_frequencies(z, records, size)
     frequencies = Frequencies(images.shape)
@@ -200,34 +201,53 @@ def _pooled(
 
     total = images.of_all(scatter_sums(rows(), 1, norm=RESIDUAL_NORM * math.sqrt(size)))
     noisy = released(total, z, randomness, step=1) / records
-    scatter, outside = matrices(noisy, m)
-    std, most = float(total.noise_std(z)[0]) / records, total.l2_sensitivity
-    values, vectors = torch.linalg.eigh(scatter[0])
-    values, vectors = values.flip(0), vectors.flip(1)
-    energy = float(values.sum()) + (0.0 if outside is None else float(outside[0]))
-    # m diagonal entries and the energy outside have noise of this variance each; clipped, all is R² at most.
-    energy = shrunk_number(energy, std**2 * (m + 1), _TYPICAL_ENERGY * most, (_SPREAD_OF_ENERGY * most) ** 2)
-    energy = min(max(energy, SMALLEST_VARIANCE * size), most)
-    d = min(rank, int((values > noise_edge(std, m)).sum()))
-    if values[0] > noise_limit(std, m):
-        kept = debiased(values[:d], noise_edge(std, m)).clamp_min(SMALLEST_VARIANCE)
-        kept *= min(energy / float(kept.sum()), 1.0)
-    else:  # a direction of noise, which is as good as any
-        d, kept = 1, torch.full((1,), energy / size, dtype=torch.float64)
+    scatters, outside = matrices(noisy, m)
+    scatter, std, most = scatters[0], float(total.noise_std(z)[0]) / records, total.l2_sensitivity
+    finer = 0.0 if outside is None else float(outside[0])
+    power = powers(scatter.diagonal(), finer, std, frequencies, TYPICAL_ENERGY * most)
+    power *= min(1.0, most / float(power.sum()))  # clipped, all is R² at most
+    # The estimate: diag(power), and what the scatter matrix says beyond it as far as it can be told from noise.
+    estimate = power[:m].diag() + shrink_blocks(scatter - power[:m].diag(), std, frequencies.bands[:m], power[:m])
+    values, vectors = (t.flip(-1) for t in torch.linalg.eigh(estimate))
+    values = with_sum(values, float(power[:m].sum()))
+    d = min(rank, max(int((torch.linalg.eigvalsh(scatter) > noise_edge(std, m)).sum()), 1))
     basis = torch.linalg.qr(frequencies.inverse(vectors[:, :d].mT.contiguous()).mT)[0]
-    return basis, kept, _rest(basis, kept, energy - float(kept.sum()))
+    left = torch.cat([vectors[:, d:].square() @ values[d:], power[m:]])
+    rest = _profile(frequencies, values, vectors, power[m:])
+    return basis, values[:d].clamp_min(SMALLEST_VARIANCE), rest, _spectrum(frequencies, basis, rest, left)
 
 
-def _rest(basis: Tensor, variances: Tensor, leftover: float) -> Tensor:
-    """Spread variance over the pixels as the directions do: where nothing ever varies there is to be no grain."""
-    size = len(basis)
-    if basis.shape[1] == size:  # no pixel has anything outside
-        return torch.full((size,), SMALLEST_VARIANCE, dtype=basis.dtype)
-    modelled = basis.square() @ variances
-    profile = (1 - _UNIFORM_REST) * modelled / modelled.sum() + _UNIFORM_REST / size
-    # What counts is the trace outside the directions, where each pixel keeps a share of its variance.
-    share = float(profile @ (1 - basis.square().sum(1)))
-    return (max(leftover, 0.0) / max(share, 1e-12) * profile).clamp_min(SMALLEST_VARIANCE)
+def _profile(frequencies: Frequencies, values: Tensor, vectors: Tensor, finer: Tensor) -> Tensor:
+    """ψ [D] with mean 1, as the pixels vary: where nothing ever varies there is to be no grain.
+
+    Of V Λ Vᵀ in the coarsest frequencies, and the variances `finer` of the others.
+    """
+    size, m = frequencies.size, len(values)
+    if size > LARGEST_DIMENSION:  # of which the denoiser takes the mean
+        return torch.ones(size, dtype=torch.float64)
+    roots = torch.eye(size, dtype=torch.float64)
+    roots[:m, :m] = vectors.mT
+    variances = torch.cat([values, finer]) @ frequencies.inverse(roots).square()
+    return (1 - _UNIFORM_REST) * variances / variances.mean().clamp_min(1e-12) + _UNIFORM_REST
+
+
+def _spectrum(frequencies: Frequencies, basis: Tensor, rest: Tensor, left: Tensor) -> Tensor:
+    """q [D], in the order [C, H, W], with which each band has the energy outside the basis that is `left` [D] to it."""
+    bands, count = frequencies.bands, int(frequencies.bands.max()) + 1
+
+    def banded(x: Tensor) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64).index_add_(0, bands, x)
+
+    wanted, q = banded(left), (banded(left) / torch.bincount(bands))[bands]
+    if frequencies.size > LARGEST_DIMENSION:
+        share = 1 - frequencies.transform(basis.mT).square().sum(0)  # what P leaves of a frequency
+        q *= (wanted / banded(share * q).clamp_min(1e-12)).clamp(1 / _ROUND, _ROUND)[bands]
+    else:
+        images = frequencies.inverse(torch.eye(frequencies.size)) * rest.sqrt()
+        spread = frequencies.transform(images - (images @ basis) @ basis.mT).square()  # of one frequency to all
+        for _ in range(8):  # ψ and P move energy between bands
+            q *= (wanted / banded(q @ spread).clamp_min(1e-12)).clamp(1 / _ROUND, _ROUND)[bands]
+    return frequencies.in_order(q[None])[0].clamp_min(SMALLEST_VARIANCE)
 
 
 def _by_class(

@@ -13,6 +13,12 @@ import math
 import torch
 from torch import Tensor
 
+from dpsyngen.diffusion.gaussian import cosine_matrix, each_axis
+
+TYPICAL_ENERGY = 0.6  # of the clipped residuals in R², its largest value: an assumption, not a measurement
+SPREAD_OF_ENERGY = 0.25  # about that, for data so few that their energy does not show
+_DOUBT = 0.5  # how far a band is from the law, in units of the law
+_LEAST = 0.05  # of the law: what is not seen is not nothing
 _SCALE_VARIANCE = 0.25
 """Of the mean variance of one class in units of all together, before anything is seen: a guess, soon overruled."""
 
@@ -55,18 +61,90 @@ def noise_limit(std: float, size: int) -> float:
     return noise_edge(std, size) * (1 + 2.02 / (2 * size ** (2 / 3)))
 
 
-def debiased(eigenvalues: Tensor, edge: float) -> Tensor:
-    """The signal's eigenvalues λ from those observed beyond the edge, ŵ = λ + c/λ with c = edge²/4.
-
-    Along the *observed* eigenvector, which has turned away by an angle of cos² = 1 - c/λ², the signal varies by less.
-    Below the edge, where nothing can be seen, the result is ŵ/2.
-    """
-    return (eigenvalues + (eigenvalues.square() - edge**2).clamp_min(0).sqrt()) / 2
-
-
 def shrunk_number(value: float, noise_variance: float, mean: float, variance: float) -> float:
     """The posterior mean of a number with prior N(mean, variance) that was seen with noise."""
     return mean + (value - mean) * variance / (variance + noise_variance)
+
+
+def powers(diagonal: Tensor, outside: float, std: float, frequencies: Frequencies, typical: float) -> Tensor:
+    """The variance of each cosine coefficient, [D], from those of the m coarsest, seen with noise.
+
+    A prior for each of grey and the colour differences: power A/(1 + r²)^(α/2) at radius r, as that of natural images
+    (Field, "Relations between the statistics of natural images", JOSA A 1987), right within half of it.  α, one for
+    all, is N(2.5, 1.5²), A the most probable one for each α, and the result the mean over α of the posterior means of
+    the bands.  Beyond the m the laws go on, scaled to what was seen of all of them together.
+
+    Args:
+        diagonal: [m], what was seen, with noise of standard deviation `std`.
+        outside: the sum of the others, with the same noise.
+        frequencies: of the images.
+        typical: the sum that is expected of all, before anything is seen.
+    """
+    m, bands, count = len(diagonal), frequencies.bands, int(frequencies.bands.max()) + 1
+    number = torch.bincount(bands[:m], minlength=count)  # seen, in each band
+    seen = torch.zeros(count, dtype=torch.float64).index_add_(0, bands[:m], diagonal) / number.clamp_min(1)
+    noise = std**2 / number.clamp_min(1) + 1e-18
+    slopes = torch.arange(0, 7.01, 0.25, dtype=torch.float64)[:, None]
+    colours, laws, surprise = int(frequencies.colour.max()), [], ((slopes[:, 0] - 2.5) / 1.5).square()
+    for colour in range(colours + 1):
+        mine = frequencies.colour == colour
+        used = torch.bincount(bands[mine], minlength=count).bool() & (number > 0)
+        law = (1 + frequencies.radius.square()).pow(-slopes / 2) * mine  # [slopes, D]
+        shape = torch.zeros(len(slopes), count, dtype=torch.float64).index_add_(1, bands, law)
+        shape = (shape / torch.bincount(bands, minlength=count))[:, used]
+        expected = typical * (0.1 if colour else 1 - 0.1 * colours)
+        total, doubt = law.sum(1, keepdim=True), (SPREAD_OF_ENERGY / TYPICAL_ENERGY * typical) ** 2
+        variance = noise[used].expand_as(shape)
+        for _ in range(10):  # weighted least squares; the weights follow from the fit
+            above = (seen[used] * shape / variance).sum(1, keepdim=True) + expected * total / doubt
+            below = (shape.square() / variance).sum(1, keepdim=True) + total.square() / doubt
+            scale = (above / below).clamp_min(1e-9)  # A
+            variance = noise[used] + (_DOUBT * scale * shape).square()
+        off = seen[used] - scale * shape
+        surprise += (off.square() / variance + variance.log()).sum(1)
+        trust = (_DOUBT * scale * shape).square() / variance
+        factor = scale.repeat(1, count)  # [slopes, bands]
+        factor[:, used] *= (1 + trust * off / (scale * shape)).clamp_min(_LEAST)
+        laws.append(law * factor[:, bands])
+    result = torch.softmax(-surprise / 2, 0) @ torch.stack(laws).sum(0)
+    finer = float(result[m:].sum())
+    if finer > 0:
+        result[m:] *= max(shrunk_number(outside, std**2, finer, finer**2) / finer, _LEAST)
+    return result
+
+
+def shrink_blocks(matrix: Tensor, std: float, bands: Tensor, power: Tensor) -> Tensor:
+    """Posterior means of the entries of a symmetric [m, m] matrix under noise, one variance for each pair of bands.
+
+    As :func:`shrink_bands`, for pairs of frequencies: where neither varies much, hardly anything of the noise is left.
+
+    Args:
+        matrix: covariances without diag(power), with noise of standard deviation `std` on the diagonal, std/√2 off it.
+        std: >= 0; with 0 the matrix is returned as it is.
+        bands: [m] in 0..B-1.
+        power: [m], the variances.  A correlation of ½ between any two frequencies is the most that is believed of all.
+    """
+    if std == 0:
+        return matrix
+    member = torch.nn.functional.one_hot(bands).double()  # [m, B]
+    number = member.sum(0)
+    pairs = number[:, None] * number - number.diag()
+    squares = member.mT @ (matrix - matrix.diag().diag()).square() @ member
+    mean = power @ member / number.clamp_min(1)
+    most = _DOUBT**2 * mean[:, None] * mean
+    signal = torch.where(pairs > 0, (squares / pairs.clamp_min(1) - std**2 / 2).clamp_min(0).minimum(most), most)
+    factor = signal / (signal + std**2 / 2)
+    return matrix * factor[bands][:, bands]
+
+
+def with_sum(eigenvalues: Tensor, total: float) -> Tensor:
+    """The nearest ones >= 0, in Frobenius norm of the matrix, of the sum that a covariance is known to have.
+
+    max(λ - θ, 0) of descending λ: what noise adds to the large ones it takes from those that it makes negative.
+    """
+    theta = (eigenvalues.cumsum(0) - total) / torch.arange(1, len(eigenvalues) + 1)
+    kept = int((eigenvalues > theta).sum())
+    return (eigenvalues - theta[max(kept, 1) - 1]).clamp_min(0)
 
 
 def turned_variances(eigenvalues: Tensor, std: float) -> Tensor:
@@ -100,14 +178,6 @@ def denoised_white_covariance(covariance: Tensor, std: float, *, least: float, m
     return (vectors * signal.clamp(least, most)) @ vectors.mT
 
 
-def cosine_matrix(size: int) -> Tensor:
-    """[size, size] fp64, the orthonormal DCT-II: row f is √(2/size)·cos(π f (2i + 1) / (2 size)), row 0 over √2."""
-    f, i = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)[None]
-    matrix = (math.pi * f * (2 * i + 1) / (2 * size)).cos() * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix
-
-
 class Frequencies:
     """The cosine transform of images [C, H, W].
 
@@ -115,8 +185,8 @@ class Frequencies:
         size: D = C·H·W.
         radius: [D] fp64, how fine each coefficient is, ascending: √(f_y² + f_x²), twice √(f_y² + f_x² + 1) for a colour
             difference.
-        bands: [D] int64, number of the ring that a coefficient belongs to, from 0: a whole radius, and whether it is
-            grey or a colour difference.
+        colour: [D] int64, 0 for grey, 1 and 2 for the two colour differences.
+        bands: [D] int64, number of the ring that a coefficient belongs to, from 0: a whole radius of one colour.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -128,24 +198,20 @@ class Frequencies:
         radius = torch.where(colour == 0, squares, 4 * (squares + 1)).sqrt()
         self._order = torch.argsort(radius, stable=True)
         self.radius = radius[self._order]
-        rings = 2 * radius.round().long() + (colour > 0)
+        self.colour = colour[self._order]
+        rings = shape[0] * radius.round().long() + colour
         self.bands = torch.unique(rings, return_inverse=True)[1][self._order]
 
     def transform(self, flat: Tensor, count: int | None = None) -> Tensor:
         """The `count` coarsest coefficients (all, if None) of images [N, D]: [N, count], fp64."""
-        c, h, w = self._matrices
-        images = flat.double().view(-1, *self.shape)
-        out = h @ images @ w.mT
-        if self.shape[0] > 1:
-            out = torch.einsum("kc,nchw->nkhw", c, out)
-        return out.flatten(1)[:, self._order[:count]]
+        return each_axis(flat.double(), self._matrices)[:, self._order[:count]]
 
     def inverse(self, coefficients: Tensor) -> Tensor:
         """Images [N, D] of their coarsest coefficients [N, count]; the others are 0."""
-        c, h, w = self._matrices
+        return each_axis(self.in_order(coefficients), [m.mT for m in self._matrices])
+
+    def in_order(self, coefficients: Tensor) -> Tensor:
+        """[N, D] in the order [C, H, W] from the coarsest [N, count]; the others are 0."""
         every = coefficients.new_zeros(len(coefficients), self.size, dtype=torch.float64)
         every[:, self._order[: coefficients.shape[1]]] = coefficients.double()
-        out = h.mT @ every.view(-1, *self.shape) @ w
-        if self.shape[0] > 1:
-            out = torch.einsum("kc,nkhw->nchw", c, out)
-        return out.flatten(1)
+        return every

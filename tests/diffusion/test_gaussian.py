@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
+from scipy.fft import dctn
 from torch import Tensor
 
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
@@ -29,14 +30,23 @@ def example(k: int = 3, d: int = 4, size: int = SIZE, seed: int = 0, equal_rest:
     basis[:, ::2] *= -1  # not the signs that another such decomposition would give
     a = randn(k, d, d)
     rest = torch.full((size,), 0.07).double() if equal_rest else randn(size).square() * 0.1 + 0.01
+    spectrum = torch.ones(size).double() if equal_rest else randn(size).square()
     frequencies = torch.rand(k, generator=g, dtype=torch.float64) + 0.1
-    return ClassGaussians(randn(k, size) * 0.4, basis, a @ a.mT / d, rest, frequencies / frequencies.sum())
+    return ClassGaussians(randn(k, size) * 0.4, basis, a @ a.mT / d, rest, spectrum, frequencies / frequencies.sum())
 
 
-def dense(g: ClassGaussians) -> Tensor:
+def dense(g: ClassGaussians, shape=SHAPE) -> Tensor:
     """[K, D, D]: the definition of Σ_c."""
     outside = torch.eye(g.basis.shape[0], dtype=torch.float64) - g.basis @ g.basis.T
-    return g.basis @ g.covariances @ g.basis.T + outside @ g.rest.diag() @ outside
+    return g.basis @ g.covariances @ g.basis.T + outside @ texture(g, shape) @ outside
+
+
+def texture(g: ClassGaussians, shape) -> Tensor:
+    """√ψ Fᵀ diag(q) F √ψ, with SciPy's F."""
+    f = dctn(np.eye(math.prod(shape)).reshape(-1, *shape), axes=(1, 2, 3), norm="ortho")
+    f = torch.from_numpy(f.reshape(len(f), -1)).mT  # column i: the transform of pixel i
+    root = g.rest.sqrt().diag()
+    return root @ f.mT @ g.spectrum.diag() @ f @ root
 
 
 def exact(g: ClassGaussians, shape=SHAPE) -> GaussianDenoiser:
@@ -51,12 +61,12 @@ def batch(n: int, seed: int = 1, shape=SHAPE) -> tuple[Tensor, Tensor]:
 
 MODELS = [
     pytest.param(example(), id="pixels"),
-    pytest.param(example(equal_rest=True), id="spherical"),
+    pytest.param(example(equal_rest=True), id="equal"),
     pytest.param(example(k=1), id="one-class"),
     pytest.param(example(d=1), id="one-direction"),
     pytest.param(example(d=SIZE), id="all-directions"),
     pytest.param(example(d=SIZE - 1), id="one-outside"),
-    pytest.param(example(d=SIZE, equal_rest=True), id="all-directions-spherical"),
+    pytest.param(example(d=SIZE, equal_rest=True), id="all-directions-equal"),
     pytest.param(replace(example(), rest=torch.zeros(SIZE).double()), id="nothing-outside"),
 ]
 
@@ -110,6 +120,7 @@ def test_posterior_mean_by_quadrature() -> None:
         torch.ones(1, 1).double(),
         torch.tensor([[[0.09]], [[0.01]]]).double(),
         torch.zeros(1).double(),
+        torch.ones(1).double(),
         torch.tensor([0.3, 0.7]).double(),
     )
     x0 = torch.linspace(-6, 6, 200_001, dtype=torch.float64)
@@ -205,16 +216,28 @@ def test_left_is_met_by_images_of_the_model() -> None:
         torch.testing.assert_close(error[labels == c].mean(0).sqrt(), wanted, rtol=0.08, atol=1e-3)
 
 
-def test_large_images_get_equal_variances_of_the_same_trace(monkeypatch) -> None:
+def test_large_images_are_stationary_outside_the_basis(monkeypatch) -> None:
+    """Exact where V are frequencies, which P and F then share; else nearly, and ψ counts by its mean."""
+    small = example()
+    coarse = dctn(np.eye(SIZE).reshape(-1, *SHAPE), axes=(1, 2, 3), norm="ortho").reshape(SIZE, -1)[:, :4]
+    model = replace(small, basis=torch.from_numpy(coarse), rest=torch.full((SIZE,), 0.07).double())
+    wanted, (x, sigma) = exact(model), batch(9)
     monkeypatch.setattr("dpsyngen.diffusion.gaussian.LARGEST_DIMENSION", SIZE - 1)
-    model = example()
-    denoiser = exact(model)
-    assert denoiser.outer.shape == (SIZE, 0)
-    unit = torch.eye(SIZE).double().view(SIZE, *SHAPE)
-    root = denoiser.draw(torch.zeros(SIZE).long(), 0.0, unit) - denoiser.draw(torch.zeros(SIZE).long(), 0.0, 0 * unit)
-    outside = torch.eye(SIZE).double() - model.basis @ model.basis.T
-    got = outside @ (root.flatten(1).T @ root.flatten(1)) @ outside
-    torch.testing.assert_close(got, outside * (float((outside @ model.rest.diag() @ outside).trace()) / (SIZE - 4)))
+    got, labels = exact(model), torch.arange(9) % 4
+    assert got.outer.shape == (SIZE, 0)
+    torch.testing.assert_close(got(x, sigma, labels), wanted(x, sigma, labels), **CLOSE)
+    known = labels % 3
+    torch.testing.assert_close(got.draw(known, sigma, x), wanted.draw(known, sigma, x), **CLOSE)
+    # One pixel's deviation takes the diagonal of P and of F alone, so it is right in the mean.
+    left, exactly = (d.left(sigma, labels).square().mean((1, 2, 3)) for d in (got, wanted))
+    torch.testing.assert_close(left, exactly, rtol=0.1, atol=0)
+
+    flat = exact(replace(small, spectrum=torch.ones(SIZE).double()))
+    unit, first = torch.eye(SIZE).double().view(SIZE, *SHAPE), torch.zeros(SIZE).long()
+    root = (flat.draw(first, 0.0, unit) - flat.draw(first, 0.0, 0 * unit)).flatten(1)
+    outside = torch.eye(SIZE).double() - small.basis @ small.basis.T
+    trace = float((outside @ small.rest.diag() @ outside).trace())
+    torch.testing.assert_close(outside @ root.T @ root @ outside, outside * (trace / (SIZE - 4)))
 
 
 def test_fp32_is_close_and_keeps_the_dtype_of_its_input() -> None:
@@ -275,6 +298,8 @@ def put(value: float, *index: int):
         (broken("rest", lambda t: t.long()), "fp32 or fp64"),
         (broken("rest", lambda t: t.half()), "fp32 or fp64"),
         (broken("rest", lambda t: t - 1), "negative"),
+        (broken("spectrum", lambda t: t - 1), "negative"),
+        (broken("spectrum", lambda t: t[1:]), "shapes"),
         (broken("basis", lambda t: t * 1.01), "orthonormal"),
         (broken("basis", lambda t: torch.cat([t[:, :1], t[:, :-1]], 1)), "orthonormal"),
         (broken("covariances", put(5.0, 1, 0, 1)), "symmetric"),
@@ -307,6 +332,7 @@ def test_a_release_rounded_to_fp32_is_accepted() -> None:
         "basis": basis,
         "covariances": low @ low.mT,
         "rest": torch.zeros(50),
+        "spectrum": torch.ones(50),
         "frequencies": torch.tensor([1 / 3, 2 / 3]),
     }
     model = ClassGaussians.from_tensors({n: t.float() for n, t in tensors.items()})

@@ -69,7 +69,7 @@ def test_x_has_the_law_of_noisy_images_of_its_class(variant) -> None:
     assert start is not None
     for label in range(3):
         x = start(standard(n, seed=label), torch.full((n,), label)).flatten(1)
-        covariance = dense(g.gaussians)[label] + sigma**2 * torch.eye(SIZE).double()
+        covariance = dense(g.gaussians, SHAPE)[label] + sigma**2 * torch.eye(SIZE).double()
         assert standard_errors(x, g.gaussians.means[label].double(), covariance).abs().max() < 5
 
 
@@ -80,7 +80,12 @@ def test_without_a_label_x_has_the_law_of_the_mixture() -> None:
     means = torch.tensor([-50.0, 0.0, 50.0]).double()[:, None] * torch.eye(1, SIZE).double()
     frequencies = torch.tensor([0.2, 0.5, 0.3]).double()
     model = ClassGaussians(
-        means, ones, torch.full((3, 1, 1), 4.0).double(), torch.full((SIZE,), 0.1).double(), frequencies
+        means,
+        ones,
+        torch.full((3, 1, 1), 4.0).double(),
+        torch.full((SIZE,), 0.1).double(),
+        torch.ones(SIZE).double(),
+        frequencies,
     )
     g = GaussianDenoiser(model, SHAPE, dtype=torch.float64)
     n = 40_000
@@ -92,7 +97,7 @@ def test_without_a_label_x_has_the_law_of_the_mixture() -> None:
         mine = x[drawn == label]
         share = len(mine) / n
         assert share == pytest.approx(float(frequencies[label]), abs=5 * (0.25 / n) ** 0.5)
-        covariance = dense(model)[label] + sigma**2 * torch.eye(SIZE).double()
+        covariance = dense(model, SHAPE)[label] + sigma**2 * torch.eye(SIZE).double()
         assert standard_errors(mine, means[label], covariance).abs().max() < 5
 
 

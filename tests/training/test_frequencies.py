@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpsyngen.training.spectra import Frequencies, cosine_matrix
+from dpsyngen.diffusion.gaussian import cosine_matrix
+from dpsyngen.training.spectra import Frequencies
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 28])

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from dpsyngen.training.spectra import (
-    debiased,
+    Frequencies,
     denoised_white_covariance,
     noise_edge,
     noise_limit,
+    powers,
     shrink_bands,
+    shrink_blocks,
     shrunk_number,
     turned_variances,
+    with_sum,
 )
 
 
@@ -30,34 +33,6 @@ def test_edge_is_where_the_spectrum_of_noise_ends() -> None:
     for size, std in ((300, 0.5), (600, 2.0)):
         largest = max(float(torch.linalg.eigvalsh(symmetric_noise(size, std, s)).max()) for s in range(3))
         assert largest == pytest.approx(noise_edge(std, size), rel=0.03)
-
-
-@pytest.mark.parametrize("times", [1.0, 1.5, 4.0])
-def test_debiasing_undoes_what_noise_does_to_an_eigenvalue(times) -> None:
-    """`times` the edge; the transition is at half of it."""
-    size, std = 500, 0.3
-    edge = noise_edge(std, size)
-    signal = edge * times
-    observed = []
-    for seed in range(6):
-        direction = torch.nn.functional.normalize(
-            torch.randn(size, generator=torch.Generator().manual_seed(seed)), dim=0
-        )
-        direction = direction.double()
-        values, vectors = torch.linalg.eigh(
-            signal * torch.outer(direction, direction) + symmetric_noise(size, std, seed)
-        )
-        observed.append(float(values[-1]))
-        # How far the eigenvector has turned away.
-        assert float((vectors[:, -1] @ direction) ** 2) == pytest.approx(1 - (edge / 2 / signal) ** 2, abs=0.06)
-    mean = sum(observed) / len(observed)
-    assert mean > signal * (1 + 0.7 * (edge / 2 / signal) ** 2)  # clearly too large
-    assert float(debiased(torch.tensor([mean]).double(), edge)) == pytest.approx(signal, rel=0.03)
-
-
-def test_debiasing_without_noise_changes_nothing() -> None:
-    values = torch.tensor([3.0, 0.1])
-    assert debiased(values, 0.0).tolist() == values.tolist()
 
 
 @pytest.mark.parametrize("size", [10, 60])
@@ -138,3 +113,83 @@ def test_rows_without_noise_stay_and_noise_alone_goes() -> None:
     values = torch.ones(2, 50, dtype=torch.float64)
     assert torch.equal(shrink_bands(values, torch.zeros(2, 1).double(), bands), values)
     assert not shrink_bands(values, torch.full((2, 1), 2.0).double(), bands).any()
+
+
+def seen_with_noise(truth: torch.Tensor, m: int, std: float, seed: int) -> tuple[torch.Tensor, float]:
+    """What a noisy scatter matrix says of variances `truth`: m of them, and the sum of the others."""
+    noise = std * torch.randn(m + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return truth[:m] + noise[:m], float(truth[m:].sum() + noise[m])
+
+
+@pytest.mark.parametrize(("shape", "slope"), [((1, 28, 28), 1.0), ((1, 28, 28), 3.0), ((3, 24, 24), 3.0)])
+def test_powers_follow_a_law_of_nature_far_below_the_noise(shape, slope) -> None:
+    frequencies = Frequencies(shape)
+    truth = (1 + frequencies.radius.square()).pow(-slope / 2) * torch.tensor([30.0, 5.0, 2.0])[frequencies.colour]
+    m, std = 200, 0.1 * float(truth[:50].mean())
+    errors = []
+    for seed in range(5):
+        seen, others = seen_with_noise(truth, m, std, seed)
+        got = powers(seen, others, std, frequencies, float(truth.sum()))
+        errors.append((got / truth).log().abs())
+        # Beyond the m the law goes on.
+        assert float(got[m:].sum()) == pytest.approx(float(truth[m:].sum()), rel=0.6)
+    error = torch.stack(errors)
+    assert float(error[:, :m].mean()) < 0.4
+    assert float(error.mean()) < 0.6
+    assert std > 3 * float(truth[m - 20 : m].mean()) or slope == 1  # one alone cannot be seen
+
+
+def test_powers_are_those_seen_where_they_can_be_seen() -> None:
+    frequencies = Frequencies((1, 12, 12))
+    count = int(frequencies.bands.max()) + 1
+    law = 30 * (1 + frequencies.radius.square()).pow(-1.0)
+    truth = law * (0.5 + torch.rand(count, generator=torch.Generator().manual_seed(0)).double())[frequencies.bands]
+
+    def banded(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(count).double().index_add(0, frequencies.bands, x)
+
+    torch.testing.assert_close(banded(powers(truth, 0.0, 0.0, frequencies, 100.0)), banded(truth))
+    # A peak, as of a screen or a weave, is far from any law.
+    truth = (1 + frequencies.radius.square()).pow(-1.5) * 40
+    truth[frequencies.bands == 9] = 3.0
+    seen, others = seen_with_noise(truth, 144, 0.05, 1)
+    got = powers(seen, others, 0.05, frequencies, 100.0)
+    assert float(got[frequencies.bands == 9].mean()) == pytest.approx(3.0, rel=0.1)
+    # Of the frequencies that are not seen one by one, the sum says how much of the law is there.
+    seen, others = seen_with_noise(truth, 60, 0.01, 2)
+    assert float(powers(seen, others, 0.01, frequencies, 100.0)[60:].sum()) == pytest.approx(others, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+def test_powers_of_noise_alone_are_what_was_expected(shape) -> None:
+    frequencies = Frequencies(shape)
+    size = len(frequencies.bands)
+    for seed in range(5):
+        seen, others = seen_with_noise(torch.zeros(size).double(), 64, 1e4, seed)
+        got = powers(seen, others, 1e4, frequencies, 7.0)
+        assert float(got.sum()) == pytest.approx(7.0, rel=0.3)
+        assert float(got.min()) > 0
+        assert bool(torch.isfinite(got).all())
+
+
+def test_entries_between_fine_frequencies_are_known_to_be_small() -> None:
+    frequencies = Frequencies((1, 16, 16))
+    size, std, g = 256, 0.3, torch.Generator().manual_seed(0)
+    scale = (1 + frequencies.radius.square()).pow(-0.75)
+    truth = scale[:, None] * torch.randn(size, size, generator=g).double() * scale
+    truth = (truth + truth.T) / 4
+    noisy, power = truth + symmetric_noise(size, std, 1), scale.square()
+    out = shrink_blocks(noisy, std, frequencies.bands, power)
+    assert float((out - truth).norm()) < 0.25 * float((noisy - truth).norm())
+    assert float((out - truth)[:6, :6].norm()) < 1.1 * float((noisy - truth)[:6, :6].norm())
+    torch.testing.assert_close(out, out.T)
+    assert shrink_blocks(noisy, 0.0, frequencies.bands, power) is noisy
+    # However large the noise, no more is believed than variances allow.
+    noise = symmetric_noise(size, 1e3, 2)
+    assert float(shrink_blocks(noise, 1e3, frequencies.bands, power).norm()) < 0.01 * float(power.sum())
+
+
+def test_eigenvalues_have_the_sum_of_the_variances() -> None:
+    torch.testing.assert_close(with_sum(torch.tensor([5.0, 1.0, -2.0]), 4.0), torch.tensor([4.0, 0.0, 0.0]))
+    torch.testing.assert_close(with_sum(torch.tensor([3.0, 2.0, 1.0]), 6.0), torch.tensor([3.0, 2.0, 1.0]))
+    torch.testing.assert_close(with_sum(torch.tensor([3.0, 2.0, -0.5, -0.5]), 4.0), torch.tensor([2.5, 1.5, 0.0, 0.0]))

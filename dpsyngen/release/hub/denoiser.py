@@ -163,34 +163,46 @@ class NetworkDenoiser(nn.Module):
         return base + left * self.network(seen, sigma.log() / 4, classes)
 
 
-class Gaussian(nn.Module):
-    """The Wiener filter μ_c + Σ_c (Σ_c + σ²I)⁻¹ (x - μ_c) of each class c, Σ_c = V A_c Vᵀ + P diag(ψ) P, P = I - V Vᵀ.
+def cosine_matrix(size: int) -> Tensor:
+    """[size, size] fp64, the orthonormal DCT-II."""
+    i = torch.arange(size, dtype=torch.float64)
+    matrix = (math.pi * i[:, None] * (2 * i + 1) / (2 * size)).cos() * math.sqrt(2 / size)
+    return torch.cat([matrix[:1] / math.sqrt(2), matrix[1:]])
 
-    `m` has the means μ [K, D], basis V [D, d], covariances A [K, d, d], rest ψ [D] and frequencies [K].
+
+def each_axis(flat: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """A matrix for the channels and one for rows and columns of images [N, D] = [N, C, S, S]."""
+    return torch.einsum("kc,nchw->nkhw", c, s @ flat.view(-1, len(c), len(s), len(s)) @ s.mT).flatten(1)
+
+
+class Gaussian(nn.Module):
+    """The Wiener filter μ_c + Σ_c (Σ_c + σ²I)⁻¹ (x - μ_c) of each class, Σ_c = V A_c Vᵀ + P √ψ Fᵀ diag(q) F √ψ P.
+
+    P = I - V Vᵀ, F the cosine transform; `m`: means μ, basis V, covariances A, rest ψ, spectrum q, and frequencies.
     """
 
     def __init__(self, m: dict[str, Tensor], shape: tuple[int, int, int]) -> None:
         super().__init__()
         m = {name: tensor.double() for name, tensor in m.items()}
-        means, rest, frequencies = m["means"], m["rest"], m["frequencies"]
-        self.shape, self.classes, (self.dimension, d) = shape, len(means), m["basis"].shape
-        # V to the last digit, and Q: eigenvectors of P diag(ψ) P with eigenvalues ρ.  No Q is needed for equal ψ.
+        self.shape, self.classes, (self.dimension, d) = shape, len(m["means"]), m["basis"].shape
+        # V to the last digit, and Q: eigenvectors of what is outside V, with eigenvalues ρ; F instead for large images.
         complete, triangle = torch.linalg.qr(m["basis"], mode="complete")
         basis, outer = complete[:, :d] * triangle.diagonal().sign(), complete[:, d:]
         values, turns = torch.linalg.eigh((m["covariances"] + m["covariances"].mT) / 2)
-        inner = values.clamp_min(0)
-        self.spherical = bool((rest == rest[0]).all()) or self.dimension > 4096
-        if self.spherical:
+        self.large = self.dimension > 4096
+        cosines = cosine_matrix(shape[0]), cosine_matrix(shape[1])
+        if self.large:
             share = 1 - basis.square().sum(1)
-            rho = (share @ rest / share.sum().clamp_min(1e-12)).clamp_min(0).view(1)
-            outer = outer[:, :0]
+            rho, outer = m["spectrum"] * (share @ m["rest"] / share.sum()), outer[:, :0]
         else:
-            rho, inner_turns = torch.linalg.eigh(outer.mT @ (rest[:, None] * outer))
-            rho, outer = rho.clamp_min(0), outer @ inner_turns
-        kept = {"means": means, "means_in": means @ basis, "means_out": means @ outer, "basis": basis, "outer": outer}
-        kept |= {"turns": turns, "inner": inner, "rho": rho, "log_frequencies": frequencies.log()}
-        for name, tensor in kept.items():
+            textures = each_axis((outer * m["rest"].sqrt()[:, None]).mT, *cosines)
+            rho, inner_turns = torch.linalg.eigh((textures * m["spectrum"]) @ textures.mT)
+            outer = outer @ inner_turns
+        kept = {"means": m["means"], "means_in": m["means"] @ basis, "basis": basis, "outer": outer, "turns": turns}
+        kept |= {"inner": values.clamp_min(0), "rho": rho.clamp_min(0), "log_frequencies": m["frequencies"].log()}
+        for name, tensor in (kept | dict(zip(("colours", "cosines"), cosines, strict=True))).items():
             self.register_buffer(name, tensor.float().contiguous(), persistent=False)
+        self.register_buffer("means_out", self._across(self.means), persistent=False)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """E[x₀ | x, label], [N, C, H, W]; a label of K, or None for all: the posterior mean of the mixture."""
@@ -200,7 +212,7 @@ class Gaussian(nn.Module):
         for label, rows in self._groups(labels, x):
             if label < self.classes:
                 inner[rows] = self._filtered(along[rows], square[rows], label)[0]
-                mean_out[rows] = self._means_across(label)
+                mean_out[rows] = self.means_out[label]
             else:
                 inner[rows], mean_out[rows] = self._mixture(along[rows], across[rows], square[rows])
         gain = self.rho / (self.rho + square)
@@ -218,7 +230,7 @@ class Gaussian(nn.Module):
         for label, rows in self._groups(torch.zeros(len(flat)).long() if labels is None else labels, noise):
             turned = (self.inner[label] + square[rows]).sqrt() * (along[rows] @ self.turns[label])
             along[rows] = self.means_in[label] + turned @ self.turns[label].mT
-            across[rows] += self._means_across(label)
+            across[rows] += self.means_out[label]
         return self._image(along, across)
 
     def left(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
@@ -228,8 +240,9 @@ class Gaussian(nn.Module):
         def kept(variances: Tensor, squares: Tensor) -> Tensor:
             return variances * squares / (variances + squares)
 
-        across = 1 - self.basis.square().sum(1) if self.spherical else self.outer.square().mT
-        outside = kept(self.rho, square) * across if self.spherical else kept(self.rho, square) @ across
+        outside, squares = kept(self.rho, square), (self.colours.square().mT, self.cosines.square().mT)
+        share = 1 - self.basis.square().sum(1)
+        outside = each_axis(outside, *squares) * share if self.large else outside @ self.outer.square().mT
         inside = torch.zeros_like(outside)
         for label, rows in self._groups(labels, sigma):
             weights = [(label, 1.0)] if label < self.classes else list(enumerate(self.log_frequencies.exp().tolist()))
@@ -243,16 +256,15 @@ class Gaussian(nn.Module):
             require(0 <= label <= self.classes, "a label", label, f"in 0..{self.classes}")
             yield label, (known == label).nonzero()[:, 0]
 
-    def _across(self, flat: Tensor) -> Tensor:
-        return flat - (flat @ self.basis) @ self.basis.mT if self.spherical else flat @ self.outer
+    def _outside(self, flat: Tensor) -> Tensor:
+        return flat - (flat @ self.basis) @ self.basis.mT
 
-    def _means_across(self, label: int) -> Tensor:
-        if not self.spherical:
-            return self.means_out[label]
-        return self.means[label] - self.means_in[label] @ self.basis.mT
+    def _across(self, flat: Tensor) -> Tensor:
+        return each_axis(self._outside(flat), self.colours, self.cosines) if self.large else flat @ self.outer
 
     def _image(self, along: Tensor, across: Tensor) -> Tensor:
-        outside = across if self.spherical else across @ self.outer.mT
+        whole = across @ self.outer.mT if not self.large else each_axis(across, self.colours.mT, self.cosines.mT)
+        outside = self._outside(whole) if self.large else whole
         return (along @ self.basis.mT + outside).view(-1, *self.shape)
 
     def _filtered(self, along: Tensor, square: Tensor, label: int) -> tuple[Tensor, Tensor]:
@@ -261,8 +273,8 @@ class Gaussian(nn.Module):
         return self.means_in[label] + (gain * turned) @ self.turns[label].mT, turned
 
     def _mixture(self, along: Tensor, across: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        log_chances, filtered, means = [], [], [self._means_across(label) for label in range(self.classes)]
-        for label, mean in enumerate(means):
+        log_chances, filtered = [], []
+        for label, mean in enumerate(self.means_out):
             image, turned = self._filtered(along, square, label)
             total = self.inner[label] + square
             outside = ((across - mean).square() / (self.rho + square)).sum(1)
@@ -270,7 +282,7 @@ class Gaussian(nn.Module):
             log_chances.append(self.log_frequencies[label] - distance / 2)
             filtered.append(image)
         chances = torch.softmax(torch.stack(log_chances, 1), 1)
-        return torch.einsum("nk,knd->nd", chances, torch.stack(filtered)), chances @ torch.stack(means)
+        return torch.einsum("nk,knd->nd", chances, torch.stack(filtered)), chances @ self.means_out
 
 
 def karras_steps(steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
