@@ -178,8 +178,7 @@ def each_axis(flat: Tensor, c: Tensor, s: Tensor) -> Tensor:
 class Gaussian(nn.Module):
     """The Wiener filter μ_c + Σ_c (Σ_c + σ²I)⁻¹ (x - μ_c) of each class, Σ_c = V A_c Vᵀ + P √ψ Fᵀ diag(q) F √ψ P.
 
-    P = I - V Vᵀ, F the cosine transform; `m`: means μ, basis V, covariances A, rest ψ, spectrum q, and frequencies.
-    """
+    P = I - V Vᵀ, F the cosine transform; `m`: means μ, basis V, covariances A, rest ψ, spectrum q, and frequencies."""
 
     def __init__(self, m: dict[str, Tensor], shape: tuple[int, int, int]) -> None:
         super().__init__()
