@@ -119,8 +119,8 @@ class GaussianDenoiser(nn.Module):
 
     In the orthonormal basis (V, Q), Q the eigenvectors of what is outside V, the covariances are A_c on V and diag(ρ)
     on Q, so a batch costs one product with the basis each way, whatever its classes and noise levels.  For images of
-    more than 4,096 values (`shape` is (C, H, W)) Q would not be worth its memory: there F takes its place, with ρ = q · mean ψ, as if P and F
-    commuted, which they nearly do (V are coarse patterns).
+    more than 4,096 values (`shape` is (C, H, W)) Q would not be worth its memory: there F takes its place, with
+    ρ = q · mean ψ, as if P and F commuted, which they nearly do (V are coarse patterns).
     """
 
     means: Tensor
