@@ -141,6 +141,7 @@ class Notice:
     def __init__(self) -> None:
         self._going = ui.element("div").props('role="status"')
         self._wrong = ui.element("div").props('role="alert"')
+        self._latest = object()
 
     def say(self, going: str = "", wrong: str = "") -> None:
         """Say what is being done, or what went wrong, in place of what was said before."""
@@ -155,14 +156,16 @@ class Notice:
                 tag("div", wrong, "problem")
 
     async def attempt(self, text: str, work: Callable[[], Awaitable[T]]) -> T | None:
-        """Do `work`, and say its error if there is one; None then."""
+        """Do `work`, and say its error if there is one; None then.  Of two at once the later one has the word."""
+        self._latest = mine = object()
         self.say(text)
+        result, wrong = None, ""
         try:
             result = await work()
         except (DpsyngenError, OSError) as error:
-            self.say(wrong=str(error))
-            return None
-        self.say()
+            wrong = str(error)
+        if self._latest is mine:
+            self.say(wrong=wrong)
         return result
 
 

@@ -144,12 +144,12 @@ class _Look:
         with look.card("Are training images copied?", "private"):
             _Command(studio, self.run, ("Check", "memorisation", "--held-out"), test, partial(copied, self.run))
         with look.card("What could be better?", "private"):
-            self.advice = ui.element("div")
+            self.advice_notice, self.advice = look.Notice(), ui.element("div")
         ui.timer(0.1, self._begin, once=True)
 
     async def _begin(self) -> None:
         await self._draw()
-        found = await self.notice.attempt("looking at the run …", partial(self.studio.work, diagnose, self.run))
+        found = await self.advice_notice.attempt("looking at the run …", partial(self.studio.work, diagnose, self.run))
         with self.advice:
             for f in [] if found is None else found.findings:
                 seen, why, change = escape(f"{f.severity}: {f.seen}"), escape(f.why), escape(f.change)
