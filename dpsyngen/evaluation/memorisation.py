@@ -356,7 +356,7 @@ def _verdict(
             "Nothing can be concluded: there are no held-out images to compare with, so nobody can say whether these "
             "distances are small.  No generated image equals a training image in every pixel."
         )
-    if math.comb(n_private + n_held_out, n_private) * level < 1:
+    if math.comb(n_private + n_held_out, n_private) < 1 / level:  # an integer that no float may hold
         return None, (
             f"Nothing can be concluded: with {n_private} training and {n_held_out} held-out images no test could tell "
             "memory from chance."

@@ -171,6 +171,14 @@ def test_a_few_real_images_allow_little() -> None:
     assert found.flagged or "only 12 images in the smaller set" in found.conclusion
 
 
+def test_as_many_images_as_people_have_allow_a_conclusion() -> None:
+    """Of 1,300 images there are more divisions than the largest float."""
+    rng = np.random.default_rng(6)
+    found = memorisation_check(blobs(rng, 300), blobs(rng, 900), blobs(rng, 400))
+    assert found.flagged is False
+    assert found.conclusion.startswith("No sign")
+
+
 def test_without_held_out_images_nothing_is_concluded() -> None:
     rng = np.random.default_rng(4)
     private = blobs(rng, 100)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -174,7 +175,7 @@ def test_measured_checked_and_beside_real_images(page: Any, served: Served, home
     press(page, "Show training images beside them")
     page.locator(".beside img").nth(19).wait_for()
     press(page, "Check")
-    page.get_by_text("No sign of memorisation").wait_for()
+    page.get_by_text(re.compile("igns? of memorisation")).first.wait_for()  # at ε = 10 either may come out
     press(page, "Measure")
     page.get_by_text("The last measurement").wait_for(timeout=240_000)
     page.get_by_text("floor").first.wait_for()
