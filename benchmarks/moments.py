@@ -1,8 +1,8 @@
 """What DP moments know of images, and what they cost: squared error of the Wiener filter, time and memory.
 
     python benchmarks/moments.py fashion-mnist            # ε = ∞, 10, 1, 0.2; rank 200
-    python benchmarks/moments.py cifar10 -n 5000 --epsilon 1
-    python benchmarks/moments.py cifar10 --resolution 64 -n 20000 --epsilon 10
+    python benchmarks/moments.py fashion-mnist -n 3000 --epsilon 1
+    python benchmarks/moments.py cifar10/train.parquet --test cifar10/test.parquet --resolution 64 -n 20000 --epsilon 10
 
 "white": the same moments with a texture of equal power at every frequency and of the same energy, over the former.
 """
@@ -42,13 +42,15 @@ def errors(denoiser: GaussianDenoiser, test: ImageDataset) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
+    parser.add_argument("data", help="a named set, or with --test whatever --data takes")
+    parser.add_argument("--test")
     parser.add_argument("-n", type=int, help="use the first N of the shuffled images")
     parser.add_argument("--resolution", type=int)
     parser.add_argument("--epsilon", type=float, nargs="+", default=[math.inf, 10.0, 1.0, 0.2])
     parser.add_argument("--rank", type=int, default=200)
     args = parser.parse_args()
-    train, test = (load_images(f"{args.data}:{s}", resolution=args.resolution) for s in ("train", "test"))
+    sources = (args.data, args.test) if args.test else (f"{args.data}:train", f"{args.data}:test")
+    train, test = (load_images(source, resolution=args.resolution) for source in sources)
     order = np.random.default_rng(0).permutation(len(train))[: args.n]
     train, test = train.subset(order), test.subset(np.random.default_rng(1).permutation(len(test))[:1000])
     shape, classes, n = (train.channels, train.resolution, train.resolution), train.num_classes, len(train)

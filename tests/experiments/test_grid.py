@@ -7,7 +7,6 @@ import math
 import pytest
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.experiments.measures import programs_share
 from dpsyngen.experiments.spec import jobs_of, parse_spec
 
 SMALL = {"name": "x", "data": {"train": "digits", "test": "digits:test"}, "references": []}
@@ -87,16 +86,6 @@ def test_references_are_made_once_for_what_they_depend_on() -> None:
 def test_classifier_references_go_with_classifiers() -> None:
     found = jobs(references=["real", "dp-classifier"], evaluation={"classifiers": []})
     assert {j.kind for j in found} == {"run"}
-
-
-def test_share_of_noise_levels_that_programs_train_alone() -> None:
-    axes = {"stages.tau_cleaning": [-3, -1.2], "stages.tau_coarse": [2]}
-    share = {(j.variant, j.label): programs_share(j.config) for j in jobs(epsilon=[1], seeds=1, axes=axes)}
-    assert share[("dpdm", "")] == share[("finetune", "")] == 0
-    # log σ ~ N(−1.2, 1.2²): METHOD.md gives 7 % below −3 and 0.4 % above 2.
-    assert share[("cleaning", "tau_cleaning=-3")] == pytest.approx(0.0668, abs=1e-4)
-    assert share[("coarse", "tau_coarse=2")] == pytest.approx(0.0038, abs=1e-4)
-    assert share[("both", "tau_cleaning=-1.2,tau_coarse=2")] == pytest.approx(0.5038, abs=1e-4)
 
 
 def test_a_run_that_cannot_be_is_named() -> None:

@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import dpsyngen.privacy.clipping as clipping_module
-from dpsyngen.full_precision import tf32, tf32_allowed
+from dpsyngen.full_precision import tf32
 from dpsyngen.privacy import kernels as kernels_module
 from dpsyngen.privacy.clipping import STYLES, default_grid
 from dpsyngen.privacy.contributions import Outer
 from dpsyngen.privacy.kernels import KERNELS, KernelChoices, fixed_choice
 from dpsyngen.privacy.per_example import PerExampleGradients
+from tests.tf32 import tf32_allowed
 
 C = 0.5
 EXAMPLES, COPIES = 4, 2
