@@ -147,15 +147,16 @@ class GaussianDenoiser(nn.Module):
             )
         self.gaussians, self.shape, self.classes, self.dimension = gaussians, shape, gaussians.classes, size
         means, rest, spectrum = gaussians.means.double(), gaussians.rest.double(), gaussians.spectrum.double()
-        # V, orthonormal to the last digit, and a basis of its orthogonal complement.
-        complete, triangle = torch.linalg.qr(gaussians.basis.double(), mode="complete")
+        self.large = size > LARGEST_DIMENSION
+        # V, orthonormal to the last digit, and a basis of its orthogonal complement (of [D, 0] for large images).
+        mode = "reduced" if self.large else "complete"
+        complete, triangle = torch.linalg.qr(gaussians.basis.double(), mode=mode)
         basis, outer = complete[:, :d] * triangle.diagonal().sign(), complete[:, d:]
         values, turns = _eigh(gaussians.covariances.double())
-        self.large = size > LARGEST_DIMENSION
         cosines = [cosine_matrix(n) for n in shape]
         if self.large:
             share = 1 - basis.square().sum(1)  # [D], diagonal of P
-            rho, outer = spectrum * (share @ rest / share.sum()), outer[:, :0]
+            rho = spectrum * (share @ rest / share.sum().clamp_min(1e-12))
         else:
             textures = each_axis((outer * rest.sqrt()[:, None]).mT, cosines)  # F √ψ Q, transposed: [D - d, D]
             rho, inner_turns = torch.linalg.eigh((textures * spectrum) @ textures.mT)

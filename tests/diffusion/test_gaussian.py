@@ -232,6 +232,9 @@ def test_large_images_are_stationary_outside_the_basis(monkeypatch) -> None:
     left, exactly = (d.left(sigma, labels).square().mean((1, 2, 3)) for d in (got, wanted))
     torch.testing.assert_close(left, exactly, rtol=0.1, atol=0)
 
+    full = exact(example(d=SIZE))  # nothing is outside
+    assert bool(torch.isfinite(full(x, sigma, labels)).all() & torch.isfinite(full.left(sigma, labels)).all())
+
     flat = exact(replace(small, spectrum=torch.ones(SIZE).double()))
     unit, first = torch.eye(SIZE).double().view(SIZE, *SHAPE), torch.zeros(SIZE).long()
     root = (flat.draw(first, 0.0, unit) - flat.draw(first, 0.0, 0 * unit)).flatten(1)

@@ -185,14 +185,14 @@ class Gaussian(nn.Module):
         m = {name: tensor.double() for name, tensor in m.items()}
         self.shape, self.classes, (self.dimension, d) = shape, len(m["means"]), m["basis"].shape
         # V to the last digit, and Q: eigenvectors of what is outside V, with eigenvalues ρ; F instead for large images.
-        complete, triangle = torch.linalg.qr(m["basis"], mode="complete")
+        self.large = self.dimension > 4096
+        complete, triangle = torch.linalg.qr(m["basis"], mode="reduced" if self.large else "complete")
         basis, outer = complete[:, :d] * triangle.diagonal().sign(), complete[:, d:]
         values, turns = torch.linalg.eigh((m["covariances"] + m["covariances"].mT) / 2)
-        self.large = self.dimension > 4096
         cosines = cosine_matrix(shape[0]), cosine_matrix(shape[1])
         if self.large:
             share = 1 - basis.square().sum(1)
-            rho, outer = m["spectrum"] * (share @ m["rest"] / share.sum()), outer[:, :0]
+            rho = m["spectrum"] * (share @ m["rest"] / share.sum().clamp_min(1e-12))
         else:
             textures = each_axis((outer * m["rest"].sqrt()[:, None]).mT, *cosines)
             rho, inner_turns = torch.linalg.eigh((textures * m["spectrum"]) @ textures.mT)
