@@ -177,7 +177,7 @@ def test_measured_checked_and_beside_real_images(page: Any, served: Served, home
     press(page, "Check")
     page.get_by_text(re.compile("igns? of memorisation")).first.wait_for()  # at ε = 10 either may come out
     press(page, "Measure")
-    page.get_by_text("What came out last").wait_for(timeout=240_000)
+    page.get_by_text("CAS, ").first.wait_for(timeout=240_000)
     page.get_by_text("floor").first.wait_for()
     ledger = (home / "runs/first/private/ledger.jsonl").read_text(encoding="utf-8")
     assert "looked at beside generated ones" in ledger
