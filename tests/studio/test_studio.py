@@ -92,11 +92,18 @@ def shot(page: Any, name: str, tall: int = 1100) -> None:
         assert path.stat().st_size < LARGEST
 
 
+def connected(page: Any) -> None:
+    """A click before the page has its connection would be lost."""
+    page.wait_for_function("() => window.did_handshake")
+
+
 def press(page: Any, name: str) -> None:
+    connected(page)
     page.get_by_role("button", name=name, exact=True).click()
 
 
 def fill(page: Any, label: str, value: str) -> None:
+    connected(page)
     page.get_by_label(label).first.fill(value)
 
 
