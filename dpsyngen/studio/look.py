@@ -141,7 +141,6 @@ class Notice:
     def __init__(self) -> None:
         self._going = ui.element("div").props('role="status"')
         self._wrong = ui.element("div").props('role="alert"')
-        self._latest = object()
 
     def say(self, going: str = "", wrong: str = "") -> None:
         """Say what is being done, or what went wrong, in place of what was said before."""

@@ -111,17 +111,15 @@ def _progress(now: Progress) -> None:
         steps = f"<span>{phase.done:,} of {phase.steps:,} steps</span>"
         look.html(f"<span><strong>{escape(phase.name)}</strong>: {what}</span>{steps}").classes("phase")
         bar = f'role="progressbar" aria-label="{escape(phase.name)}" aria-valuenow="{share:.0f}"'
-        look.html(f'<span style="width: {share:.1f}%"></span>').classes(f"meter{' of-private' * phase.private}").props(
-            bar
-        )
+        kind = "meter" + " of-private" * phase.private
+        look.html(f'<span style="width: {share:.1f}%"></span>').classes(kind).props(bar)
     for title, kind in (("Loss on images drawn by programs", "card"), ("Loss on private images", "private")):
         if charts := loss_charts(now.phases, kind == "private"):
             with look.card(title, kind), ui.element("div").classes("charts"):
                 look.html("".join(charts))
     if now.preview is not None:
         with look.card("What the network draws now", "private"), Image.open(now.preview) as image:
-            alt = "sixteen images that the network draws now"
-            look.html(f'<img src="{png_url(image)}" width="{2 * image.width}" alt="{alt}">')
+            look.html(f'<img src="{png_url(image)}" width="{2 * image.width}" alt="sixteen images of now">')
             look.say("From the same noise each time.  Private until the training is finished and released.", "note")
 
 
