@@ -112,7 +112,11 @@ class StagesConfig(_Section):
     tau_cleaning: float = Field(-3.0, ge=-100, le=100, description="log σ")
     tau_coarse: float | None = Field(None, ge=-100, le=100, description="log σ; None: what suits the variant")
     networks: Literal["experts", "shared"] = "experts"
-    pretrain: bool | None = Field(None, description="start from programmatic images; None: what the variant says")
+    pretrain: bool | Literal["matched"] | None = Field(
+        None,
+        description="start from programmatic images of all noise levels, or (matched) of the private stage's alone; "
+        "None: what the variant says",
+    )
 
 
 class MomentsConfig(_Section):

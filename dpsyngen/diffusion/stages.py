@@ -20,6 +20,7 @@ from dpsyngen.errors import ConfigError, require
 
 Trainer = Literal["public", "private", "moments", "prior"]
 Networks = Literal["experts", "shared"]
+Pretrain = bool | Literal["matched"]
 
 _ENDS: dict[str, tuple[Trainer | None, Trainer | None]] = {
     "dpdm": (None, None),
@@ -79,11 +80,12 @@ class StageMap:
 
     Attributes:
         stages: adjacent pieces that cover (-inf, inf), exactly one of them private; or none, but moments are used.
-        pretrain: whether the private network starts from training on programmatic images at all σ.
+        pretrain: whether the private network starts from training on programmatic images: at all σ, or "matched", at
+            those of its own stage alone.
     """
 
     stages: tuple[Stage, ...]
-    pretrain: bool = False
+    pretrain: Pretrain = False
 
     def __post_init__(self) -> None:
         s = self.stages
@@ -150,7 +152,7 @@ def stage_map(
     tau_cleaning: float = -3.0,
     tau_coarse: float | None = None,
     networks: Networks = "experts",
-    pretrain: bool | None = None,
+    pretrain: Pretrain | None = None,
 ) -> StageMap:
     """The stage map of a variant of DP-SynGen (arXiv 2412.09842).
 
@@ -163,8 +165,8 @@ def stage_map(
         tau_coarse: log σ above which programmatic images train or DP moments answer; None: by ``TAU_COARSE``.
         networks: "experts" (a network for each stage: the public ones never see a private gradient) or "shared"
             (one network that takes public steps at public stages and DP steps at the private one).
-        pretrain: start the private network from programmatic training at all σ.  None: what the variant says
-            (only FineTune does).
+        pretrain: start the private network from programmatic training at all σ, or ("matched") at those of its own
+            stage alone.  None: what the variant says (only FineTune does, at all σ).
 
     Raises:
         ConfigError: unknown variant, τ_cleaning >= τ_coarse, or networks or pretrain that the variant cannot have.

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ from dpsyngen.files import file_sha256, require_absent_or_empty, write_bytes, wr
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.plan import Shape
-from dpsyngen.training.public import PRETRAIN
+from dpsyngen.training.public import PRETRAIN, pretraining
 from dpsyngen.training.session import fixed_settings
 from dpsyngen.version import __version__
 
@@ -306,16 +305,17 @@ class PublicNetwork:
 
 def networks_of(config: Config, stages: StageMap, shape: Shape) -> tuple[PublicNetwork, ...]:
     """The public networks that a run needs, in the order of its phases; none where one network serves all stages."""
-    found = [(PRETRAIN, PRETRAIN, -math.inf, math.inf)] if stages.pretrain else []
-    found += [(s.name, s.network, s.low, s.high) for s in stages.public if s.network != stages.private.network]
+    found = [pretraining(stages)] if stages.pretrain else []
+    found += [s for s in stages.public if s.network != stages.private.network]
     program = config.program.model_dump(mode="json", exclude={"prior_tier"})
     out = []
-    for phase, network, low, high in found:
-        facts: dict[str, Any] = {"version": __version__, "phase": phase, "stage": [str(low), str(high)]}
+    for stage in found:
+        phase = stage.name
+        facts: dict[str, Any] = {"version": __version__, "phase": phase, "stage": [str(stage.low), str(stage.high)]}
         facts |= {"network": config.network.model_dump(mode="json"), "program": program}
         facts["public"] = config.public.model_dump(mode="json", exclude={"checkpoint_every"})
         facts["shape"] = [shape.resolution, shape.channels, shape.num_classes if phase == PRETRAIN else 0]
-        out.append(PublicNetwork(phase, network, digest(facts)))
+        out.append(PublicNetwork(phase, stage.network, digest(facts)))
     return tuple(out)
 
 

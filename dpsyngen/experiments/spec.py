@@ -87,6 +87,7 @@ class Case(_Part):
 
     label: str = Field("", pattern=_LABEL, description="letters, digits and ._=+-: it names folders")
     settings: dict[str, Any] = Field(default_factory=dict, description="full names, as stages.tau_coarse")
+    variants: tuple[VariantName, ...] | None = Field(None, description="of the grid's, those that have it; None: all")
 
 
 class GridSpec(_Part):
@@ -133,6 +134,8 @@ class GridSpec(_Part):
                 raise ValueError(f"epsilon {e:g} must be above 0 and at most {MAX_EPSILON:g}, or inf for no privacy")
         if len({c.label for c in self.cases}) < len(self.cases):
             raise ValueError("two cases have the same label")
+        if unknown := {v for c in self.cases for v in c.variants or ()} - set(self.variant):
+            raise ValueError(f"cases name variants that the grid has not: {', '.join(sorted(unknown))}")
         for name in (*self.axes, *(n for c in self.cases for n in c.settings)):
             check_setting(name)
         for name in (n for own in self.variant_settings.values() for n in own):
@@ -339,6 +342,8 @@ def jobs_of(spec: Spec) -> tuple[Job, ...]:
     combinations = [dict(zip(g.axes, values, strict=True)) for values in itertools.product(*g.axes.values())]
     for seed, epsilon in itertools.product(g.seeds, g.epsilon):
         for case, axes, variant in itertools.product(g.cases, combinations, g.variant):
+            if variant not in (case.variants or g.variant):
+                continue
             job = _run(spec, variant, epsilon, seed, case.label, case.settings | axes)
             same = out.setdefault(job.name, job)
             if same.config != job.config:
@@ -357,7 +362,7 @@ def jobs_of(spec: Spec) -> tuple[Job, ...]:
 
 def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: dict[str, Any]) -> Job:
     pretrain = given.get("stages.pretrain", spec.settings.get("stages", {}).get("pretrain"))
-    settings = {name: value for name, value in given.items() if _matters(name, variant, pretrain is True)}
+    settings = {name: value for name, value in given.items() if _matters(name, variant, bool(pretrain))}
     shortened = [f"{name.rsplit('.', 1)[-1]}={_short(value)}" for name, value in settings.items()]
     label = case if case and settings else ",".join(shortened)
     if case and settings and spec.grid.axes:

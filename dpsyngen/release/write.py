@@ -96,9 +96,9 @@ def certify(
             "prior_tier_meaning": TIERS[program.prior_tier],
         },
         stages=stage_parts(plan.stages),
-        pretrained_on_programmatic_images=plan.stages.pretrain,
+        pretrained_on_programmatic_images=bool(plan.stages.pretrain),
         prior=next((e.details["prior"] for e in ledger.entries if "prior" in e.details), None),
-        programs_used=bool(plan.stages.public) or plan.stages.pretrain,
+        programs_used=bool(plan.stages.public or plan.stages.pretrain),
         budget=None
         if budget is None
         else BudgetPart(

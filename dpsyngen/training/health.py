@@ -131,7 +131,7 @@ def assess(run: Run, open_release: Callable[[Path], Any]) -> list[Finding]:
             clipping_norm=config.privacy.clipping_norm,
             clipping=c.clipping,
             parameters=int(about.get("parameters", 0)),
-            pretrained=stages.pretrain or (stages.moments and config.network.prior is not None),
+            pretrained=bool(stages.pretrain) or (stages.moments and config.network.prior is not None),
             residual=stages.moments,
             complete=run.complete,
         )

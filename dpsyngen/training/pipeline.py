@@ -7,7 +7,6 @@ moments if some stage is answered by them, then the private phase.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,7 +47,15 @@ from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, estimate
 from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview, prior_of
 from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
-from dpsyngen.training.public import PRETRAIN, PUBLIC_INDEX, PublicStep, levels_of, public_step, train_public
+from dpsyngen.training.public import (
+    PRETRAIN,
+    PUBLIC_INDEX,
+    PublicStep,
+    levels_of,
+    pretraining,
+    public_step,
+    train_public,
+)
 from dpsyngen.training.run import Run
 from dpsyngen.training.session import EngineSettings, Session, Terms, fixed_settings, planned, with_group_size
 from dpsyngen.workers import Workers
@@ -227,7 +234,7 @@ class Training:
         stages = self.plan.stages
         public = [(s, False) for s in stages.public if s.network != stages.private.network]
         if stages.pretrain:
-            public.insert(0, (Stage(PRETRAIN, -math.inf, math.inf, "public", PRETRAIN), True))
+            public.insert(0, (pretraining(stages), True))
         for stage, conditional in public:
             if not self.stop_requested:
                 yield from self._public(stage, conditional)

@@ -221,7 +221,8 @@ def describe(plan: Plan, config: Config, parameters: int) -> Iterator[str]:
     classes = f"{shape.num_classes} classes" if shape.num_classes else "no classes"
     yield f"{shape.records:,} images {shape.channels}x{shape.resolution}x{shape.resolution}, {classes}"
     stages = ", ".join(f"{s.name} ({_TRAINERS[s.trainer]})" for s in reversed(plan.stages.stages))
-    pretrained = "; pre-trained on programs" if plan.stages.pretrain else ""
+    own = " at its own noise levels" if plan.stages.pretrain == "matched" else ""
+    pretrained = f"; pre-trained on programs{own}" if plan.stages.pretrain else ""
     network = f"{config.network.size} network, {parameters:,} parameters" if parameters else "no network to train"
     yield f"preset {config.preset}; stages, noisy to clean: {stages}{pretrained}; {network}"
     if math.isinf(config.privacy.epsilon):

@@ -7,6 +7,7 @@ images are.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import denoising_loss, make_noisy
 from dpsyngen.diffusion.noise_levels import NoiseLevels
 from dpsyngen.diffusion.samplers import to_float
-from dpsyngen.diffusion.stages import Stage
+from dpsyngen.diffusion.stages import Stage, StageMap
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.hardware import Compute, send
 from dpsyngen.privacy.randomness import Randomness
@@ -34,6 +35,13 @@ PRETRAIN = "pretrain"
 PUBLIC_INDEX = {PRETRAIN: 0, "cleaning": 1, "coarse": 2}
 """Which images and which initial weights a public phase has: by its name, so that one stage is the same network in
 every variant, and experiments can share it."""
+
+
+def pretraining(stages: StageMap) -> Stage:
+    """The noise levels at which programs train what the private network starts from."""
+    private = stages.private
+    low, high = (private.low, private.high) if stages.pretrain == "matched" else (-math.inf, math.inf)
+    return Stage(PRETRAIN, low, high, "public", PRETRAIN)
 
 
 class PublicImages:

@@ -57,6 +57,16 @@ def test_cases_name_combinations() -> None:
     assert long.settings == {"private.steps": 900, "private.learning_rate": 0.001}
 
 
+def test_a_case_can_be_of_some_variants_alone() -> None:
+    case = {"label": "matched", "settings": {"stages.pretrain": "matched"}, "variants": ["cleaning"]}
+    cases = [{"label": ""}, case]
+    found = jobs(variant=["dpdm", "cleaning"], epsilon=[1], seeds=1, cases=cases)
+    assert [j.name for j in found] == ["dpdm-eps1-seed0", "cleaning-eps1-seed0", "cleaning-eps1-matched-seed0"]
+    assert found[-1].config.stages.pretrain == "matched"
+    with pytest.raises(ConfigError, match="cases name variants that the grid has not: both"):
+        jobs(variant=["dpdm"], cases=[{"label": ""}, case | {"variants": ["both"]}])
+
+
 def test_program_parameters_can_be_an_axis() -> None:
     found = jobs(variant=["both"], epsilon=[1], seeds=1, axes={"program.params.shape": ["circle", "mixed"]})
     assert [j.config.program.params["shape"] for j in found] == ["circle", "mixed"]

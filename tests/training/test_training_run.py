@@ -17,10 +17,12 @@ import dpsyngen.privacy.noise as noise_module
 from dpsyngen import Generator
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
+from dpsyngen.diffusion.stages import stage_map
 from dpsyngen.errors import BudgetExceeded, ConfigError, RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.private import charged_steps
+from dpsyngen.training.public import PRETRAIN, levels_of, pretraining
 from tests.training.short_runs import begin, bytes_of, finish, merged
 
 # ------------------------------------------------------------------------------------------------ variants
@@ -85,6 +87,32 @@ def test_public_experts_do_not_depend_on_the_private_images(tmp_path, tiny_setti
         first, second = (r.run.weights(network).read_bytes() for r in runs)
         assert first == second
     assert runs[0].run.weights("context").read_bytes() != runs[1].run.weights("context").read_bytes()
+
+
+def test_pre_training_can_be_matched_to_the_private_stage(tmp_path, tiny_settings, tiny_images) -> None:
+    """The third configuration of the published code: programs at log σ > τ_cleaning alone, then DP-SGD there."""
+    matched = pretraining(stage_map("cleaning", pretrain="matched"))
+    assert (matched.low, matched.high) == (-3.0, math.inf)
+    assert pretraining(stage_map("cleaning", pretrain=True)) == pretraining(stage_map("dpdm", pretrain="matched"))
+
+    def weights(name: str, **stages: object) -> bytes:
+        training = begin(tiny_settings, tiny_images(), tmp_path / name, stages=stages)
+        levels: list[float] = []
+        step = training._public_step
+
+        def listening(stage, compute):
+            if stage.name == PRETRAIN:
+                levels.extend(levels_of(training.config.network, stage).sample(500, 1, torch.Generator()).flatten())
+            return step(stage, compute)
+
+        training._public_step = listening
+        run = finish(training).run
+        assert min(levels) >= math.exp(-3) * (1 - 1e-6) or stages["pretrain"] is True
+        return run.weights("pretrain").read_bytes()
+
+    everywhere = weights("a", variant="cleaning", pretrain=True)
+    assert everywhere == weights("b", variant="dpdm", pretrain=True)
+    assert everywhere != weights("c", variant="cleaning", pretrain="matched")
 
 
 # ----------------------------------------------------------------------------------------- private / release
