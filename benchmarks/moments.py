@@ -66,7 +66,7 @@ def main() -> None:
         ready = time.perf_counter() - start - seconds
         found = errors(denoiser, test)
         outside = 1 - moments.basis.square().sum(1)
-        level = denoiser.outer_variances.sum() / (outside @ moments.rest)
+        level = denoiser.rho.sum() / (outside @ moments.rest)
         white = GaussianDenoiser(replace(moments, spectrum=torch.full_like(moments.rest, float(level))), shape)
         cost = f"{seconds:.1f} s, denoiser {ready:.1f} s, peak {memory:.2f} GiB"
         print(

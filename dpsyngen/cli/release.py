@@ -78,6 +78,8 @@ def ledger(
 
 
 def _ledger_lines(runs: list[tuple[Run, Ledger]], total: Composition, what_if: list[dict[str, Any]]) -> Iterator[str]:
+    from dpsyngen.privacy.certificate import protected
+
     for run, x in runs:
         anchor = "as its certificate knew it" if run.complete else "not finished, so there is no certificate yet"
         yield f"{run.path}: {x.head.lines} lines, chain and head intact, {anchor}"
@@ -87,7 +89,7 @@ def _ledger_lines(runs: list[tuple[Run, Ledger]], total: Composition, what_if: l
                 what += f": {m.count:,} × Gaussian, noise {m.noise_multiplier:.5g}, sampling rate {m.sampling_rate:.5g}"
             yield f"{number:>5}  {e.kind:<11}  {what}"
     together = f" of {len(runs)} runs together" if len(runs) > 1 else ""
-    unit = "one image" if total.group_size == 1 else f"up to {total.group_size} images"
+    unit, _ = protected(total.group_size, any(run.config.privacy.most_per_person is not None for run, _ in runs))
     yield ""
     yield f"total{together} for {unit}, added or removed; ε by PLD and by Rényi DP, both upper bounds"
     yield f"{'δ':>10} {'images':>7} {'ε PLD':>10} {'ε RDP':>10}"

@@ -1,7 +1,7 @@
 """Drawing images: settings that are checked before anything is computed, and the one loop that draws with them.
 
 Generator and benchmarks draw through :meth:`SamplingSettings.draw`.  The file that a release carries for
-diffusers (``release/hub/denoiser.py``) holds the same steps once more, and a test compares the pixels.
+diffusers (``diffusion/standalone.py``) holds the same steps once more, and a test compares the pixels.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from dpsyngen.diffusion.samplers import SAMPLERS, Observer, karras_steps, to_uin
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap
 from dpsyngen.errors import ConfigError, require
 from dpsyngen.hardware import send
-
-_FINE = 2.0**-10  # of a standard deviation; the rounding of the sum, about 1e-15, is far below it
 
 Start = Callable[[Tensor, Tensor | None], Tensor]
 """Makes noisy images x at the sampler's first noise level from standard normal noise and labels."""
@@ -119,17 +117,7 @@ def sampling_start(
     lower_end = math.exp(top.low) * (1 - 1e-9) if top.low > -math.inf else 0.0
     first = max(min(sigma_max, lower_end), sigma_min * 1.001)
 
-    def start(noise: Tensor, labels: Tensor | None) -> Tensor:
-        uniform = None
-        if labels is None:
-            # The class, too, must follow from the image's noise, and yet be independent of it: the sum over pixels
-            # would make one class dark and another bright, but what is left of it after division by a small number is
-            # uniform whatever the image looks like.
-            total = noise.flatten(1).double().sum(1) / math.sqrt(noise[0].numel())  # [n], standard normal
-            uniform = (total / _FINE).remainder(1.0)
-        return gaussian.draw(labels, torch.full((len(noise),), first, device=noise.device), noise, uniform)
-
-    return first, start
+    return first, lambda noise, labels: gaussian.draw(labels, first, noise)
 
 
 def _generator(seed: int, index: int) -> np.random.Generator:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpsyngen.errors import ReleaseError, printable
@@ -186,6 +188,19 @@ def schema_text() -> str:
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
+def protected(group_size: int, by_person: bool) -> tuple[str, str]:
+    """Unit and adjacency, as certificates state them, of a guarantee for so many images, or for persons."""
+    g = group_size
+    unit, moved = ("one image", "one record") if g == 1 else (f"up to {g} images together", f"up to {g} records")
+    if by_person:
+        used = "at most 1 is" if g == 1 else f"at most {g} are"
+        unit, moved = "one person, with all of their images", f"all images of a person, of which {used} used"
+    return unit, (
+        f"add or remove {moved}; sampling rate and normaliser are public constants fixed by the declared number of "
+        "records (replacing an image by nothing, zero-out adjacency, costs the same)"
+    )
+
+
 # ------------------------------------------------------------------------------------------ in plain words
 
 
@@ -212,9 +227,12 @@ def posterior(epsilon_value: float, delta: float, prior: float) -> float:
     return delta + (1 - delta) * odds / (1 - prior + odds)
 
 
-def suspicion(epsilon_value: float, delta: float, group_size: int = 1) -> list[tuple[str, str]]:
+def suspicion(
+    epsilon_value: float, delta: float, group_size: int = 1, by_person: bool = False
+) -> list[tuple[str, str]]:
     """How sure two attackers can become, each as a headline and a sentence: one who tosses a coin, one with a hunch."""
     what = "an image was used" if group_size == 1 else f"a person's images, {group_size} at most, were used"
+    what = "images of a person were used" if by_person else what
     rows = []
     for prior, like in ((0.5, "as likely as a coin's head"), (0.01, "likely as one in a hundred")):
         after = 100 * posterior(epsilon_value, delta, prior)
@@ -224,8 +242,9 @@ def suspicion(epsilon_value: float, delta: float, group_size: int = 1) -> list[t
     return rows
 
 
-def strength(epsilon_value: float, delta: float) -> str:
-    """What ε means to somebody who guesses whether a person's image was used."""
+def strength(epsilon_value: float, delta: float, by_person: bool = False) -> str:
+    """What ε means to somebody who guesses whether an image was used, or with `by_person` any image of a person."""
+    whose, they = ("an image", "it was") if not by_person else ("all images of a person", "any of them were")
     percent = 100 * posterior(epsilon_value, delta, 0.5)
     figure = "practically 100 %" if percent >= 99.995 else f"{percent:.{2 if percent > 99 else 1}f} %"
     if epsilon_value <= 1:
@@ -240,146 +259,40 @@ def strength(epsilon_value: float, delta: float) -> str:
     else:
         grade = "This is hardly a guarantee: the number promises next to nothing, whatever known attacks can do."
     return (
-        "Somebody who knows everything about an image and about all others, and who could otherwise only toss a coin "
-        f"on whether it was used, guesses right at most {figure} of the time (50 % is a coin).  {grade}"
+        f"Somebody who knows everything about {whose} and about all others, and who could otherwise only toss a coin "
+        f"on whether {they} used, guesses right at most {figure} of the time (50 % is a coin).  {grade}"
     )
+
+
+@cache
+def template(file: Path) -> Template:
+    """The template `file`; it may include those beside it and beside this module.
+
+    Its filters are ``number``, ``bound`` (a number rounded up) and ``markdown`` (text without markup).  In HTML what is
+    filled in is escaped (class names come from the user's folders).  A template that names a value that is not given
+    raises :class:`jinja2.UndefinedError`.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([file.parent, Path(__file__).parent]),
+        autoescape=file.name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "bound": partial(number, up=True), "markdown": safe_markdown}
+    return environment.get_template(file.name)
 
 
 def plain_words(certificate: Certificate) -> str:
-    """The certificate as Markdown, for people who know no differential privacy."""
-    c = certificate
-    lines = ["# Privacy certificate", ""]
-    if not c.private:
-        lines += [f"**NOT PRIVATE: {'; '.join(c.not_private_because)}.**", ""]
-    if c.epsilon == "inf":
-        lines += ["This generator carries no privacy guarantee.  Do not publish it if its images are private.", ""]
-    else:
-        lines += _guarantee(c, c.epsilon)
-    lines += ["## What it rests on", "", *foundations(c), ""]
-    lines += ["## How the number comes about", "", *map(_mechanism, c.mechanisms), ""]
+    """The certificate as Markdown, for people who know no differential privacy, from ``certificate.md.j2``."""
+    c, odds, why = certificate, math.inf, ""
     if c.epsilon != "inf":
-        by_rdp = "no bound" if c.epsilon_by_rdp == "inf" else f"ε ≤ {number(c.epsilon_by_rdp, up=True)}"
-        lines += [
-            f"Total by {c.accountant}: ε ≤ {number(c.epsilon, 6, up=True)}.  Cross-check by Rényi DP, a looser bound: "
-            f"{by_rdp}.",
-            "",
-        ]
-    lines += [
-        f"Neighbouring data sets: {c.adjacency}.",
-        "",
-        "## How to check it",
-        "",
-        "`dpsyngen verify` on the bundle computes ε again from the numbers in `privacy.json`, checks every file "
-        "against its checksum, and draws images.  It needs no private image.  What it cannot see is whether the "
-        "training did what it says; `dpsyngen audit`, run by the holder of the images, attacks the training itself, "
-        f"and the source code is open.  When this was written the run's ledger had {c.ledger.lines} lines and its last "
-        f"line had the SHA-256 {c.ledger.digest[:16]}…; `dpsyngen ledger` compares.",
-        "",
-        f"Made by dpsyngen {c.dpsyngen}.",
-        "",
-    ]
-    return "\n".join(lines)
+        odds, why = math.exp(min(c.epsilon, 700)), strength(c.epsilon, c.delta, c.by_person)
+    page = template(Path(__file__).with_suffix(".md.j2"))
+    return page.render(c=c, a=c.public_assumptions, odds=odds, strength=why) + "\n"
 
 
-def _guarantee(c: Certificate, epsilon_value: float) -> list[str]:
-    delta, n = number(c.delta, 3, up=True), f"{c.public_assumptions.records:,}"
-    if c.by_person:
-        # Without one of a person's images another of theirs may be taken in its place.
-        whose, one, it = "each person, with all of their images", "all images of any one person", "that person"
-    elif c.group_size == 1:
-        whose, one, it = "each single image" + (" and its person" if c.people else ""), "any one image", "that image"
-    else:
-        whose = f"up to {c.group_size} images of one person together"
-        one, it = f"any {c.group_size} images", "those images"
-    would = "W" if c.private else "Were the noise secret, w"
-    return [
-        f"**ε = {number(epsilon_value, up=True)}, δ = {delta}, for {whose}.**",
-        "",
-        "## What this says",
-        "",
-        f"The files beside this page are a program that draws images.  It learned from {n} private images, with random "
-        f"noise mixed in on purpose.  The noise hides what {one} had to do with it, and the two numbers say how well.",
-        "",
-        f"{would}hatever somebody finds out from these files, they would have found out almost as well had {one} never "
-        f"been used.  “Almost” is what ε and δ measure: the odds of any conclusion about {it} change by a factor of at "
-        f"most e^ε = {number(math.exp(min(epsilon_value, 700)), 3, up=True)}, except with a probability of at most "
-        f"δ = {delta}.",
-        "",
-        strength(epsilon_value, c.delta),
-        "",
-        "This holds against any attack, also those that nobody has thought of yet, and it does not wear off: more "
-        "images drawn, a model trained on them, statistics of them, all have the same guarantee.",
-        "",
-        "## What it does not say",
-        "",
-        "- It does not say that nothing can be learned about the images *in common*.  If they show that a disease "
-        "looks a certain way, the generator shows it, too: that is what it is for.",
-        f"- {c.utility}",
-        *(f"- It does not cover {text}." for text in c.not_covered),
-        "",
-    ]
-
-
-def foundations(c: Certificate) -> list[str]:
-    """What has to be true for the guarantee to hold, as items of a Markdown list."""
-    assumed, p = c.public_assumptions, c.programmatic_images
-    classes = ""
-    if assumed.class_names:
-        more = ", …" if len(assumed.class_names) > 20 else ""
-        classes = f", and the names of the classes ({safe_markdown(', '.join(assumed.class_names[:20]))}{more})"
-    size = f"{assumed.resolution} × {assumed.resolution} pixels, {'grey' if assumed.channels == 1 else 'colour'}"
-    lines = [
-        f"- These facts were treated as known to everybody: that there are {assumed.records:,} images, their size "
-        f"({size}){classes}.",
-        "- Settings, thresholds and programs were chosen without looking at the private images.",
-        f"- The noise cannot be known to anybody.  It came from: {c.randomness}.",
-    ]
-    if c.people is not None:
-        lines.append(f"- Images of one person: {safe_markdown(c.people)}.")
-    elif c.group_size > 1:
-        lines.append(f"- Nobody has more than {c.group_size} of the images.")
-    if c.programs_used:
-        name, tier, meaning = (safe_markdown(str(p.get(k))) for k in ("name", "prior_tier", "prior_tier_meaning"))
-        lines.append(
-            f"- Part of the training used images that a program draws ({name}, prior tier {tier}: {meaning}).  They "
-            "hold nobody's data and cost no privacy."
-        )
-    if c.prior is not None:
-        lines.append(
-            "- A network started from weights that images drawn by programs trained (the prior, SHA-256 "
-            f"{safe_markdown(str(c.prior.get('sha256')))}).  No private image had touched them."
-        )
-    if c.budget is not None:
-        b = c.budget
-        lines.append(
-            f"- All runs on these images share one budget: together they may not spend more than ε = "
-            f"{number(b.epsilon)} at δ = {number(b.delta, 3)}"
-            f"{f' for {b.group_size} images together' if b.group_size > 1 else ''}.  With this one, which was run "
-            f"number {b.runs}, ε = {number(b.reserved_epsilon, up=True)} of it is taken."
-        )
-    else:
-        lines.append(
-            "- No other release was made from these images.  If there was one, the guarantees add up: ask whoever "
-            "holds the images for the total of all of them."
-        )
-    return lines
-
-
-def _mechanism(m: MechanismPart) -> str:
-    if m.sampling_rate is None or m.noise_multiplier is None or m.count is None:
-        return f"- {m.reason}: without noise."
-    times = "once" if m.count == 1 else f"{m.count:,} times"
-    images = "with every image in it"
-    if m.sampling_rate < 1:
-        images = f"each image in or out by chance every time (probability {number(m.sampling_rate)})"
-    bound = f" to {number(m.l2_sensitivity)}" if isinstance(m.l2_sensitivity, float) else ""
-    return (
-        f"- {m.reason}: {m.mechanism} mechanism, {times}, {images}.  The influence of one image was limited{bound}, "
-        f"and noise of {number(m.noise_multiplier)} times that limit was added."
-    )
-
-
-def safe_markdown(text: str) -> str:
+def safe_markdown(text: object) -> str:
     """Text of the user's for Markdown: no markup, no line breaks, at most 2,000 characters."""
-    plain = " ".join(text.split())
+    plain = " ".join(str(text).split())
     return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in plain if c.isprintable())[:2000]

@@ -10,16 +10,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from dpsyngen.errors import ReleaseError, RunError
 from dpsyngen.files import write_text
-from dpsyngen.privacy.certificate import Certificate, foundations, number, safe_markdown, strength
+from dpsyngen.privacy.certificate import Certificate, strength, template
 
 REQUIRED = ("PRIVACY.md", "privacy.json", "config.yaml", "generator.json")
 OPTIONAL = ("public_training.jsonl", "report.html")
@@ -60,14 +59,15 @@ def companions(certificate: Certificate, digest: str) -> dict[str, str]:
 
 @cache
 def code() -> dict[str, str]:
-    """What diffusers runs, or is led to run by: the files of ``hub/`` as they are, and the index that names them."""
+    """What diffusers runs, or is led to run by: two files of ours as they are, and the index that names them."""
     index = {
         "_class_name": ["pipeline", "DPSynGenPipeline"],
         "_diffusers_version": TESTED_DIFFUSERS,
         "denoiser": ["denoiser", "ReleasedDenoiser"],
     }
-    hub = Path(__file__).parent / "hub"
-    texts = {name: (hub / Path(name).name).read_text(encoding="utf-8") for name in (PIPELINE, DENOISER)}
+    here = Path(__file__).parent
+    files = {PIPELINE: here / "hub" / "pipeline.py", DENOISER: here.parent / "diffusion" / "standalone.py"}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     return {MODEL_INDEX: json.dumps(index, indent=1) + "\n", **texts}
 
 
@@ -120,24 +120,13 @@ def model_card(certificate: Certificate, digest: str) -> str:
         digest: of ``privacy.json``, see :func:`digest_of`.
     """
     c = certificate
-    return _template().render(
-        c=c,
-        a=c.public_assumptions,
-        header=yaml.safe_dump(header(c, digest), sort_keys=False, allow_unicode=True, width=10**6).rstrip(),
-        digest=digest,
-        strength=strength(float(c.epsilon), c.delta) if c.private else "",
-        foundations=foundations(c),
+    return (
+        template(Path(__file__).with_suffix(".md.j2")).render(
+            c=c,
+            a=c.public_assumptions,
+            header=yaml.safe_dump(header(c, digest), sort_keys=False, allow_unicode=True, width=10**6).rstrip(),
+            digest=digest,
+            strength=strength(float(c.epsilon), c.delta, c.by_person) if c.private else "",
+        )
+        + "\n"
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("dpsyngen.release", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"bound": partial(number, up=True), "markdown": safe_markdown}
-    return environment.get_template("card.md.j2")

@@ -29,7 +29,7 @@ from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import DpsyngenError, ReleaseError, printable
 from dpsyngen.files import file_sha256, read_yaml
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.privacy.certificate import Certificate, number, plain_words, schema_text
+from dpsyngen.privacy.certificate import Certificate, number, plain_words, protected, schema_text
 from dpsyngen.release.bundle import MANIFEST, SAMPLES, SCHEMA, SIGNATURE, open_zip
 from dpsyngen.release.card import CARD, COMPANIONS, OPTIONAL, REQUIRED, WEIGHTS, code, model_card
 from dpsyngen.release.signing import check_signature, fingerprint, read_public_key
@@ -175,6 +175,8 @@ class _Bundle:
         c = self.c
         if not c.private or c.epsilon == "inf":
             return False, f"NOT PRIVATE: {'; '.join(c.not_private_because)}"
+        if (c.unit, c.adjacency) != (expected := protected(c.group_size, c.by_person)):
+            return False, f"what it says that ε is for does not follow from its numbers, which make it {expected[0]}"
         if c.delta >= 1 / c.public_assumptions.records:
             return False, f"δ = {c.delta} is not below 1/n = 1/{c.public_assumptions.records:,}"
         return True, f"ε = {number(c.epsilon, up=True)}, δ = {number(c.delta, 3, up=True)}, for {c.unit}"
@@ -230,6 +232,7 @@ class _Bundle:
         agrees = {
             "group size": config.privacy.group_size == c.group_size,
             "images of a person": c.by_person == (config.privacy.most_per_person is not None)
+            and config.privacy.most_per_person in (None, c.group_size)
             and (c.people is not None or not c.by_person),
             "variant": config.stages.variant == c.variant,
             "preset": config.preset == c.preset,

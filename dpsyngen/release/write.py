@@ -23,6 +23,7 @@ from dpsyngen.privacy.certificate import (
     MechanismPart,
     StagePart,
     plain_words,
+    protected,
 )
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.privacy.randomness import Randomness
@@ -55,10 +56,8 @@ def certify(
         "settings that were tuned by looking at private metrics of earlier runs on the same images",
         "side channels such as the time that training took",
     ]
-    unit, moved = ("one image", "one record") if g == 1 else (f"up to {g} images together", f"up to {g} records")
-    if by_person := config.privacy.most_per_person is not None:
-        used = "at most 1 is" if g == 1 else f"at most {g} are"
-        unit, moved = "one person, with all of their images", f"all images of a person, of which {used} used"
+    by_person = config.privacy.most_per_person is not None
+    unit, adjacency = protected(g, by_person)
     return Certificate(
         dpsyngen=__version__,
         preset=config.preset,
@@ -73,11 +72,7 @@ def certify(
         by_person=by_person,
         accountant=bound.by,
         unit=unit,
-        adjacency=(
-            f"add or remove {moved}; sampling rate and normaliser are "
-            "public constants fixed by the declared number of records (replacing an image by nothing, zero-out "
-            "adjacency, costs the same)"
-        ),
+        adjacency=adjacency,
         randomness=(
             "the operating system's entropy, through AES-256 under a key that is kept secret"
             if ledger.secure

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from dpsyngen.files import write_text
-from dpsyngen.privacy.certificate import number
+from dpsyngen.privacy.certificate import template
 from dpsyngen.report.sections import private_values, release_values
 from dpsyngen.training.run import Run
 from dpsyngen.version import __version__
 
 
-def render(template: str, values: dict[str, Any]) -> str:
-    """The page that `template`, a file of ``dpsyngen/report/templates``, makes of `values`.
-
-    Text of `values` is escaped (class names come from the user's folders).  Filter ``bound`` rounds a bound up.
-
-    Raises:
-        jinja2.TemplateNotFound: no such template.
-        jinja2.UndefinedError: the template names a value that is not given.
-    """
-    environment = Environment(
-        loader=PackageLoader("dpsyngen.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["bound"] = partial(number, up=True)
-    return environment.get_template(template).render(version=__version__, **values)
+def render(name: str, values: dict[str, Any]) -> str:
+    """The page that `name`, a file of ``dpsyngen/report/templates``, makes of `values`; see :func:`template`."""
+    return template(Path(__file__).parent / "templates" / name).render(version=__version__, **values)
 
 
 def write_report(run: Run | str | os.PathLike[str]) -> tuple[Path, Path]:

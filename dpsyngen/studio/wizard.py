@@ -232,12 +232,13 @@ class _Promise:
 
 def _words(config: Config) -> None:
     p, delta = config.privacy, config.privacy.delta or 0.0
+    by_person = p.most_per_person is not None
     with ui.element("div").classes("two"):
-        for headline, text in suspicion(p.epsilon, delta, p.group_size):
+        for headline, text in suspicion(p.epsilon, delta, p.group_size, by_person):
             with ui.element("div"):
                 look.say(headline, "big")
                 look.say(text, "note")
-    look.say(strength(p.epsilon, delta))
+    look.say(strength(p.epsilon, delta, by_person))
     if p.budget is not None:
         budget = Budget(Path(p.budget))
         taken = budget.epsilon() if budget.charges else 0.0

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.gaussian import LARGEST_DIMENSION, ClassGaussians, GaussianDenoiser
+from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.diffusion.standalone import LARGEST_DIMENSION
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.accounting import Mechanism

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.store import available_bytes
-from dpsyngen.diffusion.gaussian import LARGEST_DIMENSION
 from dpsyngen.diffusion.stages import StageMap, coarse_of, stage_map
+from dpsyngen.diffusion.standalone import LARGEST_DIMENSION
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, require
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
 from dpsyngen.privacy.accounting import epsilon as epsilon_of
+from dpsyngen.privacy.certificate import protected
 from dpsyngen.programs import TIERS, Program, make_program
 from dpsyngen.training.private import DpSgd
 
@@ -217,7 +218,7 @@ _TRAINERS = {
 
 def describe(plan: Plan, config: Config, parameters: int) -> Iterator[str]:
     """What is about to be done, in lines that hold nothing private."""
-    shape, m, g = plan.shape, plan.mechanism, config.privacy.group_size
+    shape, m = plan.shape, plan.mechanism
     classes = f"{shape.num_classes} classes" if shape.num_classes else "no classes"
     yield f"{shape.records:,} images {shape.channels}x{shape.resolution}x{shape.resolution}, {classes}"
     stages = ", ".join(f"{s.name} ({_TRAINERS[s.trainer]})" for s in reversed(plan.stages.stages))
@@ -228,7 +229,7 @@ def describe(plan: Plan, config: Config, parameters: int) -> Iterator[str]:
     if math.isinf(config.privacy.epsilon):
         yield "NOT PRIVATE: ε = ∞, no clipping, no noise"
     else:
-        unit = "one image" if g == 1 else f"up to {g} images of one person together"
+        unit, _ = protected(config.privacy.group_size, config.privacy.most_per_person is not None)
         costs = []
         if plan.moments is not None:
             noises = ", ".join(f"{q.noise_multiplier:.4g}" for q in plan.moments.mechanisms())

@@ -108,7 +108,7 @@ class Run:
 
     @property
     def busy(self) -> bool:
-        """Whether a process works on the run; looking takes no lock and makes no file."""
+        """Whether a process works on the run; looking makes no file, and its lock is gone at once."""
         try:
             with open(self.private / LOCK, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -181,7 +181,8 @@ class FolderLock:
 
     def __init__(self, path: Path, whose: Path) -> None:
         self.path, self.whose = path, whose
-        self._lock = FileLock(path, timeout=0, mode=0o600, thread_local=False)
+        # Not at once: somebody may be looking (:attr:`Run.busy`).
+        self._lock = FileLock(path, timeout=0.2, mode=0o600, thread_local=False)
         self._contexts = 0
 
     def acquire(self) -> bool:
@@ -192,7 +193,7 @@ class FolderLock:
         if self._lock.is_locked:
             return False
         try:
-            self._lock.acquire()
+            self._lock.acquire(poll_interval=0.02)
         except Timeout:
             raise RunError(f"another process is working on {self.whose}.  Wait for it or stop it first.") from None
         except OSError as error:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpsyngen.diffusion.gaussian import cosine_matrix, each_axis
+from dpsyngen.diffusion.standalone import cosine_matrix, each_axis
 
 TYPICAL_ENERGY = 0.6  # of the clipped residuals in R², its largest value: an assumption, not a measurement
 SPREAD_OF_ENERGY = 0.25  # about that, for data so few that their energy does not show

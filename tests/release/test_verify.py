@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load, save
 
-from dpsyngen.privacy.certificate import Certificate, plain_words
+from dpsyngen.privacy.certificate import Certificate, plain_words, protected
 from dpsyngen.release.bundle import write_zip
 from dpsyngen.release.card import digest_of, model_card
 from dpsyngen.release.signing import make_key
@@ -134,6 +134,17 @@ def edit_text(name: str, old: str, new: str) -> Callable[[Files], None]:
     return edit
 
 
+def stated(group_size: int, by_person: bool) -> dict[str, str]:
+    return dict(zip(("unit", "adjacency"), protected(group_size, by_person), strict=True))
+
+
+def three_images_of_a_person(files: Files) -> None:
+    """At the price of one: settings in which the group size follows from nothing."""
+    edit_certificate(lambda v: v.update(by_person=True, people="by hand", **stated(1, True)))(files)
+    edit_text("config.yaml", "most_per_person: null", "most_per_person: 3")(files)
+    edit_text("config.yaml", r"  group_size: 1\n", "")(files)
+
+
 def first_picture(files: Files) -> str:
     return next(n for n in sorted(files) if n.endswith("0000000.png"))
 
@@ -191,7 +202,11 @@ def not_a_number(tensors: dict) -> dict:
         (lambda f: f.update({"certificate.schema.json": b"{}"}), "certificate"),
         (edit_certificate(lambda v: v.update(epsilon=0.5)), "privacy cost"),
         (edit_certificate(lambda v: v.update(delta=1e-9)), "privacy cost"),
-        (edit_certificate(lambda v: v.update(group_size=3)), "privacy cost"),
+        (edit_certificate(lambda v: v.update(group_size=3)), "guarantee"),
+        (edit_certificate(lambda v: v.update(group_size=3, **stated(3, False))), "privacy cost"),
+        (edit_certificate(lambda v: v.update(unit="each person")), "guarantee"),
+        (edit_certificate(lambda v: v.update(by_person=True, people="by hand", **stated(1, True))), "settings"),
+        (three_images_of_a_person, "settings"),
         (edit_certificate(lambda v: v.update(delta=0.1)), "guarantee"),
         (edit_certificate(lambda v: v["mechanisms"][0].update(count=1)), "settings"),
         (edit_certificate(lambda v: v["mechanisms"][0].update(l2_sensitivity=0.1)), "settings"),

@@ -45,6 +45,7 @@ def test_suspicion_in_words() -> None:
     assert hunch == "1 % → at most 16.9 %"
     assert "an image was used" in text
     assert "7 at most" in suspicion(3.0, 1e-5, 7)[0][1]
+    assert "that images of a person were used" in suspicion(3.0, 1e-5, 1, by_person=True)[0][1]
     assert suspicion(20.0, 1e-5)[0][0] == "50 % → practically 100 %"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpsyngen.diffusion.gaussian import cosine_matrix
+from dpsyngen.diffusion.standalone import cosine_matrix
 from dpsyngen.training.spectra import Frequencies
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser, cosine_matrix, each_axis
+from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
+from dpsyngen.diffusion.standalone import cosine_matrix, each_axis
 from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.moments import VectorSum

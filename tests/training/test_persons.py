@@ -95,6 +95,8 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     assert "at most 2 images of each person were used" in words
     assert ", for each person, with all of their images.**" in words
     assert "had all images of any one person never been used" in words
+    for text in (words, (run.release / "README.md").read_text()):
+        assert "knows everything about all images of a person and about all others" in text
     assert "any 2 images" not in words
     pack(run, tmp_path / "b.zip")
     checked = verify(tmp_path / "b.zip")

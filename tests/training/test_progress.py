@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dpsyngen import fit
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
+from dpsyngen.errors import RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.report.sections import loss_charts
 from dpsyngen.training.progress import progress_of, worker
@@ -87,3 +91,15 @@ def test_who_works_on_a_run_is_found(finished: Run, tmp_path: Path) -> None:
         other.stdin.close()
     assert not Run(path).busy
     assert worker(path) is None
+
+
+def test_somebody_who_looks_is_nobody_who_works(finished: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.path, tmp_path / "r")
+    with open(tmp_path / "r" / "private" / "lock", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as Run.busy does, for longer
+        threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with Run(tmp_path / "r").lock():
+            pass
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with pytest.raises(RunError, match="another process"):
+            Run(tmp_path / "r").open_for_writing()

@@ -1,8 +1,8 @@
 """The denoiser of a dpsyngen release as one PyTorch module that loads itself: networks, DP moments, samplers.
 
-It stands in a release as ``denoiser/denoiser.py`` and needs no dpsyngen.  ``dpsyngen verify`` compares it with the file
-of its own version; a test compares what it draws with ``dpsyngen.Generator``, in every pixel.  Notation: EDM (Karras et
-al. 2022, arXiv 2206.00364), x = x₀ + σ·n with x₀ in [-1, 1] and D(x; σ, y) ≈ E[x₀ | x, y].
+It stands in a release as ``denoiser/denoiser.py``, which ``dpsyngen verify`` compares with this file, and needs no
+dpsyngen, which in turn takes its network and Wiener filter from here.  Notation: EDM (Karras et al. 2022, arXiv
+2206.00364), x = x₀ + σ·n with x₀ in [-1, 1] and D(x; σ, y) ≈ E[x₀ | x, y].
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GAUSSIAN, SAMPLERS = "gaussian", ("ddim", "heun", "dpmpp")
-
-# width, channel multipliers, blocks a level, resolutions with attention (None: the lowest), embedding, patch,
-# channels of the last layers
-SIZES = {
-    "nano": (16, (1, 2), 1, (), 64, 1, 0),
-    "tiny": (16, (1, 2), 1, None, 64, 2, 0),
-    "small": (24, (1, 2, 2), 1, None, 96, 1, 0),
-    "base": (40, (1, 2, 2), 2, None, 160, 1, 0),
-    "paper-32": (40, (1, 2, 2), 2, (16,), 160, 1, 0),
-    "large": (72, (1, 2, 2), 2, None, 288, 1, 0),
-    "huge": (96, (1, 2, 2, 2), 3, None, 384, 1, 0),
-    "prior": (32, (1, 2), 1, None, 128, 2, 12),
+LARGEST_DIMENSION = 4096  # of an image whose covariance outside the basis is diagonalised; larger ones are stationary
+# Width, channel multipliers, blocks a level, resolutions with attention (None: the lowest), embedding, patch, channels
+# of the last layers.  In comments: parameters at one channel and ten classes, which tests hold the presets to.
+SIZES: dict[str, tuple[Any, ...]] = {
+    "nano": (16, (1, 2), 1, (), 64, 1, 0),  # 0.10 M
+    "tiny": (16, (1, 2), 1, None, 64, 2, 0),  # 0.11 M
+    "small": (24, (1, 2, 2), 1, None, 96, 1, 0),  # 0.38 M
+    "base": (40, (1, 2, 2), 2, None, 160, 1, 0),  # 1.9 M
+    "paper-32": (40, (1, 2, 2), 2, (16,), 160, 1, 0),  # 1.9 M, attention at 16x16 as published for CIFAR-10
+    "large": (72, (1, 2, 2), 2, None, 288, 1, 0),  # 6 M
+    "prior": (32, (1, 2), 1, None, 128, 2, 12),  # 0.47 M
+    "huge": (96, (1, 2, 2, 2), 3, None, 384, 1, 0),  # 22 M
 }
 
 
@@ -49,7 +49,7 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.heads = max(1, channels // 64)
@@ -58,8 +58,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).view(n, 3, self.heads, c // self.heads, h * w).transpose(3, 4)
-        q, k, v = qkv.unbind(1)
+        q, k, v = self.qkv(self.norm(x)).view(n, 3, self.heads, c // self.heads, h * w).transpose(3, 4).unbind(1)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, h, w)
         return (x + self.out(mixed)) * math.sqrt(0.5)
 
@@ -71,44 +70,40 @@ class _Block(nn.Module):
         self.affine = nn.Linear(embedding, 2 * outputs)
         self.norm2, self.conv2 = _norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        self.attention = _Attention(outputs) if attend else nn.Identity()
+        self.attention = Attention(outputs) if attend else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), scale + 1)))
-        out: Tensor = self.attention((self.skip(x) + h) * math.sqrt(0.5))
-        return out
+        return self.attention((self.skip(x) + h) * math.sqrt(0.5))  # type: ignore[no-any-return]
 
 
 class UNet(nn.Module):
-    """F(input [N, C, H, W], c_noise [N], classes [N] in 0..num_classes or None); DDPM++, trimmed."""
+    """F(input [N, C, H, W], c_noise [N], classes [N] in 0..num_classes or None); DDPM++ (Song et al. 2021), trimmed."""
 
-    def __init__(self, size: str, resolution: int, channels: int, num_classes: int, inputs: int) -> None:
+    def __init__(self, size: tuple[Any, ...], resolution: int, channels: int, num_classes: int, inputs: int) -> None:
         super().__init__()
-        width, multipliers, self.blocks, attention, emb, self.patch, self.refine = SIZES[size]
-        widths = [width * m for m in multipliers]
-        grid = resolution // self.patch
+        width, multipliers, self.blocks, attention, emb, self.patch, self.refine = size
+        widths, grid = [width * m for m in multipliers], resolution // self.patch
         lowest = grid // 2 ** (len(widths) - 1)
         attention = (lowest,) if attention is None else attention
+        # c_noise = log(σ)/4 spans about [-1.6, 1.1]: from a fraction of a turn over the range to a dozen.
         self.register_buffer("frequencies", torch.logspace(-1, 4, width // 2, base=2.0) * math.pi / 2, persistent=False)
         self.embed_noise = nn.Linear(2 * (width // 2), emb)
         self.embed_class = nn.Embedding(num_classes + 1, emb) if num_classes else None
         self.embed_out = nn.Linear(emb, emb)
         self.first = nn.Conv2d(inputs * self.patch**2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips: list[int] = []
+        blocks = [(w, grid >> level in attention) for level, w in enumerate(widths) for _ in range(self.blocks)]
         now = width
-        for level, w in enumerate(widths):
-            for _ in range(self.blocks):
-                self.down.append(_Block(now, w, emb, grid >> level in attention))
-                now = w
-                skips.append(now)
+        for w, attend in blocks:
+            self.down.append(_Block(now, w, emb, attend))
+            now = w
         self.middle = _Block(now, now, emb, lowest in attention)
-        for level, w in reversed(list(enumerate(widths))):
-            for _ in range(self.blocks):
-                self.up.append(_Block(now + skips.pop(), w, emb, grid >> level in attention))
-                now = w
+        for w, attend in reversed(blocks):
+            self.up.append(_Block(now + w, w, emb, attend))  # the skip of the same level has w channels
+            now = w
         self.norm = _norm(now)
         self.last = nn.Conv2d(now, (self.refine or channels) * self.patch**2, 3, padding=1)
         if self.refine:
@@ -116,24 +111,24 @@ class UNet(nn.Module):
             self.out = nn.Conv2d(self.refine, channels, 3, padding=1)
 
     def forward(self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None) -> Tensor:
-        angles = c_noise[:, None] * self.frequencies
-        embedding = self.embed_noise(torch.cat([angles.cos(), angles.sin()], 1))
+        angles = c_noise[:, None] * self.frequencies  # [N, width/2]
+        embedding = self.embed_noise(torch.cat([angles.cos(), angles.sin()], 1))  # [N, E]
         if self.embed_class is not None:
             embedding = embedding + self.embed_class(classes)
         embedding = F.silu(self.embed_out(F.silu(embedding)))
-        h = self.first(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
+        h = self.first(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)  # [N, width, H/p, W/p]
         skips: list[Tensor] = []
         for i, block in enumerate(self.down):
-            h = F.avg_pool2d(h, 2) if i and i % self.blocks == 0 else h
+            h = F.avg_pool2d(h, 2) if i and i % self.blocks == 0 else h  # [N, C_l, H/(p·2ˡ), W/(p·2ˡ)] at level l
             h = block(h, embedding)
             skips.append(h)
         h = self.middle(h, embedding)
         for i, block in enumerate(self.up):
             if i and i % self.blocks == 0:
                 h = F.interpolate(h, scale_factor=2.0, mode="bilinear" if self.refine else "nearest")
-            h = block(torch.cat([h, skips.pop()], 1), embedding)
+            h = block(torch.cat([h, skips.pop()], 1), embedding)  # the skip of the same level
         out: Tensor = self.last(F.silu(self.norm(h)))
-        out = F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
+        out = F.pixel_shuffle(out, self.patch) if self.patch > 1 else out  # [N, C, H, W]
         return self.out(F.silu(self.mix(torch.cat([F.silu(out), x], 1)))) if self.refine else out
 
 
@@ -146,10 +141,9 @@ class NetworkDenoiser(nn.Module):
         self._gaussian = [gaussian]  # in a list: it is no part of this module's weights
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        classes = None
-        if self.num_classes:  # class `num_classes` means "no class"
-            none = torch.full((len(x),), self.num_classes, dtype=torch.long, device=x.device)
-            classes = none if labels is None else labels
+        classes = labels if self.num_classes else None
+        if self.num_classes and labels is None:  # class `num_classes` means "no class"
+            classes = torch.full((len(x),), self.num_classes, device=x.device)
         sigma = sigma.to(x.dtype)
         s, gaussian = sigma.view(-1, 1, 1, 1), self._gaussian[0]
         if gaussian is None:
@@ -164,15 +158,16 @@ class NetworkDenoiser(nn.Module):
 
 
 def cosine_matrix(size: int) -> Tensor:
-    """[size, size] fp64, the orthonormal DCT-II."""
-    i = torch.arange(size, dtype=torch.float64)
-    matrix = (math.pi * i[:, None] * (2 * i + 1) / (2 * size)).cos() * math.sqrt(2 / size)
-    return torch.cat([matrix[:1] / math.sqrt(2), matrix[1:]])
+    """[size, size] fp64, the orthonormal DCT-II: row f is √(2/size)·cos(π f (2i + 1) / (2 size)), row 0 over √2."""
+    f, i = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
+    return (math.pi * f * (2 * i + 1) / (2 * size)).cos() * (torch.where(f > 0, 2.0, 1.0).double() / size).sqrt()
 
 
-def each_axis(flat: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """A matrix for the channels and one for rows and columns of images [N, D] = [N, C, S, S]."""
-    return torch.einsum("kc,nchw->nkhw", c, s @ flat.view(-1, len(c), len(s), len(s)) @ s.mT).flatten(1)
+def each_axis(flat: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Apply a matrix to each axis of images [N, D] = [N, C, H, W]: with :func:`cosine_matrix` of each axis, F."""
+    c, h, w = matrices
+    images = h @ flat.view(-1, len(c), len(h), len(w)) @ w.mT
+    return (torch.einsum("kc,nchw->nkhw", c, images) if len(c) > 1 else images).flatten(1)
 
 
 class Gaussian(nn.Module):
@@ -180,33 +175,36 @@ class Gaussian(nn.Module):
 
     P = I - V Vᵀ, F the cosine transform; `m`: means μ, basis V, covariances A, rest ψ, spectrum q, and frequencies."""
 
-    def __init__(self, m: dict[str, Tensor], shape: tuple[int, int, int]) -> None:
+    def __init__(self, m: dict[str, Tensor], shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         m = {name: tensor.double() for name, tensor in m.items()}
         self.shape, self.classes, (self.dimension, d) = shape, len(m["means"]), m["basis"].shape
-        # V to the last digit, and Q: eigenvectors of what is outside V, with eigenvalues ρ; F instead for large images.
-        self.large = self.dimension > 4096
+        self.large = self.dimension > LARGEST_DIMENSION
+        # V, orthonormal to the last digit, and a basis of its orthogonal complement (of [D, 0] for large images).
         complete, triangle = torch.linalg.qr(m["basis"], mode="reduced" if self.large else "complete")
         basis, outer = complete[:, :d] * triangle.diagonal().sign(), complete[:, d:]
         values, turns = torch.linalg.eigh((m["covariances"] + m["covariances"].mT) / 2)
-        cosines = cosine_matrix(shape[0]), cosine_matrix(shape[1])
+        cosines = [cosine_matrix(n) for n in shape]
         if self.large:
-            share = 1 - basis.square().sum(1)
+            share = 1 - basis.square().sum(1)  # [D], diagonal of P
             rho = m["spectrum"] * (share @ m["rest"] / share.sum().clamp_min(1e-12))
         else:
-            textures = each_axis((outer * m["rest"].sqrt()[:, None]).mT, *cosines)
+            textures = each_axis((outer * m["rest"].sqrt()[:, None]).mT, cosines)  # F √ψ Q, transposed: [D - d, D]
             rho, inner_turns = torch.linalg.eigh((textures * m["spectrum"]) @ textures.mT)
             outer = outer @ inner_turns
         kept = {"means": m["means"], "means_in": m["means"] @ basis, "basis": basis, "outer": outer, "turns": turns}
         kept |= {"inner": values.clamp_min(0), "rho": rho.clamp_min(0), "log_frequencies": m["frequencies"].log()}
-        for name, tensor in (kept | dict(zip(("colours", "cosines"), cosines, strict=True))).items():
-            self.register_buffer(name, tensor.float().contiguous(), persistent=False)
+        kept |= dict(zip(("cosines_c", "cosines_h", "cosines_w"), cosines, strict=True))
+        for name, tensor in kept.items():
+            # Not persistent: the model's own tensors are what is kept.
+            self.register_buffer(name, tensor.to(dtype).contiguous(), persistent=False)
         self.register_buffer("means_out", self._across(self.means), persistent=False)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """E[x₀ | x, label], [N, C, H, W]; a label of K, or None for all: the posterior mean of the mixture."""
-        flat, square = x.flatten(1), sigma.float().square().view(-1, 1)
-        along, across = flat @ self.basis, self._across(flat)
+        flat = x.to(self.means.dtype).flatten(1)  # [N, D]
+        square = sigma.to(flat.dtype).square().view(-1, 1)  # σ², [N, 1]
+        along, across = flat @ self.basis, self._across(flat)  # coordinates in V, [N, d], and outside it
         inner, mean_out = torch.empty_like(along), torch.empty_like(across)
         for label, rows in self._groups(labels, x):
             if label < self.classes:
@@ -214,39 +212,40 @@ class Gaussian(nn.Module):
                 mean_out[rows] = self.means_out[label]
             else:
                 inner[rows], mean_out[rows] = self._mixture(along[rows], across[rows], square[rows])
-        gain = self.rho / (self.rho + square)
-        return self._image(inner, mean_out + gain * (across - mean_out))
+        gain = self.rho / (self.rho + square)  # ρ/(ρ + σ²), the same for all classes
+        return self._image(inner, mean_out + gain * (across - mean_out), x.dtype)
 
-    def draw(self, labels: Tensor | None, sigma: float, noise: Tensor) -> Tensor:
-        """x ~ N(μ_c, Σ_c + σ²I) from standard normal `noise` [N, C, H, W]; without labels, classes by frequency."""
-        flat, square = noise.flatten(1), torch.full((len(noise), 1), sigma, device=noise.device).square()
-        if labels is None and self.classes > 1:
-            # What is left of the sum over pixels divided by a small number is uniform, and says nothing of the image.
-            uniform = (flat.double().sum(1) / math.sqrt(self.dimension) / 2.0**-10).remainder(1.0)
-            edges = self.log_frequencies.double().exp().cumsum(0)
-            labels = torch.searchsorted(edges / edges[-1], uniform, right=True).clamp_max(self.classes - 1)
+    def draw(self, labels: Tensor | None, sigma: Tensor | float, noise: Tensor) -> Tensor:
+        """x ~ N(μ_c, Σ_c + σ²I), [N, C, H, W], from standard normal `noise`; a class of K or None by frequency."""
+        flat = noise.to(self.means.dtype).flatten(1)
+        square = torch.as_tensor(sigma, dtype=flat.dtype, device=flat.device).expand(len(flat)).square().view(-1, 1)
+        # The class, too, must follow from the noise, but be independent of how bright the image is: what is left of the
+        # sum over pixels (rounded to about 1e-15) divided by a small number is uniform whatever it looks like.
+        total = noise.flatten(1).double().sum(1) / math.sqrt(self.dimension)  # [N], standard normal
+        edges = self.log_frequencies.double().exp().cumsum(0)
+        drawn = torch.searchsorted(edges[:-1] / edges[-1], (total / 2.0**-10).remainder(1.0), right=True)
+        labels = drawn if labels is None else torch.where(labels == self.classes, drawn, labels)
         along, across = flat @ self.basis, (self.rho + square).sqrt() * self._across(flat)
-        for label, rows in self._groups(torch.zeros(len(flat)).long() if labels is None else labels, noise):
+        for label, rows in self._groups(labels, noise):
             turned = (self.inner[label] + square[rows]).sqrt() * (along[rows] @ self.turns[label])
             along[rows] = self.means_in[label] + turned @ self.turns[label].mT
             across[rows] += self.means_out[label]
-        return self._image(along, across)
+        return self._image(along, across, noise.dtype)
 
-    def left(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    def left(self, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """s, [N, C, H, W]: the standard deviation of each pixel of x₀ given x, if the images were this Gaussian."""
-        square = sigma.float().square().view(-1, 1)
-
-        def kept(variances: Tensor, squares: Tensor) -> Tensor:
-            return variances * squares / (variances + squares)
-
-        outside, squares = kept(self.rho, square), (self.colours.square().mT, self.cosines.square().mT)
-        share = 1 - self.basis.square().sum(1)
-        outside = each_axis(outside, *squares) * share if self.large else outside @ self.outer.square().mT
+        square = sigma.to(self.means.dtype).square().view(-1, 1)  # σ², [N, 1]
+        outside = self.rho * square / (self.rho + square)
+        if self.large:  # the diagonals of Fᵀ diag(.) F and of P
+            outside = each_axis(outside, [m.square().mT for m in self._cosines]) * (1 - self.basis.square().sum(1))
+        else:
+            outside = outside @ self.outer.square().mT
         inside = torch.zeros_like(outside)
         for label, rows in self._groups(labels, sigma):
             weights = [(label, 1.0)] if label < self.classes else list(enumerate(self.log_frequencies.exp().tolist()))
             for c, weight in weights:
-                inside[rows] += weight * (kept(self.inner[c], square[rows]) @ (self.basis @ self.turns[c]).square().mT)
+                left = self.inner[c] * square[rows] / (self.inner[c] + square[rows])
+                inside[rows] += weight * (left @ (self.basis @ self.turns[c]).square().mT)
         return (inside + outside).clamp_min(1e-8).sqrt().view(-1, *self.shape)
 
     def _groups(self, labels: Tensor | None, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -255,29 +254,34 @@ class Gaussian(nn.Module):
             require(0 <= label <= self.classes, "a label", label, f"in 0..{self.classes}")
             yield label, (known == label).nonzero()[:, 0]
 
-    def _outside(self, flat: Tensor) -> Tensor:
-        return flat - (flat @ self.basis) @ self.basis.mT
+    @property
+    def _cosines(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.cosines_c, self.cosines_h, self.cosines_w
 
     def _across(self, flat: Tensor) -> Tensor:
-        return each_axis(self._outside(flat), self.colours, self.cosines) if self.large else flat @ self.outer
+        """The part of x outside the basis: its coordinates in Q, or in F of a large image."""
+        return each_axis(flat - (flat @ self.basis) @ self.basis.mT, self._cosines) if self.large else flat @ self.outer
 
-    def _image(self, along: Tensor, across: Tensor) -> Tensor:
-        whole = across @ self.outer.mT if not self.large else each_axis(across, self.colours.mT, self.cosines.mT)
-        outside = self._outside(whole) if self.large else whole
-        return (along @ self.basis.mT + outside).view(-1, *self.shape)
+    def _image(self, along: Tensor, across: Tensor, dtype: torch.dtype) -> Tensor:
+        outside = each_axis(across, [m.mT for m in self._cosines]) if self.large else across @ self.outer.mT
+        if self.large:
+            along = along - outside @ self.basis
+        return (along @ self.basis.mT + outside).to(dtype).view(-1, *self.shape)
 
     def _filtered(self, along: Tensor, square: Tensor, label: int) -> tuple[Tensor, Tensor]:
+        """Coordinates in V of the filtered image, [N, d], and those of the noisy one in the eigenvectors of A_c."""
         turned = (along - self.means_in[label]) @ self.turns[label]
-        gain = self.inner[label] / (self.inner[label] + square)
+        gain = self.inner[label] / (self.inner[label] + square)  # λ/(λ + σ²) in each direction
         return self.means_in[label] + (gain * turned) @ self.turns[label].mT, turned
 
     def _mixture(self, along: Tensor, across: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """For an unknown class: filtered coordinates in V and mean outside it, averaged over p(class | x)."""
         log_chances, filtered = [], []
         for label, mean in enumerate(self.means_out):
             image, turned = self._filtered(along, square, label)
-            total = self.inner[label] + square
-            outside = ((across - mean).square() / (self.rho + square)).sum(1)
-            distance = (turned.square() / total + total.log()).sum(1) + outside
+            total, outside = self.inner[label] + square, (across - mean).square() / (self.rho + square)
+            # -2 log p(x | class) without the terms that all classes share (the determinant outside the basis is one).
+            distance = (turned.square() / total + total.log()).sum(1) + outside.sum(1)
             log_chances.append(self.log_frequencies[label] - distance / 2)
             filtered.append(image)
         chances = torch.softmax(torch.stack(log_chances, 1), 1)
@@ -303,15 +307,12 @@ def solve(sampler: str, denoise: Any, x: Tensor, sigmas: list[float], churn: flo
             x = x + math.sqrt(sigma_hat**2 - sigma**2) * noise()
         denoised = denoise(x, sigma_hat)
         d = (x - denoised) / sigma_hat
-        if sampler == "ddim":
-            x = x + (sigma_next - sigma) * d
-        elif sampler == "heun":
+        if sampler != "dpmpp":
             euler = x + (sigma_next - sigma_hat) * d
-            if sigma_next > 0:
+            if sampler == "heun" and sigma_next > 0:
                 d_next = (euler - denoise(euler, sigma_next)) / sigma_next
-                x = x + (sigma_next - sigma_hat) * (d + d_next) / 2
-            else:
-                x = euler
+                euler = x + (sigma_next - sigma_hat) * (d + d_next) / 2
+            x = euler
         elif sigma_next == 0:
             x = denoised
         else:
@@ -333,8 +334,8 @@ class ReleasedDenoiser(nn.Module):
         try:
             about = json.loads((folder / "generator.json").read_text(encoding="utf-8"))
         except OSError:
-            help = "download all its files first (huggingface_hub.snapshot_download), then load the folder"
-            raise ValueError(f"{folder} holds no generator.json.  A release is loaded as a whole: {help}.") from None
+            advice = "download all files of the release first (huggingface_hub.snapshot_download)"
+            raise ValueError(f"{folder} holds no generator.json: {advice}.") from None
         require(about.get("format") == 1, "format of generator.json", about.get("format"), "1")
         self.shape = (about["channels"], about["resolution"], about["resolution"])
         self.class_names, self.defaults = tuple(about["class_names"]), about["sampling"]
@@ -356,7 +357,7 @@ class ReleasedDenoiser(nn.Module):
         classes = len(self.class_names) if about["conditional"][name] else 0
         gaussian = self.gaussian if name == self.private_stage[3] else None
         channels, resolution, _ = self.shape
-        unet = UNet(about["network"]["size"], resolution, channels, classes, channels * (4 if gaussian else 1))
+        unet = UNet(SIZES[about["network"]["size"]], resolution, channels, classes, channels * (4 if gaussian else 1))
         denoiser = NetworkDenoiser(unet, classes, about["network"]["sigma_data"], gaussian)
         denoiser.load_state_dict(self._weights(name))
         return denoiser
@@ -433,8 +434,7 @@ class ReleasedDenoiser(nn.Module):
         for begin in range(0, count, batch_size):
             # Philox is keyed with (seed, index), so no two images share their noise.
             numbers = range(begin, min(begin + batch_size, count))
-            pairs = ((seed, i) if isinstance(seed, int) else (seed[i], 0) for i in numbers)
-            keys = [[s & 2**64 - 1, i] for s, i in pairs]
+            keys = [(seed & 2**64 - 1, i) if isinstance(seed, int) else (seed[i] & 2**64 - 1, 0) for i in numbers]
             generators = [np.random.Generator(np.random.Philox(key=np.array(key, np.uint64))) for key in keys]
             y = None if labels is None else labels[begin : begin + batch_size].to(self.device)
 
