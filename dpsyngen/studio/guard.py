@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
-Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 Headers = dict[str, list[str]]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -57,7 +56,7 @@ class Guard:
     """
 
     def __init__(
-        self, app: Application, hosts: tuple[str, ...], secure: bool, announce: Callable[[str], None], storable: str
+        self, app: ASGIApp, hosts: tuple[str, ...], secure: bool, announce: Callable[[str], None], storable: str
     ) -> None:
         self.app, self.hosts, self.announce, self.storable = app, hosts, announce, storable
         self.scheme = "https" if secure else "http"
@@ -100,11 +99,10 @@ class Guard:
             await _answer(send, 403, _PAGE.format(head="", text=problem), {})
 
     def _wrong_host(self, headers: Headers) -> str | None:
-        if headers.get("host", []) and all(host.lower() in self.hosts for host in headers.get("host", [])):
+        hosts = headers.get("host", [])
+        if hosts and all(host.lower() in self.hosts for host in hosts):
             return None
-        return (
-            f"Refused: the studio is asked for by another name than its own.  It is at {self.scheme}://{self.hosts[0]}/"
-        )
+        return f"Refused: that is not the studio's name.  It is at {self.scheme}://{self.hosts[0]}/"
 
     def _wrong_origin(self, scope: Scope, headers: Headers, arrives: bool) -> str | None:
         own = [f"{self.scheme}://{host.lower()}" for host in headers.get("host", [])]
@@ -116,12 +114,8 @@ class Guard:
         return "Refused: another site asked for this." if foreign else None
 
     def _known(self, headers: Headers) -> bool:
-        for text in headers.get("cookie", []):
-            for pair in text.split(";"):
-                name, _, value = pair.strip().partition("=")
-                if name == self.cookie and hmac.compare_digest(value.encode(), self._secret.encode()):
-                    return True
-        return False
+        pairs = (pair.strip().partition("=") for text in headers.get("cookie", []) for pair in text.split(";"))
+        return any(k == self.cookie and hmac.compare_digest(v.encode(), self._secret.encode()) for k, _, v in pairs)
 
     def _marked(self, scope: Scope, send: Send) -> Send:
         """`send`, with our headers in place of those of the same name."""
@@ -129,7 +123,7 @@ class Guard:
         if scope["path"].startswith(self.storable):
             del ours["cache-control"]
 
-        async def marked(message: MutableMapping[str, Any]) -> None:
+        async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 kept = [(k, v) for k, v in message.get("headers", ()) if k.decode("latin-1").lower() not in ours]
                 message["headers"] = [*kept, *((k.encode(), v.encode()) for k, v in ours.items())]

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from html import escape
 from importlib import resources
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -94,9 +93,7 @@ def field(label: str, value: str = "", act: Callable[..., Any] | None = None, lo
     return ui.input(label, value=value, on_change=act).props("outlined").classes(look)
 
 
-def number(
-    label: str, value: float | None, least: float, most: float, act: Callable[..., Any] | None = None
-) -> ui.number:
+def number(label: str, value: float | None, least: float, most: float, act: Any = None) -> ui.number:
     """A field for a number."""
     return ui.number(label, value=value, min=least, max=most, on_change=act).props("outlined").classes("small")
 
@@ -158,13 +155,14 @@ class Notice:
         """Do `work`, and say its error if there is one; None then.  Of two at once the later one has the word."""
         self._latest = mine = object()
         self.say(text)
-        result, wrong = None, ""
+        result, wrong = None, "This is a defect of the studio: the terminal in which it runs says more."
         try:
-            result = await work()
+            result, wrong = await work(), ""
         except (DpsyngenError, OSError) as error:
             wrong = str(error)
-        if self._latest is mine:
-            self.say(wrong=wrong)
+        finally:
+            if self._latest is mine:
+                self.say(wrong=wrong)
         return result
 
 
@@ -176,6 +174,7 @@ class Studio:
         # One thing at a time: what draws and reads has one set of cores, and modes that belong to the process.
         self._worker = ThreadPoolExecutor(1, "studio")
         self.images = lru_cache(maxsize=1)(load_images)
+        self._generators = lru_cache(maxsize=4)(lambda release, changed: ReleasedGenerator(release))
 
     async def work(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of `act`, computed beside the server, after all that was asked for before."""
@@ -183,9 +182,4 @@ class Studio:
 
     def generator(self, run: Run) -> ReleasedGenerator:
         """Of a finished run; the last few are kept."""
-        return _generator(run.release, (run.release / "generator.json").stat().st_mtime)
-
-
-@lru_cache(maxsize=4)
-def _generator(release: Path, changed: float) -> ReleasedGenerator:
-    return ReleasedGenerator(release)  # another one once it was written anew
+        return self._generators(run.release, (run.release / "generator.json").stat().st_mtime)

@@ -26,7 +26,8 @@ _PICK = (
     '<div class="chips"><q-btn no-caps unelevated class="main" label="Choose a {0}" @click="props.pickFiles"></q-btn>'
     "<label>or drop the {0} here<q-uploader-add-trigger></q-uploader-add-trigger></label></div>"
 )
-_HEADS = ("compare", "run", "state", "ε", "generated", "images", "figures (private)")
+_HEADS = "".join(f'<th scope="col">{head}</th>' for head in ("compare", "run", "state", "ε", "generated"))
+_HEADS += "".join(f'<th scope="col" class="optional">{head}</th>' for head in ("images", "figures (private)"))
 
 
 def register(studio: Studio) -> None:
@@ -55,13 +56,13 @@ async def _runs(studio: Studio) -> None:
                     return
                 look.button("Compare two", None, "other").props("type=submit")
             with ui.element("div").classes("scroll"), ui.element("table").classes("runs"):
-                looks = [""] * 5 + [' class="optional"'] * 2
-                cells = (f'<th scope="col"{look}>{head}</th>' for look, head in zip(looks, _HEADS, strict=True))
-                look.html(f"<tr>{''.join(cells)}</tr>", "thead")
+                look.html(f"<tr>{_HEADS}</tr>", "thead")
                 with ui.element("tbody"):
                     pictures = [_row(studio, name) for name in names]
     await ui.context.client.connected()
     for name, cell in zip(names, pictures, strict=True):
+        if cell.is_deleted:
+            return
         try:
             cell.set_content(await studio.work(_thumbnail, studio, name))
         except (DpsyngenError, OSError):
@@ -149,13 +150,15 @@ class _Check:
         self.key = await event.file.read()
 
     async def _take(self, event: events.UploadEventArguments) -> None:
+        async def check() -> Verdict:
+            with tempfile.TemporaryDirectory(prefix="dpsyngen-studio-") as folder:
+                path, public = Path(folder) / "bundle.zip", Path(folder) / "key.pub"
+                await event.file.save(path)
+                public.write_bytes(self.key)
+                return await self.studio.work(verify, path, public if self.key else None)
+
         self.result.clear()
-        with tempfile.TemporaryDirectory(prefix="dpsyngen-studio-") as folder:
-            path, public = Path(folder) / "bundle.zip", Path(folder) / "key.pub"
-            await event.file.save(path)
-            public.write_bytes(self.key)
-            work = partial(self.studio.work, verify, path, public if self.key else None)
-            verdict = await self.notice.attempt(f"checking {event.file.name} …", work)
+        verdict = await self.notice.attempt(f"checking {event.file.name} …", check)
         self.upload.reset()
         if verdict is not None:
             with self.result:

@@ -51,13 +51,12 @@ class Places:
 
     def path_of(self, name: str) -> Path:
         """Where the run `name` is, or would be; ConfigError unless that is a plain name."""
+        what = "the name of the run"
         plain = name.strip() == name and name not in ("", ".", "..") and not name.startswith(".")
         ok = plain and not any(c in "/\\%?#" or not c.isprintable() for c in name) and len(name.encode()) <= 200
-        require(
-            ok, "the name of the run", name, "a plain name such as digits-1, without / and not beginning with a dot"
-        )
+        require(ok, what, name, "a plain name such as digits-1, without / and not beginning with a dot")
         path = self.runs / name
-        require(path.resolve() == path, "the name of the run", name, "the name of a folder, not of a link")
+        require(path.resolve() == path, what, name, "the name of a folder, not of a link")
         return path
 
     def run(self, name: str) -> Run:

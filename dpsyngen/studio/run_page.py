@@ -179,12 +179,9 @@ class _Look:
         self.beside.clear()
         with self.beside:
             for name, *both in rows or ():
-                drawn, real = (
-                    look.picture(images, f"{what} {name}", 8, 40)
-                    for images, what in zip(both, ("generated", "real, private,"), strict=True)
-                )
-                label = escape(name)
-                look.html(f"<div>{label} generated{drawn}</div><div>{label} real{real}</div>").classes("beside")
+                told = zip((f"{name} generated", f"{name} real (private)"), both, strict=True)
+                cells = (f"<div>{escape(what)}{look.picture(images, what, 8, 40)}</div>" for what, images in told)
+                look.html("".join(cells)).classes("beside")
 
 
 class _Command:
@@ -229,9 +226,7 @@ class _Release:
         guarantee = Guarantee.read(self.run.release)
         look.say(guarantee.line, "big" if guarantee.private else "refused")
         with look.card("Make the bundle"):
-            look.say(
-                "One file with all that may be published, and nothing of the private half: see below what it says."
-            )
+            look.say("One file with all that may be published, and nothing of the private half.")
             with ui.element("div").classes("form"):
                 self.name = look.field("Name of the file", f"{path.name}.zip")
                 self.count = look.number("Generated images in it", 100, 0, 100_000)
@@ -251,7 +246,7 @@ class _Release:
             make_key(path)
         self.key.set_value(self.studio.places.short(path))
 
-    def _bundle(self) -> Packed:
+    def _bundle(self) -> tuple[Packed, Path | None]:
         key, places, count = (self.key.value or "").strip(), self.studio.places, self.count.value
         require(count is not None and count == int(count), "the number of images", count, "a whole number")
         out = places.path_of((self.name.value or "").strip())
@@ -259,20 +254,21 @@ class _Release:
         with self.run.lock():
             if not (self.run.release / "report.html").exists():
                 write_report(self.run)
-            return pack(self.run, out, samples=int(count), key=signer, not_private=self.anyway.value)
+            return pack(self.run, out, samples=int(count), key=signer, not_private=self.anyway.value), signer
 
     async def _pack(self) -> None:
-        packed = await self.notice.attempt("drawing and packing …", partial(self.studio.work, self._bundle))
+        made = await self.notice.attempt("drawing and packing …", partial(self.studio.work, self._bundle))
         self.done.clear()
-        if packed is None:
+        if made is None:
             return
+        packed, signer = made
         with self.done:
             look.say(f"{packed.path.name}: {packed.files:,} files", "big passed")
             rows = [("SHA-256, to publish beside it", packed.sha256), ("where", self.studio.places.short(packed.path))]
             look.facts([*rows, ("signed by the key", packed.signed_by or "not signed")])
             with ui.element("div").classes("buttons"):
                 look.button("Download", lambda: ui.download.file(packed.path))
-                public = self.studio.places.inside(f"{self.key.value}.pub", "the key") if packed.signed_by else None
-                if public is not None and public.is_file():
+                public = Path(f"{signer}.pub")
+                if signer is not None and public.is_file():
                     look.button("Download the public key", lambda: ui.download.file(public), "other")
                 look.link("Check it", "/verify")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import warnings
 import webbrowser
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError, require
+from dpsyngen.files import write_text
 from dpsyngen.studio.guard import Guard
 from dpsyngen.studio.places import Places
 
@@ -35,17 +37,17 @@ class Address:
         """Raise ConfigError unless it is this machine alone, or TLS and asked for."""
         require(0 <= self.port <= 65_535, "--port", self.port, "from 1 to 65535, or 0 for one that is free")
         if not self.remote:
-            allowed = (
-                "127.0.0.1: whoever reaches another address reaches your private images.  From another machine use "
-                "`ssh -L`; or give --allow-remote, --tls-cert and --tls-key"
-            )
+            allowed = "127.0.0.1; from elsewhere use `ssh -L`, or give --allow-remote, --tls-cert and --tls-key"
             require(self.host in LOCAL, "--host", self.host, allowed)
             return
-        for option, file in (("--tls-cert", self.certificate), ("--tls-key", self.key)):
-            ok = file is not None and file.is_file()
-            require(ok, option, file, "a PEM file: with --allow-remote everything is encrypted by TLS")
-        wild = self.host in ("0.0.0.0", "::", "", "*")
-        require(not wild, "--host", self.host, "the name or address by which browsers reach this machine")
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.certificate or "", self.key)
+        except OSError as error:
+            given = f"--tls-cert and --tls-key are {self.certificate} and {self.key}, but must be PEM files of"
+            why = "a certificate and its private key: with --allow-remote everything is encrypted by TLS"
+            raise ConfigError(f"{given} {why} ({error}).") from None
+        named = self.host not in ("0.0.0.0", "::", "", "*")
+        require(named, "--host", self.host, "the name or address by which browsers reach this machine")
 
     def bind(self) -> socket.socket:
         """A socket that listens there; ConfigError if that cannot be."""
@@ -53,7 +55,15 @@ class Address:
             return socket.create_server((self.host, self.port))
         except OSError as error:
             where = f"{self.host}:{self.port}: {error.strerror}"
-            raise ConfigError(f"the studio cannot listen at {where}.  Choose another --port.") from None
+            raise ConfigError(f"the studio cannot listen at {where}.  Choose another --port or --host.") from None
+
+
+def show_link(link: str, folder: Path) -> None:
+    """Open `link` in the browser by a file in `folder`: whoever uses this machine can read a browser's command line."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    page = folder / "open.html"
+    write_text(page, f'<meta http-equiv="refresh" content="0; url={link}">', 0o600)
+    webbrowser.open(page.as_uri())
 
 
 def serve(places: Places, address: Address, console: Console, show: bool) -> None:
@@ -71,8 +81,7 @@ def serve(places: Places, address: Address, console: Console, show: bool) -> Non
         from fastapi import FastAPI
         from nicegui import ui
     except ImportError as error:
-        missing = f"the studio needs packages that are not installed ({error.name})"
-        raise ConfigError(f"{missing}: pip install 'dpsyngen[studio]'") from None
+        raise ConfigError(f"the studio needs {error.name}: pip install 'dpsyngen[studio]'") from None
     from dpsyngen.studio import overview, run_page, wizard
     from dpsyngen.studio.look import Studio
 
@@ -82,17 +91,20 @@ def serve(places: Places, address: Address, console: Console, show: bool) -> Non
     for pages in (overview, wizard, run_page):
         pages.register(studio)
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    ui.run_with(application, favicon="🔒", dark=None, language="en-US", tailwind=False, show_welcome_message=False)
+    looks: dict[str, Any] = {"favicon": "🔒", "dark": None, "language": "en-US", "tailwind": False}
+    # A page that does not answer for as long is given up, with what was typed: busy machines need more than 3 seconds.
+    ui.run_with(application, reconnect_timeout=60, show_welcome_message=False, **looks)
     nicegui.app.config.quasar_config["loadingBar"]["skipHijack"] = True  # it would have no name for screen readers
     logging.getLogger("nicegui").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="nicegui")  # it looks at torch's objects, too
     console.note(f"runs are in {places.runs}; images may lie in {', '.join(map(str, places.folders))}")
     console.note("Ctrl-C ends the studio; trainings go on.  This link lets one browser in:")
     hosts, port = (address.host.lower(),) if address.remote else LOCAL, listening.getsockname()[1]
-    names, files = tuple(f"{host}:{port}" for host in hosts), f"/_nicegui/{nicegui.__version__}/"
+    unsaid = hosts if port == (443 if address.remote else 80) else ()  # browsers leave that port out
+    names, files = (*(f"{host}:{port}" for host in hosts), *unsaid), f"/_nicegui/{nicegui.__version__}/"
     guard = Guard(application, names, address.remote, lambda link: console.result({"link": link}, [link]), files)
     if show:
-        webbrowser.open(guard.link)
+        show_link(guard.link, places.runs / ".studio")
     tls: dict[str, Any] = {"ssl_certfile": address.certificate, "ssl_keyfile": address.key}
     config = uvicorn.Config(guard, log_level="error", server_header=False, timeout_graceful_shutdown=1, **tls)
     uvicorn.Server(config).run(sockets=[listening])

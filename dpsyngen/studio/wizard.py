@@ -160,9 +160,9 @@ class _Promise:
                 self.epsilon = look.number("ε", _EPSILONS[_START], 0.01, 10_000, self._tell)
                 self.delta = look.field("δ", f"{default_delta(max(len(dataset), 2)):g}", self._tell, "small")
                 self.group = look.number("Images of one person", 1, 1, 1000, self._tell)
-            slider = ui.slider(min=0, max=len(_EPSILONS) - 1, step=1, value=_START).props("markers snap")
-            slider.props('aria-label="ε, from safer to better images"')
-            slider.on_value_change(lambda e: self.epsilon.set_value(_EPSILONS[int(e.value)]))
+            self.slider = ui.slider(min=0, max=len(_EPSILONS) - 1, step=1, value=_START).props("markers snap")
+            self.slider.props('aria-label="ε, from safer to better images"')
+            self.slider.on("update:model-value", lambda e: self.epsilon.set_value(_EPSILONS[int(e.args)]))
             look.html("<span>← safer</span><span>better images →</span>").classes("ends")
             self.words = ui.element("div").props('aria-live="polite"')
         with look.card("How"):
@@ -199,6 +199,8 @@ class _Promise:
         return load_config(settings, preset=self.preset.value)
 
     def _tell(self) -> None:
+        if self.epsilon.value:
+            self.slider.set_value(min(range(len(_EPSILONS)), key=lambda i: abs(_EPSILONS[i] - self.epsilon.value)))
         self.words.clear()
         with self.words:
             try:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import ssl
 import sys
+import urllib.request
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from dpsyngen.config import Config, load_config
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.studio.places import Places
-from dpsyngen.studio.serve import Address
+from dpsyngen.studio.serve import Address, show_link
 from dpsyngen.training.background import Jobs
+from tests.studio.served import MISSING, Served
 
 
 @pytest.fixture
@@ -75,13 +83,53 @@ def test_others_are_let_in_by_tls_alone(tmp_path: Path) -> None:
     for address in (Address("board.example", 0, True), Address("board.example", 0, True, certificate, key)):
         with pytest.raises(ConfigError, match=r"--tls-cert .*encrypted by TLS"):
             address.check()
-    certificate.touch()
+    self_signed(certificate, tmp_path / "other.pem")
     with pytest.raises(ConfigError, match="--tls-key"):
         Address("board.example", 0, True, certificate).check()
     key.touch()
+    with pytest.raises(ConfigError, match="PEM files of a certificate and its private key"):
+        Address("board.example", 0, True, certificate, key).check()
+    self_signed(certificate, key)
     Address("board.example", 8080, True, certificate, key).check()
     with pytest.raises(ConfigError, match="by which browsers reach"):
         Address("0.0.0.0", 8080, True, certificate, key).check()
+
+
+def self_signed(certificate: Path, key: Path) -> None:
+    """Write a certificate for ``localhost`` and its private key."""
+    private, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    made = x509.CertificateBuilder(name, name, private.public_key(), 1, now, now + timedelta(days=1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    certificate.write_bytes(made.sign(private, hashes.SHA256()).public_bytes(Encoding.PEM))
+    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+@pytest.mark.skipif("nicegui" in MISSING, reason="nicegui is not installed")
+def test_others_get_the_page_by_tls_with_a_secure_cookie(tmp_path: Path) -> None:
+    self_signed(tmp_path / "cert.pem", tmp_path / "key.pem")
+    served = Served(
+        tmp_path, "--allow-remote", *["--host", "localhost", "--tls-cert", "cert.pem", "--tls-key", "key.pem"]
+    )
+    try:
+        trusted = ssl.create_default_context(cafile=tmp_path / "cert.pem")
+        assert served.address.startswith("https://localhost:")
+        with urllib.request.urlopen(served.link, context=trusted, timeout=60) as answer:
+            assert "; Secure" in answer.headers["set-cookie"]
+        with pytest.raises(OSError):  # noqa: PT011
+            urllib.request.urlopen(served.link.replace("https", "http"), timeout=60)
+    finally:
+        served.end()
+
+
+def test_the_token_is_not_in_the_command_line_of_the_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    show_link("http://127.0.0.1:8080/?token=abc", tmp_path / "runs/.studio")
+    page = tmp_path / "runs/.studio/open.html"
+    assert opened == [page.as_uri()]
+    assert "?token=abc" in page.read_text(encoding="utf-8")
+    assert (page.stat().st_mode & 0o777, page.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
 def test_it_listens_on_this_machine_alone() -> None:

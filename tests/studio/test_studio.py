@@ -26,11 +26,24 @@ from dpsyngen.release.verify import verify
 from dpsyngen.training.progress import progress_of, worker
 from dpsyngen.training.run import Run
 from tests.conftest import tiny_arrays
-from tests.studio.served import ROOT, Served, needs_browser, opened, wait_until
+from tests.studio.served import (
+    LARGEST,
+    ROOT,
+    Served,
+    fill,
+    follow,
+    needs_browser,
+    opened,
+    press,
+    problem,
+    refused,
+    shot,
+    wait_until,
+)
 
 pytestmark = [needs_browser, pytest.mark.slow]
-SHOTS = os.environ.get("DPSYNGEN_SCREENSHOTS")
-LARGEST = 300_000  # bytes
+SOURCE, NAME = "Folder, file or public set", "Name of the run"
+BUDGET, KEY = "Budget file that all runs on these images share", "Private key to sign with (PEM); empty: not signed"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +62,7 @@ def browser() -> Iterator[Any]:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two finished runs of digits, a set of images and one with a file that is none."""
     folder = tmp_path_factory.mktemp("studio")
-    for name, epsilon in (("first", "10"), ("second", "1")):
+    for name, epsilon in (("digits-1", "10"), ("digits-2", "1")):
         train(folder, name, "--data", "digits", "--epsilon", epsilon, "--preset", "demo")
     images, _ = tiny_arrays()
     (folder / "photos").mkdir()
@@ -79,79 +92,48 @@ def page(browser: Any, served: Served) -> Iterator[Any]:
         yield one
 
 
-def shot(page: Any, name: str, tall: int = 1100) -> None:
-    """A picture of the page for the documentation, if asked for: with few colours, so that it is small."""
-    if SHOTS:
-        page.wait_for_timeout(600)
-        height = min(tall, page.evaluate("document.documentElement.scrollHeight"))
-        path = ROOT / SHOTS / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=path, full_page=True, clip={"x": 0, "y": 0, "width": 1100, "height": height})
-        with Image.open(path) as picture:
-            picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
-        assert path.stat().st_size < LARGEST
-
-
-def connected(page: Any) -> None:
-    """A click before the page has its connection would be lost."""
-    page.wait_for_function("() => window.did_handshake")
-
-
-def press(page: Any, name: str) -> None:
-    connected(page)
-    page.get_by_role("button", name=name, exact=True).click()
-
-
-def fill(page: Any, label: str, value: str) -> None:
-    connected(page)
-    page.get_by_label(label).first.fill(value)
-
-
-def problem(page: Any, text: str) -> None:
-    """Wait until the page tells this problem."""
-    page.locator(".problem", has_text=text).first.wait_for()
-
-
 def choose(page: Any, served: Served, source: str = "digits") -> None:
     """Go to the promise about some images."""
     page.goto(f"{served.address}/images")
-    fill(page, "Folder, file or public set", source)
+    fill(page, SOURCE, source)
     press(page, "Look at them")
-    page.get_by_role("link", name="Go on: what is promised").click()
-    page.get_by_label("Name of the run").wait_for()
+    follow(page, "Go on: what is promised")
+    page.get_by_label(NAME).wait_for()
 
 
 # ------------------------------------------------------------------------------------------- the whole way
 
 
 def test_from_a_folder_to_a_verified_bundle(page: Any, served: Served, home: Path, tmp_path: Path) -> None:
-    press_link = lambda name: page.get_by_role("link", name=name).first.click()  # noqa: E731
-    press_link("New generator")
+    follow(page, "New generator")
     press(page, "digits")
     press(page, "Look at them")
     page.get_by_text("1,437").wait_for()
     private = page.locator(".private", has_text="PRIVATE").locator("img")
     assert private.get_attribute("src").startswith("data:image/png;base64,")
     shot(page, "images")
-    press_link("Go on: what is promised")
+    follow(page, "Go on: what is promised")
     page.get_by_text("50 % → at most 95.3 %").wait_for()
     page.get_by_text("1 % → at most 16.9 %").wait_for()
-    fill(page, "ε", "10")
-    page.get_by_text("practically 100 %").first.wait_for()
-    page.get_by_text("It will take").wait_for()
-    fill(page, "Name of the run", "mine")
+    slider = page.get_by_role("slider")
+    for epsilon, place, words in (("10", "12", "practically 100 %"), ("3", "7", "50 % → at most 95.3 %")):
+        fill(page, "ε", epsilon)
+        page.get_by_text(words).first.wait_for()
+        wait_until(lambda place=place: slider.get_attribute("aria-valuenow") == place)
+    page.get_by_text(re.compile("It will take (about|less)")).wait_for()
+    fill(page, NAME, "digits-3")
     shot(page, "promise", 1300)
     press(page, "Start training")
-    page.wait_for_url("**/run/mine/train")
+    page.wait_for_url("**/run/digits-3/train")
     page.get_by_role("link", name="Look at what it draws").wait_for()
     page.get_by_text("ε so far").wait_for()
-    assert Run(home / "runs/mine").complete
-    press_link("Look at what it draws")
+    assert Run(home / "runs/digits-3").complete
+    follow(page, "Look at what it draws")
     page.get_by_role("heading", name="From noise to image").wait_for()
     assert page.locator(".class-row img").count() == 10
     page.get_by_text("Nothing was found").or_(page.locator(".finding").first).wait_for()
     shot(page, "look")
-    press_link("Release")
+    follow(page, "Release")
     page.get_by_role("heading", name="Privacy certificate").wait_for()
     press(page, "Make a key")
     fill(page, "Generated images in it", "20")
@@ -160,24 +142,24 @@ def test_from_a_folder_to_a_verified_bundle(page: Any, served: Served, home: Pat
     shot(page, "release")
     with page.expect_download() as download:
         press(page, "Download")
-    bundle = tmp_path / "mine.zip"
+    bundle = tmp_path / "digits-3.zip"
     download.value.save_as(bundle)
     assert verify(bundle, home / "runs/signing-key.pem.pub").passed
-    press_link("Check it")
+    follow(page, "Check it")
     page.get_by_text("I have the public key").click()
     page.get_by_label("public key").locator("input[type=file]").set_input_files(home / "runs/signing-key.pem.pub")
     page.get_by_label("public key").get_by_text("100.00%").wait_for()
     page.get_by_label("bundle").locator("input[type=file]").set_input_files(bundle)
-    page.get_by_text("mine.zip: the bundle is sound").wait_for()
+    page.get_by_text("digits-3.zip: the bundle is sound").wait_for()
     page.get_by_text("is by the key that was given").wait_for()
     shot(page, "verify")
-    press_link("Runs")
+    follow(page, "Runs")
     page.locator(".runs img").nth(2).wait_for()
     shot(page, "runs")
 
 
 def test_measured_checked_and_beside_real_images(page: Any, served: Served, home: Path) -> None:
-    page.goto(f"{served.address}/run/first/look")
+    page.goto(f"{served.address}/run/digits-1/look")
     page.get_by_role("heading", name="From noise to image").wait_for()
     press(page, "Show training images beside them")
     page.locator(".beside img").nth(19).wait_for()
@@ -186,13 +168,13 @@ def test_measured_checked_and_beside_real_images(page: Any, served: Served, home
     press(page, "Measure")
     page.get_by_text("CAS, ").first.wait_for(timeout=240_000)
     page.get_by_text("floor").first.wait_for()
-    ledger = (home / "runs/first/private/ledger.jsonl").read_text(encoding="utf-8")
+    ledger = (home / "runs/digits-1/private/ledger.jsonl").read_text(encoding="utf-8")
     assert "looked at beside generated ones" in ledger
     page.goto(f"{served.address}/")
-    page.get_by_label("compare first").click()
-    page.get_by_label("compare second").click()
+    page.get_by_label("compare digits-1").click()
+    page.get_by_label("compare digits-2").click()
     press(page, "Compare two")
-    page.locator("section", has_text="second").locator("img").nth(9).wait_for()
+    page.locator("section", has_text="digits-2").locator("img").nth(9).wait_for()
     page.get_by_text("CAS, ").first.wait_for()
     shot(page, "compare")
 
@@ -200,76 +182,58 @@ def test_measured_checked_and_beside_real_images(page: Any, served: Served, home
 # ------------------------------------------------------------------------------------------- wrong inputs
 
 
-@pytest.mark.parametrize(
-    ("label", "value", "told"),
-    [
-        ("Folder, file or public set", "photographs", "there is nothing at"),
-        ("Folder, file or public set", "../..", "outside the folders that the studio may use"),
-        ("Folder, file or public set", "", "must be the path of a file or folder"),
-        ("Folder, file or public set", "notes.zip", "files of this kind are not read"),
+def test_wrong_images(page: Any, served: Served) -> None:
+    for label, value, told in (
+        (SOURCE, "photographs", "there is nothing at"),
+        (SOURCE, "../..", "outside the folders that the studio may use"),
+        (SOURCE, "", "must be the path of a file or folder"),
+        (SOURCE, "notes.zip", "files of this kind are not read"),
         ("Table of their labels (CSV), if there is one", "/etc/passwd", "outside the folders"),
         ("Pixels a side, if not as found", "many", "must be a whole number"),
         ("Pixels a side, if not as found", "3", "8"),
-    ],
-)
-def test_wrong_images(page: Any, served: Served, label: str, value: str, told: str) -> None:
-    page.goto(f"{served.address}/images")
-    fill(page, "Folder, file or public set", "photos")
-    page.get_by_text("More").click()
-    fill(page, label, value)
-    press(page, "Look at them")
-    problem(page, told)
-    assert not page.get_by_role("link", name="Go on: what is promised").count()
-
-
-def test_unreadable_files_are_named_and_left_out(page: Any, served: Served) -> None:
+    ):
+        page.goto(f"{served.address}/images")
+        fill(page, SOURCE, "photos")
+        page.get_by_text("More").click()
+        refused(page, "Look at them", label, value, told)
+        assert not page.get_by_role("link", name="Go on: what is promised").count()
     page.goto(f"{served.address}/images?source=photos")
     problem(page, "1 cannot be read, and will be left out (PRIVATE):")
     problem(page, "broken.png")
     page.get_by_role("link", name="Go on: what is promised").wait_for()
 
 
-@pytest.mark.parametrize(
-    ("label", "value", "told"),
-    [
+def test_wrong_promises(page: Any, served: Served, home: Path) -> None:
+    Budget.create(home / "small.budget", epsilon_limit=0.5, delta=1e-4)
+    choose(page, served)
+    page.get_by_text("For experts").click()
+    for label, value, told in (
         ("ε", "", "ε is None, but must be a number above 0"),
         ("ε", "0.0000001", "epsilon"),
         ("δ", "little", "must be a number such as 1e-5"),
         ("δ", "0.5", "must be below 1/records"),
         ("Images of one person", "1.5", "must be a whole number"),
-        ("Budget file that all runs on these images share", "../x.budget", "outside the folders"),
-        ("Budget file that all runs on these images share", "none.budget", "cannot be read"),
-        ("Budget file that all runs on these images share", "small.budget", "above the budget"),
-        ("Name of the run", "../mine", "must be a plain name"),
-        ("Name of the run", "", "must be a plain name"),
-        ("Name of the run", "first", "holds a finished run"),
-    ],
-)
-def test_wrong_promises(page: Any, served: Served, home: Path, label: str, value: str, told: str) -> None:
-    if not (home / "small.budget").exists():
-        Budget.create(home / "small.budget", epsilon_limit=0.5, delta=1e-4)
-    choose(page, served)
-    page.get_by_text("For experts").click()
-    fill(page, label, value)
-    press(page, "Start training")
-    problem(page, told)
+        (BUDGET, "../x.budget", "outside the folders"),
+        (BUDGET, "none.budget", "cannot be read"),
+        (BUDGET, "small.budget", "above the budget"),
+        (NAME, "../mine", "is '../mine', but must be a plain name"),
+        (NAME, "", "is '', but must be a plain name"),
+        (NAME, "digits-1", "holds a finished run"),
+    ):
+        refused(page, "Start training", label, value, told)
     assert page.url.startswith(f"{served.address}/promise")
 
 
 def test_wrong_releases(page: Any, served: Served, home: Path) -> None:
-    page.goto(f"{served.address}/run/second/release")
+    page.goto(f"{served.address}/run/digits-2/release")
     for label, value, told in (
-        ("Private key to sign with (PEM); empty: not signed", "/etc/hosts", "outside the folders"),
-        ("Private key to sign with (PEM); empty: not signed", "notes.zip", "is no private key"),
+        (KEY, "/etc/hosts", "outside the folders"),
+        (KEY, "notes.zip", "is no private key"),
         ("Name of the file", "../x.zip", "must be a plain name"),
         ("Name of the file", "x.tar", "must be one that ends in .zip"),
         ("Generated images in it", "", "must be a whole number"),
     ):
-        before = page.get_by_label(label).first.input_value()
-        fill(page, label, value)
-        press(page, "Make the bundle")
-        problem(page, told)
-        fill(page, label, before)
+        refused(page, "Make the bundle", label, value, told)
     assert not list(home.glob("**/x.*"))
 
 
@@ -284,11 +248,11 @@ def test_wrong_bundles_and_runs(page: Any, served: Served, home: Path, tmp_path:
     problem(page, "does not exist")
     page.goto(f"{served.address}/run/..%5Cx/train")
     problem(page, "must be a plain name")
-    page.goto(f"{served.address}/compare?run=first&run=../x")
+    page.goto(f"{served.address}/compare?run=digits-1&run=../x")
     problem(page, "must be a plain name")
-    page.goto(f"{served.address}/compare?run=first")
+    page.goto(f"{served.address}/compare?run=digits-1")
     problem(page, "choose two")
-    page.goto(f"{served.address}/run/first/look")
+    page.goto(f"{served.address}/run/digits-1/look")
     fill(page, "Guidance", "3")
     press(page, "Draw")
     problem(page, "guidance")
@@ -303,7 +267,7 @@ def test_a_killed_studio_loses_nothing(browser: Any, tmp_path: Path) -> None:
     try:
         with opened(browser, studio, killed=True) as page:
             choose(page, studio)
-            fill(page, "Name of the run", "long")
+            fill(page, NAME, "long")
             page.get_by_label("Train on").click()
             press(page, "Start training")
             page.wait_for_url("**/run/long/train")
@@ -346,12 +310,21 @@ def test_a_second_tab_cannot_start_the_same_run(page: Any, served: Served) -> No
     other = page.context.new_page()
     choose(other, served)
     for tab in (page, other):
-        fill(tab, "Name of the run", "twice")
+        fill(tab, NAME, "twice")
     press(page, "Start training")
     page.wait_for_url("**/run/twice/train")
     press(other, "Start training")
     problem(other, "already")
     page.get_by_role("link", name="Look at what it draws").wait_for()
+
+
+def test_a_page_that_stands_still_for_a_while_keeps_what_was_typed(page: Any, served: Served) -> None:
+    page.goto(f"{served.address}/run/digits-2/release")
+    fill(page, "Name of the file", "typed.zip")
+    page.evaluate("() => { const end = Date.now() + 12000; while (Date.now() < end); }")  # as on a busy machine
+    press(page, "Make a key")
+    page.wait_for_function("[...document.querySelectorAll('input')].some(i => i.value.endsWith('signing-key.pem'))")
+    assert page.get_by_label("Name of the file").input_value() == "typed.zip"
 
 
 def test_the_guard_stands_before_everything(served: Served) -> None:
@@ -361,7 +334,7 @@ def test_the_guard_stands_before_everything(served: Served) -> None:
         ("/_nicegui_ws/socket.io/?EIO=4&transport=websocket", f"Origin: http://{host}\r\n"),
         ("/_nicegui_ws/socket.io/?EIO=4&transport=polling", ""),
         ("/", ""),
-        ("/run/first/look", ""),
+        ("/run/digits-1/look", ""),
     ):
         upgrade = (
             "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" if "Origin" in headers else ""
@@ -374,8 +347,8 @@ def test_the_guard_stands_before_everything(served: Served) -> None:
 
 # ---------------------------------------------------------------------------- small, dark, by keyboard, heard
 
-PAGES = ("/", "/images?source=digits", "/promise?source=digits", "/run/first/train", "/run/first/look")
-PAGES += ("/run/first/release", "/verify", "/compare?run=first&run=second")
+PAGES = ("/", "/images?source=digits", "/promise?source=digits", "/run/digits-1/train", "/run/digits-1/look")
+PAGES += ("/run/digits-1/release", "/verify", "/compare?run=digits-1&run=digits-2")
 
 
 def settled(page: Any, address: str) -> None:
@@ -424,7 +397,7 @@ def test_by_keyboard_alone(page: Any, served: Served) -> None:
 
     tab_to("New generator")
     page.keyboard.press("Enter")
-    page.get_by_label("Folder, file or public set").wait_for()
+    page.get_by_label(SOURCE).wait_for()
     page.wait_for_function("document.activeElement.tagName == 'INPUT'")
     page.keyboard.type("digits")
     page.keyboard.press("Enter")
@@ -435,15 +408,14 @@ def test_by_keyboard_alone(page: Any, served: Served) -> None:
     tab_to("ε, from safer to better images")
     page.keyboard.press("ArrowLeft")
     page.get_by_text("50 % → at most 88.1 %").wait_for()
-    tab_to("Name of the run")
+    tab_to(NAME)
     page.keyboard.press("Control+a")
     page.keyboard.type("keys")
     tab_to("Start training")
     page.keyboard.press("Enter")
     page.wait_for_url("**/run/keys/train")
-    tab_to("Look at what it draws") if page.get_by_role(
-        "link", name="Look at what it draws"
-    ).wait_for() is None else None
+    page.get_by_role("link", name="Look at what it draws").wait_for()
+    tab_to("Look at what it draws")
     page.keyboard.press("Enter")
     page.wait_for_url("**/run/keys/look")
 
