@@ -2,7 +2,7 @@
 
 Results go to standard output: lines for people, or with ``--json`` exactly one document.  Everything else goes to
 standard error: a live bar on a terminal, plain lines elsewhere, or with ``--log-format json`` one JSON object a line.
-In a notebook it goes into one output below the cell, which is replaced as things go on.
+A notebook has the bar where ipywidgets is installed, and plain lines elsewhere.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, TextIO
 
@@ -47,7 +48,8 @@ class Console:
 
     def __init__(self, quiet: bool = False, as_json: bool = False, log_format: str = "text") -> None:
         self.quiet, self.as_json, self.log_json = quiet, as_json, log_format == "json"
-        self.live = is_terminal(sys.stderr) and not quiet and not self.log_json
+        seen = is_terminal(sys.stderr) or (in_notebook() and find_spec("ipywidgets") is not None)
+        self.live = seen and not quiet and not self.log_json
         self._tracked: Progress | None = None
 
     @classmethod
@@ -116,21 +118,6 @@ class Console:
             self._tracked.__exit__(type(error) if error is not None else None, error, None)
             self._tracked = None
 
-    def show(self, progress: Progress) -> None:
-        """Say how far `progress` is; called every ``progress.every`` seconds at most."""
-        # The note is left out of JSON, as it may be a figure of private images.
-        count = {"title": progress.title, "done": progress.done, "total": progress.total, "unit": progress.unit}
-        speed = {"per_second": round(progress.rate(), 4), "seconds_left": round(progress.left(), 1)}
-        self._say(progress.line(), "progress", **count, **speed)
-
-    def show_end(self, progress: Progress, failed: bool) -> None:
-        """Say that `progress` has ended."""
-        mine = progress.done - progress.start
-        if not failed and mine:
-            seconds = progress.seconds()
-            figures = {"title": progress.title, "done": mine, "unit": progress.unit, "seconds": round(seconds, 3)}
-            self._say(f"{progress.title}: {mine:,} {progress.unit} in {_clock(seconds)}", "finished", **figures)
-
     def _say(self, text: str, event: str, **values: Any) -> None:
         if self.log_json:
             text = strict_text({"time": round(time.time(), 3), "event": event, **values})
@@ -153,8 +140,10 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if not self.console.quiet:
-            self.console.show_end(self, failed=kind is not None)
+        mine, seconds = self.done - self.start, self.seconds()
+        if kind is None and mine and not self.console.quiet:
+            figures = {"title": self.title, "done": mine, "unit": self.unit, "seconds": round(seconds, 3)}
+            self.console._say(f"{self.title}: {mine:,} {self.unit} in {_clock(seconds)}", "finished", **figures)
 
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` units are done in all."""
@@ -166,7 +155,10 @@ class Progress:
         now = time.monotonic()
         if now - self._shown >= self.every and self.done < self.total:
             self._shown = now
-            self.console.show(self)
+            # The note is left out of JSON, as it may be a figure of private images.
+            count = {"title": self.title, "done": self.done, "total": self.total, "unit": self.unit}
+            speed = {"per_second": round(self.rate(), 4), "seconds_left": round(self.left(), 1)}
+            self.console._say(self.line(), "progress", **count, **speed)
 
     def seconds(self) -> float:
         """Time since the start."""
@@ -233,11 +225,6 @@ def in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-def console_for(progress: bool) -> Console:
-    """Where to tell what is going on: the notebook, or standard error; nowhere if `progress` is false."""
-    return NotebookConsole() if progress and in_notebook() else Console(quiet=not progress)
-
-
 def html_table(rows: Iterable[tuple[str, str]]) -> str:
     """Names and texts as a table of two columns; both are escaped."""
     lines = (
@@ -246,48 +233,3 @@ def html_table(rows: Iterable[tuple[str, str]]) -> str:
         for name, text in rows
     )
     return f'<table class="dpsyngen">{"".join(lines)}</table>'
-
-
-class NotebookConsole(Console):
-    """The same as a console, in one output below the cell; rich's own needs ipywidgets, which few kernels have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = False
-        self._lines: list[str] = []
-        self._handle: Any = None
-
-    def progress(self, title: str, total: int, unit: str, start: int = 0) -> Progress:
-        """A bar for `total` units of work, `start` of which were done before."""
-        bar = super().progress(title, total, unit, start)
-        bar.every = 0.3  # seconds, as each drawing is a message to the browser
-        self.show(bar)
-        return bar
-
-    def show(self, progress: Progress) -> None:
-        """Draw the bar below the lines."""
-        self._draw([*self._lines, progress.line()], progress)
-
-    def show_end(self, progress: Progress, failed: bool) -> None:
-        """Leave a line in place of the bar: how far it came, or how long it took."""
-        if failed:
-            self._say(progress.line(), "progress")
-        else:
-            super().show_end(progress, failed)
-
-    def _say(self, text: str, event: str, **values: Any) -> None:
-        self._lines.append(text)
-        self._draw(self._lines)
-
-    def _draw(self, lines: Sequence[str], bar: Progress | None = None) -> None:
-        from IPython.display import display
-
-        shown = "" if bar is None else f'<progress value="{bar.done}" max="{bar.total}" style="width: 30em"></progress>'
-        content = {
-            "text/plain": "\n".join(lines),
-            "text/html": f'<div class="dpsyngen-progress">{"<br>".join(map(html.escape, lines))}<br>{shown}</div>',
-        }
-        if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)
-        else:
-            self._handle.update(content, raw=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from dpsyngen.config import Config, load_config, with_options
-from dpsyngen.console import console_for
+from dpsyngen.console import Console
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, with_persons
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined
@@ -320,7 +320,7 @@ class Generator(ReleasedGenerator):
                 :meth:`get_params` of an earlier generator gave with ``deep=False``.  Options go before them.
             out: the run directory to make; None: a new one, ``runs/fit-DATE-TIME``.
             device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
-            progress: tell what is going on: in a notebook below the cell, elsewhere on standard error.
+            progress: tell what is going on, on standard error; in a notebook with a bar where ipywidgets is installed.
             options: ``delta`` (δ; default: the largest power of ten below 1/N), ``class_names`` (names for labels
                 0, 1, …, all of which are then public; default: the labels that occur are), ``group_size`` (images of
                 one person at most; ε is then for all of them together), ``groups`` (whose image each is, [N] numbers or
@@ -401,7 +401,7 @@ class Generator(ReleasedGenerator):
     def _trained(
         cls, begin: Callable[..., Training], folder: Path, source: Source | None, device: str, progress: bool
     ) -> Self:
-        console = console_for(progress)
+        console = Console(quiet=not progress)
         with Display(console) as on_event:
             trained = train_together(partial(begin, on_event=on_event), source, device)
         for f in () if trained is None else trained.findings:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpsyngen.console import console_for, html_table
+from dpsyngen.console import Console, html_table
 from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, NetworkDenoiser
 from dpsyngen.diffusion.samplers import Observer, Step, evenly_in_log, to_uint8
 from dpsyngen.diffusion.sampling import SamplingSettings
@@ -260,7 +260,7 @@ class ReleasedGenerator:
         check_in_memory(count, self.channels * self.resolution**2)
         out: list[NDArray[np.uint8]] = []
         done = 0
-        with console_for(progress).progress("sampling", count, "images") as bar:
+        with Console(quiet=not progress).progress("sampling", count, "images") as bar:
             for batch in self.stream(count, chosen, labels=drawn, batch_size=batch_size):
                 out.append(batch)
                 done += len(batch)

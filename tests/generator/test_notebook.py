@@ -1,4 +1,4 @@
-"""What a notebook shows while work goes on, without a notebook: display is looked at, not seen."""
+"""What a notebook shows while work goes on, and its stop button."""
 
 from __future__ import annotations
 
@@ -10,97 +10,24 @@ from typing import Any
 
 import pytest
 
-from dpsyngen import console as notebook
-from dpsyngen.console import Console
+from dpsyngen.console import Console, in_notebook
 from tests.conftest import TINY_SETTINGS
 
 pytestmark = pytest.mark.slow
 
 
-class Handle:
-    """Stands for IPython's: one output that is replaced."""
-
-    def __init__(self) -> None:
-        self.contents: list[dict[str, str]] = []
-
-    def update(self, content: dict[str, str], raw: bool) -> None:
-        assert raw
-        self.contents.append(content)
-
-
-@pytest.fixture
-def handle(monkeypatch: pytest.MonkeyPatch) -> Handle:
-    shown = Handle()
-    calls: list[int] = []
-
-    def display(content: dict[str, str], raw: bool, display_id: bool) -> Handle:
-        assert raw
-        assert display_id
-        calls.append(1)
-        assert len(calls) == 1, "a second output would flood the notebook"
-        shown.contents.append(content)
-        return shown
-
-    monkeypatch.setattr("IPython.display.display", display)
-    return shown
-
-
-def test_all_goes_into_one_output(handle) -> None:
-    console = notebook.NotebookConsole()
-    console.note("begin <b>")
-    with console.progress("training", 4, "steps") as bar:
-        for step in range(1, 5):
-            bar.update(step, "loss 0.5")
-    console.warn("no pictures")
-    last = handle.contents[-1]
-    assert last["text/plain"].splitlines() == [
-        "begin <b>",
-        "training: 4 steps in 0:00",
-        "dpsyngen: warning: no pictures",
-    ]
-    assert "begin &lt;b&gt;" in last["text/html"]
-    assert "<progress" not in last["text/html"]
-    assert any("<progress" in c["text/html"] for c in handle.contents)
-
-
-def test_many_steps_are_few_messages(handle) -> None:
-    console = notebook.NotebookConsole()
-    with console.progress("training", 100_000, "steps") as bar:
-        for step in range(1, 100_001):
-            bar.update(step)
-    # The first, the last, and one for each third of a second in between.
-    assert len(handle.contents) < 100
-
-
-def test_where_it_was_interrupted_stays(handle) -> None:
-    console = notebook.NotebookConsole()
-
-    def work() -> None:
-        with console.progress("training", 9, "steps") as bar:
-            bar.update(3)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    console.note("interrupted")
-    assert [line.split(",")[0] for line in handle.contents[-1]["text/plain"].splitlines()] == [
-        "training: 3/9 steps",
-        "interrupted",
-    ]
-
-
-def test_without_a_notebook_it_is_the_console(monkeypatch) -> None:
+def test_a_notebook_has_a_bar_where_it_can_show_one(monkeypatch) -> None:
     class Shell:
         kernel: Any = None
 
-    assert type(notebook.console_for(True)) is Console
-    assert notebook.console_for(False).quiet
     monkeypatch.setattr("IPython.get_ipython", lambda: Shell())
-    assert not notebook.in_notebook()  # IPython in a terminal
+    assert not in_notebook()  # IPython in a terminal
     monkeypatch.setattr(Shell, "kernel", object())
-    assert notebook.in_notebook()
-    assert isinstance(notebook.console_for(True), notebook.NotebookConsole)
-    assert type(notebook.console_for(False)) is Console
+    assert in_notebook()
+    for found, bar in ((object(), True), (None, False)):
+        monkeypatch.setattr("dpsyngen.console.find_spec", lambda name, found=found: found)
+        assert Console().live is bar
+        assert not Console(quiet=True).live
 
 
 def test_nobody_needs_ipython() -> None:
