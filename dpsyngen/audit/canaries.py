@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpsyngen.audit.invariants import Claim, Transcript
-from dpsyngen.audit.one_run import LookupScores, OneRun, plan_guesses
+from dpsyngen.audit.one_run import OneRun, lookup_scores, plan_guesses
 from dpsyngen.config import Config, DataConfig, PrivacyConfig, StagesConfig
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
@@ -146,13 +146,15 @@ def train_canaries(
 
     The configuration is that of the audited run, whose ε must be finite; `confidence` is that of the lower bound on ε.
     """
-    c = Canaries.draw(plan)
+    c, scores = Canaries.draw(plan), dict[int, NDArray[np.float64]]()
     small, dataset = audit_config(config, plan, c.declared), c.dataset
 
     def observe(record: StepRecord, engine: PerExampleGradients) -> None:
         transcript.add(record)
-        if attack is not None:
-            attack.add(record)
+        if plan.score:
+            scores[record.step] = lookup_scores(
+                record, plan.canaries
+            )  # a step that is repeated after a crash counts once
 
     hooks = Hooks(observer=observe, make_denoiser=lookup_denoiser if plan.lookup else lively_denoiser)
     training = Training.start(small, dataset, folder, device, hooks=hooks)
@@ -160,7 +162,6 @@ def train_canaries(
     ledger_path = training.run.ledger_path
     noise_scale, expected = m.noise_multiplier * m.clipping_norm, m.sampling_rate * m.records
     transcript = Transcript(len(dataset), noise_scale, expected, lambda: charged_steps(Ledger(ledger_path)))
-    attack = LookupScores(plan.canaries) if plan.score else None
     if plan.score:
         # The number of guesses is fixed before anything of the run is seen.
         guesses = plan_guesses(plan.canaries, delta, confidence, m.sampling_rate, m.noise_multiplier, plan.steps)
@@ -173,9 +174,9 @@ def train_canaries(
     charged = charged_mechanisms(ledger)
     rate, noise = min(c.sampling_rate for c in charged), max(c.noise_multiplier for c in charged)
     claim = Claim(rate, noise * m.clipping_norm, charged_steps(ledger), crashed=plan.crash_after is not None)
-    if attack is None:
+    if not plan.score:
         return CanaryRun(transcript, claim, None)
-    one_run = OneRun(attack.total, c.inside, guesses, delta, ledger.epsilon(), confidence)
+    one_run = OneRun(np.sum(list(scores.values()), axis=0), c.inside, guesses, delta, ledger.epsilon(), confidence)
     return CanaryRun(transcript, claim, one_run)
 
 

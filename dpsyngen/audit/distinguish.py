@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dp_accounting import get_epsilon_gaussian
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -88,7 +89,9 @@ class StepGame:
 
     def bound(self, delta: float) -> Bound:
         """On one step without subsampling."""
-        lower, claimed = (gaussian_epsilon(mu, delta) for mu in (self.mu_lower, self.mu_claimed))
+        # μ-GDP is what a Gaussian mechanism of noise multiplier 1/μ has.
+        of_both = (self.mu_lower, self.mu_claimed)
+        lower, claimed = (get_epsilon_gaussian(1 / mu, delta) if mu > 0 else 0.0 for mu in of_both)
         return Bound("one step, worst-case record", lower, claimed, delta)
 
     def to_dict(self, delta: float) -> dict[str, Any]:
@@ -182,29 +185,3 @@ def _records(
         return out
 
     return loss, len(rows)
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """ε at δ of a μ-GDP mechanism: δ(ε) = Φ(-ε/μ + μ/2) - e^ε Φ(-ε/μ - μ/2) (Balle & Wang 2018, theorem 5)."""
-    from scipy.special import log_ndtr
-
-    require(mu >= 0, "mu", mu, ">= 0")
-    require(0 < delta < 1, "delta", delta, "in (0, 1)")
-
-    def excess(epsilon: float) -> float:
-        first, second = log_ndtr(-epsilon / mu + mu / 2), epsilon + log_ndtr(-epsilon / mu - mu / 2)
-        return float(np.exp(first) * -np.expm1(min(second - first, 0.0)) - delta)
-
-    return 0.0 if mu == 0 else epsilon_where_zero(excess)
-
-
-def epsilon_where_zero(excess: Callable[[float], float]) -> float:
-    """The ε >= 0 at which a function that falls below 0 in the end does so; 0 if it starts there."""
-    from scipy.optimize import brentq
-
-    if excess(0.0) <= 0:
-        return 0.0
-    top = 1.0
-    while excess(top) > 0:
-        top *= 2
-    return float(brentq(excess, 0.0, top, xtol=1e-12))

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpsyngen.audit.distinguish import epsilon_where_zero
 from dpsyngen.audit.report import Finding, by_p_value
 from dpsyngen.errors import require
 from dpsyngen.training.private import StepRecord
@@ -50,8 +49,19 @@ def one_run_epsilon(correct: int, guesses: int, canaries: int, delta: float, con
 
     The ε that are refuted are all those below the bound.
     """
+    from scipy.optimize import brentq
+
     require(0 < confidence < 1, "confidence", confidence, "in (0, 1)")
-    return epsilon_where_zero(lambda e: 1 - confidence - one_run_p_value(correct, guesses, canaries, e, delta))
+
+    def excess(epsilon: float) -> float:
+        return 1 - confidence - one_run_p_value(correct, guesses, canaries, epsilon, delta)
+
+    if excess(0.0) <= 0:
+        return 0.0
+    top = 1.0
+    while excess(top) > 0:
+        top *= 2
+    return float(brentq(excess, 0.0, top, xtol=1e-12))
 
 
 def guess(scores: NDArray[np.float64], guesses: int) -> NDArray[np.int64]:
@@ -128,22 +138,9 @@ class OneRun:
         )
 
 
-class LookupScores:
-    """What each release says of each canary of the lookup network, read off its coordinate: canary i has class i."""
+def lookup_scores(record: StepRecord, canaries: int) -> NDArray[np.float64]:
+    """What a step releases of each canary of the lookup network, [m]: canary i has class i, and so coordinate i.
 
-    def __init__(self, canaries: int) -> None:
-        self.canaries = canaries
-        self._of_steps: dict[int, NDArray[np.float64]] = {}
-
-    def add(self, record: StepRecord) -> None:
-        """Score a step: white images pull their numbers up, so their gradients are negative.
-
-        A step that is repeated after a crash counts once.
-        """
-        scores = -torch.cat([t.detach().flatten() for t in record.released])[: self.canaries].double()
-        self._of_steps[record.step] = scores.cpu().numpy()
-
-    @property
-    def total(self) -> NDArray[np.float64]:
-        """[m], over all steps."""
-        return np.sum(list(self._of_steps.values()), axis=0)
+    White images pull their numbers up, so their gradients are negative.
+    """
+    return -torch.cat([t.detach().flatten() for t in record.released])[:canaries].double().cpu().numpy()

@@ -32,16 +32,17 @@ _SLOTS_OF_DISCRETE_NOISE = 64  # its sampler takes a millisecond a call, however
 _HUGE = 300.0  # pixels of an image that is as far from the others as a hostile one could be
 
 _SLACK = 1e-4  # of C, for the rounding of sums in fp32
+_ENOUGH = 0.5  # of C: the largest move, at least, for a check of sensitivity to show anything
+_TOLERANCE = 5e-3  # of C, for rounding (of a network in fp32, and of a grid)
 
 Summed = Callable[[Sequence[int]], list[Tensor]]
 """The clipped sum over some of the examples, which may be named more than once; one tensor a parameter."""
 
 
-def check_sensitivity(summed: Summed, examples: int, clipping_norm: float, already_clipped: float = 0.5) -> Finding:
+def check_sensitivity(summed: Summed, examples: int, clipping_norm: float) -> Finding:
     """Take each example away from all, add it a second time, and look at it alone: the sum may move by C at most.
 
-    Of the `examples`, B >= 2, a good part must have gradients far above C, or the check has nothing to find:
-    `already_clipped` is the share of C that the largest move must reach for it to show anything.
+    Of the `examples`, B >= 2, a good part must have gradients far above C, or nothing is shown.
     """
     everyone = list(range(examples))
     whole = _flat(summed(everyone))
@@ -55,7 +56,7 @@ def check_sensitivity(summed: Summed, examples: int, clipping_norm: float, alrea
         }.items():
             moves[f"example {i} {how}"] = _finite(float(move.norm()) / clipping_norm)
     where, worst = max(moves.items(), key=lambda move: move[1])
-    enough = worst >= already_clipped
+    enough = worst >= _ENOUGH
     return exact(
         "one record moves the clipped sum by at most C",
         enough and worst <= 1 + _SLACK,
@@ -72,14 +73,12 @@ def check_gradients(
     examples: int,
     clipping_norm: float,
     style: ClippingStyle,
-    tolerance: float = 5e-3,
 ) -> Finding:
     """What the engine adds for an example is clip(mean over its K copies of their gradients), by plain autograd.
 
     Args:
         reference: for an example, the gradient of the loss of each of its K copies: K lists, one tensor a parameter.
         layers: for each parameter the number of its layer.
-        tolerance: of C, for rounding (of a network in fp32, and of a grid).
     """
     errors = []
     for i in range(examples):
@@ -89,9 +88,9 @@ def check_gradients(
     worst = max(errors)
     return exact(
         "an example's gradient is averaged over its copies, then clipped",
-        worst <= tolerance,
+        worst <= _TOLERANCE,
         f"differs by at most {worst:.3g} C from a plain autograd loop, over {examples} examples",
-        f"at most {tolerance:g} C, for rounding",
+        f"at most {_TOLERANCE:g} C, for rounding",
         f"example {errors.index(worst)}",
     )
 

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import binom, norm
 from torch import Tensor, nn
 
-from dpsyngen.audit.distinguish import StepGame, gaussian_epsilon, play_step_game
+from dpsyngen.audit.distinguish import StepGame, play_step_game
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.clipping import ClippingStyle
 from dpsyngen.privacy.exact import DiscreteGaussian
@@ -126,14 +126,9 @@ def test_every_call_has_a_step_number_of_its_own() -> None:
 
 @pytest.mark.parametrize(("mu", "delta"), [(0.2, 1e-5), (1.0, 1e-5), (2.5, 1e-6), (0.01, 0.1)])
 def test_epsilon_of_a_gaussian_step_agrees_with_the_accountant(mu, delta) -> None:
-    accounted = epsilon([Mechanism(1.0, 1 / mu, 1)], delta)
-    assert gaussian_epsilon(mu, delta) == pytest.approx(accounted, abs=2e-3)
-
-
-def test_epsilon_of_nothing_is_nothing() -> None:
-    assert gaussian_epsilon(0.0, 1e-5) == 0.0
-    with pytest.raises(ValueError, match="mu"):
-        gaussian_epsilon(-1.0, 1e-5)
+    blind = StepGame(np.zeros(50), np.zeros(50), 1, 1, 1 / mu, 0.999).bound(delta)
+    assert blind.claimed == pytest.approx(epsilon([Mechanism(1.0, 1 / mu, 1)], delta), abs=2e-3)
+    assert blind.lower == 0
 
 
 @pytest.mark.parametrize("wrong", [{"noise_multiplier": 0.0}, {"confidence": 0.5}, {"trials": 0}, {"slots": 0}])
