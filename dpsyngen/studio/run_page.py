@@ -216,7 +216,7 @@ class _Command:
         with self.result:
             look.say(conclusion)
             if rows:
-                look.part("figures", table=figure_table(rows), caption="What came out last.")
+                look.part("figures", table=figure_table(rows), caption=f"What {self.command} said last.")
 
 
 class _Release:
