@@ -30,6 +30,8 @@ _SCATTER_BITS = 18  # below 2^19, so an outer product is below 2^38
 _PIECE = 1 << 12  # rows at a time: their sum of outer products stays below 2^53, where fp64 is exact
 _MOST_RECORDS = 1 << 24  # sums then stay below 2^62
 _LARGEST_NOISE = 2.0**58
+LARGEST_MULTIPLIER = 1 << 19
+"""z of a query, whose noise is then at most 2^57 steps of the grid; see :func:`released`."""
 
 
 class Rows(NamedTuple):

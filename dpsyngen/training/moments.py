@@ -178,13 +178,18 @@ def _means(images: _Images, classes: int, records: int, z: float, randomness: Ra
         return frequencies.inverse(pooled).clamp(-1, 1), torch.tensor([float(records)], dtype=torch.float64)
     counted, count_std = noisy[:, -1:], float(std[-1])
     # A constant below which no number can be told from its noise.
-    counts = counted.clamp_min(1 + 2 * count_std)
+    least = 1 + 2 * count_std
+    counts = counted.clamp_min(least)
     # Each class against the mean of all, so that a class of unknown size ends there and not at grey.  The noise of its
     # number goes along the mean of all.
     energy = torch.zeros_like(ones).index_add_(1, bands, pooled.square()) / torch.bincount(bands)
     deviations = (sums - counted * pooled) / counts
     deviations = shrink_bands(deviations, (noise + count_std**2 * energy) / counts.square(), bands)
-    return frequencies.inverse(pooled + deviations).clamp(-1, 1), counts[:, 0]
+    # What is divided by a number that is too large looks small, so a hidden one is its posterior mean, (n/K)² being the
+    # variance of the prior.
+    share = records / classes
+    likely = (share + (counted - share) * share**2 / (share**2 + count_std**2)).clamp_min(1)
+    return frequencies.inverse(pooled + deviations).clamp(-1, 1), torch.where(counted > least, counted, likely)[:, 0]
 
 
 def _pooled(

@@ -16,6 +16,7 @@ from dpsyngen.errors import ConfigError, require
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
 from dpsyngen.privacy.accounting import epsilon as epsilon_of
 from dpsyngen.privacy.certificate import protected
+from dpsyngen.privacy.moments import LARGEST_MULTIPLIER
 from dpsyngen.programs import TIERS, Program, make_program
 from dpsyngen.training.private import DpSgd
 
@@ -154,8 +155,8 @@ def _check_moments_fit(config: Config, shape: Shape) -> None:
     """Raise ConfigError where the moments would take more than half of the memory, before any of it is taken."""
     classes, size = max(shape.num_classes, 1), shape.channels * shape.resolution**2
     d, most = min(config.moments.rank, size), min(size, LARGEST_DIMENSION)
-    # Sums, their noise and what is made of them: some copies of each, in eight bytes a number.
-    needed = 8 * (5 * classes * size + (6 * classes * d * d if classes > 1 else 0) + 6 * most * most)
+    # Sums, their noise and what is made of them: so many copies of each were measured, in eight bytes a number.
+    needed = 8 * (5 * classes * size + (6 * classes * d * d if classes > 1 else 0) + 14 * most * most)
     if needed > (limit := available_bytes() // 2):
         raise ConfigError(
             f"DP moments of {classes:,} classes, {size:,} pixel values and rank {d:,} would take "
@@ -178,6 +179,8 @@ def _plan_moments(config: Config, stages: StageMap, shape: Shape, delta: float) 
         while epsilon_of(plan.mechanisms(), delta, group_size=config.privacy.group_size) > epsilon:
             noise *= 1.0005
             plan = plan_moments(noise, shape.num_classes)
+        if any(m.noise_multiplier > LARGEST_MULTIPLIER for m in plan.mechanisms()):
+            raise ValueError(f"a noise multiplier would exceed {LARGEST_MULTIPLIER:,}.")
     except ValueError as error:
         raise ConfigError(
             f"no noise level makes the moments cost ε = {epsilon:g} at δ = {delta:.3g} ({error})  Use a larger ε, or a "

@@ -82,6 +82,9 @@ def test_without_privacy_no_query_has_noise(configured, variant) -> None:
 def test_too_little_for_the_moments_is_refused_with_what_to_do(configured) -> None:
     with pytest.raises(ConfigError, match=r"larger ε, or a larger moments.share"):
         make_plan(configured("residual", 0.01, moments={"share": 0.001}), LABELLED)
+    # Noise beyond what whole numbers hold is refused here, and not when the ledger has it.
+    with pytest.raises(ConfigError, match="noise multiplier would exceed"):
+        make_plan(configured("gaussian", privacy={"epsilon": 0.001, "group_size": 1000, "delta": 1e-9}), LABELLED)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, math.nan])
