@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dpsyngen.diffusion import standalone
+
 UNIFORM_PRIOR_SIGMA = math.sqrt(1 / 3)
 """σ_d of DPDM: the standard deviation of a uniform distribution on [-1, 1].  Not measured on any data."""
 
@@ -26,8 +28,11 @@ class Denoiser(Protocol):
         ...
 
 
-class NetworkDenoiser(nn.Module):
-    """A Denoiser with a network F to train, and the weight of its loss; unconditional where ``num_classes`` is 0."""
+class NetworkDenoiser(standalone.NetworkDenoiser):
+    """A Denoiser with a network F to train, and the weight of its loss; unconditional where ``num_classes`` is 0.
+
+    A label equal to ``num_classes``, or None for all, means "no class".
+    """
 
     network: nn.Module
     num_classes: int
@@ -36,36 +41,17 @@ class NetworkDenoiser(nn.Module):
         """λ(σ) > 0, [N]: what ‖D - x₀‖² is weighted with in training."""
         raise NotImplementedError
 
-    def classes_of(self, x: Tensor, labels: Tensor | None) -> Tensor | None:
-        """The class of each row for the network: "no class" where there are no labels; None if unconditional."""
-        if not self.num_classes:
-            return None
-        if labels is None:
-            return torch.full((len(x),), self.num_classes, dtype=torch.long, device=x.device)
-        return labels
-
 
 class PreconditionedDenoiser(NetworkDenoiser):
     """D = c_skip·x + c_out·F(c_in·x, c_noise), EDM eq. 7 with the coefficients of its table 1.
 
+    c_in gives the input of F unit variance and c_out its target; c_skip keeps the error of F from being amplified.
     F(input [N, C, H, W], c_noise [N], classes [N] or None) gives [N, C, H, W]; σ_d is √(1/3) unless a measurement was
     paid for.
     """
 
     def __init__(self, network: nn.Module, num_classes: int, sigma_data: float = UNIFORM_PRIOR_SIGMA) -> None:
-        super().__init__()
-        self.network, self.num_classes, self.sigma_data = network, num_classes, sigma_data
-
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Denoiser`.  A label equal to ``num_classes``, or None, means "no class"."""
-        s = sigma.to(x.dtype).view(-1, 1, 1, 1)  # [N, 1, 1, 1]
-        total = s.square() + self.sigma_data**2  # σ² + σ_d²
-        # c_in gives the input of F unit variance and c_out its target; c_skip keeps its error from being amplified.
-        c_skip = self.sigma_data**2 / total
-        c_out = s * self.sigma_data / total.sqrt()
-        c_in = total.rsqrt()
-        c_noise = sigma.to(x.dtype).log() / 4
-        return c_skip * x + c_out * self.network(c_in * x, c_noise, self.classes_of(x, labels))
+        super().__init__(network, num_classes, sigma_data, None)
 
     def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """:func:`loss_weight`, whatever the label."""

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpsyngen.diffusion.denoiser import NetworkDenoiser
+from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import write_bytes
@@ -47,25 +47,14 @@ class PriorDenoiser(NetworkDenoiser):
     """
 
     def __init__(self, network: nn.Module, num_classes: int, gaussian: GaussianDenoiser) -> None:
-        super().__init__()
-        self.network, self.num_classes = network, num_classes
-        # In a list, so that PyTorch does not register it: G is not trained, saved or released with the network.
-        self._gaussian = [gaussian]
+        super().__init__(network, num_classes, UNIFORM_PRIOR_SIGMA, gaussian)
 
     @property
     def gaussian(self) -> GaussianDenoiser:
-        """G."""
-        return self._gaussian[0]
-
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """See :class:`Denoiser`.  A label equal to ``num_classes`` means "no class"."""
-        levels = sigma.to(x.dtype)
-        with torch.no_grad():
-            base = self.gaussian(x, levels, labels)  # [N, C, H, W]
-            left = self.gaussian.left(levels, labels).to(x.dtype)
-        return base + left * self.network(
-            network_input(x, levels, base, left), levels.log() / 4, self.classes_of(x, labels)
-        )
+        """G, which is not trained, saved or released with the network."""
+        gaussian = self._gaussian[0]
+        assert isinstance(gaussian, GaussianDenoiser)
+        return gaussian
 
     def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """λ = 1 / mean s², [N]."""
@@ -74,7 +63,7 @@ class PriorDenoiser(NetworkDenoiser):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Move G along with the network (``.to(device)``)."""
-        self._gaussian[0] = self._gaussian[0]._apply(fn, recurse)
+        self._gaussian[0] = self.gaussian._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
 

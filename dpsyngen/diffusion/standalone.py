@@ -135,12 +135,12 @@ class UNet(nn.Module):
 class NetworkDenoiser(nn.Module):
     """c_skip·x + c_out·F(c_in·x, c_noise) (EDM eq. 7); on a Gaussian G: G + s ⊙ F([c_in·x, G, s/σ, …], c_noise)."""
 
-    def __init__(self, network: UNet, num_classes: int, sigma_data: float, gaussian: Gaussian | None) -> None:
+    def __init__(self, network: Any, num_classes: int, sigma_data: float, gaussian: Gaussian | None) -> None:
         super().__init__()
         self.network, self.num_classes, self.sigma_data = network, num_classes, sigma_data
         self._gaussian = [gaussian]  # in a list: it is no part of this module's weights
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         classes = labels if self.num_classes else None
         if self.num_classes and labels is None:  # class `num_classes` means "no class"
             classes = torch.full((len(x),), self.num_classes, device=x.device)
@@ -150,7 +150,7 @@ class NetworkDenoiser(nn.Module):
             total = s.square() + self.sigma_data**2
             c_skip, c_out, c_in = self.sigma_data**2 / total, s * self.sigma_data / total.sqrt(), total.rsqrt()
             return c_skip * x + c_out * self.network(c_in * x, sigma.log() / 4, classes)
-        base, left = gaussian(x, sigma, labels), gaussian.left(sigma, labels)
+        base, left = gaussian(x, sigma, labels), gaussian.left(sigma, labels).to(x.dtype)
         near = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
         grain = 2 * torch.tanh((x - near) / (2 * s))
         seen = torch.cat([x * (s.square() + 1).rsqrt(), base, left / s, grain], 1)
