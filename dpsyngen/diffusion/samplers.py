@@ -1,19 +1,20 @@
 """Samplers: from noise at σ_max down to an image, through any Denoiser.
 
-All follow the probability-flow ODE dx/dσ = (x - D(x; σ))/σ (EDM eq. 3) on EDM's noise levels (eq. 5).  Their only
-randomness is the starting noise and, in the stochastic one, the churn.  A sampler shows each step to ``observe``.
+All follow the probability-flow ODE dx/dσ = (x - D(x; σ))/σ (EDM eq. 3) on EDM's noise levels (eq. 5), by
+:func:`dpsyngen.diffusion.standalone.solve`, which releases carry.  Their only randomness is the starting noise and, in
+the stochastic one, the churn.  A sampler shows each step to ``observe``.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpsyngen.diffusion import standalone
 from dpsyngen.diffusion.denoiser import Denoiser
 from dpsyngen.errors import ConfigError, require
 
@@ -49,11 +50,7 @@ def karras_steps(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, 
             f"a sampler needs steps >= 1 and 0 < sigma_min < sigma_max; given steps={steps}, sigma_min={sigma_min}, "
             f"sigma_max={sigma_max}."
         )
-    if steps == 1:
-        return torch.tensor([sigma_max, 0.0], dtype=torch.float64)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
+    return torch.tensor(standalone.karras_steps(steps, sigma_min, sigma_max, rho), dtype=torch.float64)
 
 
 def evenly_in_log(sigmas: Tensor, count: int) -> list[int]:
@@ -67,8 +64,24 @@ def evenly_in_log(sigmas: Tensor, count: int) -> list[int]:
     return sorted({int((levels - level).abs().argmin()) for level in wanted})
 
 
-def _level(sigma: float, x: Tensor) -> Tensor:
-    return torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)  # [N]
+def _solved(
+    sampler: str,
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    labels: Tensor | None,
+    observe: Observer,
+    churn: float = 0.0,
+    draw: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return denoiser(x, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device), labels)
+
+    def see(*step: Any) -> None:
+        observe(Step(*step))
+
+    noise = draw or (lambda: torch.randn_like(x))
+    return standalone.solve(sampler, denoise, x, sigmas.tolist(), churn, noise, see)
 
 
 def ddim(
@@ -82,12 +95,7 @@ def ddim(
         sigmas: descending noise levels, ending in 0.
         observe: is shown each step.
     """
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas.tolist())):
-        denoised = denoiser(x, _level(sigma, x), labels)  # D(x; σ_i, y), [N, C, H, W]
-        observe(Step(i, sigma, x, denoised))
-        d = (x - denoised) / sigma  # dx/dσ at σ_i
-        x = x + (sigma_next - sigma) * d
-    return x
+    return _solved("ddim", denoiser, x, sigmas, labels, observe)
 
 
 def heun(
@@ -108,27 +116,7 @@ def heun(
         churn: S_churn >= 0, how much noise is added and removed again over all steps.
         draw: returns standard normal noise of the shape of `x`; None: from PyTorch's global generator.
     """
-    levels = sigmas.tolist()
-    steps = len(levels) - 1
-    for i, (t, t_next) in enumerate(itertools.pairwise(levels)):
-        # Raise the noise level to t̂ = t + γ·t.  γ <= √2 - 1, so that at most as much noise is added as there is.
-        gamma = min(churn / steps, math.sqrt(2) - 1)
-        t_hat = t * (1 + gamma)
-        if gamma > 0:
-            epsilon = torch.randn_like(x) if draw is None else draw()
-            x = x + math.sqrt(t_hat**2 - t**2) * epsilon
-        # Euler step from t̂ to the next level.
-        denoised = denoiser(x, _level(t_hat, x), labels)  # D(x̂; t̂, y), [N, C, H, W]
-        observe(Step(i, t_hat, x, denoised))
-        d = (x - denoised) / t_hat
-        euler = x + (t_next - t_hat) * d
-        # Second-order correction: the mean of the slopes at both ends.  At σ = 0 there is no slope, so none there.
-        if t_next > 0:
-            d_next = (euler - denoiser(euler, _level(t_next, euler), labels)) / t_next
-            x = x + (t_next - t_hat) * (d + d_next) / 2
-        else:
-            x = euler
-    return x
+    return _solved("heun", denoiser, x, sigmas, labels, observe, churn, draw)
 
 
 def dpm_solver_pp(
@@ -138,22 +126,7 @@ def dpm_solver_pp(
 
     One network call a step; the second order comes from the previous step's estimate.  Arguments as for :func:`ddim`.
     """
-    previous: Tensor | None = None
-    h_previous = 0.0
-    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas.tolist())):
-        denoised = denoiser(x, _level(sigma, x), labels)  # D(x; σ_i, y), [N, C, H, W]
-        observe(Step(i, sigma, x, denoised))
-        if sigma_next == 0:
-            return denoised  # λ is infinite at σ = 0: x ← D(x; σ)
-        h = math.log(sigma / sigma_next)  # h_i = λ_i+1 - λ_i
-        # Extrapolate D to the middle of the step, from this level and the one before; the first step is of order one.
-        estimate = denoised
-        if previous is not None:
-            r = h_previous / h
-            estimate = (1 + 1 / (2 * r)) * denoised - previous / (2 * r)
-        x = (sigma_next / sigma) * x - math.expm1(-h) * estimate
-        previous, h_previous = denoised, h
-    return x
+    return _solved("dpmpp", denoiser, x, sigmas, labels, observe)
 
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddim": ddim, "heun": heun, "dpmpp": dpm_solver_pp}

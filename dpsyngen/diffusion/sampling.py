@@ -1,7 +1,7 @@
 """Drawing images: settings that are checked before anything is computed, and the one loop that draws with them.
 
-Generator and benchmarks draw through :meth:`SamplingSettings.draw`.  The file that a release carries for
-diffusers (``diffusion/standalone.py``) holds the same steps once more, and a test compares the pixels.
+Generator and benchmarks draw through :meth:`SamplingSettings.draw`.  What a release carries for diffusers
+(``diffusion/standalone.py``) has a loop of its own, and a test compares the pixels.
 """
 
 from __future__ import annotations

@@ -196,8 +196,7 @@ class Gaussian(nn.Module):
         kept |= {"inner": values.clamp_min(0), "rho": rho.clamp_min(0), "log_frequencies": m["frequencies"].log()}
         kept |= dict(zip(("cosines_c", "cosines_h", "cosines_w"), cosines, strict=True))
         for name, tensor in kept.items():
-            # Not persistent: the model's own tensors are what is kept.
-            self.register_buffer(name, tensor.to(dtype).contiguous(), persistent=False)
+            self.register_buffer(name, tensor.to(dtype).contiguous(), persistent=False)  # what is kept are those of `m`
         self.register_buffer("means_out", self._across(self.means), persistent=False)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -219,8 +218,7 @@ class Gaussian(nn.Module):
         """x ~ N(μ_c, Σ_c + σ²I), [N, C, H, W], from standard normal `noise`; a class of K or None by frequency."""
         flat = noise.to(self.means.dtype).flatten(1)
         square = torch.as_tensor(sigma, dtype=flat.dtype, device=flat.device).expand(len(flat)).square().view(-1, 1)
-        # The class, too, must follow from the noise, but be independent of how bright the image is: what is left of the
-        # sum over pixels (rounded to about 1e-15) divided by a small number is uniform whatever it looks like.
+        # The class follows from the noise, not from its brightness: what is left of the sum over 2⁻¹⁰ is uniform.
         total = noise.flatten(1).double().sum(1) / math.sqrt(self.dimension)  # [N], standard normal
         edges = self.log_frequencies.double().exp().cumsum(0)
         drawn = torch.searchsorted(edges[:-1] / edges[-1], (total / 2.0**-10).remainder(1.0), right=True)
@@ -290,34 +288,35 @@ class Gaussian(nn.Module):
 
 def karras_steps(steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
     """Noise levels of `steps` steps and the final 0 (EDM eq. 5)."""
-    if steps == 1:
-        return [sigma_max, 0.0]
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return [*((top + ramp * (bottom - top)) ** rho).tolist(), 0.0]
+    return [sigma_max, *((top + ramp * (bottom - top)) ** rho).tolist()[1:], 0.0]
 
 
-def solve(sampler: str, denoise: Any, x: Tensor, sigmas: list[float], churn: float, noise: Any) -> Tensor:
-    """Follow dx/dσ = (x - D(x; σ))/σ to 0: DDIM, Heun with churn (EDM algorithm 2) or DPM-Solver++(2M)."""
+def solve(
+    sampler: str, denoise: Any, x: Tensor, sigmas: list[float], churn: float, noise: Any, observe: Any = lambda *_: None
+) -> Tensor:
+    """Follow dx/dσ = (x - D(x; σ))/σ to 0: DDIM, Heun with churn (EDM algorithm 2) or DPM-Solver++(2M) (2211.01095)."""
     previous, h_previous = None, 0.0
-    for sigma, sigma_next in itertools.pairwise(sigmas):
-        gamma = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)  # 0 but with heun
-        sigma_hat = sigma * (1 + gamma)
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        gamma = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)  # 0 but with heun; at most as much noise as there is
+        sigma_hat = sigma * (1 + gamma)  # the raised level: t̂ = t + γ·t
         if gamma > 0:
             x = x + math.sqrt(sigma_hat**2 - sigma**2) * noise()
         denoised = denoise(x, sigma_hat)
-        d = (x - denoised) / sigma_hat
+        observe(i, sigma_hat, x, denoised)
+        d = (x - denoised) / sigma_hat  # dx/dσ
         if sampler != "dpmpp":
-            euler = x + (sigma_next - sigma_hat) * d
-            if sampler == "heun" and sigma_next > 0:
+            euler = x + (sigma_next - sigma_hat) * d  # Euler's step, which is all of DDIM
+            if sampler == "heun" and sigma_next > 0:  # the mean of the slopes at both ends; at σ = 0 there is none
                 d_next = (euler - denoise(euler, sigma_next)) / sigma_next
                 euler = x + (sigma_next - sigma_hat) * (d + d_next) / 2
             x = euler
         elif sigma_next == 0:
-            x = denoised
+            x = denoised  # λ = -log σ is infinite at σ = 0
         else:
-            h, estimate = math.log(sigma / sigma_next), denoised
-            if previous is not None:
+            h, estimate = math.log(sigma / sigma_next), denoised  # h_i = λ_i+1 - λ_i; the first step is of order one
+            if previous is not None:  # D in the middle of the step, from this level and the one before
                 r = h_previous / h
                 estimate = (1 + 1 / (2 * r)) * denoised - previous / (2 * r)
             x = (sigma_next / sigma) * x - math.expm1(-h) * estimate
@@ -334,8 +333,9 @@ class ReleasedDenoiser(nn.Module):
         try:
             about = json.loads((folder / "generator.json").read_text(encoding="utf-8"))
         except OSError:
-            advice = "download all files of the release first (huggingface_hub.snapshot_download)"
-            raise ValueError(f"{folder} holds no generator.json: {advice}.") from None
+            raise ValueError(
+                f"{folder} lacks generator.json: download the whole release (snapshot_download)."
+            ) from None
         require(about.get("format") == 1, "format of generator.json", about.get("format"), "1")
         self.shape = (about["channels"], about["resolution"], about["resolution"])
         self.class_names, self.defaults = tuple(about["class_names"]), about["sampling"]
