@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from dpsyngen.config import Config, load_config, with_options
 from dpsyngen.console import Console
 from dpsyngen.data import ImageDataset
-from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, with_persons
+from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, said_of_a_run, with_persons
 from dpsyngen.distributed import ALONE, Ranks, device_of, joined
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.files import expanded
@@ -93,7 +93,8 @@ def prepare_resume(
     d = {} if labels is None else {"labels": str(expanded(labels).absolute())}
     c = run.config
     config = c.model_copy(update={"privacy": c.privacy.model_copy(update=p), "data": c.data.model_copy(update=d)})
-    dataset = _read(config, data, ranks, on_event)
+    with said_of_a_run(data):
+        dataset = _read(config, data, ranks, on_event)
     return Training.resume(run, dataset, device, ranks, Hooks(on_event, finish), tensorboard)
 
 

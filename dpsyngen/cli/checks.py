@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpsyngen.cli.options import AsJson, AskedDevice, Device, Quiet, RunArgument
+from dpsyngen.cli.options import (
+    AsJson,
+    AskedDevice,
+    Count,
+    Device,
+    Guidance,
+    Quiet,
+    RunArgument,
+    Sampler,
+    SamplerSteps,
+)
 
 if TYPE_CHECKING:
     from dpsyngen.evaluation.doctor import Diagnosis
@@ -38,7 +48,7 @@ def evaluate(
     test: Annotated[str | None, typer.Option(help="real test images: for the accuracy score and the floors")] = None,
     labels: Annotated[str | None, typer.Option(metavar="FILE", help="table of the labels of --data or --test")] = None,
     label_column: Annotated[str | None, typer.Option(help="default: the run's; '' for a usual name")] = None,
-    count: Annotated[int, typer.Option("-n", "--count", help="number of generated images")] = 10_000,
+    count: Count = 10_000,
     features: Annotated[str, typer.Option(help=_FEATURES)] = "efficientnet-lite0,pixels-pca",
     metrics: Annotated[str, typer.Option(help="comma-separated, '' for none; see docs/metrics.md")] = ",".join(METRICS),
     classifiers: Annotated[str, typer.Option(help="among logreg, mlp, cnn, resnet; '' for none")] = "logreg,mlp,cnn",
@@ -46,9 +56,9 @@ def evaluate(
     max_images: Annotated[int, typer.Option(help="of each set, for the metrics; a random subset beyond that")] = 10_000,
     inception_weights: Annotated[Path | None, typer.Option(help="weights file for inception")] = None,
     cache: Annotated[bool, typer.Option(help="keep features of real images in the run's private half")] = True,
-    sampler: Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")] = None,
-    steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")] = None,
+    sampler: Sampler = None,
+    steps: SamplerSteps = None,
+    guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="seed of the images, the metrics and the classifiers")] = 0,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -99,7 +109,7 @@ def memorisation(
     run: RunArgument,
     held_out: Annotated[str | None, typer.Option(help="images not trained on: the control, as digits:test")] = None,
     data: Annotated[str | None, typer.Option(help="the training images, if they have moved")] = None,
-    count: Annotated[int, typer.Option("-n", "--count", help="number of generated images")] = 1000,
+    count: Count = 1000,
     features: Annotated[str, typer.Option(help="pixels, pixels-pca, efficientnet-lite0, inception")] = "pixels",
     seed: Annotated[int, typer.Option(help="seed of the generated images and of subsets")] = 0,
     device: Device = "auto",

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from dpsyngen.console import Console
 
 
+Count = Annotated[int, typer.Option("-n", "--count", help="number of generated images")]
+Sampler = Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")]
+SamplerSteps = Annotated[int | None, typer.Option("--steps", help="sampler steps")]
+Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory, made by `dpsyngen train --out`")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="only results and errors")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of text, for programs")]

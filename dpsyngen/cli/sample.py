@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dpsyngen.cli.options import AsJson, Device, Quiet
+from dpsyngen.cli.options import AsJson, Count, Device, Guidance, Quiet, Sampler, SamplerSteps
 from dpsyngen.cli.release import claim
 from dpsyngen.console import Console
 from dpsyngen.errors import require
@@ -20,11 +20,11 @@ Source = Annotated[
 def sample(
     run: Source,
     out: Annotated[Path, typer.Option(help="folder for PNGs and metadata.csv, or a .npz or .parquet file")],
-    count: Annotated[int, typer.Option("-n", "--count", help="number of images")] = 1000,
+    count: Count = 1000,
     classes: Annotated[list[str] | None, typer.Option(help="comma-separated; default: all")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")] = None,
-    steps: Annotated[int | None, typer.Option(help="sampler steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance, 1 is none")] = None,
+    sampler: Sampler = None,
+    steps: SamplerSteps = None,
+    guidance: Guidance = None,
     churn: Annotated[float | None, typer.Option(help="stochasticity of heun")] = None,
     seed: Annotated[int | None, typer.Option(help="public seed; default: a random one, written down")] = None,
     batch_size: Annotated[int, typer.Option(help="images at a time")] = 256,

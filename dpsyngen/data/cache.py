@@ -78,7 +78,8 @@ def build(found: Found, options: Options) -> ImageDataset:
             if made is None:
                 made = store.read(_into_file(found, source, key, store, options), found.where, persons)
     if made.skipped and not options.skip_bad:  # it was made with skip_bad
-        settle_bad([(line, "") for line in made.skipped], where=found.where, skip_bad=False)
+        told = [(which, why) for which, _, why in (line.partition(": ") for line in made.skipped)]
+        settle_bad(told, where=found.where, skip_bad=False)
     return made
 
 

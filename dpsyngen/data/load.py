@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack
@@ -333,6 +334,17 @@ def load_named_or_given(
             "arrays in memory needs the same images again as data."
         )
     return load_private(source, config, on_reading, config.privacy.groups)
+
+
+@contextmanager
+def said_of_a_run(given: object) -> Iterator[None]:
+    """Where a run's images cannot be read and none are `given`, say that they may have moved."""
+    try:
+        yield
+    except DataError as error:
+        if given is not None:
+            raise
+        raise DataError(f"{error}  They are those of the run: if they have moved, say where with --data.") from error
 
 
 def with_persons(source: Any, groups: Any, config: Config) -> Any:

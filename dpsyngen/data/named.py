@@ -5,8 +5,8 @@ IDX (MNIST's, with ``.gz`` or not, which is read from any file) and CIFAR's bina
 
 Where the files are looked for, in this order: in a sub-folder with the set's name of ``$DPSYNGEN_DATA``,
 ``~/.cache/dpsyngen``, ``/usr/share/datasets`` and ``/usr/share`` (there also ``dataset-<name>``, as some Linux
-distributions call it).  If none has them they are downloaded to ``~/.cache/dpsyngen/<name>`` and checked against
-known checksums.
+distributions call it).  Parquet will do, too: ``train*.parquet`` and ``test*.parquet``, as on the hub.  If there is
+nothing, they are downloaded to ``~/.cache/dpsyngen/<name>`` and checked against known checksums.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from dpsyngen.data.cache import build
+from dpsyngen.data.folder import find_files
+from dpsyngen.data.source import Options
 from dpsyngen.data.store import check_fits
 from dpsyngen.errors import ConfigError, DataError, printable
 from dpsyngen.files import cache_home, damaged, expanded
@@ -137,14 +140,18 @@ def read_named(name: str, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str
     """
     known = _SETS[name]
     parts = ("train", "test") if split == "all" else (split,)
-    read: list[tuple[np.ndarray, np.ndarray | None]]
-    if name == "digits":
-        read = [_read_digits(part) for part in parts]
-    else:
-        folder = _locate(known, parts)
-        read = [_read_cifar10(folder, p) if name == "cifar10" else read_idx_pair(_idx_images(folder, p)) for p in parts]
+    folder = Path() if name == "digits" else _locate(known, parts)
+    read = [_read_digits(part) if name == "digits" else _read_split(known, folder, part) for part in parts]
     images = read[0][0] if len(read) == 1 else np.concatenate([part for part, _ in read])
     return images, np.concatenate([labels for _, labels in read if labels is not None]), known.class_names
+
+
+def _read_split(known: NamedSet, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray | None]:
+    files = _files_of(known, folder, split)
+    if files and files[0].suffix == ".parquet":
+        found = build(find_files(files, f"{known.name}:{split}", Options()), Options())
+        return found.array(), found.labels
+    return _read_cifar10(folder, split) if known.name == "cifar10" else read_idx_pair(_idx_images(folder, split))
 
 
 def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -179,8 +186,7 @@ def _locate(known: NamedSet, parts: tuple[str, ...]) -> Path:
     roots = [expanded(given)] if given else []
     looked = [root / name for root in (*roots, cache, *_SYSTEM_FOLDERS) for name in known.folders]
     for folder in looked:
-        files = [folder / _CIFAR_ARCHIVE if known.name == "cifar10" else _idx_images(folder, part) for part in parts]
-        if all(os.path.isfile(file) for file in files):
+        if all(_files_of(known, folder, part) for part in parts):
             return folder
     target = cache / known.name
     stems = tuple({"train": "train-", "test": "t10k-"}[part] for part in parts)
@@ -196,6 +202,12 @@ def _locate(known: NamedSet, parts: tuple[str, ...]) -> Path:
         + f"\nBy hand: put {', '.join(wanted)} into {printable(Path(given or cache) / known.name)} (or set "
         "DPSYNGEN_DATA to the folder above it). 'digits' needs no files."
     )
+
+
+def _files_of(known: NamedSet, folder: Path, split: str) -> list[Path]:
+    """The publishers' file with the images of a split, or Parquet files; [] if the folder has neither."""
+    own = folder / _CIFAR_ARCHIVE if known.name == "cifar10" else _idx_images(folder, split)
+    return [own] if os.path.isfile(own) else sorted(folder.glob(f"{split}*.parquet"))
 
 
 def _fetch(files: dict[str, str], mirrors: Sequence[str], target: Path) -> list[str]:

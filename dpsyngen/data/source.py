@@ -22,7 +22,7 @@ from dpsyngen.files import NotPlainError, open_plain
 
 BLOCK = 64
 """Images that are decoded and handed on together; a bound on memory, not on the source."""
-LISTED = 1000  # lines of bad images in a message: whoever mends the files needs all of them
+_MOST_REASONS, _MOST_NAMED = 20, 5  # of bad images in a message, and images of each
 DEFAULT_RESOLUTION = 32
 MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
 _READERS = 8
@@ -259,26 +259,24 @@ def keep_of(count: int, bad: Iterable[int]) -> NDArray[np.bool_]:
 
 
 def settle_bad(bad: Sequence[tuple[str, str]], *, where: str, skip_bad: bool) -> tuple[str, ...]:
-    """List all bad images in one error, or return them as the record of what was skipped.
-
-    Args:
-        bad: (which, why) of every bad file or array entry.
-        where: the source that was asked for.
-        skip_bad: leave them out instead of raising.
-
-    Returns:
-        ``"which: why"`` for each.
+    """The record ``"which: why"`` of each of the `bad` (which, why) that are left out.
 
     Raises:
-        DataError: there are bad images and `skip_bad` is False; it lists the first 1,000.
+        DataError: there are some, and `skip_bad` is False; it names the first few of each reason, and their number.
     """
-    lines = tuple(f"{printable(which)}: {printable(why)}" for which, why in bad)
-    if not lines or skip_bad:
-        return lines
-    shown = "".join(f"\n  {line}" for line in lines[:LISTED])
-    more = f"\n  … and {len(lines) - LISTED:,} more" if len(lines) > LISTED else ""
-    count = "1 item" if len(lines) == 1 else f"{len(lines)} items"
+    if not bad or skip_bad:
+        return tuple(f"{printable(which)}: {printable(why)}" for which, why in bad)
+    reasons: dict[str, list[str]] = {}
+    for which, why in bad:
+        reasons.setdefault(why, []).append(which)
+    shown = ""
+    for why, names in list(reasons.items())[:_MOST_REASONS]:
+        some = f", … ({len(names):,} in all)" if len(names) > _MOST_NAMED else ""
+        shown += f"\n  {', '.join(map(printable, names[:_MOST_NAMED]))}{some}: {printable(why)}"
+    if len(reasons) > _MOST_REASONS:
+        left = sum(map(len, list(reasons.values())[_MOST_REASONS:]))
+        shown += f"\n  … and {left:,} more, for other reasons"
     raise DataError(
-        f"{printable(where)}: {count} cannot be used:{shown}{more}\n"
-        "Mend or remove them, or leave them out with --skip-bad (from Python: skip_bad=True)."
+        f"{printable(where)}: {len(bad):,} item{'s' * (len(bad) > 1)} cannot be used:{shown}\n"
+        "Mend or remove them, or leave them out with --skip-bad (from Python: skip_bad=True), which names each."
     )

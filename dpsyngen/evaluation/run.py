@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
-from dpsyngen.data.load import Source, load_private
+from dpsyngen.data.load import Source, load_private, said_of_a_run
 from dpsyngen.distributed import ALONE, Ranks, device_of
 from dpsyngen.errors import ConfigError, DataError, RunError, listed
 from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
@@ -90,7 +90,8 @@ def evaluate(
     tell = on_progress or (lambda line: None)
     config = run.config
     generator = open_everywhere(ranks, run.release, device)
-    reference = _images(data, config, generator, "data", **labelled)
+    notes: list[str] = []
+    reference = _images(data, config, generator, "data", notes, **labelled)
     # Without persons, those that were chosen among a person's images cannot be told from the others.
     known = data is None or config.privacy.most_per_person is None or reference.persons is not None
     own = training_images(run, reference) if known else None
@@ -101,7 +102,7 @@ def evaluate(
             "data)."
         )
     reference = reference if own is None else own
-    held_out = None if test is None else _images(test, config, generator, "test", **labelled)
+    held_out = None if test is None else _images(test, config, generator, "test", notes, **labelled)
     for spec in s.specs:
         # What is missing or wrong should show before images are generated and the ledger is written.
         extractor = spec.make(device_of(device, ranks))
@@ -131,7 +132,8 @@ def evaluate(
         )
         result["sampling"] = samples.settings
         if own is None:
-            result["notes"].append("the real images are not those that the run was trained on")
+            notes.append("the real images are not those that the run was trained on")
+        result["notes"] += notes
         _keep(run, "metrics.json", result)
     return result
 
@@ -280,11 +282,15 @@ def _images(
     config: Config,
     generator: ReleasedGenerator,
     what: str,
+    notes: list[str] | None = None,
     *,
     labels: PathLike | None = None,
     label_column: str | None = None,
 ) -> ImageDataset:
     """Load real images in the form of the generated ones; None: those that the run was trained on, with its labels.
+
+    Given images that by the run's own settings come out in another colour are refused; those of another size are
+    resized, which goes to `notes`, or refused without.
 
     Args:
         given, what: the images, and what they are called in messages.
@@ -294,24 +300,37 @@ def _images(
     source = config.data.source if given is None else given
     if isinstance(source, str) and not source:
         raise ConfigError("the run was trained on arrays in memory: give the images as data.")
-    channels = "grey" if generator.channels == 1 else "rgb"
     own: bool | str = config.data.labels if given is None else True if labels is None else os.fspath(labels)
-    asked = {
-        "resolution": generator.resolution,
-        "channels": channels,
-        "labels": own if generator.class_names else False,
-    }
+    asked: dict[str, Any] = {"labels": own if generator.class_names else False}
     if given is not None and label_column is not None:
         asked["label_column"] = label_column or None
-    wanted = config.model_copy(update={"data": config.data.model_copy(update=asked)})
+    colours = {1: "grey", 3: "rgb"}
+    form = {"resolution": generator.resolution, "channels": colours[generator.channels]}
     # Which of a person's images were trained on follows from all of them.
     trained_on = given is None or (what == "training" and isinstance(given, str | os.PathLike))
     groups = config.privacy.groups if trained_on else None
-    try:
-        dataset = load_private(source, wanted, groups=groups).with_classes(generator.class_names, what)
-    except DataError as error:
-        moved = "  They are those of the run: if they have moved, say where with --data." if given is None else ""
-        raise DataError(f"{error}{moved}") from error
+
+    def load(**more: Any) -> ImageDataset:
+        wanted = config.model_copy(update={"data": config.data.model_copy(update=asked | more)})
+        return load_private(source, wanted, groups=groups)
+
+    with said_of_a_run(given):
+        # Those that are given are read as the training read its own: what comes out is their form, and not the run's.
+        dataset = load(**(form if trained_on else {}))
+        if dataset.channels != generator.channels:
+            raise DataError(
+                f"the {what} images are {colours[dataset.channels]}, but those of the run {form['channels']}: figures "
+                f"would compare colours.  Give {form['channels']} images, as they were trained on."
+            )
+        if dataset.resolution != generator.resolution:
+            told = (
+                f"the {what} images have {dataset.resolution} pixels a side, and those of the run {form['resolution']}"
+            )
+            if notes is None:
+                raise DataError(f"{told}.  Give images of the same size, as they were trained on.")
+            notes.append(f"{told}: they were resized")
+            dataset = load(**form)
+        dataset = dataset.with_classes(generator.class_names, what)
     if dataset.absent_classes and what in ("data", "training"):
         raise DataError(f"of the training images none is of {listed(dataset.absent_classes)}: give all of them.")
     return dataset

@@ -10,7 +10,6 @@
     public/           networks trained on programs alone, shared by the runs that need the same
     real/             features of the real images, kept between jobs
     images.json       digests of the images that all figures are of
-    images.json       digests of the images that all figures are of
     results.csv, results.parquet, tables.md, report.html
 """
 
@@ -132,9 +131,9 @@ class Experiment:
         d, known = _whole(spec).data, _read(self.path / "images.json")
         if not any((self.work_path(job) / "job.json").exists() for job in self.jobs):
             known = {}
-        pinned = {"train": known.get("train", train.fingerprint()), "tests": dict(known.get("tests", {}))}
-        same = pinned["train"] == train.fingerprint()
-        found = test and test.fingerprint()
+        own, found = train.fingerprint(), test and test.fingerprint()
+        pinned = {"train": known.get("train", own), "tests": dict(known.get("tests", {}))}
+        same = pinned["train"] == own
         if not same or (found and pinned["tests"].setdefault(d.test, found) != found):
             what = f"test images in {d.test}" if same else f"training images in {d.train}"
             raise DataError(

@@ -20,6 +20,7 @@ from dpsyngen.evaluation.memorisation import PAIRS_FILE, image_data, png_url
 from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.files import read_yaml_file
 from dpsyngen.generator.generator import ReleasedGenerator, SamplerOptions
+from dpsyngen.privacy.certificate import number
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.programs import image_grid, make_program
 from dpsyngen.report.charts import Points, line_chart, stage_chart
@@ -75,13 +76,14 @@ def release_values(release: Path) -> dict[str, Any]:
 
 def _mechanism(m: dict[str, Any]) -> dict[str, str]:
     """A row of a table; a mechanism without noise has no rate."""
-    noise = m.get("noise_multiplier")
+    rate, noise, bound = (m.get(name) for name in ("sampling_rate", "noise_multiplier", "l2_sensitivity"))
     return {
         "mechanism": m["mechanism"],
         "runs": f"{m.get('count') or m.get('steps') or 1:,}",
-        "sampling rate": f"{m['sampling_rate']:.5g}" if m.get("sampling_rate") else "–",
-        "noise multiplier": "no noise" if noise is None else f"{noise:.5g}",
-        "sensitivity": str(m.get("l2_sensitivity", "–")),
+        "sampling rate": "–" if rate is None else number(rate),
+        "noise multiplier": "no noise" if noise is None else number(noise),
+        # That of the last query of DP moments follows from the answers to the others; its reason says it by direction.
+        "sensitivity": "by direction" if bound is None else number(bound) if isinstance(bound, float) else bound,
         "what for": m["reason"],
     }
 
@@ -261,10 +263,10 @@ def class_accuracy(metrics: Mapping[str, Any], class_names: Sequence[str]) -> di
 def ledger_rows(entries: Sequence[LedgerEntry]) -> list[dict[str, str]]:
     """Rows of texts: ``entry`` (its number, from 1), ``kind``, ``reason``, ``runs``, ``rate``, ``noise``."""
     rows = []
-    for number, entry in enumerate(entries, 1):
+    for place, entry in enumerate(entries, 1):
         m = entry.mechanism
-        about = ("", "", "") if m is None else (f"{m.count:,}", f"{m.sampling_rate:.5g}", f"{m.noise_multiplier:.5g}")
-        row = {"entry": str(number), "kind": entry.kind, "reason": entry.reason}
+        about = ("", "", "") if m is None else (f"{m.count:,}", number(m.sampling_rate), number(m.noise_multiplier))
+        row = {"entry": str(place), "kind": entry.kind, "reason": entry.reason}
         rows.append(row | dict(zip(("runs", "rate", "noise"), about, strict=True)))
     return rows
 

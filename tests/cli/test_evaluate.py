@@ -187,3 +187,22 @@ def test_test_images_that_were_trained_on_are_told_of(call, run, trained, tmp_pa
     assert code == 0, err
     assert any("the test images are the training images" in note for note in kept(run)["notes"])
     assert "the test images are the training images" in out
+
+
+def test_images_of_another_size_are_told_of_and_of_another_colour_refused(call, run, trained, tmp_path) -> None:
+    rng, labels = np.random.default_rng(3), np.arange(40) % 3
+    np.savez(tmp_path / "large.npz", images=rng.integers(0, 256, (40, 12, 12), dtype=np.uint8), labels=labels)
+    np.savez(tmp_path / "rgb.npz", images=rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), labels=labels)
+    options = (*QUICK, "-n", 20, "--bootstrap", 0)
+    code, _, err = call("evaluate", run.path, "--test", tmp_path / "large.npz", *options)
+    assert code == 0, err
+    assert "the test images have 12 pixels a side, and those of the run 8: they were resized" in kept(run)["notes"]
+    before, entries = kept(run), len(Ledger(run.ledger_path).entries)
+    for option in ("--test", "--data"):
+        code, _, err = call("evaluate", run.path, option, tmp_path / "rgb.npz", *options)
+        assert code == 2
+        assert "images are rgb, but those of the run grey" in err
+    code, _, err = call("memorisation", run.path, "--held-out", tmp_path / "large.npz", "-n", 20)
+    assert code == 2
+    assert "the held-out images have 12 pixels a side" in err
+    assert (kept(run), len(Ledger(run.ledger_path).entries)) == (before, entries)

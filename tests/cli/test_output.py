@@ -279,6 +279,15 @@ def test_stopped_training_says_so_in_json(call, made, tmp_path, monkeypatch) -> 
     error = strictly(out)["error"]
     assert error["kind"] == "interrupted"
     assert f"--resume --out {tmp_path / 'a'}" in error["message"]
+    monkeypatch.undo()
+    (made / "d.npz").rename(made / "moved.npz")
+    try:
+        code, _, err = call("train", "--resume", "--out", tmp_path / "a")
+        assert code == 2
+        assert "if they have moved, say where with --data" in err
+        assert call("train", "--resume", "--out", tmp_path / "a", "--data", made / "moved.npz")[0] == 0
+    finally:
+        (made / "moved.npz").rename(made / "d.npz")
 
 
 def test_progress_as_json_lines_has_no_private_figure(made, tmp_path, call, monkeypatch) -> None:

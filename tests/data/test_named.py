@@ -12,6 +12,7 @@ import pytest
 
 from dpsyngen.data import load_images, named
 from dpsyngen.errors import ConfigError, DataError
+from tests.data.encoded import png, table, write_parquet
 
 
 @pytest.fixture
@@ -182,6 +183,18 @@ def test_cifar10_archive(data_root: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["cifar-10-binary.tar.gz"]
     with pytest.raises(DataError, match="lacks data_batch_1"):
         load_images("cifar10")
+
+
+def test_a_set_in_parquet_files(data_root: Path) -> None:
+    (data_root / "cifar10").mkdir()
+    coloured = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    for split, rows in (("train", slice(0, 10)), ("test", slice(10, 20))):
+        content = table([png(image) for image in coloured[rows]], range(10))
+        write_parquet(data_root / "cifar10" / f"{split}-00000-of-00001.parquet", content)
+    for name, rows in (("cifar10", slice(0, 10)), ("cifar10:test", slice(10, 20)), ("cifar10:all", slice(0, 20))):
+        data = load_images(name)
+        assert np.array_equal(data.images, coloured[rows].transpose(0, 3, 1, 2))
+        assert (data.class_names[3], data.labels.tolist()[:10]) == ("cat", list(range(10)))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("content", "match"), [(b"short", "lacks test_batch.bin"), (cifar_file(11), "labels over 9")])
