@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
+from pydantic import ValidationError
 
-from dpsyngen.config import Config, DataConfig
+from dpsyngen.config import Config, DataConfig, explain
 from dpsyngen.data.arrays import dataset_from_arrays, read_array_file, read_array_folder, read_npz
 from dpsyngen.data.cache import build
 from dpsyngen.data.dataset import NEARLY_BLACK, ImageDataset, is_nearly_black
-from dpsyngen.data.decode import as_array
+from dpsyngen.data.decode import Form, as_array
 from dpsyngen.data.folder import (
     IMAGE_SUFFIXES,
     SHARD_SUFFIXES,
@@ -30,7 +31,7 @@ from dpsyngen.data.folder import (
 from dpsyngen.data.labels import ignored
 from dpsyngen.data.map_style import MapStyle, is_map_style, read_map_style
 from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_pair, read_named, suggest
-from dpsyngen.data.source import FormOptions, Options, check_form, check_resolution
+from dpsyngen.data.source import FormOptions, Options
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS
 from dpsyngen.errors import ConfigError, DataError, listed, printable, require
 from dpsyngen.files import PARTIAL, expanded
@@ -121,17 +122,19 @@ def load_images(
         UserWarning: something beside the images is not used (``ImageDataset.ignored``); most images are nearly
             black, so their values probably have another range.
     """
-    require(channels in ("auto", "grey", "rgb"), "channels", channels, ("auto", "grey", "rgb"))
-    whole = isinstance(workers, int) and not isinstance(workers, bool) and 1 <= workers <= 1024
-    require(workers is None or whole, "workers", workers, "a whole number from 1 to 1024, or left out for one a core")
     place = os.fsdecode(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else ""
     require(place.strip() and "\0" not in place, "cache", cache, "'auto' or the path of a folder")
-    groups, asked = form.get("groups"), {name: value for name, value in form.items() if name != "groups"}
-    size, checked = check_resolution(resolution), check_form(**asked)
+    asked: dict[str, Any] = {"resolution": resolution, "channels": channels, "workers": workers, **form}
+    groups, most = asked.pop("groups", None), asked.pop("group_size", 1000)
+    try:
+        d = DataConfig.model_validate({k: v.item() if isinstance(v, np.generic) else v for k, v in asked.items()})
+    except ValidationError as error:
+        raise ConfigError(explain(error, DataConfig)) from None
     table = None if isinstance(labels, bool) else Path(labels).expanduser()
     which = (labels is not False, table, label_column)
     persons = None if groups is None else Path(groups).expanduser()
-    options = Options(size, channels, *which, skip_bad, place, workers, checked, persons, on_progress)
+    checked = Form(d.value_range, d.fit, d.window, d.frames, most)
+    options = Options(d.resolution, d.channels, *which, skip_bad, place, d.workers, checked, persons, on_progress)
     dataset = _read(source, options)
     if persons is not None and dataset.persons is None:
         raise ConfigError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,33 +16,16 @@ from numpy.typing import NDArray
 
 from dpsyngen.data.decode import AS_STORED, BadImage, Colour, Form, ImageHeader, Item, Range, read_header, read_image
 from dpsyngen.data.store import Shape
-from dpsyngen.errors import DataError, printable, require
+from dpsyngen.errors import DataError, printable
 from dpsyngen.files import NotPlainError, open_plain
 
 BLOCK = 64
 """Images that are decoded and handed on together; a bound on memory, not on the source."""
 _MOST_REASONS, _MOST_NAMED = 20, 5  # of bad images in a message, and images of each
-DEFAULT_RESOLUTION = 32
-MIN_RESOLUTION, MAX_RESOLUTION, MAX_NATIVE_RESOLUTION = 8, 256, 64
 _READERS = 8
 Channels = Literal["auto", "grey", "rgb"]
 Bad = tuple[int, str]
 """Which image (by its number) cannot be used, and why."""
-
-
-def check_resolution(resolution: int | None) -> int | None:
-    """`resolution` as an int in 8..256, or None (choose by :func:`default_resolution`); otherwise ConfigError."""
-    if resolution is None:
-        return None
-    whole = isinstance(resolution, int | np.integer) and not isinstance(resolution, bool)
-    require(
-        whole and MIN_RESOLUTION <= resolution <= MAX_RESOLUTION,
-        "resolution",
-        resolution,
-        f"a whole number from {MIN_RESOLUTION} to {MAX_RESOLUTION}. Use 28, 32 or 64, or leave it out to keep the size "
-        "of small square images",
-    )
-    return int(resolution)
 
 
 class FormOptions(TypedDict, total=False):
@@ -57,35 +39,13 @@ class FormOptions(TypedDict, total=False):
     groups: str | os.PathLike[str] | None
 
 
-def check_form(
-    value_range: Any = None, fit: Any = "crop", window: Any = None, frames: Any = None, group_size: Any = 1000
-) -> Form:
-    """How pixels are read, from what a user asks for; otherwise ConfigError."""
-    require(fit in ("crop", "pad"), "fit", fit, ("crop", "pad"))
-    require(frames in (None, "first", "all"), "frames", frames, ("first", "all"))
-    ends, levels = _two_numbers(value_range), _two_numbers(window)
-    allowed = "two different numbers, the values of black and white, such as 0,4095"
-    require(value_range is None or (ends is not None and ends[0] != ends[1]), "value_range", value_range, allowed)
-    allowed = "two numbers, the centre and the width, which is above 0, such as 40,400"
-    require(window is None or (levels is not None and levels[1] > 0), "window", window, allowed)
-    return Form(ends, fit, levels, frames, group_size)
-
-
-def _two_numbers(values: Any) -> Range | None:
-    try:
-        first, second = (float(v) for v in values)
-        return (first, second) if math.isfinite(second - first) else None
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
 def default_resolution(sizes: set[tuple[int, int]]) -> int:
     """The resolution when none was asked for: the native one if all images are one square of 8..64, or 32."""
     if len(sizes) == 1:
         width, height = next(iter(sizes))
-        if width == height and MIN_RESOLUTION <= width <= MAX_NATIVE_RESOLUTION:
+        if width == height and 8 <= width <= 64:
             return width
-    return DEFAULT_RESOLUTION
+    return 32
 
 
 @dataclass(frozen=True)

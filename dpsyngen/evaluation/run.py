@@ -323,9 +323,8 @@ def _images(
                 f"would compare colours.  Give {form['channels']} images, as they were trained on."
             )
         if dataset.resolution != generator.resolution:
-            told = (
-                f"the {what} images have {dataset.resolution} pixels a side, and those of the run {form['resolution']}"
-            )
+            sides = f"{dataset.resolution} pixels a side, and those of the run {generator.resolution}"
+            told = f"the {what} images have {sides}"
             if notes is None:
                 raise DataError(f"{told}.  Give images of the same size, as they were trained on.")
             notes.append(f"{told}: they were resized")
