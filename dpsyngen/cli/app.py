@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,10 +15,8 @@ from dpsyngen.cli.checks import audit, doctor, evaluate, memorisation
 from dpsyngen.cli.compare import compare
 from dpsyngen.cli.options import AsJson, Quiet, RunArgument, epsilon_of
 from dpsyngen.cli.programs import app as programs_app
-from dpsyngen.cli.release import budget_app, key, ledger, release, verify
-from dpsyngen.cli.sample import export, sample
+from dpsyngen.cli.release import budget_app, export, key, ledger, release, sample, verify
 from dpsyngen.cli.stages import stages
-from dpsyngen.cli.studio import studio
 from dpsyngen.cli.train import prior_app, train
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.version import __version__
@@ -39,7 +38,7 @@ app.add_typer(prior_app, name="prior")
 app.add_typer(budget_app, name="budget")
 _COMMANDS = (
     *(train, sample, stages, ledger, audit, release, verify),
-    *(export, key, compare, evaluate, memorisation, doctor, studio),
+    *(export, key, compare, evaluate, memorisation, doctor),
 )
 for _command in _COMMANDS:
     app.command()(_command)
@@ -61,7 +60,7 @@ def _root(
     cli_options.require_shared(context.invoked_subcommand or "")
 
 
-# ----------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------- report, plan, studio
 
 
 @app.command()
@@ -75,9 +74,6 @@ def report(run: RunArgument, quiet: Quiet = False, as_json: AsJson = False) -> N
         {"private": private, "public": public},
         [f"full report, PRIVATE: {private}", f"publishable report:   {public}"],
     )
-
-
-# ------------------------------------------------------------------------------------------------- plan
 
 
 @app.command()
@@ -105,6 +101,32 @@ def plan(
         {"records": records, "group_size": group_size, "delta": delta, "plans": [asdict(r) for r in rows]},
         plan_lines(records, group_size, delta, rows),
     )
+
+
+@app.command()
+def studio(
+    runs: Annotated[Path, typer.Option(help="folder of run directories")] = Path("runs"),
+    folder: Annotated[
+        list[Path] | None,
+        typer.Option(help="folder in which images and other files may lie; again for more; default: this one"),
+    ] = None,
+    port: Annotated[int, typer.Option(help="0: one that is free")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open the link in the browser")] = True,
+    host: Annotated[str, typer.Option(help="with --allow-remote: how browsers reach this machine")] = "127.0.0.1",
+    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="let other machines in, by TLS")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="certificate (PEM), for --allow-remote")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="its private key (PEM)")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Open a page in the browser that leads from a folder of images to a signed bundle; see docs/studio.md."""
+    from dpsyngen.console import Console
+    from dpsyngen.files import expanded
+    from dpsyngen.studio.places import Places
+    from dpsyngen.studio.serve import Address, serve
+
+    places = Places(expanded(runs).resolve(), tuple(expanded(f).resolve() for f in folder or [Path()]))
+    serve(places, Address(host, port, allow_remote, tls_cert, tls_key), Console(quiet, as_json), browser)
 
 
 # ------------------------------------------------------------------------------------------------- main

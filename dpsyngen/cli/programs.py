@@ -12,7 +12,7 @@ import typer
 
 from dpsyngen.cli.options import AsJson, Quiet, assignments, require_shared
 from dpsyngen.console import Console
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from dpsyngen.programs import Program
@@ -36,8 +36,7 @@ Settings = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE
 def _make(name: str, resolution: int, channels: str, seed: int, settings: list[str] | None) -> Program:
     from dpsyngen.programs import make_program
 
-    if channels not in ("grey", "rgb"):
-        raise ConfigError(f"--channels is {channels!r}, but must be grey or rgb.")
+    require(channels in ("grey", "rgb"), "--channels", channels, "grey or rgb")
     params = assignments(settings or [], "name=value, such as shape=disc")
     taken = sorted(params.keys() & {"name", "resolution", "channels", "seed"})
     if taken:

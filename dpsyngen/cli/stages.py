@@ -54,25 +54,22 @@ def stages(
     from dpsyngen.console import Console
 
     console, begun = Console(quiet, as_json), time.monotonic()
-    names = (
-        "--epsilon",
-        "--delta",
-        "--budget",
-        "--records",
-        "--group-size",
-        "--groups",
-        "--most-per-person",
-        "--insecure-seed",
-        "--sampling-rate",
-    )
-    rate = None if sampling_rate == 1 else sampling_rate
-    values = (epsilon, delta, budget, records, group_size, groups, most_per_person, insecure_seed, rate)
-    asked = zip(names, values, strict=True)
+    privacy: dict[str, Any] = {
+        "epsilon": None if epsilon is None else epsilon_of(epsilon),
+        "delta": delta,
+        "budget": None if budget is None else str(budget),
+        "group_size": group_size,
+        "groups": None if groups is None else str(groups),
+        "most_per_person": most_per_person,
+        "insecure_seed": insecure_seed,
+    }
     # An ε that nobody asked for, or an option without effect, is a mistake.
     if data is not None and epsilon is None:
         raise ConfigError("--epsilon is missing: what an estimate on the private images of --data may cost.")
-    if data is None and (without := [option for option, value in asked if value is not None]):
-        raise ConfigError(f"{', '.join(without)} goes with --data, the private images; none were given.")
+    asked = privacy | {"records": records, "sampling_rate": None if sampling_rate == 1 else sampling_rate}
+    if data is None and (without := [name for name, value in asked.items() if value is not None]):
+        without_data = ", ".join(f"--{name.replace('_', '-')}" for name in without)
+        raise ConfigError(f"{without_data} goes with --data, the private images; none were given.")
     from dpsyngen.data.load import load_private
     from dpsyngen.hardware import check_device
     from dpsyngen.thresholds.run import Stages, StagesOptions, require_usable
@@ -87,15 +84,7 @@ def stages(
         network={"size": network},
         public={"steps": steps},
         private_data={"records": records},
-        privacy={
-            "epsilon": None if epsilon is None else epsilon_of(epsilon),
-            "delta": delta,
-            "budget": None if budget is None else str(budget),
-            "group_size": group_size,
-            "groups": None if groups is None else str(groups),
-            "most_per_person": most_per_person,
-            "insecure_seed": insecure_seed,
-        },
+        privacy=privacy,
     )
     options = StagesOptions(
         programs=[name.strip() for name in programs.split(",") if name.strip()],

@@ -12,7 +12,7 @@ import typer
 
 from dpsyngen.cli import checks as cli_checks
 from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from dpsyngen.console import Console
@@ -37,12 +37,9 @@ def train_prior(
     """Train a prior on families of programs; no private data can touch it.  Goes on where it was interrupted."""
     from dpsyngen.console import Console
 
-    if channels not in ("grey", "rgb"):
-        raise ConfigError(f"--channels is {channels!r}, but must be grey or rgb.")
-    if out.exists():
-        raise ConfigError(f"{out} exists already, and is not written over: give another --out, or remove it.")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out is {out}, but there is no folder {out.parent}: make it, or give another file.")
+    require(channels in ("grey", "rgb"), "--channels", channels, "grey or rgb")
+    require(not out.exists(), "--out", out, "a file that does not exist yet: nothing is written over")
+    require(out.parent.is_dir(), "--out", out, "in a folder that exists")
     from dpsyngen.training import prior
 
     console, part = Console(quiet, as_json), out.with_name(out.name + ".part")
@@ -135,10 +132,8 @@ def train(
     """Train a generator; the run directory gets a private and a release half."""
     from dpsyngen.console import LOG_FORMATS, Console
 
-    if log_format not in LOG_FORMATS:
-        raise ConfigError(f"--log-format is {log_format!r}, but must be text or json.")
-    if instant and variant not in (None, "instant"):
-        raise ConfigError(f"--instant is --variant instant, but --variant is {variant!r}: leave one of them out.")
+    require(log_format in LOG_FORMATS, "--log-format", log_format, "text or json")
+    require(not instant or variant in (None, "instant"), "--variant", variant, "left out, or instant, with --instant")
     from dpsyngen.config import load_config, merge_settings, with_options
     from dpsyngen.fit import Interrupted, prepare, prepare_resume, train_together
     from dpsyngen.training.log import Display

@@ -126,17 +126,11 @@ class _Header(NamedTuple):
 def _read_header(stream: IO[bytes], path: Path, key: str | None) -> _Header:
     """The header of a ``.npy`` stream, which is left at the first value."""
     version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0), (3, 0)):
-        raise ValueError(f"it is of .npy version {version}, which is not known")
-    length_bytes = stream.read(2 if version == (1, 0) else 4)
-    length = int.from_bytes(length_bytes, "little")
-    if length > MAX_HEADER_BYTES:  # in time: numpy reads as much as is declared, up to 4 GiB
-        raise ValueError(f"its header of {length:,} bytes is too long")
-    whole = io.BytesIO(length_bytes + stream.read(length))
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    if version != (1, 0):  # only tables need another, in which a header may declare 4 GiB, which numpy would read
+        raise ValueError(f"it is of .npy version {version}, and plain arrays are of (1, 0)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of headers that Python 2 wrote
-        header = _Header(*read(whole))
+        header = _Header(*np.lib.format.read_array_header_1_0(stream, MAX_HEADER_BYTES))
     if header.dtype.hasobject:
         what = f": '{key}'" if key else ""
         raise DataError(
@@ -163,17 +157,10 @@ def read_npy(path: Path) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")
 
 
-class Arrays(NamedTuple):
-    """What a ``.npz`` file holds: images, labels and class names, and texts that tell what else is ignored."""
-
-    images: np.ndarray
-    labels: np.ndarray | None
-    class_names: tuple[str, ...] | None
-    ignored: tuple[str, ...]
-
-
-def read_npz(path: Path, *, labels: bool, label_column: str | None = None) -> Arrays:
-    """Read images, labels and class names of a ``.npz`` file, and nothing else, whatever it holds.
+def read_npz(
+    path: Path, *, labels: bool, label_column: str | None = None
+) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...] | None, tuple[str, ...]]:
+    """Images, labels and class names of a ``.npz`` file, and texts that tell what else is ignored.
 
     Keys: images under ``images``, ``x``, ``x_train`` or ``arr_0``; labels under `label_column` or a usual
     name, see :data:`~dpsyngen.data.labels.LABEL_NAMES`; names of classes under ``class_names`` (strings).
@@ -209,7 +196,7 @@ def read_npz(path: Path, *, labels: bool, label_column: str | None = None) -> Ar
                 if member.read(1):  # at the end of a member its check sum is checked, too
                     raise ValueError(f"'{key}' has more bytes than declared")
     names = to_text(arrays[NAME_KEY], f"{printable(path)}: '{NAME_KEY}'") if NAME_KEY in arrays else None
-    return Arrays(arrays[image_key], arrays[label_key] if label_key else None, names, told)
+    return arrays[image_key], arrays[label_key] if label_key else None, names, told
 
 
 def _label_key(
@@ -238,8 +225,7 @@ def _label_key(
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The members by their keys.  Unlike numpy's loader it takes no name for another: the array whose size was checked
-    is the one that is read."""
+    """The members by their keys; unlike numpy's loader, the array whose size was checked is the one that is read."""
     found: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         key = info.filename.removesuffix(".npy")
@@ -253,11 +239,10 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
 
 
 def _check_names(header: _Header, path: Path) -> None:
-    if len(header.shape) != 1 or header.dtype.kind not in "US":
-        raise DataError(f"{printable(path)}: '{NAME_KEY}' must be a one-dimensional array of strings.")
+    if len(header.shape) != 1 or header.dtype.kind not in "US" or header.dtype.itemsize > 16 * MAX_NAME_BYTES:
+        allowed = f"a one-dimensional array of strings of at most {MAX_NAME_BYTES} bytes"
+        raise DataError(f"{printable(path)}: '{NAME_KEY}' must be {allowed}.")
     check_class_count(header.shape[0], str(path))
-    if header.dtype.itemsize > 16 * MAX_NAME_BYTES:
-        raise DataError(f"{printable(path)}: class names have at most {MAX_NAME_BYTES} bytes. Use shorter ones.")
 
 
 # -------------------------------------------------------------------------------------- large files, folders of arrays
@@ -321,12 +306,7 @@ def save_images(dataset: ImageDataset, folder: Path) -> None:
 
     The folder gets mode 0700 and its files 0600: they are as private as the images.
 
-    Args:
-        dataset: its images may lie in a file; at most 256 of them are in memory at a time.
-        folder: must not exist, or be empty.
-
-    Raises:
-        RunError: the folder has something in it.
+    At most 256 images are in memory at a time.  RunError: `folder` has something in it.
     """
     require_absent_or_empty(folder, "the folder")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

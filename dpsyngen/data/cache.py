@@ -115,11 +115,7 @@ def _into_file(found: Found, source: Source | None, key: str, store: Cache, opti
 def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], options: Options) -> ImageDataset:
     """The good images of a decoded source; DataError for bad ones that may not be, and for classes without any left.
 
-    Args:
-        source: what was decoded.
-        images: all of it, in memory or in a file that is mapped (:meth:`Cache.making`).
-        bad: from :func:`decode`.
-        options: whether bad images are left out.
+    `images` are all of it, in memory or in a file that is mapped (:meth:`Cache.making`); `bad` is from :func:`decode`.
     """
     left_out = [*source.bad, *((source.name(i), bad[i]) for i in sorted(bad))]
     skipped = settle_bad(left_out, where=source.where, skip_bad=options.skip_bad)
@@ -158,11 +154,8 @@ def read_headers(source: Source, options: Options, turns: Path | None = None) ->
 def decode(source: Source, target: NDArray[np.uint8], options: Options, turns: Path | None = None) -> dict[int, str]:
     """Decode all images into an array; the numbers of the bad ones, with the reasons.
 
-    Args:
-        source: the images.
-        target: uint8 ``[N, C, H, W]``, perhaps mapped: processes write into the file then.
-        options: how many processes, and who is told of progress.
-        turns: see :class:`~dpsyngen.data.store.PixelBudget`; given where processes may decode.
+    `target` is uint8 ``[N, C, H, W]``, perhaps mapped: processes write into the file then.  `turns` is of
+    :class:`~dpsyngen.data.store.PixelBudget`, given where processes may decode.
     """
     firsts = np.cumsum([0, *(job.count for job in source.jobs)]).tolist()
     placed = list(zip(firsts, source.jobs, strict=False))
@@ -282,10 +275,7 @@ class Cache:
     An entry is named by two digests: of its source's path and the options (the key), and of what is in the source's
     files, so that redacted images are never read as they were, whatever sizes and times say; the entry from before
     is removed then.  It is made under another name and renamed when it is whole; one that was interrupted starts again.
-
-    Args:
-        folder: it is made when something is to be written.  "auto": ``$DPSYNGEN_CACHE``, else
-            ``images`` in :func:`dpsyngen.files.cache_home`.
+    `folder` "auto" is ``$DPSYNGEN_CACHE``, else ``images`` in :func:`dpsyngen.files.cache_home`.
     """
 
     def __init__(self, folder: str = "auto") -> None:
@@ -376,13 +366,9 @@ class Cache:
         bad: Iterable[int],
         made: ImageDataset,
     ) -> Path:
-        """Give a file, all of whose images are written, its name, and remove what the source was before.
+        """Name a file from :meth:`making`, all written, by key and content; what the source was before goes.
 
-        Args:
-            key, content: the two parts of the name.
-            images: from :meth:`making`.
-            bad: numbers of the images that are left out; their rows stay in the file, unused.
-            made: labels of the other images, class names, and what was left out.
+        Rows of `bad` images stay in the file, unused; `made` has labels, class names, and what was left out.
         """
         path = Path(str(images.filename))
         folder = path.parent

@@ -98,10 +98,9 @@ def index_folder(root: Path, options: Options) -> Source:
             f"{printable(root)}: {what}. Give a folder with image files ({', '.join(sorted(IMAGE_SUFFIXES))}), or with "
             "one sub-folder per class, each with images."
         )
-    jobs = [
-        Job(len(files[part]), functools.partial(_file_items, str(root), tuple(files[part])))
-        for part in split_evenly(len(files))
-    ]
+    below = functools.partial(os.path.join, str(root))
+    parts = [files[part] for part in split_evenly(len(files))]
+    jobs = [Job(len(part), functools.partial(map, below, part)) for part in parts]
     index = np.array(found.classes, dtype=np.int64) if found.names else None
     # A table that the user named may lie beside the images.
     named = {path.resolve() for path in (options.label_file, options.groups) if path is not None}
@@ -147,10 +146,7 @@ def _frame_items(root: str, places: Sequence[tuple[str, int | None]]) -> Iterato
 
 def _list_folder(root: Path, options: Options) -> _Listed:
     """The images of a folder with their classes: from the table that the user named, else from class folders or the
-    table in the folder, whichever there is.
-
-    Raises:
-        DataError: it is unclear what the classes are; see also :func:`~dpsyngen.data.metadata.read_label_table`.
+    table in the folder, whichever there is; DataError if that is unclear.
     """
     bad: _Bad = []
     if not options.labels:
@@ -195,10 +191,6 @@ def _list_folder(root: Path, options: Options) -> _Listed:
     given = [label for label in labels if label is not None]
     index, names = index_labels(given, None, len(given), table.where) if given else (None, ())
     return _Listed(files, [] if index is None else index, names, bad, (*unused, *told), path)
-
-
-def _file_items(root: str, files: Sequence[str]) -> Iterator[str]:
-    return (os.path.join(root, name) for name in files)
 
 
 def _list_all(root: Path, bad: _Bad, folder: str = "") -> list[str]:
@@ -273,7 +265,7 @@ def _scan(root: Path, folder: str, bad: _Bad) -> tuple[list[str], list[str]]:
             folders.append(path)
         elif not entry.is_file():  # a pipe or device would block or never end
             bad.append((path, "not a plain file"))
-        elif not _is_image(root, path):
+        elif os.path.splitext(path)[1].lower() not in IMAGE_SUFFIXES and not _is_dicom(root, path):
             table = "; if it has the labels, give it with --labels" if path.lower().endswith(TABLE_SUFFIXES) else ""
             bad.append((path, f"not an image file by its name{table}"))
         else:
@@ -281,12 +273,8 @@ def _scan(root: Path, folder: str, bad: _Bad) -> tuple[list[str], list[str]]:
     return folders, images
 
 
-def _is_image(root: Path, path: str) -> bool:
-    """By its name; or by the mark of DICOM, as hospitals export files without a suffix."""
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES or _is_dicom(root, path)
-
-
 def _is_dicom(root: Path, path: str) -> bool:
+    """By its mark, as hospitals export files without a suffix."""
     try:
         with open_plain(root / path, sys.maxsize) as file:
             return is_dicom(file)

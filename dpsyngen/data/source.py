@@ -84,11 +84,9 @@ def few(headers: set[ImageHeader]) -> set[ImageHeader]:
 
 @dataclass(frozen=True)
 class Job:
-    """Consecutive images of a source.  It holds their places, not their pixels, and can be sent to another process.
+    """`count` consecutive images of a source: their places, not their pixels, so another process can have it.
 
-    Attributes:
-        count: how many images.
-        items: yields them in order: paths, contents of files, arrays, or a BadImage.
+    `items` yields them in order: paths, contents of files, arrays, or a BadImage.
     """
 
     count: int
@@ -105,12 +103,7 @@ class Job:
         return found
 
     def blocks(self, shape: Shape, form: Form) -> Iterator[tuple[NDArray[np.uint8], list[Bad]]]:
-        """The images in order, some at a time, as uint8 ``[B, C, H, W]``; bad ones are black.
-
-        Args:
-            shape: of the result; C, H and W count.
-            form: of levels and rectangles.
-        """
+        """The images in order, some at a time, as uint8 ``[B, C, H, W]`` of this shape; bad ones are black."""
         items, done = self.items(), 0
         colour: Colour = "grey" if shape[1] == 1 else "rgb"
         while done < self.count:

@@ -55,15 +55,9 @@ class ImageStore(Protocol):
 
 
 class StoredImages:
-    """uint8 images ``(N, C, H, W)`` in one file, row after row.
+    """uint8 images ``(N, C, H, W)`` in one file, row after row, the first after `offset` bytes.
 
-    Args:
-        path: the file.
-        shape: of all images.
-        offset: bytes before the first image.
-
-    Raises:
-        DataError: the file cannot be opened, or is shorter than it must be.
+    DataError if the file cannot be opened, or is shorter than it must be.
     """
 
     dtype = np.dtype(np.uint8)
@@ -118,12 +112,7 @@ class StoredImages:
 
 
 class SelectedImages:
-    """Some images of a store, by their numbers; nothing is copied until it is read.
-
-    Args:
-        images: what they are chosen from.
-        index: int64 ``[M]`` in ``0 .. N - 1``.
-    """
+    """Some images of a store, by their numbers, int64 ``[M]`` in ``0 .. N - 1``; nothing is copied until it is read."""
 
     dtype = np.dtype(np.uint8)
 
@@ -190,16 +179,13 @@ class PixelBudget:
     """Lets threads in while the pixels that they decode stay within a total.
 
     A file of some kilobytes can decode to hundreds of megabytes.  One such file is bounded by the limit on pixels; this
-    bounds what several of them take together.
-
-    Args:
-        total: pixels.
-        turns: a lock file; of the processes that have the same one, one at a time decodes a large image.
+    bounds what several of them take together.  Of the processes whose lock file `turns` is the same, one at a time
+    decodes a large image.
     """
 
-    def __init__(self, total: int, turns: str | os.PathLike[str] | None = None) -> None:
-        self.total, self.turns = total, turns
-        self._free = total
+    def __init__(self, total: int) -> None:
+        self.total, self._free = total, total
+        self.turns: Path | None = None
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
@@ -212,8 +198,8 @@ class PixelBudget:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
         try:
-            wait = self.turns is not None and pixels > _LARGE_PIXELS
-            with FileLock(self.turns, mode=0o600) if wait else contextlib.nullcontext():  # type: ignore[arg-type]
+            turns = self.turns if pixels > _LARGE_PIXELS else None
+            with contextlib.nullcontext() if turns is None else FileLock(turns, mode=0o600):
                 yield
         finally:
             if pixels > _LARGE_PIXELS:

@@ -55,7 +55,6 @@ class Columns:
 
 
 def _columns_of(schema: Any, path: Path, *, labels: bool, asked: str | None) -> Columns:
-    """Which columns are read; DataError if there is no column of images, or it is unclear which one is meant."""
     where = printable(path)
     features = _features(schema.metadata, where)
     image = image_of(schema.names, features, where)
@@ -92,8 +91,7 @@ def _features(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, Any]
 def image_of(names: Sequence[str], features: dict[str, Any], where: str) -> str | None:
     """The column that Hugging Face datasets declares as "Image", or else the one of a usual name.
 
-    Raises:
-        DataError: several columns are declared as such, none of a usual name.
+    DataError if several are declared, and none has a usual name.
     """
     typed = _declared(names, features, "Image")
     if len(typed) == 1:
@@ -113,8 +111,7 @@ def label_of(
 ) -> str | None:
     """The column that was asked for, or that Hugging Face datasets declares as "ClassLabel", or one of a usual name.
 
-    Raises:
-        DataError: see :func:`~dpsyngen.data.labels.label_name`; `could_be` is asked for columns of other names.
+    DataError as of :func:`~dpsyngen.data.labels.label_name`; `could_be` is asked for columns of other names.
     """
     typed = _declared(names, features, "ClassLabel")
     if len(typed) == 1 and asked is None:
@@ -312,12 +309,9 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
 
 
 def _paths_of(paths: Sequence[Path], column: str, places: Sequence[tuple[str, int, NDArray[np.int64]]]) -> list[str]:
-    """What the files of the images were called, as the structs of images say; "" where one does not.
+    """What the files of the images were called, as the structs in `column` say; "" where one does not.
 
-    Args:
-        paths: of the tables.
-        column: of images.
-        places: table, its first row and the rows that are used, of each part that has any.
+    `places` are table, first row and the rows that are used, of each part that has any.
     """
     found: dict[tuple[str, int], list[str]] = {}
     for path in paths:
@@ -369,10 +363,7 @@ def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bo
 
 
 def _items(path: Path, part: int, keep: NDArray[np.bool_], column: str) -> Iterator[Item]:
-    """The images in one part of a file; of its rows those in `keep`.
-
-    A part that cannot be read is an error, as its rows cannot be told apart.
-    """
+    """The images in one part of a file, of its rows those in `keep`; an error if the part cannot be read."""
     import pyarrow.types as types
 
     row = 0

@@ -48,11 +48,7 @@ class _Sample:
 def index_tars(paths: Sequence[Path], where: str, *, labels: bool, label_column: str | None = None) -> Source:
     """The samples of all shards, in the order of the shards and of their members.
 
-    Args:
-        paths: the shards.
-        where: for messages.
-        labels: whether labels are read.
-        label_column: the key of the label in ``.json``; None: a usual name.
+    `label_column` is the key of the label in ``.json``; None: a usual name.
     """
     others: set[str] = set()
     bad: list[tuple[str, str]] = []
@@ -85,12 +81,11 @@ def index_tars(paths: Sequence[Path], where: str, *, labels: bool, label_column:
         jobs += [Job(len(part), functools.partial(_items, path, part)) for part in parts]
     used = np.flatnonzero(keep)
     told = ignored(where, sorted(others) if labels else ())
-    files = functools.partial(_stems, names, used)
-    return Source(where, jobs, index, class_names, lambda i: names[used[i]], tuple(bad), ignored=told, files=files)
 
+    def stems() -> list[str]:
+        return [names[i].partition(": ")[2] for i in used]
 
-def _stems(names: list[str], used: NDArray[np.int64]) -> list[str]:
-    return [names[i].partition(": ")[2] for i in used]
+    return Source(where, jobs, index, class_names, lambda i: names[used[i]], tuple(bad), ignored=told, files=stems)
 
 
 def _items(path: Path, places: NDArray[np.int64]) -> Iterator[Item]:

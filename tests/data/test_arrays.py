@@ -375,15 +375,16 @@ def test_half_precision_that_is_not_in_range(values: float) -> None:
 
 def test_fortran_order_and_header_versions(tmp_path: Path, rng: np.random.Generator) -> None:
     x = images(rng, 5, 9, 9)
-    for i, version in enumerate([(1, 0), (2, 0), (3, 0)]):
-        for j, array in enumerate([x, np.asfortranarray(x)]):
-            path = tmp_path / f"{i}{j}.npy"
-            with path.open("wb") as file:
-                np.lib.format.write_array(file, array, version)
-            assert np.array_equal(load_images(path).images[:, 0], x)
-            with zipfile.ZipFile(tmp_path / f"{i}{j}.npz", "w") as archive:
-                archive.write(path, "images.npy")
-            assert np.array_equal(load_images(tmp_path / f"{i}{j}.npz").images[:, 0], x)
+    for array in (x, np.asfortranarray(x)):
+        np.save(tmp_path / "a.npy", array)
+        np.savez(tmp_path / "a.npz", images=array)
+        for name in ("a.npy", "a.npz"):
+            assert np.array_equal(load_images(tmp_path / name).images[:, 0], x)
+    for version in ((2, 0), (3, 0)):
+        with (tmp_path / "b.npy").open("wb") as file:
+            np.lib.format.write_array(file, x, version)
+        with pytest.raises(DataError, match=r"plain arrays are of \(1, 0\)"):
+            load_images(tmp_path / "b.npy")
 
 
 def npy_header(shape: str, descr: str = "'|u1'", version: int = 1) -> bytes:

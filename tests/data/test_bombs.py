@@ -92,7 +92,7 @@ def test_header_bombs(tmp_path: Path) -> None:
             member.write(b" " * 2**20)
     for name in ("a.npy", "a.npz"):
         said, megabytes = measured(tmp_path / name)
-        assert "header of 1,073,741,824 bytes is too long" in said
+        assert "it is of .npy version (2, 0)" in said
         assert megabytes < 50
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpsyngen.data import load_images
 from dpsyngen.data.decode import BadImage, Form, read_header, read_image
 from dpsyngen.data.source import default_resolution
 from dpsyngen.errors import ConfigError
