@@ -26,7 +26,6 @@ DEFAULT = ("logreg", "mlp", "cnn")
 HELD_OUT = 0.1
 """Share of the generated images that chooses and is not trained on (METHOD.md: 90/10)."""
 CONFIDENCE = 0.95
-_BATCH = 128  # images in a training step of the networks
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,6 @@ class ClassifierResult:
             "accuracy_high": high,
             "balanced_accuracy": None if math.isnan(self.balanced_accuracy) else self.balanced_accuracy,
             "per_class_accuracy": [None if math.isnan(a) else a for a in self.per_class_accuracy],
-            "missing_classes": list(self.missing_classes),
-            "confusion": [list(row) for row in self.confusion],
         }
 
 
@@ -259,16 +256,9 @@ def _candidates(
     if name == "logreg":
         return classifiers.linear_candidates(x, y)
     make = {"mlp": classifiers.make_mlp, "cnn": classifiers.make_cnn, "resnet": classifiers.make_resnet}[name]
-    return classifiers.train_network(
-        make(x.shape[1:], num_classes),
-        x,
-        y,
-        augmented=name == "resnet",
-        epochs=epochs,
-        batch_size=_BATCH,
-        generator=torch.Generator().manual_seed(seed),
-        device=device,
-    )
+    network, order = make(x.shape[1:], num_classes), torch.Generator().manual_seed(seed)
+    augmented = name == "resnet"
+    return classifiers.train_network(network, x, y, augmented=augmented, epochs=epochs, generator=order, device=device)
 
 
 def _check(

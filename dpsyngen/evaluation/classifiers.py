@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import require
 
 _AT_ONCE = 1000  # images that a network classifies at once, which bounds the memory
 _ADAM_RATE = 1e-3
@@ -106,11 +106,8 @@ def make_mlp(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def _require_size(shape: tuple[int, ...], name: str) -> None:
-    height, width = shape[1:]
-    if min(height, width) < _SMALLEST:
-        raise ConfigError(
-            f"images are {height}×{width} pixels, but the classifier {name} needs {_SMALLEST} at least; leave it out."
-        )
+    smallest = f"{_SMALLEST} pixels at least for the classifier {name}, or leave it out"
+    require(min(shape[1:]) >= _SMALLEST, "the side of images", min(shape[1:]), smallest)
 
 
 def make_cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -153,12 +150,9 @@ class Block(nn.Module):
 
 
 def make_resnet(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """One block each of 24, 48 and 96 channels (174,000 parameters) on images of `shape` [C, H, W].
+    """One block each of 24, 48 and 96 channels (174,000 parameters) on images of `shape` [C, H, W] from 4 pixels.
 
     The first convolution brings images down to 9 to 16 pixels: its stride is 1 up to 16 pixels, 2 up to 32, and so on.
-
-    Raises:
-        ConfigError: images of fewer than 4 pixels a side.
     """
     _require_size(shape, "resnet")
     stride = 1
@@ -182,9 +176,9 @@ def train_network(
     *,
     augmented: bool,
     epochs: int,
-    batch_size: int,
     generator: torch.Generator,
     device: str,
+    batch_size: int = 128,
 ) -> Iterator[Candidate]:
     """Train on images [N, C, H, W], yielding a candidate after each epoch.
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.errors import ConfigError, DataError, require
 from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_same_size
 from dpsyngen.evaluation.extractors import NAMES, FeatureSpec
 from dpsyngen.evaluation.neighbours import Neighbours, Share, nearest, share
@@ -141,10 +141,8 @@ def memorisation_check(
     for name, images in (("private", private), ("held-out", held_out)):
         if images is not None:
             require_same_size(f"{name} images", images, "generated ones", generated)
-        if images is not None and len(images) < 2:
-            raise ConfigError(f"the number of {name} images is {len(images)}, but must be at least 2.")
-    if not len(generated):
-        raise ConfigError("there are no generated images to check.")
+            require(len(images) >= 2, f"the number of {name} images", len(images), "at least 2")
+    require(len(generated), "the number of generated images", 0, "at least 1")
     tell = on_progress or (lambda line: None)
     rng = np.random.default_rng(seed)
     repeated, duplicates, others = _copies(generated, private, held_out)
@@ -221,21 +219,20 @@ def neighbour_pairs(
         f"Most suspicious (smallest {against})": result.most_suspicious(count),
         "At random": np.random.default_rng(seed).choice(len(result.to_private), count, replace=False),
     }
-    groups: list[dict[str, Any]] = [{"title": title, "pairs": []} for title in chosen]
-    for group, picks in zip(groups, chosen.values(), strict=True):
-        for i in map(int, picks):
-            pair: dict[str, Any] = {
-                "number": i,
-                "generated": image_data(generated[i]),
-                "private": image_data(private[result.to_private[i]]),
-                "to_private": float(to_private[i]),
-                "held_out": None,
-                "to_held_out": None,
-            }
-            if held_out is not None and result.to_held_out is not None and to_held_out is not None:
-                pair |= {"held_out": image_data(held_out[result.to_held_out[i]]), "to_held_out": float(to_held_out[i])}
-            group["pairs"].append(pair)
+
+    def pair(i: int) -> dict[str, Any]:
+        other = held_out is not None and result.to_held_out is not None and to_held_out is not None
+        return {
+            "number": i,
+            "generated": image_data(generated[i]),
+            "private": image_data(private[result.to_private[i]]),
+            "to_private": float(to_private[i]),
+            "held_out": image_data(held_out[result.to_held_out[i]]) if other else None,  # type: ignore[index]
+            "to_held_out": float(to_held_out[i]) if other else None,  # type: ignore[index]
+        }
+
     about = next(iter(result.spaces.values())).features
+    groups = [{"title": title, "pairs": [pair(int(i)) for i in picks]} for title, picks in chosen.items()]
     return {"unit": f"{about['name']}: {about['unit']}", "groups": groups}
 
 

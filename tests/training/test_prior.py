@@ -272,10 +272,10 @@ def test_the_command_makes_a_file_that_training_takes(tmp_path, call, monkeypatc
     assert read_prior(str(out), 1).about["seed"] == 5
     code, _, err = call("prior", "train", "--out", out)
     assert code == 2
-    assert "not written over" in err
+    assert "written over" in err
     code, _, err = call("prior", "train", "--out", tmp_path / "none" / "p")
     assert code == 2
-    assert "there is no folder" in err
+    assert "in a folder that exists" in err
     code, _, err = call("prior", "train", "--out", tmp_path / "q", "--channels", "blue")
     assert code == 2
     assert "grey or rgb" in err
