@@ -68,7 +68,7 @@ def evaluate(
     from dpsyngen.console import Console
     from dpsyngen.distributed import joined
     from dpsyngen.evaluation import run as evaluation_run
-    from dpsyngen.report.sections import metric_rows
+    from dpsyngen.report.html import metric_rows
 
     console = Console(quiet, as_json)
     sampling = {"sampler": sampler, "steps": steps, "guidance": guidance}
@@ -119,7 +119,7 @@ def memorisation(
     """Look for training images among generated ones.  The figures and the pictures are private: do not publish them."""
     from dpsyngen.console import Console
     from dpsyngen.evaluation.run import check_memorisation
-    from dpsyngen.report.sections import memorisation_rows
+    from dpsyngen.report.html import memorisation_rows
 
     console = Console(quiet, as_json)
     result = check_memorisation(

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.data.dataset import ImageDataset, numbered
 from dpsyngen.data.decode import BUDGET, Form, ImageHeader
-from dpsyngen.data.metadata import read_persons
+from dpsyngen.data.labels import read_persons
 from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
 from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of, write_header
 from dpsyngen.errors import DataError, listed, printable

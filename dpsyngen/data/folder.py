@@ -1,7 +1,7 @@
 """Folders: image files in class folders, shards of Parquet, WebDataset or Arrow, and patterns that name shards.
 
 In a folder of images the sub-folders are the classes, or a table beside the images says what they are
-(:mod:`dpsyngen.data.metadata`), or there are none.  Left out without a word: dot files, ``Thumbs.db``, ``desktop.ini``,
+(:mod:`dpsyngen.data.labels`), or there are none.  Left out without a word: dot files, ``Thumbs.db``, ``desktop.ini``,
 ``__MACOSX``, ``DICOMDIR``, and the ``about.json`` that this tool writes beside generated images.  Everything else that
 is not a PNG, JPEG, WebP, BMP, TIFF, still GIF or DICOM file is listed as bad, because a data set with surprises in it
 should be looked at once.
@@ -29,8 +29,17 @@ from numpy.typing import NDArray
 from dpsyngen.data.cache import quiet_decoders
 from dpsyngen.data.decode import MAX_FILE_BYTES, MAX_PIXELS, Form, Item
 from dpsyngen.data.dicom import count_frames, is_dicom, pictures
-from dpsyngen.data.labels import LABEL_NAMES, check_class_names, ignored, index_labels, same_name
-from dpsyngen.data.metadata import METADATA, TABLE_SUFFIXES, find_metadata, read_label_table
+from dpsyngen.data.labels import (
+    LABEL_NAMES,
+    METADATA,
+    TABLE_SUFFIXES,
+    check_class_names,
+    find_metadata,
+    ignored,
+    index_labels,
+    read_label_table,
+    same_name,
+)
 from dpsyngen.data.source import Found, Job, Options, Source, split_evenly, whole
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars

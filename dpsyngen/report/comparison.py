@@ -16,8 +16,7 @@ from dpsyngen.files import write_text
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.programs import image_grid
 from dpsyngen.report.comparison_plots import KINDS, write_plots
-from dpsyngen.report.html import render
-from dpsyngen.report.sections import class_images
+from dpsyngen.report.html import class_images, render
 
 NOISE_SEED = 20_241
 """Of the images in the report.  Fixed, so that they are not selected; no run was scored on them."""

@@ -16,7 +16,7 @@ from dpsyngen.errors import DpsyngenError
 from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.privacy.certificate import number
 from dpsyngen.release.verify import Verdict, verify
-from dpsyngen.report.sections import FigureRow, class_images, figure_table, measured
+from dpsyngen.report.html import FigureRow, class_images, figure_table, measured
 from dpsyngen.studio import look
 from dpsyngen.studio.look import Studio
 

@@ -21,8 +21,15 @@ from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.privacy.certificate import number
 from dpsyngen.release.bundle import Packed, pack
 from dpsyngen.release.signing import make_key
-from dpsyngen.report.html import write_report
-from dpsyngen.report.sections import class_images, copied, figure_table, loss_charts, measured, trajectory_table
+from dpsyngen.report.html import (
+    class_images,
+    copied,
+    figure_table,
+    loss_charts,
+    measured,
+    trajectory_table,
+    write_report,
+)
 from dpsyngen.studio import look
 from dpsyngen.studio.look import Studio
 from dpsyngen.training.progress import Progress

@@ -13,7 +13,7 @@ from dpsyngen.evaluation import neighbours as exchange
 from dpsyngen.evaluation.cas import clopper_pearson as interval
 from dpsyngen.evaluation.memorisation import LEVEL, memorisation_check
 from dpsyngen.evaluation.neighbours import Neighbours, nearest, share
-from dpsyngen.report.sections import memorisation_rows
+from dpsyngen.report.html import memorisation_rows
 
 
 @pytest.fixture(autouse=True)

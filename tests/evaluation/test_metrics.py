@@ -14,7 +14,7 @@ from dpsyngen.evaluation import FeatureSpec, evaluate_images, frechet_distance, 
 from dpsyngen.evaluation.distances import KernelDistance
 from dpsyngen.evaluation.metrics import METRICS, NAMES
 from dpsyngen.evaluation.neighbours import Manifold
-from dpsyngen.report.sections import metric_rows
+from dpsyngen.report.html import metric_rows
 
 PCA = "pixels-pca"
 

@@ -14,8 +14,7 @@ import dpsyngen
 from dpsyngen import Generator
 from dpsyngen import fit as api
 from dpsyngen.evaluation.memorisation import image_data
-from dpsyngen.report.html import render
-from dpsyngen.report.sections import release_values
+from dpsyngen.report.html import release_values, render
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from dpsyngen.data import load_images
 from dpsyngen.evaluation import evaluate_images
 from dpsyngen.evaluation.memorisation import image_data, memorisation_check, neighbour_pairs
 from dpsyngen.privacy.accounting import Mechanism
-from dpsyngen.report.sections import FigureRow, class_accuracy, curves, figure_table, ledger_rows, metric_rows
+from dpsyngen.report.html import FigureRow, class_accuracy, curves, figure_table, ledger_rows, metric_rows
 
 
 def test_no_empty_columns() -> None:

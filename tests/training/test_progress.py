@@ -19,7 +19,7 @@ from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.report.sections import loss_charts
+from dpsyngen.report.html import loss_charts
 from dpsyngen.training.progress import progress_of, worker
 from dpsyngen.training.run import Run
 
