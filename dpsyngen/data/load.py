@@ -65,18 +65,11 @@ def load_images(
         source: one of
 
             * a named set: ``"digits"``, ``"fashion-mnist"``, ``"mnist"``, ``"cifar10"``, with ``":train"``
-              (default), ``":test"`` or ``":all"``.  A file or folder of that name wins, with a warning:
-              ``"mnist:train"`` is always the set;
-            * a folder of PNG, JPEG or WebP files (BMP, TIFF and still GIF too): sub-folders are classes, or a
-              ``metadata.csv`` or ``metadata.jsonl`` (columns ``file_name`` and ``label``) says them, or there are
-              no labels.  A folder with ``train-images-idx3-ubyte`` (``.gz``) is read as IDX,
-              training split;
-            * Parquet as Hugging Face ``datasets`` has it: a file, a folder of shards, or a pattern
-              (``"data/train-*.parquet"``); or a folder that ``Dataset.save_to_disk`` wrote;
-            * WebDataset: a ``.tar`` file, a folder of them, or a pattern (``"shard-{0000..0099}.tar"``);
-            * a ``.npz`` (``images``, ``labels``, optional ``class_names``) or ``.npy`` file (images only), or a folder
-              with ``images.npy`` and perhaps ``labels.npy`` and ``class_names.json``;
-            * an IDX image file, its labels beside it;
+              (default), ``":test"`` or ``":all"``.  A file or folder of that name wins, with a warning;
+            * a folder of image files (sub-folders are classes, or a table says them), of shards, arrays or IDX files,
+              or one that ``Dataset.save_to_disk`` wrote;
+            * a ``.parquet``, ``.arrow``, ``.tar`` (WebDataset), ``.npz``, ``.npy`` or IDX file, or a pattern of shards:
+              ``"data/train-*.parquet"``, ``"shard-{0000..0099}.tar"``;
             * arrays ``(images, labels or None)``, with names of the classes as a third, if there are any; for images
               also a list of Pillow images, arrays, tensors, paths or contents of files;
             * a dataset of Python: :class:`~dpsyngen.data.map_style.MapStyle` says what it must have.

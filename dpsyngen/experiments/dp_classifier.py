@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import Ema
 from dpsyngen.errors import ConfigError, LedgerError, require
 from dpsyngen.evaluation.cas import (
-    DEFAULT,
     ClassifierResult,
     classification_accuracy,
     confusion_matrix,
     per_class_accuracy,
+    require_same_size,
 )
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise
 from dpsyngen.privacy.ledger import Ledger
@@ -53,28 +53,17 @@ _STRIDE = 2**SCALES
 
 
 def real_reference(
-    train: ImageDataset,
-    test: ImageDataset,
-    *,
-    classifiers: Sequence[str] = DEFAULT,
-    seed: int = 0,
-    device: str = "cpu",
-    on_progress: Callable[[str], None] | None = None,
+    train: ImageDataset, test: ImageDataset, on_progress: Callable[[str], None] | None = None, **options: Any
 ) -> dict[str, Any]:
     """Score classifiers trained on all real training images, by the protocol of generated ones; no privacy (ε = ∞).
 
-    A tenth of the real training images, by class, chooses the epoch.  Arguments as for
+    A tenth of the real training images, by class, chooses the epoch.  `options` are those of
     :func:`~dpsyngen.evaluation.cas.classification_accuracy`; returns :meth:`ClassifierResult.to_dict` of each.
     """
     train_labels, test_labels = _labels(train, test)
-    results = classification_accuracy(
-        *(train.array(), train_labels, test.array(), test_labels),
-        num_classes=train.num_classes,
-        classifiers=classifiers,
-        seed=seed,
-        device=device,
-        on_progress=on_progress and (lambda line: on_progress(line.replace("generated images", "real images"))),
-    )
+    tell = on_progress and (lambda line: on_progress(line.replace("generated images", "real images")))
+    sets = (train.array(), train_labels, test.array(), test_labels)
+    results = classification_accuracy(*sets, num_classes=train.num_classes, on_progress=tell, **options)
     return {name: result.to_dict() for name, result in results.items()}
 
 
@@ -115,8 +104,7 @@ def dp_classifier_reference(
     """
     train_labels, test_labels = _labels(train, test)
     n = len(train)
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise ConfigError(f"training images are {train.images.shape[1:]}, but test images {test.images.shape[1:]}.")
+    require_same_size("test images", test.images, "the training images", train.images)
     if not (0 < epsilon < float("inf")) or not 0 < delta < 1:
         raise ConfigError(f"ε is {epsilon} and δ {delta}, but must be positive and finite, and in (0, 1).")
     chosen = settings_by_rule(n, epsilon) | {k: v for k, v in given.items() if v is not None}
@@ -190,8 +178,7 @@ class DpSettings:
     physical_batch: int = 256
 
     def __post_init__(self) -> None:
-        if not 1 <= self.batch <= self.records:
-            raise ConfigError(f"batch is {self.batch}, but must be 1 to {self.records}, the number of images.")
+        require(1 <= self.batch <= self.records, "batch", self.batch, f"1 to {self.records}, the number of images")
         require(self.steps >= 1, "steps", self.steps, "at least 1")
         rate = self.learning_rate
         require(rate > 0 and math.isfinite(rate), "learning_rate", rate, "positive and finite")

@@ -7,6 +7,7 @@ states.  It is private: its figures come from private images.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.errors import printable
 from dpsyngen.experiments.experiment import Experiment
-from dpsyngen.files import write_atomically
+from dpsyngen.files import write_atomically, write_text
 
 KINDS = ("run", "real", "dp-classifier")
 FIXED = (
@@ -215,9 +216,11 @@ class Results:
 
     def write(self, exp: Path) -> list[Path]:
         """Write ``results.csv`` and, where pyarrow is installed, ``results.parquet``; the same bytes each time."""
-        columns = [*FIXED[:8], *self.axes, *FIXED[8:]]
-        csv_path, parquet_path = exp / "results.csv", exp / "results.parquet"
-        write_atomically(csv_path, lambda path: _write_csv(path, columns, self.tidy()), 0o600)
+        csv_path, parquet_path, text = exp / "results.csv", exp / "results.parquet", io.StringIO(newline="")
+        writer = csv.DictWriter(text, [*FIXED[:8], *self.axes, *FIXED[8:]], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.tidy())
+        write_text(csv_path, text.getvalue(), 0o600)
         try:
             import pyarrow  # noqa: F401
         except ImportError:
@@ -230,13 +233,6 @@ def _place(j: JobResult) -> tuple[Any, ...]:
     variant = VARIANTS.index(j.variant) if j.variant in VARIANTS else len(VARIANTS)
     settings = sorted((k, isinstance(v, str), str(v) if not is_number(v) else float(v)) for k, v in j.settings.items())
     return KINDS.index(j.kind), variant, j.variant, j.epsilon, repr(settings), j.label, j.seed, j.job
-
-
-def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        writer = csv.DictWriter(f, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _write_parquet(path: Path, table: Path) -> None:
