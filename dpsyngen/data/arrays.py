@@ -165,9 +165,8 @@ def read_npz(
     Keys: images under ``images``, ``x``, ``x_train`` or ``arr_0``; labels under `label_column` or a usual
     name, see :data:`~dpsyngen.data.labels.LABEL_NAMES`; names of classes under ``class_names`` (strings).
 
-    Raises:
-        DataError: broken, without images, of Python objects, declaring more than half of the memory, with a key that is
-            there twice or unclear, or compressed in another way than numpy does.
+    DataError if it is broken, without images, of Python objects, of more than half of the memory, with a key that is
+    there twice or unclear, or compressed in another way than numpy does.
     """
     with damaged(path, "a .npz file"), zipfile.ZipFile(path) as archive:
         members = _members(archive, path)

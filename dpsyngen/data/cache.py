@@ -171,13 +171,7 @@ def decode(source: Source, target: NDArray[np.uint8], options: Options, turns: P
 
 def _decode_job(target: NDArray[np.uint8], form: Form, placed: tuple[int, Job]) -> tuple[int, list[Bad]]:
     first, job = placed
-    bad: list[Bad] = []
-    row = first
-    for images, wrong in job.blocks(target.shape, form):
-        target[row : row + len(images)] = images
-        row += len(images)
-        bad += [(first + i, why) for i, why in wrong]
-    return row - first, bad
+    return job.count, [(first + i, why) for i, why in job.decode(target[first : first + job.count], form)]
 
 
 def _each(

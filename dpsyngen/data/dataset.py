@@ -190,14 +190,9 @@ class ImageDataset:
         return tuple(name for name, count in zip(self.class_names, counts, strict=True) if not count)
 
     def with_classes(self, class_names: Sequence[str], what: str) -> ImageDataset:
-        """Number the labels by the classes of another set; of some of them there may be no image here.
+        """Number the labels by the classes of another set, of some of which there may be no image here.
 
-        Args:
-            class_names: of the other set; their Unicode form does not matter.
-            what: these images, in messages, such as "test".
-
-        Raises:
-            DataError: there are images of other classes, or one of the two sets has no classes.
+        `what` these images are is said in messages.  DataError: there are images of other classes, or one set has none.
         """
         places = {same_name(name): i for i, name in enumerate(class_names)}
         others = [name for name in self.class_names if same_name(name) not in places]
@@ -215,12 +210,9 @@ class ImageDataset:
     def batch(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """The images at `indices` as a fresh, contiguous, writable uint8 array ``[B, C, H, W]``.
 
-        B = 0 is legal: Poisson sampling draws empty batches.  Memory is taken for the B images alone, wherever the
-        images lie.  Several threads may call this at the same time.
-
-        Raises:
-            IndexError: an index is not in ``-N .. N - 1``.
-            DataError: images that lie in a file cannot be read any more.
+        B = 0 is legal: Poisson sampling draws empty batches.  Memory is taken for the B images alone, wherever they
+        lie. Several threads may call this.  IndexError beyond ``-N .. N - 1``; DataError if their file cannot be read
+        any more.
         """
         # np.asarray drops the memmap subclass, so that the copy is plain memory.
         return np.ascontiguousarray(np.asarray(self.images[self._rows(indices)]))

@@ -145,12 +145,9 @@ class DicomFile:
     def picture(self, window: Range | None = None) -> Image.Image:
         """The picture of :attr:`frame` as a Pillow image, L or RGB.
 
-        Args:
-            window: centre and width, for grey pictures, in values of the modality (Hounsfield units for CT): black is
-                at centre - width/2, white at centre + width/2.  None: as the header says.
-
-        Raises:
-            BadImage: broken, truncated, of a compression without a decoder, or without a window where one is needed.
+        `window` is centre and width, for grey pictures, in values of the modality (Hounsfield units for CT): black is
+        at centre - width/2, white at centre + width/2.  None: as the header says.  BadImage if it is broken, truncated,
+        of a compression without a decoder, or without a window where one is needed.
         """
         from PIL import Image
 

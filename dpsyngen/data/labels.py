@@ -57,17 +57,11 @@ def label_name(
     where: str,
     could_be: Sequence[str] = (),
 ) -> str | None:
-    """Which of the names is that of the labels; None if none is.
+    """Which of the names (of columns, keys or arrays) is that of the labels; None if none is.
 
-    Args:
-        names: of columns, keys or arrays.
-        asked: the one that the user named, if any (the setting ``data.label_column``).
-        usual: what it is usually called, in order; None: :data:`LABEL_NAMES`.  Case, spaces and hyphens do not matter.
-        where: the source, for messages.
-        could_be: those that hold what could be labels, whatever they are called.
-
-    Raises:
-        DataError: the one that was asked for is not there, or it is unclear which one is meant.
+    It is the one that the user `asked` for, or the first that has a `usual` name, or the only one of a name in
+    :data:`LABEL_NAMES`; case, spaces and hyphens do not matter.  DataError if the one that was asked for is not there,
+    or if it is unclear which is meant: several are called so, or none while some `could_be` labels.
     """
     if asked is not None:
         if asked not in names:
@@ -266,28 +260,18 @@ def find_metadata(folder: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The labels of a table.
+    """The labels of a table."""
 
-    Attributes:
-        where: the file.
-        column: the name of the column of labels; None if no column holds them.
-        labels: by name of the image file, with "/" and in NFC; None: no label is given.
-        ignored: the names of columns that are not used.
-    """
-
-    where: str
-    column: str | None
-    labels: Mapping[str, Label]
-    ignored: tuple[str, ...]
+    where: str  # the file
+    column: str | None  # name of the column of labels; None if no column holds them
+    labels: Mapping[str, Label]  # by name of the image file, with "/" and in NFC; None: no label is given
+    ignored: tuple[str, ...]  # names of columns that are not used
 
     def of(self, files: Sequence[str]) -> tuple[list[Label], tuple[str, ...]]:
         """The label of each file (None where the table has none), and what is told of rows without a file.
 
         A row names a file by its path below the folder, or by its last part, with its extension or without, if no other
         file is called so.
-
-        Args:
-            files: paths below the folder.
         """
         ways: list[dict[str, int]] = [{}, {}, {}]  # number of the file by each way of naming it; -1: of several
         for i, file in enumerate(files):
@@ -318,17 +302,12 @@ class LabelTable:
 
 
 def read_label_table(path: Path, column: str | None, *, needed: bool, named: bool = False) -> LabelTable:
-    """Read a table: CSV with commas, semicolons or tabs, or JSON Lines; UTF-8.
+    """Read a table: CSV with commas, semicolons or tabs, or JSON Lines; UTF-8, at most 512 MiB.
 
-    Args:
-        path: a plain file of at most 512 MiB.
-        column: the column of labels; None: the one that is called as usual ("label", "class", "target", …).
-        needed: whether it is an error if no column is called so, but one could be meant.
-        named: whether the user gave it as a table of labels: beside the names, a sole column is then meant.
+    `column` is that of labels; None: the one that is called as usual.  If none is, but one could be meant, that is an
+    error where labels are `needed`; in a table that the user `named`, a sole column beside the file names is meant.
 
-    Raises:
-        DataError: it is damaged or too large, has no column of file names, names a file twice, or it is unclear which
-            column has the labels.
+    DataError if it is damaged, has no column of file names, or names a file twice; see also :func:`label_name`.
     """
     where = printable(path)
     files, others, rows, at = _read(path, "a table of labels")
@@ -351,12 +330,8 @@ def read_label_table(path: Path, column: str | None, *, needed: bool, named: boo
 def read_persons(path: Path, files: Sequence[str]) -> list[str]:
     """Whose image each of the files is, as a table of the same form says.  **Private**: names of persons.
 
-    Args:
-        path: the table; the column of persons is one of :data:`PERSON_NAMES`, or the only one beside the file names.
-        files: paths below the folder, or names.
-
-    Raises:
-        DataError: as for :func:`read_label_table`; a file has no person.  No message says what a person is called.
+    Their column is one of :data:`PERSON_NAMES`, or the only one beside the file names.  DataError as for
+    :func:`read_label_table`, or where a file has no person; no message says what a person is called.
     """
     where = printable(path)
     name_column, others, rows, at = _read(path, "a table of persons", show=False)

@@ -302,13 +302,9 @@ def load_private(
     on_progress: Callable[[int, int], None] | None = None,
     groups: PathLike | None = None,
 ) -> ImageDataset:
-    """The private images as the section ``data`` of `config` asks for them.
+    """The private images as the section ``data`` of `config` asks for them; an ImageDataset is taken as it is.
 
-    Args:
-        source: see :func:`load_images`; an ImageDataset is taken as it is.
-        config: size, colour, with or without classes, …
-        on_progress: called as ``(done, total)`` while images are decoded, which can take long for large sets.
-        groups: the table of persons, of the images that are trained on.
+    `groups` is the table of persons, of the images that are trained on.
     """
     if isinstance(source, ImageDataset):
         return source

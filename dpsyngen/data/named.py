@@ -106,10 +106,8 @@ NAMES = tuple(_SETS)
 def parse_name(source: str) -> tuple[str, str] | None:
     """(set, split) when `source` names a set, as in ``"mnist"`` or ``"CIFAR-10:test"``, else None.
 
-    Case, hyphens and underscores do not matter.  A text with a path separator is always a path.
-
-    Raises:
-        ConfigError: the set is known but its split is not.
+    Case, hyphens and underscores do not matter.  A text with a path separator is always a path.  ConfigError if the set
+    is known but its split is not.
     """
     if "/" in source or os.sep in source:
         return None
@@ -246,12 +244,7 @@ def find_train_images(folder: Path) -> Path | None:
 
 
 def read_idx_pair(images_path: Path, *, labels: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images ``[N, H, W]``, mapped unless compressed, and if asked for the labels ``[N]`` found beside them.
-
-    Raises:
-        DataError: not IDX, not of unsigned bytes, labels instead of images, a size that its header denies, no labels
-            beside them, or as many labels as there are no images.
-    """
+    """Images ``[N, H, W]``, mapped unless compressed, and if asked for the labels ``[N]`` found beside them."""
     images = _read_idx(images_path, dims=3, what="images [N, H, W]")
     if not labels:
         return images, None
@@ -333,13 +326,7 @@ _CIFAR_BYTES = 10_000 * _CIFAR_RECORD  # of each file
 
 
 def _read_cifar10(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 ``[N, 3, 32, 32]`` and labels uint8 ``[N]`` of a split.
-
-    Nothing of the archive is unpacked, so a member's path cannot lead anywhere.
-
-    Raises:
-        DataError: files are missing, broken, of the wrong size, or hold labels over 9.
-    """
+    """Images uint8 ``[N, 3, 32, 32]`` and labels uint8 ``[N]``; nothing is unpacked, so no path can lead anywhere."""
     path = folder / _CIFAR_ARCHIVE
     raw = dict.fromkeys(_CIFAR_FILES[split], b"")
     with damaged(path, "the archive of CIFAR-10"):

@@ -19,8 +19,6 @@ from dpsyngen.data.store import Shape
 from dpsyngen.errors import DataError, printable
 from dpsyngen.files import NotPlainError, open_plain
 
-BLOCK = 64
-"""Images that are decoded and handed on together; a bound on memory, not on the source."""
 _MOST_REASONS, _MOST_NAMED = 20, 5  # of bad images in a message, and images of each
 _READERS = 8
 Channels = Literal["auto", "grey", "rgb"]
@@ -102,21 +100,16 @@ class Job:
                 continue  # it is told of later, with all others
         return found
 
-    def blocks(self, shape: Shape, form: Form) -> Iterator[tuple[NDArray[np.uint8], list[Bad]]]:
-        """The images in order, some at a time, as uint8 ``[B, C, H, W]`` of this shape; bad ones are black."""
-        items, done = self.items(), 0
-        colour: Colour = "grey" if shape[1] == 1 else "rgb"
-        while done < self.count:
-            block = np.zeros((min(BLOCK, self.count - done), *shape[1:]), dtype=np.uint8)
-            bad: list[Bad] = []
-            for i in range(len(block)):
+    def decode(self, rows: NDArray[np.uint8], form: Form) -> Iterator[Bad]:
+        """Decode the images in order into rows ``[count, C, H, W]`` of zeros; yields the bad ones, which stay black."""
+        colour: Colour = "grey" if rows.shape[1] == 1 else "rgb"
+        items = self.items()
+        for i in range(self.count):
+            try:
                 item = next(items, BadImage("missing: the file was changed"))
-                try:
-                    block[i] = read_image(item, resolution=shape[2], colour=colour, form=form)
-                except BadImage as error:
-                    bad.append((done + i, str(error)))
-            yield block, bad
-            done += len(block)
+                rows[i] = read_image(item, resolution=rows.shape[2], colour=colour, form=form)
+            except BadImage as error:
+                yield i, str(error)
 
 
 @dataclass(frozen=True)

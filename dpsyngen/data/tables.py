@@ -29,12 +29,13 @@ from dpsyngen.data.labels import (
     index_labels,
     label_name,
 )
-from dpsyngen.data.source import BLOCK, Job, Source
+from dpsyngen.data.source import Job, Source
 from dpsyngen.data.store import check_fits
 from dpsyngen.errors import ConfigError, DataError, listed, printable
 from dpsyngen.files import damaged, open_plain
 
 IMAGE_NAMES = ("image", "img")
+_ROWS = 64  # of a row group that are in memory together
 STATE, SPLITS = "state.json", "dataset_dict.json"
 _MAX_JSON_BYTES = 2**23
 _MAX_THRIFT_BYTES = 2**26  # of a text in the footer of a Parquet file
@@ -211,7 +212,7 @@ def _arrays(path: Path, part: int, column: str) -> Iterator[Any]:
             yield reader.read_next_batch().column(column)
         return
     with _parquet(path) as table:
-        for batch in table.iter_batches(BLOCK, row_groups=[part], columns=[column], use_threads=False):
+        for batch in table.iter_batches(_ROWS, row_groups=[part], columns=[column], use_threads=False):
             yield batch.column(0)
 
 

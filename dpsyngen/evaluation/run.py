@@ -140,12 +140,7 @@ def evaluate(
 
 @ordinary_modes()
 def follow_evaluation(ranks: Ranks) -> None:
-    """In every process but the main one: share the evaluation that the main one leads, to its end.
-
-    Raises:
-        Dismissed: the main process failed, and said why.
-        RankLost: a process is gone.
-    """
+    """In every process but the main one: share the evaluation that the main one leads, to its end."""
     from dpsyngen.generator import ranks as sampling_ranks
 
     made: dict[FeatureSpec, FeatureExtractor] = {}
@@ -200,15 +195,9 @@ def check_memorisation(
     checked_names(features)
     if images < 1:
         raise ConfigError(f"the number of images is {images}, but must be at least 1.")
-    config = run.config
     generator = ReleasedGenerator(run.release, device)
-    private = training_images(run, _images(data, config, generator, "training"))
-    if private is None:
-        raise DataError(
-            f"the images are not those that {run.path} was trained on, so whether they were memorised says nothing.  "
-            "Give the same --data as for training."
-        )
-    control = None if held_out is None else _images(held_out, config, generator, "held-out")
+    private = _trained_on(run, data, generator)
+    control = None if held_out is None else _images(held_out, run.config, generator, "held-out")
     tell = on_progress or (lambda line: None)
     with run.lock():
         tell(f"generating {images:,} images")
@@ -241,24 +230,17 @@ def generated_beside_real(
     The training images are **private**, and so is which of them are shown.  The ledger notes that they were looked at.
 
     Args:
-        run: a finished run; its images are read again.
         each: how many of either kind, at most, in a row; four times as many without classes.
-        classes: how many rows at most.
         seed: of the generated images, and of the choice of the real ones.
 
     Returns:
         name of the class ("" without classes), generated and real images, uint8 [n, C, H, W], of each row.
-
-    Raises:
-        ConfigError, DataError, RunError: see their messages; nothing was looked at.
     """
     from dpsyngen.generator.generator import ReleasedGenerator
 
     run.require_complete()
     generator = ReleasedGenerator(run.release, device)
-    real = training_images(run, _images(None, run.config, generator, "training"))
-    if real is None:
-        raise DataError(f"the images are not those that {run.path} was trained on: they were changed since.")
+    real = _trained_on(run, None, generator)
     names = generator.class_names[:classes] or ("",)
     count = each if generator.class_names else 4 * each
     with run.lock():
@@ -335,14 +317,21 @@ def _images(
     return dataset
 
 
+def _trained_on(run: Run, given: Source | None, generator: ReleasedGenerator) -> ImageDataset:
+    """The images that the run was trained on, and DataError if these are others."""
+    found = training_images(run, _images(given, run.config, generator, "training"))
+    if found is None:
+        raise DataError(
+            f"the images are not those that {run.path} was trained on, or were changed since.  Give the same --data as "
+            "for training."
+        )
+    return found
+
+
 def training_images(run: Run, dataset: ImageDataset) -> ImageDataset | None:
-    """Those that the run was trained on, chosen as it chose them; None if what it pinned are others.
+    """Those that the run was trained on, chosen as it chose them; None if what it pinned, by what they are, are others.
 
-    It tells by what they are, not by where they lie.
-
-    Raises:
-        ConfigError: the run chose among the images of each person, and nobody says whose these are.
-        RunError: the files that tell are missing or damaged.
+    ConfigError if the run chose among the images of each person, and nobody says whose these are.
     """
     known = pinned(run.data_path)
     if known is None:

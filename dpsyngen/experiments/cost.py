@@ -126,12 +126,9 @@ def privacy_cost(spec: Spec, jobs: Sequence[Job], shape: Shape, out: Path | None
 
 
 def require_budget(spec: Spec, new: Sequence[Job], shape: Shape) -> None:
-    """Refuse an experiment whose runs do not all fit into the budget file, rather than run some of them.
+    """BudgetExceeded if the runs do not all fit into the budget file, rather than run some of them.
 
     `new` are the jobs that have not begun, so that they have reserved nothing yet.
-
-    Raises:
-        BudgetExceeded: they do not fit beside what is reserved.
     """
     if spec.cost.budget_file is None:
         return

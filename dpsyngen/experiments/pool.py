@@ -38,15 +38,10 @@ def work(
     retry: bool = False,
     tell: Say | None = None,
 ) -> bool:
-    """Do jobs that nobody else does until none is left; several processes may work on one experiment.
+    """Do jobs that nobody else does until none is left; False if it was asked to stop, or the time is used up.
 
-    `retry`: try jobs that failed once more; `tell` is called with what is being done.
-
-    Returns:
-        whether it went to the end; False if it was asked to stop, or the computing time is used up.
-
-    Raises:
-        ConfigError, DataError: the images cannot be read.
+    Several processes may work on one experiment.  `retry`: try jobs that failed once more; `tell` is called with what
+    is being done.
     """
     images: Images | None = None
     for job in experiment.jobs:
@@ -122,11 +117,7 @@ def _signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 
 def processes(experiment: Experiment, count: int, device: str, *, retry: bool, watch: Watch | None = None) -> bool:
-    """Do all jobs in `count` processes, each with its share of the cores.
-
-    Returns:
-        as :func:`work`.
-    """
+    """Do all jobs in `count` processes, each with its share of the cores; returns as :func:`work`."""
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "dpsyngen.experiments.pool", str(experiment.path), device]
