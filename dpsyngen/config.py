@@ -445,7 +445,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     problems = error.errors()
     for problem in problems[:_MOST_PROBLEMS]:
         place = printable(".".join(str(p) for p in problem["loc"]), 200)
-        message = problem["msg"].removeprefix("Value error, ")
+        message = problem["msg"].removeprefix("Value error, ").rstrip(".")
         if problem["type"] == "extra_forbidden":
             lines.append(f"{place}: there is no such setting{_did_you_mean(problem['loc'], model)}")
         elif place:

@@ -6,13 +6,15 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from dpsyngen.config import explain
 from dpsyngen.data import ImageDataset, ImageStore
 from dpsyngen.distributed import ALONE, Ranks, device_of
 from dpsyngen.errors import ConfigError, listed
@@ -65,54 +67,71 @@ FEW = 50
 """Different images below which every figure of a set is flagged."""
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What is measured, and how.
+class Measured(BaseModel):
+    """What is measured of generated images.
 
     `features` are names or specs (a user's own are **run**), `metrics` names among :data:`METRICS`, `classifiers` names
-    for :func:`~dpsyngen.evaluation.cas.classification_accuracy`.  Of each set, `max_images` are measured, a random
-    subset beyond.  `bootstrap` replicates make the 95 % intervals (0: none).  `seed` is that of splits, subsets,
-    directions, the bootstrap and classifiers.  `cache` is a **private** folder that keeps features of real images.
-
-    Raises:
-        ConfigError: unknown names, or numbers that no figure or interval can be made of.
+    for :func:`~dpsyngen.evaluation.cas.classification_accuracy`.
     """
 
-    features: Sequence[FeatureSpec | str] = ("pixels-pca",)
-    metrics: Sequence[str] = NAMES
-    classifiers: Sequence[str] = DEFAULT
-    bootstrap: int = 200
-    max_images: int = 10_000
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    features: tuple[FeatureSpec | str, ...] = ("pixels-pca",)
+    metrics: tuple[str, ...] = NAMES
+    classifiers: tuple[str, ...] = DEFAULT
+    bootstrap: int = Field(200, ge=0, le=100_000, description="replicates for the 95 % intervals; 0: none")
+    max_images: int = Field(10_000, ge=2, le=10**7, description="of each set, for features; a random subset beyond")
+
+    @field_validator("features")
+    @classmethod
+    def _known(cls, value: tuple[FeatureSpec | str, ...]) -> tuple[FeatureSpec | str, ...]:
+        for name in value:
+            FeatureSpec(name) if isinstance(name, str) else None
+        return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        require_names("metrics", value, NAMES)
+        return tuple(name for name in NAMES if name in value)
+
+    @field_validator("classifiers")
+    @classmethod
+    def _can_be_trained(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        require_names("classifiers", value, CLASSIFIERS)
+        return value
+
+    @field_validator("bootstrap")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if 0 < value < FEWEST:
+            raise ValueError(f"a 95 % interval takes at least {FEWEST} replicates; 0 is none")
+        return value
+
+
+class EvaluationSettings(Measured):
+    """What is measured, and how.
+
+    `seed` is that of splits, subsets, directions, the bootstrap and classifiers.  `cache` is a **private** folder that
+    keeps features of real images.
+    """
+
     seed: int = 0
     device: str = "cpu"
     cache: Path | None = None
 
-    def __post_init__(self) -> None:
-        require_names("metrics", self.metrics, NAMES)
-        object.__setattr__(self, "metrics", tuple(name for name in NAMES if name in self.metrics))
-        require_names("classifiers", self.classifiers, CLASSIFIERS)
-        if self.max_images < 2:
-            raise ConfigError(f"max_images is {self.max_images}, but metrics need at least 2 images.")
-        if self.bootstrap and self.bootstrap < FEWEST:
-            raise ConfigError(
-                f"bootstrap is {self.bootstrap}, but must be at least {FEWEST} replicates for a 95 % interval, or 0."
-            )
-
     @classmethod
     def of(cls, given: dict[str, Any]) -> EvaluationSettings:
-        """Make settings of keyword arguments; ConfigError for an unknown one, or as for the class."""
-        known = [f.name for f in fields(cls)]
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ConfigError(f"evaluation has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
-        return cls(**given)
+        """Make settings of keyword arguments; ConfigError for an unknown one, or numbers that will not do."""
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls)) from None
 
     @property
     def specs(self) -> list[FeatureSpec]:
         """The feature extractors to be made; none where no metric is asked for."""
-        if not self.metrics:
-            return []
-        return [FeatureSpec(f) if isinstance(f, str) else f for f in self.features]
+        return [FeatureSpec(f) if isinstance(f, str) else f for f in self.features if self.metrics]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import hmac
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +85,8 @@ def evaluate(
         del settings["metrics"]
     s = EvaluationSettings.of({**settings, "device": device, "cache": run.features_path if cache else None})
     weights = None if inception_weights is None else Path(inception_weights)
-    s = replace(s, features=[FeatureSpec(f, weights if f == "inception" else None) for f in map(str, s.features)])
+    specs = tuple(FeatureSpec(f, weights if f == "inception" else None) for f in map(str, s.features))
+    s = s.model_copy(update={"features": specs})
     tell = on_progress or (lambda line: None)
     config = run.config
     generator = open_everywhere(ranks, run.release, device)
@@ -128,7 +128,7 @@ def evaluate(
             programs=_drawn_by_program(config, generator, min(images, s.max_images)) if s.metrics else None,
             on_progress=tell,
             ranks=ranks,
-            **vars(s),
+            **dict(s),
         )
         result["sampling"] = samples.settings
         if own is None:

@@ -260,12 +260,9 @@ class Worker:
             test=self.images.test,
             programs=self.images.programs,
             features=[FeatureSpec(f, weights) if f == "inception" else f for f in e.features],
-            metrics=e.metrics,
-            classifiers=e.classifiers,
+            **e.model_dump(exclude={"features", "inception_weights"}),
             seed=job.seed,
             device=self.device,
-            max_images=e.max_images,
-            bootstrap=e.bootstrap,
             cache=self.experiment.path / "real",
             on_progress=self._line(clock, "evaluation"),
         )

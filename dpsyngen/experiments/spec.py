@@ -21,8 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dpsyngen.config import MAX_EPSILON, Config, DataConfig, explain, load_config, merge_settings, preset_names
 from dpsyngen.diffusion.stages import USE_MOMENTS, VARIANTS
 from dpsyngen.errors import ConfigError, printable, shown
-from dpsyngen.evaluation.extractors import FeatureSpec
-from dpsyngen.evaluation.metrics import NAMES, EvaluationSettings
+from dpsyngen.evaluation.metrics import Measured
 from dpsyngen.files import read_yaml, read_yaml_file
 
 VariantName = Literal[
@@ -159,26 +158,11 @@ class SamplingSpec(_Part):
     churn: float | None = Field(None, ge=0, le=1e6)
 
 
-class EvaluationSpec(_Part):
+class EvaluationSpec(Measured):
     """What is measured; see docs/metrics.md and docs/cas.md."""
 
     features: tuple[str, ...] = ("efficientnet-lite0", "pixels-pca")
-    metrics: tuple[str, ...] = NAMES
-    classifiers: tuple[str, ...] = ("logreg", "mlp", "cnn")
-    max_images: int = Field(10_000, ge=2, le=10**7, description="of each set, for features")
-    bootstrap: int = Field(200, ge=0, le=100_000, description="replicates for intervals; 0: none")
     inception_weights: str | None = Field(None, max_length=4096)
-
-    @model_validator(mode="after")
-    def _known(self) -> EvaluationSpec:
-        # All of this is refused where it is used, too; that would be after hours of training.
-        try:
-            for name in self.features:
-                FeatureSpec(name)
-            EvaluationSettings.of(self.model_dump(exclude={"inception_weights"}))
-        except ConfigError as error:
-            raise ValueError(str(error).rstrip(".")) from None
-        return self
 
 
 class DpClassifierSpec(_Part):

@@ -131,7 +131,7 @@ def test_bad_floats(rng: np.random.Generator) -> None:
     x[1, 0, 0], x[3, 7, 7], x[4, 1, 1] = np.nan, 1.5, -np.inf
     with pytest.raises(DataError, match="3 items") as caught:
         load_images((x, [0, 1, 0, 1, 1]))
-    assert "image 1: NaN" in str(caught.value)
+    assert "image 1, image 4: NaN" in str(caught.value)
     assert "image 3: values outside" in str(caught.value)
     data = load_images((x, ["a", "b", "a", "b", "b"]), skip_bad=True)
     assert (len(data), len(data.skipped), data.class_names) == (2, 3, ("a", "b"))

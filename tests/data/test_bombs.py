@@ -147,7 +147,9 @@ def test_processes_that_share_a_lock_file_decode_large_images_one_at_a_time(tmp_
     inside, most, lock = [0], [0], threading.Lock()
 
     def work(pixels: int) -> None:
-        with PixelBudget(2**26, str(tmp_path / "turns")).spend(pixels):
+        budget = PixelBudget(2**26)
+        budget.turns = tmp_path / "turns"
+        with budget.spend(pixels):
             with lock:
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from dpsyngen.config import load_config
-from dpsyngen.data import cache, load_images
+from dpsyngen.data import cache, load_images, source
 from dpsyngen.data.cache import Cache
-from dpsyngen.data.source import Job
 from dpsyngen.data.store import SelectedImages, StoredImages
 from dpsyngen.errors import ConfigError, DataError
 from tests.data.encoded import pixels, png, samples, write_tar
@@ -38,16 +37,15 @@ class _Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 10**9) -> None:
         self.count, self.most = 0, most
-        whole = Job.blocks
+        whole = source.read_image
 
-        def blocks(job, shape, form):
-            for images, bad in whole(job, shape, form):
-                if self.count >= self.most:
-                    raise KeyboardInterrupt
-                self.count += len(images)
-                yield images, bad
+        def counted(item, **how):
+            if self.count >= self.most:
+                raise KeyboardInterrupt
+            self.count += 1
+            return whole(item, **how)
 
-        monkeypatch.setattr(Job, "blocks", blocks)
+        monkeypatch.setattr(source, "read_image", counted)
 
 
 def test_what_is_in_the_file_is_what_is_in_memory_otherwise(tar: Path, tmp_path: Path, monkeypatch) -> None:

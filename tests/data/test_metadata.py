@@ -78,7 +78,7 @@ def test_images_without_a_row_and_rows_without_an_image(flat: Path) -> None:
     rows = {**EVEN, "7.png": "", "9.png": "a"}
     del rows["6.png"]
     (flat / "metadata.csv").write_text(csv_of(rows))
-    with pytest.raises(DataError, match=r"2 items(.|\n)*6\.png: no label in metadata\.csv"):
+    with pytest.raises(DataError, match=r"2 items(.|\n)*6\.png, 7\.png: no label in metadata\.csv"):
         load_images(flat)
     with pytest.warns(UserWarning, match=r"1 row of no image here, such as '9\.png', ignored"):
         data = load_images(flat, skip_bad=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,8 @@ def test_bad_rows_are_listed_by_their_number_or_left_out(write) -> None:
         load_images(path)
     message = str(caught.value)
     assert "paths are not followed" in message
-    assert message.count("no label") == 2
-    for row in ("row 3:", "row 5:", ": empty file"):
+    assert re.search("row 5, .*: no label", message)
+    for row in ("row 3:", ": empty file"):
         assert row in message
     data = load_images(path, skip_bad=True)
     keep = [i for i in range(25) if i not in (3, 5, 12, 20, 24)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def test_members_that_are_no_files_lead_nowhere(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(data))
     with pytest.raises(DataError, match="4 items") as caught:
         load_images(path)
-    assert str(caught.value).count("a link, which is not followed") == 2
+    assert re.search("s.tar: .*, s.tar: .*: a link, which is not followed", str(caught.value))
     assert len(load_images(path, skip_bad=True)) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.tar", "secret.png"]
     assert not (tmp_path.parent.parent / "climbs.png").exists()
