@@ -169,15 +169,22 @@ def read_npz(
     there twice or unclear, or compressed in another way than numpy does.
     """
     with damaged(path, "a .npz file"), zipfile.ZipFile(path) as archive:
-        members = _members(archive, path)
+        members: dict[str, zipfile.ZipInfo] = {}
+        for info in archive.infolist():
+            key = info.filename.removesuffix(".npy")  # what is no array keeps its ending, and is told of
+            if key in members:  # the array whose size was checked must be the one that is read
+                what = printable(key, 80)
+                raise DataError(
+                    f"{printable(path)}: '{what}' is in it twice, and only one can be meant. Save it again."
+                )
+            members[key] = info
         image_key = next((key for key in IMAGE_KEYS if key in members), None)
         if image_key is None:
-            keys = [i.filename.removesuffix(".npy") for i in archive.infolist() if i.filename.endswith(".npy")]
             raise DataError(
-                f"{printable(path)} has no images: its keys are {listed(keys)}. Save them under 'images' "
+                f"{printable(path)} has no images: its keys are {listed(members)}. Save them under 'images' "
                 f"({listed(IMAGE_KEYS)} are known)."
             )
-        label_key, told = _label_key(archive, path, image_key, label_column) if labels else (None, ())
+        label_key, told = _label_key(archive, members, path, image_key, label_column) if labels else (None, ())
         wanted = [key for key in (image_key, label_key, NAME_KEY if label_key else None) if key in members]
         headers: dict[str, _Header] = {}
         for key in wanted:
@@ -199,15 +206,14 @@ def read_npz(
 
 
 def _label_key(
-    archive: zipfile.ZipFile, path: Path, image_key: str, asked: str | None
+    archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path: Path, image_key: str, asked: str | None
 ) -> tuple[str | None, tuple[str, ...]]:
     """The key of the labels, by :func:`~dpsyngen.data.labels.label_name`, and what is told of arrays that are not used.
 
     An array of another name could hold them if it has a whole number or a text for each image.
     """
     headers: dict[str, _Header | None] = {}
-    for info in archive.infolist():
-        key = info.filename.removesuffix(".npy")  # what is no array keeps its ending, and is told of
+    for key, info in members.items():
         try:
             with archive.open(info) as member:
                 headers[key] = _read_header(member, path, key)
@@ -221,20 +227,6 @@ def _label_key(
     chosen = label_name(others, asked, None, printable(path), could_be=[k for k in fitting if k != NAME_KEY])
     others = [other for other in headers if other not in (chosen, NAME_KEY if chosen else None)]
     return chosen, ignored(str(path), others)
-
-
-def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The members by their keys; unlike numpy's loader, the array whose size was checked is the one that is read."""
-    found: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        key = info.filename.removesuffix(".npy")
-        if key == info.filename:
-            continue
-        if key in found:
-            what = printable(key, 80)
-            raise DataError(f"{printable(path)}: '{what}' is in it twice, and only one can be meant. Save it again.")
-        found[key] = info
-    return found
 
 
 def _check_names(header: _Header, path: Path) -> None:

@@ -18,25 +18,7 @@ from dpsyngen.config import explain
 from dpsyngen.data import ImageDataset, ImageStore
 from dpsyngen.distributed import ALONE, Ranks, device_of
 from dpsyngen.errors import ConfigError, listed
-from dpsyngen.evaluation.cas import (
-    DEFAULT,
-    HELD_OUT,
-    best_by_validation,
-    classification_accuracy,
-    require_names,
-    require_same_size,
-)
-from dpsyngen.evaluation.cas import NAMES as CLASSIFIERS
-from dpsyngen.evaluation.distances import (
-    FEWEST,
-    Bootstrap,
-    Estimate,
-    FeatureStatistics,
-    KernelDistance,
-    SlicedWasserstein,
-    frechet_distance,
-    frechet_influence,
-)
+from dpsyngen.evaluation import cas, distances
 from dpsyngen.evaluation.extractors import FeatureSpec, computed_by_all, kept_features
 from dpsyngen.evaluation.neighbours import NEIGHBOURS, Manifold
 
@@ -78,7 +60,7 @@ class Measured(BaseModel):
 
     features: tuple[FeatureSpec | str, ...] = ("pixels-pca",)
     metrics: tuple[str, ...] = NAMES
-    classifiers: tuple[str, ...] = DEFAULT
+    classifiers: tuple[str, ...] = cas.DEFAULT
     bootstrap: int = Field(200, ge=0, le=100_000, description="replicates for the 95 % intervals; 0: none")
     max_images: int = Field(10_000, ge=2, le=10**7, description="of each set, for features; a random subset beyond")
 
@@ -92,20 +74,20 @@ class Measured(BaseModel):
     @field_validator("metrics")
     @classmethod
     def _in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        require_names("metrics", value, NAMES)
+        cas.require_names("metrics", value, NAMES)
         return tuple(name for name in NAMES if name in value)
 
     @field_validator("classifiers")
     @classmethod
     def _can_be_trained(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        require_names("classifiers", value, CLASSIFIERS)
+        cas.require_names("classifiers", value, cas.NAMES)
         return value
 
     @field_validator("bootstrap")
     @classmethod
     def _enough(cls, value: int) -> int:
-        if 0 < value < FEWEST:
-            raise ValueError(f"a 95 % interval takes at least {FEWEST} replicates; 0 is none")
+        if 0 < value < distances.FEWEST:
+            raise ValueError(f"a 95 % interval takes at least {distances.FEWEST} replicates; 0 is none")
         return value
 
 
@@ -180,14 +162,14 @@ class Measures:
 
     def __init__(self, real: Features, metrics: Sequence[str], seed: int) -> None:
         self.metrics = [name for name in NAMES if name in metrics]
-        self._statistics = FeatureStatistics.of(real) if "frechet" in self.metrics else None
-        self._kernel = KernelDistance(real, seed=seed) if "kid" in self.metrics else None
+        self._statistics = distances.FeatureStatistics.of(real) if "frechet" in self.metrics else None
+        self._kernel = distances.KernelDistance(real, seed=seed) if "kid" in self.metrics else None
         self._manifold = Manifold(real) if set(_OF_MANIFOLD) & set(self.metrics) else None
-        self._sliced = SlicedWasserstein(real, seed=seed) if "sliced-wasserstein" in self.metrics else None
+        self._sliced = distances.SlicedWasserstein(real, seed=seed) if "sliced-wasserstein" in self.metrics else None
 
-    def of(self, features: Features, scatter: bool = False) -> dict[str, Estimate]:
+    def of(self, features: Features, scatter: bool = False) -> dict[str, distances.Estimate]:
         """Measure features [n, d]; `scatter`: with the influence of each image."""
-        found: dict[str, Estimate] = {}
+        found: dict[str, distances.Estimate] = {}
         if self._statistics is not None:
             found["frechet"] = _frechet(features, self._statistics, scatter)
         if self._kernel is not None:
@@ -199,15 +181,15 @@ class Measures:
         return {name: found[name] for name in self.metrics}
 
 
-def _frechet(features: Features, real: FeatureStatistics, scatter: bool) -> Estimate:
-    statistics = FeatureStatistics.of(features)
+def _frechet(features: Features, real: distances.FeatureStatistics, scatter: bool) -> distances.Estimate:
+    statistics = distances.FeatureStatistics.of(features)
     with warnings.catch_warnings():
         # `enough_images` says so on the figure itself, where a warning would be lost.
         warnings.simplefilter("ignore", UserWarning)
-        value = frechet_distance(statistics, real)
+        value = distances.frechet_distance(statistics, real)
     few = "" if statistics.full_rank and real.full_rank else ", fewer images than dimensions"
-    influence = frechet_influence(features, real) if scatter else None
-    return Estimate(value, f"of Gaussians{few}; biased upwards by few images", influence, smallest=0.0)
+    influence = distances.frechet_influence(features, real) if scatter else None
+    return distances.Estimate(value, f"of Gaussians{few}; biased upwards by few images", influence, smallest=0.0)
 
 
 def evaluate_images(
@@ -259,7 +241,7 @@ def evaluate_images(
     others = {"generated images": generated, "test images": test and test.images, "images drawn by programs": programs}
     for what, images in others.items():
         if images is not None:
-            require_same_size(what, images, "the real training images", reference.images)
+            cas.require_same_size(what, images, "the real training images", reference.images)
     out: dict[str, Any] = {
         "private": "computed from private images without noise: publishing these figures costs privacy",
         "notes": [],
@@ -289,7 +271,7 @@ def evaluate_images(
         tell(f"features {spec.name}: {len(made):,} generated, {len(real):,} real training images")
         out["features"][spec.name] = _figures(spec, sets, s, tell, ranks)
     if test is not None and s.classifiers and labels is not None and test.labels is not None:
-        results = classification_accuracy(
+        results = cas.classification_accuracy(
             *(generated, labels, test.array(), test.labels),
             num_classes=test.num_classes,
             classifiers=s.classifiers,
@@ -298,14 +280,14 @@ def evaluate_images(
             on_progress=on_progress,
         )
         out["cas"] = {name: result.to_dict() for name, result in results.items()}
-        out["cas_chosen"] = best_by_validation(results)
+        out["cas_chosen"] = cas.best_by_validation(results)
         out["protocol"]["real_test_images"] = len(test)
         shares = np.bincount(test.labels, minlength=test.num_classes) / len(test)
         if shares.max() == 1:
             out["notes"].append("all test images are of one class: accuracy is perfect for whatever always says it")
         out["protocol"]["cas"] = {
             "most_frequent_class": float(shares.max()),
-            "held_out_share": HELD_OUT,
+            "held_out_share": cas.HELD_OUT,
             "split": "generated images, by class",
             "chosen_on": "held-out generated images",
             "scored_on": "real test images, once",
@@ -331,7 +313,7 @@ def _figures(
     measures = Measures(of_real, [name for name in s.metrics if not refused[name]], s.seed)
     found = measures.of(of_made, scatter=s.bootstrap > 0)
     found_of = {name: measures.of(features) for name, features in bounds.items()}
-    bootstrap = Bootstrap(len(of_made), s.bootstrap, s.seed) if s.bootstrap else None
+    bootstrap = distances.Bootstrap(len(of_made), s.bootstrap, s.seed) if s.bootstrap else None
     # Components that are fewer because the images they are fitted to are few do not make these images enough.
     dimensions = max(of_real.shape[1], min(getattr(extractor, "components", 0), real.images[0].size))
     enough = all(each.different > dimensions for each in sets.values())
