@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
@@ -31,6 +32,7 @@ from dpsyngen.files import write_text
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.hardware import check_device, kind_of
 from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.training.plan import Shape, program_of
 from dpsyngen.training.run import Run
 from dpsyngen.training.session import chosen_images, pinned
 
@@ -346,13 +348,7 @@ def training_images(run: Run, dataset: ImageDataset) -> ImageDataset | None:
 
 def _drawn_by_program(config: Config, generator: ReleasedGenerator, count: int) -> np.ndarray | None:
     """The run's public images, from the first; None where the program is no longer known."""
-    from dpsyngen.programs import make_program
-
-    p = config.program
-    try:
-        program = make_program(
-            p.name, resolution=generator.resolution, channels=generator.channels, seed=p.seed, **p.params
-        )
-    except ConfigError:
-        return None
-    return program.batch(range(count))
+    with contextlib.suppress(ConfigError):
+        shape = Shape(generator.resolution, generator.channels, generator.class_names, count)
+        return program_of(config, shape).batch(range(count))
+    return None

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.errors import printable
 from dpsyngen.experiments.experiment import Experiment
-from dpsyngen.files import write_atomically, write_text
+from dpsyngen.files import write_text
 
 KINDS = ("run", "real", "dp-classifier")
 FIXED = (
@@ -27,8 +27,6 @@ FIXED = (
     *("metric", "on", "class", "value", "low", "high", "floor", "ceiling", "better", "unit", "images"),
 )
 """Columns of the long table, beside one for each setting that is varied (after "private")."""
-_TEXTS = ("job", "kind", "variant", "label", "metric", "on", "class", "better", "unit")
-_NUMBERS = ("epsilon", "delta", "value", "low", "high", "floor", "ceiling")
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False))
@@ -214,38 +212,16 @@ class Results:
                 out.append(head | {name: getattr(f, "of_class" if name == "class" else name) for name in FIXED[8:]})
         return out
 
-    def write(self, exp: Path) -> list[Path]:
-        """Write ``results.csv`` and, where pyarrow is installed, ``results.parquet``; the same bytes each time."""
-        csv_path, parquet_path, text = exp / "results.csv", exp / "results.parquet", io.StringIO(newline="")
+    def write(self, path: Path) -> None:
+        """Write the long table as CSV; the same bytes each time."""
+        text = io.StringIO(newline="")
         writer = csv.DictWriter(text, [*FIXED[:8], *self.axes, *FIXED[8:]], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.tidy())
-        write_text(csv_path, text.getvalue(), 0o600)
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            return [csv_path]
-        write_atomically(parquet_path, lambda path: _write_parquet(path, csv_path), 0o600)
-        return [csv_path, parquet_path]
+        write_text(path, text.getvalue(), 0o600)
 
 
 def _place(j: JobResult) -> tuple[Any, ...]:
     variant = VARIANTS.index(j.variant) if j.variant in VARIANTS else len(VARIANTS)
     settings = sorted((k, isinstance(v, str), str(v) if not is_number(v) else float(v)) for k, v in j.settings.items())
     return KINDS.index(j.kind), variant, j.variant, j.epsilon, repr(settings), j.label, j.seed, j.job
-
-
-def _write_parquet(path: Path, table: Path) -> None:
-    """The same table; what is empty in the CSV file is null."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from pyarrow import csv as pa_csv
-
-    convert = pa_csv.ConvertOptions(
-        # A class may be called 7, NA or null, and a column may hold nothing.
-        column_types=dict.fromkeys(_TEXTS, pa.string()) | dict.fromkeys(_NUMBERS, pa.float64()),
-        null_values=[""],
-        strings_can_be_null=True,
-    )
-    parse = pa_csv.ParseOptions(newlines_in_values=True)
-    pq.write_table(pa_csv.read_csv(table, parse_options=parse, convert_options=convert), path, compression="zstd")

@@ -28,10 +28,10 @@ from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.accounting import default_delta
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.programs import make_program
 from dpsyngen.training.log import Event, Step
 from dpsyngen.training.moments import charged_moments
 from dpsyngen.training.pipeline import Training
+from dpsyngen.training.plan import program_of, shape_of
 from dpsyngen.training.private import charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
 
@@ -81,10 +81,9 @@ class Images:
         asked = "programs" in spec.references and spec.evaluation.features
         if not asked or any(name.startswith("program.") for name in varied):
             return None
-        c = load_config(dict(spec.settings), preset=spec.preset).program
-        train = self.train
-        program = make_program(c.name, resolution=train.resolution, channels=train.channels, seed=c.seed, **c.params)
-        return program.batch(range(min(spec.evaluation.max_images, spec.sampling.images)))
+        config = load_config(dict(spec.settings), preset=spec.preset)
+        count = min(spec.evaluation.max_images, spec.sampling.images)
+        return program_of(config, shape_of(self.train, config)).batch(range(count))
 
 
 def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:

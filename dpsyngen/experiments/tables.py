@@ -278,15 +278,15 @@ def _head_names(view: View) -> tuple[str, ...]:
 
 
 def write_results(exp: Path) -> list[Path]:
-    """Write ``results.csv``, ``results.parquet`` (where pyarrow is installed) and ``tables.md``; returns their paths.
+    """Write ``results.csv`` and ``tables.md``; returns their paths.
 
     Raises:
         RunError: not the folder of an experiment.
     """
-    results, path = Results.load(exp), exp / "tables.md"
-    written = results.write(exp)
-    write_text(path, markdown(View(results)), 0o600)
-    return [*written, path]
+    results, paths = Results.load(exp), [exp / "results.csv", exp / "tables.md"]
+    results.write(paths[0])
+    write_text(paths[1], markdown(View(results)), 0o600)
+    return paths
 
 
 def markdown(view: View) -> str:

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,16 +56,14 @@ def test_long_table_has_a_row_for_each_figure(exp) -> None:
     assert accuracy["stages.tau_coarse"] == 2
 
 
-def test_csv_and_parquet_say_the_same(exp) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is optional")
+def test_csv_has_the_long_table(exp) -> None:
     paths = write_results(exp)
-    assert [p.name for p in paths] == ["results.csv", "results.parquet", "tables.md"]
+    assert [p.name for p in paths] == ["results.csv", "tables.md"]
     assert all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in paths)
     with open(paths[0], encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    table = parquet.read_table(paths[1]).to_pylist()
+    table = Results.load(exp).tidy()
     assert list(lines[0]) == list(table[0]) == [*FIXED[:8], "stages.tau_coarse", *FIXED[8:]]
-    assert len(lines) == len(table) == len(Results.load(exp).tidy())
     for line, row in zip(lines, table, strict=True):
         assert line["job"] == row["job"]
         assert float(line["value"]) == row["value"]
@@ -77,11 +74,6 @@ def test_csv_and_parquet_say_the_same(exp) -> None:
 def test_the_same_bytes_each_time(exp) -> None:
     before = [p.read_bytes() for p in write_results(exp)]
     assert [p.read_bytes() for p in write_results(exp)] == before
-
-
-def test_without_pyarrow_there_is_no_parquet(exp, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert [p.name for p in write_results(exp)] == ["results.csv", "tables.md"]
 
 
 @pytest.mark.parametrize(
