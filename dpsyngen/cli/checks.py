@@ -24,7 +24,6 @@ from dpsyngen.cli.options import (
 if TYPE_CHECKING:
     from dpsyngen.evaluation.doctor import Diagnosis
     from dpsyngen.hardware import Compute, Machine
-    from dpsyngen.training.findings import Finding
 
 
 PROBLEMS = 5
@@ -201,15 +200,6 @@ def _diagnosis_lines(found: Diagnosis) -> Iterator[str]:
             "PRIVATE findings rest on figures of private images: do not publish them.  A setting that is changed "
             "because of them is tuned on private images, which no ε covers: try it on public images first."
         )
-
-
-def health_lines(findings: list[Finding]) -> list[str]:
-    """One line for each finding that is more than a note, for the end of `dpsyngen train`."""
-    return [
-        f"{f.severity.upper()}{' (PRIVATE)' if f.basis == 'private' else ''}: {f.code}: {f.seen}"
-        for f in findings
-        if f.severity != "note"
-    ]
 
 
 CONTRADICTED = 4

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen.cli import checks as cli_checks
 from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of
 from dpsyngen.errors import ConfigError, require
 
@@ -235,7 +234,11 @@ def _tell(trained: Trained, console: Console, seconds: float) -> None:
             "findings": [f.to_dict() for f in trained.findings],
         },
         [
-            *cli_checks.health_lines(trained.findings),
+            *(
+                f"{f.severity.upper()}{' (PRIVATE)' if f.basis == 'private' else ''}: {f.code}: {f.seen}"
+                for f in trained.findings
+                if f.severity != "note"
+            ),
             f"{spent}: the generator is in {release} ({release / 'PRIVACY.md'})",
         ],
     )

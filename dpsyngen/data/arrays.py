@@ -193,7 +193,11 @@ def read_npz(
             with archive.open(members[key]) as member:
                 headers[key] = _read_header(member, path, key)
         if NAME_KEY in headers:
-            _check_names(headers[NAME_KEY], path)
+            names = headers[NAME_KEY]
+            if len(names.shape) != 1 or names.dtype.kind not in "US" or names.dtype.itemsize > 16 * MAX_NAME_BYTES:
+                allowed = f"a one-dimensional array of strings of at most {MAX_NAME_BYTES} bytes"
+                raise DataError(f"{printable(path)}: '{NAME_KEY}' must be {allowed}.")
+            check_class_count(names.shape[0], str(path))
         check_fits(sum(header.num_bytes for header in headers.values()), what=str(path))
         arrays = {}
         for key in wanted:
@@ -201,8 +205,8 @@ def read_npz(
                 arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
                 if member.read(1):  # at the end of a member its check sum is checked, too
                     raise ValueError(f"'{key}' has more bytes than declared")
-    names = to_text(arrays[NAME_KEY], f"{printable(path)}: '{NAME_KEY}'") if NAME_KEY in arrays else None
-    return arrays[image_key], arrays[label_key] if label_key else None, names, told
+    texts = to_text(arrays[NAME_KEY], f"{printable(path)}: '{NAME_KEY}'") if NAME_KEY in arrays else None
+    return arrays[image_key], arrays[label_key] if label_key else None, texts, told
 
 
 def _label_key(
@@ -227,13 +231,6 @@ def _label_key(
     chosen = label_name(others, asked, None, printable(path), could_be=[k for k in fitting if k != NAME_KEY])
     others = [other for other in headers if other not in (chosen, NAME_KEY if chosen else None)]
     return chosen, ignored(str(path), others)
-
-
-def _check_names(header: _Header, path: Path) -> None:
-    if len(header.shape) != 1 or header.dtype.kind not in "US" or header.dtype.itemsize > 16 * MAX_NAME_BYTES:
-        allowed = f"a one-dimensional array of strings of at most {MAX_NAME_BYTES} bytes"
-        raise DataError(f"{printable(path)}: '{NAME_KEY}' must be {allowed}.")
-    check_class_count(header.shape[0], str(path))
 
 
 # -------------------------------------------------------------------------------------- large files, folders of arrays

@@ -239,10 +239,6 @@ class OwnFeatures(FeatureExtractor):
         known = {"sha256": self._sha256, "weights_sha256": self._weights, "device": self.device}
         return None if self._weights is None else known
 
-    def try_out(self, channels: int, side: int) -> None:
-        """Compute the features of two images of noise, so that mistakes show before hours of other work."""
-        self(np.random.default_rng(0).integers(0, 256, (2, channels, side, side), dtype=np.uint8))
-
     def _features(self, images: Any) -> Any:
         import torch
 

@@ -109,7 +109,8 @@ def evaluate(
         # What is missing or wrong should show before images are generated and the ledger is written.
         extractor = spec.make(device_of(device, ranks))
         if isinstance(extractor, OwnFeatures):
-            extractor.try_out(generator.channels, generator.resolution)
+            shape = (2, generator.channels, generator.resolution, generator.resolution)
+            extractor(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     # All the while, so that it cannot be refused after an hour's work.
     with run.lock():
         ledger = run.finished_ledger()

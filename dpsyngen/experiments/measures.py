@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.evaluation.metrics import METRICS
-from dpsyngen.experiments.results import Figure, JobResult, Results
+from dpsyngen.experiments.results import JobResult, Results
 from dpsyngen.experiments.statistics import (
     Better,
     Comparison,
@@ -181,7 +181,9 @@ class View:
         jobs = [j for j in self.results.jobs if j.kind == wanted]
         if kind == "dp-classifier":
             jobs = [j for j in jobs if j.epsilon == epsilon]
-        figures = (f for j in jobs for f in j.figures() if _matches(f, measure))
+        of_measure = (measure.metric, measure.on, "")
+        figures = [f for j in jobs for f in j.figures()]
+        figures = [f for f in figures if (f.metric, f.on.removeprefix(DP_PREFIX), f.of_class) == of_measure]
         found = (getattr(f, bounds.get(kind, "value")) for f in figures)
         values = [measure.scale * value for value in found if value is not None]
         return [fmean(values)] if values and kind in bounds else values
@@ -221,10 +223,6 @@ def _terms(job: JobResult) -> list[tuple[str, float]]:
             what = "real test images" if f.metric == "accuracy" else "generated images"
             terms.append((f"{what} ({ON_NAMES.get(f.on, f.on)})", f.images))
     return list(dict.fromkeys(terms))
-
-
-def _matches(f: Figure, measure: Measure) -> bool:
-    return f.metric == measure.metric and f.on.removeprefix(DP_PREFIX) == measure.on and not f.of_class
 
 
 def _measure_place(m: Measure) -> tuple[Any, ...]:

@@ -140,7 +140,9 @@ class Worker:
             **{"delta": None, "private": False, "release": None},
             **found,
         }
-        result["facts"] = {**_machine(self.device), "seconds_training": sum(clock.spent.values()), **found["facts"]}
+        unit = "core-seconds" if self.device == "cpu" else "seconds"
+        machine = {"threads": torch.get_num_threads(), "device": self.device, "seconds_unit": unit}
+        result["facts"] = {**machine, "seconds_training": sum(clock.spent.values()), **found["facts"]}
         result["evaluation"]["class_names"] = list(self.images.train.class_names)
         path = self.experiment.result_path(job)
         if path.exists():
@@ -300,11 +302,6 @@ class Worker:
         facts = {k: found[k] for k in _DP_FACTS} | {"private_images_seen": found["steps"] * found["batch"]}
         evaluation = {"features": {}, "cas": found["cas"]}
         return {"delta": delta, "private": found["private"], "facts": facts, "evaluation": evaluation}
-
-
-def _machine(device: str) -> dict[str, Any]:
-    unit = "core-seconds" if device == "cpu" else "seconds"
-    return {"threads": torch.get_num_threads(), "device": device, "seconds_unit": unit}
 
 
 def _by_phase(clock: Clock) -> dict[str, float]:

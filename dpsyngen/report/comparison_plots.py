@@ -181,7 +181,8 @@ def _line_plot(
             means = [summarise(values).mean for _, _, values in line.points]
             look = {"color": colour, "ls": dash if line.dash is None else line.dash, "marker": marker}
             axes.plot([x + left for x, _, _ in line.points], means, lw=1.6, label=line.name, ms=5, **look)
-        axes.set(xlabel=x_label, ylabel=_axis_name(measure))
+        name = f"{measure.on_name} accuracy, %" if measure.metric == "accuracy" else measure.metric_name
+        axes.set(xlabel=x_label, ylabel=name)
         yield figure, axes, said
 
 
@@ -232,7 +233,3 @@ def _plain_rows(view: View) -> Sequence[Row]:
 def _in_words(values: Sequence[float]) -> str:
     s = summarise(values)
     return f"{s.mean:.4g}" if s.sd is None else f"{s.mean:.4g} ± {s.sd:.2g}"
-
-
-def _axis_name(measure: Measure) -> str:
-    return f"{measure.on_name} accuracy, %" if measure.metric == "accuracy" else measure.metric_name
