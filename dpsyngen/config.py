@@ -78,20 +78,6 @@ class DataConfig(_Section):
             raise ValueError("two numbers are needed, with a comma between, such as 0,4095")
         return parts
 
-    @field_validator("value_range")
-    @classmethod
-    def _differ(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and value[0] == value[1]:
-            raise ValueError("the values of black and white must be two different numbers, such as 0,4095")
-        return value
-
-    @field_validator("window")
-    @classmethod
-    def _wide(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and value[1] <= 0:
-            raise ValueError("the second number is the width, which must be above 0, as in 40,400")
-        return value
-
 
 class PrivacyConfig(_Section):
     """The guarantee."""

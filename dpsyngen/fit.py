@@ -82,8 +82,7 @@ def prepare_resume(
 ) -> Training:
     """Go on with the interrupted run in `out`, by default with the images it was started with.
 
-    Arguments are those of :func:`prepare`; device and number of processes may be others than before.  `tensorboard`,
-    `groups` and `labels` replace settings of the run: whether it writes for TensorBoard, and where its tables lie.
+    Arguments as of :func:`prepare`, perhaps another device; `tensorboard`, `groups`, `labels` replace settings of the run.
     """
     check_device(device)
     run = Run(Path(out))

@@ -123,6 +123,9 @@ def load_images(
         d = DataConfig.model_validate({k: v.item() if isinstance(v, np.generic) else v for k, v in asked.items()})
     except ValidationError as error:
         raise ConfigError(explain(error, DataConfig)) from None
+    ends, levels = d.value_range or (0, 1), d.window or (0, 1)
+    require(ends[0] != ends[1], "value_range", ends, "two different numbers, the values of black and white: 0,4095")
+    require(levels[1] > 0, "window", levels, "a centre and a width, which is above 0, such as 40,400")
     table = None if isinstance(labels, bool) else Path(labels).expanduser()
     which = (labels is not False, table, label_column)
     persons = None if groups is None else Path(groups).expanduser()

@@ -90,7 +90,9 @@ def test_the_ceiling_is_the_runs_own_program(run, monkeypatch) -> None:
     from dpsyngen.evaluation import run as evaluation
 
     monkeypatch.setattr(
-        evaluation, "evaluate_images", lambda *a, **k: seen.append(k["programs"]) or {"features": {}, "cas": {}}
+        evaluation,
+        "evaluate_images",
+        lambda *a, **k: seen.append(k["programs"]) or {"features": {}, "cas": {}, "notes": []},
     )
     dpsyngen.evaluate(run, images=20, classifiers=())
     p = run.config.program
@@ -143,7 +145,7 @@ def test_wrong_features_of_ones_own_cost_nothing(call, run, trained) -> None:
         code, _, err = call("evaluate", run.path, "-n", 20, *options)
         assert code == 2, err
         assert message in err
-    with pytest.raises(ConfigError, match=r"no setting metrix; it has features, metrics"):
+    with pytest.raises(ConfigError, match=r"metrix: there is no such setting \(did you mean metrics"):
         dpsyngen.evaluate(run, metrix=["kid"])
     assert run.ledger_path.read_bytes() == entries
     assert not (run.private / "metrics.json").exists()
