@@ -82,7 +82,7 @@ def prepare_resume(
 ) -> Training:
     """Go on with the interrupted run in `out`, by default with the images it was started with.
 
-    Arguments as of :func:`prepare`; the device may be another one.  `tensorboard`, `groups` and `labels` replace settings.
+    Arguments as of :func:`prepare`, perhaps another device; `tensorboard`, `groups` and `labels` replace settings.
     """
     check_device(device)
     run = Run(Path(out))
