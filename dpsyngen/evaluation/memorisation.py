@@ -11,9 +11,7 @@ to any real one, since a generator may repeat some images only.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,10 +24,10 @@ from dpsyngen.errors import ConfigError, DataError, require
 from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_same_size
 from dpsyngen.evaluation.extractors import NAMES, FeatureSpec
 from dpsyngen.evaluation.neighbours import Neighbours, Share, nearest, share
-from dpsyngen.programs import image_grid
+from dpsyngen.programs.grid import image_grid, png_url
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 PIXELS = "pixels"
 PAIRS_FILE = "memorisation_pairs.json"
@@ -239,13 +237,6 @@ def neighbour_pairs(
 def image_data(pixels: NDArray[np.uint8]) -> str:
     """One image, uint8 [C, H, W], as a ``data:`` URL, a pixel of it a pixel of the PNG: the page enlarges it."""
     return png_url(image_grid(np.asarray(pixels)[None], 1, pad=0))
-
-
-def png_url(image: Image.Image) -> str:
-    """A picture as a ``data:`` URL, so that a report is one file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def checked_names(features: Sequence[FeatureSpec | str]) -> Sequence[FeatureSpec | str]:

@@ -6,10 +6,8 @@ opens the folder ("imagefolder") and the Parquet file as they are.
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
-import io
 import json
 import os
 import re
@@ -26,8 +24,8 @@ from dpsyngen.console import in_notebook
 from dpsyngen.diffusion.stages import Stage
 from dpsyngen.errors import ConfigError, RunError, listed, printable
 from dpsyngen.files import expanded, new_folder, require_absent_or_empty, write_atomically, write_text
-from dpsyngen.programs.grid import image_grid
-from dpsyngen.programs.saving import png, require_parquet
+from dpsyngen.programs.grid import image_grid, picture, png, png_url
+from dpsyngen.programs.saving import image_table, require_parquet, write_tables
 from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
@@ -101,7 +99,7 @@ class Samples:
 
     def to_pil(self) -> list[Image.Image]:
         """Each image as a Pillow image, of mode "L" or "RGB"."""
-        return [_picture(pixels) for pixels in self.images]
+        return [picture(pixels) for pixels in self.images]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write all images to a ``.npz`` or ``.parquet`` file or a folder; RunError if there is something already."""
@@ -156,7 +154,7 @@ class Samples:
         return f"Samples({count:,} image{'' if count == 1 else 's'} of {channels}x{height}x{width}{classes}{loud})"
 
     def _repr_png_(self) -> bytes | None:
-        return _png_file(self.grid()) if len(self) else None
+        return png(self.grid()) if len(self) else None
 
     def _repr_html_(self) -> str:
         if not len(self):
@@ -167,10 +165,9 @@ class Samples:
             strip, name = image_grid(images, len(images)), html.escape(printable(name, 80))
             size = f'width="{self._scale * strip.width}" height="{self._scale * strip.height}"'
             alt = f"{len(images)} generated images{f' of class {name}' if name else ''}"
-            data = base64.b64encode(_png_file(strip)).decode()
-            picture = f'<img alt="{alt}" {size} style="image-rendering: pixelated" src="data:image/png;base64,{data}">'
+            image = f'<img alt="{alt}" {size} style="image-rendering: pixelated" src="{png_url(strip)}">'
             head = f'<th scope="row" style="text-align: right">{name}</th>' if name else ""
-            lines.append(f'<tr>{head}<td style="text-align: left">{picture}</td></tr>')
+            lines.append(f'<tr>{head}<td style="text-align: left">{image}</td></tr>')
         text = f"{len(self):,} generated image{'' if len(self) == 1 else 's'}"
         text += f", {shown:,} of them shown" if shown < len(self) else ""
         text += "; the generator is <strong>NOT PRIVATE</strong>" if self.private is False else ""
@@ -291,28 +288,18 @@ def _write_npz(path: Path, drawn: _Drawn) -> None:
 
 
 def _write_parquet(path: Path, drawn: _Drawn) -> None:
-    """A row group for each batch; columns ``image`` and, with classes, ``label``, in the form of ``datasets``."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """A row group for each batch; columns ``image`` and, with classes, ``label``."""
+    feature = {"names": list(drawn.class_names), "_type": "ClassLabel"}
 
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    features: dict[str, Any] = {"image": {"_type": "Image"}}
-    columns = [("image", image)]
-    if drawn.labels is not None:
-        features["label"] = {"names": list(drawn.class_names), "_type": "ClassLabel"}
-        columns.append(("label", pa.int64()))
-    notes = {"huggingface": json.dumps({"info": {"features": features}}), "about": json.dumps(drawn.about)}
-    schema = pa.schema(columns, metadata=notes)
-    number = 0
-    with pq.ParquetWriter(path, schema, compression="none") as file:  # PNG is compressed
+    def tables() -> Iterator[Any]:
+        number = 0
         for batch in drawn.batches:
-            rows = range(number, number + len(batch))
-            named = [{"bytes": png(x), "path": f"{n:07d}.png"} for n, x in zip(rows, batch, strict=True)]
-            values = [pa.array(named, image)]
-            if drawn.labels is not None:
-                values.append(pa.array(drawn.labels[rows.start : rows.stop], pa.int64()))
-            file.write_table(pa.table(values, schema=schema))
-            number = rows.stop
+            rows, number = range(number, number + len(batch)), number + len(batch)
+            names = [f"{n:07d}.png" for n in rows]
+            of_label = {} if drawn.labels is None else {"label": (drawn.labels[rows.start : rows.stop], feature)}
+            yield image_table(names, batch, of_label, {"about": json.dumps(drawn.about)})
+
+    write_tables(path, tables())
 
 
 def _write_folder(folder: Path, drawn: _Drawn) -> None:
@@ -328,19 +315,7 @@ def _write_folder(folder: Path, drawn: _Drawn) -> None:
             if drawn.labels is not None:
                 label = int(drawn.labels[number])
                 name, row = f"{folders[label]}/{name}", [label, drawn.class_names[label]]
-            _picture(pixels).save(folder / name)
+            picture(pixels).save(folder / name)
             table.writerow([name, *row])
     names = {} if drawn.labels is None else {"class_names": list(drawn.class_names)}
     write_text(folder / "about.json", json.dumps(drawn.about | names, indent=1, ensure_ascii=False) + "\n")
-
-
-def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
-    from PIL import Image
-
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
-
-
-def _png_file(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()

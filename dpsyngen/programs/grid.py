@@ -1,7 +1,9 @@
-"""Grids: many images side by side in one picture."""
+"""Arrays as pictures: one image, or many side by side, and their PNG files."""
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,25 @@ if TYPE_CHECKING:
 _GAP_LEVEL = 128  # neither black nor white: both occur at the border of images
 
 
+def picture(pixels: Images) -> Image.Image:
+    """Make a Pillow image, of mode "L" or "RGB", of one image [C, H, W]."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def png(image: Image.Image, *, optimize: bool = True) -> bytes:
+    """Encode a picture as a PNG file; `optimize` takes some time for a smaller file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=optimize)
+    return buffer.getvalue()
+
+
+def png_url(image: Image.Image) -> str:
+    """Encode a picture as a ``data:`` URL, so that a page with it is one file."""
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
 def image_grid(images: Images, columns: int, *, scale: int = 1, pad: int = 1) -> Image.Image:
     """Arrange images in reading order, `columns` to a row, as one Pillow image (mode "L" or "RGB").
 
@@ -26,8 +47,6 @@ def image_grid(images: Images, columns: int, *, scale: int = 1, pad: int = 1) ->
         scale: side of the square of output pixels that shows one pixel.
         pad: width of the grey gaps and frame in output pixels.
     """
-    from PIL import Image
-
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise ConfigError(
             f"images is {images.dtype} of shape {images.shape}: give uint8 [N, C, H, W] with N ≥ 1 and C 1 or 3."
@@ -43,7 +62,7 @@ def image_grid(images: Images, columns: int, *, scale: int = 1, pad: int = 1) ->
         top = pad + (n // columns) * (height + pad)
         left = pad + (n % columns) * (width + pad)
         sheet[:, top : top + height, left : left + width] = images[n].repeat(scale, 1).repeat(scale, 2)
-    return Image.fromarray(sheet[0] if channels == 1 else np.ascontiguousarray(sheet.transpose(1, 2, 0)))
+    return picture(sheet)
 
 
 def save_grid(

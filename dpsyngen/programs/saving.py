@@ -6,13 +6,13 @@ Several processes of torchrun can share a job, too: each draws and writes shards
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.files import require_absent_or_empty, strict_text, write_atomically, write_text
 from dpsyngen.programs.base import MAX_INDEX, Program, as_choice, as_integer
 from dpsyngen.programs.drawing import Images
+from dpsyngen.programs.grid import picture, png
 from dpsyngen.programs.registry import TIERS, make_program
 from dpsyngen.version import __version__
 
@@ -34,16 +35,6 @@ FORMATS = ("folder", "parquet")
 _WHAT = ("format_version", "program", "start", "count", "format", "shard_size")  # what --resume must agree on
 _LOCK = ".lock"
 _SHARDS = "shards"  # the command to the other processes of torchrun
-
-
-def png(image: Images) -> bytes:
-    """Encode one image, [C, H, W], as a PNG file."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    pixels = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def require_parquet() -> None:
@@ -100,26 +91,41 @@ class _Job:
         indices = self.indices(shard)
         images = self.program.batch(indices)
         digits = max(8, len(str(self.start + self.count - 1)))
-        named = {f"{index:0{digits}}.png": png(image) for index, image in zip(indices, images, strict=True)}
+        names = [f"{index:0{digits}}.png" for index in indices]
         if self.format == "folder":
-            for name, data in named.items():
-                (self.folder / "images" / name).write_bytes(data)
+            for name, image in zip(names, images, strict=True):
+                (self.folder / "images" / name).write_bytes(png(picture(image), optimize=False))
         else:
-            _write_table(self.folder / self._table(shard), indices, named)
+            of_index = {"index": (np.array(indices), {"dtype": "int64", "_type": "Value"})}
+            path, table = self.folder / self._table(shard), image_table(names, images, of_index, {})
+            write_atomically(path, lambda target: write_tables(target, [table]))
         return hashlib.sha256(images.tobytes()).hexdigest()
 
 
-def _write_table(path: Path, indices: range, named: dict[str, bytes]) -> None:
-    """Write PNG files by name as Parquet, in the columns "image" and "index" and with the metadata of `datasets`."""
+def image_table(names: Sequence[str], images: Images, columns: Mapping[str, Any], notes: Mapping[str, str]) -> Any:
+    """Make an Arrow table of images, as PNG files with names, in the form of ``datasets``.
+
+    `columns` are more columns: whole numbers and their feature, by name; `notes` is more metadata.
+    """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": data, "path": name} for name, data in named.items()]
-    features = {"image": {"_type": "Image"}, "index": {"dtype": "int64", "_type": "Value"}}
-    table = pa.table({"image": pa.array(rows, image), "index": pa.array(indices, pa.int64())})
-    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    write_atomically(path, lambda target: pq.write_table(table, target, compression="none"))  # PNG is compressed
+    rows = [{"bytes": png(picture(x), optimize=False), "path": n} for n, x in zip(names, images, strict=True)]
+    arrays = {name: pa.array(numbers, pa.int64()) for name, (numbers, _) in columns.items()}
+    features = {"image": {"_type": "Image"}} | {name: feature for name, (_, feature) in columns.items()}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}}), **notes}
+    return pa.table({"image": pa.array(rows, image), **arrays}).replace_schema_metadata(metadata)
+
+
+def write_tables(path: Path, tables: Iterable[Any]) -> None:
+    """Write tables of one schema as a Parquet file, each as a row group."""
+    from pyarrow.parquet import ParquetWriter
+
+    several = iter(tables)
+    first = next(several)
+    with ParquetWriter(path, first.schema, compression="none") as file:  # PNG is compressed
+        for table in chain([first], several):
+            file.write_table(table)
 
 
 def save_images(

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpsyngen.errors import DpsyngenError
-from dpsyngen.evaluation.memorisation import png_url
 from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.results import JobResult, Results
 from dpsyngen.experiments.tables import all_tables
 from dpsyngen.files import write_text
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.programs import image_grid
+from dpsyngen.programs.grid import image_grid, png_url
 from dpsyngen.report.comparison_plots import KINDS, write_plots
 from dpsyngen.report.html import class_images, render
 

@@ -20,13 +20,14 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.evaluation.memorisation import PAIRS_FILE, image_data, png_url
+from dpsyngen.evaluation.memorisation import PAIRS_FILE, image_data
 from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.files import read_yaml_file, write_text
 from dpsyngen.generator.generator import ReleasedGenerator, SamplerOptions
 from dpsyngen.privacy.certificate import number, template
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.programs import image_grid, make_program
+from dpsyngen.programs.grid import png_url
 from dpsyngen.report.charts import Points, line_chart, stage_chart
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.progress import Phase

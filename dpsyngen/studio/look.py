@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from dpsyngen.data import load_images
 from dpsyngen.errors import DpsyngenError
-from dpsyngen.evaluation.memorisation import png_url
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.programs import image_grid
+from dpsyngen.programs.grid import image_grid, png_url
 from dpsyngen.report.html import render
 from dpsyngen.studio.places import Places
 from dpsyngen.training.background import Jobs

@@ -14,11 +14,11 @@ from PIL import Image
 
 from dpsyngen.errors import DpsyngenError, require
 from dpsyngen.evaluation.doctor import diagnose
-from dpsyngen.evaluation.memorisation import png_url
 from dpsyngen.evaluation.run import generated_beside_real
 from dpsyngen.experiments.cost import hours
 from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.privacy.certificate import number
+from dpsyngen.programs.grid import png_url
 from dpsyngen.release.bundle import Packed, pack
 from dpsyngen.release.signing import make_key
 from dpsyngen.report.html import (
