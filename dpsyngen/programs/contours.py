@@ -173,10 +173,7 @@ def draw_figure(
         _harmonics(u, roughness, xs, ys)
     # Scale to the unit circle, except polygons, whose corners lie within it as drawn; then to the radius, and turn.
     radius = size * (small + unit32(b) * (large - small))
-    largest = 1.0 if shape == POLYGON else 0.0
-    for k in range(POINTS):
-        largest = max(largest, xs[k] * xs[k] + ys[k] * ys[k])
-    largest = math.sqrt(largest)
+    largest = math.sqrt(max(1.0 if shape == POLYGON else 0.0, (xs * xs + ys * ys).max()))
     xs /= largest
     ys /= largest
     cos, sin = cos_sin(0.0 if upright else unit32(c))

@@ -141,26 +141,21 @@ def draw(indices: Words, seed: Word, low: int, high: int, per_pixel: int, ground
                 shades[step, 0], shades[step, 1], shades[step, 2] = red, green, blue
 
         # Fit the points into the image, a pixel from its border.
-        left, right, top, bottom = xs[0], xs[0], ys[0], ys[0]
-        for step in range(steps):
-            left, right = min(left, xs[step]), max(right, xs[step])
-            top, bottom = min(top, ys[step]), max(bottom, ys[step])
+        left, right, top, bottom = xs.min(), xs.max(), ys.min(), ys.max()
         span = max(max(right - left, bottom - top), 1e-9)
         scale = (size - 2.0) / span if size > 4 else size / span
         shift_x = 0.5 * size - scale * 0.5 * (left + right)
         shift_y = 0.5 * size - scale * 0.5 * (top + bottom)
         visits[:] = 0
         sums[:] = 0.0
-        most = 1
         for step in range(steps):
             j = min(size - 1, max(0, math.floor(xs[step] * scale + shift_x)))
             i = min(size - 1, max(0, math.floor(ys[step] * scale + shift_y)))
             visits[i, j] += 1
-            most = max(most, visits[i, j])
             for c in range(3):
                 sums[i, j, c] += shades[step, c]
         # Density spans orders of magnitude: show its logarithm (Draves).
-        per = 1.0 / log2(1.0 + most)
+        per = 1.0 / log2(1.0 + visits.max())
         for i in range(size):
             for j in range(size):
                 seen = visits[i, j]

@@ -101,7 +101,8 @@ def shot(page: Any, name: str, tall: int = 1100) -> None:
         page.mouse.move(0, 0)
         page.evaluate("document.activeElement.blur()")
         page.wait_for_timeout(600)
-        height = min(tall, page.evaluate("document.documentElement.scrollHeight"))
+        bottom = page.evaluate("document.querySelector('.nicegui-content').getBoundingClientRect().bottom + scrollY")
+        height = min(tall, round(bottom) + 40)
         path = ROOT / SHOTS / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=path, full_page=True, clip={"x": 0, "y": 0, "width": 1100, "height": height})

@@ -132,7 +132,7 @@ def test_from_a_folder_to_a_verified_bundle(page: Any, served: Served, home: Pat
     page.get_by_role("heading", name="From noise to image").wait_for()
     assert page.locator(".class-row img").count() == 10
     page.get_by_text("Nothing was found").or_(page.locator(".finding").first).wait_for()
-    shot(page, "look")
+    shot(page, "look", 1500)
     follow(page, "Release")
     page.get_by_role("heading", name="Privacy certificate").wait_for()
     press(page, "Make a key")
