@@ -6,7 +6,6 @@ in plain words, so it cannot say anything that the numbers do not.  The code is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from dpsyngen.errors import ReleaseError, RunError
-from dpsyngen.files import write_text
+from dpsyngen.files import file_sha256, write_text
 from dpsyngen.privacy.certificate import Certificate, strength, template
 
 REQUIRED = ("PRIVACY.md", "privacy.json", "config.yaml", "generator.json")
@@ -52,11 +51,6 @@ def release_files(release: Path, certificate: Certificate) -> Iterator[tuple[str
             raise RunError(f"{file} is missing, so the release is not whole.")
 
 
-def companions(certificate: Certificate, digest: str) -> dict[str, str]:
-    """The text of each of ``COMPANIONS``; arguments as for :func:`model_card`."""
-    return {CARD: model_card(certificate, digest), **code()}
-
-
 @cache
 def code() -> dict[str, str]:
     """What diffusers runs, or is led to run by: two files of ours as they are, and the index that names them."""
@@ -73,7 +67,8 @@ def code() -> dict[str, str]:
 
 def write_companions(folder: Path, certificate: Certificate) -> None:
     """Write ``COMPANIONS`` beside the ``privacy.json`` of a folder, in place of any that are there."""
-    for name, text in companions(certificate, digest_of((folder / "privacy.json").read_bytes())).items():
+    card = model_card(certificate, file_sha256(folder / "privacy.json"))
+    for name, text in {CARD: card, **code()}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_text(folder / name, text)
 
@@ -84,11 +79,6 @@ def copy_release(release: Path, certificate: Certificate, folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
     write_companions(folder, certificate)
-
-
-def digest_of(certificate: bytes) -> str:
-    """SHA-256 of ``privacy.json``, in hexadecimal digits."""
-    return hashlib.sha256(certificate).hexdigest()
 
 
 def header(c: Certificate, digest: str) -> dict[str, Any]:
@@ -117,7 +107,7 @@ def model_card(certificate: Certificate, digest: str) -> str:
 
     Args:
         certificate: of the release; what a stranger wrote in it is text, never a template.
-        digest: of ``privacy.json``, see :func:`digest_of`.
+        digest: SHA-256 of ``privacy.json``, in hexadecimal digits.
     """
     c = certificate
     return (

@@ -79,14 +79,6 @@ class DpSgd:
         """What `steps` steps are to the accountant."""
         return Mechanism(self.sampling_rate, self.noise_multiplier, steps)
 
-    def step_mechanism(self) -> StepMechanism:
-        """What sums and releases the gradients of a step."""
-        expected = self.sampling_rate * self.records
-        if self.noise_multiplier == 0:
-            return NoPrivacy(expected)
-        kind = DiscreteGaussian if self.config.noise == "discrete" else GaussianMechanism
-        return kind(self.noise_multiplier, expected)
-
 
 # Images whose noise is drawn together.  Fixed, so that the noise of a step does not depend on how the batch is divided
 # among memory and cores: a step that is repeated after a crash is the same step.
@@ -133,7 +125,9 @@ class PrivateStep:
         self.dataset, self.levels, self.label_dropout, self.dp = dataset, levels, label_dropout, dp
         self.randomness, self.how, self.ranks = randomness, how, how.ranks
         self.kernels, self.workers = how.kernels or KernelChoices(), how.workers or Workers(1)
-        self.mechanism = dp.step_mechanism()
+        z, expected = dp.noise_multiplier, dp.sampling_rate * dp.records
+        kind = DiscreteGaussian if dp.config.noise == "discrete" else GaussianMechanism
+        self.mechanism: StepMechanism = kind(z, expected) if z > 0 else NoPrivacy(expected)
         self._engine: PerExampleGradients | None = None
 
     def engine(self, denoiser: torch.nn.Module) -> PerExampleGradients:

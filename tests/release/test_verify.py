@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -16,7 +17,7 @@ from safetensors.torch import load, save
 
 from dpsyngen.privacy.certificate import Certificate, plain_words, protected
 from dpsyngen.release.bundle import write_zip
-from dpsyngen.release.card import digest_of, model_card
+from dpsyngen.release.card import model_card
 from dpsyngen.release.signing import make_key
 from dpsyngen.release.verify import verify
 
@@ -35,8 +36,6 @@ def packed(files: Files, path: Path) -> Path:
 
 def with_manifest(files: Files) -> Files:
     """As someone would who knows of the checksums."""
-    import hashlib
-
     out = {n: c for n, c in files.items() if n not in ("manifest.json", "manifest.sig")}
     listed = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in sorted(out.items())}
     old = json.loads(files["manifest.json"])
@@ -120,7 +119,7 @@ def edit_certificate(change: Callable[[dict], None]) -> Callable[[Files], None]:
         files["privacy.json"] = json.dumps(values).encode()
         certificate = Certificate.model_validate_json(files["privacy.json"])
         files["PRIVACY.md"] = plain_words(certificate).encode()
-        files["README.md"] = model_card(certificate, digest_of(files["privacy.json"])).encode()
+        files["README.md"] = model_card(certificate, hashlib.sha256(files["privacy.json"]).hexdigest()).encode()
 
     return edit
 

@@ -19,7 +19,7 @@ from dpsyngen.config import Config, load_config
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.studio.places import Places
 from dpsyngen.studio.serve import Address, show_link
-from dpsyngen.training.background import Jobs
+from dpsyngen.training.progress import Jobs
 from tests.studio.served import MISSING, Served
 
 
