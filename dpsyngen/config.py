@@ -41,9 +41,7 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """The private images."""
 
-    source: str = Field(
-        "", max_length=4096, description="folder, Parquet, WebDataset, .npz, .npy or IDX files, or a named set"
-    )
+    source: str = Field("", max_length=4096, description="folder, file (Parquet, npz, tar, IDX, …) or a named set")
     resolution: int | None = Field(None, ge=8, le=256, description="pixels; None: what the source has")
     channels: Literal["auto", "grey", "rgb"] = "auto"
     labels: bool | str = Field(
@@ -63,10 +61,7 @@ class DataConfig(_Section):
     )
     records: int | None = Field(None, ge=1, le=10**12, description="declared number n, public; None: as found")
     cache: str = Field(
-        "auto",
-        min_length=1,
-        max_length=4096,
-        description="folder for decoded images, private; auto: in memory up to 1 GiB, else ~/.cache/dpsyngen/images",
+        "auto", min_length=1, max_length=4096, description="folder for decoded images, private; auto: see docs/data.md"
     )
     workers: int | None = Field(None, ge=1, le=1024, description="processes that decode; None: one a core")
 
@@ -85,9 +80,7 @@ class PrivacyConfig(_Section):
     epsilon: float = Field(1.0, gt=0, allow_inf_nan=True, description="ε; inf trains without privacy, for reference")
     delta: float | None = Field(None, gt=0, lt=1, description="δ; None: the largest power of ten below 1/n")
     clipping_norm: float = Field(1.0, ge=1e-9, le=1e9, description="C, bound on one image's gradient (L2)")
-    insecure_seed: int | None = Field(
-        None, ge=-(2**63), lt=2**64, description="reproducible noise: NOT PRIVATE, for tests"
-    )
+    insecure_seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="reproducible noise: NOT PRIVATE")
     group_size: int = Field(1, ge=1, le=1000, description="g: ε is for up to g images of one person together")
     groups: str | None = Field(None, max_length=4096, description="table of file names and persons; never released")
     most_per_person: int | None = Field(

@@ -11,13 +11,11 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-from urllib.parse import parse_qs
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-Headers = dict[str, list[str]]
+from starlette.requests import HTTPConnection
+from starlette.responses import HTMLResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -74,48 +72,43 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        headers: Headers = {}
-        for name, value in scope["headers"]:
-            headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-        token = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
+        asked = HTTPConnection(scope)
+        token = asked.query_params.get("token", "")
         arrives = scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/" and bool(token)
-        problem = self._wrong_host(headers) or self._wrong_origin(scope, headers, arrives)
+        problem = self._wrong_host(asked) or self._wrong_origin(asked, arrives)
         if problem is None and arrives and hmac.compare_digest(token.encode(), self._token.encode()):
             # Not a redirect: where the link was followed from another site, that would come without the new cookie.
-            secure = "; Secure" if self.scheme == "https" else ""
-            given = f"{self.cookie}={self._secret}; Path=/; HttpOnly; SameSite=Strict{secure}"
             head, text = '<meta http-equiv="refresh" content="0; url=/">', 'Opening … <a href="/">go on</a>'
-            await _answer(send, 200, _PAGE.format(head=head, text=text), {"set-cookie": given})
+            page, secure = HTMLResponse(_PAGE.format(head=head, text=text), headers=_HEADERS), self.scheme == "https"
+            page.set_cookie(self.cookie, self._secret, httponly=True, samesite="strict", secure=secure)
+            await page(scope, receive, send)
             self._renew()
             return
-        if problem is None and not self._known(headers):
+        if problem is None and not self._known(asked):
             problem = _UNKNOWN
         if problem is None:
             await self.app(scope, receive, self._marked(scope, send))
         elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": "refused"})
+            await WebSocketClose(1008, "refused")(scope, receive, send)
         else:
-            await _answer(send, 403, _PAGE.format(head="", text=problem), {})
+            await HTMLResponse(_PAGE.format(head="", text=problem), 403, _HEADERS)(scope, receive, send)
 
-    def _wrong_host(self, headers: Headers) -> str | None:
-        hosts = headers.get("host", [])
+    def _wrong_host(self, asked: HTTPConnection) -> str | None:
+        hosts = asked.headers.getlist("host")
         if hosts and all(host.lower() in self.hosts for host in hosts):
             return None
         return f"Refused: that is not the studio's name.  It is at {self.scheme}://{self.hosts[0]}/"
 
-    def _wrong_origin(self, scope: Scope, headers: Headers, arrives: bool) -> str | None:
-        own = [f"{self.scheme}://{host.lower()}" for host in headers.get("host", [])]
-        origins = headers.get("origin", [])
-        changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD")
-        site = headers.get("sec-fetch-site", [])
+    def _wrong_origin(self, asked: HTTPConnection, arrives: bool) -> str | None:
+        own = [f"{self.scheme}://{host.lower()}" for host in asked.headers.getlist("host")]
+        origins, sites = asked.headers.getlist("origin"), asked.headers.getlist("sec-fetch-site")
+        changes = asked.scope["type"] == "websocket" or asked.scope["method"] not in ("GET", "HEAD")
         foreign = any(o.lower() not in own for o in origins) or (changes and not origins)
-        foreign |= not arrives and any(s not in ("same-origin", "none") for s in site)
+        foreign |= not arrives and any(s not in ("same-origin", "none") for s in sites)
         return "Refused: another site asked for this." if foreign else None
 
-    def _known(self, headers: Headers) -> bool:
-        pairs = (pair.strip().partition("=") for text in headers.get("cookie", []) for pair in text.split(";"))
-        return any(k == self.cookie and hmac.compare_digest(v.encode(), self._secret.encode()) for k, _, v in pairs)
+    def _known(self, asked: HTTPConnection) -> bool:
+        return hmac.compare_digest(asked.cookies.get(self.cookie, "").encode(), self._secret.encode())
 
     def _marked(self, scope: Scope, send: Send) -> Send:
         """`send`, with our headers in place of those of the same name."""
@@ -130,10 +123,3 @@ class Guard:
             await send(message)
 
         return marked
-
-
-async def _answer(send: Send, status: int, text: str, more: dict[str, str]) -> None:
-    headers = {**_HEADERS, "content-type": "text/html; charset=utf-8", **more}
-    named = [(k.encode(), v.encode()) for k, v in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": named})
-    await send({"type": "http.response.body", "body": text.encode()})

@@ -219,7 +219,11 @@ class _Command:
         self.timer.deactivate()
         self.notice.say(wrong=said.error or "")
         self.result.clear()
-        conclusion, rows = self.found()
+        try:
+            conclusion, rows = self.found()
+        except (DpsyngenError, OSError) as error:
+            self.notice.say(wrong=str(error))
+            return
         with self.result:
             look.say(conclusion)
             if rows:

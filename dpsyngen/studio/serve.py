@@ -14,7 +14,6 @@ from typing import Any
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError, require
 from dpsyngen.files import write_text
-from dpsyngen.studio.guard import Guard
 from dpsyngen.studio.places import Places
 
 LOCAL = ("127.0.0.1", "localhost")
@@ -83,6 +82,7 @@ def serve(places: Places, address: Address, console: Console, show: bool) -> Non
     except ImportError as error:
         raise ConfigError(f"the studio needs {error.name}: pip install 'dpsyngen[studio]'") from None
     from dpsyngen.studio import overview, run_page, wizard
+    from dpsyngen.studio.guard import Guard
     from dpsyngen.studio.look import Studio
 
     places.runs.mkdir(parents=True, exist_ok=True)

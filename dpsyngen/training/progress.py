@@ -154,7 +154,7 @@ class Jobs:
     def _start(self, log: Path, *arguments: str) -> None:
         if self._goes_on(log):
             raise RunError("this is going on already, perhaps from another tab.")
-        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), "wb") as output:
             command = [sys.executable, "-m", "dpsyngen", *arguments]
             # In a session of its own: Ctrl-C in a terminal and its end are not for it.
             self._started[log] = subprocess.Popen(
