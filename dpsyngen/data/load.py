@@ -125,7 +125,7 @@ def load_images(
         raise ConfigError(explain(error, DataConfig)) from None
     ends, levels = d.value_range or (0, 1), d.window or (0, 1)
     require(ends[0] != ends[1], "value_range", ends, "two different numbers, the values of black and white: 0,4095")
-    require(levels[1] > 0, "window", levels, "a centre and a width, which is above 0, such as 40,400")
+    require(levels[1] > 0, "window", levels, "the centre and the width, which is above 0, such as 40,400")
     table = None if isinstance(labels, bool) else Path(labels).expanduser()
     which = (labels is not False, table, label_column)
     persons = None if groups is None else Path(groups).expanduser()

@@ -53,7 +53,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--epsilon 1 --frames some", "'first' or 'all'"),
         ("--epsilon 1 --frames all", "how many images of one person there are"),
         ("--epsilon 1 --labels {new}/none.csv", "none.csv"),
-        ("--epsilon 1 --instant --variant dpdm", "leave one of them out"),
+        ("--epsilon 1 --instant --variant dpdm", "left out, or instant"),
         ("--epsilon 1 --groups {new}/none.csv", "have no file names"),
         ("--epsilon 1 --most-per-person 0", "privacy.most_per_person is 0"),
         ("--epsilon 1 --most-per-person 2", "need to know whose image each is"),
@@ -92,7 +92,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("-n 1000000000000", "at most 100,000,000 at a time"),
         ("--features inception --inception-weights {two}", "does not hold the weights"),
         ("--bootstrap 5", "at least 40"),
-        ("--max-images 1", "at least 2 images"),
+        ("--max-images 1", "max_images is 1"),
     ],
     MEMORISATION: [
         ("--data {other}", "not those that"),
