@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dpsyngen.data.dicom import MAX_FILE_BYTES, MAX_PIXELS, DicomFile, Range, is_dicom
 from dpsyngen.data.store import PixelBudget
 from dpsyngen.errors import BadImage, ConfigError, DataError, printable, shown
 from dpsyngen.files import NotPlainError, open_plain
@@ -46,9 +47,6 @@ Colour = Literal["grey", "rgb"]
 Item = Any
 """An image: a path, the content of a file, a PIL image, or an array or tensor ``[H, W]``, ``[H, W, C]`` or
 ``[C, H, W]``; or a BadImage, which says why there is none."""
-Range = tuple[float, float]
-MAX_PIXELS = 2**26
-MAX_FILE_BYTES = 2**28
 BUDGET = PixelBudget(MAX_PIXELS)
 _MAX_SIDE = 65_535  # pixels, as JPEG; Pillow's own arithmetic ends at 2³¹
 
@@ -194,11 +192,9 @@ def _open_checked(encoded: str | bytes | os.PathLike[str]) -> Iterator[Any]:
     """The opened image, of Pillow or a DicomFile, whose pixels are not decoded yet."""
     from PIL import Image
 
-    from dpsyngen.data.dicom import DicomFile, is_dicom
-
     with _file_of(encoded) as file:
         if is_dicom(file):
-            yield DicomFile(file, MAX_PIXELS, MAX_FILE_BYTES)
+            yield DicomFile(file)
             return
         try:
             image = Image.open(file, formats=_FORMATS)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Range = tuple[float, float]
 _ToLevels = Callable[[NDArray[Any]], NDArray[np.uint8]]
+MAX_PIXELS, MAX_FILE_BYTES = 2**26, 2**28
+"""Of an image of any kind, and of its file, a DICOM file also when it is inflated."""
 MAX_FRAME_BYTES = 2**27
 """Of one picture, decoded: 2²⁶ pixels of 16 bits."""
 _STRIP = 2**20  # values that are converted together, as the numbers between take 8 bytes each
@@ -69,17 +71,17 @@ def is_dicom(file: BinaryIO) -> bool:
     return start[128:] == b"DICM"
 
 
-def count_frames(path: str, max_pixels: int, max_bytes: int) -> int:
+def count_frames(path: str) -> int:
     """How many frames the header of a file says it has; 0 if it is no DICOM file; BadImage if it is broken."""
-    with open_plain(path, max_bytes) as file:
-        return DicomFile(file, max_pixels, max_bytes).frames if is_dicom(file) else 0
+    with open_plain(path, MAX_FILE_BYTES) as file:
+        return DicomFile(file).frames if is_dicom(file) else 0
 
 
-def pictures(path: str, frames: Sequence[int], max_pixels: int, max_bytes: int) -> Iterator[DicomFile | BadImage]:
+def pictures(path: str, frames: Sequence[int]) -> Iterator[DicomFile | BadImage]:
     """These frames of a file, which is open as long as they are asked for: each time the same object."""
     try:
-        with open_plain(path, max_bytes) as file:
-            whole = DicomFile(file, max_pixels, max_bytes)
+        with open_plain(path, MAX_FILE_BYTES) as file:
+            whole = DicomFile(file)
             for whole.frame in frames:
                 yield whole
     except (NotPlainError, BadImage) as error:
@@ -88,11 +90,6 @@ def pictures(path: str, frames: Sequence[int], max_pixels: int, max_bytes: int) 
 
 class DicomFile:
     """The pictures in a DICOM file, which stays open; as far as is asked, like a Pillow image that is not decoded yet.
-
-    Args:
-        file: open for reading.
-        max_pixels: of a picture; limit.
-        max_bytes: of the file when it is inflated; limit.
 
     Attributes:
         width, height: pixels, checked against the limits.
@@ -106,18 +103,18 @@ class DicomFile:
         ConfigError: pydicom is not installed.
     """
 
-    def __init__(self, file: BinaryIO, max_pixels: int, max_bytes: int) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         try:
             import pydicom  # noqa: F401
         except ImportError:
             raise ConfigError(
                 "DICOM files are read with pydicom, which is not installed: pip install 'dpsyngen[dicom]'."
             ) from None
-        self._file, self._max_bytes = file, max_bytes
+        self._file = file
         self.frame: int | None = None
         self._whole: Any = None
         with _saying("broken or truncated DICOM header"):
-            self._header = h = _read(file, max_bytes, pixels=False)
+            self._header = h = _read(file, pixels=False)
             self.syntax = str(h.file_meta.get("TransferSyntaxUID", ""))
             if "Rows" not in h or "Columns" not in h:
                 raise BadImage("a DICOM object without an image (a report, plan or directory, say)")
@@ -128,8 +125,8 @@ class DicomFile:
             high = int(h.get("HighBit") or self._stored - 1)
         pixels = self.width * self.height
         size = pixels * self._samples * -(-self._allocated // 8)
-        if pixels > max_pixels or size > MAX_FRAME_BYTES:
-            raise BadImage(f"{self.width}×{self.height} pixels: over the limit of {max_pixels:,} (decompression bomb?)")
+        if pixels > MAX_PIXELS or size > MAX_FRAME_BYTES:
+            raise BadImage(f"{self.width}×{self.height} pixels: over the limit of {MAX_PIXELS:,} (decompression bomb?)")
         if not self.syntax:
             raise BadImage("it does not say how its pixels are stored (no transfer syntax); write it again")
         least = 0 if self._samples == 1 and self._allocated >= 32 else 1  # floating point has no bits stored
@@ -153,7 +150,7 @@ class DicomFile:
 
         with _saying("broken or truncated pixel data"):
             if self._whole is None:
-                self._whole = _read(self._file, self._max_bytes, pixels=True)
+                self._whole = _read(self._file, pixels=True)
             raw, colour = self._decoded()
             grey = self.mode == "L"
             to_levels = self._grey_levels(window) if grey else self._rgb_levels(colour)
@@ -303,7 +300,7 @@ def _saying(why: str) -> Iterator[None]:
         raise BadImage(why) from None
 
 
-def _read(file: BinaryIO, max_bytes: int, *, pixels: bool) -> Any:
+def _read(file: BinaryIO, *, pixels: bool) -> Any:
     """The elements that pictures need, as a data set of pydicom."""
     from pydicom import dcmread
     from pydicom.filereader import data_element_generator
@@ -312,9 +309,9 @@ def _read(file: BinaryIO, max_bytes: int, *, pixels: bool) -> Any:
     meta = list(data_element_generator(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2))
     if any(e.tag == 0x00020010 and bytes(e.value or b"").strip(b"\0 ") == _DEFLATED.encode() for e in meta):
         inflating = zlib.decompressobj(-zlib.MAX_WBITS)
-        inflating.decompress(file.read(), max_bytes)
+        inflating.decompress(file.read(), MAX_FILE_BYTES)
         if inflating.unconsumed_tail:
-            raise BadImage(f"more than {max_bytes:,} bytes when it is inflated (decompression bomb?)")
+            raise BadImage(f"more than {MAX_FILE_BYTES:,} bytes when it is inflated (decompression bomb?)")
     file.seek(0)
     tags = [*_ELEMENTS, *(_DATA if pixels else ())]
     return dcmread(file, stop_before_pixels=not pixels, specific_tags=tags)

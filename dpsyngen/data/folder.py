@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.cache import quiet_decoders
-from dpsyngen.data.decode import MAX_FILE_BYTES, MAX_PIXELS, Form, Item
+from dpsyngen.data.decode import Form, Item
 from dpsyngen.data.dicom import count_frames, is_dicom, pictures
 from dpsyngen.data.labels import (
     LABEL_NAMES,
@@ -124,7 +124,7 @@ def _by_frames(root: Path, files: Sequence[str], source: Source, form: Form) -> 
     with quiet_decoders():
         for i, name in enumerate(files):
             with contextlib.suppress(BadImage, NotPlainError):  # told of when it is read
-                counts[i] = max(1, count_frames(os.path.join(root, name), MAX_PIXELS, MAX_FILE_BYTES))
+                counts[i] = max(1, count_frames(os.path.join(root, name)))
             if counts[i] > form.group_size:
                 why = f"{counts[i]:,} frames, which are of one person, but the group size is {form.group_size:,}"
                 bad.append((name, f"{why}; give a larger one with --group-size (from Python: group_size)"))
@@ -150,7 +150,7 @@ def _frame_items(root: str, places: Sequence[tuple[str, int | None]]) -> Iterato
     for name, of_file in itertools.groupby(places, key=lambda place: place[0]):
         frames = [frame for _, frame in of_file if frame is not None]
         path = os.path.join(root, name)
-        yield from pictures(path, frames, MAX_PIXELS, MAX_FILE_BYTES) if frames else [path]
+        yield from pictures(path, frames) if frames else [path]
 
 
 def _list_folder(root: Path, options: Options) -> _Listed:

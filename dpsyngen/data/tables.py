@@ -187,6 +187,11 @@ def _stream(path: Path) -> Iterator[Any]:
         yield pa.ipc.open_stream(file)
 
 
+def _schema(path: Path) -> Any:
+    with _guarded(path), _stream(path) if _is_arrow(path) else _parquet(path) as file:
+        return file.schema if _is_arrow(path) else file.schema_arrow
+
+
 def _parts(path: Path, label: str | None) -> Iterator[tuple[int, Any]]:
     """(rows, column of labels or None) of each row group or record batch."""
     if _is_arrow(path):
@@ -255,9 +260,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
         ) from None
     columns = None
     for path in paths:
-        with _guarded(path), _stream(path) if _is_arrow(path) else _parquet(path) as file:
-            schema = file.schema if _is_arrow(path) else file.schema_arrow
-            found = _columns_of(schema, path, labels=labels, asked=label_column)
+        found = _columns_of(_schema(path), path, labels=labels, asked=label_column)
         if columns not in (None, found):
             raise DataError(
                 f"{where}: {printable(path.name)} has other columns or class names than {printable(paths[0].name)}. "
@@ -317,10 +320,8 @@ def _paths_of(paths: Sequence[Path], column: str, places: Sequence[tuple[str, in
     found: dict[tuple[str, int], list[str]] = {}
     for path in paths:
         first = 0
-        with _guarded(path), _stream(path) if _is_arrow(path) else _parquet(path) as file:
-            kind = (file.schema if _is_arrow(path) else file.schema_arrow).field(column).type
-            named = any(field.name == "path" for field in kind) if hasattr(kind, "get_field_index") else False
-        if not named:
+        kind = _schema(path).field(column).type
+        if not (hasattr(kind, "get_field_index") and any(field.name == "path" for field in kind)):
             raise DataError(
                 f"{printable(path)}: column {printable(column)!r} has no 'path' beside the bytes, so a table of "
                 "file names cannot say whose image a row is. Save it with datasets.Image()."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,28 +37,26 @@ def make_extractor(name: str, **options: Any) -> FeatureExtractor:
         ConfigError: unknown name or option, or a value that is not allowed.
         DataError: a weights file is missing or wrong, or cannot be downloaded.
     """
-    make, allowed = _maker(name)
+    make = _maker(name)
+    allowed = inspect.signature(make).parameters
     unknown = [o for o in options if o not in allowed]
     if unknown:
         raise ConfigError(f"the features {name!r} take {', '.join(allowed)}, not {', '.join(unknown)}.")
     return make(**options)
 
 
-def _maker(name: str) -> tuple[Callable[..., FeatureExtractor], tuple[str, ...]]:
-    """What makes the extractor, and the options that it takes."""
+def _maker(name: str) -> Callable[..., FeatureExtractor]:
     if ":" in name:
-        return partial(OwnFeatures, name), ("device", "batch_size")
-    if name == "pixels-pca":
-        return PixelsPca, ("components",)
-    if name == "efficientnet-lite0":
-        return EfficientNetLite0, ("device", "batch_size", "side")
+        return partial(OwnFeatures, name)
     if name == "inception":
         from dpsyngen.evaluation.inception import Inception
 
-        return Inception, ("weights", "device", "batch_size")
-    raise ConfigError(
-        f"features are {shown(name)}, but must be among {', '.join(NAMES)}, or your own, given as {FORM}."
-    )
+        return Inception
+    known: dict[str, Callable[..., FeatureExtractor]] = {c.name: c for c in (PixelsPca, EfficientNetLite0)}
+    if name not in known:
+        allowed = f"among {', '.join(NAMES)}, or your own, given as {FORM}"
+        raise ConfigError(f"features are {shown(name)}, but must be {allowed}.")
+    return known[name]
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ class FeatureSpec:
 
     def make(self, device: str = "cpu") -> FeatureExtractor:
         """Make the extractor, with its network loaded."""
-        given = {"device": device, "weights": self.weights}
-        return make_extractor(self.name, **{k: v for k, v in given.items() if k in _maker(self.name)[1]})
+        given, taken = {"device": device, "weights": self.weights}, inspect.signature(_maker(self.name)).parameters
+        return make_extractor(self.name, **{k: v for k, v in given.items() if k in taken})
 
 
 def kept_features(

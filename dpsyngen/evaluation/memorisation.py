@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError, DataError, require
-from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_same_size
+from dpsyngen.errors import DataError, require
+from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_names, require_same_size
 from dpsyngen.evaluation.extractors import NAMES, FeatureSpec
 from dpsyngen.evaluation.neighbours import Neighbours, Share, nearest, share
 from dpsyngen.programs.grid import image_grid, png_url
@@ -241,10 +241,8 @@ def image_data(pixels: NDArray[np.uint8]) -> str:
 
 def checked_names(features: Sequence[FeatureSpec | str]) -> Sequence[FeatureSpec | str]:
     """Return the features as given; ConfigError unless there are some and all are known."""
-    unknown = [f for f in features if isinstance(f, str) and f not in (PIXELS, *NAMES)]
-    if unknown or not features:
-        given = ", ".join(map(repr, unknown)) or "empty"
-        raise ConfigError(f"features are {given}, but must be among {', '.join((PIXELS, *NAMES))}.")
+    require(features, "features", features, (PIXELS, *NAMES))
+    require_names("features", [f for f in features if isinstance(f, str)], (PIXELS, *NAMES))
     return features
 
 

@@ -156,7 +156,7 @@ class Manifold:
 
     def __init__(self, real: Features, *, k: int = NEIGHBOURS) -> None:
         require(k >= 1, "k", k, "at least 1")
-        _require_two(real, "real")
+        require(len(real) >= 2, "the number of real images", len(real), "at least 2")
         self._k = k
         self._real = real
         self._radii: dict[int, Features] = {}
@@ -167,7 +167,7 @@ class Manifold:
         The influence on precision and density is exact, they being means; that on recall and coverage is the
         jackknife's: (n − 1) times what leaving the image out takes away.
         """
-        _require_two(features, "generated")
+        require(len(features) >= 2, "the number of generated images", len(features), "at least 2")
         n, m = len(features), len(self._real)
         k = min(self._k, n - 1, m - 1)
         if k not in self._radii:
@@ -252,11 +252,6 @@ class _Holders:
 
 def _centred(x: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(x - x.mean(), np.float64)
-
-
-def _require_two(features: Features, which: str) -> None:
-    if len(features) < 2:
-        raise ConfigError(f"there is {len(features)} {which} image, but neighbourhoods need at least 2.")
 
 
 def _blocks(a: Features, b: Features) -> Iterator[tuple[slice, Features]]:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dpsyngen.config import load_config
-from dpsyngen.data import decode, load_images
+from dpsyngen.data import load_images
 from dpsyngen.data.cache import quiet_decoders
 from dpsyngen.data.decode import BadImage, Form, read_header, read_image
 from dpsyngen.errors import ConfigError, DataError
@@ -38,7 +38,7 @@ def picture(content: bytes, window: tuple[float, float] | None = None) -> np.nda
     """At its own size and in its own colour."""
     from dpsyngen.data.dicom import DicomFile
 
-    pixels = DicomFile(io.BytesIO(content), decode.MAX_PIXELS, decode.MAX_FILE_BYTES).picture(window)
+    pixels = DicomFile(io.BytesIO(content)).picture(window)
     return np.asarray(pixels)
 
 
@@ -217,7 +217,7 @@ def test_enhanced_files_have_the_values_of_each_frame() -> None:
     content = made(frames, PerFrameFunctionalGroupsSequence=pydicom.Sequence([groups(0)[0], groups(-30)[0]]))
     from dpsyngen.data.dicom import DicomFile
 
-    file = DicomFile(io.BytesIO(content), 2**26, 2**28)
+    file = DicomFile(io.BytesIO(content))
     for i, intercept in enumerate((0, -30)):
         file.frame = i
         assert np.abs(np.asarray(file.picture()) - of_window(RAMP + intercept, 0, 101)).max() <= 1
@@ -350,7 +350,7 @@ def test_small_files_that_would_decode_to_much(monkeypatch: pytest.MonkeyPatch) 
     code = struct.pack("<16L", 1, 64, *[0] * 14) + runs
     content = made(np.zeros((64, 64), np.uint8), "1.2.840.10008.1.2.5", PixelData=pydicom.encaps.encapsulate([code]))
     assert picture(content).tolist() == [[7] * 64] * 64
-    monkeypatch.setattr("dpsyngen.data.decode.MAX_FILE_BYTES", 2**20)
+    monkeypatch.setattr("dpsyngen.data.dicom.MAX_FILE_BYTES", 2**20)
     deflated = made(RAMP, "1.2.840.10008.1.2.1.99")
     start = deflated.index(b"1.2.840.10008.1.2.1.99") + 22
     squeezing = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
