@@ -58,8 +58,7 @@ def dataset_from_arrays(
         source: shown in messages and kept in the data set.
         options: size, colour, and whether float images with NaN, infinite or out-of-range values are left out.
 
-    Raises:
-        DataError: other types, shapes or values than these, or counts that differ.
+    DataError for other types, shapes or values than these, or counts that differ.
     """
     pixels, value_range = images, options.form.value_range
     if isinstance(pixels, np.ndarray):

@@ -151,9 +151,7 @@ def index_labels(
         count: N.
         source: for messages.
 
-    Raises:
-        DataError: another type or shape, a count that differs, numbers that are negative or beyond the names, texts
-            that are not among them, or impossible names.
+    DataError for anything else: numbers that are negative or beyond the names, say, or texts that are not among them.
     """
     if labels is None:
         return None, ()

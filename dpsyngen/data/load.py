@@ -360,9 +360,6 @@ def as_source(images: Any, labels: Any, class_names: Sequence[str] | None) -> An
         images: arrays, PyTorch tensors, lists of images in any form; or a folder, file, named set or data set.
         labels: for arrays: one an image, numbers or names; None: no classes.
         class_names: names for labels 0, 1, …; None: the labels themselves.
-
-    Raises:
-        ConfigError: labels where the images bring their own.
     """
     if not (isinstance(images, list) or hasattr(images, "__array__")):
         if labels is not None or class_names is not None:

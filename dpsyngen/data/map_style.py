@@ -65,12 +65,7 @@ def is_map_style(source: Any) -> bool:
 
 
 def read_map_style(source: Any, options: Options) -> ImageDataset:
-    """The images of a dataset.
-
-    Raises:
-        DataError: items that cannot be used, all in one message; items that differ when they are read again.
-        ConfigError: the dataset has no items, or items of another form.
-    """
+    """The images of a dataset; DataError for items that cannot be used, or that differ when they are read again."""
     where = f"{type(source).__module__}.{type(source).__qualname__} of {len(source):,} items"
     if len(source) == 0:
         raise DataError(f"{where}: there are no images in it. Give at least one.")

@@ -131,11 +131,7 @@ def suggest(source: str) -> str:
 
 
 def read_named(name: str, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images (uint8, a layout of ``arrays``), labels ``[N]`` and class names of a named set; "all" is train, then test.
-
-    Raises:
-        DataError: the files are nowhere and cannot be downloaded, or are broken.
-    """
+    """Images (uint8, a layout of ``arrays``), labels ``[N]``, class names of a named set; "all" is train, then test."""
     known = _SETS[name]
     parts = ("train", "test") if split == "all" else (split,)
     folder = Path() if name == "digits" else _locate(known, parts)

@@ -88,13 +88,8 @@ def kept_features(
     """``extractor(images)``, kept in the **private** `folder` (made with mode 0700; None: nothing is kept).
 
     A file is named by a digest of all that features follow from: images, extractor, versions of dpsyngen and PyTorch.
-    One that is damaged is computed again.  Features that nobody can tell what they follow from are not kept.
-
-    Args:
-        compute: what computes them, see :func:`computed_by_all`; None: the extractor itself.
-
-    Raises:
-        DataError: `folder` is a file.
+    One that is damaged is computed again.  Features that nobody can tell what they follow from are not kept.  `compute`
+    is what computes them, see :func:`computed_by_all`; None: the extractor itself.
     """
     compute, identity = compute or extractor, extractor.identity()
     if folder is None or identity is None:

@@ -162,11 +162,7 @@ def tf1_resize(x: Tensor, side: int) -> Tensor:
 
 
 def load_inception(weights: Path) -> FidInception:
-    """The network with the weights of a ``.pth`` file (tensors only, no pickled code).
-
-    Raises:
-        DataError: the file cannot be read or is not an Inception of FID.
-    """
+    """The network with the weights of a ``.pth`` file; DataError if that is not an Inception of FID."""
     try:
         # Tensors only: no pickled code is run.
         state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -188,11 +184,7 @@ def load_inception(weights: Path) -> FidInception:
 
 
 def fetch_weights() -> Path:
-    """Download the published weights (92 MB) once, checked by SHA-256.
-
-    Raises:
-        DataError: no network; says how to get the file.
-    """
+    """Download the published weights (92 MB) once, checked by SHA-256; DataError says how to get them otherwise."""
     import pooch
 
     try:

@@ -44,11 +44,7 @@ def nearest(queries: NDArray[Any], references: NDArray[Any], *, skip: NDArray[np
     """Find the nearest of `references` [N, ...] to each of `queries` [Q, ...], by Euclidean distance (scikit-learn).
 
     The references are read in blocks, so they may be a memory map; distances are exact (whole numbers for uint8).
-
     `skip` [Q] is a row of the references that must not be answered (a query that is itself among them).
-
-    Raises:
-        ConfigError: shapes or types that do not fit, or no reference left.
     """
     from sklearn.neighbors import NearestNeighbors
 

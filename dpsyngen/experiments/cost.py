@@ -94,12 +94,8 @@ def privacy_cost(spec: Spec, jobs: Sequence[Job], shape: Shape, out: Path | None
 
     A specification may drop runs that were begun; what they did to the images is done all the same.
 
-    References are not counted: nothing of them is kept but figures, which are private.
-
-    Raises:
-        LedgerError: the ledger of an earlier run is damaged.
-        ConfigError: the settings of a run do not fit the data.
-        BudgetExceeded: all together cost more than ``cost.total_epsilon``.
+    References are not counted: nothing of them is kept but figures, which are private.  BudgetExceeded if all together
+    cost more than ``cost.total_epsilon``.
     """
     configs = [job.config for job in jobs if job.config is not None]
     plans = [plan for plan in _plans(configs, shape) if all(m.noise_multiplier > 0 for m in plan.mechanisms)]
@@ -232,11 +228,8 @@ def _training_seconds(c: Config, shape: Shape, t: StepTimes, networks: int) -> t
 def estimate(spec: Spec, jobs: Sequence[Job], shape: Shape, device: str = "cpu") -> dict[str, float]:
     """Seconds of all runs among `jobs`, none of them begun, in one process that has the device to itself.
 
-    On a CPU they are core-seconds.  Figures and references are not counted.
-
-    Returns:
-        ``public``: training on programs, of which each network is trained once and shared; ``private``: DP-SGD and DP
-        moments; ``sampling``.
+    On a CPU they are core-seconds.  ``public`` is training on programs, of which each network is trained once and
+    shared, ``private`` DP-SGD and DP moments; figures and references are not counted.
     """
     times: dict[str, StepTimes] = {}
     known: set[str] = set()

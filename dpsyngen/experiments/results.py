@@ -78,11 +78,7 @@ class JobResult(BaseModel):
 
     @classmethod
     def parse(cls, text: str, name: str) -> JobResult:
-        """Read the text of ``results/<name>.json``.
-
-        Raises:
-            ValueError: it is not such a file; the message says why.
-        """
+        """Read the text of ``results/<name>.json``; ValueError says why it is not such a file."""
         try:
             out = cls.model_validate_json(text)
             list(out.figures())  # so that what is wrong in the figures shows here
@@ -106,11 +102,7 @@ class JobResult(BaseModel):
         return str(self.facts.get("seconds_unit", "seconds"))
 
     def figures(self) -> Iterator[Figure]:
-        """Yield everything that was measured on this job.
-
-        Raises:
-            ValueError, KeyError, TypeError, AttributeError: the evaluation does not have the form that it should.
-        """
+        """Yield everything that was measured on this job; any error if the evaluation has not the form it should."""
         names = self.evaluation.get("class_names") or ()
         share: Any = {"better": "higher", "unit": "share"}
         for on, c in (self.evaluation.get("cas") or {}).items():
@@ -159,10 +151,6 @@ class Results:
 
         A file that is damaged, or that belongs to no job of the specification, or was measured in another way than the
         specification now asks, is left out and named in :attr:`skipped`.
-
-        Raises:
-            RunError: not the folder of an experiment.
-            ConfigError: its specification was damaged.
         """
         experiment = Experiment(exp)
         planned = {job.name: job for job in experiment.jobs}

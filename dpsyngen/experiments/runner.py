@@ -46,11 +46,7 @@ class Stopped(Exception):
 
 
 class Images:
-    """The real images of an experiment, read once by each process: for training, and for scoring if there are some.
-
-    Raises:
-        ConfigError, DataError: they cannot be read, or training and test images do not go together.
-    """
+    """The real images of an experiment, read once by each process: for training, and for scoring if there are some."""
 
     def __init__(self, spec: Spec) -> None:
         d = spec.data
@@ -117,12 +113,7 @@ class Worker:
 
     @ordinary_modes()
     def do(self, job: Job) -> None:
-        """Do a job, or what is left of it, and keep its result.  The caller holds the job's lock.
-
-        Raises:
-            Stopped: it was asked to.
-            DpsyngenError: it cannot be done.
-        """
+        """Do a job, or what is left, and keep its result; Stopped if asked to.  The caller holds the job's lock."""
         folder = self.experiment.work_path(job)
         if not (folder / "job.json").exists():
             write_text(folder / "job.json", json.dumps({"settings": training_digest(job)}) + "\n", 0o600)

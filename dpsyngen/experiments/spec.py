@@ -268,11 +268,7 @@ def load_spec(given: str | Path) -> Spec:
 
 
 def parse_spec(values: Any, name: str = "the specification") -> Spec:
-    """A specification from nested mappings.
-
-    Raises:
-        ConfigError: something is not allowed; all problems at once.
-    """
+    """A specification from nested mappings; ConfigError with all problems at once."""
     if not isinstance(values, dict):
         raise ConfigError(f"{printable(name)} must hold a mapping of sections ({', '.join(Spec.model_fields)}).")
     try:

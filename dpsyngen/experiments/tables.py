@@ -278,11 +278,7 @@ def _head_names(view: View) -> tuple[str, ...]:
 
 
 def write_results(exp: Path) -> list[Path]:
-    """Write ``results.csv`` and ``tables.md``; returns their paths.
-
-    Raises:
-        RunError: not the folder of an experiment.
-    """
+    """Write ``results.csv`` and ``tables.md``; returns their paths."""
     results, paths = Results.load(exp), [exp / "results.csv", exp / "tables.md"]
     results.write(paths[0])
     write_text(paths[1], markdown(View(results)), 0o600)
@@ -295,11 +291,7 @@ def markdown(view: View) -> str:
 
 
 def print_tables(exp: Path, console: Console) -> None:
-    """Say the answers, accuracies and distances of an experiment; all tables are in tables.md and in the report.
-
-    Raises:
-        RunError: not the folder of an experiment.
-    """
+    """Say the answers, accuracies and distances of an experiment; all tables are in tables.md and in the report."""
     view = View(Results.load(exp))
     tables = [t for t in all_tables(view) if t.key == "accuracy" or t.key.endswith("-lower")]
     console.markdown("\n".join([*_document(view, tables), "", PRIVATE]))

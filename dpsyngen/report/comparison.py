@@ -25,11 +25,7 @@ _MOST_ROWS = 12
 
 
 def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None) -> Path:
-    """Write ``report.html`` and ``plots/`` into the folder of an experiment; `on_progress` gets a line now and then.
-
-    Raises:
-        RunError: not the folder of an experiment.
-    """
+    """Write ``report.html`` and ``plots/`` into the folder of an experiment; `on_progress` gets a line now and then."""
     results = Results.load(exp)
     view = View(results)
     if on_progress:

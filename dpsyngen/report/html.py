@@ -77,11 +77,7 @@ def write_report(run: Run | str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def release_values(release: Path) -> dict[str, Any]:
-    """The values of the template that need files of `release` alone, a release half or a copy of it.
-
-    Raises:
-        RunError, ConfigError: a file of it is damaged.
-    """
+    """The values of the template that need files of `release` alone, a release half or a copy of it."""
     statement = json.loads((release / "privacy.json").read_text(encoding="utf-8"))
     config = read_yaml_file(release / "config.yaml", "the configuration")
     generator = ReleasedGenerator(release)
@@ -189,11 +185,7 @@ def curves(log: Iterable[Mapping[str, Any]], name: str) -> dict[str, Points]:
 
 
 def private_values(run: Run, class_names: Sequence[str]) -> dict[str, Any]:
-    """The values of the template that the publishable copy must not have.
-
-    Raises:
-        RunError, LedgerError: a file of the private half is damaged.
-    """
+    """The values of the template that the publishable copy must not have."""
     log = JsonLines(run.private / "training.jsonl", 0o600).read()
     metrics, health = _kept(run.private / "metrics.json"), _kept(run.private / "health.json")
     charts = {
