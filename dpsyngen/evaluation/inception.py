@@ -6,12 +6,13 @@ last block, and no auxiliary head.  Images are resized as TensorFlow 1 did it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dpsyngen.errors import DataError
@@ -23,130 +24,68 @@ WEIGHTS_URL = (
 )
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _SIDE = 299
-_WIDTHS = (32, 16, 8, 4, 2)  # channels of the first convolution: the real network's, and narrower for tests
-
-
-class _Conv(nn.Module):
-    """A convolution, then batch normalisation and ReLU; arguments as for ``nn.Conv2d``."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: Any = 1, stride: int = 1, padding: Any = 0) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=0.001)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
-
-
-_Path = Sequence[tuple[Any, ...]]
-
-
-class _Mixed(nn.Module):
-    """Branches beside each other, whose outputs are concatenated.
-
-    Each of `paths` is a sequence of steps: convolutions (name in the weights file, channels, then kernel, stride and
-    padding as for ``nn.Conv2d``) and ``_POOL``.  Branches that begin with the same steps share them.
-    """
-
-    def __init__(
-        self, inputs: int, w: int, pool: Callable[[Tensor], Tensor], *paths: Sequence[tuple[Any, ...]]
-    ) -> None:
-        super().__init__()
-        self.pool, self.paths = pool, [tuple(step[0] for step in path) for path in paths]
-        for path in paths:
-            width = inputs
-            for name, *shape in path:
-                if name != "pool":
-                    if not hasattr(self, name):
-                        self.add_module(name, _Conv(width // w, shape[0] // w, *shape[1:]))
-                    width = shape[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        done: dict[tuple[str, ...], Tensor] = {(): x}
-        for path in self.paths:
-            for i, step in enumerate(path):
-                if path[: i + 1] not in done:
-                    h = done[path[:i]]
-                    done[path[: i + 1]] = self.pool(h) if step == "pool" else self.get_submodule(step)(h)
-        return torch.cat([done[path] for path in self.paths], 1)
 
 
 def _mean3(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def _max3(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, 1, 1)
+class FidInception:
+    """uint8 RGB [N, 3, H, W] -> pooled features [N, 2048], from the tensors of the published file, by their names.
 
-
-def _halve(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, 2)
-
-
-_POOL = ("pool",)
-
-
-def _a(inputs: int, pool: int, w: int) -> _Mixed:
-    double = [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 1, 1)]
-    five = [("branch5x5_1", 48), ("branch5x5_2", 64, 5, 1, 2)]
-    return _Mixed(inputs, w, _mean3, [("branch1x1", 64)], five, double, [_POOL, ("branch_pool", pool)])
-
-
-def _b(inputs: int, w: int) -> _Mixed:
-    double = [("branch3x3dbl_1", 64), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 2)]
-    return _Mixed(inputs, w, _halve, [("branch3x3", 384, 3, 2)], double, [_POOL])
-
-
-def _c(c: int, w: int) -> _Mixed:
-    across, down = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
-    single = [("branch7x7_1", c), ("branch7x7_2", c, *across), ("branch7x7_3", 192, *down)]
-    double = [("branch7x7dbl_1", c), ("branch7x7dbl_2", c, *down), ("branch7x7dbl_3", c, *across)]
-    double += [("branch7x7dbl_4", c, *down), ("branch7x7dbl_5", 192, *across)]
-    return _Mixed(768, w, _mean3, [("branch1x1", 192)], single, double, [_POOL, ("branch_pool", 192)])
-
-
-def _d(inputs: int, w: int) -> _Mixed:
-    seven = [("branch7x7x3_1", 192), ("branch7x7x3_2", 192, (1, 7), 1, (0, 3))]
-    seven += [("branch7x7x3_3", 192, (7, 1), 1, (3, 0)), ("branch7x7x3_4", 192, 3, 2)]
-    return _Mixed(inputs, w, _halve, [("branch3x3_1", 192), ("branch3x3_2", 320, 3, 2)], seven, [_POOL])
-
-
-def _e(inputs: int, pool: Callable[[Tensor], Tensor], w: int) -> _Mixed:
-    across, down = (384, (1, 3), 1, (0, 1)), (384, (3, 1), 1, (1, 0))
-    single = [("branch3x3_1", 384)]
-    double = [("branch3x3dbl_1", 448), ("branch3x3dbl_2", 384, 3, 1, 1)]
-    threes = [[*single, ("branch3x3_2a", *across)], [*single, ("branch3x3_2b", *down)]]
-    doubles = [[*double, ("branch3x3dbl_3a", *across)], [*double, ("branch3x3dbl_3b", *down)]]
-    return _Mixed(inputs, w, pool, [("branch1x1", 320)], *threes, *doubles, [_POOL, ("branch_pool", 192)])
-
-
-class FidInception(nn.Module):
-    """uint8 RGB [N, 3, H, W] -> pooled features [N, 2048 // narrow].
-
-    Args:
-        narrow: divides all widths; 1 for the real network, 16 for tests (the weights file decides).
+    Their shapes say how wide each layer is; tests have narrower ones.
     """
 
-    def __init__(self, narrow: int = 1) -> None:
-        super().__init__()
-        w = narrow
-        self.dim = 2048 // w
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = _Conv(3, 32 // w, 3, 2), _Conv(32 // w, 32 // w, 3)
-        self.Conv2d_2b_3x3 = _Conv(32 // w, 64 // w, 3, padding=1)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = _Conv(64 // w, 80 // w), _Conv(80 // w, 192 // w, 3)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _a(192, 32, w), _a(256, 64, w), _a(288, 64, w)
-        self.Mixed_6a, self.Mixed_6b = _b(288, w), _c(128, w)
-        self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = _c(160, w), _c(160, w), _c(192, w)
-        # The last block pools by maxima: so does the graph that FIDs are made with.
-        self.Mixed_7a, self.Mixed_7b, self.Mixed_7c = _d(768, w), _e(1280, _mean3, w), _e(2048, _max3, w)
+    def __init__(self, weights: Mapping[str, Tensor], device: str = "cpu") -> None:
+        self._weights = {name: tensor.to(device) for name, tensor in weights.items()}
 
-    def forward(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         x = (tf1_resize(images.float(), _SIDE) - 128) / 128
-        for name, layer in self.named_children():  # in the order in which they are defined
-            x = layer(x)
-            if name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
-                x = F.max_pool2d(x, 3, 2)
+        x = self._conv("Conv2d_2a_3x3", self._conv("Conv2d_1a_3x3", x, 2, padded=False), padded=False)
+        x = F.max_pool2d(self._conv("Conv2d_2b_3x3", x), 3, 2)
+        x = F.max_pool2d(self._conv("Conv2d_4a_3x3", self._conv("Conv2d_3b_1x1", x), padded=False), 3, 2)
+        double = ["3x3dbl_1", "3x3dbl_2"]
+        for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+            x = self._mixed(block, x, _mean3, ["1x1"], ["5x5_1", "5x5_2"], [*double, "3x3dbl_3"])
+        x = self._halved("Mixed_6a", x, ["3x3"], [*double, "3x3dbl_3"])
+        for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+            sevens = [f"7x7dbl_{i}" for i in range(1, 6)]
+            x = self._mixed(block, x, _mean3, ["1x1"], ["7x7_1", "7x7_2", "7x7_3"], sevens)
+        x = self._halved("Mixed_7a", x, ["3x3_1", "3x3_2"], [f"7x7x3_{i}" for i in range(1, 5)])
+        # The last block pools by maxima: so does the graph that FIDs are made with.
+        for block, pool in (
+            ("Mixed_7b", _mean3),
+            ("Mixed_7c", partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)),
+        ):
+            threes = [["3x3_1", "3x3_2a"], ["3x3_1", "3x3_2b"], [*double, "3x3dbl_3a"], [*double, "3x3dbl_3b"]]
+            x = self._mixed(block, x, pool, ["1x1"], *threes)
         return x.mean((2, 3))
+
+    def _conv(self, name: str, x: Tensor, stride: int = 1, *, padded: bool = True) -> Tensor:
+        """A convolution, batch normalisation and ReLU; `padded`: with as much padding as keeps the size."""
+        kernel = self._weights[f"{name}.conv.weight"]
+        x = F.conv2d(x, kernel, None, stride, (kernel.shape[2] // 2, kernel.shape[3] // 2) if padded else 0)
+        names = ("running_mean", "running_var", "weight", "bias")
+        return F.relu(F.batch_norm(x, *(self._weights[f"{name}.bn.{part}"] for part in names), eps=0.001))
+
+    def _mixed(self, block: str, x: Tensor, pool: Callable[[Tensor], Tensor], *branches: list[str]) -> Tensor:
+        """Branches of convolutions beside each other, and one that pools before it projects."""
+        out = []
+        for branch, h in [*((names, x) for names in branches), (["_pool"], pool(x))]:
+            for name in branch:
+                h = self._conv(f"{block}.branch{name}", h)
+            out.append(h)
+        return torch.cat(out, 1)
+
+    def _halved(self, block: str, x: Tensor, *branches: list[str]) -> Tensor:
+        """The same, where the last convolution of each branch and the pooling have stride 2 and no padding."""
+        out = []
+        for *first, last in branches:
+            h = x
+            for name in first:
+                h = self._conv(f"{block}.branch{name}", h)
+            out.append(self._conv(f"{block}.branch{last}", h, 2, padded=False))
+        return torch.cat([*out, F.max_pool2d(x, 3, 2)], 1)
 
 
 def tf1_resize(x: Tensor, side: int) -> Tensor:
@@ -161,26 +100,25 @@ def tf1_resize(x: Tensor, side: int) -> Tensor:
     return x
 
 
-def load_inception(weights: Path) -> FidInception:
-    """The network with the weights of a ``.pth`` file; DataError if that is not an Inception of FID."""
+def load_inception(weights: Path, device: str = "cpu") -> tuple[FidInception, int]:
+    """The network with the weights of a ``.pth`` file, and its number of features.
+
+    DataError if that is not an Inception of FID.
+    """
     try:
-        # Tensors only: no pickled code is run.
+        # Tensors only: no pickled code is run.  A first pass shows what is missing, or of another shape.
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        stem = state["Conv2d_1a_3x3.conv.weight"]
-        if stem.ndim != 4 or stem.shape[0] not in _WIDTHS:
-            raise ValueError(f"Conv2d_1a_3x3.conv.weight is {tuple(stem.shape)}, not (32, 3, 3, 3)")
-        network = FidInception(32 // stem.shape[0])
-        # The published file has a classifier that FID does not use, and no counters of batches seen.
-        missing, _ = network.load_state_dict(state, strict=False)
-        missing = [k for k in missing if not k.endswith("num_batches_tracked")]
-        if missing:
-            raise KeyError(f"{len(missing)} tensors are missing, {missing[0]} among them")
+        network = FidInception(state, device)
+        with torch.inference_mode():
+            features = network(torch.zeros(1, 3, 8, 8, device=device)).shape[1]
+        if features != 64 * len(state["Conv2d_1a_3x3.conv.weight"]):
+            raise ValueError(f"it has {features} features")
     except Exception as error:  # torch.load raises many kinds
         raise DataError(
             f"{weights} does not hold the weights of FID's Inception: {error}.  Give the file "
             f"{WEIGHTS_URL.rsplit('/', 1)[-1]}."
         ) from None
-    return network.eval().requires_grad_(False)
+    return network, features
 
 
 def fetch_weights() -> Path:
@@ -205,12 +143,12 @@ class Inception(FeatureExtractor):
     def __init__(self, weights: Path | str | None = None, device: str = "cpu", batch_size: int = 32) -> None:
         super().__init__(device, batch_size)
         path = fetch_weights() if weights is None else Path(weights)
-        self._network = load_inception(path).to(device)
+        self._network, self._dim = load_inception(path, device)
         self._file, self._sha256 = path.name, file_sha256(path)
 
     @property
     def dim(self) -> int:
-        return self._network.dim
+        return self._dim
 
     def config(self) -> dict[str, Any]:
         return {

@@ -9,8 +9,8 @@ import torch
 from dpsyngen.data import load_images
 from dpsyngen.evaluation import frechet_distance, make_extractor
 from dpsyngen.evaluation.distances import KernelDistance
-from dpsyngen.evaluation.inception import FidInception
 from dpsyngen.evaluation.neighbours import Manifold
+from tests.evaluation.inception_module import ModuleInception
 
 
 def feature_sets(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +81,7 @@ def test_precision_and_recall(fidelity, features, k) -> None:
 def test_inception_on_the_same_images_and_weights(fidelity, tmp_path) -> None:
     """At full width, with random weights in the format of the published file: features, then the distance."""
     torch.manual_seed(0)
-    network = FidInception()
+    network = ModuleInception()
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)  # keeps the signal alive through all layers
