@@ -394,8 +394,7 @@ def load_config(
         file: a YAML file with any of the sections.
         device: where the run will compute, for the preset.
 
-    Raises:
-        ConfigError: unknown preset, unknown key, or a value that is not allowed; all problems at once.
+    ConfigError for an unknown preset or key, or a value that is not allowed; all problems at once.
     """
     given: dict[str, Any] = {}
     if file is not None:

@@ -7,7 +7,6 @@ last block, and no auxiliary head.  Images are resized as TensorFlow 1 did it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,10 @@ _SIDE = 299
 
 def _mean3(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def _max3(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, 1, 1)
 
 
 class FidInception:
@@ -53,10 +56,7 @@ class FidInception:
             x = self._mixed(block, x, _mean3, ["1x1"], ["7x7_1", "7x7_2", "7x7_3"], sevens)
         x = self._halved("Mixed_7a", x, ["3x3_1", "3x3_2"], [f"7x7x3_{i}" for i in range(1, 5)])
         # The last block pools by maxima: so does the graph that FIDs are made with.
-        for block, pool in (
-            ("Mixed_7b", _mean3),
-            ("Mixed_7c", partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)),
-        ):
+        for block, pool in (("Mixed_7b", _mean3), ("Mixed_7c", _max3)):
             threes = [["3x3_1", "3x3_2a"], ["3x3_1", "3x3_2b"], [*double, "3x3dbl_3a"], [*double, "3x3dbl_3b"]]
             x = self._mixed(block, x, pool, ["1x1"], *threes)
         return x.mean((2, 3))
@@ -65,8 +65,10 @@ class FidInception:
         """A convolution, batch normalisation and ReLU; `padded`: with as much padding as keeps the size."""
         kernel = self._weights[f"{name}.conv.weight"]
         x = F.conv2d(x, kernel, None, stride, (kernel.shape[2] // 2, kernel.shape[3] // 2) if padded else 0)
-        names = ("running_mean", "running_var", "weight", "bias")
-        return F.relu(F.batch_norm(x, *(self._weights[f"{name}.bn.{part}"] for part in names), eps=0.001))
+        mean, variance, weight, bias = (
+            self._weights[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.relu(F.batch_norm(x, mean, variance, weight, bias, eps=0.001))
 
     def _mixed(self, block: str, x: Tensor, pool: Callable[[Tensor], Tensor], *branches: list[str]) -> Tensor:
         """Branches of convolutions beside each other, and one that pools before it projects."""

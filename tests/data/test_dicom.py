@@ -485,7 +485,7 @@ def test_frames_are_images_of_one_person(tmp_path: Path) -> None:
         assert data.array()[:, 0, 0, 0].tolist() == [10, 100, 250, 10, 100, 250, 100, 10]
         assert data.labels is not None
         assert data.labels.tolist() == [0] * 4 + [1] * 4
-    with pytest.raises(DataError, match=r"a/x: 3 frames, which are of one person, but the group size is 2"):
+    with pytest.raises(DataError, match=r"a/x, b/w, b/z: 3 frames, which are of one person, but the group size is 2"):
         load_images(tmp_path, frames="all", group_size=2)
     assert load_images(tmp_path, frames="first", skip_bad=True).array()[:, 0, 0, 0].tolist() == [10, 10, 100, 250]
 
