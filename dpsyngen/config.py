@@ -396,9 +396,7 @@ def load_config(
 
     ConfigError for an unknown preset or key, or a value that is not allowed; all problems at once.
     """
-    given: dict[str, Any] = {}
-    if file is not None:
-        given = _sections(read_yaml_file(file, "the configuration"), str(file))
+    given = {} if file is None else _sections(read_yaml_file(file, "the configuration"), str(file))
     name = preset or (overrides or {}).get("preset") or given.get("preset") or default_preset(device)
     require(name in preset_names(), "preset", name, preset_names())
     text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
