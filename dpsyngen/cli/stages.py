@@ -13,7 +13,6 @@ from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, e
 from dpsyngen.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dpsyngen.config import Config
     from dpsyngen.console import Console
     from dpsyngen.thresholds.files import StagesResult
     from dpsyngen.thresholds.run import Stages
@@ -70,22 +69,23 @@ def stages(
     if data is None and (without := [name for name, value in asked.items() if value is not None]):
         without_data = ", ".join(f"--{name.replace('_', '-')}" for name in without)
         raise ConfigError(f"{without_data} goes with --data, the private images; none were given.")
+    from dpsyngen.config import load_config, merge_settings, with_options
     from dpsyngen.data.load import load_private
+    from dpsyngen.files import read_yaml_file
     from dpsyngen.hardware import check_device
     from dpsyngen.thresholds.run import Stages, StagesOptions, require_usable
 
     require_usable(out)
     check_device(device)
-    kept, loaded = _configuration(
-        preset,
-        config,
-        assignments(settings or []),
-        data={"resolution": resolution, "channels": channels},
-        network={"size": network},
-        public={"steps": steps},
-        private_data={"records": records},
-        privacy=privacy,
+    given = with_options(
+        data__resolution=resolution, data__channels=channels, network__size=network, public__steps=steps
     )
+    given = merge_settings(given, assignments(settings or []))
+    # What this call spends is not what a training will spend, so it is not kept.
+    once = with_options(None, data__records=records, **{f"privacy__{name}": v for name, v in privacy.items()})
+    loaded = load_config(merge_settings(given, once), preset=preset, file=config)
+    kept = {} if config is None else dict(read_yaml_file(config, "the configuration"))
+    kept = merge_settings(kept, {"preset": loaded.preset, **{k: v for k, v in given.items() if k == "data"}})
     options = StagesOptions(
         programs=[name.strip() for name in programs.split(",") if name.strip()],
         proxy=proxy,
@@ -107,23 +107,6 @@ def stages(
         console.result({"error": {"kind": "interrupted", "message": text}}, [text])
         raise typer.Exit(130) from None
     _say(console, out, result, files, time.monotonic() - begun)
-
-
-def _configuration(
-    preset: str | None, file: Path | None, more: dict[str, Any], **sections: dict[str, Any]
-) -> tuple[dict[str, Any], Config]:
-    """What ``stages.yaml`` keeps, and the whole configuration of this call."""
-    from dpsyngen.config import load_config, merge_settings
-    from dpsyngen.files import read_yaml_file
-
-    given = {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
-    # What this call spends is not what a training will spend, so it is not kept.
-    once = {"data": given.pop("private_data"), "privacy": given.pop("privacy")}
-    given = merge_settings({k: v for k, v in given.items() if v}, more)
-    loaded = load_config(merge_settings(given, {k: v for k, v in once.items() if v}), preset=preset, file=file)
-    kept = {} if file is None else dict(read_yaml_file(file, "the configuration"))
-    shape = {"data": given["data"]} if "data" in given else {}
-    return merge_settings(kept, {"preset": loaded.preset, **shape}), loaded
 
 
 def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list[Path]]:
