@@ -356,56 +356,45 @@ def metric_rows(metrics: dict[str, Any]) -> list[FigureRow]:
 
 def memorisation_rows(figures: dict[str, Any]) -> list[FigureRow]:
     """A row for each figure of a memorisation check, ``private/memorisation.json``."""
-    rows = []
+    rows: list[FigureRow] = []
+
+    def add(name: str, value: str, note: str) -> None:
+        rows.append(FigureRow(name, value, note=note))
+
     for features, space in figures["spaces"].items():
         about, everything, few = (space[k] for k in ("features", "everything", "nearest_few"))
         real = "training" if everything is None else "held-out"
         if everything is None:
             note = f"nothing to compare it with: there are no held-out images; {about['unit']}"
-            found = [("median distance to a training image", f"{space['median_private']:.3g}", note)]
+            add(f"median distance to a training image, {features}", f"{space['median_private']:.3g}", note)
         else:
-            found = [
-                (
-                    "nearest to a training image",
-                    _percent(everything["share"]),
-                    f"{_percent(everything['expected'])} if not memorised; {about['private_images']:,} training and "
-                    f"{about['held_out_images']:,} held-out images; 95 % interval {100 * everything['low']:.1f} to "
-                    f"{_percent(everything['high'])}; permutation test p = {everything['p_permutation']:.2g}",
-                ),
-                (
-                    f"the same for the {few['images']:,} nearest images",
-                    _percent(few["share"]),
-                    f"{_percent(few['expected'])} if not memorised; permutation test p = {few['p_permutation']:.2g}",
-                ),
-                (
-                    "distance to training over held-out images",
-                    "–" if space["ratio"] is None else f"{space['ratio']:.3f}",
-                    f"1 if not memorised; medians {space['median_private']:.3g} and {space['median_held_out']:.3g}, "
-                    f"real sets of {space['size']:,} images each; {about['unit']}",
-                ),
-            ]
-        note = f"nearer to a training image than 99 % of the {real} images are to another ({space['threshold']:.3g}); "
+            note = f"{_percent(everything['expected'])} if not memorised; {about['private_images']:,} training and "
+            note += f"{about['held_out_images']:,} held-out images; 95 % interval {100 * everything['low']:.1f} to "
+            note += f"{_percent(everything['high'])}; permutation test p = {everything['p_permutation']:.2g}"
+            add(f"nearest to a training image, {features}", _percent(everything["share"]), note)
+            note = f"{_percent(few['expected'])} if not memorised; permutation test p = {few['p_permutation']:.2g}"
+            add(f"the same for the {few['images']:,} nearest images, {features}", _percent(few["share"]), note)
+            note = f"1 if not memorised; medians {space['median_private']:.3g} and {space['median_held_out']:.3g}, "
+            note += f"real sets of {space['size']:,} images each; {about['unit']}"
+            ratio = "–" if space["ratio"] is None else f"{space['ratio']:.3f}"
+            add(f"distance to training over held-out images, {features}", ratio, note)
         if space["closer"] is None:
-            found.append(
-                (
-                    "closer than real images are",
-                    "–",
-                    f"NOT MEASURED: {_percent(space['copies'])} of the {real} images are copies of training images",
-                )
-            )
+            note = f"NOT MEASURED: {_percent(space['copies'])} of the {real} images are copies of training images"
         else:
-            note += f"95 % interval {100 * space['closer_low']:.1f} to {_percent(space['closer_high'])}"
-            found.append(("closer than real images are", _percent(space["closer"]), note))
-        rows += [FigureRow(f"{name}, {features}", value, note=note) for name, value, note in found]
+            note = f"nearer to a training image than 99 % of the {real} images are to another "
+            note += f"({space['threshold']:.3g}); 95 % interval {100 * space['closer_low']:.1f} to "
+            note += _percent(space["closer_high"])
+        add(
+            f"closer than real images are, {features}",
+            "–" if space["closer"] is None else _percent(space["closer"]),
+            note,
+        )
     note = "generated images that equal a training image in every pixel"
     if figures["duplicates_held_out"] is not None:
         note += f"; {figures['duplicates_held_out']:,} equal a held-out image"
-    rows.append(FigureRow("exact copies", f"{figures['duplicates']:,}", note=note))
-    if figures["held_out_in_training"]:
-        note = "no control, and counted for neither side"
-        rows.append(
-            FigureRow("held-out images that are training images", f"{figures['held_out_in_training']:,}", note=note)
-        )
+    add("exact copies", f"{figures['duplicates']:,}", note)
+    if repeated := figures["held_out_in_training"]:
+        add("held-out images that are training images", f"{repeated:,}", "no control, and counted for neither side")
     return rows
 
 
