@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,9 @@ def require(ok: object, name: str, given: object, allowed: str | Iterable[str]) 
     if not ok:
         allowed = allowed if isinstance(allowed, str) else "one of " + ", ".join(allowed)
         raise ConfigError(f"{name} is {shown(given)}, but must be {allowed.rstrip('.')}.")
+
+
+def require_package(package: str, what: str, extra: str) -> None:
+    """Raise ConfigError unless `package`, which `what` needs and the extra `extra` brings, is installed."""
+    if find_spec(package) is None:
+        raise ConfigError(f"{what} needs {package}, which is not installed: pip install 'dpsyngen[{extra}]'.")

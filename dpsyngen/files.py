@@ -67,11 +67,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], mode: int = 0o
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write `data` to `path`, atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_atomically(path, write, mode)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data), mode)
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.errors import BadImage, ConfigError
+from dpsyngen.errors import BadImage, require_package
 from dpsyngen.files import NotPlainError, open_plain
 
 if TYPE_CHECKING:
@@ -104,12 +104,7 @@ class DicomFile:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        try:
-            import pydicom  # noqa: F401
-        except ImportError:
-            raise ConfigError(
-                "DICOM files are read with pydicom, which is not installed: pip install 'dpsyngen[dicom]'."
-            ) from None
+        require_package("pydicom", "reading DICOM", "dicom")
         self._file = file
         self.frame: int | None = None
         self._whole: Any = None

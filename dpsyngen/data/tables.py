@@ -31,7 +31,7 @@ from dpsyngen.data.labels import (
 )
 from dpsyngen.data.source import Job, Source
 from dpsyngen.data.store import check_fits
-from dpsyngen.errors import ConfigError, DataError, listed, printable
+from dpsyngen.errors import DataError, listed, printable, require_package
 from dpsyngen.files import damaged, open_plain
 
 IMAGE_NAMES = ("image", "img")
@@ -252,12 +252,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_column: str | None = None) -> Source:
     """The rows of all files, in their order; ConfigError without pyarrow."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "Parquet and Arrow are read with pyarrow, which is not installed: pip install 'dpsyngen[parquet]'."
-        ) from None
+    require_package("pyarrow", "reading Parquet and Arrow", "parquet")
     columns = None
     for path in paths:
         found = _columns_of(_schema(path), path, labels=labels, asked=label_column)

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from dpsyngen.console import in_notebook
 from dpsyngen.diffusion.stages import Stage
-from dpsyngen.errors import ConfigError, RunError, listed, printable
+from dpsyngen.errors import ConfigError, RunError, listed, printable, require_package
 from dpsyngen.files import expanded, new_folder, require_absent_or_empty, write_atomically, write_text
 from dpsyngen.programs.grid import image_grid, picture, png, png_url
-from dpsyngen.programs.saving import image_table, require_parquet, write_tables
+from dpsyngen.programs.saving import image_table, write_tables
 from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class Trajectory:
 def check_target(out: Path) -> None:
     """Raise RunError if writing to `out` would overwrite anything, ConfigError if what it needs is not installed."""
     if out.suffix == ".parquet":
-        require_parquet()
+        require_package("pyarrow", "Parquet", "parquet")
     if out.suffix in _FILES:
         if out.exists():
             raise RunError(f"--out {out} exists already.  Choose another path or move it away.")

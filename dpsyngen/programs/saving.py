@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dpsyngen.distributed import ALONE, END, Ranks
-from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.errors import ConfigError, RunError, require_package
 from dpsyngen.files import require_absent_or_empty, strict_text, write_atomically, write_text
 from dpsyngen.programs.base import MAX_INDEX, Program, as_choice, as_integer
 from dpsyngen.programs.drawing import Images
@@ -35,14 +35,6 @@ FORMATS = ("folder", "parquet")
 _WHAT = ("format_version", "program", "start", "count", "format", "shard_size")  # what --resume must agree on
 _LOCK = ".lock"
 _SHARDS = "shards"  # the command to the other processes of torchrun
-
-
-def require_parquet() -> None:
-    """Raise ConfigError if pyarrow is not installed."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise ConfigError("Parquet needs pyarrow, which is not installed: pip install 'dpsyngen[parquet]'.") from None
 
 
 @dataclass(frozen=True)
@@ -169,7 +161,7 @@ def save_images(
     if workers > 1 and not ranks.alone:
         raise ConfigError("--workers does not go with torchrun, which starts the processes itself.")
     if format == "parquet":
-        require_parquet()
+        require_package("pyarrow", "Parquet", "parquet")
     job = _Job(program, Path(out), start, count, format, shard_size)
     manifest = job.folder / MANIFEST
     _check_folder(job, resume)

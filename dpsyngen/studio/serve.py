@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsyngen.console import Console
-from dpsyngen.errors import ConfigError, require
+from dpsyngen.errors import ConfigError, require, require_package
 from dpsyngen.files import write_text
 from dpsyngen.studio.places import Places
 
@@ -74,13 +74,12 @@ def serve(places: Places, address: Address, console: Console, show: bool) -> Non
     address.check()
     for folder in places.folders:
         require(folder.is_dir(), "--folder", folder, "an existing folder")
-    try:
-        import nicegui
-        import uvicorn
-        from fastapi import FastAPI
-        from nicegui import ui
-    except ImportError as error:
-        raise ConfigError(f"the studio needs {error.name}: pip install 'dpsyngen[studio]'") from None
+    require_package("nicegui", "the studio", "studio")
+    import nicegui
+    import uvicorn
+    from fastapi import FastAPI
+    from nicegui import ui
+
     from dpsyngen.studio import overview, run_page, wizard
     from dpsyngen.studio.guard import Guard
     from dpsyngen.studio.look import Studio

@@ -77,7 +77,7 @@ def test_parquet_keeps_order_labels_and_how_it_was_drawn(tmp_path) -> None:
 
 
 def test_parquet_without_pyarrow_is_said_before_anything_is_drawn(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"dpsyngen\[parquet\]"):
         check_target(tmp_path / "out.parquet")
 
