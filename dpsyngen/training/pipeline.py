@@ -377,7 +377,8 @@ class Training:
         if every is None or (report.step % every and report.step != report.steps):
             return
         try:
-            stages, gaussian = self.plan.stages, self._gaussian()
+            # That of the network in training: to make it anew, large matrices are diagonalised.
+            stages, gaussian = self.plan.stages, getattr(state.module, "gaussian", None)
             shown = {}
             for name in stages.networks:
                 own = name == stages.private.network

@@ -20,6 +20,7 @@ from dpsyngen.data import load_images
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.report.html import loss_charts
+from dpsyngen.training import pipeline
 from dpsyngen.training.progress import progress_of, worker
 from dpsyngen.training.run import Run
 
@@ -66,6 +67,16 @@ def test_pictures_change_no_step_and_are_not_released(tiny_settings, tiny_images
         released.append({p.name: p.read_bytes() for p in run.release.rglob("*.safetensors")})
         assert "preview.png" not in {p.name for p in run.release.rglob("*")}
     assert released[0] == released[1]
+
+
+def test_pictures_diagonalise_no_moments_again(tiny_settings, tiny_images, tmp_path: Path, monkeypatch) -> None:
+    loaded, load = [], pipeline.load_gaussian
+    monkeypatch.setattr(pipeline, "load_gaussian", lambda *given: loaded.append(given) or load(*given))
+    settings = {**tiny_settings, "stages": {"variant": "residual"}}
+    training = begin(settings, tmp_path / "r", tiny_images(), pictures=1)
+    assert sum(1 for step in training.steps() if step.phase == "context") == tiny_settings["private"]["steps"]
+    assert (training.run.private / "preview.png").exists()
+    assert len(loaded) == 1
 
 
 def test_a_finished_run(finished: Run) -> None:
