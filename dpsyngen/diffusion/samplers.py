@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,41 +65,8 @@ def evenly_in_log(sigmas: Tensor, count: int) -> list[int]:
     return sorted({int((levels - level).abs().argmin()) for level in wanted})
 
 
-def _solved(
+def solved(
     sampler: str,
-    denoiser: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    labels: Tensor | None,
-    observe: Observer,
-    churn: float = 0.0,
-    draw: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        return denoiser(x, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device), labels)
-
-    def see(*step: Any) -> None:
-        observe(Step(*step))
-
-    noise = draw or (lambda: torch.randn_like(x))
-    return standalone.solve(sampler, denoise, x, sigmas.tolist(), churn, noise, see)
-
-
-def ddim(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None, *, observe: Observer = unobserved
-) -> Tensor:
-    """Deterministic DDIM, which is Euler's method on the ODE (Song et al. 2021; EDM §3).
-
-    Args:
-        denoiser, labels: D(x; σ, y), and y [N] or None.
-        x: starting noise of standard deviation ``sigmas[0]``, [N, C, H, W]; returned are images in about [-1, 1].
-        sigmas: descending noise levels, ending in 0.
-        observe: is shown each step.
-    """
-    return _solved("ddim", denoiser, x, sigmas, labels, observe)
-
-
-def heun(
     denoiser: Denoiser,
     x: Tensor,
     sigmas: Tensor,
@@ -108,26 +76,37 @@ def heun(
     draw: Callable[[], Tensor] | None = None,
     observe: Observer = unobserved,
 ) -> Tensor:
-    """EDM's second-order sampler (algorithm 1); with ``churn`` > 0 its stochastic one (algorithm 2)
-    at all levels and with S_noise = 1.
+    """Follow the ODE from noise to images in about [-1, 1], [N, C, H, W].
 
     Args:
-        denoiser, x, sigmas, labels, observe: as for :func:`ddim`; shown are the first calls of each step.
-        churn: S_churn >= 0, how much noise is added and removed again over all steps.
+        sampler: a name in ``SAMPLERS``, each of which is a function of what follows.
+        denoiser, labels: D(x; σ, y), and y [N] or None.
+        x: starting noise of standard deviation ``sigmas[0]``, [N, C, H, W].
+        sigmas: descending noise levels, ending in 0.
+        churn: S_churn >= 0 of heun, how much noise is added and removed again over all steps; 0 elsewhere.
         draw: returns standard normal noise of the shape of `x`; None: from PyTorch's global generator.
+        observe: is shown each step; of heun the first call of each.
     """
-    return _solved("heun", denoiser, x, sigmas, labels, observe, churn, draw)
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return denoiser(x, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device), labels)
+
+    def see(*step: Any) -> None:
+        observe(Step(*step))
+
+    return standalone.solve(sampler, denoise, x, sigmas.tolist(), churn, draw or partial(torch.randn_like, x), see)
 
 
-def dpm_solver_pp(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, labels: Tensor | None = None, *, observe: Observer = unobserved
-) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1, λ = -log σ.
+ddim = partial(solved, "ddim")
+"""Deterministic DDIM, which is Euler's method on the ODE (Song et al. 2021; EDM §3)."""
 
-    One network call a step; the second order comes from the previous step's estimate.  Arguments as for :func:`ddim`.
-    """
-    return _solved("dpmpp", denoiser, x, sigmas, labels, observe)
+heun = partial(solved, "heun")
+"""EDM's second-order sampler (algorithm 1); with ``churn`` > 0 its stochastic one (algorithm 2) at all levels and with
+S_noise = 1."""
 
+dpm_solver_pp = partial(solved, "dpmpp")
+"""DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1, λ = -log σ: one network call a step; the
+second order comes from the previous step's estimate."""
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddim": ddim, "heun": heun, "dpmpp": dpm_solver_pp}
 
