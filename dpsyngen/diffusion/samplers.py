@@ -40,10 +40,6 @@ Observer = Callable[[Step], object]
 """Is shown each step.  The tensors are the sampler's own: an observer copies what it keeps, and changes nothing."""
 
 
-def unobserved(step: Step) -> None:
-    """Look at nothing."""
-
-
 def karras_steps(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """Noise levels of `steps` steps and the final 0, [steps + 1] in fp64 (EDM eq. 5)."""
     if steps < 1 or not 0 < sigma_min < sigma_max:
@@ -74,7 +70,7 @@ def solved(
     *,
     churn: float = 0.0,
     draw: Callable[[], Tensor] | None = None,
-    observe: Observer = unobserved,
+    observe: Observer | None = None,
 ) -> Tensor:
     """Follow the ODE from noise to images in about [-1, 1], [N, C, H, W].
 
@@ -85,14 +81,15 @@ def solved(
         sigmas: descending noise levels, ending in 0.
         churn: S_churn >= 0 of heun, how much noise is added and removed again over all steps; 0 elsewhere.
         draw: returns standard normal noise of the shape of `x`; None: from PyTorch's global generator.
-        observe: is shown each step; of heun the first call of each.
+        observe: is shown each step, of heun the first call of each; None: nobody looks.
     """
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         return denoiser(x, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device), labels)
 
     def see(*step: Any) -> None:
-        observe(Step(*step))
+        if observe is not None:
+            observe(Step(*step))
 
     return standalone.solve(sampler, denoise, x, sigmas.tolist(), churn, draw or partial(torch.randn_like, x), see)
 

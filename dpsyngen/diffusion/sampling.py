@@ -18,7 +18,7 @@ from torch import Tensor
 from dpsyngen.config import SamplingConfig, explain
 from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.samplers import Observer, karras_steps, solved, to_uint8, unobserved
+from dpsyngen.diffusion.samplers import Observer, karras_steps, solved, to_uint8
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap
 from dpsyngen.errors import ConfigError, require
 from dpsyngen.hardware import send
@@ -96,8 +96,7 @@ class SamplingSettings(SamplingConfig):
             y = None if labels is None else labels[begin:end].to(device)  # [n]
             # σ_max·n stands for an image at σ_max: that is far above the spread of the images themselves.
             x = noise() * sigmas[0].item() if start is None else start(noise(), y)  # [n, C, H, W]
-            see = observe or unobserved
-            images = solved(self.sampler, denoiser, x, sigmas, y, churn=self.churn, draw=noise, observe=see)
+            images = solved(self.sampler, denoiser, x, sigmas, y, churn=self.churn, draw=noise, observe=observe)
             yield to_uint8(images).cpu()
 
 

@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -41,17 +40,6 @@ READ, SET_UP, PUBLIC, PRIVATE = "read", "set up", "public", "private"
 
 Load = Callable[[Config], ImageDataset]
 """Reads the private images as a configuration asks for them."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a run is, as the main process tells it to the others; `randomness` is its key, by which all choose the same
-    images where ``privacy.most_per_person`` is set.
-    """
-
-    config: Config
-    plan: Plan
-    randomness: Randomness
 
 
 def read_together(ranks: Ranks, config: Config, load: Load) -> ImageDataset:
@@ -91,7 +79,9 @@ def follow(ranks: Ranks, load: Load, device: str) -> None:
 
 class _Follower:
     dataset: ImageDataset  # from READ on
-    setting: Setting  # from SET_UP on
+    config: Config  # from SET_UP on, like the next two
+    plan: Plan
+    randomness: Randomness
     denoiser: NetworkDenoiser  # of the phase
 
     def __init__(self, ranks: Ranks, load: Load, device: str) -> None:
@@ -119,53 +109,48 @@ class _Follower:
         self.dataset = self.ranks.agree(load)
         self.ranks.gather(_print(self.dataset))
 
-    def _on_set_up(self, setting: Setting) -> None:
-        self.setting = setting
-        self.dataset = chosen_images(setting.config, self.dataset, setting.randomness)
+    def _on_set_up(self, config: Config, plan: Plan, randomness: Randomness) -> None:
+        self.config, self.plan, self.randomness = config, plan, randomness
+        self.dataset = chosen_images(config, self.dataset, randomness)  # by the run's key, so that all have the same
 
     def _on_public(self, stage: Stage, conditional: bool) -> None:
-        known, compute = self.setting, self._compute()
-        self.denoiser = make_denoiser(known.config, known.plan.shape, conditional, 0)
+        compute = self._compute()
+        self.denoiser = make_denoiser(self.config, self.plan.shape, conditional, 0)
         compute.prepare(self.denoiser)
         compute.compiled(self.denoiser.network, trains=True)
         self._prepare_public([stage], compute)
 
     def _compute(self) -> Compute:
-        return choose(self.device, self.setting.config.compute, local_rank=self.ranks.local_rank)
+        return choose(self.device, self.config.compute, local_rank=self.ranks.local_rank)
 
     def _prepare_public(self, stages: list[Stage], compute: Compute) -> None:
-        known = self.setting
-        program = program_of(known.config, known.plan.shape)
-        made = [public_step(known.config, program, s, self.workers, self.ranks, compute) for s in stages]
+        program = program_of(self.config, self.plan.shape)
+        made = [public_step(self.config, program, s, self.workers, self.ranks, compute) for s in stages]
         self.steps = {step.name: step for step in made}
 
     def _on_moments(self) -> None:
-        known, dataset = self.setting, self.dataset
-        plan, shape = known.plan.moments, known.plan.shape
+        plan, shape = self.plan.moments, self.plan.shape
         assert plan is not None
-        query = partial(estimate_moments, dataset, shape.num_classes, shape.records, plan, known.randomness)
+        query = partial(estimate_moments, self.dataset, shape.num_classes, shape.records, plan, self.randomness)
         with contextlib.suppress(Stopped):
-            query(rank=known.config.moments.rank, ranks=self.ranks)
+            query(rank=self.config.moments.rank, ranks=self.ranks)
 
     def _on_private(
         self, physical_batch: int, shared: list[Stage], moments: dict[str, Tensor] | None, pins: dict[str, Any]
     ) -> None:
-        known, dataset = self.setting, self.dataset
-        shape = known.plan.shape
-        gaussian = None
+        shape, n, gaussian = self.plan.shape, self.config.network, None
         if moments is not None:
             pixels = (shape.channels, shape.resolution, shape.resolution)
             gaussian = GaussianDenoiser(ClassGaussians.from_tensors(moments), pixels)
         compute = self._compute().for_dp_steps().pinned(pins)
-        self.denoiser = make_denoiser(known.config, shape, True, 0, gaussian)
+        self.denoiser = make_denoiser(self.config, shape, True, 0, gaussian)
         compute.prepare(self.denoiser)
         self._prepare_public(shared, compute)
         # Kernels are measured in each process for itself: they decide about speed and rounding only.
-        kernels = KernelChoices(measure=known.config.privacy.insecure_seed is None)
+        kernels = KernelChoices(measure=self.config.privacy.insecure_seed is None)
         how = Computing(physical_batch, kernels, self.workers, self.ranks, compute)
-        n = known.config.network
-        levels = levels_of(n, known.plan.stages.private)
-        take = PrivateStep(dataset, levels, n.label_dropout, known.plan.mechanism, known.randomness, how)
+        levels = levels_of(n, self.plan.stages.private)
+        take = PrivateStep(self.dataset, levels, n.label_dropout, self.plan.mechanism, self.randomness, how)
         self.steps[take.name] = take
 
     def _on_step(self, command: Command) -> None:

@@ -28,7 +28,7 @@ from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.programs import TIERS
 from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints, save_file
-from dpsyngen.training.follower import PRIVATE, PUBLIC, SET_UP, Setting
+from dpsyngen.training.follower import PRIVATE, PUBLIC, SET_UP
 from dpsyngen.training.health import require_finite, require_not_stopped
 from dpsyngen.training.log import (
     JsonLines,
@@ -224,7 +224,7 @@ class Training:
         """
         with self.run.lock():
             require_not_stopped(self.run.private)
-            self.ranks.tell(SET_UP, setting=Setting(self.config, self.plan, self.randomness))
+            self.ranks.tell(SET_UP, config=self.config, plan=self.plan, randomness=self.randomness)
             with contextlib.closing(self._phases()) as steps:  # type: ignore[type-var]
                 for step in steps:
                     self.hooks.on_event(step)
