@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 import sys
@@ -185,3 +186,27 @@ def test_why_a_training_could_not_begin_is_told(tmp_path: Path) -> None:
     assert "neither a file or folder nor a named set" in said.error
     with pytest.raises(RunError, match="no training of this run"):
         jobs.stop(path)
+
+
+@pytest.mark.skipif("nicegui" in MISSING, reason="nicegui is not installed")
+def test_a_page_tells_a_defect_and_does_not_wait_for_ever() -> None:
+    from nicegui import Client, core
+    from nicegui.page import page
+
+    from dpsyngen.studio.look import Notice
+
+    async def broken() -> None:
+        raise KeyError("weights")
+
+    async def press() -> Notice:
+        core.loop = asyncio.get_running_loop()
+        with Client(page("/")):
+            notice = Notice()
+            with pytest.raises(KeyError):  # to the terminal
+                await notice.attempt("drawing …", broken)
+        return notice
+
+    notice = asyncio.run(press())
+    assert not notice._going.default_slot.children
+    (told,) = notice._wrong.default_slot.children
+    assert "a defect of the studio" in told.content
