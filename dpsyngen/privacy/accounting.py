@@ -384,20 +384,19 @@ def calibrate_noise(
         return epsilon((*spent, Mechanism(sampling_rate, noise, steps)), delta, kind, group)
 
     def guess(noise: float) -> float:
+        if noise > 1e7:  # no need to look further
+            return 0.0
         # A first guess for PLD need not be a bound, and g times ε is cheaper than the lemma.
         return group_size * cost(noise, "rdp", 1) if accountant == "pld" else cost(noise, "rdp")
 
-    # RDP first, by bisection: an upper bound that takes milliseconds.  Its answer is a little too high for PLD, which
-    # then takes a few evaluations.
-    high = 1.0
-    while guess(high) > target_epsilon and high < 1e7:  # ε falls with the noise: double until it fits, then bisect
-        high *= 2
+    # RDP first, which is cheaper.  Its answer is a little too high for PLD, which then takes a few evaluations.  It is
+    # rounded up on a grid (halvings of log z between powers of two), so that it does not depend on how it was found.
+    least = _refine(guess, target_epsilon, 1.0, 1e-6)
+    high = 2.0 ** max(math.ceil(math.log2(least)), -6)
     low = high / 2
-    while low > 0.01 and guess(low) <= target_epsilon:
-        low, high = low / 2, low
     while high / low > 1 + tolerance:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if guess(middle) > target_epsilon else (low, middle)
+        low, high = (middle, high) if middle < least else (low, middle)
     if accountant == "rdp":
         if cost(high, "rdp") > target_epsilon:
             raise ValueError(f"no noise multiplier below 1e7 reaches ε = {target_epsilon:.4g}.")

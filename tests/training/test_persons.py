@@ -58,6 +58,7 @@ def settings_file(path: Path, **sections: dict) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos, tmp_path, monkeypatch) -> None:
     """With names of persons planted: they are nowhere in what is written or printed."""
     folder, table = photos
@@ -129,21 +130,24 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
 
 def test_a_declared_number_is_checked(call, photos, tmp_path) -> None:
     folder, table = photos
-    given = ("--data", folder, "--config", settings_file(tmp_path / "c.yaml"), "--epsilon", 8, "--groups", table)
+    rows = [f"{i:02}.png,{NAMES[0]}-{i // 3}" for i in range(COUNT)]  # three images of each
+    table.write_text("\n".join(["file_name,patient", *rows]) + "\n", encoding="utf-8")
+    config = settings_file(tmp_path / "c.yaml", private={"steps": 2})
+    given = ("--data", folder, "--config", config, "--epsilon", 8, "--groups", table)
     code, _, err = call("train", *given, "--out", tmp_path / "a")
     assert code == 2
     assert "--group-size N" in err
     assert "--most-per-person m" in err
-    code, _, err = call("train", *given, "--out", tmp_path / "a", "--group-size", 14)
+    code, _, err = call("train", *given, "--out", tmp_path / "a", "--group-size", 2)
     assert code == 2
-    assert "somebody has more images than --group-size 14 says" in err
-    assert "it is 15" in err
+    assert "somebody has more images than --group-size 2 says" in err
+    assert "it is 3" in err
     assert "Planted" not in err
     assert not (tmp_path / "a").exists()
-    assert call("train", *given, "--out", tmp_path / "a", "--group-size", 20)[0] == 0
+    assert call("train", *given, "--out", tmp_path / "a", "--group-size", 4)[0] == 0
     c = Certificate.read(tmp_path / "a" / "release" / "privacy.json")
-    assert c.group_size == 20
-    assert str(c.people).startswith("declared: at most 20 images a person, checked against")
+    assert c.group_size == 4
+    assert str(c.people).startswith("declared: at most 4 images a person, checked against")
     assert c.public_assumptions.records == COUNT
 
 

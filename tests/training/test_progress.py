@@ -30,6 +30,7 @@ def begin(settings: dict, out: Path, arrays: tuple[np.ndarray, np.ndarray], **lo
     return fit.prepare(load_config(given), out, load_images(arrays))
 
 
+@pytest.mark.slow
 def test_a_run_is_followed_from_its_files(tiny_settings, tiny_images, tmp_path: Path) -> None:
     training = begin(tiny_settings, tmp_path / "r", tiny_images(), pictures=2)
     run, seen = Run(tmp_path / "r"), []
@@ -54,6 +55,7 @@ def test_a_run_is_followed_from_its_files(tiny_settings, tiny_images, tmp_path: 
     assert [len(loss_charts(stopped.phases, private)) for private in (False, True)] == [2, 1]
 
 
+@pytest.mark.slow
 def test_pictures_change_no_step_and_are_not_released(tiny_settings, tiny_images, tmp_path: Path) -> None:
     released = []
     for name, pictures in (("a", None), ("b", 1)):

@@ -32,12 +32,12 @@ from tests.training.short_runs import begin, bytes_of, finish, merged
     ("stages", "networks"),
     [
         ({"variant": "dpdm"}, {"context"}),
-        ({"variant": "finetune"}, {"pretrain", "context"}),
-        ({"variant": "cleaning"}, {"cleaning", "context"}),
-        ({"variant": "coarse"}, {"coarse", "context"}),
-        ({"variant": "both"}, {"cleaning", "coarse", "context"}),
+        pytest.param({"variant": "finetune"}, {"pretrain", "context"}, marks=pytest.mark.slow),
+        pytest.param({"variant": "cleaning"}, {"cleaning", "context"}, marks=pytest.mark.slow),
+        pytest.param({"variant": "coarse"}, {"coarse", "context"}, marks=pytest.mark.slow),
+        pytest.param({"variant": "both"}, {"cleaning", "coarse", "context"}, marks=pytest.mark.slow),
         ({"variant": "both", "pretrain": True}, {"pretrain", "cleaning", "coarse", "context"}),
-        ({"variant": "both", "networks": "shared"}, {"shared"}),
+        pytest.param({"variant": "both", "networks": "shared"}, {"shared"}, marks=pytest.mark.slow),
         ({"variant": "cleaning", "networks": "shared", "pretrain": True}, {"pretrain", "shared"}),
     ],
 )
@@ -60,6 +60,7 @@ def test_every_variant_trains_samples_and_states_its_epsilon(
     assert samples.labels.tolist() == [0, 1, 2, 0, 1]
 
 
+@pytest.mark.slow
 def test_shared_network_is_trained_by_both_kinds_of_steps(tmp_path, tiny_settings, tiny_images) -> None:
     with_public = finish(
         begin(tiny_settings, tiny_images(), tmp_path / "a", stages={"variant": "both", "networks": "shared"})
@@ -89,6 +90,7 @@ def test_public_experts_do_not_depend_on_the_private_images(tmp_path, tiny_setti
     assert runs[0].run.weights("context").read_bytes() != runs[1].run.weights("context").read_bytes()
 
 
+@pytest.mark.slow
 def test_pre_training_can_be_matched_to_the_private_stage(tmp_path, tiny_settings, tiny_images) -> None:
     """The third configuration of the published code: programs at log σ > τ_cleaning alone, then DP-SGD there."""
     matched = pretraining(stage_map("cleaning", pretrain="matched"))
@@ -188,6 +190,7 @@ def test_stamps_of_runs_without_privacy(tmp_path, tiny_settings, tiny_images) ->
     assert math.isinf(Ledger(open_run.ledger_path).epsilon())
 
 
+@pytest.mark.slow
 def test_report_of_the_release_has_nothing_private_and_escapes_names(tmp_path, tiny_settings, tiny_images) -> None:
     images, labels = tiny_images()
     np.savez(
@@ -342,6 +345,7 @@ def test_existing_folder_is_never_written_into(tmp_path, tiny_settings, tiny_ima
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
 
+@pytest.mark.slow
 def test_python_api_in_a_few_lines(tmp_path, tiny_settings, tiny_images) -> None:
     import dpsyngen
 
