@@ -101,16 +101,14 @@ def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experimen
 
     if tables:
         return Experiment(out)
-    from dpsyngen.config import load_config
     from dpsyngen.experiments.cost import privacy_cost, require_budget
     from dpsyngen.experiments.runner import Images
     from dpsyngen.experiments.spec import jobs_of
-    from dpsyngen.training.plan import shape_of
 
     jobs, images = jobs_of(spec), Images(spec)
     if (out / "work").exists():
         Experiment(out).pin(spec, images.train, images.test)
-    shape = shape_of(images.train, load_config(dict(spec.settings), preset=spec.preset))
+    shape = images.shape
     cost = privacy_cost(spec, jobs, shape, out)
     require_budget(spec, [job for job in jobs if not (out / "runs" / job.name / "run.json").exists()], shape)
     experiment = Experiment.open_or_create(out, spec)
@@ -122,18 +120,17 @@ def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experimen
 
 def _shape(spec: Spec) -> Shape:
     """Of the images, or what the specification says of them where there are none."""
-    from dpsyngen.config import load_config
     from dpsyngen.experiments.runner import Images
-    from dpsyngen.training.plan import Shape, shape_of
+    from dpsyngen.training.plan import Shape
 
     facts = spec.data.facts
     try:
-        images = Images(spec)
+        return Images(spec).shape
     except DataError:
         if facts is None:
             raise
-        return Shape(facts.resolution, facts.channels, tuple(f"class {i}" for i in range(facts.classes)), facts.records)
-    return shape_of(images.train, load_config(dict(spec.settings), preset=spec.preset))
+    classes = tuple(f"class {i}" for i in range(facts.classes if spec.data.labels else 0))
+    return Shape(facts.resolution, facts.channels, classes, spec.data.records or facts.records)
 
 
 def _count(jobs: Any) -> str:

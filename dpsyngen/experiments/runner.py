@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import zipfile
 from collections.abc import Callable
 from functools import cached_property
@@ -54,11 +55,18 @@ class Images:
         self.train: ImageDataset = load_private(d.train, config)
         _require(d.facts, self.train, d.train)
         self.test: ImageDataset | None = None
+        self.shape = shape_of(self.train, config)
         if d.test is not None:
-            channels = "grey" if self.train.channels == 1 else "rgb"
-            fixed = {"resolution": self.train.resolution, "channels": channels}
-            config = config.model_copy(update={"data": config.data.model_copy(update=fixed)})
-            self.test = load_private(d.test, config).with_classes(self.train.class_names, "test")
+            # Read as the training images are: what comes out is their form.
+            test = load_private(d.test, config)
+            if test.channels != self.train.channels:
+                raise DataError(f"{d.test} and {d.train} are not both grey, or both of colour: convert one of them.")
+            if test.resolution != self.train.resolution:
+                sides = f"{test.resolution} pixels a side, and those of {d.train} {self.train.resolution}"
+                warnings.warn(f"the images of {d.test} have {sides}: they are resized.", stacklevel=2)
+                fixed = config.data.model_copy(update={"resolution": self.train.resolution})
+                test = load_private(d.test, config.model_copy(update={"data": fixed}))
+            self.test = test.with_classes(self.train.class_names, "test")
         if spec.evaluation.classifiers and len(self.train.class_names) < 2:
             raise ConfigError(
                 f"the images of {d.train} have {'one class' if self.train.class_names else 'no classes'}: there is "
@@ -77,9 +85,8 @@ class Images:
         asked = "programs" in spec.references and spec.evaluation.features
         if not asked or any(name.startswith("program.") for name in varied):
             return None
-        config = load_config(dict(spec.settings), preset=spec.preset)
         count = min(spec.evaluation.max_images, spec.sampling.images)
-        return program_of(config, shape_of(self.train, config)).batch(range(count))
+        return program_of(load_config(dict(spec.settings), preset=spec.preset), self.shape).batch(range(count))
 
 
 def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:

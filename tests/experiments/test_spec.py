@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.experiments.runner import Images
 from dpsyngen.experiments.spec import jobs_of, load_spec, parse_spec, spec_names
 
@@ -121,3 +121,14 @@ def test_test_images_are_read_as_the_training_images(tmp_path) -> None:
     assert images.train.num_classes == images.test.num_classes == 2
     assert images.train.fingerprint() == images.test.fingerprint()
     assert images.train.array().max() > 200
+    # What all runs cost is planned for the number of records that they will be run with.
+    assert Images(parse_spec({"name": "x", "data": {**paths, **asked, "records": 50}})).shape.records == 50
+    np.savez(tmp_path / "colour.npz", images=np.zeros((40, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "large.npz", images=np.zeros((40, 12, 12), np.uint8))
+    data = {"train": paths["train"], "labels": False}
+    spec = {"name": "x", "evaluation": {"classifiers": []}}
+    with pytest.raises(DataError, match="not both grey"):
+        Images(parse_spec({**spec, "data": {**data, "test": str(tmp_path / "colour.npz")}}))
+    with pytest.warns(UserWarning, match=r"12 pixels a side, and those of .* 8: they are resized"):
+        other = Images(parse_spec({**spec, "data": {**data, "test": str(tmp_path / "large.npz")}}))
+    assert other.test.resolution == 8  # type: ignore[union-attr]
