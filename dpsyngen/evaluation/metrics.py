@@ -68,7 +68,8 @@ class Measured(BaseModel):
     @classmethod
     def _known(cls, value: tuple[FeatureSpec | str, ...]) -> tuple[FeatureSpec | str, ...]:
         for name in value:
-            FeatureSpec(name) if isinstance(name, str) else None
+            if isinstance(name, str):
+                FeatureSpec(name)  # refuses what it does not know
         return value
 
     @field_validator("metrics")
