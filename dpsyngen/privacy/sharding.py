@@ -356,11 +356,9 @@ class OwnExamples(PerExampleGradients):
             place = self.places[i]
             rest = [n for d, n in enumerate(place.shape) if d != place.dim]
             rows = part[: place.length * math.prod(rest)].view(place.length, *rest)
-            out.append(self._as_shard(i, rows.movedim(0, place.dim).contiguous()))
+            shard = rows.movedim(0, place.dim).contiguous()
+            out.append(Place.like(self._distributed[i], shard.to(self.device)))
         return out
-
-    def _as_shard(self, i: int, own: Tensor) -> Tensor:
-        return Place.like(self._distributed[i], own.to(self.device))
 
     def _placed(self, own: ClippedGradient) -> ShardedGradient:
         return ShardedGradient(**vars(own) | {"places": self.places, "coordinates": self.coordinates})

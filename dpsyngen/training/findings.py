@@ -320,8 +320,10 @@ def of_images(
 
     `labels` [N] has several images of each class; None: unconditional.
     """
+    from scipy.spatial.distance import pdist, squareform
+
     flat = images.reshape(len(images), -1).astype(np.float64) / 255
-    apart = _distances(flat)
+    apart = squareform(pdist(flat)) / math.sqrt(flat.shape[1])  # root mean square differences, [N, N]
     out = list(_of_pictures(images, flat, apart))
     if labels is not None and not any(f.severity == "error" for f in out):
         out += _of_classes(apart, labels, class_names)
@@ -366,13 +368,6 @@ def _of_classes(apart: NDArray[np.float64], labels: NDArray[np.int64], class_nam
     if p > 0.01:
         seen = f"images of different classes differ no more than images of one (pseudo-F = {ratio:.2f}, p = {p:.2g})"
         yield finding("label-ignored", "warning", seen, "released")
-
-
-def _distances(flat: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Root mean square differences [N, N]."""
-    squares = (flat**2).sum(1)
-    total = squares[:, None] + squares[None] - 2 * flat @ flat.T
-    return np.sqrt(np.maximum(total, 0) / flat.shape[1])
 
 
 def distinct(apart: NDArray[np.float64]) -> int:

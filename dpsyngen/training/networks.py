@@ -37,7 +37,11 @@ def make_denoiser(
         network = make_network(config, shape, conditional, residual=gaussian is not None)
     if gaussian is not None:
         if config.network.prior is not None:
-            load_prior(network, config.network.prior)
+            # What it has of classes starts at zero, so that it answers as the prior does.
+            weights = dict(read_prior(config.network.prior, network.channels).weights)
+            if network.embed_class is not None:
+                weights["embed_class.weight"] = torch.zeros_like(network.embed_class.weight)
+            network.load_state_dict(weights)
         return PriorDenoiser(network, num_classes, gaussian)
     return PreconditionedDenoiser(network, num_classes, config.network.sigma_data)
 
@@ -70,14 +74,6 @@ def prior_of(config: Config, stages: StageMap, channels: int) -> Prior | None:
     if config.network.prior is None or not (stages.moments and stages.networks):
         return None
     return read_prior(config.network.prior, channels)
-
-
-def load_prior(network: UNet, prior: str) -> None:
-    """Start `network` from a prior; what it has of classes starts at zero, so that it answers as the prior does."""
-    weights = dict(read_prior(prior, network.channels).weights)
-    if network.embed_class is not None:
-        weights["embed_class.weight"] = torch.zeros_like(network.embed_class.weight)
-    network.load_state_dict(weights)
 
 
 def load_weights(path: Path, denoiser: NetworkDenoiser) -> None:

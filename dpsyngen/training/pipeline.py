@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
@@ -245,7 +246,9 @@ class Training:
         if stages.gaussian:
             self._gaussian()  # which refuses damaged moments
             for stage in (s for s in stages.stages if s.trainer == "prior"):
-                self._save_prior(stage.network)
+                prior = prior_of(self.config, stages, self.plan.shape.channels)
+                assert prior is not None
+                self._save_weights(stage.network, {f"network.{name}": w for name, w in prior.weights.items()})
             self._release()
         else:
             yield from self._private()
@@ -265,7 +268,7 @@ class Training:
         progress = train_public(stage.name, state, self._public_step(stage, self.compute))
         yield from self._checkpointed(stage.name, state, progress)
         if not self.stop_requested:
-            self._save_weights(stage.network, state)
+            self._save_weights(stage.network, state.ema.average)
 
     def _public_step(self, stage: Stage, compute: Compute) -> PublicStep:
         return public_step(self.config, self.program, stage, self.workers, self.ranks, compute)
@@ -292,7 +295,7 @@ class Training:
                 moments = query(rank=rank, stopped=lambda: self.stop_requested, ranks=self.ranks)
             except Stopped:
                 return
-        write_atomically(path, lambda p: save_file(moments.to_tensors(), p))
+        self._save_weights(GAUSSIAN, moments.to_tensors())
         yield Step(MOMENTS, queries, queries, {}, private=True)
 
     def _gaussian(self) -> GaussianDenoiser | None:
@@ -335,7 +338,7 @@ class Training:
             return
         if charged_steps(self.ledger) != state.step:
             raise AssertionError(f"{state.step} steps taken, {charged_steps(self.ledger)} in the ledger")
-        self._save_weights(network, state)
+        self._save_weights(network, state.ema.average)
         self._release()
 
     # ----------------------------------------------------------------------------------- checkpoints, release
@@ -391,16 +394,9 @@ class Training:
             why = str(error).splitlines()[0]
             self.hooks.on_event(Warned(f"no picture of what is drawn ({why}); the training goes on"))
 
-    def _save_prior(self, network: str) -> None:
-        """Put the weights of the prior among those of the release, as they are."""
-        prior = prior_of(self.config, self.plan.stages, self.plan.shape.channels)
-        assert prior is not None
-        weights = {f"network.{name}": w for name, w in prior.weights.items()}
-        write_atomically(self.run.weights(network), lambda p: save_file(weights, p))
-
-    def _save_weights(self, network: str, state: TrainState) -> None:
-        average = {k: v.detach().cpu().contiguous() for k, v in state.ema.average.items()}
-        write_atomically(self.run.weights(network), lambda p: save_file(average, p))
+    def _save_weights(self, network: str, weights: dict[str, Tensor]) -> None:
+        kept = {name: w.detach().cpu() for name, w in weights.items()}
+        write_atomically(self.run.weights(network), lambda p: save_file(kept, p))
 
     def _release(self) -> None:
         if self.hooks.finish is not None:
