@@ -105,11 +105,7 @@ class StagesConfig(_Section):
     tau_cleaning: float = Field(-3.0, ge=-100, le=100, description="log σ")
     tau_coarse: float | None = Field(None, ge=-100, le=100, description="log σ; None: what suits the variant")
     networks: Literal["experts", "shared"] = "experts"
-    pretrain: bool | Literal["matched"] | None = Field(
-        None,
-        description="start from programmatic images of all noise levels, or (matched) of the private stage's alone; "
-        "None: what the variant says",
-    )
+    pretrain: bool | Literal["matched"] | None = Field(None, description="from programs; matched: at its own levels")
 
 
 class MomentsConfig(_Section):
