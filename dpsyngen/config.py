@@ -105,7 +105,9 @@ class StagesConfig(_Section):
     tau_cleaning: float = Field(-3.0, ge=-100, le=100, description="log σ")
     tau_coarse: float | None = Field(None, ge=-100, le=100, description="log σ; None: what suits the variant")
     networks: Literal["experts", "shared"] = "experts"
-    pretrain: bool | Literal["matched"] | None = Field(None, description="from programs; matched: at its own levels")
+    pretrain: Literal["matched", True, False, None] = Field(
+        None, description="from programs; matched: at its own levels"
+    )
 
 
 class MomentsConfig(_Section):
