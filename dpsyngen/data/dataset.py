@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,6 @@ def numbered(values: Sequence[Any]) -> np.ndarray:
     """int64 [N]: equal numbers, from 0, for equal values."""
     known: dict[Any, int] = {}
     return np.array([known.setdefault(value, len(known)) for value in values], dtype=np.int64)
-
-
-def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
-    return (rows[start : start + _LOOKED_AT] for start in range(0, len(rows), _LOOKED_AT))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,7 +171,8 @@ class ImageDataset:
         """
         assert self.persons is not None
         many = np.flatnonzero((np.bincount(self.persons) > most)[self.persons])
-        ranks = [int(rank(image.tobytes())[:16], 16) for part in _parts(many) for image in self.batch(part)]
+        parts = (many[start : start + _LOOKED_AT] for start in range(0, len(many), _LOOKED_AT))
+        ranks = [int(rank(image.tobytes())[:16], 16) for part in parts for image in self.batch(part)]
         order = np.lexsort((many, np.array(ranks, dtype=np.uint64), self.persons[many]))
         _, first, counts = np.unique(self.persons[many][order], return_index=True, return_counts=True)
         place = np.arange(len(many)) - np.repeat(first, counts)

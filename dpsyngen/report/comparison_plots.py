@@ -106,8 +106,11 @@ def comparison_plots(view: View) -> Iterator[Plot]:
 
 def _against_epsilon(view: View, measure: Measure) -> Plot:
     """A line for each variant; at one ε a point for each variant and setting."""
-    lines = []
-    for row in view.rows if len(view.epsilons) == 1 else _plain_rows(view):
+    lines, rows = [], view.rows
+    plain = tuple(row for row in rows if not row.label)
+    if len(view.epsilons) > 1 and {r.variant for r in plain} == {r.variant for r in rows}:
+        rows = plain  # without varied settings, as each variant has such a row
+    for row in rows:
         values = [(i, epsilon_name(e), view.values(measure, e, row)) for i, e in enumerate(view.epsilons)]
         points = [(i, f"{row.name} at {name}", v) for i, name, v in values if v]
         if points:
@@ -222,12 +225,6 @@ def _finished(figure: Any, kind: str, measure: Measure, title: str, said: Sequen
     figure.savefig(png, format="png", dpi=200, bbox_inches="tight", facecolor="white", metadata={"Software": None})
     svg = inline(figure, name, alt, "plot")
     return Plot(name, title, alt, f"{_MARKS}  {measure.better.capitalize()} is better.", svg, png.getvalue())
-
-
-def _plain_rows(view: View) -> Sequence[Row]:
-    """Rows without varied settings, if each variant has one; else all."""
-    plain = [row for row in view.rows if not row.label]
-    return plain if {r.variant for r in plain} == {r.variant for r in view.rows} else view.rows
 
 
 def _in_words(values: Sequence[float]) -> str:
