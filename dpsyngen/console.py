@@ -2,7 +2,7 @@
 
 Results go to standard output: lines for people, or with ``--json`` exactly one document.  Everything else goes to
 standard error: a live bar on a terminal, plain lines elsewhere, or with ``--log-format json`` one JSON object a line.
-A notebook has the bar where ipywidgets is installed, and plain lines elsewhere.
+A notebook has the lines below the cell, and the bar where ipywidgets is installed.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ class Console:
     def _say(self, text: str, event: str, **values: Any) -> None:
         if self.log_json:
             text = strict_text({"time": round(time.time(), 3), "event": event, **values})
-        if is_open(sys.stderr):  # print() would take None for standard output
-            print(text, file=sys.stderr, flush=True)
+        stream = sys.stdout if in_notebook() else sys.stderr  # which a notebook shows as a warning
+        if is_open(stream):  # print() would take None for standard output
+            print(text, file=stream, flush=True)
 
 
 class Progress:

@@ -320,7 +320,7 @@ class Generator(ReleasedGenerator):
                 :meth:`get_params` of an earlier generator gave with ``deep=False``.  Options go before them.
             out: the run directory to make; None: a new one, ``runs/fit-DATE-TIME``.
             device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
-            progress: tell what is going on, on standard error; in a notebook with a bar where ipywidgets is installed.
+            progress: tell what is going on: below the cell of a notebook, elsewhere on standard error.
             options: ``delta`` (δ; default: the largest power of ten below 1/N), ``class_names`` (names for labels
                 0, 1, …, all of which are then public; default: the labels that occur are), ``group_size`` (images of
                 one person at most; ε is then for all of them together), ``groups`` (whose image each is, [N] numbers or

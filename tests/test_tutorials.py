@@ -79,7 +79,7 @@ def test_pictures_are_shown_inline() -> None:
 
 def test_a_fit_in_a_notebook_shows_progress_without_private_figures() -> None:
     fit = next(c for c in cells(execute.read("own-folder"), "code") if "Generator.fit" in c.source)
-    (text,) = (o.text for o in fit.outputs if o.get("name") == "stderr")
+    (text,) = (o.text for o in fit.outputs if o.get("name") == "stdout")
     assert "run directory: runs/digits" in text
     lines = [line for line in text.splitlines() if line.startswith("context: DP-SGD")]
     assert lines
