@@ -91,10 +91,7 @@ def asked_for(
     """The number of images and their labels, from what :meth:`dpsyngen.Generator.sample` was given.
 
     `count` None means as many as there are labels: an array or list of names or numbers, or one for all images.  Where
-    there are none, `classes` are taken in turn.
-
-    Raises:
-        ConfigError: the number is missing, or labels, classes and number do not fit together.
+    there are none, `classes` are taken in turn.  ConfigError if the number is missing, or these do not fit together.
     """
     whole = isinstance(count, int | np.integer) and not isinstance(count, bool) and count >= 1
     require(count is None or whole, "the number of images", count, "a whole number and at least 1")

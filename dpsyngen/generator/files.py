@@ -172,8 +172,7 @@ def load_network(
 ) -> NetworkDenoiser:
     """The denoiser of the network `name` of a release, a residual on `gaussian` if that is given.
 
-    Raises:
-        RunError: the weights are missing, damaged, or not those of this network.
+    RunError if the weights are missing, damaged, or not those of this network.
     """
     classes = len(about.class_names) if about.conditional[name] else 0
     inputs = None if gaussian is None else SEEN * about.channels

@@ -29,9 +29,7 @@ _OPEN, _IMAGES, _ROUND = "open a generator", "images", "a round of images"
 def open_everywhere(ranks: Ranks, release: Path, device: str) -> ReleasedGenerator:
     """The generator in `release`, which all processes see and open; to be called by the main one.
 
-    Raises:
-        RunError: not a finished release, or damaged, in any process.
-        ConfigError: a process cannot use the device.
+    RunError if any process finds no finished release, or a damaged one; ConfigError if one cannot use its device.
     """
     with ranks.lead(_OPEN, release=release.absolute(), device=device):
         return ranks.agree(lambda: _open(ranks, release, device))

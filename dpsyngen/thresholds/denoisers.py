@@ -80,8 +80,7 @@ class Family:
 def split_proxy(images: NDArray[np.uint8], measured: int) -> Family:
     """Images that the user declares public: `measured` of them, chosen by a fixed seed, are set aside to measure on.
 
-    Raises:
-        DataError: there are fewer than twice as many.
+    DataError if there are fewer than twice as many.
     """
     if len(images) < 2 * measured:
         raise DataError(
@@ -130,10 +129,7 @@ class PublicDenoisers:
         """The network of a family and seed: read, or trained.
 
         The seed, which is public, decides the start, the images and the noise levels; `on_progress` is called with the
-        number of steps that are done.
-
-        Raises:
-            RunError: the file of the weights is damaged, or training diverged.
+        number of steps that are done.  RunError if the file of the weights is damaged, or training diverged.
         """
         # The start differs between families, too: networks with a common start would share their errors.
         start, path = int(self.key(family, seed)[:15], 16), self.path(family, seed)

@@ -170,11 +170,9 @@ def public_clipping_norm(vectors: list[Tensor], share: float = 0.9) -> float:
 class PrivateEstimate:
     """The private half of a folder of ``dpsyngen stages``.
 
-    Making it calibrates the noise and checks everything, the budget too; nothing is written or spent.  Of the clipping
-    norm in its `query` public images decide later; `budget` is None only with a reproducible seed.
-
-    Raises:
-        ConfigError, BudgetExceeded, LedgerError: see their messages.
+    Making it calibrates the noise and checks everything (ConfigError, LedgerError), the budget too (BudgetExceeded);
+    nothing is written or spent.  The clipping norm in its `query` is not yet the one that public images suggest;
+    `budget` is None only with a reproducible seed.
     """
 
     def __init__(self, folder: Path, config: Config, dataset: ImageDataset, sampling_rate: float = 1.0) -> None:
@@ -224,13 +222,8 @@ class PrivateEstimate:
     ) -> tuple[GapCurve, dict[str, Any]]:
         """Charge and run the query, or read what it gave before; the caller has locked the folder.
 
-        `clipping_norm` is C, chosen by public images, and `name` what the budget file calls this estimate.
-
-        Returns:
-            the curve, and what was spent and how.
-
-        Raises:
-            RunError, LedgerError: the files in the folder do not fit together.
+        `clipping_norm` is C, chosen by public images, and `name` what the budget file calls this estimate.  Returns the
+        curve, and what was spent and how; RunError or LedgerError if the files in the folder do not fit together.
         """
         p, q = self.privacy, self.query
         self.private.mkdir(mode=0o700, exist_ok=True)

@@ -37,11 +37,7 @@ from dpsyngen.workers import Workers
 
 @dataclass(frozen=True)
 class StagesOptions:
-    """What to measure.
-
-    Raises:
-        ConfigError: a number is out of its range, or there is no such method.
-    """
+    """What to measure; ConfigError if a number is out of its range, or there is no such method."""
 
     programs: Sequence[str]  # names, or paths of YAML files with name and params; the first is to train with
     proxy: str | None = None  # public images, as load_images takes them

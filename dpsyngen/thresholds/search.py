@@ -89,9 +89,7 @@ class StageSearch:
     """Trains what is needed and measures.
 
     The first family is the `student` and the proxy, or else the second family, the `teacher` of a private estimate.
-
-    Raises:
-        ConfigError: nothing would stand in for the private images, or two families are called the same.
+    ConfigError if nothing would stand in for the private images, or two families are called the same.
     """
 
     families: Sequence[Family]  # programs, the one that a training would use first
