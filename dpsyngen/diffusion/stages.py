@@ -130,11 +130,6 @@ class StageMap:
         last = self.private.network
         return (*dict.fromkeys(names), *(() if last == GAUSSIAN else (last,)))
 
-    @property
-    def shared(self) -> bool:
-        """Whether some public stage is answered by the network that DP-SGD also trains."""
-        return any(s.network == self.private.network for s in self.public)
-
     def owner(self, log_sigma: float) -> Stage:
         """The stage that `log_sigma` belongs to; a threshold itself belongs to the private stage."""
         private = self.private

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,26 +228,21 @@ def _may_unfold(call: ConvolutionCall) -> bool:
     return call.weight.dim() == 4 and s.groups == 1 and not s.transposed
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """A way to compute, and where it is possible."""
 
-    name: str
     run: Callable[[ConvolutionCall], Contribution]
     possible: Callable[[ConvolutionCall], bool]
 
 
 KERNELS = {
-    kernel.name: kernel
-    for kernel in (
-        Kernel("pointwise", _pointwise, _is_pointwise),
-        Kernel("dot", _dot, _may_dot),
-        Kernel("each", _few_at_a_time(1), lambda call: True),
-        Kernel("by-4", _few_at_a_time(4), lambda call: call.examples > 4),
-        Kernel("groups", lambda call: Dense(_grouped(call.g, call.x, call)), lambda call: True),
-        Kernel("unfold", _unfold, _may_unfold),
-        Kernel("ghost", _Ghost, _may_ghost),
-    )
+    "pointwise": Kernel(_pointwise, _is_pointwise),
+    "dot": Kernel(_dot, _may_dot),
+    "each": Kernel(_few_at_a_time(1), lambda call: True),
+    "by-4": Kernel(_few_at_a_time(4), lambda call: call.examples > 4),
+    "groups": Kernel(lambda call: Dense(_grouped(call.g, call.x, call)), lambda call: True),
+    "unfold": Kernel(_unfold, _may_unfold),
+    "ghost": Kernel(_Ghost, _may_ghost),
 }
 
 
@@ -300,8 +295,8 @@ class KernelChoices:
         g, x = (torch.empty_like(t).normal_(generator=generator) for t in (call.g, call.x))
         trial = replace(call, g=g, x=x)
         factors = torch.ones(call.examples, device=call.g.device)
-        on_cpu = call.g.device.type == "cpu"
-        candidates = [k for k in KERNELS.values() if k.possible(call) and not (on_cpu and k.name in _SLOW_ON_CPU)]
+        slow = _SLOW_ON_CPU if call.g.device.type == "cpu" else ()
+        candidates = {name: k for name, k in KERNELS.items() if k.possible(call) and name not in slow}
 
         def seconds(kernel: Kernel) -> float:
             begin = _now(call.g.device)
@@ -312,13 +307,11 @@ class KernelChoices:
 
         with torch.no_grad():
             # Twice each, the first to warm up; what is twice as slow as the best is out, the rest run four times more.
-            first = {k.name: min(seconds(k), seconds(k)) for k in candidates}
-            best = min(first.values())
-            close = [k for k in candidates if first[k.name] < 2 * best]
-            times = {k.name: [first[k.name]] for k in close}
+            first = {name: min(seconds(k), seconds(k)) for name, k in candidates.items()}
+            times = {name: [t] for name, t in first.items() if t < 2 * min(first.values())}
             for _ in range(4):
-                for k in close:
-                    times[k.name].append(seconds(k))
+                for name in times:
+                    times[name].append(seconds(candidates[name]))
         medians = {name: statistics.median(t) for name, t in times.items()}
         self.milliseconds[signature] = {n: 1e3 * medians.get(n, t) for n, t in first.items()}
         return min(medians, key=lambda n: medians[n])

@@ -43,7 +43,6 @@ def test_variants_are_values(variant, networks) -> None:
     assert stages.private.name == "context"
     assert stages.pretrain is (variant == "finetune")
     assert stage_map(variant, networks=networks, pretrain=True).pretrain
-    assert stages.shared is (networks == "shared" and bool(PUBLIC[variant]))
     assert stages.networks == (("shared",) if networks == "shared" else (*sorted(PUBLIC[variant]), "context"))
 
 
@@ -67,7 +66,6 @@ def test_variants_with_moments_are_values(variant, names, networks, trainers) ->
     assert stages.networks == networks
     assert stages.moments
     assert not stages.pretrain
-    assert not stages.shared
     assert stages.gaussian is (variant == "gaussian")
     assert [s.network == GAUSSIAN for s in stages.stages] == [t == "moments" for t in trainers]
     assert stage_map(variant, pretrain=False, tau_coarse=2.0) == stages
