@@ -13,18 +13,23 @@ import pytest
 
 from dpsyngen.training.run import Run
 
+LONGEST = ("test_studio.py", "test_distributed.py", "test_tutorials.py")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (``--dist loadgroup``) a file stays in one, and the long files begin first.
 
-    A test with a mark ``xdist_group`` of its own may go elsewhere, so that a file of slow tests does not hold one core.
+    All of ``tests/programs`` is one group: in a fresh clone the programs are compiled, by one process instead of by all
+    at once.  A test with a mark ``xdist_group`` of its own may go elsewhere, so that a file of slow tests does not hold
+    one core.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     for item in items:
         if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.name}"))
-    items.sort(key=lambda item: item.path not in slow)
+            room = item.path.parent.name
+            item.add_marker(pytest.mark.xdist_group(room if room == "programs" else f"{room}/{item.path.name}"))
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
 
 
 @pytest.fixture(scope="session", autouse=True)

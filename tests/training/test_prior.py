@@ -49,20 +49,20 @@ def test_weights_follow_from_the_seed_to_the_bit_also_after_an_interruption(tmp_
         pass
 
     def stop(step: int, loss: float) -> None:
-        if step == 5:
+        if step == 3:
             raise Stop
 
-    settings = PriorSettings(seed=3, steps=6)
+    settings = PriorSettings(seed=3, steps=4)
     whole = train_prior(settings)
     with pytest.raises(Stop):
         train_prior(settings, tmp_path / "part", stop, every=2)
     resumed = train_prior(settings, tmp_path / "part", every=2)
     assert resumed.about == whole.about
     assert all(torch.equal(w, resumed.weights[k]) for k, w in whole.weights.items())
-    other = train_prior(PriorSettings(seed=4, steps=6))
+    other = train_prior(PriorSettings(seed=4, steps=4))
     assert other.about["sha256"] != whole.about["sha256"]
     with pytest.raises(ConfigError, match="remove it to begin anew"):
-        train_prior(PriorSettings(seed=4, steps=6), tmp_path / "part")
+        train_prior(PriorSettings(seed=4, steps=4), tmp_path / "part")
 
 
 def test_tasks_are_functions_of_their_number() -> None:
