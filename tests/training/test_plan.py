@@ -118,17 +118,17 @@ def test_without_a_network_the_size_of_images_is_free(configured) -> None:
 def test_guidance_needs_a_network_that_learned_without_classes(configured, variant) -> None:
     given: dict[str, Any] = {"network": {"label_dropout": 0.0}, "sampling": {"guidance": 2.0}}
     with pytest.raises(ConfigError, match="label_dropout is 0"):
-        make_plan(configured(variant, **given), LABELLED)
-    make_plan(configured(variant, **given), UNLABELLED)
-    make_plan(configured("gaussian", **given), LABELLED)
-    make_plan(configured(variant, **given | {"sampling": {"guidance": 1.0}}), LABELLED)
+        make_plan(configured(variant, math.inf, **given), LABELLED)
+    make_plan(configured(variant, math.inf, **given), UNLABELLED)
+    make_plan(configured("gaussian", math.inf, **given), LABELLED)
+    make_plan(configured(variant, math.inf, **given | {"sampling": {"guidance": 1.0}}), LABELLED)
 
 
 @pytest.mark.parametrize(
     ("records", "largest", "batch"), [(3000, 1024, 1000), (60_000, 1024, 1024), (60_000, 4096, 4096), (2, 1024, 1)]
 )
 def test_batch_where_none_is_given_is_a_third_of_the_records_up_to_a_limit(configured, records, largest, batch) -> None:
-    config = configured("dpdm", private={"batch": 0, "largest_batch": largest})
+    config = configured("dpdm", math.inf, private={"batch": 0, "largest_batch": largest})
     found = with_batch(config, records)
     assert found.private.batch == batch
     assert found.model_copy(update={"private": config.private}) == config
