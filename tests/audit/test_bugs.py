@@ -288,6 +288,7 @@ BUGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS, ids=lambda b: f"{b.inject.__name__}-{b.audit.__name__}")
 def test_bug_is_caught(bug: Bug, config, tmp_path, monkeypatch) -> None:
     bug.inject(monkeypatch)

@@ -243,6 +243,7 @@ def test_full_disk_while_packing(finished, tmp_path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_report_of_a_run_for_groups_where_renyi_has_no_bound(tmp_path) -> None:
     """Rényi DP's lemma gives nothing at a large ε, and report and certificate say so."""
     settings = {**TINY_SETTINGS, "privacy": {"group_size": 6}}
