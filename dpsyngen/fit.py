@@ -1,8 +1,6 @@
 """The assembly: images → plan → training → release → Generator.
 
-This is the one path to a trained generator.  The command line, :meth:`Generator.fit`, :func:`train`, the runs of an
-experiment and all processes of torchrun take it; they differ in where the settings come from and in what they do with
-events.
+The one path to a trained generator, for the command line, :meth:`Generator.fit`, :func:`train`, experiments, torchrun.
 """
 
 from __future__ import annotations
@@ -110,7 +108,9 @@ def _read(config: Config, data: Source | None, ranks: Ranks, on_event: OnEvent) 
     lines = [f"{len(dataset):,} images were found"] if private else []
     if dataset.file is not None:
         lines.append(f"  read from {dataset.file}, which holds them decoded and is PRIVATE")
-    for line in [*lines, *(f"  left out: {skipped}" for skipped in dataset.skipped)]:
+    more = f"{len(dataset.skipped) - 20:,} more; private/data.json of the run has them all"
+    told = dataset.skipped if len(dataset.skipped) <= 20 else (*dataset.skipped[:20], more)
+    for line in [*lines, *(f"  left out: {which}" for which in told)]:
         on_event(Note(line, private=True))
     return dataset
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,13 +18,14 @@ import dpsyngen.privacy.noise as noise_module
 from dpsyngen import Generator
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
+from dpsyngen.data import load_images
 from dpsyngen.diffusion.stages import stage_map
 from dpsyngen.errors import BudgetExceeded, ConfigError, RunError
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training.log import JsonLines
+from dpsyngen.training.log import JsonLines, Note
 from dpsyngen.training.private import charged_steps
 from dpsyngen.training.public import PRETRAIN, levels_of, pretraining
-from tests.training.short_runs import begin, bytes_of, finish, merged
+from tests.training.short_runs import begin, bytes_of, finish, merged, start
 
 # ------------------------------------------------------------------------------------------------ variants
 
@@ -115,6 +117,25 @@ def test_pre_training_can_be_matched_to_the_private_stage(tmp_path, tiny_setting
     everywhere = weights("a", variant="cleaning", pretrain=True)
     assert everywhere == weights("b", variant="dpdm", pretrain=True)
     assert everywhere != weights("c", variant="cleaning", pretrain="matched")
+
+
+def test_of_many_images_that_were_left_out_some_are_named_and_all_are_kept(
+    tmp_path, tiny_settings, tiny_images
+) -> None:
+    dataset = replace(load_images(tiny_images()), skipped=tuple(f"{i}.png: broken" for i in range(50)))
+    told: list[str] = []
+    run = start(
+        load_config(merged(tiny_settings, privacy={"epsilon": 8})),
+        dataset,
+        tmp_path / "r",
+        on_event=lambda event: told.append(event.text) if isinstance(event, Note) else None,
+    ).run
+    lines = [line for line in told if "left out" in line]
+    assert lines[19:] == [
+        "  left out: 19.png: broken",
+        "  left out: 30 more; private/data.json of the run has them all",
+    ]
+    assert "49.png: broken" in (run.private / "data.json").read_text()
 
 
 # ----------------------------------------------------------------------------------------- private / release
