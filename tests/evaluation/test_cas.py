@@ -126,7 +126,7 @@ def test_bad_input(digits) -> None:
 def test_networks_take_every_size(shape) -> None:
     for make in (make_mlp, make_cnn):
         assert make(shape, 7).eval()(torch.zeros(2, *shape)).shape == (2, 7)
-    with pytest.raises(ConfigError, match="4 at least"):
+    with pytest.raises(ConfigError, match="must be 4 pixels at least"):
         make_cnn((1, 3, 3), 7)
 
 

@@ -56,7 +56,7 @@ def test_it_takes_every_size(shape) -> None:
     assert 100_000 < sum(p.numel() for p in network.parameters()) < 300_000
     # The first convolution leaves 4 to 16 positions a side.
     assert network[0](torch.zeros(1, *shape)).shape[-1] <= 16
-    with pytest.raises(ConfigError, match="4 at least"):
+    with pytest.raises(ConfigError, match="must be 4 pixels at least"):
         make_resnet((1, 3, 3), 7)
 
 

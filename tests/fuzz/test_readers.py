@@ -56,9 +56,12 @@ def test_the_seeds_themselves_are_read(folder: Path) -> None:
             path.write_bytes(files[i])
             assert load_or_refuse(f"seed {suffix}", folder) is not None, (suffix, i)
             path.unlink()
-    for content in seeds.npy():
+    for i, content in enumerate(seeds.npy()):
         (folder / "a.npy").write_bytes(content)
-        assert load_or_refuse("seed npy", folder / "a.npy") is not None
+        plain = (
+            i < len(seeds.npy()) - 2
+        )  # the last two have headers of versions that only tables need: refused in words
+        assert (load_or_refuse("seed npy", folder / "a.npy") is not None) is plain, i
 
 
 @pytest.mark.parametrize("suffix", sorted(seeds.images()))
