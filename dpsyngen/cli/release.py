@@ -58,6 +58,11 @@ def ledger(
     names = [x.run for x in ledgers]
     if len(set(names)) != len(names):
         raise ConfigError("two of the runs are copies of each other: their steps and noise are the same, so name one.")
+    if len({run.config.privacy.most_per_person is None for run in opened}) > 1:
+        raise ConfigError(
+            "some of the runs protect persons (--most-per-person), others images: no sum of theirs is a promise to "
+            "either.  Name runs of one kind."
+        )
     for run in opened:
         if run.complete:
             check_against_ledger(run)
@@ -89,7 +94,7 @@ def _ledger_lines(runs: list[tuple[Run, Ledger]], total: Composition, what_if: l
                 what += f": {m.count:,} × Gaussian, noise {m.noise_multiplier:.5g}, sampling rate {m.sampling_rate:.5g}"
             yield f"{number:>5}  {e.kind:<11}  {what}"
     together = f" of {len(runs)} runs together" if len(runs) > 1 else ""
-    unit, _ = protected(total.group_size, any(run.config.privacy.most_per_person is not None for run, _ in runs))
+    unit, _ = protected(total.group_size, runs[0][0].config.privacy.most_per_person is not None)
     yield ""
     yield f"total{together} for {unit}, added or removed; ε by PLD and by Rényi DP, both upper bounds"
     yield f"{'δ':>10} {'images':>7} {'ε PLD':>10} {'ε RDP':>10}"

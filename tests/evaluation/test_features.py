@@ -13,7 +13,7 @@ from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureSpec, make_extractor
 from dpsyngen.evaluation.inception import FidInception, _mean3, load_inception, tf1_resize
-from tests.evaluation.inception_module import ModuleInception
+from tests.evaluation.inception_module import ModuleInception, with_random_weights
 
 
 @pytest.fixture(scope="module")
@@ -241,15 +241,7 @@ def test_efficientnet_of_each_image_alone(images) -> None:
 
 
 def test_features_are_those_of_a_module_and_every_published_tensor_is_used(images) -> None:
-    torch.manual_seed(0)
-    module = ModuleInception(narrow=16).eval()
-    for part in module.modules():
-        if isinstance(part, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(part.weight)  # keeps the signal alive through all layers
-        elif isinstance(part, torch.nn.BatchNorm2d):
-            part.running_mean.normal_(0, 0.1)
-            part.running_var.uniform_(0.5, 1.5)
-            part.bias.data.fill_(0.1)
+    module = with_random_weights(ModuleInception(narrow=16).eval())
     state = {k: v for k, v in module.state_dict(keep_vars=True).items() if not k.endswith("num_batches_tracked")}
     network = FidInception(state)
     x = torch.tensor(images[:2]).expand(-1, 3, -1, -1)

@@ -10,7 +10,7 @@ from dpsyngen.data import load_images
 from dpsyngen.evaluation import frechet_distance, make_extractor
 from dpsyngen.evaluation.distances import KernelDistance
 from dpsyngen.evaluation.neighbours import Manifold
-from tests.evaluation.inception_module import ModuleInception
+from tests.evaluation.inception_module import ModuleInception, with_random_weights
 
 
 def feature_sets(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,15 +80,7 @@ def test_precision_and_recall(fidelity, features, k) -> None:
 @pytest.mark.slow
 def test_inception_on_the_same_images_and_weights(fidelity, tmp_path) -> None:
     """At full width, with random weights in the format of the published file: features, then the distance."""
-    torch.manual_seed(0)
-    network = ModuleInception()
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)  # keeps the signal alive through all layers
-        elif isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.1)
+    network = with_random_weights(ModuleInception())
     state = {**network.state_dict(), "fc.weight": torch.randn(1008, 2048), "fc.bias": torch.randn(1008)}
     torch.save(state, tmp_path / "w.pth")
     theirs = fidelity.inception.FeatureExtractorInceptionV3(

@@ -99,6 +99,12 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     for text in (words, (run.release / "README.md").read_text()):
         assert "knows everything about all images of a person and about all others" in text
     assert "any 2 images" not in words
+    assert "for one person, with all of their images (" in out + err
+    assert "total for one person, with all of their images, added or removed" in call("ledger", "run")[1]
+    # A sum with a run that protects images would promise to persons what that run does not.
+    assert call("train", "--config", config, "--data", "photos", "--epsilon", 8, "--out", "plain")[0] == 0
+    code, _, refused = call("ledger", "run", "plain")
+    assert (code, "some of the runs protect persons" in refused) == (2, True)
     pack(run, tmp_path / "b.zip")
     checked = verify(tmp_path / "b.zip")
     assert checked.passed, checked
