@@ -58,16 +58,23 @@ def ledger(
     names = [x.run for x in ledgers]
     if len(set(names)) != len(names):
         raise ConfigError("two of the runs are copies of each other: their steps and noise are the same, so name one.")
-    if len({run.config.privacy.most_per_person is None for run in opened}) > 1:
+    by_person = {run.config.privacy.most_per_person is not None for run in opened}
+    if len(by_person) > 1:
         raise ConfigError(
             "some of the runs protect persons (--most-per-person), others images: no sum of theirs is a promise to "
             "either.  Name runs of one kind."
+        )
+    if groups and True in by_person:
+        raise ConfigError(
+            "--group-size asks about images, and these runs protect persons (--most-per-person).  Leave it out."
         )
     for run in opened:
         if run.complete:
             check_against_ledger(run)
     total = Composition.of(ledgers)
-    itself, *others = what_if = total.what_if(deltas or [total.delta / 10], groups or [2, 5])
+    itself, *others = what_if = total.what_if(
+        deltas or [total.delta / 10], groups or ([] if True in by_person else [2, 5])
+    )
     Console(quiet, as_json).result(
         {
             "runs": [r.path for r in opened],
@@ -146,6 +153,7 @@ def budget_show(file: BudgetFile, quiet: Quiet = False, as_json: AsJson = False)
     by_pld, by_rdp = b.epsilon(), b.epsilon("rdp")
     alone = {c.run: epsilon(c.mechanisms, b.delta, group_size=b.group_size) for c in b.charges.values()}
     unit = "one image" if b.group_size == 1 else f"up to {b.group_size} images together"
+    unit = "each person" if b.by_person else unit
     lines = [f"budget: ε = {b.epsilon_limit:g} at δ = {b.delta:.3g} for {unit}"]
     for c in b.charges.values():
         state = "given up" if c.settled else "reserved"
@@ -156,6 +164,7 @@ def budget_show(file: BudgetFile, quiet: Quiet = False, as_json: AsJson = False)
             "epsilon": b.epsilon_limit,
             "delta": b.delta,
             "group_size": b.group_size,
+            "by_person": b.by_person,
             "reserved_epsilon": by_pld,
             "reserved_epsilon_by_rdp": by_rdp,
             "runs": [

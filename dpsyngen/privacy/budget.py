@@ -50,6 +50,7 @@ class Charge:
     name: str
     mechanisms: tuple[Mechanism, ...]
     settled: bool
+    by_person: bool
 
 
 class Budget(HashChain):
@@ -57,7 +58,7 @@ class Budget(HashChain):
 
     Attributes:
         epsilon_limit, delta: what all runs together may spend; ε finite.
-        group_size: g; the limit is for up to g records together.
+        group_size: g; the limit is for up to g records together, or for each person where runs protect persons.
         growing: whether runs may be on changed images.
         charges: by run, in the order in which they began.
     """
@@ -95,6 +96,11 @@ class Budget(HashChain):
 
     # ------------------------------------------------------------------------------------------ reading
 
+    @property
+    def by_person(self) -> bool:
+        """Whether the runs protect persons (``privacy.most_per_person``); all do, or none."""
+        return any(charge.by_person for charge in self.charges.values())
+
     def mechanisms(self, without: str | None = None) -> tuple[Mechanism, ...]:
         """All that is reserved or spent, leaving out the run `without`."""
         return merge(m for c in self.charges.values() if c.run != without for m in c.mechanisms)
@@ -130,8 +136,22 @@ class Budget(HashChain):
         unit = "" if self.group_size == 1 else f" for {self.group_size} images together"
         return f"With these steps and this batch a run of ε = {alone:.3g}{unit} on its own would fit."
 
-    def require_data(self, fingerprint: str) -> None:
-        """Raise ConfigError if the budget is of other images."""
+    def require_data(self, fingerprint: str, most_per_person: int | None) -> None:
+        """Raise ConfigError if the budget is of other images, or its runs and this one do not protect the same."""
+        # Without one of a person's images another of theirs may be used in its place, so neither promise implies the
+        # other, and no sum of the two would be a promise at all.
+        if self.charges and self.by_person != (most_per_person is not None):
+            theirs, its = ("persons", "images") if self.by_person else ("images", "persons")
+            raise ConfigError(
+                f"the runs of {self.path} protect {theirs} and this one would protect {its} (--most-per-person): they "
+                "have no common ε.  Train as the others did, or make another budget."
+            )
+        if most_per_person is not None and most_per_person > self.group_size:
+            raise ConfigError(
+                f"{self.path} is a budget for {self.group_size} images together, and this run uses up to "
+                f"{most_per_person} of each person (--most-per-person).  Make a budget with --group-size "
+                f"{most_per_person}."
+            )
         if self._data is not None and not self.growing and not hmac.compare_digest(self._data, self._tag(fingerprint)):
             raise ConfigError(
                 f"{self.path} is the budget of other images: its first run was on a different data set.  Give the "
@@ -141,12 +161,19 @@ class Budget(HashChain):
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def reserve(self, run: str, name: str, mechanisms: tuple[Mechanism, ...], fingerprint: str) -> None:
+    def reserve(
+        self,
+        run: str,
+        name: str,
+        mechanisms: tuple[Mechanism, ...],
+        fingerprint: str,
+        most_per_person: int | None = None,
+    ) -> None:
         """Take what a run plans, before it begins; nothing happens if it was taken already.
 
         Raises:
             BudgetExceeded: it does not fit, or the run was settled; nothing was written.
-            ConfigError: the budget is of other images (than those of `fingerprint`).
+            ConfigError: see :meth:`require_data`.
             LedgerError: the run reserved something else before.
         """
         with self._alone():
@@ -156,7 +183,7 @@ class Budget(HashChain):
                     f"refused: this run was settled in {self.path} as given up, so what it had not used may be spent "
                     "already.  Start a new run."
                 )
-            self.require_data(fingerprint)
+            self.require_data(fingerprint, most_per_person)
             if known:
                 if merge(known.mechanisms) != merge(mechanisms):
                     raise LedgerError(
@@ -165,7 +192,7 @@ class Budget(HashChain):
                     )
                 return
             self.require(mechanisms, run)
-            self._append(run, name, mechanisms, False, self._tag(fingerprint))
+            self._append(run, name, mechanisms, False, most_per_person is not None, self._tag(fingerprint))
 
     def settle(self, run: str, spent: Iterable[Mechanism]) -> None:
         """Give a run up: from now on it counts with `spent`, what its ledger has, and it cannot go on.
@@ -179,17 +206,28 @@ class Budget(HashChain):
                     f"{self.path} {'knows no such run' if known is None else 'has this run settled already'}; nothing "
                     "was changed."
                 )
-            self._append(run, known.name, merge(spent), True, None)
+            self._append(run, known.name, merge(spent), True, known.by_person, None)
 
-    def _append(self, run: str, name: str, mechanisms: tuple[Mechanism, ...], settled: bool, data: str | None) -> None:
+    def _append(
+        self, run: str, name: str, mechanisms: tuple[Mechanism, ...], settled: bool, by_person: bool, data: str | None
+    ) -> None:
         charged = [m.to_dict() for m in mechanisms]
-        body = {"run": run, "name": name, "mechanisms": charged, "settled": settled, "data": data}
+        body = {
+            "run": run,
+            "name": name,
+            "mechanisms": charged,
+            "settled": settled,
+            "by_person": by_person,
+            "data": data,
+        }
         self._write(body)
         self._take(body)
 
     def _take(self, body: dict[str, Any]) -> None:
         mechanisms = tuple(Mechanism(**m) for m in body["mechanisms"])
-        charge = Charge(str(body["run"]), str(body["name"]), mechanisms, bool(body["settled"]))
+        # Files of before this was written down have runs that protect images.
+        by_person = bool(body.get("by_person", False))
+        charge = Charge(str(body["run"]), str(body["name"]), mechanisms, bool(body["settled"]), by_person)
         if (charge.run in self.charges) != charge.settled:
             raise ValueError(f"run {charge.run}")
         self.charges[charge.run] = charge

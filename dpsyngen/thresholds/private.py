@@ -206,7 +206,7 @@ class PrivateEstimate:
         self.sigma_data = config.network.sigma_data
         self.budget = None if p.budget is None else Budget(Path(p.budget).resolve())
         if self.budget is not None:
-            self.budget.require_data(dataset.fingerprint())
+            self.budget.require_data(dataset.fingerprint(), p.most_per_person)
             # Beside what else is in it; this estimate itself may be charged already.
             ledger = self.private / "ledger.jsonl"
             self.budget.require((self.query.mechanism(),), Ledger(ledger).run if ledger.exists() else None)
@@ -243,7 +243,7 @@ class PrivateEstimate:
         if self.result_path.exists():
             return self._read(*networks)
         if self.budget is not None:
-            self.budget.reserve(session.ledger.run, name, (q.mechanism(),), whole)
+            self.budget.reserve(session.ledger.run, name, (q.mechanism(),), whole, p.most_per_person)
         ledger = session.ledger
         if not ledger.mechanisms:
             ledger.charge(

@@ -151,7 +151,7 @@ class Training:
         self.checkpoints = Checkpoints(run.private, self.ledger)
         self.budget = None if p.budget is None else Budget(Path(p.budget))
         if self.budget is not None:
-            self.budget.reserve(self.ledger.run, run.path.name, plan.mechanisms, whole)
+            self.budget.reserve(self.ledger.run, run.path.name, plan.mechanisms, whole, p.most_per_person)
         left = plan.steps - charged_steps(self.ledger)
         wanted = () if plan.moments is None else uncharged(self.ledger, plan.moments)
         if left > 0:

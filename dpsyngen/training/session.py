@@ -252,7 +252,7 @@ def planned(config: Config, dataset: ImageDataset) -> tuple[Config, Plan]:
     if config.privacy.budget is not None:
         path = Path(config.privacy.budget).resolve()
         budget = Budget(path)
-        budget.require_data(dataset.fingerprint())
+        budget.require_data(dataset.fingerprint(), config.privacy.most_per_person)
         budget.require(plan.mechanisms)
         config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"budget": str(path)})})
     return config, plan

@@ -52,6 +52,28 @@ def test_a_refusal_says_what_would_fit(path) -> None:
         full.reserve("two", "r", (RUN,), IMAGES)
 
 
+def test_runs_for_persons_and_runs_for_images_share_no_budget(path) -> None:
+    def persons(run: str, file: Path) -> None:
+        Budget(file).reserve(run, "r", (RUN,), IMAGES, most_per_person=2)
+
+    with pytest.raises(ConfigError, match="a budget for 1 images together, and this run uses up to 2 of each person"):
+        persons("one", path)
+    Budget(path).reserve("one", "r", (RUN,), IMAGES)
+    with pytest.raises(ConfigError, match="protect images and this one would protect persons"):
+        persons("two", path)
+    other = path.with_name("other")
+    Budget.create(other, epsilon_limit=9, delta=1e-5, group_size=2)
+    persons("one", other)
+    before = other.read_bytes()
+    with pytest.raises(ConfigError, match="protect persons and this one would protect images"):
+        Budget(other).reserve("two", "r", (RUN,), IMAGES)
+    assert other.read_bytes() == before
+    # Given up, it counts with its steps, and still for persons.
+    Budget(other).settle("one", [RUN])
+    assert Budget(other).by_person
+    assert not Budget(path).by_person
+
+
 def test_a_run_is_charged_once_however_often_it_is_resumed(path) -> None:
     for _ in range(3):
         Budget(path).reserve("one", "r", (RUN,), IMAGES)

@@ -76,7 +76,13 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
         "--set",
         "data.cache=c",
     )
-    code, out, err = call("train", *given, "--most-per-person", 2, "--out", "run", "--delta", "1e-3")
+    asked = ("train", *given, "--most-per-person", 2, "--out", "run", "--delta", "1e-3", "--budget", "b.budget")
+    Budget.create(Path("b.budget"), epsilon_limit=20, delta=1e-3)
+    code, _, err = call(*asked)
+    assert (code, "Make a budget with --group-size 2" in err, Path("run").exists()) == (2, True, False)
+    Path("b.budget").unlink()
+    Budget.create(Path("b.budget"), epsilon_limit=20, delta=1e-3, group_size=2)
+    code, out, err = call(*asked)
     assert code == 0, err
     run = Run(tmp_path / "run")
     ledger = Ledger(run.ledger_path)
@@ -99,10 +105,18 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     for text in (words, (run.release / "README.md").read_text()):
         assert "knows everything about all images of a person and about all others" in text
     assert "any 2 images" not in words
+    assert "more than ε = 20 at δ = 0.001 for each person." in words
+    assert "for each person" in call("budget", "show", "b.budget")[1]
     assert "for one person, with all of their images (" in out + err
     assert "total for one person, with all of their images, added or removed" in call("ledger", "run")[1]
+    code, _, refused = call("ledger", "run", "--group-size", 3)
+    assert (code, "these runs protect persons" in refused) == (2, True)
     # A sum with a run that protects images would promise to persons what that run does not.
-    assert call("train", "--config", config, "--data", "photos", "--epsilon", 8, "--out", "plain")[0] == 0
+    images_alone = ("train", "--config", config, "--data", "photos", "--epsilon", 8)
+    code, _, refused = call(*images_alone, "--out", "no", "--budget", "b.budget")
+    assert (code, "they have no common ε" in refused) == (2, True)
+    assert not Path("no").exists()
+    assert call(*images_alone, "--out", "plain")[0] == 0
     code, _, refused = call("ledger", "run", "plain")
     assert (code, "some of the runs protect persons" in refused) == (2, True)
     pack(run, tmp_path / "b.zip")
