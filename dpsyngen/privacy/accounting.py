@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from dpsyngen.errors import require
@@ -226,8 +226,12 @@ def _quick_bound(mechanisms: tuple[Mechanism, ...], delta: float, group_size: in
 
 
 @lru_cache(maxsize=256)
-def _bound(mechanisms: tuple[Mechanism, ...], delta: float, group_size: int, whole: tuple[Mechanism, ...]) -> Bound:
-    """By the privacy loss distribution, on the grid that suits or the finest that is not too large; else quickly."""
+def _bound(
+    mechanisms: tuple[Mechanism, ...], delta: float, group_size: int, whole: tuple[Mechanism, ...], coarser: int = 1
+) -> Bound:
+    """By the privacy loss distribution, on the grid that suits (or a `coarser` one, which takes as much less time), or
+    the finest that is not too large; else quickly.
+    """
     if not mechanisms:
         return Bound(0.0, "nothing was used")
     if any(m.noise_multiplier < LEAST_NOISE for m in mechanisms):
@@ -237,7 +241,8 @@ def _bound(mechanisms: tuple[Mechanism, ...], delta: float, group_size: int, who
     rough = group_size * _rdp_epsilon(whole, delta, 1)
     if rough > _LARGEST_EPSILON:
         return _quick_bound(mechanisms, delta, group_size, f"beyond ε = {_LARGEST_EPSILON:,} nothing finer is computed")
-    interval = suits = _interval(whole, rough, group_size)
+    suits = _interval(whole, rough, group_size)
+    interval = suits * coarser
     most = [_most_in_a_step(m, delta, len(mechanisms), group_size) for m in mechanisms]
     points = 0.0  # of the grid, times its step: noise is cut at 10 z, and a mixture is searched for each of its points
     for m, j in zip(mechanisms, most, strict=True):
@@ -380,28 +385,19 @@ def calibrate_noise(
     if already >= target_epsilon:
         raise ValueError(f"ε = {already:.4g} is already spent, which leaves nothing of {target_epsilon:.4g}.")
 
-    def cost(noise: float, kind: Accountant, group: int = group_size) -> float:
-        return epsilon((*spent, Mechanism(sampling_rate, noise, steps)), delta, kind, group)
+    def together(noise: float) -> tuple[Mechanism, ...]:
+        return merge((*spent, Mechanism(sampling_rate, noise, steps)))
 
-    def guess(noise: float) -> float:
-        if noise > 1e7:  # no need to look further
-            return 0.0
-        # A first guess for PLD need not be a bound, and g times ε is cheaper than the lemma.
-        return group_size * cost(noise, "rdp", 1) if accountant == "pld" else cost(noise, "rdp")
+    def cost(noise: float, coarser: int = 1) -> float:
+        return _bound(together(noise), delta, group_size, (), coarser).epsilon
 
-    # RDP first, which is cheaper.  Its answer is a little too high for PLD, which then takes a few evaluations.  It is
-    # rounded up on a grid (halvings of log z between powers of two), so that it does not depend on how it was found.
-    least = _refine(guess, target_epsilon, 1.0, 1e-6)
-    high = 2.0 ** max(math.ceil(math.log2(least)), -6)
-    low = high / 2
-    while high / low > 1 + tolerance:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if middle < least else (low, middle)
     if accountant == "rdp":
-        if cost(high, "rdp") > target_epsilon:
-            raise ValueError(f"no noise multiplier below 1e7 reaches ε = {target_epsilon:.4g}.")
-        return high
-    return _refine(lambda noise: cost(noise, "pld"), target_epsilon, high, tolerance)
+        return _refine(lambda noise: epsilon(together(noise), delta, "rdp", group_size), target_epsilon, 1.0, tolerance)
+    # Each search begins where a cheaper one ended.  A guess need not be a bound, and g times ε is cheaper than the
+    # lemma; what fits on a coarse grid fits on the fine one, mostly within the tolerance.
+    start = _refine(lambda noise: group_size * epsilon(together(noise), delta, "rdp"), target_epsilon, 1.0, 0.03)
+    start = _refine(partial(cost, coarser=8), target_epsilon, start, tolerance / 3)
+    return _refine(cost, target_epsilon, start, tolerance)
 
 
 def _refine(cost: Callable[[float], float], target: float, start: float, tolerance: float) -> float:
