@@ -5,16 +5,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What the package needs, which is enough for the demo; and what developers need on top.
 CORE := $(VENV)/.demo-installed
+STUDIO := $(VENV)/.studio-installed
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
 # A new folder each time: nothing that was made before is overwritten.
 DEMO := $(if $(DEMO),$(DEMO),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help setup demo check test lint types docs figures clean
+.PHONY: help setup demo studio check test lint types docs figures clean
 
 help:
 	@echo "make demo   set up, then train, sample, evaluate and report on scikit-learn's digits (into $(DEMO))"
+	@echo "make studio set up, then the studio: from a folder of images to a certified release in the browser"
 	@echo "make check  set up, then lint, types, and the tests of mathematics, privacy and contracts: three minutes"
 	@echo "make test   set up, then lint, types, the documentation and all tests"
 	@echo "make docs   set up, then the documentation as a site: open site/index.html"
@@ -50,6 +52,14 @@ demo: $(CORE)
 	$(BIN)/dpsyngen evaluate $(DEMO)/reference --test digits:test -n 5000
 	$(BIN)/dpsyngen report $(DEMO)/reference
 	@echo "== done: open $(DEMO)/private/private/report.html and $(DEMO)/reference/private/report.html"
+	@echo "== your own images, in the browser: make studio"
+
+$(STUDIO): $(CORE)
+	$(PIP) --editable '.[studio]'
+	touch $@
+
+studio: $(STUDIO)
+	$(BIN)/dpsyngen studio
 
 lint: setup
 	$(BIN)/ruff check --quiet .

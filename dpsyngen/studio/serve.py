@@ -56,6 +56,11 @@ class Address:
             where = f"{self.host}:{self.port}: {error.strerror}"
             raise ConfigError(f"the studio cannot listen at {where}.  Choose another --port or --host.") from None
 
+    def names(self, port: int) -> tuple[str, ...]:
+        """What browsers send as Host at `port`: they leave out the one that http or https has by itself."""
+        hosts = (self.host.lower(),) if self.remote else LOCAL
+        return (*(f"{host}:{port}" for host in hosts), *(hosts if port == (443 if self.remote else 80) else ()))
+
 
 def show_link(link: str, folder: Path) -> None:
     """Open `link` in the browser by a file in `folder`: whoever uses this machine can read a browser's command line."""
@@ -98,9 +103,7 @@ def serve(places: Places, address: Address, console: Console, show: bool) -> Non
     warnings.filterwarnings("ignore", category=FutureWarning, module="nicegui")  # it looks at torch's objects, too
     console.note(f"runs are in {places.runs}; images may lie in {', '.join(map(str, places.folders))}")
     console.note("Ctrl-C ends the studio; trainings go on.  This link lets one browser in:")
-    hosts, port = (address.host.lower(),) if address.remote else LOCAL, listening.getsockname()[1]
-    unsaid = hosts if port == (443 if address.remote else 80) else ()  # browsers leave that port out
-    names, files = (*(f"{host}:{port}" for host in hosts), *unsaid), f"/_nicegui/{nicegui.__version__}/"
+    names, files = address.names(listening.getsockname()[1]), f"/_nicegui/{nicegui.__version__}/"
     guard = Guard(application, names, address.remote, lambda link: console.result({"link": link}, [link]), files)
     if show:
         show_link(guard.link, places.runs / ".studio")

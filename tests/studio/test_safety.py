@@ -133,6 +133,14 @@ def test_the_token_is_not_in_the_command_line_of_the_browser(tmp_path: Path, mon
     assert (page.stat().st_mode & 0o777, page.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
+def test_the_port_that_browsers_leave_out_may_be_missing() -> None:
+    here, there = Address(), Address("Board.example", remote=True)
+    assert here.names(80) == ("127.0.0.1:80", "localhost:80", "127.0.0.1", "localhost")
+    assert there.names(443) == ("board.example:443", "board.example")
+    assert here.names(443) == ("127.0.0.1:443", "localhost:443")
+    assert there.names(80) == ("board.example:80",)
+
+
 def test_it_listens_on_this_machine_alone() -> None:
     with Address().bind() as listening:
         assert listening.getsockname()[0] == "127.0.0.1"

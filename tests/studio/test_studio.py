@@ -84,6 +84,7 @@ def served(home: Path) -> Iterator[Served]:
     studio = Served(home)
     yield studio
     studio.end()
+    assert "Traceback" not in (home / "studio.err").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -244,6 +245,13 @@ def test_wrong_bundles_and_runs(page: Any, served: Served, home: Path, tmp_path:
     for path in (home / "notes.zip", tmp_path / "other.zip"):
         page.get_by_label("bundle").locator("input[type=file]").set_input_files(path)
         page.get_by_text(f"{path.name}: the bundle is NOT to be relied on").wait_for()
+    (tmp_path / "much.pub").write_bytes(bytes(2**16 + 1))
+    page.get_by_text("I have the public key").click()
+    page.get_by_label("public key").locator("input[type=file]").set_input_files(tmp_path / "much.pub")
+    problem(page, "the public key is too large")
+    for _ in range(2):  # away while the pictures of the runs are drawn
+        page.goto(f"{served.address}/", wait_until="commit")
+        page.goto(f"{served.address}/verify")
     page.goto(f"{served.address}/run/nobody/look")
     problem(page, "does not exist")
     page.goto(f"{served.address}/run/..%5Cx/train")
