@@ -50,7 +50,9 @@ def evaluate(
     count: Count = 10_000,
     features: Annotated[str, typer.Option(help=_FEATURES)] = "efficientnet-lite0,pixels-pca",
     metrics: Annotated[str, typer.Option(help="comma-separated, '' for none; see docs/metrics.md")] = ",".join(METRICS),
-    classifiers: Annotated[str, typer.Option(help="among logreg, mlp, cnn, resnet; '' for none")] = "logreg,mlp,cnn",
+    classifiers: Annotated[
+        str, typer.Option(help="among logreg, mlp, cnn, resnet, wideresnet; '' for none")
+    ] = "logreg,mlp,cnn",
     bootstrap: Annotated[int, typer.Option(help="replicates for the 95 % intervals; 0: no intervals")] = 200,
     max_images: Annotated[int, typer.Option(help="of each set, for the metrics; a random subset beyond that")] = 10_000,
     inception_weights: Annotated[Path | None, typer.Option(help="weights file for inception")] = None,

@@ -20,7 +20,7 @@ from dpsyngen.errors import ConfigError, require
 if TYPE_CHECKING:
     from dpsyngen.evaluation.classifiers import Candidate
 
-NAMES = ("logreg", "mlp", "cnn", "resnet")
+NAMES = ("logreg", "mlp", "cnn", "resnet", "wideresnet")
 DEFAULT = ("logreg", "mlp", "cnn")
 """The classifiers of DPDM's evaluation, which published figures are of."""
 HELD_OUT = 0.1
@@ -161,7 +161,7 @@ def classification_accuracy(
     Args:
         train_images, train_labels: generated, uint8 [N, C, H, W], and their classes [N].
         test_images, test_labels: real, uint8 [M, C, H, W], and their classes [M].
-        classifiers: names among "logreg", "mlp", "cnn", "resnet".
+        classifiers: names in ``NAMES``.
         seed: of the split, the initial weights and the order of images.
         epochs: passes over the training part for the networks; None: :func:`default_epochs`.
 
@@ -255,10 +255,10 @@ def _candidates(
 
     if name == "logreg":
         return classifiers.linear_candidates(x, y)
-    make = {"mlp": classifiers.make_mlp, "cnn": classifiers.make_cnn, "resnet": classifiers.make_resnet}[name]
-    network, order = make(x.shape[1:], num_classes), torch.Generator().manual_seed(seed)
-    augmented = name == "resnet"
-    return classifiers.train_network(network, x, y, augmented=augmented, epochs=epochs, generator=order, device=device)
+    network = getattr(classifiers, f"make_{name}")(x.shape[1:], num_classes)
+    how = {"augmented": name.endswith("resnet"), "averaged": name == "wideresnet"}
+    order = torch.Generator().manual_seed(seed)
+    return classifiers.train_network(network, x, y, **how, epochs=epochs, generator=order, device=device)
 
 
 def _check(

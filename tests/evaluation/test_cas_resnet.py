@@ -1,4 +1,4 @@
-"""The ResNet of the classification accuracy score."""
+"""The ResNets of the classification accuracy score."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ import torch
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError
 from dpsyngen.evaluation.cas import DEFAULT, NAMES, classification_accuracy, default_epochs
-from dpsyngen.evaluation.classifiers import make_resnet, one_cycle, shift_for, shifted, train_network
+from dpsyngen.evaluation.classifiers import (
+    make_resnet,
+    make_wideresnet,
+    one_cycle,
+    shift_for,
+    shifted,
+    train_network,
+)
 
 
-def score(train, test, *, labels=None, rows=slice(None), **options):
+def score(train, test, *, labels=None, rows=slice(None), name="resnet", **options):
     return classification_accuracy(
         train.images[rows],
         (train.labels if labels is None else labels)[rows],
         test.images,
         test.labels,
         num_classes=10,
-        classifiers=("resnet",),
+        classifiers=(name,),
         **options,
-    )["resnet"]
+    )[name]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +84,37 @@ def test_no_batch_of_one_image_whatever_is_left_over(images, batch_size) -> None
     assert [c.epoch for c in candidates] == [1, 2]
 
 
+def test_the_wideresnet_has_the_published_size() -> None:
+    network = make_wideresnet((3, 32, 32), 10)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(8.9e6, rel=0.01)
+    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(ConfigError, match="must be 4 pixels at least for the classifier wideresnet"):
+        make_wideresnet((1, 3, 3), 7)
+
+
+def test_an_average_of_the_weights_classifies(digits, monkeypatch) -> None:
+    monkeypatch.setattr("dpsyngen.evaluation.classifiers._AVERAGE", 0.9)
+    images, labels = digits[0].images[:40], digits[0].labels[:40]
+    torch.manual_seed(0)
+    network = make_resnet((1, 8, 8), 10)
+    seen, averages = [], []
+    # An epoch is one step here.
+    options = {"augmented": True, "averaged": True, "batch_size": 64, "device": "cpu"}
+    generator = torch.Generator().manual_seed(0)
+    for candidate in train_network(network, images, labels, epochs=4, generator=generator, **options):
+        seen.append(network[0].weight.detach().clone())
+        averages.append(candidate.model[0].weight.detach().clone())
+    expected = seen[0]
+    assert torch.equal(averages[0], expected)
+    for weights, average in zip(seen[1:], averages[1:], strict=True):
+        expected = 0.9 * expected + 0.1 * weights
+        torch.testing.assert_close(average, expected)
+    assert not torch.allclose(averages[-1], seen[-1], atol=1e-4)
+    # With a small network in its place it learns digits, statistics of the normalisation included.
+    monkeypatch.setattr("dpsyngen.evaluation.classifiers.make_wideresnet", make_resnet)
+    assert score(*digits, name="wideresnet", epochs=6).accuracy > 0.9
+
+
 def test_shifted_images_are_the_images_moved_with_their_border_repeated() -> None:
     images = torch.arange(2 * 3 * 5 * 6, dtype=torch.int16).view(2, 3, 5, 6)
     seen = set()
@@ -98,10 +136,11 @@ def test_a_shift_of_each_image_is_its_own() -> None:
 
 
 def test_names_and_epochs() -> None:
-    assert (*DEFAULT, "resnet") == NAMES
+    assert (*DEFAULT, "resnet", "wideresnet") == NAMES
     assert default_epochs("cnn", 4500) == 44
     assert default_epochs("resnet", 4500) == 22
     assert default_epochs("resnet", 100) == 30
+    assert default_epochs("wideresnet", 100) == 50
     assert default_epochs("mlp", 54_000) == default_epochs("resnet", 54_000) == 5
 
 
