@@ -8,10 +8,14 @@ per-example rule, and nothing mixes images.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dpsyngen.diffusion import standalone
 from dpsyngen.errors import ConfigError, require
@@ -88,6 +92,24 @@ class UNet(standalone.UNet):
         if self.embed_class is not None and classes is None:
             raise ConfigError("this network is class-conditional: pass classes (num_classes for 'no class').")
         return super().forward(x, c_noise, classes)
+
+
+class _WithoutNumbers(TorchFunctionMode):
+    """Leaves out the numbers for which PyTorch, on the device "meta", imports its compiler: a second and a half."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.logspace:
+            return torch.empty((), device="cpu")
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Networks that are made within have shapes and no numbers, and take no memory."""
+    with torch.device("meta"), _WithoutNumbers():
+        yield
 
 
 def named_size(name: str) -> UNetSize:

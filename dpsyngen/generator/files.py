@@ -27,7 +27,7 @@ from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from dpsyngen.diffusion.prior import SEEN, PriorDenoiser
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage, StageMap
-from dpsyngen.diffusion.unet import UNet, check_resolution, named_size
+from dpsyngen.diffusion.unet import UNet, check_resolution, named_size, shapes_alone
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, shown
 from dpsyngen.files import NotPlainError, open_plain
 from dpsyngen.version import FORMAT, __version__
@@ -180,7 +180,7 @@ def load_network(
     def make() -> UNet:
         return UNet(about.network.size, about.resolution, about.channels, classes, inputs)
 
-    with torch.device("meta"):  # takes no memory
+    with shapes_alone():
         expected = {f"network.{k}": v for k, v in make().state_dict().items()}
     weights = load_weights(release / "weights" / f"{name}.safetensors", expected)
     denoiser: NetworkDenoiser

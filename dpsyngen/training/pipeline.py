@@ -21,7 +21,7 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import Ema, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage
-from dpsyngen.diffusion.unet import count_parameters
+from dpsyngen.diffusion.unet import count_parameters, shapes_alone
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError
 from dpsyngen.files import write_atomically
@@ -205,7 +205,7 @@ class Training:
         """Trainable parameters of the private network; 0 if there is none."""
         if self.plan.stages.gaussian:
             return 0
-        with torch.device("meta"):
+        with shapes_alone():
             return count_parameters(make_network(self.config, self.plan.shape, residual=self.plan.stages.moments))
 
     def describe(self) -> Iterator[str]:

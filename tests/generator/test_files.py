@@ -262,6 +262,7 @@ import resource, sys
 from dpsyngen.errors import RunError
 from dpsyngen import Generator
 Generator(sys.argv[2])  # a sound one: what is imported late is imported now
+assert "torch._dynamo" not in sys.modules  # PyTorch's compiler takes a second and a half, and nobody needs it here
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     Generator(sys.argv[1])
