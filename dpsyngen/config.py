@@ -422,7 +422,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         message = problem["msg"].removeprefix("Value error, ").rstrip(".")
         if problem["type"] == "extra_forbidden":
             lines.append(f"{place}: there is no such setting{_did_you_mean(problem['loc'], model)}")
-        elif place:
+        elif place and not message.startswith(f"{place} "):
             # Of a whole section the values say nothing.
             given = "" if isinstance(problem["input"], dict | BaseModel) else f" is {shown(problem['input'])}"
             lines.append(f"{place}{given}: {message[0].lower() + message[1:]}")

@@ -134,8 +134,16 @@ OF_THE_DISK = ("lost+found", ".snapshot")  # what a fresh disk has in its upperm
 PARTIAL = ".dpsyngen-partial"
 
 
+def require_possible(path: Path, option: str) -> None:
+    """Raise RunError if `path` can never be made, as something above it is no folder."""
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise RunError(f"{option} {path} cannot be made: {above} is not a folder.  Choose another place.")
+
+
 def require_absent_or_empty(path: Path, option: str) -> None:
-    """Raise RunError if the folder `path` has anything in it, so that nothing is ever overwritten."""
+    """Raise RunError if the folder `path` has anything in it, so that nothing is overwritten, or cannot be made."""
+    require_possible(path, option)
     found = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name] if os.path.lexists(path) else []
     left = [name for name in found if name not in (*OF_THE_DISK, PARTIAL)]
     if left and PARTIAL in found:
@@ -143,7 +151,7 @@ def require_absent_or_empty(path: Path, option: str) -> None:
             f"{option} {path} holds a part of what an interrupted command wrote: empty it, or choose another."
         )
     if left:
-        raise RunError(f"{option} {path} exists already and is not an empty folder. Choose another, or move it away.")
+        raise RunError(f"{option} {path} exists already and is not an empty folder.  Choose another, or move it away.")
 
 
 @contextlib.contextmanager

@@ -133,6 +133,8 @@ def test_existing_things_are_refused(tmp_path) -> None:
     for path in (tmp_path, tmp_path / "f", tmp_path / "dangling"):
         with pytest.raises(RunError, match="exists already"):
             require_absent_or_empty(path, "--out")
+    with pytest.raises(RunError, match="f is not a folder"):  # rather than an error of the system, after the work
+        require_absent_or_empty(tmp_path / "f" / "new" / "out", "--out")
 
 
 def test_missing_folder_is_named(tmp_path) -> None:

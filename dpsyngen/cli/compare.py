@@ -53,7 +53,7 @@ def compare(
                 check_device(device)
                 chosen, out = _spec(spec, out, data, test)
                 if dry_run:
-                    _dry_run(console, chosen, out, device)
+                    _dry_run(console, chosen, out, device, told=data is not None)
                     return
                 if out is None:
                     raise ConfigError("--out is missing: the folder of the experiment.")
@@ -118,8 +118,8 @@ def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experimen
     return experiment
 
 
-def _shape(spec: Spec) -> Shape:
-    """Of the images, or what the specification says of them where there are none."""
+def _shape(spec: Spec, told: bool) -> Shape:
+    """Of the images, or what the specification says of them where there are none and --data did not tell where."""
     from dpsyngen.experiments.runner import Images
     from dpsyngen.training.plan import Shape
 
@@ -127,7 +127,7 @@ def _shape(spec: Spec) -> Shape:
     try:
         return Images(spec).shape
     except DataError:
-        if facts is None:
+        if facts is None or told:
             raise
     classes = tuple(f"class {i}" for i in range(facts.classes if spec.data.labels else 0))
     return Shape(facts.resolution, facts.channels, classes, spec.data.records or facts.records)
@@ -212,12 +212,12 @@ def _finish(console: Console, experiment: Experiment) -> None:
         raise typer.Exit(code)
 
 
-def _dry_run(console: Console, spec: Spec, out: Path | None, device: str) -> None:
+def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, told: bool) -> None:
     from dpsyngen.experiments.cost import estimate, hours, privacy_cost
     from dpsyngen.experiments.experiment import Experiment
     from dpsyngen.experiments.spec import jobs_of
 
-    jobs, shape = jobs_of(spec), _shape(spec)
+    jobs, shape = jobs_of(spec), _shape(spec, told)
     cost = privacy_cost(spec, jobs, shape, out)
     console.note("measuring a few steps of each kind …")
     left = jobs

@@ -215,7 +215,7 @@ def release(
 ) -> None:
     """Pack what may be published into one zip: generator, certificate, checksums, signature."""
     from dpsyngen.generator.guarantee import Guarantee
-    from dpsyngen.release.bundle import pack
+    from dpsyngen.release.bundle import pack, require_ready
     from dpsyngen.report.html import write_report
     from dpsyngen.training.run import Run
 
@@ -223,6 +223,7 @@ def release(
     opened.require_complete()
     with opened.lock():
         if not (opened.release / "report.html").exists():
+            require_ready(opened, bundle, samples, sign, not_private)  # a refused bundle leaves no report either
             write_report(opened)
         with console.progress("drawing samples", max(samples, 1), "images") as progress:
             done = pack(

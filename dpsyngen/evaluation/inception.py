@@ -116,8 +116,9 @@ def load_inception(weights: Path, device: str = "cpu") -> tuple[FidInception, in
         if features != 64 * len(state["Conv2d_1a_3x3.conv.weight"]):
             raise ValueError(f"it has {features} features")
     except Exception as error:  # torch.load raises many kinds
+        why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise DataError(
-            f"{weights} does not hold the weights of FID's Inception: {error}.  Give the file "
+            f"{weights} does not hold the weights of FID's Inception ({why}).  Give the file "
             f"{WEIGHTS_URL.rsplit('/', 1)[-1]}."
         ) from None
     return network, features
@@ -132,8 +133,8 @@ def fetch_weights() -> Path:
     except Exception as error:  # requests, urllib and pooch each have their own
         raise DataError(
             f"the weights of FID's Inception could not be downloaded ({type(error).__name__}).  Get {WEIGHTS_URL} on a "
-            "machine with a network and pass it with --inception-weights, or use the features efficientnet-lite0, "
-            "which work offline."
+            "machine with a network and give it to `dpsyngen evaluate --inception-weights`, or use the features "
+            "efficientnet-lite0, which work offline."
         ) from None
 
 

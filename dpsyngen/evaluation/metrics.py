@@ -99,7 +99,7 @@ class EvaluationSettings(Measured):
     keeps features of real images.
     """
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = "cpu"
     cache: Path | None = None
 

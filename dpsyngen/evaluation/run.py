@@ -17,11 +17,12 @@ from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import Source, load_private, said_of_a_run
 from dpsyngen.distributed import ALONE, Ranks, device_of
-from dpsyngen.errors import ConfigError, DataError, RunError, listed
+from dpsyngen.errors import ConfigError, DataError, RunError, listed, require
 from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
 from dpsyngen.evaluation.features import FeatureExtractor, OwnFeatures
 from dpsyngen.evaluation.memorisation import (
     PAIRS_FILE,
+    PIXELS,
     Memorisation,
     checked_names,
     memorisation_check,
@@ -86,6 +87,14 @@ def evaluate(
     if settings.get("metrics", NAMES) is None:
         del settings["metrics"]
     s = EvaluationSettings.of({**settings, "device": device, "cache": run.features_path if cache else None})
+    require(images >= 2, "the number of generated images", images, "at least 2")
+    if not s.specs and (test is None or not s.classifiers):
+        raise ConfigError(
+            "nothing would be measured: give --features and --metrics, or --classifiers and the real images of --test "
+            "(from Python: features, metrics, classifiers, test)."
+        )
+    wanted = inception_weights is None or "inception" in map(str, s.features)
+    require(wanted, "inception_weights", inception_weights, "left out without the features inception")
     weights = None if inception_weights is None else Path(inception_weights)
     specs = tuple(FeatureSpec(f, weights if f == "inception" else None) for f in map(str, s.features))
     s = s.model_copy(update={"features": specs})
@@ -111,10 +120,11 @@ def evaluate(
         if isinstance(extractor, OwnFeatures):
             shape = (2, generator.channels, generator.resolution, generator.resolution)
             extractor(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    more = "" if held_out is not None else "; without real test images there are neither classifiers nor a floor"
     # All the while, so that it cannot be refused after an hour's work.
     with run.lock():
         ledger = run.finished_ledger()
-        tell(f"generating {images:,} images")
+        tell(f"generating {images:,} images{more}")
         samples = sample(ranks, generator, images, **{"seed": s.seed, **(sampling or {})})
         # The ledger knows before the first private image is looked at.
         ledger.note_private_access(
@@ -196,11 +206,15 @@ def check_memorisation(
     run.require_complete()
     check_device(device)
     checked_names(features)
-    if images < 1:
-        raise ConfigError(f"the number of images is {images}, but must be at least 1.")
+    require(images >= 1, "the number of generated images", images, "at least 1")
+    require(0 <= seed < 2**63, "seed", seed, "from 0 to 2⁶³ − 1")
     generator = ReleasedGenerator(run.release, device)
     private = _trained_on(run, data, generator)
     control = None if held_out is None else _images(held_out, run.config, generator, "held-out")
+    for feature in features:
+        # What is missing or wrong should show before images are generated and the ledger is written.
+        if feature != PIXELS:
+            FeatureSpec(feature).make(device)
     tell = on_progress or (lambda line: None)
     with run.lock():
         tell(f"generating {images:,} images")

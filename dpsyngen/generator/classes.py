@@ -80,7 +80,7 @@ def in_turn(count: int, names: Sequence[str], classes: Sequence[int | str] | Non
         return None
     chosen = range(len(names)) if classes is None else [class_number(c, names) for c in classes]
     if not chosen:
-        raise ConfigError("no class was given.")
+        raise ConfigError("no class was given: name some, or leave --classes out for all.")
     check_count(count)
     return np.resize(np.array(chosen, dtype=np.int64), count)
 

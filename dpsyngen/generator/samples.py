@@ -22,8 +22,15 @@ from numpy.typing import NDArray
 
 from dpsyngen.console import in_notebook
 from dpsyngen.diffusion.stages import Stage
-from dpsyngen.errors import ConfigError, RunError, listed, printable, require_package
-from dpsyngen.files import expanded, new_folder, require_absent_or_empty, write_atomically, write_text
+from dpsyngen.errors import ConfigError, RunError, listed, printable, require, require_package
+from dpsyngen.files import (
+    expanded,
+    new_folder,
+    require_absent_or_empty,
+    require_possible,
+    write_atomically,
+    write_text,
+)
 from dpsyngen.programs.grid import image_grid, picture, png, png_url
 from dpsyngen.programs.saving import image_table, write_tables
 from dpsyngen.version import __version__
@@ -35,6 +42,7 @@ _CLASSES, _EACH, _UNLABELLED = 10, 8, 32  # shown at most: classes, images of ea
 _SIDE = 48  # pixels that an image is enlarged to, about
 _TAKEN = ("metadata.csv", "about.json")  # files beside the class folders
 _FILES = (".npz", ".parquet")
+_OTHERS = (*_FILES, ".zip", ".tar", ".npy", ".png", ".csv")  # meant as a file, in another case or of another kind
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
 
 Item = tuple[NDArray[np.uint8], int] | NDArray[np.uint8]
@@ -195,13 +203,18 @@ class Trajectory:
 
 
 def check_target(out: Path) -> None:
-    """Raise RunError if writing to `out` would overwrite anything, ConfigError if what it needs is not installed."""
+    """Raise RunError if writing to `out` would overwrite anything, ConfigError if what it needs is not installed.
+
+    ConfigError, too, for the name of a file of another kind.
+    """
     if out.suffix == ".parquet":
         require_package("pyarrow", "Parquet", "parquet")
     if out.suffix in _FILES:
+        require_possible(out, "--out")
         if out.exists():
             raise RunError(f"--out {out} exists already.  Choose another path or move it away.")
         return
+    require(out.suffix.lower() not in _OTHERS, "--out", out, "a folder, or a file that ends in .npz or .parquet")
     require_absent_or_empty(out, "--out")
 
 

@@ -89,6 +89,11 @@ class Budget(HashChain):
         require(0 < delta < 1, "delta", delta, "between 0 and 1")
         require(path.parent.is_dir(), "the folder of the budget file", path.parent, "an existing one")
         check_group_size(group_size)
+        if path.exists():
+            raise ConfigError(
+                f"{path} exists already; a budget file is never started twice.  Choose another name, or charge this "
+                f"one: `dpsyngen budget show {path}` says what is left."
+            )
         header = {"format": FORMAT, "kind": "budget", "epsilon": epsilon_limit, "delta": delta}
         header |= {"group_size": group_size, "growing": growing, "salt": os.urandom(32).hex()}
         start_chain(path, "budget file", header)

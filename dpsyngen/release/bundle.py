@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError, printable, require
 from dpsyngen.files import file_sha256, write_atomically, write_text
 from dpsyngen.generator.generator import ReleasedGenerator
@@ -88,16 +90,7 @@ def pack(
         ConfigError, RunError: before anything is written.
         LedgerError, ReleaseError: the certificate does not follow from the ledger, or the release holds a secret.
     """
-    require(out.suffix.lower() == ".zip", "the name of the bundle", str(out), "one that ends in .zip")
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out} exists already.  Choose another name or move it away.")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent} is not a folder: a bundle is written into an existing one.")
-    require(samples >= 0, "the number of samples", samples, "0 or more")
-    signer = None if key is None else read_private_key(key)
-    run.require_complete()
-    certificate = check_against_ledger(run)
-    require_private(certificate, not_private, "--not-private packs")
+    certificate, signer = require_ready(run, out, samples, key, not_private)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch)
         copy_release(run.release, certificate, folder)
@@ -123,6 +116,25 @@ def pack(
         left_out = tuple(n for n, p in there.items() if n not in files or not filecmp.cmp(p, files[n], shallow=False))
     signed_by = None if signer is None else fingerprint(signer.public_key())
     return Packed(out, len(members), file_sha256(out), signed_by, left_out, certificate)
+
+
+def require_ready(
+    run: Run, out: Path, samples: int, key: Path | None, not_private: bool
+) -> tuple[Certificate, Ed25519PrivateKey | None]:
+    """The certificate and the key of a bundle that :func:`pack` would write; raises what that does, writes nothing."""
+    require(out.suffix.lower() == ".zip", "the name of the bundle", str(out), "one that ends in .zip")
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists already.  Choose another name or move it away.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out.parent} is not a folder: a bundle is written into an existing one.")
+    outside = not out.resolve().is_relative_to(run.release.resolve())
+    require(outside, "the bundle", str(out), f"outside {run.release}, all of which is packed")
+    require(samples >= 0, "the number of samples", samples, "0 or more")
+    signer = None if key is None else read_private_key(key)
+    run.require_complete()
+    certificate = check_against_ledger(run)
+    require_private(certificate, not_private, "--not-private packs")
+    return certificate, signer
 
 
 def check_against_ledger(run: Run) -> Certificate:

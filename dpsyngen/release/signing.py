@@ -11,7 +11,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from dpsyngen.errors import ConfigError, ReleaseError
+from dpsyngen.errors import ConfigError, ReleaseError, require
 
 PASSPHRASE = "DPSYNGEN_KEY_PASSPHRASE"
 """Environment variable with the passphrase of an encrypted key."""
@@ -27,6 +27,7 @@ def make_key(path: Path) -> tuple[Path, str]:
     If the environment variable ``DPSYNGEN_KEY_PASSPHRASE`` is set, the private key is encrypted with it.  Returns the
     path of the public key and its fingerprint; ConfigError if one of the files exists, or the folder does not.
     """
+    require(path.name, "the private key", str(path), "the name of a file to make, such as board.pem")
     public_path = path.with_name(path.name + ".pub")
     key = Ed25519PrivateKey.generate()
     passphrase = os.environ.get(PASSPHRASE)

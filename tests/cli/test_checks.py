@@ -66,6 +66,17 @@ def codes(findings: list) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ memorisation
 
 
+def test_memorisation_without_its_features_costs_nothing(run, monkeypatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("pooch.retrieve", refuse)
+    before = run.ledger_path.read_bytes()
+    with pytest.raises(DataError, match="could not be downloaded"):
+        check_memorisation(run, images=4, features=["inception"])
+    assert run.ledger_path.read_bytes() == before
+
+
 def test_memorisation_stays_in_the_private_half(call, run, trained) -> None:
     before = bytes_of(run.release)
     code, out, err = call("memorisation", run.path, "--held-out", trained / "held-out.npz", "-n", 60)

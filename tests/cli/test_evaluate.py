@@ -127,13 +127,6 @@ def test_metrics_own_features_and_no_bootstrap(call, run, trained) -> None:
     assert not (run.private / "features").exists()
 
 
-def test_no_metrics_and_no_classifiers(call, run) -> None:
-    code, out, err = call("evaluate", run.path, "-n", 20, "--classifiers", "", "--metrics", "")
-    assert code == 0, err
-    assert kept(run)["features"] == {}
-    assert "Fréchet" not in out
-
-
 def test_wrong_features_of_ones_own_cost_nothing(call, run, trained) -> None:
     entries = run.ledger_path.read_bytes()
     for options, message in (

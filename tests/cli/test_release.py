@@ -294,6 +294,7 @@ def test_release_of_a_run_without_privacy(call, data, tmp_path) -> None:
     assert code == 6
     assert "NOT PRIVATE" in err
     assert not (tmp_path / "b.zip").exists()
+    assert not list((tmp_path / "r").glob("*/report.html"))
     code, out, _ = call("release", tmp_path / "r", tmp_path / "b.zip", "--not-private", "-q")
     assert code == 0
     assert "NOT PRIVATE" in out

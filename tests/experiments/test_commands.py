@@ -126,6 +126,9 @@ def test_the_dry_run_needs_no_images_where_the_specification_has_the_facts(tiny_
     facts = {"records": 60, "resolution": 8, "channels": 1, "classes": 3}
     data = {"train": str(tmp_path / "none.npz"), "test": str(tmp_path / "none.npz")}
     assert call("compare", tiny_spec(data={**data, "facts": facts}), "--dry-run")[0] == 0
+    code, _, err = call("compare", tiny_spec(data={**data, "facts": facts}), "--dry-run", "--data", tmp_path / "gone")
+    assert code == 2
+    assert "gone" in err
     code, _, err = call("compare", tiny_spec(data=data), "--dry-run")
     assert code != 0
     assert "none.npz" in err

@@ -164,7 +164,7 @@ def test_edited_and_foreign_files(path, tmp_path) -> None:
         Budget(path)
     with pytest.raises(LedgerError, match="cannot be read"):
         Budget(tmp_path / "none")
-    with pytest.raises(LedgerError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         Budget.create(path, epsilon_limit=1.0, delta=1e-5)
     from dpsyngen.privacy.ledger import Ledger
 

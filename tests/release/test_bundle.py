@@ -213,6 +213,7 @@ def test_refusals_leave_nothing_behind(finished, bundle, tmp_path) -> None:
         (tmp_path / "b.tar", {}, "ends in .zip"),
         (bundle, {}, "exists already"),
         (tmp_path / "none" / "b.zip", {}, "not a folder"),
+        (finished.release / "b.zip", {}, "outside .*release"),
         (tmp_path / "b.zip", {"samples": -1}, "0 or more"),
         (tmp_path / "b.zip", {"key": tmp_path / "none"}, "cannot be read"),
     ):

@@ -56,6 +56,8 @@ def test_keys_are_never_overwritten_and_are_their_owners(tmp_path) -> None:
     assert public.read_bytes() == before[1]
     with pytest.raises(ConfigError, match="cannot be written"):
         make_key(tmp_path / "none" / "k")
+    with pytest.raises(ConfigError, match="the name of a file to make"):
+        make_key(Path(""))
 
 
 def test_passphrase(tmp_path, monkeypatch) -> None:
