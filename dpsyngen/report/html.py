@@ -24,7 +24,7 @@ from dpsyngen.evaluation.memorisation import PAIRS_FILE, image_data
 from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.files import read_yaml_file, write_text
 from dpsyngen.generator.generator import ReleasedGenerator, SamplerOptions
-from dpsyngen.privacy.certificate import number, template
+from dpsyngen.privacy.certificate import number, strength, template
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.programs import image_grid, make_program
 from dpsyngen.programs.grid import png_url
@@ -93,6 +93,7 @@ def release_values(release: Path) -> dict[str, Any]:
         "mechanisms": figure_table([_mechanism(m) for m in statement["mechanisms"]]),
         "epsilon": epsilon,
         "odds": None if epsilon is None else math.exp(min(epsilon, 700)),
+        "strength": epsilon and strength(epsilon, statement["delta"], statement["by_person"]),
         "config_yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "samples": [(name, _grid(drawn)) for name, drawn in class_images(generator, _MOST_CLASSES, _PER_CLASS, SEED)],
         "omitted_classes": max(0, len(generator.class_names) - _MOST_CLASSES),

@@ -55,6 +55,8 @@ class StagesOptions:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             require(low <= value <= high, f"--{name}", value, f"from {low:g} to {high:g}")
+        usable = self.networks is None or self.networks.is_dir() or not self.networks.exists()
+        require(usable, "--networks", self.networks, "a folder, or one that is to be made")
         require(self.method in METHODS, "--method", self.method, METHODS)
 
 

@@ -274,6 +274,7 @@ def test_killed_between_charge_and_result_it_is_charged_once(stages, budget, mon
         (["--spacing", "9"], "--spacing is 9"),
         (["--tolerance", "0"], "--tolerance is 0"),
         (["--method", "eye"], "one of tolerance, loss"),
+        (["--networks", __file__], "a folder, or one that is to be made"),
         (["--resolution", "9"], "resolution"),
         (["--network", "enormous"], "network size"),
         (["--set", "stages.variant=gaussian"], "no stage that programs could own"),

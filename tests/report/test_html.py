@@ -154,12 +154,18 @@ def test_the_trajectory_names_stages_and_ends_in_the_images_of_the_class_rows(re
     for image in generator.sample(3, seed=0).images:
         assert image_data(image) in page
     assert "the first images of seed 0, which is public" in page
+    assert "This is a weak guarantee" in page  # in the words of the certificate
 
 
 def test_the_public_copy_needs_the_release_half_alone(reported, tmp_path) -> None:
     shutil.copytree(reported.release, tmp_path / "release")
-    alone = render("report.html.j2", release_values(tmp_path / "release") | {"private_half": None})
+    values = release_values(tmp_path / "release") | {"private_half": None}
+    alone = render("report.html.j2", values)
     assert alone == (reported.release / "report.html").read_text()
+    # Where DP moments answer before the first step, the page says so.
+    assert "Sampling begins at" not in alone
+    values["statement"]["stages"][-1]["trained_by"] = "moments"
+    assert "Sampling begins at" in render("report.html.j2", values)
 
 
 def test_only_the_private_copy_has_what_is_private(reported) -> None:
@@ -199,6 +205,7 @@ def test_a_run_without_classes_and_stages_has_a_report(tmp_path) -> None:
         heads = [outline.texts[i] for i, a in outline.named("th") if a.get("scope") == "colgroup"]
         assert heads == ["contextprivate"]
     assert "No privacy guarantee" in public.read_text()
+    assert "guesses right" not in public.read_text()
     assert "Not measured yet" in private.read_text()
 
 
