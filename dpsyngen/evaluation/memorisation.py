@@ -212,9 +212,9 @@ def neighbour_pairs(
     """
     count = min(count, len(result.to_private))
     to_private, to_held_out = result.distances
-    against = "distance to the training set" if to_held_out is None else "distances: private over held-out"
+    against = "" if to_held_out is None else ", relative to the nearest held-out one"
     chosen = {
-        f"Most suspicious (smallest {against})": result.most_suspicious(count),
+        f"Most suspicious: nearest to a training image{against}": result.most_suspicious(count),
         "At random": np.random.default_rng(seed).choice(len(result.to_private), count, replace=False),
     }
 
