@@ -148,17 +148,19 @@ def budget_show(file: BudgetFile, quiet: Quiet = False, as_json: AsJson = False)
     """What is spent, by whom, and what is left."""
     from dpsyngen.privacy.accounting import epsilon
     from dpsyngen.privacy.budget import Budget
+    from dpsyngen.privacy.certificate import number
 
     b = Budget(file)
     by_pld, by_rdp = b.epsilon(), b.epsilon("rdp")
+    shown = [number(e, 5, up=True) for e in (by_pld, by_rdp)]
     alone = {c.run: epsilon(c.mechanisms, b.delta, group_size=b.group_size) for c in b.charges.values()}
     unit = "one image" if b.group_size == 1 else f"up to {b.group_size} images together"
     unit = "each person" if b.by_person else unit
     lines = [f"budget: ε = {b.epsilon_limit:g} at δ = {b.delta:.3g} for {unit}"]
     for c in b.charges.values():
         state = "given up" if c.settled else "reserved"
-        lines.append(f"  {c.name:<24} {state}  ε = {alone[c.run]:.4f} on its own  ({c.run[:12]})")
-    lines.append(f"taken by all together: ε = {by_pld:.4f} by PLD, {by_rdp:.4f} by Rényi DP")
+        lines.append(f"  {c.name:<24} {state}  ε = {number(alone[c.run], 5, up=True)} on its own  ({c.run[:12]})")
+    lines.append(f"taken by all together: ε = {shown[0]} by PLD, {shown[1]} by Rényi DP")
     Console(quiet, as_json).result(
         {
             "epsilon": b.epsilon_limit,
@@ -185,6 +187,7 @@ def budget_settle(
 ) -> None:
     """Give back what an abandoned run had reserved and not used.  The run can never go on."""
     from dpsyngen.privacy.budget import Budget
+    from dpsyngen.privacy.certificate import number
     from dpsyngen.privacy.ledger import Ledger
     from dpsyngen.training.run import Run
 
@@ -199,7 +202,7 @@ def budget_settle(
     after, limit = budget.epsilon(), budget.epsilon_limit
     Console(quiet, as_json).result(
         {"path": file, "run": run, "epsilon_before": before, "epsilon_after": after, "epsilon": limit},
-        [f"{run} is given up: ε = {before:.4f} -> {after:.4f} taken of {limit:g}"],
+        [f"{run} is given up: ε = {number(before, 5, up=True)} -> {number(after, 5, up=True)} taken of {limit:g}"],
     )
 
 

@@ -208,10 +208,12 @@ def train(
 
 def _tell(trained: Trained, console: Console, seconds: float) -> None:
     """What came out, for people and for programs."""
+    from dpsyngen.privacy.certificate import number
+
     t = trained.training
     plan, ledger, release = t.plan, t.ledger, t.run.release
     m, epsilon, secure = plan.mechanism, ledger.epsilon(), t.randomness.secure
-    spent = f"ε = {epsilon:.4f} at δ = {ledger.delta:.3g}"
+    spent = f"ε = {number(epsilon, 5, up=True)} at δ = {ledger.delta:.3g}"
     if math.isinf(epsilon):
         spent = "NOT PRIVATE (ε = ∞)"
     elif not secure:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dpsyngen.errors import DpsyngenError, LedgerError, RunError
 from dpsyngen.generator.generator import ReleasedGenerator
+from dpsyngen.privacy.certificate import number
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.checkpoint import describe_checkpoints
 from dpsyngen.training.findings import Finding, by_severity
@@ -96,7 +97,8 @@ def _progress(run: Run, busy: bool) -> str:
 def _spent(ledger: Ledger) -> str:
     target = "no target" if math.isinf(ledger.target_epsilon) else f"target {ledger.target_epsilon:g}"
     epsilon = ledger.epsilon()
-    spent = "NOT PRIVATE (ε = ∞)" if math.isinf(epsilon) else f"ε = {epsilon:.4f} at δ = {ledger.delta:.3g} so far"
+    bound = f"ε = {number(epsilon, 5, up=True)} at δ = {ledger.delta:.3g} so far"
+    spent = "NOT PRIVATE (ε = ∞)" if math.isinf(epsilon) else bound
     return f"whole, {len(ledger.entries)} entries; {spent} ({target})"
 
 
