@@ -121,7 +121,13 @@ def studio(
 ) -> None:
     """Open a page in the browser that leads from a folder of images to a signed bundle; see docs/studio.md."""
     from dpsyngen.console import Console
+    from dpsyngen.errors import require
     from dpsyngen.files import expanded
+
+    for option, value in (("--tls-cert", tls_cert), ("--tls-key", tls_key)):
+        require(allow_remote or value is None, option, value, "left out without --allow-remote")
+    usable = expanded(runs).is_dir() or not expanded(runs).exists()
+    require(usable, "--runs", runs, "a folder, or one that is to be made")
     from dpsyngen.studio.places import Places
     from dpsyngen.studio.serve import Address, serve
 

@@ -154,6 +154,10 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
     ("programs", "save", "strokes", "-n", "2"): [("--out {two}/p", "two.npz is not a folder")],
     ("verify",): [("{new}/b.zip --public-key {new}/none", "cannot be read")],
     ("doctor",): [("{new}", "not a run directory")],
+    ("studio", "--no-browser"): [
+        ("--runs {two}", "a folder, or one that is to be made"),
+        ("--tls-cert {two}", "left out without --allow-remote"),
+    ],
 }
 
 
