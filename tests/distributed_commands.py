@@ -16,7 +16,7 @@ from dpsyngen.cli import options as cli_options
 from dpsyngen.cli.app import main
 from dpsyngen.distributed import joined, numbers
 
-EVALUATE = "--test test.npz -n 300 --bootstrap 40 --classifiers logreg,mlp --features pixels-pca,own.py:flat"
+EVALUATE = "--test test.npz -n 100 --bootstrap 40 --classifiers logreg,mlp --features pixels-pca,own.py:flat"
 COMMANDS = {
     "folder": "sample run --out folder -n 45 --seed 3 --batch-size 8",
     "npz": "sample run/release --out images.npz -n 20 --seed 4 --batch-size 8 --sampler heun --churn 5 --classes 2,0",
@@ -28,7 +28,7 @@ COMMANDS = {
     "parquet": "programs save strokes --out tables -n 9 --start 3 --resolution 16 --shard-size 2 --format parquet",
     "finished": "programs save dead-leaves --out leaves -n 25 --resolution 16 --shard-size 4 --resume",
     "evaluate": f"evaluate run {EVALUATE}",
-    "bad features": "evaluate run -n 300 --classifiers= --features own.py:picky --json",
+    "bad features": "evaluate run -n 100 --classifiers= --features own.py:picky --json",
     "usage": "sample run --nonsense",
     "version": "--version",
     "report": "report run",

@@ -144,7 +144,7 @@ def settings(tmp_path) -> Path:
     import yaml
 
     values = {k: dict(v) for k, v in TINY_SETTINGS.items()}
-    values["private"] |= {"steps": 80, "checkpoint_every": 5}
+    values["private"] |= {"steps": 40, "checkpoint_every": 3}
     values["stages"] = {"variant": "dpdm"}
     values["privacy"] = {"epsilon": 8.0, "insecure_seed": 3}
     path = tmp_path / "settings.yaml"
@@ -205,7 +205,7 @@ def test_a_run_that_lost_a_process_or_was_interrupted_goes_on_with_another_numbe
     code, _, err = call("train", "--resume", "--out", out, "--quiet")
     assert code == 0, err
     ledger = Ledger(out / "private" / "ledger.jsonl")
-    assert sum(int(e.details["steps"]) for e in ledger.entries if "steps" in e.details) == 80
+    assert sum(int(e.details["steps"]) for e in ledger.entries if "steps" in e.details) == 40
     assert ledger.epsilon() <= 8
 
 
