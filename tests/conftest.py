@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
@@ -100,6 +102,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     images, labels = tiny_arrays()
     np.savez(folder / "d.npz", images=images, labels=labels)
     return dpsyngen.train(folder / "d.npz", epsilon=4.0, out=folder / "r", settings=TINY_SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def lives() -> Iterator[Any]:
+    """Where training processes come from that are killed."""
+    from tests.training.crash_lives import Lives
+
+    lives = Lives()
+    yield lives
+    lives.end()
 
 
 @pytest.fixture(scope="session")

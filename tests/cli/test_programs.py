@@ -68,6 +68,7 @@ def test_show_draws_a_grid(call, tmp_path) -> None:
     assert Image.open(target).mode == "RGB"
 
 
+@pytest.mark.slow
 def test_what_show_proposes_works(call, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("mixture", "blur"):

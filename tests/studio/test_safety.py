@@ -165,6 +165,7 @@ def settings(source: str) -> Config:
     return load_config({"data": {"source": source}, "stages": {"variant": "instant"}})
 
 
+@pytest.mark.slow
 def test_two_tabs_do_not_start_one_run_twice(tmp_path: Path) -> None:
     jobs, path, config = Jobs(tmp_path / ".studio"), tmp_path / "r", settings("digits")
     jobs.train(path, config)
@@ -184,6 +185,7 @@ def test_two_tabs_do_not_start_one_run_twice(tmp_path: Path) -> None:
     assert os.stat(tmp_path / ".studio/r.log").st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_why_a_training_could_not_begin_is_told(tmp_path: Path) -> None:
     jobs, path = Jobs(tmp_path / ".studio"), tmp_path / "r"
     jobs.train(path, settings(str(tmp_path / "none")))

@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +54,6 @@ class Lives:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(60)
-
-
-def lives_fixture() -> Iterator[Lives]:
-    lives = Lives()
-    yield lives
-    lives.end()
 
 
 def content(folder: Path) -> dict[str, bytes]:

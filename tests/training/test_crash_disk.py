@@ -14,7 +14,6 @@ import pytest
 from tests.training.crash_lives import (
     Lives,
     content,
-    lives_fixture,
     long_test,
     recorded,
     require_charged,
@@ -22,11 +21,10 @@ from tests.training.crash_lives import (
     require_sound,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("crashes")]  # one process that forks all lives
 
 STEPS = 5
 SEED = 7
-lives = pytest.fixture(scope="module")(lives_fixture)
 
 
 @pytest.fixture(scope="module")

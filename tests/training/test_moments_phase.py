@@ -139,7 +139,7 @@ def test_a_run_that_would_exceed_its_target_does_not_begin(tmp_path, tiny_settin
 # --------------------------------------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("variant", ["gaussian", "residual-cleaning"])
+@pytest.mark.parametrize("variant", ["gaussian", pytest.param("residual-cleaning", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("asked", [True, False])
 def test_interrupted_run_gives_the_same_release(variant, asked, tmp_path, tiny_settings, tiny_images) -> None:
     """Stopped politely (`asked`) or killed after every progress that a run reports, before and after its moments."""

@@ -83,6 +83,7 @@ def test_nothing_private_can_reach_the_training() -> None:
     assert of_data == {"dpsyngen.data.ImageDataset"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_on_gaussian_images_nothing_is_learned(monkeypatch) -> None:
     """The Wiener filter is optimal there, so the error stays that of the filter, within noise."""

@@ -17,7 +17,13 @@ from dpsyngen.training.run import Run
 from tests.training.short_runs import begin, bytes_of, finish, merged, resume, start
 
 
-@pytest.mark.parametrize("stages", [{"variant": "both", "pretrain": True}, {"variant": "coarse", "networks": "shared"}])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param({"variant": "both", "pretrain": True}, marks=pytest.mark.slow),
+        {"variant": "coarse", "networks": "shared"},
+    ],
+)
 @pytest.mark.parametrize("asked", [True, False])
 def test_interrupted_run_gives_the_same_weights(stages, asked, tmp_path, tiny_settings, tiny_images) -> None:
     """Stopped politely (`asked`) or killed, after every possible number of steps, and resumed."""
