@@ -26,7 +26,7 @@ budget_app = typer.Typer(
 
 def _numbers(text: str | None, option: str, kind: type, allowed: str) -> list[Any]:
     try:
-        return [] if text is None else [kind(t) for t in text.split(",") if t.strip()]
+        return [] if text is None else [kind(t) for t in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} is {text!r}, but must be {allowed}, comma-separated.") from None
 

@@ -126,6 +126,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--records 100 --batch 101", "the 100 records"),
     ],
     ("ledger", "{run}"): [
+        ("--delta 1e-3,", "must be numbers between 0 and 1, comma-separated"),
         ("--delta 2", "between 0 and 1"),
         ("--delta x", "numbers between 0 and 1"),
         ("--group-size 0", "--group-size is 0"),
