@@ -10,8 +10,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpsyngen import fit
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.release.verify import verify
 from dpsyngen.training.progress import progress_of, worker
@@ -63,8 +62,8 @@ def browser() -> Iterator[Any]:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two finished runs of digits, a set of images and one with a file that is none."""
     folder = tmp_path_factory.mktemp("studio")
-    for name, epsilon in (("digits-1", "10"), ("digits-2", "1")):
-        train(folder, name, "--data", "digits", "--epsilon", epsilon, "--preset", "demo")
+    for name, epsilon in (("digits-1", 10.0), ("digits-2", 1.0)):
+        fit.train("digits", epsilon=epsilon, preset="demo", out=folder / "runs" / name)
     images, _ = tiny_arrays()
     (folder / "photos").mkdir()
     for number, pixels in enumerate(images[:20]):
@@ -72,12 +71,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos" / "broken.png").write_bytes(b"no picture")
     (folder / "notes.zip").write_bytes(b"no bundle")
     return folder
-
-
-def train(folder: Path, name: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", "dpsyngen", "train", "--out", f"runs/{name}", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
