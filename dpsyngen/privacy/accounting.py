@@ -264,10 +264,10 @@ def _bound(
         except (ValueError, ArithmeticError, MemoryError):  # dp-accounting's, on extreme mixtures
             value = math.inf
         if value < math.inf:
-            coarser = "" if interval == suits else f", {interval / suits:g} times coarser than usual to save memory"
-            by = f"privacy loss distribution (upper bound, losses in steps of {interval:.3g}{coarser}), dp-accounting"
+            saving = "" if interval == suits else f", {interval / suits:g} times coarser than usual to save memory"
+            by = f"privacy loss distribution (upper bound, losses in steps of {interval:.3g}{saving}), dp-accounting"
             found = Bound(value, by)
-            return min(found, _quick_bound(mechanisms, delta, group_size, why)) if coarser else found
+            return min(found, _quick_bound(mechanisms, delta, group_size, why)) if saving else found
         why = "δ is below what the privacy loss distribution resolves"
         break
     return _quick_bound(mechanisms, delta, group_size, why)
