@@ -46,11 +46,11 @@ demo: $(CORE)
 	@echo "== private: ε = 10"
 	$(BIN)/dpsyngen train --preset demo --data digits --epsilon 10 --out $(DEMO)/private
 	$(BIN)/dpsyngen sample $(DEMO)/private -n 1000 --out $(DEMO)/synthetic
-	$(BIN)/dpsyngen evaluate $(DEMO)/private --test digits:test -n 5000 --features pixels-pca
+	$(BIN)/dpsyngen evaluate $(DEMO)/private --test digits:test -n 4000 --features pixels-pca --classifiers logreg,cnn
 	$(BIN)/dpsyngen report $(DEMO)/private
 	@echo "== reference without privacy: ε = ∞, same settings"
 	$(BIN)/dpsyngen train --preset demo --data digits --epsilon inf --out $(DEMO)/reference
-	$(BIN)/dpsyngen evaluate $(DEMO)/reference --test digits:test -n 5000 --features pixels-pca
+	$(BIN)/dpsyngen evaluate $(DEMO)/reference --test digits:test -n 4000 --features pixels-pca --classifiers logreg,cnn
 	$(BIN)/dpsyngen report $(DEMO)/reference
 	@echo "== done: open $(DEMO)/private/private/report.html and $(DEMO)/reference/private/report.html"
 	@echo "== your own images, in the browser: make studio"
