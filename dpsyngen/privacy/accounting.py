@@ -264,7 +264,9 @@ def _bound(
         except (ValueError, ArithmeticError, MemoryError):  # dp-accounting's, on extreme mixtures
             value = math.inf
         if value < math.inf:
-            saving = "" if interval == suits else f", {interval / suits:g} times coarser than usual to save memory"
+            saving = (
+                "" if interval == suits * coarser else f", {interval / suits:g} times coarser than usual to save memory"
+            )
             by = f"privacy loss distribution (upper bound, losses in steps of {interval:.3g}{saving}), dp-accounting"
             found = Bound(value, by)
             return min(found, _quick_bound(mechanisms, delta, group_size, why)) if saving else found

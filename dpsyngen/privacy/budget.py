@@ -44,13 +44,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Charge:
-    """What a run (:attr:`Ledger.run`, called `name`) takes: what it may do or, once settled, what it did."""
+    """What a run (:attr:`Ledger.run`, called `name`) takes: what it may do or, once settled, what it did.
+
+    `by_person`: whether it protects persons; None where an earlier development version did not write it down.
+    """
 
     run: str
     name: str
     mechanisms: tuple[Mechanism, ...]
     settled: bool
-    by_person: bool
+    by_person: bool | None
 
 
 class Budget(HashChain):
@@ -145,6 +148,12 @@ class Budget(HashChain):
         """Raise ConfigError if the budget is of other images, or its runs and this one do not protect the same."""
         # Without one of a person's images another of theirs may be used in its place, so neither promise implies the
         # other, and no sum of the two would be a promise at all.
+        if any(charge.by_person is None for charge in self.charges.values()):
+            raise ConfigError(
+                f"{self.path} was begun by an earlier development version, which did not write down whether its runs "
+                "protect images or persons.  They can be resumed and settled; for others make a budget of what "
+                f"`dpsyngen budget show {self.path}` has left."
+            )
         if self.charges and self.by_person != (most_per_person is not None):
             theirs, its = ("persons", "images") if self.by_person else ("images", "persons")
             raise ConfigError(
@@ -157,6 +166,9 @@ class Budget(HashChain):
                 f"{most_per_person} of each person (--most-per-person).  Make a budget with --group-size "
                 f"{most_per_person}."
             )
+        self._require_images(fingerprint)
+
+    def _require_images(self, fingerprint: str) -> None:
         if self._data is not None and not self.growing and not hmac.compare_digest(self._data, self._tag(fingerprint)):
             raise ConfigError(
                 f"{self.path} is the budget of other images: its first run was on a different data set.  Give the "
@@ -188,14 +200,15 @@ class Budget(HashChain):
                     f"refused: this run was settled in {self.path} as given up, so what it had not used may be spent "
                     "already.  Start a new run."
                 )
-            self.require_data(fingerprint, most_per_person)
             if known:
+                self._require_images(fingerprint)
                 if merge(known.mechanisms) != merge(mechanisms):
                     raise LedgerError(
                         f"this run reserved other steps in {self.path} than it would take now: its configuration was "
                         "changed.  Undo the change, or start a new run."
                     )
                 return
+            self.require_data(fingerprint, most_per_person)
             self.require(mechanisms, run)
             self._append(run, name, mechanisms, False, most_per_person is not None, self._tag(fingerprint))
 
@@ -214,7 +227,13 @@ class Budget(HashChain):
             self._append(run, known.name, merge(spent), True, known.by_person, None)
 
     def _append(
-        self, run: str, name: str, mechanisms: tuple[Mechanism, ...], settled: bool, by_person: bool, data: str | None
+        self,
+        run: str,
+        name: str,
+        mechanisms: tuple[Mechanism, ...],
+        settled: bool,
+        by_person: bool | None,
+        data: str | None,
     ) -> None:
         charged = [m.to_dict() for m in mechanisms]
         body = {
@@ -230,9 +249,8 @@ class Budget(HashChain):
 
     def _take(self, body: dict[str, Any]) -> None:
         mechanisms = tuple(Mechanism(**m) for m in body["mechanisms"])
-        # Files of before this was written down have runs that protect images.
-        by_person = bool(body.get("by_person", False))
-        charge = Charge(str(body["run"]), str(body["name"]), mechanisms, bool(body["settled"]), by_person)
+        settled, by_person = bool(body["settled"]), body.get("by_person")
+        charge = Charge(str(body["run"]), str(body["name"]), mechanisms, settled, by_person)
         if (charge.run in self.charges) != charge.settled:
             raise ValueError(f"run {charge.run}")
         self.charges[charge.run] = charge

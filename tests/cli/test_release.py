@@ -160,6 +160,8 @@ def test_run_that_was_given_up_gives_back_what_it_did_not_use(call, data, tmp_pa
     del training
     shutil.copytree(tmp_path / "r", tmp_path / "backup")
     full = Budget(file).epsilon()
+    # Rounded up, as a bound must be.
+    assert full <= float(call("budget", "show", file)[1].split("taken by all together: ε = ")[1].split()[0])
     code, out, _ = call("budget", "settle", file, tmp_path / "r")
     assert code == 0
     assert "is given up" in out

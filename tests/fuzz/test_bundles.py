@@ -63,7 +63,7 @@ def test_damaged_zips(bundle, folder, monkeypatch) -> None:
     members = contents(bundle)
     other = zip_of([("../x", b"1"), ("privacy.json", b"{}")])
 
-    @examples(120)
+    @examples(250)
     @given(numbers)
     def check(number: int) -> None:
         path.write_bytes(spoil_bytes(good, other, Random(number)))
@@ -77,7 +77,7 @@ def test_changed_members_with_checksums_to_match(bundle, folder, monkeypatch) ->
     """What gets through states an ε that follows from its mechanisms, in words that follow from its numbers."""
     good, path = contents(bundle), folder / "changed.zip"
 
-    @examples(120)
+    @examples(250)
     @given(numbers)
     def check(number: int) -> None:
         random = Random(number)

@@ -58,7 +58,7 @@ def test_the_seed_itself_is_read(release: Path) -> None:
 def test_descriptions(release: Path) -> None:
     file = release / "generator.json"
 
-    @examples(150)
+    @examples(250)
     @given(numbers)
     def check(number: int) -> None:
         random = Random(number)
@@ -82,7 +82,7 @@ def test_weights(release: Path) -> None:
     file = release / "weights" / "context.safetensors"
     good = weights(2)
 
-    @examples(100)
+    @examples(200)
     @given(numbers)
     def check(number: int) -> None:
         random = Random(number)
