@@ -87,7 +87,7 @@ def test_several_problems_are_told_at_once() -> None:
 
 
 def test_a_missing_file_says_what_there_is(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="fashion-mnist-small"):
+    with pytest.raises(ConfigError, match="paper-small"):
         load_spec(tmp_path / "none.yaml")
 
 
