@@ -67,10 +67,11 @@ class DataConfig(_Section):
 
     @field_validator("value_range", "window", mode="before")
     @classmethod
-    def _two_numbers(cls, value: Any) -> Any:
+    def _two_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
         if isinstance(parts, list | tuple) and len(parts) != 2:
-            raise ValueError("two numbers are needed, with a comma between, such as 0,4095")
+            example = "40,400" if info.field_name == "window" else "0,4095"
+            raise ValueError(f"two numbers are needed, with a comma between, such as {example}")
         return parts
 
 

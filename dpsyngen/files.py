@@ -241,6 +241,8 @@ def damaged(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
         yield
     except DpsyngenError:
         raise
+    except NotPlainError as error:
+        raise DataError(f"{printable(path)} cannot be read as {kind}: {error}.") from None
     except Exception as error:
         why = printable(error) or type(error).__name__
         raise DataError(

@@ -30,7 +30,7 @@ from dpsyngen.training.findings import Finding
 from dpsyngen.training.follower import follow, read_together, stop_on_signals
 from dpsyngen.training.health import assess, write_health
 from dpsyngen.training.log import Display, Event, Note, OnEvent, Reading, Step, ignore
-from dpsyngen.training.pipeline import Hooks, Training, require_unfinished
+from dpsyngen.training.pipeline import Hooks, Training, require_unfinished, require_usable
 from dpsyngen.training.run import Run, place_of, require_new
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def prepare(
         ranks: the processes that share the work; this is the main one, see :func:`train_together`.
         on_event: told what happens, now and in the training; see :data:`dpsyngen.training.log.Event`.
 
-    Raises:
-        ConfigError, DataError, RunError: see their messages.
+    Raises ConfigError, DataError, LedgerError or RunError; what needs no image is refused before any is read.
     """
     require_new(Path(out))
+    require_usable(config)
     check_device(device, config.compute)
     dataset = _read(config, data, ranks, on_event)
     return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, finish))

@@ -162,6 +162,14 @@ def test_open_plain(tmp_path) -> None:
             open_plain(tmp_path / name, limit)
 
 
+def test_a_file_that_is_missing_is_not_called_damaged(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"none.csv cannot be read as a table: cannot be opened \(No such file"):  # noqa: SIM117
+        with files.damaged(tmp_path / "none.csv", "a table"):
+            open_plain(tmp_path / "none.csv", 5)
+    with pytest.raises(DataError, match="is not a table, or is damaged"), files.damaged("a.csv", "a table"):
+        raise ValueError
+
+
 def test_without_a_home_there_is_a_cache_of_this_user_alone(tmp_path, monkeypatch) -> None:
     def nobody(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")

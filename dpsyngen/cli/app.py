@@ -18,7 +18,7 @@ from dpsyngen.cli.programs import app as programs_app
 from dpsyngen.cli.release import budget_app, export, key, ledger, release, sample, verify
 from dpsyngen.cli.stages import stages
 from dpsyngen.cli.train import prior_app, train
-from dpsyngen.errors import DpsyngenError
+from dpsyngen.errors import DpsyngenError, shown
 from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
@@ -182,11 +182,8 @@ def main() -> None:
 
 
 def _run(console: Console) -> int:
-    """Run the command; its exit code.  With --json, what typer says about wrong options is an error as all others."""
+    """Run the command; its exit code.  What typer says about wrong options is an error as all others."""
     follows = cli_options.follows()
-    if not console.as_json and not follows:
-        app()
-        return 0
     command = typer.main.get_command(app)
     try:
         with command.make_context("dpsyngen", sys.argv[1:]) as context:
@@ -200,7 +197,10 @@ def _run(console: Console) -> int:
         if follows:  # all processes were given the same options
             cli_options.let_main_speak()
         else:
-            console.error("usage", error.format_message())
+            # What was given stands in the error that typer answered.
+            problems: list[Any] = getattr(error.__cause__, "errors", list)()
+            given = "".join(f"; given: {shown(p['input'])}" for p in problems)
+            console.error("usage", f"{error.format_message()}{given}")
         return int(getattr(error, "exit_code", 2))
     return 0
 

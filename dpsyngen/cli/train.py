@@ -133,6 +133,8 @@ def train(
 
     require(log_format in LOG_FORMATS, "--log-format", log_format, "text or json")
     require(not instant or variant in (None, "instant"), "--variant", variant, "left out, or instant, with --instant")
+    for option, value in (("--labels", labels), ("--label-column", label_column)):
+        require(value is None or not unconditional, option, value, "left out with --unconditional: it reads no labels")
     from dpsyngen.config import load_config, merge_settings, with_options
     from dpsyngen.fit import Interrupted, prepare, prepare_resume, train_together
     from dpsyngen.training.log import Display

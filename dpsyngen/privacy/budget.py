@@ -378,7 +378,7 @@ def neighbouring_plans(
     """
     if (epsilon is None) == (noise_multiplier is None):
         raise ConfigError("give one of --epsilon (how much noise does it need?) and --noise (what does it cost?).")
-    require(records >= 1, "records", records, "at least 1")
+    require(1 <= records <= 10**12, "records", records, "from 1 to a million million, as in training")
     require(1 <= steps <= 10**6, "steps", steps, "from 1 to a million, as in training")
     require(1 <= batch <= records, "the batch", batch, f"from 1 to the {records:,} records")
     delta = default_delta(records) if delta is None else delta

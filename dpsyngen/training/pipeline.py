@@ -28,6 +28,7 @@ from dpsyngen.files import write_atomically
 from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.programs import TIERS
+from dpsyngen.programs.registry import program_class
 from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints, save_file
 from dpsyngen.training.follower import PRIVATE, PUBLIC, SET_UP
 from dpsyngen.training.health import require_finite, require_not_stopped
@@ -402,6 +403,13 @@ class Training:
         if self.hooks.finish is not None:
             self.hooks.finish(self)
             remove_checkpoints(self.run.private)
+
+
+def require_usable(config: Config) -> None:
+    """ConfigError for a program that there is not, LedgerError for a budget file that is none; needs no images."""
+    program_class(config.program.name)
+    if config.privacy.budget is not None:
+        Budget(Path(config.privacy.budget))
 
 
 def require_unfinished(run: Run) -> None:

@@ -35,6 +35,12 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--epsilon 1 --config missing.yaml", "cannot be read"),
         ("--epsilon 1 --program leaves", "dead-leaves"),
         ("--epsilon 1 --steps 0", "private.steps is 0"),
+        ("--epsilon 1 --steps many", "given: 'many'"),
+        ("--epsilon 1 --labels {new}/none.csv --unconditional", "must be left out with --unconditional"),
+        ("--epsilon 1 --label-column kind --unconditional", "must be left out with --unconditional"),
+        ("--epsilon 1 --budget {new}/none", "none cannot be read"),
+        ("--epsilon 1 --window 1", "such as 40,400"),
+        ("--epsilon 1 --value-range 1", "such as 0,4095"),
         ("--epsilon 1 --public-steps 0", "public.steps is 0"),
         ("--epsilon 1 -k 0", "private.copies is 0"),
         ("--epsilon 1 --clip 0", "privacy.clipping_norm is 0"),
@@ -122,7 +128,8 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--epsilon 1 --group-size 1000000", "from 1 to 1000"),
     ],
     ("plan", "--epsilon", "1"): [
-        ("--records 0", "at least 1"),
+        ("--records 0", "records is 0, but must be from 1 to a million million"),
+        (f"--records {10**21}", "must be from 1 to a million million"),
         ("--records 100 --batch 101", "the 100 records"),
     ],
     ("ledger", "{run}"): [
@@ -190,3 +197,10 @@ def test_refused(call, places, tmp_path, command, options, message) -> None:
     assert [line.startswith("dpsyngen: ") for line in err.splitlines()].count(True) == 1, err
     assert list(tmp_path.iterdir()) == []
     assert Ledger(Run(places["run"]).ledger_path).entries == ledger.entries
+
+
+@pytest.mark.parametrize("options", ["--program leaves", "--budget {new}/none"])
+def test_what_needs_no_image_is_refused_before_any_is_read(call, places, tmp_path, options, monkeypatch) -> None:
+    monkeypatch.setattr("dpsyngen.fit._read", lambda *_: pytest.fail("images were read"))
+    words = [word.format(new=tmp_path, **places) for word in (*TRAIN, "--epsilon", "1", *options.split())]
+    assert call(*words)[0] in (2, 3)
