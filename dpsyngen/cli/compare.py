@@ -53,7 +53,7 @@ def compare(
                 check_device(device)
                 chosen, out = _spec(spec, out, data, test)
                 if dry_run:
-                    _dry_run(console, chosen, out, device, told=data is not None)
+                    _dry_run(console, chosen, out, device, processes, told=data is not None)
                     return
                 if out is None:
                     raise ConfigError("--out is missing: the folder of the experiment.")
@@ -212,9 +212,12 @@ def _finish(console: Console, experiment: Experiment) -> None:
         raise typer.Exit(code)
 
 
-def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, told: bool) -> None:
+def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, processes: int, told: bool) -> None:
+    import torch
+
     from dpsyngen.experiments.cost import estimate, hours, privacy_cost
     from dpsyngen.experiments.experiment import Experiment
+    from dpsyngen.experiments.pool import threads_of
     from dpsyngen.experiments.spec import jobs_of
 
     jobs, shape = jobs_of(spec), _shape(spec, told)
@@ -224,7 +227,13 @@ def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, told: 
     if out is not None and (out / "experiment.json").exists():
         done = {name for name, status in Experiment(out).statuses().items() if status.state == "done"}
         left = tuple(job for job in jobs if job.name not in done)
-    found = estimate(spec, left, shape, device)
+    threads = torch.get_num_threads()
+    try:
+        if processes > 1:  # two threads of a small network take more core-seconds than one
+            torch.set_num_threads(threads_of(processes))
+        found = estimate(spec, left, shape, device)
+    finally:
+        torch.set_num_threads(threads)
     total, core = sum(found.values()), "core-" if device == "cpu" else ""
     parts = ", ".join(f"{part} {hours(seconds, core)}" for part, seconds in found.items())
     images = f"{shape.records:,} images {shape.channels}x{shape.resolution}x{shape.resolution}"

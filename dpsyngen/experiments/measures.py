@@ -194,18 +194,18 @@ class View:
 
     def unequal(self) -> list[str]:
         """What differs between runs at one ε and settings but must not, in words."""
-        out = []
+        found: dict[str, list[str]] = {}
         varied = {axis.rsplit(".", 1)[-1] for axis in self.results.axes}
         for epsilon in self.epsilons:
-            found: dict[str, dict[float, dict[str, None]]] = {}
+            at: dict[str, dict[float, dict[str, None]]] = {}
             for job in (j for j in self.results.runs if j.epsilon == epsilon):
                 for what, value in _terms(job):
-                    found.setdefault(what, {}).setdefault(value, {})[row_of(job).name] = None
-            for what, values in found.items():
+                    at.setdefault(what, {}).setdefault(value, {})[row_of(job).name] = None
+            for what, values in at.items():
                 if len(values) > 1 and what not in varied:
                     parts = [f"{value:,g} ({', '.join(names)})" for value, names in values.items()]
-                    out.append(f"{epsilon_name(epsilon)}: {what} {'; '.join(parts)}")
-        return out
+                    found.setdefault(f"{what} {'; '.join(parts)}", []).append(epsilon_name(epsilon))
+        return [f"{', '.join(epsilons)}: {text}" for text, epsilons in found.items()]
 
 
 def row_of(job: JobResult) -> Row:

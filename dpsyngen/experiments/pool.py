@@ -116,10 +116,14 @@ def _signals(handler: Callable[[int, object], None]) -> Iterator[None]:
             signal.signal(number, old)
 
 
+def threads_of(count: int) -> int:
+    """How many threads each of `count` processes has."""
+    return max(1, (os.cpu_count() or 1) // count)
+
+
 def processes(experiment: Experiment, count: int, device: str, *, retry: bool, watch: Watch | None = None) -> bool:
     """Do all jobs in `count` processes, each with its share of the cores; returns as :func:`work`."""
-    threads = max(1, (os.cpu_count() or 1) // count)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of(count)), "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "dpsyngen.experiments.pool", str(experiment.path), device]
     command += ["--retry"] if retry else []
     logs = experiment.path / "work"

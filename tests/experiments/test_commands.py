@@ -122,6 +122,19 @@ def test_the_dry_run_makes_nothing_and_says_what_it_would_cost(tiny_spec, tmp_pa
     assert "time         about " in out
 
 
+def test_the_dry_run_measures_with_the_threads_that_a_process_will_have(tiny_spec, monkeypatch, call) -> None:
+    import torch
+
+    seen = []
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr(
+        "dpsyngen.experiments.cost.estimate", lambda *_: seen.append(torch.get_num_threads()) or {"public": 1.0}
+    )
+    before = torch.get_num_threads()
+    assert call("compare", tiny_spec(), "--dry-run", "--processes", 2)[0] == 0
+    assert (seen, torch.get_num_threads()) == ([3], before)
+
+
 def test_the_dry_run_needs_no_images_where_the_specification_has_the_facts(tiny_spec, tmp_path, call) -> None:
     facts = {"records": 60, "resolution": 8, "channels": 1, "classes": 3}
     data = {"train": str(tmp_path / "none.npz"), "test": str(tmp_path / "none.npz")}

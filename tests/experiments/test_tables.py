@@ -177,6 +177,16 @@ def test_unequal_terms_are_named(tmp_path) -> None:
     ]
 
 
+def test_unequal_terms_that_are_the_same_at_each_epsilon_are_said_once(tmp_path) -> None:
+    def change(job, result):
+        if job.variant == "both":
+            result["facts"]["steps"] = 900
+        return result
+
+    view = view_of(tmp_path, grid={"epsilon": [1, 10], "variant": ["dpdm", "both"]}, change=change)
+    assert view.unequal() == ["ε = 1, ε = 10: steps 450 (DPDM); 900 (Both)"]
+
+
 def test_equal_terms_are_not_named(view) -> None:
     assert view.unequal() == []
 
