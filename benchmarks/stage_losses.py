@@ -6,8 +6,9 @@
         --out runs/stages
     python benchmarks/stage_losses.py runs/paper fashion-mnist:test --programs runs/stages
 
-Squared error on test images over that of DPDM at the same ε and seed, mean and standard deviation over seeds: below 1
-is better than DPDM.  Private networks are told the class, networks of programs know none.  No guidance.
+Squared error on test images over that of the experiment's baseline (DPDM, or Gaussian for ``compare fashion-mnist``) at
+the same ε and seed, mean and standard deviation over seeds: below 1 is better.
+Private networks are told the class, networks of programs know none.  No guidance.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def main() -> None:
     print("epsilon,row,seeds," + ",".join(f"{level:.2f}" for level in LEVELS))
     ratios: dict[tuple[float, str], list[np.ndarray]] = defaultdict(list)
     for (epsilon, seed, row), loss in found.items():
-        if (dpdm := found.get((epsilon, seed, "dpdm"))) is not None:
-            ratios[epsilon, row.partition(",")[0]].append(loss / dpdm)
+        if (baseline := found.get((epsilon, seed, experiment.spec.baseline))) is not None:
+            ratios[epsilon, row.partition(",")[0]].append(loss / baseline)
     for (epsilon, row), values in sorted(ratios.items()):
         cells = [f"{mean:.3f}" for mean in np.mean(values, 0)]
         if len(values) > 1:

@@ -1,6 +1,8 @@
-"""The pictures of docs/results.md, from a finished experiment: ``python -m docs.figures.results runs/paper``.
+"""The pictures of docs/results.md and docs/quality.md, from finished experiments.
 
-Losses come from `benchmarks/results/paper-small-losses.csv`, which `benchmarks/stage_losses.py` printed.
+``python -m docs.figures.results runs/paper`` makes those of ``compare paper-small``, and of ``compare fashion-mnist``
+where that is the experiment given.  Losses come from
+`benchmarks/results/paper-small-losses.csv`, which `benchmarks/stage_losses.py` printed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ LINES = {
     "residual": ("#222222", "-", "Residual"),
 }
 ROWS = {
-    **{"DPDM": "dpdm", "FineTune": "finetune", "Cleaning": "cleaning", "Cleaning, matched": "cleaning matched"},
+    **{"DPDM": "dpdm", "Gaussian": "gaussian"},
+    **{"FineTune": "finetune", "Cleaning": "cleaning", "Cleaning, matched": "cleaning matched"},
     **{"Coarse": "coarse", "Both": "both", "Instant": "instant", "Residual": "residual"},
 }
 
@@ -58,7 +61,7 @@ def losses() -> None:
     figure.savefig(DOCS / "results-losses.png", dpi=110)
 
 
-def samples(experiment: Experiment, epsilons: tuple[float, ...] = (0.2, 10.0)) -> None:
+def samples(experiment: Experiment, epsilons: tuple[float, ...], file: str) -> None:
     """The first image of each class of seed 0, a row for each variant, and real test images above."""
     spec = experiment.spec
     real = load_images(spec.data.test or spec.data.train, resolution=spec.data.resolution)
@@ -67,14 +70,18 @@ def samples(experiment: Experiment, epsilons: tuple[float, ...] = (0.2, 10.0)) -
         for job in experiment.jobs
         if job.kind == "run" and job.seed == 0
     }
+    shown = {title: row for title, row in ROWS.items() if (row, epsilons[0]) in kept}
     figure, axes = plt.subplots(
-        len(ROWS) + 1, len(epsilons), figsize=(9.2, 4.3), gridspec_kw={"wspace": 0.03, "hspace": 0.05}
+        len(shown) + 1,
+        len(epsilons),
+        figsize=(4.6 * len(epsilons), 0.48 * (len(shown) + 1)),
+        gridspec_kw={"wspace": 0.03, "hspace": 0.05},
     )
     for column, epsilon in enumerate(epsilons):
         strips = {"real": (real.batch(np.arange(len(real))), np.asarray(real.labels))}
-        for title, row in ROWS.items():
-            with np.load(kept[row, epsilon]) as file:
-                strips[title] = file["images"], file["labels"]
+        for title, row in shown.items():
+            with np.load(kept[row, epsilon]) as drawn:
+                strips[title] = drawn["images"], drawn["labels"]
         for axis, (title, (images, labels)) in zip(axes[:, column], strips.items(), strict=True):
             first = [int(np.argmax(labels == k)) for k in range(len(real.class_names))]
             axis.imshow(np.concatenate(list(images[first, 0]), axis=1), cmap="gray", vmin=0, vmax=255)
@@ -83,9 +90,13 @@ def samples(experiment: Experiment, epsilons: tuple[float, ...] = (0.2, 10.0)) -
             if column == 0:
                 axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         axes[0, column].set_title(f"ε = {epsilon:g}", fontsize=10)
-    figure.savefig(DOCS / "results-samples.png", dpi=110, bbox_inches="tight")
+    figure.savefig(DOCS / file, dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":
-    losses()
-    samples(Experiment(Path(sys.argv[1])))
+    given = Experiment(Path(sys.argv[1]))
+    if given.spec.baseline == "dpdm":
+        losses()
+        samples(given, (0.2, 10.0), "results-samples.png")
+    else:
+        samples(given, (0.2, 1.0, 10.0), "quality-samples.png")
