@@ -14,8 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from dpsyngen.experiments.experiment import Experiment, Status, claimed
 from dpsyngen.experiments.runner import Images, Stopped, Worker
 from dpsyngen.experiments.spec import Job
 from dpsyngen.files import write_text
+from dpsyngen.training.follower import handling
 
 Watch = Callable[[dict[str, Status]], None]
 Say = Callable[[Job, str, int, int], None]
@@ -89,7 +89,7 @@ def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Sa
             raise KeyboardInterrupt
         worker.stop()
 
-    with _signals(stop):
+    with handling(stop, signal.SIGINT, signal.SIGTERM):
         try:
             worker.do(job)
         except Stopped:
@@ -103,17 +103,6 @@ def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Sa
             }
             write_text(folder / "failed.json", json.dumps(about, indent=1) + "\n", 0o600)
     return True
-
-
-@contextmanager
-def _signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM."""
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def threads_of(count: int) -> int:
@@ -137,7 +126,7 @@ def processes(experiment: Experiment, count: int, device: str, *, retry: bool, w
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
 
-    with _signals(stop):
+    with handling(stop, signal.SIGINT, signal.SIGTERM):
         try:
             for number in range(count):
                 log = os.open(logs / f"worker-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
