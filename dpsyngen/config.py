@@ -22,6 +22,9 @@ from dpsyngen.files import MAX_DEPTH, MAX_VALUES, read_yaml, read_yaml_file
 DEFAULT_PRESET = "cpu-small"
 MAX_EPSILON = 10_000.0  # finite; calibrating the noise takes the longer the larger ε is
 _MOST_PROBLEMS = 20  # in one message
+Variant = Literal[
+    "dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "instant", "residual", "residual-cleaning"
+]
 
 
 class _Section(BaseModel):
@@ -100,9 +103,7 @@ class PrivacyConfig(_Section):
 class StagesConfig(_Section):
     """Who trains what; see :func:`dpsyngen.diffusion.stages.stage_map`."""
 
-    variant: Literal[
-        "dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "instant", "residual", "residual-cleaning"
-    ] = "both"
+    variant: Variant = "both"
     tau_cleaning: float = Field(-3.0, ge=-100, le=100, description="log σ")
     tau_coarse: float | None = Field(None, ge=-100, le=100, description="log σ; None: what suits the variant")
     networks: Literal["experts", "shared"] = "experts"

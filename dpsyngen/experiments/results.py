@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -19,9 +19,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.errors import printable
 from dpsyngen.experiments.experiment import Experiment
+from dpsyngen.experiments.spec import Kind
 from dpsyngen.files import write_text
 
-KINDS = ("run", "real", "dp-classifier")
 FIXED = (
     *("job", "kind", "variant", "epsilon", "delta", "seed", "label", "private"),
     *("metric", "on", "class", "value", "low", "high", "floor", "ceiling", "better", "unit", "images"),
@@ -64,7 +64,7 @@ class JobResult(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     job: str
-    kind: Literal["run", "real", "dp-classifier"]
+    kind: Kind
     variant: str
     epsilon: float
     delta: float | None = None
@@ -212,4 +212,4 @@ class Results:
 def _place(j: JobResult) -> tuple[Any, ...]:
     variant = VARIANTS.index(j.variant) if j.variant in VARIANTS else len(VARIANTS)
     settings = sorted((k, isinstance(v, str), str(v) if not is_number(v) else float(v)) for k, v in j.settings.items())
-    return KINDS.index(j.kind), variant, j.variant, j.epsilon, repr(settings), j.label, j.seed, j.job
+    return get_args(Kind).index(j.kind), variant, j.variant, j.epsilon, repr(settings), j.label, j.seed, j.job

@@ -18,16 +18,13 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dpsyngen.config import MAX_EPSILON, Config, DataConfig, explain, load_config, merge_settings, preset_names
+from dpsyngen.config import MAX_EPSILON, Config, DataConfig, Variant, explain, load_config, merge_settings, preset_names
 from dpsyngen.diffusion.stages import USE_MOMENTS, VARIANTS
 from dpsyngen.errors import ConfigError, printable, shown
 from dpsyngen.evaluation.metrics import Measured
 from dpsyngen.files import read_yaml, read_yaml_file
 
-VariantName = Literal[
-    "dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "instant", "residual", "residual-cleaning"
-]
-PUBLISHED: tuple[VariantName, ...] = ("dpdm", "finetune", "cleaning", "coarse", "both")
+PUBLISHED: tuple[Variant, ...] = ("dpdm", "finetune", "cleaning", "coarse", "both")
 """What an experiment compares if it does not say: the variants of the paper, and the union of the last two."""
 Reference = Literal["real", "dp-classifier", "programs"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -86,19 +83,19 @@ class Case(_Part):
 
     label: str = Field("", pattern=_LABEL, description="letters, digits and ._=+-: it names folders")
     settings: dict[str, Any] = Field(default_factory=dict, description="full names, as stages.tau_coarse")
-    variants: tuple[VariantName, ...] | None = Field(None, description="of the grid's, those that have it; None: all")
+    variants: tuple[Variant, ...] | None = Field(None, description="of the grid's, those that have it; None: all")
 
 
 class GridSpec(_Part):
     """What is varied; every combination is a run."""
 
-    variant: tuple[VariantName, ...] = PUBLISHED
+    variant: tuple[Variant, ...] = PUBLISHED
     epsilon: tuple[float, ...] = Field((1.0, 10.0), description="ε of a run; inf trains without privacy")
     seeds: tuple[Seed, ...] = Field((0, 1, 2), description="of the network, the programs, the sampling")
     axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict, description="settings by full name, all combined")
     cases: tuple[Case, ...] = Field((Case(),), description="named combinations, each with all axes")
     # Settings, by full name, of the runs of one variant; axes and cases go first.
-    variant_settings: dict[VariantName, dict[str, Any]] = Field(default_factory=dict)
+    variant_settings: dict[Variant, dict[str, Any]] = Field(default_factory=dict)
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
 
@@ -193,7 +190,7 @@ class Spec(_Part):
     grid: GridSpec = GridSpec()
     references: tuple[Reference, ...] = get_args(Reference)
     dp_classifier: DpClassifierSpec = DpClassifierSpec()
-    baseline: VariantName = Field("dpdm", description="the variant that the others are compared with")
+    baseline: Variant = Field("dpdm", description="the variant that the others are compared with")
     sampling: SamplingSpec = SamplingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     cost: CostSpec = CostSpec()
