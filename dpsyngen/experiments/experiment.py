@@ -194,9 +194,8 @@ class Experiment:
         if not folder.exists():
             return Status("waiting")
         said = _read(folder / "status.json")
-        at = str(said.get("doing", "")), int(said.get("done", 0)), int(said.get("total", 0))
         with claimed(folder / "lock") as free:
-            return Status("stopped" if free else "running", *at, seconds=seconds)
+            return Status("stopped" if free else "running", **said, seconds=seconds)
 
     def failure(self, job: Job) -> str | None:
         """Why a job failed; None if it did not, or would be done in another way now."""
