@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from dp_accounting import get_epsilon_gaussian
 from numpy.typing import NDArray
+from scipy.stats import binom, norm
 from torch import Tensor, nn
 
 from dpsyngen.audit.report import Bound, Finding, by_p_value
@@ -71,8 +72,6 @@ class StepGame:
     confidence: float
 
     def __post_init__(self) -> None:
-        from scipy.stats import binom, norm
-
         # The threshold is fixed before any score is seen: half way between the means 0 and G·C of the two hypotheses.
         threshold = self.group / 2
         self.trials, self.mu_claimed = len(self.with_canary), 1 / self.noise_multiplier

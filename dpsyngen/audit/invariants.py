@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.fft import irfft, next_fast_len, rfft
+from scipy.stats import beta, binom, chi2, hypergeom
 
 from dpsyngen.audit.report import Finding, by_p_value, exact
 from dpsyngen.errors import require
@@ -159,15 +161,11 @@ def _two_sided(lower: Any, upper: Any) -> Any:
 
 def _chi_square(squares: Any, freedom: Any) -> Any:
     """Two-sided p-values of sums of squares of standard normal variables."""
-    from scipy.stats import chi2
-
     return _two_sided(chi2.cdf(squares, freedom), chi2.sf(squares, freedom))
 
 
 def _binomial(name: str, statistic: str, null: str, count: int, trials: int, rate: float) -> Finding:
     """Whether a count is Binomial(trials, rate), two-sided."""
-    from scipy.stats import binom
-
     return by_p_value(
         name, statistic, null, float(_two_sided(binom.cdf(count, trials, rate), binom.sf(count - 1, trials, rate)))
     )
@@ -223,8 +221,6 @@ def _fresh(steps: list[StepTrace]) -> list[Finding]:
     """Different steps have independent noise.  The squared correlation of two Gaussian vectors is a beta variable."""
     if len(steps) < 2:
         return []
-    from scipy.stats import beta
-
     noise = np.stack([t.noise for t in steps]).astype(np.float64)
     d = noise.shape[1]
     norms = np.linalg.norm(noise, axis=1)
@@ -323,8 +319,6 @@ def check_batches(batches: Sequence[NDArray[np.int64]], records: int, rate: floa
 
 def _overlaps(inside: NDArray[np.bool_], sizes: NDArray[np.int64], records: int) -> list[Finding]:
     """Given their sizes, the overlap of two batches is hypergeometric; those of successive pairs are independent."""
-    from scipy.stats import hypergeom
-
     common = inside.astype(np.int64) @ inside.T.astype(np.int64)
     successive = int(np.diagonal(common, 1).sum())
     # The distribution of the sum over successive pairs is the convolution of theirs.
@@ -358,9 +352,6 @@ def _dispersion(values: NDArray[np.int64], trials: int, rate: float) -> tuple[fl
     Squares of whole numbers are whole numbers, so the distribution of their sum is computed exactly, as a power of the
     Fourier transform of the distribution of one (rounding leaves some 1e-12 of a probability).
     """
-    from scipy.fft import irfft, next_fast_len, rfft
-    from scipy.stats import binom
-
     draws, mean, variance = len(values), trials * rate, trials * rate * (1 - rate)
     # Only a range around the mean is computed, in units that keep the transform within _LONGEST numbers.
     centre = round(mean)

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.stats import binom
 
 from dpsyngen.audit.report import Finding, by_p_value
 from dpsyngen.errors import require
@@ -28,8 +30,6 @@ from dpsyngen.training.private import StepRecord
 
 def one_run_p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
     """Chance of v or more correct guesses of r about m canaries, at most, if the training is (ε, δ)-DP."""
-    from scipy.stats import binom
-
     require(0 <= guesses <= canaries, "guesses", guesses, f"at most the {canaries} canaries")
     require(0 <= correct <= guesses, "correct", correct, f"at most the {guesses} guesses")
     require(epsilon >= 0, "epsilon", epsilon, ">= 0")
@@ -49,8 +49,6 @@ def one_run_epsilon(correct: int, guesses: int, canaries: int, delta: float, con
 
     The ε that are refuted are all those below the bound.
     """
-    from scipy.optimize import brentq
-
     require(0 < confidence < 1, "confidence", confidence, "in (0, 1)")
 
     def excess(epsilon: float) -> float:
