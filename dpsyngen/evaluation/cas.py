@@ -50,6 +50,22 @@ class ClassifierResult:
     missing_classes: tuple[int, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
 
+    @classmethod
+    def of(
+        cls, truth: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int, **fields: Any
+    ) -> ClassifierResult:
+        """Score predicted classes of the test images [M] against true ones; `fields` are those of the training."""
+        from sklearn.metrics import confusion_matrix
+
+        confusion = confusion_matrix(truth, predicted, labels=range(num_classes)).tolist()
+        return cls(
+            accuracy=float((predicted == truth).mean()),
+            per_class_accuracy=[row[c] / sum(row) if sum(row) else math.nan for c, row in enumerate(confusion)],
+            n_test=len(truth),
+            confusion=tuple(map(tuple, confusion)),
+            **fields,
+        )
+
     @property
     def balanced_accuracy(self) -> float:
         """Mean of `per_class_accuracy` over the classes that have test images; NaN without any."""
@@ -103,19 +119,6 @@ def require_same_size(what: str, images: Any, whose: str, others: Any) -> None:
             f"{what} are {images.shape[1:]}, but {whose} {others.shape[1:]}: give images of the same size and number "
             "of channels."
         )
-
-
-def confusion_matrix(
-    truth: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
-) -> tuple[tuple[int, ...], ...]:
-    """Count images [true][predicted], num_classes × num_classes."""
-    counts = np.bincount(truth * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
-    return tuple(tuple(int(n) for n in row) for row in counts)
-
-
-def per_class_accuracy(confusion: Sequence[Sequence[int]]) -> list[float]:
-    """Share of each class's images that were classified rightly; NaN for a class without images."""
-    return [row[c] / sum(row) if sum(row) else math.nan for c, row in enumerate(confusion)]
 
 
 def default_epochs(name: str, images: int) -> int:
@@ -217,20 +220,15 @@ def classification_accuracy(
                     best, chosen = score, candidate.keep()
         assert chosen is not None
         # 3. Only then are the real test images looked at, once: choosing on them would overstate utility.
-        predicted = chosen.predict(test_images)
-        confusion = confusion_matrix(test_labels, predicted, num_classes)
-        out[name] = ClassifierResult(
-            accuracy=float((predicted == test_labels).mean()),
+        out[name] = ClassifierResult.of(
+            *(test_labels, chosen.predict(test_images), num_classes),
             validation_accuracy=best,
             chosen=chosen.label,
-            per_class_accuracy=per_class_accuracy(confusion),
             n_train=len(train),
             n_validation=len(validation),
-            n_test=len(test_images),
             chosen_epoch=chosen.epoch,
             epochs=None if chosen.epoch is None else passes,
             missing_classes=missing,
-            confusion=confusion,
         )
     return out
 

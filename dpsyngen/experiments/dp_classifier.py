@@ -30,13 +30,7 @@ from torch.nn import functional as F
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import Ema
 from dpsyngen.errors import ConfigError, LedgerError, require
-from dpsyngen.evaluation.cas import (
-    ClassifierResult,
-    classification_accuracy,
-    confusion_matrix,
-    per_class_accuracy,
-    require_same_size,
-)
+from dpsyngen.evaluation.cas import ClassifierResult, classification_accuracy, require_same_size
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import noisy_mean
@@ -130,17 +124,13 @@ def dp_classifier_reference(
             classifier, inputs, train_labels, settings, ledger=book, randomness=randomness, on_progress=on_progress
         )
         spent = Ledger(path).epsilon()
-    predicted, truth = classifier.predict(classifier.prepared(test.array())), test_labels
-    confusion = confusion_matrix(truth, predicted, train.num_classes)
-    score = ClassifierResult(
-        accuracy=float((predicted == truth).mean()),
+    predicted = classifier.predict(classifier.prepared(test.array()))
+    score = ClassifierResult.of(
+        *(test_labels, predicted, train.num_classes),
         validation_accuracy=float("nan"),
         chosen="the last average of the weights",
-        per_class_accuracy=per_class_accuracy(confusion),
         n_train=n,
         n_validation=0,
-        n_test=len(truth),
-        confusion=confusion,
     )
     return {
         "cas": {"dp-cnn": score.to_dict() | {"validation_accuracy": None}},
@@ -262,7 +252,6 @@ def train_dp_classifier(
     optimizer = torch.optim.SGD(engine.parameters, lr=s.learning_rate, momentum=_MOMENTUM)
     ema = Ema(classifier.module, s.ema)
     targets = torch.from_numpy(labels)
-    # All steps are in the ledger before the first one looks at a record.
     ledger.charge(
         Mechanism(s.sampling_rate, s.noise_multiplier, s.steps),
         "DP-SGD steps that train a classifier on private images, as a reference",

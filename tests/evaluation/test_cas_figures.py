@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from dpsyngen.evaluation.cas import (
-    ClassifierResult,
-    classification_accuracy,
-    clopper_pearson,
-    confusion_matrix,
-    per_class_accuracy,
-)
+from dpsyngen.evaluation.cas import ClassifierResult, classification_accuracy, clopper_pearson
 
 
 @pytest.mark.parametrize(
@@ -41,15 +35,17 @@ def test_interval_refuses_what_is_no_proportion() -> None:
 
 
 def test_confusion_counts_true_by_predicted() -> None:
-    matrix = confusion_matrix(np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 0, 0]), 4)
-    assert matrix == ((1, 1, 0, 0), (0, 1, 0, 0), (2, 0, 0, 0), (0, 0, 0, 0))
-    assert per_class_accuracy(matrix)[:3] == [0.5, 1, 0]
-    assert np.isnan(per_class_accuracy(matrix)[3])
+    training = {"validation_accuracy": 0.9, "chosen": "", "n_train": 1, "n_validation": 1}
+    result = ClassifierResult.of(np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 0, 0]), 4, **training)
+    assert result.confusion == ((1, 1, 0, 0), (0, 1, 0, 0), (2, 0, 0, 0), (0, 0, 0, 0))
+    assert result.per_class_accuracy[:3] == [0.5, 1, 0]
+    assert np.isnan(result.per_class_accuracy[3])
+    assert (result.accuracy, result.n_test) == (0.4, 5)
 
 
 def test_balanced_accuracy_gives_each_class_the_same_weight() -> None:
     matrix = ((90, 0, 0), (5, 5, 0), (0, 0, 0))
-    result = ClassifierResult(0.95, 0.9, "", per_class_accuracy(matrix), 1, 1, 100, confusion=matrix)
+    result = ClassifierResult(0.95, 0.9, "", [1.0, 0.5, np.nan], 1, 1, 100, confusion=matrix)
     assert result.balanced_accuracy == pytest.approx(0.75)
     out = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert out["balanced_accuracy"] == pytest.approx(0.75)
