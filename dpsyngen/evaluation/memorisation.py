@@ -11,11 +11,10 @@ to any real one, since a generator may repeat some images only.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +22,8 @@ from numpy.typing import NDArray
 from dpsyngen.errors import DataError, require
 from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_names, require_same_size
 from dpsyngen.evaluation.extractors import NAMES, FeatureSpec
-from dpsyngen.evaluation.neighbours import Neighbours, Share, nearest, share
+from dpsyngen.evaluation.neighbours import Neighbours, Share, digests, nearest, share
 from dpsyngen.programs.grid import image_grid, png_url
-
-if TYPE_CHECKING:
-    pass
 
 PIXELS = "pixels"
 PAIRS_FILE = "memorisation_pairs.json"
@@ -250,22 +246,18 @@ def _copies(
     generated: NDArray[np.uint8], private: NDArray[np.uint8], held_out: NDArray[np.uint8] | None
 ) -> tuple[int, int, int | None]:
     """Held-out images that are training images, and generated images that are training or held-out images."""
-    known, made = _digests(private), _digests(generated)
+    known, made = digests(private), digests(generated)
     duplicates = int(np.isin(made, known).sum())
     if held_out is None:
         return 0, duplicates, None
-    digests = _digests(held_out)
-    repeated = int(np.isin(digests, known).sum())
-    if 2 * repeated > len(digests):
+    others = digests(held_out)
+    repeated = int(np.isin(others, known).sum())
+    if 2 * repeated > len(others):
         raise DataError(
-            f"{repeated:,} of the {len(digests):,} held-out images are training images, so they are no control.  Give "
+            f"{repeated:,} of the {len(others):,} held-out images are training images, so they are no control.  Give "
             "images that were not trained on."
         )
-    return repeated, duplicates, int(np.isin(made, digests).sum())
-
-
-def _digests(images: NDArray[np.uint8]) -> NDArray[Any]:
-    return np.array([hashlib.blake2b(np.ascontiguousarray(i).tobytes(), digest_size=16).hexdigest() for i in images])
+    return repeated, duplicates, int(np.isin(made, others).sum())
 
 
 def _subset(rows: NDArray[np.int64], most: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -329,7 +321,6 @@ def _verdict(
                     f"where {100 * s.expected:.1f} % were to be expected (p = {s.p_permutation:.2g})"
                 )
     copies = [name for name, space in spaces.items() if 2 * space.copies > 1]
-    fewest = min(n_private, n_held_out) if others is not None else n_private
     if found:
         return True, "Signs of memorisation: " + "; ".join(found) + "."
     if copies:
@@ -347,6 +338,7 @@ def _verdict(
             f"Nothing can be concluded: with {n_private} training and {n_held_out} held-out images no test could tell "
             "memory from chance."
         )
+    fewest = min(n_private, n_held_out)
     few = f"  There are only {fewest} images in the smaller set: a copy would show, and little else." * (fewest < FEW)
     return False, (
         "No sign of memorisation: generated images are no nearer to the training images than to images that were not "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +18,8 @@ from dpsyngen.distributed import ALONE, Ranks, device_of
 from dpsyngen.errors import ConfigError, listed
 from dpsyngen.evaluation import cas, distances
 from dpsyngen.evaluation.extractors import FeatureSpec, computed_by_all, kept_features
-from dpsyngen.evaluation.neighbours import NEIGHBOURS, Manifold
-
-Features = NDArray[np.float32]
-Tell = Callable[[str], None]
+from dpsyngen.evaluation.features import Tell
+from dpsyngen.evaluation.neighbours import NEIGHBOURS, Features, Manifold, digests
 
 
 class Metric(NamedTuple):
@@ -129,9 +125,8 @@ class _Set:
     @classmethod
     def of(cls, what: str, images: NDArray[np.uint8]) -> _Set:
         """Count the images [N, C, H, W] that differ in a pixel."""
-        copies = Counter(hashlib.blake2b(np.ascontiguousarray(i).tobytes(), digest_size=16).digest() for i in images)
-        crowded = sum(n for n in copies.values() if n > NEIGHBOURS) / len(images)
-        return cls(what, images, len(copies), crowded)
+        _, copies = np.unique(digests(images), return_counts=True)
+        return cls(what, images, len(copies), float(copies[copies > NEIGHBOURS].sum() / len(images)))
 
     @property
     def count(self) -> int:
