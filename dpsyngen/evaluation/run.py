@@ -7,8 +7,9 @@ import hmac
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from dpsyngen.data.load import Source, load_private, said_of_a_run
 from dpsyngen.distributed import ALONE, Ranks, device_of
 from dpsyngen.errors import ConfigError, DataError, RunError, listed, require
 from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
-from dpsyngen.evaluation.features import FeatureExtractor, OwnFeatures
+from dpsyngen.evaluation.features import OwnFeatures
 from dpsyngen.evaluation.memorisation import (
     PAIRS_FILE,
     PIXELS,
@@ -28,17 +29,17 @@ from dpsyngen.evaluation.memorisation import (
     memorisation_check,
     neighbour_pairs,
 )
-from dpsyngen.evaluation.metrics import NAMES, EvaluationSettings, evaluate_images
+from dpsyngen.evaluation.metrics import EvaluationSettings, evaluate_images
 from dpsyngen.files import write_text
 from dpsyngen.full_precision import ordinary_modes
+from dpsyngen.generator import ranks as sampling_ranks
+from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.hardware import check_device, kind_of
+from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.plan import Shape, program_of
 from dpsyngen.training.run import Run
 from dpsyngen.training.session import chosen_images, pinned
-
-if TYPE_CHECKING:
-    from dpsyngen.generator.generator import ReleasedGenerator
 
 PathLike = str | os.PathLike[str]
 
@@ -77,15 +78,11 @@ def evaluate(
     Raises:
         ConfigError, DataError, RunError: see their messages; nothing was looked at or written.
     """
-    from dpsyngen.generator.ranks import open_everywhere, sample
-
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
     device = kind_of(settings.pop("device", "auto"))
     check_device(device_of(device, ranks))
     labelled = {name: settings.pop(name) for name in ("labels", "label_column") if name in settings}
-    if settings.get("metrics", NAMES) is None:
-        del settings["metrics"]
     s = EvaluationSettings.of({**settings, "device": device, "cache": run.features_path if cache else None})
     require(images >= 2, "the number of generated images", images, "at least 2")
     if not s.specs and (test is None or not s.classifiers):
@@ -100,7 +97,7 @@ def evaluate(
     s = s.model_copy(update={"features": specs})
     tell = on_progress or (lambda line: None)
     config = run.config
-    generator = open_everywhere(ranks, run.release, device)
+    generator = sampling_ranks.open_everywhere(ranks, run.release, device)
     notes: list[str] = []
     reference = _images(data, config, generator, "data", notes, **labelled)
     # Without persons, those that were chosen among a person's images cannot be told from the others.
@@ -125,7 +122,7 @@ def evaluate(
     with run.lock():
         ledger = run.finished_ledger()
         tell(f"generating {images:,} images{more}")
-        samples = sample(ranks, generator, images, **{"seed": s.seed, **(sampling or {})})
+        samples = sampling_ranks.sample(ranks, generator, images, **{"seed": s.seed, **(sampling or {})})
         # The ledger knows before the first private image is looked at.
         ledger.note_private_access(
             "evaluation against real images; the figures stay in the private half",
@@ -154,20 +151,12 @@ def evaluate(
 @ordinary_modes()
 def follow_evaluation(ranks: Ranks) -> None:
     """In every process but the main one: share the evaluation that the main one leads, to its end."""
-    from dpsyngen.generator import ranks as sampling_ranks
-
-    made: dict[FeatureSpec, FeatureExtractor] = {}
+    made = cache(FeatureSpec.make)
 
     def features(spec: FeatureSpec, device: str, images: NDArray[np.uint8], size: int) -> None:
-        def extractor() -> FeatureExtractor:
-            if spec not in made:
-                made[spec] = spec.make(device_of(device, ranks))
-            return made[spec]
+        shared_features(ranks, lambda: made(spec, device_of(device, ranks)), images, size)
 
-        shared_features(ranks, extractor, images, size)
-
-    known = sampling_ranks.handlers(ranks)
-    sampling_ranks.follow(ranks, {**known, "features": features})
+    sampling_ranks.follow(ranks, {**sampling_ranks.handlers(ranks), "features": features})
 
 
 @ordinary_modes()
@@ -199,9 +188,6 @@ def check_memorisation(
     Raises:
         ConfigError, DataError, RunError: see their messages; nothing was looked at or written.
     """
-    from dpsyngen.generator.generator import ReleasedGenerator
-    from dpsyngen.privacy.ledger import Ledger
-
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
     check_device(device)
@@ -253,8 +239,6 @@ def generated_beside_real(
     Returns:
         name of the class ("" without classes), generated and real images, uint8 [n, C, H, W], of each row.
     """
-    from dpsyngen.generator.generator import ReleasedGenerator
-
     run.require_complete()
     generator = ReleasedGenerator(run.release, device)
     real = _trained_on(run, None, generator)
