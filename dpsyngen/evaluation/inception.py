@@ -70,22 +70,21 @@ class FidInception:
         )
         return F.relu(F.batch_norm(x, mean, variance, weight, bias, eps=0.001))
 
+    def _branch(self, block: str, names: list[str], x: Tensor) -> Tensor:
+        for name in names:
+            x = self._conv(f"{block}.branch{name}", x)
+        return x
+
     def _mixed(self, block: str, x: Tensor, pool: Callable[[Tensor], Tensor], *branches: list[str]) -> Tensor:
         """Branches of convolutions beside each other, and one that pools before it projects."""
-        out = []
-        for branch, h in [*((names, x) for names in branches), (["_pool"], pool(x))]:
-            for name in branch:
-                h = self._conv(f"{block}.branch{name}", h)
-            out.append(h)
-        return torch.cat(out, 1)
+        out = [self._branch(block, names, x) for names in branches]
+        return torch.cat([*out, self._branch(block, ["_pool"], pool(x))], 1)
 
     def _halved(self, block: str, x: Tensor, *branches: list[str]) -> Tensor:
         """The same, where the last convolution of each branch and the pooling have stride 2 and no padding."""
         out = []
         for *first, last in branches:
-            h = x
-            for name in first:
-                h = self._conv(f"{block}.branch{name}", h)
+            h = self._branch(block, first, x)
             out.append(self._conv(f"{block}.branch{last}", h, 2, padded=False))
         return torch.cat([*out, F.max_pool2d(x, 3, 2)], 1)
 
