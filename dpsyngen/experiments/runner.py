@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -322,12 +322,8 @@ def _of_training(run: Run, ledger: Ledger, records: int) -> dict[str, float]:
 
 
 def _load_samples(path: Path, stamp: str) -> tuple[np.ndarray, np.ndarray | None] | None:
-    if not path.exists():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["stamp"]) != stamp:
-                return None
+    # A damaged file, of which np.load raises many kinds of errors, is drawn again.
+    with suppress(Exception), np.load(path, allow_pickle=False) as file:
+        if str(file["stamp"]) == stamp:
             return file["images"], file.get("labels")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # a damaged file is drawn again
+    return None

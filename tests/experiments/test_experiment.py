@@ -207,11 +207,13 @@ def test_damaged_samples_are_drawn_again(done) -> None:
     path = experiment.work_path(job) / "samples.npz"
     with np.load(path) as file:
         before = file["images"]
-    path.write_bytes(path.read_bytes()[:100])
-    experiment.result_path(job).unlink()
-    pool.work(experiment)
-    with np.load(path) as file:
-        assert (file["images"] == before).all()
+    whole = path.read_bytes()
+    for damaged in (whole[:100], whole[:90] + b"\xff" * 60 + whole[150:]):  # the latter is a zlib.error
+        path.write_bytes(damaged)
+        experiment.result_path(job).unlink()
+        pool.work(experiment)
+        with np.load(path) as file:
+            assert (file["images"] == before).all()
 
 
 def test_killed_processes_lose_nothing_and_no_job_is_done_twice(tiny_spec, tmp_path) -> None:
