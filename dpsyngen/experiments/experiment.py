@@ -233,16 +233,13 @@ def _whole(spec: Spec) -> Spec:
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
     """Hold a lock file; False if another process has it.  The system frees it however we end."""
-    lock = FileLock(path, mode=0o600)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(path, mode=0o600).acquire(blocking=False))
+        except Timeout:
+            yield False
+        else:
+            yield True
 
 
 class Clock:
