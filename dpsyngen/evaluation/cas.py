@@ -98,8 +98,6 @@ def clopper_pearson(right: int, total: int, confidence: float = CONFIDENCE) -> t
     """
     from scipy.stats import binomtest
 
-    if not 0 <= right <= total or not 0 < confidence < 1:
-        raise ValueError(f"right={right} must be from 0 to total={total}, and confidence={confidence} in (0, 1).")
     if not total:
         return 0.0, 1.0
     found = binomtest(right, total).proportion_ci(confidence, method="exact")

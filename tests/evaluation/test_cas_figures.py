@@ -27,13 +27,6 @@ def test_interval_covers_as_often_as_it_says(p) -> None:
     assert 0.95 <= covered <= 0.995
 
 
-def test_interval_refuses_what_is_no_proportion() -> None:
-    with pytest.raises(ValueError, match="right=3"):
-        clopper_pearson(3, 2)
-    with pytest.raises(ValueError, match="confidence"):
-        clopper_pearson(1, 2, 1.0)
-
-
 def test_confusion_counts_true_by_predicted() -> None:
     training = {"validation_accuracy": 0.9, "chosen": "", "n_train": 1, "n_validation": 1}
     result = ClassifierResult.of(np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 0, 0]), 4, **training)
