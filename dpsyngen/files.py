@@ -75,6 +75,11 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     write_bytes(path, text.encode(), mode)
 
 
+def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+    """Write `value` as indented JSON to `path`, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", mode)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names in `folder` to the disk: what was renamed stays renamed after a power failure."""
     fd = os.open(folder, os.O_RDONLY)

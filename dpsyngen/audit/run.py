@@ -19,7 +19,7 @@ from dpsyngen.audit.report import AuditReport, Bound, Finding, decide, exact
 from dpsyngen.audit.sensitivity import ClippingAudit, audit_noise
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import RunError, require
-from dpsyngen.files import write_text
+from dpsyngen.files import write_json
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.hardware import choose
 from dpsyngen.privacy.accounting import Mechanism
@@ -116,7 +116,7 @@ def audit_run(
     report.seconds = time.monotonic() - begun
     folder = run.private / "audit"
     folder.mkdir(mode=0o700, exist_ok=True)
-    write_text(folder / "audit.json", json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", 0o600)
+    write_json(folder / "audit.json", report.to_dict(), 0o600)
     return report
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -30,7 +29,7 @@ from dpsyngen.evaluation.memorisation import (
     neighbour_pairs,
 )
 from dpsyngen.evaluation.metrics import EvaluationSettings, evaluate_images
-from dpsyngen.files import write_text
+from dpsyngen.files import write_json
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator import ranks as sampling_ranks
 from dpsyngen.generator.generator import ReleasedGenerator
@@ -144,7 +143,7 @@ def evaluate(
         if own is None:
             notes.append("the real images are not those that the run was trained on")
         result["notes"] += notes
-        _keep(run, "metrics.json", result)
+        write_json(run.private / "metrics.json", result, 0o600)
     return result
 
 
@@ -219,8 +218,8 @@ def check_memorisation(
             device=device,
             on_progress=on_progress,
         )
-        _keep(run, PAIRS_FILE, neighbour_pairs(result, *sets, seed=seed))
-        _keep(run, "memorisation.json", {**result.to_dict(), "sampling": samples.settings})
+        write_json(run.private / PAIRS_FILE, neighbour_pairs(result, *sets, seed=seed), 0o600)
+        write_json(run.private / "memorisation.json", {**result.to_dict(), "sampling": samples.settings}, 0o600)
     return result
 
 
@@ -254,10 +253,6 @@ def generated_beside_real(
         drawn = generator.sample(count, labels=number if generator.class_names else None, seed=seed)
         rows.append((name, drawn.images, real.batch(np.sort(chosen[:count]))))
     return rows
-
-
-def _keep(run: Run, name: str, values: dict[str, Any]) -> None:
-    write_text(run.private / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n", 0o600)
 
 
 def _images(

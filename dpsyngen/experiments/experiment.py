@@ -33,7 +33,7 @@ from dpsyngen.data.load import whole_source, with_whole_paths
 from dpsyngen.diffusion.stages import StageMap
 from dpsyngen.errors import DataError, RunError
 from dpsyngen.experiments.spec import Job, Spec, digest, jobs_of, load_spec
-from dpsyngen.files import file_sha256, require_absent_or_empty, write_bytes, write_text
+from dpsyngen.files import file_sha256, require_absent_or_empty, write_bytes, write_json, write_text
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.plan import Shape
@@ -109,7 +109,7 @@ class Experiment:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             with contextlib.suppress(PermissionError):  # a mounted disk of somebody else's; all that is in it is closed
                 os.chmod(path, 0o700)
-            write_text(path / "experiment.json", _json({"format": FORMAT, "dpsyngen": __version__}), 0o600)
+            write_json(path / "experiment.json", {"format": FORMAT, "dpsyngen": __version__}, 0o600)
         write_text(path / "spec.yaml", spec.to_yaml(), 0o600)
         for name in ("runs", "results", "public", "real", "work"):
             (path / name).mkdir(mode=0o700, exist_ok=True)
@@ -118,7 +118,7 @@ class Experiment:
     def note(self, **values: Any) -> None:
         """Keep facts about the experiment in ``experiment.json``."""
         self.about |= values
-        write_text(self.path / "experiment.json", _json(self.about), 0o600)
+        write_json(self.path / "experiment.json", self.about, 0o600)
 
     def pin(self, spec: Spec, train: ImageDataset, test: ImageDataset | None) -> None:
         """Write down which images the figures are of, by what they are, or refuse to go on with others.
@@ -141,7 +141,7 @@ class Experiment:
                 "must not be pooled.  Put the images back, or choose another --out."
             )
         if known != pinned:
-            write_text(self.path / "images.json", _json(pinned), 0o600)
+            write_json(self.path / "images.json", pinned, 0o600)
 
     # ------------------------------------------------------------------------------------------- jobs
 
@@ -266,11 +266,7 @@ class Clock:
         if save or time.monotonic() - self._kept > self.every:
             self._kept = time.monotonic()
             own = sum(v for k, v in self.spent.items() if not k.startswith("shared"))
-            write_text(self.path, _json({**self.spent, "total": own}), 0o600)
-
-
-def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+            write_json(self.path, {**self.spent, "total": own}, 0o600)
 
 
 def _read(path: Path) -> dict[str, Any]:

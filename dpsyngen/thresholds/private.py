@@ -41,7 +41,7 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, loss_weight
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.errors import ConfigError, RunError, require
-from dpsyngen.files import write_text
+from dpsyngen.files import write_json
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.clipping import ClippedGradient, clip_and_sum
@@ -264,7 +264,7 @@ class PrivateEstimate:
         }
         curves = (log_sigma, curve.gap, curve.teacher_loss, curve.student_loss, curve.noise)
         stated = {name: np.ravel(values).tolist() for name, values in zip(_STORED, curves, strict=True)} | statement
-        write_text(self.result_path, json.dumps(stated, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.result_path, stated)
         return self._read(*networks)
 
     def _read(self, teacher: str, student: str) -> tuple[GapCurve, dict[str, Any]]:

@@ -22,7 +22,7 @@ from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, require
-from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_text
+from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_json
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.programs import make_program
 from dpsyngen.thresholds.denoisers import Family, PublicDenoisers, split_proxy
@@ -177,7 +177,7 @@ class Stages:
         """Write down what decides the figures, or refuse to go on with anything else."""
         path = self.folder / "settings.json"
         if not path.exists():
-            write_text(path, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
+            write_json(path, self.settings)
             return
         try:
             before = json.loads(path.read_text(encoding="utf-8"))

@@ -88,20 +88,20 @@ def test_result_is_read_and_nothing_is_computed_or_charged_again(tmp_path, budge
     assert len(Budget(budget.path).charges) == 1
 
 
-@pytest.mark.parametrize("point", ["Ledger.charge", "PrivateGap.summed", "PrivateGap.released", "write_text"])
+@pytest.mark.parametrize("point", ["Ledger.charge", "PrivateGap.summed", "PrivateGap.released", "write_json"])
 def test_killed_anywhere_it_goes_on_with_the_same_noise_and_one_charge(tmp_path, budget, monkeypatch, point) -> None:
     import dpsyngen.thresholds.private as module
 
     with monkeypatch.context() as patch:
-        if point == "write_text":
-            real = module.write_text
+        if point == "write_json":
+            real = module.write_json
 
             def fails(path, *more):
                 if path.name == "private_gap.json":
                     raise KeyboardInterrupt
                 real(path, *more)
 
-            patch.setattr(module, "write_text", fails)
+            patch.setattr(module, "write_json", fails)
         else:
             owner, name = point.split(".")
 
