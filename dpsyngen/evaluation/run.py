@@ -34,7 +34,6 @@ from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator import ranks as sampling_ranks
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.hardware import check_device, kind_of
-from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.plan import Shape, program_of
 from dpsyngen.training.run import Run
@@ -204,7 +203,7 @@ def check_memorisation(
     with run.lock():
         tell(f"generating {images:,} images")
         samples = generator.sample(images, **{"seed": seed, **(sampling or {})})
-        Ledger(run.ledger_path).note_private_access(
+        run.finished_ledger().note_private_access(
             "memorisation check: generated images against training images; the figures stay in the private half",
             features=list(features),
             generated_images=images,
