@@ -14,13 +14,13 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -57,7 +57,7 @@ class Candidate:
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
         """uint8 [N, C, H, W] -> classes [N]."""
         if not isinstance(self.model, nn.Module):
-            with _blas_threads():
+            with threadpool_limits(torch.get_num_threads(), "blas"):
                 predicted: NDArray[np.int64] = self.model.predict(_flat(images))
             return predicted
         device = next(self.model.parameters()).device
@@ -82,22 +82,11 @@ def linear_candidates(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> I
     for c in (0.01, 0.1, 1.0):
         # 100 iterations of L-BFGS do not always converge; the candidates are compared as they are.
         model = LogisticRegression(C=c, max_iter=100)
-        with warnings.catch_warnings(), _blas_threads():
+        # NumPy's matrix products would take every core, however many processes an experiment runs beside each other.
+        with warnings.catch_warnings(), threadpool_limits(torch.get_num_threads(), "blas"):
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(pixels, labels)
         yield Candidate(f"C = {c:g}", None, model)
-
-
-def _blas_threads() -> AbstractContextManager[object]:
-    """As many threads for NumPy's matrix products as PyTorch has.
-
-    Otherwise they take every core, however many processes an experiment runs beside each other, and wait for one
-    another in loops.
-    """
-    from threadpoolctl import threadpool_limits
-
-    limits: AbstractContextManager[object] = threadpool_limits(torch.get_num_threads(), "blas")
-    return limits
 
 
 def _flat(images: NDArray[np.uint8]) -> NDArray[np.float32]:

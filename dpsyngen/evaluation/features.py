@@ -12,16 +12,13 @@ from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, DpsyngenError, require, shown
 from dpsyngen.files import file_sha256
-
-if TYPE_CHECKING:
-    from sklearn.decomposition import PCA
 
 FORM = "path/to/module.py:name or package.module:name"
 Tell = Callable[[str], None]
@@ -103,7 +100,7 @@ class PixelsPca(FeatureExtractor):
         super().__init__("cpu", 1000)
         require(components >= 1, "components", components, "at least 1")
         self.components = components
-        self._pca: PCA | None = None
+        self._pca: Any = None  # scikit-learn's, once it is fitted
 
     @property
     def dim(self) -> int:

@@ -12,8 +12,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from dpsyngen.console import Console
 from dpsyngen.errors import printable
 from dpsyngen.experiments.measures import Measure, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.results import Results
@@ -33,12 +34,7 @@ from dpsyngen.experiments.statistics import (
 )
 from dpsyngen.files import write_text
 
-if TYPE_CHECKING:
-    from dpsyngen.console import Console
-
-
 PRIVATE = "PRIVATE: these figures come from private images.  To publish them costs privacy that no ε here covers."
-
 
 REFERENCES = (
     ("test", "real test images (floor)"),
