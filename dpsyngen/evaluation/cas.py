@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, require
-
-if TYPE_CHECKING:
-    from dpsyngen.evaluation.classifiers import Candidate
 
 NAMES = ("logreg", "mlp", "cnn", "resnet", "wideresnet")
 DEFAULT = ("logreg", "mlp", "cnn")
@@ -174,6 +171,8 @@ def classification_accuracy(
     """
     import torch
 
+    from dpsyngen.evaluation.classifiers import candidates
+
     require(classifiers, "classifiers", classifiers, NAMES)
     require_names("classifiers", classifiers, NAMES)
     require(num_classes >= 2, "num_classes", num_classes, "at least 2")
@@ -212,7 +211,7 @@ def classification_accuracy(
         with torch.random.fork_rng([] if device == "cpu" else [device]):
             torch.manual_seed(seed)
             # 2. The held-out generated images choose the candidate, the first of equals.
-            for candidate in _candidates(name, x, y, num_classes, seed, passes, device):
+            for candidate in candidates(name, x, y, num_classes, seed, passes, device):
                 score = float((candidate.predict(x_held_out) == y_held_out).mean())
                 if score > best:
                     best, chosen = score, candidate.keep()
@@ -239,22 +238,6 @@ def best_by_validation(results: dict[str, ClassifierResult]) -> str:
     if not results:
         raise ConfigError("there is no classifier to choose from: classification_accuracy returned none.")
     return max(results, key=lambda name: results[name].validation_accuracy)
-
-
-def _candidates(
-    name: str, x: NDArray[np.uint8], y: NDArray[np.int64], num_classes: int, seed: int, epochs: int, device: str
-) -> Iterable[Candidate]:
-    """What may be chosen: three strengths of regularisation, or the network after each epoch."""
-    import torch
-
-    from dpsyngen.evaluation import classifiers
-
-    if name == "logreg":
-        return classifiers.linear_candidates(x, y)
-    network = getattr(classifiers, f"make_{name}")(x.shape[1:], num_classes)
-    how = {"augmented": name.endswith("resnet"), "averaged": name == "wideresnet"}
-    order = torch.Generator().manual_seed(seed)
-    return classifiers.train_network(network, x, y, **how, epochs=epochs, generator=order, device=device)
 
 
 def _check(

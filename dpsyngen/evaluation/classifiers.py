@@ -70,6 +70,19 @@ class Candidate:
         return torch.cat(parts).numpy()
 
 
+def candidates(
+    name: str, x: NDArray[np.uint8], y: NDArray[np.int64], num_classes: int, seed: int, epochs: int, device: str
+) -> Iterator[Candidate]:
+    """What may be chosen: three strengths of regularisation, or the network after each epoch."""
+    if name == "logreg":
+        return linear_candidates(x, y)
+    make = {"mlp": make_mlp, "cnn": make_cnn, "resnet": make_resnet, "wideresnet": make_wideresnet}[name]
+    how = {"augmented": name.endswith("resnet"), "averaged": name == "wideresnet"}
+    order = torch.Generator().manual_seed(seed)
+    network = make(x.shape[1:], num_classes)
+    return train_network(network, x, y, **how, epochs=epochs, generator=order, device=device)
+
+
 def linear_candidates(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Iterator[Candidate]:
     """Multinomial logistic regression on pixels in [0, 1] (scikit-learn), with three strengths of regularisation.
 
