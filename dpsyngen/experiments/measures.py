@@ -38,7 +38,6 @@ ON_NAMES = {
     "pixels-pca": "pixels (PCA)",
 }
 """Classifiers and feature extractors, in the order in which tables have them."""
-DP_PREFIX = "dp-"
 EQUAL_FACTS = ("records", "steps", "batch", "copies", "parameters", "threads")
 """What runs at one ε must share for a comparison on equal terms."""
 
@@ -59,10 +58,9 @@ class Measure:
     @property
     def name(self) -> str:
         """In a sentence: "CNN accuracy", "Fréchet distance on pixels (PCA)"."""
-        on = ON_NAMES.get(self.on, self.on)
         if self.metric == "accuracy":
-            return f"{on} accuracy" if on.isupper() else f"accuracy of {on}"
-        return f"{self.metric_name} on {on}"
+            return f"{self.on_name} accuracy" if self.on_name.isupper() else f"accuracy of {self.on_name}"
+        return f"{self.metric_name} on {self.on_name}"
 
     @property
     def metric_name(self) -> str:
@@ -183,7 +181,7 @@ class View:
             jobs = [j for j in jobs if j.epsilon == epsilon]
         of_measure = (measure.metric, measure.on, "")
         figures = [f for j in jobs for f in j.figures()]
-        figures = [f for f in figures if (f.metric, f.on.removeprefix(DP_PREFIX), f.of_class) == of_measure]
+        figures = [f for f in figures if (f.metric, f.on.removeprefix("dp-"), f.of_class) == of_measure]
         found = (getattr(f, bounds.get(kind, "value")) for f in figures)
         values = [measure.scale * value for value in found if value is not None]
         return [fmean(values)] if values and kind in bounds else values

@@ -129,8 +129,7 @@ def figures_table(view: View, key: str, title: str, measures: Sequence[Measure])
         if any(cell.text != _NONE for cell in references[kind]):
             heads = (name, "") if view.labels else (name,)
             rows.append(TableRow(heads, tuple(references[kind]), reference=True))
-    on = len({m.metric for m in measures}) == 1 and measures[0].metric == "accuracy"
-    columns = tuple(m.on_name if on else m.metric_name for m in measures)
+    columns = tuple(m.on_name if m.metric == "accuracy" else m.metric_name for m in measures)
     groups_ = tuple((epsilon_name(e), columns) for e in view.epsilons)
     return Table(key, title, _head_names(view), groups_, tuple(rows), tuple(_notes(view, tested)))
 
