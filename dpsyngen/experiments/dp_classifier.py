@@ -252,6 +252,7 @@ def train_dp_classifier(
     optimizer = torch.optim.SGD(engine.parameters, lr=s.learning_rate, momentum=_MOMENTUM)
     ema = Ema(classifier.module, s.ema)
     targets = torch.from_numpy(labels)
+    # All steps are in the ledger before the first one looks at a record.
     ledger.charge(
         Mechanism(s.sampling_rate, s.noise_multiplier, s.steps),
         "DP-SGD steps that train a classifier on private images, as a reference",
