@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,11 +20,10 @@ from dpsyngen.cli.programs import app as programs_app
 from dpsyngen.cli.release import budget_app, export, key, ledger, release, sample, verify
 from dpsyngen.cli.stages import stages
 from dpsyngen.cli.train import prior_app, train
-from dpsyngen.errors import DpsyngenError, shown
+from dpsyngen.console import Console, speak_any_language
+from dpsyngen.errors import DpsyngenError, require, shown
+from dpsyngen.files import expanded
 from dpsyngen.version import __version__
-
-if TYPE_CHECKING:
-    from dpsyngen.console import Console
 
 app = typer.Typer(
     name="dpsyngen",
@@ -66,7 +67,6 @@ def _root(
 @app.command()
 def report(run: RunArgument, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Write the report: the full one into private/, the publishable one into release/."""
-    from dpsyngen.console import Console
     from dpsyngen.report.html import write_report
 
     private, public = write_report(run)
@@ -89,9 +89,6 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a budget buys, before spending it."""
-    from dataclasses import asdict
-
-    from dpsyngen.console import Console
     from dpsyngen.privacy.budget import neighbouring_plans, plan_lines
 
     target = None if epsilon is None else epsilon_of(epsilon)
@@ -120,10 +117,6 @@ def studio(
     as_json: AsJson = False,
 ) -> None:
     """Open a page in the browser that leads from a folder of images to a signed bundle; see docs/studio.md."""
-    from dpsyngen.console import Console
-    from dpsyngen.errors import require
-    from dpsyngen.files import expanded
-
     for option, value in (("--tls-cert", tls_cert), ("--tls-key", tls_key)):
         require(allow_remote or value is None, option, value, "left out without --allow-remote")
     usable = expanded(runs).is_dir() or not expanded(runs).exists()
@@ -142,8 +135,6 @@ def main() -> None:
     """Run the command line: errors that a user can mend are one message, without a traceback."""
     # With other work on the machine, threads that spin while they wait make each other many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from dpsyngen.console import Console, speak_any_language
-
     console = Console.asked_for(sys.argv[1:])
     speak_any_language(console.as_json or console.log_json)
     plainly = warnings.showwarning
@@ -161,8 +152,6 @@ def main() -> None:
         cli_options.tell(console, "interrupted", "stopped")
         sys.exit(130)
     except OSError as error:
-        import errno
-
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             cli_options.tell(
                 console,

@@ -20,6 +20,8 @@ from dpsyngen.cli.options import (
     Sampler,
     SamplerSteps,
 )
+from dpsyngen.console import Console
+from dpsyngen.distributed import joined
 
 if TYPE_CHECKING:
     from dpsyngen.evaluation.doctor import Diagnosis
@@ -66,8 +68,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a run against real images.  The figures are private: do not publish them."""
-    from dpsyngen.console import Console
-    from dpsyngen.distributed import joined
     from dpsyngen.evaluation import run as evaluation_run
     from dpsyngen.report.html import metric_rows
 
@@ -118,7 +118,6 @@ def memorisation(
     as_json: AsJson = False,
 ) -> None:
     """Look for training images among generated ones.  The figures and the pictures are private: do not publish them."""
-    from dpsyngen.console import Console
     from dpsyngen.evaluation.run import check_memorisation
     from dpsyngen.report.html import memorisation_rows
 
@@ -148,7 +147,6 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what is wrong with a run and what to change (exit code 5 if it is of no use), or what this machine has."""
-    from dpsyngen.console import Console
     from dpsyngen.hardware import advice, choose, look
 
     chosen = choose(device)
@@ -220,14 +218,12 @@ def audit(
 
     No private image is read.  Exit code 4: an audit contradicts the claim.
     """
-    from dpsyngen.console import Console
-
-    console = Console(quiet, as_json)
     from dpsyngen.audit.run import FULL, QUICK, audit_run
     from dpsyngen.hardware import check_device
     from dpsyngen.training.run import Run
 
     check_device(device)
+    console = Console(quiet, as_json)
     opened, effort = Run(run), QUICK if quick else FULL
     folder = opened.private / "audit"
     opened.require_complete()

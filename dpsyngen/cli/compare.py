@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.cli.options import AsJson, Device, Quiet
+from dpsyngen.console import Console
+from dpsyngen.distributed import END, Ranks, device_of, joined, numbers
 from dpsyngen.errors import ConfigError, DataError, require
 
 if TYPE_CHECKING:
-    from dpsyngen.console import Console
-    from dpsyngen.distributed import Ranks
     from dpsyngen.experiments.experiment import Experiment, Status
     from dpsyngen.experiments.spec import Job, Spec
     from dpsyngen.training.plan import Shape
@@ -36,8 +36,6 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare variants, ε and settings: a grid of runs with seeds, measured alike, with tables and a report."""
-    from dpsyngen.console import Console
-    from dpsyngen.distributed import END, device_of, joined, numbers
     from dpsyngen.experiments.experiment import Experiment
     from dpsyngen.hardware import check_device
 

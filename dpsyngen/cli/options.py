@@ -7,16 +7,14 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from dpsyngen.console import Console
 from dpsyngen.distributed import Dismissed, numbers
 from dpsyngen.errors import ConfigError, shown
-
-if TYPE_CHECKING:
-    from dpsyngen.console import Console
-
+from dpsyngen.files import read_yaml
 
 Count = Annotated[int, typer.Option("-n", "--count", help="number of generated images")]
 Sampler = Annotated[str | None, typer.Option(help="ddim, heun or dpmpp; default: the run's")]
@@ -50,8 +48,6 @@ def epsilon_of(text: str) -> float:
 
 def assignments(given: list[str], example: str = "section.name=value, such as private.beta2=0.99") -> dict[str, Any]:
     """Settings given as ``--set private.beta2=0.99``, as ``{"private": {"beta2": 0.99}}``."""
-    from dpsyngen.files import read_yaml
-
     out: dict[str, Any] = {}
     for text in given:
         path, equals, value = text.partition("=")

@@ -12,6 +12,7 @@ import typer
 
 from dpsyngen.cli.options import AsJson, Quiet, assignments, require_shared
 from dpsyngen.console import Console
+from dpsyngen.distributed import joined
 from dpsyngen.errors import ConfigError, require
 
 if TYPE_CHECKING:
@@ -123,7 +124,6 @@ def save(
     as_json: AsJson = False,
 ) -> None:
     """Save many images, with a manifest.json that says how to draw them again."""
-    from dpsyngen.distributed import joined
     from dpsyngen.programs.saving import follow_saving, save_images
 
     console = Console(quiet, as_json)

@@ -11,7 +11,10 @@ import typer
 
 from dpsyngen.cli.options import AsJson, Count, Device, Guidance, Quiet, RunArgument, Sampler, SamplerSteps
 from dpsyngen.console import Console
+from dpsyngen.distributed import joined
 from dpsyngen.errors import ConfigError, RunError, require
+from dpsyngen.files import require_absent_or_empty
+from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
     from dpsyngen.privacy.budget import Composition
@@ -328,12 +331,10 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Draw images from a trained generator; costs no privacy, however many."""
-    from dpsyngen.distributed import joined
     from dpsyngen.generator.classes import from_text
     from dpsyngen.generator.ranks import follow, handlers, open_everywhere, stream
     from dpsyngen.generator.samples import check_target, write_samples
     from dpsyngen.release.place import find
-    from dpsyngen.version import __version__
 
     console = Console(quiet, as_json)
     with joined() as ranks:
@@ -369,7 +370,6 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a generator for other tools: a folder for diffusers and the Hub."""
-    from dpsyngen.files import require_absent_or_empty
     from dpsyngen.generator.guarantee import Guarantee
     from dpsyngen.release.bundle import check_against_ledger
     from dpsyngen.release.place import export_release, find

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of
+from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError
+from dpsyngen.files import read_yaml_file
 
 if TYPE_CHECKING:
-    from dpsyngen.console import Console
     from dpsyngen.thresholds.files import StagesResult
     from dpsyngen.thresholds.run import Stages
 
@@ -50,8 +51,6 @@ def stages(
     as_json: AsJson = False,
 ) -> None:
     """Find the noise levels that programs may own, without private images (or paying for them with --epsilon)."""
-    from dpsyngen.console import Console
-
     console, begun = Console(quiet, as_json), time.monotonic()
     privacy: dict[str, Any] = {
         "epsilon": None if epsilon is None else epsilon_of(epsilon),
@@ -71,7 +70,6 @@ def stages(
         raise ConfigError(f"{without_data} goes with --data, the private images; none were given.")
     from dpsyngen.config import load_config, merge_settings, with_options
     from dpsyngen.data.load import load_private
-    from dpsyngen.files import read_yaml_file
     from dpsyngen.hardware import check_device
     from dpsyngen.thresholds.run import Stages, StagesOptions, require_usable
 

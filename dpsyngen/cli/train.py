@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of
+from dpsyngen.console import LOG_FORMATS, Console
 from dpsyngen.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from dpsyngen.console import Console
     from dpsyngen.fit import Trained
     from dpsyngen.training.pipeline import Training
 
@@ -34,8 +34,6 @@ def train_prior(
     as_json: AsJson = False,
 ) -> None:
     """Train a prior on families of programs; no private data can touch it.  Goes on where it was interrupted."""
-    from dpsyngen.console import Console
-
     require(channels in ("grey", "rgb"), "--channels", channels, "grey or rgb")
     require(not out.exists(), "--out", out, "a file that does not exist yet: nothing is written over")
     require(out.parent.is_dir(), "--out", out, "in a folder that exists")
@@ -129,8 +127,6 @@ def train(
     ] = "text",
 ) -> None:
     """Train a generator; the run directory gets a private and a release half."""
-    from dpsyngen.console import LOG_FORMATS, Console
-
     require(log_format in LOG_FORMATS, "--log-format", log_format, "text or json")
     require(not instant or variant in (None, "instant"), "--variant", variant, "left out, or instant, with --instant")
     for option, value in (("--labels", labels), ("--label-column", label_column)):
