@@ -64,7 +64,7 @@ def prepare(
     require_usable(config)
     check_device(device, config.compute)
     dataset = _read(config, data, ranks, on_event)
-    return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, finish))
+    return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, write_release))
 
 
 @ordinary_modes()
@@ -92,7 +92,7 @@ def prepare_resume(
     config = c.model_copy(update={"privacy": c.privacy.model_copy(update=p), "data": c.data.model_copy(update=d)})
     with said_of_a_run(data):
         dataset = _read(config, data, ranks, on_event)
-    return Training.resume(run, dataset, device, ranks, Hooks(on_event, finish), tensorboard)
+    return Training.resume(run, dataset, device, ranks, Hooks(on_event, write_release), tensorboard)
 
 
 def _read(config: Config, data: Source | None, ranks: Ranks, on_event: OnEvent) -> ImageDataset:
@@ -113,11 +113,6 @@ def _read(config: Config, data: Source | None, ranks: Ranks, on_event: OnEvent) 
     for line in [*lines, *(f"  left out: {which}" for which in told)]:
         on_event(Note(line, private=True))
     return dataset
-
-
-def finish(t: Training) -> None:
-    """Write the release of a training that is at its end."""
-    write_release(t.run, t.config, t.plan, t.ledger, t.randomness, t.program, t.budget)
 
 
 @dataclass(frozen=True)

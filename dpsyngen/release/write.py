@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 from safetensors import safe_open
@@ -14,7 +14,7 @@ from dpsyngen.config import Config
 from dpsyngen.diffusion.prior import SHIPPED
 from dpsyngen.diffusion.stages import GAUSSIAN, StageMap
 from dpsyngen.files import write_text
-from dpsyngen.privacy.budget import Budget, Composition
+from dpsyngen.privacy.budget import Composition
 from dpsyngen.privacy.certificate import (
     Assumptions,
     BudgetPart,
@@ -26,24 +26,23 @@ from dpsyngen.privacy.certificate import (
     protected,
 )
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
-from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.programs import TIERS, Program
+from dpsyngen.programs import TIERS
 from dpsyngen.release.card import write_companions
-from dpsyngen.training.plan import Plan
-from dpsyngen.training.run import Run
 from dpsyngen.version import FORMAT, __version__
 
+if TYPE_CHECKING:
+    from dpsyngen.training.pipeline import Training
 
-def certify(
-    config: Config, plan: Plan, ledger: Ledger, randomness: Randomness, program: Program, budget: Budget | None
-) -> Certificate:
+
+def certify(t: Training) -> Certificate:
     """The claim and everything needed to check it.  ε is computed from the ledger, not from a setting."""
+    config, plan, ledger, budget = t.config, t.plan, t.ledger, t.budget
     bound, by_rdp = Composition.of([ledger]).bound(), ledger.epsilon(accountant="rdp")
     epsilon = bound.epsilon
     reasons = []
     if math.isinf(epsilon):
         reasons.append("trained without privacy (ε = ∞), as a reference")
-    if not (randomness.secure and ledger.secure):
+    if not (t.randomness.secure and ledger.secure):
         reasons.append("the noise came from a reproducible seed, so anyone who knows the seed can subtract it")
     g = ledger.group_size
     people = next((e.details["people"] for e in ledger.entries if "people" in e.details), None)
@@ -86,9 +85,9 @@ def certify(
         ),
         mechanisms=[_mechanism(e) for e in _merged(ledger)],
         programmatic_images={
-            **program.config(),
-            "prior_tier": program.prior_tier,
-            "prior_tier_meaning": TIERS[program.prior_tier],
+            **t.program.config(),
+            "prior_tier": t.program.prior_tier,
+            "prior_tier_meaning": TIERS[t.program.prior_tier],
         },
         stages=stage_parts(plan.stages),
         pretrained_on_programmatic_images=bool(plan.stages.pretrain),
@@ -175,17 +174,9 @@ def public_config(config: Config) -> dict[str, Any]:
     return values
 
 
-def write_release(
-    run: Run,
-    config: Config,
-    plan: Plan,
-    ledger: Ledger,
-    randomness: Randomness,
-    program: Program,
-    budget: Budget | None = None,
-) -> None:
-    """Write the release half, ``generator.json`` last: with it the run is complete."""
-    certificate = certify(config, plan, ledger, randomness, program, budget)
+def write_release(t: Training) -> None:
+    """Write the release half of a training at its end, ``generator.json`` last: with it the run is complete."""
+    run, config, plan, certificate = t.run, t.config, t.plan, certify(t)
     write_text(run.release / "privacy.json", certificate.to_json())
     write_text(run.release / "PRIVACY.md", plain_words(certificate))
     write_companions(run.release, certificate)

@@ -13,7 +13,7 @@ import torch
 from dpsyngen.config import load_config
 from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.distributed import Ranks, joined
-from dpsyngen.fit import finish
+from dpsyngen.release.write import write_release
 from dpsyngen.training import private as private_module
 from dpsyngen.training.follower import follow, read_together
 from dpsyngen.training.pipeline import Hooks, Training
@@ -48,7 +48,7 @@ def train(name: str, out: Path, ranks: Ranks) -> None:
     with ranks.leading():
         dataset = read_together(ranks, config, lambda config: images())
         noise: list[np.ndarray] = []
-        hooks = Hooks(finish=finish, observer=lambda r, engine: noise.append(noise_of(r, config.private.batch)))
+        hooks = Hooks(finish=write_release, observer=lambda r, engine: noise.append(noise_of(r, config.private.batch)))
         training = Training.start(config, dataset, out / name, ranks=ranks, hooks=hooks)
         mechanism = training.plan.mechanism
         for _ in training.steps():

@@ -203,13 +203,13 @@ def test_whole_private_half_of_an_earlier_time_gives_the_same_weights(
     out = tmp_path / "r"
     begin(tiny_settings, tiny_images(), out, until=3)
     shutil.copytree(out / "private", tmp_path / "old")
-    training = resume(Run(out), load_images(tiny_images()))
 
     def stop(*_: object) -> None:
         raise InterruptedError
 
     with monkeypatch.context() as patch:
         patch.setattr(api, "write_release", stop)
+        training = resume(Run(out), load_images(tiny_images()))
         with pytest.raises(InterruptedError):
             for _ in training.steps():
                 pass
