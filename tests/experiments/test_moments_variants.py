@@ -14,8 +14,7 @@ from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.experiments.measures import VARIANT_NAMES
 from dpsyngen.experiments.spec import jobs_of, load_spec, parse_spec
 from dpsyngen.privacy.accounting import epsilon
-from dpsyngen.report.comparison import write_comparison
-from dpsyngen.report.comparison_plots import STYLES
+from dpsyngen.report.comparison import STYLES, write_comparison
 from dpsyngen.training.plan import Shape, make_plan
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 
 from dpsyngen.experiments.measures import View
 from dpsyngen.experiments.results import Results
-from dpsyngen.report.comparison_plots import STYLES, comparison_plots, write_plots
+from dpsyngen.report.comparison import STYLES, comparison_plots, write_plots
 from tests.experiments.synthetic import make_experiment
 
 
