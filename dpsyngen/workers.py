@@ -71,12 +71,6 @@ class Workers:
         torch.get_num_threads()  # a thread's first use of PyTorch resets its setting; get that over with
         torch.set_num_threads(self._each)
 
-    def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-
 
 _changing = threading.Lock()
 

@@ -30,7 +30,6 @@ def test_results_come_in_order_whoever_is_first(four_threads) -> None:
 
     assert workers.map(slow_first, range(5)) == [0, 1, 4, 9, 16]
     assert workers.map(slow_first, []) == []
-    workers.close()
 
 
 def test_each_worker_has_its_share_of_the_threads(four_threads) -> None:
@@ -39,7 +38,6 @@ def test_each_worker_has_its_share_of_the_threads(four_threads) -> None:
         seen = workers.map(lambda _: (time.sleep(0.01), torch.get_num_threads())[1], range(2 * count))
         assert seen == [share] * (2 * count)
         assert torch.get_num_threads() == 4
-        workers.close()
 
 
 def test_default_is_one_worker_a_thread_and_at_most_eight(four_threads) -> None:
@@ -64,9 +62,6 @@ def test_first_error_is_raised_and_the_next_call_works(four_threads) -> None:
         workers.map(fail, range(4))
     assert torch.get_num_threads() == 4
     assert workers.map(fail, [5, 6]) == [5, 6]
-    workers.close()
-    assert workers.map(fail, [7, 8]) == [7, 8]  # a closed pool starts anew
-    workers.close()
 
 
 def test_modes_of_the_caller_hold_in_the_threads(four_threads) -> None:
@@ -80,7 +75,6 @@ def test_modes_of_the_caller_hold_in_the_threads(four_threads) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert workers.map(modes, range(4)) == [(False, True, torch.bfloat16)] * 4
     assert workers.map(modes, range(4)) == [(True, False, torch.float32)] * 4
-    workers.close()
 
 
 def test_alone_or_with_one_item_the_calling_thread_works() -> None:
@@ -98,7 +92,6 @@ def test_workers_inside_of_workers_do_not_wait_for_each_other(four_threads) -> N
         return inner.map(lambda j: 10 * i + j, range(2))
 
     assert outer.map(nested, range(3)) == [[0, 1], [10, 11], [20, 21]]
-    outer.close()
 
 
 def test_in_a_forked_process_threads_are_made_anew(four_threads) -> None:

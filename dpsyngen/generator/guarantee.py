@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpsyngen.console import html_table
 from dpsyngen.errors import ReleaseError, listed, printable
 from dpsyngen.files import NotPlainError, open_plain
 from dpsyngen.privacy.accounting import Accountant
@@ -161,8 +162,6 @@ class Guarantee:
         return "\n".join([self.line, *(f"  {name:<{width}}  {text}" for name, text in self._rows())])
 
     def _repr_html_(self) -> str:
-        from dpsyngen.console import html_table
-
         loud = "" if self.private else ' style="color: #b00020"'
         return f"<p{loud}><strong>{html.escape(self.line)}</strong></p>{html_table(self._rows())}"
 

@@ -83,7 +83,6 @@ def test_sum_in_parts_under_autocast(task, workers) -> None:
     full = engine.sum(lambda part: losses(model, x[part], i[part]), 6, physical_batch=2)
     assert (flat(whole.sums) - flat(parts.sums)).norm() <= 0.03 * flat(whole.sums).norm()
     assert not torch.equal(flat(full.sums), flat(parts.sums))
-    engine.workers.close()
 
 
 @pytest.mark.gpu

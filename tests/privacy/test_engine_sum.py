@@ -75,7 +75,6 @@ def test_any_partition_gives_the_oracles_sum(examples, copies, workers, physical
     assert (got.norms > NORM).any()
     for a, b in zip(got.sums, oracle(model, x, i, copies), strict=True):
         assert (a - b).norm() <= tolerance * examples * NORM
-    engine.workers.close()
 
 
 def test_no_examples_are_a_legal_batch() -> None:
@@ -111,7 +110,6 @@ def test_each_example_is_asked_for_once_and_few_at_a_time(examples, workers, phy
     engine.sum(loss, examples, physical_batch=physical)
     assert sorted(asked) == list(range(examples))
     assert most <= physical
-    engine.workers.close()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -121,7 +119,6 @@ def test_repeated_it_is_the_same_to_the_last_bit(workers) -> None:
     first, second = (engine.sum(loss_of(model, x, i, 1), 16, physical_batch=7) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.sums, second.sums, strict=True))
     assert torch.equal(first.norms, second.norms)
-    engine.workers.close()
 
 
 def test_order_of_the_examples_does_not_matter() -> None:
