@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpsyngen.config import ComputeConfig
-from dpsyngen.errors import ConfigError, shown
+from dpsyngen.errors import ConfigError, require, shown
 from dpsyngen.full_precision import tf32
 from dpsyngen.version import __version__
 
@@ -277,8 +277,7 @@ def _device(device: str, facts: Facts, local_rank: int | None) -> tuple[str, str
             f"this machine has {there} GPU{'s' if there > 1 else ''}, but a process number {local_rank} (from 0) was "
             f"started on it: use --nproc-per-node {there}, or --device cpu."
         )
-    if parsed.type != "cuda" or number >= there:
-        raise ConfigError(f"device is {shown(device)}, but must be {choices}.")
+    require(parsed.type == "cuda" and number < there, "device", device, choices)
     if local_rank not in (None, number):
         raise ConfigError(
             f"device is 'cuda:{number}', but with several processes each takes the GPU of its own number: use "

@@ -91,9 +91,8 @@ def plan(
     """What a budget buys, before spending it."""
     from dpsyngen.privacy.budget import neighbouring_plans, plan_lines
 
-    target = None if epsilon is None else epsilon_of(epsilon)
     options: dict[str, Any] = {"noise_multiplier": noise, "delta": delta, "group_size": group_size}
-    delta, rows = neighbouring_plans(records, batch, steps, epsilon=target, **options)
+    delta, rows = neighbouring_plans(records, batch, steps, epsilon=epsilon_of(epsilon), **options)
     Console(quiet, as_json).result(
         {"records": records, "group_size": group_size, "delta": delta, "plans": [asdict(r) for r in rows]},
         plan_lines(records, group_size, delta, rows),

@@ -38,10 +38,10 @@ AskedDevice = Annotated[str, typer.Option("--device", help=_DEVICES)]
 """As it was asked for: "auto" stays."""
 
 
-def epsilon_of(text: str) -> float:
-    """The value of ``--epsilon``."""
+def epsilon_of(text: str | None) -> float | None:
+    """The value of ``--epsilon``; None where it was not given."""
     try:
-        return float("inf") if text in ("inf", "∞") else float(text)
+        return None if text is None else float("inf" if text == "∞" else text)
     except ValueError:
         raise ConfigError(f"--epsilon is {text!r}, but must be a positive number, or inf for no privacy.") from None
 

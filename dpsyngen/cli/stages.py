@@ -53,7 +53,7 @@ def stages(
     """Find the noise levels that programs may own, without private images (or paying for them with --epsilon)."""
     console, begun = Console(quiet, as_json), time.monotonic()
     privacy: dict[str, Any] = {
-        "epsilon": None if epsilon is None else epsilon_of(epsilon),
+        "epsilon": epsilon_of(epsilon),
         "delta": delta,
         "budget": None if budget is None else str(budget),
         "group_size": group_size,

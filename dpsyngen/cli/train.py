@@ -147,7 +147,7 @@ def train(
         data__label_column=label_column,
         data__records=records,
         data__skip_bad=True if skip_bad else None,
-        privacy__epsilon=None if epsilon is None else epsilon_of(epsilon),
+        privacy__epsilon=epsilon_of(epsilon),
         privacy__delta=delta,
         privacy__clipping_norm=clip,
         privacy__insecure_seed=insecure_seed,
