@@ -172,14 +172,6 @@ class Certificate(_Part):
             )
             raise ReleaseError(f"{where} is no privacy certificate of format {FORMAT}: {problems}.") from None
 
-    @classmethod
-    def read(cls, path: Path) -> Certificate:
-        """Read ``privacy.json``.  Raises ReleaseError if it is missing, too, or is not of the schema."""
-        try:
-            return cls.from_json(path.read_bytes(), str(path))
-        except OSError as error:
-            raise ReleaseError(f"{path} cannot be read: {error.strerror}.") from None
-
 
 def schema_text() -> str:
     """The JSON Schema (draft 2020-12) of a certificate."""

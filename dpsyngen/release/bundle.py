@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError, printable, require
 from dpsyngen.files import file_sha256, write_atomically, write_text
 from dpsyngen.generator.generator import ReleasedGenerator
+from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.generator.samples import write_samples
 from dpsyngen.privacy.certificate import Certificate, schema_text
 from dpsyngen.privacy.ledger import Head, Ledger
@@ -139,7 +140,7 @@ def require_ready(
 
 def check_against_ledger(run: Run) -> Certificate:
     """The certificate of a run; LedgerError unless it follows from the run's ledger as that is now."""
-    certificate = Certificate.read(run.release / "privacy.json")
+    certificate = Guarantee.read(run.release).certificate
     ledger = Ledger(run.ledger_path)
     if not ledger.has_been(Head(certificate.ledger.lines, certificate.ledger.digest)):
         raise LedgerError(

@@ -14,7 +14,7 @@ import dpsyngen
 from dpsyngen import Generator
 from dpsyngen.config import ComputeConfig
 from dpsyngen.errors import ConfigError, DataError, RunError
-from dpsyngen.privacy.certificate import Certificate
+from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.training.run import place_of
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.generator.conftest import NAMES, fit
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("generators")]  # fitted
 
 def test_fit_is_a_whole_run_with_ledger_and_certificate(generator) -> None:
     run = dpsyngen.Run(generator.place.run)
-    certificate = Certificate.read(run.release / "privacy.json")
+    certificate = Guarantee.read(run.release).certificate
     assert run.complete
     assert certificate.private
     assert run.finished_ledger().epsilon() == certificate.epsilon <= 4.0

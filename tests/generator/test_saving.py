@@ -13,7 +13,7 @@ import pytest
 import dpsyngen
 from dpsyngen import Generator
 from dpsyngen.errors import ConfigError, ReleaseError, RunError
-from dpsyngen.privacy.certificate import Certificate
+from dpsyngen.generator.guarantee import Guarantee
 from tests.generator.conftest import fit
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("generators")]  # fitted once
@@ -113,7 +113,7 @@ def test_a_link_in_a_release_is_not_followed(generator, tmp_path) -> None:
 
 
 def test_privacy_is_what_the_certificate_states(generator) -> None:
-    p, c = generator.privacy, Certificate.read(generator.place.release / "privacy.json")
+    p, c = generator.privacy, Guarantee.read(generator.place.release).certificate
     assert p.certificate == c
     assert (p.epsilon, p.delta, p.unit, p.records, p.group_size) == (c.epsilon, c.delta, "one image", 60, 1)
     assert p.assumptions.class_names == ["<b>cow</b>", "cat", "dog"]

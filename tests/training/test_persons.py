@@ -17,9 +17,10 @@ from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.evaluation.run import check_memorisation, evaluate
 from dpsyngen.fit import prepare
+from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.privacy.accounting import epsilon
 from dpsyngen.privacy.budget import Budget
-from dpsyngen.privacy.certificate import Certificate, plain_words
+from dpsyngen.privacy.certificate import plain_words
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.release.bundle import pack
@@ -91,7 +92,7 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     assert (ledger.records, ledger.group_size) == (used, 2)
     # DP moments and DP-SGD are accounted for two images together.
     assert epsilon(ledger.mechanisms, 1e-3, group_size=2) == ledger.epsilon() <= 8 < ledger.epsilon(group_size=3)
-    c = Certificate.read(run.release / "privacy.json")
+    c = Guarantee.read(run.release).certificate
     assert (c.group_size, c.public_assumptions.records) == (2, used)
     assert "at most 2 images of each person were used, chosen at random" in str(c.people)
     assert "several images of one person" not in " ".join(c.not_covered)
@@ -138,7 +139,7 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     privacy = run.release / "privacy.json"
     stated = json.loads(privacy.read_text())
     privacy.write_text(json.dumps(stated | {"by_person": False}))
-    (run.release / "PRIVACY.md").write_text(plain_words(Certificate.read(privacy)))
+    (run.release / "PRIVACY.md").write_text(plain_words(Guarantee.read(run.release).certificate))
     pack(run, tmp_path / "c.zip")
     failed = [check for check in verify(tmp_path / "c.zip").checks if check.passed is False]
     assert "images of a person" in " ".join(check.text for check in failed)
@@ -165,7 +166,7 @@ def test_a_declared_number_is_checked(call, photos, tmp_path) -> None:
     assert "Planted" not in err
     assert not (tmp_path / "a").exists()
     assert call("train", *given, "--out", tmp_path / "a", "--group-size", 4)[0] == 0
-    c = Certificate.read(tmp_path / "a" / "release" / "privacy.json")
+    c = Guarantee.read(tmp_path / "a" / "release").certificate
     assert c.group_size == 4
     assert str(c.people).startswith("declared: at most 4 images a person, checked against")
     assert c.public_assumptions.records == COUNT
