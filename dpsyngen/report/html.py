@@ -30,7 +30,6 @@ from dpsyngen.programs import image_grid, make_program
 from dpsyngen.programs.grid import png_url
 from dpsyngen.report.charts import Points, line_chart, stage_chart
 from dpsyngen.training.log import JsonLines
-from dpsyngen.training.progress import Phase
 from dpsyngen.training.run import Run
 from dpsyngen.version import __version__
 
@@ -85,8 +84,6 @@ def release_values(release: Path) -> dict[str, Any]:
     with contextlib.suppress(ConfigError):  # this version may have no such program
         size = {"resolution": generator.resolution, "channels": generator.channels}
         programs = _grid(make_program(p["name"], **size, seed=p["seed"], **p["params"]).batch(range(24)))
-    lines = curves(JsonLines(release / "public_training.jsonl", 0o644).read(), "loss")
-    charts = {name: line_chart({name: points}, f"Loss of {name}", "public") for name, points in lines.items()}
     epsilon = None if statement["epsilon"] == "inf" else statement["epsilon"]
     return {
         "statement": statement,
@@ -101,7 +98,7 @@ def release_values(release: Path) -> dict[str, Any]:
         "trajectory": trajectory_table(generator),
         "programs": programs,
         "stage_chart": stage_chart(statement["stages"], config["network"], config["sampling"]),
-        "public_charts": {name: chart for name, chart in charts.items() if chart is not None},
+        "public_charts": loss_charts(JsonLines(release / "public_training.jsonl", 0o644).read(), "public"),
     }
 
 
@@ -182,6 +179,12 @@ def curves(log: Iterable[Mapping[str, Any]], name: str) -> dict[str, Points]:
     return {phase: sorted(points) for phase, points in out.items()}
 
 
+def loss_charts(log: Iterable[Mapping[str, Any]], tone: str) -> dict[str, Markup]:
+    """The loss of each phase of a log that has two steps at least; `tone` as for :func:`line_chart`."""
+    charts = ((name, line_chart({name: p}, f"Loss of {name}", tone)) for name, p in curves(log, "loss").items())
+    return {name: chart for name, chart in charts if chart is not None}
+
+
 # ------------------------------------------------------------------------------------ of the private half
 
 
@@ -205,14 +208,6 @@ def private_values(run: Run, class_names: Sequence[str]) -> dict[str, Any]:
         "memorisation": _memorisation(run),
         "health": None if health is None else health["findings"],
     }
-
-
-def loss_charts(phases: Sequence[Phase], private: bool) -> list[Markup]:
-    """The loss of each phase that has two steps at least, of the private or of the public ones."""
-    tone = "private" if private else "public"
-    lines = [(p.name, curves(p.log, "loss")) for p in phases if p.private == private]
-    charts = (line_chart(points, f"Loss of {name}", tone) for name, points in lines)
-    return [chart for chart in charts if chart is not None]
 
 
 def measured(run: Run) -> list[FigureRow]:

@@ -121,9 +121,11 @@ def _progress(now: Progress) -> None:
         kind = "meter" + " of-private" * phase.private
         look.html(f'<span style="width: {share:.1f}%"></span>').classes(kind).props(bar)
     for title, kind in (("Loss on images drawn by programs", "card"), ("Loss on private images", "private")):
-        if charts := loss_charts(now.phases, kind == "private"):
+        private = kind == "private"
+        log = (line for phase in now.phases if phase.private == private for line in phase.log)
+        if charts := loss_charts(log, "private" if private else "public"):
             with look.card(title, kind), ui.element("div").classes("charts"):
-                look.html("".join(charts))
+                look.html("".join(charts.values()))
     if now.preview is not None:
         with look.card("What the network draws now", "private"), Image.open(now.preview) as image:
             look.html(f'<img src="{png_url(image)}" width="{2 * image.width}" alt="sixteen images of now">')

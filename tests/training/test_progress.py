@@ -52,7 +52,8 @@ def test_a_run_is_followed_from_its_files(tiny_settings, tiny_images, tmp_path: 
     assert stopped.preview.stat().st_mode & 0o077 == 0
     with Image.open(stopped.preview) as picture:
         assert picture.width > 4 * 8
-    assert [len(loss_charts(stopped.phases, private)) for private in (False, True)] == [2, 1]
+    logs = [[line for p in stopped.phases if p.private == private for line in p.log] for private in (False, True)]
+    assert [len(loss_charts(log, "public")) for log in logs] == [2, 1]
 
 
 @pytest.mark.slow
