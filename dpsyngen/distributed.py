@@ -82,10 +82,9 @@ class Ranks:
         """Whether there is no other process."""
         return self.count == 1
 
-    def share(self, total: int, rank: int | None = None) -> slice:
-        """Which of `total` things are this process's (or that of `rank`): contiguous, as even as can be, maybe none."""
-        r = self.rank if rank is None else rank
-        return slice(r * total // self.count, (r + 1) * total // self.count)
+    def share(self, total: int) -> slice:
+        """Which of `total` things are this process's: contiguous, as even as can be, maybe none."""
+        return slice(self.rank * total // self.count, (self.rank + 1) * total // self.count)
 
     # ------------------------------------------------------------------------------------------ commands
 

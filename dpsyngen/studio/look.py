@@ -77,9 +77,9 @@ def say(text: str, look: str = "") -> ui.html:
     return tag("p", text, look)
 
 
-def link(text: str, target: str, look: str = "button") -> ui.link:
+def link(text: str, target: str) -> ui.link:
     """A link that looks like a button."""
-    return ui.link(text, target).classes(look)
+    return ui.link(text, target).classes("button")
 
 
 def button(text: str, act: Callable[..., Any] | None, look: str = "main") -> ui.button:
