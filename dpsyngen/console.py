@@ -18,8 +18,6 @@ from typing import Any, TextIO
 
 from dpsyngen.files import strict_text
 
-LOG_FORMATS = ("text", "json")
-
 
 def is_open(stream: TextIO | None) -> bool:
     """Whether something can be written: windowed programs and daemons have no standard error or output."""

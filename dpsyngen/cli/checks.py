@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from dpsyngen.hardware import Compute, Machine
 
 
-PROBLEMS = 5
-"""Exit code of `dpsyngen doctor` if there is a problem of severity error."""
-
-
 _FEATURES = (
     "comma-separated: pixels-pca, efficientnet-lite0, inception, or your own, path/to/module.py:name or "
     "package.module:name, which is run and sees private images"
@@ -173,7 +169,7 @@ def doctor(
         ],
     )
     if found is not None and not found.ok:
-        raise typer.Exit(PROBLEMS)
+        raise typer.Exit(5)
 
 
 def _machine_lines(machine: Machine, compute: Compute, helps: list[str]) -> Iterator[str]:
@@ -202,10 +198,6 @@ def _diagnosis_lines(found: Diagnosis) -> Iterator[str]:
         )
 
 
-CONTRADICTED = 4
-"""Exit code where an audit contradicts the claim."""
-
-
 def audit(
     run: RunArgument,
     quick: Annotated[bool, typer.Option("--quick", help="20 seconds instead of some two minutes")] = False,
@@ -231,4 +223,4 @@ def audit(
         report = audit_run(opened, effort=effort, confidence=confidence, device=device, on_progress=console.note)
     console.result(report.to_dict() | {"folder": folder}, [*report.lines(), f"PRIVATE: the details are in {folder}"])
     if not report.passed:
-        raise typer.Exit(CONTRADICTED)
+        raise typer.Exit(4)

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from dpsyngen.experiments.spec import Job, Spec
     from dpsyngen.training.plan import Shape
 
-FAILED = 4
-"""Exit code if some jobs could not be done."""
-
 
 def compare(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="YAML file, name that ships, or experiment's folder")],
@@ -173,7 +170,7 @@ def _doing(job: str, what: str, done: int, total: int) -> str:
 
 
 def _finish(console: Console, experiment: Experiment) -> None:
-    """Write tables and report of what is there, and say what is not."""
+    """Write tables and report of what is there, and say what is not: exit code 4 if jobs failed, 130 if interrupted."""
     from dpsyngen.experiments.measures import View, answers
     from dpsyngen.experiments.results import Results
     from dpsyngen.experiments.tables import print_tables, write_results
@@ -195,7 +192,7 @@ def _finish(console: Console, experiment: Experiment) -> None:
         if not console.as_json:
             print_tables(experiment.path, console)
         lines += [f"PRIVATE figures: {', '.join(str(p) for p in paths)}", f"PRIVATE report:  {report}"]
-    code = FAILED if failed else 0
+    code = 4 if failed else 0
     if left:
         hours = experiment.spec.cost.hours
         used = hours is not None and experiment.seconds() > 3600 * hours

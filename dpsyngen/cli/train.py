@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of
-from dpsyngen.console import LOG_FORMATS, Console
+from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError, require
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def train(
     ] = "text",
 ) -> None:
     """Train a generator; the run directory gets a private and a release half."""
-    require(log_format in LOG_FORMATS, "--log-format", log_format, "text or json")
+    require(log_format in ("text", "json"), "--log-format", log_format, "text or json")
     require(not instant or variant in (None, "instant"), "--variant", variant, "left out, or instant, with --instant")
     for option, value in (("--labels", labels), ("--label-column", label_column)):
         require(value is None or not unconditional, option, value, "left out with --unconditional: it reads no labels")

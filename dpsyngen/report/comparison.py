@@ -57,7 +57,6 @@ _REFERENCES = {
 }
 KINDS = ("epsilon-accuracy", "epsilon", "threshold")
 """The first words of plots' names, one for each section of the report that has plots."""
-_SIZE = (4.3, 3.1)  # inches
 _MARKS = "Small marks: single runs.  Line and bar: mean ± standard deviation over seeds."
 
 
@@ -347,7 +346,7 @@ def _line_plot(
     it; yields figure, axes and a list with all of it in words.
     """
     said = []
-    with new_axes(*_SIZE) as (figure, axes):
+    with new_axes(4.3, 3.1) as (figure, axes):
         for number, line in enumerate(lines):
             colour, marker, dash = style(line.variant, number)
             left = apart * (number - (len(lines) - 1) / 2)
