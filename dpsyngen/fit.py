@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
+
+from numpy.typing import ArrayLike
 
 from dpsyngen.config import Config, load_config, with_options
 from dpsyngen.console import Console
@@ -32,9 +34,6 @@ from dpsyngen.training.health import assess, write_health
 from dpsyngen.training.log import Display, Event, Note, OnEvent, Reading, Step, ignore
 from dpsyngen.training.pipeline import Hooks, Training, require_unfinished, require_usable
 from dpsyngen.training.run import Run, place_of, require_new
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
 
 # ------------------------------------------------------------------------- images, plan, training, release
 

@@ -6,12 +6,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from dpsyngen.config import ComputeConfig
 from dpsyngen.console import Console, html_table
 from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, Denoiser, NetworkDenoiser
 from dpsyngen.diffusion.samplers import Observer, Step, evenly_in_log, to_uint8
@@ -25,11 +26,6 @@ from dpsyngen.generator.files import Place, load_gaussian, load_network, read_de
 from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.generator.samples import Samples, Trajectory
 from dpsyngen.hardware import choose
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from dpsyngen.config import ComputeConfig
 
 
 class SamplerOptions(TypedDict, total=False):
