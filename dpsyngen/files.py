@@ -338,3 +338,26 @@ def read_yaml_file(path: Path, name: str) -> Any:
     except ValueError:  # a NUL in the path
         why = "cannot be a path"
     raise ConfigError(f"{name} {printable(path)} {why}.")
+
+
+# ------------------------------------------------------------------------------------------------- of Linux itself
+
+
+def proc(file: str, name: str) -> Iterator[str]:
+    """Values of the lines "name: value" of a file of /proc; none where there is no such file."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.partition(":")[0].strip() == name:
+                yield line.partition(":")[2].strip()
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Memory of the machine, and what of it a new program could use without swapping; at most those of a container."""
+    total, free = (int(next(proc("/proc/meminfo", n)).split()[0]) * 1024 for n in ("MemTotal", "MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" is no number: no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{n}").read_text(encoding="ascii")) for n in ("max", "current"))
+        # Pages of files count as used, but give way.
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        total, free = min(total, limit), min(free, max(limit - used + int(counts.get("file", 0)), 0))
+    return total, free

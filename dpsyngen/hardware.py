@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dpsyngen.config import ComputeConfig
 from dpsyngen.errors import ConfigError, require, shown
+from dpsyngen.files import memory_bytes, proc
 from dpsyngen.full_precision import tf32
 from dpsyngen.version import __version__
 
@@ -338,14 +339,10 @@ class Machine:
 
 def look() -> Machine:
     """The machine that this process runs on."""
-    memory, available = (int(next(_proc("/proc/meminfo", n)).split()[0]) * 1024 for n in ("MemTotal", "MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):  # of a container (cgroup v2); "max" is no number: no limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        memory, available = min(memory, limit), min(available, max(limit - used, 0))
+    memory, available = memory_bytes()
     return Machine(
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
-        processor=next(_proc("/proc/cpuinfo", "model name"), platform.processor() or platform.machine()),
+        processor=next(proc("/proc/cpuinfo", "model name"), platform.processor() or platform.machine()),
         python=platform.python_version(),
         dpsyngen=__version__,
         torch=torch.__version__,
@@ -382,11 +379,3 @@ def advice(machine: Machine) -> Iterator[str]:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
-
-
-def _proc(file: str, name: str) -> Iterator[str]:
-    """Values of the lines "name: value"."""
-    with contextlib.suppress(OSError):
-        for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.partition(":")[0].strip() == name:
-                yield line.partition(":")[2].strip()

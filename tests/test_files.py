@@ -15,6 +15,7 @@ from dpsyngen.errors import DataError, RunError
 from dpsyngen.files import (
     NotPlainError,
     is_temporary,
+    memory_bytes,
     open_plain,
     remove_temporaries,
     require_absent_or_empty,
@@ -25,6 +26,27 @@ from dpsyngen.files import (
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def test_memory_is_that_of_the_container_and_pages_of_files_give_way(monkeypatch) -> None:
+    machine = {"/proc/meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable:    6000 kB\n"}
+    group = {f"/sys/fs/cgroup/memory.{name}": said for name, said in {"current": "3000000\n", "max": "max\n"}.items()}
+    group["/sys/fs/cgroup/memory.stat"] = "anon 1000000\nfile 2000000\n"
+
+    def read_text(path: Path, **_: str) -> str:
+        try:
+            return machine[str(path)]
+        except KeyError:
+            raise FileNotFoundError from None
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert memory_bytes() == (8_192_000, 6_144_000)
+    machine |= group
+    assert memory_bytes() == (8_192_000, 6_144_000)
+    machine["/sys/fs/cgroup/memory.max"] = "4000000\n"
+    assert memory_bytes() == (4_000_000, 3_000_000)
+    machine["/sys/fs/cgroup/memory.max"] = "9000000000\n"
+    assert memory_bytes() == (8_192_000, 6_144_000)
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import DataError, printable
+from dpsyngen.files import memory_bytes
 
 IMAGES, LABELS, CLASS_NAMES = "images.npy", "labels.npy", "class_names.json"
 _LARGE_PIXELS = 2**22  # from which images of several processes take turns
@@ -154,19 +155,12 @@ def is_mapped(images: object) -> bool:
     return False
 
 
-def available_bytes() -> int:
-    """Memory that a new program could use without swapping (Linux), or the machine's memory elsewhere."""
-    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def check_fits(num_bytes: int, *, what: str) -> None:
     """Raise DataError when `what` would take more than half of the memory.
 
     Call it before loading: a few bytes of a hostile file can declare terabytes.
     """
-    limit = available_bytes() // 2  # the rest is for the network, the optimiser and the user's other programs
+    limit = memory_bytes()[1] // 2  # the rest is for the network, the optimiser and the user's other programs
     if num_bytes > limit:
         raise DataError(
             f"{printable(what)} would take {num_bytes / 2**30:,.1f} GiB of memory; at most {limit / 2**30:,.1f} GiB "

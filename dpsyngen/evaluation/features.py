@@ -106,7 +106,7 @@ class PixelsPca(FeatureExtractor):
     def dim(self) -> int:
         return int(self._fitted().n_components_)
 
-    def _fitted(self) -> PCA:
+    def _fitted(self) -> Any:
         if self._pca is None:
             raise ConfigError("pixels-pca must be fitted to the reference images first.")
         return self._pca

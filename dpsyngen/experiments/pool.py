@@ -107,7 +107,7 @@ def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Sa
 
 def threads_of(count: int) -> int:
     """How many threads each of `count` processes has."""
-    return max(1, (os.cpu_count() or 1) // count)
+    return max(1, len(os.sched_getaffinity(0)) // count)
 
 
 def processes(experiment: Experiment, count: int, device: str, *, retry: bool, watch: Watch | None = None) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dpsyngen.data.store import available_bytes
 from dpsyngen.errors import ConfigError, listed, require, shown
+from dpsyngen.files import memory_bytes
 
 MOST_IMAGES = 10**8
 
@@ -23,7 +23,7 @@ def check_count(count: int) -> None:
 def check_in_memory(count: int, size: int) -> None:
     """Raise ConfigError where so many images of `size` bytes would take more than half of the memory."""
     check_count(count)
-    limit = available_bytes() // (4 * size)  # they are put together at the end, which takes as much again
+    limit = memory_bytes()[1] // (4 * size)  # they are put together at the end, which takes as much again
     allowed = f"at most {limit:,}, which half of the memory holds; `dpsyngen sample` and stream() draw any number"
     require(count <= limit, "the number of images", count, allowed)
 

@@ -212,7 +212,7 @@ class _Promise:
         self.time.set_content("How long it will take: trying a few steps on this machine …")
         try:
             config, plan = await self.studio.work(planned, self._asked(), self.dataset)
-            seconds, cores = await self.studio.work(training_seconds, config, plan.shape), os.cpu_count() or 1
+            seconds, cores = await self.studio.work(training_seconds, config, plan.shape), len(os.sched_getaffinity(0))
         except (DpsyngenError, RuntimeError, OSError) as error:
             self.time.set_content(escape(f"How long it will take is not known: {error}"))
             return

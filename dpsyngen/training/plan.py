@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
-from dpsyngen.data.store import available_bytes
 from dpsyngen.diffusion.stages import StageMap, coarse_of, stage_map
 from dpsyngen.diffusion.standalone import LARGEST_DIMENSION
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, require
+from dpsyngen.files import memory_bytes
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
 from dpsyngen.privacy.accounting import epsilon as epsilon_of
 from dpsyngen.privacy.certificate import protected
@@ -157,7 +157,7 @@ def _check_moments_fit(config: Config, shape: Shape) -> None:
     d, most = min(config.moments.rank, size), min(size, LARGEST_DIMENSION)
     # Sums, their noise and what is made of them: so many copies of each were measured, in eight bytes a number.
     needed = 8 * (5 * classes * size + (6 * classes * d * d if classes > 1 else 0) + 14 * most * most)
-    if needed > (limit := available_bytes() // 2):
+    if needed > (limit := memory_bytes()[1] // 2):
         raise ConfigError(
             f"DP moments of {classes:,} classes, {size:,} pixel values and rank {d:,} would take "
             f"{needed / 2**30:,.1f} GiB of memory; at most {limit / 2**30:,.1f} GiB (half of what is available) is "

@@ -250,7 +250,7 @@ def test_zip_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
 
 def test_large_declared_arrays_respect_the_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((1000, 8, 8), dtype=np.uint8))
-    monkeypatch.setattr("dpsyngen.data.store.available_bytes", lambda: 100_000)
+    monkeypatch.setattr("dpsyngen.data.store.memory_bytes", lambda: (0, 100_000))
     with pytest.raises(DataError, match="memory"):
         load_images(tmp_path / "a.npz")
 

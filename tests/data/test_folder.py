@@ -192,7 +192,7 @@ def test_names_of_any_bytes(class_folder: Path) -> None:
 
 
 def test_a_folder_too_large_for_memory(class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpsyngen.data.store.available_bytes", lambda: 2000)
+    monkeypatch.setattr("dpsyngen.data.store.memory_bytes", lambda: (0, 2000))
     with pytest.raises(DataError, match="memory"):
         load_images(class_folder)
 

@@ -145,7 +145,7 @@ def test_all_of_a_store_is_refused_where_it_does_not_fit(stored, monkeypatch) ->
     images, store = stored
     dataset = ImageDataset(store, None, (), "much")
     assert np.array_equal(dataset.array(), images)
-    monkeypatch.setattr("dpsyngen.data.store.available_bytes", lambda: images.nbytes)
+    monkeypatch.setattr("dpsyngen.data.store.memory_bytes", lambda: (0, images.nbytes))
     with pytest.raises(DataError, match="half of what is available"):
         dataset.array()
     assert len(dataset.batch(range(5))) == 5

@@ -126,7 +126,7 @@ def test_the_dry_run_measures_with_the_threads_that_a_process_will_have(tiny_spe
     import torch
 
     seen = []
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(
         "dpsyngen.experiments.cost.estimate", lambda *_: seen.append(torch.get_num_threads()) or {"public": 1.0}
     )

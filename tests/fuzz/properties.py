@@ -56,7 +56,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
             return  # folders are cleared by names relative to each other
         if flags & (os.O_WRONLY | os.O_RDWR):
             seen.append(f"wrote {path}")
-        harmless = path == "/proc/meminfo" or path.endswith((".py", ".pyc", ".so", "__pycache__"))
+        harmless = path.startswith(("/proc/meminfo", "/sys/fs/cgroup/memory.")) or path.endswith(
+            (".py", ".pyc", ".so", "__pycache__")
+        )
         harmless = harmless or path.startswith(_PACKAGE)  # presets
         if not harmless and not path.startswith(str(folder)):
             seen.append(f"opened {path}")

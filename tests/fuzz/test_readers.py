@@ -38,7 +38,7 @@ numbers = st.integers(0, 2**64 - 1)
 def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for one file at a time.  Small limits keep the many inputs that reach them quick."""
     monkeypatch.setattr("dpsyngen.data.decode.MAX_PIXELS", 2**18)
-    monkeypatch.setattr("dpsyngen.data.store.available_bytes", lambda: 2**25)
+    monkeypatch.setattr("dpsyngen.data.store.memory_bytes", lambda: (0, 2**25))
     return tmp_path_factory.mktemp("input")
 
 
