@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,8 @@ class Budget(HashChain):
                 return
             self.require_data(fingerprint, most_per_person)
             self.require(mechanisms, run)
-            self._append(run, name, mechanisms, False, most_per_person is not None, self._tag(fingerprint))
+            charge = Charge(run, name, mechanisms, False, most_per_person is not None)
+            self._append(charge, self._tag(fingerprint))
 
     def settle(self, run: str, spent: Iterable[Mechanism]) -> None:
         """Give a run up: from now on it counts with `spent`, what its ledger has, and it cannot go on.
@@ -224,26 +225,10 @@ class Budget(HashChain):
                     f"{self.path} {'knows no such run' if known is None else 'has this run settled already'}; nothing "
                     "was changed."
                 )
-            self._append(run, known.name, merge(spent), True, known.by_person, None)
+            self._append(replace(known, mechanisms=merge(spent), settled=True), None)
 
-    def _append(
-        self,
-        run: str,
-        name: str,
-        mechanisms: tuple[Mechanism, ...],
-        settled: bool,
-        by_person: bool | None,
-        data: str | None,
-    ) -> None:
-        charged = [m.to_dict() for m in mechanisms]
-        body = {
-            "run": run,
-            "name": name,
-            "mechanisms": charged,
-            "settled": settled,
-            "by_person": by_person,
-            "data": data,
-        }
+    def _append(self, charge: Charge, data: str | None) -> None:
+        body = asdict(charge) | {"data": data}
         self._write(body)
         self._take(body)
 
