@@ -127,22 +127,17 @@ def noisy_mean(
     return clipped.noisy(noise_multiplier * clipped.l2_sensitivity, expected_examples, draw)
 
 
-def standard_normal(randomness: Randomness, step: int, count: int, purpose: Purpose = "noise") -> NDArray[np.float32]:
-    """`count` samples of N(0, 1), a pure function of (key, purpose, step)."""
-    return next(standard_normal_parts(randomness, step, count, [(0, count)], purpose))
-
-
 def fine_normal(randomness: Randomness, step: int, count: int, purpose: Purpose) -> NDArray[np.float64]:
-    """The same samples before they are rounded to fp32, for noise that is then rounded to a grid of its own."""
+    """`count` samples of N(0, 1), a pure function of (key, purpose, step), for noise that is rounded to a grid."""
     starts = range(0, count, _CHUNK)
     chunks = [_chunk(randomness, step, purpose, i, min(_CHUNK, count - s)) for i, s in enumerate(starts)]
     return np.concatenate([np.empty(0), *chunks])
 
 
 def standard_normal_parts(
-    randomness: Randomness, step: int, count: int, spans: Iterable[tuple[int, int]], purpose: Purpose = "noise"
+    randomness: Randomness, step: int, count: int, spans: Iterable[tuple[int, int]]
 ) -> Iterator[NDArray[np.float32]]:
-    """The parts (start, length) of ``standard_normal(randomness, step, count, purpose)``, bit by bit, one at a time.
+    """The parts (start, length) of ``fine_normal(randomness, step, count, "noise")`` in fp32, one at a time.
 
     Only what lies near them is drawn, in ascending order nothing twice.
     """
@@ -155,7 +150,7 @@ def standard_normal_parts(
         while position < start + length:
             part, offset = divmod(position, _CHUNK)
             if part != last:
-                last, chunk = part, _chunk(randomness, step, purpose, part, min(_CHUNK, count - part * _CHUNK))
+                last, chunk = part, _chunk(randomness, step, "noise", part, min(_CHUNK, count - part * _CHUNK))
             n = min(len(chunk) - offset, start + length - position)
             out[position - start : position - start + n] = chunk[offset : offset + n]
             position += n

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dpsyngen.privacy.noise import noisy_mean, standard_normal
+from dpsyngen.privacy.noise import fine_normal, noisy_mean
 from dpsyngen.privacy.per_example import ClippedGradient
 from dpsyngen.privacy.randomness import Randomness
 
@@ -18,7 +18,7 @@ N = 600_000  # more than two chunks
 
 @pytest.fixture(scope="module")
 def sample() -> np.ndarray:
-    return standard_normal(Randomness.from_insecure_seed(0), 3, N).astype(np.float64)
+    return fine_normal(Randomness.from_insecure_seed(0), 3, N, "noise").astype(np.float32).astype(np.float64)
 
 
 def test_moments_and_law(sample) -> None:
@@ -42,13 +42,13 @@ def test_no_repetition_across_chunks_and_no_correlation(sample) -> None:
 
 def test_streams_differ_by_key_purpose_and_step_and_repeat_otherwise() -> None:
     key = Randomness.from_insecure_seed(1)
-    base = standard_normal(key, 0, 10_000)
-    assert np.array_equal(base, standard_normal(key, 0, 10_000))
+    base = fine_normal(key, 0, 10_000, "noise")
+    assert np.array_equal(base, fine_normal(key, 0, 10_000, "noise"))
     for other in (
-        standard_normal(key, 1, 10_000),
-        standard_normal(key, 0, 10_000, purpose="sampling"),
-        standard_normal(Randomness.from_insecure_seed(2), 0, 10_000),
-        standard_normal(Randomness.from_system(), 0, 10_000),
+        fine_normal(key, 1, 10_000, "noise"),
+        fine_normal(key, 0, 10_000, "sampling"),
+        fine_normal(Randomness.from_insecure_seed(2), 0, 10_000, "noise"),
+        fine_normal(Randomness.from_system(), 0, 10_000, "noise"),
     ):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.06
 

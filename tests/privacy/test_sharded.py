@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.noise import standard_normal, standard_normal_parts
+from dpsyngen.privacy.noise import fine_normal, standard_normal_parts
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.privacy.sharding import Place
@@ -150,7 +150,7 @@ def test_after_a_refusal_passes_go_on_and_empty_batches_are_zero(found) -> None:
 @pytest.mark.parametrize("count", [10, 32768, 70_001])
 def test_parts_of_the_noise_are_those_of_the_whole(count) -> None:
     randomness = Randomness.from_insecure_seed(0)
-    whole = standard_normal(randomness, 3, count)
+    whole = fine_normal(randomness, 3, count, "noise").astype(np.float32)
     spans = [(0, 5), (5, 0), (5, 5), (count // 3, count // 2), (count - 3, 3), (2, 7), (0, count)]
     for (start, length), part in zip(spans, standard_normal_parts(randomness, 3, count, spans), strict=True):
         assert np.array_equal(part, whole[start : start + length])
