@@ -9,7 +9,7 @@ copies); the gradient of an example is the sum over its rows.  A new layer type 
 ``@rule(function, *argument_names)``.
 """
 
-from dpsyngen.privacy.rules import constants, layers
+from dpsyngen.privacy.rules import layers
 from dpsyngen.privacy.rules.registry import RULES, Recorder, Tape, UnsupportedLayer, rule
 
-__all__ = ["RULES", "Recorder", "Tape", "UnsupportedLayer", "constants", "layers", "rule"]
+__all__ = ["RULES", "Recorder", "Tape", "UnsupportedLayer", "layers", "rule"]
