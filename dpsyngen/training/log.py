@@ -7,7 +7,6 @@ release must be the same bytes whenever and wherever it was made.  docs/logging.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.console import Console
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import require_package
 from dpsyngen.files import number, strict_text, write_atomically, write_text
 from dpsyngen.programs.grid import image_grid
 
@@ -224,12 +223,7 @@ FLUSH_SECONDS = 5.0
 
 def require_tensorboard() -> None:
     """Raise ConfigError if the package that writes event files is not installed."""
-    if importlib.util.find_spec("tensorboardX") is None:
-        raise ConfigError(
-            "logging.tensorboard is on, but the package tensorboardX, which writes the files, is not installed: "
-            "`pip install 'dpsyngen[tensorboard]'`, or leave out --tensorboard (the same figures are in "
-            "private/training.jsonl)."
-        )
+    require_package("tensorboardX", "--tensorboard (private/training.jsonl has the same figures)", "tensorboard")
 
 
 class TensorBoard:
