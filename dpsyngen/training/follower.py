@@ -23,7 +23,7 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from dpsyngen.diffusion.stages import Stage
-from dpsyngen.distributed import END, Command, Ranks
+from dpsyngen.distributed import END, Ranks
 from dpsyngen.errors import RunError
 from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.kernels import KernelChoices
@@ -98,7 +98,10 @@ class _Follower:
             PRIVATE: self._on_private,
         }
         while (command := self.ranks.next_command()).name != END:
-            handlers.get(command.name, lambda command=command, **values: self._on_step(command))(**command.values)
+            if command.name in handlers:
+                handlers[command.name](**command.values)
+            else:  # a step that was prepared
+                self.steps[command.name].help(self.denoiser, **command.values)
 
     def _on_read(self, config: Config) -> None:
         def load() -> ImageDataset:
@@ -152,12 +155,6 @@ class _Follower:
         levels = levels_of(n, self.plan.stages.private)
         take = PrivateStep(self.dataset, levels, n.label_dropout, self.plan.mechanism, self.randomness, how)
         self.steps[take.name] = take
-
-    def _on_step(self, command: Command) -> None:
-        if command.name not in self.steps:
-            raise AssertionError(f"rank {self.ranks.rank} does not know the command {command.name!r}")
-        arguments: dict[str, Any] = command.values
-        self.steps[command.name].help(self.denoiser, **arguments)
 
 
 @contextlib.contextmanager
