@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -96,8 +96,8 @@ class Computing:
     """
 
     physical_batch: int  # images in memory at a time
-    kernels: KernelChoices | None = None  # how convolutions compute; None: measured on first use
-    workers: Workers | None = None  # threads that share a batch; None: the calling one alone
+    kernels: KernelChoices = field(default_factory=KernelChoices)  # how convolutions compute
+    workers: Workers = field(default_factory=lambda: Workers(1))  # threads that share a batch
     ranks: Ranks = ALONE  # processes that share a batch
     compute: Compute | None = None  # precision, see :meth:`Compute.for_dp_steps`; None: as PyTorch is set
     observer: Observer | None = None  # told of each step just before the optimizer uses it, in audits
@@ -124,7 +124,6 @@ class PrivateStep:
     ) -> None:
         self.dataset, self.levels, self.label_dropout, self.dp = dataset, levels, label_dropout, dp
         self.randomness, self.how, self.ranks = randomness, how, how.ranks
-        self.kernels, self.workers = how.kernels or KernelChoices(), how.workers or Workers(1)
         z, expected = dp.noise_multiplier, dp.sampling_rate * dp.records
         kind = DiscreteGaussian if dp.config.noise == "discrete" else GaussianMechanism
         self.mechanism: StepMechanism = kind(z, expected) if z > 0 else NoPrivacy(expected)
@@ -137,8 +136,8 @@ class PrivateStep:
                 denoiser,
                 self.dp.clipping_norm,
                 style=self.dp.config.clipping,
-                kernels=self.kernels,
-                workers=self.workers,
+                kernels=self.how.kernels,
+                workers=self.how.workers,
             )
         return self._engine
 
@@ -317,21 +316,20 @@ def epsilon_so_far(ledger: Ledger, dp: DpSgd, step: int) -> float:
 
 
 def train_private(
-    phase: str, state: TrainState, take: PrivateStep, ledger: Ledger, public: list[PublicStep] | None = None
+    phase: str, state: TrainState, take: PrivateStep, ledger: Ledger, public: list[PublicStep]
 ) -> Iterator[Step]:
     """Go on from ``state.step`` to the end of the private phase, yielding after each step; `ledger` is charged before.
 
     `public` has for a shared network one PublicStep a public stage: their steps are spread evenly between the private.
     """
     assert isinstance(state.module, NetworkDenoiser)
-    dp, steps = take.dp, take.dp.config.steps
+    dp, steps, public_steps = take.dp, take.dp.config.steps, sum(p.config.steps for p in public)
     while state.step < steps:
         step = state.step
-        losses = []
-        if public:
-            total = sum(p.config.steps for p in public)
-            for i in range(step * total // steps, (step + 1) * total // steps):
-                losses.append(public[i % len(public)](state.module, state.optimizers["public"], i // len(public)))
+        losses = [
+            public[i % len(public)](state.module, state.optimizers["public"], i // len(public))
+            for i in range(step * public_steps // steps, (step + 1) * public_steps // steps)
+        ]
         charge_ahead(ledger, dp, step)
         values = take(state.module, state.optimizers["private"], step)
         state.step += 1
