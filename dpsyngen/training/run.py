@@ -206,12 +206,12 @@ class FolderLock:
         return True
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[bool]:
-        """Hold the lock, in contexts that nest; yields what :meth:`acquire` returns."""
-        fresh = self.acquire()
+    def held(self) -> Iterator[None]:
+        """Hold the lock, in contexts that nest."""
+        self.acquire()
         self._contexts += 1
         try:
-            yield fresh
+            yield
         finally:
             self._contexts -= 1
             if not self._contexts:
