@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -280,7 +279,6 @@ MOMENTS = "moments"
 """Name of the phase."""
 
 QUERY = "moments"
-UNBOUNDED: dict[str, Any] = {"l2_sensitivity": "unbounded"}
 
 
 def queries(plan: MomentsPlan, shape: Shape) -> list[tuple[str, Mechanism, float | None]]:
@@ -300,11 +298,6 @@ def charged_moments(ledger: Ledger) -> list[Mechanism | None]:
     return [e.mechanism for e in ledger.entries if e.details.get("query") == QUERY]
 
 
-def uncharged(ledger: Ledger, plan: MomentsPlan) -> tuple[Mechanism, ...]:
-    """The queries that the ledger does not have yet."""
-    return plan.mechanisms()[len(charged_moments(ledger)) :]
-
-
 def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
     """Make sure that the ledger has the moments before they are taken; BudgetExceeded if they exceed the target ε.
 
@@ -321,8 +314,8 @@ def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
                 "changed.  Undo the change, or start a new run."
             )
     for what, mechanism, sensitivity in wanted[len(charged) :]:
-        bound = {} if sensitivity is None else {"l2_sensitivity": sensitivity}
-        ledger.charge(mechanism, what, query=QUERY, **(bound if mechanism.noise_multiplier else UNBOUNDED))
+        bound = sensitivity if mechanism.noise_multiplier else "unbounded"
+        ledger.charge(mechanism, what, query=QUERY, **({} if bound is None else {"l2_sensitivity": bound}))
 
 
 def load_gaussian(path: Path, shape: Shape) -> GaussianDenoiser:

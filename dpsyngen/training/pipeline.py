@@ -45,7 +45,7 @@ from dpsyngen.training.log import (
     timed,
     write_preview,
 )
-from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, estimate_moments, load_gaussian, uncharged
+from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, charged_moments, estimate_moments, load_gaussian
 from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview, prior_of
 from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
@@ -73,9 +73,6 @@ class Hooks:
     make_denoiser: Callable[..., NetworkDenoiser] = make_denoiser  # audits train other networks
 
 
-NO_HOOKS = Hooks()
-
-
 class Training:
     """One training run, new (:meth:`start`) or continued (:meth:`resume`); iterate :meth:`steps` to the end.
 
@@ -93,7 +90,7 @@ class Training:
         plan: Plan,
         device: str = "cpu",
         ranks: Ranks = ALONE,
-        hooks: Hooks = NO_HOOKS,
+        hooks: Hooks = Hooks(),
     ) -> None:
         self.run, self.config, self.dataset, self.plan = run, config, dataset, plan
         self.ranks, self.hooks = ranks, hooks
@@ -154,7 +151,7 @@ class Training:
         if self.budget is not None:
             self.budget.reserve(self.ledger.run, run.path.name, plan.mechanisms, whole, p.most_per_person)
         left = plan.steps - charged_steps(self.ledger)
-        wanted = () if plan.moments is None else uncharged(self.ledger, plan.moments)
+        wanted = () if plan.moments is None else plan.moments.mechanisms()[len(charged_moments(self.ledger)) :]
         if left > 0:
             wanted += (plan.mechanism.mechanism(left),)
         if wanted:
@@ -168,7 +165,7 @@ class Training:
         out: Path,
         device: str = "cpu",
         ranks: Ranks = ALONE,
-        hooks: Hooks = NO_HOOKS,
+        hooks: Hooks = Hooks(),
     ) -> Training:
         """Plan a new run and make its directory `out`; errors come before anything is written or spent."""
         if config.logging.tensorboard:
@@ -183,7 +180,7 @@ class Training:
         dataset: ImageDataset,
         device: str = "cpu",
         ranks: Ranks = ALONE,
-        hooks: Hooks = NO_HOOKS,
+        hooks: Hooks = Hooks(),
         tensorboard: bool | None = None,
     ) -> Training:
         """Go on with an interrupted run, on the images of its start; `tensorboard` replaces what its settings say.

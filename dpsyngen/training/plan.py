@@ -49,8 +49,7 @@ class MomentsPlan:
 
     def mechanisms(self) -> tuple[Mechanism, ...]:
         """What the queries cost, all of them together."""
-        queries = (self.mean, self.pooled) if self.by_class is None else (self.mean, self.pooled, self.by_class)
-        return tuple(Mechanism(1.0, z, 1) for z in queries)
+        return tuple(Mechanism(1.0, z) for z in (self.mean, self.pooled, self.by_class) if z is not None)
 
 
 def plan_moments(noise_multiplier: float, classes: int) -> MomentsPlan:
