@@ -46,7 +46,8 @@ class Rows(NamedTuple):
 class VectorSum:
     """A sum over records, in whole steps of a grid, with its sensitivity.
 
-    Formal guarantee: adding or removing one record changes ``isometric`` by at most ``l2_sensitivity`` in L2 norm.
+    Formal guarantee: adding or removing one record changes its *isometric form*, ``values`` times ``weights``, to which
+    noise of one size is added in all coordinates, by at most ``l2_sensitivity`` in L2 norm.
     This is a statement about whole numbers and holds exactly, as long as there are no more than 2^24 records.
 
     Attributes:
@@ -69,11 +70,6 @@ class VectorSum:
     def values(self) -> Tensor:
         """[groups, length] fp64, the sums themselves.  Private."""
         return self.sums.double() * self.grid
-
-    @property
-    def isometric(self) -> Tensor:
-        """[groups, length] fp64: Gaussian noise of one size in all coordinates is what is added to it.  Private."""
-        return self.values * self.weights
 
     def among(self, sums: Tensor, records: int, not_finite: int) -> VectorSum:
         """The sum over more records, of which this is a part: `sums` (int64) and counts of all parts."""

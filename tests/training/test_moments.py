@@ -152,7 +152,7 @@ def test_queries_move_by_no_more_than_their_sensitivity(monkeypatch, labelled) -
                 estimate_moments(data, data.num_classes, 30, plan, KEY, rank=5)
             for i, (a, b) in enumerate(zip(calls[0].sums, calls[1].sums, strict=True)):
                 assert a.l2_sensitivity == b.l2_sensitivity
-                moved = float((a.isometric - b.isometric).norm()) / a.l2_sensitivity
+                moved = float(((a.values - b.values) * a.weights).norm()) / a.l2_sensitivity
                 assert moved <= 1
                 largest[i] = max(largest[i], moved)
             assert calls[0].asked == [(m.noise_multiplier, step) for step, m in enumerate(plan.mechanisms())]
