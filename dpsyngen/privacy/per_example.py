@@ -26,7 +26,6 @@ from dpsyngen.privacy.clipping import (
     GridGradient,
     check_clipping,
     clip,
-    clip_and_sum,
     clip_to_grid,
     empty_on_grid,
     valid_mask,
@@ -35,8 +34,6 @@ from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.rules import Recorder, Tape, UnsupportedLayer
 from dpsyngen.workers import Workers
-
-__all__ = ["ClippedGradient", "PerExampleGradients", "UnsupportedLayer", "clip_and_sum", "find_physical_batch"]
 
 _Clipped = TypeVar("_Clipped", bound=ClippedGradient)
 RowsLoss = Callable[[], Tensor]
@@ -136,7 +133,8 @@ class PerExampleGradients:
     def zero(self) -> ClippedGradient:
         """The clipped gradient of an empty batch: zeros, with the same sensitivity.  A legal Poisson outcome."""
         sums = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        return ClippedGradient(sums, self.clipping_norm, 0, self.parameters[0].new_zeros(0, requires_grad=False), 0)
+        norms = torch.zeros(0, dtype=self.parameters[0].dtype, device=self.parameters[0].device)
+        return ClippedGradient(sums, self.clipping_norm, 0, norms, 0)
 
     def contributions(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Contribution]:
         """One pass: each parameter's per-example gradients, in the cheapest form; as :meth:`per_example`."""

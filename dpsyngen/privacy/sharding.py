@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DeviceMesh, DTensor
 
-__all__ = ["OwnExamples", "ShardedGradient"]
-
 _BUCKET = 1 << 22  # numbers that are reduced in one go: enough to be quick, few beside the gradients of the examples
 
 
@@ -276,9 +274,7 @@ class OwnExamples(PerExampleGradients):
         return layer_numbers(self.names)
 
     def zero(self) -> ShardedGradient:
-        sums = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        norms = torch.zeros(0, dtype=self.parameters[0].dtype, device=self.device)
-        return self._placed(ClippedGradient(sums, self.clipping_norm, 0, norms, 0))
+        return self._placed(super().zero())
 
     def __call__(
         self, loss: RowsLoss, examples: int, copies: int = 1, *, valid: int | Tensor | None = None

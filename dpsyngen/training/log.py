@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +241,7 @@ class TensorBoard:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add the finite ones of some figures, by name."""
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._guarded(partial(self._scalar, step, name, float(value)))
+        self._guarded(lambda: self._scalars(step, values))
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 
@@ -270,10 +267,12 @@ class TensorBoard:
         self._write(step=done + 1, session_log={"status": 1})  # START: forget what is there of this step and later
         self._writer.flush()
 
-    def _scalar(self, step: int, name: str, value: float) -> None:
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboardX import summary
 
-        self._write(step=step, summary=summary.scalar(name, value))
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._write(step=step, summary=summary.scalar(name, float(value)))
 
     def _write(self, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dpsyngen.privacy.per_example import PerExampleGradients, clip_and_sum
+from dpsyngen.privacy.clipping import clip_and_sum
+from dpsyngen.privacy.per_example import PerExampleGradients
 
 
 def flat(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
+from dpsyngen.privacy.clipping import ClippedGradient
 from dpsyngen.privacy.noise import fine_normal, noisy_mean
-from dpsyngen.privacy.per_example import ClippedGradient
 from dpsyngen.privacy.randomness import Randomness
 
 N = 600_000  # more than two chunks

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dpsyngen.privacy.accounting import Mechanism, epsilon
+from dpsyngen.privacy.clipping import ClippedGradient, clip_and_sum
 from dpsyngen.privacy.noise import noisy_mean
-from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients, clip_and_sum
+from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
 
 
