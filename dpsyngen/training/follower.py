@@ -101,7 +101,7 @@ class _Follower:
             if command.name in handlers:
                 handlers[command.name](**command.values)
             else:  # a step that was prepared
-                self.steps[command.name].help(self.denoiser, **command.values)
+                self.steps[command.name].gradients(self.denoiser, **command.values)
 
     def _on_read(self, config: Config) -> None:
         def load() -> ImageDataset:

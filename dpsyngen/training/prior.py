@@ -31,6 +31,7 @@ from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program, make_program
 from dpsyngen.training.moments import estimate_moments
 from dpsyngen.training.plan import plan_moments
+from dpsyngen.training.public import set_learning_rate
 
 MOST_CLASSES = 6
 IMAGES, FRESH = 1200, 120  # of a family: for its moments, and to train on
@@ -216,8 +217,7 @@ def train_prior(
         # Over the error of the Wiener filter; a row that the moments got wrong must not rule the step.
         loss = (error / r.left.square().flatten(1).mean(1)).clamp(max=20).mean()
         rate = min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate
+        set_learning_rate(optimizer, settings.learning_rate * rate)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -33,11 +33,12 @@ from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError
 from dpsyngen.hardware import Compute, send
 from dpsyngen.privacy.accounting import Mechanism, epsilon
+from dpsyngen.privacy.clipping import ClippedGradient
 from dpsyngen.privacy.exact import DiscreteGaussian
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import GaussianMechanism, NoPrivacy, StepMechanism
-from dpsyngen.privacy.per_example import ClippedGradient, PerExampleGradients
+from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
 from dpsyngen.training.checkpoint import TrainState
 from dpsyngen.training.log import Step
@@ -146,7 +147,7 @@ class PrivateStep:
         dp, c = self.dp, self.dp.config
         engine = self.engine(denoiser)
         with self.ranks.lead(self.name, step=step):
-            chosen, total, loss = self._clipped(denoiser, step)
+            chosen, total, loss = self.gradients(denoiser, step)
         if self.how.before_release is not None:
             self.how.before_release()
         # 4. S + z C N(0, I), over the expected batch: the one line after which everything is public.
@@ -171,13 +172,9 @@ class PrivateStep:
             **self._noise_and_signal(total, engine),
         }
 
-    def help(self, denoiser: NetworkDenoiser, step: int) -> None:
-        """In a follower: do this process's part of step number `step`, which the main process takes."""
-        self._clipped(denoiser, step)
-
-    def _clipped(self, denoiser: NetworkDenoiser, step: int) -> tuple[NDArray[np.int64], ClippedGradient, float]:
-        """The records of a step, the sum of their clipped gradients, and the sum of their losses over all copies; in
-        the followers the last two are of this process's part.
+    def gradients(self, denoiser: NetworkDenoiser, step: int) -> tuple[NDArray[np.int64], ClippedGradient, float]:
+        """The records of a step, the sum of their clipped gradients, and the sum of their losses over all copies; in a
+        follower, which does no more, the last two are of its part.
         """
         engine, ranks = self.engine(denoiser), self.ranks
         ranks.copy_from_main(engine.parameters)

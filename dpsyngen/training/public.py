@@ -140,7 +140,7 @@ class PublicStep:
         """Take step number `step` (from 0) and return its loss."""
         c = self.config
         with self.ranks.lead(self.name, step=step):
-            gradients, total = self._summed(denoiser, step)
+            gradients, total = self.gradients(denoiser, step)
         rows = c.batch * c.copies
         for parameter, gradient in zip(denoiser.parameters(), gradients, strict=True):
             parameter.grad = gradient / rows
@@ -148,12 +148,8 @@ class PublicStep:
         optimizer.step()
         return float(total) / rows
 
-    def help(self, denoiser: NetworkDenoiser, step: int) -> None:
-        """In a follower: do this process's part of step number `step`, which the main process takes."""
-        self._summed(denoiser, step)
-
-    def _summed(self, denoiser: NetworkDenoiser, step: int) -> tuple[list[Tensor], Tensor]:
-        """Gradients of the summed loss of the batch, and that loss; in a follower, of its part."""
+    def gradients(self, denoiser: NetworkDenoiser, step: int) -> tuple[list[Tensor], Tensor]:
+        """Gradients of the summed loss of the batch, and that loss; in a follower, which does no more, of its part."""
         c, parameters = self.config, list(denoiser.parameters())
         self.ranks.copy_from_main(parameters)
         device = parameters[0].device
