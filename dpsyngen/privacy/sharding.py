@@ -91,25 +91,21 @@ class Gathered:
         self.names = names
         # FSDP makes a whole parameter once and from then on fills and empties it, so what was found stays true.  The
         # tensors are kept with their numbers, which Python could else give to others.
-        self.known: dict[int, int] = {}
-        self.frozen: set[int] = set()
+        self.known: dict[int, int | None] = {}  # by id() its place among `names`; None for a frozen one
         self._kept: list[Tensor] = []
 
     def look_for(self, value: Tensor) -> bool:
         """Whether `value` stands in the module now, as a whole parameter.  It is known from then on."""
-        if id(value) in self.known or id(value) in self.frozen:
-            return True
-        found = False
-        for name, parameter in self._module.named_parameters():
-            if type(parameter) is not nn.Parameter or id(parameter) in self.known or id(parameter) in self.frozen:
-                continue
-            self._kept.append(parameter)
-            if name in self._positions:
-                self.known[id(parameter)] = self._positions[name]
-            else:
-                self.frozen.add(id(parameter))
-            found = found or parameter is value
-        return found
+        if id(value) not in self.known:
+            for name, parameter in self._module.named_parameters():
+                if type(parameter) is nn.Parameter and id(parameter) not in self.known:
+                    self._kept.append(parameter)
+                    self.known[id(parameter)] = self._positions.get(name)
+        return id(value) in self.known
+
+    def trainable(self) -> dict[int, int]:
+        """The places of those that are known and not frozen."""
+        return {i: place for i, place in self.known.items() if place is not None}
 
     @contextmanager
     def whole(self, positions: Iterable[int]) -> Iterator[None]:
@@ -154,7 +150,7 @@ class GatheredTape(Tape):
     ) -> None:
         super().__init__({}, constants, kernels, examples, copies)
         self._names, self._gathered = gathered.names, gathered
-        self._position = dict(gathered.known)
+        self._position = gathered.trainable()
 
     def tracks(self, value: object) -> bool:
         if id(value) in self._position:
@@ -162,11 +158,11 @@ class GatheredTape(Tape):
         # Shards are no plain parameters: what FSDP itself does with them is not part of the model and not recorded.
         if type(value) is not nn.Parameter or not self._gathered.look_for(value):
             return False
-        self._position.update(self._gathered.known)
+        self._position.update(self._gathered.trainable())
         return id(value) in self._position
 
     def is_constant(self, value: Tensor) -> bool:
-        return super().is_constant(value) or id(value) in self._gathered.frozen
+        return super().is_constant(value) or id(value) in self._gathered.known
 
     def send_back(self) -> None:
         """What parameters were derived from is gathered once more."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -39,17 +39,13 @@ class TrainState:
     ema: Ema
     optimizers: dict[str, torch.optim.Optimizer]  # by name; a shared network has one for public, one for private steps
     step: int = 0  # steps done
-    _parameters: list[nn.Parameter] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._parameters = list(self.module.parameters())
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything, by name."""
         out = {f"model/{k}": v for k, v in self.module.state_dict().items()}
         out |= {f"ema/{k}": v for k, v in self.ema.average.items()}
         for name, optimizer in self.optimizers.items():
-            for i, p in enumerate(self._parameters):
+            for i, p in enumerate(self.module.parameters()):
                 for key, value in optimizer.state.get(p, {}).items():
                     out[f"optimizer/{name}/{i}/{key}"] = torch.as_tensor(value)
         return {k: v.detach().contiguous() for k, v in out.items()}
@@ -62,7 +58,7 @@ class TrainState:
             prefix = f"optimizer/{name}/"
             entries = {k.removeprefix(prefix).partition("/")[2] for k in tensors if k.startswith(prefix)}
             # Either the optimizer has taken no step yet, or it has the same entries for each parameter.
-            for i, p in enumerate(self._parameters):
+            for i, p in enumerate(self.module.parameters()):
                 for entry in entries:
                     wanted[f"{prefix}{i}/{entry}"] = torch.empty((), dtype=torch.float32) if entry == "step" else p
         missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
@@ -78,13 +74,14 @@ class TrainState:
         """The inverse of :meth:`tensors`, for tensors without :meth:`misfit`."""
         self.step, self.ema.steps = step, ema_steps
         self.module.load_state_dict(_under(tensors, "model/"))
-        device = self._parameters[0].device
+        parameters = list(self.module.parameters())
+        device = parameters[0].device
         self.ema.average = {k: v.to(device) for k, v in _under(tensors, "ema/").items()}
         for name, optimizer in self.optimizers.items():
             for key, value in _under(tensors, f"optimizer/{name}/").items():
                 index, entry = key.split("/")
                 # Adam keeps its step count on the CPU.
-                optimizer.state[self._parameters[int(index)]][entry] = value if entry == "step" else value.to(device)
+                optimizer.state[parameters[int(index)]][entry] = value if entry == "step" else value.to(device)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class PublicImages:
         self.share = slice(0, batch) if share is None else share
         self.program, self.batch, self.offset, self.distinct = program, batch, offset, distinct
         self.randomness, self.threads = randomness, threads
-        self._kept: NDArray[np.uint8] | None = None
+        self._kept = np.empty((distinct or 0, program.channels, program.resolution, program.resolution), dtype=np.uint8)
         self._drawn = np.zeros(distinct or 0, dtype=bool)
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._drawing = ThreadPoolExecutor(1, "dpsyngen-drawing")
@@ -91,9 +91,6 @@ class PublicImages:
         if self.distinct is None or first == stop:
             return self.program.batch(range(self.offset + first, self.offset + stop), threads=threads)
         places = np.array([self._place(position) for position in range(first, stop)])
-        if self._kept is None:
-            p = self.program
-            self._kept = np.empty((self.distinct, p.channels, p.resolution, p.resolution), dtype=np.uint8)
         new = np.unique(places[~self._drawn[places]])
         if len(new):
             self._kept[new] = self.program.batch(self.offset + new, threads=threads)
