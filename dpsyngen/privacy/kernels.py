@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from dpsyngen.errors import require
 from dpsyngen.privacy.contributions import Contribution, Dense, Pieces, at_least_fp32, blanked, ghost_norms
 
-_convolution_backward = torch.ops.aten.convolution_backward
 _ONLY_WEIGHT = [False, True, False]
 
 
@@ -52,7 +51,7 @@ class Convolution:
 
     def backward(self, g: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]) -> Any:
         """Gradients of (input, weight, bias) as `mask` asks."""
-        return _convolution_backward(g, x, weight, None, *self._steps, groups, mask)
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._steps, groups, mask)
 
     @property
     def dense_steps(self) -> bool:

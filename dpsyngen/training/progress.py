@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT
 from typing import Any, Literal
@@ -99,12 +98,7 @@ def _spent(run: Run) -> tuple[float | None, float | None, float | None]:
         ledger = Ledger(run.ledger_path)
     except LedgerError:
         return None, None, None  # not there yet, or a line is being written; damage is for `dpsyngen doctor`
-    return _epsilon(run.ledger_path, ledger.head.digest), ledger.delta, ledger.target_epsilon
-
-
-@lru_cache(maxsize=64)
-def _epsilon(path: Path, digest: str) -> float:
-    return Ledger(path).epsilon()
+    return ledger.epsilon(), ledger.delta, ledger.target_epsilon
 
 
 def worker(run: Path) -> int | None:

@@ -296,7 +296,7 @@ def _multi_head_attention(
         linear(tape, x.transpose(0, 1), w, b).unflatten(2, (heads, -1)).transpose(1, 2)
         for x, w, b in zip((query, key, value), weights, biases, strict=True)
     )
-    mask = _mask(given, q, k)
+    mask = _mask(given, q)
     dropout = given["dropout_p"] if given["training"] else 0.0
     attention: Tensor | None = None
     if given["need_weights"]:
@@ -315,7 +315,7 @@ def _thirds(tape: Tape, value: Tensor) -> Any:
     return tape.derive(torch.chunk, (value, 3), {}) if tape.tracks(value) else value.chunk(3)
 
 
-def _mask(given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor | None:
+def _mask(given: dict[str, Any], q: Tensor) -> Tensor | None:
     """Join all masks into one that is added to the scores, [rows or 1, heads or 1, queries, keys]."""
 
     def additive(mask: Tensor) -> Tensor:
