@@ -171,8 +171,7 @@ class Checkpoints:
         with the same noise.  Files that cannot be read are named in ``damaged``.  The phase has so many `steps` in all,
         of which the ledger has `charged` (None: a public phase).  RunError if a checkpoint does not fit them.
         """
-        stored, damaged = _read(self.newest.parent)
-        self.damaged += damaged
+        stored, self.damaged = _read(self.newest.parent)
         self._newest_is_good = any(s.path == self.newest for s in stored)
         for s in stored:
             mine = s.phase == phase

@@ -347,9 +347,8 @@ class Training:
         """Pass `progress` on, with a checkpoint every so many steps and when asked to stop."""
         c = self.config.private if private else self.config.public
         # `progress` has not started, so it goes on from what is restored here.
-        told = len(self.checkpoints.damaged)
         self.checkpoints.load(phase, state, c.steps, charged_steps(self.ledger) if private else None)
-        for name in self.checkpoints.damaged[told:]:
+        for name in self.checkpoints.damaged:
             self.hooks.on_event(Note(f"a damaged checkpoint was passed over: {name}"))
         shape = (self.plan.shape.channels, self.plan.shape.resolution, self.plan.shape.resolution)
         board = None
