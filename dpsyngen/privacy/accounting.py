@@ -182,8 +182,8 @@ def _composed(mechanisms: tuple[Mechanism, ...], most: list[int], group_size: in
 
     parts, length = [], 0.0
     for m, j in zip(mechanisms, most, strict=True):
-        if m.sampling_rate == 1:  # several Gaussians are one, and a group of g shifts it by g C
-            noise = m.noise_multiplier / group_size / math.sqrt(m.count)
+        if m.sampling_rate == 1:  # one Gaussian, see _one_gaussian, which a group of g shifts by g C
+            noise = m.noise_multiplier / group_size
             parts.append(from_gaussian_mechanism(noise, value_discretization_interval=interval))
             continue
         if group_size > 1:
@@ -246,7 +246,7 @@ def _bound(
     most = [_most_in_a_step(m, delta, len(mechanisms), group_size) for m in mechanisms]
     points = 0.0  # of the grid, times its step: noise is cut at 10 z, and a mixture is searched for each of its points
     for m, j in zip(mechanisms, most, strict=True):
-        loss = j / m.noise_multiplier * (math.sqrt(m.count) if m.sampling_rate == 1 else 1)
+        loss = j / m.noise_multiplier
         points += (loss * loss + 20 * loss) * (1 if m.sampling_rate == 1 or group_size == 1 else _MIXTURE)
     while points / interval > _MOST_POINTS:
         interval *= 2  # the coarser grid is a part of the finer, so what it gives is never below
