@@ -182,6 +182,25 @@ def test_rare_attention_options_are_refused_by_name(options) -> None:
         PerExampleGradients(model, 1.0)(lambda: model(x, x, x)[0].flatten(1).sum(1), 3)
 
 
+@pytest.mark.parametrize("argument", ["query", "key", "attn_mask"])
+def test_learned_inputs_of_attention_are_refused_even_where_they_are_used_elsewhere_too(argument) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.p = nn.Parameter(torch.randn(4, 4) if argument == "attn_mask" else torch.randn(1, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.p  # of which the tape knows
+            learned = self.p if argument == "attn_mask" else self.p.expand(len(x), -1, -1)
+            given = {"query": x, "key": x, "value": x, argument: learned}
+            return self.attention(**given, need_weights=False)[0].flatten(1).sum(1)
+
+    model, x = Model(), torch.randn(3, 4, 4)
+    with pytest.raises(UnsupportedLayer, match=f"got as its {argument} a tensor whose gradient would be lost"):
+        PerExampleGradients(model, 1.0)(lambda: model(x), 3)
+
+
 # --------------------------------------------------------------------------------------- other people's networks
 
 

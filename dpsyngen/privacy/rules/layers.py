@@ -279,6 +279,9 @@ def _multi_head_attention(
     for name in ("bias_k", "bias_v", "static_k", "static_v", "add_zero_attn"):
         if given[name] is not None and given[name] is not False:
             raise UnsupportedLayer(f"multi-head attention with {name} has no per-example rule: leave it out.")
+    for name in ("query", "key", "value", "attn_mask", "key_padding_mask"):
+        if tape.tracks(given[name]):
+            refuse_argument("multi-head attention", name)
     query, key, value = (given[n] for n in ("query", "key", "value"))
     if query.dim() != 3:
         raise UnsupportedLayer(
