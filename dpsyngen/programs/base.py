@@ -21,6 +21,7 @@ from dpsyngen.programs.drawing import Images, Words
 
 MAX_RESOLUTION = 2048  # keeps the 32-bit block counter of one image (`counter_rng`) from wrapping
 MAX_INDEX = 2**63 - 1
+GIVEN = ("resolution", "channels", "seed")  # what every program has; the rest are parameters of its family
 _LEAST_CHUNK = 32  # images
 
 
@@ -176,7 +177,7 @@ class Program(ABC):
 
     def config(self) -> dict[str, Any]:
         """Return the name and all parameters, JSON-able: ``make_program(**program.config()) == program``."""
-        return {"name": self.name, **{field.name: _plain(getattr(self, field.name)) for field in fields(self)}}
+        return {"name": self.name, **{field.name: plain(getattr(self, field.name)) for field in fields(self)}}
 
 
 @functools.cache
@@ -188,11 +189,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a parameter as JSON has it; a program inside another loses what the outer one gives it."""
     if isinstance(value, Program):
-        return {k: v for k, v in value.config().items() if k not in ("resolution", "channels", "seed")}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+        return {k: v for k, v in value.config().items() if k not in GIVEN}
+    return [plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def as_indices(indices: ArrayLike | Iterable[int]) -> Words:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.programs.base import Program
+from dpsyngen.programs.base import GIVEN, Program, plain
 
 _P = TypeVar("_P", bound=type[Program])
 
@@ -29,7 +29,6 @@ TIERS = {
 REQUIRED = MISSING  # in place of a default, of a parameter that has none
 
 _NESTED = np.uint64(0x6E657374)  # "nest"
-_GIVEN = ("resolution", "channels", "seed")
 
 _registered: dict[str, type[Program]] = {}
 
@@ -86,7 +85,7 @@ def program_class(name: str) -> type[Program]:
 
 def parameters(cls: type[Program]) -> dict[str, Any]:
     """Return a family's own parameters with their defaults; `REQUIRED` where a value has to be given."""
-    return {field.name: field.default for field in fields(cls) if field.name not in _GIVEN}
+    return {field.name: field.default for field in fields(cls) if field.name not in GIVEN}
 
 
 def usual_tier(cls: type[Program]) -> int | None:
@@ -122,15 +121,12 @@ def inner_program(outer: Program, key: str, value: Any, *, position: int = 0) ->
     """
     from dpsyngen.programs.drawing.counter_rng import words
 
-    if isinstance(value, Program):
-        value = {k: v for k, v in value.config().items() if k not in _GIVEN}
-    elif isinstance(value, str):
-        value = {"name": value}
+    value = {"name": value} if isinstance(value, str) else plain(value)
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ConfigError(
             f"{key}={value!r} is not a program: give a name such as dead-leaves, or a mapping with name and parameters."
         )
-    given = [k for k in _GIVEN if k in value]
+    given = [k for k in GIVEN if k in value]
     if given:
         raise ConfigError(f"{key} sets {', '.join(given)}: leave that out, the outer program {outer.name!r} gives it.")
     seed, _ = words(np.uint64(outer.seed), _NESTED, np.uint64(position), np.uint64(0))
