@@ -17,9 +17,9 @@ import numpy as np
 
 from dpsyngen.programs.base import Program, as_range, colour_param, param
 from dpsyngen.programs.drawing import Floats, Images, Ints, Law, Word, Words
-from dpsyngen.programs.drawing.counter_rng import below, unit32, words32
+from dpsyngen.programs.drawing.counter_rng import ONE, below, unit32, words32
 from dpsyngen.programs.drawing.fields import COLOURED, COLOURS, ROTATION, paint_fields, power_of_two
-from dpsyngen.programs.drawing.portable import compiled, exp2, log2, log2_gamma, normal_pair, power
+from dpsyngen.programs.drawing.portable import LN2, compiled, exp2, log2, log2_gamma, normal_pair, power
 from dpsyngen.programs.registry import register
 
 COARSEST = 4  # side of the low-pass residual
@@ -37,8 +37,6 @@ LOW_PASS = (
 
 _LAW = np.uint64(0x776D6C61)  # "wmla"
 _COEFFICIENTS = np.uint64(0x776D636F)  # "wmco"
-_LN2 = 0.6931471805599453
-_ONE = np.uint64(1)
 _LOW = np.array(LOW_PASS)
 
 
@@ -103,19 +101,19 @@ def fill_heavy_tailed(seed: Word, index: Word, block: Word, r: float, deviation:
         for j in range(out.shape[1]):
             while True:
                 w0, w1, w2, w3 = words32(seed, _COEFFICIENTS, index, block)
-                block = block + _ONE
+                block = block + ONE
                 x, _ = normal_pair(unit32(w0), unit32(w1))
                 v = 1.0 + c * x
                 if v <= 0.0:
                     continue
                 v = v * v * v
-                if _LN2 * log2(unit32(w2)) < 0.5 * x * x + d - d * v + d * _LN2 * log2(v):
+                if LN2 * log2(unit32(w2)) < 0.5 * x * x + d - d * v + d * LN2 * log2(v):
                     break
             value = d * v
             if boost:
                 value *= power(unit32(w3 >> np.uint64(1) << np.uint64(1)), 1.0 / shape)
             value = scale * power(value, 1.0 / r)
-            out[i, j] = value if w3 & _ONE else -value  # the bit that the boost does not use
+            out[i, j] = value if w3 & ONE else -value  # the bit that the boost does not use
     return block
 
 

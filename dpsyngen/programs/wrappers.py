@@ -16,7 +16,7 @@ from dpsyngen.errors import ConfigError
 from dpsyngen.programs.base import Program, as_number, as_range, param
 from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import cumulative, pick, unit32, words32
-from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, log2
+from dpsyngen.programs.drawing.portable import PER_LN2, compiled, cos_sin, exp2, log2
 from dpsyngen.programs.registry import inner_program, register
 
 MAX_PROGRAMS = 64
@@ -25,7 +25,6 @@ _AFFINE = np.uint64(0x61666669)  # "affi"
 _BLUR = np.uint64(0x626C7572)  # "blur"
 _INVERT = np.uint64(0x696E7665)  # "inve"
 _MIXTURE = np.uint64(0x6D697874)  # "mixt"
-_PER_LN2 = 1.4426950408889634
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +171,7 @@ def blur(image: Images, deviation: float, out: Images) -> None:
     level, rows = np.empty((size, size)), np.empty((size, size))
     weights = np.ones(math.ceil(4.0 * deviation) + 1)
     for k in range(1, weights.shape[0]):
-        weights[k] = exp2(-0.5 * _PER_LN2 * (k / deviation) * (k / deviation))
+        weights[k] = exp2(-0.5 * PER_LN2 * (k / deviation) * (k / deviation))
     for c in range(out.shape[0]):  # the Gaussian is a product: along rows first, then along columns
         level[:] = image[c]
         blur_rows(level, weights, rows)

@@ -29,8 +29,8 @@ _LOW_24 = np.uint64(0xFFFFFF)
 
 @compiled
 def colour_of(bits: Word, law: int, palette: Ints, count: int) -> int:
-    """Draw a packed colour by 24 random bits; `count` colours of `palette` are in use."""
-    packed = int(bits)
+    """Draw a packed colour by the lowest 24 of random bits; `count` colours of `palette` are in use."""
+    packed = int(bits & _LOW_24)
     if law == GREY:
         return (packed & 0xFF) * 0x010101
     if law == BLACK_WHITE:

@@ -27,15 +27,11 @@ from dpsyngen.programs.drawing.portable import compiled, normal_pair
 # Everything is uint64: numba, like numpy, turns uint64 with a signed integer into a float.
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
-_11 = np.uint64(11)
 _MULTIPLIER_0 = np.uint64(0xD2511F53)  # this and the next: of Random123, chosen for their avalanche
 _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
 _WEYL_0 = np.uint64(0x9E3779B9)  # golden ratio
 _WEYL_1 = np.uint64(0xBB67AE85)  # √3 − 1
-_ONE = np.uint64(1)
-_ROUNDS = 10
-_ULP = 2.0**-53
-_ULP32 = 2.0**-32
+ONE = np.uint64(1)
 
 
 @compiled
@@ -44,7 +40,7 @@ def philox4x32(c0: Word, c1: Word, c2: Word, c3: Word, k0: Word, k1: Word) -> tu
 
     All six arguments and the four results are uint64 that hold 32-bit values.
     """
-    for _ in range(_ROUNDS):
+    for _ in range(10):
         # A round: multiply two of the words, and mix high halves, neighbours and key; then step the key.
         product_0 = _MULTIPLIER_0 * c0  # 32 × 32 bits: cannot overflow
         product_1 = _MULTIPLIER_1 * c2
@@ -73,7 +69,7 @@ def words32(seed: Word, stream: Word, index: Word, block: Word) -> tuple[Word, W
 @compiled
 def unit32(word: Word) -> float:
     """Map a 32-bit word to a double uniform on {½, 1½, …, 2³² − ½} / 2³², so inside (0, 1)."""
-    return (float(word) + 0.5) * _ULP32
+    return (float(word) + 0.5) * 2.0**-32
 
 
 @compiled
@@ -114,7 +110,7 @@ def fill_uniform(seed: Word, stream: Word, index: Word, block: Word, out: Floats
     """Fill the flat array `out` with uniforms in (0, 1), four to a block; returns the first block not used."""
     for n in range(0, out.shape[0], 4):
         a, b, c, d = words32(seed, stream, index, block)
-        block = block + _ONE
+        block = block + ONE
         _put(out, n, (unit32(a), unit32(b), unit32(c), unit32(d)))
     return block
 
@@ -124,7 +120,7 @@ def fill_normal(seed: Word, stream: Word, index: Word, block: Word, out: Floats)
     """Fill the flat array `out` with standard normals, four to a block; returns the first block not used."""
     for n in range(0, out.shape[0], 4):
         a, b, c, d = words32(seed, stream, index, block)
-        block = block + _ONE
+        block = block + ONE
         _put(out, n, normal_pair(unit32(a), unit32(b)) + normal_pair(unit32(c), unit32(d)))
     return block
 
@@ -132,7 +128,7 @@ def fill_normal(seed: Word, stream: Word, index: Word, block: Word, out: Floats)
 @compiled
 def to_unit(word: Word) -> float:
     """Map the top 53 bits of a word to a double uniform on {0, 1, …, 2⁵³ − 1} / 2⁵³, so in [0, 1)."""
-    return float(word >> _11) * _ULP
+    return float(word >> np.uint64(11)) * 2.0**-53
 
 
 @compiled
@@ -144,7 +140,7 @@ def unit_vector(seed: Word, stream: Word, index: Word, block: Word) -> tuple[flo
     """
     while True:
         word_x, word_y = words(seed, stream, index, block)
-        block = block + _ONE
+        block = block + ONE
         x = 2.0 * to_unit(word_x) - 1.0
         y = 2.0 * to_unit(word_y) - 1.0
         square = x * x + y * y

@@ -26,7 +26,7 @@ import numpy as np
 
 from dpsyngen.programs.drawing import Canvas, Floats, Images, Ints, Word, Words
 from dpsyngen.programs.drawing.colours import PALETTE, colour_of, draw_palette
-from dpsyngen.programs.drawing.counter_rng import below, pick, unit32, words32
+from dpsyngen.programs.drawing.counter_rng import ONE, below, pick, unit32, words32
 from dpsyngen.programs.drawing.portable import compiled, cos_sin
 from dpsyngen.programs.drawing.shapes import DISC, LeafLaw, inverse, leaf_spans, mass, padded_masses, padded_radius
 
@@ -35,12 +35,7 @@ UNCOVERED = -1
 RECORDED = 5  # x, y, radius, kind, pixels that stay visible
 
 _STREAM = np.uint64(0x65786163)  # "exac"
-_ONE = np.uint64(1)
-_TWO = np.uint64(2)
-_32 = np.uint64(32)
-_LOW_24 = np.uint64(0xFFFFFF)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
-_PI = 3.141592653589793
 _WORTH = 3.0  # leaves of the first list that take as long as one of the second, measured
 
 
@@ -132,7 +127,7 @@ def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, recor
     masses = np.empty(3)
     # Leaves to a unit of time in either list; the loop ends when the second, at its price, has less to look at.
     everywhere = padded_masses(exponent, r_min, r_max, float(size), masses)
-    at_pixel = _PI * mass(exponent - 2.0, r_min, r_max)
+    at_pixel = math.pi * mass(exponent - 2.0, r_min, r_max)
     left = size * size
     leaves = 0
     count = 0  # of the waiting pixels
@@ -146,7 +141,7 @@ def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, recor
         if not near:
             # First list: all leaves that could touch the canvas.
             word_x, word_y, word_r, word_c = words32(seed, _STREAM, index, block)
-            block += _ONE
+            block += ONE
             radius = padded_radius(unit32(word_r), exponent, r_min, r_max, masses)
             x = unit32(word_x) * (size + 2.0 * radius) - radius
             y = unit32(word_y) * (size + 2.0 * radius) - radius
@@ -155,8 +150,8 @@ def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, recor
             if only != DISC:
                 if shaped:
                     word_shape, word_angle, low, high = words32(seed, _STREAM, index, block)
-                    angles = low | (high << _32)
-                block += _ONE
+                    angles = low | (high << np.uint64(32))
+                block += ONE
         else:
             # Second list: only leaves around what is uncovered, thinned so that its law is the same.
             if count == 0:
@@ -165,8 +160,8 @@ def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, recor
                         waiting[count] = row * size + column
                         count += canvas[row, column] < 0
             word_pixel, word_keep, word_r, word_c = words32(seed, _STREAM, index, block)
-            word_d, word_turn, word_shape, word_angle = words32(seed, _STREAM, index, block + _ONE)
-            block += _TWO
+            word_d, word_turn, word_shape, word_angle = words32(seed, _STREAM, index, block + ONE)
+            block += np.uint64(2)
             place = below(word_pixel, count)  # an uncovered pixel
             pixel = waiting[place]
             row = pixel // size
@@ -186,12 +181,12 @@ def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, recor
             shaped = True
             if only != DISC:
                 low, high, _, _ = words32(seed, _STREAM, index, block)
-                block += _ONE
-                angles = low | (high << _32)
+                block += ONE
+                angles = low | (high << np.uint64(32))
         if shaped:
             kind = only if only >= 0 else pick(word_shape, law.shares)
             first, stop = leaf_spans(size, kind, x, y, radius, word_angle, angles, corners, starts, stops)
-            value = colour_of(word_c & _LOW_24, colour, palette, colours)
+            value = colour_of(word_c, colour, palette, colours)
             fresh = paint_under(canvas, covered, starts, stops, first, stop, leaves if number else value)
             left -= fresh
             if leaves < record.shape[0]:

@@ -21,7 +21,6 @@ COLOURED = COLOURS[1:]  # need 3 channels
 ROTATION = 1
 
 _MIX = np.uint64(0x636D6978)  # "cmix"
-_ZERO = np.uint64(0)
 
 
 @compiled
@@ -39,7 +38,7 @@ def paint_fields(seed: Word, index: Word, fields: Floats, law: int, out: Images)
     colours = np.empty((MIX_COLOURS, 3))
     weights = np.empty(MIX_COLOURS)
     root = np.empty((3, 3))
-    fill_uniform(seed, _MIX, index, _ZERO, u)
+    fill_uniform(seed, _MIX, index, np.uint64(0), u)
     count = colour_mix(u, colours, weights, root)
     if law == ROTATION:
         mix_channels(fields[:3], root)

@@ -14,9 +14,9 @@ from typing import Any
 
 from numba import njit
 
-_LN2 = 0.6931471805599453
-_PER_LN2 = 1.4426950408889634
-_ROOT_HALF = 0.7071067811865476
+LN2 = 0.6931471805599453
+PER_LN2 = 1.4426950408889634
+ROOT_HALF = 0.7071067811865476
 _HALF_PI = 1.5707963267948966
 
 
@@ -70,7 +70,7 @@ def exp2(x: float) -> float:
     if x >= 1024.0:
         return math.inf
     whole = math.floor(x + 0.5)
-    f = (x - whole) * _LN2  # |f| ≤ 0.35, and 2ˣ = 2^whole · e^f
+    f = (x - whole) * LN2  # |f| ≤ 0.35, and 2ˣ = 2^whole · e^f
     tail = 1 / 40320 + f * (1 / 362880 + f * (1 / 3628800 + f * (1 / 39916800 + f / 479001600)))
     return math.ldexp(_four(f, 1.0, 1.0, 1 / 2, 1 / 6, _four(f, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, tail)), int(whole))
 
@@ -81,7 +81,7 @@ def log2(x: float) -> float:
     if x <= 0.0:
         return -math.inf
     mantissa, exponent = math.frexp(x)
-    if mantissa < _ROOT_HALF:
+    if mantissa < ROOT_HALF:
         mantissa *= 2.0
         exponent -= 1
     # ln m = 2·artanh z = 2(z + z³/3 + z⁵/5 + …) with z = (m − 1)/(m + 1), |z| ≤ 0.172
@@ -89,7 +89,7 @@ def log2(x: float) -> float:
     s = z * z
     tail = _four(s, 1 / 9, 1 / 11, 1 / 13, 1 / 15, 1 / 17 + s * (1 / 19 + s / 21))
     series = _four(s, 1.0, 1 / 3, 1 / 5, 1 / 7, tail)
-    return exponent + 2.0 * z * series * _PER_LN2
+    return exponent + 2.0 * z * series * PER_LN2
 
 
 @compiled
@@ -105,7 +105,7 @@ def power(x: float, y: float) -> float:
 @compiled
 def normal_pair(u: float, v: float) -> tuple[float, float]:
     """Turn u and v, uniform in [0, 1), into two independent standard normals (Box and Muller, 1958)."""
-    length = math.sqrt(-2.0 * _LN2 * log2(1.0 - u))
+    length = math.sqrt(-2.0 * LN2 * log2(1.0 - u))
     cos, sin = cos_sin(v)
     return length * cos, length * sin
 
@@ -119,4 +119,4 @@ def log2_gamma(x: float) -> float:
         x += 1.0
     s = 1.0 / (x * x)
     series = (1 / 12 - s * (1 / 360 - s * (1 / 1260 - s * (1 / 1680 - s / 1188)))) / x
-    return (x - 0.5) * log2(x) + (0.9189385332046727 - x + series) * _PER_LN2 - log2(shift)
+    return (x - 0.5) * log2(x) + (0.9189385332046727 - x + series) * PER_LN2 - log2(shift)

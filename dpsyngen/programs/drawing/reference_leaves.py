@@ -16,9 +16,9 @@ import numpy as np
 
 from dpsyngen.programs.drawing import Canvas, Floats, Images, Ints, Word, Words
 from dpsyngen.programs.drawing.colours import PALETTE, colour_of, draw_palette
-from dpsyngen.programs.drawing.counter_rng import pick, to_unit, unit_vector, words
+from dpsyngen.programs.drawing.counter_rng import ONE, pick, to_unit, unit_vector, words
 from dpsyngen.programs.drawing.exact_leaves import unpack
-from dpsyngen.programs.drawing.portable import compiled
+from dpsyngen.programs.drawing.portable import ROOT_HALF, compiled
 from dpsyngen.programs.drawing.shapes import (
     DISC,
     ORIENTED_SQUARE,
@@ -34,12 +34,6 @@ from dpsyngen.programs.drawing.shapes import (
 EMPTY = -1
 
 _STREAM = np.uint64(0x6C656166)  # "leaf"
-_ZERO = np.uint64(0)
-_ONE = np.uint64(1)
-_32 = np.uint64(32)
-_COLOUR_BITS = np.uint64(0xFFFFFF)
-_ROOT_HALF = 0.7071067811865476
-_SMALL_STEP = 1e-9
 
 
 @compiled
@@ -69,7 +63,7 @@ def leaf_radius(v: float, r_min: float, r_max: float) -> float:
         return r_max
     t = min(math.sqrt(d), math.sqrt(d + 3.0) - 1.0)  # Newton falls from there, and cannot overshoot
     step = t
-    while step > _SMALL_STEP * t:
+    while step > 1e-9 * t:
         step = (t * t * (t + 3.0) - d * (1.0 + t)) / (3.0 * t * t + 6.0 * t - d)
         t -= step
     return max(r_min, r_max / (1.0 + t))
@@ -115,20 +109,20 @@ def paint_over(canvas: Canvas, seed: Word, index: Word, law: LeafLaw) -> int:
     canvas[:] = EMPTY
     empty = size * size
     leaves = 0
-    block = _ZERO
+    block = np.uint64(0)
     while empty > 0:
         word_x, word_y = words(seed, _STREAM, index, block)
-        word_radius, word_kind = words(seed, _STREAM, index, block + _ONE)
-        block = block + _ONE + _ONE
+        word_radius, word_kind = words(seed, _STREAM, index, block + ONE)
+        block = block + ONE + ONE
         # Baradad et al.: centre uniform in the canvas, radius ∝ r⁻³ − r_max⁻³, colour and shape independent.
         x = to_unit(word_x) * size
         y = to_unit(word_y) * size
         radius = leaf_radius(to_unit(word_radius), law.r_min, law.r_max) * size
-        value = colour_of(word_kind & _COLOUR_BITS, colour, palette, colours)
-        kind = only if only >= 0 else pick(word_kind >> _32, law.shares)
+        value = colour_of(word_kind, colour, palette, colours)
+        kind = only if only >= 0 else pick(word_kind >> np.uint64(32), law.shares)
 
         corners = 0
-        cos, sin = _ROOT_HALF, _ROOT_HALF
+        cos, sin = ROOT_HALF, ROOT_HALF
         if kind in (RECTANGLE, ORIENTED_SQUARE):
             cos, sin, block = unit_vector(seed, _STREAM, index, block)
         if kind == DISC:

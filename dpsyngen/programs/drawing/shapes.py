@@ -15,13 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dpsyngen.programs.drawing import Floats, Ints, Word
-from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, log2, power
+from dpsyngen.programs.drawing.portable import LN2, ROOT_HALF, compiled, cos_sin, exp2, log2, power
 
 DISC, SQUARE, ORIENTED_SQUARE, RECTANGLE, TRIANGLE, QUADRILATERAL = range(6)
 KINDS = ("disc", "square", "oriented-square", "rectangle", "triangle", "quadrilateral")
 
-_ROOT_HALF = 0.7071067811865476
-_PER_TURN_16 = 2.0**-16
 _16 = np.uint64(16)
 _LOW_16 = np.uint64(0xFFFF)
 
@@ -133,7 +131,7 @@ def leaf_spans(
     if kind == DISC:
         return disc_spans(size, x, y, radius, starts, stops)
     if kind == SQUARE:
-        half = radius * _ROOT_HALF
+        half = radius * ROOT_HALF
         return rectangle_spans(size, x, y, half, half, starts, stops)
     if kind == RECTANGLE:
         cos, sin = cos_sin((float(angle) + 0.5) * 2.0**-34)  # a quarter turn
@@ -157,7 +155,7 @@ def leaf_spans(
         a1, a2 = min(a1, a2), max(a1, a2)
     for k in range(count):
         turn = a0 if k == 0 else a1 if k == 1 else a2 if k == 2 else a3
-        cos, sin = cos_sin((float(turn) + 0.5) * _PER_TURN_16)
+        cos, sin = cos_sin((float(turn) + 0.5) * 2.0**-16)
         xs[k] = x + radius * cos
         ys[k] = y + radius * sin
     return convex_spans(size, xs, ys, count, starts, stops)
@@ -167,7 +165,7 @@ def leaf_spans(
 def mass(exponent: float, low: float, high: float) -> float:
     """Return ∫ r^−exponent dr from `low` to `high`, 0 < low ≤ high."""
     if abs(exponent - 1.0) < 1e-9:
-        return log2(high / low) * 0.6931471805599453
+        return log2(high / low) * LN2
     a = 1.0 - exponent
     return (power(high, a) - power(low, a)) / a
 
