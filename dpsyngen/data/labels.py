@@ -308,18 +308,14 @@ def read_label_table(path: Path, column: str | None, *, needed: bool, named: boo
     DataError if it is damaged, has no column of file names, or names a file twice; see also :func:`label_name`.
     """
     where = printable(path)
-    files, others, rows, at = _read(path, "a table of labels")
-    fitting = [name for name in others if could_be_labels([row[at[name]] for row in rows])] if needed else []
+    files, columns = _read(path, "a table of labels")
+    others = list(columns)
+    fitting = [name for name in others if could_be_labels(columns[name])] if needed else []
     if named and column is None and fitting == others and len(others) == 1:
         column = others[0]
     chosen = label_name(others, column, None, where, could_be=fitting)
-    labels: dict[str, Label] = {}
-    values = [None] * len(rows) if chosen is None else _labels([row[at[chosen]] for row in rows], where, chosen)
-    for row, value in zip(rows, values, strict=True):
-        name = same_name(str(row[at[files]]).replace("\\", "/").removeprefix("./"))
-        if name in labels and labels[name] != value:
-            raise DataError(f"{where}: {printable(name)!r} is there twice, with different labels. Keep one.")
-        labels[name] = value
+    values = [None] * len(files) if chosen is None else _labels(columns[chosen], where, chosen)
+    labels = _by_file(files, values, where, "labels")
     # The second is what `dpsyngen sample` writes beside the number of a class.
     unused = [name for name in others if name != chosen and others != ["label", "class_name"]]
     return LabelTable(where, chosen, labels, tuple(unused))
@@ -332,24 +328,19 @@ def read_persons(path: Path, files: Sequence[str]) -> list[str]:
     :func:`read_label_table`, or where a file has no person; no message says what a person is called.
     """
     where = printable(path)
-    name_column, others, rows, at = _read(path, "a table of persons", show=False)
+    names, columns = _read(path, "a table of persons", show=False)
+    others = list(columns)
     column = label_name(others, None, PERSON_NAMES, where) or (others[0] if len(others) == 1 else None)
     if column is None:
         raise DataError(
             f"{where}: it is unclear which column says whose image a file is: there are {listed(others)}. Call it "
             f"{PERSON_NAMES[0]!r}."
         )
-    persons: dict[str, Label] = {}
-    bare = not any("." in os.path.basename(file) for file in files)  # as in WebDataset, and in exports of hospitals
-    for row in rows:
-        name = same_name(str(row[at[name_column]]).replace("\\", "/").removeprefix("./"))
-        person = None if row[at[column]] is None else same_name(str(row[at[column]]).strip())
-        if bare:
-            folder, slash, base = name.rpartition("/")
-            name = folder + slash + base.partition(".")[0]
-        if persons.setdefault(name, person) != person:
-            raise DataError(f"{where}: {printable(name)!r} is there twice, with different persons. Keep one.")
-    given, _ = LabelTable(where, column, persons, ()).of(files)
+    if not any("." in os.path.basename(file) for file in files):  # as in WebDataset, and in exports of hospitals
+        parts = (name.rpartition("/") for name in names)
+        names = [folder + slash + base.partition(".")[0] for folder, slash, base in parts]
+    persons = [None if person is None else same_name(str(person).strip()) for person in columns[column]]
+    given, _ = LabelTable(where, column, _by_file(names, persons, where, "persons"), ()).of(files)
     missing = [file for file, person in zip(files, given, strict=True) if not person]
     if missing:
         raise DataError(
@@ -359,24 +350,32 @@ def read_persons(path: Path, files: Sequence[str]) -> list[str]:
     return [str(person) for person in given]
 
 
-def _read(path: Path, what: str, show: bool = True) -> tuple[str, list[str], list[list[Any]], dict[str, int]]:
-    """The column of file names, the others, the rows, and where each column is in them.
+def _by_file(files: Sequence[str], values: Sequence[Label], where: str, what: str) -> dict[str, Label]:
+    found: dict[str, Label] = {}
+    for name, value in zip(files, values, strict=True):
+        if found.setdefault(name, value) != value:
+            raise DataError(f"{where}: {printable(name)!r} is there twice, with different {what}. Keep one.")
+    return found
+
+
+def _read(path: Path, what: str, show: bool = True) -> tuple[list[str], dict[str, list[Any]]]:
+    """The names of files, with "/" and in NFC, and the other columns by name.
 
     Without `show` no message quotes the first line: of a table without a line of names it is a person's.
     """
     where = printable(path)
     with damaged(path, what), open_plain(path, _MAX_BYTES) as file:
         text = file.read().decode("utf-8-sig")
-        names, rows = _json_lines(text) if path.suffix.lower() == ".jsonl" else _separated(text)
-    files = label_name(names, None, FILE_NAMES, where) if names else None
+        columns = _json_lines(text) if path.suffix.lower() == ".jsonl" else _separated(text)
+    files = label_name(list(columns), None, FILE_NAMES, where)
     if files is None:
-        seen = f": its columns are {listed(names)}" if show else " in its first line, which names the columns"
+        seen = f": its columns are {listed(columns)}" if show else " in its first line, which names the columns"
         raise DataError(f"{where} has no column of file names{seen}. Call it {FILE_NAMES[0]!r}.")
-    return files, [name for name in names if name != files], rows, {name: names.index(name) for name in names}
+    return [same_name(str(name).replace("\\", "/").removeprefix("./")) for name in columns.pop(files)], columns
 
 
-def _separated(text: str) -> tuple[list[str], list[list[Any]]]:
-    """Names of the columns and rows; the separator is what the first line has most of."""
+def _separated(text: str) -> dict[str, list[Any]]:
+    """Columns by name; the separator is what the first line has most of."""
     first = text.partition("\n")[0]
     rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True))
     rows = [row for row in rows if row]
@@ -386,15 +385,14 @@ def _separated(text: str) -> tuple[list[str], list[list[Any]]]:
             raise ValueError(f"row {number} has {len(row)} cells, but there are {len(names)} columns")
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
-    return names, [[cell.strip() or None for cell in row] for row in rows[1:]]
+    return {name: [row[i].strip() or None for row in rows[1:]] for i, name in enumerate(names)}
 
 
-def _json_lines(text: str) -> tuple[list[str], list[list[Any]]]:
+def _json_lines(text: str) -> dict[str, list[Any]]:
     found = [json.loads(line) for line in text.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in found):
         raise ValueError("a line is not a JSON object")
-    names = list(dict.fromkeys(name for row in found for name in row))
-    return names, [[row.get(name) for name in names] for row in found]
+    return {name: [row.get(name) for row in found] for name in dict.fromkeys(name for row in found for name in row)}
 
 
 def _labels(values: Sequence[Any], where: str, column: str) -> list[Label]:
