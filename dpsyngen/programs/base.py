@@ -16,7 +16,7 @@ from typing import Any, ClassVar, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from dpsyngen.errors import ConfigError, require
+from dpsyngen.errors import require
 from dpsyngen.programs.drawing import Images, Words
 
 MAX_RESOLUTION = 2048  # keeps the 32-bit block counter of one image (`counter_rng`) from wrapping
@@ -86,11 +86,9 @@ def colour_param(laws: Sequence[str], coloured: Sequence[str]) -> Any:
     def check(program: Program, name: str, value: Any) -> str:
         if value is None:
             return "grey" if program.channels == 1 else coloured[0]
-        if as_choice(name, value, laws) in coloured and program.channels == 1:
-            others = ", ".join(law for law in laws if law not in coloured)
-            raise ConfigError(
-                f"{name}={value!r} needs 3 channels, and channels=1 was given: choose channels=3, or {name}={others}."
-            )
+        is_possible = as_choice(name, value, laws) not in coloured or program.channels > 1
+        others = ", ".join(law for law in laws if law not in coloured)
+        require(is_possible, name, value, f"{others} with channels=1, as it needs 3 channels: or give channels=3")
         return str(value)
 
     return field(default=None, metadata={"check": check})
@@ -130,8 +128,7 @@ class Program(ABC):
             if "check" in each.metadata:
                 value = each.metadata["check"](self, each.name, getattr(self, each.name))
                 object.__setattr__(self, each.name, value)
-        if self.channels == 2:
-            raise ConfigError("channels=2 is not allowed: give 1 (grey) or 3 (RGB).")
+        require(self.channels != 2, "channels", self.channels, "1 (grey) or 3 (RGB)")
 
     @abstractmethod
     def _draw(self, indices: Words, out: Images) -> None:
@@ -157,8 +154,7 @@ class Program(ABC):
             IndexError, TypeError: an index is not in that range, or no integer.
             ConfigError: another argument is not allowed.
         """
-        if np.dtype(dtype) not in (np.uint8, np.float32):
-            raise ConfigError(f"dtype={dtype!r} is not allowed: give uint8 (0 to 255) or float32 (−1 to 1).")
+        require(np.dtype(dtype) in (np.uint8, np.float32), "dtype", dtype, "uint8 (0 to 255) or float32 (−1 to 1)")
         threads = as_integer("threads", threads, 1, 4096)
         chosen = as_indices(indices)
         out = np.empty((len(chosen), self.channels, self.resolution, self.resolution), dtype=np.uint8)
@@ -201,8 +197,7 @@ def as_indices(indices: ArrayLike | Iterable[int]) -> Words:
     if not hasattr(indices, "__array__") and isinstance(indices, set | frozenset | Iterator):
         indices = list(indices)  # numpy would take these for one object
     array = np.asarray(indices)
-    if array.ndim != 1:
-        raise ConfigError(f"indices has shape {array.shape}: give a one-dimensional list of integers.")
+    require(array.ndim == 1, "the shape of indices", array.shape, "that of a one-dimensional list of integers")
     if array.size == 0:
         return np.empty(0, dtype=np.uint64)
     if array.dtype.kind not in "iu":

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import require
 from dpsyngen.programs.base import Program, as_choice, as_integer, as_number, colour_param, param
 from dpsyngen.programs.drawing import Images, Words
 from dpsyngen.programs.drawing.colours import GREY, LAWS
@@ -79,20 +79,15 @@ class DeadLeaves(Program):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.r_min < self.r_max:
-            raise ConfigError(
-                f"r_min={self.r_min} and r_max={self.r_max} leave no radius between them: "
-                "give 0 < r_min < r_max ≤ 1 (fractions of the resolution; published: 0.03 and 1)."
-            )
-        if self.resolution * self.supersample > MAX_CANVAS:
-            raise ConfigError(
-                f"supersample={self.supersample} at resolution {self.resolution} needs a canvas of "
-                f"{self.resolution * self.supersample} pixels: give a product of at most {MAX_CANVAS}."
-            )
-        if self.mode == "reference" and self.exponent != 3.0:
-            raise ConfigError(
-                "mode='reference' is the published law, with exponent 3: leave out exponent, or use mode='exact'."
-            )
+        allowed = (
+            f"below r_max={self.r_max}: 0 < r_min < r_max ≤ 1, fractions of the resolution (published: 0.03 and 1)"
+        )
+        require(self.r_min < self.r_max, "r_min", self.r_min, allowed)
+        canvas = self.resolution * self.supersample
+        allowed = f"smaller at resolution {self.resolution}: the canvas would have {canvas} pixels, over {MAX_CANVAS}"
+        require(canvas <= MAX_CANVAS, "supersample", self.supersample, allowed)
+        allowed = "3 with mode='reference', the published law: leave out exponent, or use mode='exact'"
+        require(self.mode == "exact" or self.exponent == 3.0, "exponent", self.exponent, allowed)
 
     def _law(self) -> LeafLaw:
         only = KINDS.index(self.shape) if self.shape != "mixed" else -1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.programs.base import Program, as_integer
 from dpsyngen.programs.drawing import Images
 
@@ -47,10 +47,8 @@ def image_grid(images: Images, columns: int, *, scale: int = 1, pad: int = 1) ->
         scale: side of the square of output pixels that shows one pixel.
         pad: width of the grey gaps and frame in output pixels.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise ConfigError(
-            f"images is {images.dtype} of shape {images.shape}: give uint8 [N, C, H, W] with N ≥ 1 and C 1 or 3."
-        )
+    right = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] in (1, 3) and 0 not in images.shape
+    require(right, "images", (str(images.dtype), *images.shape), "uint8 [N, C, H, W] with N ≥ 1 and C 1 or 3")
     scale = as_integer("scale", scale, 1, 1024)
     pad = as_integer("pad", pad, 0, 1024)
     columns = min(as_integer("columns", columns, 1, 2**31), len(images))
