@@ -8,7 +8,7 @@ The choices, made once for all readers:
 * **16-bit** values are scaled by 255/65535 (white stays white), not clipped as Pillow's own conversion does
   (16-bit RGB is read by Pillow itself, which keeps the high byte); 12-bit TIFF by 255/4095.
   The scale is fixed: stretching to an image's own range would change what its grey values mean.
-* **White is zero** where a TIFF says so.
+* **White is zero** where a TIFF says so, which turns a value range round, too.
 * **Floating point** in an array lies in [0, 1]; it is multiplied by 255 and rounded.  In files, and for signed and
   32-bit values, black and white are not defined, so a value range must be given (:class:`Form`).
 * **Palette, CMYK and YCbCr** become RGB by Pillow's plain formulas; embedded colour profiles are ignored.
@@ -58,18 +58,13 @@ _HIDDEN_IN_RGB = {"RGBA", "RGBa", "PA", "LA", "La"}
 
 
 class Form(NamedTuple):
-    """How values become grey levels, and rectangles squares."""
+    """How values become grey levels, and rectangles squares; :func:`dpsyngen.data.load.load_images` explains each."""
 
     value_range: Range | None = None
-    """(black, white) in stored values, those beyond clipped; white may be below black, and TIFF in which white is
-    zero turns them round.  None: what file or type says"""
     fit: Literal["crop", "pad"] = "crop"
-    """the largest centred square, or all of it between black bars"""
     window: Range | None = None
-    """(centre, width) for DICOM, in values of the modality; None: what each file says"""
     frames: Literal["first", "all"] | None = None
-    """of DICOM files of several: the first, or each as an image (in a folder); None: such files are refused"""
-    group_size: int = 1000  # most frames a file may have where all are read, as they are of one person
+    group_size: int = 1000
 
 
 AS_STORED = Form()

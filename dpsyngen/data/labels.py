@@ -111,7 +111,7 @@ def check_class_names(names: Sequence[str], source: str) -> tuple[str, ...]:
         raise DataError(f"{printable(source)}: {which}{more}. Rename the class.")
     first: dict[str, str] = {}
     for name in names:
-        composed = unicodedata.normalize("NFC", name)
+        composed = same_name(name)
         if composed in first:
             other = first[composed]
             alike = "are the same" if other == name else "look the same but are spelt with different Unicode characters"

@@ -174,9 +174,8 @@ def _read(source: Any, options: Options) -> ImageDataset:
     if named is not None:
         _require_no_table(options, ":".join(named))
         images, values, names = read_named(*named)
-        if not options.labels:
-            return dataset_from_arrays(images, None, None, ":".join(named), options)
-        return dataset_from_arrays(images, values, names, ":".join(named), options)
+        classes = (values, names) if options.labels else (None, None)
+        return dataset_from_arrays(images, *classes, ":".join(named), options)
     if is_pattern(text):
         _require_no_table(options, text)
         return build(find_pattern(text, options), options)

@@ -72,8 +72,7 @@ def read_map_style(source: Any, options: Options) -> ImageDataset:
     items = _Items(source, where, options)
     with quiet_decoders():
         items.require_fixed()
-        headers = set() if options.form_is_known else read_headers(items.as_source(), options)
-        shape = options.shape(len(source), headers)
+        shape = options.shape(len(source), read_headers(items.as_source(), options))
         if in_memory(shape, options):
             check_fits(math.prod(shape), what=where)
             return items.decode(np.zeros(shape, dtype=np.uint8))
