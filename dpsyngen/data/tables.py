@@ -20,15 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage, Item
-from dpsyngen.data.labels import (
-    LABEL_NAMES,
-    MAX_NAME_BYTES,
-    check_class_names,
-    could_be_labels,
-    ignored,
-    index_labels,
-    label_name,
-)
+from dpsyngen.data.labels import LABEL_NAMES, check_class_names, could_be_labels, ignored, index_labels, label_name
 from dpsyngen.data.source import Job, Source
 from dpsyngen.data.store import check_fits
 from dpsyngen.errors import DataError, listed, printable, require_package
@@ -349,10 +341,7 @@ def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bo
         )
     present = np.array(column.is_valid().to_numpy(zero_copy_only=False), dtype=bool)
     if not whole:
-        texts = [value for value in column.to_pylist() if value is not None]
-        if any(not 0 < len(text) <= MAX_NAME_BYTES for text in texts):
-            raise DataError(f"{where}: a label is empty, or too long for the name of a class.")
-        return present, texts
+        return present, [value for value in column.to_pylist() if value is not None]
     numbers = column.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
     if columns.class_names is not None:
         present &= numbers != -1
