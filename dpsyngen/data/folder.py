@@ -294,13 +294,13 @@ def _is_dicom(root: Path, path: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
-def is_pattern(text: str) -> bool:
-    """Whether a path that does not exist may be a pattern: ``*``, ``?``, ``[…]`` or ``{0000..0099}``."""
-    return any(c in text for c in "*?[") or _RANGE.search(text) is not None
+def find_pattern(text: str, options: Options) -> Found | None:
+    """The source that a pattern names; None if the text is none, with ``*``, ``?``, ``[…]`` or ``{0000..0099}``.
 
-
-def find_pattern(text: str, options: Options) -> Found:
-    """The source that a pattern names.  Its files may be links: whoever wrote the pattern named them."""
+    Its files may be links: whoever wrote the pattern named them.
+    """
+    if not any(c in text for c in "*?[") and _RANGE.search(text) is None:
+        return None
     paths = [Path(p) for pattern in _expanded(text) for p in sorted(glob.glob(os.path.expanduser(pattern)))]
     paths = [path for path in paths if path.is_file()]
     if not paths:

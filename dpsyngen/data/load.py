@@ -19,15 +19,7 @@ from dpsyngen.data.arrays import dataset_from_arrays, read_array_file, read_arra
 from dpsyngen.data.cache import build
 from dpsyngen.data.dataset import NEARLY_BLACK, ImageDataset, is_nearly_black
 from dpsyngen.data.decode import Form, as_array
-from dpsyngen.data.folder import (
-    IMAGE_SUFFIXES,
-    SHARD_SUFFIXES,
-    find_files,
-    find_folder,
-    find_in_folder,
-    find_pattern,
-    is_pattern,
-)
+from dpsyngen.data.folder import IMAGE_SUFFIXES, SHARD_SUFFIXES, find_files, find_folder, find_in_folder, find_pattern
 from dpsyngen.data.labels import ignored
 from dpsyngen.data.map_style import MapStyle, is_map_style, read_map_style
 from dpsyngen.data.named import find_train_images, is_idx, parse_name, read_idx_pair, read_named, suggest
@@ -176,10 +168,11 @@ def _read(source: Any, options: Options) -> ImageDataset:
         images, values, names = read_named(*named)
         classes = (values, names) if options.labels else (None, None)
         return dataset_from_arrays(images, *classes, ":".join(named), options)
-    if is_pattern(text):
-        _require_no_table(options, text)
-        return build(find_pattern(text, options), options)
-    raise DataError(_not_found(path, text))
+    pattern = find_pattern(text, options)
+    if pattern is None:
+        raise DataError(_not_found(path, text))
+    _require_no_table(options, text)
+    return build(pattern, options)
 
 
 def _require_no_table(options: Options, where: str, *, columns: bool = False) -> None:
