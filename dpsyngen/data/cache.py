@@ -143,9 +143,9 @@ def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], opti
 
 
 def read_headers(source: Source, options: Options, turns: Path | None = None) -> set[ImageHeader]:
-    """What headers say, where that is needed."""
+    """What headers say, where the shape of the result depends on it."""
     found: set[ImageHeader] = set()
-    if not options.form_is_known:
+    if options.resolution is None or options.channels == "auto":
         for headers in _each(Job.headers, source.jobs, source, options, turns):
             found = few(found | headers)
     return found

@@ -62,11 +62,6 @@ class Options:
     groups: Path | None = None
     on_progress: Callable[[int, int], None] | None = None
 
-    @property
-    def form_is_known(self) -> bool:
-        """Whether no header has to be read to know the shape of the result."""
-        return self.resolution is not None and self.channels != "auto"
-
     def shape(self, count: int, headers: set[ImageHeader]) -> Shape:
         """Shape of the result, from what was asked for and from what headers say."""
         resolution = self.resolution or default_resolution({header[:2] for header in headers})
