@@ -32,24 +32,36 @@ import numpy as np
 RESOLUTION, CLASSES, BATCH, PHYSICAL, COPIES = 28, 10, 64, 32, 4
 SIZES, QUICK = (10_000, 100_000, 1_000_000), (10_000, 100_000)
 STEPS, WARM_UP = 24, 4
-CHUNK = 10_000
 
 
 # ------------------------------------------------------------------------------------------------------ the records
 
 
-def make_records(folder: Path, count: int) -> float:
-    """Draw `count` images into a folder of arrays, a chunk in memory at a time; returns the seconds that it took."""
-    from dpsyngen.data.arrays import write_images
-    from dpsyngen.programs import make_program
+class Drawn:
+    """`count` images of a program as an ImageStore: each is drawn when it is read."""
 
-    program = make_program("dead-leaves", resolution=RESOLUTION, channels=1, seed=0)
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, count: int) -> None:
+        from dpsyngen.programs import make_program
+
+        self.shape = (count, 1, RESOLUTION, RESOLUTION)
+        self._program = make_program("dead-leaves", resolution=RESOLUTION, channels=1, seed=0)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._program.batch(index, threads=os.cpu_count())
+
+
+def make_records(folder: Path, count: int) -> float:
+    """Draw `count` images into a folder of arrays, some in memory at a time; returns the seconds that it took."""
+    from dpsyngen.data import ImageDataset, save_images
+
     begun = time.perf_counter()
-    folder.mkdir(mode=0o700)
-    chunks = (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
-    images = (program.batch(chunk, threads=os.cpu_count()) for chunk in chunks)
     labels = np.arange(count, dtype=np.int64) % CLASSES
-    write_images(folder, (count, 1, RESOLUTION, RESOLUTION), images, labels, tuple(map(str, range(CLASSES))))
+    save_images(ImageDataset(Drawn(count), labels, tuple(map(str, range(CLASSES))), "drawn"), folder)
     return time.perf_counter() - begun
 
 

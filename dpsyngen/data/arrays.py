@@ -298,29 +298,16 @@ def save_images(dataset: ImageDataset, folder: Path) -> None:
     require_absent_or_empty(folder, "the folder")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
-    count, *row = dataset.images.shape
-    blocks = (dataset.batch(np.arange(part.start, part.stop)) for part in split_evenly(count))
-    write_images(folder, (count, *row), blocks, dataset.labels, dataset.class_names)
-
-
-def write_images(
-    folder: Path,
-    shape: tuple[int, ...],
-    blocks: Iterator[NDArray[np.uint8]],
-    labels: NDArray[np.int64] | None,
-    class_names: Sequence[str],
-) -> None:
-    """Write ``images.npy`` from blocks in order and, with labels, the two files beside it; of mode 0600."""
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:
-            write_header(file, shape)
-            for block in blocks:
-                file.write(np.ascontiguousarray(block).data)
+            write_header(file, dataset.images.shape)
+            for part in split_evenly(len(dataset)):
+                file.write(dataset.batch(np.arange(part.start, part.stop)).data)
 
-    if labels is not None:
+    if dataset.labels is not None:
         buffer = io.BytesIO()
-        np.save(buffer, labels, allow_pickle=False)
+        np.save(buffer, dataset.labels, allow_pickle=False)
         write_bytes(folder / LABELS, buffer.getvalue(), 0o600)
-        write_text(folder / CLASS_NAMES, json.dumps(class_names, ensure_ascii=False), 0o600)
+        write_text(folder / CLASS_NAMES, json.dumps(dataset.class_names, ensure_ascii=False), 0o600)
     write_atomically(folder / IMAGES, write, 0o600)
