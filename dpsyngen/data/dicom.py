@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -58,7 +59,6 @@ _JPEG_12 = _JPEG + "51"
 _TRUSTED = dict.fromkeys((_JPEG + "50", _JPEG + "90", _JPEG + "91"), "pillow")
 _TRUSTED |= dict.fromkeys((_JPEG + "80", _JPEG + "81"), "pyjpegls")
 _OTHERS = "pip install pylibjpeg pylibjpeg-libjpeg (its licence is the GPL-3), or write the file uncompressed"
-_INSTALL = dict.fromkeys(_TRUSTED, "pip install 'dpsyngen[dicom]'")
 _JPEG_2000 = tuple(_JPEG + end for end in ("90", "91", "201", "202", "203"))
 _SIZE_MARKERS = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})  # start of frame, JPEG-LS's too
 
@@ -178,7 +178,8 @@ class DicomFile:
                 return self._from_rle(code), self._colour
             plugin = self._plugin(decoder.available_plugins)
             if not plugin:
-                raise BadImage(f"compressed as {uid.name}, which needs a decoder: {_INSTALL.get(self.syntax, _OTHERS)}")
+                install = "pip install 'dpsyngen[dicom]'" if self.syntax in _TRUSTED else _OTHERS
+                raise BadImage(f"compressed as {uid.name}, which needs a decoder: {install}")
             if _coded_size(code, self.syntax in _JPEG_2000) != (self.width, self.height):
                 raise BadImage("its compressed picture has another size than its header says, or none")
         values, about = decoder.as_array(self._whole, index=self.frame or 0, raw=True, decoding_plugin=plugin)
@@ -319,8 +320,6 @@ def _first(value: Any) -> float:
 def _coded_size(code: bytes, jpeg_2000: bool) -> tuple[int, int] | None:
     """(width, height) that a compressed picture says of itself; None if it is none."""
     if jpeg_2000:
-        import io
-
         from PIL import Image
 
         with Image.open(io.BytesIO(code), formats=("JPEG2000",)) as image:

@@ -186,9 +186,9 @@ def whole(paths: Iterable[str | os.PathLike[str]]) -> list[tuple[str, str]]:
     return [("", os.path.realpath(path)) for path in paths]
 
 
-def split_evenly(count: int, most: int = 256, least_jobs: int = 32) -> list[slice]:
-    """0..count - 1 in parts of at most `most`, some more of them for few images, so that all cores have work."""
-    step = max(1, min(most, -(-count // least_jobs)))
+def split_evenly(count: int) -> list[slice]:
+    """0..count - 1 in parts of at most 256; for few images in 32 smaller ones, so that all cores have work."""
+    step = max(1, min(256, -(-count // 32)))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
