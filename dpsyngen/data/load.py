@@ -166,8 +166,9 @@ def _read(source: Any, options: Options) -> ImageDataset:
     if named is not None:
         _require_no_table(options, ":".join(named))
         images, values, names = read_named(*named)
-        classes = (values, names) if options.labels else (None, None)
-        return dataset_from_arrays(images, *classes, ":".join(named), options)
+        if not options.labels:
+            return dataset_from_arrays(images, None, None, ":".join(named), options)
+        return dataset_from_arrays(images, values, names, ":".join(named), options)
     pattern = find_pattern(text, options)
     if pattern is None:
         raise DataError(_not_found(path, text))
