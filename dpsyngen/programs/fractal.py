@@ -94,8 +94,7 @@ def draw_maps(seed: Word, index: Word, low: int, high: int, maps: Floats) -> int
         row[6] = total
         row[7] = s1
         row[8] = s2
-    for k in range(count):
-        maps[k, 6] /= total
+    maps[:count, 6] /= total
     return count
 
 

@@ -268,9 +268,7 @@ def draw(indices: Words, seed: Word, law: Law, width: int, side: int, out: Image
         block = np.uint64(0)
         inputs = channels_at(4, width)
         block = fill_normal(seed, _WEIGHTS, index, block, start)  # the constant of 4 × 4
-        for i in range(inputs):
-            for k in range(16):
-                maps[i, 1 + k // 4, 1 + k % 4] = start[i * 16 + k]
+        maps[:inputs, 1:5, 1:5] = start[: inputs * 16].reshape(inputs, 4, 4)
         picture[:] = np.float32(0.0)
         here = 4
         layer = 0

@@ -82,8 +82,7 @@ def colour_mix(u: Floats, colours: Floats, weights: Floats, root: Floats) -> int
     for k in range(count):
         weights[k] = 0.001 + u[1 + 4 * k]
         total += weights[k]
-        for c in range(3):
-            colours[k, c] = u[2 + 4 * k + c]
+        colours[k] = u[2 + 4 * k : 5 + 4 * k]
     mean = np.zeros(3)
     for k in range(count):
         weights[k] /= total

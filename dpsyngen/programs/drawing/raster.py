@@ -163,12 +163,8 @@ def stretch(canvas: Floats, out: Images) -> None:
 
     A constant becomes 128.
     """
-    low = high = canvas[0, 0, 0]
-    for c in range(out.shape[0]):
-        for i in range(out.shape[1]):
-            for j in range(out.shape[2]):
-                low = min(low, canvas[c, i, j])
-                high = max(high, canvas[c, i, j])
+    corner = canvas[: out.shape[0], : out.shape[1], : out.shape[2]]
+    low, high = corner.min(), corner.max()
     scale = 255.0 / (high - low) if high > low else 0.0
     offset = 0.5 if high > low else 128.0
     for c in range(out.shape[0]):
