@@ -64,8 +64,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.unet import SIZES, UNet, count_parameters
 
 BEGUN = time.perf_counter() - time.process_time()  # about when the process started

@@ -39,8 +39,7 @@ from torch import Tensor
 
 from dpsyngen.config import ComputeConfig
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.unet import UNet, count_parameters
 from dpsyngen.hardware import Compute, choose, look
 from dpsyngen.privacy.kernels import KernelChoices

@@ -159,7 +159,7 @@ def training_share(
     import torch
 
     from dpsyngen.config import load_config
-    from dpsyngen.diffusion.noise_levels import NoiseLevels
+    from dpsyngen.diffusion.loss import NoiseLevels
     from dpsyngen.privacy.randomness import Randomness
     from dpsyngen.training.networks import make_denoiser
     from dpsyngen.training.plan import Shape

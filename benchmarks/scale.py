@@ -110,7 +110,7 @@ class Bench:
 
     def step(self, dataset: Any) -> Callable[[int], Any]:
         """What takes step number i on these records."""
-        from dpsyngen.diffusion.noise_levels import NoiseLevels
+        from dpsyngen.diffusion.loss import NoiseLevels
         from dpsyngen.training.private import Computing, DpSgd, PrivateStep
         from dpsyngen.workers import Workers
 

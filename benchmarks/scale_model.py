@@ -99,8 +99,7 @@ def unit_times() -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-    from dpsyngen.diffusion.loss import denoising_loss, make_noisy
-    from dpsyngen.diffusion.noise_levels import NoiseLevels
+    from dpsyngen.diffusion.loss import NoiseLevels, denoising_loss, make_noisy
     from dpsyngen.diffusion.unet import UNet
     from dpsyngen.privacy.noise import standard_normal
     from dpsyngen.privacy.randomness import Randomness, poisson_sample

@@ -20,8 +20,7 @@ from dpsyngen.audit.report import Finding, exact
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.privacy.clipping import AUTOMATIC_GAMMA, ClippingStyle
 from dpsyngen.privacy.per_example import layer_numbers
 from dpsyngen.privacy.randomness import Randomness

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import Ema, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels
 from dpsyngen.errors import DataError, RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.randomness import Randomness

@@ -14,8 +14,7 @@ from torch import Tensor
 from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import Denoiser, Ema, NetworkDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.loss import denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, denoising_loss, make_noisy
 from dpsyngen.diffusion.prior import PRIOR_SIZE, SEEN, SHIPPED, Prior, PriorDenoiser, read_prior
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap

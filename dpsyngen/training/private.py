@@ -26,8 +26,7 @@ from torch import Tensor
 from dpsyngen.config import PrivateConfig
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
-from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError

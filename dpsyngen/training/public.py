@@ -19,8 +19,7 @@ from torch import Tensor
 
 from dpsyngen.config import Config, NetworkConfig, PublicConfig
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
-from dpsyngen.diffusion.loss import denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, denoising_loss, make_noisy
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.diffusion.stages import Stage, StageMap
 from dpsyngen.distributed import ALONE, Ranks

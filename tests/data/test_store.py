@@ -234,7 +234,7 @@ def test_training_reads_its_batches_and_nothing_else(tiny_settings) -> None:
     import torch
 
     from dpsyngen.config import load_config
-    from dpsyngen.diffusion.noise_levels import NoiseLevels
+    from dpsyngen.diffusion.loss import NoiseLevels
     from dpsyngen.privacy.kernels import KernelChoices
     from dpsyngen.privacy.randomness import Randomness
     from dpsyngen.training import moments

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from dpsyngen.diffusion.denoiser import Ema, GuidedDenoiser, PreconditionedDenoiser, loss_weight
-from dpsyngen.diffusion.loss import denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, denoising_loss, make_noisy
 
 
 class Recorder(nn.Module):

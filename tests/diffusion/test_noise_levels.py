@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels
 
 INTERVALS = [
     (-math.inf, math.inf),

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.prior import SHIPPED, Prior, PriorDenoiser, read_prior
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dpsyngen.config import ComputeConfig, load_config
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.full_precision import full_precision, tf32

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-from dpsyngen.diffusion.loss import denoising_loss, make_noisy
-from dpsyngen.diffusion.noise_levels import NoiseLevels
+from dpsyngen.diffusion.loss import NoiseLevels, denoising_loss, make_noisy
 from dpsyngen.diffusion.unet import UNet, UNetSize
 from dpsyngen.privacy.per_example import PerExampleGradients, UnsupportedLayer
 
