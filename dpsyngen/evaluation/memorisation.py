@@ -23,7 +23,7 @@ from dpsyngen.errors import DataError, require
 from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_names, require_same_size
 from dpsyngen.evaluation.extractors import NAMES, FeatureSpec
 from dpsyngen.evaluation.neighbours import Neighbours, Share, digests, nearest, share
-from dpsyngen.programs.saving import image_grid, png_url
+from dpsyngen.programs.grid import image_grid, png_url
 
 PIXELS = "pixels"
 PAIRS_FILE = "memorisation_pairs.json"

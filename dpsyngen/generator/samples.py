@@ -31,7 +31,8 @@ from dpsyngen.files import (
     write_atomically,
     write_text,
 )
-from dpsyngen.programs.saving import image_grid, image_table, picture, png, png_url, write_tables
+from dpsyngen.programs.grid import image_grid, picture, png, png_url
+from dpsyngen.programs.saving import image_table, write_tables
 from dpsyngen.version import __version__
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ Importing this package is cheap: the families, and numba, which compiles them, a
 from __future__ import annotations
 
 from dpsyngen.programs.base import Program
+from dpsyngen.programs.grid import image_grid, save_grid
 from dpsyngen.programs.registry import TIERS, make_program, program_names, register
-from dpsyngen.programs.saving import image_grid, save_grid
 
 __all__ = ["TIERS", "Program", "image_grid", "make_program", "program_names", "register", "save_grid"]

@@ -27,7 +27,7 @@ from dpsyngen.experiments.statistics import summarise
 from dpsyngen.experiments.tables import all_tables
 from dpsyngen.files import write_bytes, write_text
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.programs.saving import image_grid, png_url
+from dpsyngen.programs.grid import image_grid, png_url
 from dpsyngen.report.charts import INK, inline, new_axes, slug
 from dpsyngen.report.html import class_images, render
 

@@ -27,7 +27,7 @@ from dpsyngen.generator.generator import ReleasedGenerator, SamplerOptions
 from dpsyngen.privacy.certificate import number, strength, template
 from dpsyngen.privacy.ledger import Ledger, LedgerEntry
 from dpsyngen.programs import image_grid, make_program
-from dpsyngen.programs.saving import png_url
+from dpsyngen.programs.grid import png_url
 from dpsyngen.report.charts import Points, line_chart, stage_chart
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.run import Run

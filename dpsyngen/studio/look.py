@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dpsyngen.data import load_images
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.programs.saving import image_grid, png_url
+from dpsyngen.programs.grid import image_grid, png_url
 from dpsyngen.report.html import render
 from dpsyngen.studio.places import Places
 from dpsyngen.training.progress import Jobs

@@ -18,7 +18,7 @@ from dpsyngen.evaluation.run import generated_beside_real
 from dpsyngen.experiments.cost import hours
 from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.privacy.certificate import number
-from dpsyngen.programs.saving import png_url
+from dpsyngen.programs.grid import png_url
 from dpsyngen.release.bundle import Packed, pack
 from dpsyngen.release.signing import make_key
 from dpsyngen.report.html import (

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dpsyngen.console import Console
 from dpsyngen.errors import require_package
 from dpsyngen.files import number, strict_text, write_atomically, write_text
-from dpsyngen.programs.saving import image_grid
+from dpsyngen.programs.grid import image_grid
 
 # ------------------------------------------------------------------------------------------------ events
 
