@@ -116,7 +116,10 @@ class MomentsConfig(_Section):
     """DP moments of the private images; of use to the variants that are named after them (docs/moments.md)."""
 
     share: float = Field(
-        0.5, gt=0, lt=1, description="ε of the moments alone over privacy.epsilon; variant gaussian spends all on them"
+        0.5,
+        gt=0,
+        lt=1,
+        description="ε of the moments alone over privacy.epsilon; gaussian and instant spend all on them",
     )
     rank: int = Field(100, ge=1, le=4096, description="most directions in which classes have covariances")
 

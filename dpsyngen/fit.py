@@ -243,7 +243,7 @@ def train(
             on_progress(event)
 
     given = with_options(settings, privacy__epsilon=epsilon, privacy__delta=delta, data__source=_named(data))
-    config = load_config(given, preset=preset)
+    config = load_config(given, preset=preset, device=device)
     train_together(partial(prepare, config, out, data, on_event=on_event), data, kind_of(device))
     return Run(Path(out))
 
@@ -352,7 +352,7 @@ class Generator(ReleasedGenerator):
             data__resolution=options.get("resolution"),
             data__source=_named(images),
         )
-        config, device = load_config(given, preset=preset), kind_of(device)
+        config, device = load_config(given, preset=preset, device=device), kind_of(device)
         source = with_persons(as_source(images, labels, options.get("class_names")), options.get("groups"), config)
         with place_of(out, time.strftime("fit-%Y%m%d-%H%M%S")) as folder:
             return cls._trained(partial(prepare, config, folder, source), folder, source, device, progress)
@@ -400,7 +400,7 @@ class Generator(ReleasedGenerator):
             trained = train_together(partial(begin, on_event=on_event), source, device)
         for f in () if trained is None else trained.findings:
             # What rests on private images is not shown: a notebook keeps its output, and is published.
-            if f.basis == "released" and f.severity != "note":
+            if f.basis == "released":
                 console.note(f"{f.severity}: {f.seen}; {f.why}.  {f.change}.")
         console.note(f"done.  What the private images say about the training: dpsyngen doctor {folder}")
         return cls(Run(folder).release, device)

@@ -81,7 +81,7 @@ def stages(
     given = merge_settings(given, assignments(settings or []))
     # What this call spends is not what a training will spend, so it is not kept.
     once = with_options(None, data__records=records, **{f"privacy__{name}": v for name, v in privacy.items()})
-    loaded = load_config(merge_settings(given, once), preset=preset, file=config)
+    loaded = load_config(merge_settings(given, once), preset=preset, file=config, device=device)
     kept = {} if config is None else dict(read_yaml_file(config, "the configuration"))
     kept = merge_settings(kept, {"preset": loaded.preset, **{k: v for k, v in given.items() if k == "data"}})
     options = StagesOptions(

@@ -237,7 +237,6 @@ def _tell(trained: Trained, console: Console, seconds: float) -> None:
             *(
                 f"{f.severity.upper()}{' (PRIVATE)' if f.basis == 'private' else ''}: {f.code}: {f.seen}"
                 for f in trained.findings
-                if f.severity != "note"
             ),
             f"{spent}: the generator is in {release} ({release / 'PRIVACY.md'})",
         ],

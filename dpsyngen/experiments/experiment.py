@@ -10,7 +10,7 @@
     public/           networks trained on programs alone, shared by the runs that need the same
     real/             features of the real images, kept between jobs
     images.json       digests of the images that all figures are of
-    results.csv, tables.md, report.html
+    results.csv, tables.md, plots/, report.html
 """
 
 from __future__ import annotations

@@ -338,7 +338,9 @@ def jobs_of(spec: Spec) -> tuple[Job, ...]:
 
 
 def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: dict[str, Any]) -> Job:
-    pretrain = given.get("stages.pretrain", spec.settings.get("stages", {}).get("pretrain"))
+    own = spec.grid.variant_settings.get(variant, {})  # type: ignore[call-overload]
+    of_all = {f"stages.{name}": value for name, value in spec.settings.get("stages", {}).items()}
+    pretrain = (of_all | own | given).get("stages.pretrain")
     settings = {name: value for name, value in given.items() if _matters(name, variant, bool(pretrain))}
     shortened = [f"{name.rsplit('.', 1)[-1]}={_short(value)}" for name, value in settings.items()]
     label = case if case and settings else ",".join(shortened)
@@ -347,7 +349,6 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
     parts = [variant, f"eps{_short(epsilon)}", *([label.replace(",", "-")] if label else []), f"seed{seed}"]
     name = "-".join(parts)
     nested: dict[str, Any] = spec.settings
-    own = spec.grid.variant_settings.get(variant, {})  # type: ignore[call-overload]
     for full, value in (own | settings).items():
         for part in reversed(full.split(".")):
             value = {part: value}

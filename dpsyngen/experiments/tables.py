@@ -138,7 +138,9 @@ def _marks(groups: dict[str, list[float]], measure: Measure) -> dict[str, Litera
     """Which rows of a column are best, and which are not shown to differ from the best."""
     if len(groups) < 2:
         return {}
-    tied = [c.first for c in against_best(groups, measure.better) if c.verdict == "not shown"]
+    found = against_best(groups, measure.better)
+    none_tested = all(c.verdict == "not tested" for c in found)
+    tied = [c.first for c in found if c.verdict in ("not shown", "not tested") and not none_tested]
     out: dict[str, Literal["", "best", "tied"]] = dict.fromkeys(tied, "tied")
     return out | {best_of(groups, measure.better): "best"}
 
@@ -154,8 +156,8 @@ def _notes(view: View, tested: bool) -> list[str]:
     if tested:
         notes.append(
             "†: not shown to differ from the best of its column (Welch's t test, Holm's correction over all pairs of "
-            "the column, 5 %; stricter than against the baseline, as the best is read off the same figures).  It does "
-            "not mean that they are equal."
+            "the column, 5 %; stricter than against the baseline, as the best is read off the same figures), or not "
+            "tested for want of seeds.  It does not mean that they are equal."
         )
     return notes
 

@@ -73,7 +73,7 @@ class VectorSum:
 
     def among(self, sums: Tensor, records: int, not_finite: int) -> VectorSum:
         """The sum over more records, of which this is a part: `sums` (int64) and counts of all parts."""
-        _check_records(records)
+        check_records(records)
         return replace(self, sums=sums, records=records, not_finite=not_finite)
 
     def noise_std(self, noise_multiplier: float) -> Tensor:
@@ -232,7 +232,7 @@ class _Clipped:
             yield rows, outside, kept, self._labels(batch)
         if self.with_outside is None:
             raise ValueError("there is no batch, so the length of a row is not known: give an empty one, [0, D].")
-        _check_records(self.records)
+        check_records(self.records)
 
     def _labels(self, batch: Rows) -> Tensor:
         if batch.labels is None:
@@ -250,6 +250,6 @@ def _power_below(value: float) -> float:
     return 2.0 ** math.floor(math.log2(value))
 
 
-def _check_records(records: int) -> None:
-    """Sums are exact for so many."""
+def check_records(records: int) -> None:
+    """Raise ConfigError beyond 2²⁴ records, up to which sums are exact."""
     require(records <= _MOST_RECORDS, "the number of records", f"{records:,}", f"at most {_MOST_RECORDS:,}")

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Severity = Literal["error", "warning", "note"]
+Severity = Literal["error", "warning"]
 Basis = Literal["private", "released"]
 
 
@@ -27,7 +27,7 @@ class Finding:
     Attributes:
         code: a fixed name, for programs and for the documentation.
         severity: "error": the generator is no use, or will not be; "warning": it could be better, or part of it is
-            broken; "note": nothing to do.
+            broken.
         seen, why, change: what was seen, in numbers, why it matters, and what to change.
         basis: "private" if it rests on figures of private images: then neither it nor a setting that was chosen by it
             is covered by ε.  "released": it follows from released weights, settings and files.

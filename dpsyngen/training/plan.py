@@ -16,7 +16,7 @@ from dpsyngen.files import memory_bytes
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, default_delta
 from dpsyngen.privacy.accounting import epsilon as epsilon_of
 from dpsyngen.privacy.certificate import protected
-from dpsyngen.privacy.moments import LARGEST_MULTIPLIER
+from dpsyngen.privacy.moments import LARGEST_MULTIPLIER, check_records
 from dpsyngen.programs import TIERS, Program, make_program
 from dpsyngen.training.private import DpSgd
 
@@ -168,6 +168,7 @@ def _check_moments_fit(config: Config, shape: Shape) -> None:
 def _plan_moments(config: Config, stages: StageMap, shape: Shape, delta: float) -> MomentsPlan:
     """Noise of the moments, so that they alone cost their share of ε."""
     _check_moments_fit(config, shape)
+    check_records(shape.records)
     if math.isinf(config.privacy.epsilon):
         return plan_moments(0.0, shape.num_classes)
     epsilon = config.privacy.epsilon * (1.0 if stages.gaussian else config.moments.share)

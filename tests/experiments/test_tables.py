@@ -136,6 +136,15 @@ def test_one_seed_says_so(tmp_path) -> None:
     assert "±" not in cells(tables["accuracy"], "Both")["ε = 1", "CNN"].text
 
 
+def test_a_row_with_one_seed_beside_others_is_not_shown_to_be_worse(tmp_path) -> None:
+    def change(job, result):
+        return None if job.variant == "coarse" and job.seed else result
+
+    view = view_of(tmp_path, grid={"epsilon": [1]}, change=change)
+    marks = {row.heads[0]: row.cells[0].mark for row in tables_of(view)["accuracy"].rows if not row.reference}
+    assert (marks["Both"], marks["Coarse"], marks["Cleaning"]) == ("best", "tied", "")
+
+
 def test_a_missing_seed_is_counted(tmp_path) -> None:
     view = view_of(tmp_path, grid={"epsilon": [1]}, change=lambda job, r: None if job.name == "both-eps1-seed2" else r)
     assert cells(tables_of(view)["accuracy"], "Both")["ε = 1", "CNN"].n == 2
