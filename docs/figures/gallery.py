@@ -57,21 +57,26 @@ def write_gallery(folder: Path) -> Path:
         "",
         "Made by `python -m docs.figures.gallery`; every picture shows images 0 to "
         f"{COLUMNS * ROWS - 1} at {RESOLUTION} pixels, in colour, with seed 0. Not one of them holds a photograph, or "
-        "anything measured on one. [How to use them](programs.md).",
+        "anything measured on one. [How to use them](programs.md). Tier and source stand with a program's first "
+        "picture.",
         "",
     ]
-    for title, name, params in SHOWN:
+    for place, (title, name, params) in enumerate(SHOWN):
         program = make_program(name, resolution=RESOLUTION, channels=3, **params)
         file = re.sub(r"[^a-z]+", "-", title.lower()) + ".png"
         sheet = image_grid(program.batch(range(COLUMNS * ROWS)), COLUMNS)
         sheet.save(pictures / file, optimize=True)
+        told = {other for _, other, _ in SHOWN[:place]}
         lines += [
             f"## {title}",
             "",
             f"![{title}]({PICTURES}/{file})",
             "",
-            f"Tier {program.prior_tier}: {TIERS[program.prior_tier]}. {_source(program)}",
-            "",
+            *(
+                []
+                if name in told
+                else [f"Tier {program.prior_tier}: {TIERS[program.prior_tier]}. {_source(program)}", ""]
+            ),
             "```",
             _command(name, params),
             "```",
@@ -90,7 +95,8 @@ def _source(program: Program) -> str:
 
 def _command(name: str, params: dict[str, Any]) -> str:
     settings = "".join(f" --set {_quoted(f'{key}={_yaml(value)}')}" for key, value in params.items())
-    return f"dpsyngen programs show {name} --channels rgb --resolution {RESOLUTION}{settings} --out {name}.png"
+    size = f"--channels rgb --resolution {RESOLUTION} -n {COLUMNS * ROWS}"
+    return f"dpsyngen programs show {name} {size}{settings} --out {name}.png"
 
 
 def _yaml(value: Any) -> str:
