@@ -171,8 +171,10 @@ def test_few_steps_and_no_log() -> None:
 
 
 def test_errors_come_first() -> None:
-    findings = [Finding(c, s, "", "", "") for c, s in (("a", "note"), ("b", "error"), ("c", "warning"), ("d", "error"))]
-    assert [f.code for f in by_severity(findings)] == ["b", "d", "c", "a"]
+    findings = [
+        Finding(c, s, "", "", "") for c, s in (("a", "warning"), ("b", "error"), ("c", "warning"), ("d", "error"))
+    ]
+    assert [f.code for f in by_severity(findings)] == ["b", "d", "a", "c"]
 
 
 # ------------------------------------------------------------------------------------------------ images
