@@ -120,11 +120,10 @@ def studio(
         require(allow_remote or value is None, option, value, "left out without --allow-remote")
     usable = expanded(runs).is_dir() or not expanded(runs).exists()
     require(usable, "--runs", runs, "a folder, or one that is to be made")
-    from dpsyngen.studio.places import Places
     from dpsyngen.studio.serve import Address, serve
 
-    places = Places(expanded(runs).resolve(), tuple(expanded(f).resolve() for f in folder or [Path()]))
-    serve(places, Address(host, port, allow_remote, tls_cert, tls_key), Console(quiet, as_json), browser)
+    address = Address(host, port, allow_remote, tls_cert, tls_key)
+    serve(expanded(runs), [expanded(f) for f in folder or [Path()]], address, Console(quiet, as_json), browser)
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -20,7 +20,7 @@ from dpsyngen.errors import DpsyngenError
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.programs.grid import image_grid, png_url
 from dpsyngen.report.html import render
-from dpsyngen.studio.places import Places
+from dpsyngen.studio.guard import Places
 from dpsyngen.training.progress import Jobs
 from dpsyngen.training.run import Run
 

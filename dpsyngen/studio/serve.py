@@ -7,6 +7,7 @@ import socket
 import ssl
 import warnings
 import webbrowser
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError, require, require_package
 from dpsyngen.files import write_text
-from dpsyngen.studio.places import Places
 
 LOCAL = ("127.0.0.1", "localhost")
 
@@ -70,14 +70,16 @@ def show_link(link: str, folder: Path) -> None:
     webbrowser.open(page.as_uri())
 
 
-def serve(places: Places, address: Address, console: Console, show: bool) -> None:
-    """Serve until Ctrl-C; `console` is told the links that let a browser in, and with `show` the first one is opened.
+def serve(runs: Path, folders: Sequence[Path], address: Address, console: Console, show: bool) -> None:
+    """Serve runs, and images below `folders`, until Ctrl-C.
+
+    `console` is told the links that let a browser in, and with `show` the first one is opened.
 
     Raises:
         ConfigError: the address is not allowed or taken, a folder is missing, or what the pages need is not installed.
     """
     address.check()
-    for folder in places.folders:
+    for folder in folders:
         require(folder.is_dir(), "--folder", folder, "an existing folder")
     require_package("nicegui", "the studio", "studio")
     import nicegui
@@ -86,9 +88,10 @@ def serve(places: Places, address: Address, console: Console, show: bool) -> Non
     from nicegui import ui
 
     from dpsyngen.studio import overview, run_page, wizard
-    from dpsyngen.studio.guard import Guard
+    from dpsyngen.studio.guard import Guard, Places
     from dpsyngen.studio.look import Studio
 
+    places = Places(runs.resolve(), tuple(folder.resolve() for folder in folders))
     places.runs.mkdir(parents=True, exist_ok=True)
     listening = address.bind()
     studio = Studio(places)

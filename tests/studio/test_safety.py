@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from dpsyngen.config import Config, load_config
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.studio.places import Places
+from dpsyngen.studio.guard import Places
 from dpsyngen.studio.serve import Address, show_link
 from dpsyngen.training.progress import Jobs
 from tests.studio.served import MISSING, Served
