@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.data.decode import MAX_FILE_BYTES, BadImage, Item
-from dpsyngen.data.labels import LABEL_NAMES, MAX_NAME_BYTES, Label, ignored, index_labels
+from dpsyngen.data.labels import LABEL_NAMES, MAX_NAME_BYTES, Label, ignored, index_labels, label_name
 from dpsyngen.data.source import Job, Source, split_evenly
 from dpsyngen.errors import MOST_NAMES, DataError, printable
 from dpsyngen.files import damaged
@@ -51,17 +51,20 @@ def index_tars(paths: Sequence[Path], where: str, *, labels: bool, label_column:
     `label_column` is the key of the label in ``.json``; None: a usual name.
     """
     others: set[str] = set()
+    keys: set[str] = set()
     bad: list[tuple[str, str]] = []
     values: list[Label] = []
     names: list[str] = []
     places = array("q")  # first byte and size of each image; as numbers, since there may be millions
     ends = [0]  # of the shards
     for path in paths:
-        for sample in _samples(path, bad, labels, label_column, others):
+        for sample in _samples(path, bad, labels, label_column, others, keys):
             values.append(sys.intern(sample.label) if isinstance(sample.label, str) else sample.label)
             names.append(sample.which)
             places.extend(sample.images[0])
         ends.append(len(names))
+    if keys:
+        label_name(sorted(keys), label_column, None, where)  # refuses several
     labelled = any(label is not None for label in values)
     keep = np.array([not labelled or label is not None for label in values], dtype=bool)
     bad += [(names[i], "no label") for i in np.flatnonzero(~keep)]
@@ -99,10 +102,10 @@ def _items(path: Path, places: NDArray[np.int64]) -> Iterator[Item]:
 
 
 def _samples(
-    path: Path, bad: list[tuple[str, str]], labels: bool, column: str | None, others: set[str]
+    path: Path, bad: list[tuple[str, str]], labels: bool, column: str | None, others: set[str], keys: set[str]
 ) -> Iterator[_Sample]:
     """Samples of one image each, with their labels if asked for; all others go to `bad`.  Endings of members, and keys
-    in ``.json``, that are not used go to `others`."""
+    in ``.json``, that are not used go to `others`, keys that could be of labels to `keys`."""
     with open(path, "rb", buffering=0) as file:
         for sample in _grouped(path, bad, others):
             try:
@@ -114,7 +117,7 @@ def _samples(
                     none = "no image, only other files" + (dotted if sample.dotted else "")
                     raise ValueError("two images in one sample" if sample.images else none)
                 if labels and sample.label_file is not None:
-                    sample.label = _label(file.fileno(), sample.label_file, column, others)
+                    sample.label = _label(file.fileno(), sample.label_file, column, others, keys)
             except ValueError as error:
                 bad.append((sample.which, str(error)))
             else:
@@ -196,7 +199,7 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
                 raise DataError(f"{where}: the header at byte {tar.offset:,} is damaged. Copy it again.")
 
 
-def _label(descriptor: int, member: tarfile.TarInfo, column: str | None, others: set[str]) -> Label:
+def _label(descriptor: int, member: tarfile.TarInfo, column: str | None, others: set[str], keys: set[str]) -> Label:
     is_json = not _is_cls(member)
     if member.size > _MAX_LABEL_BYTES:
         raise ValueError(f"a label of {member.size:,} bytes")
@@ -211,6 +214,7 @@ def _label(descriptor: int, member: tarfile.TarInfo, column: str | None, others:
         usual = (column,) if column is not None else LABEL_NAMES
         key = next((key for key in usual if key in values), None)
         found = values.get(key)
+        keys.update(k for k in usual if k in values)
         if len(others) < MOST_NAMES:
             others.update(f"{k} of .json" for k in list(values)[:MOST_NAMES] if k != key)
         if isinstance(found, bool) or not isinstance(found, int | str | None):

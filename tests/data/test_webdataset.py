@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import tarfile
@@ -63,7 +64,7 @@ def test_links_count_where_they_were_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "names"),
-    [(['{"label": 1}', '{"cls": 0}'], ("0", "1")), (['{"label": "cat"}', '{"class": "ant"}'], ("ant", "cat"))],
+    [(['{"cls": 1}', '{"cls": 0}'], ("0", "1")), (['{"label": "cat"}', '{"label": "ant"}'], ("ant", "cat"))],
 )
 def test_labels_in_json(tmp_path: Path, labels: list[str], names: tuple[str, ...]) -> None:
     content = [m for i in range(2) for m in ((f"{i}.png", png(pixels(2)[i])), (f"{i}.json", labels[i].encode()))]
@@ -235,6 +236,18 @@ def test_other_members_and_keys_are_named(tmp_path: Path) -> None:
         assert load_images(path).labels is None
     with pytest.warns(UserWarning, match=r"'\.txt', 'age of \.json'\.$"):
         assert load_images(path, label_column="dx").class_names == ("a", "b")
+
+
+def test_labels_stand_under_one_key(tmp_path: Path) -> None:
+    labels = ({"label": 0}, {"class": 6}, {"label": 1, "class": 5})
+    members = [(f"{i}.png", png(image)) for i, image in enumerate(pixels(3))]
+    members += [(f"{i}.json", json.dumps(label).encode()) for i, label in enumerate(labels)]
+    path = write_tar(tmp_path / "a.tar", sorted(members))
+    with pytest.raises(DataError, match=r"'class', 'label' could all be the labels.* --label-column"):
+        load_images(path)
+    with pytest.raises(DataError, match="no label"):
+        load_images(path, label_column="class")
+    assert load_images(path, label_column="class", skip_bad=True).class_names == ("5", "6")
 
 
 def test_dots_in_names_are_told_of(tmp_path: Path) -> None:
