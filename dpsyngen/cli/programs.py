@@ -142,7 +142,7 @@ def save(
                     manifest = save_images(program, out, count, **options)
     except KeyboardInterrupt:
         text = f"Stopped before all {count:,} images were saved.  Start again with the same command and --resume."
-        console.result({"error": {"kind": "interrupted", "message": text}}, [text])
+        console.error("interrupted", text)
         raise typer.Exit(130) from None
     console.result(
         {"path": out, "images": count, "manifest": manifest, "program": program.config()},

@@ -102,7 +102,7 @@ def stages(
         result, files = _with_progress(search, console)
     except KeyboardInterrupt:
         text = f"interrupted; the same command goes on, with the networks that are in {search.search.networks.folder}"
-        console.result({"error": {"kind": "interrupted", "message": text}}, [text])
+        console.error("interrupted", text)
         raise typer.Exit(130) from None
     _say(console, out, result, files, time.monotonic() - begun)
 

@@ -198,7 +198,7 @@ def train(
             trained = train_together(partial(begin, on_event=on_event), data, device)
     except Interrupted as stop:
         text = f"interrupted; continue with: dpsyngen train --resume --out {stop.run.path}"
-        console.result({"error": {"kind": "interrupted", "message": text}}, [text])
+        console.error("interrupted", text)
         raise typer.Exit(130) from None
     if trained is not None:
         _tell(trained, console, time.monotonic() - begun)

@@ -146,7 +146,7 @@ def test_stopped_process_resumes_to_the_same_weights(kind, call, whole, tmp_path
     assert "Traceback" not in stderr
     if kind != signal.SIGKILL:
         assert process.returncode == 130
-        assert "continue with: dpsyngen train --resume" in stdout
+        assert "continue with: dpsyngen train --resume" in stderr
     code, printed, err = call("sample", out, "--out", tmp_path / "s")
     assert code == 2
     assert "--resume" in err

@@ -198,7 +198,7 @@ def test_a_run_that_lost_a_process_or_was_interrupted_goes_on_with_another_numbe
     assert process.returncode != 0
     assert not (out / "release" / "generator.json").exists()
     if killed is None:
-        assert "continue with: dpsyngen train --resume" in said
+        assert "continue with: dpsyngen train --resume" in err
     else:
         assert "is gone" in err
         assert "--resume" in err
