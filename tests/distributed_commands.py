@@ -1,4 +1,4 @@
-"""Command lines of tests/test_distributed_tools.py, run one after the other: `torchrun distributed_commands.py FOLDER`.
+"""Command lines of tests/test_distributed_tools.py, run one after the other in the folder that is given.
 
 They are the same in one process and in several; what each process says to whom is written down.
 """

@@ -1,4 +1,4 @@
-"""Sampling, programs and evaluation by 3 processes, as torchrun starts them, against one."""
+"""Sampling, programs and evaluation by 3 processes, as those that torchrun starts, against one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from dpsyngen.programs import make_program
 from dpsyngen.programs.saving import save_images
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.distributed_commands import COMMANDS
+from tests.forked import ended, ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("forked")]
 
 ROOT = Path(__file__).parents[1]
 OWN = """
@@ -39,25 +40,11 @@ def picky(images):  # fails in one of several processes: on what is neither trie
 Said = list[dict[str, list[Any]]]
 
 
-def processes(count: int, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """So many processes of one thread each: with another number of threads sums are rounded otherwise."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-    return subprocess.run(
-        [sys.executable, *torchrun, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def work(count: int, trained: Path, folder: Path) -> tuple[Path, Said]:
     """What so many processes make of all commands, and what each of them says."""
     shutil.copytree(trained, folder)
-    done = processes(count, ROOT / "tests" / "distributed_commands.py", folder, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with ranks(count, folder.with_name("said"), "tests.distributed_commands", folder) as started:
+        assert not any(ended(started)), [each.err[-3000:] for each in started]
     return folder, [json.loads((folder / f"said-{r}.json").read_text()) for r in range(count)]
 
 
@@ -182,6 +169,9 @@ def test_what_is_the_work_of_one_process_is_refused_in_several(alone, together) 
 
 
 def test_the_real_command_line_says_its_result_once(trained, tmp_path) -> None:
-    done = processes(2, "-m", "dpsyngen", "sample", trained / "run", "--out", tmp_path / "s", "-n", 3, cwd=tmp_path)
+    command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")]
+    command += ["-m", "dpsyngen", "sample", str(trained / "run"), "--out", "s", "-n", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == f"3 images in {tmp_path / 's'}\n"
+    assert done.stdout == "3 images in s\n"

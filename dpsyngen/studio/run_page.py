@@ -132,6 +132,12 @@ def _progress(now: Progress) -> None:
             look.say("From the same noise each time.  Private until the training is finished and released.", "note")
 
 
+def _whole(field: ui.number, what: str) -> int:
+    value = field.value
+    require(value is not None and value == int(value), what, value, "a whole number")
+    return int(value)
+
+
 class _Look:
     def __init__(self, studio: Studio, path: Path) -> None:
         self.studio, self.run = studio, Run(path)
@@ -167,9 +173,7 @@ class _Look:
 
     async def _draw(self) -> None:
         def draw() -> tuple[look.Rows, dict[str, Any], int]:
-            seed, guidance = self.seed.value, self.guidance.value
-            require(seed is not None and seed == int(seed), "the seed", seed, "a whole number")
-            sampling: Any = {"seed": int(seed), "guidance": guidance}
+            sampling: Any = {"seed": _whole(self.seed, "the seed"), "guidance": self.guidance.value}
             generator = self.studio.generator(self.run)
             steps = generator.settings(**sampling).steps
             return class_images(generator, 10, 12, **sampling), trajectory_table(generator, **sampling), steps
@@ -200,6 +204,7 @@ class _Command:
         title, self.command, self.option = words
         with ui.element("div").classes("form"):
             self.test = look.field("Real images not trained on (folder, file or public set)", test)
+            self.count = look.number("Generated images", 1000, 2, 100_000)
             look.button(title, self._start, "other")
         self.notice, self.result = look.Notice(), ui.element("div")
         self.timer = ui.timer(_EVERY, self._look)
@@ -208,7 +213,8 @@ class _Command:
         async def begin() -> None:
             given = (self.test.value or "").strip()
             real = [self.option, self.studio.places.source(given, "the real images")] if given else []
-            self.studio.jobs.start(self.run, self.command, "-n", "1000", *real)
+            count = _whole(self.count, "the number of images")
+            self.studio.jobs.start(self.run, self.command, "-n", str(count), *real)
             self.timer.activate()
 
         await self.notice.attempt("starting …", begin)
@@ -260,14 +266,14 @@ class _Release:
         self.key.set_value(self.studio.places.short(path))
 
     def _bundle(self) -> tuple[Packed, Path | None]:
-        key, places, count = (self.key.value or "").strip(), self.studio.places, self.count.value
-        require(count is not None and count == int(count), "the number of images", count, "a whole number")
+        key, places = (self.key.value or "").strip(), self.studio.places
+        count = _whole(self.count, "the number of images")
         out = places.path_of((self.name.value or "").strip())
         signer = places.inside(key, "the key") if key else None
         with self.run.lock():
             if not (self.run.release / "report.html").exists():
                 write_report(self.run)
-            return pack(self.run, out, samples=int(count), key=signer, not_private=self.anyway.value), signer
+            return pack(self.run, out, samples=count, key=signer, not_private=self.anyway.value), signer
 
     async def _pack(self) -> None:
         made = await self.notice.attempt("drawing and packing …", partial(self.studio.work, self._bundle))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dpsyngen.cli.app import main
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
 from tests.conftest import tiny_arrays
+from tests.forked import Forked
 
 
 @pytest.fixture
@@ -127,26 +127,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("forked")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_process_resumes_to_the_same_weights(kind, call, whole, tmp_path) -> None:
     """A real process, really interrupted in the middle of DP-SGD, then `--resume`."""
     base, uninterrupted = whole
     out = tmp_path / "pieces"
-    command = [sys.executable, "-m", "dpsyngen", *base, "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Forked(tmp_path, "dpsyngen", *base, "--out", out)
     log = out / "private" / "training.jsonl"
-    for _ in range(1200):
-        if log.exists() and len(log.read_text().splitlines()) >= 7:
-            break
-        time.sleep(0.05)
-    process.send_signal(kind)
-    stdout, stderr = process.communicate(timeout=60)
+    while not (log.exists() and len(log.read_text().splitlines()) >= 7):
+        assert process.process.is_alive(), process.err
+        time.sleep(0.02)
+    process.send(kind)
+    ended = process.code()
     assert not (out / "release" / "generator.json").exists()
-    assert "Traceback" not in stderr
-    if kind != signal.SIGKILL:
-        assert process.returncode == 130
-        assert "continue with: dpsyngen train --resume" in stderr
+    assert "Traceback" not in process.err
+    if kind == signal.SIGKILL:
+        assert ended == -signal.SIGKILL
+    else:
+        assert ended == 130
+        assert "continue with: dpsyngen train --resume" in process.err
     code, printed, err = call("sample", out, "--out", tmp_path / "s")
     assert code == 2
     assert "--resume" in err

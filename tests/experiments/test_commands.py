@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from dpsyngen.experiments.spec import jobs_of, load_spec
 from dpsyngen.privacy.budget import Budget, Composition
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.plan import shape_of
+from tests.forked import ended, ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("experiments")]  # worked once
 
@@ -177,31 +175,13 @@ def test_a_wrong_argument_is_named(tiny_spec, tmp_path, call, monkeypatch, argum
 
 
 def test_ranks_of_torchrun_share_the_jobs(tiny_spec, tmp_path) -> None:
-    torchrun = shutil.which("torchrun", path=str(Path(sys.executable).parent))
-    if torchrun is None:
-        pytest.skip("there is no torchrun beside this Python")
-    grid = {"variant": ["dpdm", "cleaning"], "epsilon": [3], "seeds": 1}
-    command = [
-        torchrun,
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "dpsyngen",
-        "compare",
-        str(tiny_spec(grid=grid)),
-    ]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "x"), "--quiet", "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    spec = tiny_spec(grid={"variant": ["dpdm", "cleaning"], "epsilon": [3], "seeds": 1})
+    command = ["compare", spec, "--out", tmp_path / "x", "--quiet", "--json"]
+    with ranks(2, tmp_path, "dpsyngen", *command) as started:
+        assert not any(ended(started)), [each.err[-3000:] for each in started]
+        said = json.loads("".join(each.out for each in started))  # one document, of one process
     assert {s.state for s in Experiment(tmp_path / "x").statuses().values()} == {"done"}
     assert (tmp_path / "x" / "report.html").exists()
-    said = json.loads(done.stdout)  # one document, of one process
     assert (said["done"], said["left"]) == (said["jobs"], [])
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from dpsyngen.experiments.runner import Images, Stopped, Worker
 from dpsyngen.experiments.spec import jobs_of, load_spec
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.plan import Shape, stages_of
+from tests.forked import Forked
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("experiments")]  # worked once
 
@@ -218,14 +216,13 @@ def test_damaged_samples_are_drawn_again(done) -> None:
 
 def test_killed_processes_lose_nothing_and_no_job_is_done_twice(tiny_spec, tmp_path) -> None:
     experiment = made(tiny_spec(), tmp_path / "x")
-    command = [sys.executable, "-m", "dpsyngen.experiments.pool", str(experiment.path), "cpu"]
-    killed = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = Forked(tmp_path, "dpsyngen.experiments.pool", experiment.path, "cpu")
     ledger = experiment.run_path(experiment.jobs[0]) / "private" / "ledger.jsonl"
     deadline = time.monotonic() + 120
     while not ledger.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.send(signal.SIGKILL)
+    assert killed.code() == -signal.SIGKILL
     assert pool.processes(experiment, 2, "cpu", retry=False)
     assert {s.state for s in experiment.statuses().values()} == {"done"}
     for job in experiment.jobs:

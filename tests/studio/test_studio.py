@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from dpsyngen import fit
+from dpsyngen.data import load_images
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.release.verify import verify
 from dpsyngen.training.progress import progress_of, worker
@@ -29,6 +30,7 @@ from tests.conftest import tiny_arrays
 from tests.studio.served import (
     LARGEST,
     ROOT,
+    SHOTS,
     Served,
     fill,
     follow,
@@ -43,6 +45,7 @@ from tests.studio.served import (
 
 pytestmark = [needs_browser, pytest.mark.slow]
 SOURCE, NAME = "Folder, file or public set", "Name of the run"
+REAL = "Real images not trained on"
 BUDGET, KEY = "Budget file that all runs on these images share", "Private key to sign with (PEM); empty: not signed"
 
 
@@ -60,10 +63,14 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two finished runs of digits, a set of images and one with a file that is none."""
+    """A folder with two finished runs of a few digits, a set of images and one with a file that is none."""
     folder = tmp_path_factory.mktemp("studio")
+    digits = load_images("digits")
+    for name, part in (("few", slice(100)), ("others", slice(100, 140))):
+        np.savez(folder / f"{name}.npz", images=digits.array()[part], labels=digits.labels[part])
     for name, epsilon in (("digits-1", 10.0), ("digits-2", 1.0)):
-        fit.train("digits", epsilon=epsilon, preset="demo", out=folder / "runs" / name)
+        source = "digits" if SHOTS else folder / "few.npz"
+        fit.train(source, epsilon=epsilon, preset="demo", out=folder / "runs" / name)
     images, _ = tiny_arrays()
     (folder / "photos").mkdir()
     for number, pixels in enumerate(images[:20]):
@@ -126,6 +133,7 @@ def test_from_a_folder_to_a_verified_bundle(page: Any, served: Served, home: Pat
     follow(page, "Look at what it draws")
     page.get_by_role("heading", name="From noise to image").wait_for()
     assert page.locator(".class-row img").count() == 10
+    assert [real.input_value() for real in page.get_by_label(REAL).all()] == ["digits:test"] * 2
     page.get_by_text("Nothing was found").or_(page.locator(".finding").first).wait_for()
     shot(page, "look", 1500)
     follow(page, "Release")
@@ -158,6 +166,10 @@ def test_measured_checked_and_beside_real_images(page: Any, served: Served, home
     page.get_by_role("heading", name="From noise to image").wait_for()
     press(page, "Show training images beside them")
     page.locator(".beside img").nth(19).wait_for()
+    for count in page.get_by_label("Generated images", exact=True).all():
+        count.fill("1000" if SHOTS else "60")
+    for real in page.get_by_label(REAL).all():
+        real.fill("digits:test" if SHOTS else "others.npz")
     press(page, "Check")
     page.get_by_text(re.compile("igns? of memorisation")).first.wait_for()  # at ε = 10 either may come out
     press(page, "Measure")
@@ -258,11 +270,13 @@ def test_wrong_bundles_and_runs(page: Any, served: Served, home: Path, tmp_path:
     fill(page, "Guidance", "3")
     press(page, "Draw")
     problem(page, "guidance")
+    refused(page, "Measure", "Generated images", "2.5", "must be a whole number")
 
 
 # ------------------------------------------------------------------------------------- kills, tabs, reloads
 
 
+@pytest.mark.xdist_group("killed")  # a studio of its own, so beside the other tests
 def test_a_killed_studio_loses_nothing(browser: Any, tmp_path: Path) -> None:
     studio = Served(tmp_path)
     path = tmp_path / "runs/long"
@@ -308,9 +322,9 @@ def test_a_killed_studio_loses_nothing(browser: Any, tmp_path: Path) -> None:
 
 
 def test_a_second_tab_cannot_start_the_same_run(page: Any, served: Served) -> None:
-    choose(page, served)
+    choose(page, served, "few.npz")
     other = page.context.new_page()
-    choose(other, served)
+    choose(other, served, "few.npz")
     for tab in (page, other):
         fill(tab, NAME, "twice")
     press(page, "Start training")
@@ -363,19 +377,18 @@ def settled(page: Any, address: str) -> None:
     page.wait_for_function("!document.querySelector('.q-spinner')")
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_a_phone_shows_it_and_a_screen_reader_says_it_light_and_dark(browser: Any, served: Served, path: str) -> None:
-    looks = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}
-    for look in (looks, {"color_scheme": "light"}):
-        with opened(browser, served, **look) as page:
+@pytest.mark.parametrize("dark", [True, False])
+def test_a_phone_shows_it_and_a_screen_reader_says_it_light_and_dark(browser: Any, served: Served, dark: bool) -> None:
+    small = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}
+    with opened(browser, served, **(small if dark else {"color_scheme": "light"})) as page:
+        for path in PAGES:
             settled(page, served.address + path)
             wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-            assert wide <= 0, f"{wide} pixels wider than the window"
-            dark = look["color_scheme"] == "dark"
+            assert wide <= 0, f"{path} is {wide} pixels wider than the window"
             if dark:
                 ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-                assert max(map(int, ground[4:-1].split(","))) < 60
-            assert violations(page) == []
+                assert max(map(int, ground[4:-1].split(","))) < 60, path
+            assert violations(page) == [], path
 
 
 def violations(page: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the processes of tests/training/test_distributed.py do: `torchrun distributed_worker.py OUT`."""
+"""What the processes of tests/training/test_distributed.py do, in the folder that is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training by several processes, as torchrun starts them: 3 of them on gloo, against one."""
+"""Training by several processes, as those that torchrun starts: 3 of them on gloo, against one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,22 +19,12 @@ from safetensors.numpy import load_file
 from dpsyngen.distributed import ALONE
 from dpsyngen.privacy.ledger import Ledger
 from tests.conftest import TINY_SETTINGS, tiny_arrays
+from tests.forked import ended, ranks
 from tests.training.distributed_worker import RUNS, main, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("forked")]
 
 ROOT = Path(__file__).parents[2]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def torchrun(count: int, *arguments: object) -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)),
-        *map(str, arguments),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +38,8 @@ def alone(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=[3])
 def together(request, tmp_path_factory) -> tuple[int, Path]:
     out = tmp_path_factory.mktemp(f"processes-{request.param}")
-    command = torchrun(request.param, Path(__file__).with_name("distributed_worker.py"), out)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with ranks(request.param, out / "said", "tests.training.distributed_worker", out) as started:
+        assert not any(ended(started)), [each.err[-3000:] for each in started]
     return request.param, out
 
 
@@ -154,12 +145,67 @@ def settings(tmp_path) -> Path:
     return path
 
 
-def start(settings: Path, out: Path, count: int, *more: object) -> subprocess.Popen[str]:
-    data = settings.parent / "images.npz"
-    command = torchrun(count, "-m", "dpsyngen", "train", "--config", settings, "--data", data, "--out", out, *more)
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+def words(settings: Path, data: str = "images.npz") -> list[object]:
+    out = settings.with_name("run")
+    return ["train", "--config", settings, "--data", settings.with_name(data), "--out", out]
+
+
+def wait_for_steps(settings: Path, going: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not (settings.with_name("run") / "private" / "checkpoint.safetensors").exists():
+        assert going()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def require_resumable_by_one(settings: Path, call: Any) -> None:
+    """The run was not finished, and one process finishes it, at no more than what was planned."""
+    out = settings.with_name("run")
+    assert not (out / "release" / "generator.json").exists()
+    code, _, err = call("train", "--resume", "--out", out, "--quiet")
+    assert code == 0, err
+    ledger = Ledger(out / "private" / "ledger.jsonl")
+    assert sum(int(e.details["steps"]) for e in ledger.entries if "steps" in e.details) == 40
+    assert ledger.epsilon() <= 8
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_run_that_lost_a_process_goes_on_with_another_number(settings, lost, call) -> None:
+    with ranks(2, settings.parent, "dpsyngen", *words(settings)) as started:
+        wait_for_steps(settings, lambda: all(each.process.is_alive() for each in started))
+        started[lost].send(signal.SIGKILL)
+        assert started[lost].code() == -signal.SIGKILL
+        left = started[1 - lost]
+        assert left.code() > 0
+        assert "is gone" in left.err
+        assert "--resume" in left.err
+    require_resumable_by_one(settings, call)
+
+
+@pytest.mark.parametrize("lost", [1, None])
+def test_torchrun_ends_a_run_that_lost_a_process_or_was_interrupted(settings, lost, call) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dpsyngen"]
+    process = subprocess.Popen(
+        [*command, *map(str, words(settings))],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+    wait_for_steps(settings, lambda: process.poll() is None)
+    if lost is None:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        os.kill(workers(process.pid)[lost], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    if lost is None:
+        assert "continue with: dpsyngen train --resume" in err
+    else:
+        assert "is gone" in err
+        assert "--resume" in err
+    require_resumable_by_one(settings, call)
 
 
 def workers(parent: int) -> dict[int, int]:
@@ -175,67 +221,24 @@ def workers(parent: int) -> dict[int, int]:
     return out
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize(("killed", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (None, signal.SIGINT)])
-def test_a_run_that_lost_a_process_or_was_interrupted_goes_on_with_another_number(
-    settings, tmp_path, killed, how, call
-) -> None:
-    out = tmp_path / "run"
-    process = start(settings, out, 2)
-    wait_for(out / "private" / "checkpoint.safetensors", process)
-    if killed is None:
-        os.killpg(process.pid, how)  # as a terminal does
-    else:
-        os.kill(workers(process.pid)[killed], how)
-    said, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert not (out / "release" / "generator.json").exists()
-    if killed is None:
-        assert "continue with: dpsyngen train --resume" in err
-    else:
-        assert "is gone" in err
-        assert "--resume" in err
-    code, _, err = call("train", "--resume", "--out", out, "--quiet")
-    assert code == 0, err
-    ledger = Ledger(out / "private" / "ledger.jsonl")
-    assert sum(int(e.details["steps"]) for e in ledger.entries if "steps" in e.details) == 40
-    assert ledger.epsilon() <= 8
-
-
 def test_a_process_with_other_images_is_refused_before_there_is_a_run(settings, tmp_path) -> None:
-    other = tmp_path / "other.npz"
-    images, labels = tiny_arrays(seed=1)
-    np.savez(other, images=images, labels=labels)
-    script = tmp_path / "script.py"
-    # Each machine of a cluster has its own disk; here a rank stands for a machine.
-    script.write_text(
-        "import os, sys\n"
-        "from dpsyngen.cli.app import main\n"
-        f"data = '{other}' if os.environ['RANK'] == '1' else '{tmp_path / 'images.npz'}'\n"
-        "sys.argv = ['dpsyngen', *sys.argv[1:], '--data', data]\n"
-        "main()\n"
-    )
-    command = torchrun(2, script, "train", "--config", settings, "--out", tmp_path / "run")
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode != 0
-    assert done.stderr.count("have read other images than the main one") == 1
+    """Each machine of a cluster has its own disk; here a rank stands for a machine."""
+    for rank in range(2):
+        images, labels = tiny_arrays(seed=rank)
+        np.savez(tmp_path / f"disk-{rank}.npz", images=images, labels=labels)
+    with ranks(2, tmp_path, "dpsyngen", *words(settings, "disk-{rank}.npz")) as started:
+        assert all(ended(started))
+        assert "".join(each.err for each in started).count("have read other images than the main one") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_what_is_wrong_with_the_settings_is_said_once(settings, tmp_path) -> None:
-    process = start(settings, tmp_path / "run", 2, "--batch", "-3")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    said = [line for line in err.splitlines() if line.startswith(("dpsyngen:", "[rank"))]
-    assert len(said) == 1, err
-    assert "batch" in said[0]
+    with ranks(2, tmp_path, "dpsyngen", *words(settings), "--batch", "-3") as started:
+        assert all(ended(started))
+        err = "".join(each.err for each in started)
+    (said,) = (line for line in err.splitlines() if line)
+    assert said.startswith("dpsyngen:")
+    assert "batch" in said
     assert not (tmp_path / "run").exists()
 
 
