@@ -33,7 +33,7 @@ from tests.training.short_runs import begin, bytes_of, finish, merged, resume, s
 
 NAMES = ("Ivanova-Planted", "Okonkwo-Planted", "Grünbaum-Planted")
 COUNT = 60
-# Every image in every step: then the noise for a group is known at once.  Two tests have samples.
+# Every image in every step: then the noise for a group is known at once.  The last test has samples.
 WHOLE = merged(TINY_SETTINGS, private={"batch": 38, "physical_batch": 20})  # 38 images are at most two of each person
 
 
@@ -66,7 +66,7 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     """With names of persons planted: they are nowhere in what is written or printed."""
     folder, table = photos
     monkeypatch.chdir(tmp_path)
-    config = settings_file(tmp_path / "c.yaml")
+    config = settings_file(tmp_path / "c.yaml", private=WHOLE["private"])
     given = (
         "--config",
         config,
@@ -276,3 +276,5 @@ def test_tables_that_have_moved_are_given_when_a_run_is_resumed(call, photos, tm
     code, _, err = call(*given)
     assert code == 0, err
     assert Run(tmp_path / "r").complete
+    ledger = Ledger(Run(tmp_path / "r").ledger_path)
+    assert epsilon(ledger.mechanisms, 1e-3, group_size=2) == ledger.epsilon() <= 8
