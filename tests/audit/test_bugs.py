@@ -262,9 +262,9 @@ SIZES, EMPTY = "batch sizes vary as Poisson sampling says", "empty batches occur
 TAKEN, BEFORE = "steps taken are the steps charged", "each step is in the ledger before it is taken"
 BUGS = [
     Bug(noise_scaled_by_batch, dense, SCALE),
-    Bug(noise_scaled_by_batch, step, STEP),
+    Bug(noise_scaled_by_batch, short_step, STEP),
     Bug(half_the_noise, dense, SCALE),
-    Bug(half_the_noise, step, STEP),
+    Bug(half_the_noise, short_step, STEP),
     Bug(tenth_less_noise, step, STEP),
     Bug(tenth_less_noise, network, SCALE),
     Bug(noise_missing_in_one_layer, network, "noise has the claimed scale in every parameter"),

@@ -51,16 +51,17 @@ def play_with(normals: np.random.Generator, z: float, actual: float, trials: int
         noise_multiplier=z,
         expected_examples=EXPECTED,
         trials=trials,
+        slots=8,
         confidence=confidence,
     )
 
 
 @pytest.mark.parametrize(
-    ("z", "style", "group"),
-    [(0.5, "flat", 1), (1.0, "per-layer", 1), (4.2, "flat", 5)],
+    ("z", "style", "group", "slots"),
+    [(0.5, "flat", 1, 1), (1.0, "per-layer", 1, 8), (4.2, "flat", 5, 8)],
 )
-def test_a_tenth_less_noise_is_caught_and_the_claimed_noise_is_not(z, style, group) -> None:
-    right, wrong = (play(z, actual, style=style, trials=10_000, confidence=0.95) for actual in (1.0, 0.9))
+def test_a_tenth_less_noise_is_caught_and_the_claimed_noise_is_not(z, style, group, slots) -> None:
+    right, wrong = (play(z, actual, style=style, trials=10_000, slots=slots, confidence=0.95) for actual in (1.0, 0.9))
     assert right.group == wrong.group == group
     # With real noise: each of these fails by chance once in 20,000 times or less.
     assert right.p_value > 1e-5
@@ -102,6 +103,7 @@ def test_a_sum_that_is_not_clipped_is_caught() -> None:
         noise_multiplier=1.0,
         expected_examples=EXPECTED,
         trials=5000,
+        slots=8,
     )
     assert game.p_value < 1e-6
 

@@ -112,15 +112,15 @@ def test_an_interrupted_job_says_so_and_starts_again(layout: str, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_process_starts_again(kind: signal.Signals, tmp_path: Path) -> None:
+def test_a_stopped_process_starts_again(kind: signal.Signals, tmp_path: Path, call: Any) -> None:
     """A real command with two workers, really interrupted."""
     out = tmp_path / "o"
     command = [
-        *(sys.executable, "-m", "dpsyngen", "programs", "save", "fractal", "--out", str(out), "-n", "1500"),
+        *("programs", "save", "fractal", "--out", str(out), "-n", "1500"),
         *("--format", "parquet", "--shard-size", "50", "--resolution", "24", "--workers", "2", "--set", "points=40"),
     ]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "dpsyngen", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -136,8 +136,8 @@ def test_a_stopped_process_starts_again(kind: signal.Signals, tmp_path: Path) ->
         assert process.returncode == 130
         assert "Start again with the same command and --resume" in told
     assert json.loads((out / "manifest.json").read_text())["complete"] is False
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    code, _, err = call(*command, "--resume")
+    assert code == 0, err
     about = json.loads((out / "manifest.json").read_text())
     whole = make_program(**about["program"])
     for shard in (0, 7, 29):

@@ -33,6 +33,8 @@ from tests.training.short_runs import begin, bytes_of, finish, merged, resume, s
 
 NAMES = ("Ivanova-Planted", "Okonkwo-Planted", "Grünbaum-Planted")
 COUNT = 60
+# Every image in every step: then the noise for a group is known at once.  The last test has samples.
+WHOLE = merged(TINY_SETTINGS, private={"batch": 38, "physical_batch": 20})  # 38 images are at most two of each person
 
 
 def whose(i: int) -> str:
@@ -64,7 +66,7 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     """With names of persons planted: they are nowhere in what is written or printed."""
     folder, table = photos
     monkeypatch.chdir(tmp_path)
-    config = settings_file(tmp_path / "c.yaml")
+    config = settings_file(tmp_path / "c.yaml", private=WHOLE["private"])
     given = (
         "--config",
         config,
@@ -153,7 +155,7 @@ def test_a_declared_number_is_checked(call, photos, tmp_path) -> None:
     folder, table = photos
     rows = [f"{i:02}.png,{NAMES[0]}-{i // 3}" for i in range(COUNT)]  # three images of each
     table.write_text("\n".join(["file_name,patient", *rows]) + "\n", encoding="utf-8")
-    config = settings_file(tmp_path / "c.yaml", private={"steps": 2})
+    config = settings_file(tmp_path / "c.yaml", private={"steps": 2, "batch": COUNT})
     given = ("--data", folder, "--config", config, "--epsilon", 8, "--groups", table)
     code, _, err = call("train", *given, "--out", tmp_path / "a")
     assert code == 2
@@ -181,7 +183,7 @@ def test_without_a_person_a_run_sees_no_more_than_that_many_images_less(tmp_path
     data = with_persons()
     assert data.persons is not None
     privacy = {"epsilon": 8, "insecure_seed": 7, "most_per_person": 3, "delta": 1e-3}
-    config = load_config(merged(TINY_SETTINGS, privacy=privacy, data={"records": 50}))
+    config = load_config(merged(WHOLE, privacy=privacy, data={"records": 50}, private={"batch": 50}))
     whole = start(config, data, tmp_path / "whole")
     without = start(config, data.subset(data.persons != 0), tmp_path / "without")
     seen, left = ({image.tobytes() for image in t.dataset.array()} for t in (whole, without))
@@ -194,7 +196,7 @@ def test_without_a_person_a_run_sees_no_more_than_that_many_images_less(tmp_path
 def test_a_resumed_run_has_the_same_images_and_no_others(tmp_path) -> None:
     data = with_persons()
     privacy = {"epsilon": 8, "insecure_seed": 7, "most_per_person": 2, "delta": 1e-3}
-    config = load_config(merged(TINY_SETTINGS, privacy=privacy))
+    config = load_config(merged(WHOLE, privacy=privacy))
     through = finish(start(config, data, tmp_path / "through"))
     stopped = start(config, data, tmp_path / "stopped")
     for number, _ in enumerate(stopped.steps()):
@@ -232,7 +234,7 @@ def test_runs_of_one_budget_may_choose_different_images(tmp_path) -> None:
     budget = Budget.create(tmp_path / "budget", epsilon_limit=30.0, delta=1e-3, group_size=2)
     data = with_persons()
     privacy = {"epsilon": 4, "delta": 1e-3, "most_per_person": 2, "budget": str(budget.path)}
-    config = load_config(merged(TINY_SETTINGS, privacy=privacy))
+    config = load_config(merged(WHOLE, privacy=privacy))
     chosen = {start(config, data, tmp_path / name).dataset.fingerprint() for name in "ab"}
     assert len(chosen) == 2
     assert len(Budget(budget.path).charges) == 2
@@ -274,3 +276,5 @@ def test_tables_that_have_moved_are_given_when_a_run_is_resumed(call, photos, tm
     code, _, err = call(*given)
     assert code == 0, err
     assert Run(tmp_path / "r").complete
+    ledger = Ledger(Run(tmp_path / "r").ledger_path)
+    assert epsilon(ledger.mechanisms, 1e-3, group_size=2) == ledger.epsilon() <= 8
