@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+# Before torch is imported, and for all processes that tests start: on two cores that two processes of tests keep busy,
+# threads that wait for each other take several times the computing time.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 # A run waits 70 times until a file is on the disk.  In memory, where there is room, that takes no time.
 if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
@@ -19,11 +21,11 @@ import pytest
 
 from dpsyngen.training.run import Run
 
-LONGEST = ("test_studio.py", "test_distributed.py", "test_tutorials.py")
+LONGEST = ("test_studio.py", "test_distributed.py", "test_tutorials.py", "test_distributed_tools.py")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (``--dist loadgroup``) a file stays in one, and the long files begin first.
 
     All of ``tests/programs`` is one group: in a fresh clone the programs are compiled, by one process instead of by all
@@ -35,10 +37,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not item.get_closest_marker("xdist_group"):
             room = item.path.parent.name
             item.add_marker(pytest.mark.xdist_group(room if room == "programs" else f"{room}/{item.path.name}"))
-        # xdist 3.8 keeps the group in the test's ``_nodeid``, which pytest reads no more since 9.2.
-        mark = item.get_closest_marker("xdist_group")
-        if mark and config.getoption("loadgroup", False) and hasattr(item, "_id"):
-            item._id = item.id.parse(f"{item.nodeid}@{mark.args[0]}")
     items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
 
 

@@ -42,7 +42,6 @@ SHORTER = {
 def test_a_tutorial_runs_and_shows_again_what_it_is_committed_with(name, tmp_path, monkeypatch) -> None:
     """In an empty folder, with fewer steps.  The asserts in its cells hold, or running it raises."""
     monkeypatch.setenv("PYTHONPATH", str(HERE.parent.parent))  # where the package is not installed
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of several tests would wait for each other
     committed = execute.read(name)
     shorter = copy.deepcopy(committed)
     for given, instead in SHORTER[name]:
