@@ -131,7 +131,7 @@ def test_a_stopped_process_starts_again(kind: signal.Signals, tmp_path: Path, ca
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(kind)
-    told, _ = process.communicate()
+    _, told = process.communicate()
     if kind == signal.SIGINT:
         assert process.returncode == 130
         assert "Start again with the same command and --resume" in told
