@@ -1,7 +1,7 @@
 """The pictures of docs/results.md and docs/quality.md, from finished experiments.
 
 ``python -m docs.figures.results runs/paper`` makes those of ``compare paper-small``, and of ``compare fashion-mnist``
-where that is the experiment given.  Losses come from
+where that is the experiment given; rows of further experiments, which have other presets, stand below.  Losses are from
 `benchmarks/results/paper-small-losses.csv`, which `benchmarks/stage_losses.py` printed.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -61,41 +62,48 @@ def losses() -> None:
     figure.savefig(DOCS / "results-losses.png", dpi=110)
 
 
-def samples(experiment: Experiment, epsilons: tuple[float, ...], file: str) -> None:
+def samples(experiments: Sequence[Experiment], epsilons: tuple[float, ...], file: str) -> None:
     """The first image of each class of seed 0, a row for each variant, and real test images above."""
-    spec = experiment.spec
+    spec = experiments[0].spec
     real = load_images(spec.data.test or spec.data.train, resolution=spec.data.resolution)
-    kept = {
-        (f"{job.variant} {job.label}".strip(), job.epsilon): experiment.work_path(job) / "samples.npz"
-        for job in experiment.jobs
-        if job.kind == "run" and job.seed == 0
-    }
-    shown = {title: row for title, row in ROWS.items() if (row, epsilons[0]) in kept}
+    kept: dict[str, dict[float, Path]] = {}
+    for experiment in experiments:
+        preset = "" if experiment is experiments[0] else f", preset {experiment.spec.preset}"
+        for title, row in ROWS.items():
+            for job in experiment.jobs:
+                if job.kind == "run" and job.seed == 0 and f"{job.variant} {job.label}".strip() == row:
+                    samples = experiment.work_path(job) / "samples.npz"
+                    kept.setdefault(title + preset, {})[job.epsilon] = samples
+    real_ones = real.batch(np.arange(len(real))), np.asarray(real.labels)
     figure, axes = plt.subplots(
-        len(shown) + 1,
+        len(kept) + 1,
         len(epsilons),
-        figsize=(4.6 * len(epsilons), 0.48 * (len(shown) + 1)),
+        figsize=(4.6 * len(epsilons), 0.48 * (len(kept) + 1)),
         gridspec_kw={"wspace": 0.03, "hspace": 0.05},
     )
     for column, epsilon in enumerate(epsilons):
-        strips = {"real": (real.batch(np.arange(len(real))), np.asarray(real.labels))}
-        for title, row in shown.items():
-            with np.load(kept[row, epsilon]) as drawn:
-                strips[title] = drawn["images"], drawn["labels"]
-        for axis, (title, (images, labels)) in zip(axes[:, column], strips.items(), strict=True):
-            first = [int(np.argmax(labels == k)) for k in range(len(real.class_names))]
-            axis.imshow(np.concatenate(list(images[first, 0]), axis=1), cmap="gray", vmin=0, vmax=255)
+        for axis, title in zip(axes[:, column], ("real", *kept), strict=True):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if column == 0:
                 axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+            if title in kept and epsilon not in kept[title]:
+                continue
+            images, labels = real_ones if title == "real" else drawn(kept[title][epsilon])
+            first = [int(np.argmax(labels == k)) for k in range(len(real.class_names))]
+            axis.imshow(np.concatenate(list(images[first, 0]), axis=1), cmap="gray", vmin=0, vmax=255)
         axes[0, column].set_title(f"ε = {epsilon:g}", fontsize=10)
     figure.savefig(DOCS / file, dpi=110, bbox_inches="tight")
 
 
+def drawn(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(file) as kept:
+        return kept["images"], kept["labels"]
+
+
 if __name__ == "__main__":
-    given = Experiment(Path(sys.argv[1]))
-    if given.spec.baseline == "dpdm":
+    given = [Experiment(Path(folder)) for folder in sys.argv[1:]]
+    if given[0].spec.baseline == "dpdm":
         losses()
         samples(given, (0.2, 10.0), "results-samples.png")
     else:

@@ -121,11 +121,11 @@ def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list
 
 
 def _say(console: Console, out: Path, result: StagesResult, files: list[Path], seconds: float) -> None:
-    from dpsyngen.thresholds.files import elbow_rows, stage_lines, table, teacher_line
+    from dpsyngen.thresholds.files import elbow_rows, prior_line, stage_lines, table, teacher_line
 
     statement = result.private or {}
     console.markdown(table(result))
-    lines = [*stage_lines(result), *filter(None, [teacher_line(result)])]
+    lines = [*stage_lines(result), *filter(None, [prior_line(result), teacher_line(result)])]
     if statement:
         spent = f"ε = {statement['epsilon']:.4f} at δ = {statement['delta']:.3g} of the private images is spent"
         lines.append(spent if statement["private"] else f"NOT PRIVATE (reproducible noise); it would be: {spent}")

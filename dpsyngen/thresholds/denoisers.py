@@ -28,8 +28,8 @@ from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
 from dpsyngen.thresholds.gap import HIGHEST, LOWEST
 from dpsyngen.training.checkpoint import TrainState, save_file
-from dpsyngen.training.networks import load_weights, make_denoiser
-from dpsyngen.training.plan import Shape
+from dpsyngen.training.networks import load_weights, make_denoiser, prior_of, with_prior
+from dpsyngen.training.plan import Shape, stages_of
 from dpsyngen.training.public import PublicStep, train_public
 from dpsyngen.workers import Workers
 
@@ -38,8 +38,9 @@ FIRST_IMAGE = 10**12
 
 _PER_SEED = 10**9
 
-PROXY, WIENER = "proxy", "wiener"
-"""What the proxy and the filter that knows its mean and covariance are called among the families."""
+PROXY, WIENER, PRIOR = "proxy", "wiener", "prior"
+"""What the proxy, the filter that knows its mean and covariance, and the network that programs trained to read these
+are called among the families."""
 
 MOST_PIXELS = 4096
 """Beyond that the Wiener filter is left out: its covariance matrix would take minutes and gigabytes."""
@@ -174,3 +175,11 @@ def wiener_filter(images: NDArray[np.uint8]) -> GaussianDenoiser | None:
     tensors = mean[None], np.eye(d), covariance[None], np.zeros(d), np.ones(d), np.ones(1)
     c, h, w = images.shape[1:]
     return GaussianDenoiser(ClassGaussians(*map(torch.from_numpy, tensors)), (c, h, w))
+
+
+def reading_moments(config: Config, shape: Shape, wiener: GaussianDenoiser) -> NetworkDenoiser | None:
+    """The prior that a training by these settings starts from, shown the moments of `wiener`; None if it uses none."""
+    config = with_prior(config)
+    if prior_of(config, stages_of(config), shape.channels) is None:
+        return None
+    return make_denoiser(config, shape, False, 0, wiener).eval()

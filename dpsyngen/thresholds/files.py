@@ -18,7 +18,7 @@ from dpsyngen.config import load_config
 from dpsyngen.diffusion.stages import coarse_of
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_atomically, write_text
-from dpsyngen.thresholds.denoisers import PROXY, WIENER
+from dpsyngen.thresholds.denoisers import PRIOR, PROXY, WIENER
 from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Elbow
 from dpsyngen.thresholds.search import Measured, StandInElbows
 from dpsyngen.version import __version__
@@ -171,6 +171,22 @@ def _line(elbow: Elbow, relation: str) -> str:
     if elbow.found < 0.95:
         line += f", but only {100 * elbow.found:.0f} % of the bootstrap's curves have such a stage"
     return line
+
+
+def prior_line(result: StagesResult) -> str | None:
+    """How the prior, shown the proxy's moments, denoises the proxy; None where that was not measured."""
+    against = next((f for f in result.found if (f.student, f.by) == (PRIOR, WIENER)), None)
+    if against is None:
+        return None
+    u, excess = result.measured.log_sigma, against.mean.excess.curve
+    better, best = u[excess < 0], int(excess.argmin())
+    words = "the prior, which programs trained, shown the proxy's moments: "
+    if not len(better):
+        return f"{words}at no noise level a better denoiser of the proxy than its Wiener filter"
+    return (
+        f"{words}a better denoiser of the proxy than its Wiener filter from log σ = {better[0]:.2f} to "
+        f"{better[-1]:.2f}, with {1 + excess[best]:.2f} of its squared error at {u[best]:.2f}"
+    )
 
 
 def teacher_line(result: StagesResult) -> str | None:

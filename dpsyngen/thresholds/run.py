@@ -30,7 +30,8 @@ from dpsyngen.thresholds.files import StagesResult, write_results
 from dpsyngen.thresholds.gap import METHODS, log_sigma_grid
 from dpsyngen.thresholds.private import PrivateEstimate
 from dpsyngen.thresholds.search import StageSearch, Tell, deciding, stand_in_elbows
-from dpsyngen.training.plan import Shape
+from dpsyngen.training.networks import prior_of, with_prior
+from dpsyngen.training.plan import Shape, stages_of
 from dpsyngen.training.run import FolderLock
 from dpsyngen.workers import Workers
 
@@ -94,7 +95,11 @@ class Stages:
         shape = Shape(d.resolution or 32, 3 if d.channels == "rgb" else 1, (), 1)
         if like is not None:
             shape = Shape(like.resolution, like.channels, (), len(like))
-        check_resolution(named_size(config.network.size), shape.resolution)
+        trained = with_prior(config)  # what a training with these settings would have
+        for c in (config, trained):
+            check_resolution(named_size(c.network.size), shape.resolution)
+        prior = prior_of(trained, stages_of(trained), shape.channels)
+        self._prior = None if prior is None else prior.about["sha256"]
         named = [_program(entry, config) for entry in options.programs]
         size = {"resolution": shape.resolution, "channels": shape.channels}
         families = [Family(label, make_program(p.name, **size, seed=p.seed, **p.params)) for label, p in named]
@@ -170,6 +175,7 @@ class Stages:
             "log_sigma": list(s.log_sigma),
             **{name: getattr(o, name) for name in ("images", "tolerance", "method", "replicates")},
             "moments": self.moments,
+            "prior": self._prior,
             "private": private,
         }
 

@@ -5,7 +5,8 @@ each: see :mod:`dpsyngen.thresholds.gap`.  Nobody may look at the private images
 for them:
 
 1. the other families of programs (always),
-2. a public proxy that the user declares to resemble them, by its Wiener filter and by networks trained on it, or
+2. a public proxy that the user declares to resemble them, by its Wiener filter and by networks trained on it (with its
+   moments the prior can be compared, too, where the settings have one), or
 3. the private images themselves, through the Gaussian mechanism (:mod:`dpsyngen.thresholds.private`).
 
 The first family is the one that a training would use; its curve against the last of these that is there decides.
@@ -14,7 +15,7 @@ The first family is the one that a training would use; its curve against the las
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol, get_args
@@ -27,11 +28,13 @@ from dpsyngen.diffusion.denoiser import Denoiser, NetworkDenoiser
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.errors import ConfigError
 from dpsyngen.thresholds.denoisers import (
+    PRIOR,
     PROXY,
     WIENER,
     Family,
     GivenImages,
     PublicDenoisers,
+    reading_moments,
     wiener_filter,
 )
 from dpsyngen.thresholds.gap import (
@@ -101,9 +104,10 @@ class StageSearch:
 
     def __post_init__(self) -> None:
         labels = [f.label for f in self.families]
-        if len(set(labels)) != len(labels) or PROXY in labels:
+        if len({*labels, PROXY, PRIOR}) != len(labels) + 2:
             raise ConfigError(
-                f"the families are called {', '.join(labels)}, but each needs a name of its own other than {PROXY!r}."
+                f"the families are called {', '.join(labels)}, but each needs a name of its own other than {PROXY!r} "
+                f"and {PRIOR!r}."
             )
         if not labels or (len(labels) == 1 and self.proxy is None):
             raise ConfigError(
@@ -135,7 +139,9 @@ class StageSearch:
             given = family.program.images if isinstance(family.program, GivenImages) else None
             if given is not None and (wiener := wiener_filter(given)) is not None:
                 denoisers[WIENER] = wiener.to(self.networks.device)
-            compared = self._compared(family, wiener=WIENER in denoisers)
+                if (prior := reading_moments(self.networks.config, shape, wiener)) is not None:
+                    denoisers[PRIOR] = prior.to(self.networks.device)
+            compared = self._compared(family, denoisers)
             answers = measure(
                 denoisers,
                 to_float(images),
@@ -154,14 +160,16 @@ class StageSearch:
         result.clipping_norm = public_clipping_norm(vectors)
         return result
 
-    def _compared(self, family: Family, wiener: bool) -> list[tuple[str, str, str, list[Pair]]]:
+    def _compared(self, family: Family, there: Container[str]) -> list[tuple[str, str, str, list[Pair]]]:
         """(stand-in, teacher, student, pairs of networks) of all comparisons on the images of a family."""
         own, seeds = family.label, range(self.seeds)
-        others = [f.label for f in self.families if f is not family]
+        others = {f.label: [f"{f.label}/{s}" for s in seeds] for f in self.families if f is not family}
+        if PRIOR in there:
+            others[PRIOR] = [PRIOR for _ in seeds]  # there is one of it
         stand_in = PROXY if family is self.proxy else "programs"
-        out = [(stand_in, own, o, [(f"{own}/{s}", f"{o}/{s}") for s in seeds]) for o in others]
-        if wiener:
-            out += [(WIENER, WIENER, o, [(WIENER, f"{o}/{s}") for s in seeds]) for o in others]
+        out = [(stand_in, own, o, [(f"{own}/{s}", n) for s, n in enumerate(names)]) for o, names in others.items()]
+        if WIENER in there:
+            out += [(WIENER, WIENER, o, [(WIENER, n) for n in dict.fromkeys(names)]) for o, names in others.items()]
         if self.seeds > 1:
             # Each network against the next of its family; two networks make one pair.
             count = self.seeds if self.seeds > 2 else 1

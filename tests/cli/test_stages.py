@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dpsyngen.config import load_config
+from dpsyngen.diffusion.prior import read_prior
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
@@ -136,6 +137,24 @@ def test_with_dp_moments_the_wiener_filter_is_what_programs_have_to_beat(stages,
     assert found["variant"] in ("residual", "residual-cleaning")
     assert found["tau_coarse"] is None
     assert load_config({}, file=tmp_path / "o/stages.yaml").stages.variant == found["variant"]
+    assert "prior" not in {e["student"] for e in found["elbows"]}, "--network leaves the preset's prior out"
+
+
+def test_the_prior_is_compared_where_the_settings_have_one(stages, tmp_path) -> None:
+    more = ("--set", "stages.variant=residual", "--set", "network.prior=shipped")
+    code, out, err = stages("--proxy", "{made}/proxy.npz", *more)
+    assert code == 0, err
+    found = json.loads((tmp_path / "o/gap.json").read_text())
+    assert found["settings"]["prior"] == read_prior("shipped", 1).about["sha256"]
+    assert {c["stand_in"] for c in found["curves"] if c["student"] == "prior"} == {"wiener", "proxy"}
+    assert found["stages"]["student"] == "dead-leaves"
+    assert "the prior, which programs trained, shown the proxy's moments: " in out
+    code, _, err = stages(
+        "--proxy", "{made}/proxy.npz", *more[:2], "--set", "network.prior=none.safetensors", out=tmp_path / "p"
+    )
+    assert code == 2
+    assert "which is no prior" in err
+    assert not (tmp_path / "p").exists(), "refused before anything is trained"
 
 
 # ------------------------------------------------------------------------------------- going on

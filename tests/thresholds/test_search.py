@@ -6,18 +6,21 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from dpsyngen.config import load_config
+from dpsyngen.config import load_config, merge_settings
+from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.programs import make_program
-from dpsyngen.thresholds.denoisers import Family, GivenImages, PublicDenoisers, split_proxy
-from dpsyngen.thresholds.gap import GapCurve, log_sigma_grid
+from dpsyngen.thresholds.denoisers import Family, GivenImages, PublicDenoisers, split_proxy, wiener_filter
+from dpsyngen.thresholds.gap import GapCurve, log_sigma_grid, seeded_noise
 from dpsyngen.thresholds.search import (
     Measured,
     StageSearch,
     deciding,
     stand_in_elbows,
 )
+from dpsyngen.training.networks import make_denoiser, with_prior
 from dpsyngen.training.plan import Shape
 from dpsyngen.workers import Workers
 from tests.thresholds.toys import ExactMixture
@@ -33,8 +36,9 @@ def images(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, 1, 8, 8), dtype=np.uint8)
 
 
-def search(tmp_path, families, proxy=None, seeds: int = 2, count: int = 6) -> StageSearch:
-    config = load_config({"network": {"size": "nano"}, "public": {"steps": 2, "batch": 2, "copies": 1}})
+def search(tmp_path, families, proxy=None, seeds: int = 2, count: int = 6, settings=None) -> StageSearch:
+    base = {"network": {"size": "nano"}, "public": {"steps": 2, "batch": 2, "copies": 1}}
+    config = load_config(merge_settings(base, settings or {}))
     networks = PublicDenoisers(tmp_path, config, Shape(8, 1, (), 1), "cpu", Workers(1))
     return StageSearch(families, proxy, networks, seeds=seeds, images=count, log_sigma=LEVELS)
 
@@ -76,6 +80,35 @@ def test_every_program_serves_every_other_and_the_proxy(tmp_path) -> None:
     assert (s.student.label, s.teacher.label) == ("a", "proxy")
 
 
+def test_the_prior_is_shown_the_moments_of_the_proxy(tmp_path) -> None:
+    """Its loss is that of D = G + s F on the images set aside; it stands beside every network on the proxy alone."""
+    rng = np.random.default_rng(0)
+    made = np.clip(128 + 60 * rng.standard_normal((40, 1, 1, 1)) + 20 * rng.standard_normal((40, 1, 8, 8)), 0, 255)
+    proxy = split_proxy(made.astype(np.uint8), 6)
+    settings = {"stages": {"variant": "residual"}, "network": {"prior": "shipped"}}
+    s = search(tmp_path, [family("a"), family("b", "contours")], proxy, settings=settings)
+    trained = {(label, seed): Constant(0.1 * seed) for label in ("a", "b", "proxy") for seed in range(2)}
+    m = s.measure(trained, lambda title, done, total, unit: None)
+    (against,) = (c for c in m.of("wiener") if c.student == "prior")
+    (beside,) = (c for c in m.of("proxy") if c.student == "prior")
+    assert not [c for c in m.of("programs") if c.student == "prior"]
+    assert (len(against.gap), len(beside.gap)) == (1, 2)
+    filtering = wiener_filter(proxy.program.images)
+    config = with_prior(s.networks.config)
+    prior = make_denoiser(config, s.networks.shape, False, 0, filtering)
+    x0 = to_float(torch.from_numpy(proxy.held_out))
+    level = LEVELS[3]
+    x = x0 + math.exp(level) * seeded_noise((1, 8, 8), 0)(slice(0, 6))
+    with torch.no_grad():
+        answers = [d(x, torch.full((6,), math.exp(level)), None) for d in (filtering, prior)]
+    for curve, answer in ((against.teacher_loss, answers[0]), (against.student_loss, answers[1])):
+        np.testing.assert_allclose(curve[0, :, 3], (answer - x0).square().flatten(1).mean(1), rtol=1e-4)
+    np.testing.assert_allclose(beside.student_loss[1], against.student_loss[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        beside.teacher_loss[1], np.square(x0.numpy() - 0.1).mean((1, 2, 3))[:, None] + np.zeros(len(LEVELS)), rtol=1e-4
+    )
+
+
 def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) -> None:
     s = search(tmp_path, [family("a"), family("b", shape="disc")], seeds=1)
     told = []
@@ -91,7 +124,13 @@ def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) ->
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(["a"], "two programs or more"), ([], "two programs"), (["a", "a"], "name of its own"), (["a", "proxy"], "proxy")],
+    [
+        (["a"], "two programs or more"),
+        ([], "two programs"),
+        (["a", "a"], "name of its own"),
+        (["a", "proxy"], "proxy"),
+        (["a", "prior"], "prior"),
+    ],
 )
 def test_families_that_cannot_be_compared(tmp_path, labels, message) -> None:
     with pytest.raises(ConfigError, match=message):
