@@ -231,16 +231,15 @@ def _draw(result: StagesResult, path: Path) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(6.4, 5.4))
+        figure = Figure(figsize=(7, 5.4))
         panel = figure.subplots()
         _draw_gap(panel, result)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xlim(result.measured.log_sigma[0], result.measured.log_sigma[-1])
         panel.set_xlabel("noise level log σ   (clean image at the left, pure noise at the right)")
         panel.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
-        figure.tight_layout()
         # Without the version of matplotlib: equal results give equal files.
-        write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=130, metadata={"Software": None}))
+        write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None}))
 
 
 def _draw_gap(panel: Any, result: StagesResult) -> None:
