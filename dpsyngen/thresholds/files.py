@@ -239,7 +239,8 @@ def _draw(result: StagesResult, path: Path) -> None:
         panel.set_xlabel("noise level log σ   (clean image at the left, pure noise at the right)")
         panel.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
         # Without the version of matplotlib: equal results give equal files.
-        write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None}))
+        how: dict[str, Any] = {"dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
+        write_atomically(path, lambda p: figure.savefig(p, format="png", **how))
 
 
 def _draw_gap(panel: Any, result: StagesResult) -> None:
