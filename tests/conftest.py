@@ -40,6 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """A short name for a value as long as a file: names of tests go from process to process, over and over."""
+    return f"{argname} of {len(val):,}" if isinstance(val, str | bytes) and len(val) > 100 else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors run faster on one thread, and other work on the machine cannot stall them."""
