@@ -72,8 +72,8 @@ def samples(experiments: Sequence[Experiment], epsilons: tuple[float, ...], file
         for title, row in ROWS.items():
             for job in experiment.jobs:
                 if job.kind == "run" and job.seed == 0 and f"{job.variant} {job.label}".strip() == row:
-                    samples = experiment.work_path(job) / "samples.npz"
-                    kept.setdefault(title + preset, {})[job.epsilon] = samples
+                    file_of_run = experiment.work_path(job) / "samples.npz"
+                    kept.setdefault(title + preset, {})[job.epsilon] = file_of_run
     real_ones = real.batch(np.arange(len(real))), np.asarray(real.labels)
     figure, axes = plt.subplots(
         len(kept) + 1,
@@ -97,6 +97,7 @@ def samples(experiments: Sequence[Experiment], epsilons: tuple[float, ...], file
 
 
 def drawn(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, C, H, W] and their labels [N] that a run of an experiment drew."""
     with np.load(file) as kept:
         return kept["images"], kept["labels"]
 
