@@ -22,9 +22,7 @@ from dpsyngen.files import MAX_DEPTH, MAX_VALUES, read_yaml, read_yaml_file
 DEFAULT_PRESET = "cpu-small"
 MAX_EPSILON = 10_000.0  # finite; calibrating the noise takes the longer the larger ε is
 _MOST_PROBLEMS = 20  # in one message
-Variant = Literal[
-    "dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "instant", "residual", "residual-cleaning"
-]
+Variant = Literal["dpdm", "finetune", "cleaning", "coarse", "both", "gaussian", "instant", "residual"]
 
 
 class _Section(BaseModel):

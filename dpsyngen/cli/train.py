@@ -72,7 +72,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
     variant: Annotated[
         str | None,
-        typer.Option(help="dpdm, finetune, cleaning, coarse, both, gaussian, instant, residual or residual-cleaning"),
+        typer.Option(help="dpdm, finetune, cleaning, coarse, both, gaussian, instant or residual"),
     ] = None,
     instant: Annotated[bool, typer.Option("--instant", help="variant instant: seconds")] = False,
     tau_cleaning: Annotated[float | None, typer.Option(help="log σ below which programs train")] = None,

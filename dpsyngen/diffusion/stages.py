@@ -30,13 +30,12 @@ _ENDS: dict[str, tuple[Trainer | None, Trainer | None]] = {
     "both": ("public", "public"),
     "gaussian": ("moments", "moments"),
     "instant": ("prior", "moments"),
-    "residual": (None, "moments"),
-    "residual-cleaning": ("public", "moments"),
+    "residual": ("prior", "moments"),
 }
 """For each variant who trains below τ_cleaning and above τ_coarse, besides private images in between.  Where private
 images train nothing ("gaussian", "instant") the lower one reaches up to τ_coarse."""
 
-TAU_COARSE = {"instant": -0.9, "residual": 1.5, "residual-cleaning": 1.5}
+TAU_COARSE = {"instant": -0.9, "residual": 1.5}
 """τ_coarse where none is given (2 for others): below it the network does better than the moments (docs/prior.md)."""
 
 VARIANTS = tuple(_ENDS)
@@ -126,9 +125,14 @@ class StageMap:
     @property
     def networks(self) -> tuple[str, ...]:
         """Names of the networks, each once, the private one last."""
-        names = [s.network for s in self.public if s.network != self.private.network]
         last = self.private.network
-        return (*dict.fromkeys(names), *(() if last == GAUSSIAN else (last,)))
+        names = dict.fromkeys(s.network for s in self.stages if s.network not in (GAUSSIAN, last))
+        return (*names, *(() if last == GAUSSIAN else (last,)))
+
+    @property
+    def reading(self) -> frozenset[str]:
+        """Names of the networks that are shown the DP moments: not those that programmatic images train."""
+        return frozenset(s.network for s in self.stages if self.moments and s.trainer in ("private", "prior"))
 
     def owner(self, log_sigma: float) -> Stage:
         """The stage that `log_sigma` belongs to; a threshold itself belongs to the private stage."""
@@ -148,20 +152,23 @@ def stage_map(
     tau_coarse: float | None = None,
     networks: Networks = "experts",
     pretrain: Pretrain | None = None,
+    prior: bool = True,
 ) -> StageMap:
     """The stage map of a variant of DP-SynGen (arXiv 2412.09842).
 
     Args:
         variant: of the paper "dpdm", "finetune", "cleaning", "coarse"; "both" of the last two.  Ours: "gaussian"
             (DP moments alone), "instant" (DP moments above τ_coarse, below a network that programs trained to read
-            moments), "residual" (DP moments above τ_coarse; the private network learns what they lack),
-            "residual-cleaning" (and programs below τ_cleaning).
+            moments), "residual" (DP moments above τ_coarse, that network below τ_cleaning; in between it is the start
+            of the private one, which learns what the moments lack).
         tau_cleaning: log σ below which programmatic images train.
         tau_coarse: log σ above which programmatic images train or DP moments answer; None: by ``TAU_COARSE``.
         networks: "experts" (a network for each stage: the public ones never see a private gradient) or "shared"
             (one network that takes public steps at public stages and DP steps at the private one).
         pretrain: start the private network from programmatic training at all σ, or ("matched") at those of its own
             stage alone.  None: what the variant says (only FineTune does, at all σ).
+        prior: whether there is a network that programs trained to read moments; "residual" without one has no cleaning
+            stage, and its private network starts at what the moments say.
 
     Raises:
         ConfigError: unknown variant, τ_cleaning >= τ_coarse, or networks or pretrain that the variant cannot have.
@@ -171,6 +178,8 @@ def stage_map(
     for name, tau in (("tau_cleaning", tau_cleaning), ("tau_coarse", tau_coarse)):
         require(math.isfinite(tau), name, tau, "a finite log σ (choose another variant for no threshold)")
     below, above = _ENDS[variant]
+    if variant == "residual" and not prior:
+        below = None
     if below is not None and above is not None and not tau_cleaning < tau_coarse:
         raise ConfigError(
             f"tau_cleaning = {tau_cleaning} must be below tau_coarse = {tau_coarse}: between them lies the stage that "
@@ -205,7 +214,8 @@ def stage_map(
         ("coarse", high, math.inf, above),
     ):
         if trainer is not None:
-            network = GAUSSIAN if trainer == "moments" else "shared" if networks == "shared" else name
+            own = "shared" if networks == "shared" else name
+            network = {"moments": GAUSSIAN, "prior": "prior"}.get(trainer, own)
             stages.append(Stage(name, start, end, trainer, network))
     return StageMap(tuple(stages), pretrain=variant == "finetune" if pretrain is None else pretrain)
 
@@ -214,7 +224,7 @@ class StagedDenoiser:
     """A Denoiser made of Denoisers: each row is answered by the network that owns its σ.
 
     Labels do not reach the public stages: programmatic images have none, so the network that answers there was trained
-    without.  `denoisers` has one for each name in ``stages.networks``, and for ``GAUSSIAN`` where that is an owner;
+    without.  They reach a prior's: it knows no classes, but it is shown the moments of one.  `denoisers` has one for each name in ``stages.networks``, and for ``GAUSSIAN`` where that is an owner;
     else ConfigError.
     """
 
@@ -226,7 +236,7 @@ class StagedDenoiser:
         self._of_stage: dict[str, Denoiser] = {s.name: denoisers[s.network] for s in stages.stages}
 
     def guided(self, weight: float) -> StagedDenoiser:
-        """The same with classifier-free guidance of the private stage, the only one that labels reach."""
+        """The same with classifier-free guidance of the private stage, whose network alone knows classes."""
         out = StagedDenoiser(self.stages, self.denoisers)
         private = self.stages.private
         out._of_stage[private.name] = GuidedDenoiser(self.denoisers[private.network], weight)

@@ -355,7 +355,8 @@ class ReleasedDenoiser(nn.Module):
 
     def _network(self, about: dict[str, Any], name: str) -> NetworkDenoiser:
         classes = len(self.class_names) if about["conditional"][name] else 0
-        gaussian = self.gaussian if name == self.private_stage[3] else None
+        # A network that programs alone trained is shown no moments.
+        gaussian = None if any(s[2:] == ("public", name) for s in self.stages) else self.gaussian
         channels, resolution, _ = self.shape
         unet = UNet(SIZES[about["network"]["size"]], resolution, channels, classes, channels * (4 if gaussian else 1))
         denoiser = NetworkDenoiser(unet, classes, about["network"]["sigma_data"], gaussian)

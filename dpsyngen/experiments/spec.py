@@ -375,13 +375,13 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
 _USES_PROGRAMS = tuple(v for v in VARIANTS if v not in ("dpdm", "gaussian", "instant", "residual"))
 _TRAINS = tuple(v for v in VARIANTS if v not in ("gaussian", "instant"))
 _LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
-    "stages.tau_cleaning": ("cleaning", "both", "residual-cleaning"),
-    "stages.tau_coarse": ("coarse", "both", "instant", "residual", "residual-cleaning"),
+    "stages.tau_cleaning": ("cleaning", "both", "residual"),
+    "stages.tau_coarse": ("coarse", "both", "instant", "residual"),
     "stages.networks": ("cleaning", "coarse", "both"),
     "stages.pretrain": tuple(v for v in VARIANTS if v not in USE_MOMENTS),
     "public.": _USES_PROGRAMS,
     "program.": _USES_PROGRAMS,
-    "moments.share": ("residual", "residual-cleaning"),
+    "moments.share": ("residual",),
     "moments.": USE_MOMENTS,
     "private.": _TRAINS,
     "network.prior": tuple(v for v in USE_MOMENTS if v != "gaussian"),

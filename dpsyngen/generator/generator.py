@@ -75,9 +75,8 @@ class ReleasedGenerator:
         # None: an earlier version did not say.
         self._label_dropout = about.label_dropout
         self.gaussian = load_gaussian(release, about, device)
-        own = self.stages.private.network
         self.networks: dict[str, NetworkDenoiser] = {
-            name: load_network(release, about, name, self.gaussian if name == own else None, device)
+            name: load_network(release, about, name, self.gaussian if name in self.stages.reading else None, device)
             for name in self.stages.networks
         }
         for network in self.networks.values():

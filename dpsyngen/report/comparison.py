@@ -46,7 +46,6 @@ STYLES: dict[str, tuple[str, str, Any]] = {
     "gaussian": ("#a1532f", "p", (0, (1, 1))),
     "instant": ("#b8860b", "P", (0, (4, 1))),
     "residual": ("#2f8f57", "*", (0, (9, 1.5))),
-    "residual-cleaning": ("#7d6bc9", "h", (0, (3, 1, 1, 1))),
 }
 """Colour, marker and dashes of each variant."""
 _OTHER = (("#8a6d3b", "P", "-"), ("#6f6fc4", "X", "--"))

@@ -241,12 +241,12 @@ class Training:
             yield from self._moments()
         if self.stop_requested:
             return
+        for stage in (s for s in stages.stages if s.trainer == "prior"):
+            prior = prior_of(self.config, stages, self.plan.shape.channels)
+            assert prior is not None
+            self._save_weights(stage.network, {f"network.{name}": w for name, w in prior.weights.items()})
         if stages.gaussian:
             self._gaussian()  # which refuses damaged moments
-            for stage in (s for s in stages.stages if s.trainer == "prior"):
-                prior = prior_of(self.config, stages, self.plan.shape.channels)
-                assert prior is not None
-                self._save_weights(stage.network, {f"network.{name}": w for name, w in prior.weights.items()})
             self._release()
         else:
             yield from self._private()
@@ -382,7 +382,7 @@ class Training:
             shown = {}
             for name in stages.networks:
                 own = name == stages.private.network
-                shown[name] = self._denoiser(own, 0, gaussian if own else None).eval()
+                shown[name] = self._denoiser(own, 0, gaussian if name in stages.reading else None).eval()
                 if not own:
                     load_weights(self.run.weights(name), shown[name])
             images = preview(self.config, self.plan, shown, state.ema, self.device)

@@ -96,7 +96,7 @@ def shape_of(dataset: ImageDataset, config: Config) -> Shape:
 
 def stages_of(config: Config) -> StageMap:
     """The stage map that a configuration asks for."""
-    return stage_map(**config.stages.model_dump())
+    return stage_map(**config.stages.model_dump(), prior=config.network.prior is not None)
 
 
 def make_plan(config: Config, shape: Shape) -> Plan:

@@ -27,7 +27,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--epsilon 1 --delta 0.5", "must be below 1/records"),
         ("--epsilon 1 --delta 0", "privacy.delta is 0"),
         ("--epsilon 1 --batch 61", "only 60 records"),
-        ("--epsilon 1 --variant sideways", "'both', 'gaussian', 'instant', 'residual' or 'residual-cleaning'"),
+        ("--epsilon 1 --variant sideways", "'both', 'gaussian', 'instant' or 'residual'"),
         ("--epsilon 1 --tau-cleaning 2 --tau-coarse 1", "must be below stages.tau_coarse"),
         ("--epsilon 1 --networks one", "'experts' or 'shared'"),
         ("--epsilon 1 --network gigantic", "nano, tiny, small"),

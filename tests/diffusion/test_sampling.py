@@ -46,7 +46,7 @@ def test_the_first_level_belongs_to_the_network_and_is_the_highest_that_does(tau
 def test_the_first_level_stays_within_the_samplers() -> None:
     g = gaussian()
     assert sampling_start(stage_map("residual", tau_coarse=9.0), g, 0.002, 80.0)[0] == 80.0
-    for stages in (stage_map("residual", tau_coarse=-9.0), stage_map("gaussian")):
+    for stages in (stage_map("residual", tau_cleaning=-10.0, tau_coarse=-9.0), stage_map("gaussian")):
         sigma, start = sampling_start(stages, g, 0.02, 80.0)
         assert 0.02 < sigma < 0.021
         assert start is not None
@@ -122,7 +122,7 @@ class Shrink:
 def draw(variant: str, count: int, batch_size: int, *, labelled: bool, sampler: str = "ddim", seed: int = 3) -> Tensor:
     g = gaussian().float()
     stages = stage_map(variant, tau_coarse=1.0)
-    denoisers: dict[str, Denoiser] = {GAUSSIAN: g, "context": Shrink()}
+    denoisers: dict[str, Denoiser] = {GAUSSIAN: g, "context": Shrink(), "prior": Shrink()}
     labels = torch.arange(count) % 3 if labelled else None
     churn = 2.0 if sampler == "heun" else 0.0
     settings = SamplingSettings(sampler=sampler, steps=4, sigma_min=0.02, churn=churn, seed=seed)

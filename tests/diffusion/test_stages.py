@@ -21,12 +21,11 @@ PUBLIC = {
     "gaussian": set(),
     "instant": set(),
     "residual": set(),
-    "residual-cleaning": {"cleaning"},
 }
 
 
 def expected_stage(variant: str, log_sigma: float) -> str:
-    if log_sigma < -3 and "cleaning" in PUBLIC[variant]:
+    if log_sigma < -3 and ("cleaning" in PUBLIC[variant] or variant == "residual"):
         return "cleaning"
     if variant == "gaussian":
         return "gaussian"
@@ -50,13 +49,8 @@ def test_variants_are_values(variant, networks) -> None:
     ("variant", "names", "networks", "trainers"),
     [
         ("gaussian", ("gaussian",), (), ("moments",)),
-        ("residual", ("context", "coarse"), ("context",), ("private", "moments")),
-        (
-            "residual-cleaning",
-            ("cleaning", "context", "coarse"),
-            ("cleaning", "context"),
-            ("public", "private", "moments"),
-        ),
+        ("instant", ("context", "coarse"), ("prior",), ("prior", "moments")),
+        ("residual", ("cleaning", "context", "coarse"), ("prior", "context"), ("prior", "private", "moments")),
     ],
 )
 def test_variants_with_moments_are_values(variant, names, networks, trainers) -> None:
@@ -66,9 +60,21 @@ def test_variants_with_moments_are_values(variant, names, networks, trainers) ->
     assert stages.networks == networks
     assert stages.moments
     assert not stages.pretrain
-    assert stages.gaussian is (variant == "gaussian")
+    assert stages.gaussian is (variant in ("gaussian", "instant"))
+    assert stages.reading == set(networks)
     assert [s.network == GAUSSIAN for s in stages.stages] == [t == "moments" for t in trainers]
     assert stage_map(variant, pretrain=False, tau_coarse=2.0) == stages
+
+
+def test_without_a_prior_residual_has_no_cleaning_stage() -> None:
+    stages = stage_map("residual", prior=False)
+    assert [(s.name, s.trainer, s.network) for s in stages.stages] == [
+        ("context", "private", "context"),
+        ("coarse", "moments", GAUSSIAN),
+    ]
+    assert stages.reading == {"context"}
+    assert stage_map("residual", prior=False, tau_cleaning=9.0) == stages
+    assert stage_map("both", prior=False) == stage_map("both")
 
 
 def test_published_variants_take_no_moments() -> None:
@@ -77,7 +83,7 @@ def test_published_variants_take_no_moments() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_where_no_tau_coarse_is_given_it_suits_the_variant(variant) -> None:
-    given = {"instant": -0.9, "residual": 1.5, "residual-cleaning": 1.5}.get(variant, 2.0)
+    given = {"instant": -0.9, "residual": 1.5}.get(variant, 2.0)
     assert stage_map(variant) == stage_map(variant, tau_coarse=given)
 
 
@@ -162,12 +168,10 @@ def test_thresholds_move_the_stages() -> None:
         {"variant": "cleaning", "tau_cleaning": math.nan},
         {"variant": "both", "networks": "many"},
         {"variant": "finetune", "pretrain": False},
-        {"variant": "residual-cleaning", "tau_cleaning": 2.0},
+        {"variant": "residual", "tau_cleaning": 2.0},
         {"variant": "residual", "networks": "shared"},
-        {"variant": "residual-cleaning", "networks": "shared"},
         {"variant": "gaussian", "pretrain": True},
         {"variant": "residual", "pretrain": True},
-        {"variant": "residual-cleaning", "pretrain": True},
     ],
 )
 def test_bad_options(options) -> None:
@@ -251,9 +255,8 @@ def test_a_stage_map_is_a_partition(variant) -> None:
         assert owner in stages.stages
         assert owner.low <= log_sigma <= owner.high
     assert stages.networks[-1:] == (() if variant == "gaussian" else (stages.private.network,))
-    assert len([s for s in stages.stages if s.trainer != "public"]) == (
-        2 if "residual" in variant or variant == "instant" else 1
-    )
+    others = [s for s in stages.stages if s.trainer != "public"]
+    assert len(others) == {"instant": 2, "residual": 3}.get(variant, 1)
 
 
 def test_one_threshold_alone_may_lie_anywhere() -> None:

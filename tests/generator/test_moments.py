@@ -24,8 +24,8 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings: dict[str, Any] = TINY_SETTINGS | {"stages": {"variant": "residual-cleaning", "tau_coarse": 1.0}}
-    settings["network"] = settings["network"] | {"label_dropout": 0.0}
+    settings: dict[str, Any] = TINY_SETTINGS | {"stages": {"variant": "residual", "tau_coarse": 1.0}}
+    settings["network"] = settings["network"] | {"label_dropout": 0.0, "prior": "shipped"}
     settings["sampling"] = settings["sampling"] | {"guidance": 1.0}
     return dpsyngen.train(tiny_arrays(), epsilon=4.0, out=tmp_path_factory.mktemp("m") / "r", settings=settings).release
 

@@ -21,8 +21,8 @@ KINDS: dict[str, tuple[dict[str, Any], bool, int]] = {
     "shared": ({"stages": {"variant": "both", "networks": "shared", "pretrain": True}}, True, 1),
     "cleaning": ({"stages": {"variant": "cleaning"}, "network": {"size": "tiny"}}, False, 3),
     "residual": ({"stages": {"variant": "residual", "tau_coarse": 1.0}}, False, 1),
-    "residual-cleaning": (
-        {"stages": {"variant": "residual-cleaning", "tau_coarse": 1.0}, "network": {"size": "tiny"}},
+    "residual-prior": (
+        {"stages": {"variant": "residual", "tau_coarse": 1.0}, "network": {"prior": "shipped"}},
         *(True, 1),
     ),
     "instant": (

@@ -29,7 +29,7 @@ def test_the_owner_of_a_noise_level_is_ours(releases) -> None:
     import dpsyngen
 
     rng = torch.Generator().manual_seed(0)
-    for kind in ("both", "shared", "residual-cleaning", "instant", "gaussian-colour"):
+    for kind in ("both", "shared", "residual-prior", "instant", "gaussian-colour"):
         ours, theirs = dpsyngen.Generator(releases[kind]), standalone.ReleasedDenoiser(releases[kind])
         ends = [s.high for s in ours.stages.stages if s.high < 9]
         levels = torch.tensor([-6.0, 0.0, 4.0, *ends, *(e - 1e-6 for e in ends), *(e + 1e-6 for e in ends)]).double()

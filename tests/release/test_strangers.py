@@ -27,13 +27,13 @@ STRANGER = Path(__file__).with_name("stranger.py")
 LONG = os.environ.get("DPSYNGEN_LONG") == "1"
 
 SAMPLER_CASES: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {}) for kind in ("dpdm", "both", "shared", "cleaning", "residual", "residual-cleaning")),
+    *((kind, {}) for kind in ("dpdm", "both", "shared", "cleaning", "residual", "residual-prior")),
     *((kind, {}) for kind in ("gaussian", "gaussian-colour")),
     ("both", {"sampler": "ddim", "steps": 7, "guidance": 1.0, "seed": 3}),
     ("both", {"sampler": "heun", "steps": 5, "guidance": 3.5, "seed": -1}),
     ("dpdm", {"sampler": "heun", "steps": 4, "churn": 10.0, "seed": 2**40}),
-    ("residual-cleaning", {"sampler": "ddim", "steps": 4, "guidance": 1.5, "classes": ["2", "0"]}),
-    ("residual-cleaning", {"sampler": "heun", "steps": 3, "guidance": 0.0}),
+    ("residual-prior", {"sampler": "ddim", "steps": 4, "guidance": 1.5, "classes": ["2", "0"]}),
+    ("residual-prior", {"sampler": "heun", "steps": 3, "guidance": 0.0}),
     ("residual", {"sampler": "dpmpp", "steps": 6, "seed": 9}),
     ("gaussian", {"seed": 4, "classes": [1]}),
     ("shared", {"sampler": "dpmpp", "steps": 9, "batch_size": 4}),

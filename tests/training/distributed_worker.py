@@ -24,7 +24,7 @@ from tests.training.short_runs import merged
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "experts": {},
     "shared": {"stages": {"variant": "coarse", "networks": "shared"}},
-    "residual": {"stages": {"variant": "residual-cleaning", "tau_coarse": 0.0}},
+    "residual": {"stages": {"variant": "residual", "tau_coarse": 0.0}, "network": {"prior": "shipped"}},
     "pretrained": {"stages": {"variant": "finetune"}, "public": {"distinct": 10}},
     # Whole numbers: sums do not depend on their order.
     "exact": {"stages": {"variant": "dpdm"}, "private": {"noise": "discrete"}},

@@ -139,11 +139,12 @@ def test_a_run_that_would_exceed_its_target_does_not_begin(tmp_path, tiny_settin
 # --------------------------------------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("variant", ["gaussian", pytest.param("residual-cleaning", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["gaussian", pytest.param("residual", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("asked", [True, False])
 def test_interrupted_run_gives_the_same_release(variant, asked, tmp_path, tiny_settings, tiny_images) -> None:
     """Stopped politely (`asked`) or killed after every progress that a run reports, before and after its moments."""
     data = tiny_images()
+    tiny_settings["network"]["prior"] = "shipped"
     whole = finish(begun(tiny_settings, data, tmp_path / "whole", variant))
     expected = bytes_of(whole.run.release)
     training, lives = begun(tiny_settings, data, tmp_path / "pieces", variant), 0
@@ -305,9 +306,11 @@ def test_budget_is_charged_with_moments_and_steps_together(tmp_path, tiny_settin
 
 
 @pytest.mark.parametrize(
-    ("variant", "classes", "channels"), [("gaussian", 3, 3), ("residual", 0, 1), ("residual-cleaning", 3, 3)]
+    ("variant", "prior", "classes", "channels"),
+    [("gaussian", None, 3, 3), ("residual", None, 0, 1), ("residual", "shipped", 3, 3)],
 )
-def test_a_release_draws_what_the_run_learned(variant, classes, channels, tmp_path, tiny_settings) -> None:
+def test_a_release_draws_what_the_run_learned(variant, prior, classes, channels, tmp_path, tiny_settings) -> None:
+    tiny_settings["network"]["prior"] = prior
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 8, 8, 3) if channels == 3 else (60, 8, 8), dtype=np.uint8)
     data = (images, np.arange(60) % classes if classes else None)
