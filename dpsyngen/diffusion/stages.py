@@ -224,8 +224,8 @@ class StagedDenoiser:
     """A Denoiser made of Denoisers: each row is answered by the network that owns its σ.
 
     Labels do not reach the public stages: programmatic images have none, so the network that answers there was trained
-    without.  They reach a prior's: it knows no classes, but it is shown the moments of one.  `denoisers` has one for each name in ``stages.networks``, and for ``GAUSSIAN`` where that is an owner;
-    else ConfigError.
+    without.  They reach a prior's: it knows no classes, but it is shown the moments of one.  `denoisers` has one for
+    each name in ``stages.networks``, and for ``GAUSSIAN`` where that is an owner; else ConfigError.
     """
 
     def __init__(self, stages: StageMap, denoisers: Mapping[str, Denoiser]) -> None:

@@ -22,14 +22,14 @@ from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import Ema, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from dpsyngen.diffusion.loss import NoiseLevels
-from dpsyngen.errors import DataError, RunError
+from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
 from dpsyngen.thresholds.gap import HIGHEST, LOWEST
 from dpsyngen.training.checkpoint import TrainState, save_file
-from dpsyngen.training.networks import load_weights, make_denoiser, prior_of, with_prior
-from dpsyngen.training.plan import Shape, stages_of
+from dpsyngen.training.networks import load_weights, make_denoiser, with_prior
+from dpsyngen.training.plan import Shape
 from dpsyngen.training.public import PublicStep, train_public
 from dpsyngen.workers import Workers
 
@@ -46,6 +46,7 @@ MOST_PIXELS = 4096
 """Beyond that the Wiener filter is left out: its covariance matrix would take minutes and gigabytes."""
 
 _CHUNK = 4096  # images in float64 at a time
+_FOR_MOMENTS = 8192  # images of a program
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,13 +101,17 @@ def every_level() -> NoiseLevels:
 
 @dataclass(frozen=True)
 class PublicDenoisers:
-    """Trains unconditional denoisers and keeps them."""
+    """Trains unconditional denoisers and keeps them.
+
+    They start from nothing, or from a prior that is shown the moments of the same images, as a run's private network.
+    """
 
     folder: Path  # of the files, made if need be
     config: Config  # network and public training; the rest is not looked at
     shape: Shape  # resolution and channels; classes are not looked at
     device: str  # where to compute
     workers: Workers  # share a batch
+    prior: str | None = None  # SHA-256 of the prior to start from
 
     def key(self, family: Family, seed: int) -> str:
         """A digest of all that decides the weights, 64 hexadecimal digits."""
@@ -119,7 +124,7 @@ class PublicDenoisers:
             "network": self.config.network.model_dump(mode="json", include={"size", "sigma_data"}),
             "public": self.config.public.model_dump(mode="json", exclude={"checkpoint_every"}),
             "log_sigma": [LOWEST, HIGHEST],
-        }
+        } | ({} if self.prior is None else {"prior": self.prior})
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def path(self, family: Family, seed: int) -> Path:
@@ -134,7 +139,7 @@ class PublicDenoisers:
         """
         # The start differs between families, too: networks with a common start would share their errors.
         start, path = int(self.key(family, seed)[:15], 16), self.path(family, seed)
-        denoiser = make_denoiser(self.config, self.shape, False, start).to(self.device)
+        denoiser = self._begun(family, start)
         if not path.exists():
             c, offset = self.config.public, FIRST_IMAGE + _PER_SEED * (seed + 1)
             if isinstance(family.program, GivenImages):
@@ -157,6 +162,31 @@ class PublicDenoisers:
         load_weights(path, denoiser)
         return denoiser.eval()
 
+    def _begun(self, family: Family, seed: int) -> NetworkDenoiser:
+        if self.prior is not None:
+            return self.reading(self.filter(family)).train()
+        return make_denoiser(self.config, self.shape, False, seed).to(self.device)
+
+    def filter(self, family: Family) -> GaussianDenoiser:
+        """The Wiener filter of images that networks of a family are trained on; ConfigError if they are too large."""
+        program = family.program
+        if isinstance(program, GivenImages):
+            images = program.images
+        else:
+            first = FIRST_IMAGE + _PER_SEED
+            images = program.batch(range(first, first + _FOR_MOMENTS))
+        found = wiener_filter(images)
+        if found is None:
+            raise ConfigError(
+                f"the moments of images of more than {MOST_PIXELS:,} numbers take too long here.  Find the thresholds "
+                "at a smaller --resolution."
+            )
+        return found.to(self.device)
+
+    def reading(self, moments: GaussianDenoiser) -> NetworkDenoiser:
+        """The prior that a training by these settings starts from, shown `moments`."""
+        return make_denoiser(with_prior(self.config), self.shape, False, 0, moments).to(self.device).eval()
+
 
 def wiener_filter(images: NDArray[np.uint8]) -> GaussianDenoiser | None:
     """The best affine denoiser of images, uint8 [n, C, H, W]: the optimal one of a Gaussian with their mean and
@@ -175,11 +205,3 @@ def wiener_filter(images: NDArray[np.uint8]) -> GaussianDenoiser | None:
     tensors = mean[None], np.eye(d), covariance[None], np.zeros(d), np.ones(d), np.ones(1)
     c, h, w = images.shape[1:]
     return GaussianDenoiser(ClassGaussians(*map(torch.from_numpy, tensors)), (c, h, w))
-
-
-def reading_moments(config: Config, shape: Shape, wiener: GaussianDenoiser) -> NetworkDenoiser | None:
-    """The prior that a training by these settings starts from, shown the moments of `wiener`; None if it uses none."""
-    config = with_prior(config)
-    if prior_of(config, stages_of(config), shape.channels) is None:
-        return None
-    return make_denoiser(config, shape, False, 0, wiener).eval()

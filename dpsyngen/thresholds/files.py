@@ -19,8 +19,8 @@ from dpsyngen.diffusion.stages import coarse_of
 from dpsyngen.errors import printable
 from dpsyngen.files import strict_text, write_atomically, write_text
 from dpsyngen.thresholds.denoisers import PRIOR, PROXY, WIENER
-from dpsyngen.thresholds.gap import METHODS, SIDES, Array, Elbow
-from dpsyngen.thresholds.search import Measured, StandInElbows
+from dpsyngen.thresholds.gap import HIGHEST, LOWEST, METHODS, SIDES, Array, Elbow
+from dpsyngen.thresholds.search import Measured, StandInElbows, deciding
 from dpsyngen.version import __version__
 
 _IN_WORDS = {
@@ -46,15 +46,23 @@ class StagesResult:
         return self.decided.elbows["cleaning", self.settings["method"]]
 
     @property
-    def coarse(self) -> Elbow | None:
-        """None: DP moments of the private images are to own the coarse stage."""
-        return None if self.settings["moments"] else self.decided.elbows["coarse", self.settings["method"]]
+    def reads_moments(self) -> bool:
+        """Whether programs own by a prior and DP moments own the coarse stage."""
+        return self.decided.student == PRIOR
+
+    @property
+    def coarse(self) -> Elbow:
+        """Of the student, or of the Wiener filter where DP moments are to own the stage."""
+        of = self.decided
+        if self.reads_moments:
+            of = deciding(self.found, WIENER)
+        return of.elbows["coarse", self.settings["method"]]
 
     @property
     def variant(self) -> str:
         """The variant of the method in which programs own exactly the stages that were found."""
-        if self.coarse is None:
-            return "residual" if self.cleaning.log_sigma is None else "residual-cleaning"
+        if self.reads_moments:
+            return "residual"
         found = [elbow.side for elbow in (self.cleaning, self.coarse) if elbow.log_sigma is not None]
         return "both" if len(found) == 2 else found[0] if found else "dpdm"
 
@@ -63,7 +71,7 @@ class StagesResult:
         return {
             "variant": self.variant,
             "tau_cleaning": self.cleaning.log_sigma,
-            "tau_coarse": None if self.coarse is None else self.coarse.log_sigma,
+            "tau_coarse": self.coarse.log_sigma,
             "method": self.settings["method"],
             "decided_by": self.decided.by,
             "student": self.decided.student,
@@ -122,18 +130,19 @@ def elbow_rows(result: StagesResult) -> list[dict[str, Any]]:
 def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
     """Settings for ``dpsyngen train --config``: the user's own, with the variant and the thresholds that were found."""
     before = load_config(dict(given)).stages
-    replaced = {"variant", "tau_cleaning"} if result.coarse is None else {"variant", "tau_cleaning", "tau_coarse"}
+    replaced = {"variant", "tau_cleaning", "tau_coarse"}
     section: dict[str, Any] = {k: v for k, v in given.get("stages", {}).items() if k not in replaced}
     section["variant"] = result.variant
-    cleaning = result.cleaning.log_sigma
+    cleaning, coarse = result.cleaning.log_sigma, result.coarse.log_sigma
     known = coarse_of(result.variant, before.tau_coarse)
-    coarse = known if result.coarse is None else result.coarse.log_sigma
+    if result.reads_moments:  # this variant has both stages: one that was not found lies beyond what is asked for
+        cleaning, coarse = LOWEST if cleaning is None else cleaning, HIGHEST if coarse is None else coarse
     # A threshold that is not in use must still be on its side of the other one, or the file would be refused.
     if cleaning is not None:
         section["tau_cleaning"] = round(cleaning if coarse is None else min(cleaning, coarse - 0.1), 3)
         if coarse is None and cleaning >= known:
             section["tau_coarse"] = round(cleaning + 1, 3)
-    if coarse is not None and result.coarse is not None:
+    if coarse is not None:
         section["tau_coarse"] = round(coarse, 3)
     low, high = section.get("tau_cleaning", before.tau_cleaning), section.get("tau_coarse", known)
     if low >= high:
@@ -152,22 +161,15 @@ def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
 
 def stage_lines(result: StagesResult) -> list[str]:
     """The two stages in words."""
-    out = [_line(result.cleaning, "<")]
-    if result.coarse is not None:
-        return [*out, _line(result.coarse, ">")]
-    if result.decided.by != WIENER:
-        out.append(
-            "note: the training has DP moments of the private images, and nothing here shows where programs are better "
-            "than what follows from those; with --proxy their Wiener filter is the one to compare with"
-        )
-    return [*out, f"coarse: owned by DP moments of the private images (variant {result.variant})"]
+    coarse = "DP moments" if result.reads_moments else "programs"
+    return [_line(result.cleaning, "programs", "<"), _line(result.coarse, coarse, ">")]
 
 
-def _line(elbow: Elbow, relation: str) -> str:
+def _line(elbow: Elbow, owner: str, relation: str) -> str:
     if elbow.log_sigma is None:
-        return f"no {elbow.side} stage for programs: {elbow.reason}"
+        return f"no {elbow.side} stage for {owner}: {elbow.reason}"
     interval = "" if elbow.low is None else f" [95 %: {elbow.low:.2f} to {elbow.high:.2f}]"
-    line = f"{elbow.side}: programs own log σ {relation} {elbow.log_sigma:.2f}{interval}"
+    line = f"{elbow.side}: {owner} own log σ {relation} {elbow.log_sigma:.2f}{interval}"
     if elbow.found < 0.95:
         line += f", but only {100 * elbow.found:.0f} % of the bootstrap's curves have such a stage"
     return line

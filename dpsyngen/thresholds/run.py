@@ -89,7 +89,6 @@ class Stages:
             raise ConfigError(
                 "variant 'gaussian' has no stage that programs could own.  Choose another stages.variant."
             )
-        self.moments = config.stages.variant in USE_MOMENTS
         proxy_images = None if options.proxy is None else _load_proxy(options.proxy, config, data)
         like, d = data or proxy_images, config.data
         shape = Shape(d.resolution or 32, 3 if d.channels == "rgb" else 1, (), 1)
@@ -99,13 +98,19 @@ class Stages:
         for c in (config, trained):
             check_resolution(named_size(c.network.size), shape.resolution)
         prior = prior_of(trained, stages_of(trained), shape.channels)
-        self._prior = None if prior is None else prior.about["sha256"]
+        if prior is None and config.stages.variant in USE_MOMENTS:
+            raise ConfigError(
+                f"variant {config.stages.variant!r} without a prior has no stage that programs could own.  Leave "
+                "network.size (--network) out or give network.prior, or choose another variant: "
+                "--set stages.variant=both"
+            )
         named = [_program(entry, config) for entry in options.programs]
         size = {"resolution": shape.resolution, "channels": shape.channels}
         families = [Family(label, make_program(p.name, **size, seed=p.seed, **p.params)) for label, p in named]
         proxy = None if proxy_images is None else split_proxy(proxy_images.array(), options.images)
         workers = Workers(None if device == "cpu" else 1)
-        networks = PublicDenoisers(options.networks or folder / "networks", config, shape, device, workers)
+        kept, known = options.networks or folder / "networks", None if prior is None else str(prior.about["sha256"])
+        networks = PublicDenoisers(kept, config, shape, device, workers, known)
         grid = log_sigma_grid(options.spacing)
         self.search = StageSearch(families, proxy, networks, seeds=options.seeds, images=options.images, log_sigma=grid)
         self._program = named[0][1]
@@ -130,7 +135,7 @@ class Stages:
             spent = None
             if self.estimate is not None:
                 curve, spent = self.estimate.released(
-                    {family.label: trained[family.label, 0] for family in (search.teacher, search.student)},
+                    search.compared_on_private(trained),
                     search.log_sigma,
                     measured.clipping_norm,
                     f"stages {self.folder.name}",
@@ -140,7 +145,7 @@ class Stages:
                 )
                 measured.curves.append(curve)
             found = stand_in_elbows(measured, options.tolerance, options.replicates)
-            decided = deciding(found, search.student.label, self.moments)
+            decided = deciding(found, search.student)
             result = StagesResult(self.settings, measured, found, decided, spent)
             return result, write_results(self.folder, result, self._to_keep())
 
@@ -164,7 +169,7 @@ class Stages:
         return {
             "programs": {f.label: f.program.config() | {"prior_tier": f.program.prior_tier} for f in s.families},
             "proxy": proxy,
-            "student": s.student.label,
+            "student": s.student,
             "teacher": s.teacher.label,
             "resolution": s.networks.shape.resolution,
             "channels": s.networks.shape.channels,
@@ -174,8 +179,7 @@ class Stages:
             "networks": [s.networks.path(f, seed).name for f in s.all_families for seed in range(o.seeds)],
             "log_sigma": list(s.log_sigma),
             **{name: getattr(o, name) for name in ("images", "tolerance", "method", "replicates")},
-            "moments": self.moments,
-            "prior": self._prior,
+            "prior": s.networks.prior,
             "private": private,
         }
 

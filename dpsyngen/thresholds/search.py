@@ -5,17 +5,20 @@ each: see :mod:`dpsyngen.thresholds.gap`.  Nobody may look at the private images
 for them:
 
 1. the other families of programs (always),
-2. a public proxy that the user declares to resemble them, by its Wiener filter and by networks trained on it (with its
-   moments the prior can be compared, too, where the settings have one), or
+2. a public proxy that the user declares to resemble them, by its Wiener filter and by networks trained on it, or
 3. the private images themselves, through the Gaussian mechanism (:mod:`dpsyngen.thresholds.private`).
 
 The first family is the one that a training would use; its curve against the last of these that is there decides.
+
+Where a training would have DP moments and a prior, programs own by the prior, and each stand-in has moments: its
+networks start from the prior that is shown them, as the private one does.  The prior as it was is held against them for
+the cleaning stage, and the Wiener filter for the coarse one.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol, get_args
@@ -34,7 +37,6 @@ from dpsyngen.thresholds.denoisers import (
     Family,
     GivenImages,
     PublicDenoisers,
-    reading_moments,
     wiener_filter,
 )
 from dpsyngen.thresholds.gap import (
@@ -73,7 +75,8 @@ class Measured:
         pixels: d, of an image.
         curves: programs in place of others ("programs"), of the proxy's Wiener filter ("wiener") and of networks that
             were trained on it ("proxy"), and networks in place of others of their own family ("floor"); on private
-            images, with noise, the student in place of the teacher ("private").
+            images, with noise, the student in place of the teacher ("private").  With a prior, that and the Wiener
+            filter of each stand-in are what is in place of others.
         clipping_norm: C that public images suggest for a private estimate.
     """
 
@@ -91,7 +94,8 @@ class Measured:
 class StageSearch:
     """Trains what is needed and measures.
 
-    The first family is the `student` and the proxy, or else the second family, the `teacher` of a private estimate.
+    The first family, or the prior, is the `student`, and the proxy, or else the second family, the `teacher` of a
+    private estimate.
     ConfigError if nothing would stand in for the private images, or two families are called the same.
     """
 
@@ -104,10 +108,11 @@ class StageSearch:
 
     def __post_init__(self) -> None:
         labels = [f.label for f in self.families]
-        if len({*labels, PROXY, PRIOR}) != len(labels) + 2:
+        taken = (PROXY, WIENER, PRIOR)
+        if len({*labels, *taken}) != len(labels) + len(taken):
             raise ConfigError(
-                f"the families are called {', '.join(labels)}, but each needs a name of its own other than {PROXY!r} "
-                f"and {PRIOR!r}."
+                f"the families are called {', '.join(labels)}, but each needs a name of its own other than "
+                f"{', '.join(taken)}."
             )
         if not labels or (len(labels) == 1 and self.proxy is None):
             raise ConfigError(
@@ -115,7 +120,17 @@ class StageSearch:
                 "dead-leaves,contours), or public images that resemble them (--proxy)."
             )
         self.all_families = [*self.families, *([] if self.proxy is None else [self.proxy])]
-        self.student, self.teacher = self.families[0], self.proxy or self.families[1]
+        self.student, self.teacher = self.families[0].label, self.proxy or self.families[1]
+        if self.networks.prior is not None:
+            # Programs own by the prior: there is one of it, and a proxy leaves nothing for other stand-ins to say.
+            self.student, self.all_families = PRIOR, self.all_families if self.proxy is None else [self.proxy]
+
+    def compared_on_private(self, trained: Mapping[tuple[str, int], NetworkDenoiser]) -> dict[str, NetworkDenoiser]:
+        """Teacher and student of a private estimate, by name."""
+        teacher = trained[self.teacher.label, 0]
+        if self.student != PRIOR:
+            return {self.teacher.label: teacher, self.student: trained[self.student, 0]}
+        return {self.teacher.label: teacher, PRIOR: self.networks.reading(self.networks.filter(self.teacher))}
 
     def train(self, tell: Tell) -> dict[tuple[str, int], NetworkDenoiser]:
         """All networks, by family and seed; those that are there are read."""
@@ -130,18 +145,19 @@ class StageSearch:
         """Compare all networks on the images of each family."""
         shape = self.networks.shape
         result = Measured(np.array(self.log_sigma), shape.channels * shape.resolution**2)
-        asked: Pair = (f"{self.teacher.label}/0", f"{self.student.label}/0")  # what a private estimate will compare
         weights = gap_weights(self.log_sigma, self.networks.config.network.sigma_data)
         vectors: list[Tensor] = []
         for family in self.all_families:
             images = torch.from_numpy(np.array(family.measuring_images(self.images))).to(self.networks.device)
             denoisers: dict[str, Denoiser] = {f"{label}/{seed}": d for (label, seed), d in trained.items()}
-            given = family.program.images if isinstance(family.program, GivenImages) else None
-            if given is not None and (wiener := wiener_filter(given)) is not None:
-                denoisers[WIENER] = wiener.to(self.networks.device)
-                if (prior := reading_moments(self.networks.config, shape, wiener)) is not None:
-                    denoisers[PRIOR] = prior.to(self.networks.device)
-            compared = self._compared(family, denoisers)
+            asked: Pair = (f"{self.teacher.label}/0", f"{self.student}/0")  # what a private estimate will compare
+            if self.student == PRIOR:
+                wiener, asked = self.networks.filter(family), (f"{family.label}/0", PRIOR)
+                denoisers = {f"{family.label}/{s}": trained[family.label, s] for s in range(self.seeds)}
+                denoisers |= {WIENER: wiener, PRIOR: self.networks.reading(wiener)}
+            elif isinstance(family.program, GivenImages) and (its := wiener_filter(family.program.images)):
+                denoisers[WIENER] = its.to(self.networks.device)
+            compared = self._compared(family, WIENER in denoisers)
             answers = measure(
                 denoisers,
                 to_float(images),
@@ -160,15 +176,19 @@ class StageSearch:
         result.clipping_norm = public_clipping_norm(vectors)
         return result
 
-    def _compared(self, family: Family, there: Container[str]) -> list[tuple[str, str, str, list[Pair]]]:
-        """(stand-in, teacher, student, pairs of networks) of all comparisons on the images of a family."""
+    def _compared(self, family: Family, filtered: bool) -> list[tuple[str, str, str, list[Pair]]]:
+        """(stand-in, teacher, student, pairs of networks) of all comparisons on the images of a family.
+
+        `filtered`: there is a Wiener filter of it.
+        """
         own, seeds = family.label, range(self.seeds)
         others = {f.label: [f"{f.label}/{s}" for s in seeds] for f in self.families if f is not family}
-        if PRIOR in there:
-            others[PRIOR] = [PRIOR for _ in seeds]  # there is one of it
+        if self.student == PRIOR:
+            others = {name: [name for _ in seeds] for name in (PRIOR, WIENER)}  # there is one of each
         stand_in = PROXY if family is self.proxy else "programs"
         out = [(stand_in, own, o, [(f"{own}/{s}", n) for s, n in enumerate(names)]) for o, names in others.items()]
-        if WIENER in there:
+        if filtered and family is self.proxy:
+            others.pop(WIENER, None)
             out += [(WIENER, WIENER, o, [(WIENER, n) for n in dict.fromkeys(names)]) for o, names in others.items()]
         if self.seeds > 1:
             # Each network against the next of its family; two networks make one pair.
@@ -208,11 +228,6 @@ def stand_in_elbows(measured: Measured, tolerance: float, replicates: int) -> li
     return out
 
 
-def deciding(found: Sequence[StandInElbows], student: str, moments: bool = False) -> StandInElbows:
-    """The elbows that decide: of `student`, against the most direct stand-in there is.
-
-    With `moments` a training has the private images' mean and covariance, so programs must be better than what follows
-    from these in closed form: they are held against the Wiener filter, where there is one.
-    """
-    mine = [f for f in found if f.student == student]
-    return next((f for f in mine if f.by == WIENER), mine[-1]) if moments else mine[-1]
+def deciding(found: Sequence[StandInElbows], student: str) -> StandInElbows:
+    """The elbows that decide: of `student`, against the most direct stand-in there is."""
+    return [f for f in found if f.student == student][-1]

@@ -129,26 +129,38 @@ def test_what_is_found_is_what_train_takes(stages, made, tmp_path) -> None:
     assert program.config() == make_program("dead-leaves", resolution=8, channels=1, seed=3, shape="disc").config()
 
 
-def test_with_dp_moments_the_wiener_filter_is_what_programs_have_to_beat(stages, tmp_path) -> None:
-    code, out, err = stages("--proxy", "{made}/proxy.npz", "--set", "stages.variant=residual", "--json")
-    assert code == 0, err
-    found = document(out)
-    assert found["decided_by"] == "wiener"
-    assert found["variant"] in ("residual", "residual-cleaning")
-    assert found["tau_coarse"] is None
-    assert load_config({}, file=tmp_path / "o/stages.yaml").stages.variant == found["variant"]
-    assert "prior" not in {e["student"] for e in found["elbows"]}, "--network leaves the preset's prior out"
+def test_with_dp_moments_programs_need_a_prior(stages, tmp_path) -> None:
+    code, _, err = stages("--proxy", "{made}/proxy.npz", "--set", "stages.variant=residual")
+    assert code == 2
+    assert "'residual' without a prior has no stage that programs could own" in err, "--network leaves the prior out"
+    assert not (tmp_path / "o").exists()
 
 
-def test_the_prior_is_compared_where_the_settings_have_one(stages, tmp_path) -> None:
+@pytest.mark.parametrize("proxy", [(), ("--proxy", "{made}/proxy.npz")])
+def test_with_dp_moments_prior_and_wiener_filter_are_held_against_networks_from_the_prior(
+    stages, tmp_path, proxy
+) -> None:
     more = ("--set", "stages.variant=residual", "--set", "network.prior=shipped")
-    code, out, err = stages("--proxy", "{made}/proxy.npz", *more)
+    code, out, err = stages(*proxy, *more)
     assert code == 0, err
     found = json.loads((tmp_path / "o/gap.json").read_text())
     assert found["settings"]["prior"] == read_prior("shipped", 1).about["sha256"]
-    assert {c["stand_in"] for c in found["curves"] if c["student"] == "prior"} == {"wiener", "proxy"}
-    assert found["stages"]["student"] == "dead-leaves"
-    assert "the prior, which programs trained, shown the proxy's moments: " in out
+    by = "proxy" if proxy else "programs"
+    assert {(c["stand_in"], c["student"]) for c in found["curves"]} == {
+        *((by, student) for student in ("prior", "wiener")),
+        *((("wiener", "prior"),) if proxy else ()),
+    }
+    assert (found["stages"]["student"], found["stages"]["variant"]) == ("prior", "residual")
+    loaded = load_config({}, file=tmp_path / "o/stages.yaml")
+    assert (loaded.stages.variant, loaded.network.prior) == ("residual", "shipped")
+    for side, student in (("cleaning", "prior"), ("coarse", "wiener")):
+        (row,) = (
+            e
+            for e in found["elbows"]
+            if (e["side"], e["student"], e["stand_in"], e["method"]) == (side, student, by, "tolerance")
+        )
+        assert found["stages"][f"tau_{side}"] == row["log_sigma"]
+    assert ("the prior, which programs trained, shown the proxy's moments: " in out) is bool(proxy)
     code, _, err = stages(
         "--proxy", "{made}/proxy.npz", *more[:2], "--set", "network.prior=none.safetensors", out=tmp_path / "p"
     )

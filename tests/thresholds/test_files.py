@@ -38,17 +38,22 @@ def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
     assert "--steps" in line
 
 
-def result(
-    cleaning: float | None, coarse: float | None, *, by: Any = "proxy", moments: bool = False, share: float = 1.0
-) -> StagesResult:
+def result(cleaning: float | None, coarse: float | None, *, moments: bool = False, share: float = 1.0) -> StagesResult:
+    """With `moments`, the coarse stage is the Wiener filter's, and that of the prior lies elsewhere."""
+
+    def elbows(cleaning: float | None, coarse: float | None) -> Any:
+        return {
+            ("cleaning", "tolerance"): elbow("cleaning", cleaning, share),
+            ("coarse", "tolerance"): elbow("coarse", coarse),
+        }
+
     nothing: Any = None
-    elbows: Any = {
-        ("cleaning", "tolerance"): elbow("cleaning", cleaning, share),
-        ("coarse", "tolerance"): elbow("coarse", coarse),
-    }
-    decided = StandInElbows(by, "dead-leaves", nothing, elbows)
-    settings = {"method": "tolerance", "moments": moments}
-    return StagesResult(settings, Measured(U, 4), [decided], decided)
+    if not moments:
+        decided = StandInElbows("proxy", "dead-leaves", nothing, elbows(cleaning, coarse))
+        return StagesResult({"method": "tolerance"}, Measured(U, 4), [decided], decided)
+    of_wiener = StandInElbows("proxy", "wiener", nothing, elbows(-5.0, coarse))
+    decided = StandInElbows("proxy", "prior", nothing, elbows(cleaning, 4.0))
+    return StagesResult({"method": "tolerance"}, Measured(U, 4), [of_wiener, decided], decided)
 
 
 def test_stages_in_words() -> None:
@@ -59,9 +64,10 @@ def test_stages_in_words() -> None:
     rare = stage_lines(result(-2.5, 2.0, share=0.5))
     assert "but only 50 % of the bootstrap's curves have such a stage" in rare[0]
     assert rare[1].startswith("coarse: programs own log σ > 2.00")
-    with_moments = stage_lines(result(-2.5, 2.0, by="wiener", moments=True))
-    assert with_moments[1] == "coarse: owned by DP moments of the private images (variant residual-cleaning)"
-    assert "nothing here shows where programs are better" in stage_lines(result(-2.5, 2.0, moments=True))[1]
+    with_moments = stage_lines(result(-2.5, 2.0, moments=True))
+    assert with_moments[0].startswith("cleaning: programs own log σ < -2.50")
+    assert with_moments[1].startswith("coarse: DP moments own log σ > 2.00")
+    assert stage_lines(result(-2.5, None, moments=True))[1] == "no coarse stage for DP moments: the gap is 9 %"
 
 
 @pytest.mark.parametrize("preset", ["paper-28", "cpu-small"])
@@ -80,11 +86,18 @@ def test_thresholds_as_yaml_are_taken_by_the_configuration(tmp_path, tau, preset
         assert loaded.stages.tau_coarse == tau[1]
 
 
-@pytest.mark.parametrize(("tau", "wanted"), [(-2.5, -2.5), (None, None), (4.0, 1.4)])
-def test_with_moments_their_threshold_stays(tmp_path, tau, wanted) -> None:
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ((-2.5, 1.0), (-2.5, 1.0)),
+        ((None, 1.0), (-6.215, 1.0)),  # below what any sampler asks for
+        ((-2.5, None), (-2.5, 4.382)),  # above it
+        ((3.0, 1.0), (0.9, 1.0)),  # DP-SGD must own something
+    ],
+)
+def test_with_moments_both_thresholds_are_those_of_residual(tmp_path, found, wanted) -> None:
     path = tmp_path / "stages.yaml"
     given = {"preset": "cpu-small", "stages": {"tau_coarse": 1.5}}
-    path.write_text(stages_yaml(result(tau, 3.0, by="wiener", moments=True), given), encoding="utf-8")
+    path.write_text(stages_yaml(result(*found, moments=True), given), encoding="utf-8")
     loaded = load_config({}, file=path).stages
-    assert (loaded.variant, loaded.tau_coarse) == ("residual" if tau is None else "residual-cleaning", 1.5)
-    assert wanted is None or loaded.tau_cleaning == wanted
+    assert (loaded.variant, loaded.tau_cleaning, loaded.tau_coarse) == ("residual", *wanted)

@@ -36,10 +36,11 @@ def images(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, 1, 8, 8), dtype=np.uint8)
 
 
-def search(tmp_path, families, proxy=None, seeds: int = 2, count: int = 6, settings=None) -> StageSearch:
+def search(tmp_path, families, proxy=None, seeds: int = 2, count: int = 6, prior=None) -> StageSearch:
     base = {"network": {"size": "nano"}, "public": {"steps": 2, "batch": 2, "copies": 1}}
-    config = load_config(merge_settings(base, settings or {}))
-    networks = PublicDenoisers(tmp_path, config, Shape(8, 1, (), 1), "cpu", Workers(1))
+    reads = {"stages": {"variant": "residual"}, "network": {"prior": "shipped"}}
+    config = load_config(merge_settings(base, reads if prior else {}))
+    networks = PublicDenoisers(tmp_path, config, Shape(8, 1, (), 1), "cpu", Workers(1), prior)
     return StageSearch(families, proxy, networks, seeds=seeds, images=count, log_sigma=LEVELS)
 
 
@@ -77,22 +78,29 @@ def test_every_program_serves_every_other_and_the_proxy(tmp_path) -> None:
     (of_b,) = (c for c in m.of("proxy") if c.student == "b")
     np.testing.assert_allclose(of_b.student_loss[0, :, 0], np.square(x - 0.2).mean(1), rtol=1e-4)
     assert told[-1][1:] == (6, 6, "images")
-    assert (s.student.label, s.teacher.label) == ("a", "proxy")
+    assert (s.student, s.teacher.label) == ("a", "proxy")
 
 
 def test_the_prior_is_shown_the_moments_of_the_proxy(tmp_path) -> None:
-    """Its loss is that of D = G + s F on the images set aside; it stands beside every network on the proxy alone."""
+    """Its loss is that of D = G + s F on the images set aside; it and the Wiener filter stand beside networks on the
+    proxy alone, and every other family has nothing to say.
+    """
     rng = np.random.default_rng(0)
     made = np.clip(128 + 60 * rng.standard_normal((40, 1, 1, 1)) + 20 * rng.standard_normal((40, 1, 8, 8)), 0, 255)
     proxy = split_proxy(made.astype(np.uint8), 6)
-    settings = {"stages": {"variant": "residual"}, "network": {"prior": "shipped"}}
-    s = search(tmp_path, [family("a"), family("b", "contours")], proxy, settings=settings)
-    trained = {(label, seed): Constant(0.1 * seed) for label in ("a", "b", "proxy") for seed in range(2)}
+    s = search(tmp_path, [family("a"), family("b", "contours")], proxy, prior="0" * 64)
+    assert [f.label for f in s.all_families] == ["proxy"]
+    trained = {("proxy", seed): Constant(0.1 * seed) for seed in range(2)}
     m = s.measure(trained, lambda title, done, total, unit: None)
-    (against,) = (c for c in m.of("wiener") if c.student == "prior")
-    (beside,) = (c for c in m.of("proxy") if c.student == "prior")
-    assert not [c for c in m.of("programs") if c.student == "prior"]
-    assert (len(against.gap), len(beside.gap)) == (1, 2)
+    (against,) = m.of("wiener")
+    beside, filtered = m.of("proxy")
+    assert [(c.teacher, c.student) for c in (against, beside, filtered)] == [
+        ("wiener", "prior"),
+        ("proxy", "prior"),
+        ("proxy", "wiener"),
+    ]
+    assert not m.of("programs")
+    assert (len(against.gap), len(beside.gap), len(filtered.gap)) == (1, 2, 2)
     filtering = wiener_filter(proxy.program.images)
     config = with_prior(s.networks.config)
     prior = make_denoiser(config, s.networks.shape, False, 0, filtering)
@@ -104,9 +112,35 @@ def test_the_prior_is_shown_the_moments_of_the_proxy(tmp_path) -> None:
     for curve, answer in ((against.teacher_loss, answers[0]), (against.student_loss, answers[1])):
         np.testing.assert_allclose(curve[0, :, 3], (answer - x0).square().flatten(1).mean(1), rtol=1e-4)
     np.testing.assert_allclose(beside.student_loss[1], against.student_loss[0], rtol=1e-5)
+    np.testing.assert_allclose(filtered.student_loss[1], against.teacher_loss[0], rtol=1e-5)
     np.testing.assert_allclose(
         beside.teacher_loss[1], np.square(x0.numpy() - 0.1).mean((1, 2, 3))[:, None] + np.zeros(len(LEVELS)), rtol=1e-4
     )
+
+
+def test_with_a_prior_networks_start_where_it_is(tmp_path, monkeypatch) -> None:
+    """Without steps a network answers as the prior that is shown the moments of its own images: no gap at all."""
+    s = search(tmp_path, [family("a"), family("b", "contours")], seeds=1, prior="0" * 64)
+    monkeypatch.setattr("dpsyngen.thresholds.denoisers.train_public", lambda *_: iter(()))
+    trained = s.train(lambda title, done, total, unit: None)
+    assert list(trained) == [("a", 0), ("b", 0)]
+    m = s.measure(trained, lambda title, done, total, unit: None)
+    for curve in m.of("programs"):
+        assert (curve.student == "prior") == (curve.gap.max() == 0)
+    assert {(c.teacher, c.student) for c in m.of("programs")} == {(t, s_) for t in "ab" for s_ in ("prior", "wiener")}
+    other = search(tmp_path, [family("a"), family("b", "contours")], seeds=1, prior="1" * 64)
+    assert other.networks.path(family("a"), 0) != s.networks.path(family("a"), 0), "another prior, another network"
+    asked = s.compared_on_private(trained)
+    assert list(asked) == ["b", "prior"]
+    x, sigma = torch.zeros(1, 1, 8, 8), torch.ones(1)
+    assert torch.equal(asked["prior"](x, sigma), trained["b", 0](x, sigma))
+
+
+def test_moments_of_large_images_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dpsyngen.thresholds.denoisers.MOST_PIXELS", 63)
+    s = search(tmp_path, [family("a"), family("b")], prior="0" * 64)
+    with pytest.raises(ConfigError, match=r"more than 63 numbers.*smaller --resolution"):
+        s.train(lambda title, done, total, unit: None)
 
 
 def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) -> None:
@@ -130,6 +164,7 @@ def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) ->
         (["a", "a"], "name of its own"),
         (["a", "proxy"], "proxy"),
         (["a", "prior"], "prior"),
+        (["a", "wiener"], "wiener"),
     ],
 )
 def test_families_that_cannot_be_compared(tmp_path, labels, message) -> None:
@@ -183,11 +218,8 @@ def test_the_most_direct_stand_in_decides() -> None:
     assert elbow.log_sigma == pytest.approx(2, abs=0.1)
     assert 0 < elbow.high - elbow.low < 0.05
     assert deciding(found, "b").by == "proxy"
-    assert deciding(found, "a", moments=True) is decided  # there is no Wiener filter
     m.curves.append(curve("wiener", "wiener", "a", bump(-5, 5)))
-    found = stand_in_elbows(m, 0.05, 50)
-    assert deciding(found, "a", moments=True).by == "wiener"
-    assert deciding(found, "a").by == "private"
+    assert deciding(stand_in_elbows(m, 0.05, 50), "a").by == "private"
 
 
 def test_average_is_over_all_that_stand_in() -> None:
