@@ -133,7 +133,8 @@ def train(
         require(value is None or not unconditional, option, value, "left out with --unconditional: it reads no labels")
     from dpsyngen.config import load_config, merge_settings, with_options
     from dpsyngen.fit import Interrupted, prepare, prepare_resume, train_together
-    from dpsyngen.training.log import Display
+    from dpsyngen.training.log import Display, Warned
+    from dpsyngen.training.plan import matters
 
     options = with_options(
         data__source=data,
@@ -190,7 +191,12 @@ def train(
             raise ConfigError(
                 "--epsilon is missing: how much privacy to spend (1 is strict, 10 is loose, inf is none)."
             )
-        return prepare(load_config(given, preset=preset, file=config, device=where["device"]), out, **where)
+        loaded = load_config(given, preset=preset, file=config, device=where["device"])
+        variant, pretrain = loaded.stages.variant, bool(loaded.stages.pretrain)
+        named = [f"{section}.{name}" for section, values in given.items() for name in values]
+        if idle := [name for name in named if not matters(name, variant, pretrain)]:
+            where["on_event"](Warned(f"variant {variant} looks at no {', '.join(idle)}: what was given has no effect"))
+        return prepare(loaded, out, **where)
 
     console, begun = Console(quiet, as_json, log_format), time.monotonic()
     try:

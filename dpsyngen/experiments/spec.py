@@ -19,10 +19,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpsyngen.config import MAX_EPSILON, Config, DataConfig, Variant, explain, load_config, merge_settings, preset_names
-from dpsyngen.diffusion.stages import USE_MOMENTS, VARIANTS
 from dpsyngen.errors import ConfigError, printable, shown
 from dpsyngen.evaluation.metrics import Measured
 from dpsyngen.files import read_yaml, read_yaml_file
+from dpsyngen.training.plan import matters
 
 PUBLISHED: tuple[Variant, ...] = ("dpdm", "finetune", "cleaning", "coarse", "both")
 """What an experiment compares if it does not say: the variants of the paper, and the union of the last two."""
@@ -341,7 +341,7 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
     own = spec.grid.variant_settings.get(variant, {})  # type: ignore[call-overload]
     of_all = {f"stages.{name}": value for name, value in spec.settings.get("stages", {}).items()}
     pretrain = (of_all | own | given).get("stages.pretrain")
-    settings = {name: value for name, value in given.items() if _matters(name, variant, bool(pretrain))}
+    settings = {name: value for name, value in given.items() if matters(name, variant, bool(pretrain))}
     shortened = [f"{name.rsplit('.', 1)[-1]}={_short(value)}" for name, value in settings.items()]
     label = case if case and settings else ",".join(shortened)
     if case and settings and spec.grid.axes:
@@ -370,33 +370,6 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
     except ConfigError as error:
         raise ConfigError(f"the run {name} cannot be: {error}") from None
     return Job(name, "run", variant, epsilon, seed, label, settings, config)
-
-
-_USES_PROGRAMS = tuple(v for v in VARIANTS if v not in ("dpdm", "gaussian", "instant", "residual"))
-_TRAINS = tuple(v for v in VARIANTS if v not in ("gaussian", "instant"))
-_LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
-    "stages.tau_cleaning": ("cleaning", "both", "residual"),
-    "stages.tau_coarse": ("coarse", "both", "instant", "residual"),
-    "stages.networks": ("cleaning", "coarse", "both"),
-    "stages.pretrain": tuple(v for v in VARIANTS if v not in USE_MOMENTS),
-    "public.": _USES_PROGRAMS,
-    "program.": _USES_PROGRAMS,
-    "moments.share": ("residual",),
-    "moments.": USE_MOMENTS,
-    "private.": _TRAINS,
-    "network.prior": tuple(v for v in USE_MOMENTS if v != "gaussian"),
-    "network.": _TRAINS,
-}
-"""Settings, by the beginning of their names, and the variants that look at them; all look at any other."""
-
-
-def _matters(name: str, variant: str, pretrain: bool) -> bool:
-    """Whether a run of `variant` looks at a setting at all; `pretrain`: it begins on programs whatever the variant."""
-    if pretrain and name.startswith(("public.", "program.")):
-        return True
-    return next(
-        (variant in variants for beginning, variants in _LOOKED_AT_BY.items() if name.startswith(beginning)), True
-    )
 
 
 def _short(value: Any) -> str:

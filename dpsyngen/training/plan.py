@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.stages import StageMap, coarse_of, stage_map
+from dpsyngen.diffusion.stages import USE_MOMENTS, VARIANTS, StageMap, coarse_of, stage_map
 from dpsyngen.diffusion.standalone import LARGEST_DIMENSION
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, require
@@ -97,6 +97,33 @@ def shape_of(dataset: ImageDataset, config: Config) -> Shape:
 def stages_of(config: Config) -> StageMap:
     """The stage map that a configuration asks for."""
     return stage_map(**config.stages.model_dump(), prior=config.network.prior is not None)
+
+
+_USES_PROGRAMS = tuple(v for v in VARIANTS if v not in ("dpdm", "gaussian", "instant", "residual"))
+_TRAINS = tuple(v for v in VARIANTS if v not in ("gaussian", "instant"))
+_LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
+    "stages.tau_cleaning": ("cleaning", "both", "residual"),
+    "stages.tau_coarse": ("coarse", "both", "instant", "residual"),
+    "stages.networks": ("cleaning", "coarse", "both"),
+    "stages.pretrain": tuple(v for v in VARIANTS if v not in USE_MOMENTS),
+    "public.": _USES_PROGRAMS,
+    "program.": _USES_PROGRAMS,
+    "moments.share": ("residual",),
+    "moments.": USE_MOMENTS,
+    "private.": _TRAINS,
+    "network.prior": tuple(v for v in USE_MOMENTS if v != "gaussian"),
+    "network.": _TRAINS,
+}
+"""Settings, by the beginning of their names, and the variants that look at them; all look at any other."""
+
+
+def matters(name: str, variant: str, pretrain: bool) -> bool:
+    """Whether a run of `variant` looks at the setting `name`, "section.name"; `pretrain`: it begins on programs."""
+    if pretrain and name.startswith(("public.", "program.")):
+        return True
+    return next(
+        (variant in variants for beginning, variants in _LOOKED_AT_BY.items() if name.startswith(beginning)), True
+    )
 
 
 def make_plan(config: Config, shape: Shape) -> Plan:
