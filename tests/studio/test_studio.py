@@ -295,21 +295,21 @@ def test_a_killed_studio_loses_nothing(browser: Any, tmp_path: Path) -> None:
         with opened(browser, studio) as page:
             page.goto(f"{studio.address}/run/long/train")
             page.get_by_text("Training.").wait_for()
-            page.get_by_text("of 40 steps").wait_for()
+            page.get_by_text("of 160 steps").wait_for()
             page.locator(".private", has_text="What the network draws now").locator("img").wait_for()
             shot(page, "training", 1400)
             page.reload()
-            page.get_by_text("of 40 steps").wait_for()
+            page.get_by_text("of 160 steps").wait_for()
             with page.context.expect_page() as other:
                 page.evaluate("window.open(location.href)")
-            other.value.get_by_text("of 40 steps").wait_for()
+            other.value.get_by_text("of 160 steps").wait_for()
             press(page, "Stop after this step")
             for tab in (page, other.value):
                 tab.get_by_role("button", name="Go on").wait_for()
                 tab.get_by_text("Interrupted.  Nothing is lost").wait_for()
             assert worker(path) is None
             done = progress_of(Run(path)).phases[-1].done
-            assert done < 40
+            assert done < 160
             press(page, "Go on")
             page.get_by_text("Training.").wait_for()
             wait_until(lambda: progress_of(Run(path)).phases[-1].done > done)
