@@ -23,6 +23,7 @@ WHO = {
     "public": ("programs", PUBLIC, PUBLIC_SOFT),
     "private": ("private images, DP-SGD", PRIVATE, PRIVATE_SOFT),
     "moments": ("DP moments", MOMENTS, MOMENTS_SOFT),
+    "prior": ("programs: the prior", PUBLIC, PUBLIC_SOFT),
 }
 
 
@@ -32,7 +33,8 @@ def draw() -> str:
         720,
         330,
         "The log σ axis from a clean image to pure noise. Variant Both: programs train below log σ = −3 and above 2, "
-        "private images between. Default, variant Residual: private images train below 1.5, DP moments answer above.",
+        "private images between. Default, variant Residual: below −3 the prior answers, which programs trained, up to "
+        "1.5 private images train, above DP moments answer.",
     )
     row(c, 30, "variant Both, as published thresholds have it", "paper-cpu")
     row(c, 180, "variant Residual, the default preset", "cpu-small")
@@ -40,7 +42,7 @@ def draw() -> str:
 
 
 def row(c: Canvas, top: float, title: str, preset: str) -> None:
-    """One variant: a band for each stage, over it how often training draws each noise level."""
+    """One variant: a band for each stage, over it how often training draws each noise level, where there is any."""
     config = load_config(preset=preset)
     s, n = config.stages, config.network
     stages = stage_map(s.variant, tau_cleaning=s.tau_cleaning, tau_coarse=s.tau_coarse).stages
@@ -54,9 +56,10 @@ def row(c: Canvas, top: float, title: str, preset: str) -> None:
         name, colour, soft = WHO[stage.trainer]
         a, b = across(stage.low), across(stage.high)
         c.rect(a, top, b - a, bottom - top, soft)
-        levels = [max(stage.low, LOW) + (min(stage.high, HIGH) - max(stage.low, LOW)) * i / 80 for i in range(81)]
-        hill = [(across(v), bottom - 58 * math.exp(-0.5 * ((v - n.noise_mean) / n.noise_std) ** 2)) for v in levels]
-        c.area([(a, bottom), *hill, (b, bottom)], colour, opacity=0.25)
+        if stage.trainer in ("public", "private"):
+            levels = [max(stage.low, LOW) + (min(stage.high, HIGH) - max(stage.low, LOW)) * i / 80 for i in range(81)]
+            hill = [(across(v), bottom - 58 * math.exp(-0.5 * ((v - n.noise_mean) / n.noise_std) ** 2)) for v in levels]
+            c.area([(a, bottom), *hill, (b, bottom)], colour, opacity=0.25)
         c.text((a + b) / 2, top + 18, stage.name, colour, at="middle", bold=True)
         c.text((a + b) / 2, top + 33, name, colour, size=12, at="middle")
         if stage.low > -math.inf:
