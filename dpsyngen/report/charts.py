@@ -170,7 +170,8 @@ def stage_chart(stages: Sequence[Mapping[str, Any]], network: Mapping[str, Any],
             u, who = np.linspace(a, b, 160), WHO[stage["trained_by"]]
             axes.axvspan(a, b, color=soft, lw=0)
             label = f"{stage['name']} ({_where(stage)}): {who}"
-            axes.fill_between(u, np.exp(-(((u - mean) / std) ** 2) / 2), color=fill, alpha=0.6, lw=0, label=label)
+            hill = np.exp(-(((u - mean) / std) ** 2) / 2) * (stage["trained_by"] in ("public", "private"))
+            axes.fill_between(u, hill, color=fill, alpha=0.6, lw=0, label=label)
             if stage["log_sigma_low"] is not None:
                 axes.axvline(a, color=EDGE, lw=1, ls=(0, (4, 3)))
             trained = "" if stage["trained_by"] == "moments" else "trained on "

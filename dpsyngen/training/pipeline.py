@@ -118,7 +118,7 @@ class Training:
             )
         if prior is not None and not self.ledger.entries:
             self.ledger.note_public_choice(
-                "the network starts from weights that images drawn by programs trained, and nothing else",
+                "a prior is used, weights that images drawn by programs trained, and nothing else",
                 prior=prior.about,
             )
         if (plan.stages.public or plan.stages.pretrain) and len(self.ledger.entries) <= (prior is not None):

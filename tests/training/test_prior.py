@@ -160,6 +160,13 @@ def test_a_private_network_starts_from_the_prior_and_answers_as_it_does(tmp_path
     settings["network"] = settings.get("network", {}) | {"prior": SHIPPED}
     run = dpsyngen.train(tiny_images(), epsilon=8.0, out=tmp_path / "r", settings=settings)
     assert Ledger(run.ledger_path).entries[0].details["prior"]["sha256"] == read_prior(SHIPPED, 1).about["sha256"]
+    # In the cleaning stage it answers as it shipped: no private gradient is in it.
+    kept, trained = load_file(run.weights("prior")), load_file(run.weights("context"))
+    assert all(torch.equal(kept[f"network.{k}"], w) for k, w in read_prior(SHIPPED, 1).weights.items())
+    assert not torch.equal(kept["network.out.bias"], trained["network.out.bias"])
+    certificate = json.loads((run.release / "privacy.json").read_text())
+    assert [s["trained_by"] for s in certificate["stages"]] == ["prior", "private", "moments"]
+    assert "It answers as it is in the stage cleaning." in (run.release / "PRIVACY.md").read_text()
     from dpsyngen.diffusion.gaussian import GaussianDenoiser
 
     gaussian = GaussianDenoiser(example(k=3, size=64, d=6), (1, 8, 8), dtype=torch.float32)
@@ -174,9 +181,14 @@ def test_a_private_network_starts_from_the_prior_and_answers_as_it_does(tmp_path
         torch.testing.assert_close(denoiser(x, sigma, labels), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_release_whose_weights_are_not_the_named_prior_does_not_verify(tmp_path, tiny_settings, tiny_images) -> None:
+@pytest.mark.parametrize("variant", ["instant", "residual"])
+def test_a_release_whose_weights_are_not_the_named_prior_does_not_verify(
+    variant, tmp_path, tiny_settings, tiny_images
+) -> None:
     """Weights that private images had trained could be slipped in as "the prior", and would cost no ε."""
     settings = {k: v | INSTANT.get(k, {}) for k, v in tiny_settings.items()}
+    settings["stages"]["variant"] = variant
+    settings["network"] = settings["network"] | {"prior": SHIPPED}
     run = dpsyngen.train(tiny_images(), epsilon=4.0, out=tmp_path / "r", settings=settings)
     weights = load_file(run.weights("prior"))
     weights["network.out.bias"] += 0.01
