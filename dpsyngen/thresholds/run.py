@@ -19,7 +19,6 @@ from typing import Any
 
 from dpsyngen.config import Config, ProgramConfig, load_config
 from dpsyngen.data import ImageDataset, load_images
-from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, require
 from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_json
@@ -98,12 +97,6 @@ class Stages:
         for c in (config, trained):
             check_resolution(named_size(c.network.size), shape.resolution)
         prior = prior_of(trained, stages_of(trained), shape.channels)
-        if prior is None and config.stages.variant in USE_MOMENTS:
-            raise ConfigError(
-                f"variant {config.stages.variant!r} without a prior has no stage that programs could own.  Leave "
-                "network.size (--network) out or give network.prior, or choose another variant: "
-                "--set stages.variant=both"
-            )
         named = [_program(entry, config) for entry in options.programs]
         size = {"resolution": shape.resolution, "channels": shape.channels}
         families = [Family(label, make_program(p.name, **size, seed=p.seed, **p.params)) for label, p in named]

@@ -129,11 +129,13 @@ def test_what_is_found_is_what_train_takes(stages, made, tmp_path) -> None:
     assert program.config() == make_program("dead-leaves", resolution=8, channels=1, seed=3, shape="disc").config()
 
 
-def test_with_dp_moments_programs_need_a_prior(stages, tmp_path) -> None:
+def test_without_a_prior_the_stages_are_those_of_the_paper(stages, tmp_path) -> None:
     code, _, err = stages("--proxy", "{made}/proxy.npz", "--set", "stages.variant=residual")
-    assert code == 2
-    assert "'residual' without a prior has no stage that programs could own" in err, "--network leaves the prior out"
-    assert not (tmp_path / "o").exists()
+    assert code == 0, err
+    assert "variant residual without a prior leaves programs no stage" in err, "--network leaves the prior out"
+    found = json.loads((tmp_path / "o/gap.json").read_text())
+    assert (found["stages"]["student"], found["settings"]["prior"]) == ("dead-leaves", None)
+    assert load_config({}, file=tmp_path / "o/stages.yaml").stages.variant in ("both", "cleaning", "coarse", "dpdm")
 
 
 @pytest.mark.parametrize("proxy", [(), ("--proxy", "{made}/proxy.npz")])
