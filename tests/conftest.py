@@ -16,10 +16,15 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
+import hypothesis
 import numpy as np
 import pytest
 
 from dpsyngen.training.run import Run
+
+# An example may take its time: what else the machine does decides no test.
+hypothesis.settings.register_profile("patient", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("patient")
 
 LONGEST = ("test_studio.py", "test_distributed.py", "test_tutorials.py", "test_distributed_tools.py")
 

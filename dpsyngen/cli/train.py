@@ -194,9 +194,10 @@ def train(
         loaded = load_config(given, preset=preset, file=config, device=where["device"])
         variant, pretrain = loaded.stages.variant, bool(loaded.stages.pretrain)
         named = [f"{section}.{name}" for section, values in given.items() for name in values]
+        training = prepare(loaded, out, **where)
         if idle := [name for name in named if not matters(name, variant, pretrain)]:
             where["on_event"](Warned(f"variant {variant} looks at no {', '.join(idle)}: what was given has no effect"))
-        return prepare(loaded, out, **where)
+        return training
 
     console, begun = Console(quiet, as_json, log_format), time.monotonic()
     try:

@@ -355,8 +355,7 @@ class ReleasedDenoiser(nn.Module):
 
     def _network(self, about: dict[str, Any], name: str) -> NetworkDenoiser:
         classes = len(self.class_names) if about["conditional"][name] else 0
-        # A network that programs alone trained is shown no moments.
-        gaussian = None if any(s[2:] == ("public", name) for s in self.stages) else self.gaussian
+        gaussian = None if any(s[2:] == ("public", name) for s in self.stages) else self.gaussian  # others read moments
         channels, resolution, _ = self.shape
         unet = UNet(SIZES[about["network"]["size"]], resolution, channels, classes, channels * (4 if gaussian else 1))
         denoiser = NetworkDenoiser(unet, classes, about["network"]["sigma_data"], gaussian)

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
 from tests.conftest import tiny_arrays
@@ -195,8 +194,7 @@ def test_refused(call, places, tmp_path, command, options, message) -> None:
     code, _, err = call(*words)
     assert code in (2, 3)
     assert message in err
-    said = [line for line in err.splitlines() if line.startswith("dpsyngen: ")]
-    assert ["warning: " in line for line in said].count(False) == 1, err
+    assert [line.startswith("dpsyngen: ") for line in err.splitlines()].count(True) == 1, err
     assert list(tmp_path.iterdir()) == []
     assert Ledger(Run(places["run"]).ledger_path).entries == ledger.entries
 
@@ -218,12 +216,10 @@ def test_what_needs_no_image_is_refused_before_any_is_read(call, places, tmp_pat
     ],
 )
 def test_options_that_the_variant_does_not_look_at_are_told(call, places, tmp_path, options, idle, monkeypatch) -> None:
-    def enough(*_: object) -> None:
-        raise ConfigError("that is enough.")
-
-    monkeypatch.setattr("dpsyngen.fit._read", enough)
+    monkeypatch.setattr("dpsyngen.fit.prepare", lambda *_, **__: None)
+    monkeypatch.setattr("dpsyngen.fit.train_together", lambda begin, *_: begin(device="cpu"))
     words = [word.format(new=tmp_path, **places) for word in (*TRAIN, "--epsilon", "1", *options.split())]
     code, _, err = call(*words)
-    assert code == 2
+    assert code == 0
     warned = [line for line in err.splitlines() if "warning" in line]
     assert [line.split("looks at no ")[1].split(":")[0] for line in warned] == ([] if idle is None else [idle])

@@ -54,7 +54,7 @@ def test_one_subsampled_step_equals_numerical_integration(q, z, delta) -> None:
     assert exact - 2e-3 <= bound <= exact + 0.01 * exact + 2e-3
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     q=st.floats(0.005, 1.0),
     z=st.floats(0.5, 20.0),
@@ -67,7 +67,7 @@ def test_pld_is_never_looser_than_rdp_nor_below_one_step(q, z, steps, delta) -> 
     assert pld >= epsilon([Mechanism(q, z, 1)], delta) * (1 - 1e-3) - 1e-3
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     target=st.floats(0.1, 20.0),
     steps=st.integers(1, 3000),

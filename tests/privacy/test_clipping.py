@@ -18,7 +18,7 @@ def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([t.flatten().double() for t in tensors])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     examples=st.integers(1, 7),

@@ -93,7 +93,7 @@ def test_unknown_style_is_refused() -> None:
         PerExampleGradients(nn.Linear(2, 1), 1.0, style="global")  # type: ignore[arg-type]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     time=st.integers(1, 6),

@@ -33,7 +33,7 @@ def extreme_rows(seed: int, records: int, size: int) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**31),
     records=st.integers(1, 6),
@@ -52,7 +52,7 @@ def test_class_sums_move_by_no_more_than_their_sensitivity(seed, records, size, 
         assert difference(whole, rest) <= whole.l2_sensitivity
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**31),
     records=st.integers(1, 6),

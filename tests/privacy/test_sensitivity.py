@@ -31,7 +31,7 @@ def in_pieces(engine, model, x: torch.Tensor, copies: int, piece: int) -> Clippe
     return total
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**31),
     examples=st.integers(1, 6),
@@ -55,7 +55,7 @@ def test_sensitivity_of_a_network_in_micro_batches(seed, examples, copies, piece
         assert (whole - flat(rest.sums)).norm() <= norm * (1 + 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**31),
     magnitude=st.floats(-44, 38.2),
@@ -78,7 +78,7 @@ def test_huge_gradient_is_not_let_through_by_a_factor_without_digits() -> None:
             assert flat(clipped.sums).norm() <= norm
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), norm=st.floats(0.01, 100.0))
 def test_below_c_a_gradient_is_kept_and_above_only_its_length_changes(seed, norm) -> None:
     generator = torch.Generator().manual_seed(seed)

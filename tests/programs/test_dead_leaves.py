@@ -71,7 +71,7 @@ def test_compiled_code_computes_what_plain_python_does() -> None:
 
 
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=9), st.integers(1, 4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_image_depends_on_nothing_but_its_index(indices: list[int], threads: int) -> None:
     program = _leaves()
     alone = np.stack([program(i) for i in indices])
@@ -92,7 +92,7 @@ def test_indices_seeds_and_shapes_give_different_images() -> None:
     st.floats(1e-4, 0.5),
     st.floats(1e-3, 0.5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_pixel_is_covered(resolution: int, shape: int, seed: int, r_min: float, width: float) -> None:
     canvas = np.full((resolution, resolution), EMPTY, dtype=np.int32)
     only = shape if shape < 6 else -1

@@ -93,7 +93,7 @@ def _sampled(xs: NDArray[np.float64], ys: NDArray[np.float64], size: int, factor
 
 
 @given(st.integers(0, 10_000), st.integers(3, 9), st.floats(0.2, 1.6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_polygons_cover_what_lies_inside(seed: int, corners: int, radius: float) -> None:
     """Star-shaped polygons, some of which leave the canvas, against counting points."""
     rng = np.random.default_rng(seed)

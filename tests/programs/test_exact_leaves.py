@@ -116,7 +116,7 @@ def test_reference_mode_is_neither_stationary_nor_a_sample_of_the_model() -> Non
     st.floats(1e-3, 0.5),
     st.floats(0, 8),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_pixel_is_covered(
     resolution: int, shape: str, seed: int, r_min: float, width: float, exponent: float
 ) -> None:

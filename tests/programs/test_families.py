@@ -72,7 +72,7 @@ def test_compiled_code_computes_what_plain_python_does() -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES)
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=6), st.integers(1, 3))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_image_depends_on_nothing_but_its_index(example: str, indices: list[int], threads: int) -> None:
     program = make(example)
     alone = np.stack([program(i) for i in indices])
