@@ -108,13 +108,11 @@ def stages(
 
 
 def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list[Path]]:
-    from dpsyngen.diffusion.stages import USE_MOMENTS
-
-    s, p, variant = search.search, search.estimate, search.config.stages.variant
+    s, p = search.search, search.estimate
     tiers = ", ".join(f"{f.label} (tier {f.program.prior_tier})" for f in s.families)
     console.note(f"programs: {tiers}{'' if s.proxy is None else '; a proxy that you declare PUBLIC'}")
-    if variant in USE_MOMENTS and s.networks.prior is None:
-        console.note(f"variant {variant} without a prior leaves programs no stage: these are of the paper's variants")
+    if search.note is not None:
+        console.note(search.note)
     if p is not None:
         cost = f"ε = {p.privacy.epsilon:g} at δ = {p.delta:.3g}, noise multiplier {p.query.noise_multiplier:.4g}"
         seeded = "" if p.privacy.insecure_seed is None else "; NOT PRIVATE: reproducible noise"

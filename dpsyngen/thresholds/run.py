@@ -19,6 +19,7 @@ from typing import Any
 
 from dpsyngen.config import Config, ProgramConfig, load_config
 from dpsyngen.data import ImageDataset, load_images
+from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, require
 from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_json
@@ -97,6 +98,9 @@ class Stages:
         for c in (config, trained):
             check_resolution(named_size(c.network.size), shape.resolution)
         prior = prior_of(trained, stages_of(trained), shape.channels)
+        self.note: str | None = None
+        if prior is None and (variant := config.stages.variant) in USE_MOMENTS:
+            self.note = f"variant {variant} without a prior leaves programs no stage: these are of the paper's variants"
         named = [_program(entry, config) for entry in options.programs]
         size = {"resolution": shape.resolution, "channels": shape.channels}
         families = [Family(label, make_program(p.name, **size, seed=p.seed, **p.params)) for label, p in named]
