@@ -192,11 +192,11 @@ def train(
                 "--epsilon is missing: how much privacy to spend (1 is strict, 10 is loose, inf is none)."
             )
         loaded = load_config(given, preset=preset, file=config, device=where["device"])
-        variant, pretrain = loaded.stages.variant, bool(loaded.stages.pretrain)
+        training, stages = prepare(loaded, out, **where), loaded.stages
         named = [f"{section}.{name}" for section, values in given.items() for name in values]
-        training = prepare(loaded, out, **where)
-        if idle := [name for name in named if not matters(name, variant, pretrain)]:
-            where["on_event"](Warned(f"variant {variant} looks at no {', '.join(idle)}: what was given has no effect"))
+        if idle := [name for name in named if not matters(name, stages.variant, bool(stages.pretrain))]:
+            what = f"variant {stages.variant} looks at no {', '.join(idle)}"
+            where["on_event"](Warned(f"{what}: what was given has no effect"))
         return training
 
     console, begun = Console(quiet, as_json, log_format), time.monotonic()

@@ -22,7 +22,7 @@ from dpsyngen.config import Config
 from dpsyngen.diffusion.denoiser import Ema, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
 from dpsyngen.diffusion.loss import NoiseLevels
-from dpsyngen.errors import ConfigError, DataError, RunError
+from dpsyngen.errors import DataError, RunError
 from dpsyngen.files import write_atomically
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.programs import Program
@@ -168,7 +168,7 @@ class PublicDenoisers:
         return make_denoiser(self.config, self.shape, False, seed).to(self.device)
 
     def filter(self, family: Family) -> GaussianDenoiser:
-        """The Wiener filter of images that networks of a family are trained on; ConfigError if they are too large."""
+        """The Wiener filter of images that networks of a family are trained on, of ``MOST_PIXELS`` at most."""
         program = family.program
         if isinstance(program, GivenImages):
             images = program.images
@@ -176,11 +176,7 @@ class PublicDenoisers:
             first = FIRST_IMAGE + _PER_SEED
             images = program.batch(range(first, first + _FOR_MOMENTS))
         found = wiener_filter(images)
-        if found is None:
-            raise ConfigError(
-                f"the moments of images of more than {MOST_PIXELS:,} numbers take too long here.  Find the thresholds "
-                "at a smaller --resolution."
-            )
+        assert found is not None
         return found.to(self.device)
 
     def reading(self, moments: GaussianDenoiser) -> NetworkDenoiser:

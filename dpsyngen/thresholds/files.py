@@ -269,7 +269,7 @@ def _draw_gap(panel: Any, result: StagesResult) -> None:
         tolerance = result.settings["tolerance"]
         panel.axhline(tolerance, color="#333", lw=0.9, ls="--", label=f"tolerance {100 * tolerance:g} %")
     for e in (result.cleaning, result.coarse):
-        if e is None or e.log_sigma is None:
+        if e.log_sigma is None:
             continue
         panel.axvline(e.log_sigma, color=_MARK, lw=1.4)
         if e.low is not None and e.high is not None:

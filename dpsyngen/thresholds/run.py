@@ -25,7 +25,7 @@ from dpsyngen.errors import ConfigError, DataError, RunError, printable, require
 from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_json
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.programs import make_program
-from dpsyngen.thresholds.denoisers import Family, PublicDenoisers, split_proxy
+from dpsyngen.thresholds.denoisers import MOST_PIXELS, Family, PublicDenoisers, split_proxy
 from dpsyngen.thresholds.files import StagesResult, write_results
 from dpsyngen.thresholds.gap import METHODS, log_sigma_grid
 from dpsyngen.thresholds.private import PrivateEstimate
@@ -98,6 +98,13 @@ class Stages:
         for c in (config, trained):
             check_resolution(named_size(c.network.size), shape.resolution)
         prior = prior_of(trained, stages_of(trained), shape.channels)
+        pixels = shape.channels * shape.resolution**2
+        if prior is not None and pixels > MOST_PIXELS:
+            raise ConfigError(
+                f"images of {shape.channels} x {shape.resolution} x {shape.resolution} have {pixels:,} numbers, but "
+                f"moments are taken of at most {MOST_PIXELS:,}.  Choose a smaller --resolution, or other variants: "
+                "--set stages.variant=both"
+            )
         self.note: str | None = None
         if prior is None and (variant := config.stages.variant) in USE_MOMENTS:
             self.note = f"variant {variant} without a prior leaves programs no stage: these are of the paper's variants"

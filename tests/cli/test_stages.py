@@ -171,6 +171,15 @@ def test_with_dp_moments_prior_and_wiener_filter_are_held_against_networks_from_
     assert not (tmp_path / "p").exists(), "refused before anything is trained"
 
 
+def test_images_whose_moments_take_too_long_are_refused_before_anything_is_made(call, tmp_path) -> None:
+    programs = ("--programs", "dead-leaves,contours", "--preset", "cpu-small", "--out", tmp_path / "o")
+    code, _, err = call("stages", *programs, "--resolution", 64, "--set", "data.channels=rgb")
+    assert code == 2
+    assert "3 x 64 x 64 have 12,288 numbers" in err
+    assert "--set stages.variant=both" in err
+    assert not (tmp_path / "o").exists()
+
+
 # ------------------------------------------------------------------------------------- going on
 
 

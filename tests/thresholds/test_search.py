@@ -136,13 +136,6 @@ def test_with_a_prior_networks_start_where_it_is(tmp_path, monkeypatch) -> None:
     assert torch.equal(asked["prior"](x, sigma), trained["b", 0](x, sigma))
 
 
-def test_moments_of_large_images_are_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("dpsyngen.thresholds.denoisers.MOST_PIXELS", 63)
-    s = search(tmp_path, [family("a"), family("b")], prior="0" * 64)
-    with pytest.raises(ConfigError, match=r"more than 63 numbers.*smaller --resolution"):
-        s.train(lambda title, done, total, unit: None)
-
-
 def test_training_makes_each_network_once_and_measures_what_it_made(tmp_path) -> None:
     s = search(tmp_path, [family("a"), family("b", shape="disc")], seeds=1)
     told = []
