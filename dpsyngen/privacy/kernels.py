@@ -132,12 +132,22 @@ def _pointwise(call: ConvolutionCall) -> Contribution:
 
 
 def _unfold(call: ConvolutionCall) -> Contribution:
-    """Matrix products with the unfolded input: much memory, but one call."""
+    """Matrix products with the unfolded input: much memory, but few calls.
+
+    ``F.unfold`` would start a kernel for each row on a GPU; a view of overlapping windows is copied by one.
+    """
     s, (_, inputs, *kernel) = call.settings, call.weight.shape
-    columns = F.unfold(call.x, tuple(kernel), tuple(s.dilation), tuple(s.padding), tuple(s.stride))
-    rows = columns.reshape(call.examples, call.copies, *columns.shape[1:]).transpose(1, 2).flatten(2, 3)
-    g = call.g.flatten(2).reshape(call.examples, call.copies, call.g.shape[1], -1).transpose(1, 2).flatten(2)
-    return Dense(torch.bmm(g, rows.transpose(1, 2)).view(call.examples, -1, inputs, *kernel))
+    top, left = s.padding
+    x = F.pad(call.x, (left, left, top, top)).reshape(call.examples, call.copies, inputs, -1)
+    (down, right), width = s.dilation, call.x.shape[3] + 2 * left
+    spatial = call.g.shape[2:]
+    b, k, c, one = x.stride()
+    # [examples, inputs, kernel rows and columns, copies, output rows and columns]
+    sizes = (call.examples, inputs, *kernel, call.copies, *spatial)
+    strides = (b, c, down * width * one, right * one, k, s.stride[0] * width * one, s.stride[1] * one)
+    columns = x.as_strided(sizes, strides).reshape(call.examples, inputs * kernel[0] * kernel[1], -1)
+    g = call.g.reshape(call.examples, call.copies, call.g.shape[1], -1).transpose(1, 2).flatten(2)
+    return Dense(torch.bmm(g, columns.transpose(1, 2)).view(call.examples, -1, inputs, *kernel))
 
 
 def _dot(call: ConvolutionCall) -> Contribution:
@@ -257,7 +267,9 @@ def fixed_choice(call: ConvolutionCall) -> str:
     return "each" if call.copies * positions >= 512 else "groups"
 
 
-_SLOW_ON_CPU = {"unfold"}  # 2 to 13 times the plain weight gradient wherever it was measured
+# Not worth measuring: 2 to 13 times the plain weight gradient wherever it was measured on a CPU; on a GPU, a call for
+# every few examples leaves most of it idle.
+_SLOW = {"cpu": {"unfold"}, "cuda": {"each", "by-4"}}
 
 
 class KernelChoices:
@@ -294,7 +306,7 @@ class KernelChoices:
         g, x = (torch.empty_like(t).normal_(generator=generator) for t in (call.g, call.x))
         trial = replace(call, g=g, x=x)
         factors = torch.ones(call.examples, device=call.g.device)
-        slow = _SLOW_ON_CPU if call.g.device.type == "cpu" else ()
+        slow = _SLOW.get(call.g.device.type, set())
         candidates = {name: k for name, k in KERNELS.items() if k.possible(call) and name not in slow}
 
         def seconds(kernel: Kernel) -> float:

@@ -30,7 +30,7 @@ from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, mak
 from dpsyngen.diffusion.samplers import to_float
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import RunError
-from dpsyngen.hardware import Compute, send
+from dpsyngen.hardware import Compute
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.clipping import ClippedGradient
 from dpsyngen.privacy.exact import DiscreteGaussian
@@ -180,18 +180,18 @@ class PrivateStep:
         # 1. B, the same in all processes, each of which takes a part of it.
         chosen = poisson_sample(self.randomness, step, len(self.dataset), self.dp.sampling_rate)
         mine = ranks.share(len(chosen))
-        seen: dict[int, float] = {}
+        seen: dict[int, Tensor] = {}
 
         def loss(part: slice) -> Tensor:
             part = slice(mine.start + part.start, mine.start + part.stop)
             value = denoising_loss(denoiser, self._noisy(chosen, part, denoiser, step))
-            seen[part.start] = float(value.detach().sum())
+            seen[part.start] = value.detach().sum()  # not looked at yet: that would wait for a GPU
             return value
 
         # 2. and 3. The engine averages the losses of an image's K rows before it clips.
         with contextlib.nullcontext() if self.how.compute is None else self.how.compute.autocast():
             total = self.summed(engine, loss, mine.stop - mine.start)
-        losses = sum(seen[start] for start in sorted(seen))
+        losses = sum(float(seen[start]) for start in sorted(seen))
         if ranks.alone:
             return chosen, total, losses
         # Small figures first, over gloo: where a process is gone that shows at once, and the large sums are not begun.
@@ -221,20 +221,20 @@ class PrivateStep:
         return norms | {"noise_to_signal": noise / signal} if signal > 0 else norms
 
     def _noisy(self, chosen: NDArray[np.int64], part: slice, denoiser: NetworkDenoiser, step: int) -> NoisyBatch:
-        """Noisy rows of the examples ``chosen[part]``."""
+        """Noisy rows of the examples ``chosen[part]``: made on the CPU, and sent at once."""
         first = part.start // _BLOCK
         blocks = range(first, -(-part.stop // _BLOCK))
         whole = [self._block(chosen[i * _BLOCK : (i + 1) * _BLOCK], denoiser, step, i) for i in blocks]
         copies, skip = self.dp.config.copies, part.start - first * _BLOCK
-        return NoisyBatch.joined(whole).rows(slice(skip * copies, (skip + part.stop - part.start) * copies))
+        rows = NoisyBatch.joined(whole).rows(slice(skip * copies, (skip + part.stop - part.start) * copies))
+        return rows.to(next(denoiser.parameters()).device)
 
     def _block(self, records: NDArray[np.int64], denoiser: NetworkDenoiser, step: int, number: int) -> NoisyBatch:
-        device = next(denoiser.parameters()).device
-        images = to_float(send(self.dataset.batch(records), device))
+        images = to_float(torch.from_numpy(self.dataset.batch(records)))
         labels = None
         if denoiser.num_classes:
             assert self.dataset.labels is not None
-            labels = send(self.dataset.labels[records], device)
+            labels = torch.from_numpy(self.dataset.labels[records])
         return make_noisy(
             images,
             labels,

@@ -16,6 +16,7 @@ from dpsyngen.privacy.kernels import KERNELS, KernelChoices, fixed_choice
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.privacy.rules import layers
 
 C = 0.5
 EXAMPLES = 6
@@ -104,3 +105,25 @@ def test_the_noise_is_the_same_on_every_device(compute) -> None:
         return torch.cat([t.flatten() for t in empty]).cpu()
 
     assert torch.equal(noise(compute), noise(choose("cpu")))
+
+
+@pytest.mark.parametrize("grid", [None, 7])
+def test_many_groups_at_once(compute, grid, monkeypatch) -> None:
+    """More than the second axis of CUDA's grid takes; with a small `grid`, parts of unequal size on any device."""
+    if grid:
+        monkeypatch.setattr(layers, "_GRID", grid)
+    rows, groups = (9, 4) if grid else (2100, 32)
+    torch.manual_seed(0)
+    net, x = nn.GroupNorm(groups, 2 * groups), torch.randn(rows, 2 * groups, 3)
+    with torch.no_grad():
+        net.weight.normal_()
+    x.requires_grad_()
+    (net(x).sin().sum((1, 2)) @ torch.arange(rows).float()).backward()
+    expected = [x.grad, net.weight.grad, net.bias.grad]
+    x.grad, net.weight.grad, net.bias.grad = None, None, None
+    own, there = net.to(compute.device), x.detach().to(compute.device).requires_grad_()
+    engine = PerExampleGradients(own, 1.0)
+    weights = torch.arange(rows, device=compute.device).float()
+    found = engine.per_example(lambda: own(there).sin().sum((1, 2)) * weights, rows)
+    for got, e in zip([there.grad, *(f.sum(0) for f in found)], expected, strict=True):
+        assert (got.cpu() - e).norm() <= 1e-4 * e.norm()
