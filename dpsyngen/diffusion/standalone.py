@@ -125,6 +125,8 @@ class UNet(nn.Module):
         h = self.middle(h, embedding)
         for i, block in enumerate(self.up):
             if i and i % self.blocks == 0:
+                # In the plain layout, PyTorch's kernel of linear interpolation uses few of a GPU's threads.
+                h = h.contiguous(memory_format=torch.channels_last) if h.is_cuda and self.refine else h
                 h = F.interpolate(h, scale_factor=2.0, mode="bilinear" if self.refine else "nearest")
             h = block(torch.cat([h, skips.pop()], 1), embedding)  # the skip of the same level
         out: Tensor = self.last(F.silu(self.norm(h)))
@@ -333,9 +335,7 @@ class ReleasedDenoiser(nn.Module):
         try:
             about = json.loads((folder / "generator.json").read_text(encoding="utf-8"))
         except OSError:
-            raise ValueError(
-                f"{folder} lacks generator.json: download the whole release (snapshot_download)."
-            ) from None
+            raise ValueError(f"{folder} lacks generator.json: get the whole release (snapshot_download).") from None
         require(about.get("format") == 1, "format of generator.json", about.get("format"), "1")
         self.shape = (about["channels"], about["resolution"], about["resolution"])
         self.class_names, self.defaults = tuple(about["class_names"]), about["sampling"]

@@ -128,6 +128,7 @@ class PrivateStep:
         kind = DiscreteGaussian if dp.config.noise == "discrete" else GaussianMechanism
         self.mechanism: StepMechanism = kind(z, expected) if z > 0 else NoPrivacy(expected)
         self._engine: PerExampleGradients | None = None
+        self._makers = Workers()  # of noisy rows, for a GPU, whose passes are made by one worker
 
     def engine(self, denoiser: torch.nn.Module) -> PerExampleGradients:
         """The engine for this network, kept from step to step."""
@@ -224,7 +225,9 @@ class PrivateStep:
         """Noisy rows of the examples ``chosen[part]``: made on the CPU, and sent at once."""
         first = part.start // _BLOCK
         blocks = range(first, -(-part.stop // _BLOCK))
-        whole = [self._block(chosen[i * _BLOCK : (i + 1) * _BLOCK], denoiser, step, i) for i in blocks]
+        whole = self._makers.map(
+            lambda i: self._block(chosen[i * _BLOCK : (i + 1) * _BLOCK], denoiser, step, i), blocks
+        )
         copies, skip = self.dp.config.copies, part.start - first * _BLOCK
         rows = NoisyBatch.joined(whole).rows(slice(skip * copies, (skip + part.stop - part.start) * copies))
         return rows.to(next(denoiser.parameters()).device)

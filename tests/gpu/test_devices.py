@@ -121,8 +121,9 @@ def test_tf32_is_what_the_switches_say() -> None:
     """Products of fp32 numbers are coarse where that is allowed, and fp32 where it is not."""
     g = torch.Generator("cuda").manual_seed(0)
     a, b = torch.randn(2, 512, 512, device="cuda", generator=g)
-    x = torch.randn(4, 32, 32, 32, device="cuda", generator=g)
-    w = torch.randn(32, 32, 3, 3, device="cuda", generator=g)
+    # Large enough that cuDNN takes its TF32 kernels: for small convolutions it may keep to fp32.
+    x = torch.randn(16, 128, 32, 32, device="cuda", generator=g)
+    w = torch.randn(128, 128, 3, 3, device="cuda", generator=g)
     exact = [a.double() @ b.double(), torch.conv2d(x.double(), w.double())]
 
     def errors() -> list[float]:

@@ -175,7 +175,7 @@ def _group_norm_backward(
     most = max(_GRID // groups, 1)
     if rows > most:
         pieces = zip(*(t.split(most) for t in (g, x, mean, rstd)), strict=True)
-        parts = [_group_norm_backward(*piece, weight, groups, wanted) for piece in pieces]
+        parts = [_group_norm_backward(gs, xs, ms, rs, weight, groups, wanted) for gs, xs, ms, rs in pieces]
         return [torch.cat(of) if w else None for of, w in zip(zip(*parts, strict=True), wanted, strict=True)]
     # Taken as one row of rows*channels channels, the same call gives the gradients of weight and bias for each row
     # instead of their sum.
