@@ -65,7 +65,7 @@ def find() -> Facts:
 
 @dataclass(frozen=True)
 class Compute:
-    """How one process computes, made by :func:`choose`: for drawing images and for training on programs.
+    """How one process computes, made by :func:`choose`.
 
     DP-SGD steps compute by :meth:`for_dp_steps`, and so do public steps on a network that DP-SGD steps train as well.
     """
@@ -76,8 +76,6 @@ class Compute:
     compile: bool  # networks are compiled
     reasons: dict[str, str] = field(hash=False)  # why, by the names of the other attributes
     allowed: tuple[Precision, ...] = ("fp32",)  # what this device has
-    dp_precision: Precision = "fp32"  # of networks in DP-SGD steps
-    dp_channels_last: bool = False
 
     @property
     def kind(self) -> str:
@@ -85,14 +83,12 @@ class Compute:
         return self.device.partition(":")[0]
 
     def for_dp_steps(self) -> Compute:
-        """How DP-SGD steps compute.
+        """The same, never compiled.
 
-        Never compiled: the engine learns per-example gradients from the functions that a network calls
+        The engine learns per-example gradients from the functions that a network calls
         (``dpsyngen.privacy.rules.Recorder``, a TorchFunctionMode), and compiled code calls none.
         """
-        reasons = self.reasons | {k[3:]: why for k, why in self.reasons.items() if k.startswith("dp_")}
-        precision, channels_last = self.dp_precision, self.dp_channels_last
-        return replace(self, precision=precision, channels_last=channels_last, compile=False, reasons=reasons)
+        return replace(self, compile=False)
 
     def pins(self) -> dict[str, Any]:
         """What must be the same when a step is taken again, as it rounds sums; for :meth:`pinned`."""
@@ -162,9 +158,7 @@ class Compute:
 _WORDS = {
     "device": "device",
     "precision": "precision",
-    "dp_precision": "precision of DP-SGD steps",
     "channels_last": "channels last",
-    "dp_channels_last": "channels last in DP-SGD steps",
     "compile": "compiled networks",
 }
 
@@ -205,27 +199,21 @@ def decide(device: str, asked: ComputeConfig, facts: Facts, local_rank: int | No
     name, why, gpu = _device(device, facts, local_rank)
     allowed: tuple[Precision, ...] = ("fp32",)
     precision: Precision = "fp32"
-    dp_precision: Precision = "fp32"
     reasons = {
         "device": why,
         "compile": "compiling takes up to minutes: only where compute.compile asks for it (docs/hardware.md)",
-        "dp_channels_last": "the engine takes batches apart by example, which the plain layout suits",
+        "channels_last": "a CPU's results stay the same bits, and a GPU gained nothing by it (docs/hardware.md)",
     }
     if gpu is None:
         allowed = ("fp32", "bf16")
         reasons["precision"] = "on a CPU results stay the same bits; bf16 seldom pays there (docs/hardware.md)"
-        reasons["channels_last"] = "on a CPU results stay the same bits; it gains little there (docs/hardware.md)"
-        reasons["dp_precision"] = "as on any CPU"
     elif facts.built_for == "cuda" and gpu.capability >= (8, 0):  # Ampere; AMD's capabilities mean something else
-        allowed, precision, dp_precision = ("fp32", "tf32", "bf16"), "bf16", "tf32"
-        reasons["precision"] = f"{gpu.architecture} has fast units for it, and drawing and public training tolerate it"
-        reasons["dp_precision"] = "products inside the network only, with the range of fp32: no loss scaling"
-        reasons["channels_last"] = "the layout of tensor cores: no transposing around each convolution"
+        allowed, precision = ("fp32", "tf32", "bf16"), "tf32"
+        why = f"{gpu.architecture} has fast units for it; bf16 is 20 times coarser and gains up to a fifth more"
+        reasons["precision"] = why
     else:
         old = f"{gpu.architecture} has no units for bf16 or TF32; they begin with 8.0 (Ampere)"
         reasons["precision"] = "nothing else was tried on AMD GPUs" if facts.built_for == "rocm" else old
-        reasons["dp_precision"] = "no TF32 here"
-        reasons["channels_last"] = "it pays with tensor cores, which fp32 does not use"
     if asked.precision != "auto":
         if asked.precision not in allowed:
             called = "the CPU" if gpu is None else f"{gpu.name} ({gpu.architecture})"
@@ -233,25 +221,21 @@ def decide(device: str, asked: ComputeConfig, facts: Facts, local_rank: int | No
                 f"compute.precision is {asked.precision}, but {called} has {', '.join(allowed)} only.  Leave it at "
                 "auto, or use an NVIDIA GPU of compute capability 8.0, Ampere, or later."
             )
-        precision = dp_precision = asked.precision
-        reasons["precision"] = reasons["dp_precision"] = "asked for"
-    reasons["dp_precision"] += "; norms and clipped sums are fp32 whatever is chosen"
-    channels_last = gpu is not None and precision != "fp32"
+        precision = asked.precision
+        reasons["precision"] = "asked for"
+    if precision != "fp32":
+        reasons["precision"] += "; norms and clipped sums of DP-SGD are fp32 all the same"
     if asked.channels_last != "auto":
-        channels_last, reasons["channels_last"] = asked.channels_last, "asked for"
-    if asked.channels_last is True:
-        reasons["dp_channels_last"] = "asked for"
+        reasons["channels_last"] = "asked for"
     if asked.compile != "auto":
         reasons["compile"] = "asked for"
     return Compute(
         device=name,
         precision=precision,
-        channels_last=channels_last,
+        channels_last=asked.channels_last is True,
         compile=asked.compile is True,
         reasons=reasons,
         allowed=allowed,
-        dp_precision=dp_precision,
-        dp_channels_last=asked.channels_last is True,
     )
 
 

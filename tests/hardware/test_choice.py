@@ -33,16 +33,15 @@ def test_a_cpu_computes_as_it_always_did() -> None:
 
 def test_a_gpu_with_tensor_cores_is_used_for_what_it_is_good_at() -> None:
     c = decide("auto", AUTO, facts(A100))
-    assert (c.device, c.precision, c.channels_last, c.compile) == ("cuda:0", "bf16", True, False)
-    dp = c.for_dp_steps()
-    assert (dp.precision, dp.channels_last, dp.compile) == ("tf32", False, False)
+    assert (c.device, c.precision, c.channels_last, c.compile) == ("cuda:0", "tf32", False, False)
+    assert c.for_dp_steps() == c
     assert "NVIDIA A100, compute capability 8.0, 80 GiB" in c.reasons["device"]
 
 
 @pytest.mark.parametrize(("gpu", "built_for"), [(V100, "cuda"), (K80, "cuda"), (MI300, "rocm")])
 def test_gpus_without_the_units_compute_in_fp32(gpu, built_for) -> None:
     c = decide("auto", AUTO, facts(gpu, built_for=built_for))
-    assert (c.device, c.precision, c.dp_precision, c.channels_last) == ("cuda:0", "fp32", "fp32", False)
+    assert (c.device, c.precision, c.channels_last) == ("cuda:0", "fp32", False)
     for precision in ("tf32", "bf16"):
         with pytest.raises(ConfigError, match=rf"precision is {precision}.*fp32 only.*Ampere"):
             decide("auto", ComputeConfig(precision=precision), facts(gpu, built_for=built_for))
@@ -120,7 +119,7 @@ def test_the_preset_goes_with_the_device(monkeypatch, there) -> None:
 def test_every_choice_has_its_reason() -> None:
     for machine, device in ((NOTHING, "auto"), (facts(A100), "auto"), (facts(V100), "cuda"), (facts(A100), "cpu")):
         rows = decide(device, AUTO, machine).describe()
-        assert len(rows) == 6
+        assert len(rows) == 4
         assert all(what and value and why for what, value, why in rows)
 
 
