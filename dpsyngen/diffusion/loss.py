@@ -88,13 +88,9 @@ class NoisyBatch:
         return NoisyBatch(self.clean[part], self.noisy[part], self.sigma[part], labels)
 
     def to(self, device: torch.device) -> NoisyBatch:
-        """The rows, of a CPU, on a device; to a GPU they go while the CPU goes on."""
-
-        def there(rows: Tensor) -> Tensor:
-            return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
-
-        labels = None if self.labels is None else there(self.labels)
-        return NoisyBatch(there(self.clean), there(self.noisy), there(self.sigma), labels)
+        """The rows on a device."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return NoisyBatch(self.clean.to(device), self.noisy.to(device), self.sigma.to(device), labels)
 
     @classmethod
     def joined(cls, parts: list[NoisyBatch]) -> NoisyBatch:

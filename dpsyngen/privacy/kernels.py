@@ -260,7 +260,7 @@ def fixed_choice(call: ConvolutionCall) -> str:
     if _is_pointwise(call):
         return "pointwise"
     if call.g.device.type != "cpu":
-        return "unfold" if call.copies == 1 and _may_unfold(call) else "groups"
+        return "unfold" if _may_unfold(call) else "groups"  # at worst 1.9 times the other's time; that, 30 times
     positions = call.g[0, 0].numel()
     if _may_dot(call) and call.copies == 1 and positions >= 512:
         return "dot"
