@@ -274,15 +274,9 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Config:
-        stages, privacy, private = self.stages, self.privacy, self.private
-        coarse = 2.0 if stages.tau_coarse is None else stages.tau_coarse
+        privacy, private = self.privacy, self.private
         reference = math.isinf(privacy.epsilon) or privacy.insecure_seed is not None
         for contradiction, message in (
-            (
-                stages.tau_cleaning >= coarse,
-                f"stages.tau_cleaning = {stages.tau_cleaning} must be below stages.tau_coarse = {coarse}: "
-                "between them lies the stage that private images train",
-            ),
             (math.isnan(privacy.epsilon), "privacy.epsilon is not a number"),
             (
                 self.data.frames == "all" and privacy.model_fields_set.isdisjoint({"group_size", "most_per_person"}),

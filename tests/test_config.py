@@ -65,7 +65,6 @@ def test_all_problems_are_named_at_once() -> None:
 
 def test_settings_that_contradict_each_other() -> None:
     for settings, message in (
-        ({"stages": {"tau_cleaning": 2, "tau_coarse": 2}}, "must be below"),
         ({"sampling": {"sigma_min": 90}}, "sigma_min = 90 must be below"),
         ({"sampling": {"churn": 3}}, "churn needs the sampler 'heun'"),
         ({"private": {"steps": 5, "warmup": 5}}, "leaves none"),

@@ -109,8 +109,9 @@ def stages(
 
 def _with_progress(search: Stages, console: Console) -> tuple[StagesResult, list[Path]]:
     s, p = search.search, search.estimate
-    tiers = ", ".join(f"{f.label} (tier {f.program.prior_tier})" for f in s.families)
-    console.note(f"programs: {tiers}{'' if s.proxy is None else '; a proxy that you declare PUBLIC'}")
+    tiers = ", ".join(f"{f.label} (tier {f.program.prior_tier})" for f in s.all_families if f is not s.proxy)
+    told = [f"programs: {tiers}"] if tiers else []
+    console.note("; ".join(told if s.proxy is None else [*told, "a proxy that you declare PUBLIC"]))
     if search.note is not None:
         console.note(search.note)
     if p is not None:

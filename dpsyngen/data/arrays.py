@@ -228,7 +228,8 @@ def _label_key(
     fitting = [k for k, h in headers.items() if h is not None and h.shape in shapes and h.dtype.kind in "iuUS"]
     others = [key for key in headers if key != NAME_KEY]
     chosen = label_name(others, asked, None, printable(path), could_be=[k for k in fitting if k != NAME_KEY])
-    others = [other for other in headers if other not in (chosen, NAME_KEY if chosen else None)]
+    # "about" is what `dpsyngen sample` says of its images.
+    others = [other for other in headers if other not in (chosen, NAME_KEY if chosen else None, "about")]
     return chosen, ignored(str(path), others)
 
 

@@ -47,7 +47,7 @@ from dpsyngen.training.log import (
 )
 from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, charged_moments, estimate_moments, load_gaussian
 from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview, prior_of
-from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of
+from dpsyngen.training.plan import MomentsPlan, Plan, describe, make_plan, program_of, shape_of, stages_of
 from dpsyngen.training.private import Computing, Observer, PrivateStep, charged_steps, train_private
 from dpsyngen.training.public import (
     PRETRAIN,
@@ -402,7 +402,8 @@ class Training:
 
 
 def require_usable(config: Config) -> None:
-    """ConfigError for a program that there is not, LedgerError for a budget file that is none; needs no images."""
+    """ConfigError for stages or a program that cannot be, LedgerError for a file that is no budget; needs no images."""
+    stages_of(config)
     program_class(config.program.name)
     if config.privacy.budget is not None:
         Budget(Path(config.privacy.budget))

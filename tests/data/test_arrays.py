@@ -58,15 +58,16 @@ def test_npz_what_cannot_be_labels_is_named(tmp_path: Path, rng: np.random.Gener
     others: dict[str, Any] = {
         "mean": np.zeros(3),
         "age": np.linspace(0, 1, 4),
-        "about": np.array({"by": "hand"}),  # of Python objects, and left pickled
+        "notes": np.array({"by": "hand"}),  # of Python objects, and left pickled
         "x_test": images(rng, 2, 8, 8),
         "y_test": [0, 1],
     }
-    path = save(tmp_path / "a.npz", x_train=images(rng, 4, 8, 8), **others)
+    path = save(tmp_path / "a.npz", x_train=images(rng, 4, 8, 8), **others, about="drawn")
     with pytest.warns(UserWarning, match="ignored"):
         data = load_images(path)
     assert data.labels is None
     assert all(repr(key) in data.ignored[0] for key in others)
+    assert "about" not in data.ignored[0]  # what `dpsyngen sample` says of its images
     path = save(tmp_path / "b.npz", x_train=images(rng, 4, 8, 8), y_train=[0, 1, 0, 1], dx=[1, 0, 1, 0], **others)
     with pytest.warns(UserWarning, match="'dx'"):
         assert load_images(path).num_classes == 2

@@ -99,7 +99,7 @@ def test_share_is_between_none_and_all(configured, share) -> None:
         ({"variant": "residual", "networks": "shared"}, "a network of its own for each stage"),
         ({"variant": "residual", "pretrain": True}, "cannot start from programmatic images"),
         ({"variant": "gaussian", "pretrain": True}, "no network that could be pre-trained"),
-        ({"variant": "residual", "tau_cleaning": 2.0, "tau_coarse": 1.0}, "must be below stages.tau_coarse"),
+        ({"variant": "both", "tau_cleaning": 2.0, "tau_coarse": 1.0}, "must be below tau_coarse = 1.0"),
     ],
 )
 def test_stages_that_cannot_be(tiny_settings, stages, why) -> None:
