@@ -114,7 +114,7 @@ class MomentsConfig(_Section):
     """DP moments of the private images; of use to the variants that are named after them (docs/moments.md)."""
 
     share: float = Field(
-        0.5,
+        0.8,  # of Fashion-MNIST: docs/quality.md
         gt=0,
         lt=1,
         description="ε of the moments alone over privacy.epsilon; gaussian and instant spend all on them",
