@@ -22,7 +22,7 @@ from dpsyngen.config import MAX_EPSILON, Config, DataConfig, Variant, explain, l
 from dpsyngen.errors import ConfigError, printable, shown
 from dpsyngen.evaluation.metrics import Measured
 from dpsyngen.files import read_yaml, read_yaml_file
-from dpsyngen.training.plan import matters
+from dpsyngen.training.plan import matters, stages_of
 
 PUBLISHED: tuple[Variant, ...] = ("dpdm", "finetune", "cleaning", "coarse", "both")
 """What an experiment compares if it does not say: the variants of the paper, and the union of the last two."""
@@ -367,6 +367,7 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
         fixed["privacy"]["budget"] = spec.cost.budget_file
     try:
         config = load_config(merge_settings(nested, fixed), preset=spec.preset)
+        stages_of(config)
     except ConfigError as error:
         raise ConfigError(f"the run {name} cannot be: {error}") from None
     return Job(name, "run", variant, epsilon, seed, label, settings, config)

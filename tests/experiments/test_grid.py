@@ -99,7 +99,7 @@ def test_classifier_references_go_with_classifiers() -> None:
 
 
 def test_a_run_that_cannot_be_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"both-eps1-tau_cleaning=3-seed0.*below stages\.tau_coarse"):
+    with pytest.raises(ConfigError, match=r"both-eps1-tau_cleaning=3-seed0.*below tau_coarse"):
         jobs(variant=["both"], epsilon=[1], seeds=1, axes={"stages.tau_cleaning": [3]})
 
 

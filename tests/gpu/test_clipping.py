@@ -16,7 +16,7 @@ from dpsyngen.privacy.kernels import KERNELS, KernelChoices, fixed_choice
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.privacy.randomness import Randomness
-from dpsyngen.privacy.rules import layers
+from dpsyngen.privacy.rules import registry
 
 C = 0.5
 EXAMPLES = 6
@@ -111,7 +111,7 @@ def test_the_noise_is_the_same_on_every_device(compute) -> None:
 def test_many_groups_at_once(compute, grid, monkeypatch) -> None:
     """More than the second axis of CUDA's grid takes; with a small `grid`, parts of unequal size on any device."""
     if grid:
-        monkeypatch.setattr(layers, "_GRID", grid)
+        monkeypatch.setattr(registry, "_GRID", grid)
     rows, groups = (9, 4) if grid else (2100, 32)
     torch.manual_seed(0)
     net, x = nn.GroupNorm(groups, 2 * groups), torch.randn(rows, 2 * groups, 3)

@@ -25,6 +25,7 @@ from dpsyngen.privacy.rules.registry import (
     Tape,
     UnsupportedLayer,
     as_fp32,
+    group_norm_backward,
     low_precision,
     per_example,
     refuse_argument,
@@ -156,33 +157,12 @@ class _GroupNorm(torch.autograd.Function):
         tape: Tape = ctx.tape
         own = [tape.tracks(p) for p in (ctx.weight, ctx.bias)]
         wanted = [ctx.needs_input_grad[0], *own]
-        gx, g_weight, g_bias = _group_norm_backward(g.contiguous(), x, mean, rstd, weight, ctx.groups, wanted)
+        gx, g_weight, g_bias = group_norm_backward(g.contiguous(), x, mean, rstd, weight, ctx.groups, wanted)
         if g_weight is not None:
             tape.add(ctx.weight, Dense(per_example(g_weight, tape)))
         if g_bias is not None:
             tape.add(ctx.bias, Dense(per_example(g_bias, tape)))
         return None if gx is None else gx.to(ctx.input_dtype), None, None, None, None, None
-
-
-_GRID = 65_535  # PyTorch's kernel counts groups along the second axis of CUDA's grid, which has no more
-
-
-def _group_norm_backward(
-    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int, wanted: list[bool]
-) -> list[Tensor | None]:
-    """Gradients of x, and for each row of weight and bias [rows, channels], those that are `wanted`."""
-    rows, channels = x.shape[:2]
-    most = max(_GRID // groups, 1)
-    if rows > most:
-        pieces = zip(*(t.split(most) for t in (g, x, mean, rstd)), strict=True)
-        parts = [_group_norm_backward(gs, xs, ms, rs, weight, groups, wanted) for gs, xs, ms, rs in pieces]
-        return [torch.cat(of) if w else None for of, w in zip(zip(*parts, strict=True), wanted, strict=True)]
-    # Taken as one row of rows*channels channels, the same call gives the gradients of weight and bias for each row
-    # instead of their sum.
-    repeated, sizes = None if weight is None else weight.repeat(rows), (1, rows * channels, x[0, 0].numel())
-    found = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, repeated, *sizes, rows * groups, wanted)
-    shapes = (x.shape, (rows, channels), (rows, channels))
-    return [t.view(shape) if w else None for t, shape, w in zip(found, shapes, wanted, strict=True)]
 
 
 @rule(F.group_norm)

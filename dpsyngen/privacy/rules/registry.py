@@ -265,3 +265,24 @@ def low_precision(*tensors: Tensor | None) -> tuple[Any, ...]:
 def as_fp32(x: Tensor) -> Tensor:
     """Cast the input of a normalisation to fp32, below which autocast never runs one."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+_GRID = 65_535  # PyTorch's kernel counts groups along the second axis of CUDA's grid, which has no more
+
+
+def group_norm_backward(
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int, wanted: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of x, and for each row of weight and bias [rows, channels], those that are `wanted`."""
+    rows, channels = x.shape[:2]
+    most = max(_GRID // groups, 1)
+    if rows > most:
+        pieces = zip(*(t.split(most) for t in (g, x, mean, rstd)), strict=True)
+        parts = [group_norm_backward(gs, xs, ms, rs, weight, groups, wanted) for gs, xs, ms, rs in pieces]
+        return [torch.cat(of) if w else None for of, w in zip(zip(*parts, strict=True), wanted, strict=True)]
+    # Taken as one row of rows*channels channels, the same call gives the gradients of weight and bias for each row
+    # instead of their sum.
+    repeated, sizes = None if weight is None else weight.repeat(rows), (1, rows * channels, x[0, 0].numel())
+    found = torch.ops.aten.native_group_norm_backward(g, x, mean, rstd, repeated, *sizes, rows * groups, wanted)
+    shapes = (x.shape, (rows, channels), (rows, channels))
+    return [t.view(shape) if w else None for t, shape, w in zip(found, shapes, wanted, strict=True)]
