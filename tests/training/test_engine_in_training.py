@@ -6,6 +6,7 @@ import json
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,12 +14,17 @@ from safetensors.torch import load_file
 import dpsyngen.training.private as private_module
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
+from dpsyngen.diffusion.loss import NoiseLevels
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.clipping import GridGradient
 from dpsyngen.privacy.exact import DiscreteGaussian
-from dpsyngen.privacy.kernels import KERNELS
+from dpsyngen.privacy.kernels import KERNELS, KernelChoices
 from dpsyngen.privacy.ledger import Ledger
+from dpsyngen.privacy.randomness import Randomness
+from dpsyngen.training.networks import make_denoiser
 from dpsyngen.training.pipeline import Training
+from dpsyngen.training.plan import shape_of
+from dpsyngen.training.private import Computing, DpSgd
 from dpsyngen.training.run import Run
 from tests.training.short_runs import resume, start
 
@@ -136,3 +142,24 @@ def test_noise_of_a_step_does_not_depend_on_memory_or_cores(tiny_settings, tiny_
     for other in results[1:]:
         # Rounding only: other noise levels would move the weights by thousands of times as much.
         assert (results[0] - other).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("part", [slice(0, 60), slice(7, 41), slice(20, 20)])
+def test_rows_that_are_made_side_by_side_are_the_same_rows(part, tiny_settings, tiny_images) -> None:
+    """As for a GPU: one worker takes the pass, several threads make its noise."""
+    config = load_config(tiny_settings)
+    dataset, chosen = load_images(tiny_images()), np.arange(60)
+    denoiser = make_denoiser(config, shape_of(dataset, config), True, seed=0)
+    made = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            how = Computing(100, KernelChoices(measure=False))
+            dp = DpSgd(60, 1.0, 1.0, config.private)
+            take = private_module.PrivateStep(dataset, NoiseLevels(), 0.1, dp, Randomness.from_insecure_seed(1), how)
+            made.append(take._noisy(chosen, part, denoiser, 3))
+        finally:
+            torch.set_num_threads(1)
+    for name in ("clean", "noisy", "sigma", "labels"):
+        assert torch.equal(getattr(made[0], name), getattr(made[1], name))
+    assert len(made[0].sigma) == (part.stop - part.start) * config.private.copies
