@@ -187,10 +187,7 @@ def read_npz(
         wanted = [key for key in (image_key, label_key, NAME_KEY if label_key else None) if key in members]
         headers: dict[str, _Header] = {}
         for key in wanted:
-            if members[key].compress_type not in _METHODS:
-                raise DataError(f"{printable(path)}: '{key}' is not compressed as numpy does. Use np.savez_compressed.")
-            with archive.open(members[key]) as member:
-                headers[key] = _read_header(member, path, key)
+            headers[key] = _header_of(archive, members[key], path, key)
         if NAME_KEY in headers:
             names = headers[NAME_KEY]
             if len(names.shape) != 1 or names.dtype.kind not in "US" or names.dtype.itemsize > 16 * MAX_NAME_BYTES:
@@ -208,6 +205,13 @@ def read_npz(
     return arrays[image_key], arrays[label_key] if label_key else None, texts, told
 
 
+def _header_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, key: str) -> _Header:
+    if info.compress_type not in _METHODS:
+        raise DataError(f"{printable(path)}: '{key}' is not compressed as numpy does. Use np.savez_compressed.")
+    with archive.open(info) as member:
+        return _read_header(member, path, key)
+
+
 def _label_key(
     archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path: Path, image_key: str, asked: str | None
 ) -> tuple[str | None, tuple[str, ...]]:
@@ -218,8 +222,7 @@ def _label_key(
     headers: dict[str, _Header | None] = {}
     for key, info in members.items():
         try:
-            with archive.open(info) as member:
-                headers[key] = _read_header(member, path, key)
+            headers[key] = _header_of(archive, info, path, key)
         except (DataError, ValueError, NotImplementedError, RuntimeError, EOFError):
             headers[key] = None  # no array, or of Python objects; if it is one of ours, this is told of later
     own = headers.pop(image_key)

@@ -32,7 +32,7 @@ from dpsyngen.data.dataset import ImageDataset, numbered
 from dpsyngen.data.decode import BUDGET, Form, ImageHeader
 from dpsyngen.data.labels import read_persons
 from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
-from dpsyngen.data.store import IMAGES, LABELS, Shape, StoredImages, check_fits, kept_of, write_header
+from dpsyngen.data.store import IMAGES, LABELS, SelectedImages, Shape, StoredImages, check_fits, write_header
 from dpsyngen.errors import DataError, listed, printable
 from dpsyngen.files import cache_home, expanded, sync_folder, write_bytes, write_text
 
@@ -119,24 +119,20 @@ def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], opti
     """
     left_out = [*source.bad, *((source.name(i), bad[i]) for i in sorted(bad))]
     skipped = settle_bad(left_out, where=source.where, skip_bad=options.skip_bad)
-    keep = keep_of(len(source), bad)
-    labels = None if source.labels is None else source.labels[keep]
-    empty = []
-    if labels is not None and source.every_class:
-        counts = np.bincount(labels, minlength=len(source.class_names))
-        empty = [source.class_names[c] for c in np.flatnonzero(counts == 0)]
-    if empty or not keep.any():
-        what = f"no usable image of {listed(empty)}" if empty else "no usable image in it"
-        unused = f" ({len(left_out):,} were left out, first {printable(': '.join(left_out[0]))})" if left_out else ""
-        raise DataError(f"{source.where}: {what}{unused}. Add images, or leave the class out.")
     held: Any = images
     if isinstance(images, np.memmap):
         held = StoredImages(str(images.filename), images.shape, images.offset)
     else:
         images.flags.writeable = False
-    persons = None if source.persons is None else source.persons[keep]
-    told = (skipped, source.ignored, persons)
-    return ImageDataset(kept_of(held, keep), labels, source.class_names, source.where, *told)
+    told = (skipped, source.ignored, source.persons)
+    found = ImageDataset(held, source.labels, source.class_names, source.where, *told)
+    found = found.subset(keep_of(len(source), bad)) if bad else found
+    empty = found.absent_classes if source.every_class else ()
+    if empty or not len(found):
+        what = f"no usable image of {listed(empty)}" if empty else "no usable image in it"
+        unused = f" ({len(left_out):,} were left out, first {printable(': '.join(left_out[0]))})" if left_out else ""
+        raise DataError(f"{source.where}: {what}{unused}. Add images, or leave the class out.")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
@@ -301,7 +297,8 @@ class Cache:
             labels = np.load(path / LABELS, allow_pickle=False) if about["labelled"] else None
             keep = keep_of(len(stored), about["bad"])
             told = (tuple(about["skipped"]), tuple(about["ignored"]), None if persons is None else persons[keep])
-            return ImageDataset(kept_of(stored, keep), labels, tuple(about["class_names"]), source, *told)
+            images: Any = SelectedImages(stored, np.flatnonzero(keep)) if about["bad"] else stored
+            return ImageDataset(images, labels, tuple(about["class_names"]), source, *told)
         except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"{printable(path)}, a copy of decoded images, is damaged ({printable(error)}). Remove it: it is made "

@@ -139,13 +139,6 @@ def write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
     return file.tell()
 
 
-def kept_of(images: Any, keep: NDArray[np.bool_]) -> Any:
-    """The images of an array (a copy) or a store (a view) where `keep` ``[N]`` is true; all of them as they are."""
-    if keep.all():
-        return images
-    return images[keep] if isinstance(images, np.ndarray) else SelectedImages(images, np.flatnonzero(keep))
-
-
 def is_mapped(images: object) -> bool:
     """Whether an array is, or is a view of, a memory map."""
     while isinstance(images, np.ndarray):

@@ -305,6 +305,8 @@ class _Bundle:
         if not folder.is_dir():
             drawn = generator.sample(min(4, max(1, len(generator.class_names) or 4)), steps=4).images
             return True, f"it draws images ({drawn.shape[1]} × {drawn.shape[2]} × {drawn.shape[3]}); no samples in it"
+        if not (folder / "about.json").is_file():
+            return False, "samples/about.json, which says how the images were drawn, is missing"
         about = _json((folder / "about.json").read_bytes(), "samples/about.json")
         paths, labels = _table(folder, generator)
         if about.get("count") != len(paths):

@@ -100,8 +100,17 @@ def test_members_with_paths_lead_nowhere(tmp_path: Path, rng: np.random.Generato
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.npy", "a.npz", "in"]
 
 
-def test_other_compressions_and_passwords_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_other_compressions_and_passwords_are_refused(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     np.save(tmp_path / "a.npy", images(rng, 2, 8, 8))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.write(tmp_path / "a.npy", "images.npy")
+        archive.write(tmp_path / "a.npy", "other.npy", zipfile.ZIP_LZMA)
+    # Not even to look for labels is such a member opened: its dictionary may be of any size.
+    monkeypatch.setattr("zipfile.LZMADecompressor", lambda: pytest.fail("opened"))
+    with pytest.warns(UserWarning, match="other"):
+        assert len(load_images(tmp_path / "a.npz")) == 2
     for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
             archive.write(tmp_path / "a.npy", "images.npy")

@@ -251,6 +251,7 @@ def not_a_number(tensors: dict) -> dict:
         (edit_json("samples/about.json", lambda v: v.update(steps=10**9)), "images"),
         (edit_text("samples/metadata.csv", ",0,0", ",9,0"), "images"),
         (lambda f: f.pop("samples/metadata.csv"), "images"),
+        (lambda f: f.pop("samples/about.json"), "images"),
     ],
 )
 def test_tampering_by_someone_who_mends_the_checksums(edit, check, bundle, tmp_path) -> None:
