@@ -61,41 +61,25 @@ class CanaryPlan:
     score: bool = False  # attack it: the lookup network only
 
 
-@dataclass(frozen=True)
-class Canaries:
-    """m canary images [m, C, H, W], each `inside` or not by a fair coin, and `others`, which are always in."""
+def draw_canaries(plan: CanaryPlan) -> tuple[ImageDataset, NDArray[np.bool_]]:
+    """Draw canaries, each in or not by a fair coin, with entropy from the operating system.
 
-    images: NDArray[np.uint8]
-    inside: NDArray[np.bool_]
-    others: NDArray[np.uint8]
-    classes: bool  # each canary has a class of its own, and the others share one
-
-    @classmethod
-    def draw(cls, plan: CanaryPlan) -> Canaries:
-        """Draw images and coins with entropy from the operating system."""
-        rng = np.random.default_rng()
-        shape = (plan.canaries, plan.channels, plan.resolution, plan.resolution)
-        # Black and white pixels at random are as unlike each other as images can be; the lookup network tells canaries
-        # apart by class, and white ones have gradients of one sign.
-        images = rng.integers(1 if plan.lookup else 0, 2, shape, dtype=np.uint8) * 255
-        program = make_program("dead-leaves", resolution=plan.resolution, channels=plan.channels)
-        return cls(images, rng.random(plan.canaries) < 0.5, program.batch(range(plan.others)), plan.classes)
-
-    @property
-    def declared(self) -> int:
-        """The public number of records: all that could be in."""
-        return len(self.images) + len(self.others)
-
-    @property
-    def dataset(self) -> ImageDataset:
-        """What is trained on."""
-        images = np.concatenate([self.others, self.images[self.inside]])
-        if not self.classes:
-            return ImageDataset(images, None, (), "canaries of an audit")
-        count = len(self.images)
-        labels = np.concatenate([np.full(len(self.others), count), np.flatnonzero(self.inside)]).astype(np.int64)
-        names = (*(f"canary {i}" for i in range(count)), "others")
-        return ImageDataset(images, labels, names, "canaries of an audit")
+    Returns what is trained on, the others first (with classes, each canary has one of its own, and the others share
+    one), and which canaries are in it, [canaries].
+    """
+    rng = np.random.default_rng()
+    shape = (plan.canaries, plan.channels, plan.resolution, plan.resolution)
+    # Black and white pixels at random are as unlike each other as images can be; the lookup network tells canaries
+    # apart by class, and white ones have gradients of one sign.
+    canaries = rng.integers(1 if plan.lookup else 0, 2, shape, dtype=np.uint8) * 255
+    inside = rng.random(plan.canaries) < 0.5
+    program = make_program("dead-leaves", resolution=plan.resolution, channels=plan.channels)
+    images = np.concatenate([program.batch(range(plan.others)), canaries[inside]])
+    if not plan.classes:
+        return ImageDataset(images, None, (), "canaries of an audit"), inside
+    labels = np.concatenate([np.full(plan.others, plan.canaries), np.flatnonzero(inside)]).astype(np.int64)
+    names = (*(f"canary {i}" for i in range(plan.canaries)), "others")
+    return ImageDataset(images, labels, names, "canaries of an audit"), inside
 
 
 def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
@@ -146,8 +130,9 @@ def train_canaries(
 
     The configuration is that of the audited run, whose ε must be finite; `confidence` is that of the lower bound on ε.
     """
-    c, scores = Canaries.draw(plan), dict[int, NDArray[np.float64]]()
-    small, dataset = audit_config(config, plan, c.declared), c.dataset
+    (dataset, inside), scores = draw_canaries(plan), dict[int, NDArray[np.float64]]()
+    # The public number of records is that of all that could be in.
+    small = audit_config(config, plan, plan.canaries + plan.others)
 
     def observe(record: StepRecord, engine: PerExampleGradients) -> None:
         transcript.add(record)
@@ -176,7 +161,7 @@ def train_canaries(
     claim = Claim(rate, noise * m.clipping_norm, charged_steps(ledger), crashed=plan.crash_after is not None)
     if not plan.score:
         return CanaryRun(transcript, claim, None)
-    one_run = OneRun(np.sum(list(scores.values()), axis=0), c.inside, guesses, delta, ledger.epsilon(), confidence)
+    one_run = OneRun(np.sum(list(scores.values()), axis=0), inside, guesses, delta, ledger.epsilon(), confidence)
     return CanaryRun(transcript, claim, one_run)
 
 

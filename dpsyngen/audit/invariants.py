@@ -27,7 +27,6 @@ from scipy.fft import irfft, next_fast_len, rfft
 from scipy.stats import beta, binom, chi2, hypergeom
 
 from dpsyngen.audit.report import Finding, by_p_value, exact
-from dpsyngen.errors import require
 from dpsyngen.training.private import StepRecord
 
 _LONGEST = 1 << 24  # numbers in a distribution that is computed exactly
@@ -54,12 +53,11 @@ class StepTrace:
 class Transcript:
     """Collects steps; give it to the training as its observer.
 
-    `noise_scale` is z·C and `expected_examples` qn, as claimed; `charged` says how many steps the ledger has now.
+    `noise_scale` is z·C and `expected_examples` qn, as claimed, both positive; `charged` says how many steps the ledger
+    has now.
     """
 
     def __init__(self, records: int, noise_scale: float, expected_examples: float, charged: Callable[[], int]) -> None:
-        require(noise_scale > 0, "noise_scale", noise_scale, "positive")
-        require(expected_examples > 0, "expected_examples", expected_examples, "positive")
         self.records, self.noise_scale, self.expected_examples = records, noise_scale, expected_examples
         self.charged = charged
         self.traces: list[StepTrace] = []

@@ -16,7 +16,7 @@ import numpy as np
 from dpsyngen.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, train_canaries
 from dpsyngen.audit.invariants import check_sizes, check_transcript
 from dpsyngen.audit.report import AuditReport, Bound, Finding, decide, exact
-from dpsyngen.audit.sensitivity import ClippingAudit, audit_noise
+from dpsyngen.audit.sensitivity import audit_clipping, audit_noise
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import RunError, require
 from dpsyngen.files import write_json
@@ -133,8 +133,7 @@ def _audit_mechanism(
     tell("clipping hostile images")
     moments = stages_of(config).moments
     gaussian = load_gaussian(run.weights(GAUSSIAN), shape).to(device) if moments else None  # released: costs nothing
-    clipping = ClippingAudit(config, m, shape, device, gaussian)
-    report.parts[CLIPPING] = clipping.findings()
+    report.parts[CLIPPING] = audit_clipping(config, m, shape, device, gaussian)
     images: dict[str, Any] = {"resolution": shape.resolution, "channels": shape.channels}
     images["classes"] = bool(shape.class_names)
     count, lookups, crash = effort.canaries, effort.lookup_canaries, CHECKPOINT_EVERY + 2

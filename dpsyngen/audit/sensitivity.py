@@ -152,66 +152,53 @@ def audit_noise(config: Config, mechanism: DpSgd, *, trials: int, confidence: fl
     )
 
 
-class ClippingAudit:
-    """The clipped sums of the run's network on hostile images; a residual one has the released moments `gaussian`."""
+def audit_clipping(
+    config: Config, mechanism: DpSgd, shape: Shape, device: str = "cpu", gaussian: GaussianDenoiser | None = None
+) -> list[Finding]:
+    """Check sensitivity, and the order of averaging and clipping, of the run's network on hostile images.
 
-    def __init__(
-        self,
-        config: Config,
-        mechanism: DpSgd,
-        shape: Shape,
-        device: str = "cpu",
-        gaussian: GaussianDenoiser | None = None,
-    ) -> None:
-        copies = min(max(config.private.copies, 2), 4)  # one copy would not show in which order they are averaged
-        private = mechanism.config.model_copy(update={"copies": copies})
-        self.step = step_of(config, replace(mechanism, config=private))
-        seed = config.network.seed
-        self.denoiser = lively_denoiser(config, shape, conditional=True, seed=seed, gaussian=gaussian).to(device)
-        self.engine = self.step.engine(self.denoiser)
-        self.copies = copies
-        self.rows = self._hostile_rows(config, shape, device)
-        self.examples = len(self.rows.clean) // copies
+    A residual network has the released moments `gaussian`.
+    """
+    copies = min(max(config.private.copies, 2), 4)  # one copy would not show in which order they are averaged
+    private = mechanism.config.model_copy(update={"copies": copies})
+    step = step_of(config, replace(mechanism, config=private))
+    denoiser = lively_denoiser(config, shape, conditional=True, seed=config.network.seed, gaussian=gaussian).to(device)
+    engine = step.engine(denoiser)
+    n, num_classes = config.network, denoiser.num_classes
+    generator = torch.Generator().manual_seed(0)
+    # Two random images, a third equal to the second, a blank one, and two whose pixels are far out of range.
+    examples = 6
+    images = torch.rand((examples, shape.channels, shape.resolution, shape.resolution), generator=generator) * 2 - 1
+    images[2] = images[1]
+    images[3] = 0
+    images[4] *= _HUGE
+    images[5] = _HUGE
+    rows = make_noisy(
+        images.to(device),
+        (torch.arange(examples) % num_classes).to(device) if num_classes else None,
+        NoiseLevels(n.noise_mean, n.noise_std),
+        copies=copies,
+        num_classes=num_classes,
+        label_dropout=0.0,
+        generator=generator,
+    )
 
-    def findings(self) -> list[Finding]:
-        """Sensitivity, and the order of averaging and clipping."""
-        c, style = self.engine.clipping_norm, self.engine.style
-        return [
-            check_sensitivity(self._summed, self.examples, c),
-            check_gradients(self._summed, self._reference, layer_numbers(self.engine.names), self.examples, c, style),
-        ]
+    def pick(chosen: Sequence[int]) -> NoisyBatch:
+        return rows.rows(torch.tensor([e * copies + k for e in chosen for k in range(copies)]))
 
-    def _pick(self, examples: Sequence[int]) -> NoisyBatch:
-        return self.rows.rows(torch.tensor([e * self.copies + k for e in examples for k in range(self.copies)]))
-
-    def _summed(self, examples: Sequence[int]) -> list[Tensor]:
-        batch = self._pick(examples)
+    def summed(chosen: Sequence[int]) -> list[Tensor]:
+        batch = pick(chosen)
 
         def loss(part: slice) -> Tensor:
-            return denoising_loss(self.denoiser, batch.rows(slice(part.start * self.copies, part.stop * self.copies)))
+            return denoising_loss(denoiser, batch.rows(slice(part.start * copies, part.stop * copies)))
 
-        return self.step.summed(self.engine, loss, len(examples)).gradient
+        return step.summed(engine, loss, len(chosen)).gradient
 
-    def _reference(self, example: int) -> list[list[Tensor]]:
-        batch = self._pick([example])
-        losses = [denoising_loss(self.denoiser, batch.rows(slice(k, k + 1))).sum() for k in range(self.copies)]
-        return [list(torch.autograd.grad(loss, self.engine.parameters)) for loss in losses]
+    def reference(example: int) -> list[list[Tensor]]:
+        batch = pick([example])
+        losses = [denoising_loss(denoiser, batch.rows(slice(k, k + 1))).sum() for k in range(copies)]
+        return [list(torch.autograd.grad(loss, engine.parameters)) for loss in losses]
 
-    def _hostile_rows(self, config: Config, shape: Shape, device: str) -> NoisyBatch:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand((6, shape.channels, shape.resolution, shape.resolution), generator=generator) * 2 - 1
-        # Two random images, a third equal to the second, a blank one, and two whose pixels are far out of range.
-        images[2] = images[1]
-        images[3] = 0
-        images[4] *= _HUGE
-        images[5] = _HUGE
-        n, num_classes = config.network, self.denoiser.num_classes
-        return make_noisy(
-            images.to(device),
-            (torch.arange(6) % num_classes).to(device) if num_classes else None,
-            NoiseLevels(n.noise_mean, n.noise_std),
-            copies=self.copies,
-            num_classes=num_classes,
-            label_dropout=0.0,
-            generator=generator,
-        )
+    c, layers = engine.clipping_norm, layer_numbers(engine.names)
+    gradients = check_gradients(summed, reference, layers, examples, c, engine.style)
+    return [check_sensitivity(summed, examples, c), gradients]

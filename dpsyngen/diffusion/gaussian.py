@@ -103,6 +103,11 @@ class GaussianDenoiser(Gaussian):
     on Q, so a batch costs one product with the basis each way, whatever its classes and noise levels.  For images of
     more than 4,096 values (`shape` is (C, H, W)) Q would not be worth its memory: there F takes its place, with
     ρ = q · mean ψ, as if P and F commuted, which they nearly do (V are coarse patterns).
+
+    ``forward(x, sigma, labels)`` is exact for the model, in the dtype of x, at σ > 0; labels are [N] in 0..K, and K, or
+    None for all, means "class unknown".  In ``draw(labels, sigma, noise)``, σ >= 0 is [N] or one for all rows, and an
+    unknown class is drawn by frequency, as a function of the noise.  ``left(sigma, labels)`` is
+    s(σ) = √diag(Σ_c (Σ_c + σ²I)⁻¹ σ²); for an unknown class the root of the mean square over classes, by frequency.
     """
 
     def __init__(
@@ -116,32 +121,10 @@ class GaussianDenoiser(Gaussian):
         super().__init__(gaussians.to_tensors(), shape, dtype)
         self.gaussians = gaussians
 
-    @in_full_precision
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """E[x₀ | x, label], exact for the model, [N, C, H, W] in the dtype of x [N, C, H, W], at sigma [N], > 0.
-
-        labels [N] are in 0..K; K, or None for all, means "class unknown": the posterior mean of the mixture.
-        """
-        return super().forward(x, sigma, labels)
-
-    @in_full_precision
-    def draw(self, labels: Tensor | None, sigma: Tensor | float, noise: Tensor) -> Tensor:
-        """Draw x = x₀ + σ·n from the model at once: μ_c + (Σ_c + σ²I)^½ noise, [N, C, H, W].
-
-        Args:
-            labels: [N] in 0..K; of K, or with None, the class is drawn by ``frequencies``, a function of the noise.
-            sigma: σ >= 0, one for all or [N].
-            noise: standard normal, [N, C, H, W].
-        """
-        return super().draw(labels, sigma, noise)
-
-    @in_full_precision
-    def left(self, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """s(σ), [N, C, H, W]: the standard deviation of each pixel of x₀ given x, if the model is right.
-
-        √diag(Σ_c (Σ_c + σ²I)⁻¹ σ²).  For an unknown class the root of the mean square over classes, by frequency.
-        """
-        return super().left(sigma, labels)
+    # The same, without the autocast and TF32 of whoever calls: standalone.py stands alone and cannot do that itself.
+    forward = in_full_precision(Gaussian.forward)
+    draw = in_full_precision(Gaussian.draw)
+    left = in_full_precision(Gaussian.left)
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:

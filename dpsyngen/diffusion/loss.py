@@ -36,13 +36,6 @@ class NoiseLevels:
         if not self.std > 0:
             raise ValueError(f"std={self.std} must be positive.")
 
-    @property
-    def mass(self) -> float:
-        """The share of the untruncated density that lies in [low, high]."""
-        a, b = ((e - self.mean) / self.std for e in (self.low, self.high))
-        # From the nearer tail, so that an interval far out on the right keeps its digits.
-        return _normal_cdf(-a) - _normal_cdf(-b) if a > 0 else _normal_cdf(b) - _normal_cdf(a)
-
     def quantile(self, u: Tensor) -> Tensor:
         """σ at probabilities `u` in [0, 1], by the inverse CDF: no rejection, so K levels are always K levels."""
         a, b = ((e - self.mean) / self.std for e in (self.low, self.high))

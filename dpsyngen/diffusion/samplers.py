@@ -75,7 +75,11 @@ def solved(
     """Follow the ODE from noise to images in about [-1, 1], [N, C, H, W].
 
     Args:
-        sampler: a name in ``SAMPLERS``, each of which is a function of what follows.
+        sampler: a name in ``standalone.SAMPLERS``.  "ddim", of order 1: deterministic DDIM, which is Euler's method on
+            the ODE (Song et al. 2021; EDM §3).  "heun", of order 2: EDM's sampler (algorithm 1), two network calls a
+            step but for the last; with `churn` > 0 its stochastic one (algorithm 2) at all levels and with S_noise = 1.
+            "dpmpp", of order 2: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1,
+            λ = -log σ, one network call a step; the second order comes from the previous step's estimate.
         denoiser, labels: D(x; σ, y), and y [N] or None.
         x: starting noise of standard deviation ``sigmas[0]``, [N, C, H, W].
         sigmas: descending noise levels, ending in 0.
@@ -92,20 +96,6 @@ def solved(
             observe(Step(*step))
 
     return standalone.solve(sampler, denoise, x, sigmas.tolist(), churn, draw or partial(torch.randn_like, x), see)
-
-
-ddim = partial(solved, "ddim")
-"""Deterministic DDIM, which is Euler's method on the ODE (Song et al. 2021; EDM §3)."""
-
-heun = partial(solved, "heun")
-"""EDM's second-order sampler (algorithm 1); with ``churn`` > 0 its stochastic one (algorithm 2) at all levels and with
-S_noise = 1."""
-
-dpm_solver_pp = partial(solved, "dpmpp")
-"""DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1, λ = -log σ: one network call a step; the
-second order comes from the previous step's estimate."""
-
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddim": ddim, "heun": heun, "dpmpp": dpm_solver_pp}
 
 
 def to_uint8(images: Tensor) -> Tensor:

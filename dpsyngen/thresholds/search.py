@@ -72,7 +72,6 @@ class Measured:
 
     Attributes:
         log_sigma: [M].
-        pixels: d, of an image.
         curves: programs in place of others ("programs"), of the proxy's Wiener filter ("wiener") and of networks that
             were trained on it ("proxy"), and networks in place of others of their own family ("floor"); on private
             images, with noise, the student in place of the teacher ("private").  With a prior, that and the Wiener
@@ -81,7 +80,6 @@ class Measured:
     """
 
     log_sigma: Array
-    pixels: int
     curves: list[GapCurve] = field(default_factory=list)
     clipping_norm: float = 1.0
 
@@ -143,8 +141,7 @@ class StageSearch:
 
     def measure(self, trained: Mapping[tuple[str, int], Denoiser], tell: Tell) -> Measured:
         """Compare all networks on the images of each family."""
-        shape = self.networks.shape
-        result = Measured(np.array(self.log_sigma), shape.channels * shape.resolution**2)
+        result = Measured(np.array(self.log_sigma))
         weights = gap_weights(self.log_sigma, self.networks.config.network.sigma_data)
         vectors: list[Tensor] = []
         for family in self.all_families:

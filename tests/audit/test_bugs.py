@@ -20,7 +20,7 @@ import dpsyngen.training.private as private
 from dpsyngen.audit.canaries import CanaryPlan, train_canaries
 from dpsyngen.audit.invariants import check_transcript
 from dpsyngen.audit.report import Finding, decide
-from dpsyngen.audit.sensitivity import ClippingAudit, audit_noise
+from dpsyngen.audit.sensitivity import audit_clipping, audit_noise
 from dpsyngen.config import Config, load_config
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.plan import Shape
@@ -60,7 +60,7 @@ def short_step(config: Config, folder: Path) -> list[Finding]:
 
 
 def clipping(config: Config, folder: Path) -> list[Finding]:
-    return ClippingAudit(config, mechanism(config), Shape(8, 1, ("a", "b"), 100)).findings()
+    return audit_clipping(config, mechanism(config), Shape(8, 1, ("a", "b"), 100))
 
 
 def dense(config: Config, folder: Path) -> list[Finding]:

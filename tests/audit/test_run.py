@@ -13,11 +13,13 @@ import typer
 from safetensors.torch import load_file
 
 import dpsyngen.audit.run as audit_module
+import dpsyngen.audit.sensitivity as sensitivity
 import dpsyngen.privacy.noise as noise
 from dpsyngen.audit.run import Effort, audit_run
 from dpsyngen.cli.checks import audit
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.prior import PriorDenoiser
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.privacy.ledger import Ledger
@@ -118,14 +120,13 @@ def test_run_without_dp_sgd_has_nothing_to_attack_and_says_so(tmp_path, tiny_set
 
 def test_a_residual_network_is_audited_with_its_own_moments(tmp_path, tiny_settings, tiny_images, monkeypatch) -> None:
     seen = []
-    real = audit_module.ClippingAudit
+    real = sensitivity.lively_denoiser
 
-    class Looked(real):
-        def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, **kwargs)
-            seen.append(self.denoiser)
+    def looked(*args, **kwargs) -> NetworkDenoiser:
+        seen.append(real(*args, **kwargs))
+        return seen[-1]
 
-    monkeypatch.setattr(audit_module, "ClippingAudit", Looked)
+    monkeypatch.setattr(sensitivity, "lively_denoiser", looked)
     stages = {"variant": "residual", "tau_coarse": 1.0}
     run = train(tmp_path / "r", tiny_settings, tiny_images(), stages=stages)
     report = audit_run(run, effort=SMALL, confidence=CONFIDENCE)

@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
-from dpsyngen.diffusion.samplers import SAMPLERS, evenly_in_log, karras_steps, to_float, to_uint8
+from dpsyngen.diffusion.samplers import evenly_in_log, karras_steps, solved, to_float, to_uint8
 from dpsyngen.diffusion.sampling import SamplingSettings
+from dpsyngen.diffusion.standalone import SAMPLERS
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError
 
@@ -26,7 +27,7 @@ def error(sampler: str, steps: int) -> float:
     sigmas = karras_steps(steps)
     x = sigmas[0] * torch.randn(50, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = x * S / math.sqrt(S**2 + sigmas[0].item() ** 2)
-    return ((SAMPLERS[sampler](gaussian, x, sigmas) - exact).abs().max() / exact.abs().max()).item()
+    return ((solved(sampler, gaussian, x, sigmas) - exact).abs().max() / exact.abs().max()).item()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -66,11 +67,9 @@ def test_churn_keeps_the_law() -> None:
     g = torch.Generator().manual_seed(0)
     sigmas = karras_steps(40)
     x = sigmas[0] * torch.randn(4000, 1, 2, 2, generator=g, dtype=torch.float64)
-    out = SAMPLERS["heun"](
-        gaussian, x, sigmas, churn=20.0, draw=lambda: torch.randn(x.shape, generator=g, dtype=x.dtype)
-    )
+    out = solved("heun", gaussian, x, sigmas, churn=20.0, draw=lambda: torch.randn(x.shape, generator=g, dtype=x.dtype))
     assert out.std().item() == pytest.approx(S, rel=0.05)
-    plain = SAMPLERS["heun"](gaussian, x, sigmas)
+    plain = solved("heun", gaussian, x, sigmas)
     correlation = torch.corrcoef(torch.stack([out.flatten(), plain.flatten()]))[0, 1].item()
     assert correlation < 0.5  # the added noise replaced most of the start
 
@@ -164,7 +163,7 @@ def test_churn_only_within_its_bounds_and_raised_levels() -> None:
             return gaussian(x, sigma)
 
         x = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
-        SAMPLERS["heun"](denoiser, x, karras_steps(10), draw=lambda: torch.zeros_like(x), **options)
+        solved("heun", denoiser, x, karras_steps(10), draw=lambda: torch.zeros_like(x), **options)
         return seen[::2]  # the first call of each step
 
     plain = karras_steps(10).tolist()[:-1]
@@ -176,8 +175,8 @@ def test_churn_only_within_its_bounds_and_raised_levels() -> None:
 
 def test_one_step_goes_to_the_estimate() -> None:
     x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
-    for sampler in SAMPLERS.values():
-        torch.testing.assert_close(sampler(gaussian, x, karras_steps(1)), gaussian(x, torch.full((3,), 80.0)))
+    for sampler in SAMPLERS:
+        torch.testing.assert_close(solved(sampler, gaussian, x, karras_steps(1)), gaussian(x, torch.full((3,), 80.0)))
 
 
 def test_network_calls() -> None:
@@ -189,7 +188,7 @@ def test_network_calls() -> None:
             seen.append(sigma[0].item())
             return gaussian(x, sigma)
 
-        SAMPLERS[sampler](denoiser, torch.ones(2, 1, 2, 2), karras_steps(12))
+        solved(sampler, denoiser, torch.ones(2, 1, 2, 2), karras_steps(12))
         assert len(seen) == calls
         assert min(seen) == pytest.approx(0.002)  # never at σ = 0, where log σ has no value
 

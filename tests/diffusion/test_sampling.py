@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dpsyngen.diffusion.denoiser import Denoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
-from dpsyngen.diffusion.samplers import SAMPLERS
 from dpsyngen.diffusion.sampling import SamplingSettings, sampling_start
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, stage_map
+from dpsyngen.diffusion.standalone import SAMPLERS
 from tests.diffusion.test_gaussian import dense, example
 
 SHAPE = (1, 2, 3)

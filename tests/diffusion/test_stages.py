@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from dpsyngen.diffusion.samplers import SAMPLERS, karras_steps
+from dpsyngen.diffusion.samplers import karras_steps, solved
 from dpsyngen.diffusion.stages import GAUSSIAN, USE_MOMENTS, VARIANTS, Stage, StagedDenoiser, StageMap, stage_map
+from dpsyngen.diffusion.standalone import SAMPLERS
 from dpsyngen.errors import ConfigError
 
 PUBLISHED = [v for v in VARIANTS if v not in USE_MOMENTS]
@@ -121,7 +122,7 @@ def test_which_network_answers_during_sampling(variant, sampler) -> None:
     fakes = {s.name: Fake(0.1) for s in stages.stages}
     staged = StagedDenoiser(stages, {s.network: fakes[s.name] for s in stages.stages})
     sigmas = karras_steps(30)
-    SAMPLERS[sampler](staged, torch.randn(2, 1, 4, 4) * 80, sigmas, torch.tensor([4, 5]))
+    solved(sampler, staged, torch.randn(2, 1, 4, 4) * 80, sigmas, torch.tensor([4, 5]))
     asked = 0
     for stage in stages.stages:
         fake = fakes[stage.name]
@@ -208,7 +209,7 @@ def test_one_shared_network_answers_everywhere_with_labels_in_the_middle(variant
     stages = stage_map(variant, networks="shared")
     shared = Fake(0.1)
     staged = StagedDenoiser(stages, {"shared": shared}).guided(2.0)
-    SAMPLERS["ddim"](staged, torch.randn(1, 1, 4, 4) * 80, karras_steps(30), torch.tensor([6]))
+    solved("ddim", staged, torch.randn(1, 1, 4, 4) * 80, karras_steps(30), torch.tensor([6]))
     expected = []
     for log_sigma in karras_steps(30)[:-1].log().tolist():
         # Guidance asks twice, with the class and without.

@@ -24,7 +24,7 @@ def elbow(side: Any, tau: float | None, found: float = 1.0) -> Elbow:
 def test_networks_behind_the_wiener_filter_are_no_measure() -> None:
     def said(**losses: list[float]) -> str | None:
         squares = {name: np.array([[values] * 3]) for name, values in losses.items()}
-        measured = Measured(np.arange(4.0), 4, [GapCurve(n, n, "a", s, s, s) for n, s in squares.items()])
+        measured = Measured(np.arange(4.0), [GapCurve(n, n, "a", s, s, s) for n, s in squares.items()])
         result: Any = SimpleNamespace(measured=measured)
         return teacher_line(result)
 
@@ -50,10 +50,10 @@ def result(cleaning: float | None, coarse: float | None, *, moments: bool = Fals
     nothing: Any = None
     if not moments:
         decided = StandInElbows("proxy", "dead-leaves", nothing, elbows(cleaning, coarse))
-        return StagesResult({"method": "tolerance"}, Measured(U, 4), [decided], decided)
+        return StagesResult({"method": "tolerance"}, Measured(U), [decided], decided)
     of_wiener = StandInElbows("proxy", "wiener", nothing, elbows(-5.0, coarse))
     decided = StandInElbows("proxy", "prior", nothing, elbows(cleaning, 4.0))
-    return StagesResult({"method": "tolerance"}, Measured(U, 4), [of_wiener, decided], decided)
+    return StagesResult({"method": "tolerance"}, Measured(U), [of_wiener, decided], decided)
 
 
 def test_stages_in_words() -> None:

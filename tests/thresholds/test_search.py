@@ -192,7 +192,7 @@ def bump(low: float, high: float) -> np.ndarray:
 
 
 def test_the_most_direct_stand_in_decides() -> None:
-    m = Measured(np.array(LEVELS), 64)
+    m = Measured(np.array(LEVELS))
     m.curves += [curve("programs", "b", "a", bump(-4, 3)), curve("programs", "a", "b", bump(-5, 3))]
     found = stand_in_elbows(m, 0.05, 50)
     assert [(f.by, f.student) for f in found] == [("programs", "a"), ("programs", "b")]
@@ -216,7 +216,7 @@ def test_the_most_direct_stand_in_decides() -> None:
 
 
 def test_average_is_over_all_that_stand_in() -> None:
-    m = Measured(np.array(LEVELS), 64)
+    m = Measured(np.array(LEVELS))
     m.curves += [curve("programs", "b", "a", bump(-4, 3)), curve("programs", "c", "a", 3 * bump(-4, 3))]
     (found,) = stand_in_elbows(m, 0.05, 200)
     np.testing.assert_allclose(found.mean.relative.curve, 2 * bump(-4, 3))

@@ -40,19 +40,6 @@ _WORTH = 3.0  # leaves of the first list that take as long as one of the second,
 
 
 @compiled
-def ones(word: Word) -> int:
-    """Count the bits that are set, by adding neighbours in parallel (Hacker's Delight)."""
-    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    # Add up the bytes without the overflow that multiplying would need.
-    word += word >> np.uint64(8)
-    word += word >> np.uint64(16)
-    word += word >> np.uint64(32)
-    return np.int64(word & np.uint64(0x7F))  # type: ignore[return-value]
-
-
-@compiled
 def paint_under(canvas: Canvas, covered: Words, starts: Ints, stops: Ints, first: int, stop: int, value: int) -> int:
     """Give `value` to the uncovered pixels of the spans; returns how many there were.
 
@@ -69,13 +56,14 @@ def paint_under(canvas: Canvas, covered: Words, starts: Ints, stops: Ints, first
             low = max(a - (w << 6), 0)
             high = min(b - (w << 6), 64)
             mask = (_ALL << np.uint64(low)) & (_ALL >> np.uint64(64 - high))
-            new = mask & ~covered[row, w]
-            if new != np.uint64(0):
+            if mask & ~covered[row, w] != np.uint64(0):
                 covered[row, w] |= mask
                 line = canvas[row, (w << 6) + low : (w << 6) + high]
+                here = 0  # counted apart: adding to `fresh` pixel by pixel costs an image a tenth to a third more
                 for j in range(line.shape[0]):
+                    here += line[j] < 0
                     line[j] = value if line[j] < 0 else line[j]
-                fresh += ones(new)
+                fresh += here
     return fresh
 
 
