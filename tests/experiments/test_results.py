@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpsyngen.errors import RunError
+from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.experiments.results import FIXED, Results
 from dpsyngen.experiments.tables import write_results
 from tests.experiments.synthetic import make_experiment
@@ -106,6 +107,7 @@ def test_damaged_files_are_named_and_left_out(exp, changes, why) -> None:
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null", "[" * 100_000, "\x00\xff", '{"job": "dpdm-eps1-seed0"}'])
 def test_any_text_is_survived(exp, text) -> None:
     (exp / "results" / "dpdm-eps1-seed0.json").write_text(text)
+    assert Experiment(exp).statuses()["dpdm-eps1-seed0"].state == "waiting"
     assert [name for name, _ in Results.load(exp).skipped] == ["dpdm-eps1-seed0.json"]
 
 
@@ -121,5 +123,8 @@ def test_the_baseline_is_that_of_the_specification(tmp_path) -> None:
 
 
 def test_no_experiment(tmp_path) -> None:
+    with pytest.raises(RunError, match="not the folder of an experiment"):
+        Results.load(tmp_path)
+    (tmp_path / "experiment.json").write_text("[" * 100_000)
     with pytest.raises(RunError, match="not the folder of an experiment"):
         Results.load(tmp_path)
