@@ -96,7 +96,7 @@ class Row:
 
     @property
     def variant_name(self) -> str:
-        return VARIANT_NAMES.get(self.variant, self.variant)
+        return VARIANT_NAMES[self.variant]
 
     @property
     def name(self) -> str:
