@@ -10,15 +10,16 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import ConfigError, require
 
-NAMES = ("logreg", "mlp", "cnn", "resnet", "wideresnet")
-DEFAULT = ("logreg", "mlp", "cnn")
+Classifier = Literal["logreg", "mlp", "cnn", "resnet", "wideresnet"]
+NAMES: tuple[Classifier, ...] = get_args(Classifier)
+DEFAULT: tuple[Classifier, ...] = ("logreg", "mlp", "cnn")
 """The classifiers of DPDM's evaluation, which published figures are of."""
 HELD_OUT = 0.1
 """Share of the generated images that chooses and is not trained on (METHOD.md: 90/10)."""
@@ -101,12 +102,6 @@ def clopper_pearson(right: int, total: int, confidence: float = CONFIDENCE) -> t
     return float(found.low), float(found.high)
 
 
-def require_names(what: str, given: Sequence[str], allowed: Sequence[str]) -> None:
-    """ConfigError for names that are unknown."""
-    if unknown := [name for name in given if name not in allowed]:
-        raise ConfigError(f"{what} are {', '.join(map(repr, unknown))}, but must be among {', '.join(allowed)}.")
-
-
 def require_same_size(what: str, images: Any, whose: str, others: Any) -> None:
     """ConfigError unless images [N, C, H, W] have the channels, height and width of others."""
     if images.shape[1:] != others.shape[1:]:
@@ -174,7 +169,8 @@ def classification_accuracy(
     from dpsyngen.evaluation.classifiers import candidates
 
     require(classifiers, "classifiers", classifiers, NAMES)
-    require_names("classifiers", classifiers, NAMES)
+    for name in classifiers:
+        require(name in NAMES, "classifiers", name, NAMES)
     require(num_classes >= 2, "num_classes", num_classes, "at least 2")
     require(epochs is None or epochs >= 1, "epochs", epochs, "at least 1")
     _check(train_images, train_labels, test_images, test_labels, num_classes)

@@ -130,21 +130,25 @@ def computed_by_all(extractor: FeatureExtractor, spec: FeatureSpec, device: str,
         return extractor
 
     def compute(images: NDArray[np.uint8], on_progress: Tell | None = None) -> NDArray[np.float32]:
-        size = extractor.batch_size
-        with ranks.lead("features", spec=spec, device=device, images=images, size=size):
-            found = shared_features(ranks, lambda: extractor, images, size)
+        with ranks.lead("features", spec=spec, device=device, images=images):
+            found = shared_features(ranks, lambda: extractor, images)
         return np.concatenate([features for features in found or () if features is not None])
 
     return compute
 
 
 def shared_features(
-    ranks: Ranks, extractor: Callable[[], FeatureExtractor], images: NDArray[np.uint8], size: int
+    ranks: Ranks, extractor: Callable[[], FeatureExtractor], images: NDArray[np.uint8]
 ) -> list[NDArray[np.float32] | None] | None:
     """Features of each process's batches among `images`, None where it has none; None but in the main process.
 
     The main process always has some: it has to know what its extractor gives.
     """
-    share = size * -(-len(images) // (size * ranks.count))
-    mine = images[ranks.rank * share : (ranks.rank + 1) * share]
-    return ranks.gather_to_main(ranks.agree(lambda: extractor()(mine, size) if len(mine) else None))
+
+    def own() -> NDArray[np.float32] | None:
+        compute = extractor()
+        share = compute.batch_size * -(-len(images) // (compute.batch_size * ranks.count))
+        mine = images[ranks.rank * share : (ranks.rank + 1) * share]
+        return compute(mine) if len(mine) else None
+
+    return ranks.gather_to_main(ranks.agree(own))

@@ -27,18 +27,14 @@ Tell = Callable[[str], None]
 class FeatureExtractor(ABC):
     """Images to features, batch by batch: ``_features`` says how, and ``config`` what they are.
 
-    `batch_size` images are computed at a time on `device`, unless a call says otherwise.
+    `batch_size` images, at least 1, are computed at a time on `device`.
     """
 
     name: str
 
     def __init__(self, device: str, batch_size: int) -> None:
+        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         self.device, self.batch_size = device, batch_size
-
-    @property
-    @abstractmethod
-    def dim(self) -> int:
-        """Number of features of an image; an extractor that must be fitted knows it (or raises) only then."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -58,19 +54,16 @@ class FeatureExtractor(ABC):
     def _features(self, images: Any) -> Any:
         """Features [n, d] of a batch of images, uint8 tensor [n, C, H, W]."""
 
-    def __call__(
-        self, images: NDArray[np.uint8], batch_size: int | None = None, on_progress: Tell | None = None
-    ) -> NDArray[np.float32]:
+    def __call__(self, images: NDArray[np.uint8], on_progress: Tell | None = None) -> NDArray[np.float32]:
         """uint8 [N, C, H, W], C = 1 or 3 -> [N, d]; a line is told every 1,000 images or so, and at the end.
 
         Raises:
-            ConfigError: images of another form or none at all, or a batch size below 1.
+            ConfigError: images of another form or none at all.
         """
         import torch
 
         _require_images(images)
-        size, count = self.batch_size if batch_size is None else batch_size, len(images)
-        require(size >= 1, "batch_size", size, "at least 1")
+        size, count = self.batch_size, len(images)
         out, told = [], 0
         with torch.inference_mode():
             for start in range(0, count, size):
@@ -102,17 +95,13 @@ class PixelsPca(FeatureExtractor):
         self.components = components
         self._pca: Any = None  # scikit-learn's, once it is fitted
 
-    @property
-    def dim(self) -> int:
-        return int(self._fitted().n_components_)
-
     def _fitted(self) -> Any:
         if self._pca is None:
             raise ConfigError("pixels-pca must be fitted to the reference images first.")
         return self._pca
 
     def config(self) -> dict[str, Any]:
-        d = self.components if self._pca is None else self.dim
+        d = self.components if self._pca is None else int(self._pca.n_components_)
         return {"name": self.name, "dimensions": d, "fitted_to": "reference images", "pixels": "[0, 1]"}
 
     def identity(self) -> None:
@@ -155,7 +144,6 @@ class EfficientNetLite0(FeatureExtractor):
     """
 
     name = "efficientnet-lite0"
-    dim = 1280
 
     def __init__(self, device: str = "cpu", batch_size: int = 64, side: int = 96) -> None:
         super().__init__(device, batch_size)
@@ -175,7 +163,7 @@ class EfficientNetLite0(FeatureExtractor):
     def config(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "dimensions": self.dim,
+            "dimensions": 1280,
             "resized_to": self.side,
             "resizing": "bilinear, antialiased",
             "weights": "ImageNet",
@@ -220,12 +208,6 @@ class OwnFeatures(FeatureExtractor):
         self._compute = _made(getattr(loaded, attribute), name)
         self._dim: int | None = None
         self._weights = _prepared(self._compute, device)
-
-    @property
-    def dim(self) -> int:
-        if self._dim is None:
-            raise ConfigError(f"{self.name} has not computed any features yet, so their number is not known.")
-        return self._dim
 
     def config(self) -> dict[str, Any]:
         stamps = {"file": self._file.name, "sha256": self._sha256, "weights_sha256": self._weights}

@@ -148,14 +148,10 @@ class Inception(FeatureExtractor):
         self._network, self._dim = load_inception(path, device)
         self._file, self._sha256 = path.name, file_sha256(path)
 
-    @property
-    def dim(self) -> int:
-        return self._dim
-
     def config(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "dimensions": self.dim,
+            "dimensions": self._dim,
             "resized_to": 299,
             "resizing": "bilinear, TensorFlow 1",
             "weights": self._file,

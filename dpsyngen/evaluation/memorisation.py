@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.errors import DataError, require
-from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_names, require_same_size
+from dpsyngen.evaluation.cas import CONFIDENCE, clopper_pearson, require_same_size
 from dpsyngen.evaluation.extractors import NAMES, FeatureSpec
 from dpsyngen.evaluation.neighbours import Neighbours, Share, digests, nearest, share
 from dpsyngen.programs.grid import image_grid, png_url
@@ -238,7 +238,8 @@ def image_data(pixels: NDArray[np.uint8]) -> str:
 def checked_names(features: Sequence[FeatureSpec | str]) -> Sequence[FeatureSpec | str]:
     """Return the features as given; ConfigError unless there are some and all are known."""
     require(features, "features", features, (PIXELS, *NAMES))
-    require_names("features", [f for f in features if isinstance(f, str)], (PIXELS, *NAMES))
+    for name in features:
+        require(isinstance(name, FeatureSpec) or name in (PIXELS, *NAMES), "features", name, (PIXELS, *NAMES))
     return features
 
 

@@ -151,8 +151,8 @@ def follow_evaluation(ranks: Ranks) -> None:
     """In every process but the main one: share the evaluation that the main one leads, to its end."""
     made = cache(FeatureSpec.make)
 
-    def features(spec: FeatureSpec, device: str, images: NDArray[np.uint8], size: int) -> None:
-        shared_features(ranks, lambda: made(spec, device_of(device, ranks)), images, size)
+    def features(spec: FeatureSpec, device: str, images: NDArray[np.uint8]) -> None:
+        shared_features(ranks, lambda: made(spec, device_of(device, ranks)), images)
 
     sampling_ranks.follow(ranks, {**sampling_ranks.handlers(ranks), "features": features})
 

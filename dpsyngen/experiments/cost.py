@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from dpsyngen import fit
 from dpsyngen.config import Config, merge_settings, validate, with_batch
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.errors import BudgetExceeded
 from dpsyngen.experiments.experiment import networks_of
 from dpsyngen.experiments.spec import Job, Spec
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.accounting import default_delta, epsilon, merge
 from dpsyngen.privacy.budget import Budget
+from dpsyngen.privacy.certificate import number
 from dpsyngen.privacy.ledger import Ledger, check_affordable
 from dpsyngen.training.log import Event, Step
 from dpsyngen.training.moments import MOMENTS
@@ -77,16 +77,12 @@ class PrivacyCost:
         without = ""
         if self.without_noise:
             without = f"  The {self.without_noise} runs of ε = ∞ must never be published."
-        cost = f"ε = {_bound(self.total_epsilon)} at δ = {self.delta:.3g}"
+        cost = f"ε = {number(self.total_epsilon, up=True)} at δ = {self.delta:.3g}"
         return (
             f"Publishing all {self.runs} private runs of this experiment{past} would cost {cost} together; one run "
             f"alone costs its own ε.{without}  The figures cost privacy that no ε here covers, and so does choosing by "
             "them which run to publish: choose on public images."
         )
-
-
-def _bound(epsilon: float) -> str:
-    return "∞" if math.isinf(epsilon) else f"{math.ceil(epsilon * 100) / 100:.2f}"
 
 
 def privacy_cost(spec: Spec, jobs: Sequence[Job], shape: Shape, out: Path | None = None) -> PrivacyCost:
@@ -98,7 +94,8 @@ def privacy_cost(spec: Spec, jobs: Sequence[Job], shape: Shape, out: Path | None
     cost more than ``cost.total_epsilon``.
     """
     configs = [job.config for job in jobs if job.config is not None]
-    plans = [plan for plan in _plans(configs, shape) if all(m.noise_multiplier > 0 for m in plan.mechanisms)]
+    planned = [make_plan(c, shape) for c in configs]  # runs alike are calibrated once: the accountant remembers
+    plans = [plan for plan in planned if all(m.noise_multiplier > 0 for m in plan.mechanisms)]
     names = {job.name for job in jobs}
     paths = [] if out is None else sorted((out / "runs").glob("*/private/ledger.jsonl"))
     earlier = [Ledger(path) for path in paths if path.parts[-3] not in names]
@@ -112,9 +109,9 @@ def privacy_cost(spec: Spec, jobs: Sequence[Job], shape: Shape, out: Path | None
     limit = spec.cost.total_epsilon
     if limit is not None and not total <= limit:
         raise BudgetExceeded(
-            f"refused: the {len(plans) + len(earlier)} private runs of this experiment would cost ε = {_bound(total)} "
-            f"at δ = {delta:.3g} together, above cost.total_epsilon = {limit:g}.  Take fewer runs or smaller ε, or "
-            "compare on public images."
+            f"refused: the {len(plans) + len(earlier)} private runs of this experiment would cost ε = "
+            f"{number(total, up=True)} at δ = {delta:.3g} together, above cost.total_epsilon = {limit:g}.  Take fewer "
+            "runs or smaller ε, or compare on public images."
         )
     return PrivacyCost(
         len(plans), len(configs) - len(plans), len(earlier), total, delta, spec.noise == "seeded", limit, group
@@ -129,7 +126,7 @@ def require_budget(spec: Spec, new: Sequence[Job], shape: Shape) -> None:
     if spec.cost.budget_file is None:
         return
     budget = Budget(Path(spec.cost.budget_file))
-    plans = _plans([job.config for job in new if job.config is not None], shape)
+    plans = [make_plan(job.config, shape) for job in new if job.config is not None]
     check_affordable(
         (*budget.mechanisms(), *(m for plan in plans for m in plan.mechanisms)),
         budget.epsilon_limit,
@@ -137,17 +134,6 @@ def require_budget(spec: Spec, new: Sequence[Job], shape: Shape) -> None:
         budget.group_size,
         f"budget of {budget.path}, with all {len(plans)} runs that are still to begin,",
     )
-
-
-def _plans(configs: Sequence[Config], shape: Shape) -> list[Plan]:
-    """What each run does to the private images; runs alike are calibrated once."""
-    known: dict[str, Plan] = {}
-    plans = []
-    for c in configs:
-        privacy = c.privacy.model_copy(update={"insecure_seed": None})
-        alike = repr((privacy, c.private, c.moments, c.data.records, c.stages.variant in USE_MOMENTS and c.stages))
-        plans.append(known.get(alike) or known.setdefault(alike, make_plan(c, shape)))
-    return plans
 
 
 # ---------------------------------------------------------------------------------------------------- time

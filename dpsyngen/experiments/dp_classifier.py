@@ -14,7 +14,6 @@ share the noise (docs/cas.md).
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import Ema
-from dpsyngen.errors import ConfigError, LedgerError, require
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.evaluation.cas import ClassifierResult, classification_accuracy, require_same_size
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise
 from dpsyngen.privacy.ledger import Ledger
@@ -67,9 +66,9 @@ def dp_classifier_reference(
     *,
     epsilon: float,
     delta: float,
+    ledger: Path,
     seed: int | None = None,
     device: str = "cpu",
-    ledger: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
     **given: Any,
 ) -> dict[str, Any]:
@@ -81,9 +80,8 @@ def dp_classifier_reference(
 
     Args:
         epsilon, delta: ε > 0, finite, and δ in (0, 1).
+        ledger: a file that does not exist yet, to keep the ledger in.
         seed: None: noise from the operating system's entropy.  A number: the same result each time, and NOT PRIVATE.
-        ledger: a file that does not exist yet, to keep the ledger in.  None: a temporary one, so that whoever adds up
-            what was spent on these images has to take it from the result.
         given: ``steps``, ``batch``, ``learning_rate`` and ``clipping_norm`` where :func:`settings_by_rule` is not
             followed.
 
@@ -110,21 +108,18 @@ def dp_classifier_reference(
         raise ConfigError(str(error)) from None
     settings = replace(settings, noise_multiplier=noise)
     randomness = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
-    classifier = DpClassifier(train.images.shape[1:], train.num_classes, device=device)
-    with tempfile.TemporaryDirectory(prefix="dpsyngen-") as folder:
-        path = Path(folder) / "ledger.jsonl" if ledger is None else ledger
-        if path.exists():
-            raise LedgerError(f"there is a ledger already: {path}.  A reference keeps its own; give another file.")
-        name, secure = randomness.tag("dp classifier")[:16], randomness.secure
-        book = Ledger.create(path, target_epsilon=epsilon, delta=delta, records=n, run=name, secure=secure)
-        if on_progress:
-            on_progress(f"training a classifier by DP-SGD on {n:,} real images")
-        inputs = classifier.prepared(train.array())
-        train_dp_classifier(
-            classifier, inputs, train_labels, settings, ledger=book, randomness=randomness, on_progress=on_progress
-        )
-        spent = Ledger(path).epsilon()
-    predicted = classifier.predict(classifier.prepared(test.array()))
+    name, secure = randomness.tag("dp classifier")[:16], randomness.secure
+    book = Ledger.create(ledger, target_epsilon=epsilon, delta=delta, records=n, run=name, secure=secure)
+    if on_progress:
+        on_progress(f"training a classifier by DP-SGD on {n:,} real images")
+    features = Scattering(train.images.shape[1:])
+    classifier, inputs = linear_classifier(features, train.num_classes, device), features.of(train.array())
+    train_dp_classifier(
+        classifier, inputs, train_labels, settings, ledger=book, randomness=randomness, on_progress=on_progress
+    )
+    with torch.no_grad():
+        parts = features.of(test.array()).split(_AT_ONCE)
+        predicted = torch.cat([classifier(part.to(device).float()).argmax(1).cpu() for part in parts]).numpy()
     score = ClassifierResult.of(
         *(test_labels, predicted, train.num_classes),
         validation_accuracy=float("nan"),
@@ -134,11 +129,11 @@ def dp_classifier_reference(
     )
     return {
         "cas": {"dp-cnn": score.to_dict() | {"validation_accuracy": None}},
-        "ledger_epsilon": spent,
+        "ledger_epsilon": book.epsilon(),
         "private": randomness.secure,
         **asdict(settings),
         "network": "scattering",
-        "parameters": sum(p.numel() for p in classifier.module.parameters()),
+        "parameters": sum(p.numel() for p in classifier.parameters()),
     }
 
 
@@ -199,33 +194,16 @@ def settings_by_rule(records: int, epsilon: float) -> dict[str, Any]:
     }
 
 
-class DpClassifier:
-    """A linear classifier, all weights zero at first, on the scattering features of images of `shape` [C, H, W]."""
-
-    def __init__(self, shape: tuple[int, ...], classes: int, *, device: str = "cpu") -> None:
-        self.device, self._features = device, Scattering(shape)
-        linear = nn.Linear(math.prod(self._features.features), classes)
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        self.module = nn.Sequential(nn.Flatten(), linear).to(device)
-
-    def prepared(self, images: NDArray[np.uint8]) -> Tensor:
-        """uint8 [N, C, H, W] -> inputs [N, ...], each from its own image and public constants."""
-        return self._features.of(images)
-
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Rows of :meth:`prepared` -> [B, classes]."""
-        out: Tensor = self.module(inputs.to(self.device).float())
-        return out
-
-    @torch.no_grad()
-    def predict(self, inputs: Tensor) -> NDArray[np.int64]:
-        """Rows of :meth:`prepared` -> classes [N]."""
-        return torch.cat([self.logits(part).argmax(1).cpu() for part in inputs.split(_AT_ONCE)]).numpy()
+def linear_classifier(features: Scattering, classes: int, device: str = "cpu") -> nn.Module:
+    """A linear classifier, all weights zero, from float32 scattering features [B, ...] to logits [B, classes]."""
+    linear = nn.Linear(math.prod(features.features), classes)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.Flatten(), linear).to(device)
 
 
 def train_dp_classifier(
-    classifier: DpClassifier,
+    classifier: nn.Module,
     inputs: Tensor,
     labels: NDArray[np.int64],
     settings: DpSettings,
@@ -241,16 +219,17 @@ def train_dp_classifier(
     at once, so a training that is broken off cannot be resumed.  `on_progress` tells the number of the step and nothing
     of the data.
 
-    `inputs` are those of the private images, see :meth:`DpClassifier.prepared`; `randomness` are secret streams, whose
-    step numbers from 0 are used up.
+    `inputs` are the features [N, ...] of the private images, each from its own image and public constants, see
+    :meth:`Scattering.of`; `randomness` are secret streams, whose step numbers from 0 are used up.
 
     Raises:
         BudgetExceeded: the training would exceed the ledger's target; nothing was trained.
     """
     s = settings
-    engine = PerExampleGradients(classifier.module, s.clipping_norm)
+    engine = PerExampleGradients(classifier, s.clipping_norm)
+    device = engine.parameters[0].device
     optimizer = torch.optim.SGD(engine.parameters, lr=s.learning_rate, momentum=_MOMENTUM)
-    ema = Ema(classifier.module, s.ema)
+    ema = Ema(classifier, s.ema)
     targets = torch.from_numpy(labels)
     # All steps are in the ledger before the first one looks at a record.
     ledger.charge(
@@ -267,9 +246,8 @@ def train_dp_classifier(
 
         def loss(part: slice, chosen: Tensor = chosen) -> Tensor:
             rows = chosen[part]
-            return F.cross_entropy(
-                classifier.logits(inputs[rows]), targets[rows].to(classifier.device), reduction="none"
-            )
+            logits = classifier(inputs[rows].to(device).float())
+            return F.cross_entropy(logits, targets[rows].to(device), reduction="none")
 
         # Each record's gradient is clipped to C before the sum, whose noise has deviation z·C; then the mean over the
         # *expected* batch: the size of the drawn one is private.
@@ -279,11 +257,11 @@ def train_dp_classifier(
         for parameter, gradient in zip(engine.parameters, noisy, strict=True):
             parameter.grad = gradient
         optimizer.step()
-        ema.update(classifier.module)
+        ema.update(classifier)
         if on_progress and time.monotonic() - last > 5:
             last = time.monotonic()
             on_progress(f"training a classifier by DP-SGD: step {step + 1:,} of {s.steps:,}")
-    classifier.module.load_state_dict(ema.average)
+    classifier.load_state_dict(ema.average)
 
 
 class Scattering:

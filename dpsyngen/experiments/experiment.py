@@ -73,7 +73,7 @@ class Experiment:
         try:
             self.about: dict[str, Any] = json.loads((path / "experiment.json").read_text(encoding="utf-8"))
             found = self.about["format"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise RunError(
                 f"{path} is not the folder of an experiment (no readable experiment.json).  Give the folder that "
                 "`dpsyngen compare SPEC --out` made."
@@ -271,7 +271,7 @@ class Clock:
 
 def _read(path: Path) -> dict[str, Any]:
     """What a file holds; {} if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # the last for a file of brackets alone
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict):
             return values

@@ -16,10 +16,10 @@ from dpsyngen.experiments.results import JobResult, Results
 from dpsyngen.experiments.statistics import (
     Better,
     Comparison,
-    against_baselines,
     against_best,
     best_of,
     column_decimals,
+    compare,
     difference_decimals,
     mean_text,
     number,
@@ -96,7 +96,7 @@ class Row:
 
     @property
     def variant_name(self) -> str:
-        return VARIANT_NAMES.get(self.variant, self.variant)
+        return VARIANT_NAMES[self.variant]
 
     @property
     def name(self) -> str:
@@ -245,7 +245,7 @@ def answers(view: View) -> list[Answer]:
     measure, out = view.primary, []
     for epsilon in view.epsilons if measure is not None else ():
         if measure is not None and (groups := view.groups(measure, epsilon)):
-            family = against_baselines(view.baselines(measure, epsilon), groups, measure.better)
+            family = compare(list(view.baselines(measure, epsilon).items()), groups, measure.better)
             out.append(Answer(epsilon, _headline(groups, measure), tuple(_sentence(c, measure) + "." for c in family)))
     return out
 

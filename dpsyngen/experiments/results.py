@@ -10,16 +10,16 @@ import csv
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.errors import printable
 from dpsyngen.experiments.experiment import Experiment
-from dpsyngen.experiments.spec import Kind
+from dpsyngen.experiments.spec import Job, Kind
 from dpsyngen.files import write_text
 
 FIXED = (
@@ -52,48 +52,32 @@ class Figure:
     images: int | None = None
 
 
-class JobResult(BaseModel):
-    """One finished job, as its file states it.
+@pydantic_dataclass(frozen=True)
+class JobResult(Job):
+    """One finished job: the specification's, and what was found, as its file states it.
 
-    `variant` is "" for a reference, `epsilon` infinite and `delta` None without privacy, `settings` what is varied
-    beyond variant, ε and seed, by full name, and `label` its short name; `private` is False if the noise could be
-    predicted, `facts` are steps, seconds and so on, `release` the folder of the generator in the experiment's folder,
-    and `evaluation` what :func:`dpsyngen.evaluation.evaluate_images` found.
+    `delta` is None without privacy; `private` is False if the noise could be predicted, `facts` are steps, seconds and
+    so on, and `evaluation` what :func:`dpsyngen.evaluation.evaluate_images` found.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    job: str
-    kind: Kind
-    variant: str
-    epsilon: float
     delta: float | None = None
-    seed: int
-    settings: dict[str, Any] = {}
-    label: str = ""
     private: bool = True
-    facts: dict[str, Any] = {}
-    release: str | None = None
-    evaluation: Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})] = Field(repr=False)
+    facts: dict[str, Any] = Field(default_factory=dict)
+    evaluation: Annotated[dict[str, Any], BeforeValidator(lambda given: given or {})] = Field(repr=False, kw_only=True)
 
     @classmethod
-    def parse(cls, text: str, name: str) -> JobResult:
-        """Read the text of ``results/<name>.json``; ValueError says why it is not such a file."""
+    def of(cls, job: Job, found: dict[str, Any]) -> JobResult:
+        """Take from the file of `job` what was found; ValueError says why it is not such a file."""
         try:
-            out = cls.model_validate_json(text)
+            out = cls(**found | vars(job))
             list(out.figures())  # so that what is wrong in the figures shows here
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 200)) from None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its evaluation has not the right form ({error!r})") from None
-        if out.job != name:
-            raise ValueError(f"it is about the job {printable(out.job, 60)}")
-        if out.kind == "run" and not out.variant:
-            raise ValueError("it is a run without a variant")
-        place = PurePosixPath(out.release or "")
-        if place.is_absolute() or ".." in place.parts:
-            raise ValueError("its release lies outside the experiment")
+        if found.get("job") != job.name:
+            raise ValueError(f"it is about the job {printable(found.get('job'), 60)}")
         return out
 
     @property
@@ -157,13 +141,12 @@ class Results:
         found, skipped = [], []
         for path in sorted((exp / "results").glob("*.json")):
             try:
-                one = JobResult.parse(path.read_text(encoding="utf-8"), path.stem)
-                if one.job not in planned:
+                if (job := planned.get(path.stem)) is None:
                     raise ValueError("it belongs to no job of the specification")
-                if experiment.result(planned[one.job]) is None:
-                    raise ValueError("it was measured in another way than the specification now asks")
-                found.append(one)
-            except (OSError, ValueError) as error:
+                if (result := experiment.result(job)) is None:
+                    raise ValueError("it is damaged, or was measured in another way than the specification now asks")
+                found.append(JobResult.of(job, result))
+            except ValueError as error:
                 skipped.append((path.name, str(error)))
         return cls(tuple(sorted(found, key=_place)), tuple(skipped), experiment)
 
@@ -194,7 +177,7 @@ class Results:
         """
         out = []
         for j in self.jobs:
-            head = {name: getattr(j, name) for name in FIXED[:8]}
+            head = {"job": j.name} | {name: getattr(j, name) for name in FIXED[1:8]}
             head |= {axis: j.settings.get(axis) for axis in self.axes}
             for f in j.figures():
                 out.append(head | {name: getattr(f, "of_class" if name == "class" else name) for name in FIXED[8:]})
@@ -210,6 +193,6 @@ class Results:
 
 
 def _place(j: JobResult) -> tuple[Any, ...]:
-    variant = VARIANTS.index(j.variant) if j.variant in VARIANTS else len(VARIANTS)
+    variant = (*VARIANTS, "").index(j.variant)
     settings = sorted((k, isinstance(v, str), str(v) if not is_number(v) else float(v)) for k, v in j.settings.items())
-    return get_args(Kind).index(j.kind), variant, j.variant, j.epsilon, repr(settings), j.label, j.seed, j.job
+    return get_args(Kind).index(j.kind), variant, j.epsilon, repr(settings), j.label, j.seed

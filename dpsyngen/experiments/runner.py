@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -132,10 +131,8 @@ class Worker:
             clock.add("other", save=True)
         result = {
             "job": job.name,
-            **{k: getattr(job, k) for k in ("kind", "variant", "seed", "settings", "label")},
-            "epsilon": "inf" if math.isinf(job.epsilon) else job.epsilon,
             "measured": self.experiment.measure_digest(job),
-            **{"delta": None, "private": False, "release": None},
+            **{"delta": None, "private": False},
             **found,
         }
         unit = "core-seconds" if self.device == "cpu" else "seconds"
@@ -179,7 +176,6 @@ class Worker:
                 **_of_training(run, ledger, run.config.data.records or len(self.images.train)),
                 **{f"seconds_{k}": value for k, value in seconds.items()},
             },
-            "release": str(Path("runs") / job.name / "release"),
             "evaluation": evaluation,
         }
 

@@ -137,13 +137,6 @@ def compare(
     return out
 
 
-def against_baselines(
-    baselines: Mapping[str, str], groups: Mapping[str, Sequence[float]], better: Better
-) -> list[Comparison]:
-    """Compare each variant with its baseline, as one family; see :func:`compare`."""
-    return compare([(a, b) for a, b in baselines.items() if a != b and groups[a] and groups[b]], groups, better)
-
-
 def best_of(groups: Mapping[str, Sequence[float]], better: Better) -> str:
     """The name with the best mean; of equals, the first."""
     sign = 1 if better == "higher" else -1

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dpsyngen.console import Console
-from dpsyngen.errors import printable
 from dpsyngen.experiments.measures import Measure, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.results import Results
 from dpsyngen.experiments.statistics import (
     Comparison,
     Summary,
-    against_baselines,
     against_best,
     best_of,
     column_decimals,
+    compare,
     decimals_for,
     difference_decimals,
     mean_text,
@@ -33,6 +32,7 @@ from dpsyngen.experiments.statistics import (
     summarise,
 )
 from dpsyngen.files import write_text
+from dpsyngen.privacy.certificate import safe_markdown
 
 PRIVATE = "PRIVATE: these figures come from private images.  To publish them costs privacy that no ε here covers."
 
@@ -194,7 +194,7 @@ def verdict_table(view: View) -> Table | None:
     rows = []
     for measure, epsilon in itertools.product(view.measures, view.epsilons):
         baselines, groups = view.baselines(measure, epsilon), view.groups(measure, epsilon)
-        for c in against_baselines(baselines, groups, measure.better):
+        for c in compare(list(baselines.items()), groups, measure.better):
             rows.append(_verdict_row(c, measure, (measure.name, c.first, _bare(epsilon))))
     if not rows:
         return None
@@ -297,20 +297,20 @@ def print_tables(exp: Path, console: Console) -> None:
 def _document(view: View, tables: Sequence[Table]) -> Iterator[str]:
     """Lines of Markdown with the answers, the tables with their notes, and what was left out."""
     for answer in answers(view):
-        yield from (_escaped(f"{epsilon_name(answer.epsilon)}: {answer.headline}"), "")
+        yield from (safe_markdown(f"{epsilon_name(answer.epsilon)}: {answer.headline}"), "")
         if answer.lines:
-            yield from (*(f"- {_escaped(line)}" for line in answer.lines), "")
+            yield from (*(f"- {safe_markdown(line)}" for line in answer.lines), "")
     said: set[str] = set()
     for table in tables:
         yield from (markdown_table(table), "")
         for note in table.notes:
             # Once is enough: most tables are read in the same way.
             if note not in said:
-                yield from (_escaped(note), "")
+                yield from (safe_markdown(note), "")
                 said.add(note)
     if view.results.skipped:
         yield from ("Left out:", "")
-        yield from (f"- {_escaped(name)}: {_escaped(why)}" for name, why in view.results.skipped)
+        yield from (f"- {safe_markdown(name)}: {safe_markdown(why)}" for name, why in view.results.skipped)
 
 
 def markdown_table(table: Table) -> str:
@@ -318,18 +318,13 @@ def markdown_table(table: Table) -> str:
     columns = [f"{group}, {name}" if group else name for group, names in table.groups for name in names]
     align = "---:" if table.numeric else "---"
     lines = [
-        [_escaped(text) for text in (*table.heads, *columns)],
+        [safe_markdown(text) for text in (*table.heads, *columns)],
         ["---"] * len(table.heads) + [align] * len(columns),
     ]
     marks = {"best": "**{}**", "tied": "{} †", "": "{}"}
     for row in table.rows:
-        heads = [f"*{_escaped(h)}*" if row.reference and h else _escaped(h) for h in row.heads]
+        heads = [f"*{safe_markdown(h)}*" if row.reference and h else safe_markdown(h) for h in row.heads]
         texts = (c.text if c.n is None else f"{c.text} (n = {c.n})" for c in row.cells)
-        cells = (marks[c.mark].format(_escaped(text)) for c, text in zip(row.cells, texts, strict=True))
+        cells = (marks[c.mark].format(safe_markdown(text)) for c, text in zip(row.cells, texts, strict=True))
         lines.append([*heads, *cells])
-    return "\n".join([f"### {_escaped(table.title)}", "", *(f"| {' | '.join(line)} |" for line in lines)])
-
-
-def _escaped(text: str) -> str:
-    """Class names and file names come from users: they must not end a cell or begin markup."""
-    return "".join(f"\\{c}" if c in "\\|*_`[]<>#~" else c for c in printable(text, 4000))
+    return "\n".join([f"### {safe_markdown(table.title)}", "", *(f"| {' | '.join(line)} |" for line in lines)])

@@ -41,6 +41,7 @@ LEAST_NOISE = 1e-6
 _MOST_POINTS, _MIXTURE, _MOST_LOSSES, _COARSEST, _LARGEST_EPSILON = 1 << 22, 10, 1 << 25, 1.0, 10_000
 
 _ETA = 1e-6  # the share of δ that pays for more records of a group in one step than are composed
+_KEPT = 4096  # answers: a calibration takes a dozen, and a grid goes through its settings again for each seed
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_KEPT)
 def _one_step_rdp(sampling_rate: float, noise_multiplier: float) -> Any:
     """Rényi divergences of one step at dp-accounting's default orders; those of n steps are n times as large."""
     import dp_accounting as dp
@@ -225,7 +226,7 @@ def _quick_bound(mechanisms: tuple[Mechanism, ...], delta: float, group_size: in
     return Bound(gaussian, f"closed form of the Gaussian mechanism without sampling (upper bound; {why})")
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_KEPT)
 def _bound(
     mechanisms: tuple[Mechanism, ...], delta: float, group_size: int, whole: tuple[Mechanism, ...], coarser: int = 1
 ) -> Bound:
@@ -275,7 +276,7 @@ def _bound(
     return _quick_bound(mechanisms, delta, group_size, why)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_KEPT)
 def _rdp_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, group_size: int) -> float:
     if not mechanisms or any(m.noise_multiplier < LEAST_NOISE for m in mechanisms):
         return math.inf if mechanisms else 0.0

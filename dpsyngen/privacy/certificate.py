@@ -285,6 +285,6 @@ def plain_words(certificate: Certificate) -> str:
 
 
 def safe_markdown(text: object) -> str:
-    """Text of the user's for Markdown: no markup, no line breaks, at most 2,000 characters."""
-    plain = " ".join(str(text).split())
-    return "".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in plain if c.isprintable())[:2000]
+    """Text of the user's for Markdown: no markup, no line breaks, at most 4,000 characters."""
+    plain = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
+    return "".join(f"\\{c}" if c in "\\`*_[]<>#|~" else c for c in plain[:4000])  # never half an escape

@@ -48,7 +48,6 @@ STYLES: dict[str, tuple[str, str, Any]] = {
     "residual": ("#2f8f57", "*", (0, (9, 1.5))),
 }
 """Colour, marker and dashes of each variant."""
-_OTHER = (("#8a6d3b", "P", "-"), ("#6f6fc4", "X", "--"))
 _REFERENCES = {
     "real": ("trained on real images", (0, (1, 1.5))),
     "test": ("real test images", (0, (1, 1.5))),
@@ -76,7 +75,7 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
             {"epsilon": epsilon_name(a.epsilon), "headline": a.headline, "lines": a.lines} for a in answers(view)
         ],
         "measure": view.primary.name if view.primary else "",
-        "baseline": VARIANT_NAMES.get(view.baseline, view.baseline),
+        "baseline": VARIANT_NAMES[view.baseline],
         "predictable": any(not j.private and not math.isinf(j.epsilon) for j in results.runs),
         "unequal": view.unequal(),
         "failed": list(_failed(results)),
@@ -111,7 +110,7 @@ def _facts(view: View, seconds: float | None) -> Iterator[tuple[str, str]]:
 def _failed(results: Results) -> Iterator[tuple[str, str]]:
     """(job, why) of every job without figures."""
     skipped = dict(results.skipped)
-    have = {job.job for job in results.jobs}
+    have = {job.name for job in results.jobs}
     for job, status in results.experiment.statuses().items():
         if job not in have and f"{job}.json" not in skipped:
             said = {"failed": f"failed: {status.error}", "waiting": "not begun", "running": "running"}
@@ -205,14 +204,14 @@ def _chosen(view: View, epsilon: float) -> list[tuple[Row, JobResult]]:
     """The run of each row whose images are shown: of the lowest seed that all have, or of its own lowest."""
     by_row: dict[Row, dict[int, JobResult]] = {}
     for job in view.results.runs:
-        if job.epsilon == epsilon and job.release is not None:
+        if job.epsilon == epsilon:
             by_row.setdefault(row_of(job), {})[job.seed] = job
     common = set.intersection(*(set(jobs) for jobs in by_row.values())) if by_row else set()
     return [(row, by_row[row][min(common or by_row[row])]) for row in view.rows if row in by_row]
 
 
 def _release(exp: Path, job: JobResult) -> Path:
-    release = (exp / (job.release or "")).resolve()
+    release = (exp / "runs" / job.name / "release").resolve()
     if not release.is_relative_to(exp.resolve()):
         raise DpsyngenError("its generator lies outside the folder of the experiment")
     return release
@@ -325,16 +324,11 @@ def _against_threshold(view: View, measure: Measure, threshold: str, epsilon: fl
     with _line_plot(measure, lines, x_label, 0.03 * span, beside=0.012 * span) as (figure, axes, said):
         base = next((r for r in view.rows if r.variant == view.baseline and not r.settings), None)
         if base is not None and (values := view.values(measure, epsilon, base)):
-            look = {"color": style(base.variant, 0)[0], "lw": 1.2, "ls": (0, (1, 1.5))}
+            look = {"color": STYLES[base.variant][0], "lw": 1.2, "ls": (0, (1, 1.5))}
             axes.axhline(summarise(values).mean, label=f"{base.name} (mean)", **look)
             said.append(f"{base.name}: {_in_words(values)}")
         title = f"against {threshold.replace('tau', 'τ')}, {epsilon_name(epsilon)}"
         return _finished(figure, f"threshold-{threshold}", measure, title, said, f"-eps{epsilon:g}")
-
-
-def style(variant: str, number: int) -> tuple[str, str, Any]:
-    """Colour, marker and dashes of a variant; `number` chooses those of one that is not ours."""
-    return STYLES.get(variant) or _OTHER[number % len(_OTHER)]
 
 
 @contextmanager
@@ -347,7 +341,7 @@ def _line_plot(
     said = []
     with new_axes(4.3, 3.1) as (figure, axes):
         for number, line in enumerate(lines):
-            colour, marker, dash = style(line.variant, number)
+            colour, marker, dash = STYLES[line.variant]
             left = apart * (number - (len(lines) - 1) / 2)
             for x, name, values in line.points:
                 s = summarise(values)

@@ -94,8 +94,8 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
     ],
     EVALUATE: [
         ("--features vibes", "pixels-pca, efficientnet-lite0, inception"),
-        ("--classifiers oracle", "logreg, mlp, cnn"),
-        ("--metrics fid", "dpsyngen: metrics are 'fid'"),
+        ("--classifiers oracle", "is 'oracle': input should be 'logreg', 'mlp', 'cnn'"),
+        ("--metrics fid", "dpsyngen: metrics is 'fid'"),
         ("--metrics= --test {two} --classifiers=", "nothing would be measured"),
         ("--metrics=", "nothing would be measured"),
         ("--seed -1", "seed is -1"),

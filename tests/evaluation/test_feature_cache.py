@@ -17,7 +17,6 @@ class Counting:
     """Features that say which images, which weights and which call they are from."""
 
     name = "counting"
-    dim = 3
 
     def __init__(self, weights: int = 1, known: bool = True) -> None:
         self.weights, self.known, self.calls = weights, known, 0
@@ -31,7 +30,7 @@ class Counting:
     def fit(self, reference) -> None:
         raise AssertionError("nothing to fit")
 
-    def __call__(self, images, batch_size=None, on_progress=None) -> np.ndarray:
+    def __call__(self, images, on_progress=None) -> np.ndarray:
         self.calls += 1
         sums = images.reshape(len(images), -1).sum(1)
         return np.stack([sums, sums * self.weights, np.full(len(images), self.calls)], 1).astype(np.float32)

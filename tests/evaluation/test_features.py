@@ -162,29 +162,28 @@ def test_unknown_names() -> None:
         make_extractor("efficientnet-lite0", side=100)
     with pytest.raises(ConfigError, match="at least 1"):
         make_extractor("pixels-pca", components=0)
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        make_extractor("efficientnet-lite0", batch_size=0)
 
 
 @pytest.mark.parametrize("name", ["pixels-pca", "efficientnet-lite0", "inception"])
-def test_batches_change_nothing_and_dim_is_told(name, stand_in, images) -> None:
+def test_batches_change_nothing_and_the_number_of_features_is_told(name, stand_in, images) -> None:
     options = {"inception": {"weights": stand_in / "w.pth"}, "efficientnet-lite0": {"side": 32}}.get(name, {})
     extractor = make_extractor(name, **options)
     extractor.fit(images)
     few, lines = images[:5], []
-    features = extractor(few, batch_size=5)
+    extractor.batch_size = 5
+    features = extractor(few)
     assert features.dtype == np.float32
-    assert features.shape == (5, extractor.dim)
-    assert extractor.config()["dimensions"] == extractor.dim
+    assert features.shape == (5, extractor.config()["dimensions"])
     assert extractor.config()["name"] == extractor.name == name
     scale = np.abs(features).max()
-    np.testing.assert_allclose(
-        extractor(few, batch_size=2, on_progress=lines.append) / scale, features / scale, atol=1e-4
-    )
+    extractor.batch_size = 2
+    np.testing.assert_allclose(extractor(few, on_progress=lines.append) / scale, features / scale, atol=1e-4)
     assert lines == ["features of 5 of 5 images"]
     for wrong in (few.astype(np.float32), few[0], few.repeat(2, 1), few[:0]):
         with pytest.raises(ConfigError, match="must be uint8"):
             extractor(wrong)
-    with pytest.raises(ConfigError, match="batch_size is 0"):
-        extractor(few, batch_size=0)
 
 
 @pytest.mark.parametrize("n", [40, 400])
@@ -194,8 +193,7 @@ def test_pca_axes_are_those_of_the_covariance_with_few_and_with_many_images(n) -
     pixels = np.clip(128 + rng.normal(size=(n, 12)) @ spread.T, 0, 255).astype(np.uint8)
     images = np.concatenate([pixels, np.zeros((n, 52), np.uint8)], 1).reshape(n, 1, 8, 8)  # 40 images < 64 pixels
     extractor = make_extractor("pixels-pca", components=5)
-    with pytest.raises(ConfigError, match="fitted"):
-        _ = extractor.dim
+    assert extractor.config()["dimensions"] == 5  # before the fit: at most
     extractor.fit(images)
     expected = np.linalg.eigvalsh(np.cov(pixels.T / 255.0))[::-1][:5]
     np.testing.assert_allclose(extractor(images).var(0, ddof=1), expected, rtol=1e-4)

@@ -230,7 +230,8 @@ def test_what_cannot_be_measured_is_refused(train, test) -> None:
     for options, message in (
         ({"max_images": 1}, "max_images is 1"),
         ({"features": ("vibes",)}, "pixels-pca, efficientnet-lite0, inception"),
-        ({"metrics": ("fid",)}, "metrics are 'fid', but must be among frechet, kid"),
+        ({"metrics": ("fid",)}, "metrics is 'fid', but must be one of frechet, kid"),
+        ({"classifiers": ("cnn", "oracle")}, "classifiers.1 is 'oracle': input should be 'logreg', 'mlp', 'cnn'"),
         ({"bootstrap": -1}, "bootstrap is -1"),
         ({"bootstrap": 39}, "at least 40"),
         ({"programs": noise()[:, :, :4, :4]}, "images drawn by programs are"),

@@ -57,16 +57,9 @@ def make_experiment(
         rng = np.random.default_rng(list(job.name.encode()))
         result: dict[str, Any] | None = {
             "job": job.name,
-            "kind": job.kind,
-            "variant": job.variant,
-            "epsilon": "inf" if math.isinf(job.epsilon) else job.epsilon,
             "delta": None if job.kind == "real" else 1e-5,
-            "seed": job.seed,
-            "settings": job.settings,
-            "label": job.label,
             "private": job.kind == "run" and not math.isinf(job.epsilon),
             "facts": _facts(job, rng),
-            "release": f"runs/{job.name}/release" if job.kind == "run" else None,
             "evaluation": _evaluation(job, rng, classes, features, spread),
             "measured": experiment.measure_digest(job),
         }

@@ -14,9 +14,10 @@ from dpsyngen.errors import BudgetExceeded, ConfigError, DataError, LedgerError
 from dpsyngen.evaluation import classification_accuracy
 from dpsyngen.experiments import dp_classifier
 from dpsyngen.experiments.dp_classifier import (
-    DpClassifier,
     DpSettings,
+    Scattering,
     dp_classifier_reference,
+    linear_classifier,
     real_reference,
     settings_by_rule,
     train_dp_classifier,
@@ -49,12 +50,13 @@ def settings(**changes) -> DpSettings:
 
 def weights_after(tmp_path, images, labels, s: DpSettings, *, target=math.inf, seed=3) -> torch.Tensor:
     """All weights of a classifier that starts at zero, as one vector."""
-    classifier = DpClassifier((1, 8, 8), 10)
+    features = Scattering((1, 8, 8))
+    classifier = linear_classifier(features, 10)
     path = tmp_path / f"ledger-{len(list(tmp_path.iterdir()))}"
     ledger = Ledger.create(path, target_epsilon=target, delta=1e-3, records=s.records, secure=False)
     randomness = Randomness.from_insecure_seed(seed)
-    train_dp_classifier(classifier, classifier.prepared(images), labels, s, ledger=ledger, randomness=randomness)
-    return torch.cat([p.detach().flatten() for p in classifier.module.parameters()])
+    train_dp_classifier(classifier, features.of(images), labels, s, ledger=ledger, randomness=randomness)
+    return torch.cat([p.detach().flatten() for p in classifier.parameters()])
 
 
 # ------------------------------------------------------------------------------------------------ the mechanism
@@ -133,24 +135,24 @@ def test_nothing_is_trained_beyond_the_target(monkeypatch, digits, tmp_path) -> 
 
 
 def test_the_classifier_does_not_mix_the_rows_of_a_batch(digits) -> None:
-    classifier = DpClassifier((1, 8, 8), 10)
+    features = Scattering((1, 8, 8))
+    classifier = linear_classifier(features, 10)
     with torch.no_grad():  # away from zero, where all gradients are alike
-        for i, p in enumerate(classifier.module.parameters()):
+        for i, p in enumerate(classifier.parameters()):
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    inputs = classifier.prepared(digits[0].images[:6])
+    inputs = features.of(digits[0].images[:6]).float()
     labels = torch.from_numpy(digits[0].labels[:6])
-    engine = PerExampleGradients(classifier.module, 1.0)
+    engine = PerExampleGradients(classifier, 1.0)
     engine.verify(
-        lambda part: torch.nn.functional.cross_entropy(classifier.logits(inputs[part]), labels[part], reduction="none"),
-        6,
+        lambda part: torch.nn.functional.cross_entropy(classifier(inputs[part]), labels[part], reduction="none"), 6
     )
 
 
 # ------------------------------------------------------------------------------------------------ the reference
 
 
-def test_it_learns_and_says_what_it_did(digits) -> None:
-    found = dp_classifier_reference(*digits, epsilon=20, delta=1e-4, seed=0)
+def test_it_learns_and_says_what_it_did(digits, tmp_path) -> None:
+    found = dp_classifier_reference(*digits, epsilon=20, delta=1e-4, seed=0, ledger=tmp_path / "ledger")
     json.dumps(found, allow_nan=False)
     score = found["cas"]["dp-cnn"]
     assert score["accuracy"] > 0.75
@@ -164,11 +166,12 @@ def test_it_learns_and_says_what_it_did(digits) -> None:
     assert found["records"] == len(digits[0])
 
 
-def test_same_seed_same_result_and_not_private(digits) -> None:
+def test_same_seed_same_result_and_not_private(digits, tmp_path) -> None:
     few = [load_images((d.images[:200, 0], d.labels[:200])) for d in digits]
 
     def run(seed):
         options = {"epsilon": 5, "delta": 1e-4, "steps": 3, "batch": 100}
+        options["ledger"] = tmp_path / f"ledger-{len(list(tmp_path.iterdir()))}"
         return dp_classifier_reference(*few, seed=seed, **options)
 
     a, torch_state = run(7), torch.get_rng_state()
@@ -182,21 +185,22 @@ def test_same_seed_same_result_and_not_private(digits) -> None:
     assert first["cas"] != second["cas"]
 
 
-def test_test_images_have_no_say(digits, monkeypatch) -> None:
+def test_test_images_have_no_say(digits, monkeypatch, tmp_path) -> None:
     """The same weights whatever they are."""
-    kept = []
-    real = dp_classifier.DpClassifier.predict
+    made = []
 
-    def watched(self, inputs):
-        kept.append([p.detach().clone() for p in self.module.parameters()])
-        return real(self, inputs)
+    def watched(*arguments):
+        made.append(linear_classifier(*arguments))
+        return made[-1]
 
-    monkeypatch.setattr(dp_classifier.DpClassifier, "predict", watched)
+    monkeypatch.setattr(dp_classifier, "linear_classifier", watched)
     train, test = digits
     for images in (test, train):
-        dp_classifier_reference(train, images, epsilon=5, delta=1e-4, steps=2, seed=1)
-    assert len(kept) == 2
-    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+        path = tmp_path / f"ledger-{len(made)}"
+        dp_classifier_reference(train, images, epsilon=5, delta=1e-4, steps=2, seed=1, ledger=path)
+    assert len(made) == 2
+    assert all(p.any() for p in made[0].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in made), strict=True))
 
 
 def test_rule_goes_by_records_and_epsilon_alone() -> None:
@@ -206,9 +210,9 @@ def test_rule_goes_by_records_and_epsilon_alone() -> None:
     assert settings_by_rule(60_000, 10)["learning_rate"] > 20
 
 
-def test_bad_input(digits) -> None:
+def test_bad_input(digits, tmp_path) -> None:
     train, test = digits
-    good = {"epsilon": 1, "delta": 1e-4, "seed": 0}
+    good = {"epsilon": 1, "delta": 1e-4, "seed": 0, "ledger": tmp_path / "ledger"}
     for changes, message in (
         ({"batch": 10**6}, "number of images"),
         ({"steps": 0}, "steps is 0"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpsyngen.errors import RunError
+from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.experiments.results import FIXED, Results
 from dpsyngen.experiments.tables import write_results
 from tests.experiments.synthetic import make_experiment
@@ -79,17 +80,14 @@ def test_the_same_bytes_each_time(exp) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"kind": "walk"}, "kind"),
         ({"job": "other"}, "about the job"),
-        ({"release": "../../elsewhere"}, "outside"),
-        ({"release": "/etc"}, "outside"),
-        ({"epsilon": "many"}, "epsilon"),
         ({"measured": "in another way"}, "another way"),
         ({"evaluation": {"cas": {"cnn": {}}}}, "accuracy"),
         ({"evaluation": {"cas": {"cnn": {"accuracy": math.nan}}}}, "finite number"),
         ({"evaluation": {"features": {"pixels": {"metrics": {"kid": {"value": 1, "better": "x"}}}}}}, "better"),
         ({"facts": [1]}, "facts"),
-        ({"settings": 3}, "settings"),
+        ({"private": "perhaps"}, "private"),
+        ({"delta": "small"}, "delta"),
     ],
 )
 def test_damaged_files_are_named_and_left_out(exp, changes, why) -> None:
@@ -99,13 +97,21 @@ def test_damaged_files_are_named_and_left_out(exp, changes, why) -> None:
     ((name, reason),) = results.skipped
     assert name == path.name
     assert why in reason
-    assert "dpdm-eps1-seed0" not in {j.job for j in results.jobs}
+    assert "dpdm-eps1-seed0" not in {j.name for j in results.jobs}
     assert "dpdm-eps1-seed0" in (write_results(exp)[-1]).read_text().replace("\\", "")
+
+
+def test_what_the_specification_says_is_not_taken_from_a_file(exp) -> None:
+    before = Results.load(exp).jobs
+    said = {"name": "x", "kind": "walk", "variant": "none", "epsilon": "many", "seed": 7, "settings": 3, "label": "x"}
+    rewrite(exp / "results" / "dpdm-eps1-seed0.json", **said, config=1, release="/etc")
+    assert Results.load(exp).jobs == before
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null", "[" * 100_000, "\x00\xff", '{"job": "dpdm-eps1-seed0"}'])
 def test_any_text_is_survived(exp, text) -> None:
     (exp / "results" / "dpdm-eps1-seed0.json").write_text(text)
+    assert Experiment(exp).statuses()["dpdm-eps1-seed0"].state == "waiting"
     assert [name for name, _ in Results.load(exp).skipped] == ["dpdm-eps1-seed0.json"]
 
 
@@ -121,5 +127,8 @@ def test_the_baseline_is_that_of_the_specification(tmp_path) -> None:
 
 
 def test_no_experiment(tmp_path) -> None:
+    with pytest.raises(RunError, match="not the folder of an experiment"):
+        Results.load(tmp_path)
+    (tmp_path / "experiment.json").write_text("[" * 100_000)
     with pytest.raises(RunError, match="not the folder of an experiment"):
         Results.load(tmp_path)

@@ -7,7 +7,6 @@ import pytest
 from scipy import stats
 
 from dpsyngen.experiments.statistics import (
-    against_baselines,
     against_best,
     best_of,
     compare,
@@ -29,7 +28,7 @@ def draws(spreads, seed, means=(0, 0, 0, 0, 0), n=3):
 
 
 def family(groups):
-    return against_baselines(dict.fromkeys(NAMES[1:], "dpdm"), groups, "higher")
+    return compare([(name, "dpdm") for name in NAMES[1:]], groups, "higher")
 
 
 def test_welch_is_that_of_scipy() -> None:
@@ -95,7 +94,7 @@ def test_a_real_difference_is_found() -> None:
 def test_direction_of_better() -> None:
     groups = {"dpdm": [10.0, 10.1, 9.9], "both": [5.0, 5.1, 4.9]}
     for better, verdict in (("lower", "better"), ("higher", "worse")):
-        (c,) = against_baselines({"both": "dpdm"}, groups, better)
+        (c,) = compare([("both", "dpdm")], groups, better)
         assert c.verdict == verdict
         assert c.difference == pytest.approx(-5)
     assert best_of(groups, "lower") == "both"
@@ -103,7 +102,7 @@ def test_direction_of_better() -> None:
 
 
 def test_one_seed_is_not_tested() -> None:
-    (c,) = against_baselines({"both": "dpdm"}, {"dpdm": [1.0], "both": [9.0]}, "higher")
+    (c,) = compare([("both", "dpdm")], {"dpdm": [1.0], "both": [9.0]}, "higher")
     assert (c.verdict, c.p, c.low, c.family) == ("not tested", None, None, 0)
     assert "one seed" in c.reason
 
@@ -116,7 +115,7 @@ def test_values_without_spread_are_not_tested() -> None:
 
 def test_one_seed_beside_three_does_not_count_in_the_family() -> None:
     groups = {"dpdm": [1.0, 1.2, 0.9], "coarse": [3.0], "both": [9.0, 9.1, 8.9]}
-    found = against_baselines({"coarse": "dpdm", "both": "dpdm"}, groups, "higher")
+    found = compare([("coarse", "dpdm"), ("both", "dpdm")], groups, "higher")
     assert [c.verdict for c in found] == ["not tested", "better"]
     assert found[1].family == 1
     assert found[1].p_corrected == found[1].p

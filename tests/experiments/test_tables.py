@@ -218,12 +218,12 @@ def test_very_many_classes_are_cut(tmp_path) -> None:
 
 def test_markdown_cannot_be_broken_by_names(tmp_path) -> None:
     def change(job, result):
-        result["evaluation"]["class_names"] = ["a|b", "<script>", "*\n# c"]
+        result["evaluation"]["class_names"] = ["a|b ~~x~~", "<script>", "*\n# c"]
         return result
 
     view = view_of(tmp_path, grid={"epsilon": [1], "variant": ["dpdm", "both"]}, classes=3, change=change)
     text = markdown(view)
-    assert "| a\\|b |" in text
+    assert "| a\\|b \\~\\~x\\~\\~ |" in text
     assert "<script>" not in text.replace("\\<script\\>", "")
     assert "\n# c" not in text
     for block in text.split("\n\n"):

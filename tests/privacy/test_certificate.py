@@ -16,7 +16,7 @@ import dpsyngen
 from dpsyngen.errors import ReleaseError
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.budget import Budget
-from dpsyngen.privacy.certificate import UTILITY, Certificate, number, plain_words, schema_text, strength
+from dpsyngen.privacy.certificate import UTILITY, Certificate, number, plain_words, safe_markdown, schema_text, strength
 from dpsyngen.privacy.ledger import Ledger
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
@@ -167,3 +167,4 @@ def test_names_of_classes_cannot_write_markup(certificate) -> None:
     assert "](" not in page.replace("\\]", "")
     assert page.count("\n# ") == 0
     assert "\x1b" not in page
+    assert safe_markdown("~~gone~~\n" + "|" * 5000) == "\\~\\~gone\\~\\~ " + "\\|" * 3991  # cut, but in no escape
