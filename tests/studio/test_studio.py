@@ -56,7 +56,7 @@ def browser() -> Iterator[Any]:
     from tests.report.chromium import find
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=find(), args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=find(), args=["--no-sandbox", "--disable-gpu"])
         yield chromium
         chromium.close()
 
