@@ -94,7 +94,7 @@ class Training:
     ) -> None:
         self.run, self.config, self.dataset, self.plan = run, config, dataset, plan
         self.ranks, self.hooks = ranks, hooks
-        self.compute = choose(device, config.compute, local_rank=None if ranks.alone else ranks.local_rank)
+        self.compute = choose(device, config.compute)
         self.device = device = self.compute.device
         # Before anything is read that another process could be changing.
         run.open_for_writing()
