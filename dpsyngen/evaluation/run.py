@@ -17,7 +17,7 @@ from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import Source, load_private, said_of_a_run
 from dpsyngen.distributed import ALONE, Ranks
-from dpsyngen.errors import ConfigError, DataError, RunError, listed, require
+from dpsyngen.errors import ConfigError, DataError, listed, require
 from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
 from dpsyngen.evaluation.features import OwnFeatures
 from dpsyngen.evaluation.memorisation import (
@@ -327,11 +327,6 @@ def training_images(run: Run, dataset: ImageDataset) -> ImageDataset | None:
     ConfigError if the run chose among the images of each person, and nobody says whose these are.
     """
     known = pinned(run.data_path)
-    if known is None:
-        raise RunError(
-            f"{run.data_path} is missing, so nobody can tell which images the run was trained on.  Put it back from a "
-            "backup."
-        )
     randomness = Randomness.load(run.randomness_path)
     dataset = chosen_images(run.config, dataset, randomness)
     return dataset if hmac.compare_digest(known["fingerprint"], randomness.tag(dataset.fingerprint())) else None

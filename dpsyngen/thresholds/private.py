@@ -237,7 +237,11 @@ class PrivateEstimate:
         fixed |= {"records": q.records, "sampling_rate": q.sampling_rate}
         # Calibration and public clipping could differ in the last digits with another version of a library.
         known = session.pin(
-            dataset.fingerprint(), fixed, noise_multiplier=q.noise_multiplier, clipping_norm=clipping_norm
+            dataset.fingerprint(),
+            fixed,
+            records=len(dataset),
+            noise_multiplier=q.noise_multiplier,
+            clipping_norm=clipping_norm,
         )
         q = replace(q, noise_multiplier=known["noise_multiplier"], clipping_norm=float(known["clipping_norm"]))
         if self.result_path.exists():

@@ -108,19 +108,20 @@ class Session:
         Args:
             fingerprint: of the images; only a keyed tag of it is written.
             settings: what decides the sums; JSON-able.
-            about: more facts, such as calibrated noise, in which another version of a library could differ.
+            about: more facts: ``records``, how many images there are; ``noise_multiplier``, as calibrated, in which
+                another version of a library could differ; and others.
 
         Returns:
             `about`, as it was written down the first time.
         """
         tag, settings = self.randomness.tag(fingerprint), json.loads(json.dumps(settings))
-        known = pinned(self.data_path)
-        if known is None:
+        if not self.data_path.exists():
             if self.ledger.mechanisms or self.ledger.non_private:
                 raise self._missing(self.data_path, "nothing says any more that the images are the same")
             facts = {"fingerprint": tag, **about, "settings": settings}
             write_text(self.data_path, json.dumps(facts, indent=1) + "\n", 0o600)
             return about
+        known = pinned(self.data_path)
         if not hmac.compare_digest(known["fingerprint"], tag):
             raise RunError(
                 f"the images are not those that {self.data_path.parent.parent} was started with.  Continuing would add "
@@ -155,15 +156,14 @@ class Session:
         )
 
 
-def pinned(path: Path) -> dict[str, Any] | None:
-    """What :meth:`Session.pin` wrote to `path`; None if it did not come to that; RunError if it cannot be read."""
-    if not path.exists():
-        return None
+def pinned(path: Path) -> dict[str, Any]:
+    """What :meth:`Session.pin` wrote to `path`; RunError if it is missing or damaged."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         moments = about.get("moments")
         return about | {
             "fingerprint": str(about["fingerprint"]),
+            "records": int(about["records"]),
             "noise_multiplier": float(about["noise_multiplier"]),
             "moments": None if moments is None else [None if z is None else float(z) for z in moments],
             "settings": dict(about["settings"]),
