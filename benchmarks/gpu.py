@@ -41,7 +41,7 @@ from dpsyngen.config import ComputeConfig
 from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
 from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.unet import UNet, count_parameters
-from dpsyngen.hardware import Compute, choose, look
+from dpsyngen.hardware import Compute, choose, look, send
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import PerExampleGradients
 from dpsyngen.workers import Workers, summed_gradients
@@ -118,8 +118,8 @@ class Tasks:
         """As the training steps make it."""
         rng = np.random.default_rng(0)
         shape = (self.examples, self.channels, self.resolution, self.resolution)
-        images = compute.send(rng.integers(0, 256, shape, dtype=np.uint8), torch.float32) / 127.5 - 1
-        labels = compute.send(rng.integers(0, CLASSES, self.examples))
+        images = send(rng.integers(0, 256, shape, dtype=np.uint8), compute.device) / 127.5 - 1
+        labels = send(rng.integers(0, CLASSES, self.examples), compute.device)
         return make_noisy(
             images,
             labels,
@@ -248,13 +248,13 @@ def _wait(compute: Compute) -> None:
 
 
 def transfer(compute: Compute, rounds: int) -> dict[str, float] | None:
-    """Milliseconds until the CPU goes on and until 64 MiB are there, plainly and by ``Compute.send``; None on a CPU."""
+    """Milliseconds until the CPU goes on and until 64 MiB are there, plainly and by ``send``; None on a CPU."""
     if compute.kind != "cuda":
         return None
     array = np.zeros(64 * 2**20, np.uint8)
     ways: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: torch.from_numpy(array).to(compute.device),
-        "send": lambda: compute.send(array),
+        "send": lambda: send(array, compute.device),
     }
     out: dict[str, list[float]] = {}
     for _ in range(rounds + 1):

@@ -319,13 +319,3 @@ def _leave() -> None:
     gc.collect()  # what refers to the group, such as unfinished generators in a cycle
     dist.destroy_process_group()
     gc.collect()
-
-
-def device_of(device: str, ranks: Ranks) -> str:
-    """The device of this process: "cuda" is the GPU of its local rank; ConfigError if processes would share one."""
-    if ranks.alone or not device.startswith("cuda"):
-        return device
-    from dpsyngen.config import ComputeConfig
-    from dpsyngen.hardware import decide, find
-
-    return decide(device, ComputeConfig(), find(), ranks.local_rank).device

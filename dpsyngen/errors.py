@@ -9,7 +9,6 @@ import reprlib
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 
 class DpsyngenError(Exception):
@@ -83,28 +82,16 @@ def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:
     return (", ".join(texts[:most]) + (f", … ({len(texts):,} in all)" if len(texts) > most else "")) or "none"
 
 
-class _Short(reprlib.Repr):
-    """``repr`` that stays short for nested, recursive or shared values, whose full text may be exponentially long."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, 80, 80
-        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 5
-
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write out integers of some thousand digits, and a reader has no use for them.
-        return repr(x) if abs(x) < 10**40 else f"a whole number of {x.bit_length():,} bits"
-
-    def repr_instance(self, x: Any, level: int) -> str:
-        try:
-            return super().repr_instance(x, level)
-        except Exception:  # whatever the object's own repr raises
-            return f"<{type(x).__name__}>"
+_SHORT = reprlib.Repr()  # nested, recursive and shared values, too, whose full text may be exponentially long
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 def shown(value: object) -> str:
     """``repr(value)`` for a message: at most some hundred printable characters, whatever `value` is."""
-    return printable(_Short().repr(str(value) if isinstance(value, Path) else value), 200)
+    try:
+        return printable(_SHORT.repr(str(value) if isinstance(value, Path) else value), 200)
+    except ValueError:  # Python refuses to write out integers of some thousand digits
+        return f"<{type(value).__name__}>"
 
 
 def require(ok: object, name: str, given: object, allowed: str | Iterable[str]) -> None:

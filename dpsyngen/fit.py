@@ -20,12 +20,12 @@ from dpsyngen.config import Config, load_config, with_options
 from dpsyngen.console import Console
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, said_of_a_run, with_persons
-from dpsyngen.distributed import ALONE, Ranks, device_of, joined
+from dpsyngen.distributed import ALONE, Ranks, joined
 from dpsyngen.errors import ConfigError, DataError, RunError
 from dpsyngen.files import expanded
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.hardware import check_device, kind_of
+from dpsyngen.hardware import choose, device_of, kind_of
 from dpsyngen.release.place import find, save
 from dpsyngen.release.write import write_release
 from dpsyngen.training.findings import Finding
@@ -61,7 +61,7 @@ def prepare(
     """
     require_new(Path(out))
     require_usable(config)
-    check_device(device, config.compute)
+    choose(device, config.compute)
     dataset = _read(config, data, ranks, on_event)
     return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, write_release))
 
@@ -81,7 +81,7 @@ def prepare_resume(
 
     Arguments as of :func:`prepare`, perhaps another device; `tensorboard`, `groups` and `labels` replace settings.
     """
-    check_device(device)
+    choose(device)
     run = Run(Path(out))
     require_unfinished(run)
     run.open_for_writing()  # before the images are read, which can take long
@@ -152,7 +152,6 @@ def train_together(begin: Callable[..., Training], data: Source | None, device: 
     with joined() as ranks:
         device = device_of(device, ranks)
         if not ranks.main:
-            check_device(device)
             follow(ranks, lambda config: load_named_or_given(data, config), device)
             return None
         with ranks.leading():

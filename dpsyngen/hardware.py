@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpsyngen.config import ComputeConfig
+from dpsyngen.distributed import Ranks
 from dpsyngen.errors import ConfigError, require, shown
 from dpsyngen.files import memory_bytes, proc
 from dpsyngen.full_precision import tf32
@@ -141,43 +142,34 @@ class Compute:
             network.compile()
         return network
 
-    def send(self, array: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
-        """The array on the device, without waiting for it; see :func:`send`."""
-        return send(array, self.device, dtype)
-
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Each choice with its ``value`` and ``why``, for programs."""
-        return {name: {"value": getattr(self, name), "why": self.reasons.get(name, "")} for name in _WORDS}
-
-    def describe(self) -> list[tuple[str, str, str]]:
-        """(what, value, why) of each choice, for people."""
-        words = {True: "yes", False: "no"}
-        return [(_WORDS[k], words.get(row["value"], row["value"]), row["why"]) for k, row in self.to_dict().items()]
-
-
-_WORDS = {
-    "device": "device",
-    "precision": "precision",
-    "channels_last": "channels last",
-    "compile": "compiled networks",
-}
+        """Each choice with its ``value`` and ``why``."""
+        names = ("device", "precision", "channels_last", "compile")
+        return {name: {"value": getattr(self, name), "why": self.reasons.get(name, "")} for name in names}
 
 
 def kind_of(device: str) -> str:
-    """The device, with "auto" replaced by "cuda" or "cpu"; which GPU it is, :func:`choose` decides in each process."""
+    """The device, with "auto" replaced by "cuda" or "cpu"; which GPU it is, :func:`device_of` says in each process."""
     there = "cuda" if torch.cuda.is_available() else "cpu"
     return there if device == "auto" else device
 
 
-def choose(device: str = "auto", compute: ComputeConfig | None = None, *, local_rank: int | None = None) -> Compute:
+def device_of(device: str, ranks: Ranks) -> str:
+    """The device of this process: "cuda" is the GPU of its local rank; ConfigError if processes would share one."""
+    if ranks.alone or not kind_of(device).startswith("cuda"):
+        return device
+    return decide(device, ComputeConfig(), find(), ranks.local_rank).device
+
+
+def choose(device: str = "auto", compute: ComputeConfig | None = None) -> Compute:
     """How to compute on this machine; ConfigError if the device is not there, or cannot do what was asked for.
 
     Args:
-        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ….
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", …; where several processes work together,
+            what :func:`device_of` gives.
         compute: what was asked for; None: all automatic.
-        local_rank: number of this process on its machine, where several work together: that of its GPU.
     """
-    chosen = decide(device, compute or ComputeConfig(), find(), local_rank)
+    chosen = decide(device, compute or ComputeConfig(), find())
     if chosen.kind == "cuda":
         try:
             torch.zeros(1, device=chosen.device)
@@ -189,13 +181,11 @@ def choose(device: str = "auto", compute: ComputeConfig | None = None, *, local_
     return chosen
 
 
-def check_device(device: str, compute: ComputeConfig | None = None) -> None:
-    """Raise ConfigError if this machine cannot compute on `device`, or not as `compute` asks."""
-    choose(device, compute)
-
-
 def decide(device: str, asked: ComputeConfig, facts: Facts, local_rank: int | None = None) -> Compute:
-    """The rules of :func:`choose`, for a machine of these facts; each choice gets its reason."""
+    """The rules of :func:`choose`, for a machine of these facts; each choice gets its reason.
+
+    `local_rank` is the number of this process on its machine, where several work together: that of its GPU.
+    """
     name, why, gpu = _device(device, facts, local_rank)
     allowed: tuple[Precision, ...] = ("fp32",)
     precision: Precision = "fp32"
@@ -269,26 +259,23 @@ def _device(device: str, facts: Facts, local_rank: int | None) -> tuple[str, str
             "--device cuda."
         )
     gpu = facts.gpus[number]
-    why = "asked for" if local_rank is None else f"asked for; process {local_rank} of this machine"
-    if device == "auto":
-        why = f"{gpu.name}, {gpu.architecture}, {gpu.memory / 2**30:.0f} GiB"
-    return f"cuda:{number}", why, gpu
+    why = f"{gpu.name}, {gpu.architecture}, {gpu.memory / 2**30:.0f} GiB"
+    return f"cuda:{number}", why if device == "auto" else "asked for", gpu
 
 
 # --------------------------------------------------------------------------------------------------- transfer
 
 
-def send(array: NDArray[Any], device: str | torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def send(array: NDArray[Any], device: str | torch.device) -> Tensor:
     """A copy of the array (of any layout, read-only or not) on the device, which may be overwritten once this returns.
 
     To a GPU it goes through page-locked memory, which PyTorch reuses only after it has arrived, and travels while the
-    CPU goes on; kernels that use it wait for it.  It becomes `dtype` on the device, so that bytes travel as bytes.
+    CPU goes on; kernels that use it wait for it.  Convert it there, so that bytes travel as bytes.
     """
     there = torch.from_numpy(np.array(array))
     if torch.device(device).type == "cuda":
         there = there.pin_memory()
-    there = there.to(device, non_blocking=True)
-    return there if dtype is None else there.to(dtype)
+    return there.to(device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------- what `dpsyngen doctor` says

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpsyngen.distributed import ALONE, Ranks, device_of, joined, numbers
+from dpsyngen.distributed import ALONE, Ranks, joined, numbers
 from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.hardware import Facts, Gpu
+from dpsyngen.hardware import Facts, Gpu, device_of
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from dpsyngen.audit.invariants import check_sizes, check_transcript
 from dpsyngen.audit.report import AuditReport, Bound, Finding, decide, exact
 from dpsyngen.audit.sensitivity import audit_clipping, audit_noise
 from dpsyngen.diffusion.stages import GAUSSIAN
-from dpsyngen.errors import RunError, require
+from dpsyngen.errors import require
 from dpsyngen.files import write_json
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.hardware import choose
@@ -157,7 +157,7 @@ def _audit_mechanism(
 
 def _shape(run: Run) -> Shape:
     about = json.loads((run.release / "generator.json").read_text(encoding="utf-8"))
-    records = run.config.data.records or records_present(run)
+    records = run.config.data.records or pinned(run.data_path)["records"]
     return Shape(int(about["resolution"]), int(about["channels"]), tuple(about["class_names"]), records)
 
 
@@ -172,7 +172,7 @@ def replay(run: Run) -> list[Finding]:
     log = [v for v in JsonLines(run.private / "training.jsonl", 0o600).read() if v["phase"] == phase]
     steps = [int(v["step"]) for v in log]
     sizes = np.array([int(v["examples"]) for v in log], dtype=np.int64)
-    records, charged = records_present(run), charged_steps(ledger)
+    records, charged = pinned(run.data_path)["records"], charged_steps(ledger)
     declared = config.data.records or records
     asked = config.private.batch / declared
     rates = {m.sampling_rate for m in charged_mechanisms(ledger)} or {asked}
@@ -206,17 +206,9 @@ def replay(run: Run) -> list[Finding]:
     return findings + check_sizes(sizes, records, rate)
 
 
-def records_present(run: Run) -> int:
-    try:
-        return int(json.loads(run.data_path.read_text(encoding="utf-8"))["records"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{run.data_path} cannot be read: {error}.  Without it the run cannot be audited.") from None
-
-
 def _moments(run: Run, ledger: Ledger) -> Finding:
     """Each query of the DP moments is in the ledger, once, with the noise that was fixed at the start."""
-    known = pinned(run.data_path)
-    noises = None if known is None else known["moments"]
+    noises = pinned(run.data_path)["moments"]
     planned = [] if noises is None else list(MomentsPlan(*noises).mechanisms())
     wanted: list[Mechanism | None] = [m if m.noise_multiplier > 0 else None for m in planned]
     charged = charged_moments(ledger)

@@ -176,8 +176,9 @@ def _machine_lines(machine: Machine, compute: Compute, helps: list[str]) -> Iter
     for what, text in machine.rows():
         yield f"{what + ':':<17} {text}"
     yield "chosen here"
-    for what, value, why in compute.describe():
-        yield f"  {what + ':':<31} {value:<7} {why}"
+    words = {True: "yes", False: "no"}
+    for name, row in compute.to_dict().items():
+        yield f"  {name.replace('_', ' ') + ':':<31} {words.get(row['value'], row['value']):<7} {row['why']}"
     for line in helps:
         yield f"advice: {line}"
 
@@ -211,10 +212,8 @@ def audit(
     No private image is read.  Exit code 4: an audit contradicts the claim.
     """
     from dpsyngen.audit.run import FULL, QUICK, audit_run
-    from dpsyngen.hardware import check_device
     from dpsyngen.training.run import Run
 
-    check_device(device)
     console = Console(quiet, as_json)
     opened, effort = Run(run), QUICK if quick else FULL
     folder = opened.private / "audit"

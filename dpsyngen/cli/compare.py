@@ -10,7 +10,7 @@ import typer
 
 from dpsyngen.cli.options import AsJson, Device, Quiet
 from dpsyngen.console import Console
-from dpsyngen.distributed import END, Ranks, device_of, joined, numbers
+from dpsyngen.distributed import END, Ranks, joined, numbers
 from dpsyngen.errors import ConfigError, DataError, require
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def compare(
 ) -> None:
     """Compare variants, ε and settings: a grid of runs with seeds, measured alike, with tables and a report."""
     from dpsyngen.experiments.experiment import Experiment
-    from dpsyngen.hardware import check_device
+    from dpsyngen.hardware import choose, device_of
 
     console = Console(quiet, as_json)
     require(1 <= processes <= 1024, "--processes", processes, "from 1 to 1,024")
@@ -45,7 +45,7 @@ def compare(
         if ranks.main:
             with ranks.leading():
                 device = device_of(device, ranks)
-                check_device(device)
+                choose(device)
                 chosen, out = _spec(spec, out, data, test)
                 if dry_run:
                     _dry_run(console, chosen, out, device, processes, told=data is not None)
@@ -61,7 +61,7 @@ def compare(
             while (command := ranks.next_command()).name != END:
 
                 def opened(folder: Path = command.values["folder"]) -> Experiment:
-                    check_device(device)
+                    choose(device)
                     return Experiment(folder)
 
                 experiment = ranks.agree(opened)

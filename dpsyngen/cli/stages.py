@@ -70,11 +70,11 @@ def stages(
         raise ConfigError(f"{without_data} goes with --data, the private images; none were given.")
     from dpsyngen.config import load_config, merge_settings, with_options
     from dpsyngen.data.load import load_private
-    from dpsyngen.hardware import check_device
+    from dpsyngen.hardware import choose
     from dpsyngen.thresholds.run import Stages, StagesOptions, require_usable
 
     require_usable(out)
-    check_device(device)
+    choose(device)
     given = with_options(
         data__resolution=resolution, data__channels=channels, network__size=network, public__steps=steps
     )

@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dpsyngen.config import explain
 from dpsyngen.data import ImageDataset, ImageStore
-from dpsyngen.distributed import ALONE, Ranks, device_of
+from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import ConfigError, listed, require
 from dpsyngen.evaluation import cas, distances
 from dpsyngen.evaluation.extractors import FeatureSpec, computed_by_all, kept_features
 from dpsyngen.evaluation.features import Tell
 from dpsyngen.evaluation.neighbours import NEIGHBOURS, Features, Manifold, digests
+from dpsyngen.hardware import device_of
 
 
 class Metric(NamedTuple):

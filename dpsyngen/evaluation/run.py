@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import Source, load_private, said_of_a_run
-from dpsyngen.distributed import ALONE, Ranks, device_of
-from dpsyngen.errors import ConfigError, DataError, RunError, listed, require
+from dpsyngen.distributed import ALONE, Ranks
+from dpsyngen.errors import ConfigError, DataError, listed, require
 from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
 from dpsyngen.evaluation.features import OwnFeatures
 from dpsyngen.evaluation.memorisation import (
@@ -33,7 +33,7 @@ from dpsyngen.files import write_json
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator import ranks as sampling_ranks
 from dpsyngen.generator.generator import ReleasedGenerator
-from dpsyngen.hardware import check_device, kind_of
+from dpsyngen.hardware import device_of, kind_of
 from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.plan import Shape, program_of
 from dpsyngen.training.run import Run
@@ -79,7 +79,6 @@ def evaluate(
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
     device = kind_of(settings.pop("device", "auto"))
-    check_device(device_of(device, ranks))
     labelled = {name: settings.pop(name) for name in ("labels", "label_column") if name in settings}
     s = EvaluationSettings.of({**settings, "device": device, "cache": run.features_path if cache else None})
     require(images >= 2, "the number of generated images", images, "at least 2")
@@ -188,7 +187,6 @@ def check_memorisation(
     """
     run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
-    check_device(device)
     checked_names(features)
     require(images >= 1, "the number of generated images", images, "at least 1")
     require(0 <= seed < 2**63, "seed", seed, "from 0 to 2⁶³ − 1")
@@ -329,11 +327,6 @@ def training_images(run: Run, dataset: ImageDataset) -> ImageDataset | None:
     ConfigError if the run chose among the images of each person, and nobody says whose these are.
     """
     known = pinned(run.data_path)
-    if known is None:
-        raise RunError(
-            f"{run.data_path} is missing, so nobody can tell which images the run was trained on.  Put it back from a "
-            "backup."
-        )
     randomness = Randomness.load(run.randomness_path)
     dataset = chosen_images(run.config, dataset, randomness)
     return dataset if hmac.compare_digest(known["fingerprint"], randomness.tag(dataset.fingerprint())) else None

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.diffusion.sampling import SamplingSettings
-from dpsyngen.distributed import END, Ranks, device_of
+from dpsyngen.distributed import END, Ranks
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.generator.classes import check_in_memory
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import Samples
+from dpsyngen.hardware import device_of
 
 Handlers = Mapping[str, Callable[..., None]]
 """What a follower does at each command, called with the command's values."""

@@ -361,7 +361,6 @@ def calibrate_noise(
     sampling_rate: float,
     steps: int,
     spent: Iterable[Mechanism] = (),
-    accountant: Accountant = "pld",
     tolerance: float = 3e-4,
     group_size: int = 1,
 ) -> float:
@@ -371,7 +370,6 @@ def calibrate_noise(
         target_epsilon, delta, group_size: ε > 0, δ in (0, 1), and g: the target is for up to g records together.
         sampling_rate, steps: q in (0, 1], and how many steps.
         spent: earlier mechanisms on the same data, which the total includes.
-        accountant: which bound to calibrate.
         tolerance: how far below the target the total may end, relative; it never ends above.
 
     Raises:
@@ -384,7 +382,7 @@ def calibrate_noise(
             "the loss distribution is too fine to be computed."
         )
     spent = merge(spent)
-    already = epsilon(spent, delta, accountant, group_size)
+    already = epsilon(spent, delta, group_size=group_size)
     if already >= target_epsilon:
         raise ValueError(f"ε = {already:.4g} is already spent, which leaves nothing of {target_epsilon:.4g}.")
 
@@ -394,8 +392,6 @@ def calibrate_noise(
     def cost(noise: float, coarser: int = 1) -> float:
         return _bound(together(noise), delta, group_size, (), coarser).epsilon
 
-    if accountant == "rdp":
-        return _refine(lambda noise: epsilon(together(noise), delta, "rdp", group_size), target_epsilon, 1.0, tolerance)
     # Each search begins where a cheaper one ended.  A guess need not be a bound, and g times ε is cheaper than the
     # lemma; what fits on a coarse grid fits on the fine one, mostly within the tolerance.
     start = _refine(lambda noise: group_size * epsilon(together(noise), delta, "rdp"), target_epsilon, 1.0, 0.03)

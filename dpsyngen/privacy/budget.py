@@ -44,16 +44,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Charge:
-    """What a run (:attr:`Ledger.run`, called `name`) takes: what it may do or, once settled, what it did.
-
-    `by_person`: whether it protects persons; None where an earlier development version did not write it down.
-    """
+    """What a run (:attr:`Ledger.run`, called `name`) takes: what it may do or, once settled, what it did."""
 
     run: str
     name: str
     mechanisms: tuple[Mechanism, ...]
     settled: bool
-    by_person: bool | None
+    by_person: bool  # whether it protects persons
 
 
 class Budget(HashChain):
@@ -148,12 +145,6 @@ class Budget(HashChain):
         """Raise ConfigError if the budget is of other images, or its runs and this one do not protect the same."""
         # Without one of a person's images another of theirs may be used in its place, so neither promise implies the
         # other, and no sum of the two would be a promise at all.
-        if any(charge.by_person is None for charge in self.charges.values()):
-            raise ConfigError(
-                f"{self.path} was begun by an earlier development version, which did not write down whether its runs "
-                "protect images or persons.  They can be resumed and settled; for others make a budget of what "
-                f"`dpsyngen budget show {self.path}` has left."
-            )
         if self.charges and self.by_person != (most_per_person is not None):
             theirs, its = ("persons", "images") if self.by_person else ("images", "persons")
             raise ConfigError(
@@ -234,7 +225,7 @@ class Budget(HashChain):
 
     def _take(self, body: dict[str, Any]) -> None:
         mechanisms = tuple(Mechanism(**m) for m in body["mechanisms"])
-        settled, by_person = bool(body["settled"]), body.get("by_person")
+        settled, by_person = bool(body["settled"]), bool(body["by_person"])
         charge = Charge(str(body["run"]), str(body["name"]), mechanisms, settled, by_person)
         if (charge.run in self.charges) != charge.settled:
             raise ValueError(f"run {charge.run}")

@@ -223,23 +223,16 @@ def _sensitivity(clipping_norm: float, grid: float) -> int:
     return bound
 
 
-def empty_on_grid(parameters: list[Tensor], clipping_norm: float, grid: float) -> GridGradient:
-    """The sum over no examples."""
-    sums = [torch.zeros_like(p, dtype=torch.int64) for p in parameters]
-    norms = torch.zeros(0, dtype=torch.float64)
-    return GridGradient(sums, _sensitivity(clipping_norm, grid), 0, norms, 0, grid)
-
-
 def clip_to_grid(gradients: list[Tensor], clipping_norm: float, grid: float) -> GridGradient:
     """Clip each example's gradient to `clipping_norm`, round it towards zero to the grid, and sum.
 
     Args:
-        gradients: per-example tensors [B, ...]; examples with a NaN or an infinity contribute zero.
+        gradients: per-example tensors [B, ...], B >= 0; examples with a NaN or an infinity contribute zero.
         clipping_norm, grid: C, from 1 to 2^31 steps of the grid, which is a power of two; else ConfigError.
     """
     bound = _sensitivity(clipping_norm, grid)
-    total = empty_on_grid([g[0] for g in gradients], clipping_norm, grid)
-    norms, bad = [], 0
+    sums = [torch.zeros(g.shape[1:], dtype=torch.int64, device=g.device) for g in gradients]
+    norms, bad = [torch.zeros(0, dtype=torch.float64)], 0
     for b in range(len(gradients[0])):
         # Alone and in fp64: the clipped gradient is the clipped sum of one example.  To whole steps of the grid: a
         # gradient of few coordinates loses almost nothing to truncation, and would else exceed the bound.
@@ -249,11 +242,11 @@ def clip_to_grid(gradients: list[Tensor], clipping_norm: float, grid: float) -> 
         # Dividing by a power of two is exact; truncation never makes a number larger.
         steps = [(s / grid).trunc().to(torch.int64) for s in one.sums]
         if _squared_norm(steps) <= bound * bound:
-            for whole, part in zip(total.sums, steps, strict=True):
+            for whole, part in zip(sums, steps, strict=True):
                 whole += part
         else:  # rounding in fp64 went the wrong way by a hair; the bound is what counts
             bad += 1
-    return GridGradient(total.sums, bound, len(norms), torch.cat([total.norms, *norms]), bad, grid)
+    return GridGradient(sums, bound, len(gradients[0]), torch.cat(norms), bad, grid)
 
 
 def _squared_norm(steps: list[Tensor]) -> int:

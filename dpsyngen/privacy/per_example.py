@@ -27,7 +27,6 @@ from dpsyngen.privacy.clipping import (
     check_clipping,
     clip,
     clip_to_grid,
-    empty_on_grid,
     valid_mask,
 )
 from dpsyngen.privacy.contributions import Contribution
@@ -240,7 +239,8 @@ class PerExampleGradients:
             gradients = self.per_example(lambda: loss(part), part.stop - part.start, copies)
             return clip_to_grid(gradients, self.clipping_norm, grid)
 
-        empty = empty_on_grid(self.parameters, self.clipping_norm, grid)  # refuses a grid that does not fit C
+        # Also of no examples; it refuses a grid that does not fit C.
+        empty = clip_to_grid([p.new_zeros(0, *p.shape) for p in self.parameters], self.clipping_norm, grid)
         return self._added_up(one, examples, copies, physical_batch) or empty
 
     def verify(self, loss: Loss, examples: int, copies: int = 1, tolerance: float = 1e-3) -> None:

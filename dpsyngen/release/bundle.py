@@ -27,7 +27,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError, printable, require
+from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, printable, require
 from dpsyngen.files import file_sha256, write_atomically, write_text
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.guarantee import Guarantee
@@ -38,6 +38,7 @@ from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.release.card import copy_release
 from dpsyngen.release.signing import fingerprint, read_private_key, sign
 from dpsyngen.training.run import Run
+from dpsyngen.training.session import pinned
 from dpsyngen.version import __version__
 
 FORMAT = 1
@@ -183,11 +184,7 @@ def _search_for_secrets(run: Run, files: dict[str, Path]) -> None:
         # The name of a named set, or a single short word, may stand anywhere for other reasons.
         if isinstance(path, str) and "/" in path and len(path) >= 6:
             secrets[what] = [path.encode()]
-    try:
-        known = json.loads(run.data_path.read_text(encoding="utf-8"))
-        secrets["the digest of the images"] = [known["fingerprint"].encode()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{run.data_path} cannot be read: {error}.") from None
+    secrets["the digest of the images"] = [pinned(run.data_path)["fingerprint"].encode()]
     for name, file in files.items():
         content = file.read_bytes()
         for what, forms in secrets.items():

@@ -49,7 +49,7 @@ from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.noise import noisy_mean
 from dpsyngen.privacy.randomness import Randomness, poisson_sample
 from dpsyngen.thresholds.gap import Answers, GapCurve, Pair, measure
-from dpsyngen.training.session import Session, Terms, with_group_size
+from dpsyngen.training.session import Session, with_group_size
 from dpsyngen.workers import Workers
 
 _STORED = ("log_sigma", "gap", "teacher_loss", "student_loss", "noise")  # curves in private_gap.json
@@ -228,16 +228,18 @@ class PrivateEstimate:
         p, q = self.privacy, self.query
         self.private.mkdir(mode=0o700, exist_ok=True)
         os.chmod(self.private, 0o700)
-        terms = Terms(p.epsilon, self.delta, q.records, p.group_size, p.insecure_seed)
-        session = Session(
-            self.private, terms, (self.result_path,), "start again in another folder, which charges again"
-        )
+        again = "start again in another folder, which charges again"
+        session = Session(self.private, p, self.delta, q.records, (self.result_path,), again)
         whole, dataset = self.dataset.fingerprint(), session.images(self.config, self.dataset)
         fixed = {"networks": [_digest(network) for network in networks.values()], "log_sigma": list(log_sigma)}
         fixed |= {"records": q.records, "sampling_rate": q.sampling_rate}
         # Calibration and public clipping could differ in the last digits with another version of a library.
         known = session.pin(
-            dataset.fingerprint(), fixed, noise_multiplier=q.noise_multiplier, clipping_norm=clipping_norm
+            dataset.fingerprint(),
+            fixed,
+            records=len(dataset),
+            noise_multiplier=q.noise_multiplier,
+            clipping_norm=clipping_norm,
         )
         q = replace(q, noise_multiplier=known["noise_multiplier"], clipping_norm=float(known["clipping_norm"]))
         if self.result_path.exists():

@@ -106,7 +106,7 @@ class _Follower:
     def _on_read(self, config: Config) -> None:
         def load() -> ImageDataset:
             # What this machine cannot do must be known before anything is spent, too.
-            choose(self.device, config.compute, local_rank=self.ranks.local_rank)
+            choose(self.device, config.compute)
             return self.load(config)
 
         self.dataset = self.ranks.agree(load)
@@ -124,7 +124,7 @@ class _Follower:
         self._prepare_public([stage], compute)
 
     def _compute(self) -> Compute:
-        return choose(self.device, self.config.compute, local_rank=self.ranks.local_rank)
+        return choose(self.device, self.config.compute)
 
     def _prepare_public(self, stages: list[Stage], compute: Compute) -> None:
         program = program_of(self.config, self.plan.shape)

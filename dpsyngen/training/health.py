@@ -122,7 +122,7 @@ def assess(run: Run, open_release: Callable[[Path], Any]) -> list[Finding]:
     if not stages.gaussian:
         c = config.private
         noise = [m.noise_multiplier for m in charged_mechanisms(ledger)]
-        about = pinned(run.data_path) or {}
+        about = pinned(run.data_path) if run.data_path.exists() else {}
         facts = Facts(
             steps=c.steps,
             batch=c.batch,

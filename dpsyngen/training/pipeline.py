@@ -59,7 +59,7 @@ from dpsyngen.training.public import (
     train_public,
 )
 from dpsyngen.training.run import Run
-from dpsyngen.training.session import EngineSettings, Session, Terms, fixed_settings, planned, with_group_size
+from dpsyngen.training.session import EngineSettings, Session, fixed_settings, planned, with_group_size
 from dpsyngen.workers import Workers
 
 
@@ -94,7 +94,7 @@ class Training:
     ) -> None:
         self.run, self.config, self.dataset, self.plan = run, config, dataset, plan
         self.ranks, self.hooks = ranks, hooks
-        self.compute = choose(device, config.compute, local_rank=None if ranks.alone else ranks.local_rank)
+        self.compute = choose(device, config.compute)
         self.device = device = self.compute.device
         # Before anything is read that another process could be changing.
         run.open_for_writing()
@@ -105,8 +105,7 @@ class Training:
         self.program = program_of(config, plan.shape)
         # The order of what follows is that of a crash-safe session: key, ledger, data, reservation; charges come later.
         p = config.privacy
-        terms = Terms(p.epsilon, plan.delta, plan.shape.records, p.group_size, p.insecure_seed)
-        session = Session(run.private, terms, later=[run.engine_path])
+        session = Session(run.private, p, plan.delta, plan.shape.records, later=[run.engine_path])
         self.randomness, self.ledger = session.randomness, session.ledger
         prior = prior_of(config, plan.stages, plan.shape.channels)
         noted = next((e.details["prior"] for e in self.ledger.entries if "prior" in e.details), None)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpsyngen.config import Config, with_batch
+from dpsyngen.config import Config, PrivacyConfig, with_batch
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import with_whole_paths
 from dpsyngen.errors import ConfigError, RunError
@@ -36,32 +36,30 @@ from dpsyngen.training.networks import prior_of, with_prior
 from dpsyngen.training.plan import Plan, make_plan, program_of, shape_of, with_all_settings
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a computation on private images may cost."""
-
-    epsilon: float  # may be infinite
-    delta: float
-    records: int  # declared
-    group_size: int = 1  # images of one person at most
-    insecure_seed: int | None = None  # reproducible noise, NOT PRIVATE; None: a key from the operating system
-
-
 class Session:
     """Key (`randomness`), `ledger` and pinned facts of one computation on private images.
 
-    Charge the ledger *before* a result is used.  `private` is its private folder, which the caller has locked; `later`
-    are files that are made after ``data.json``, and `again` is what to advise where nothing can be continued.
+    Charge the ledger *before* a result is used.  `private` is its private folder, which the caller has locked;
+    `privacy`, `delta` and `records`, the declared n, say what it may cost; `later` are files that are made after
+    ``data.json``, and `again` is what to advise where nothing can be continued.
     RunError or LedgerError if the files do not fit together, or one is missing.
     """
 
-    def __init__(self, private: Path, terms: Terms, later: Sequence[Path] = (), again: str = "start a new run") -> None:
+    def __init__(
+        self,
+        private: Path,
+        privacy: PrivacyConfig,
+        delta: float,
+        records: int,
+        later: Sequence[Path] = (),
+        again: str = "start a new run",
+    ) -> None:
         self.key_path, self.ledger_path = private / "randomness.json", private / "ledger.jsonl"
         self.data_path, self.later, self.again = private / "data.json", tuple(later), again
-        self.randomness = self._key(terms)
-        self.ledger = self._ledger(terms)
+        self.randomness = self._key(privacy.insecure_seed)
+        self.ledger = self._ledger(privacy, delta, records)
 
-    def _key(self, terms: Terms) -> Randomness:
+    def _key(self, seed: int | None) -> Randomness:
         """The key; a new one only where nothing can have used the old one."""
         head = self.ledger_path.with_name(self.ledger_path.name + ".head")
         begun = any(p.exists() for p in (self.ledger_path, head, self.data_path, *self.later))
@@ -74,12 +72,11 @@ class Session:
             self.key_path.unlink()
         elif begun:
             raise self._missing(self.key_path, "steps that are charged would get fresh noise")
-        seed = terms.insecure_seed
         fresh = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
         fresh.save(self.key_path)
         return fresh
 
-    def _ledger(self, terms: Terms) -> Ledger:
+    def _ledger(self, privacy: PrivacyConfig, delta: float, records: int) -> Ledger:
         name = self.randomness.tag("name of the run")[:32]
         if self.ledger_path.exists():
             ledger = Ledger(self.ledger_path)
@@ -94,10 +91,10 @@ class Session:
             raise self._missing(self.ledger_path, "what was charged is no longer known")
         return Ledger.create(
             self.ledger_path,
-            target_epsilon=terms.epsilon,
-            delta=terms.delta,
-            records=terms.records,
-            group_size=terms.group_size,
+            target_epsilon=privacy.epsilon,
+            delta=delta,
+            records=records,
+            group_size=privacy.group_size,
             run=name,
             secure=self.randomness.secure,
         )
@@ -108,19 +105,20 @@ class Session:
         Args:
             fingerprint: of the images; only a keyed tag of it is written.
             settings: what decides the sums; JSON-able.
-            about: more facts, such as calibrated noise, in which another version of a library could differ.
+            about: more facts: ``records``, how many images there are; ``noise_multiplier``, as calibrated, in which
+                another version of a library could differ; and others.
 
         Returns:
             `about`, as it was written down the first time.
         """
         tag, settings = self.randomness.tag(fingerprint), json.loads(json.dumps(settings))
-        known = pinned(self.data_path)
-        if known is None:
+        if not self.data_path.exists():
             if self.ledger.mechanisms or self.ledger.non_private:
                 raise self._missing(self.data_path, "nothing says any more that the images are the same")
             facts = {"fingerprint": tag, **about, "settings": settings}
             write_text(self.data_path, json.dumps(facts, indent=1) + "\n", 0o600)
             return about
+        known = pinned(self.data_path)
         if not hmac.compare_digest(known["fingerprint"], tag):
             raise RunError(
                 f"the images are not those that {self.data_path.parent.parent} was started with.  Continuing would add "
@@ -155,15 +153,14 @@ class Session:
         )
 
 
-def pinned(path: Path) -> dict[str, Any] | None:
-    """What :meth:`Session.pin` wrote to `path`; None if it did not come to that; RunError if it cannot be read."""
-    if not path.exists():
-        return None
+def pinned(path: Path) -> dict[str, Any]:
+    """What :meth:`Session.pin` wrote to `path`; RunError if it is missing or damaged."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         moments = about.get("moments")
         return about | {
             "fingerprint": str(about["fingerprint"]),
+            "records": int(about["records"]),
             "noise_multiplier": float(about["noise_multiplier"]),
             "moments": None if moments is None else [None if z is None else float(z) for z in moments],
             "settings": dict(about["settings"]),

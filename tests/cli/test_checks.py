@@ -151,7 +151,7 @@ def test_arrays_have_to_be_given_again(tmp_path) -> None:
         check_memorisation(run, data=images_of(1), images=4)
     assert check_memorisation(run, data=images_of(0), held_out=images_of(1), images=30).flagged is False
     (run.data_path).unlink()
-    with pytest.raises(RunError, match="is missing, so nobody"):
+    with pytest.raises(RunError, match=r"data\.json, which says what images the run is of, cannot be read"):
         check_memorisation(run, data=images_of(0), images=4)
 
 

@@ -118,9 +118,10 @@ def test_the_preset_goes_with_the_device(monkeypatch, there) -> None:
 
 def test_every_choice_has_its_reason() -> None:
     for machine, device in ((NOTHING, "auto"), (facts(A100), "auto"), (facts(V100), "cuda"), (facts(A100), "cpu")):
-        rows = decide(device, AUTO, machine).describe()
-        assert len(rows) == 4
-        assert all(what and value and why for what, value, why in rows)
+        rows = decide(device, AUTO, machine).to_dict()
+        assert list(rows) == ["device", "precision", "channels_last", "compile"]
+        assert all(row["value"] in (True, False) or row["value"] for row in rows.values())
+        assert all(row["why"] for row in rows.values())
 
 
 def test_settings_that_are_no_choice_are_refused() -> None:

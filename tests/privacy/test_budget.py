@@ -74,19 +74,14 @@ def test_runs_for_persons_and_runs_for_images_share_no_budget(path) -> None:
     assert not Budget(path).by_person
 
 
-def test_a_file_that_does_not_say_whom_its_runs_protect_takes_no_others(path) -> None:
-    """As earlier development versions wrote it."""
+def test_a_file_that_does_not_say_whom_its_runs_protect_is_damaged(path) -> None:
     Budget(path).reserve("one", "r", (RUN,), IMAGES)
     old = path.with_name("old")
     budget = Budget.create(old, epsilon_limit=9, delta=1e-5, group_size=2)
     line = json.loads(path.read_text().splitlines()[1])
-    budget._write({k: line[k] for k in ("run", "name", "mechanisms", "settled")} | {"data": budget._tag(IMAGES)})
-    for most in (None, 2):
-        with pytest.raises(ConfigError, match="did not write down whether its runs protect images or persons"):
-            Budget(old).reserve("two", "r", (RUN,), IMAGES, most)
-    Budget(old).reserve("one", "r", (RUN,), IMAGES)
-    Budget(old).settle("one", [RUN])
-    assert Budget(old).epsilon() == epsilon([RUN], 1e-5, group_size=2)
+    budget._write({k: line[k] for k in ("run", "name", "mechanisms", "settled", "data")})
+    with pytest.raises(LedgerError, match=r"is damaged: KeyError.'by_person'"):
+        Budget(old)
 
 
 def test_a_run_is_charged_once_however_often_it_is_resumed(path) -> None:

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from dpsyngen.errors import ConfigError
-from dpsyngen.privacy.clipping import GridGradient, clip_and_sum, clip_to_grid, default_grid, empty_on_grid
+from dpsyngen.privacy.clipping import GridGradient, clip_and_sum, clip_to_grid, default_grid
 from dpsyngen.privacy.exact import DiscreteGaussian, discrete_gaussian
 from dpsyngen.privacy.noise import GaussianMechanism
 from dpsyngen.privacy.randomness import Randomness
@@ -137,7 +137,8 @@ def test_bad_grids_are_refused() -> None:
 @pytest.mark.parametrize("examples", [0, 3])
 def test_mean_and_deviation_of_the_release(examples) -> None:
     parameters = [torch.zeros(300, 100), torch.zeros(20)]
-    clipped = empty_on_grid(parameters, 2.0, GRID)
+    clipped = clip_to_grid([p.new_zeros(0, *p.shape) for p in parameters], 2.0, GRID)
+    assert clipped.examples == 0
     if examples:
         sums = [torch.full_like(s, 1 << 14) for s in clipped.sums]  # 4.0
         clipped = GridGradient(sums, clipped.l2_sensitivity, examples, torch.zeros(examples), 0, GRID)
