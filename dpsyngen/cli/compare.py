@@ -48,7 +48,7 @@ def compare(
                 choose(device)
                 chosen, out = _spec(spec, out, data, test)
                 if dry_run:
-                    _dry_run(console, chosen, out, device, processes, told=data is not None)
+                    _dry_run(console, chosen, out, device, processes)
                     return
                 if out is None:
                     raise ConfigError("--out is missing: the folder of the experiment.")
@@ -88,6 +88,8 @@ def _spec(given: str, out: Path | None, data: str | None, test: str | None) -> t
         return spec, out
     values = spec.model_dump(mode="json")
     values["data"] |= {k: v for k, v in (("train", data), ("test", test)) if v is not None}
+    if data is not None:
+        values["data"]["facts"] = None  # they are of the images that these stand in for
     return parse_spec(values), out
 
 
@@ -113,8 +115,8 @@ def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experimen
     return experiment
 
 
-def _shape(spec: Spec, told: bool) -> Shape:
-    """Of the images, or what the specification says of them where there are none and --data did not tell where."""
+def _shape(spec: Spec) -> Shape:
+    """Of the images, or what the specification says of them where there are none."""
     from dpsyngen.experiments.runner import Images
     from dpsyngen.training.plan import Shape
 
@@ -122,7 +124,7 @@ def _shape(spec: Spec, told: bool) -> Shape:
     try:
         return Images(spec).shape
     except DataError:
-        if facts is None or told:
+        if facts is None:
             raise
     classes = tuple(f"class {i}" for i in range(facts.classes if spec.data.labels else 0))
     return Shape(facts.resolution, facts.channels, classes, spec.data.records or facts.records)
@@ -207,7 +209,7 @@ def _finish(console: Console, experiment: Experiment) -> None:
         raise typer.Exit(code)
 
 
-def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, processes: int, told: bool) -> None:
+def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, processes: int) -> None:
     import torch
 
     from dpsyngen.experiments.cost import estimate, hours, privacy_cost
@@ -215,7 +217,7 @@ def _dry_run(console: Console, spec: Spec, out: Path | None, device: str, proces
     from dpsyngen.experiments.pool import threads_of
     from dpsyngen.experiments.spec import jobs_of
 
-    jobs, shape = jobs_of(spec), _shape(spec, told)
+    jobs, shape = jobs_of(spec), _shape(spec)
     cost = privacy_cost(spec, jobs, shape, out)
     console.note("measuring a few steps of each kind …")
     left = jobs

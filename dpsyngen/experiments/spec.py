@@ -64,7 +64,7 @@ class DataSpec(DataConfig):
 
     train: str = Field(max_length=4096, description="private images: what `dpsyngen train --data` takes")
     test: str | None = Field(None, max_length=4096, description="real test images, never trained on")
-    facts: DataFacts | None = Field(None, description="what train must be like; None: whatever it is")
+    facts: DataFacts | None = Field(None, description="what train must be like; None, or with --data: whatever it is")
 
     @property
     def section(self) -> dict[str, Any]:
