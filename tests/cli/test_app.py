@@ -48,6 +48,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         assert command in out
 
 
+@pytest.mark.slow
 def test_the_whole_job(call, data, tmp_path) -> None:
     run = tmp_path / "runs" / "a"
     code, out, err = call("train", "--data", data, "--epsilon", 8, "--out", run, *SMALL)
@@ -89,6 +90,7 @@ def test_the_whole_job(call, data, tmp_path) -> None:
         assert "exists already" in err
 
 
+@pytest.mark.slow
 def test_written_samples_can_be_read_as_data(call, finished, tmp_path) -> None:
     assert call("sample", finished.path, "-n", 30, "--out", tmp_path / "syn")[0] == 0
     assert call("sample", finished.path, "-n", 30, "--out", tmp_path / "syn.npz")[0] == 0
@@ -99,6 +101,7 @@ def test_written_samples_can_be_read_as_data(call, finished, tmp_path) -> None:
     assert len(folder) == len(file) == 30
 
 
+@pytest.mark.slow
 def test_plan_states_both_ways(call) -> None:
     code, out, _ = call("plan", "--records", 60000, "--epsilon", 1, "--batch", 4096, "--steps", 2000)
     assert code == 0

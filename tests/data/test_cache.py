@@ -324,6 +324,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_process_decodes_and_the_others_wait(many: Path) -> None:
     lines = [(many / f"out-{i}").read_text().split() for i in range(3)]
     expected = load_images(many / "s.tar").fingerprint()

@@ -49,6 +49,7 @@ def test_no_variant_is_told_by_colour_alone() -> None:
     assert len({str(dash) for _, _, dash in STYLES.values()}) == len(STYLES)
 
 
+@pytest.mark.slow
 def test_plots_for_which_there_is_data(plots, tmp_path) -> None:
     assert [p.name for p in plots] == [
         "epsilon-accuracy-cnn",

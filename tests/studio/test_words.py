@@ -79,6 +79,7 @@ def test_others_are_not_shown_as_training_images(finished: Run, tmp_path: Path) 
     assert len(Run(tmp_path / "r").finished_ledger().entries) == lines
 
 
+@pytest.mark.slow
 def test_what_a_plan_refuses_is_refused_before_there_is_a_run(tmp_path: Path) -> None:
     dataset = load_images(tiny_arrays())
     with pytest.raises(ConfigError, match="must be below 1/records"):

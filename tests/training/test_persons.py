@@ -251,6 +251,7 @@ def test_processes_must_agree_on_whose_the_images_are() -> None:
         chosen_images(config, replace(data, persons=None), Randomness.from_insecure_seed(0))
 
 
+@pytest.mark.slow
 def test_tables_that_have_moved_are_given_when_a_run_is_resumed(call, photos, tmp_path) -> None:
     folder, table = photos
     labels = tmp_path / "labels.csv"
