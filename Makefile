@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reo
 # A new folder each time: nothing that was made before is overwritten.
 DEMO := $(if $(DEMO),$(DEMO),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 
-.PHONY: help setup demo studio check test fast all lint types docs figures clean
+.PHONY: help setup demo studio check test pytest-fast pytest-all lint types docs figures clean
 
 help:
 	@echo "make demo   set up, then train, sample, evaluate and report on scikit-learn's digits (into $(DEMO))"
@@ -82,15 +82,15 @@ figures: setup
 # Types are checked beside the tests: mypy has one process, so alone it would leave a core idle.  pytest takes longer, and
 # its summary line ends the output.  A process a core, each with whole files (tests/conftest.py): fixtures are made once a file.
 check: lint
-	$(MAKE) --no-print-directory --jobs=2 types fast
+	$(MAKE) --no-print-directory --jobs=2 types pytest-fast
 
 test: lint
-	$(MAKE) --no-print-directory --jobs=2 types all
+	$(MAKE) --no-print-directory --jobs=2 types pytest-all
 
-fast: setup
+pytest-fast: setup
 	$(PYTEST) -m "not slow"
 
-all: setup
+pytest-all: setup
 	$(PYTEST) --durations=25
 
 clean:
