@@ -20,7 +20,6 @@ from dpsyngen.evaluation import cas, distances
 from dpsyngen.evaluation.extractors import FeatureSpec, computed_by_all, kept_features
 from dpsyngen.evaluation.features import Tell
 from dpsyngen.evaluation.neighbours import NEIGHBOURS, Features, Manifold, digests
-from dpsyngen.hardware import device_of
 
 
 class Metric(NamedTuple):
@@ -253,7 +252,9 @@ def evaluate_images(
     made = _subset(generated, s.max_images, rng)
     held_out = None if test is None else _subset(test.images, len(made), rng)
     drawn = None if programs is None else _subset(programs, len(made), rng)
-    tell = on_progress or (lambda line: None)
+    from dpsyngen.hardware import device_of  # brings torch, without which this module can be imported
+
+    device, tell = device_of(s.device, ranks), on_progress or (lambda line: None)
     given = {"real": ("real training images", real), "generated": ("generated images", made)}
     given |= {} if held_out is None else {"floor": ("real test images", held_out)}
     given |= {} if drawn is None else {"ceiling": ("images drawn by programs", drawn)}
@@ -261,14 +262,14 @@ def evaluate_images(
     out["notes"] += [note for name, each in sets.items() if name != "ceiling" and (note := each.note())]
     for spec in s.specs:
         tell(f"features {spec.name}: {len(made):,} generated, {len(real):,} real training images")
-        out["features"][spec.name] = _figures(spec, sets, s, tell, ranks)
+        out["features"][spec.name] = _figures(spec, sets, s, device, tell, ranks)
     if test is not None and s.classifiers and labels is not None and test.labels is not None:
         results = cas.classification_accuracy(
             *(generated, labels, test.array(), test.labels),
             num_classes=test.num_classes,
             classifiers=s.classifiers,
             seed=s.seed,
-            device=device_of(s.device, ranks),
+            device=device,
             on_progress=on_progress,
         )
         out["cas"] = {name: result.to_dict() for name, result in results.items()}
@@ -289,12 +290,12 @@ def evaluate_images(
 
 
 def _figures(
-    spec: FeatureSpec, sets: dict[str, _Set], s: EvaluationSettings, tell: Tell, ranks: Ranks
+    spec: FeatureSpec, sets: dict[str, _Set], s: EvaluationSettings, device: str, tell: Tell, ranks: Ranks
 ) -> dict[str, Any]:
     """All metrics of one extractor: of the set "generated" against "real", beside "floor" and "ceiling" if given."""
     real, made = sets["real"], sets["generated"]
     bounding = {name: each for name, each in sets.items() if name in ("floor", "ceiling")}
-    extractor = spec.make(device_of(s.device, ranks))
+    extractor = spec.make(device)
     extractor.fit(real.images)
     compute = computed_by_all(extractor, spec, s.device, ranks)
     of_real = kept_features(s.cache, extractor, real.images, tell, compute)
