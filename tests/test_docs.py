@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from inspect import cleandoc
+from inspect import cleandoc, signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -278,8 +278,32 @@ def test_wrong_commands_would_be_found(line: str, problem: str | None) -> None:
     assert problem_of(shlex.split(line), commands(), whole=True) == problem
 
 
+def misfit(call: ast.Call, known: dict[str, Any]) -> str | None:
+    """What is wrong with the arguments of a call of ours; None if nothing is, or if it calls nothing that is known."""
+    path, root = list[str](), call.func
+    while isinstance(root, ast.Attribute):
+        path.insert(0, root.attr)
+        root = root.value
+    target = known.get(root.id) if isinstance(root, ast.Name) else None
+    for name in path:
+        target = getattr(target, name, None)
+    spread = any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords)
+    if spread or not callable(target):
+        return None
+    try:
+        signature(target).bind(*call.args, **{str(k.arg): k.value for k in call.keywords})
+    except TypeError as error:
+        return f"{ast.unparse(call)}: {error}"
+    return None
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_every_python_block_compiles_and_imports_what_is_there(page: Path) -> None:
+def test_every_python_block_compiles_imports_what_is_there_and_gives_what_it_takes(page: Path) -> None:
+    import dpsyngen
+
+    # What the pages call by these names, without anything in it.
+    known: dict[str, Any] = {"dpsyngen": dpsyngen}
+    known |= {"generator": object.__new__(dpsyngen.Generator), "samples": object.__new__(dpsyngen.Samples)}
     for number, block in blocks(page, "python", "py"):
         tree = ast.parse(block, filename=f"{page.name}:{number}")
         for node in ast.walk(tree):
@@ -287,10 +311,28 @@ def test_every_python_block_compiles_and_imports_what_is_there(page: Path) -> No
                 module = __import__(str(node.module), fromlist=[a.name for a in node.names])
                 for name in node.names:
                     assert hasattr(module, name.name), f"{page.name}:{number}: {node.module} has no {name.name}"
+                    known[name.asname or name.name] = getattr(module, name.name)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dpsyngen":
-                import dpsyngen
-
                 assert hasattr(dpsyngen, node.attr), f"{page.name}:{number}: dpsyngen has no {node.attr}"
+        wrong = [m for node in ast.walk(tree) if isinstance(node, ast.Call) and (m := misfit(node, known))]
+        assert not wrong, f"{page.name}:{number}: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("dpsyngen.train('photos/', epsilon=3, out='r')", None),
+        ("dpsyngen.train('photos/', epsilon=3, out='r', epsylon=3)", "unexpected keyword argument 'epsylon'"),
+        ("dpsyngen.write_samples(samples, 'synthetic')", "missing a required argument"),
+        ("print(anything)", None),
+    ],
+)
+def test_wrong_calls_would_be_found(line: str, problem: str | None) -> None:
+    import dpsyngen
+
+    (call,) = (node for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call))
+    found = misfit(call, {"dpsyngen": dpsyngen})
+    assert found is None if problem is None else problem in str(found)
 
 
 def test_the_reference_of_the_command_line_has_every_command_and_option() -> None:
