@@ -139,7 +139,7 @@ def _work(console: Console, experiment: Experiment, processes: int, device: str,
     """Do all jobs, or as many as there is time for."""
     from dpsyngen.experiments import pool
 
-    statuses = experiment.statuses()
+    statuses, again = experiment.statuses(), time.time() if retry else 0.0
     with console.progress("jobs", len(statuses), "jobs", start=_over(statuses)) as progress:
 
         def watch(statuses: dict[str, Status]) -> None:
@@ -153,9 +153,9 @@ def _work(console: Console, experiment: Experiment, processes: int, device: str,
             progress.update(_over(statuses), _doing(job.name, doing, at, of))
 
         if processes > 1:
-            pool.processes(experiment, processes, device, retry=retry, watch=watch)
+            pool.processes(experiment, processes, device, retry=again, watch=watch)
             return
-        complete = pool.work(experiment, device, retry=retry, tell=tell)
+        complete = pool.work(experiment, device, retry=again, tell=tell)
         if ranks.main and not ranks.alone and complete:
             # The others may still be at theirs.
             while any(s.state in ("running", "waiting") for s in experiment.statuses().values()):

@@ -120,6 +120,15 @@ def default_epochs(name: str, images: int) -> int:
     return int(np.clip(presentations // images, 5, most))
 
 
+def require_enough(images: int, classes: int) -> None:
+    """ConfigError unless so many generated images, of all classes in turn, can train a classifier and be held out."""
+    if -(-images // classes) < 6:
+        raise ConfigError(
+            f"{images:,} generated images of {classes:,} classes are too few to train a classifier: a class needs 6, "
+            f"of which one is held out.  Generate {6 * classes:,}, or ask for no classifiers."
+        )
+
+
 def split_generated(
     labels: NDArray[np.int64], fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

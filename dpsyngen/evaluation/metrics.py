@@ -305,7 +305,7 @@ def _figures(
     refused = {name: real.refusal(name) or made.refusal(name, real=False) for name in s.metrics}
     measures = Measures(of_real, [name for name in s.metrics if not refused[name]], s.seed)
     found = measures.of(of_made, scatter=s.bootstrap > 0)
-    found_of = {name: measures.of(features) for name, features in bounds.items()}
+    found_of = {name: measures.of(features) for name, features in bounds.items() if len(features) > 1}
     bootstrap = distances.Bootstrap(len(of_made), s.bootstrap, s.seed) if s.bootstrap else None
     # Components that are fewer because the images they are fitted to are few do not make these images enough.
     dimensions = max(of_real.shape[1], min(getattr(extractor, "components", 0), real.images[0].size))

@@ -18,6 +18,7 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import Source, load_private, said_of_a_run
 from dpsyngen.distributed import ALONE, Ranks
 from dpsyngen.errors import ConfigError, DataError, listed, require
+from dpsyngen.evaluation.cas import require_enough
 from dpsyngen.evaluation.extractors import FeatureSpec, shared_features
 from dpsyngen.evaluation.features import OwnFeatures
 from dpsyngen.evaluation.memorisation import (
@@ -108,6 +109,8 @@ def evaluate(
         )
     reference = reference if own is None else own
     held_out = None if test is None else _images(test, config, generator, "test", notes, **labelled)
+    if held_out is not None and held_out.labels is not None and s.classifiers:
+        require_enough(images, len(generator.class_names))
     for spec in s.specs:
         # What is missing or wrong should show before images are generated and the ledger is written.
         extractor = spec.make(device_of(device, ranks))

@@ -67,6 +67,8 @@ def dp_classifier_reference(
     epsilon: float,
     delta: float,
     ledger: Path,
+    records: int | None = None,
+    group_size: int = 1,
     seed: int | None = None,
     device: str = "cpu",
     on_progress: Callable[[str], None] | None = None,
@@ -75,12 +77,14 @@ def dp_classifier_reference(
     """Score a classifier trained on the real training images by DP-SGD at (ε, δ).
 
     Formal guarantee, with `seed` None: the classifier is (ε, δ)-differentially private in the training images, under
-    adding or removing one of them; n is public.  It has nothing to do with the test images: a score is computed from
-    them and is as private as they are.
+    adding or removing up to `group_size` of them; n is public.  It has nothing to do with the test images: a score is
+    computed from them and is as private as they are.
 
     Args:
         epsilon, delta: ε > 0, finite, and δ in (0, 1).
         ledger: a file that does not exist yet, to keep the ledger in.
+        records: the declared n; None: the number of training images.
+        group_size: g >= 1; ε and δ are for up to g images of one person.
         seed: None: noise from the operating system's entropy.  A number: the same result each time, and NOT PRIVATE.
         given: ``steps``, ``batch``, ``learning_rate`` and ``clipping_norm`` where :func:`settings_by_rule` is not
             followed.
@@ -95,7 +99,7 @@ def dp_classifier_reference(
         LedgerError: the ledger file exists.
     """
     train_labels, test_labels = _labels(train, test)
-    n = len(train)
+    n = len(train) if records is None else records
     require_same_size("test images", test.images, "the training images", train.images)
     if not (0 < epsilon < float("inf")) or not 0 < delta < 1:
         raise ConfigError(f"ε is {epsilon} and δ {delta}, but must be positive and finite, and in (0, 1).")
@@ -103,15 +107,18 @@ def dp_classifier_reference(
     # Noise of 1 stands in while the rest is checked; what is needed depends on the checked rest.
     settings = DpSettings(records=n, noise_multiplier=1.0, **chosen)
     try:
-        noise = calibrate_noise(epsilon, delta, sampling_rate=settings.sampling_rate, steps=settings.steps)
+        noise = calibrate_noise(
+            epsilon, delta, sampling_rate=settings.sampling_rate, steps=settings.steps, group_size=group_size
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
     settings = replace(settings, noise_multiplier=noise)
     randomness = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
     name, secure = randomness.tag("dp classifier")[:16], randomness.secure
-    book = Ledger.create(ledger, target_epsilon=epsilon, delta=delta, records=n, run=name, secure=secure)
+    promise: dict[str, Any] = {"target_epsilon": epsilon, "delta": delta, "records": n, "group_size": group_size}
+    book = Ledger.create(ledger, **promise, run=name, secure=secure)
     if on_progress:
-        on_progress(f"training a classifier by DP-SGD on {n:,} real images")
+        on_progress(f"training a classifier by DP-SGD on {len(train):,} real images")
     features = Scattering(train.images.shape[1:])
     classifier, inputs = linear_classifier(features, train.num_classes, device), features.of(train.array())
     train_dp_classifier(

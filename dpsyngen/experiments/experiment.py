@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from dpsyngen.config import Config
+from dpsyngen.config import Config, load_config
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import whole_source, with_whole_paths
 from dpsyngen.diffusion.stages import StageMap
@@ -38,6 +38,7 @@ from dpsyngen.training.log import JsonLines
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.plan import Shape
 from dpsyngen.training.public import PRETRAIN, pretraining
+from dpsyngen.training.run import Run
 from dpsyngen.training.session import fixed_settings
 from dpsyngen.version import __version__
 
@@ -156,8 +157,12 @@ class Experiment:
 
     def begun_otherwise(self, job: Job) -> bool:
         """Whether the run of that name was begun with other settings than `job` has."""
-        begun = _read(self.work_path(job) / "job.json")
-        return bool(begun) and begun.get("settings") != training_digest(job)
+        begun, path = _read(self.work_path(job) / "job.json"), self.run_path(job)
+        if begun and begun.get("settings") != training_digest(job):
+            return True
+        if job.config is None or not (path / "run.json").exists():
+            return False
+        return Run(path).config.sampling != job.config.sampling  # changes no training, but a run draws as it was begun
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """What a finished job found; None if it is not finished, or was measured in another way than is asked now."""
@@ -180,6 +185,9 @@ class Experiment:
         parts = ["data", "evaluation", *(["sampling"] if job.kind == "run" else [])]
         if job.kind == "dp-classifier":
             parts.append("dp_classifier")
+            promise = load_config(dict(self.spec.settings), preset=self.spec.preset).privacy
+            spec["dp_classifier"] |= {"delta": promise.delta, "group_size": promise.group_size}
+            spec["dp_classifier"]["records"] = self.spec.data.records
         return digest({"parts": {p: spec[p] for p in parts}, "settings": training_digest(job)})
 
     def status(self, job: Job) -> Status:
@@ -222,20 +230,23 @@ def _whole(spec: Spec) -> Spec:
     """The specification with absolute paths, for calls from another working folder."""
     d, weights, budget = spec.data, spec.evaluation.inception_weights, spec.cost.budget_file
     where = {"train": whole_source(d.train), "test": d.test and whole_source(d.test)}
+    own = [f.rpartition(":") for f in spec.evaluation.features]  # FILE.py:NAME is a user's own, others have no colon
+    features = tuple(f"{os.path.abspath(file)}:{name}" if file else name for file, _, name in own)
+    measured = {"features": features, "inception_weights": weights and os.path.abspath(weights)}
     parts = {
         "data": with_whole_paths(d).model_copy(update=where),
-        "evaluation": spec.evaluation.model_copy(update={"inception_weights": weights and os.path.abspath(weights)}),
+        "evaluation": spec.evaluation.model_copy(update=measured),
         "cost": spec.cost.model_copy(update={"budget_file": budget and os.path.abspath(budget)}),
     }
     return spec.model_copy(update=parts)
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Hold a lock file; False if another process has it.  The system frees it however we end."""
+def claimed(path: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Hold a lock file; False if another process has it for `patience` seconds.  The system frees it however we end."""
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(FileLock(path, mode=0o600).acquire(blocking=False))
+            held.enter_context(FileLock(path, mode=0o600).acquire(timeout=patience))
         except Timeout:
             yield False
         else:

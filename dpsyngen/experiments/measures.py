@@ -179,9 +179,9 @@ class View:
         jobs = [j for j in self.results.jobs if j.kind == wanted]
         if kind == "dp-classifier":
             jobs = [j for j in jobs if j.epsilon == epsilon]
-        of_measure = (measure.metric, measure.on, "")
-        figures = [f for j in jobs for f in j.figures()]
-        figures = [f for f in figures if (f.metric, f.on.removeprefix("dp-"), f.of_class) == of_measure]
+        figures = [f for j in jobs for f in j.figures() if (f.metric, f.of_class) == (measure.metric, "")]
+        if kind != "dp-classifier":  # which is of a kind of its own, to read every classifier's accuracy by
+            figures = [f for f in figures if f.on == measure.on]
         found = (getattr(f, bounds.get(kind, "value")) for f in figures)
         values = [measure.scale * value for value in found if value is not None]
         return [fmean(values)] if values and kind in bounds else values

@@ -1,7 +1,7 @@
 """Doing all jobs of an experiment: in this process, in several, or as one rank of torchrun.
 
 Jobs are claimed by lock files in the experiment's folder, so processes may join, be killed and come back at any time.
-``python -m dpsyngen.experiments.pool EXPERIMENT DEVICE [--retry]`` is one such process.
+``python -m dpsyngen.experiments.pool EXPERIMENT DEVICE [RETRY]`` is one such process.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def work(
     experiment: Experiment,
     device: str = "cpu",
     *,
-    retry: bool = False,
+    retry: float = 0.0,
     tell: Say | None = None,
 ) -> bool:
     """Do jobs that nobody else does until none is left; False if it was asked to stop, or the time is used up.
 
-    Several processes may work on one experiment.  `retry`: try jobs that failed once more; `tell` is called with what
-    is being done.
+    Several processes may work on one experiment.  `retry`: try jobs once more that failed before this
+    time (as ``time.time()``); `tell` is called with what is being done.
     """
     images: Images | None = None
     for job in experiment.jobs:
@@ -55,13 +55,15 @@ def work(
             images = Images(experiment.spec)
             experiment.pin(experiment.spec, images.train, images.test)
         folder.mkdir(mode=0o700, exist_ok=True)
-        with claimed(folder / "lock") as mine:
+        # Whoever asks how far the job is holds the lock for a moment.
+        with claimed(folder / "lock", patience=1.0) as mine:
             if not mine or experiment.result(job) is not None:
                 continue
             if experiment.failure(job) is not None:
-                if not retry:
+                failed = folder / "failed.json"
+                if failed.stat().st_mtime >= retry:
                     continue
-                (folder / "failed.json").unlink()
+                failed.unlink()
             if not _one(experiment, images, job, device, tell):
                 return False
     return True
@@ -110,11 +112,12 @@ def threads_of(count: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // count)
 
 
-def processes(experiment: Experiment, count: int, device: str, *, retry: bool, watch: Watch | None = None) -> bool:
+def processes(
+    experiment: Experiment, count: int, device: str, *, retry: float = 0.0, watch: Watch | None = None
+) -> bool:
     """Do all jobs in `count` processes, each with its share of the cores; returns as :func:`work`."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of(count)), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "dpsyngen.experiments.pool", str(experiment.path), device]
-    command += ["--retry"] if retry else []
+    command = [sys.executable, "-m", "dpsyngen.experiments.pool", str(experiment.path), device, str(retry)]
     logs = experiment.path / "work"
     running: list[subprocess.Popen[bytes]] = []
     stopped = False
@@ -156,9 +159,9 @@ def processes(experiment: Experiment, count: int, device: str, *, retry: bool, w
 
 def main() -> None:
     """Work on an experiment as one of several processes."""
-    path, device, *rest = sys.argv[1:]
+    path, device, *retry = sys.argv[1:]
     try:
-        finished = work(Experiment(Path(path)), device, retry="--retry" in rest)
+        finished = work(Experiment(Path(path)), device, retry=float(*retry))
     except DpsyngenError as error:
         print(f"dpsyngen: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -19,6 +19,7 @@ from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
 from dpsyngen.evaluation import FeatureSpec, evaluate_images
+from dpsyngen.evaluation.cas import require_enough
 from dpsyngen.evaluation.run import training_images
 from dpsyngen.experiments.dp_classifier import dp_classifier_reference, real_reference
 from dpsyngen.experiments.experiment import Clock, Experiment, SharedNetworks, training_digest
@@ -71,6 +72,8 @@ class Images:
                 f"the images of {d.train} have {'one class' if self.train.class_names else 'no classes'}: there is "
                 "nothing to classify.  Give evaluation: {classifiers: []}."
             )
+        if spec.evaluation.classifiers:
+            require_enough(spec.sampling.images, len(self.train.class_names))
         self._spec = spec
 
     @cached_property
@@ -80,7 +83,8 @@ class Images:
         None where it is not asked for, or where the runs vary the program, so that there is not one to measure.
         """
         spec = self._spec
-        varied = [*spec.grid.axes, *(n for c in spec.grid.cases for n in c.settings)]
+        named = [c.settings for c in spec.grid.cases] + list(spec.grid.variant_settings.values())
+        varied = [*spec.grid.axes, *(name for settings in named for name in settings)]
         asked = "programs" in spec.references and spec.evaluation.features
         if not asked or any(name.startswith("program.") for name in varied):
             return None
@@ -275,8 +279,8 @@ class Worker:
     def _dp(self, job: Job, clock: Clock) -> dict[str, Any]:
         assert self.images.test is not None
         spec = self.experiment.spec
-        delta = load_config(dict(spec.settings), preset=spec.preset).privacy.delta
-        delta = default_delta(len(self.images.train)) if delta is None else delta
+        privacy, records = load_config(dict(spec.settings), preset=spec.preset).privacy, self.images.shape.records
+        delta = default_delta(records) if privacy.delta is None else privacy.delta
         seed = int.from_bytes(bytes.fromhex(digest(job.name))[:7]) if spec.noise == "seeded" else None
         # Kept, as every access to private images is; an attempt that was killed has its own.
         folder = self.experiment.work_path(job)
@@ -286,6 +290,8 @@ class Worker:
             self.images.test,
             epsilon=job.epsilon,
             delta=delta,
+            records=records,
+            group_size=privacy.group_size,
             seed=seed,
             device=self.device,
             ledger=folder / f"ledger-{attempt}.jsonl",

@@ -10,6 +10,7 @@ is stored by the browser, framed, or loads anything from elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 from collections.abc import Callable
@@ -190,6 +191,9 @@ class Places:
         return Run(self.path_of(name))
 
     def names(self) -> list[str]:
-        """All runs, the newest first."""
-        found = [p.parent for p in self.runs.glob("*/run.json") if p.parent.resolve() == p.parent]
+        """All runs, the newest first; those with names that :meth:`path_of` refuses are for the command line."""
+        found = []
+        for about in self.runs.glob("*/run.json"):
+            with contextlib.suppress(ConfigError):
+                found.append(self.path_of(about.parent.name))
         return [p.name for p in sorted(found, key=lambda p: (p / "run.json").stat().st_mtime, reverse=True)]

@@ -70,21 +70,23 @@ async def _runs(studio: Studio) -> None:
 
 
 def _row(studio: Studio, name: str) -> ui.html:
-    run, epsilon, records, figures, state = studio.places.run(name), "–", "–", "–", "damaged"
+    complete, epsilon, records, figures, state = False, "–", "–", "–", "damaged"
     try:
+        run = studio.places.run(name)
+        complete = run.complete
         progress = studio.jobs.look(run.path)[1]
         if progress is not None:
             state, epsilon = progress.state, number(progress.epsilon, up=True) if progress.epsilon is not None else "–"
-        if run.complete:
+        if complete:
             records = f"{Guarantee.read(run.release).records:,}"
             figures = "; ".join(f"{row.name} {row.value}" for row in measured(run)[:2]) or "–"
     except (DpsyngenError, OSError, ValueError, KeyError):
         pass  # the run's own page tells
     with ui.element("tr"):
         box = f'<input type="checkbox" name="run" value="{escape(name)}" aria-label="compare {escape(name)}">'
-        look.html(box if run.complete else "", "td")
+        look.html(box if complete else "", "td")
         with ui.element("td"):
-            ui.link(name, f"/run/{name}/{'look' if run.complete else 'train'}")
+            ui.link(name, f"/run/{name}/{'look' if complete else 'train'}")
         look.html(f'<span class="dot {state}" aria-hidden="true"></span>{state}', "td").classes("state")
         look.tag("td", epsilon)
         picture = look.html("", "td")

@@ -152,6 +152,8 @@ def stages_yaml(result: StagesResult, given: Mapping[str, Any]) -> str:
         f"# {result.decided.student} in place of {_IN_WORDS[result.decided.by]}, method {result.settings['method']}:",
         *(f"# {line}" for line in stage_lines(result)),
     ]
+    if result.private is not None and not result.private["private"]:
+        comment.insert(0, "# NOT PRIVATE: found on private images with reproducible noise, which no ε covers.")
     values = dict(given) | {"stages": section}
     return "\n".join(comment) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

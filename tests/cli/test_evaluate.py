@@ -201,3 +201,11 @@ def test_images_of_another_size_are_told_of_and_of_another_colour_refused(call, 
     assert code == 2
     assert "the held-out images have 12 pixels a side" in err
     assert (kept(run), len(Ledger(run.ledger_path).entries)) == (before, entries)
+
+
+def test_too_few_images_of_a_class_for_a_classifier_cost_nothing(call, run, trained) -> None:
+    entries = len(Ledger(run.ledger_path).entries)
+    code, _, err = call("evaluate", run.path, "--test", trained / "test.npz", "-n", 15, "--classifiers", "logreg")
+    assert code == 2
+    assert "15 generated images of 3 classes are too few to train a classifier" in err
+    assert len(Ledger(run.ledger_path).entries) == entries

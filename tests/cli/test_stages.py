@@ -276,6 +276,7 @@ def test_public_results_are_the_same_whatever_the_private_images_are(stages, mad
         assert code == 0, err
         assert "NOT PRIVATE (reproducible noise)" in said
         assert "NOT PRIVATE" in err
+        assert (out / "stages.yaml").read_text().startswith("# NOT PRIVATE")
         with open(out / "gap.csv", newline="") as f:
             curves.append([r for r in csv.DictReader(f) if r["stand_in"] != "private"])
     assert curves[0] == curves[1]

@@ -211,6 +211,8 @@ def test_bounds_of_degenerate_sets_are_left_out(train, test) -> None:
         assert m["ceiling"] is not None
     found, _ = figures(train.images[:100], train, test.subset(np.arange(8)))
     assert [name for name, m in found.items() if m["floor"] is None] == list(OF_NEIGHBOURS)
+    found, _ = figures(train.images[:100], train, test.subset(np.arange(1)))
+    assert all(m["floor"] is None and m["value"] is not None for m in found.values())
 
 
 def test_accuracy_stands_beside_what_is_had_for_nothing(train, test) -> None:

@@ -92,6 +92,15 @@ def test_an_experiment_that_does_not_fit_into_a_budget_file_is_refused_whole(tin
     assert not Budget(budget.path).charges
 
 
+def test_there_is_no_one_ceiling_where_variants_have_programs_of_their_own(tiny_spec) -> None:
+    measured = {"features": ["pixels-pca"], "metrics": ["frechet"], "classifiers": [], "bootstrap": 0}
+    grid = {"variant": ["dpdm", "cleaning"], "epsilon": [3], "seeds": 1}
+    of_all = tiny_spec(evaluation=measured, grid=grid, references=["programs"])
+    assert Images(load_spec(of_all)).programs is not None
+    grid["variant_settings"] = {"cleaning": {"program.name": "fractal"}}
+    assert Images(load_spec(tiny_spec(evaluation=measured, grid=grid, references=["programs"]))).programs is None
+
+
 # ------------------------------------------------------------------------------------- the command line
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dpsyngen import fit as api
-from dpsyngen.errors import RunError
+from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.experiments import pool, runner
 from dpsyngen.experiments.experiment import Experiment, networks_of
 from dpsyngen.experiments.runner import Images, Stopped, Worker
@@ -83,6 +83,21 @@ def test_other_settings_for_runs_that_were_begun_are_refused(tiny_spec, done, tm
     with pytest.raises(RunError, match=r"other settings.*dpdm-eps3-seed0"):
         made(spec, tmp_path / "x")
     assert (tmp_path / "x" / "spec.yaml").read_bytes() == before
+
+
+def test_runs_draw_as_they_were_begun_so_other_sampling_of_a_variant_is_refused(tiny_spec, done, tmp_path) -> None:
+    grid = {"variant": ["dpdm", "cleaning"], "epsilon": [3], "seeds": 2}
+    grid["variant_settings"] = {"dpdm": {"sampling.guidance": 3.0}}
+    with pytest.raises(RunError, match=r"other settings.*dpdm-eps3-seed0"):
+        made(tiny_spec(grid=grid), tmp_path / "x")
+
+
+def test_own_features_are_found_from_another_working_folder(tiny_spec, tmp_path, monkeypatch) -> None:
+    (tmp_path / "own.py").write_text("def mean(x):\n    return x.mean((1, 2))\n")
+    measured = {"features": ["own.py:mean", "pixels-pca"], "metrics": ["frechet"], "classifiers": []}
+    monkeypatch.chdir(tmp_path)
+    experiment = made(tiny_spec(evaluation=measured), tmp_path / "x")
+    assert experiment.spec.evaluation.features == (f"{tmp_path / 'own.py'}:mean", "pixels-pca")
 
 
 def test_measuring_otherwise_keeps_the_runs_and_the_earlier_figures(tiny_spec, done, tmp_path) -> None:
@@ -223,7 +238,7 @@ def test_killed_processes_lose_nothing_and_no_job_is_done_twice(tiny_spec, tmp_p
         time.sleep(0.01)
     killed.send(signal.SIGKILL)
     assert killed.code() == -signal.SIGKILL
-    assert pool.processes(experiment, 2, "cpu", retry=False)
+    assert pool.processes(experiment, 2, "cpu")
     assert {s.state for s in experiment.statuses().values()} == {"done"}
     for job in experiment.jobs:
         charged = Ledger(experiment.run_path(job) / "private" / "ledger.jsonl").mechanisms
@@ -236,7 +251,8 @@ def test_a_job_that_somebody_is_at_is_left_alone(tiny_spec, tmp_path) -> None:
     experiment = made(tiny_spec(), tmp_path / "x")
     job = experiment.jobs[0]
     experiment.work_path(job).mkdir()
-    with claimed(experiment.work_path(job) / "lock"):
+    with claimed(experiment.work_path(job) / "lock") as mine:
+        assert mine
         assert experiment.status(job).state == "running"
         pool.work(experiment)
         assert not experiment.run_path(job).exists()
@@ -261,19 +277,28 @@ def test_a_failed_job_costs_no_other_and_is_tried_again_when_asked(tiny_spec, tm
     monkeypatch.setattr(api, "prepare", real)
     pool.work(experiment)
     assert experiment.status(first).state == "failed"
-    pool.work(experiment, retry=True)
+    pool.work(experiment, retry=time.time() - 3600)  # as of another process that began an hour ago: it failed since
+    assert experiment.status(first).state == "failed"
+    pool.work(experiment, retry=time.time())
     assert experiment.status(first).state == "done"
 
 
 def test_what_failed_to_be_measured_is_tried_again_when_it_is_measured_otherwise(tiny_spec, tmp_path) -> None:
     grid = {"variant": ["dpdm"], "epsilon": [3], "seeds": 1}
-    measured = {"features": [], "classifiers": ["logreg"]}
+    (tmp_path / "own.py").write_text("def broken(x):\n    raise ValueError('no such luck')\n")
+    measured = {"features": [f"{tmp_path / 'own.py'}:broken"], "metrics": ["frechet"], "classifiers": []}
     few = made(tiny_spec(grid=grid, evaluation=measured), tmp_path / "x")
     pool.work(few)
-    assert "too few" in few.status(few.jobs[0]).error
-    more = made(tiny_spec(grid=grid, evaluation=measured, sampling={"images": 60, "steps": 2}), tmp_path / "x")
+    assert "no such luck" in few.status(few.jobs[0]).error
+    more = made(tiny_spec(grid=grid, evaluation={**measured, "features": ["pixels-pca"]}), tmp_path / "x")
     pool.work(more)
     assert more.status(more.jobs[0]).state == "done"
+
+
+def test_too_few_images_to_train_a_classifier_are_refused_before_any_run(tiny_spec, tmp_path) -> None:
+    spec = tiny_spec(evaluation={"features": [], "classifiers": ["logreg"]})
+    with pytest.raises(ConfigError, match="12 generated images of 3 classes are too few"):
+        Images(load_spec(spec))
 
 
 def test_no_run_is_begun_when_the_computing_time_is_used_up(tiny_spec, tmp_path) -> None:

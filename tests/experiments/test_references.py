@@ -125,6 +125,16 @@ def test_ledger_has_every_step_before_the_first_record_is_looked_at(monkeypatch,
         dp_classifier_reference(*digits, epsilon=2, delta=1e-4, steps=4, batch=50, seed=1, ledger=path)
 
 
+def test_the_promise_is_for_as_many_images_of_a_person_as_that_of_the_runs(digits, tmp_path) -> None:
+    path = tmp_path / "ledger"
+    promise = {"epsilon": 2, "delta": 1e-4, "group_size": 4, "records": 1500}
+    dp_classifier_reference(*digits, **promise, steps=4, batch=50, seed=1, ledger=path)
+    ledger = Ledger(path)
+    assert (ledger.group_size, ledger.records) == (4, 1500)
+    assert ledger.mechanisms[0].sampling_rate == 50 / 1500
+    assert 0.99 * 2 < epsilon(ledger.mechanisms, 1e-4, group_size=4) <= 2
+
+
 def test_nothing_is_trained_beyond_the_target(monkeypatch, digits, tmp_path) -> None:
     def never(*_):
         raise AssertionError("a record was looked at")

@@ -91,7 +91,7 @@ def test_references_stand_below(view) -> None:
     assert names == ["trained on real images", "DP-SGD classifier, same ε"]
     dp = cells(tables["accuracy"], "DP-SGD classifier, same ε")
     assert dp["ε = 1", "CNN"].text != dp["ε = 10", "CNN"].text
-    assert dp["ε = 1", "MLP"].text == "–"
+    assert dp["ε = 1", "MLP"].text == dp["ε = 1", "CNN"].text  # it is of no kind: every accuracy is read by it
     distances = tables["pixels-pca-lower"]
     assert [r.heads[0] for r in distances.rows if r.reference] == [
         "real test images (floor)",

@@ -9,6 +9,8 @@ import sys
 import urllib.request
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -66,6 +68,13 @@ def test_a_run_is_a_folder_in_the_folder_of_runs(places: Places, name: str) -> N
         places.path_of(name)
     assert places.path_of("digits-1") == places.runs / "digits-1"
     assert places.path_of("ε = 3") == places.runs / "ε = 3"
+
+
+def test_runs_with_names_that_the_command_line_alone_takes_are_left_out(places: Places) -> None:
+    for name in ("a", "50%", "mnist#2", ".hidden", "linked"):
+        (places.runs / name).mkdir(exist_ok=True)
+        (places.runs / name / "run.json").write_text("{}")
+    assert places.names() == ["a"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "board.example", ""])
@@ -196,6 +205,28 @@ def test_why_a_training_could_not_begin_is_told(tmp_path: Path) -> None:
     assert "neither a file or folder nor a named set" in said.error
     with pytest.raises(RunError, match="no training of this run"):
         jobs.stop(path)
+
+
+@pytest.mark.skipif("nicegui" in MISSING, reason="nicegui is not installed")
+def test_a_run_of_another_format_hides_no_other_run(places: Places, tmp_path: Path) -> None:
+    from nicegui import Client, core
+    from nicegui.page import page
+
+    from dpsyngen.studio.overview import _row
+
+    (places.runs / "old").mkdir()
+    (places.runs / "old/run.json").write_text('{"format": 999}')
+    studio: Any = SimpleNamespace(places=places, jobs=Jobs(tmp_path / "jobs"))
+
+    async def rows() -> None:
+        core.loop = asyncio.get_running_loop()
+        with Client(page("/")):
+            for name in places.names():
+                row = _row(studio, name).parent_slot
+                assert row is not None
+                assert "damaged" in str([getattr(cell, "content", "") for cell in row.children])
+
+    asyncio.run(rows())
 
 
 @pytest.mark.skipif("nicegui" in MISSING, reason="nicegui is not installed")
