@@ -83,6 +83,9 @@ def evaluate(
     labelled = {name: settings.pop(name) for name in ("labels", "label_column") if name in settings}
     s = EvaluationSettings.of({**settings, "device": device, "cache": run.features_path if cache else None})
     require(images >= 2, "the number of generated images", images, "at least 2")
+    if data is None and test is None:
+        for name, value in labelled.items():
+            require(value is None, name, value, "left out without data or test, whose labels they are")
     if not s.specs and (test is None or not s.classifiers):
         raise ConfigError(
             "nothing would be measured: give --features and --metrics, or --classifiers and the real images of --test "

@@ -209,3 +209,9 @@ def test_too_few_images_of_a_class_for_a_classifier_cost_nothing(call, run, trai
     assert code == 2
     assert "15 generated images of 3 classes are too few to train a classifier" in err
     assert len(Ledger(run.ledger_path).entries) == entries
+
+
+def test_labels_of_no_images_are_refused(call, run, trained) -> None:
+    code, _, err = call("evaluate", run.path, "--labels", trained / "t.csv", *QUICK)
+    assert code == 2
+    assert "left out without data or test" in err
