@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.cache import quiet_decoders
+from dpsyngen.data.cache import Cache, quiet_decoders
 from dpsyngen.data.decode import Form, Item
 from dpsyngen.data.dicom import count_frames, is_dicom, pictures
 from dpsyngen.data.labels import (
@@ -44,7 +44,7 @@ from dpsyngen.data.source import Found, Job, Options, Source, split_evenly, whol
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars
 from dpsyngen.errors import BadImage, DataError, listed, printable, require
-from dpsyngen.files import NotPlainError, expanded, open_plain
+from dpsyngen.files import NotPlainError, open_plain
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".dcm", ".dicom"})
 SHARD_SUFFIXES = (".parquet", ".tar", ".arrow")
@@ -79,10 +79,10 @@ def find_folder(root: Path, options: Options) -> Found:
     among them.
     """
 
-    if options.cache != "auto":
-        inside = os.path.relpath(os.path.realpath(expanded(options.cache)), os.path.realpath(root))
-        allowed = "a folder outside that of the images, or a hidden one in it, as what is in it would count as images"
-        require(inside != "." and inside.startswith("."), "cache", options.cache, allowed)
+    cache = Cache(options.cache).folder
+    inside = os.path.relpath(os.path.realpath(cache), os.path.realpath(root))
+    allowed = "a folder outside that of the images, or a hidden one in it, as what is in it would count as images"
+    require(inside != "." and inside.startswith("."), "cache", str(cache), allowed)
 
     def files() -> list[tuple[str, str]]:
         found = _list_folder(root, options)

@@ -251,6 +251,17 @@ def test_a_cache_among_the_images_is_refused(class_folder: Path) -> None:
     assert isinstance(load_images(class_folder, cache=class_folder / ".cache").images, StoredImages)
 
 
+@pytest.mark.parametrize("variable", ["DPSYNGEN_CACHE", "XDG_CACHE_HOME"])
+def test_so_is_one_that_the_environment_puts_there(variable: str, class_folder: Path, monkeypatch) -> None:
+    """In a flat folder it would turn the images into no class of two, and its digest into that of nothing."""
+    monkeypatch.delenv("DPSYNGEN_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(class_folder / "cats" / "cache"))
+    monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 0)
+    with pytest.raises(ConfigError, match="a folder outside that of the images"):
+        load_images(class_folder / "cats")
+    assert not (class_folder / "cats" / "cache").exists()
+
+
 def test_damaged_entries_are_named(tar: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     load_images(tar, cache=folder)
