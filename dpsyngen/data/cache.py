@@ -60,23 +60,21 @@ def build(found: Found, options: Options) -> ImageDataset:
             changes while it is read.
     """
     store, key = Cache(options.cache), _key(found, options)
-    source = (
-        None if options.groups is None else with_persons(found.index(), options.groups, options.form.frames == "all")
-    )
-    persons = None if source is None else source.persons
-    made = store.get(key, found, persons)
+    source = None if options.groups is None else _index(found, options)
+    made = store.get(key, found, None if source is None else source.persons)
     if made is None and options.cache == "auto":
-        source = source or found.index()
+        source = source or _index(found, options)
         shape = options.shape(len(source), read_headers(source, options))
         if in_memory(shape, options):
             check_fits(math.prod(shape), what=f"{source.where} at resolution {shape[2]}")
             images = np.zeros(shape, dtype=np.uint8)
             return settled(source, images, decode(source, images, options), options)
     if made is None:
-        with store.locked(key):
-            made = store.get(key, found, persons)  # another process may have made it meanwhile
+        with store.locked(key):  # which may have taken hours, in which another process made it, or the source changed
+            source = None if options.groups is None else _index(found, options)
+            made = store.get(key, found, None if source is None else source.persons)
             if made is None:
-                made = store.read(_into_file(found, source, key, store, options), found.where, persons)
+                made = _into_file(found, key, store, options)
     if made.skipped and not options.skip_bad:  # it was made with skip_bad
         told = [(which, why) for which, _, why in (line.partition(": ") for line in made.skipped)]
         settle_bad(told, where=found.where, skip_bad=False)
@@ -101,15 +99,22 @@ def _key(found: Found, options: Options) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _into_file(found: Found, source: Source | None, key: str, store: Cache, options: Options) -> Path:
+def _index(found: Found, options: Options) -> Source:
+    source = found.index()
+    return source if options.groups is None else with_persons(source, options.groups, options.form.frames == "all")
+
+
+def _into_file(found: Found, key: str, store: Cache, options: Options) -> ImageDataset:
+    # The index lies between the two digests, as what it lists is filed under them.
     content, turns = found.content(), store.folder / "large-images.lock"
-    source = source or found.index()
+    source = _index(found, options)
     shape = options.shape(len(source), read_headers(source, options, turns))
     with store.making(key, shape) as images:
         bad = decode(source, images, options, turns)
         if found.content() != content:
             raise DataError(f"{source.where} was changed while it was read. Try again when nothing writes to it.")
-        return store.publish(key, content, images, bad, settled(source, images, bad, options))
+        path = store.publish(key, content, images, bad, settled(source, images, bad, options))
+    return store.read(path, found.where, source.persons)
 
 
 def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], options: Options) -> ImageDataset:
