@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -264,6 +265,20 @@ def _set_tiff_handler(handler: int | None) -> int | None:
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
+NAMELESS = "nameless"
+"""The key of images that are never published; several processes may make some at a time."""
+
+
+def _is_left(path: Path) -> bool:
+    """Whether the process that made this file has ended, which freed its lock."""
+    try:
+        with open(path, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return True
+
+
 class Cache:
     """A folder of decoded private images: folders of mode 0700, files of mode 0600.
 
@@ -328,24 +343,34 @@ class Cache:
 
     @contextlib.contextmanager
     def making(self, key: str, shape: Shape) -> Iterator[np.memmap[Any, np.dtype[np.uint8]]]:
-        """A fresh file, mapped, with its room on the disk taken before anything is decoded; call it with the lock held.
+        """A fresh file, mapped, with its room on the disk taken before anything is decoded; call it with the key's lock
+        held, or with :data:`NAMELESS`.
 
-        Whatever :meth:`publish` has not renamed is removed in the end.  Without room or a folder: DataError.
+        Whatever :meth:`publish` has not renamed is removed in the end; what a killed process left, by the next call.
+        Without room or a folder: DataError.
         """
         for left in self.folder.glob(f"{key}-*.part"):
-            warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
-            shutil.rmtree(left, ignore_errors=True)
+            if key != NAMELESS:
+                warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
+                shutil.rmtree(left, ignore_errors=True)
+        for left in self.folder.glob(f"{NAMELESS}-*.part"):
+            if _is_left(left / IMAGES):
+                shutil.rmtree(left, ignore_errors=True)
         folder, size = None, math.prod(shape) + _SPARE_BYTES
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if size > shutil.disk_usage(self.folder).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=f"{key}-", suffix=".part"))  # mode 0700
+            folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{key}-", suffix=".part"))  # mode 0700
             with open(folder / IMAGES, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                with contextlib.suppress(OSError):  # on a disk without locks nothing is swept
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                folder = folder.rename(folder.with_name(folder.name[1:]))  # locked before it can be found
                 offset = write_header(file, shape)
                 # On file systems that cannot take room ahead, this writes zeros.
                 os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))
-            yield np.memmap(folder / IMAGES, np.uint8, "r+", offset, shape)
+                file.flush()
+                yield np.memmap(folder / IMAGES, np.uint8, "r+", offset, shape)
         except OSError as error:
             if folder is not None and error.errno not in _FULL:
                 raise  # not of this folder, but of the source

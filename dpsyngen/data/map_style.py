@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol, cast, runtime_checkable
@@ -19,7 +18,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.cache import Cache, decode, in_memory, quiet_decoders, read_headers, settled
+from dpsyngen.data.cache import NAMELESS, Cache, decode, in_memory, quiet_decoders, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import BadImage, Item, as_array
 from dpsyngen.data.labels import Label, ignored, index_labels
@@ -77,7 +76,7 @@ def read_map_style(source: Any, options: Options) -> ImageDataset:
             check_fits(math.prod(shape), what=where)
             return items.decode(np.zeros(shape, dtype=np.uint8))
         # The file loses its name at the end: nobody could tell later of which dataset it is.
-        with Cache(options.cache).making(f"nameless-{secrets.token_hex(8)}", shape) as file:
+        with Cache(options.cache).making(NAMELESS, shape) as file:
             return items.decode(file)
 
 
