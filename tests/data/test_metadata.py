@@ -59,6 +59,25 @@ def test_metadata_jsonl(flat: Path) -> None:
         load_images(flat)
 
 
+def test_labels_that_start_with_a_zero_are_names_of_their_own(flat: Path) -> None:
+    values = ["010", "10", "1", "01"]
+    (flat / "metadata.csv").write_text(csv_of({name: values[i % 4] for i, name in enumerate(EVEN)}))
+    assert load_images(flat).class_names == ("01", "010", "1", "10")
+
+
+def test_what_is_missing_in_json_lines_is_no_value(flat: Path, tmp_path: Path) -> None:
+    """Python and pandas write it as NaN, which is no JSON."""
+    rows = [{"file_name": name, "label": [1.0, float("nan"), 2.0][i % 3]} for i, name in enumerate(EVEN)]
+    (flat / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="no label in metadata"):
+        load_images(flat)
+    assert load_images(flat, skip_bad=True).class_names == ("1", "2")
+    table = tmp_path / "persons.jsonl"
+    table.write_text("\n".join(json.dumps({"file_name": name, "person": float("nan")}) for name in EVEN))
+    with pytest.raises(DataError, match="says no person for 5 of 5 images"):
+        load_images(flat, skip_bad=True, groups=table)
+
+
 @pytest.mark.parametrize("values", [["0", "10", "2"], ["0.0", "10.0", "2.0"]])
 def test_numbers_are_classes_in_order(flat: Path, values: list[str]) -> None:
     (flat / "metadata.csv").write_text(csv_of({f"{i}.png": values[i % 3] for i in range(8)}))

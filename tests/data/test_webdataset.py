@@ -73,6 +73,12 @@ def test_labels_in_json(tmp_path: Path, labels: list[str], names: tuple[str, ...
     assert data.labels.tolist() == [1, 0]
 
 
+def test_labels_that_start_with_a_zero_are_names_of_their_own(tmp_path: Path) -> None:
+    values = ["010", "10", "1", "01"]
+    data = load_images(write_tar(tmp_path / "s.tar", samples(pixels(4), values)))
+    assert [data.class_names[i] for i in data.labels] == values
+
+
 def test_long_names_and_other_alphabets(tmp_path: Path) -> None:
     for k, layout in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
         stem = "ordner/" + "ß" * 150
