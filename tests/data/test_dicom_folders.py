@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
@@ -21,6 +23,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("kind", ["array", "npy", "npz", "Pillow", "map-style"])
+def test_a_window_is_refused_where_it_would_do_nothing(kind: str, tmp_path: Path) -> None:
+    images = np.arange(768).astype(np.uint8).reshape(3, 16, 16)
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "a.npz", images=images)
+    sources = {"array": (images, None), "npy": tmp_path / "a.npy", "npz": tmp_path / "a.npz"}
+    sources |= {"Pillow": ([Image.fromarray(image) for image in images], None)}
+    sources |= {"map-style": TensorDataset(torch.from_numpy(images))}
+    with pytest.raises(DataError, match="a window is for DICOM files"):
+        load_images(sources[kind], window=(40, 400))
 
 
 def test_settings_of_windows_and_frames() -> None:
