@@ -311,6 +311,19 @@ def test_a_person_is_one_in_any_unicode_form_and_by_any_number(flat: Path, tmp_p
     assert load_images((pixels(8), None)).with_persons(whose).persons.tolist() == expected  # type: ignore[union-attr]
 
 
+def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    csv = tmp_path / "patients.csv"
+    csv.write_text("file_name,person\n0.png,a\n1.png,b\n2.png,a\n")
+    for site, names in (("north", "01"), ("south", "2")):
+        (tmp_path / site).mkdir()
+        files = [{"bytes": png(pixels(3)[int(name)]), "path": f"{name}.png"} for name in names]
+        content = table([None] * len(files))
+        content = content.set_column(0, content.schema.field(0), [files])
+        write_parquet(tmp_path / site / "images.parquet", content, 1)
+    data = load_images(f"{tmp_path}/*/images.parquet", groups=csv)
+    assert data.persons.tolist() == [0, 1, 0]
+
+
 def test_images_of_one_name_in_two_shards_are_not_taken_for_one(tmp_path: Path) -> None:
     """A row could be of either: whose image it is decides what ε means."""
     csv = tmp_path / "patients.csv"
