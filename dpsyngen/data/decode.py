@@ -64,7 +64,7 @@ class Form(NamedTuple):
     fit: Literal["crop", "pad"] = "crop"
     window: Range | None = None
     frames: Literal["first", "all"] | None = None
-    group_size: int = 1000
+    group_size: int | None = 1000
 
 
 AS_STORED = Form()

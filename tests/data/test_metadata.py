@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpsyngen.config import load_config
 from dpsyngen.data import load_images
+from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
 from tests.data.encoded import pixels, png, samples, table, write_parquet, write_saved, write_tar
 
@@ -309,6 +311,15 @@ def test_a_person_is_one_in_any_unicode_form_and_by_any_number(flat: Path, tmp_p
     assert load_images(flat, groups=lines).persons.tolist() == expected  # type: ignore[union-attr]
     whose = [composed, apart, "x", "x "] * 2
     assert load_images((pixels(8), None)).with_persons(whose).persons.tolist() == expected  # type: ignore[union-attr]
+
+
+def test_the_table_of_a_run_may_lie_among_other_images_and_is_not_read(flat: Path) -> None:
+    """As where `evaluate --data` gets the folder that was trained on."""
+    (flat / "patients.csv").write_text("no table of persons")
+    settings = {"privacy": {"groups": str(flat / "patients.csv")}}
+    assert len(load_private(flat, load_config(settings, preset="cpu-small"))) == len(EVEN)
+    with pytest.raises(DataError, match="no column of file names"):
+        load_private(flat, load_config(settings, preset="cpu-small"), groups=flat / "patients.csv")
 
 
 def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
