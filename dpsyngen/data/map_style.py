@@ -7,6 +7,7 @@ and arrays, and kept as uint8: in memory, or in a file without a name that vanis
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -198,7 +199,7 @@ def _keys_of(source: Any, where: str, options: Options) -> tuple[str, str, tuple
     if hasattr(features, "items"):
         kinds = {name: {"_type": type(feature).__name__} for name, feature in features.items()}
     else:
-        first = source[0]
+        first = _first(source)
         kinds = {name: {} for name in first} if isinstance(first, dict) else {}
     image = image_of(list(kinds), kinds, where) or IMAGE_NAMES[0]
     others = [name for name in kinds if name != image]
@@ -206,6 +207,14 @@ def _keys_of(source: Any, where: str, options: Options) -> tuple[str, str, tuple
         return image, "", ()
     label = label_of(others, kinds, options.label_column, where) or ""
     return image, label, ignored(where, [name for name in others if name != label], "in each item")
+
+
+def _first(source: Any) -> Any:
+    """The first item that can be read, of a few; None if none can, which is told of later."""
+    for i in range(min(_TRIED_TWICE, len(source))):
+        with contextlib.suppress(Exception):
+            return source[i]
+    return None
 
 
 def _class_names_of(source: Any, label_key: str) -> tuple[str, ...] | None:

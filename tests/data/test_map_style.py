@@ -169,6 +169,20 @@ def test_missing_labels_and_failing_items() -> None:
     assert len(load_images(source, skip_bad=True)) == 1
 
 
+def test_a_first_item_that_fails_is_left_out_as_any_other() -> None:
+    class Failing(Items):
+        def __getitem__(self, index: int) -> Any:
+            if index == 0:
+                raise KeyError("no such file")
+            return self.items[index]
+
+    source = Failing([{"img": image, "cls": i % 2} for i, image in enumerate(IMAGES[:5])])
+    with pytest.raises(DataError, match=r"1 item(.|\n)*item 0: KeyError"):
+        load_images(source)
+    data = load_images(source, skip_bad=True)
+    assert (len(data), data.class_names) == (4, ("0", "1"))
+
+
 @pytest.mark.parametrize("items", [[(1, 2, 3)], [{"pixels": 3}], [()]])
 def test_items_of_another_form(items) -> None:
     with pytest.raises(ConfigError, match=r"items (of|have)"):
