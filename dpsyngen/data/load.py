@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -283,6 +284,8 @@ def whole_source(source: str) -> str:
     """A source that means the same in any working folder: an absolute path, or a named set with its split."""
     path = expanded(source)
     named = None if path.exists() else parse_name(source)
+    if any(c in source for c in "*?[{") and not (path.exists() or path.is_absolute()):
+        return os.path.join(glob.escape(os.getcwd()), path)  # the folder's own name is no part of the pattern
     return str(path.absolute()) if source and named is None else ":".join(named or ())
 
 
