@@ -71,6 +71,8 @@ class Images:
                 f"the images of {d.train} have {'one class' if self.train.class_names else 'no classes'}: there is "
                 "nothing to classify.  Give evaluation: {classifiers: []}."
             )
+        if spec.sampling.guidance not in (None, 1) and not self.train.class_names:
+            raise ConfigError(f"the images of {d.train} have no classes: leave sampling.guidance out.")
         self._spec = spec
 
     @cached_property
