@@ -133,7 +133,7 @@ def require_ready(
         raise ConfigError(f"{out.parent} is not a folder: a bundle is written into an existing one.")
     outside = not out.resolve().is_relative_to(run.release.resolve())
     require(outside, "the bundle", str(out), f"outside {run.release}, all of which is packed")
-    allowed = f"0 to {MOST_SAMPLES:,}. Publish more beside the bundle, as files of `dpsyngen sample`"
+    allowed = f"0 or more, at most {MOST_SAMPLES:,}. Publish more beside the bundle, as files of `dpsyngen sample`"
     require(0 <= samples <= MOST_SAMPLES, "the number of samples", samples, allowed)
     signer = None if key is None else read_private_key(key)
     run.require_complete()

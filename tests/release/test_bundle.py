@@ -234,7 +234,7 @@ def test_unfinished_run(tmp_path) -> None:
 
 def test_more_samples_than_a_manifest_can_list_are_refused(finished, tmp_path) -> None:
     for wrong in (-1, MOST_SAMPLES + 1):
-        with pytest.raises(ConfigError, match=r"0 to 100,000\. Publish more (.|\n)*`dpsyngen sample`"):
+        with pytest.raises(ConfigError, match=r"0 or more, at most 100,000\. Publish more (.|\n)*`dpsyngen sample`"):
             pack(finished, tmp_path / "b.zip", samples=wrong)
     assert list(tmp_path.iterdir()) == []
     longest = f"samples/{folder_names(('x' * 255,))[0]}/{0:07d}.png"
