@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -166,24 +167,49 @@ def new_folder(target: Path) -> Iterator[Path]:
     It is beside `target`, which appears by one renaming.  Where `target` is there already, perhaps as a mounted disk,
     it is in it: a process that is killed leaves :data:`PARTIAL` there, alone or, if that was in the last moment, with
     some of what it wrote, which :func:`require_absent_or_empty` refuses.
+
+    RunError: another process writes there, or has done so by now.
     """
     inside = target.is_dir()
     partial = target / PARTIAL if inside else target.with_name(f".{target.name}.partial")
-    if partial.exists():  # of a process that was killed
-        shutil.rmtree(partial)
-    partial.mkdir()
-    moved: list[Path] = []
-    try:
-        yield partial
-        for entry in partial.iterdir() if inside else ():
-            moved.append(target / entry.name)
-            entry.rename(moved[-1])
-        partial.rmdir() if inside else partial.rename(target)
-        sync_folder(target if inside else target.parent)
-    except BaseException:
-        for path in (*moved, partial):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
+    require_absent_or_empty(target, "--out")  # again, as long drawing may lie behind the first time
+    with _held(partial, target):
+        for path in partial.iterdir():  # of a process that was killed
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        moved: list[Path] = []
+        try:
+            yield partial
+            for entry in partial.iterdir() if inside else ():
+                moved.append(target / entry.name)
+                entry.rename(moved[-1])
+            partial.rmdir() if inside else partial.rename(target)
+            sync_folder(target if inside else target.parent)
+        except BaseException:
+            for path in (*moved, partial):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _held(partial: Path, target: Path) -> Iterator[None]:
+    """Make the folder, if it is not there, and hold its lock, which the system frees when the process ends."""
+    partial.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as at_end:
+        try:
+            folder = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            at_end.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno == errno.EWOULDBLOCK:
+                    raise
+                # A disk without locks for folders, as NFS: nobody can be told of.
+            mine = os.path.samestat(os.fstat(folder), os.lstat(partial))  # not so if it has become the target meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            raise RunError(f"another process is writing to {target}.  Wait for it or stop it, or choose another place.")
+        yield
 
 
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}

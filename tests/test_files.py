@@ -238,6 +238,22 @@ def test_a_new_folder_appears_whole_beside_its_place_or_in_it(tmp_path, existing
     assert not existing or (target.stat().st_ino, stat.S_IMODE(target.stat().st_mode)) == (inode, 0o750)
 
 
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_new_folder_that_another_process_writes_is_refused_and_left_alone(tmp_path, existing) -> None:
+    target = tmp_path / "out"
+    if existing:
+        target.mkdir()
+    with files.new_folder(target) as folder:
+        (folder / "a").write_text("a")
+        with pytest.raises(RunError, match="another process is writing to"), files.new_folder(target):
+            pass
+        (folder / "b").write_text("b")
+    assert {p.name for p in target.iterdir()} == {"a", "b"}
+    with pytest.raises(RunError, match="not an empty folder"), files.new_folder(target):
+        pass
+    assert {p.name for p in tmp_path.rglob("*")} == {"out", "a", "b"}
+
+
 @pytest.mark.parametrize("moved", [0, 1])
 def test_what_a_kill_leaves_in_a_folder_is_written_anew_or_refused(tmp_path, moved) -> None:
     pid = os.fork()

@@ -212,7 +212,7 @@ def budget_settle(
 def release(
     run: RunArgument,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE.zip", help="file to make")],
-    samples: Annotated[int, typer.Option(help="generated images to put in; costs no privacy")] = 0,
+    samples: Annotated[int, typer.Option(help="generated images to put in, at most 100,000; costs no privacy")] = 0,
     seed: Annotated[int | None, typer.Option(help="public seed of the samples; default: a random one")] = None,
     sign: Annotated[Path | None, typer.Option(metavar="KEY", help="key, from `dpsyngen key`")] = None,
     not_private: Annotated[bool, typer.Option("--not-private", help="pack it without a guarantee")] = False,

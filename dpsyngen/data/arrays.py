@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.data.cache import build, decode, in_memory, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import Form, ImageHeader, Item, Range, arranged, to_8_bit
+from dpsyngen.data.decode import NO_WINDOW, Form, ImageHeader, Item, Range, arranged, to_8_bit
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, ignored, index_labels, label_name, to_text
 from dpsyngen.data.source import Found, Job, Options, Source, split_evenly, whole
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, Shape, StoredImages, check_fits, write_header
@@ -62,6 +62,7 @@ def dataset_from_arrays(
     """
     pixels, value_range = images, options.form.value_range
     if isinstance(pixels, np.ndarray):
+        _require_no_window(options, source)
         pixels = arranged(pixels, source, value_range)
     index, names = index_labels(labels, class_names, len(pixels), source)
     if isinstance(pixels, np.ndarray):
@@ -83,6 +84,11 @@ def _shape(pixels: np.ndarray, options: Options, where: str) -> Shape:
     if count == 0:
         raise DataError(f"{where}: there are no images in it. Give at least one.")
     return options.shape(count, {ImageHeader(width, height, channels == 1)})
+
+
+def _require_no_window(options: Options, where: str) -> None:
+    if options.form.window is not None:
+        raise DataError(f"{where}: {NO_WINDOW}.")
 
 
 def _after_8_bit(options: Options) -> Options:
@@ -269,6 +275,7 @@ def read_array_file(
     An array of the right form is used where it lies.  One that must be converted (floating point, another size or
     colour) is converted once, into memory or into the cache, as its size says.
     """
+    _require_no_window(options, where)
     images, value_range = read_npy(path), options.form.value_range
     pixels = arranged(images, where, value_range)
     shape = _shape(pixels, options, where)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -60,23 +61,21 @@ def build(found: Found, options: Options) -> ImageDataset:
             changes while it is read.
     """
     store, key = Cache(options.cache), _key(found, options)
-    source = (
-        None if options.groups is None else with_persons(found.index(), options.groups, options.form.frames == "all")
-    )
-    persons = None if source is None else source.persons
-    made = store.get(key, found, persons)
+    source = None if options.groups is None else _index(found, options)
+    made = store.get(key, found, None if source is None else source.persons)
     if made is None and options.cache == "auto":
-        source = source or found.index()
+        source = source or _index(found, options)
         shape = options.shape(len(source), read_headers(source, options))
         if in_memory(shape, options):
             check_fits(math.prod(shape), what=f"{source.where} at resolution {shape[2]}")
             images = np.zeros(shape, dtype=np.uint8)
             return settled(source, images, decode(source, images, options), options)
     if made is None:
-        with store.locked(key):
-            made = store.get(key, found, persons)  # another process may have made it meanwhile
+        with store.locked(key):  # which may have taken hours, in which another process made it, or the source changed
+            source = None if options.groups is None else _index(found, options)
+            made = store.get(key, found, None if source is None else source.persons)
             if made is None:
-                made = store.read(_into_file(found, source, key, store, options), found.where, persons)
+                made = _into_file(found, key, store, options)
     if made.skipped and not options.skip_bad:  # it was made with skip_bad
         told = [(which, why) for which, _, why in (line.partition(": ") for line in made.skipped)]
         settle_bad(told, where=found.where, skip_bad=False)
@@ -101,15 +100,22 @@ def _key(found: Found, options: Options) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _into_file(found: Found, source: Source | None, key: str, store: Cache, options: Options) -> Path:
+def _index(found: Found, options: Options) -> Source:
+    source = found.index()
+    return source if options.groups is None else with_persons(source, options.groups, options.form.frames == "all")
+
+
+def _into_file(found: Found, key: str, store: Cache, options: Options) -> ImageDataset:
+    # The index lies between the two digests, as what it lists is filed under them.
     content, turns = found.content(), store.folder / "large-images.lock"
-    source = source or found.index()
+    source = _index(found, options)
     shape = options.shape(len(source), read_headers(source, options, turns))
     with store.making(key, shape) as images:
         bad = decode(source, images, options, turns)
         if found.content() != content:
             raise DataError(f"{source.where} was changed while it was read. Try again when nothing writes to it.")
-        return store.publish(key, content, images, bad, settled(source, images, bad, options))
+        path = store.publish(key, content, images, bad, settled(source, images, bad, options))
+    return store.read(path, found.where, source.persons)
 
 
 def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], options: Options) -> ImageDataset:
@@ -259,6 +265,20 @@ def _set_tiff_handler(handler: int | None) -> int | None:
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
+NAMELESS = "nameless"
+"""The key of images that are never published; several processes may make some at a time."""
+
+
+def _is_left(path: Path) -> bool:
+    """Whether the process that made this file has ended, which freed its lock."""
+    try:
+        with open(path, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return True
+
+
 class Cache:
     """A folder of decoded private images: folders of mode 0700, files of mode 0600.
 
@@ -323,24 +343,34 @@ class Cache:
 
     @contextlib.contextmanager
     def making(self, key: str, shape: Shape) -> Iterator[np.memmap[Any, np.dtype[np.uint8]]]:
-        """A fresh file, mapped, with its room on the disk taken before anything is decoded; call it with the lock held.
+        """A fresh file, mapped, with its room on the disk taken before anything is decoded; call it with the key's lock
+        held, or with :data:`NAMELESS`.
 
-        Whatever :meth:`publish` has not renamed is removed in the end.  Without room or a folder: DataError.
+        Whatever :meth:`publish` has not renamed is removed in the end; what a killed process left, by the next call.
+        Without room or a folder: DataError.
         """
         for left in self.folder.glob(f"{key}-*.part"):
-            warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
-            shutil.rmtree(left, ignore_errors=True)
+            if key != NAMELESS:
+                warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
+                shutil.rmtree(left, ignore_errors=True)
+        for left in self.folder.glob(f"{NAMELESS}-*.part"):
+            if _is_left(left / IMAGES):
+                shutil.rmtree(left, ignore_errors=True)
         folder, size = None, math.prod(shape) + _SPARE_BYTES
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if size > shutil.disk_usage(self.folder).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=f"{key}-", suffix=".part"))  # mode 0700
+            folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{key}-", suffix=".part"))  # mode 0700
             with open(folder / IMAGES, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                with contextlib.suppress(OSError):  # on a disk without locks nothing is swept
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                folder = folder.rename(folder.with_name(folder.name[1:]))  # locked before it can be found
                 offset = write_header(file, shape)
                 # On file systems that cannot take room ahead, this writes zeros.
                 os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))
-            yield np.memmap(folder / IMAGES, np.uint8, "r+", offset, shape)
+                file.flush()
+                yield np.memmap(folder / IMAGES, np.uint8, "r+", offset, shape)
         except OSError as error:
             if folder is not None and error.errno not in _FULL:
                 raise  # not of this folder, but of the source

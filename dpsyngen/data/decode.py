@@ -64,10 +64,11 @@ class Form(NamedTuple):
     fit: Literal["crop", "pad"] = "crop"
     window: Range | None = None
     frames: Literal["first", "all"] | None = None
-    group_size: int = 1000
+    group_size: int | None = 1000
 
 
 AS_STORED = Form()
+NO_WINDOW = "a window is for DICOM files; say with --value-range LOW,HIGH which values are black and white"
 
 
 class ImageHeader(NamedTuple):
@@ -104,6 +105,8 @@ def read_image(item: Item, *, resolution: int, colour: Colour, form: Form = AS_S
                 return _decoded(image, resolution, colour, form)
         if hasattr(item, "picture"):  # a frame of a DicomFile
             return _decoded(item, resolution, colour, form)
+        if form.window is not None and not isinstance(item, BadImage):
+            raise BadImage(NO_WINDOW)
         if hasattr(item, "getexif"):
             _check_pixels(item)
             return _from_pil(item, resolution, colour, form)
@@ -152,7 +155,7 @@ def _decoded(image: Any, resolution: int, colour: Colour, form: Form) -> NDArray
         with BUDGET.spend(image.cost):
             return _from_pil(image.picture(form.window), resolution, colour, form)
     if form.window is not None:
-        raise BadImage("a window is for DICOM files; say with --value-range LOW,HIGH which values are black and white")
+        raise BadImage(NO_WINDOW)
     whole = image.width * image.height
     # JPEG can decode at 1/2, 1/4 or 1/8 size at a fraction of the cost; a margin of 4× leaves LANCZOS its say.
     image.draft(None, (4 * resolution, 4 * resolution))

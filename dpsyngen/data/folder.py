@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.cache import quiet_decoders
+from dpsyngen.data.cache import Cache, quiet_decoders
 from dpsyngen.data.decode import Form, Item
 from dpsyngen.data.dicom import count_frames, is_dicom, pictures
 from dpsyngen.data.labels import (
@@ -44,7 +44,7 @@ from dpsyngen.data.source import Found, Job, Options, Source, split_evenly, whol
 from dpsyngen.data.tables import SPLITS, STATE, index_tables, saved_files
 from dpsyngen.data.webdataset import index_tars
 from dpsyngen.errors import BadImage, DataError, listed, printable, require
-from dpsyngen.files import NotPlainError, expanded, open_plain
+from dpsyngen.files import NotPlainError, open_plain
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".dcm", ".dicom"})
 SHARD_SUFFIXES = (".parquet", ".tar", ".arrow")
@@ -53,6 +53,7 @@ _SPLIT = re.compile("(training|train|testing|test|validation|valid|val)(?=[-_.0-
 _SPLIT_FOLDER = re.compile(_SPLIT.pattern + r"([-_. ]?(set|data|split|images|imgs|[0-9]+))*", re.IGNORECASE)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_FILES = 1_000_000
+_MOST_FRAMES = 100_000  # of a file; its header may declare any number
 _Bad = list[tuple[str, str]]
 
 
@@ -79,10 +80,10 @@ def find_folder(root: Path, options: Options) -> Found:
     among them.
     """
 
-    if options.cache != "auto":
-        inside = os.path.relpath(os.path.realpath(expanded(options.cache)), os.path.realpath(root))
-        allowed = "a folder outside that of the images, or a hidden one in it, as what is in it would count as images"
-        require(inside != "." and inside.startswith("."), "cache", options.cache, allowed)
+    cache = Cache(options.cache).folder
+    inside = os.path.relpath(os.path.realpath(cache), os.path.realpath(root))
+    allowed = "a folder outside that of the images, or a hidden one in it, as what is in it would count as images"
+    require(inside != "." and inside.startswith("."), "cache", str(cache), allowed)
 
     def files() -> list[tuple[str, str]]:
         found = _list_folder(root, options)
@@ -112,7 +113,7 @@ def index_folder(root: Path, options: Options) -> Source:
     jobs = [Job(len(part), functools.partial(map, below, part)) for part in parts]
     index = np.array(found.classes, dtype=np.int64) if found.names else None
     # A table that the user named may lie beside the images.
-    named = {path.resolve() for path in (options.label_file, options.groups) if path is not None}
+    named = {path.resolve() for path in (options.label_file, options.groups, options.beside) if path is not None}
     bad, ignored = tuple(b for b in found.bad if not named or (root / b[0]).resolve() not in named), found.ignored
     source = Source(printable(root), jobs, index, found.names, lambda i: files[i], bad, ignored=ignored)
     return _by_frames(root, files, source, options.form) if options.form.frames == "all" else source
@@ -125,9 +126,12 @@ def _by_frames(root: Path, files: Sequence[str], source: Source, form: Form) -> 
         for i, name in enumerate(files):
             with contextlib.suppress(BadImage, NotPlainError):  # told of when it is read
                 counts[i] = max(1, count_frames(os.path.join(root, name)))
-            if counts[i] > form.group_size:
-                why = f"{counts[i]:,} frames, which are of one person, but the group size is {form.group_size:,}"
-                bad.append((name, f"{why}; give a larger one with --group-size (from Python: group_size)"))
+            if counts[i] > (form.group_size or _MOST_FRAMES):
+                why = f"{counts[i]:,} frames; at most {_MOST_FRAMES:,} are read"
+                if form.group_size:
+                    why = f"{counts[i]:,} frames, which are of one person, but the group size is {form.group_size:,}"
+                    why += "; give a larger one with --group-size (from Python: group_size), or --most-per-person"
+                bad.append((name, why))
                 counts[i] = 0
     which = np.repeat(np.arange(len(files)), counts)
     frames = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)

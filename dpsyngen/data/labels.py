@@ -389,14 +389,17 @@ def _separated(text: str) -> dict[str, list[Any]]:
 
 
 def _json_lines(text: str) -> dict[str, list[Any]]:
-    found = [json.loads(line) for line in text.split("\n") if line.strip()]
+    # NaN, as Python writes what is missing, is no JSON.
+    found = [json.loads(line, parse_constant=lambda _: None) for line in text.split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in found):
         raise ValueError("a line is not a JSON object")
     return {name: [row.get(name) for row in found] for name in dict.fromkeys(name for row in found for name in row)}
 
 
 def _labels(values: Sequence[Any], where: str, column: str) -> list[Label]:
-    """Whole numbers if all of them are, also as the text "1" or, as pandas writes them beside missing ones, "1.0"."""
+    """Whole numbers if all of them are, also as the text "1" or, as pandas writes them beside missing ones, "1.0"; but
+    "01" is a name.
+    """
     wrong = next((v for v in values if v is not None and not isinstance(v, str | int | float)), None)
     if wrong is not None:
         raise DataError(
@@ -407,6 +410,6 @@ def _labels(values: Sequence[Any], where: str, column: str) -> list[Label]:
     given = [text for text in texts if text]
     if any(len(text) > MAX_NAME_BYTES for text in given):
         raise DataError(f"{where}: column {printable(column, 80)!r} has texts that are too long for names of classes.")
-    if all(re.fullmatch(r"-?\d{1,18}(\.0+)?", text) for text in given):
+    if all(re.fullmatch(r"(0|-?[1-9][0-9]{0,17})(\.0+)?", text) for text in given):
         return [int(text.partition(".")[0]) if text else None for text in texts]
     return [text or None for text in texts]

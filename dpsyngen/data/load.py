@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -90,9 +91,11 @@ def load_images(
             CT), instead of what each says; black and white are half the width from the centre.  It is public, too.
         frames (str): of DICOM files of several: "first", or "all" as an image each (in folders); without it such files
             are refused.
-        group_size (int): with ``frames="all"`` the most frames that a file may have, as they are of one person.
+        group_size (int): with ``frames="all"`` the most frames that a file may have, as they are of one person; None:
+            any number, where images of each person are chosen later.
         groups (str): path of a table (CSV, …, as for labels) of file names and persons, for
             :attr:`ImageDataset.persons`: every image needs a row.  Names of persons are kept nowhere.
+        beside (str): path of a table that may lie among the images and is not read, as `groups` of other images.
 
     Returns:
         The images.  The shape ``[C, H, W]``, the number of images and the class names are treated as
@@ -110,7 +113,7 @@ def load_images(
     place = os.fsdecode(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else ""
     require(place.strip() and "\0" not in place, "cache", cache, "'auto' or the path of a folder")
     asked: dict[str, Any] = {"resolution": resolution, "channels": channels, "workers": workers, **form}
-    groups, most = asked.pop("groups", None), asked.pop("group_size", 1000)
+    groups, most, beside = asked.pop("groups", None), asked.pop("group_size", 1000), asked.pop("beside", None)
     try:
         d = DataConfig.model_validate({k: v.item() if isinstance(v, np.generic) else v for k, v in asked.items()})
     except ValidationError as error:
@@ -122,7 +125,8 @@ def load_images(
     which = (labels is not False, table, label_column)
     persons = None if groups is None else Path(groups).expanduser()
     checked = Form(d.value_range, d.fit, d.window, d.frames, most)
-    options = Options(d.resolution, d.channels, *which, skip_bad, place, d.workers, checked, persons, on_progress)
+    tables = (persons, None if beside is None else expanded(beside))
+    options = Options(d.resolution, d.channels, *which, skip_bad, place, d.workers, checked, *tables, on_progress)
     dataset = _read(source, options)
     if persons is not None and dataset.persons is None:
         raise ConfigError(
@@ -280,6 +284,8 @@ def whole_source(source: str) -> str:
     """A source that means the same in any working folder: an absolute path, or a named set with its split."""
     path = expanded(source)
     named = None if path.exists() else parse_name(source)
+    if any(c in source for c in "*?[{") and not (path.exists() or path.is_absolute()):
+        return os.path.join(glob.escape(os.getcwd()), path)  # the folder's own name is no part of the pattern
     return str(path.absolute()) if source and named is None else ":".join(named or ())
 
 
@@ -304,10 +310,10 @@ def load_private(
     """
     if isinstance(source, ImageDataset):
         return source
-    asked: dict[str, Any] = {"groups": groups}
+    asked: dict[str, Any] = {"groups": groups, "beside": config.privacy.groups}
     asked |= config.data.model_dump(exclude={"source", "records"})
     if config.data.frames == "all":
-        asked["group_size"] = 1000 if config.privacy.most_per_person else config.privacy.group_size
+        asked["group_size"] = None if config.privacy.most_per_person else config.privacy.group_size
     return load_images(source, **asked, on_progress=on_progress)
 
 

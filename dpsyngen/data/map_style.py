@@ -7,11 +7,11 @@ and arrays, and kept as uint8: in memory, or in a file without a name that vanis
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol, cast, runtime_checkable
@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.cache import Cache, decode, in_memory, quiet_decoders, read_headers, settled
+from dpsyngen.data.cache import NAMELESS, Cache, decode, in_memory, quiet_decoders, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import BadImage, Item, as_array
 from dpsyngen.data.labels import Label, ignored, index_labels
@@ -77,7 +77,7 @@ def read_map_style(source: Any, options: Options) -> ImageDataset:
             check_fits(math.prod(shape), what=where)
             return items.decode(np.zeros(shape, dtype=np.uint8))
         # The file loses its name at the end: nobody could tell later of which dataset it is.
-        with Cache(options.cache).making(f"nameless-{secrets.token_hex(8)}", shape) as file:
+        with Cache(options.cache).making(NAMELESS, shape) as file:
             return items.decode(file)
 
 
@@ -199,7 +199,7 @@ def _keys_of(source: Any, where: str, options: Options) -> tuple[str, str, tuple
     if hasattr(features, "items"):
         kinds = {name: {"_type": type(feature).__name__} for name, feature in features.items()}
     else:
-        first = source[0]
+        first = _first(source)
         kinds = {name: {} for name in first} if isinstance(first, dict) else {}
     image = image_of(list(kinds), kinds, where) or IMAGE_NAMES[0]
     others = [name for name in kinds if name != image]
@@ -207,6 +207,14 @@ def _keys_of(source: Any, where: str, options: Options) -> tuple[str, str, tuple
         return image, "", ()
     label = label_of(others, kinds, options.label_column, where) or ""
     return image, label, ignored(where, [name for name in others if name != label], "in each item")
+
+
+def _first(source: Any) -> Any:
+    """The first item that can be read, of a few; None if none can, which is told of later."""
+    for i in range(min(_TRIED_TWICE, len(source))):
+        with contextlib.suppress(Exception):
+            return source[i]
+    return None
 
 
 def _class_names_of(source: Any, label_key: str) -> tuple[str, ...] | None:

@@ -33,8 +33,9 @@ class FormOptions(TypedDict, total=False):
     fit: Literal["crop", "pad"]
     window: Range | None
     frames: Literal["first", "all"] | None
-    group_size: int
+    group_size: int | None
     groups: str | os.PathLike[str] | None
+    beside: str | os.PathLike[str] | None
 
 
 def default_resolution(sizes: set[tuple[int, int]]) -> int:
@@ -60,6 +61,7 @@ class Options:
     workers: int | None = None
     form: Form = AS_STORED
     groups: Path | None = None
+    beside: Path | None = None
     on_progress: Callable[[int, int], None] | None = None
 
     def shape(self, count: int, headers: set[ImageHeader]) -> Shape:

@@ -258,7 +258,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
 
     jobs: list[Job] = []
     values: list[Any] = []
-    places: list[tuple[int, str, int, NDArray[np.int64]]] = []  # first image, file, its row, rows of it that are used
+    places: list[tuple[int, Path, int, NDArray[np.int64]]] = []  # first image, file, its row, rows of it that are used
     bad: list[tuple[str, str]] = []
     done = 0
     for path in paths:
@@ -273,7 +273,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
                 if len(present) != rows:
                     raise DataError(f"{where} is damaged: {len(present):,} labels for {rows:,} rows. Copy it again.")
                 if present.any():
-                    places.append((done, path.name, first, np.flatnonzero(present)))
+                    places.append((done, path, first, np.flatnonzero(present)))
                     jobs.append(Job(int(present.sum()), functools.partial(_items, path, part, present, columns.image)))
                     done += jobs[-1].count
                 first += rows
@@ -289,7 +289,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
 
     def name(i: int) -> str:
         start, file, first, used = places[bisect_right(starts, i) - 1]
-        return f"{file}: row {first + used[i - start]}"
+        return f"{file.name}: row {first + used[i - start]}"
 
     def files() -> list[str]:
         return _paths_of(paths, columns.image, [place[1:] for place in places])
@@ -299,12 +299,12 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
     return Source(where, jobs, index, names, name, tuple(bad), columns.class_names is None, ignored=told, files=files)
 
 
-def _paths_of(paths: Sequence[Path], column: str, places: Sequence[tuple[str, int, NDArray[np.int64]]]) -> list[str]:
+def _paths_of(paths: Sequence[Path], column: str, places: Sequence[tuple[Path, int, NDArray[np.int64]]]) -> list[str]:
     """What the files of the images were called, as the structs in `column` say; "" where one does not.
 
     `places` are table, first row and the rows that are used, of each part that has any.
     """
-    found: dict[tuple[str, int], list[str]] = {}
+    found: dict[tuple[Path, int], list[str]] = {}
     for path in paths:
         first = 0
         kind = _schema(path).field(column).type
@@ -316,7 +316,7 @@ def _paths_of(paths: Sequence[Path], column: str, places: Sequence[tuple[str, in
         with _guarded(path):
             for rows, values in _parts(path, column if _is_arrow(path) else f"{column}.path"):
                 texts = values.field("path").to_pylist()
-                found[path.name, first] = ["" if text is None else str(text) for text in texts]
+                found[path, first] = ["" if text is None else str(text) for text in texts]
                 first += rows
     return [found[file, first][row] for file, first, used in places for row in used]
 

@@ -75,6 +75,9 @@ def index_tars(paths: Sequence[Path], where: str, *, labels: bool, label_column:
     class_names: tuple[str, ...] = ()
     if labelled:
         values = [label for label in values if label is not None]
+        texts = [label for label in values if isinstance(label, str)]
+        if texts and all(re.fullmatch("-?[0-9]+", text) for text in texts):  # beside "01", "10" is a name, too
+            values = [str(label) for label in values]
         index, class_names = index_labels(values, None, len(values), where)
     jobs: list[Job] = []
     rows = np.array(places, dtype=np.int64).reshape(-1, 2)
@@ -226,7 +229,7 @@ def _label(descriptor: int, member: tarfile.TarInfo, column: str | None, others:
             raise ValueError("its label in .cls is not UTF-8") from None
     if isinstance(found, str) and not 0 < len(found) <= MAX_NAME_BYTES:
         raise ValueError("its label is empty, or too long for the name of a class")
-    if isinstance(found, str) and not is_json and re.fullmatch("-?[0-9]+", found):
+    if isinstance(found, str) and not is_json and re.fullmatch("0|-?[1-9][0-9]*", found):
         found = int(found)
     if isinstance(found, int) and not -(2**63) <= found < 2**63:
         raise ValueError("its label is a number beyond 64 bits")

@@ -74,6 +74,8 @@ class Images:
             )
         if spec.evaluation.classifiers:
             require_enough(spec.sampling.images, len(self.train.class_names))
+        if spec.sampling.guidance not in (None, 1) and not self.train.class_names:
+            raise ConfigError(f"the images of {d.train} have no classes: leave sampling.guidance out.")
         self._spec = spec
 
     @cached_property

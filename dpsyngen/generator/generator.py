@@ -164,13 +164,15 @@ class ReleasedGenerator:
             sampler, steps, guidance, churn: None: as the run says.
 
         Raises:
-            ConfigError: a value that is not allowed, or guidance by a network that cannot give it.
+            ConfigError: a value that is not allowed, or guidance by a network that cannot give it, as without classes.
         """
         if guidance not in (None, 1) and self.class_names and self.networks and self._label_dropout == 0:
             raise ConfigError(
                 f"guidance is {shown(guidance)}, but this generator's network always saw the class of an image "
                 "(network.label_dropout = 0), so there is nothing to compare with: use guidance 1."
             )
+        if guidance not in (None, 1, self.defaults.guidance) and not self.class_names:
+            raise ConfigError(f"guidance is {shown(guidance)}, but this generator has no classes: leave guidance out.")
         if churn is None and sampler not in (None, self.defaults.sampler):
             churn = 0.0  # a churn set for the run belongs to its sampler
         given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
@@ -270,7 +272,7 @@ class ReleasedGenerator:
         count: int,
         columns: int = 9,
         *,
-        labels: NDArray[np.int64] | None = None,
+        labels: ArrayLike | None = None,
         **settings: Unpack[SamplerOptions],
     ) -> Trajectory:
         """Draw `count` images and keep what the sampler saw on its way; free of privacy cost, as samples are.
@@ -286,8 +288,7 @@ class ReleasedGenerator:
         """
         s = self.settings(**settings)
         kept = evenly_in_log(s.levels(self.denoiser())[0], columns)
-        if labels is None:
-            labels = self.labels(max(count, 0))
+        count, drawn = asked_for(count, labels, None, self.class_names)
         steps: list[tuple[float, NDArray[np.uint8], NDArray[np.uint8]]] = []
 
         def observe(step: Step) -> None:
@@ -295,12 +296,12 @@ class ReleasedGenerator:
                 dimmed = step.x * (UNIFORM_PRIOR_SIGMA / math.hypot(step.sigma, UNIFORM_PRIOR_SIGMA))
                 steps.append((step.sigma, to_uint8(dimmed).cpu().numpy(), to_uint8(step.denoised).cpu().numpy()))
 
-        (images,) = self.stream(count, s, labels=labels, batch_size=max(count, 1), observe=observe)
+        (images,) = self.stream(count, s, labels=drawn, batch_size=count, observe=observe)
         sigmas, noisy, denoised = zip(*steps, strict=True)
         return Trajectory(
             sigmas=sigmas,
             stages=tuple(self.stages.owner(math.log(sigma)) for sigma in sigmas),
             noisy=np.stack(noisy),
             denoised=np.stack(denoised),
-            samples=Samples(images, labels, self.class_names, s.model_dump(), self.private),
+            samples=Samples(images, drawn, self.class_names, s.model_dump(), self.private),
         )

@@ -67,12 +67,12 @@ class ProgramStream(IterableDataset[Any]):
 
     Global step t takes the next world_size · batch_size images, and rank r the r-th batch of these, so ranks never
     overlap.  With a ``DataLoader(stream, batch_size=None, num_workers=W)`` worker w draws steps w, w + W, …, and the
-    loader delivers them in order: what a rank sees does not depend on W.
+    loader delivers them in order: what a rank sees does not depend on W.  Each iteration begins at the first image, or
+    where the state that was loaded says.
 
     To resume, keep ``stream.state_dict(batches)`` where `batches` counts those taken from a DataLoader by this rank
-    since the stream began or was loaded (without workers it may be left out), and give it to ``load_state_dict`` of a
-    new stream before iterating.  The number of workers may change in between; so may the ranks, when all had taken
-    equally many.
+    in its last iteration (without workers it may be left out), and give it to ``load_state_dict`` of a new stream
+    before iterating.  The number of workers may change in between; so may the ranks, when all had taken equally many.
 
     Args:
         program, batch_size: what draws the images, and how many a batch has.
@@ -108,17 +108,18 @@ class ProgramStream(IterableDataset[Any]):
         as_choice("values", values, ("float", "uint8"))
         self.values = values
         self.threads = as_integer("threads", threads, 1, 4096)
-        self._done = 0  # batches since `first`, by this copy of the stream
+        self._done = 0  # batches since `first`, by this copy of the stream in its last iteration
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        done = self._done = 0
         while True:
             # Workers take the steps in turns, and within a step each rank has its own batch.
-            step = worker + self._done * workers
+            step = worker + done * workers
             begin = self.first + (step * self.world_size + self.rank) * self.batch_size
             batch = _tensor(self.program, range(begin, begin + self.batch_size), self.values, self.threads)
-            self._done += 1
+            done = self._done = done + 1
             yield batch
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:

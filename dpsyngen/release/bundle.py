@@ -51,6 +51,8 @@ MOST_BYTES = 64 * 2**30
 LONGEST_NAME = 1024
 SMALL = 64 * 2**20
 """Largest member that is read into memory."""
+MOST_SAMPLES = 100_000
+"""Images in a bundle: the manifest, of a line of at most 0.5 KiB for each, stays below SMALL."""
 
 _CHUNK = 1 << 20
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -83,7 +85,7 @@ def pack(
 
     Args:
         out: a ``.zip`` that does not exist yet; it appears whole or not at all.
-        samples: number of generated images to put in, which costs no privacy.
+        samples: number of generated images to put in, which costs no privacy; at most :data:`MOST_SAMPLES`.
         seed: public seed of the images; None: a random one, written down.
         key: private key to sign with, see :mod:`dpsyngen.release.signing`.
         not_private: pack a run that carries no guarantee; its bundle says so and does not verify.
@@ -131,7 +133,8 @@ def require_ready(
         raise ConfigError(f"{out.parent} is not a folder: a bundle is written into an existing one.")
     outside = not out.resolve().is_relative_to(run.release.resolve())
     require(outside, "the bundle", str(out), f"outside {run.release}, all of which is packed")
-    require(samples >= 0, "the number of samples", samples, "0 or more")
+    allowed = f"0 or more, at most {MOST_SAMPLES:,}. Publish more beside the bundle, as files of `dpsyngen sample`"
+    require(0 <= samples <= MOST_SAMPLES, "the number of samples", samples, allowed)
     signer = None if key is None else read_private_key(key)
     run.require_complete()
     certificate = check_against_ledger(run)

@@ -19,7 +19,7 @@ from dpsyngen.experiments.cost import hours
 from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.privacy.certificate import number
 from dpsyngen.programs.grid import png_url
-from dpsyngen.release.bundle import Packed, pack
+from dpsyngen.release.bundle import Packed, pack, require_ready
 from dpsyngen.release.signing import make_key
 from dpsyngen.report.html import (
     class_images,
@@ -272,6 +272,7 @@ class _Release:
         signer = places.inside(key, "the key") if key else None
         with self.run.lock():
             if not (self.run.release / "report.html").exists():
+                require_ready(self.run, out, count, signer, self.anyway.value)
                 write_report(self.run)
             return pack(self.run, out, samples=count, key=signer, not_private=self.anyway.value), signer
 

@@ -154,6 +154,28 @@ def test_a_source_that_changes_meanwhile_is_refused(tar: Path, tmp_path: Path) -
     assert entries(tmp_path / "cache") == []
 
 
+@pytest.mark.parametrize("persons", [False, True])
+def test_an_image_that_comes_before_the_digest_is_in_the_index_too(
+    persons: bool, class_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Hours may lie between an index and the digest that it is filed under, for headers are read and a lock awaited."""
+    table = tmp_path / "persons.csv"
+    names = [f"{kind}/{i}.png" for kind in ("cats", "dogs") for i in range(3)] + ["cats/00.png"]
+    table.write_text("file_name,person\n" + "".join(f"{name},{i}\n" for i, name in enumerate(names)))
+    monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setenv("DPSYNGEN_CACHE", str(tmp_path / "cache"))
+    waited = Cache.locked
+
+    def locked(self: Cache, name: str):
+        (class_folder / "cats" / "00.png").write_bytes(png(pixels(1, seed=5)[0]))
+        return waited(self, name)
+
+    monkeypatch.setattr(Cache, "locked", locked)
+    data = load_images(class_folder, groups=table if persons else None)
+    assert len(data) == len(load_images(class_folder)) == 7
+    assert (data.persons is not None) == persons
+
+
 def test_what_was_touched_is_not_decoded_again(tar: Path, tmp_path: Path, monkeypatch) -> None:
     load_images(tar, cache=tmp_path / "cache")
     os.utime(tar, (1, 1))
@@ -249,6 +271,17 @@ def test_a_cache_among_the_images_is_refused(class_folder: Path) -> None:
         with pytest.raises(ConfigError, match="a folder outside that of the images"):
             load_images(class_folder, cache=place)
     assert isinstance(load_images(class_folder, cache=class_folder / ".cache").images, StoredImages)
+
+
+@pytest.mark.parametrize("variable", ["DPSYNGEN_CACHE", "XDG_CACHE_HOME"])
+def test_so_is_one_that_the_environment_puts_there(variable: str, class_folder: Path, monkeypatch) -> None:
+    """In a flat folder it would turn the images into no class of two, and its digest into that of nothing."""
+    monkeypatch.delenv("DPSYNGEN_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(class_folder / "cats" / "cache"))
+    monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 0)
+    with pytest.raises(ConfigError, match="a folder outside that of the images"):
+        load_images(class_folder / "cats")
+    assert not (class_folder / "cats" / "cache").exists()
 
 
 def test_damaged_entries_are_named(tar: Path, tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
 from dpsyngen.config import load_config
 from dpsyngen.data import load_images
+from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
 from tests.data.test_dicom import FILES, PLANTED, content_of, made
 
@@ -21,6 +24,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("kind", ["array", "npy", "npz", "Pillow", "map-style"])
+def test_a_window_is_refused_where_it_would_do_nothing(kind: str, tmp_path: Path) -> None:
+    images = np.arange(768).astype(np.uint8).reshape(3, 16, 16)
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "a.npz", images=images)
+    sources = {"array": (images, None), "npy": tmp_path / "a.npy", "npz": tmp_path / "a.npz"}
+    sources |= {"Pillow": ([Image.fromarray(image) for image in images], None)}
+    sources |= {"map-style": TensorDataset(torch.from_numpy(images))}
+    with pytest.raises(DataError, match="a window is for DICOM files"):
+        load_images(sources[kind], window=(40, 400))
 
 
 def test_settings_of_windows_and_frames() -> None:
@@ -133,6 +148,18 @@ def test_frames_are_images_of_one_person(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a/x, b/w, b/z: 3 frames, which are of one person, but the group size is 2"):
         load_images(tmp_path, frames="all", group_size=2)
     assert load_images(tmp_path, frames="first", skip_bad=True).array()[:, 0, 0, 0].tolist() == [10, 10, 100, 250]
+
+
+def test_a_file_may_have_any_number_of_frames_where_images_of_each_person_are_chosen(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(made(np.arange(1001 * 64, dtype=np.uint16).astype(np.uint8).reshape(1001, 8, 8)))
+    (tmp_path / "patients.csv").write_text("file_name,person\nx,1\n")
+    table = tmp_path / "patients.csv"
+    settings = {"groups": str(table), "most_per_person": 2}
+    data = {"frames": "all", "resolution": 8, "channels": "grey"}
+    wanted = load_config({"data": data, "privacy": settings}, preset="cpu-small")
+    assert len(load_private(tmp_path, wanted, groups=table)) == 1001
+    with pytest.raises(DataError, match="1,001 frames, which are of one person, but the group size is 1,000; give"):
+        load_images(tmp_path, frames="all", groups=table)
 
 
 def test_class_folders_may_be_nested_for_dicom(tmp_path: Path) -> None:

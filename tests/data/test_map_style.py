@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,20 @@ def test_missing_labels_and_failing_items() -> None:
     assert len(load_images(source, skip_bad=True)) == 1
 
 
+def test_a_first_item_that_fails_is_left_out_as_any_other() -> None:
+    class Failing(Items):
+        def __getitem__(self, index: int) -> Any:
+            if index == 0:
+                raise KeyError("no such file")
+            return self.items[index]
+
+    source = Failing([{"img": image, "cls": i % 2} for i, image in enumerate(IMAGES[:5])])
+    with pytest.raises(DataError, match=r"1 item(.|\n)*item 0: KeyError"):
+        load_images(source)
+    data = load_images(source, skip_bad=True)
+    assert (len(data), data.class_names) == (4, ("0", "1"))
+
+
 @pytest.mark.parametrize("items", [[(1, 2, 3)], [{"pixels": 3}], [()]])
 def test_items_of_another_form(items) -> None:
     with pytest.raises(ConfigError, match=r"items (of|have)"):
@@ -218,6 +233,20 @@ def test_large_ones_lie_in_a_file_without_a_name(tmp_path: Path, monkeypatch) ->
     assert [p.name for p in (tmp_path / "cache").iterdir()] == []
     save_images(data, tmp_path / "saved")
     assert load_images(tmp_path / "saved").fingerprint() == data.fingerprint()
+
+
+def test_what_a_killed_process_left_goes_and_what_another_makes_stays(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setenv("DPSYNGEN_CACHE", str(tmp_path))
+    if (child := os.fork()) == 0:
+        load_images(Vision(), on_progress=lambda done, total: os.kill(os.getpid(), 9))
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == 9
+    (left,) = tmp_path.iterdir()
+    with cache.Cache().making(cache.NAMELESS, (1, 1, 8, 8)) as made:
+        assert not left.exists()
+        load_images(Vision())
+        assert [p.name for p in tmp_path.iterdir()] == [Path(made.filename).parent.name]
 
 
 def test_training_takes_them(tiny_settings) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpsyngen.config import load_config
 from dpsyngen.data import load_images
+from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
 from tests.data.encoded import pixels, png, samples, table, write_parquet, write_saved, write_tar
 
@@ -57,6 +59,25 @@ def test_metadata_jsonl(flat: Path) -> None:
     (flat / "metadata.csv").write_text(csv_of(EVEN))
     with pytest.raises(DataError, match="Keep the one that is meant"):
         load_images(flat)
+
+
+def test_labels_that_start_with_a_zero_are_names_of_their_own(flat: Path) -> None:
+    values = ["010", "10", "1", "01"]
+    (flat / "metadata.csv").write_text(csv_of({name: values[i % 4] for i, name in enumerate(EVEN)}))
+    assert load_images(flat).class_names == ("01", "010", "1", "10")
+
+
+def test_what_is_missing_in_json_lines_is_no_value(flat: Path, tmp_path: Path) -> None:
+    """Python and pandas write it as NaN, which is no JSON."""
+    rows = [{"file_name": name, "label": [1.0, float("nan"), 2.0][i % 3]} for i, name in enumerate(EVEN)]
+    (flat / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="no label in metadata"):
+        load_images(flat)
+    assert load_images(flat, skip_bad=True).class_names == ("1", "2")
+    table = tmp_path / "persons.jsonl"
+    table.write_text("\n".join(json.dumps({"file_name": name, "person": float("nan")}) for name in EVEN))
+    with pytest.raises(DataError, match="says no person for 5 of 5 images"):
+        load_images(flat, skip_bad=True, groups=table)
 
 
 @pytest.mark.parametrize("values", [["0", "10", "2"], ["0.0", "10.0", "2.0"]])
@@ -290,6 +311,28 @@ def test_a_person_is_one_in_any_unicode_form_and_by_any_number(flat: Path, tmp_p
     assert load_images(flat, groups=lines).persons.tolist() == expected  # type: ignore[union-attr]
     whose = [composed, apart, "x", "x "] * 2
     assert load_images((pixels(8), None)).with_persons(whose).persons.tolist() == expected  # type: ignore[union-attr]
+
+
+def test_the_table_of_a_run_may_lie_among_other_images_and_is_not_read(flat: Path) -> None:
+    """As where `evaluate --data` gets the folder that was trained on."""
+    (flat / "patients.csv").write_text("no table of persons")
+    settings = {"privacy": {"groups": str(flat / "patients.csv")}}
+    assert len(load_private(flat, load_config(settings, preset="cpu-small"))) == len(EVEN)
+    with pytest.raises(DataError, match="no column of file names"):
+        load_private(flat, load_config(settings, preset="cpu-small"), groups=flat / "patients.csv")
+
+
+def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    csv = tmp_path / "patients.csv"
+    csv.write_text("file_name,person\n0.png,a\n1.png,b\n2.png,a\n")
+    for site, names in (("north", "01"), ("south", "2")):
+        (tmp_path / site).mkdir()
+        files = [{"bytes": png(pixels(3)[int(name)]), "path": f"{name}.png"} for name in names]
+        content = table([None] * len(files))
+        content = content.set_column(0, content.schema.field(0), [files])
+        write_parquet(tmp_path / site / "images.parquet", content, 1)
+    data = load_images(f"{tmp_path}/*/images.parquet", groups=csv)
+    assert data.persons.tolist() == [0, 1, 0]
 
 
 def test_images_of_one_name_in_two_shards_are_not_taken_for_one(tmp_path: Path) -> None:

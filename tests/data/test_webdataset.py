@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dpsyngen.data import load_images
+from dpsyngen.data.load import whole_source
 from dpsyngen.data.webdataset import _members
 from dpsyngen.errors import DataError
 from tests.data.encoded import pixels, png, samples, write_tar
@@ -71,6 +72,21 @@ def test_labels_in_json(tmp_path: Path, labels: list[str], names: tuple[str, ...
     data = load_images(write_tar(tmp_path / "s.tar", content))
     assert data.class_names == names
     assert data.labels.tolist() == [1, 0]
+
+
+def test_a_pattern_means_the_same_from_any_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "[2024] x").mkdir()
+    monkeypatch.chdir(tmp_path / "[2024] x")
+    write_tar(Path("s-0.tar"), samples(pixels(2)))
+    whole = whole_source("s-*.tar")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_images(whole)) == 2
+
+
+def test_labels_that_start_with_a_zero_are_names_of_their_own(tmp_path: Path) -> None:
+    values = ["010", "10", "1", "01"]
+    data = load_images(write_tar(tmp_path / "s.tar", samples(pixels(4), values)))
+    assert [data.class_names[i] for i in data.labels] == values
 
 
 def test_long_names_and_other_alphabets(tmp_path: Path) -> None:

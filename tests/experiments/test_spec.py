@@ -132,3 +132,5 @@ def test_test_images_are_read_as_the_training_images(tmp_path) -> None:
     with pytest.warns(UserWarning, match=r"12 pixels a side, and those of .* 8: they are resized"):
         other = Images(parse_spec({**spec, "data": {**data, "test": str(tmp_path / "large.npz")}}))
     assert other.test.resolution == 8  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="have no classes: leave"):
+        Images(parse_spec({**spec, "data": data | {"test": paths["test"]}, "sampling": {"guidance": 2}}))

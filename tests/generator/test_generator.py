@@ -131,6 +131,9 @@ def test_options_go_before_settings_and_reach_the_certificate(tmp_path) -> None:
     assert g.sample(2).labels is None
     with pytest.raises(ConfigError, match="no classes"):
         g.sample(2, labels=0)
+    with pytest.raises(ConfigError, match="guidance is 3, but this generator has no classes"):
+        g.sample(2, guidance=3)
+    assert g.sample(2, guidance=1).settings["guidance"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ progress

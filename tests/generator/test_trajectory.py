@@ -55,6 +55,12 @@ def test_noisy_images_are_dimmed_so_that_they_are_not_saturated(generator) -> No
 def test_labels_are_passed_on_and_checked(generator) -> None:
     labels = np.array([2, 2])
     np.testing.assert_array_equal(generator.trajectory(2, 3, labels=labels).samples.labels, labels)
-    for bad in ({"count": 0}, {"count": 2, "labels": np.array([9, 9])}, {"count": 2, "columns": 0}):
+    np.testing.assert_array_equal(generator.trajectory(2, 3, labels="2").samples.labels, labels)
+    for bad in (
+        {"labels": "cat", "count": 2},
+        {"count": 0},
+        {"count": 2, "labels": np.array([9, 9])},
+        {"count": 2, "columns": 0},
+    ):
         with pytest.raises(ConfigError):
             generator.trajectory(**bad)

@@ -92,6 +92,15 @@ def test_resuming_goes_on_where_it_stopped(before: int, after: int) -> None:
     assert begun + rest == take(stream(rank=1, world_size=2), 9)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_iteration_begins_where_the_first_did(workers: int) -> None:
+    part = stream()
+    part.load_state_dict({"first": 10})
+    loader = DataLoader(part, batch_size=None, num_workers=workers)
+    assert take(loader, 3) == take(loader, 3) == list(range(10, 25))
+    assert part.state_dict(3) == {"first": 25}
+
+
 def test_resuming_with_other_ranks() -> None:
     state = stream(rank=0, world_size=2).state_dict(6)
     seen = []

@@ -17,9 +17,10 @@ import dpsyngen.privacy.noise as noise_module
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError
+from dpsyngen.generator.samples import folder_names
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.release.bundle import pack
+from dpsyngen.release.bundle import MOST_SAMPLES, SMALL, pack
 from dpsyngen.training.run import Run
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
@@ -229,6 +230,16 @@ def test_unfinished_run(tmp_path) -> None:
     next(training.steps())
     with pytest.raises(RunError, match="not finished"):
         pack(training.run, tmp_path / "b.zip")
+
+
+def test_more_samples_than_a_manifest_can_list_are_refused(finished, tmp_path) -> None:
+    for wrong in (-1, MOST_SAMPLES + 1):
+        with pytest.raises(ConfigError, match=r"0 or more, at most 100,000\. Publish more (.|\n)*`dpsyngen sample`"):
+            pack(finished, tmp_path / "b.zip", samples=wrong)
+    assert list(tmp_path.iterdir()) == []
+    longest = f"samples/{folder_names(('x' * 255,))[0]}/{0:07d}.png"
+    entry = json.dumps({longest: {"bytes": 2**20, "sha256": "0" * 64}}, indent=1)
+    assert MOST_SAMPLES * len(entry) < SMALL
 
 
 def test_full_disk_while_packing(finished, tmp_path, monkeypatch) -> None:
