@@ -171,8 +171,9 @@ class ReleasedGenerator:
                 f"guidance is {shown(guidance)}, but this generator's network always saw the class of an image "
                 "(network.label_dropout = 0), so there is nothing to compare with: use guidance 1."
             )
-        if guidance not in (None, 1, self.defaults.guidance) and not self.class_names:
-            raise ConfigError(f"guidance is {shown(guidance)}, but this generator has no classes: leave guidance out.")
+        if guidance not in (None, 1, self.defaults.guidance) and not (self.class_names and self.networks):
+            lacks = "networks, and moments take none" if self.class_names else "classes"
+            raise ConfigError(f"guidance is {shown(guidance)}, but this generator has no {lacks}: leave guidance out.")
         if churn is None and sampler not in (None, self.defaults.sampler):
             churn = 0.0  # a churn set for the run belongs to its sampler
         given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
