@@ -126,7 +126,10 @@ class HashChain:
 
     def _read(self) -> None:
         try:
-            data = self.path.read_bytes()
+            with open(self.path, "rb") as file:
+                # The head first, as it is written last: what is added meanwhile is a line more than it knows of.
+                self._known = head = _read_head(self.path, self.what)
+                data = file.read()
         except OSError as error:
             raise LedgerError(f"the {self.what} {self.path} cannot be read: {error.strerror}.") from None
         lines = data.split(b"\n")
@@ -151,7 +154,6 @@ class HashChain:
             previous = _digest(line)
             self._digests.append(previous)
             self.bodies.append(body)
-        self._known = head = _read_head(self.path, self.what)
         if not self.has_been(head):
             raise LedgerError(
                 f"the {self.what} {self.path} has {len(lines)} lines that do not fit {_head_path(self.path).name}, "
