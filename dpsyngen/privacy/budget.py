@@ -139,7 +139,8 @@ class Budget(HashChain):
             return "Nothing of it is left."
         alone = epsilon([Mechanism(q, noise, steps)], self.delta, group_size=self.group_size)
         unit = "" if self.group_size == 1 else f" for {self.group_size} images together"
-        return f"With these steps and this batch a run of ε = {alone:.3g}{unit} on its own would fit."
+        fits = f"a run of ε = {alone:.3g} at --delta {self.delta:g}{unit}"
+        return f"With these steps and this batch {fits} on its own would fit."
 
     def require_data(self, fingerprint: str, most_per_person: int | None) -> None:
         """Raise ConfigError if the budget is of other images, or its runs and this one do not protect the same."""
