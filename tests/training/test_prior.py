@@ -64,6 +64,15 @@ def test_weights_follow_from_the_seed_to_the_bit_also_after_an_interruption(tmp_
     assert other.about["sha256"] != whole.about["sha256"]
     with pytest.raises(ConfigError, match="remove it to begin anew"):
         train_prior(PriorSettings(seed=4, steps=4), tmp_path / "part")
+    for damaged in (b"", b"nonsense", (tmp_path / "part").read_bytes()[:-100]):
+        (tmp_path / "part").write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"part is damaged .*remove it to begin anew"):
+            train_prior(settings, tmp_path / "part")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_largest_seed_has_tasks_that_no_training_sees() -> None:
+    assert train_prior(PriorSettings(seed=2**63 - 1, steps=1)).about["seed"] == 2**63 - 1
 
 
 def test_tasks_are_functions_of_their_number() -> None:
