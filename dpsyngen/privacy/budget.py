@@ -37,6 +37,7 @@ from dpsyngen.privacy.accounting import (
     epsilon_bound,
     merge,
 )
+from dpsyngen.privacy.certificate import rounded_up
 from dpsyngen.privacy.ledger import HashChain, Ledger, check_affordable, start_chain
 
 FORMAT = 1
@@ -393,7 +394,8 @@ def plan_lines(records: int, group_size: int, delta: float, rows: list[PlanRow])
     for r in rows:
         yield (
             f"{r.steps:>8,} {r.batch:>8,} {r.sampling_rate:>9.5f} {r.epochs:>8.1f} {r.noise_multiplier:>9.4f} "
-            f"{r.epsilon:>9.4f} {r.epsilon_by_rdp:>9.4f} {r.noise_a_step:>11.6f} C{'  <- asked' if r.asked else ''}"
+            f"{rounded_up(r.epsilon, 4):>9} {rounded_up(r.epsilon_by_rdp, 4):>9} {r.noise_a_step:>11.6f} C"
+            f"{'  <- asked' if r.asked else ''}"
         )
     yield ""
     for r in rows:
