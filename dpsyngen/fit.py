@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, Self, TypedDict, Unpack
 
 from numpy.typing import ArrayLike
@@ -31,8 +32,9 @@ from dpsyngen.release.write import write_release
 from dpsyngen.training.findings import Finding
 from dpsyngen.training.follower import follow, read_together, stop_on_signals
 from dpsyngen.training.health import assess, write_health
-from dpsyngen.training.log import Display, Event, Note, OnEvent, Reading, Step, ignore
+from dpsyngen.training.log import Display, Event, Note, OnEvent, Reading, Step, Warned, ignore
 from dpsyngen.training.pipeline import Hooks, Training, require_unfinished, require_usable
+from dpsyngen.training.plan import without_effect
 from dpsyngen.training.run import Run, place_of, require_new
 
 # ------------------------------------------------------------------------- images, plan, training, release
@@ -46,6 +48,7 @@ def prepare(
     device: str = "cpu",
     ranks: Ranks = ALONE,
     on_event: OnEvent = ignore,
+    given: Mapping[str, Any] | None = None,
 ) -> Training:
     """Read the images, check everything, and make the run directory; nothing is spent yet.
 
@@ -56,14 +59,19 @@ def prepare(
         device: "cpu", "cuda", …
         ranks: the processes that share the work; this is the main one, see :func:`train_together`.
         on_event: told what happens, now and in the training; see :data:`dpsyngen.training.log.Event`.
+        given: the settings that somebody chose, for a warning of those that have no effect.
 
     Raises ConfigError, DataError, LedgerError or RunError; what needs no image is refused before any is read.
     """
-    require_new(Path(out))
+    out = expanded(out)
+    require_new(out)
     require_usable(config)
     choose(device, config.compute)
     dataset = _read(config, data, ranks, on_event)
-    return Training.start(config, dataset, Path(out), device, ranks, Hooks(on_event, write_release))
+    training = Training.start(config, dataset, out, device, ranks, Hooks(on_event, write_release))
+    if idle := without_effect(given or {}, config):
+        on_event(Warned(idle))
+    return training
 
 
 @ordinary_modes()
@@ -82,7 +90,7 @@ def prepare_resume(
     Arguments as of :func:`prepare`, perhaps another device; `tensorboard`, `groups` and `labels` replace settings.
     """
     choose(device)
-    run = Run(Path(out))
+    run = Run(expanded(out))
     require_unfinished(run)
     run.open_for_writing()  # before the images are read, which can take long
     p = {} if groups is None else {"groups": str(expanded(groups).absolute())}
@@ -244,7 +252,7 @@ def train(
     given = with_options(settings, privacy__epsilon=epsilon, privacy__delta=delta, data__source=_named(data))
     config = load_config(given, preset=preset, device=device)
     train_together(partial(prepare, config, out, data, on_event=on_event), data, kind_of(device))
-    return Run(Path(out))
+    return Run(expanded(out))
 
 
 class FitOptions(TypedDict, total=False):
@@ -354,7 +362,7 @@ class Generator(ReleasedGenerator):
         config, device = load_config(given, preset=preset, device=device), kind_of(device)
         source = with_persons(as_source(images, labels, options.get("class_names")), options.get("groups"), config)
         with place_of(out, time.strftime("fit-%Y%m%d-%H%M%S")) as folder:
-            return cls._trained(partial(prepare, config, folder, source), folder, source, device, progress)
+            return cls._trained(partial(prepare, config, folder, source, given=given), folder, source, device, progress)
 
     @classmethod
     def resume(
@@ -380,8 +388,7 @@ class Generator(ReleasedGenerator):
             KeyboardInterrupt: it was interrupted again.
         """
         folder, device = expanded(out), kind_of(device)
-        run = Run(folder)
-        if run.complete:
+        if (run := Run(folder)).complete:
             raise RunError(
                 f"{folder} is finished: there is nothing to resume.  Generator.load({str(folder)!r}) takes it."
             )
@@ -401,7 +408,7 @@ class Generator(ReleasedGenerator):
             # What rests on private images is not shown: a notebook keeps its output, and is published.
             if f.basis == "released":
                 console.note(f"{f.severity}: {f.seen}; {f.why}.  {f.change}.")
-        console.note(f"done.  What the private images say about the training: dpsyngen doctor {folder}")
+        console.note(f"done.  What the private images say about the training: dpsyngen doctor {quote(str(folder))}")
         return cls(Run(folder).release, device)
 
     @classmethod

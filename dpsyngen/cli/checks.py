@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -130,7 +131,7 @@ def memorisation(
     )
     figures, path = result.to_dict(), run / "private" / "memorisation.json"
     lines = [f"{row.name:<52} {row.value:>16}   {row.note}" for row in memorisation_rows(figures)]
-    lines += [result.conclusion, f"`dpsyngen report {run}` shows the images beside their neighbours."]
+    lines += [result.conclusion, f"`dpsyngen report {quote(str(run))}` shows the images beside their neighbours."]
     kept = f"PRIVATE figures and pictures of private images, kept in {path.parent}: publishing them costs privacy"
     console.result(figures | {"path": path}, [*lines, kept])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -194,16 +195,16 @@ def _finish(console: Console, experiment: Experiment) -> None:
         if not console.as_json:
             print_tables(experiment.path, console)
         lines += [f"PRIVATE figures: {', '.join(str(p) for p in paths)}", f"PRIVATE report:  {report}"]
-    code = 4 if failed else 0
+    code, again = 4 if failed else 0, f"dpsyngen compare {quote(str(experiment.path))}"
     if left:
         hours = experiment.spec.cost.hours
         used = hours is not None and experiment.seconds() > 3600 * hours
         why = f"cost.hours = {hours:g} are used up" if used else "interrupted"
         rest = f"{len(left):,} of {len(statuses):,} jobs are left"
-        lines.append(f"{why}: {rest}; go on with: dpsyngen compare {experiment.path}")
+        lines.append(f"{why}: {rest}; go on with: {again}")
         code = 0 if used else 130
     elif failed:
-        lines.append(f"{len(failed):,} jobs failed; try them again with: dpsyngen compare {experiment.path} --retry")
+        lines.append(f"{len(failed):,} jobs failed; try them again with: {again} --retry")
     console.result(document, lines)
     if code:
         raise typer.Exit(code)

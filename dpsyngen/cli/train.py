@@ -6,6 +6,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -60,7 +61,7 @@ def train_prior(
     lines += [
         f"  {name}: {' '.join(f'{v:.2f}' for v in values)}" for name, values in told.items() if name != "log_sigma"
     ]
-    console.result(made.about, [*lines, f"the prior is in {out}: use it with --set network.prior={out}"])
+    console.result(made.about, [*lines, f"the prior is in {out}: use it with --set {quote(f'network.prior={out}')}"])
 
 
 def train(
@@ -133,8 +134,7 @@ def train(
         require(value is None or not unconditional, option, value, "left out with --unconditional: it reads no labels")
     from dpsyngen.config import load_config, merge_settings, with_options
     from dpsyngen.fit import Interrupted, prepare, prepare_resume, train_together
-    from dpsyngen.training.log import Display, Warned
-    from dpsyngen.training.plan import matters
+    from dpsyngen.training.log import Display
 
     options = with_options(
         data__source=data,
@@ -174,11 +174,11 @@ def train(
 
     def begin(**where: Any) -> Training:
         """Make the training; what is wrong with the settings is said here, by the main process alone."""
-        given = merge_settings(options, assignments(settings or []))
         if resume:
             moved = {("data", "source"), ("privacy", "groups")}
             moved |= set() if unconditional else {("data", "labels")}
-            if preset or config or {(section, name) for section, names in given.items() for name in names} - moved:
+            chosen = {(section, name) for section, names in options.items() for name in names}
+            if preset or config or settings or chosen - moved:
                 raise ConfigError(
                     "--resume continues with the settings that the run was started with; leave out everything but "
                     "--out, --data, --labels and --groups (only if they have moved), --device, --tensorboard and what "
@@ -187,24 +187,20 @@ def train(
             return prepare_resume(out, data, tensorboard=tensorboard, groups=groups, labels=labels, **where)
         if data is None and config is None:
             raise ConfigError("--data is missing: a folder, Parquet, WebDataset, .npz, .npy, IDX, or a named set.")
-        if epsilon is None and config is None:
+        given = merge_settings(options, assignments(settings or []))
+        loaded = load_config(given, preset=preset, file=config, device=where["device"])
+        if "epsilon" not in loaded.privacy.model_fields_set:  # neither an option nor the file says it
             raise ConfigError(
                 "--epsilon is missing: how much privacy to spend (1 is strict, 10 is loose, inf is none)."
             )
-        loaded = load_config(given, preset=preset, file=config, device=where["device"])
-        training, stages = prepare(loaded, out, **where), loaded.stages
-        named = [f"{section}.{name}" for section, values in given.items() for name in values]
-        if idle := [name for name in named if not matters(name, stages.variant, bool(stages.pretrain))]:
-            what = f"variant {stages.variant} looks at no {', '.join(idle)}"
-            where["on_event"](Warned(f"{what}: what was given has no effect"))
-        return training
+        return prepare(loaded, out, given=given, **where)
 
     console, begun = Console(quiet, as_json, log_format), time.monotonic()
     try:
         with Display(console, private=log_format == "text") as on_event:
             trained = train_together(partial(begin, on_event=on_event), data, device)
     except Interrupted as stop:
-        text = f"interrupted; continue with: dpsyngen train --resume --out {stop.run.path}"
+        text = f"interrupted; continue with: dpsyngen train --resume --out {quote(str(stop.run.path))}"
         console.error("interrupted", text)
         raise typer.Exit(130) from None
     if trained is not None:

@@ -327,6 +327,11 @@ def load_named_or_given(
             "no images were given: use --data with a folder, a file or a named set.  A run that was started from "
             "arrays in memory needs the same images again as data."
         )
+    if isinstance(source, ImageDataset):
+        asked, colour = config.data, {1: "grey", 3: "rgb"}[source.channels]
+        for name, has in (("resolution", source.resolution), ("channels", colour)):
+            value = getattr(asked, name)
+            require(value in (None, "auto", has), f"data.{name}", value, f"{has}, which the data set has, or left out")
     return load_private(source, config, on_reading, config.privacy.groups)
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import stat
 from dataclasses import dataclass
+from shlex import quote
 
 from dpsyngen.errors import DpsyngenError, LedgerError, RunError
 from dpsyngen.generator.generator import ReleasedGenerator
@@ -91,7 +92,7 @@ def _progress(run: Run, busy: bool) -> str:
         return "finished"
     if stopped_because(run.private) is not None:
         return "stopped, because its network could not compute any more; it cannot be continued"
-    return f"interrupted; continue with: dpsyngen train --resume --out {run.path}"
+    return f"interrupted; continue with: dpsyngen train --resume --out {quote(str(run.path))}"
 
 
 def _spent(ledger: Ledger) -> str:

@@ -149,8 +149,8 @@ class Guarantee:
             b = self.budget
             yield (
                 "budget",
-                f"ε = {number(b.reserved_epsilon, up=True)} of {number(b.epsilon)} at δ = {number(b.delta, 3)} is "
-                f"taken, by {b.runs:,} run{'' if b.runs == 1 else 's'} on these images",
+                f"ε = {number(b.reserved_epsilon, up=True)} of {number(b.epsilon)} at δ = {number(b.delta, 3)} was "
+                f"taken at the release, by {b.runs:,} run{'' if b.runs == 1 else 's'} on these images",
             )
         elif self.private:
             yield "assumed", "no other release was made from these images, or ε adds up"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -394,8 +394,13 @@ def calibrate_noise(
 
     # Each search begins where a cheaper one ended.  A guess need not be a bound, and g times ε is cheaper than the
     # lemma; what fits on a coarse grid fits on the fine one, mostly within the tolerance.
-    start = _refine(lambda noise: group_size * epsilon(together(noise), delta, "rdp"), target_epsilon, 1.0, 0.03)
-    start = _refine(partial(cost, coarser=8), target_epsilon, start, tolerance / 3)
+    start = 1.0
+    for guess, near in (
+        (lambda noise: group_size * epsilon(together(noise), delta, "rdp"), 0.03),
+        (partial(cost, coarser=8), tolerance / 3),
+    ):
+        with suppress(ValueError):  # both are looser than what counts, and may find no room beside `spent`
+            start = _refine(guess, target_epsilon, start, near)
     return _refine(cost, target_epsilon, start, tolerance)
 
 

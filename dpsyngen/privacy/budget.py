@@ -37,6 +37,7 @@ from dpsyngen.privacy.accounting import (
     epsilon_bound,
     merge,
 )
+from dpsyngen.privacy.certificate import rounded_up
 from dpsyngen.privacy.ledger import HashChain, Ledger, check_affordable, start_chain
 
 FORMAT = 1
@@ -139,7 +140,9 @@ class Budget(HashChain):
             return "Nothing of it is left."
         alone = epsilon([Mechanism(q, noise, steps)], self.delta, group_size=self.group_size)
         unit = "" if self.group_size == 1 else f" for {self.group_size} images together"
-        return f"With these steps and this batch a run of ε = {alone:.3g}{unit} on its own would fit."
+        # Three digits of 0.995 times a number are never above it.
+        fits = f"a run of ε = {0.995 * alone:.3g} at --delta {self.delta:g}{unit}"
+        return f"With these steps and this batch {fits} on its own would fit."
 
     def require_data(self, fingerprint: str, most_per_person: int | None) -> None:
         """Raise ConfigError if the budget is of other images, or its runs and this one do not protect the same."""
@@ -392,7 +395,8 @@ def plan_lines(records: int, group_size: int, delta: float, rows: list[PlanRow])
     for r in rows:
         yield (
             f"{r.steps:>8,} {r.batch:>8,} {r.sampling_rate:>9.5f} {r.epochs:>8.1f} {r.noise_multiplier:>9.4f} "
-            f"{r.epsilon:>9.4f} {r.epsilon_by_rdp:>9.4f} {r.noise_a_step:>11.6f} C{'  <- asked' if r.asked else ''}"
+            f"{rounded_up(r.epsilon, 4):>9} {rounded_up(r.epsilon_by_rdp, 4):>9} {r.noise_a_step:>11.6f} C"
+            f"{'  <- asked' if r.asked else ''}"
         )
     yield ""
     for r in rows:

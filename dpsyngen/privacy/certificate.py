@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -208,6 +208,13 @@ def number(value: float, digits: int = 4, up: bool = False) -> str:
     return (plain.rstrip("0").rstrip(".") if "." in plain else plain) + power
 
 
+def rounded_up(value: float, places: int) -> str:
+    """A bound to so many decimals, for columns and shares of 100; never rounded down."""
+    if math.isinf(value):
+        return "∞"
+    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-places), ROUND_CEILING, Context(prec=400)))
+
+
 def posterior(epsilon_value: float, delta: float, prior: float) -> float:
     """How sure, on average, somebody may become that an image was used, who thought so with probability `prior`.
 
@@ -228,7 +235,7 @@ def suspicion(
     rows = []
     for prior, like in ((0.5, "as likely as a coin's head"), (0.01, "likely as one in a hundred")):
         after = 100 * posterior(epsilon_value, delta, prior)
-        sure = "practically 100 %" if after > 99.949 else f"at most {after:.1f} %"
+        sure = "practically 100 %" if after > 99.9 else f"at most {rounded_up(after, 1)} %"
         text = f"How sure an attacker can become that {what}, who found it {like} before."
         rows.append((f"{100 * prior:g} % → {sure}", text))
     return rows
@@ -238,7 +245,7 @@ def strength(epsilon_value: float, delta: float, by_person: bool = False) -> str
     """What ε means to somebody who guesses whether an image was used, or with `by_person` any image of a person."""
     whose, they = ("an image", "it was") if not by_person else ("all images of a person", "any of them were")
     percent = 100 * posterior(epsilon_value, delta, 0.5)
-    figure = "practically 100 %" if percent >= 99.995 else f"{percent:.{2 if percent > 99 else 1}f} %"
+    figure = "practically 100 %" if percent > 99.99 else f"{rounded_up(percent, 2 if percent > 99 else 1)} %"
     if epsilon_value <= 1:
         grade = "This is a strong guarantee by the standards of published machine-learning models."
     elif epsilon_value <= 3:

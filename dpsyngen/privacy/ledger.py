@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args
 from dpsyngen.errors import BudgetExceeded, LedgerError
 from dpsyngen.files import write_text
 from dpsyngen.privacy.accounting import Accountant, Mechanism, check_group_size, epsilon, merge
+from dpsyngen.privacy.certificate import rounded_up
 
 FORMAT = 2
 Kind = Literal["dp", "private", "non-private", "public"]
@@ -126,7 +127,10 @@ class HashChain:
 
     def _read(self) -> None:
         try:
-            data = self.path.read_bytes()
+            with open(self.path, "rb") as file:
+                # The head first, as it is written last: what is added meanwhile is a line more than it knows of.
+                self._known = head = _read_head(self.path, self.what)
+                data = file.read()
         except OSError as error:
             raise LedgerError(f"the {self.what} {self.path} cannot be read: {error.strerror}.") from None
         lines = data.split(b"\n")
@@ -151,7 +155,6 @@ class HashChain:
             previous = _digest(line)
             self._digests.append(previous)
             self.bodies.append(body)
-        self._known = head = _read_head(self.path, self.what)
         if not self.has_been(head):
             raise LedgerError(
                 f"the {self.what} {self.path} has {len(lines)} lines that do not fit {_head_path(self.path).name}, "
@@ -251,7 +254,7 @@ def check_affordable(mechanisms: Iterable[Mechanism], target: float, delta: floa
     if not total <= target:  # also where either is not a number
         group = f" for {group_size} images together" if group_size > 1 else ""
         raise BudgetExceeded(
-            f"refused: the total would come to ε = {total:.4f} at δ = {delta:.3g}{group}, above the {whose} "
+            f"refused: the total would come to ε = {rounded_up(total, 4)} at δ = {delta:.3g}{group}, above the {whose} "
             f"ε = {target:.4g}.  Take fewer steps, add noise, or raise the target if your policy allows it."
         )
 

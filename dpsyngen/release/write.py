@@ -14,7 +14,7 @@ from dpsyngen.config import Config
 from dpsyngen.diffusion.prior import SHIPPED
 from dpsyngen.diffusion.stages import GAUSSIAN, StageMap
 from dpsyngen.files import write_text
-from dpsyngen.privacy.budget import Composition
+from dpsyngen.privacy.budget import Budget, Composition
 from dpsyngen.privacy.certificate import (
     Assumptions,
     BudgetPart,
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 def certify(t: Training) -> Certificate:
     """The claim and everything needed to check it.  ε is computed from the ledger, not from a setting."""
-    config, plan, ledger, budget = t.config, t.plan, t.ledger, t.budget
+    config, plan, ledger = t.config, t.plan, t.ledger
+    # Read again: other runs may have begun since this one did.
+    budget = None if t.budget is None else Budget(t.budget.path)
     bound, by_rdp = Composition.of([ledger]).bound(), ledger.epsilon(accountant="rdp")
     epsilon = bound.epsilon
     reasons = []

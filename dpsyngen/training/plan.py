@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dpsyngen.config import Config, with_batch
 from dpsyngen.data import ImageDataset
@@ -113,6 +114,8 @@ _LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
     "private.": _TRAINS,
     "network.prior": tuple(v for v in USE_MOMENTS if v != "gaussian"),
     "network.": _TRAINS,
+    "privacy.clipping_norm": _TRAINS,
+    "logging.": _TRAINS,
 }
 """Settings, by the beginning of their names, and the variants that look at them; all look at any other."""
 
@@ -124,6 +127,17 @@ def matters(name: str, variant: str, pretrain: bool) -> bool:
     return next(
         (variant in variants for beginning, variants in _LOOKED_AT_BY.items() if name.startswith(beginning)), True
     )
+
+
+def without_effect(given: Mapping[str, Any], config: Config) -> str | None:
+    """Tell which of the settings that were `given` the variant of `config` does not look at; None: there are none.
+
+    Nothing is told where they name a preset: then they are all the settings of an earlier run.
+    """
+    s, sections = config.stages, {} if "preset" in given else given
+    names = [f"{section}.{name}" for section, values in sections.items() for name in values]
+    idle = [name for name in names if not matters(name, s.variant, bool(s.pretrain))]
+    return f"variant {s.variant} looks at no {', '.join(idle)}: what was given has no effect" if idle else None
 
 
 def make_plan(config: Config, shape: Shape) -> Plan:

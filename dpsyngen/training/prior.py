@@ -167,7 +167,7 @@ def error_ratios(network: UNet, task: Task, count: int = 256) -> list[float]:
 
 def held_out(settings: PriorSettings) -> dict[str, Task]:
     """Tasks that no training sees: families of another stream, and a program that is in no family."""
-    other = PriorSettings(settings.channels, seed=settings.seed + 1)
+    other = PriorSettings(settings.channels, seed=(settings.seed + 1) % 2**63)
     sizes = [s for s in SIZES[settings.channels] if s <= 28]
     alien = make_program("random-network", resolution=16, channels=settings.channels, seed=settings.seed)
     return {f"families at {s}": family_task(other, s, 0) for s in sizes} | {
@@ -250,13 +250,17 @@ def _keep(path: Path, settings: PriorSettings, step: int, network: UNet, optimiz
 
 def _restore(path: Path, settings: PriorSettings, network: UNet, optimizer: Any, ema: Ema) -> int:
     """Load what :func:`_keep` wrote; returns the number of steps that are done."""
-    state = torch.load(path, weights_only=True)
-    if state["settings"] != asdict(settings):
-        raise ConfigError(
-            f"{path} holds a training with {state['settings']}, but {asdict(settings)} were asked for.  Give those "
-            "settings to go on with it, or remove it to begin anew."
-        )
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    ema.average, ema.steps = state["ema"], state["ema_steps"]
-    return int(state["step"])
+    try:
+        state = torch.load(path, weights_only=True)
+        known = state["settings"]
+        if known == asdict(settings):
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+            ema.average, ema.steps = state["ema"], state["ema_steps"]
+            return int(state["step"])
+    except Exception as error:  # PyTorch has many for a damaged file
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}): remove it to begin anew.") from None
+    raise ConfigError(
+        f"{path} holds a training with {known}, but {asdict(settings)} were asked for.  Give those settings to go on "
+        "with it, or remove it to begin anew."
+    )

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from filelock import FileLock, Timeout
 
@@ -135,7 +136,7 @@ class Run:
         if not self.complete:
             raise RunError(
                 f"{self.path} is not finished: its training was interrupted.  Continue it with "
-                f"`dpsyngen train --resume --out {self.path}`."
+                f"`dpsyngen train --resume --out {quote(str(self.path))}`."
             )
 
     def finished_ledger(self) -> Ledger:
@@ -250,7 +251,7 @@ def require_new(path: Path) -> None:
             raise RunError(f"--out {path} exists already and holds a finished run.  Choose another path.")
         raise RunError(
             f"--out {path} exists already and holds an unfinished run.  Continue it with "
-            f"`dpsyngen train --resume --out {path}`, or choose another path."
+            f"`dpsyngen train --resume --out {quote(str(path))}`, or choose another path."
         )
     if not _only_begun(path):
         require_absent_or_empty(path, "--out")

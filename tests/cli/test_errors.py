@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpsyngen.distributed import ALONE
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
 from tests.conftest import tiny_arrays
@@ -74,10 +75,17 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
     ],
     ("train", "--out", "{new}/r"): [
         ("--epsilon 1", "--data is missing"),
+        ("--data {two}", "--epsilon is missing"),
+        ("--data {two} --config {stages}", "--epsilon is missing"),
+        ("--data {two} --set privacy.delta=1e-4", "--epsilon is missing"),
         ("--epsilon 1 --data {new}/nowhere", "nowhere"),
         ("--resume", "does not exist"),
     ],
-    ("train", "--out", "{new}"): [("--resume --epsilon 3", "continues with the settings")],
+    ("train", "--out", "{new}"): [
+        ("--resume --epsilon 3", "continues with the settings"),
+        ("--resume --set data.source={two}", "continues with the settings"),
+        ("--resume --set private=5", "continues with the settings"),
+    ],
     SAMPLE: [
         ("-n 0", "-n is 0"),
         ("-n 1000000000000", "at most 100,000,000 at a time"),
@@ -178,7 +186,9 @@ def places(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     np.savez(folder / "two.npz", images=images, labels=labels % 2)
     np.savez(folder / "four.npz", images=images, labels=np.arange(len(images)) % 4)
     np.savez(folder / "other.npz", images=tiny_arrays(seed=3)[0], labels=labels)
-    return {"run": finished.path, "two": folder / "two.npz", "four": folder / "four.npz", "other": folder / "other.npz"}
+    (folder / "stages.yaml").write_text("stages: {variant: dpdm}\n")
+    sets = {name: folder / f"{name}.npz" for name in ("two", "four", "other")}
+    return {"run": finished.path, "stages": folder / "stages.yaml", **sets}
 
 
 @pytest.mark.parametrize(
@@ -214,11 +224,14 @@ def test_what_needs_no_image_is_refused_before_any_is_read(call, places, tmp_pat
         ("--program contours --network nano --set public.steps=3", "program.name, public.steps"),
         ("--variant dpdm --tau-coarse 1 --steps 5", "stages.tau_coarse"),
         ("--variant cleaning --tau-cleaning -2 --program contours", None),
+        ("--variant gaussian --clip 2 --tensorboard", "privacy.clipping_norm, logging.tensorboard"),
+        ("--instant --set logging.pictures=5 --delta 1e-4", "logging.pictures"),
+        ("--clip 2 --set logging.pictures=5", None),
     ],
 )
 def test_options_that_the_variant_does_not_look_at_are_told(call, places, tmp_path, options, idle, monkeypatch) -> None:
-    monkeypatch.setattr("dpsyngen.fit.prepare", lambda *_, **__: None)
-    monkeypatch.setattr("dpsyngen.fit.train_together", lambda begin, *_: begin(device="cpu"))
+    monkeypatch.setattr("dpsyngen.fit.Training.start", lambda *_: None)
+    monkeypatch.setattr("dpsyngen.fit.train_together", lambda begin, *_: begin(device="cpu", ranks=ALONE))
     words = [word.format(new=tmp_path, **places) for word in (*TRAIN, "--epsilon", "1", *options.split())]
     code, _, err = call(*words)
     assert code == 0

@@ -34,6 +34,33 @@ def test_fit_is_a_whole_run_with_ledger_and_certificate(generator) -> None:
     assert (run.private / "health.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"resolution": 16}, "data.resolution is 16, but must be 8,"),
+        ({"channels": "rgb"}, "data.channels is 'rgb'.*grey,"),
+    ],
+)
+def test_a_data_set_is_trained_on_in_the_form_that_it_has(asked, message, tmp_path) -> None:
+    settings = TINY_SETTINGS | {"data": asked}
+    with pytest.raises(ConfigError, match=message):
+        dpsyngen.train(dpsyngen.load_images(tiny_arrays()), epsilon=4, out=tmp_path / "r", settings=settings)
+    assert not (tmp_path / "r").exists()
+
+
+def test_out_may_begin_with_the_home_folder_and_idle_settings_are_told(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    settings = {"stages": {"variant": "gaussian"}}
+    run = dpsyngen.train(tiny_arrays(), epsilon=4.0, out="~/a", settings=settings)
+    assert run.path == tmp_path / "a"
+    assert not (tmp_path / "~").exists()
+    fit("~/b", settings=settings, steps=5, progress=True)
+    assert "variant gaussian looks at no private.steps" in capsys.readouterr().err
+    fit("~/c", settings=Generator.load("~/b").get_params(deep=False), progress=True)  # all are given
+    assert "looks at no" not in capsys.readouterr().err
+
+
 def test_fit_without_out_makes_a_new_folder_each_time(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     name = "fit-20260101-120000"

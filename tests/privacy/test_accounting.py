@@ -56,6 +56,13 @@ def test_calibrated_noise_never_exceeds_the_target_and_wastes_little(target, rat
     assert spent <= epsilon([Mechanism(rate, noise, steps)], delta, "rdp")
 
 
+def test_noise_is_found_beside_what_renyi_dp_alone_would_refuse() -> None:
+    spent = Mechanism(1.0, calibrate_noise(0.95, DELTA, sampling_rate=1.0, steps=1))
+    assert epsilon([spent], DELTA, "rdp") > 1
+    noise = calibrate_noise(1.0, DELTA, sampling_rate=1.0, steps=1, spent=[spent])
+    assert 0.999 < epsilon([spent, Mechanism(1.0, noise)], DELTA) <= 1
+
+
 def test_monotone() -> None:
     base = epsilon([Mechanism(0.05, 1.0, 100)], DELTA)
     assert epsilon([Mechanism(0.05, 1.0, 101)], DELTA) > base

@@ -40,9 +40,9 @@ def test_runs_add_up_and_the_limit_holds(path) -> None:
 
 def test_a_refusal_says_what_would_fit(path) -> None:
     Budget(path).reserve("one", "r", (RUN,), IMAGES)
-    with pytest.raises(BudgetExceeded, match=r"a run of ε = [0-9.]+ on its own would fit") as refused:
+    with pytest.raises(BudgetExceeded, match=r"a run of ε = [0-9.]+ at --delta 1e-05 on its own would fit") as refused:
         Budget(path).reserve("two", "r", (Mechanism(0.1, 0.9, 20),), IMAGES)
-    fits = float(re.findall(r"ε = ([0-9.]+) on its own", str(refused.value))[0])
+    fits = float(re.findall(r"ε = ([0-9.]+) at --delta", str(refused.value))[0])
     noise = calibrate_noise(fits * 0.99, 1e-5, sampling_rate=0.1, steps=20)
     Budget(path).reserve("two", "r", (Mechanism(0.1, noise, 20),), IMAGES)
     assert 2.8 < Budget(path).epsilon() <= 3.0
@@ -211,9 +211,9 @@ def test_the_whole_of_a_run_must_fit_even_where_each_part_would(path) -> None:
 
 def test_a_refused_run_of_several_mechanisms_is_told_what_would_fit(path) -> None:
     Budget(path).reserve("one", "r", (*MOMENTS, RUN), IMAGES)
-    with pytest.raises(BudgetExceeded, match=r"a run of ε = [0-9.]+ on its own would fit") as refused:
+    with pytest.raises(BudgetExceeded, match=r"a run of ε = [0-9.]+ at --delta 1e-05 on its own would fit") as refused:
         Budget(path).reserve("two", "r", (*MOMENTS, Mechanism(0.1, 0.9, 20)), IMAGES)
-    fits = float(re.findall(r"ε = ([0-9.]+) on its own", str(refused.value))[0])
+    fits = float(re.findall(r"ε = ([0-9.]+) at --delta", str(refused.value))[0])
     noise = calibrate_noise(fits * 0.97, 1e-5, sampling_rate=0.1, steps=20, spent=MOMENTS)
     Budget(path).reserve("two", "r", (*MOMENTS, Mechanism(0.1, noise, 20)), IMAGES)
     assert Budget(path).epsilon() <= 3.0

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from dpsyngen.errors import BudgetExceeded, LedgerError
+from dpsyngen.privacy import ledger as ledger_module
 from dpsyngen.privacy.accounting import Mechanism, epsilon
 from dpsyngen.privacy.ledger import Ledger
 
@@ -85,6 +86,21 @@ def test_half_written_line_of_a_crash_is_no_access(ledger) -> None:
     assert again.mechanisms == (STEP,)
     again.charge(STEP, "two")
     assert ledger.path.read_bytes().startswith(whole)
+    assert Ledger(ledger.path).mechanisms == (STEP, STEP)
+
+
+def test_a_line_that_is_written_meanwhile_is_no_damage(ledger, monkeypatch) -> None:
+    read = ledger_module._read_head
+
+    def charging(path, what):
+        with monkeypatch.context() as m:
+            m.setattr(ledger_module, "_read_head", read)
+            ledger.charge(STEP, "before the head is read")
+            head = read(path, what)
+            ledger.charge(STEP, "after it")
+        return head
+
+    monkeypatch.setattr(ledger_module, "_read_head", charging)
     assert Ledger(ledger.path).mechanisms == (STEP, STEP)
 
 

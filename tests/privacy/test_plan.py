@@ -32,6 +32,15 @@ def test_noise_for_a_budget() -> None:
         assert float(per_step) == pytest.approx(float(noise) / int(batch), abs=2e-6)
 
 
+def test_bounds_are_rounded_up() -> None:
+    for noise in (4.0, 5.0, 6.0, 7.0):
+        options = {"noise_multiplier": noise, "delta": 1e-5}
+        _, plans = neighbouring_plans(1000, 1000, 2, **options)
+        for row, plan in zip(rows(budget_table(1000, 1000, 2, **options)), plans, strict=True):
+            assert plan.epsilon <= float(row[5]) < plan.epsilon + 1e-4
+            assert plan.epsilon_by_rdp <= float(row[6]) < plan.epsilon_by_rdp + 1e-4
+
+
 def test_cost_of_a_noise() -> None:
     lines = budget_table(1000, 1000, 2, noise_multiplier=5.0, delta=1e-5)
     assert "δ = 1e-05" in lines[0]

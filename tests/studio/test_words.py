@@ -43,6 +43,8 @@ def test_suspicion_in_words() -> None:
     (coin, text), (hunch, _) = suspicion(3.0, 1e-5)
     assert coin == "50 % → at most 95.3 %"
     assert hunch == "1 % → at most 16.9 %"
+    assert suspicion(1.0, 1e-5)[0][0] == "50 % → at most 73.2 %"  # 73.1061
+    assert suspicion(6.95, 0.0)[0][0] == "50 % → practically 100 %"  # 99.904, which is no "100.0 %"
     assert "an image was used" in text
     assert "7 at most" in suspicion(3.0, 1e-5, 7)[0][1]
     assert "that images of a person were used" in suspicion(3.0, 1e-5, 1, by_person=True)[0][1]

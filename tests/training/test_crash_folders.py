@@ -345,6 +345,11 @@ def test_starting_where_a_run_is_says_how_to_go_on(made, out, tiny_settings, tin
     config = load_config({**tiny_settings, "privacy": {"epsilon": 8}})
     with pytest.raises(RunError, match=f"holds an unfinished run.*--resume --out {out}"):
         api.prepare(config, out, tiny_images())
+    spaced = out.rename(out.with_name("with a space"))
+    with pytest.raises(RunError, match=f"--resume --out '{spaced}'"):
+        api.prepare(config, spaced, tiny_images())
+    with pytest.raises(RunError, match=f"--resume --out '{spaced}'"):
+        Run(spaced).require_complete()
     with pytest.raises(RunError, match="holds a finished run"):
         api.prepare(config, made / "whole", tiny_images())
 

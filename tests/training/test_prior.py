@@ -64,6 +64,17 @@ def test_weights_follow_from_the_seed_to_the_bit_also_after_an_interruption(tmp_
     assert other.about["sha256"] != whole.about["sha256"]
     with pytest.raises(ConfigError, match="remove it to begin anew"):
         train_prior(PriorSettings(seed=4, steps=4), tmp_path / "part")
+    for damaged in (b"", b"nonsense", (tmp_path / "part").read_bytes()[:-100]):
+        (tmp_path / "part").write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"part is damaged .*remove it to begin anew"):
+            train_prior(settings, tmp_path / "part")
+
+
+def test_the_largest_seed_has_tasks_that_no_training_sees(monkeypatch) -> None:
+    monkeypatch.setattr(prior_module, "make_task", lambda programs, *_: programs[0].config()["seed"])
+    last = 2**63 - 1
+    families = [seed for name, seed in prior_module.held_out(PriorSettings(seed=last)).items() if "families" in name]
+    assert set(families) == {0}
 
 
 def test_tasks_are_functions_of_their_number() -> None:
