@@ -7,11 +7,13 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.demo-installed
 STUDIO := $(VENV)/.studio-installed
 STAMP := $(VENV)/.installed
-# Python compiles what is imported when it is imported, a tenth of what pip would compile: half of the time to set up.
-PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
 # A new folder each time: nothing that was made before is overwritten.
 DEMO := $(if $(DEMO),$(DEMO),runs/demo-$(shell date +%Y%m%d-%H%M%S))
+
+# Tests start processes by the dozen: where the environment forbids to keep bytecode each would compile our modules anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo studio check test pytest-fast pytest-all lint types docs figures clean
 

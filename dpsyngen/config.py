@@ -232,6 +232,10 @@ class SamplingConfig(_Section):
     def _agrees(self) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min = {self.sigma_min:g} must be below sigma_max = {self.sigma_max:g}")
+        if (self.sigma_min / self.sigma_max) ** (1 / self.rho) < 1e-12:  # the last levels would all be 0 in fp64
+            raise ValueError(
+                f"rho = {self.rho:g} is too small for σ from {self.sigma_min:g} to {self.sigma_max:g}: use 7"
+            )
         if self.churn and self.sampler != "heun":
             raise ValueError(f"churn needs the sampler 'heun'; given {self.sampler!r}")
         return self

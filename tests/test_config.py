@@ -67,6 +67,7 @@ def test_settings_that_contradict_each_other() -> None:
     for settings, message in (
         ({"sampling": {"sigma_min": 90}}, "sigma_min = 90 must be below"),
         ({"sampling": {"churn": 3}}, "churn needs the sampler 'heun'"),
+        ({"sampling": {"rho": 0.25}}, "rho = 0.25 is too small"),
         ({"private": {"steps": 5, "warmup": 5}}, "leaves none"),
     ):
         with pytest.raises(ConfigError, match=message):

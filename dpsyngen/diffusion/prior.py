@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
+from dpsyngen.diffusion.unet import UNet, shapes_alone
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import write_bytes
 
@@ -119,6 +120,12 @@ def read_prior(prior: str, channels: int) -> Prior:
             weights = {name: file.get_tensor(name).float() for name in sorted(file.keys())}
         if about["format"] != PRIOR_FORMAT or about["sha256"] != digest(weights):
             raise ValueError("its weights are not those that its description was written for")
+        with shapes_alone():
+            wanted = UNet(PRIOR_SIZE, 32, about["channels"], 0, inputs=SEEN * about["channels"]).state_dict()
+        if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in wanted.items()}:
+            raise ValueError("its weights are of another network")
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("its weights are not finite")
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(

@@ -178,7 +178,7 @@ def stage_map(
     for name, tau in (("tau_cleaning", tau_cleaning), ("tau_coarse", tau_coarse)):
         require(math.isfinite(tau), name, tau, "a finite log σ (choose another variant for no threshold)")
     below, above = _ENDS[variant]
-    if variant == "residual" and not prior:
+    if variant in ("gaussian", "instant") or (variant == "residual" and not prior):
         below = None
     if below is not None and above is not None and not tau_cleaning < tau_coarse:
         raise ConfigError(

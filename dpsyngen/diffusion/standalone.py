@@ -414,7 +414,7 @@ class ReleasedDenoiser(nn.Module):
         seeds, one for each image, each is drawn as the first image of its seed.
         """
         require(self.dtype == torch.float32, "the type of the numbers", self.dtype, "torch.float32")
-        d, always = self.defaults, bool(self.class_names and len(self.networks)) and self.label_dropout == 0
+        d, always = self.defaults, self.label_dropout == 0 and any(n.num_classes for n in self.networks.values())
         require(not always or guidance in (None, 1), "guidance", guidance, "1: the network always saw a class")
         # A churn set for the run belongs to its sampler; asking for another sampler drops it.
         churn = (d["churn"] if sampler in (None, d["sampler"]) else 0.0) if churn is None else churn

@@ -166,7 +166,11 @@ class ReleasedGenerator:
         Raises:
             ConfigError: a value that is not allowed, or guidance by a network that cannot give it, as without classes.
         """
-        if guidance not in (None, 1) and self.class_names and self.networks and self._label_dropout == 0:
+        if (
+            guidance not in (None, 1)
+            and self._label_dropout == 0
+            and any(n.num_classes for n in self.networks.values())
+        ):
             raise ConfigError(
                 f"guidance is {shown(guidance)}, but this generator's network always saw the class of an image "
                 "(network.label_dropout = 0), so there is nothing to compare with: use guidance 1."

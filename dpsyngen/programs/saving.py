@@ -87,6 +87,7 @@ class _Job:
         if self.format == "folder":
             for name, image in zip(names, images, strict=True):
                 (self.folder / "images" / name).write_bytes(png(picture(image), optimize=False))
+            os.sync()  # before the manifest says that they are there
         else:
             of_index = {"index": (np.array(indices), {"dtype": "int64", "_type": "Value"})}
             path, table = self.folder / self._table(shard), image_table(names, images, of_index, {})

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dpsyngen.programs.base import Program, as_integer, param
+from dpsyngen.programs.base import MAX_RESOLUTION, Program, as_integer, param
 from dpsyngen.programs.drawing import Floats, Images, Word, Words
 from dpsyngen.programs.drawing.counter_rng import fill_uniform, words
 from dpsyngen.programs.drawing.portable import compiled, cos_sin
@@ -105,7 +105,7 @@ def _figures(seed: int, number: int, resolution: int) -> tuple[Floats, Floats]:
     """The numbers of a family, and its figures [K, S, S] in 0..1 at twice the resolution, with a margin."""
     law = np.empty(_NUMBERS)
     fill_uniform(np.uint64(seed), _LAW, np.uint64(number), np.uint64(0), law)
-    size = max(2 * resolution, 32)
+    size = min(max(2 * resolution, 32), MAX_RESOLUTION)
     figures = []
     for k in range(1 + int(law[_COUNT] * MAX_FIGURES)):
         inner, choice = words(np.uint64(seed), _LAW, np.uint64(number), np.uint64(2_000 + k))

@@ -113,6 +113,7 @@ _LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
     "moments.": USE_MOMENTS,
     "private.": _TRAINS,
     "network.prior": tuple(v for v in USE_MOMENTS if v != "gaussian"),
+    "network.sigma_data": tuple(v for v in _TRAINS if v not in USE_MOMENTS),
     "network.": _TRAINS,
     "privacy.clipping_norm": _TRAINS,
     "logging.": _TRAINS,
@@ -137,6 +138,8 @@ def without_effect(given: Mapping[str, Any], config: Config) -> str | None:
     s, sections = config.stages, {} if "preset" in given else given
     names = [f"{section}.{name}" for section, values in sections.items() for name in values]
     idle = [name for name in names if not matters(name, s.variant, bool(s.pretrain))]
+    if s.variant == "residual" and config.network.prior is None:  # which nobody has a cleaning stage for
+        idle += [name for name in names if name == "stages.tau_cleaning"]
     return f"variant {s.variant} looks at no {', '.join(idle)}: what was given has no effect" if idle else None
 
 
@@ -150,12 +153,12 @@ def make_plan(config: Config, shape: Shape) -> Plan:
             f"delta is {delta:.3g}, but must be below 1/records = {1 / n:.3g}: a larger δ would allow publishing some "
             f"images outright.  Leave --delta out for {default_delta(n):.0e}."
         )
-    if batch > n:
+    stages = stages_of(config)
+    if batch > n and not stages.gaussian:
         raise ConfigError(
             f"the batch is {batch}, but there are only {n:,} records.  Choose --batch below that (a quarter of the "
             "records is plenty)."
         )
-    stages = stages_of(config)
     if stages.networks:
         check_resolution(named_size(config.network.size), shape.resolution)
     if shape.num_classes == 1:
@@ -163,7 +166,7 @@ def make_plan(config: Config, shape: Shape) -> Plan:
             f"there is only one class ({shape.class_names[0]!r}), which leaves nothing to condition on.  Use "
             "--unconditional, or give images of two classes or more."
         )
-    if shape.num_classes and config.sampling.guidance != 1 and stages.networks and not config.network.label_dropout:
+    if shape.num_classes and config.sampling.guidance != 1 and not stages.gaussian and not config.network.label_dropout:
         raise ConfigError(
             f"sampling.guidance is {config.sampling.guidance:g}, but network.label_dropout is 0: guidance compares "
             "with what the network answers without a class, which it would never learn.  Use "

@@ -227,6 +227,8 @@ def test_what_needs_no_image_is_refused_before_any_is_read(call, places, tmp_pat
         ("--variant gaussian --clip 2 --tensorboard", "privacy.clipping_norm, logging.tensorboard"),
         ("--instant --set logging.pictures=5 --delta 1e-4", "logging.pictures"),
         ("--clip 2 --set logging.pictures=5", None),
+        ("--set network.sigma_data=1", "network.sigma_data"),
+        ("--network tiny --tau-cleaning -2", "stages.tau_cleaning"),
     ],
 )
 def test_options_that_the_variant_does_not_look_at_are_told(call, places, tmp_path, options, idle, monkeypatch) -> None:

@@ -230,6 +230,18 @@ def test_a_prior_that_was_edited_or_is_none_is_refused(tmp_path) -> None:
         read_prior(str(tmp_path / "missing"), 1)
 
 
+def test_a_prior_of_another_network_or_with_nan_is_refused_when_it_is_read(tmp_path) -> None:
+    path, weights = tmp_path / "p.safetensors", UNet("prior", 32, 1, 0, inputs=4).state_dict()
+    for wrong, message in (
+        ({**weights, "out.bias": weights["out.bias"] * float("nan")}, "not finite"),
+        (UNet("nano", 32, 1, 0, inputs=4).state_dict(), "of another network"),
+        (UNet("prior", 32, 1, 3, inputs=4).state_dict(), "of another network"),
+    ):
+        Prior.of(wrong, channels=1).save(path)
+        with pytest.raises(ConfigError, match=f"which is no prior.*{message}"):
+            read_prior(str(path), 1)
+
+
 def test_the_prior_that_ships_fits_the_network_and_its_limit_of_size() -> None:
     from importlib import resources
 

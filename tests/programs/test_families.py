@@ -108,6 +108,10 @@ def test_any_size(example: str, resolution: int, channels: int) -> None:
     assert images.dtype == np.uint8
 
 
+def test_a_family_has_images_of_any_size_that_programs_have() -> None:
+    assert make_program("family", resolution=1030, channels=1, seed=1).batch([0]).shape == (1, 1, 1030, 1030)
+
+
 def test_float_images_are_the_same_from_minus_one_to_one() -> None:
     program = make("dead-leaves", 16, colour="black-white")
     floats = program.batch(range(5), dtype=np.float32)

@@ -114,13 +114,26 @@ def test_without_a_network_the_size_of_images_is_free(configured) -> None:
         make_plan(configured("residual"), odd)
 
 
+@pytest.mark.parametrize("variant", ["gaussian", "instant"])
+@pytest.mark.parametrize("tau", [{"tau_cleaning": 3.0}, {"tau_coarse": -4.0}])
+def test_moments_alone_look_at_no_batch_and_no_cleaning_stage(configured, variant, tau) -> None:
+    config = configured(
+        variant,
+        stages={"variant": variant} | tau,
+        private={"batch": 10**6},
+        network={"prior": "shipped", "size": "prior"},
+    )
+    assert make_plan(config, LABELLED).steps == 0
+
+
 @pytest.mark.parametrize("variant", ["dpdm", "residual"])
 def test_guidance_needs_a_network_that_learned_without_classes(configured, variant) -> None:
     given: dict[str, Any] = {"network": {"label_dropout": 0.0}, "sampling": {"guidance": 2.0}}
     with pytest.raises(ConfigError, match="label_dropout is 0"):
         make_plan(configured(variant, math.inf, **given), LABELLED)
     make_plan(configured(variant, math.inf, **given), UNLABELLED)
-    make_plan(configured("gaussian", math.inf, **given), LABELLED)
+    for without in ("gaussian", "instant"):  # which have no network that knows classes
+        make_plan(configured(without, math.inf, **given), LABELLED)
     make_plan(configured(variant, math.inf, **given | {"sampling": {"guidance": 1.0}}), LABELLED)
 
 
