@@ -256,9 +256,13 @@ def _loaded(name: str) -> ModuleType:
     own = f"_dpsyngen_features_{file_sha256(Path(name))[:16]}"
     spec = spec_from_file_location(own, name)
     assert spec is not None
-    assert spec.loader is not None
     module = sys.modules[own] = module_from_spec(spec)
-    _run(name, partial(spec.loader.exec_module, module))
+
+    def run() -> None:
+        # Of the file as it is: Python tells bytecode that it kept from a changed file by size and second alone.
+        exec(compile(Path(name).read_bytes(), name, "exec"), module.__dict__)
+
+    _run(name, run)
     return module
 
 

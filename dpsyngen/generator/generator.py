@@ -166,17 +166,14 @@ class ReleasedGenerator:
         Raises:
             ConfigError: a value that is not allowed, or guidance by a network that cannot give it, as without classes.
         """
-        if (
-            guidance not in (None, 1)
-            and self._label_dropout == 0
-            and any(n.num_classes for n in self.networks.values())
-        ):
+        know = any(network.num_classes for network in self.networks.values())
+        if guidance not in (None, 1) and know and self._label_dropout == 0:
             raise ConfigError(
                 f"guidance is {shown(guidance)}, but this generator's network always saw the class of an image "
                 "(network.label_dropout = 0), so there is nothing to compare with: use guidance 1."
             )
-        if guidance not in (None, 1, self.defaults.guidance) and not (self.class_names and self.networks):
-            lacks = "networks, and moments take none" if self.class_names else "classes"
+        if guidance not in (None, 1, self.defaults.guidance) and not know:
+            lacks = "network that knows classes" if self.class_names else "classes"
             raise ConfigError(f"guidance is {shown(guidance)}, but this generator has no {lacks}: leave guidance out.")
         if churn is None and sampler not in (None, self.defaults.sampler):
             churn = 0.0  # a churn set for the run belongs to its sampler

@@ -173,6 +173,7 @@ class Certificate(_Part):
             raise ReleaseError(f"{where} is no privacy certificate of format {FORMAT}: {problems}.") from None
 
 
+@cache
 def schema_text() -> str:
     """The JSON Schema (draft 2020-12) of a certificate."""
     schema = Certificate.model_json_schema()

@@ -92,9 +92,9 @@ def field(label: str, value: str = "", act: Callable[..., Any] | None = None, lo
     return ui.input(label, value=value, on_change=act).props("outlined").classes(look)
 
 
-def number(label: str, value: float | None, least: float, most: float, act: Any = None) -> ui.number:
-    """A field for a number."""
-    return ui.number(label, value=value, min=least, max=most, on_change=act).props("outlined").classes("small")
+def number(label: str, value: float | None, act: Any = None) -> ui.number:
+    """A field for a number.  One out of range is refused in words where it is used, and not replaced by another."""
+    return ui.number(label, value=value, on_change=act).props("outlined").classes("small")
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> None:

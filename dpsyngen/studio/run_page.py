@@ -143,8 +143,8 @@ class _Look:
         self.studio, self.run = studio, Run(path)
         self.run.require_complete()
         with ui.element("div").classes("form"):
-            self.seed = look.number("Seed", 0, 0, 2**32 - 1)
-            self.guidance = look.number("Guidance (1: none)", None, 0, 100)
+            self.seed = look.number("Seed", 0)
+            self.guidance = look.number("Guidance (1: none)", None)
             look.button("Draw", self._draw)
         self.notice, self.samples = look.Notice(), ui.element("div")
         with look.card("Generated beside real", "private"):
@@ -204,7 +204,7 @@ class _Command:
         title, self.command, self.option = words
         with ui.element("div").classes("form"):
             self.test = look.field("Real images not trained on (folder, file or public set)", test)
-            self.count = look.number("Generated images", 1000, 2, 100_000)
+            self.count = look.number("Generated images", 1000)
             look.button(title, self._start, "other")
         self.notice, self.result = look.Notice(), ui.element("div")
         self.timer = ui.timer(_EVERY, self._look)
@@ -248,7 +248,7 @@ class _Release:
             look.say("One file with all that may be published, and nothing of the private half.")
             with ui.element("div").classes("form"):
                 self.name = look.field("Name of the file", f"{path.name}.zip")
-                self.count = look.number("Generated images in it", 100, 0, 100_000)
+                self.count = look.number("Generated images in it", 100)
             with ui.element("div").classes("form"):
                 self.key = look.field("Private key to sign with (PEM); empty: not signed")
                 look.button("Make a key", self._make_key, "other")

@@ -157,9 +157,9 @@ class _Promise:
         )
         with look.card(""):
             with ui.element("div").classes("form"):
-                self.epsilon = look.number("ε", _EPSILONS[_START], 0.01, 10_000, self._tell)
+                self.epsilon = look.number("ε", _EPSILONS[_START], self._tell)
                 self.delta = look.field("δ", f"{default_delta(max(len(dataset), 2)):g}", self._tell, "small")
-                self.group = look.number("Images of one person", 1, 1, 1000, self._tell)
+                self.group = look.number("Images of one person", 1, self._tell)
             self.slider = ui.slider(min=0, max=len(_EPSILONS) - 1, step=1, value=_START).props("markers snap")
             self.slider.props('aria-label="ε, from safer to better images"')
             self.slider.on("update:model-value", lambda e: self.epsilon.set_value(_EPSILONS[int(e.args)]))

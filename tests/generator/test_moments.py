@@ -113,7 +113,7 @@ def test_a_stranger_may_not_ask_for_guidance_that_the_network_cannot_give(releas
 def test_moments_alone_take_no_guidance(tmp_path) -> None:
     settings = TINY_SETTINGS | {"stages": {"variant": "gaussian"}, "sampling": {"steps": 3}}
     generator = Generator(dpsyngen.train(tiny_arrays(), epsilon=4.0, out=tmp_path / "r", settings=settings).release)
-    with pytest.raises(ConfigError, match="generator has no networks"):
+    with pytest.raises(ConfigError, match="no network that knows classes"):
         generator.sample(2, guidance=3.5)
 
 

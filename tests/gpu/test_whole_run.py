@@ -14,6 +14,7 @@ from dpsyngen.config import load_config
 from dpsyngen.data import load_images
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.hardware import Compute
+from tests.gpu.conftest import needs_gpu
 from tests.training.short_runs import finish, merged, start
 
 
@@ -36,6 +37,7 @@ def weights(release: Path, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compute", [pytest.param("cuda", marks=needs_gpu)], indirect=True)  # a CPU's is itself
 def test_a_run_is_that_of_a_cpu(compute: Compute, tmp_path, tiny_settings, tiny_images) -> None:
     """Both begin with the prior and get the same noise, so what DP-SGD changed is the same but for rounding."""
     cpu = trained("cpu", tmp_path / "cpu", tiny_settings, tiny_images())

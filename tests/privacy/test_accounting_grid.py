@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -180,12 +179,10 @@ def test_the_closed_form_is_below_every_way_of_computing(monkeypatch, afresh, po
         (1.0, 1e300, 400, 1e-5, 1),
     ],
 )
-def test_extreme_figures_cost_seconds_and_have_a_bound(q, z, steps, delta, group) -> None:
-    begun = time.monotonic()
+def test_extreme_figures_have_a_bound(q, z, steps, delta, group) -> None:
     bound = epsilon_bound([Mechanism(q, z, steps)], delta, group)
     assert 0 <= bound.epsilon < math.inf
     assert bound.epsilon == epsilon([Mechanism(q, z, steps)], delta, group_size=group)
-    assert time.monotonic() - begun < 60
     # Without sampling it is the Gaussian mechanism with μ = g √steps / z, which sampling can only lower.
     mu = group * math.sqrt(steps) / z
     assert bound.epsilon <= mu**2 / 2 + mu * 40

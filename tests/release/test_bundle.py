@@ -14,6 +14,7 @@ import torch
 
 import dpsyngen
 import dpsyngen.privacy.noise as noise_module
+import dpsyngen.training.moments as moments_module
 from dpsyngen import fit as api
 from dpsyngen.config import load_config
 from dpsyngen.errors import ConfigError, LedgerError, ReleaseError, RunError
@@ -84,8 +85,17 @@ def test_same_run_same_bytes(finished, bundle, tmp_path) -> None:
     assert again.sha256 == hashlib.sha256(bundle.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("pair", ["neighbours", "strangers"])
-def test_taint_the_bundle_depends_on_the_images_through_the_mechanism_alone(pair, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("pair", "stages"),
+    [
+        ("neighbours", {"variant": "both", "pretrain": True}),
+        ("strangers", {"variant": "both", "pretrain": True}),
+        ("neighbours", {"variant": "residual", "tau_coarse": 1.0}),  # and of DP moments; the batch follows from n, too
+    ],
+)
+def test_taint_the_bundle_depends_on_the_images_through_the_mechanism_alone(
+    pair, stages, tmp_path, monkeypatch
+) -> None:
     """Neighbouring or wholly different data, same mechanism outputs: the bundles are equal byte for byte.
 
     The mechanism's output is replaced by its noise.  Losses, norms, batch sizes, file names, labels and, for the
@@ -99,6 +109,12 @@ def test_taint_the_bundle_depends_on_the_images_through_the_mechanism_alone(pair
         return real(replace(clipped, sums=[torch.zeros_like(s) for s in clipped.sums]), **kwargs)
 
     monkeypatch.setattr(noise_module, "noisy_mean", only_noise)
+    released = moments_module.released
+
+    def only_noise_of_moments(total, *arguments, **kwargs):
+        return released(replace(total, sums=torch.zeros_like(total.sums)), *arguments, **kwargs)
+
+    monkeypatch.setattr(moments_module, "released", only_noise_of_moments)
     bundles, logs = [], []
     for number in (1, 2):
         images, labels = tiny_arrays(1 if pair == "neighbours" else number)
@@ -112,7 +128,8 @@ def test_taint_the_bundle_depends_on_the_images_through_the_mechanism_alone(pair
                 **TINY_SETTINGS,
                 "data": {"source": str(folder / "patients.npz"), "records": 60},
                 "privacy": {"epsilon": 8, "insecure_seed": 7, "delta": 1e-3},
-                "stages": {"variant": "both", "pretrain": True},
+                "stages": stages,
+                "private": TINY_SETTINGS["private"] | ({} if "pretrain" in stages else {"batch": 0}),
             }
         )
         training = api.prepare(config, tmp_path / f"run-{number}")
