@@ -21,11 +21,11 @@ def ledger(tmp_path) -> Ledger:
 
 
 def test_charge_is_on_the_disk_when_it_returns(ledger, monkeypatch) -> None:
-    synced = []
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(fd) or real(fd))
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd))
     ledger.charge(STEP, "why", query="q", steps=10)
-    assert synced
+    assert synced[0] == os.path.realpath(ledger.path)  # before its head, which vouches for it
+    assert len(synced) > 1
     again = Ledger(ledger.path)
     assert again.mechanisms == (STEP,)
     assert again.entries[0].reason == "why"

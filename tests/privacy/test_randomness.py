@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import stat
 
 import numpy as np
 import pytest
+import torch
 
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.randomness import Randomness
@@ -17,6 +19,16 @@ def test_keys_of_the_system_differ_and_are_secure() -> None:
     assert a.secure
     assert b.secure
     assert not np.array_equal(a.words("noise", 0, 4), b.words("noise", 0, 4))
+
+
+def test_no_seed_of_the_process_makes_a_key_predictable() -> None:
+    keys = []
+    for _ in range(2):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - what a user's script may do
+        torch.manual_seed(0)
+        keys.append(Randomness.from_system())
+    assert keys[0].key_forms() != keys[1].key_forms()
 
 
 def test_insecure_seed_repeats_and_says_so() -> None:

@@ -309,12 +309,14 @@ def test_checkpoints_of_a_finished_run_are_cleared(out, whole, tiny_images) -> N
     assert content(out) == whole
 
 
-def test_whatever_writes_is_refused_while_another_process_works_on_the_run(made, out, tiny_images) -> None:
+def test_whatever_writes_is_refused_while_another_process_works_on_the_run(made, out, tiny_images, monkeypatch) -> None:
     """Before it has done anything: no work is thrown away at the end, and nothing is half done."""
     finished = out.with_name("finished")
     shutil.copytree(made / "whole", finished)
     before = content(out), content(finished)
     said: list[str] = []
+    read = api._read
+    monkeypatch.setattr(api, "_read", lambda *_: pytest.fail("images were read, which can take long"))
     for path, use in (
         (out, lambda: finish(out, tiny_images())),
         (out, lambda: api.prepare_resume(out, tiny_images())),
@@ -325,6 +327,7 @@ def test_whatever_writes_is_refused_while_another_process_works_on_the_run(made,
             fcntl.flock(handle, fcntl.LOCK_EX)  # as another process would hold it
             with pytest.raises(RunError, match="another process is working"):
                 use()
+    monkeypatch.setattr(api, "_read", read)
     assert (content(out), content(finished)) == before
     assert said == []
     # This process holds the lock from the moment that it opens the run, gives it to nobody while it trains, and gives
