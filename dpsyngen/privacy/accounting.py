@@ -133,7 +133,8 @@ def _most_in_a_step(m: Mechanism, delta: float, kinds: int, group_size: int) -> 
     return most
 
 
-def _group_step(m: Mechanism, most: int, group_size: int, interval: float) -> Any:
+@lru_cache(2)
+def _group_step(noise: float, rate: float, most: int, group_size: int, interval: float) -> Any:
     """Privacy loss distribution of one step when up to `group_size` records, `most` of them in one step, are added or
     removed at once.
     """
@@ -141,9 +142,9 @@ def _group_step(m: Mechanism, most: int, group_size: int, interval: float) -> An
     from scipy.stats import binom
 
     shifts = [float(j) for j in range(most + 1)]
-    chances = binom.pmf(shifts, group_size, m.sampling_rate)
+    chances = binom.pmf(shifts, group_size, rate)
     chances = (chances / chances.sum()).tolist()
-    return from_mixture_gaussian_mechanism(m.noise_multiplier, shifts, chances, value_discretization_interval=interval)
+    return from_mixture_gaussian_mechanism(noise, shifts, chances, value_discretization_interval=interval)
 
 
 def _interval(mechanisms: tuple[Mechanism, ...], rough: float, group_size: int) -> float:
@@ -188,7 +189,7 @@ def _composed(mechanisms: tuple[Mechanism, ...], most: list[int], group_size: in
             parts.append(from_gaussian_mechanism(noise, value_discretization_interval=interval))
             continue
         if group_size > 1:
-            step = _group_step(m, j, group_size, interval)
+            step = _group_step(m.noise_multiplier, m.sampling_rate, j, group_size, interval)
         else:
             step = _one_step_pld(m.sampling_rate, m.noise_multiplier, interval)
         ways = step._pmf_remove.to_dense_pmf(), step._pmf_add.to_dense_pmf()
