@@ -156,13 +156,16 @@ def test_labels_that_are_none(label) -> None:
         load_images(Items([(IMAGES[0], 0), (IMAGES[1], label)]))
 
 
-def test_missing_labels_and_failing_items() -> None:
-    class Failing(Items):
-        def __getitem__(self, index: int) -> Any:
-            if index == 2:
-                raise KeyError("no such file")
-            return self.items[index]
+class Failing(Items):
+    broken = 2
 
+    def __getitem__(self, index: int) -> Any:
+        if index == self.broken:
+            raise KeyError("no such file")
+        return self.items[index]
+
+
+def test_missing_labels_and_failing_items() -> None:
     source = Failing([(IMAGES[0], 0), (IMAGES[1], None), (IMAGES[2], 0)])
     with pytest.raises(DataError, match=r"item 1: no label(.|\n)*item 2: KeyError"):
         load_images(source)
@@ -170,13 +173,8 @@ def test_missing_labels_and_failing_items() -> None:
 
 
 def test_a_first_item_that_fails_is_left_out_as_any_other() -> None:
-    class Failing(Items):
-        def __getitem__(self, index: int) -> Any:
-            if index == 0:
-                raise KeyError("no such file")
-            return self.items[index]
-
     source = Failing([{"img": image, "cls": i % 2} for i, image in enumerate(IMAGES[:5])])
+    source.broken = 0
     with pytest.raises(DataError, match=r"1 item(.|\n)*item 0: KeyError"):
         load_images(source)
     data = load_images(source, skip_bad=True)
