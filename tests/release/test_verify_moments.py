@@ -107,7 +107,7 @@ def coarse_of_programs(values: dict[str, Any]) -> None:
         (edit_text("config.yaml", "variant: residual", "variant: coarse"), "settings"),
         (edit_text("config.yaml", "tau_coarse: 1.0", "tau_coarse: 2.0"), "settings"),
         (edit_json("generator.json", lambda v: v.pop("moments")), "generator"),
-        (edit_json("generator.json", lambda v: v["moments"].update(rank=2)), "generator"),
+        (edit_json("generator.json", lambda v: v["moments"].update(rank=v["moments"]["rank"] + 1)), "generator"),
         (edit_json("generator.json", lambda v: v["stages"][-1].update(network="context")), "generator"),
         (lambda f: f.update({"weights/gaussian.safetensors": f["weights/context.safetensors"]}), "generator"),
         (lambda f: f.pop("weights/gaussian.safetensors"), "generator"),
