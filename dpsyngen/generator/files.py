@@ -12,7 +12,9 @@ import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -177,19 +179,24 @@ def load_network(
     classes = len(about.class_names) if about.conditional[name] else 0
     inputs = None if gaussian is None else SEEN * about.channels
 
-    def make() -> UNet:
-        return UNet(about.network.size, about.resolution, about.channels, classes, inputs)
-
-    with shapes_alone():
-        expected = {f"network.{k}": v for k, v in make().state_dict().items()}
-    weights = load_weights(release / "weights" / f"{name}.safetensors", expected)
+    asked = about.network.size, about.resolution, about.channels, classes, inputs
+    weights = load_weights(release / "weights" / f"{name}.safetensors", _expected(*asked))
+    network = UNet(*asked)
     denoiser: NetworkDenoiser
     if gaussian is None:
-        denoiser = PreconditionedDenoiser(make(), classes, about.network.sigma_data)
+        denoiser = PreconditionedDenoiser(network, classes, about.network.sigma_data)
     else:
-        denoiser = PriorDenoiser(make(), classes, gaussian)
+        denoiser = PriorDenoiser(network, classes, gaussian)
     denoiser.load_state_dict(weights)
     return denoiser.to(device).eval()
+
+
+@lru_cache(32)  # shapes alone take three times as long as the network itself
+def _expected(size: str, resolution: int, channels: int, classes: int, inputs: int | None) -> Mapping[str, Tensor]:
+    """The tensors of a network's weights file, on the meta device; not to be changed."""
+    with shapes_alone():
+        network = UNet(size, resolution, channels, classes, inputs)
+        return MappingProxyType({f"network.{k}": v for k, v in network.state_dict().items()})
 
 
 def load_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -251,6 +251,7 @@ def test_no_network_takes_memory_before_its_weights_fit(release: Path, monkeypat
         return made
 
     monkeypatch.setattr(files, "UNet", noted)
+    files._expected.cache_clear()
     (release / "weights" / "context.safetensors").write_bytes(weights(0))
     (release / "weights" / "coarse.safetensors").write_bytes(weights(2))
     refused(release, "weights")
