@@ -22,6 +22,7 @@ from dpsyngen.files import strict, strict_text
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
+from tests.audit.test_run import SMALL as SMALL_EFFORT
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
 pytestmark = pytest.mark.slow
@@ -119,17 +120,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "programs show --out": ("programs", "show", "dead-leaves", "--out", "{new}/p.png", "-n", "2"),
     "programs save": ("programs", "save", "dead-leaves", "--out", "{new}/p", "-n", "2", "--resolution", "8"),
 }
-SLOW = {"audit"}  # with the effort that ships
 CODES = {"doctor": {0, 5}, "audit": {0, 4}}
 
 
-def parameters() -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS]
-
-
 @pytest.fixture
-def command(made, tmp_path, call) -> Callable[..., tuple[int, str, str]]:
-    """Run one of COMMANDS by name, with more options."""
+def command(made, tmp_path, call, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """Run one of COMMANDS by name, with more options; audits and stages with less effort than what ships."""
+    monkeypatch.setattr("dpsyngen.audit.run.QUICK", SMALL_EFFORT)
+    monkeypatch.setattr("dpsyngen.thresholds.denoisers._FOR_MOMENTS", 500)
 
     def run(name: str, *more: str) -> tuple[int, str, str]:
         import shutil
@@ -148,7 +146,7 @@ def command(made, tmp_path, call) -> Callable[..., tuple[int, str, str]]:
     return run
 
 
-@pytest.mark.parametrize("name", parameters())
+@pytest.mark.parametrize("name", COMMANDS)
 def test_json_is_one_document_with_the_documented_keys(name, command) -> None:
     code, out, err = command(name, "--json", "-q")
     assert code in CODES.get(name, {0}), err

@@ -46,8 +46,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stages(call, made, tmp_path, monkeypatch):
-    """Run the command with networks that are shared and a short bootstrap; returns (code, stdout, stderr)."""
+    """Run the command with shared networks, a short bootstrap and moments of few images: (code, stdout, stderr)."""
     monkeypatch.setattr("dpsyngen.thresholds.run.StagesOptions", partial(StagesOptions, replicates=20))
+    monkeypatch.setattr("dpsyngen.thresholds.denoisers._FOR_MOMENTS", 500)
 
     def run(*more: object, out: object = None, programs: object = "dead-leaves,contours"):
         where = tmp_path / "o" if out is None else out
