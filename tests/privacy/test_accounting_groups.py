@@ -9,7 +9,7 @@ import pytest
 from scipy.special import erfc
 from scipy.stats import binom, norm
 
-from dpsyngen.privacy.accounting import LARGEST_GROUP, Mechanism, calibrate_noise, epsilon
+from dpsyngen.privacy.accounting import LARGEST_GROUP, Mechanism, _most_in_a_step, calibrate_noise, epsilon
 
 
 def gaussian_delta(epsilon_value: float, mu: float) -> float:
@@ -73,6 +73,17 @@ def test_calibration_for_a_group() -> None:
     spent = epsilon([Mechanism(0.05, z, 100)], 1e-5, group_size=3)
     assert 2.0 * (1 - 1e-3) <= spent <= 2.0
     assert z > calibrate_noise(2.0, 1e-5, sampling_rate=0.05, steps=100)
+
+
+@pytest.mark.parametrize(("q", "steps", "group"), [(0.001, 10, 4), (0.001, 1000, 16), (0.05, 10, 16), (0.05, 1000, 16)])
+def test_what_is_cut_from_the_group_in_all_steps_is_within_eta(q, steps, group) -> None:
+    """By sums of binomials: each step of each of three mechanisms may be the one that more of the group are in."""
+
+    def cut(most: int) -> float:
+        return sum(math.comb(group, i) * q**i * (1 - q) ** (group - i) for i in range(most + 1, group + 1))
+
+    most, delta = _most_in_a_step(Mechanism(q, 1.0, steps), 1e-5, 3, group), 1e-5
+    assert 3 * steps * cut(most) <= 1e-6 * delta < 3 * steps * cut(most - 1)
 
 
 @pytest.mark.parametrize("group", [0, -1, 1.5, True, LARGEST_GROUP + 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,9 +109,15 @@ def test_settled_run_counts_with_what_it_did_and_never_goes_on(path) -> None:
     assert Budget(path).mechanisms() == (Mechanism(0.1, 2.0, 5),)
 
 
-def test_runs_that_start_at_once_do_not_overspend(path) -> None:
+def test_runs_that_start_at_once_do_not_overspend(path, monkeypatch) -> None:
     """Each reads the file again under its lock before it decides."""
-    budgets = [Budget(path) for _ in range(12)]
+    budgets, decide = [Budget(path) for _ in range(12)], Budget.require
+
+    def slowly(self: Budget, *args: object) -> None:
+        decide(self, *args)  # type: ignore[arg-type]
+        time.sleep(0.05)  # long enough for all others to have decided, too, were they let in
+
+    monkeypatch.setattr(Budget, "require", slowly)
 
     def reserve(i: int) -> bool:
         try:

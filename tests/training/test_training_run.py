@@ -274,6 +274,14 @@ def test_no_step_is_taken_before_it_is_in_the_ledger(tmp_path, tiny_settings, ti
     assert charged_steps(Ledger(training.run.ledger_path)) == len(seen)
 
 
+def test_nothing_is_released_of_steps_that_the_ledger_lacks(tmp_path, tiny_settings, tiny_images, monkeypatch) -> None:
+    monkeypatch.setattr("dpsyngen.training.private.charge_ahead", lambda ledger, dp, step: None)
+    training = begin(tiny_settings, tiny_images(), tmp_path / "r", stages={"variant": "dpdm"})
+    with pytest.raises(AssertionError, match="6 steps taken, 0 in the ledger"):
+        finish(training)
+    assert not training.run.complete
+
+
 def test_batches_are_divided_by_the_expected_size_and_may_be_empty(
     tmp_path, tiny_settings, tiny_images, monkeypatch
 ) -> None:
