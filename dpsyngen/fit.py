@@ -22,7 +22,7 @@ from dpsyngen.console import Console
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import PathLike, Source, as_source, load_named_or_given, said_of_a_run, with_persons
 from dpsyngen.distributed import ALONE, Ranks, joined
-from dpsyngen.errors import ConfigError, DataError, RunError
+from dpsyngen.errors import ConfigError, DataError, RunError, require
 from dpsyngen.files import expanded
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator.generator import ReleasedGenerator
@@ -345,7 +345,7 @@ class Generator(ReleasedGenerator):
             )
         if images is None or (isinstance(images, str) and not images.strip()):
             raise ConfigError("no images were given: arrays, a folder, a file, a named set or a data set.")
-        budget = options.get("budget")
+        require(epsilon is not None, "epsilon", epsilon, "a number above 0: how much the training may spend")
         given = with_options(
             settings,
             privacy__epsilon=epsilon,
@@ -353,7 +353,7 @@ class Generator(ReleasedGenerator):
             privacy__group_size=options.get("group_size"),
             privacy__groups=_named(options.get("groups")),
             privacy__most_per_person=options.get("most_per_person"),
-            privacy__budget=None if budget is None else os.fspath(budget),
+            privacy__budget=(budget := options.get("budget")) and os.fspath(budget),
             stages__variant=options.get("variant"),
             private__steps=options.get("steps"),
             data__resolution=options.get("resolution"),

@@ -414,10 +414,10 @@ class ReleasedDenoiser(nn.Module):
         seeds, one for each image, each is drawn as the first image of its seed.
         """
         require(self.dtype == torch.float32, "the type of the numbers", self.dtype, "torch.float32")
-        d, always = self.defaults, self.label_dropout == 0 and any(n.num_classes for n in self.networks.values())
-        require(not always or guidance in (None, 1), "guidance", guidance, "1: the network always saw a class")
-        # A churn set for the run belongs to its sampler; asking for another sampler drops it.
-        churn = (d["churn"] if sampler in (None, d["sampler"]) else 0.0) if churn is None else churn
+        d, guided = self.defaults, self.label_dropout > 0 and any(n.num_classes for n in self.networks.values())
+        guided = guided or guidance in (None, 1, d["guidance"])
+        require(guided, "guidance", guidance, "1: the network always or never saw a class")
+        churn = (d["churn"] if sampler in (None, d["sampler"]) else 0.0) if churn is None else churn  # is a sampler's
         sampler, steps = sampler or d["sampler"], d["steps"] if steps is None else steps
         guidance = d["guidance"] if guidance is None else guidance
         require(sampler in SAMPLERS, "sampler", sampler, f"one of {', '.join(SAMPLERS)}")

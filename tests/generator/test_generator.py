@@ -118,6 +118,7 @@ def test_class_names_name_the_labels_and_need_not_all_occur() -> None:
         ({"settings": {"privat": {"steps": 2}}}, "did you mean private"),
         ({"epsilon": -1}, "epsilon"),
         ({"class_names": ["a"]}, "3 class|labels"),
+        ({"epsilon": None}, "epsilon is None, but must be a number above 0"),
         ({"preset": "none"}, "preset"),
     ],
 )

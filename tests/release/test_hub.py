@@ -39,3 +39,14 @@ def test_the_owner_of_a_noise_level_is_ours(releases) -> None:
             with torch.no_grad():
                 expected = ours.denoiser(guidance)(x, levels.exp(), labels)
             assert torch.equal(theirs(x, levels.exp(), labels, guidance), expected), kind
+
+
+@pytest.mark.xdist_group("releases")
+@pytest.mark.parametrize("kind", ["gaussian-colour", "instant"])
+def test_guidance_without_a_network_that_knows_classes_is_refused(kind, releases) -> None:
+    import dpsyngen
+
+    theirs, own = standalone.ReleasedDenoiser(releases[kind]), dpsyngen.Generator(releases[kind]).defaults.guidance
+    assert len(list(theirs.sample(1, torch.tensor([0]), guidance=own))) == 1
+    with pytest.raises(ValueError, match=r"guidance is 3\.5, but must be 1"):
+        next(iter(theirs.sample(1, torch.tensor([0]), guidance=3.5)))
