@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,17 +33,16 @@ TEXTS = tuple(
 
 
 def valid(make: Any, *arguments: Any, **options: Any) -> None:
-    """A Config that survives being written and read, or a DpsyngenError, soon."""
+    """A Config that survives being written and read, or a DpsyngenError of few words."""
     tried["settings"] += 1
-    before = time.process_time()
     try:
         config = make(*arguments, **options)
     except DpsyngenError as error:
-        is_printable(str(error))
+        is_printable(said := str(error))
+        assert len(said) < 10_000
     else:
         assert validate(yaml.safe_load(config.to_yaml())) == config
         accepted["settings"] += 1
-    assert time.process_time() - before < 5  # far above what any takes; the ones to find would take years
 
 
 @pytest.fixture
