@@ -124,27 +124,43 @@ def test_pixel_budget_lets_no_more_in_than_fit() -> None:
             with lock:
                 inside[0] += min(pixels, 100)
                 most[0] = max(most[0], inside[0])
+            time.sleep(0.002)  # a budget that lets in too many has them meet here
             with lock:
                 inside[0] -= min(pixels, 100)
         spent.append(pixels)
 
-    threads = [threading.Thread(target=work, args=(30 + i % 3 * 40,)) for i in range(30)]
+    threads = [threading.Thread(target=work, args=(30 + i % 3 * 40,), daemon=True) for i in range(30)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
     assert len(spent) == 30
     assert most[0] <= 100
-    work(1000)  # more than there is: alone
+    assert budget._free == 100
+    with budget.spend(1000):  # more than there is: all of it
+        assert budget._free == 0
     with pytest.raises(RuntimeError), budget.spend(100):
         raise RuntimeError
-    work(100)  # what failed gave its pixels back
+    assert budget._free == 100  # what failed gave its pixels back, too
+    together = threading.Barrier(2, timeout=30)
+
+    def meet(pixels: int) -> None:
+        with budget.spend(pixels):
+            together.wait()
+
+    threads = [threading.Thread(target=meet, args=(pixels,)) for pixels in (30, 70)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not together.broken  # two that fit together do not wait for each other
 
 
 def test_processes_that_share_a_lock_file_decode_large_images_one_at_a_time(tmp_path: Path) -> None:
     """Each holds its own budget, as processes do; the lock is on the file."""
     large, small = 2**22 + 1, 1000
     inside, most, lock = [0], [0], threading.Lock()
+    together = threading.Barrier(6, timeout=30)
 
     def work(pixels: int) -> None:
         budget = PixelBudget(2**26)
@@ -153,7 +169,9 @@ def test_processes_that_share_a_lock_file_decode_large_images_one_at_a_time(tmp_
             with lock:
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
-            time.sleep(0.02)
+            if pixels == small:
+                together.wait()  # all are inside at once
+            time.sleep(0.02)  # large ones that do not take turns meet here
             with lock:
                 inside[0] -= 1
 
@@ -164,5 +182,5 @@ def test_processes_that_share_a_lock_file_decode_large_images_one_at_a_time(tmp_
             thread.start()
         for thread in threads:
             thread.join(30)
-        assert (most[0] == 1) == (pixels == large)
+        assert most[0] == (1 if pixels == large else 6)
     assert (tmp_path / "turns").stat().st_mode & 0o777 == 0o600
