@@ -10,6 +10,7 @@ import yaml
 from dpsyngen.config import DEFAULT_PRESET, Config, load_config, preset_names, validate
 from dpsyngen.diffusion.unet import named_size
 from dpsyngen.errors import ConfigError
+from dpsyngen.files import MAX_BYTES, read_yaml
 from dpsyngen.programs import make_program
 
 
@@ -113,6 +114,12 @@ def test_hostile_yaml_is_refused_soon_and_in_few_words(tmp_path, text, why) -> N
         load_config(file=tmp_path / "c.yaml")
     assert len(str(caught.value)) < 700
     assert str(caught.value).isprintable()
+
+
+def test_text_beyond_the_limit_is_not_parsed() -> None:
+    read_yaml("#" * MAX_BYTES, "it")
+    with pytest.raises(ConfigError, match="1,048,577 characters; at most 1,048,576"):
+        read_yaml("#" * (MAX_BYTES + 1), "it")
 
 
 def test_text_that_only_looks_like_a_date_is_text(tmp_path) -> None:

@@ -64,6 +64,17 @@ def test_headers_that_lie(tmp_path: Path, header: bytes) -> None:
         assert len(str(caught.value)) < 1000
 
 
+def test_headers_longer_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy has a limit of the same size, which must not be the only one."""
+    (tmp_path / "a.npy").write_bytes(content := npy_header("(2, 8, 8)", "'|u1'" + " " * 100) + bytes(128))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", content)
+    monkeypatch.setattr("dpsyngen.data.arrays.MAX_HEADER_BYTES", 100)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(DataError, match="Header info length"):
+            load_images(tmp_path / name)
+
+
 def test_members_that_are_there_twice(tmp_path: Path, rng: np.random.Generator) -> None:
     np.save(tmp_path / "a.npy", images(rng, 2, 8, 8))
     np.save(tmp_path / "other.npy", images(rng, 2, 9, 9))

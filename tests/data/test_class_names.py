@@ -121,6 +121,16 @@ def test_labels_of_bytes(tmp_path: Path) -> None:
         load_images(tmp_path / "a.npz")
 
 
+def test_long_texts_are_refused_by_their_type(tmp_path: Path) -> None:
+    """Before anything is done with them: an array gives each text the room of the longest."""
+    long = np.array(["x" * 4081, "a"])
+    with pytest.raises(DataError, match="texts of 4,081 characters"):
+        load_images((X, long))
+    np.savez(tmp_path / "a.npz", images=X, labels=[0, 1], class_names=long)
+    with pytest.raises(DataError, match="strings of at most 255 bytes"):
+        load_images(tmp_path / "a.npz")
+
+
 @pytest.mark.parametrize("code", [0x110000, 0x7FFFFFFF, 0xFFFFFFFF])
 @pytest.mark.parametrize("order", "<>")
 def test_code_points_that_do_not_exist(code: int, order: str) -> None:

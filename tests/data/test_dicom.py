@@ -16,7 +16,9 @@ from PIL import Image
 
 from dpsyngen.data.cache import quiet_decoders
 from dpsyngen.data.decode import BadImage, Form, read_header, read_image
+from dpsyngen.data.dicom import count_frames, pictures
 from dpsyngen.errors import ConfigError
+from dpsyngen.files import NotPlainError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # where readers are not asked, but the decoder
 pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip install 'dpsyngen[dicom]'")
@@ -352,6 +354,25 @@ def test_small_files_that_would_decode_to_much(monkeypatch: pytest.MonkeyPatch) 
     squeezing = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
     with pytest.raises(BadImage, match="bomb"):
         picture(deflated[:start] + squeezing.compress(bytes(2**21)) + squeezing.flush())
+
+
+@pytest.mark.parametrize(("limit", "size"), [("MAX_PIXELS", RAMP.size), ("MAX_FRAME_BYTES", RAMP.nbytes)])
+def test_size_of_a_frame(monkeypatch: pytest.MonkeyPatch, limit: str, size: int) -> None:
+    monkeypatch.setattr(f"dpsyngen.data.dicom.{limit}", size)
+    assert picture(made(RAMP)).shape == RAMP.shape
+    monkeypatch.setattr(f"dpsyngen.data.dicom.{limit}", size - 1)
+    with pytest.raises(BadImage, match="bomb"):
+        picture(made(RAMP))
+
+
+def test_size_of_a_file_of_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.dcm").write_bytes(content := made(RAMP))
+    assert count_frames(str(tmp_path / "a.dcm")) == 1
+    monkeypatch.setattr("dpsyngen.data.dicom.MAX_FILE_BYTES", len(content) - 1)
+    with pytest.raises(NotPlainError, match="over the limit"):
+        count_frames(str(tmp_path / "a.dcm"))
+    (found,) = pictures(str(tmp_path / "a.dcm"), [0])
+    assert "over the limit" in str(found)
 
 
 def test_unusual_arrangements_are_refused() -> None:

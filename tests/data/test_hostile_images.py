@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -13,9 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpsyngen.data import decode, load_images
+from dpsyngen import files
+from dpsyngen.data import arrays, decode, dicom, folder, labels, load_images, tables, webdataset
 from dpsyngen.data.decode import BadImage, read_header, read_image
 from dpsyngen.errors import DataError
+from dpsyngen.generator import files as released
+from dpsyngen.release import bundle
 from tests.fuzz import seeds
 from tests.fuzz.mutations import png_chunks, png_file
 
@@ -52,8 +57,31 @@ def test_file_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         read(tmp_path / "a.png")
 
 
+LIMITS = {
+    "one image": (decode.MAX_PIXELS, decode.MAX_FILE_BYTES, decode._MAX_SIDE),
+    "a DICOM frame": (dicom.MAX_FRAME_BYTES,),
+    "what a source may take": (),
+    "header of an array": (arrays.MAX_HEADER_BYTES,),
+    "long name or pax header in a tar; a label file in it": (webdataset._MAX_HEADER_BYTES, webdataset._MAX_LABEL_BYTES),
+    "texts and lists in the footer of a Parquet file": (tables._MAX_THRIFT_BYTES, tables._MAX_THRIFT_ITEMS),
+    "shards of a source": (folder._MOST_FILES,),
+    "classes, and the name of one": (labels.MAX_CLASSES, labels.MAX_NAME_BYTES),
+    "settings": (files.MAX_BYTES, files.MAX_DEPTH, files.MAX_VALUES, files.MAX_DIGITS),
+    "generator.json; header of a weights file": (released.MAX_JSON_BYTES, released.MAX_HEADER_BYTES),
+    "a bundle": (bundle.MOST_MEMBERS, bundle.MOST_BYTES, bundle.LONGEST_NAME, bundle.SMALL),
+}
+
+
 def test_limits_are_what_the_documentation_says() -> None:
-    assert (decode.MAX_PIXELS, decode.MAX_FILE_BYTES, decode.BUDGET.total) == (2**26, 2**28, 2**26)
+    page = (Path(__file__).parents[2] / "docs" / "hostile-input.md").read_text(encoding="utf-8")
+    stated = {}
+    for line in page.split("\n## Limits\n")[1].split("\n## ")[0].strip().splitlines()[2:]:
+        name, said = line.strip("| ").split(" | ")
+        numbers = re.findall(r"(?<!-)\b(\d[\d,]*)(?: ([KMG])iB)?", said)  # not the 8 of UTF-8
+        stated[name] = tuple(int(n.replace(",", "")) << " KMG".index(unit or " ") * 10 for n, unit in numbers)
+    assert stated == LIMITS
+    assert decode.BUDGET.total == dicom.MAX_PIXELS == decode.MAX_PIXELS
+    assert dicom.MAX_FILE_BYTES == webdataset.MAX_FILE_BYTES == tables.MAX_FILE_BYTES == decode.MAX_FILE_BYTES
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
@@ -63,11 +91,16 @@ def test_compressed_chunks_that_explode(tmp_path: Path, kind: bytes) -> None:
     bomb = b"k\0\0" + zlib.compress(bytes(2**24), 9)
     chunks.insert(1, (kind, bomb))
     (tmp_path / "a.png").write_bytes(png_file(chunks))
+    tracemalloc.start()
     try:
         shape, refused = read(tmp_path / "a.png").shape, ""
     except BadImage as error:
         shape, refused = None, str(error).lower()
+    finally:
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
     assert shape == (3, 8, 8) or "too large" in refused
+    assert most < 2**22
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1), (3, 7)])

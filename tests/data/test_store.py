@@ -175,6 +175,7 @@ def test_folders_of_arrays_of_strangers(tmp_path: Path) -> None:
         ({"labels.npy": np.arange(39)}, "39 labels"),
         ({"class_names.json": "{}"}, "list of texts"),
         ({"class_names.json": '["a"]'}, "labels go up to 1"),
+        ({"class_names.json": '["a", "b"]' + " " * 2**23}, "over the limit"),
         ({"images.npy": np.array([object()])}, "Python objects"),
     ):
         folder = tmp_path / why.replace(" ", "")

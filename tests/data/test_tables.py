@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpsyngen.data import load_images
+from dpsyngen.data import load_images, tables
 from dpsyngen.errors import DataError
 from tests.data.encoded import pixels, png, table, write_parquet, write_saved
 
@@ -191,6 +191,33 @@ def test_plain_binary_columns_and_usual_names(write) -> None:
 def test_damaged_metadata(write, metadata) -> None:
     with pytest.raises(DataError, match="metadata"):
         load_images(write(table(FILES).replace_schema_metadata({"huggingface": metadata})))
+
+
+@pytest.mark.parametrize(
+    ("limit", "least", "why"),
+    [
+        ("tables._MAX_JSON_BYTES", 10, "metadata of Hugging Face|over the limit of 10"),
+        ("tables.MAX_FILE_BYTES", 10, "over the limit of 10"),
+        ("decode.MAX_FILE_BYTES", 10, "over the limit of 10"),
+    ],
+)
+def test_more_than_the_limits(write, monkeypatch: pytest.MonkeyPatch, limit: str, least: int, why: str) -> None:
+    path = write(table(FILES, [0, 1] * 12 + [0], ["a", "b"]))
+    assert len(load_images(path)) == 25
+    monkeypatch.setattr(f"dpsyngen.data.{limit}", least)
+    with pytest.raises(DataError, match=why):
+        load_images(path)
+
+
+@pytest.mark.parametrize(("limit", "least"), [("_MAX_THRIFT_BYTES", 100), ("_MAX_THRIFT_ITEMS", 2)])
+def test_limits_on_the_footer_of_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, least: int
+) -> None:
+    path = write_parquet(tmp_path / "x.parquet", table(FILES))
+    assert len(load_images(path)) == 25
+    monkeypatch.setattr(tables, limit, least)
+    with pytest.raises(DataError, match="not a Parquet file|damaged"):
+        load_images(path)
 
 
 def test_damaged_files(write, tmp_path: Path) -> None:

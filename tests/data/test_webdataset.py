@@ -53,6 +53,16 @@ def test_shards_in_folders_and_patterns(tmp_path: Path) -> None:
         load_images(folder)
 
 
+def test_more_shards_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(3):
+        write_tar(tmp_path / f"part-{k}.tar", samples(pixels(2)))
+    monkeypatch.setattr("dpsyngen.data.folder._MOST_FILES", 2)
+    assert len(load_images(str(tmp_path / "part-{0..1}.tar"))) == 4
+    for source, why in ((tmp_path, "3 files; at most 2"), (tmp_path / "part-{0..2}.tar", "a range of 3 files")):
+        with pytest.raises(DataError, match=why):
+            load_images(str(source))
+
+
 def test_links_count_where_they_were_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "blob", samples(pixels(3)))
     folder = tmp_path / "snapshot"
@@ -214,9 +224,17 @@ def test_truncated(tmp_path: Path) -> None:
         load_images(path)
 
 
-@pytest.mark.parametrize("label", ["x" * 2_000_000, "y" * 300, " ", "9" * 30])
-def test_labels_that_are_no_classes(tmp_path: Path, label: str) -> None:
-    with pytest.raises(DataError, match="label"):
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        ("x" * 2_000_000, "a label of 2,000,000 bytes"),
+        ("y" * 300, "too long for the name of a class"),
+        (" ", "label is empty"),
+        ("9" * 30, "beyond 64 bits"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path: Path, label: str, why: str) -> None:
+    with pytest.raises(DataError, match=why):
         load_images(write_tar(tmp_path / "s.tar", samples(pixels(1), [label])))
 
 

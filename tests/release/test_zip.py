@@ -70,11 +70,13 @@ def test_bytes_depend_on_names_and_contents_only(path, tmp_path) -> None:
         "a\n",
         "a\x1b[2J",
         "x" * 300,
+        "/".join(["x" * 204] * 5) + "x",  # 1,025 bytes
         "a/",
     ],
 )
 def test_names_that_lead_elsewhere(name, tmp_path) -> None:
     assert not is_safe_name(name)
+    assert is_safe_name("/".join(["x" * 204] * 5))
     if name:
         (tmp_path / "z.zip").write_bytes(member(name))
         refused(tmp_path / "z.zip", "not allowed")
