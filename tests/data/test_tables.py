@@ -216,7 +216,7 @@ def test_limits_on_the_footer_of_parquet(
     path = write_parquet(tmp_path / "x.parquet", table(FILES))
     assert len(load_images(path)) == 25
     monkeypatch.setattr(tables, limit, least)
-    with pytest.raises(DataError, match="not a Parquet file|damaged"):
+    with pytest.raises(DataError, match=r"not a Parquet file|damaged"):
         load_images(path)
 
 
