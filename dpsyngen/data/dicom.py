@@ -121,7 +121,8 @@ class DicomFile:
         pixels = self.width * self.height
         size = pixels * self._samples * -(-self._allocated // 8)
         if pixels > MAX_PIXELS or size > MAX_FRAME_BYTES:
-            raise BadImage(f"{self.width}×{self.height} pixels: over the limit of {MAX_PIXELS:,} (decompression bomb?)")
+            limit = f"{MAX_PIXELS:,} pixels or {MAX_FRAME_BYTES:,} bytes (decompression bomb?)"
+            raise BadImage(f"{self.width}×{self.height} pixels, {size:,} bytes: over the limit of {limit}")
         if not self.syntax:
             raise BadImage("it does not say how its pixels are stored (no transfer syntax); write it again")
         least = 0 if self._samples == 1 and self._allocated >= 32 else 1  # floating point has no bits stored

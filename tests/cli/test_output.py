@@ -22,7 +22,6 @@ from dpsyngen.files import strict, strict_text
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.run import Run
-from tests.audit.test_run import SMALL as SMALL_EFFORT
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 
 pytestmark = pytest.mark.slow
@@ -125,8 +124,7 @@ CODES = {"doctor": {0, 5}}
 
 @pytest.fixture
 def command(made, tmp_path, call, monkeypatch) -> Callable[..., tuple[int, str, str]]:
-    """Run one of COMMANDS by name, with more options; audits and stages with less effort than what ships."""
-    monkeypatch.setattr("dpsyngen.audit.run.QUICK", SMALL_EFFORT)
+    """Run one of COMMANDS by name, with more options; stages with moments of fewer images than ship."""
     monkeypatch.setattr("dpsyngen.thresholds.denoisers._FOR_MOMENTS", 500)
 
     def run(name: str, *more: str) -> tuple[int, str, str]:

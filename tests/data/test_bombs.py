@@ -134,6 +134,7 @@ def test_pixel_budget_lets_no_more_in_than_fit() -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
+        assert not thread.is_alive()
     assert len(spent) == 30
     assert most[0] <= 100
     assert budget._free == 100
@@ -183,4 +184,5 @@ def test_processes_that_share_a_lock_file_decode_large_images_one_at_a_time(tmp_
         for thread in threads:
             thread.join(30)
         assert most[0] == (1 if pixels == large else 6)
+        assert not together.broken
     assert (tmp_path / "turns").stat().st_mode & 0o777 == 0o600

@@ -193,19 +193,13 @@ def test_damaged_metadata(write, metadata) -> None:
         load_images(write(table(FILES).replace_schema_metadata({"huggingface": metadata})))
 
 
-@pytest.mark.parametrize(
-    ("limit", "least", "why"),
-    [
-        ("tables._MAX_JSON_BYTES", 10, "metadata of Hugging Face|over the limit of 10"),
-        ("tables.MAX_FILE_BYTES", 10, "over the limit of 10"),
-        ("decode.MAX_FILE_BYTES", 10, "over the limit of 10"),
-    ],
-)
-def test_more_than_the_limits(write, monkeypatch: pytest.MonkeyPatch, limit: str, least: int, why: str) -> None:
+@pytest.mark.parametrize("limit", ["tables._MAX_JSON_BYTES", "tables.MAX_FILE_BYTES", "decode.MAX_FILE_BYTES"])
+def test_more_than_the_limits(write, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     path = write(table(FILES, [0, 1] * 12 + [0], ["a", "b"]))
     assert len(load_images(path)) == 25
-    monkeypatch.setattr(f"dpsyngen.data.{limit}", least)
-    with pytest.raises(DataError, match=why):
+    monkeypatch.setattr(f"dpsyngen.data.{limit}", 10)
+    in_footer = limit == "tables._MAX_JSON_BYTES" and path.is_file()
+    with pytest.raises(DataError, match="metadata of Hugging Face" if in_footer else "over the limit of 10"):
         load_images(path)
 
 
@@ -216,7 +210,7 @@ def test_limits_on_the_footer_of_parquet(
     path = write_parquet(tmp_path / "x.parquet", table(FILES))
     assert len(load_images(path)) == 25
     monkeypatch.setattr(tables, limit, least)
-    with pytest.raises(DataError, match=r"not a Parquet file|damaged"):
+    with pytest.raises(DataError, match="Parquet file"):
         load_images(path)
 
 
