@@ -414,10 +414,10 @@ class ReleasedDenoiser(nn.Module):
         seeds, one for each image, each is drawn as the first image of its seed.
         """
         require(self.dtype == torch.float32, "the type of the numbers", self.dtype, "torch.float32")
-        d, guided = self.defaults, self.label_dropout > 0 and any(n.num_classes for n in self.networks.values())
-        guided = guided or guidance in (None, 1, d["guidance"])
-        require(guided, "guidance", guidance, "1: the network always or never saw a class")
-        churn = (d["churn"] if sampler in (None, d["sampler"]) else 0.0) if churn is None else churn  # is a sampler's
+        d, knows = self.defaults, any(n.num_classes for n in self.networks.values())
+        guided = self.label_dropout > 0 if knows else guidance == d["guidance"]
+        require(guided or guidance in (None, 1), "guidance", guidance, "1: the network always or never sees a class")
+        churn = (d["churn"] if sampler in (None, d["sampler"]) else 0.0) if churn is None else churn
         sampler, steps = sampler or d["sampler"], d["steps"] if steps is None else steps
         guidance = d["guidance"] if guidance is None else guidance
         require(sampler in SAMPLERS, "sampler", sampler, f"one of {', '.join(SAMPLERS)}")
