@@ -246,7 +246,9 @@ def strength(epsilon_value: float, delta: float, by_person: bool = False) -> str
     """What ε means to somebody who guesses whether an image was used, or with `by_person` any image of a person."""
     whose, they = ("an image", "it was") if not by_person else ("all images of a person", "any of them were")
     percent = 100 * posterior(epsilon_value, delta, 0.5)
-    figure = "practically 100 %" if percent > 99.99 else f"{rounded_up(percent, 2 if percent > 99 else 1)} %"
+    often = f"at most {rounded_up(percent, 2 if percent > 99 else 1)} % of the time"
+    if percent > 99.99:
+        often = "practically every time, for all that this number says"
     if epsilon_value <= 1:
         grade = "This is a strong guarantee by the standards of published machine-learning models."
     elif epsilon_value <= 3:
@@ -260,7 +262,7 @@ def strength(epsilon_value: float, delta: float, by_person: bool = False) -> str
         grade = "This is hardly a guarantee: the number promises next to nothing, whatever known attacks can do."
     return (
         f"Somebody who knows everything about {whose} and about all others, and who could otherwise only toss a coin "
-        f"on whether {they} used, guesses right at most {figure} of the time (50 % is a coin).  {grade}"
+        f"on whether {they} used, guesses right {often} (50 % is a coin).  {grade}"
     )
 
 
