@@ -39,6 +39,8 @@ def compare(
 
     console = Console(quiet, as_json)
     require(1 <= processes <= 1024, "--processes", processes, "from 1 to 1,024")
+    if tables and (data or test or retry or dry_run):
+        raise ConfigError("--tables only writes what is there: leave out --data, --test, --retry and --dry-run.")
     if numbers()[1] > 1 and processes != 1:
         raise ConfigError("--processes does not go with torchrun, which starts the processes itself.")
     experiment = None

@@ -174,6 +174,7 @@ def test_data_that_is_not_what_the_specification_says_is_refused(tiny_spec, tiny
         (["SPEC", "--out", "x", "--processes", "0"], "--processes"),
         (["SPEC", "--out", "x", "--device", "nonsense"], "device"),
         (["SPEC", "--out", "x", "--tables"], "not the folder of an experiment"),
+        (["SPEC", "--out", "x", "--tables", "--data", "none.npz"], "leave out --data"),
         (["SPEC", "--out", "x", "--data", "none.npz"], "none.npz"),
     ],
 )
