@@ -35,7 +35,7 @@ _ENDS: dict[str, tuple[Trainer | None, Trainer | None]] = {
 """For each variant who trains below τ_cleaning and above τ_coarse, besides private images in between.  Where private
 images train nothing ("gaussian", "instant") the lower one reaches up to τ_coarse."""
 
-TAU_COARSE = {"instant": -0.9, "residual": 1.5}
+TAU_COARSE = {"instant": -0.3, "residual": 1.5}
 """τ_coarse where none is given (2 for others): below it the network does better than the moments (docs/prior.md)."""
 
 VARIANTS = tuple(_ENDS)

@@ -84,7 +84,7 @@ def test_published_variants_take_no_moments() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_where_no_tau_coarse_is_given_it_suits_the_variant(variant) -> None:
-    given = {"instant": -0.9, "residual": 1.5}.get(variant, 2.0)
+    given = {"instant": -0.3, "residual": 1.5}.get(variant, 2.0)
     assert stage_map(variant) == stage_map(variant, tau_coarse=given)
 
 
