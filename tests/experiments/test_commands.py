@@ -175,6 +175,9 @@ def test_data_that_is_not_what_the_specification_says_is_refused(tiny_spec, tiny
         (["SPEC", "--out", "x", "--device", "nonsense"], "device"),
         (["SPEC", "--out", "x", "--tables"], "not the folder of an experiment"),
         (["SPEC", "--out", "x", "--tables", "--data", "none.npz"], "leave out --data"),
+        (["SPEC", "--out", "x", "--tables", "--test", "none.npz"], "leave out --data"),
+        (["SPEC", "--out", "x", "--tables", "--retry"], "leave out --data"),
+        (["SPEC", "--out", "x", "--tables", "--dry-run"], "leave out --data"),
         (["SPEC", "--out", "x", "--data", "none.npz"], "none.npz"),
     ],
 )
