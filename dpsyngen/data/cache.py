@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import functools
 import hashlib
 import io
@@ -61,10 +60,13 @@ def build(found: Found, options: Options) -> ImageDataset:
             changes while it is read.
     """
     store, key = Cache(options.cache), _key(found, options)
-    source = None if options.groups is None else _index(found, options)
-    made = store.get(key, found, None if source is None else source.persons)
+
+    def persons() -> NDArray[np.int64] | None:
+        return None if options.groups is None else _index(found, options).persons
+
+    made = store.get(key, found, persons)
     if made is None and options.cache == "auto":
-        source = source or _index(found, options)
+        source = _index(found, options)
         shape = options.shape(len(source), read_headers(source, options))
         if in_memory(shape, options):
             check_fits(math.prod(shape), what=f"{source.where} at resolution {shape[2]}")
@@ -72,26 +74,13 @@ def build(found: Found, options: Options) -> ImageDataset:
             return settled(source, images, decode(source, images, options), options)
     if made is None:
         with store.locked(key):  # which may have taken hours, in which another process made it, or the source changed
-            source = None if options.groups is None else _index(found, options)
-            made = store.get(key, found, None if source is None else source.persons)
+            made = store.get(key, found, persons)
             if made is None:
                 made = _into_file(found, key, store, options)
     if made.skipped and not options.skip_bad:  # it was made with skip_bad
         told = [(which, why) for which, _, why in (line.partition(": ") for line in made.skipped)]
         settle_bad(told, where=found.where, skip_bad=False)
     return made
-
-
-def with_persons(source: Source, table: Path, frames: bool) -> Source:
-    """The source with whose image each is, by number, from a table; names of persons go no further.
-
-    With `frames`, images of one name are frames of a file, so of one person; else they are different images.
-    """
-    files = [source.name(i) for i in range(len(source))] if source.files is None else source.files()
-    distinct = list(dict.fromkeys(files)) if frames else list(files)
-    persons = read_persons(table, distinct)
-    whose = dict(zip(distinct, persons, strict=True))
-    return replace(source, persons=numbered([whose[file] for file in files] if frames else persons))
 
 
 def _key(found: Found, options: Options) -> str:
@@ -101,8 +90,16 @@ def _key(found: Found, options: Options) -> str:
 
 
 def _index(found: Found, options: Options) -> Source:
+    """The index, with whose image each is, by number, where a table says it; names of persons go no further."""
     source = found.index()
-    return source if options.groups is None else with_persons(source, options.groups, options.form.frames == "all")
+    if options.groups is None:
+        return source
+    files = [source.name(i) for i in range(len(source))] if source.files is None else source.files()
+    if options.form.frames != "all":
+        return replace(source, persons=numbered(read_persons(options.groups, files)))
+    distinct = list(dict.fromkeys(files))  # images of one name are frames of a file, so of one person
+    whose = dict(zip(distinct, read_persons(options.groups, distinct), strict=True))
+    return replace(source, persons=numbered([whose[file] for file in files]))
 
 
 def _into_file(found: Found, key: str, store: Cache, options: Options) -> ImageDataset:
@@ -265,20 +262,6 @@ def _set_tiff_handler(handler: int | None) -> int | None:
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
-NAMELESS = "nameless"
-"""The key of images that are never published; several processes may make some at a time."""
-
-
-def _is_left(path: Path) -> bool:
-    """Whether the process that made this file has ended, which freed its lock."""
-    try:
-        with open(path, "rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno == errno.ENOENT
-    return True
-
-
 class Cache:
     """A folder of decoded private images: folders of mode 0700, files of mode 0600.
 
@@ -292,18 +275,20 @@ class Cache:
         given = os.environ.get("DPSYNGEN_CACHE") if folder == "auto" else folder
         self.folder = expanded(given) if given else cache_home() / "images"
 
-    def get(self, key: str, found: Found, persons: NDArray[np.int64] | None = None) -> ImageDataset | None:
+    def get(self, key: str, found: Found, persons: Callable[[], NDArray[np.int64] | None]) -> ImageDataset | None:
         """The entry of this key and content, if there is one; the content is read only where there is one of the key.
 
-        `persons` [N] says whose the images are, those that are left out included; no entry keeps that.
+        `persons` reads [N], whose the images are, those that are left out included; no entry keeps that.
         """
-        path = self.folder / f"{key}-{found.content()}" if self._entries(key) else None
-        return None if path is None or not os.path.lexists(path) else self.read(path, found.where, persons)
+        if not self._entries(key):
+            return None
+        whose, path = persons(), self.folder / f"{key}-{found.content()}"
+        return self.read(path, found.where, whose) if os.path.lexists(path) else None
 
     def _entries(self, key: str) -> list[Path]:
         return [path for path in self.folder.glob(f"{key}-*") if path.suffix != ".part"]
 
-    def read(self, path: Path, source: str, persons: NDArray[np.int64] | None = None) -> ImageDataset:
+    def read(self, path: Path, source: str, persons: NDArray[np.int64] | None) -> ImageDataset:
         """An entry; DataError if others could have put it there, or it is damaged."""
         status = os.lstat(path)
         if not path.is_dir() or path.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
@@ -342,42 +327,40 @@ class Cache:
             lock.release()
 
     @contextlib.contextmanager
-    def making(self, key: str, shape: Shape) -> Iterator[np.memmap[Any, np.dtype[np.uint8]]]:
-        """A fresh file, mapped, with its room on the disk taken before anything is decoded; call it with the key's lock
-        held, or with :data:`NAMELESS`.
+    def making(self, key: str | None, shape: Shape) -> Iterator[np.memmap[Any, np.dtype[np.uint8]]]:
+        """A fresh file, mapped, with its room on the disk taken before anything is decoded.
 
-        Whatever :meth:`publish` has not renamed is removed in the end; what a killed process left, by the next call.
-        Without room or a folder: DataError.
+        Call it with the key's lock held.  Whatever :meth:`publish` has not renamed is removed in the end; what a killed
+        process left, by the next call.  Without a key the file has no name, and vanishes with whoever has it open.
+        DataError if there is no room, or no folder.
         """
         for left in self.folder.glob(f"{key}-*.part"):
-            if key != NAMELESS:
-                warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
-                shutil.rmtree(left, ignore_errors=True)
-        for left in self.folder.glob(f"{NAMELESS}-*.part"):
-            if _is_left(left / IMAGES):
-                shutil.rmtree(left, ignore_errors=True)
-        folder, size = None, math.prod(shape) + _SPARE_BYTES
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if size > shutil.disk_usage(self.folder).free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{key}-", suffix=".part"))  # mode 0700
-            with open(folder / IMAGES, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                with contextlib.suppress(OSError):  # on a disk without locks nothing is swept
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                folder = folder.rename(folder.with_name(folder.name[1:]))  # locked before it can be found
+            warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
+            shutil.rmtree(left, ignore_errors=True)
+        path, size = None, math.prod(shape) + _SPARE_BYTES
+        with contextlib.ExitStack() as at_end:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                if size > shutil.disk_usage(self.folder).free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if key is None:
+                    file = at_end.enter_context(tempfile.TemporaryFile(dir=self.folder))
+                    path = f"/proc/self/fd/{file.fileno()}"
+                else:
+                    folder = tempfile.mkdtemp(dir=self.folder, prefix=f"{key}-", suffix=".part")  # mode 0700
+                    at_end.callback(shutil.rmtree, folder, ignore_errors=True)
+                    path = os.path.join(folder, IMAGES)
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+                    file = at_end.enter_context(os.fdopen(descriptor, "w+b"))
                 offset = write_header(file, shape)
                 # On file systems that cannot take room ahead, this writes zeros.
                 os.posix_fallocate(file.fileno(), 0, offset + math.prod(shape))
                 file.flush()
-                yield np.memmap(folder / IMAGES, np.uint8, "r+", offset, shape)
-        except OSError as error:
-            if folder is not None and error.errno not in _FULL:
-                raise  # not of this folder, but of the source
-            raise self._unusable(error, size) from error
-        finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                yield np.memmap(path, np.uint8, "r+", offset, shape)
+            except OSError as error:
+                if path is not None and error.errno not in _FULL:
+                    raise  # not of this folder, but of the source
+                raise self._unusable(error, size) from error
 
     def publish(
         self,

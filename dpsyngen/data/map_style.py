@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsyngen.data.cache import NAMELESS, Cache, decode, in_memory, quiet_decoders, read_headers, settled
+from dpsyngen.data.cache import Cache, decode, in_memory, quiet_decoders, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
 from dpsyngen.data.decode import BadImage, Item, as_array
 from dpsyngen.data.labels import Label, ignored, index_labels
@@ -76,8 +76,8 @@ def read_map_style(source: Any, options: Options) -> ImageDataset:
         if in_memory(shape, options):
             check_fits(math.prod(shape), what=where)
             return items.decode(np.zeros(shape, dtype=np.uint8))
-        # The file loses its name at the end: nobody could tell later of which dataset it is.
-        with Cache(options.cache).making(NAMELESS, shape) as file:
+        # Without a name, as nobody could tell later of which dataset the file is.
+        with Cache(options.cache).making(None, shape) as file:
             return items.decode(file)
 
 

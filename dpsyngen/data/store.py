@@ -64,7 +64,7 @@ class StoredImages:
     dtype = np.dtype(np.uint8)
 
     def __init__(self, path: str | os.PathLike[str], shape: Shape, offset: int = 0) -> None:
-        self.path, self.shape, self._offset = Path(path), shape, offset
+        self.path, self.shape, self._offset = Path(os.path.realpath(path)), shape, offset
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
