@@ -15,7 +15,6 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.data.cache import build, decode, in_memory, read_headers, settled
 from dpsyngen.data.dataset import ImageDataset
-from dpsyngen.data.decode import NO_WINDOW, Form, ImageHeader, Item, Range, arranged, to_8_bit
+from dpsyngen.data.decode import Form, ImageHeader, Item, arranged
 from dpsyngen.data.labels import MAX_NAME_BYTES, check_class_count, ignored, index_labels, label_name, to_text
 from dpsyngen.data.source import Found, Job, Options, Source, split_evenly, whole
 from dpsyngen.data.store import CLASS_NAMES, IMAGES, LABELS, Shape, StoredImages, check_fits, write_header
@@ -60,23 +59,18 @@ def dataset_from_arrays(
 
     DataError for other types, shapes or values than these, or counts that differ.
     """
-    pixels, value_range = images, options.form.value_range
-    if isinstance(pixels, np.ndarray):
-        _require_no_window(options, source)
-        pixels = arranged(pixels, source, value_range)
+    pixels = arranged(images, source, options.form) if isinstance(images, np.ndarray) else images
     index, names = index_labels(labels, class_names, len(pixels), source)
+    items = _source(len(pixels), lambda part: iter(pixels[part]), index, names, source)
     if isinstance(pixels, np.ndarray):
         shape = _shape(pixels, options, source)
         if _is_right(pixels, shape, options):
             return ImageDataset(np.broadcast_to(pixels, shape, subok=True), index, names, source)
-        whole = _source(len(pixels), lambda part: to_8_bit(pixels[part], value_range), index, names, source)
-        options = _after_8_bit(options)
     else:
-        whole = _source(len(pixels), lambda part: iter(pixels[part]), index, names, source)
-        shape = options.shape(len(pixels), read_headers(whole, options))
+        shape = options.shape(len(pixels), read_headers(items, options))
     check_fits(math.prod(shape), what=f"{source} at resolution {shape[2]}")
     target = np.zeros(shape, dtype=np.uint8)
-    return settled(whole, target, decode(whole, target, options), options)
+    return settled(items, target, decode(items, target, options), options)
 
 
 def _shape(pixels: np.ndarray, options: Options, where: str) -> Shape:
@@ -84,16 +78,6 @@ def _shape(pixels: np.ndarray, options: Options, where: str) -> Shape:
     if count == 0:
         raise DataError(f"{where}: there are no images in it. Give at least one.")
     return options.shape(count, {ImageHeader(width, height, channels == 1)})
-
-
-def _require_no_window(options: Options, where: str) -> None:
-    if options.form.window is not None:
-        raise DataError(f"{where}: {NO_WINDOW}.")
-
-
-def _after_8_bit(options: Options) -> Options:
-    """The options for images of which :func:`to_8_bit` has made grey levels."""
-    return replace(options, form=Form(fit=options.form.fit))
 
 
 def _is_right(pixels: np.ndarray, shape: Shape, options: Options) -> bool:
@@ -275,9 +259,8 @@ def read_array_file(
     An array of the right form is used where it lies.  One that must be converted (floating point, another size or
     colour) is converted once, into memory or into the cache, as its size says.
     """
-    _require_no_window(options, where)
-    images, value_range = read_npy(path), options.form.value_range
-    pixels = arranged(images, where, value_range)
+    images, form = read_npy(path), options.form
+    pixels = arranged(images, where, form)
     shape = _shape(pixels, options, where)
     small, right = in_memory(shape, options), _is_right(pixels, shape, options)
     if right and pixels.shape == shape and not small and pixels.flags.c_contiguous:
@@ -288,15 +271,15 @@ def read_array_file(
 
     def index_file() -> Source:
         index, class_names = index_labels(labels, names, len(pixels), where)
-        return _source(len(pixels), functools.partial(_npy_items, path, value_range), index, class_names, where)
+        return _source(len(pixels), functools.partial(_npy_items, path, form), index, class_names, where)
 
     files = [p for p in (path, path.with_name(LABELS), path.with_name(CLASS_NAMES)) if p == path or p.is_file()]
-    place = ["npy", value_range, os.path.realpath(path)]
-    return build(Found(where, place, lambda: whole(files), index_file), _after_8_bit(options))
+    place = ["npy", form.value_range, os.path.realpath(path)]
+    return build(Found(where, place, lambda: whole(files), index_file), options)
 
 
-def _npy_items(path: Path, value_range: Range | None, part: slice) -> Iterator[Item]:
-    yield from to_8_bit(arranged(read_npy(path), str(path), value_range)[part], value_range)
+def _npy_items(path: Path, form: Form, part: slice) -> Iterator[Item]:
+    yield from arranged(read_npy(path), str(path), form)[part]
 
 
 def save_images(dataset: ImageDataset, folder: Path) -> None:

@@ -68,7 +68,7 @@ class Form(NamedTuple):
 
 
 AS_STORED = Form()
-NO_WINDOW = "a window is for DICOM files; say with --value-range LOW,HIGH which values are black and white"
+_NO_WINDOW = "a window is for DICOM files; say with --value-range LOW,HIGH which values are black and white"
 
 
 class ImageHeader(NamedTuple):
@@ -89,7 +89,7 @@ def read_header(item: Item) -> ImageHeader:
             return ImageHeader(image.width, image.height, image.mode in _GREY_MODES)
     if hasattr(item, "getexif") or hasattr(item, "picture"):
         return ImageHeader(item.width, item.height, item.mode in _GREY_MODES)
-    _, channels, height, width = _array(item, (0, 1)).shape
+    _, channels, height, width = _array(item, Form(value_range=(0, 1))).shape
     return ImageHeader(width, height, channels == 1)
 
 
@@ -105,14 +105,10 @@ def read_image(item: Item, *, resolution: int, colour: Colour, form: Form = AS_S
                 return _decoded(image, resolution, colour, form)
         if hasattr(item, "picture"):  # a frame of a DicomFile
             return _decoded(item, resolution, colour, form)
-        if form.window is not None and not isinstance(item, BadImage):
-            raise BadImage(NO_WINDOW)
         if hasattr(item, "getexif"):
             _check_pixels(item)
             return _from_pil(item, resolution, colour, form)
-        values = next(to_8_bit(_array(item, form.value_range), form.value_range))
-        if isinstance(values, BadImage):
-            raise values
+        values = _to_8_bit(_array(item, form)[0], form.value_range)
         if values.shape == (1 if colour == "grey" else 3, resolution, resolution):
             return values
         from PIL import Image
@@ -126,7 +122,7 @@ def read_image(item: Item, *, resolution: int, colour: Colour, form: Form = AS_S
         raise BadImage(f"broken or truncated ({_reason(error)})") from error
 
 
-def _array(image: Any, value_range: Range | None) -> NDArray[Any]:
+def _array(image: Any, form: Form) -> NDArray[Any]:
     """An image that is an array or a tensor as ``[1, C, H, W]``."""
     if isinstance(image, BadImage):
         raise image
@@ -137,7 +133,7 @@ def _array(image: Any, value_range: Range | None) -> NDArray[Any]:
         why = ": [H, W], [H, W, C] or [C, H, W] is read" if array.ndim not in (2, 3) else ", which is empty"
         raise BadImage(f"the image has shape {list(array.shape)}{why}")
     try:
-        return arranged(array[None, None] if array.ndim == 2 else array[None], "the image", value_range)
+        return arranged(array[None, None] if array.ndim == 2 else array[None], "the image", form)
     except DataError as error:
         raise BadImage(str(error).removeprefix("the image: ")) from None
 
@@ -153,9 +149,7 @@ def _decoded(image: Any, resolution: int, colour: Colour, form: Form) -> NDArray
             how = "all are read from a folder of files only" if form.frames else "say --frames first, or all"
             raise BadImage(f"{image.frames:,} frames: {how} (from Python: frames)")
         with BUDGET.spend(image.cost):
-            return _from_pil(image.picture(form.window), resolution, colour, form)
-    if form.window is not None:
-        raise BadImage(NO_WINDOW)
+            return _from_pil(image.picture(form.window), resolution, colour, Form(fit=form.fit))
     whole = image.width * image.height
     # JPEG can decode at 1/2, 1/4 or 1/8 size at a fraction of the cost; a margin of 4× leaves LANCZOS its say.
     image.draft(None, (4 * resolution, 4 * resolution))
@@ -224,6 +218,8 @@ def _check_pixels(image: Image.Image) -> None:
 
 
 def _from_pil(image: Image.Image, resolution: int, colour: Colour, form: Form) -> NDArray[np.uint8]:
+    if form.window is not None:
+        raise BadImage(_NO_WINDOW)
     mode = "L" if colour == "grey" else "RGB"
     deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not image.mode.startswith("I")
     if deep and form.value_range is not None:
@@ -237,21 +233,16 @@ def _from_pil(image: Image.Image, resolution: int, colour: Colour, form: Form) -
 
 def _square(image: Image.Image, resolution: int, fit: Literal["crop", "pad"]) -> Image.Image:
     """An 8-bit L or RGB image, scaled to `resolution`: its largest centred square, or all of it between black bars."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     width, height = image.size
-    if (width, height) == (resolution, resolution):
-        return image
-    if fit == "pad" and width != height:
-        new_width, new_height = (max(1, round(side * resolution / max(width, height))) for side in (width, height))
-        bars = Image.new(image.mode, (resolution, resolution))
-        scaled = image.resize((new_width, new_height), Image.Resampling.LANCZOS)
-        bars.paste(scaled, ((resolution - new_width) // 2, (resolution - new_height) // 2))
-        return bars
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    if fit == "crop" or width == height:
+        return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    scaled_width, scaled_height = (max(1, round(side * resolution / max(width, height))) for side in (width, height))
+    scaled = image.resize((scaled_width, scaled_height), Image.Resampling.LANCZOS)
+    bars = Image.new(image.mode, (resolution, resolution))
+    bars.paste(scaled, ((resolution - scaled_width) // 2, (resolution - scaled_height) // 2))
+    return bars
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -371,41 +362,33 @@ def as_array(values: Any) -> NDArray[Any]:
         ) from error
 
 
-def to_8_bit(images: NDArray[Any], value_range: Range | None) -> Iterator[Any]:
-    """From images ``[B, C, H, W]``, as :func:`arranged` gives them, each as uint8 ``[C, H, W]`` or a BadImage."""
-    if images.dtype == np.uint8 and value_range is None:
-        yield from images
-        return
-    step = max(1, 2**20 // math.prod(images.shape[1:]))
-    for start in range(0, len(images), step):
-        part = images[start : start + step]
-        low, high = part.min((1, 2, 3)), part.max((1, 2, 3))  # NaN where there is one
-        finite = np.isfinite(low) & np.isfinite(high)
-        inside = finite & (low >= 0) & (high <= 1) if part.dtype.kind == "f" and value_range is None else finite
-        part = part if finite.all() else np.where(finite[:, None, None, None], part, 0)
-        levels = _levels(part, value_range or (0, _FULL_SCALE.get(part.dtype.name, 1)))
-        for pixels, has_numbers, is_good in zip(levels, finite, inside, strict=True):
-            if is_good:
-                yield pixels
-            elif has_numbers:
-                yield BadImage(
-                    "values outside 0..1: divide 0..255 by 255; for [-1, 1] give (x + 1) / 2; or say which values are "
-                    "black and white with --value-range LOW,HIGH (from Python: value_range)"
-                )
-            else:
-                yield BadImage("NaN or infinite values")
+def _to_8_bit(image: NDArray[Any], value_range: Range | None) -> NDArray[np.uint8]:
+    """An image of numbers as uint8; BadImage for NaN, and for floating point beyond 0..1 without a range."""
+    if image.dtype == np.uint8 and value_range is None:
+        return image
+    low, high = image.min(), image.max()  # NaN where there is one
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise BadImage("NaN or infinite values")
+    if image.dtype.kind == "f" and value_range is None and not 0 <= low <= high <= 1:
+        raise BadImage(
+            "values outside 0..1: divide 0..255 by 255; for [-1, 1] give (x + 1) / 2; or say which values are black "
+            "and white with --value-range LOW,HIGH (from Python: value_range)"
+        )
+    return _levels(image, value_range or (0, _FULL_SCALE.get(image.dtype.name, 1)))
 
 
-def arranged(images: np.ndarray, source: str, value_range: Range | None = None) -> np.ndarray:
+def arranged(images: np.ndarray, source: str, form: Form) -> np.ndarray:
     """Images in any accepted layout as a view ``[N, C, H, W]``; DataError for another shape, or a type whose black and
     white are not known.
     """
+    if form.window is not None:
+        raise DataError(f"{source}: {_NO_WINDOW}.")
     if isinstance(images, np.ma.MaskedArray):
         raise DataError(f"{source}: masked images; the mask would be lost. Fill it first: images.filled(255).")
     if images.dtype.hasobject:
         raise DataError(f"{source}: the images are Python objects, perhaps of several sizes. Make one array: np.stack.")
     known = images.dtype.name in _FULL_SCALE or images.dtype.kind == "f"
-    if not known and not (value_range is not None and images.dtype.kind in "iu"):
+    if not known and not (form.value_range is not None and images.dtype.kind in "iu"):
         raise DataError(
             f"{source}: images of type {images.dtype}; uint8 (0..255), uint16 (0..65535), bool or floating point "
             "(0..1) is allowed, and other whole numbers with --value-range LOW,HIGH (from Python: value_range), the "
