@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,10 @@ def check_class_count(count: int, source: str) -> None:
 def check_class_names(names: Sequence[str], source: str) -> tuple[str, ...]:
     """The names in NFC; DataError unless they, from this source, can be shown, stored everywhere, and told apart."""
     check_class_count(len(names), source)
-    bad = [(name, why) for name in names if (why := _why_not(name))]
-    if bad:
-        which = f"class name {printable(bad[0][0], 80)!r} {bad[0][1]}"
-        more = f" ({len(bad) - 1:,} more are not allowed)" if len(bad) > 1 else ""
-        raise DataError(f"{printable(source)}: {which}{more}. Rename the class.")
     first: dict[str, str] = {}
     for name in names:
+        if why := _why_not(name):
+            raise DataError(f"{printable(source)}: class name {printable(name, 80)!r} {why}. Rename the class.")
         composed = same_name(name)
         if composed in first:
             other = first[composed]
@@ -192,14 +189,11 @@ def _checked(labels: NDArray, count: int, source: str) -> NDArray:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1:
-        one_hot = labels.ndim == 2 and labels.dtype.kind in "biuf" and bool((labels.astype(bool).sum(1) == 1).all())
-        advice = (
-            "These rows are one-hot: give labels.argmax(1)."
-            if one_hot
-            else "Here images have several labels or none, but each needs one class: choose one finding "
-            "(labels[:, k]), name each combination that matters, or leave the labels out."
+        raise DataError(
+            f"{source}: labels of shape {list(labels.shape)}; [N] is allowed. If rows are one-hot, give "
+            "labels.argmax(1). If images have several labels, choose one finding (labels[:, k]), name each combination "
+            "that matters, or leave the labels out."
         )
-        raise DataError(f"{source}: labels of shape {list(labels.shape)}; [N] is allowed. {advice}")
     if len(labels) != count:
         raise DataError(f"{source}: {count} images but {len(labels)} labels. Give one label per image.")
     if labels.dtype.kind not in "iuUS":
@@ -262,7 +256,7 @@ class LabelTable:
 
     where: str  # the file
     column: str | None  # name of the column of labels; None if no column holds them
-    labels: Mapping[str, Label]  # by name of the image file, with "/" and in NFC; None: no label is given
+    labels: Sequence[tuple[str, Label]]  # with the name of the image file, "/" in it and in NFC; None: none is given
     ignored: tuple[str, ...]  # names of columns that are not used
 
     def of(self, files: Sequence[str]) -> tuple[list[Label], tuple[str, ...]]:
@@ -279,7 +273,7 @@ class LabelTable:
                 way[name] = -1 if name in way else i
         out: list[Label] = [None] * len(files)
         unused, unclear, given = [], [], set[int]()
-        for name, label in self.labels.items():
+        for name, label in self.labels:
             number = next((way[name] for way in ways if name in way), None)
             if number is None:
                 unused.append(name)
@@ -305,7 +299,7 @@ def read_label_table(path: Path, column: str | None, *, needed: bool, named: boo
     `column` is that of labels; None: the one that is called as usual.  If none is, but one could be meant, that is an
     error where labels are `needed`; in a table that the user `named`, a sole column beside the file names is meant.
 
-    DataError if it is damaged, has no column of file names, or names a file twice; see also :func:`label_name`.
+    DataError if it is damaged, or has no column of file names; see also :func:`label_name`.
     """
     where = printable(path)
     files, columns = _read(path, "a table of labels")
@@ -315,10 +309,9 @@ def read_label_table(path: Path, column: str | None, *, needed: bool, named: boo
         column = others[0]
     chosen = label_name(others, column, None, where, could_be=fitting)
     values = [None] * len(files) if chosen is None else _labels(columns[chosen], where, chosen)
-    labels = _by_file(files, values, where, "labels")
     # The second is what `dpsyngen sample` writes beside the number of a class.
     unused = [name for name in others if name != chosen and others != ["label", "class_name"]]
-    return LabelTable(where, chosen, labels, tuple(unused))
+    return LabelTable(where, chosen, list(zip(files, values, strict=True)), tuple(unused))
 
 
 def read_persons(path: Path, files: Sequence[str]) -> list[str]:
@@ -340,7 +333,7 @@ def read_persons(path: Path, files: Sequence[str]) -> list[str]:
         parts = (name.rpartition("/") for name in names)
         names = [folder + slash + base.partition(".")[0] for folder, slash, base in parts]
     persons = [None if person is None else same_name(str(person).strip()) for person in columns[column]]
-    given, _ = LabelTable(where, column, _by_file(names, persons, where, "persons"), ()).of(files)
+    given, _ = LabelTable(where, column, list(zip(names, persons, strict=True)), ()).of(files)
     missing = [file for file, person in zip(files, given, strict=True) if not person]
     if missing:
         raise DataError(
@@ -348,14 +341,6 @@ def read_persons(path: Path, files: Sequence[str]) -> list[str]:
             "a row for each: whether images are of one person decides what ε means."
         )
     return [str(person) for person in given]
-
-
-def _by_file(files: Sequence[str], values: Sequence[Label], where: str, what: str) -> dict[str, Label]:
-    found: dict[str, Label] = {}
-    for name, value in zip(files, values, strict=True):
-        if found.setdefault(name, value) != value:
-            raise DataError(f"{where}: {printable(name)!r} is there twice, with different {what}. Keep one.")
-    return found
 
 
 def _read(path: Path, what: str, show: bool = True) -> tuple[list[str], dict[str, list[Any]]]:

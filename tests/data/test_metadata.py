@@ -131,7 +131,7 @@ def test_unusual_columns_are_never_dropped_or_guessed(flat: Path) -> None:
         ("file_name,label\n0.png,a,b\n", "3 cells"),
         ("file_name,label,label\n0.png,a,b\n", "two columns"),
         ('file_name,label\n"0.png,a\n', "damaged"),
-        ("file_name,label\n0.png,a\n0.png,b\n", "is there twice"),
+        ("file_name,label\n0.png,a\n0.png,b\n", "'0.png' is named by several rows"),
         (f"file_name,label\n0.png,{'x' * 300}\n", "too long"),
         ("", "no column of file names"),
     ],
@@ -285,7 +285,7 @@ def test_persons_of_shards(tmp_path: Path) -> None:
     [
         (csv_of({f"{i}.png": NAMES[0] for i in range(7)}, "file_name,person"), "no person for 1 of 8 images, such as"),
         (csv_of({**WHOSE, "3.png": ""}, "file_name,person"), "no person for 1 of 8 images"),
-        (csv_of(WHOSE, "file_name,person") + f"0.png,{NAMES[2]}\n", "'0.png' is there twice, with different persons"),
+        (csv_of(WHOSE, "file_name,person") + f"0.png,{NAMES[2]}\n", "'0.png' is named by several rows"),
         ("file_name,age,ward\n0.png,3,Okonkwo\n", "unclear which column says whose image.* 'age', 'ward'"),
         ("number,person\n1,Okonkwo\n", "no column of file names"),
         ("0.png,Okonkwo\n1.png,Ivanova\n", "no column of file names in its first line"),
