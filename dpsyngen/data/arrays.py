@@ -135,9 +135,6 @@ def read_npy(path: Path) -> np.ndarray:
     """The array of a ``.npy`` file, memory-mapped read-only."""
     with damaged(path, "a .npy file"):
         with path.open("rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                raise DataError(f"{printable(path)} is a .npz file by its content. Rename it to end in .npz.")
-            file.seek(0)
             header = _read_header(file, path, None)
             if os.fstat(file.fileno()).st_size - file.tell() < header.num_bytes:
                 raise ValueError(f"{header.num_bytes:,} bytes are declared, but fewer are there")
@@ -162,26 +159,19 @@ def read_npz(
         for info in archive.infolist():
             key = info.filename.removesuffix(".npy")  # what is no array keeps its ending, and is told of
             if key in members:  # the array whose size was checked must be the one that is read
-                what = printable(key, 80)
-                raise DataError(
-                    f"{printable(path)}: '{what}' is in it twice, and only one can be meant. Save it again."
-                )
+                raise DataError(f"{printable(path)}: '{printable(key, 80)}' is in it twice. Save it again.")
             members[key] = info
         image_key = next((key for key in IMAGE_KEYS if key in members), None)
         if image_key is None:
-            raise DataError(
-                f"{printable(path)} has no images: its keys are {listed(members)}. Save them under 'images' "
-                f"({listed(IMAGE_KEYS)} are known)."
-            )
+            known = f"{listed(members)}. Save them under one of {listed(IMAGE_KEYS)}"
+            raise DataError(f"{printable(path)} has no images: its keys are {known}.")
         label_key, told = _label_key(archive, members, path, image_key, label_column) if labels else (None, ())
         wanted = [key for key in (image_key, label_key, NAME_KEY if label_key else None) if key in members]
-        headers: dict[str, _Header] = {}
-        for key in wanted:
-            headers[key] = _header_of(archive, members[key], path, key)
+        headers = {key: _header_of(archive, members[key], path, key) for key in wanted}
         if NAME_KEY in headers:
             names = headers[NAME_KEY]
             if len(names.shape) != 1 or names.dtype.kind not in "US" or names.dtype.itemsize > 16 * MAX_NAME_BYTES:
-                allowed = f"a one-dimensional array of strings of at most {MAX_NAME_BYTES} bytes"
+                allowed = f"one axis of strings of at most {MAX_NAME_BYTES} bytes"
                 raise DataError(f"{printable(path)}: '{NAME_KEY}' must be {allowed}.")
             check_class_count(names.shape[0], str(path))
         check_fits(sum(header.num_bytes for header in headers.values()), what=str(path))

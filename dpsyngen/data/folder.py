@@ -309,12 +309,6 @@ def find_pattern(text: str, options: Options) -> Found | None:
     paths = [path for path in paths if path.is_file()]
     if not paths:
         raise DataError(f"{printable(text)!r} matches no file. Patterns have *, ?, [0-9] or {{0000..0099}}.")
-    kinds = sorted({path.suffix.lower() for path in paths})
-    if len(kinds) > 1 or kinds[0] not in SHARD_SUFFIXES:
-        raise DataError(
-            f"{printable(text)!r} matches files that end in {listed(kinds)}; a pattern names files of one kind, one "
-            f"of {', '.join(SHARD_SUFFIXES)}."
-        )
     splits = _splits(path.name for path in paths)
     told = f"{printable(text)!r} matches the splits {listed(splits)}, and the images of all of them are taken"
     return find_files(paths, printable(text), options, (told,) if len(splits) > 1 else ())
@@ -341,22 +335,18 @@ def find_in_folder(folder: Path, options: Options) -> Found | None:
             break
     if not shards or folders or any(Path(e.name).suffix.lower() in IMAGE_SUFFIXES for e in seen):
         return None  # a folder of images, perhaps with something odd in it, which is listed
-    kinds = sorted({Path(e.name).suffix.lower() for e in shards})
-    if len(kinds) > 1:
-        raise DataError(
-            f"{where} holds files that end in {listed(kinds)}. Give a pattern, such as {where}/*{kinds[0]}."
-        )
+    ending = Path(shards[0].name).suffix.lower()
     linked = [e.name for e in shards if e.is_symlink()]
     if linked:
         raise DataError(
-            f"{where}: {listed(linked, 3)} {'is a link' if len(linked) == 1 else 'are links'}, and links in a folder "
-            f"are not followed. If they are meant, name them by a pattern: {printable(place)}/*{kinds[0]}."
+            f"{where}: links in a folder are not followed: {listed(linked, 3)}. If they are meant, name them by a "
+            f"pattern: {printable(place)}/*{ending}."
         )
     splits = _splits(e.name for e in shards)
     if len(splits) > 1:
         raise DataError(
             f"{printable(place)} holds the splits {listed(splits)}. Give one of them by a pattern, such as "
-            f"{printable(place)}/{splits[-1]}*{kinds[0]}."
+            f"{printable(place)}/{splits[-1]}*{ending}."
         )
     others = [e.name for e in seen if e not in shards]
     return find_files([place / e.name for e in shards], where, options, ignored(str(place), others))
@@ -366,7 +356,12 @@ def find_files(paths: Sequence[Path], where: str, options: Options, told: tuple[
     """The source in these shards of one kind, in this order; `told` is of what lies beside them."""
     if len(paths) > _MOST_FILES:
         raise DataError(f"{where}: {len(paths):,} files; at most {_MOST_FILES:,} are read.")
-    suffix = paths[0].suffix.lower()
+    suffix, *others = sorted({path.suffix.lower() for path in paths})
+    if others or suffix not in SHARD_SUFFIXES:
+        raise DataError(
+            f"{where}: files that end in {listed([suffix, *others])}. Give a pattern of files of one kind, such as "
+            f"'*.parquet': {', '.join(SHARD_SUFFIXES)} are read."
+        )
     read: Callable[..., Source] = index_tars if suffix == ".tar" else index_tables
 
     def index() -> Source:

@@ -113,12 +113,8 @@ def _samples(
         for sample in _grouped(path, bad, others):
             try:
                 if len(sample.images) != 1:
-                    dotted = (
-                        f": {sample.dotted} has a dot before its extension, but all after the first dot is taken for "
-                        "the extension; rename it"
-                    )
-                    none = "no image, only other files" + (dotted if sample.dotted else "")
-                    raise ValueError("two images in one sample" if sample.images else none)
+                    dotted = f": {sample.dotted} has a dot before its extension; rename it" if sample.dotted else ""
+                    raise ValueError("two images in one sample" if sample.images else f"no image{dotted}")
                 if labels and sample.label_file is not None:
                     sample.label = _label(file.fileno(), sample.label_file, column, others, keys)
             except ValueError as error:
