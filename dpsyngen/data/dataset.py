@@ -68,14 +68,11 @@ class ImageDataset:
         images, labels = self.images, self.labels
         if self.persons is not None and (self.persons.dtype != np.int64 or self.persons.shape != (len(images),)):
             raise DataError(f"persons must be int64 [{len(images)}], one for each image. Use with_persons.")
-        if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3):
+        square = len(images.shape) == 4 and images.shape[2] == images.shape[3]
+        if images.dtype != np.uint8 or not square or images.shape[1] not in (1, 3):
             raise DataError(
-                f"images must be uint8 [N, C, H, W] with C = 1 or 3, not {images.dtype} {list(images.shape)}. "
-                "Use load_images, which converts."
-            )
-        if images.shape[2] != images.shape[3]:
-            raise DataError(
-                f"images must be square, not {images.shape[2]}×{images.shape[3]}. Use load_images, which crops."
+                f"images must be uint8 [N, C, H, W] with C = 1 or 3 and H = W, not {images.dtype} "
+                f"{list(images.shape)}. Use load_images, which converts."
             )
         if (labels is None) != (self.class_names == ()):
             raise DataError("class_names must be () exactly when labels is None. Give both, or neither.")
@@ -83,14 +80,10 @@ class ImageDataset:
         if labels is None:
             return
         if labels.dtype != np.int64 or labels.shape != (len(images),):
-            raise DataError(
-                f"labels must be int64 [{len(images)}], one per image, not {labels.dtype} {list(labels.shape)}."
-            )
+            raise DataError(f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}.")
         if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.class_names)):
-            raise DataError(
-                f"labels must lie in 0..{len(self.class_names) - 1} ({len(self.class_names)} class names), "
-                f"but go from {labels.min()} to {labels.max()}."
-            )
+            names = f"{len(self.class_names)} class names"
+            raise DataError(f"labels go from {labels.min()} to {labels.max()}, but there are {names}, from number 0.")
 
     def __repr__(self) -> str:
         """Tell what is public, and where the images are; none of their pixels."""

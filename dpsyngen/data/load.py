@@ -7,7 +7,7 @@ import glob
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack
@@ -271,11 +271,8 @@ def _from_tuple(arrays: Sequence[Any], options: Options) -> ImageDataset:
 
 def _not_found(path: Path, text: str) -> str:
     near: list[str] = []
-    try:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
-    except OSError:
-        pass  # a parent that cannot be listed has no suggestions to offer
+    with suppress(OSError):  # a parent that cannot be listed has no suggestions to offer
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1, cutoff=0.7)
     hint = f"Did you mean {printable(path.parent / near[0])}? " if near else ""
     return f"{printable(path)!r} is neither a file or folder nor a named set. {hint}{suggest(text)}"
 
