@@ -18,7 +18,6 @@ import math
 import os
 import tarfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ class NamedSet:
     class_names: tuple[str, ...]
     folders: tuple[str, ...] = ()
     checksums: tuple[tuple[str, str], ...] = ()  # (file name, MD5) of each file to download
-    mirrors: tuple[str, ...] = ()  # URL prefixes
+    url: str = ""  # of the folder that they are in
 
 
 def _idx_files(*md5: str) -> tuple[tuple[str, str], ...]:
@@ -70,10 +69,7 @@ _SETS = {
                 "bef4ecab320f06d8554ea6380940ec79",
                 "bb300cfdad3c16e7a12a480ee83cd310",
             ),
-            (
-                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-            ),
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
         ),
         NamedSet(
             "mnist",
@@ -85,10 +81,7 @@ _SETS = {
                 "9fb629c4189551a2d022fa330f9573f3",
                 "ec29112dd5afa0611ce80d1b7f02629c",
             ),
-            (
-                "https://ossci-datasets.s3.amazonaws.com/mnist/",
-                "https://storage.googleapis.com/cvdf-datasets/mnist/",
-            ),
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
         ),
         NamedSet(
             "cifar10",
@@ -96,7 +89,7 @@ _SETS = {
             ("cifar10", "cifar-10", "CIFAR10", "dataset-cifar10"),
             # The binary version: the Python one holds pickles, which can run code when read.
             (("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
-            ("https://www.cs.toronto.edu/~kriz/",),
+            "https://www.cs.toronto.edu/~kriz/",
         ),
     )
 }
@@ -185,40 +178,26 @@ def _locate(known: NamedSet, parts: tuple[str, ...]) -> Path:
     target = cache / known.name
     stems = tuple({"train": "train-", "test": "t10k-"}[part] for part in parts)
     wanted = {name: md5 for name, md5 in known.checksums if known.name == "cifar10" or name.startswith(stems)}
-    failures = _fetch(wanted, known.mirrors, target)
-    if not failures:
-        return target
-    raise DataError(
-        f"'{known.name}' is not on this machine and could not be downloaded.\n  looked in:\n    "
-        + "\n    ".join(map(printable, looked))
-        + "\n  tried to download:\n    "
-        + "\n    ".join(failures)
-        + f"\nBy hand: put {', '.join(wanted)} into {printable(Path(given or cache) / known.name)} (or set "
-        "DPSYNGEN_DATA to the folder above it). 'digits' needs no files."
-    )
+    try:
+        import pooch
+
+        for name, md5 in wanted.items():
+            pooch.retrieve(known.url + name, known_hash=f"md5:{md5}", fname=name, path=target)
+    except Exception as error:  # no network, wrong checksum, full disk: all lead to the same advice
+        by_hand = Path(given or cache) / known.name
+        raise DataError(
+            f"'{known.name}' is not on this machine and could not be downloaded: {printable(error)[:200]}\n  looked in:"
+            + "".join(f"\n    {printable(folder)}" for folder in looked)
+            + f"\nBy hand: put {', '.join(wanted)} from {known.url} into {printable(by_hand)} (or set DPSYNGEN_DATA to "
+            "the folder above it). 'digits' needs no files."
+        ) from error
+    return target
 
 
 def _files_of(known: NamedSet, folder: Path, split: str) -> list[Path]:
     """The publishers' file with the images of a split, or Parquet files; [] if the folder has neither."""
     own = folder / _CIFAR_ARCHIVE if known.name == "cifar10" else _idx_images(folder, split)
     return [own] if os.path.isfile(own) else sorted(folder.glob(f"{split}*.parquet"))
-
-
-def _fetch(files: dict[str, str], mirrors: Sequence[str], target: Path) -> list[str]:
-    """Download files, by name and MD5; the failures in words, none if all is well."""
-    import pooch
-
-    for name, md5 in files.items():
-        failures = []
-        for mirror in mirrors:
-            try:
-                pooch.retrieve(mirror + name, known_hash=f"md5:{md5}", fname=name, path=target)
-                break
-            except Exception as error:  # no network, wrong checksum, full disk: all lead to the same advice
-                failures.append(f"{mirror}{name}: {printable(error)[:200]}")
-        else:
-            return failures
-    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------- IDX
@@ -240,7 +219,7 @@ def find_train_images(folder: Path) -> Path | None:
 
 
 def read_idx_pair(images_path: Path, *, labels: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images ``[N, H, W]``, mapped unless compressed, and if asked for the labels ``[N]`` found beside them."""
+    """Images ``[N, H, W]``, and if asked for the labels ``[N]`` found beside them."""
     images = _read_idx(images_path, dims=3, what="images [N, H, W]")
     if not labels:
         return images, None
@@ -296,19 +275,10 @@ def _read_idx(path: Path, *, dims: int, what: str) -> np.ndarray:
             raise ValueError("its header is cut short")
         shape = tuple(int(n) for n in np.frombuffer(header, dtype=">u4", offset=4))
         size = math.prod(shape)
-        data = np.zeros(0, dtype=np.uint8)
-        if path.suffix != ".gz":
-            right = os.stat(path).st_size == len(header) + size
-            # What is empty cannot be mapped, and its other dimensions may be larger than any array's.
-            if right and size:
-                return np.memmap(path, dtype=np.uint8, mode="r", offset=len(header), shape=shape)
-        else:
-            check_fits(size, what=str(path))
-            # Into memory that is taken once; one byte more shows that there is too much, so a gzip bomb is never
-            # inflated.
-            data = np.empty(size, dtype=np.uint8)
-            right = stream.readinto(data.data) == size and not stream.read(1)
-        if not right:
+        check_fits(size, what=str(path))
+        # Into memory that is taken once; one byte more shows that there is too much, so a gzip bomb is never inflated.
+        data = np.empty(size, dtype=np.uint8)
+        if stream.readinto(data.data) != size or stream.read(1):
             raise ValueError(f"its header says {'×'.join(map(str, shape))} values, but there are more or fewer")
     return data.reshape(shape) if size else np.zeros((0,) * dims, dtype=np.uint8)
 
