@@ -62,8 +62,7 @@ def _columns_of(schema: Any, path: Path, *, labels: bool, asked: str | None) -> 
     if labels:
         label = label_of(others, features, asked, where, lambda: _could_be_labels(path, schema, others))
     others = [name for name in others if name != label]
-    feature = features.get(label) if label is not None else None
-    names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
+    names = features[label].get("names") if label and _declared([label], features, "ClassLabel") else None
     if names is not None and not isinstance(names, list):
         raise DataError(f"{where}: the class names in its metadata are damaged. Save it again.")
     given = None if names is None else check_class_names(names, where)
@@ -258,7 +257,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
 
     jobs: list[Job] = []
     values: list[Any] = []
-    places: list[tuple[int, Path, int, NDArray[np.int64]]] = []  # first image, file, its row, rows of it that are used
+    places: list[tuple[int, Path, NDArray[np.int64]]] = []  # first image, file, rows of it that are used, of each job
     bad: list[tuple[str, str]] = []
     done = 0
     for path in paths:
@@ -273,7 +272,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
                 if len(present) != rows:
                     raise DataError(f"{where} is damaged: {len(present):,} labels for {rows:,} rows. Copy it again.")
                 if present.any():
-                    places.append((done, path, first, np.flatnonzero(present)))
+                    places.append((done, path, first + np.flatnonzero(present)))
                     jobs.append(Job(int(present.sum()), functools.partial(_items, path, part, present, columns.image)))
                     done += jobs[-1].count
                 first += rows
@@ -288,37 +287,29 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
     starts = [start for start, *_ in places]
 
     def name(i: int) -> str:
-        start, file, first, used = places[bisect_right(starts, i) - 1]
-        return f"{file.name}: row {first + used[i - start]}"
+        start, file, rows = places[bisect_right(starts, i) - 1]
+        return f"{file.name}: row {rows[i - start]}"
 
     def files() -> list[str]:
-        return _paths_of(paths, columns.image, [place[1:] for place in places])
+        texts = {path: _paths_in(path, columns.image) for path in paths}
+        return [texts[file][row] for _, file, rows in places for row in rows.tolist()]
 
     # A sole "index" is what `dpsyngen programs save` writes.
     told = ignored(where, () if columns.unused == ("index",) else columns.unused, "columns")
     return Source(where, jobs, index, names, name, tuple(bad), columns.class_names is None, ignored=told, files=files)
 
 
-def _paths_of(paths: Sequence[Path], column: str, places: Sequence[tuple[Path, int, NDArray[np.int64]]]) -> list[str]:
-    """What the files of the images were called, as the structs in `column` say; "" where one does not.
-
-    `places` are table, first row and the rows that are used, of each part that has any.
-    """
-    found: dict[tuple[Path, int], list[str]] = {}
-    for path in paths:
-        first = 0
-        kind = _schema(path).field(column).type
-        if not (hasattr(kind, "get_field_index") and any(field.name == "path" for field in kind)):
-            raise DataError(
-                f"{printable(path)}: column {printable(column)!r} has no 'path' beside the bytes, so a table of "
-                "file names cannot say whose image a row is. Save it with datasets.Image()."
-            )
-        with _guarded(path):
-            for rows, values in _parts(path, column if _is_arrow(path) else f"{column}.path"):
-                texts = values.field("path").to_pylist()
-                found[path, first] = ["" if text is None else str(text) for text in texts]
-                first += rows
-    return [found[file, first][row] for file, first, used in places for row in used]
+def _paths_in(path: Path, column: str) -> list[str]:
+    """What the image files in a table were called, as the structs in `column` say; "" where one does not."""
+    kind = _schema(path).field(column).type
+    if not (hasattr(kind, "get_field_index") and any(field.name == "path" for field in kind)):
+        raise DataError(
+            f"{printable(path)}: column {printable(column)!r} has no 'path' beside the bytes, so a table of file names "
+            "cannot say whose image a row is. Save it with datasets.Image()."
+        )
+    with _guarded(path):
+        parts = _parts(path, column if _is_arrow(path) else f"{column}.path")
+        return [str(text or "") for _, values in parts for text in values.field("path").to_pylist()]
 
 
 def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bool_], NDArray[np.int64] | list[str]]:
