@@ -121,33 +121,33 @@ def index_folder(root: Path, options: Options) -> Source:
 
 def _by_frames(root: Path, files: Sequence[str], source: Source, form: Form) -> Source:
     """A source of these files with each frame of a DICOM file as an image of its own."""
-    counts, bad = np.ones(len(files), dtype=np.int64), list(source.bad)
+    places: list[tuple[str, int | None]] = []  # file, and frame where there are several
+    which: list[int] = []
+    bad = list(source.bad)
     with quiet_decoders():
         for i, name in enumerate(files):
+            count = 1
             with contextlib.suppress(BadImage, NotPlainError):  # told of when it is read
-                counts[i] = max(1, count_frames(os.path.join(root, name)))
-            if counts[i] > (form.group_size or _MOST_FRAMES):
-                why = f"{counts[i]:,} frames; at most {_MOST_FRAMES:,} are read"
+                count = max(1, count_frames(os.path.join(root, name)))
+            if count > (form.group_size or _MOST_FRAMES):
+                why = f"{count:,} frames; at most {_MOST_FRAMES:,} are read"
                 if form.group_size:
-                    why = f"{counts[i]:,} frames, which are of one person, but the group size is {form.group_size:,}"
+                    why = f"{count:,} frames, which are of one person, but the group size is {form.group_size:,}"
                     why += "; give a larger one with --group-size (from Python: group_size), or --most-per-person"
                 bad.append((name, why))
-                counts[i] = 0
-    which = np.repeat(np.arange(len(files)), counts)
-    frames = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-    jobs = []
-    for part in split_evenly(len(which)):
-        places = [(files[i], int(k) if counts[i] > 1 else None) for i, k in zip(which[part], frames[part], strict=True)]
-        jobs.append(Job(len(places), functools.partial(_frame_items, str(root), tuple(places))))
+                continue
+            places += [(name, frame if count > 1 else None) for frame in range(count)]
+            which += [i] * count
+    parts = [tuple(places[part]) for part in split_evenly(len(places))]
+    jobs = [Job(len(part), functools.partial(_frame_items, str(root), part)) for part in parts]
     labels = None if source.labels is None else source.labels[which]
 
     def name_of(i: int) -> str:
-        return files[which[i]] + (f", frame {frames[i] + 1}" if counts[which[i]] > 1 else "")
+        file, frame = places[i]
+        return file if frame is None else f"{file}, frame {frame + 1}"
 
-    def names() -> list[str]:
-        return [files[i] for i in which.tolist()]
-
-    return replace(source, jobs=jobs, labels=labels, name=name_of, bad=tuple(bad), files=names)
+    of_file = [file for file, _ in places]
+    return replace(source, jobs=jobs, labels=labels, name=name_of, bad=tuple(bad), files=lambda: of_file)
 
 
 def _frame_items(root: str, places: Sequence[tuple[str, int | None]]) -> Iterator[Item]:
