@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from dpsyngen.data.dataset import ImageDataset, numbered
 from dpsyngen.data.decode import BUDGET, Form, ImageHeader
 from dpsyngen.data.labels import read_persons
-from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
+from dpsyngen.data.source import Bad, Found, Job, Options, Source, keep_of, settle_bad
 from dpsyngen.data.store import IMAGES, LABELS, SelectedImages, Shape, StoredImages, check_fits, write_header
 from dpsyngen.errors import DataError, listed, printable
 from dpsyngen.files import cache_home, expanded, sync_folder, write_bytes, write_text
@@ -143,11 +143,9 @@ def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], opti
 
 def read_headers(source: Source, options: Options, turns: Path | None = None) -> set[ImageHeader]:
     """What headers say, where the shape of the result depends on it."""
-    found: set[ImageHeader] = set()
-    if options.resolution is None or options.channels == "auto":
-        for headers in _each(Job.headers, source.jobs, source, options, turns):
-            found = few(found | headers)
-    return found
+    if options.resolution is not None and options.channels != "auto":
+        return set()
+    return set[ImageHeader]().union(*_each(Job.headers, source.jobs, source, options, turns))
 
 
 def decode(source: Source, target: NDArray[np.uint8], options: Options, turns: Path | None = None) -> dict[int, str]:
@@ -208,8 +206,7 @@ def _by_processes(task: Callable[[Any], Any], jobs: Sequence[Any], count: int) -
     except TerminatedWorkerError as error:
         raise DataError(
             "a process that decoded images was ended from outside. Perhaps memory ran out (use fewer: --set "
-            "data.workers=1), or a file is broken in a way that the image library does not survive (read it in parts "
-            "to find which)."
+            "data.workers=1), or the image library does not survive some file (read them in parts to find which)."
         ) from error
 
 
@@ -315,16 +312,13 @@ class Cache:
         """Hold the lock of this name, waiting for it; one process makes an entry while others wait."""
         from filelock import FileLock
 
-        lock = FileLock(self.folder / f"{name}.lock", mode=0o600)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            raise self._unusable(error) from error
-        try:
+        with contextlib.ExitStack() as held:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                held.enter_context(FileLock(self.folder / f"{name}.lock", mode=0o600))
+            except (OSError, NotImplementedError) as error:
+                raise self._unusable(error) from error
             yield
-        finally:
-            lock.release()
 
     @contextlib.contextmanager
     def making(self, key: str | None, shape: Shape) -> Iterator[np.memmap[Any, np.dtype[np.uint8]]]:

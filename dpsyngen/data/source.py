@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -38,15 +39,6 @@ class FormOptions(TypedDict, total=False):
     beside: str | os.PathLike[str] | None
 
 
-def default_resolution(sizes: set[tuple[int, int]]) -> int:
-    """The resolution when none was asked for: the native one if all images are one square of 8..64, or 32."""
-    if len(sizes) == 1:
-        width, height = next(iter(sizes))
-        if width == height and 8 <= width <= 64:
-            return width
-    return 32
-
-
 @dataclass(frozen=True)
 class Options:
     """How images are read: the arguments of :func:`dpsyngen.data.load.load_images`, where they are explained."""
@@ -65,16 +57,16 @@ class Options:
     on_progress: Callable[[int, int], None] | None = None
 
     def shape(self, count: int, headers: set[ImageHeader]) -> Shape:
-        """Shape of the result, from what was asked for and from what headers say."""
-        resolution = self.resolution or default_resolution({header[:2] for header in headers})
+        """Shape of the result, from what was asked for and from what headers say.
+
+        The resolution that nobody asked for is the native one if all images are one square of 8..64, else 32.
+        """
+        sizes = {(header.width, header.height) for header in headers}
+        width, height = sizes.pop() if len(sizes) == 1 else (0, 0)
+        resolution = self.resolution or (width if width == height and 8 <= width <= 64 else 32)
         all_grey = bool(headers) and all(header.is_grey for header in headers)
         grey = self.channels == "grey" or (self.channels == "auto" and all_grey)
         return count, 1 if grey else 3, resolution, resolution
-
-
-def few(headers: set[ImageHeader]) -> set[ImageHeader]:
-    """At most three of the headers, which differ in size, or are not all grey, if all of them do."""
-    return {min(headers), max(headers), min(headers, key=lambda h: h.is_grey)} if headers else set()
 
 
 @dataclass(frozen=True)
@@ -88,13 +80,11 @@ class Job:
     items: Callable[[], Iterator[Item]]
 
     def headers(self) -> set[ImageHeader]:
-        """The :func:`few` headers of its images; nothing is decoded."""
+        """The different headers of its images; nothing is decoded."""
         found: set[ImageHeader] = set()
         for item in self.items():
-            try:
-                found = few(found | {read_header(item)})
-            except BadImage:
-                continue  # it is told of later, with all others
+            with suppress(BadImage):  # it is told of later, with all others
+                found.add(read_header(item))
         return found
 
     def decode(self, rows: NDArray[np.uint8], form: Form) -> Iterator[Bad]:

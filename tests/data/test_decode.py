@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from dpsyngen.data import load_images
-from dpsyngen.data.decode import BadImage, Form, read_header, read_image
-from dpsyngen.data.source import default_resolution
+from dpsyngen.data.decode import BadImage, Form, ImageHeader, read_header, read_image
+from dpsyngen.data.source import Options
 from dpsyngen.errors import ConfigError
 
 
@@ -218,5 +218,8 @@ def test_resolution_out_of_range(value: Any) -> None:
 
 def test_resolution() -> None:
     assert load_images("digits", resolution=np.int64(28)).resolution == 28  # type: ignore[arg-type]
-    assert default_resolution({(28, 28)}) == 28
-    assert [default_resolution(s) for s in ({(65, 65)}, {(28, 27)}, {(28, 28), (32, 32)}, {(4, 4)}, set())] == [32] * 5
+    for sizes, side in (
+        ({(28, 28)}, 28),
+        *((s, 32) for s in ({(65, 65)}, {(28, 27)}, {(28, 28), (32, 32)}, {(4, 4)}, set())),
+    ):
+        assert Options().shape(1, {ImageHeader(*size, True) for size in sizes})[2:] == (side, side)
