@@ -21,10 +21,9 @@ _LOOKED_AT = 2048
 _FLAT = 17  # a sixteenth of white, and what resizing adds beside edges
 NEARLY_BLACK = (
     "most images are nearly black, or of one grey: their values span no more than a sixteenth of black to white.  If "
-    "that is not how they look, say which values are black and white with --value-range LOW,HIGH (from Python: the "
-    "setting data.value_range), 0,1 for masks of 0 and 1, 0,4095 for 12 bits stored in 16; for DICOM with --window "
-    "CENTRE,WIDTH (data.window), 40,400 for CT of soft parts.  It is public: take it from the format, not from these "
-    "images."
+    "that is not how they look, say which values are black and white: --value-range LOW,HIGH (data.value_range), such "
+    "as 0,4095 for 12 bits stored in 16; for DICOM --window CENTRE,WIDTH (data.window), such as 40,400 for CT of soft "
+    "parts.  It is public: take it from the format, not from these images."
 )
 
 
@@ -115,10 +114,7 @@ class ImageDataset:
     @property
     def file(self) -> Path | None:
         """The private file that the decoded images are read from, if they are not in memory."""
-        images = self.images
-        while isinstance(images, SelectedImages):
-            images = images.images
-        return getattr(images, "path", None)
+        return getattr(self.images, "path", None)
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> ImageDataset:
         """The images at `indices` (int ``[M]``, any order, or a bool mask ``[N]``); classes stay the same.
@@ -260,7 +256,5 @@ def is_nearly_black(dataset: ImageDataset) -> bool:
     Such are 10 and 12 bits stored in 16, masks of 0 and 1, and CT without a window, where nothing says so.
     """
     some = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).astype(np.int64))
-    dark = sum(
-        int((np.ptp(dataset.batch(part), (1, 2, 3)) <= _FLAT).sum()) for part in np.array_split(some, 32) if len(part)
-    )
+    dark = sum(int((np.ptp(dataset.batch(part), (1, 2, 3)) <= _FLAT).sum()) for part in np.array_split(some, 32))
     return 2 * dark > len(some)

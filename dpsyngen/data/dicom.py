@@ -109,7 +109,7 @@ class DicomFile:
         self.frame: int | None = None
         self._whole: Any = None
         with _saying("broken or truncated DICOM header"):
-            self._header = h = _read(file, pixels=False)
+            h = _read(file, pixels=False)
             self.syntax = str(h.file_meta.get("TransferSyntaxUID", ""))
             if "Rows" not in h or "Columns" not in h:
                 raise BadImage("a DICOM object without an image (a report, plan or directory, say)")

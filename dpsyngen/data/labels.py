@@ -362,8 +362,8 @@ def _read(path: Path, what: str, show: bool = True) -> tuple[list[str], dict[str
 def _separated(text: str) -> dict[str, list[Any]]:
     """Columns by name; the separator is what the first line has most of."""
     first = text.partition("\n")[0]
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True))
-    rows = [row for row in rows if row]
+    found = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+    rows = [row for row in found if row]
     names = [name.strip() for name in rows[0]] if rows else []
     for number, row in enumerate(rows, start=1):
         if len(row) != len(names):

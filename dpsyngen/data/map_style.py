@@ -129,9 +129,8 @@ class _Items:
                 continue  # it is told of later, with all others
             if first[1] != again[1] or not _same(first[0], again[0]):
                 raise DataError(
-                    f"{self.where}: item {i} is not the same when it is read again. Random augmentation (flips, crops, "
-                    "jitter) must be left out: differential privacy is about fixed records, and a resumed run must "
-                    "find the same images. Give the dataset with deterministic transforms, or none."
+                    f"{self.where}: item {i} is not the same when it is read again. Leave out random augmentation "
+                    "(flips, crops, jitter): differential privacy is about fixed records, which a resumed run needs."
                 )
 
     def as_source(self) -> Source:

@@ -122,7 +122,7 @@ class SelectedImages:
         nested = isinstance(chosen, SelectedImages)
         self.images: ImageStore | NDArray[np.uint8] = chosen.images if nested else chosen
         self.index: NDArray[np.int64] = chosen.index[index] if nested else index
-        self.shape = (len(index), *chosen.shape[1:])
+        self.shape, self.path = (len(index), *chosen.shape[1:]), getattr(images, "path", None)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -199,12 +199,13 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _label(descriptor: int, member: tarfile.TarInfo, column: str | None, others: set[str], keys: set[str]) -> Label:
-    is_json = not _is_cls(member)
     if member.size > _MAX_LABEL_BYTES:
         raise ValueError(f"a label of {member.size:,} bytes")
     content = os.pread(descriptor, member.size, member.offset_data)
     found: Label
-    if is_json:
+    if _is_cls(member):
+        found = content.decode("utf-8-sig").strip()  # UnicodeDecodeError is a ValueError, which names the byte
+    else:
         try:
             values = json.loads(content)
         except (ValueError, RecursionError):
@@ -218,14 +219,9 @@ def _label(descriptor: int, member: tarfile.TarInfo, column: str | None, others:
             others.update(f"{k} of .json" for k in list(values)[:MOST_NAMES] if k != key)
         if isinstance(found, bool) or not isinstance(found, int | str | None):
             raise ValueError("its label in .json is neither a whole number nor a text")
-    else:
-        try:
-            found = content.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise ValueError("its label in .cls is not UTF-8") from None
     if isinstance(found, str) and not 0 < len(found) <= MAX_NAME_BYTES:
         raise ValueError("its label is empty, or too long for the name of a class")
-    if isinstance(found, str) and not is_json and re.fullmatch("0|-?[1-9][0-9]*", found):
+    if isinstance(found, str) and _is_cls(member) and re.fullmatch("0|-?[1-9][0-9]*", found):
         found = int(found)
     if isinstance(found, int) and not -(2**63) <= found < 2**63:
         raise ValueError("its label is a number beyond 64 bits")
