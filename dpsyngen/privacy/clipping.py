@@ -124,13 +124,6 @@ class GridGradient(ClippedGradient):
         return super().__add__(other)
 
 
-def check_clipping(clipping_norm: float, style: str) -> None:
-    """Raise ConfigError unless both are allowed."""
-    ok = clipping_norm > 0 and math.isfinite(clipping_norm)
-    require(ok, "clipping_norm", clipping_norm, "positive and finite")
-    require(style in STYLES, "clipping style", style, STYLES)
-
-
 def valid_mask(valid: int | Tensor | None, examples: int, device: torch.device) -> Tensor | None:
     """[examples] booleans: which are more than padding; None: all.  `valid` may say how many of the first ones are."""
     if valid is None:

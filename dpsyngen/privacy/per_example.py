@@ -18,13 +18,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dpsyngen.errors import ConfigError, require
+from dpsyngen.errors import ConfigError, listed, require
 from dpsyngen.hardware import look
 from dpsyngen.privacy.clipping import (
+    STYLES,
     ClippedGradient,
     ClippingStyle,
     GridGradient,
-    check_clipping,
     clip,
     clip_to_grid,
     valid_mask,
@@ -104,7 +104,9 @@ class PerExampleGradients:
         kernels: KernelChoices | None = None,
         workers: Workers | int | None = None,
     ) -> None:
-        check_clipping(clipping_norm, style)
+        ok = clipping_norm > 0 and math.isfinite(clipping_norm)
+        require(ok, "clipping_norm", clipping_norm, "positive and finite")
+        require(style in STYLES, "clipping style", style, STYLES)
         self.module, self.style, self.clipping_norm = module, style, float(clipping_norm)
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
@@ -123,10 +125,7 @@ class PerExampleGradients:
     def _layers(self) -> list[int]:
         """For each parameter the number of its layer in the whole model."""
         if any(hasattr(p, "to_local") for p in self.parameters):
-            raise ConfigError(
-                "the parameters are sharded over processes (DTensor): make the engine with OwnExamples of "
-                "dpsyngen.privacy.sharding."
-            )
+            raise ConfigError("the parameters are sharded (DTensor): use OwnExamples of dpsyngen.privacy.sharding.")
         return layer_numbers(self.names)
 
     def zero(self) -> ClippedGradient:
@@ -147,8 +146,7 @@ class PerExampleGradients:
         missing = [n for i, n in enumerate(self.names) if i not in tape.recorded]
         if missing:
             raise UnsupportedLayer(
-                f"no per-example gradient reached {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}.  "
-                "A silent zero would hide a bug: freeze parameters that the loss does not depend on."
+                f"no per-example gradient reached {listed(missing, 5)}: freeze parameters that the loss does not use."
             )
         recorded, tape.recorded = tape.recorded, {}  # the graph holds the tape: leave nothing large on it
         return [recorded[i] for i in range(len(self.parameters))]
@@ -175,10 +173,8 @@ class PerExampleGradients:
         finally:
             self._passing.tape = None
         if rows.shape != (tape.examples * tape.copies,):
-            raise ValueError(
-                f"the loss has shape {tuple(rows.shape)}, but must be one number a row: "
-                f"({tape.examples * tape.copies},) = examples x copies."
-            )
+            allowed = f"({tape.examples * tape.copies},) = examples x copies"
+            raise ValueError(f"the loss has shape {tuple(rows.shape)}, but must be one number a row: {allowed}.")
         return rows
 
     def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
@@ -258,9 +254,8 @@ class PerExampleGradients:
             worst = max(range(len(differences)), key=lambda i: differences[i])
             if not math.hypot(*differences) <= tolerance * norm:
                 raise UnsupportedLayer(
-                    f"the gradient of example {b} depends on the other examples of its batch (most of all that of "
-                    f"{self.names[worst]!r}), so one example cannot be bounded by clipping.  Something in the model "
-                    "mixes the batch, or is random: means over the batch axis, batch statistics, dropout."
+                    f"the gradient of example {b} depends on the other examples of its batch, most of all that of "
+                    f"{self.names[worst]!r}: the model mixes them (a mean over the batch, its statistics) or is random."
                 )
 
     def _added_up(

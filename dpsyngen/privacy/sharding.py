@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, listed
 from dpsyngen.privacy.clipping import ClippedGradient, Draw, GridGradient
 from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
@@ -180,22 +180,19 @@ def sharded_parameters(
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor
     except ImportError:
-        raise ConfigError(
-            f"sharded models need PyTorch 2.6 or later, but this is {torch.__version__}: install a later one."
-        ) from None
+        raise ConfigError(f"sharded models need PyTorch 2.6 or later, but this is {torch.__version__}.") from None
 
     if not any(isinstance(m, FSDPModule) for m in module.modules()):
         raise ConfigError(
-            "the module was not sharded by torch.distributed.fsdp.fully_shard, the one way that the engine knows: it "
-            "cannot follow layers that compute with DTensors.  For a model that is whole use PerExampleGradients."
+            "the module was not sharded by torch.distributed.fsdp.fully_shard, the one way that the engine knows.  For "
+            "a model that is whole use PerExampleGradients."
         )
     shards = [p for p in parameters if isinstance(p, DTensor)]
     whole = [n for n, p in zip(names, parameters, strict=True) if not isinstance(p, DTensor)]
     if whole:
         raise ConfigError(
-            f"{', '.join(whole[:5])}{' …' if len(whole) > 5 else ''} are not sharded while other parameters are: "
-            "apply fully_shard to the whole module, too, without ignored_params.  If it was, a pass without backward "
-            "has left them whole: call reshard() of the module first."
+            f"{listed(whole, 5)} are not sharded while other parameters are: apply fully_shard to the whole module, "
+            "too, without ignored_params; if a pass without backward has left them whole, call reshard() of the module."
         )
     mesh = shards[0].device_mesh
     if any(p.device_mesh != mesh for p in shards):
@@ -276,10 +273,7 @@ class OwnExamples(PerExampleGradients):
         self, loss: RowsLoss, examples: int, copies: int = 1, *, valid: int | Tensor | None = None
     ) -> ShardedGradient:
         if examples == 0:
-            raise ConfigError(
-                "examples is 0, but each process must run the same passes of a model that is split: give it one "
-                "example of any kind, with valid=0."
-            )
+            raise ConfigError("examples is 0, but all processes must run the same passes: give any one, with valid=0.")
         own = super().__call__(loss, examples, copies, valid=valid)
         # Counts of all processes in place of this one's.
         counts = torch.tensor([own.examples, own.not_finite], device=self.device)
@@ -296,9 +290,8 @@ class OwnExamples(PerExampleGradients):
         for name, (most, least) in zip(given, bounds, strict=True):
             if most != -least:  # in all processes, or some would wait for the others for ever
                 raise ConfigError(
-                    f"{name} is {given[name]} here and from {-least} to {most} in the processes that share the model, "
-                    "but must be the same in all, since they gather parameters together.  Fill the smaller batches up "
-                    "with any rows and say with `valid` how many are examples."
+                    f"{name} is {given[name]} here and from {-least} to {most} in all processes, but must be the same: "
+                    "fill smaller batches up with any rows, and say with `valid` how many are examples."
                 )
         return self._placed(super().sum(loss, examples, copies=copies, physical_batch=physical_batch, valid=valid))
 
