@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -14,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from dpsyngen.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, train_canaries
-from dpsyngen.audit.invariants import check_sizes, check_transcript
-from dpsyngen.audit.report import AuditReport, Bound, Finding, decide, exact
+from dpsyngen.audit.invariants import check_sizes
+from dpsyngen.audit.report import AuditReport, Bound, Finding, decide
 from dpsyngen.audit.sensitivity import audit_clipping, audit_noise
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import require
 from dpsyngen.files import write_json
 from dpsyngen.full_precision import ordinary_modes
+from dpsyngen.generator.files import read_description
 from dpsyngen.hardware import choose
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger
@@ -146,19 +146,19 @@ def _audit_mechanism(
     with tempfile.TemporaryDirectory(prefix="dpsyngen-audit-") as folder:
         for number, (name, plan) in enumerate(plans.items()):
             tell(f"training {name}: {plan.canaries} canaries, {plan.steps} steps")
-            done = train_canaries(config, plan, Path(folder) / str(number), confidence=report.confidence, device=device)
-            report.parts[name] = check_transcript(done.transcript, done.claim)
-            if done.one_run is not None:
-                o = done.one_run
-                report.parts[name].append(o.finding)
+            where = Path(folder) / str(number)
+            found, o = train_canaries(config, plan, where, confidence=report.confidence, device=device)
+            report.parts[name] = found
+            if o is not None:
+                found.append(o.finding)
                 report.bounds.append(Bound("training, lookup network", o.epsilon_lower, o.epsilon_claimed, o.delta))
                 report.one_run = o.to_dict()
 
 
 def _shape(run: Run) -> Shape:
-    about = json.loads((run.release / "generator.json").read_text(encoding="utf-8"))
+    about, _ = read_description(run.release)
     records = run.config.data.records or pinned(run.data_path)["records"]
-    return Shape(int(about["resolution"]), int(about["channels"]), tuple(about["class_names"]), records)
+    return Shape(about.resolution, about.channels, tuple(about.class_names), records)
 
 
 def replay(run: Run) -> list[Finding]:
@@ -177,13 +177,13 @@ def replay(run: Run) -> list[Finding]:
     asked = config.private.batch / declared
     rates = {m.sampling_rate for m in charged_mechanisms(ledger)} or {asked}
     findings += [
-        exact(
+        Finding(
             "steps logged are the steps charged",
             steps == list(range(1, charged + 1)),
             f"{len(steps)} steps in the log",
             f"{charged} steps in the ledger, each once and in order",
         ),
-        exact(
+        Finding(
             "the ledger charges the rate that the run was asked for",
             len(rates) == 1 and math.isclose(max(rates), asked, rel_tol=1e-12),
             f"rate {max(rates):.6g} in the ledger",
@@ -195,7 +195,7 @@ def replay(run: Run) -> list[Finding]:
     rate, randomness = max(rates), Randomness.load(run.randomness_path)
     wrong = [s for s, b in zip(steps, sizes, strict=True) if b != len(poisson_sample(randomness, s - 1, records, rate))]
     findings.append(
-        exact(
+        Finding(
             "each batch is the Poisson sample that the run's key gives",
             not wrong,
             f"{len(wrong)} of {len(steps)} batches have another size",
@@ -216,7 +216,7 @@ def _moments(run: Run, ledger: Ledger) -> Finding:
     def text(queries: list[Mechanism | None]) -> str:
         return ", ".join("no noise" if m is None else f"{m.noise_multiplier:.6g}" for m in queries) or "none"
 
-    return exact(
+    return Finding(
         "DP moments are charged once each, at the noise that was planned",
         bool(planned) and charged == wanted,
         f"noise multipliers in the ledger: {text(charged)}",

@@ -330,8 +330,9 @@ def _for_each_row(tape: Tape, parameter: Tensor, dims: int, function: str) -> Te
             raise UnsupportedLayer(f"{function}: a parameter of shape {tuple(base.shape)} spans the batch axis.")
         return _copies(tape, base, dims).expand(parameter.shape)
     if parameter.dim() > dims:
+        shape = tuple(parameter.shape)
         raise UnsupportedLayer(
-            f"{function}: parameter of shape {tuple(parameter.shape)} beside rows of {dims} axes: the batch must be first."
+            f"{function}: a parameter of shape {shape} beside {dims} axes of rows: keep the batch first."
         )
     return _copies(tape, parameter, dims)
 
