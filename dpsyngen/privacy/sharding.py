@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DeviceMesh, DTensor
 
-_BUCKET = 1 << 22  # numbers that are reduced in one go: enough to be quick, few beside the gradients of the examples
-
 
 @dataclass(frozen=True)
 class Place:
@@ -308,42 +306,23 @@ class OwnExamples(PerExampleGradients):
             raise
 
     def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
-        """Sums over all processes, a few parameters at a time: the sums of the whole model never exist at once."""
-        out: list[Tensor] = []
-        bucket: list[Tensor] = []
-        for value in sums:
-            if bucket and (bucket[0].dtype != value.dtype or sum(b.numel() for b in bucket) >= _BUCKET):
-                out += self._scatter(bucket, len(out))
-                bucket = []
-            bucket.append(value)
-        return out + self._scatter(bucket, len(out))
+        """Sums over all processes, one parameter at a time: the sums of the whole model never exist at once."""
+        return [self._scattered(*each) for each in zip(sums, self._distributed, self.places, strict=True)]
 
-    def _scatter(self, bucket: list[Tensor], first: int) -> list[Tensor]:
-        """Reduce whole parameters, number `first` and on, to this process's shards of their sums over all processes."""
+    def _scattered(self, value: Tensor, parameter: DTensor, place: Place) -> Tensor:
+        """Reduce a whole parameter to this process's shard of its sum over all processes."""
         import torch.distributed as dist
 
         *replicas, group = self._everyone()
-        count = dist.get_world_size(group)
-        chunks = []
-        for value, place in zip(bucket, self.places[first : first + len(bucket)], strict=True):
-            rows = value.movedim(place.dim, 0)
-            each = -(-len(rows) // count)  # as FSDP cuts: equal pieces, the last ones short or empty
-            padded = rows.new_zeros(count * each, *rows.shape[1:])
-            padded[: len(rows)] = rows
-            chunks.append(padded.view(count, -1))
-        widths = [c.shape[1] for c in chunks]
-        own = chunks[0].new_empty(sum(widths))
+        count, rows = dist.get_world_size(group), value.movedim(place.dim, 0)
+        each = -(-len(rows) // count)  # as FSDP cuts: equal pieces, the last ones short or empty
+        padded = rows.new_zeros(count * each, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        own = rows.new_empty(each, *rows.shape[1:])
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the newer name of the two
-        scatter(own, torch.cat(chunks, 1).flatten(), group=group)
-        _reduced(own, replicas, "sum")
-        out = []
-        for i, part in enumerate(own.split(widths), first):
-            place = self.places[i]
-            rest = [n for d, n in enumerate(place.shape) if d != place.dim]
-            rows = part[: place.length * math.prod(rest)].view(place.length, *rest)
-            shard = rows.movedim(0, place.dim).contiguous()
-            out.append(Place.like(self._distributed[i], shard.to(self.device)))
-        return out
+        scatter(own, padded, group=group)
+        shard = _reduced(own, replicas, "sum")[: place.length].movedim(0, place.dim)
+        return Place.like(parameter, shard.contiguous().to(self.device))
 
     def _placed(self, own: ClippedGradient) -> ShardedGradient:
         return ShardedGradient(**vars(own) | {"places": self.places, "coordinates": self.coordinates})

@@ -24,7 +24,6 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from dpsyngen.diffusion.unet import UNet
-from dpsyngen.privacy import sharding
 from dpsyngen.privacy.clipping import STYLES, ClippedGradient
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.noise import noisy_mean
@@ -366,7 +365,6 @@ def main() -> None:
     folder = Path(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=RANK, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
-    sharding._BUCKET = 1000  # several buckets, some of one parameter
     checks: list[Callable[[DeviceMesh], None]] = [
         *(equals_one_process, other_ways_to_shard, sensitivity, noise, training, refusals),
     ]
