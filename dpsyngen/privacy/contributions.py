@@ -93,11 +93,6 @@ class Dense(Contribution):
         """[B, size]."""
         return self.gradients.reshape(len(self.gradients), -1)
 
-    @property
-    def size(self) -> int:
-        """Numbers an example."""
-        return self.flat.shape[1]
-
     def squared_norms(self, wide: bool = False) -> Tensor:
         return squared_row_norms(self.gradients, wide)
 

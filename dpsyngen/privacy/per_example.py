@@ -8,10 +8,11 @@ reused: each pass has its own tape.
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import TypeVar
 
@@ -268,14 +269,10 @@ class PerExampleGradients:
         # Parts of nearly equal size, a multiple of the workers of them, so that none waits long for the others.
         count = self.workers.count
         parts = min(examples, -(-examples // physical_batch) * count)
-        edges = [i * examples // max(parts, 1) for i in range(parts + 1)]
+        slices = [slice(a, b) for a, b in pairwise(i * examples // max(parts, 1) for i in range(parts + 1))]
         step = min(count, physical_batch)
-        total: _Clipped | None = None
-        for i in range(0, parts, step):
-            slices = [slice(a, b) for a, b in pairwise(edges[i : i + step + 1])]
-            for clipped in self.workers.map(function, slices):
-                total = clipped if total is None else total + clipped
-        return total
+        added = (c for i in range(0, parts, step) for c in self.workers.map(function, slices[i : i + step]))
+        return reduce(operator.add, added) if parts else None
 
 
 # ------------------------------------------------------------------------------------------- the physical batch
