@@ -65,12 +65,6 @@ class Place:
         return values.reshape(own.shape).to(own.device, own.dtype)
 
     @staticmethod
-    def own(value: Tensor) -> Tensor:
-        """The part of a distributed tensor that is here; any other tensor as it is."""
-        local: Any = getattr(value, "to_local", None)
-        return value if local is None else local()
-
-    @staticmethod
     def like(value: Tensor, own: Tensor) -> Tensor:
         """`own` as the local part of a tensor that is distributed like `value`."""
         from torch.distributed.tensor import DTensor
@@ -236,10 +230,11 @@ class ShardedGradient(ClippedGradient):
         would be free of it: that is why a sum carries its places with it.
         """
         drawn = draw(self.coordinates, (place.span for place in self.places))
+        sums: list[Any] = self.sums  # DTensors, as the parameters are
         return [
             place.like(total, (own + scale * place.cut(noise, own)) / divisor)
-            for total, place, noise in zip(self.sums, self.places, drawn, strict=True)
-            for own in (place.own(total),)
+            for total, place, noise in zip(sums, self.places, drawn, strict=True)
+            for own in (total.to_local(),)
         ]
 
 
