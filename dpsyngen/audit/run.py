@@ -32,13 +32,6 @@ from dpsyngen.training.private import DpSgd, charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
 from dpsyngen.training.session import pinned
 
-BOOKS, STEP, CLIPPING = "this run's books", "one step with the run's settings", "clipping on the run's network"
-NETWORK, LOOKUP, SPARSE = (
-    "a short run of the run's network",
-    "a short run of the lookup network",
-    "a run of batches that are often empty",
-)
-
 
 @dataclass(frozen=True)
 class Effort:
@@ -58,12 +51,12 @@ QUICK = Effort(canaries=16, steps=10, lookup_canaries=1500, lookup_steps=24, spa
 
 @ordinary_modes()
 def audit_run(
-    run: Run | Path | str,
+    run: Run,
     *,
     effort: Effort = FULL,
     confidence: float = 0.999,
     device: str = "cpu",
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] = lambda line: None,
 ) -> AuditReport:
     """Audit a finished run.  No private image is touched, so it costs no privacy; the results are private all the same.
 
@@ -76,15 +69,13 @@ def audit_run(
         the report, which is also in ``private/audit/audit.json``.
     """
     require(0.95 <= confidence < 1, "--confidence", confidence, "from 0.95 to below 1")
-    run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
     device = choose(device).device
-    tell = on_progress or (lambda line: None)
     begun = time.monotonic()
     ledger = Ledger(run.ledger_path)
     report = AuditReport(run.path.resolve().name, ledger.epsilon(), ledger.delta, confidence)
-    tell("replaying the run's books")
-    report.parts[BOOKS] = replay(run)
+    on_progress("replaying the run's books")
+    report.parts["this run's books"] = replay(run)
     if not Randomness.load(run.randomness_path).secure:
         report.notes.append(
             "NOT PRIVATE: this run's noise comes from --insecure-seed, so anyone can subtract it.  The audits are of "
@@ -101,7 +92,7 @@ def audit_run(
             "only their charges were looked at."
         )
     else:
-        _audit_mechanism(run, ledger, report, effort, device, tell)
+        _audit_mechanism(run, ledger, report, effort, device, on_progress)
         report.notes.append(
             f"Audits of training are of short runs at the same target ε = {config_epsilon:g}, on images of programs."
         )
@@ -128,20 +119,23 @@ def _audit_mechanism(
     m = DpSgd(shape.records, min(noise), config.privacy.clipping_norm, config.private)
     tell("telling a step with a worst-case record from one without")
     game = audit_noise(config, m, trials=effort.trials, confidence=report.confidence)
-    report.parts[STEP], report.bounds = [game.finding], [game.bound(report.delta)]
-    report.step = game.to_dict(report.delta)
+    report.parts["one step with the run's settings"] = [game.finding]
+    report.bounds, report.step = [game.bound(report.delta)], game.to_dict(report.delta)
     tell("clipping hostile images")
     moments = stages_of(config).moments
     gaussian = load_gaussian(run.weights(GAUSSIAN), shape).to(device) if moments else None  # released: costs nothing
-    report.parts[CLIPPING] = audit_clipping(config, m, shape, device, gaussian)
+    report.parts["clipping on the run's network"] = audit_clipping(config, m, shape, device, gaussian)
     images: dict[str, Any] = {"resolution": shape.resolution, "channels": shape.channels}
     images["classes"] = bool(shape.class_names)
     count, lookups, crash = effort.canaries, effort.lookup_canaries, CHECKPOINT_EVERY + 2
     attacked: dict[str, Any] = {"lookup": True, "crash_after": crash, "score": True}
+    own = CanaryPlan(count, 8, (count + 8) // 2, effort.steps, crash_after=crash, **images)
+    lookup = CanaryPlan(lookups, 16, (lookups + 16) // 2, effort.lookup_steps, **attacked)
+    sparse = CanaryPlan(24, 16, 1, effort.sparse_steps, lookup=True)
     plans = {
-        NETWORK: CanaryPlan(count, 8, (count + 8) // 2, effort.steps, crash_after=crash, **images),
-        LOOKUP: CanaryPlan(lookups, 16, (lookups + 16) // 2, effort.lookup_steps, **attacked),
-        SPARSE: CanaryPlan(24, 16, 1, effort.sparse_steps, lookup=True),
+        "a short run of the run's network": own,
+        "a short run of the lookup network": lookup,
+        "a run of batches that are often empty": sparse,
     }
     with tempfile.TemporaryDirectory(prefix="dpsyngen-audit-") as folder:
         for number, (name, plan) in enumerate(plans.items()):
