@@ -64,14 +64,10 @@ def squared_row_norms(gradients: Tensor, wide: bool = False) -> Tensor:
     if gradients.dim() > 2 and gradients[0, 0].numel() <= _PIECE:  # a weight: one piece for each output
         return torch.linalg.vector_norm(gradients.flatten(2), dim=2).to(dtype).square().sum(1)
     flat = gradients.reshape(rows, -1)
-    n = flat.shape[1]
-    whole = n - n % _PIECE
-    total = torch.zeros(rows, dtype=dtype, device=flat.device)
-    if whole:
-        total += torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, _PIECE)), dim=2).to(dtype).square().sum(1)
-    if n > whole:
-        total += torch.linalg.vector_norm(flat[:, whole:], dim=1).to(dtype).square()
-    return total
+    count = flat.shape[1] // _PIECE
+    pieces, rest = flat[:, : count * _PIECE].unflatten(1, (count, _PIECE)), flat[:, count * _PIECE :]
+    total = torch.linalg.vector_norm(pieces, dim=2).to(dtype).square().sum(1)
+    return total + torch.linalg.vector_norm(rest, dim=1).to(dtype).square()
 
 
 def blanked(tensor: Tensor, kept: Tensor | None) -> Tensor:
