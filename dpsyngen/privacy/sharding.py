@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ class GatheredTape(Tape):
         self._names, self._gathered = gathered.names, gathered
         self._position = gathered.trainable()
 
-    def tracks(self, value: object) -> bool:
+    def tracks(self, value: object) -> TypeGuard[Tensor]:
         if id(value) in self._position:
             return True
         # Shards are no plain parameters: what FSDP itself does with them is not part of the model and not recorded.

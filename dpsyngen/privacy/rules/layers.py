@@ -150,8 +150,9 @@ def _group_norm(
 
     def forward() -> Any:
         x = at_least_fp32(input).contiguous()
-        sizes = (*x.shape[:2], x[0, 0].numel())  # rows, channels, positions: 1 for inputs [N, C]
-        out, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, num_groups, eps)
+        rows, channels = x.shape[:2]
+        positions = x[0, 0].numel()  # 1 for inputs [N, C]
+        out, mean, rstd = torch.native_group_norm(x, weight, bias, rows, channels, positions, num_groups, eps)
         return out, (x, weight, mean, rstd)
 
     def backward(g: Tensor, wanted: bool, *saved: Any) -> Tensor | None:

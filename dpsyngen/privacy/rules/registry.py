@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Tape:
         # Derived parameters: (leaf that the model goes on with, the same value with its graph, what it came from).
         self._derived: list[tuple[Tensor, Tensor, list[Tensor], Callable[..., Any]]] = []
 
-    def tracks(self, value: object) -> bool:
+    def tracks(self, value: object) -> TypeGuard[Tensor]:
         """Whether `value` is a parameter whose per-example gradient is wanted, or derived from such alone."""
         return id(value) in self._position
 
