@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpsyngen.audit.invariants import Claim, Transcript
+from dpsyngen.audit.invariants import Claim, Transcript, check_transcript
 from dpsyngen.audit.one_run import OneRun, lookup_scores, plan_guesses
+from dpsyngen.audit.report import Finding
 from dpsyngen.config import Config, DataConfig, PrivacyConfig, StagesConfig
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
@@ -114,19 +115,11 @@ def audit_config(config: Config, plan: CanaryPlan, records: int) -> Config:
     )
 
 
-@dataclass(frozen=True)
-class CanaryRun:
-    """What came out of a finished run: its steps, what its ledger charged, and the attack on it."""
-
-    transcript: Transcript
-    claim: Claim
-    one_run: OneRun | None
-
-
 def train_canaries(
     config: Config, plan: CanaryPlan, folder: Path, *, confidence: float, device: str = "cpu"
-) -> CanaryRun:
-    """Train on canaries in a new folder, crash and resume if asked to, and look at what came out.
+) -> tuple[list[Finding], OneRun | None]:
+    """Train on canaries in a new folder, crash and resume if asked to: what its steps and its ledger show, and the
+    attack on it.
 
     The configuration is that of the audited run, whose ε must be finite; `confidence` is that of the lower bound on ε.
     """
@@ -136,10 +129,8 @@ def train_canaries(
 
     def observe(record: StepRecord, engine: PerExampleGradients) -> None:
         transcript.add(record)
-        if plan.score:
-            scores[record.step] = lookup_scores(
-                record, plan.canaries
-            )  # a step that is repeated after a crash counts once
+        if plan.score:  # a step that is repeated after a crash counts once
+            scores[record.step] = lookup_scores(record, plan.canaries)
 
     hooks = Hooks(observer=observe, make_denoiser=lookup_denoiser if plan.lookup else lively_denoiser)
     training = Training.start(small, dataset, folder, device, hooks=hooks)
@@ -159,10 +150,11 @@ def train_canaries(
     charged = charged_mechanisms(ledger)
     rate, noise = min(c.sampling_rate for c in charged), max(c.noise_multiplier for c in charged)
     claim = Claim(rate, noise * m.clipping_norm, charged_steps(ledger), crashed=plan.crash_after is not None)
+    findings = check_transcript(transcript, claim)
     if not plan.score:
-        return CanaryRun(transcript, claim, None)
-    one_run = OneRun(np.sum(list(scores.values()), axis=0), inside, guesses, delta, ledger.epsilon(), confidence)
-    return CanaryRun(transcript, claim, one_run)
+        return findings, None
+    found = np.sum(list(scores.values()), axis=0)
+    return findings, OneRun(found, inside, guesses, delta, ledger.epsilon(), confidence)
 
 
 def _take_steps(training: Training, last: int | None = None) -> None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.stats import beta, binom, chi2, hypergeom
 
-from dpsyngen.audit.report import Finding, by_p_value, exact
+from dpsyngen.audit.report import Finding, by_p_value
 from dpsyngen.training.private import StepRecord
 
 _LONGEST = 1 << 24  # numbers in a distribution that is computed exactly
@@ -114,7 +114,7 @@ def check_transcript(transcript: Transcript, claim: Claim) -> list[Finding]:
     """Compare what a run did with what it charged; tests among the findings wait for ``report.decide``."""
     steps = transcript.distinct
     if not steps:
-        return [exact("steps were taken", False, "none", f"{claim.steps} steps")]
+        return [Finding("steps were taken", False, "none", f"{claim.steps} steps")]
     return [
         *_books(transcript, claim),
         *_scale(steps),
@@ -129,13 +129,13 @@ def _books(transcript: Transcript, claim: Claim) -> list[Finding]:
     numbers = [t.step for t in transcript.distinct]
     late = [t.step for t in transcript.traces if t.charged <= t.step]
     return [
-        exact(
+        Finding(
             "steps taken are the steps charged",
             numbers == list(range(claim.steps)),
             f"{len(numbers)} different steps, numbered {numbers[0]} to {numbers[-1]}",
             f"steps 0 to {claim.steps - 1}",
         ),
-        exact(
+        Finding(
             "each step is in the ledger before it is taken",
             not late,
             f"{len(late)} of {len(transcript.traces)} were not",
@@ -143,7 +143,7 @@ def _books(transcript: Transcript, claim: Claim) -> list[Finding]:
             f"steps {late[:5]}" if late else "",
         ),
         # The transcript measures noise in units of what the training means to add; is that what was charged?
-        exact(
+        Finding(
             "the ledger charges the noise that is added",
             math.isclose(transcript.noise_scale, claim.noise_scale, rel_tol=1e-9),
             f"standard deviation {transcript.noise_scale:.6g} meant",
@@ -255,7 +255,7 @@ def _repeats(transcript: Transcript, claim: Claim) -> list[Finding]:
 
     different = [b.step for a, b in again if not same(a, b)]
     return [
-        exact(
+        Finding(
             "a step that is repeated after a crash is the same step",
             bool(again) and not different,
             f"{len(again)} steps were repeated, {len(different)} of them with other records or other noise; "

@@ -18,19 +18,14 @@ class Finding:
     passed: bool
     statistic: str  # what was measured
     null: str  # what the statistic is if the property holds: a distribution or an exact value
+    detail: str = ""  # more for a reader, such as where it failed
     p_value: float | None = None  # None for a property that holds exactly or not at all
     level: float = 0.0  # the p-value below which the finding fails; exact properties have no false alarms
-    detail: str = ""  # more for a reader, such as where it failed
 
 
 def by_p_value(name: str, statistic: str, null: str, p_value: float, detail: str = "") -> Finding:
     """A finding that :func:`decide` judges by its p-value."""
-    return Finding(name, False, statistic, null, min(max(p_value, 0.0), 1.0), math.nan, detail)
-
-
-def exact(name: str, passed: bool, statistic: str, null: str, detail: str = "") -> Finding:
-    """A finding about a property that holds or does not; there is no chance in it."""
-    return Finding(name, passed, statistic, null, None, 0.0, detail)
+    return Finding(name, False, statistic, null, detail, min(max(p_value, 0.0), 1.0), math.nan)
 
 
 def decide(findings: Iterable[Finding], error: float) -> list[Finding]:

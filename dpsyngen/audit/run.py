@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -14,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from dpsyngen.audit.canaries import CHECKPOINT_EVERY, CanaryPlan, train_canaries
-from dpsyngen.audit.invariants import check_sizes, check_transcript
-from dpsyngen.audit.report import AuditReport, Bound, Finding, decide, exact
+from dpsyngen.audit.invariants import check_sizes
+from dpsyngen.audit.report import AuditReport, Bound, Finding, decide
 from dpsyngen.audit.sensitivity import audit_clipping, audit_noise
 from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import require
 from dpsyngen.files import write_json
 from dpsyngen.full_precision import ordinary_modes
+from dpsyngen.generator.files import read_description
 from dpsyngen.hardware import choose
 from dpsyngen.privacy.accounting import Mechanism
 from dpsyngen.privacy.ledger import Ledger
@@ -31,13 +31,6 @@ from dpsyngen.training.plan import MomentsPlan, Shape, stages_of
 from dpsyngen.training.private import DpSgd, charged_mechanisms, charged_steps
 from dpsyngen.training.run import Run
 from dpsyngen.training.session import pinned
-
-BOOKS, STEP, CLIPPING = "this run's books", "one step with the run's settings", "clipping on the run's network"
-NETWORK, LOOKUP, SPARSE = (
-    "a short run of the run's network",
-    "a short run of the lookup network",
-    "a run of batches that are often empty",
-)
 
 
 @dataclass(frozen=True)
@@ -58,12 +51,12 @@ QUICK = Effort(canaries=16, steps=10, lookup_canaries=1500, lookup_steps=24, spa
 
 @ordinary_modes()
 def audit_run(
-    run: Run | Path | str,
+    run: Run,
     *,
     effort: Effort = FULL,
     confidence: float = 0.999,
     device: str = "cpu",
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] = lambda line: None,
 ) -> AuditReport:
     """Audit a finished run.  No private image is touched, so it costs no privacy; the results are private all the same.
 
@@ -76,15 +69,13 @@ def audit_run(
         the report, which is also in ``private/audit/audit.json``.
     """
     require(0.95 <= confidence < 1, "--confidence", confidence, "from 0.95 to below 1")
-    run = run if isinstance(run, Run) else Run(Path(run))
     run.require_complete()
     device = choose(device).device
-    tell = on_progress or (lambda line: None)
     begun = time.monotonic()
     ledger = Ledger(run.ledger_path)
     report = AuditReport(run.path.resolve().name, ledger.epsilon(), ledger.delta, confidence)
-    tell("replaying the run's books")
-    report.parts[BOOKS] = replay(run)
+    on_progress("replaying the run's books")
+    report.parts["this run's books"] = replay(run)
     if not Randomness.load(run.randomness_path).secure:
         report.notes.append(
             "NOT PRIVATE: this run's noise comes from --insecure-seed, so anyone can subtract it.  The audits are of "
@@ -101,7 +92,7 @@ def audit_run(
             "only their charges were looked at."
         )
     else:
-        _audit_mechanism(run, ledger, report, effort, device, tell)
+        _audit_mechanism(run, ledger, report, effort, device, on_progress)
         report.notes.append(
             f"Audits of training are of short runs at the same target ε = {config_epsilon:g}, on images of programs."
         )
@@ -128,37 +119,40 @@ def _audit_mechanism(
     m = DpSgd(shape.records, min(noise), config.privacy.clipping_norm, config.private)
     tell("telling a step with a worst-case record from one without")
     game = audit_noise(config, m, trials=effort.trials, confidence=report.confidence)
-    report.parts[STEP], report.bounds = [game.finding], [game.bound(report.delta)]
-    report.step = game.to_dict(report.delta)
+    report.parts["one step with the run's settings"] = [game.finding]
+    report.bounds, report.step = [game.bound(report.delta)], game.to_dict(report.delta)
     tell("clipping hostile images")
     moments = stages_of(config).moments
     gaussian = load_gaussian(run.weights(GAUSSIAN), shape).to(device) if moments else None  # released: costs nothing
-    report.parts[CLIPPING] = audit_clipping(config, m, shape, device, gaussian)
+    report.parts["clipping on the run's network"] = audit_clipping(config, m, shape, device, gaussian)
     images: dict[str, Any] = {"resolution": shape.resolution, "channels": shape.channels}
     images["classes"] = bool(shape.class_names)
     count, lookups, crash = effort.canaries, effort.lookup_canaries, CHECKPOINT_EVERY + 2
     attacked: dict[str, Any] = {"lookup": True, "crash_after": crash, "score": True}
+    own = CanaryPlan(count, 8, (count + 8) // 2, effort.steps, crash_after=crash, **images)
+    lookup = CanaryPlan(lookups, 16, (lookups + 16) // 2, effort.lookup_steps, **attacked)
+    sparse = CanaryPlan(24, 16, 1, effort.sparse_steps, lookup=True)
     plans = {
-        NETWORK: CanaryPlan(count, 8, (count + 8) // 2, effort.steps, crash_after=crash, **images),
-        LOOKUP: CanaryPlan(lookups, 16, (lookups + 16) // 2, effort.lookup_steps, **attacked),
-        SPARSE: CanaryPlan(24, 16, 1, effort.sparse_steps, lookup=True),
+        "a short run of the run's network": own,
+        "a short run of the lookup network": lookup,
+        "a run of batches that are often empty": sparse,
     }
     with tempfile.TemporaryDirectory(prefix="dpsyngen-audit-") as folder:
         for number, (name, plan) in enumerate(plans.items()):
             tell(f"training {name}: {plan.canaries} canaries, {plan.steps} steps")
-            done = train_canaries(config, plan, Path(folder) / str(number), confidence=report.confidence, device=device)
-            report.parts[name] = check_transcript(done.transcript, done.claim)
-            if done.one_run is not None:
-                o = done.one_run
-                report.parts[name].append(o.finding)
+            where = Path(folder) / str(number)
+            found, o = train_canaries(config, plan, where, confidence=report.confidence, device=device)
+            report.parts[name] = found
+            if o is not None:
+                found.append(o.finding)
                 report.bounds.append(Bound("training, lookup network", o.epsilon_lower, o.epsilon_claimed, o.delta))
                 report.one_run = o.to_dict()
 
 
 def _shape(run: Run) -> Shape:
-    about = json.loads((run.release / "generator.json").read_text(encoding="utf-8"))
+    about, _ = read_description(run.release)
     records = run.config.data.records or pinned(run.data_path)["records"]
-    return Shape(int(about["resolution"]), int(about["channels"]), tuple(about["class_names"]), records)
+    return Shape(about.resolution, about.channels, tuple(about.class_names), records)
 
 
 def replay(run: Run) -> list[Finding]:
@@ -177,13 +171,13 @@ def replay(run: Run) -> list[Finding]:
     asked = config.private.batch / declared
     rates = {m.sampling_rate for m in charged_mechanisms(ledger)} or {asked}
     findings += [
-        exact(
+        Finding(
             "steps logged are the steps charged",
             steps == list(range(1, charged + 1)),
             f"{len(steps)} steps in the log",
             f"{charged} steps in the ledger, each once and in order",
         ),
-        exact(
+        Finding(
             "the ledger charges the rate that the run was asked for",
             len(rates) == 1 and math.isclose(max(rates), asked, rel_tol=1e-12),
             f"rate {max(rates):.6g} in the ledger",
@@ -195,7 +189,7 @@ def replay(run: Run) -> list[Finding]:
     rate, randomness = max(rates), Randomness.load(run.randomness_path)
     wrong = [s for s, b in zip(steps, sizes, strict=True) if b != len(poisson_sample(randomness, s - 1, records, rate))]
     findings.append(
-        exact(
+        Finding(
             "each batch is the Poisson sample that the run's key gives",
             not wrong,
             f"{len(wrong)} of {len(steps)} batches have another size",
@@ -216,7 +210,7 @@ def _moments(run: Run, ledger: Ledger) -> Finding:
     def text(queries: list[Mechanism | None]) -> str:
         return ", ".join("no noise" if m is None else f"{m.noise_multiplier:.6g}" for m in queries) or "none"
 
-    return exact(
+    return Finding(
         "DP moments are charged once each, at the noise that was planned",
         bool(planned) and charged == wanted,
         f"noise multipliers in the ledger: {text(charged)}",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpsyngen.audit.canaries import lively_denoiser
 from dpsyngen.audit.distinguish import StepGame, play_step_game
-from dpsyngen.audit.report import Finding, exact
+from dpsyngen.audit.report import Finding
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
@@ -56,7 +56,7 @@ def check_sensitivity(summed: Summed, examples: int, clipping_norm: float) -> Fi
             moves[f"example {i} {how}"] = _finite(float(move.norm()) / clipping_norm)
     where, worst = max(moves.items(), key=lambda move: move[1])
     enough = worst >= _ENOUGH
-    return exact(
+    return Finding(
         "one record moves the clipped sum by at most C",
         enough and worst <= 1 + _SLACK,
         f"at most {worst:.6g} C, over {examples} examples in three ways",
@@ -85,7 +85,7 @@ def check_gradients(
         wanted = _flat(clip_by_hand(mean, layers, clipping_norm, style))
         errors.append(_finite(float((_flat(summed([i])) - wanted).norm()) / clipping_norm))
     worst = max(errors)
-    return exact(
+    return Finding(
         "an example's gradient is averaged over its copies, then clipped",
         worst <= _TOLERANCE,
         f"differs by at most {worst:.3g} C from a plain autograd loop, over {examples} examples",

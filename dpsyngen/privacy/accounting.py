@@ -113,14 +113,6 @@ def _one_step_rdp(sampling_rate: float, noise_multiplier: float) -> Any:
     return accountant._rdp
 
 
-@lru_cache(maxsize=2)
-def _one_step_pld(rate: float, noise: float, interval: float) -> Any:
-    """Privacy loss distribution of one step, on a grid of losses with steps `interval`, rounded up."""
-    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
-
-    return from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=rate)
-
-
 def _most_in_a_step(m: Mechanism, delta: float, kinds: int, group_size: int) -> int:
     """J: more than J records of a group are in one of the steps of `kinds` mechanisms with probability
     η = 10⁻⁶ δ at most, which is left to δ.
@@ -133,18 +125,20 @@ def _most_in_a_step(m: Mechanism, delta: float, kinds: int, group_size: int) -> 
     return most
 
 
-@lru_cache(2)
-def _group_step(noise: float, rate: float, most: int, group_size: int, interval: float) -> Any:
-    """Privacy loss distribution of one step when up to `group_size` records, `most` of them in one step, are added or
-    removed at once.
+@lru_cache(maxsize=2)
+def _one_step_pld(rate: float, noise: float, most: int, group_size: int, interval: float) -> Any:
+    """Privacy loss distribution of one step, on a grid of losses with steps `interval`, rounded up, when up to
+    `group_size` records, `most` of them in one step, are added or removed at once.
     """
-    from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
+    from dp_accounting.pld import privacy_loss_distribution as pld
     from scipy.stats import binom
 
+    if group_size == 1:
+        return pld.from_gaussian_mechanism(noise, value_discretization_interval=interval, sampling_prob=rate)
     shifts = [float(j) for j in range(most + 1)]
     chances = binom.pmf(shifts, group_size, rate)
     chances = (chances / chances.sum()).tolist()
-    return from_mixture_gaussian_mechanism(noise, shifts, chances, value_discretization_interval=interval)
+    return pld.from_mixture_gaussian_mechanism(noise, shifts, chances, value_discretization_interval=interval)
 
 
 def _interval(mechanisms: tuple[Mechanism, ...], rough: float, group_size: int) -> float:
@@ -188,10 +182,7 @@ def _composed(mechanisms: tuple[Mechanism, ...], most: list[int], group_size: in
             noise = m.noise_multiplier / group_size
             parts.append(from_gaussian_mechanism(noise, value_discretization_interval=interval))
             continue
-        if group_size > 1:
-            step = _group_step(m.noise_multiplier, m.sampling_rate, j, group_size, interval)
-        else:
-            step = _one_step_pld(m.sampling_rate, m.noise_multiplier, interval)
+        step = _one_step_pld(m.sampling_rate, m.noise_multiplier, j, group_size, interval)
         ways = step._pmf_remove.to_dense_pmf(), step._pmf_add.to_dense_pmf()
         length += sum(_length(way, m.count) for way in ways)
         if length > _MOST_LOSSES:
@@ -350,9 +341,9 @@ def epsilon_bound(mechanisms: Iterable[Mechanism], delta: float, group_size: int
     A privacy loss distribution that would take more than 1.6 GB is computed on a coarser grid; where no grid helps,
     the smaller of two quick bounds takes its place: Rényi DP, and the Gaussian mechanism without sampling.
     """
-    mechanisms = merge(mechanisms)
-    epsilon(mechanisms, delta, group_size=group_size)
-    return _bound(mechanisms, delta, group_size, ())
+    require(0 < delta < 1, "delta", delta, "in (0, 1)")
+    check_group_size(group_size)
+    return _bound(merge(mechanisms), delta, group_size, ())
 
 
 def calibrate_noise(

@@ -119,11 +119,9 @@ class Budget(HashChain):
         """Raise :class:`BudgetExceeded` if `mechanisms` do not fit beside the other runs."""
         if any(m.noise_multiplier == 0 for m in mechanisms):
             raise BudgetExceeded(
-                "refused: training without noise (ε = ∞) exceeds any budget.  Train the reference without --budget, "
-                "and never release it."
+                "refused: training without noise (ε = ∞) exceeds any budget.  Train without --budget; never release it."
             )
-        others = self.mechanisms(without=run)
-        whose = f"budget of {self.path},"
+        others, whose = self.mechanisms(without=run), f"budget of {self.path},"
         try:
             check_affordable((*others, *mechanisms), self.epsilon_limit, self.delta, self.group_size, whose)
         except BudgetExceeded as refusal:
@@ -157,17 +155,15 @@ class Budget(HashChain):
         if most_per_person is not None and most_per_person > self.group_size:
             raise ConfigError(
                 f"{self.path} is a budget for {self.group_size} images together, and this run uses up to "
-                f"{most_per_person} of each person (--most-per-person).  Make a budget with --group-size "
-                f"{most_per_person}."
+                f"{most_per_person} of each person: make a budget with --group-size {most_per_person}."
             )
         self._require_images(fingerprint)
 
     def _require_images(self, fingerprint: str) -> None:
         if self._data is not None and not self.growing and not hmac.compare_digest(self._data, self._tag(fingerprint)):
             raise ConfigError(
-                f"{self.path} is the budget of other images: its first run was on a different data set.  Give the "
-                "budget of these images, or make one with `dpsyngen budget new`.  For images that grow between runs "
-                "make it with --growing."
+                f"{self.path} is the budget of other images: give the one of these, or make one with `dpsyngen budget "
+                "new`, with --growing if images come and go between runs."
             )
 
     # ------------------------------------------------------------------------------------------ writing
@@ -191,15 +187,14 @@ class Budget(HashChain):
             known = self.charges.get(run)
             if known and known.settled:
                 raise BudgetExceeded(
-                    f"refused: this run was settled in {self.path} as given up, so what it had not used may be spent "
-                    "already.  Start a new run."
+                    f"refused: this run was given up in {self.path}: what it left may be spent.  Start a new run."
                 )
             if known:
                 self._require_images(fingerprint)
                 if merge(known.mechanisms) != merge(mechanisms):
                     raise LedgerError(
-                        f"this run reserved other steps in {self.path} than it would take now: its configuration was "
-                        "changed.  Undo the change, or start a new run."
+                        f"this run reserved other steps in {self.path}: its configuration was changed.  Undo that, or "
+                        "start a new run."
                     )
                 return
             self.require_data(fingerprint, most_per_person)
@@ -215,10 +210,8 @@ class Budget(HashChain):
         with self._alone():
             known = self.charges.get(run)
             if known is None or known.settled:
-                raise LedgerError(
-                    f"{self.path} {'knows no such run' if known is None else 'has this run settled already'}; nothing "
-                    "was changed."
-                )
+                why = "knows no such run" if known is None else "has this run settled already"
+                raise LedgerError(f"{self.path} {why}; nothing was changed.")
             self._append(replace(known, mechanisms=merge(spent), settled=True), None)
 
     def _append(self, charge: Charge, data: str | None) -> None:

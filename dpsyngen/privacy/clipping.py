@@ -124,13 +124,6 @@ class GridGradient(ClippedGradient):
         return super().__add__(other)
 
 
-def check_clipping(clipping_norm: float, style: str) -> None:
-    """Raise ConfigError unless both are allowed."""
-    ok = clipping_norm > 0 and math.isfinite(clipping_norm)
-    require(ok, "clipping_norm", clipping_norm, "positive and finite")
-    require(style in STYLES, "clipping style", style, STYLES)
-
-
 def valid_mask(valid: int | Tensor | None, examples: int, device: torch.device) -> Tensor | None:
     """[examples] booleans: which are more than padding; None: all.  `valid` may say how many of the first ones are."""
     if valid is None:
@@ -263,8 +256,8 @@ class _Parts:
 
     def __init__(self, contributions: list[Contribution], layers: list[int], together: bool) -> None:
         self.contributions, self.layers = contributions, [0] * len(layers) if together else layers
-        self.dtype, self.device = contributions[0].dtype, contributions[0].device
-        small = {i: c for i, c in enumerate(contributions) if type(c) is Dense and c.size <= _SMALL_TENSOR}
+        self.dtype = contributions[0].dtype
+        small = {i: c for i, c in enumerate(contributions) if type(c) is Dense and c.flat.shape[1] <= _SMALL_TENSOR}
         self.small: dict[int, Dense] = small if together and len(small) > 1 else {}
         self.large = [i for i in range(len(contributions)) if i not in self.small]
         self.joined = Dense(torch.cat([c.flat for c in self.small.values()], 1)) if self.small else None
@@ -291,7 +284,7 @@ class _Parts:
         """One tensor a parameter, in their order; `factors` is [layers, B]."""
         small: dict[int, Tensor] = {}
         if self.joined is not None:
-            flat = self.joined.weighted_sum(factors[0], kept).split([c.size for c in self.small.values()])
+            flat = self.joined.weighted_sum(factors[0], kept).split([c.flat.shape[1] for c in self.small.values()])
             for (i, c), part in zip(self.small.items(), flat, strict=True):
                 small[i] = part.view(c.gradients.shape[1:])
         for i, contribution in enumerate(self.contributions):

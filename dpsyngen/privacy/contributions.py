@@ -57,21 +57,17 @@ def squared_row_norms(gradients: Tensor, wide: bool = False) -> Tensor:
     only with `wide` are the squares fp64 too, which is several times slower.
     """
     dtype, rows = torch.float64, len(gradients)
-    if gradients.numel() == 0:  # of a shard that holds no part of the parameter
+    if gradients.numel() == 0:  # of no example
         return torch.zeros(rows, dtype=dtype, device=gradients.device)
     if gradients.dtype == torch.float64 or wide:
         return torch.linalg.vector_norm(gradients.reshape(rows, -1), dim=1, dtype=dtype).square()
     if gradients.dim() > 2 and gradients[0, 0].numel() <= _PIECE:  # a weight: one piece for each output
         return torch.linalg.vector_norm(gradients.flatten(2), dim=2).to(dtype).square().sum(1)
     flat = gradients.reshape(rows, -1)
-    n = flat.shape[1]
-    whole = n - n % _PIECE
-    total = torch.zeros(rows, dtype=dtype, device=flat.device)
-    if whole:
-        total += torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, _PIECE)), dim=2).to(dtype).square().sum(1)
-    if n > whole:
-        total += torch.linalg.vector_norm(flat[:, whole:], dim=1).to(dtype).square()
-    return total
+    count = flat.shape[1] // _PIECE
+    pieces, rest = flat[:, : count * _PIECE].unflatten(1, (count, _PIECE)), flat[:, count * _PIECE :]
+    total = torch.linalg.vector_norm(pieces, dim=2).to(dtype).square().sum(1)
+    return total + torch.linalg.vector_norm(rest, dim=1).to(dtype).square()
 
 
 def blanked(tensor: Tensor, kept: Tensor | None) -> Tensor:
@@ -92,11 +88,6 @@ class Dense(Contribution):
     def flat(self) -> Tensor:
         """[B, size]."""
         return self.gradients.reshape(len(self.gradients), -1)
-
-    @property
-    def size(self) -> int:
-        """Numbers an example."""
-        return self.flat.shape[1]
 
     def squared_norms(self, wide: bool = False) -> Tensor:
         return squared_row_norms(self.gradients, wide)
@@ -222,12 +213,3 @@ class Rows(Contribution):
     def dense(self) -> Tensor:
         out = self.g.new_zeros(len(self.g), self.rows, self.g.shape[2])
         return out.scatter_add_(1, self.indices[..., None].expand_as(self.g), self.g)
-
-
-def merged(a: Contribution, b: Contribution) -> Contribution:
-    """The contribution of a parameter that was used twice: gradients add up *before* their norm is taken."""
-    if isinstance(a, Outer) and isinstance(b, Outer):
-        time = a.g.shape[1] + b.g.shape[1]
-        if a.g.dtype == b.g.dtype and Outer.pays(time, a.g.shape[2], a.x.shape[2]):
-            return Outer(torch.cat([a.g, b.g], 1), torch.cat([a.x, b.x], 1))
-    return Dense(a.dense() + b.dense())

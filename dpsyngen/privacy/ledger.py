@@ -120,8 +120,7 @@ class HashChain:
                     f.truncate(end)
                 raise
         self._end = self._size = end + len(data)
-        self.bodies.append(json.loads(line))
-        self.bodies[-1].pop("previous")
+        self.bodies.append(body)
         self._digests.append(_digest(line))
         self._known = self.head
 
@@ -274,13 +273,25 @@ class Ledger(HashChain):
     def __init__(self, path: Path) -> None:
         super().__init__(path, "ledger")
         self._affordable: list[dict[tuple[float, float], int]] = []
-        self._header(self.bodies[0])
         self.entries: list[LedgerEntry] = []
-        for number, body in enumerate(self.bodies[1:], 2):
-            try:
+        header, *bodies = self.bodies
+        if header.get("format") != FORMAT:
+            raise LedgerError(
+                f"the ledger {path} is of format {header.get('format')!r}, but this version reads format {FORMAT}.  "
+                "Use the version of dpsyngen that made it."
+            )
+        number = 1
+        try:
+            self.target_epsilon = float(header["target_epsilon"])
+            self.delta, self.records = float(header["delta"]), int(header["records"])
+            self.group_size, self.run = header["group_size"], str(header["run"])
+            check_group_size(self.group_size)
+            self.secure = header["randomness"] == "operating system"
+            for body in bodies:
+                number += 1
                 self.entries.append(LedgerEntry.from_dict(body))
-            except (ValueError, KeyError, TypeError) as error:
-                raise LedgerError(f"line {number} of the ledger {path} is damaged: {error}.") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise LedgerError(f"line {number} of the ledger {path} is damaged: {error}.") from None
 
     @classmethod
     def create(
@@ -309,23 +320,6 @@ class Ledger(HashChain):
         }
         start_chain(path, "ledger", header)
         return cls(path)
-
-    def _header(self, body: dict[str, Any]) -> None:
-        if body.get("format") != FORMAT:
-            raise LedgerError(
-                f"the ledger {self.path} is of format {body.get('format')!r}, but this version reads format {FORMAT}.  "
-                "Use the version of dpsyngen that made it."
-            )
-        try:
-            self.target_epsilon = float(body["target_epsilon"])
-            self.delta = float(body["delta"])
-            self.records = int(body["records"])
-            self.group_size = body["group_size"]
-            check_group_size(self.group_size)
-            self.run = str(body["run"])
-            self.secure = body["randomness"] == "operating system"
-        except (KeyError, TypeError, ValueError) as error:
-            raise LedgerError(f"the first line of the ledger {self.path} is damaged: {error}.") from None
 
     # ------------------------------------------------------------------------------------------ reading
 

@@ -8,23 +8,24 @@ reused: each pass has its own tape.
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from dpsyngen.errors import ConfigError, require
+from dpsyngen.errors import ConfigError, listed, require
 from dpsyngen.hardware import look
 from dpsyngen.privacy.clipping import (
+    STYLES,
     ClippedGradient,
     ClippingStyle,
     GridGradient,
-    check_clipping,
     clip,
     clip_to_grid,
     valid_mask,
@@ -104,7 +105,9 @@ class PerExampleGradients:
         kernels: KernelChoices | None = None,
         workers: Workers | int | None = None,
     ) -> None:
-        check_clipping(clipping_norm, style)
+        ok = clipping_norm > 0 and math.isfinite(clipping_norm)
+        require(ok, "clipping_norm", clipping_norm, "positive and finite")
+        require(style in STYLES, "clipping style", style, STYLES)
         self.module, self.style, self.clipping_norm = module, style, float(clipping_norm)
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if not named:
@@ -123,10 +126,7 @@ class PerExampleGradients:
     def _layers(self) -> list[int]:
         """For each parameter the number of its layer in the whole model."""
         if any(hasattr(p, "to_local") for p in self.parameters):
-            raise ConfigError(
-                "the parameters are sharded over processes (DTensor): make the engine with OwnExamples of "
-                "dpsyngen.privacy.sharding."
-            )
+            raise ConfigError("the parameters are sharded (DTensor): use OwnExamples of dpsyngen.privacy.sharding.")
         return layer_numbers(self.names)
 
     def zero(self) -> ClippedGradient:
@@ -147,8 +147,7 @@ class PerExampleGradients:
         missing = [n for i, n in enumerate(self.names) if i not in tape.recorded]
         if missing:
             raise UnsupportedLayer(
-                f"no per-example gradient reached {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}.  "
-                "A silent zero would hide a bug: freeze parameters that the loss does not depend on."
+                f"no per-example gradient reached {listed(missing, 5)}: freeze parameters that the loss does not use."
             )
         recorded, tape.recorded = tape.recorded, {}  # the graph holds the tape: leave nothing large on it
         return [recorded[i] for i in range(len(self.parameters))]
@@ -175,10 +174,8 @@ class PerExampleGradients:
         finally:
             self._passing.tape = None
         if rows.shape != (tape.examples * tape.copies,):
-            raise ValueError(
-                f"the loss has shape {tuple(rows.shape)}, but must be one number a row: "
-                f"({tape.examples * tape.copies},) = examples x copies."
-            )
+            allowed = f"({tape.examples * tape.copies},) = examples x copies"
+            raise ValueError(f"the loss has shape {tuple(rows.shape)}, but must be one number a row: {allowed}.")
         return rows
 
     def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
@@ -258,9 +255,8 @@ class PerExampleGradients:
             worst = max(range(len(differences)), key=lambda i: differences[i])
             if not math.hypot(*differences) <= tolerance * norm:
                 raise UnsupportedLayer(
-                    f"the gradient of example {b} depends on the other examples of its batch (most of all that of "
-                    f"{self.names[worst]!r}), so one example cannot be bounded by clipping.  Something in the model "
-                    "mixes the batch, or is random: means over the batch axis, batch statistics, dropout."
+                    f"the gradient of example {b} depends on the other examples of its batch, most of all that of "
+                    f"{self.names[worst]!r}: the model mixes them (a mean over the batch, its statistics) or is random."
                 )
 
     def _added_up(
@@ -273,14 +269,10 @@ class PerExampleGradients:
         # Parts of nearly equal size, a multiple of the workers of them, so that none waits long for the others.
         count = self.workers.count
         parts = min(examples, -(-examples // physical_batch) * count)
-        edges = [i * examples // max(parts, 1) for i in range(parts + 1)]
+        slices = [slice(a, b) for a, b in pairwise(i * examples // max(parts, 1) for i in range(parts + 1))]
         step = min(count, physical_batch)
-        total: _Clipped | None = None
-        for i in range(0, parts, step):
-            slices = [slice(a, b) for a, b in pairwise(edges[i : i + step + 1])]
-            for clipped in self.workers.map(function, slices):
-                total = clipped if total is None else total + clipped
-        return total
+        added = (c for i in range(0, parts, step) for c in self.workers.map(function, slices[i : i + step]))
+        return reduce(operator.add, added) if parts else None
 
 
 # ------------------------------------------------------------------------------------------- the physical batch

@@ -16,14 +16,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, listed
 from dpsyngen.privacy.clipping import ClippedGradient, Draw, GridGradient
 from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
@@ -34,8 +34,6 @@ from dpsyngen.workers import Workers
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DeviceMesh, DTensor
-
-_BUCKET = 1 << 22  # numbers that are reduced in one go: enough to be quick, few beside the gradients of the examples
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,6 @@ class Place:
         if self.dim and len(covering):
             values = values.view(self.shape).narrow(self.dim, self.first, self.length)
         return values.reshape(own.shape).to(own.device, own.dtype)
-
-    @staticmethod
-    def own(value: Tensor) -> Tensor:
-        """The part of a distributed tensor that is here; any other tensor as it is."""
-        local: Any = getattr(value, "to_local", None)
-        return value if local is None else local()
 
     @staticmethod
     def like(value: Tensor, own: Tensor) -> Tensor:
@@ -152,7 +144,7 @@ class GatheredTape(Tape):
         self._names, self._gathered = gathered.names, gathered
         self._position = gathered.trainable()
 
-    def tracks(self, value: object) -> bool:
+    def tracks(self, value: object) -> TypeGuard[Tensor]:
         if id(value) in self._position:
             return True
         # Shards are no plain parameters: what FSDP itself does with them is not part of the model and not recorded.
@@ -180,22 +172,19 @@ def sharded_parameters(
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor
     except ImportError:
-        raise ConfigError(
-            f"sharded models need PyTorch 2.6 or later, but this is {torch.__version__}: install a later one."
-        ) from None
+        raise ConfigError(f"sharded models need PyTorch 2.6 or later, but this is {torch.__version__}.") from None
 
     if not any(isinstance(m, FSDPModule) for m in module.modules()):
         raise ConfigError(
-            "the module was not sharded by torch.distributed.fsdp.fully_shard, the one way that the engine knows: it "
-            "cannot follow layers that compute with DTensors.  For a model that is whole use PerExampleGradients."
+            "the module was not sharded by torch.distributed.fsdp.fully_shard, the one way that the engine knows.  For "
+            "a model that is whole use PerExampleGradients."
         )
     shards = [p for p in parameters if isinstance(p, DTensor)]
     whole = [n for n, p in zip(names, parameters, strict=True) if not isinstance(p, DTensor)]
     if whole:
         raise ConfigError(
-            f"{', '.join(whole[:5])}{' …' if len(whole) > 5 else ''} are not sharded while other parameters are: "
-            "apply fully_shard to the whole module, too, without ignored_params.  If it was, a pass without backward "
-            "has left them whole: call reshard() of the module first."
+            f"{listed(whole, 5)} are not sharded while other parameters are: apply fully_shard to the whole module, "
+            "too, without ignored_params; if a pass without backward has left them whole, call reshard() of the module."
         )
     mesh = shards[0].device_mesh
     if any(p.device_mesh != mesh for p in shards):
@@ -241,10 +230,11 @@ class ShardedGradient(ClippedGradient):
         would be free of it: that is why a sum carries its places with it.
         """
         drawn = draw(self.coordinates, (place.span for place in self.places))
+        sums: list[Any] = self.sums  # DTensors, as the parameters are
         return [
             place.like(total, (own + scale * place.cut(noise, own)) / divisor)
-            for total, place, noise in zip(self.sums, self.places, drawn, strict=True)
-            for own in (place.own(total),)
+            for total, place, noise in zip(sums, self.places, drawn, strict=True)
+            for own in (total.to_local(),)
         ]
 
 
@@ -276,10 +266,7 @@ class OwnExamples(PerExampleGradients):
         self, loss: RowsLoss, examples: int, copies: int = 1, *, valid: int | Tensor | None = None
     ) -> ShardedGradient:
         if examples == 0:
-            raise ConfigError(
-                "examples is 0, but each process must run the same passes of a model that is split: give it one "
-                "example of any kind, with valid=0."
-            )
+            raise ConfigError("examples is 0, but all processes must run the same passes: give any one, with valid=0.")
         own = super().__call__(loss, examples, copies, valid=valid)
         # Counts of all processes in place of this one's.
         counts = torch.tensor([own.examples, own.not_finite], device=self.device)
@@ -296,9 +283,8 @@ class OwnExamples(PerExampleGradients):
         for name, (most, least) in zip(given, bounds, strict=True):
             if most != -least:  # in all processes, or some would wait for the others for ever
                 raise ConfigError(
-                    f"{name} is {given[name]} here and from {-least} to {most} in the processes that share the model, "
-                    "but must be the same in all, since they gather parameters together.  Fill the smaller batches up "
-                    "with any rows and say with `valid` how many are examples."
+                    f"{name} is {given[name]} here and from {-least} to {most} in all processes, but must be the same: "
+                    "fill smaller batches up with any rows, and say with `valid` how many are examples."
                 )
         return self._placed(super().sum(loss, examples, copies=copies, physical_batch=physical_batch, valid=valid))
 
@@ -315,42 +301,23 @@ class OwnExamples(PerExampleGradients):
             raise
 
     def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
-        """Sums over all processes, a few parameters at a time: the sums of the whole model never exist at once."""
-        out: list[Tensor] = []
-        bucket: list[Tensor] = []
-        for value in sums:
-            if bucket and (bucket[0].dtype != value.dtype or sum(b.numel() for b in bucket) >= _BUCKET):
-                out += self._scatter(bucket, len(out))
-                bucket = []
-            bucket.append(value)
-        return out + self._scatter(bucket, len(out))
+        """Sums over all processes, one parameter at a time: the sums of the whole model never exist at once."""
+        return [self._scattered(*each) for each in zip(sums, self._distributed, self.places, strict=True)]
 
-    def _scatter(self, bucket: list[Tensor], first: int) -> list[Tensor]:
-        """Reduce whole parameters, number `first` and on, to this process's shards of their sums over all processes."""
+    def _scattered(self, value: Tensor, parameter: DTensor, place: Place) -> Tensor:
+        """Reduce a whole parameter to this process's shard of its sum over all processes."""
         import torch.distributed as dist
 
         *replicas, group = self._everyone()
-        count = dist.get_world_size(group)
-        chunks = []
-        for value, place in zip(bucket, self.places[first : first + len(bucket)], strict=True):
-            rows = value.movedim(place.dim, 0)
-            each = -(-len(rows) // count)  # as FSDP cuts: equal pieces, the last ones short or empty
-            padded = rows.new_zeros(count * each, *rows.shape[1:])
-            padded[: len(rows)] = rows
-            chunks.append(padded.view(count, -1))
-        widths = [c.shape[1] for c in chunks]
-        own = chunks[0].new_empty(sum(widths))
+        count, rows = dist.get_world_size(group), value.movedim(place.dim, 0)
+        each = -(-len(rows) // count)  # as FSDP cuts: equal pieces, the last ones short or empty
+        padded = rows.new_zeros(count * each, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        own = rows.new_empty(each, *rows.shape[1:])
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the newer name of the two
-        scatter(own, torch.cat(chunks, 1).flatten(), group=group)
-        _reduced(own, replicas, "sum")
-        out = []
-        for i, part in enumerate(own.split(widths), first):
-            place = self.places[i]
-            rest = [n for d, n in enumerate(place.shape) if d != place.dim]
-            rows = part[: place.length * math.prod(rest)].view(place.length, *rest)
-            shard = rows.movedim(0, place.dim).contiguous()
-            out.append(Place.like(self._distributed[i], shard.to(self.device)))
-        return out
+        scatter(own, padded, group=group)
+        shard = _reduced(own, replicas, "sum")[: place.length].movedim(0, place.dim)
+        return Place.like(parameter, shard.contiguous().to(self.device))
 
     def _placed(self, own: ClippedGradient) -> ShardedGradient:
         return ShardedGradient(**vars(own) | {"places": self.places, "coordinates": self.coordinates})

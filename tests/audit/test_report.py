@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpsyngen.audit.report import by_p_value, decide, exact
+from dpsyngen.audit.report import Finding, by_p_value, decide
 
 
 def test_error_is_shared_among_the_tests_and_exact_findings_have_none() -> None:
@@ -12,8 +12,8 @@ def test_error_is_shared_among_the_tests_and_exact_findings_have_none() -> None:
         [
             by_p_value("a", "", "", 0.004),
             by_p_value("b", "", "", 0.006),
-            exact("c", True, "", ""),
-            exact("d", False, "", ""),
+            Finding("c", True, "", ""),
+            Finding("d", False, "", ""),
         ],
         0.01,
     )

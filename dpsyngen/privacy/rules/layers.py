@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpsyngen.privacy.contributions import Dense, Outer, Rows
+from dpsyngen.privacy.contributions import Dense, Outer, Rows, at_least_fp32
 from dpsyngen.privacy.kernels import Convolution, ConvolutionCall, each_axis
 from dpsyngen.privacy.rules.registry import (
     RULES,
     Rule,
     Tape,
     UnsupportedLayer,
-    as_fp32,
     group_norm_backward,
     low_precision,
     per_example,
@@ -33,29 +32,28 @@ from dpsyngen.privacy.rules.registry import (
     tensors_in,
 )
 
+_Forward = Callable[[], tuple[Tensor, tuple[Tensor | None, ...]]]
+_Backward = Callable[..., Tensor | None]
 
-class _Linear(torch.autograd.Function):
+
+class _Layer(torch.autograd.Function):
+    """A call of a layer: `forward()` gives its output and what to save; `backward(g, wanted, *saved)` writes the
+    gradients of weight and bias on the tape, and returns that of x if it is `wanted`.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tape: Tape) -> Tensor:
-        x_used, weight_used, bias_used = low_precision(x, weight, bias)
-        ctx.save_for_backward(x_used, weight_used)
-        ctx.tape, ctx.weight, ctx.bias, ctx.input_dtype = tape, weight, bias, x.dtype
-        return F.linear(x_used, weight_used, bias_used)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, forward: _Forward, backward: _Backward
+    ) -> Tensor:
+        out, saved = forward()
+        ctx.save_for_backward(*saved)
+        ctx.layer, ctx.input_dtype = backward, x.dtype
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        tape: Tape = ctx.tape
-        # The copies and any sequence axes of an example fold into one "time" axis: [examples, time, features].
-        g_time = g.reshape(tape.examples, -1, g.shape[-1])
-        x_time = x.reshape(tape.examples, -1, x.shape[-1])
-        if tape.tracks(ctx.weight):
-            pair = Outer(g_time, x_time)
-            small = Outer.pays(g_time.shape[1], g.shape[-1], x.shape[-1])
-            tape.add(ctx.weight, pair if small else Dense(pair.dense()))
-        if tape.tracks(ctx.bias):
-            tape.add(ctx.bias, Dense(g_time.sum(1)))
-        return ((g @ weight).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None), None, None, None
+        gx = ctx.layer(g, ctx.needs_input_grad[0], *ctx.saved_tensors)
+        return None if gx is None else gx.to(ctx.input_dtype), None, None, None, None
 
 
 @rule(F.linear)
@@ -64,36 +62,27 @@ def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None
     if tape.tracks(input):
         refuse_argument("linear", "input")
     tape.check_rows("linear", input)
-    return _Linear.apply(input, weight, bias, tape)
+
+    def forward() -> Any:
+        x, w, b = low_precision(input, weight, bias)
+        return F.linear(x, w, b), (x, w)
+
+    def backward(g: Tensor, wanted: bool, x: Tensor, w: Tensor) -> Tensor | None:
+        # The copies and any sequence axes of an example fold into one "time" axis: [examples, time, features].
+        g_time = g.reshape(tape.examples, -1, g.shape[-1])
+        x_time = x.reshape(tape.examples, -1, x.shape[-1])
+        if tape.tracks(weight):
+            pair = Outer(g_time, x_time)
+            small = Outer.pays(g_time.shape[1], g.shape[-1], x.shape[-1])
+            tape.add(weight, pair if small else Dense(pair.dense()))
+        if tape.tracks(bias):
+            tape.add(bias, Dense(g_time.sum(1)))
+        return g @ w if wanted else None
+
+    return _Layer.apply(input, weight, bias, forward, backward)
 
 
 # -------------------------------------------------------------------------------------------------------- convolution
-
-
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Convolution, tape: Tape) -> Tensor:
-        x_used, weight_used, bias_used = low_precision(x, weight, bias)
-        ctx.save_for_backward(x_used, weight_used)
-        ctx.tape, ctx.weight, ctx.bias, ctx.settings, ctx.input_dtype = tape, weight, bias, settings, x.dtype
-        return settings.forward(x_used, weight_used, bias_used)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        tape: Tape = ctx.tape
-        settings: Convolution = ctx.settings
-        if not g.is_contiguous(memory_format=torch.channels_last if g.dim() == 4 else torch.contiguous_format):
-            g = g.contiguous()
-        if tape.tracks(ctx.weight):
-            call = ConvolutionCall(g, x, weight, settings, tape.examples, tape.copies)
-            tape.add(ctx.weight, tape.kernels.run(call))
-        if tape.tracks(ctx.bias):
-            tape.add(ctx.bias, Dense(per_example(g.flatten(2).sum(2), tape)))
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = settings.backward(g, x, weight, settings.groups, [True, False, False])[0].to(ctx.input_dtype)
-        return gx, None, None, None, None
 
 
 def _register_convolution(function: Any, dims: int, *names: str) -> None:
@@ -126,7 +115,22 @@ def _register_convolution(function: Any, dims: int, *names: str) -> None:
             transposed="output_padding" in names,
             output_padding=each_axis(output_padding, dims),
         )
-        return _Conv.apply(input, weight, bias, settings, tape)
+
+        def forward() -> Any:
+            x, w, b = low_precision(input, weight, bias)
+            return settings.forward(x, w, b), (x, w)
+
+        def backward(g: Tensor, wanted: bool, x: Tensor, w: Tensor) -> Tensor | None:
+            if not g.is_contiguous(memory_format=torch.channels_last if g.dim() == 4 else torch.contiguous_format):
+                g = g.contiguous()
+            if tape.tracks(weight):
+                tape.add(weight, tape.kernels.run(ConvolutionCall(g, x, w, settings, tape.examples, tape.copies)))
+            if tape.tracks(bias):
+                tape.add(bias, Dense(per_example(g.flatten(2).sum(2), tape)))
+            gx: Tensor | None = settings.backward(g, x, w, groups, [True, False, False])[0] if wanted else None
+            return gx
+
+        return _Layer.apply(input, weight, bias, forward, backward)
 
 
 _register_convolution(F.conv1d, 1, "dilation", "groups")
@@ -138,71 +142,29 @@ _register_convolution(F.conv_transpose2d, 2, "output_padding", "groups", "dilati
 # --------------------------------------------------------- group and layer normalisation, which see one row at a time
 
 
-class _GroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, tape: Tape
-    ) -> Tensor:
-        x_used = as_fp32(x).contiguous()
-        rows, channels = x_used.shape[:2]
-        positions = x_used[0, 0].numel()  # 1 for inputs [N, C]
-        out, mean, rstd = torch.native_group_norm(x_used, weight, bias, rows, channels, positions, groups, eps)
-        ctx.save_for_backward(x_used, weight, mean, rstd)
-        ctx.tape, ctx.weight, ctx.bias, ctx.groups, ctx.input_dtype = tape, weight, bias, groups, x.dtype
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight, mean, rstd = ctx.saved_tensors
-        tape: Tape = ctx.tape
-        own = [tape.tracks(p) for p in (ctx.weight, ctx.bias)]
-        wanted = [ctx.needs_input_grad[0], *own]
-        gx, g_weight, g_bias = group_norm_backward(g.contiguous(), x, mean, rstd, weight, ctx.groups, wanted)
-        if g_weight is not None:
-            tape.add(ctx.weight, Dense(per_example(g_weight, tape)))
-        if g_bias is not None:
-            tape.add(ctx.bias, Dense(per_example(g_bias, tape)))
-        return None if gx is None else gx.to(ctx.input_dtype), None, None, None, None, None
-
-
 @rule(F.group_norm)
 def _group_norm(
     tape: Tape, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
     tape.check_rows("group_norm", input)
-    return _GroupNorm.apply(input, num_groups, weight, bias, eps, tape)
 
+    def forward() -> Any:
+        x = at_least_fp32(input).contiguous()
+        rows, channels = x.shape[:2]
+        positions = x[0, 0].numel()  # 1 for inputs [N, C]
+        out, mean, rstd = torch.native_group_norm(x, weight, bias, rows, channels, positions, num_groups, eps)
+        return out, (x, weight, mean, rstd)
 
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, tape: Tape
-    ) -> Tensor:
-        x_used = as_fp32(x)
-        out, mean, rstd = torch.native_layer_norm(x_used, shape, weight, bias, eps)
-        ctx.save_for_backward(x_used, weight, mean, rstd)
-        ctx.tape, ctx.weight, ctx.bias, ctx.shape, ctx.input_dtype = tape, weight, bias, shape, x.dtype
-        return out
+    def backward(g: Tensor, wanted: bool, *saved: Any) -> Tensor | None:
+        x, w, mean, rstd = saved
+        of = [wanted, tape.tracks(weight), tape.tracks(bias)]
+        gx, *own = group_norm_backward(g.contiguous(), x, mean, rstd, w, num_groups, of)
+        for parameter, gradient in zip((weight, bias), own, strict=True):
+            if gradient is not None:
+                tape.add(parameter, Dense(per_example(gradient, tape)))
+        return gx
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight, mean, rstd = ctx.saved_tensors
-        tape: Tape = ctx.tape
-        g = g.contiguous()
-
-        def summed(t: Tensor) -> Tensor:
-            return t.reshape(tape.examples, -1, *ctx.shape).sum(1)
-
-        if tape.tracks(ctx.weight):
-            tape.add(ctx.weight, Dense(summed(g * (x - mean) * rstd)))
-        if tape.tracks(ctx.bias):
-            tape.add(ctx.bias, Dense(summed(g)))
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = torch.ops.aten.native_layer_norm_backward(
-                g, x, ctx.shape, mean, rstd, weight, ctx.bias, [True, False, False]
-            )[0].to(ctx.input_dtype)
-        return gx, None, None, None, None, None
+    return _Layer.apply(input, weight, bias, forward, backward)
 
 
 @rule(F.layer_norm)
@@ -210,31 +172,28 @@ def _layer_norm(
     tape: Tape, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
     tape.check_rows("layer_norm", input)
-    return _LayerNorm.apply(input, list(normalized_shape), weight, bias, eps, tape)
+    shape = list(normalized_shape)
+
+    def forward() -> Any:
+        x = at_least_fp32(input)
+        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        return out, (x, weight, mean, rstd)
+
+    def backward(g: Tensor, wanted: bool, *saved: Any) -> Tensor | None:
+        x, w, mean, rstd = saved
+        g = g.contiguous()
+        if tape.tracks(weight):
+            tape.add(weight, Dense((g * (x - mean) * rstd).reshape(tape.examples, -1, *shape).sum(1)))
+        if tape.tracks(bias):
+            tape.add(bias, Dense(g.reshape(tape.examples, -1, *shape).sum(1)))
+        native, mask = torch.ops.aten.native_layer_norm_backward, [True, False, False]
+        gx: Tensor | None = native(g, x, shape, mean, rstd, w, bias, mask)[0] if wanted else None
+        return gx
+
+    return _Layer.apply(input, weight, bias, forward, backward)
 
 
 # ---------------------------------------------------------------------------------------------------------- embedding
-
-
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, indices: Tensor, weight: Tensor, padding_idx: int | None, tape: Tape) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.tape, ctx.weight, ctx.padding_idx = tape, weight, padding_idx
-        return F.embedding(indices, weight)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        (indices,) = ctx.saved_tensors
-        tape: Tape = ctx.tape
-        vocabulary, width = ctx.weight.shape
-        flat = indices.reshape(tape.examples, -1)
-        g_flat = g.reshape(tape.examples, flat.shape[1], width)
-        if ctx.padding_idx is not None:
-            g_flat = g_flat.masked_fill((flat == ctx.padding_idx)[..., None], 0.0)
-        read = Rows(flat, g_flat, vocabulary)
-        tape.add(ctx.weight, read if Rows.pays(flat.shape[1], vocabulary) else Dense(read.dense()))
-        return None, None, None, None
 
 
 @rule(F.embedding)
@@ -250,13 +209,21 @@ def _embedding(
 ) -> Any:
     if max_norm is not None or scale_grad_by_freq:
         # Both make one example's gradient depend on, or change the weights by, the others.
-        raise UnsupportedLayer(
-            "an Embedding with max_norm or scale_grad_by_freq cannot be trained privately: turn both options off."
-        )
+        raise UnsupportedLayer("an Embedding cannot be private with max_norm or scale_grad_by_freq: turn both off.")
     tape.check_rows("embedding", input)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    return _Embedding.apply(input, weight, padding_idx, tape)
+
+    def backward(g: Tensor, wanted: bool, indices: Tensor) -> None:
+        vocabulary, width = weight.shape
+        flat = indices.reshape(tape.examples, -1)
+        g_flat = g.reshape(tape.examples, flat.shape[1], width)
+        if padding_idx is not None:
+            g_flat = g_flat.masked_fill((flat == padding_idx)[..., None], 0.0)
+        read = Rows(flat, g_flat, vocabulary)
+        tape.add(weight, read if Rows.pays(flat.shape[1], vocabulary) else Dense(read.dense()))
+
+    return _Layer.apply(input, weight, None, lambda: (F.embedding(input, weight), (input,)), backward)
 
 
 # ------------------------------------- multi-head attention: projections in one parameter, and the batch comes second
@@ -279,9 +246,9 @@ def _multi_head_attention(
             refuse_argument("multi-head attention", name)
     query, key, value = (given[n] for n in ("query", "key", "value"))
     if query.dim() != 3:
+        shape = tuple(query.shape)
         raise UnsupportedLayer(
-            f"multi-head attention got a query of shape {tuple(query.shape)}: give it a batch axis (batch_first=True "
-            "and inputs [rows, positions, features])."
+            f"multi-head attention got a query of shape {shape}, but needs batch_first=True and 3 axes."
         )
     bias = given["in_proj_bias"]
     if given["use_separate_proj_weight"]:
@@ -337,21 +304,18 @@ RULES[F.multi_head_attention_forward] = _multi_head_attention
 # ------------------------------------------------------------------------------------------ parameters without a layer
 
 
-class _ForEachRow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, dims: int, tape: Tape) -> Tensor:
-        ctx.tape, ctx.parameter = tape, parameter
-        shape = parameter.shape[1:] if parameter.dim() == dims else parameter.shape
-        rows = tape.examples * tape.copies
-        padded = parameter.reshape(1, *[1] * (dims - 1 - len(shape)), *shape)
-        return padded.expand(rows, *padded.shape[1:])
+def _copies(tape: Tape, parameter: Tensor, dims: int) -> Any:
+    """Expand the parameter to one copy a row, in `dims` axes."""
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        tape: Tape = ctx.tape
-        parameter: Tensor = ctx.parameter
+    def forward() -> Any:
+        shape = parameter.shape[1:] if parameter.dim() == dims else parameter.shape
+        padded = parameter.reshape(1, *[1] * (dims - 1 - len(shape)), *shape)
+        return padded.expand(tape.examples * tape.copies, *padded.shape[1:]), ()
+
+    def backward(g: Tensor, wanted: bool) -> None:
         tape.add(parameter, Dense(per_example(g, tape).reshape(tape.examples, *parameter.shape)))
-        return None, None, None
+
+    return _Layer.apply(parameter, None, None, forward, backward)
 
 
 def _for_each_row(tape: Tape, parameter: Tensor, dims: int, function: str) -> Tensor:
@@ -360,21 +324,18 @@ def _for_each_row(tape: Tape, parameter: Tensor, dims: int, function: str) -> Te
         base = tape.expanded_from(parameter)
         if base is None or parameter.shape[0] != tape.examples * tape.copies:
             raise UnsupportedLayer(
-                f"{function} uses a parameter of shape {tuple(parameter.shape)} with one entry for each row of the "
-                "batch, or along its first axis: a parameter cannot depend on the place of an example in the batch.  "
-                "Give it a first dimension of 1, or expand it to the batch."
+                f"{function} uses a parameter of shape {tuple(parameter.shape)} whose first axis is that of the batch: "
+                "give it a first dimension of 1, or expand it to the batch."
             )
         if base.dim() == dims and base.shape[0] != 1:
             raise UnsupportedLayer(f"{function}: a parameter of shape {tuple(base.shape)} spans the batch axis.")
-        out: Tensor = _ForEachRow.apply(base, dims, tape)
-        return out.expand(parameter.shape)
+        return _copies(tape, base, dims).expand(parameter.shape)
     if parameter.dim() > dims:
+        shape = tuple(parameter.shape)
         raise UnsupportedLayer(
-            f"{function} combines a parameter of shape {tuple(parameter.shape)} with rows that have {dims} axes, so "
-            "the first axis of the result is no longer the batch.  Keep the batch first."
+            f"{function}: a parameter of shape {shape} beside {dims} axes of rows: keep the batch first."
         )
-    rows: Tensor = _ForEachRow.apply(parameter, dims, tape)
-    return rows
+    return _copies(tape, parameter, dims)
 
 
 def _elementwise(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -398,9 +359,7 @@ def _concatenate(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...], kw
     axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
     dims = parts[0].dim()
     if axis % dims == 0:
-        raise UnsupportedLayer(
-            f"{func.__name__} joins a parameter to the batch axis, where it would pass for another example."
-        )
+        raise UnsupportedLayer(f"{func.__name__} joins a parameter to the batch, where it would pass for an example.")
     for part in parts:
         tape.check_rows(func.__name__, part)
     return func([_for_each_row(tape, p, dims, func.__name__) if tape.tracks(p) else p for p in parts], axis)
@@ -410,10 +369,8 @@ def _matrix_product(tape: Tape, func: Callable[..., Any], args: tuple[Any, ...],
     """Multiply rows by a matrix of parameters: a linear layer without a bias."""
     x, matrix = (*args, *kwargs.values())[:2]
     if tape.tracks(x) or matrix.dim() != 2 or x.dim() < 2:
-        raise UnsupportedLayer(
-            f"{func.__name__} takes a parameter only as its second factor, of shape [in, out], and the rows of the "
-            f"batch as its first; given were {tuple(x.shape)} and {tuple(matrix.shape)}."
-        )
+        shapes = f"{tuple(x.shape)} and {tuple(matrix.shape)}"
+        raise UnsupportedLayer(f"{func.__name__} wants the rows first and a parameter [in, out] second, not {shapes}.")
     return linear(tape, x, tape.derive(torch.t, (matrix,), {}), None)
 
 

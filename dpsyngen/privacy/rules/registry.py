@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dpsyngen.errors import DpsyngenError
-from dpsyngen.privacy.contributions import Contribution, Dense, merged
+from dpsyngen.privacy.contributions import Contribution, Dense
 from dpsyngen.privacy.kernels import KernelChoices
 
 
@@ -51,7 +51,7 @@ class Tape:
         # Derived parameters: (leaf that the model goes on with, the same value with its graph, what it came from).
         self._derived: list[tuple[Tensor, Tensor, list[Tensor], Callable[..., Any]]] = []
 
-    def tracks(self, value: object) -> bool:
+    def tracks(self, value: object) -> TypeGuard[Tensor]:
         """Whether `value` is a parameter whose per-example gradient is wanted, or derived from such alone."""
         return id(value) in self._position
 
@@ -77,16 +77,16 @@ class Tape:
         """Add a layer call's contribution to what was recorded for `parameter`."""
         position = self._position[id(parameter)]
         before = self.recorded.get(position)
-        self.recorded[position] = contribution if before is None else merged(before, contribution)
+        # Gradients of a parameter that was used twice add up *before* their norm is taken.
+        self.recorded[position] = contribution if before is None else Dense(before.dense() + contribution.dense())
 
     def check_rows(self, layer: str, value: Tensor) -> None:
         """Raise unless the leading dimension of `value` is examples * copies."""
         rows = self.examples * self.copies
         if value.dim() == 0 or value.shape[0] != rows:
             raise UnsupportedLayer(
-                f"{layer} got an input of shape {tuple(value.shape)}, but the first dimension must be the "
-                f"{rows} rows of the batch ({self.examples} examples x {self.copies} copies), so that each "
-                "example's gradient can be told apart.  Keep the batch first in every layer with parameters."
+                f"{layer} got an input of shape {tuple(value.shape)}, but the first dimension must be the {rows} rows "
+                f"of the batch ({self.examples} examples x {self.copies} copies): keep it first in all layers."
             )
 
     # ------------------------------------------------------------------------------- derived parameters
@@ -190,19 +190,18 @@ class Recorder(TorchFunctionMode):
             return RULES[func](tape, func, args, kwargs)
         # 3. A function of parameters and constants alone makes a derived parameter.
         values = [v for v in tensors_in((args, kwargs)) if isinstance(v, Tensor)]
-        tracked = [v for v in values if tape.tracks(v)]
         if all(tape.is_constant(v) for v in values):
             return tape.derive(func, args, kwargs)
         # 4. Where a parameter meets the batch there must be a rule.
-        known = RULES.get(func)
-        if known is not None:
-            return known(tape, func, args, kwargs)
+        if func in RULES:
+            return RULES[func](tape, func, args, kwargs)
         out = func(*args, **kwargs)
         # Looking at a parameter (its shape, its dtype) is fine; computing with it is not.
         if any(isinstance(o, Tensor) and o.requires_grad and not tape.tracks(o) for o in tensors_in((out,))):
             name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
+            first = next(v for v in values if tape.tracks(v))
             raise UnsupportedLayer(
-                f"parameter {tape.name_of(tracked[0])!r} is used by {name} together with the batch, which has no "
+                f"parameter {tape.name_of(first)!r} is used by {name} together with the batch, which has no "
                 f"per-example rule.  Known: {', '.join(sorted({f.__name__ for f in RULES}))}.  Freeze the parameter "
                 "(requires_grad=False), replace the layer, or add a rule in dpsyngen.privacy.rules."
             )
@@ -210,11 +209,9 @@ class Recorder(TorchFunctionMode):
 
 
 def _refuse_batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    training = kwargs.get("training", args[5] if len(args) > 5 else False)
-    if training:
+    if kwargs.get("training", args[5] if len(args) > 5 else False):
         raise UnsupportedLayer(
-            "batch normalisation mixes the examples of a batch, so one example's gradient cannot be bounded.  "
-            "Use GroupNorm instead, or put the layer in eval mode with fixed public statistics."
+            "batch normalisation mixes the examples of a batch: use GroupNorm, or eval mode with public statistics."
         )
 
 
@@ -222,8 +219,8 @@ def _refuse_running_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     running = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
     if running is not None and kwargs.get("use_input_stats", args[5] if len(args) > 5 else True):
         raise UnsupportedLayer(
-            "instance normalisation with track_running_stats=True keeps statistics of the private examples, which "
-            "would be released with the weights and without noise.  Turn track_running_stats off, or use GroupNorm."
+            "instance normalisation with track_running_stats=True would release statistics of the private examples "
+            "without noise: turn track_running_stats off, or use GroupNorm."
         )
 
 
@@ -260,11 +257,6 @@ def low_precision(*tensors: Tensor | None) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
-
-
-def as_fp32(x: Tensor) -> Tensor:
-    """Cast the input of a normalisation to fp32, below which autocast never runs one."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 _GRID = 65_535  # PyTorch's kernel counts groups along the second axis of CUDA's grid, which has no more
