@@ -7,6 +7,7 @@ moments if some stage is answered by them, then the private phase.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,11 +29,13 @@ from dpsyngen.files import write_atomically
 from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.programs import TIERS
+from dpsyngen.programs.grid import image_grid
 from dpsyngen.programs.registry import program_class
 from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints, save_file
 from dpsyngen.training.follower import PRIVATE, PUBLIC, SET_UP
 from dpsyngen.training.health import require_finite, require_not_stopped
 from dpsyngen.training.log import (
+    PREVIEW,
     JsonLines,
     Note,
     OnEvent,
@@ -43,7 +46,6 @@ from dpsyngen.training.log import (
     ignore,
     require_tensorboard,
     timed,
-    write_preview,
 )
 from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, charged_moments, estimate_moments, load_gaussian
 from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview, prior_of
@@ -112,8 +114,7 @@ class Training:
         if prior is not None and noted not in (None, prior.about):
             raise RunError(
                 f"the prior {config.network.prior!r} is another one than when the run was started (its SHA-256 is "
-                f"{prior.about['sha256']}, the ledger has {noted['sha256']}).  Put the old file back, or start a new "
-                "run."
+                f"{prior.about['sha256']}, not {noted['sha256']}).  Put the old file back, or start a new run."
             )
         if prior is not None and not self.ledger.entries:
             self.ledger.note_public_choice(
@@ -385,7 +386,8 @@ class Training:
                 if not own:
                     load_weights(self.run.weights(name), shown[name])
             images = preview(self.config, self.plan, shown, state.ema, self.device)
-            write_preview(self.run.private, images)
+            picture = image_grid(images, math.isqrt(len(images)), scale=2)
+            write_atomically(self.run.private / PREVIEW, lambda path: picture.save(path, format="PNG"), 0o600)
         except (RuntimeError, OSError) as error:  # such as: no memory for a second network
             why = str(error).splitlines()[0]
             self.hooks.on_event(Warned(f"no picture of what is drawn ({why}); the training goes on"))
