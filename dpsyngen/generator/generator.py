@@ -88,10 +88,8 @@ class ReleasedGenerator:
         """The guarantee, from the certificate; ReleaseError if that is damaged or contradicts the generator."""
         guarantee = Guarantee.read(self.place.release)
         if guarantee.private != self.private:
-            raise ReleaseError(
-                f"privacy.json and generator.json in {printable(self.place.release)} contradict each other: one says "
-                "private, the other NOT PRIVATE.  Do not rely on it."
-            )
+            where = printable(self.place.release)
+            raise ReleaseError(f"in {where} one of privacy.json and generator.json says private, and they contradict.")
         return guarantee
 
     @property

@@ -309,10 +309,7 @@ def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
     for known, (_, mechanism, _) in zip(charged, wanted, strict=False):
         expected = mechanism if mechanism.noise_multiplier > 0 else None
         if known != expected:
-            raise RunError(
-                "the ledger has moments with another noise than the run would take now: its configuration was "
-                "changed.  Undo the change, or start a new run."
-            )
+            raise RunError("the ledger has moments with another noise: undo the change of settings, or start anew.")
     for what, mechanism, sensitivity in wanted[len(charged) :]:
         bound = sensitivity if mechanism.noise_multiplier else "unbounded"
         ledger.charge(mechanism, what, query=QUERY, **({} if bound is None else {"l2_sensitivity": bound}))

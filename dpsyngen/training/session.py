@@ -167,8 +167,7 @@ def pinned(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{path}, which says what images the run is of, cannot be read: {error!r}.  Put it back from a backup, or "
-            "start a new run."
+            f"{path}, which says what images the run is of, cannot be read: {error!r}.  Put it back from a backup."
         ) from None
 
 
