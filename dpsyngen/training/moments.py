@@ -276,9 +276,7 @@ def _by_class(
 # ------------------------------------------------------------------------------------------------- the phase
 
 MOMENTS = "moments"
-"""Name of the phase."""
-
-QUERY = "moments"
+"""Name of the phase, and of its queries in the ledger."""
 
 
 def queries(plan: MomentsPlan, shape: Shape) -> list[tuple[str, Mechanism, float | None]]:
@@ -295,7 +293,7 @@ def queries(plan: MomentsPlan, shape: Shape) -> list[tuple[str, Mechanism, float
 
 def charged_moments(ledger: Ledger) -> list[Mechanism | None]:
     """The queries that the ledger has; None for one without noise."""
-    return [e.mechanism for e in ledger.entries if e.details.get("query") == QUERY]
+    return [e.mechanism for e in ledger.entries if e.details.get("query") == MOMENTS]
 
 
 def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
@@ -312,7 +310,7 @@ def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
             raise RunError("the ledger has moments with another noise: undo the change of settings, or start anew.")
     for what, mechanism, sensitivity in wanted[len(charged) :]:
         bound = sensitivity if mechanism.noise_multiplier else "unbounded"
-        ledger.charge(mechanism, what, query=QUERY, **({} if bound is None else {"l2_sensitivity": bound}))
+        ledger.charge(mechanism, what, query=MOMENTS, **({} if bound is None else {"l2_sensitivity": bound}))
 
 
 def load_gaussian(path: Path, shape: Shape) -> GaussianDenoiser:

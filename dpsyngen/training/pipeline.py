@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.config import Config
@@ -321,7 +320,7 @@ class Training:
         state = TrainState(denoiser, Ema(denoiser, c.ema), optimizers)
         fits = engine.physical_batch or fitting_batch(denoiser, self.config, self.plan.shape, engine.compute)
         engine.physical_batch = fits
-        moments = None if gaussian is None else load_file(self.run.weights(GAUSSIAN))
+        moments = None if gaussian is None else gaussian.gaussians
         self.ranks.tell(PRIVATE, physical_batch=fits, shared=shared, moments=moments, pins=engine.compute.pins())
         # What was measured must be on the disk before noise is used: a repeated step has to sum in the same order.
         how = Computing(
