@@ -21,9 +21,6 @@ from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import Samples
 from dpsyngen.hardware import device_of
 
-Handlers = Mapping[str, Callable[..., None]]
-"""What a follower does at each command, called with the command's values."""
-
 _OPEN, _IMAGES, _ROUND = "open a generator", "images", "a round of images"
 
 
@@ -80,8 +77,8 @@ def _own(
         yield next(mine, None)
 
 
-def handlers(ranks: Ranks) -> Handlers:
-    """What a follower has to know to help with sampling."""
+def handlers(ranks: Ranks) -> Mapping[str, Callable[..., None]]:
+    """What a follower does at each command of sampling, called with the command's values."""
     opened: list[ReleasedGenerator] = []
 
     def open_(release: Path, device: str) -> None:
@@ -104,7 +101,7 @@ def handlers(ranks: Ranks) -> Handlers:
     return {_OPEN: open_, _IMAGES: images}
 
 
-def follow(ranks: Ranks, known: Handlers) -> None:
+def follow(ranks: Ranks, known: Mapping[str, Callable[..., None]]) -> None:
     """In a follower: do what the main process asks until it says that all is done."""
     while (command := ranks.next_command()).name != END:
         known[command.name](**command.values)
