@@ -65,10 +65,10 @@ class ClassGaussians:
         basis, covariances = self.basis.double(), self.covariances.double()
         if (basis.mT @ basis - torch.eye(basis.shape[1], dtype=torch.float64)).abs().max() > _TOLERANCE:
             raise ConfigError("Gaussian moments: the columns of the basis are not orthonormal.")
-        size = _TOLERANCE * covariances.abs().amax((1, 2), keepdim=True).clamp_min(1e-12)
-        if ((covariances - covariances.mT).abs() > size).any():
+        rounding = _TOLERANCE * covariances.abs().amax((1, 2), keepdim=True).clamp_min(1e-12)
+        if ((covariances - covariances.mT).abs() > rounding).any():
             raise ConfigError("Gaussian moments: a covariance is not symmetric.")
-        if (torch.linalg.eigvalsh((covariances + covariances.mT) / 2) < -size[:, 0]).any():
+        if (torch.linalg.eigvalsh((covariances + covariances.mT) / 2) < -rounding[:, 0]).any():
             raise ConfigError("Gaussian moments: a covariance has a negative eigenvalue.")
         if (self.rest < 0).any() or (self.spectrum < 0).any():
             raise ConfigError("Gaussian moments: a variance outside the basis is negative.")

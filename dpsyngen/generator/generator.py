@@ -175,10 +175,9 @@ class ReleasedGenerator:
             raise ConfigError(f"guidance is {shown(guidance)}, but this generator has no {lacks}: leave guidance out.")
         if churn is None and sampler not in (None, self.defaults.sampler):
             churn = 0.0  # a churn set for the run belongs to its sampler
-        given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
         seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
-        given = self.defaults.model_dump() | {k: v for k, v in given.items() if v is not None}
-        return SamplingSettings(**given | {"seed": seed})
+        given = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
+        return SamplingSettings(**self.defaults.model_dump() | {k: v for k, v in given.items() if v is not None})
 
     def stream(
         self,

@@ -46,7 +46,8 @@ _OTHERS = (*_FILES, ".zip", ".tar", ".npy", ".png", ".csv")  # meant as a file, 
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
 
 Item = tuple[NDArray[np.uint8], int] | NDArray[np.uint8]
-_Batches, _Labels = Iterable[NDArray[np.uint8]], NDArray[np.int64] | None
+_Batches = Iterable[NDArray[np.uint8]]
+_Labels = NDArray[np.int64] | None
 Several = slice | Sequence[int] | NDArray[np.integer[Any]] | NDArray[np.bool_]
 
 

@@ -204,7 +204,6 @@ class StepLog:
 
 # ------------------------------------------------------------------------------------------- TensorBoard
 
-FOLDER = "tensorboard"
 FLUSH_SECONDS = 5.0
 """How old what TensorBoard shows may be."""
 
@@ -223,7 +222,7 @@ class TensorBoard:
     """
 
     def __init__(self, private: Path, phase: str, done: int, on_event: OnEvent) -> None:
-        self.folder, self.on_event = private / FOLDER / phase, on_event
+        self.folder, self.on_event = private / "tensorboard" / phase, on_event
         self._writer: Any = None
         self._flushed = time.monotonic()
         self._guarded(lambda: self._open(done))

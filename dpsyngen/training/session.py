@@ -131,13 +131,12 @@ class Session:
 
     def images(self, config: Config, dataset: ImageDataset) -> ImageDataset:
         """The :func:`chosen_images`.  How it is known how many images a person has is written down, which is public."""
-        p, noted = config.privacy, any("people" in e.details for e in self.ledger.entries)
-        if dataset.persons is not None and not noted:
-            most = "1 image" if p.group_size == 1 else f"{p.group_size} images"
-            what = f"declared: at most {most} a person, checked against"
-            if p.most_per_person is not None:  # which is the group size then
-                were = "was" if p.group_size == 1 else "were"
-                what = f"at most {most} of each person {were} used, chosen at random first of all, by"
+        g = config.privacy.group_size
+        if dataset.persons is not None and not any("people" in e.details for e in self.ledger.entries):
+            most, were = ("at most 1 image", "was") if g == 1 else (f"at most {g} images", "were")
+            what = f"declared: {most} a person, checked against"
+            if config.privacy.most_per_person is not None:  # which is the group size then
+                what = f"{most} of each person {were} used, chosen at random first of all, by"
             people = f"{what} the holder's table of whose image is whose"
             self.ledger.note_public_choice("how many images a person has at most", people=people)
         return chosen_images(config, dataset, self.randomness)
@@ -245,12 +244,9 @@ def planned(config: Config, dataset: ImageDataset) -> tuple[Config, Plan]:
 
 def fixed_settings(config: Config) -> dict[str, Any]:
     """All settings that a resumed run must share with its beginning, by their full names, as JSON has them."""
-    out: dict[str, Any] = {}
-    for section, values in config.model_dump(mode="json", exclude={"sampling", "logging"}).items():
-        if isinstance(values, dict):
-            out |= {f"{section}.{k}": v for k, v in values.items() if k not in _FREE.get(section, ())}
-        else:
-            out[section] = values
+    out: dict[str, Any] = {"preset": config.preset}
+    for section, values in config.model_dump(mode="json", exclude={"preset", "sampling", "logging"}).items():
+        out |= {f"{section}.{k}": v for k, v in values.items() if k not in _FREE.get(section, ())}
     # A table of labels is what is in it, which is pinned with the images, and not where it lies.
     out["data.labels"] = config.data.labels is not False
     # What "auto" came to is pinned by EngineSettings.
