@@ -302,12 +302,9 @@ def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
     A run that was killed in between takes them again, with the same noise: the same result, charged once.  RunError if
     moments of other noise were charged before, so the settings were changed in between.
     """
-    wanted = queries(plan, shape)
-    charged = charged_moments(ledger)
-    for known, (_, mechanism, _) in zip(charged, wanted, strict=False):
-        expected = mechanism if mechanism.noise_multiplier > 0 else None
-        if known != expected:
-            raise RunError("the ledger has moments with another noise: undo the change of settings, or start anew.")
+    wanted, charged = queries(plan, shape), charged_moments(ledger)
+    if charged != [m if m.noise_multiplier > 0 else None for _, m, _ in wanted[: len(charged)]]:
+        raise RunError("the ledger has moments with another noise: undo the change of settings, or start a new run.")
     for what, mechanism, sensitivity in wanted[len(charged) :]:
         bound = sensitivity if mechanism.noise_multiplier else "unbounded"
         ledger.charge(mechanism, what, query=MOMENTS, **({} if bound is None else {"l2_sensitivity": bound}))
