@@ -332,14 +332,14 @@ def sample(
 ) -> None:
     """Draw images from a trained generator; costs no privacy, however many."""
     from dpsyngen.generator.classes import from_text
-    from dpsyngen.generator.ranks import follow, handlers, open_everywhere, stream
+    from dpsyngen.generator.ranks import follow, open_everywhere, stream
     from dpsyngen.generator.samples import check_target, write_samples
     from dpsyngen.release.place import find
 
     console = Console(quiet, as_json)
     with joined() as ranks:
         if not ranks.main:
-            follow(ranks, handlers(ranks))
+            follow(ranks)
             return
         with ranks.leading():
             check_target(out)

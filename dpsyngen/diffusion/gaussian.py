@@ -62,26 +62,18 @@ class ClassGaussians:
             # NaN fails the comparison, too.
             if not bool((tensor.abs() <= _LARGEST_NUMBER).all()):
                 raise ConfigError(f"Gaussian moments: {name} has a value that is not a number or above 1e6.")
-        self._check_values()
-
-    def _check_values(self) -> None:
         basis, covariances = self.basis.double(), self.covariances.double()
         if (basis.mT @ basis - torch.eye(basis.shape[1], dtype=torch.float64)).abs().max() > _TOLERANCE:
             raise ConfigError("Gaussian moments: the columns of the basis are not orthonormal.")
-        size = _TOLERANCE * covariances.abs().amax((1, 2), keepdim=True).clamp_min(1e-12)
-        if ((covariances - covariances.mT).abs() > size).any():
+        rounding = _TOLERANCE * covariances.abs().amax((1, 2), keepdim=True).clamp_min(1e-12)
+        if ((covariances - covariances.mT).abs() > rounding).any():
             raise ConfigError("Gaussian moments: a covariance is not symmetric.")
-        if (_eigh(covariances)[0] < -size[:, 0]).any():
+        if (torch.linalg.eigvalsh((covariances + covariances.mT) / 2) < -rounding[:, 0]).any():
             raise ConfigError("Gaussian moments: a covariance has a negative eigenvalue.")
         if (self.rest < 0).any() or (self.spectrum < 0).any():
             raise ConfigError("Gaussian moments: a variance outside the basis is negative.")
         if (self.frequencies < 0).any() or abs(float(self.frequencies.double().sum()) - 1) > _TOLERANCE:
             raise ConfigError("Gaussian moments: the class frequencies must be at least 0 and sum to 1.")
-
-    @property
-    def classes(self) -> int:
-        """K."""
-        return int(self.means.shape[0])
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The tensors by name, as a file keeps them."""
@@ -125,11 +117,3 @@ class GaussianDenoiser(Gaussian):
     forward = in_full_precision(Gaussian.forward)
     draw = in_full_precision(Gaussian.draw)
     left = in_full_precision(Gaussian.left)
-
-
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of matrices that are symmetric but for rounding."""
-    try:
-        return torch.linalg.eigh((matrices + matrices.mT) / 2)
-    except RuntimeError as error:  # no convergence
-        raise ConfigError(f"Gaussian moments: a covariance has no eigenvalues ({error}).") from None

@@ -43,10 +43,8 @@ Observer = Callable[[Step], object]
 def karras_steps(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """Noise levels of `steps` steps and the final 0, [steps + 1] in fp64 (EDM eq. 5)."""
     if steps < 1 or not 0 < sigma_min < sigma_max:
-        raise ConfigError(
-            f"a sampler needs steps >= 1 and 0 < sigma_min < sigma_max; given steps={steps}, sigma_min={sigma_min}, "
-            f"sigma_max={sigma_max}."
-        )
+        given = f"{steps=}, {sigma_min=}, {sigma_max=}"
+        raise ConfigError(f"a sampler needs steps >= 1 and 0 < sigma_min < sigma_max; given {given}.")
     return torch.tensor(standalone.karras_steps(steps, sigma_min, sigma_max, rho), dtype=torch.float64)
 
 

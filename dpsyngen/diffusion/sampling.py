@@ -16,12 +16,12 @@ from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from dpsyngen.config import SamplingConfig, explain
+from dpsyngen.diffusion import standalone
 from dpsyngen.diffusion.denoiser import Denoiser, GuidedDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.samplers import Observer, karras_steps, solved, to_uint8
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap
 from dpsyngen.errors import ConfigError, require
-from dpsyngen.hardware import send
 
 Start = Callable[[Tensor, Tensor | None], Tensor]
 """Makes noisy images x at the sampler's first noise level from standard normal noise and labels."""
@@ -88,11 +88,8 @@ class SamplingSettings(SamplingConfig):
             denoiser = GuidedDenoiser(denoiser, self.guidance)
         for begin in range(0, count, batch_size)[take]:
             end = min(begin + batch_size, count)
-            generators = [_generator(self.seed, i) for i in range(begin, end)]
-
-            def noise(generators: list[np.random.Generator] = generators) -> Tensor:
-                return send(np.stack([g.standard_normal(shape, np.float32) for g in generators]), device)
-
+            # Not PyTorch's generator: it uses 32 bits of a seed, and among 60,000 images two seeds then often agree.
+            noise = standalone.noise_of([(self.seed, i) for i in range(begin, end)], shape, device)
             y = None if labels is None else labels[begin:end].to(device)  # [n]
             # σ_max·n stands for an image at σ_max: that is far above the spread of the images themselves.
             x = noise() * sigmas[0].item() if start is None else start(noise(), y)  # [n, C, H, W]
@@ -117,12 +114,3 @@ def sampling_start(
     first = max(min(sigma_max, lower_end), sigma_min * 1.001)
 
     return first, lambda noise, labels: gaussian.draw(labels, first, noise)
-
-
-def _generator(seed: int, index: int) -> np.random.Generator:
-    """The generator of image `index`.  Philox is keyed with (seed, index), so no two images share their noise.
-
-    PyTorch's CPU generator would: it uses 32 bits of its seed, and among 60,000 images two seeds then often agree.
-    """
-    mask = 2**64 - 1
-    return np.random.Generator(np.random.Philox(key=np.array([seed & mask, index & mask], dtype=np.uint64)))

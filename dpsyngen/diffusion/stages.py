@@ -22,24 +22,23 @@ Trainer = Literal["public", "private", "moments", "prior"]
 Networks = Literal["experts", "shared"]
 Pretrain = bool | Literal["matched"]
 
-_ENDS: dict[str, tuple[Trainer | None, Trainer | None]] = {
-    "dpdm": (None, None),
-    "finetune": (None, None),
-    "cleaning": ("public", None),
-    "coarse": (None, "public"),
-    "both": ("public", "public"),
-    "gaussian": ("moments", "moments"),
-    "instant": ("prior", "moments"),
-    "residual": ("prior", "moments"),
+_TRAINERS: dict[str, tuple[Trainer | None, Trainer, Trainer | None]] = {
+    "dpdm": (None, "private", None),
+    "finetune": (None, "private", None),
+    "cleaning": ("public", "private", None),
+    "coarse": (None, "private", "public"),
+    "both": ("public", "private", "public"),
+    "gaussian": (None, "moments", None),
+    "instant": (None, "prior", "moments"),
+    "residual": ("prior", "private", "moments"),
 }
-"""For each variant who trains below τ_cleaning and above τ_coarse, besides private images in between.  Where private
-images train nothing ("gaussian", "instant") the lower one reaches up to τ_coarse."""
+"""For each variant who trains below τ_cleaning, in between and above τ_coarse; None: there is no such stage."""
 
 TAU_COARSE = {"instant": -0.3, "residual": 1.5}
 """τ_coarse where none is given (2 for others): below it the network does better than the moments (docs/prior.md)."""
 
-VARIANTS = tuple(_ENDS)
-USE_MOMENTS = tuple(variant for variant, ends in _ENDS.items() if "moments" in ends)
+VARIANTS = tuple(_TRAINERS)
+USE_MOMENTS = tuple(variant for variant, trainers in _TRAINERS.items() if "moments" in trainers)
 """Variants that release DP moments of the private images, see :mod:`dpsyngen.diffusion.gaussian`."""
 
 GAUSSIAN = "gaussian"
@@ -92,9 +91,7 @@ class StageMap:
             raise ConfigError("the stages must cover the whole log σ axis, from -inf to inf.")
         for below, above in itertools.pairwise(s):
             if below.high != above.low or not below.low < below.high:
-                raise ConfigError(
-                    f"stages {below.name!r} and {above.name!r} must meet at one log σ, in ascending order."
-                )
+                raise ConfigError(f"stages {below.name!r} and {above.name!r} must meet at one log σ, ascending.")
         if sum(stage.trainer == "private" for stage in s) != 1 and not self.gaussian:
             raise ConfigError("exactly one stage must be trained on private images.")
         if len({stage.name for stage in s}) != len(s):
@@ -136,11 +133,8 @@ class StageMap:
 
     def owner(self, log_sigma: float) -> Stage:
         """The stage that `log_sigma` belongs to; a threshold itself belongs to the private stage."""
-        private = self.private
-        if private.low <= log_sigma <= private.high:
-            return private
-        for stage in self.stages:
-            if stage.low <= log_sigma < stage.high or (log_sigma == stage.high == math.inf):
+        for stage in (self.private, *reversed(self.stages)):
+            if stage.low <= log_sigma <= stage.high:
                 return stage
         raise ValueError(f"log σ = {log_sigma} is not a number.")
 
@@ -177,30 +171,19 @@ def stage_map(
     tau_coarse = coarse_of(variant, tau_coarse)
     for name, tau in (("tau_cleaning", tau_cleaning), ("tau_coarse", tau_coarse)):
         require(math.isfinite(tau), name, tau, "a finite log σ (choose another variant for no threshold)")
-    below, above = _ENDS[variant]
-    if variant in ("gaussian", "instant") or (variant == "residual" and not prior):
+    below, middle, above = _TRAINERS[variant]
+    if variant == "residual" and not prior:
         below = None
     if below is not None and above is not None and not tau_cleaning < tau_coarse:
-        raise ConfigError(
-            f"tau_cleaning = {tau_cleaning} must be below tau_coarse = {tau_coarse}: between them lies the stage that "
-            "private images train."
-        )
+        raise ConfigError(f"tau_cleaning = {tau_cleaning} must be below tau_coarse = {tau_coarse}.")
     require(networks in ("experts", "shared"), "networks", networks, "'experts' or 'shared'")
     if pretrain is False and variant == "finetune":
         raise ConfigError("variant 'finetune' is pre-training; without it choose 'dpdm'.")
-    if variant in ("gaussian", "instant") and pretrain:
+    if middle != "private" and pretrain:
         raise ConfigError(f"variant {variant!r} has no network that could be pre-trained.")
-    if variant == "instant":
-        lower = Stage("context", -math.inf, tau_coarse, "prior", "prior")
-        return StageMap((lower, Stage("coarse", tau_coarse, math.inf, "moments", GAUSSIAN)))
-    if variant == "gaussian":
-        return StageMap((Stage("gaussian", -math.inf, math.inf, "moments", GAUSSIAN),))
-    if variant in USE_MOMENTS and networks == "shared":
-        raise ConfigError(
-            f"variant {variant!r} has a network of its own for each stage: use networks = 'experts'.  A network that "
-            "learns what the moments of the private images lack is no denoiser of programmatic ones."
-        )
-    if variant in USE_MOMENTS and pretrain:
+    if variant == "residual" and networks == "shared":
+        raise ConfigError(f"variant {variant!r} has a network of its own for each stage: use networks = 'experts'.")
+    if variant == "residual" and pretrain:
         raise ConfigError(
             f"variant {variant!r} starts its private network at the denoiser of the moments, so it cannot start from "
             "programmatic images, too: leave pretrain out, or choose 'dpdm', 'cleaning', 'coarse' or 'both'."
@@ -210,7 +193,7 @@ def stage_map(
     stages: list[Stage] = []
     for name, start, end, trainer in (
         ("cleaning", -math.inf, low, below),
-        ("context", low, high, "private"),
+        ("gaussian" if middle == "moments" else "context", low, high, middle),
         ("coarse", high, math.inf, above),
     ):
         if trainer is not None:

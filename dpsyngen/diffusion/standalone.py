@@ -295,6 +295,12 @@ def karras_steps(steps: int, sigma_min: float, sigma_max: float, rho: float) -> 
     return [sigma_max, *((top + ramp * (bottom - top)) ** rho).tolist()[1:], 0.0]
 
 
+def noise_of(keys: list[tuple[int, int]], shape: tuple[int, ...], device: Any) -> Any:
+    """What draws standard normal [N, …] noise; Philox is keyed with (seed, index), so no two images share theirs."""
+    generators = [np.random.Generator(np.random.Philox(key=np.array([s & 2**64 - 1, i], np.uint64))) for s, i in keys]
+    return lambda: torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in generators])).to(device)
+
+
 def solve(
     sampler: str, denoise: Any, x: Tensor, sigmas: list[float], churn: float, noise: Any, observe: Any = lambda *_: None
 ) -> Tensor:
@@ -410,8 +416,7 @@ class ReleasedDenoiser(nn.Module):
     ) -> Iterator[Tensor]:
         """Draw `count` images in batches, uint8 [n, C, H, W] on the CPU; image i follows from (seed, i, its label).
 
-        `labels` is [count] numbers of classes, or None.  None for how to draw means: as the run would.  With a list of
-        seeds, one for each image, each is drawn as the first image of its seed.
+        `labels` is [count] classes, or None.  None for how to draw: as the run does.  A list of seeds: image 0 of each.
         """
         require(self.dtype == torch.float32, "the type of the numbers", self.dtype, "torch.float32")
         d, knows = self.defaults, any(n.num_classes for n in self.networks.values())
@@ -432,15 +437,10 @@ class ReleasedDenoiser(nn.Module):
             steps = steps if len(self.stages) > 1 else 1  # from σ_min, a single step takes the noise off
         sigmas = karras_steps(steps, d["sigma_min"], first, d["rho"])
         for begin in range(0, count, batch_size):
-            # Philox is keyed with (seed, index), so no two images share their noise.
-            numbers = range(begin, min(begin + batch_size, count))
-            keys = [(seed & 2**64 - 1, i) if isinstance(seed, int) else (seed[i] & 2**64 - 1, 0) for i in numbers]
-            generators = [np.random.Generator(np.random.Philox(key=np.array(key, np.uint64))) for key in keys]
-            y = None if labels is None else labels[begin : begin + batch_size].to(self.device)
-
-            def noise(generators: list[np.random.Generator] = generators) -> Tensor:
-                drawn = np.stack([g.standard_normal(self.shape, np.float32) for g in generators])
-                return torch.from_numpy(drawn).to(self.device)
+            part = slice(begin, begin + batch_size)
+            keys = [(seed, i) if isinstance(seed, int) else (seed[i], 0) for i in range(count)[part]]
+            noise = noise_of(keys, self.shape, self.device)
+            y = None if labels is None else labels[part].to(self.device)
 
             def denoise(x: Tensor, sigma: float, y: Tensor | None = y) -> Tensor:
                 return self(x, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device), y, guidance)

@@ -55,13 +55,6 @@ class UNetSize:
 SIZES = {name: UNetSize(*numbers) for name, numbers in standalone.SIZES.items()}
 
 
-def _zero(layer: nn.Conv2d) -> None:
-    """Start at (almost) zero, so that a block starts as the identity."""
-    with torch.no_grad():
-        layer.weight.mul_(1e-3)
-        layer.bias.zero_()  # type: ignore[union-attr]  # there is one
-
-
 class UNet(standalone.UNet):
     """F(input, c_noise, classes); ConfigError for an unknown preset or a resolution that it cannot take.
 
@@ -81,11 +74,12 @@ class UNet(standalone.UNet):
         numbers = astuple(replace(size, embedding=size.embedding or 4 * size.width))
         super().__init__(numbers, resolution, channels, num_classes, inputs or channels)
         self.size, self.resolution, self.channels, self.num_classes = size, resolution, channels, num_classes
-        for block in (*self.down, self.middle, *self.up):
-            _zero(block.conv2)
-            if isinstance(block.attention, standalone.Attention):
-                _zero(block.attention.out)
-        _zero(self.out if size.refine else self.last)
+        blocks = [*self.down, self.middle, *self.up]
+        ends = [b.conv2 for b in blocks] + [b.attention.out for b in blocks if hasattr(b.attention, "out")]
+        with torch.no_grad():  # at (almost) zero, so that a block starts as the identity
+            for layer in (*ends, self.out if size.refine else self.last):
+                layer.weight.mul_(1e-3)
+                layer.bias.zero_()
 
     def forward(self, x: Tensor, c_noise: Tensor, classes: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; c_noise: [N]; classes: [N] in 0..num_classes, or None if unconditional."""

@@ -13,7 +13,7 @@ from dpsyngen.errors import DpsyngenError, LedgerError, RunError
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.certificate import number
 from dpsyngen.privacy.ledger import Ledger
-from dpsyngen.training.checkpoint import describe_checkpoints
+from dpsyngen.training.checkpoint import read_checkpoints
 from dpsyngen.training.findings import Finding, by_severity
 from dpsyngen.training.health import assess, damage, stopped_because, write_health
 from dpsyngen.training.log import JsonLines
@@ -110,9 +110,11 @@ def _warning(code: str, seen: str, why: str, change: str) -> Finding:
 def _of_files(run: Run, state: list[tuple[str, str]]) -> list[Finding]:
     """Checkpoints, the small files of the private half, and who may read it."""
     out: list[Finding] = []
-    good, bad = describe_checkpoints(run.private)
+    good, bad = read_checkpoints(run.private)
     if not run.complete:
-        text = f"phase {good[0][1]!r}, step {good[0][2]:,} ({good[0][0]})" if good else "none; phases start anew"
+        text = "none; phases start anew"
+        if good:
+            text = f"phase {good[0].phase!r}, step {good[0].step:,} ({good[0].path.name})"
         state.append(("last checkpoint", text))
     for what in bad:
         place = "the other one" if good else "the beginning of the phase"

@@ -159,7 +159,7 @@ def follow_evaluation(ranks: Ranks) -> None:
     def features(spec: FeatureSpec, device: str, images: NDArray[np.uint8]) -> None:
         shared_features(ranks, lambda: made(spec, device_of(device, ranks)), images)
 
-    sampling_ranks.follow(ranks, {**sampling_ranks.handlers(ranks), "features": features})
+    sampling_ranks.follow(ranks, features=features)
 
 
 @ordinary_modes()

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from dpsyngen.config import SamplingConfig
+from dpsyngen.config import SamplingConfig, explain
 from dpsyngen.data.labels import MAX_CLASSES, check_class_names
 from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
@@ -141,7 +141,7 @@ def read_description(release: Path) -> tuple[GeneratorDescription, StageMap]:
         if missing:
             raise ConfigError(f"conditional says nothing of the networks {', '.join(missing)}")
     except ValidationError as error:
-        raise RunError(f"the generator in {where} is damaged: {_first_problem(error)}") from None
+        raise RunError(f"the generator in {where} is damaged: {explain(error, GeneratorDescription)}") from None
     except (ConfigError, DataError) as error:
         raise RunError(f"the generator in {where} is damaged: {printable(error)}") from None
     return description, stages
@@ -200,11 +200,9 @@ def _expected(size: str, resolution: int, channels: int, classes: int, inputs: i
 
 
 def load_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, in names, shapes and types those of `expected` (on the meta device).
 
-    Raises:
-        RunError: the file is missing, a link, or damaged; or its tensors are not exactly those of `expected` (on the
-            meta device), in name, shape and type; or some number in them is not finite.
+    RunError if they are not, a number is not finite, or the file is missing, a link, or damaged.
     """
     size = sum(t.numel() * t.element_size() for t in expected.values())
     try:
@@ -228,14 +226,13 @@ def _compare(header: Any, expected: Mapping[str, Tensor]) -> None:
     """ValueError unless a safetensors header announces exactly the expected tensors."""
     if not isinstance(header, dict):
         raise ValueError("its header is not a mapping")
-    found = {name: about for name, about in header.items() if name != "__metadata__"}
+    found = {name: about if isinstance(about, dict) else {} for name, about in header.items() if name != "__metadata__"}
     odd = sorted(found.keys() ^ expected.keys())
     if odd:
         raise ValueError(f"{shown(odd[0])} is {'too much' if odd[0] in found else 'missing'} ({len(odd)} such tensors)")
     for name, tensor in expected.items():
-        about = found[name]
-        kind, shape = (about.get("dtype"), about.get("shape")) if isinstance(about, dict) else (None, None)
-        if kind != "F32" or tensor.dtype != torch.float32:
+        kind, shape = found[name].get("dtype"), found[name].get("shape")
+        if kind != "F32":
             raise ValueError(f"{name} is of type {shown(kind)}, not F32")
         if shape != list(tensor.shape):
             raise ValueError(f"{name} has shape {shown(shape)}, not {list(tensor.shape)}")
@@ -246,9 +243,3 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         raise ValueError("a name is given twice in one mapping")
     return out
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    place = printable(".".join(str(p) for p in problem["loc"]), 100)
-    return f"{place} is {shown(problem['input'])}: {problem['msg'][0].lower() + problem['msg'][1:]}"

@@ -88,10 +88,8 @@ class ReleasedGenerator:
         """The guarantee, from the certificate; ReleaseError if that is damaged or contradicts the generator."""
         guarantee = Guarantee.read(self.place.release)
         if guarantee.private != self.private:
-            raise ReleaseError(
-                f"privacy.json and generator.json in {printable(self.place.release)} contradict each other: one says "
-                "private, the other NOT PRIVATE.  Do not rely on it."
-            )
+            where = printable(self.place.release)
+            raise ReleaseError(f"in {where} one of privacy.json and generator.json says private, and they contradict.")
         return guarantee
 
     @property
@@ -177,10 +175,9 @@ class ReleasedGenerator:
             raise ConfigError(f"guidance is {shown(guidance)}, but this generator has no {lacks}: leave guidance out.")
         if churn is None and sampler not in (None, self.defaults.sampler):
             churn = 0.0  # a churn set for the run belongs to its sampler
-        given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
         seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
-        given = self.defaults.model_dump() | {k: v for k, v in given.items() if v is not None}
-        return SamplingSettings(**given | {"seed": seed})
+        given = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
+        return SamplingSettings(**self.defaults.model_dump() | {k: v for k, v in given.items() if v is not None})
 
     def stream(
         self,

@@ -6,7 +6,7 @@ is a batch in each process and one of each in the main one, however many images 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,6 @@ from dpsyngen.generator.classes import check_in_memory
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.samples import Samples
 from dpsyngen.hardware import device_of
-
-Handlers = Mapping[str, Callable[..., None]]
-"""What a follower does at each command, called with the command's values."""
 
 _OPEN, _IMAGES, _ROUND = "open a generator", "images", "a round of images"
 
@@ -80,8 +77,8 @@ def _own(
         yield next(mine, None)
 
 
-def handlers(ranks: Ranks) -> Handlers:
-    """What a follower has to know to help with sampling."""
+def follow(ranks: Ranks, **more: Callable[..., None]) -> None:
+    """In a follower: do what the main process asks, sampling or `more` by name, until it says that all is done."""
     opened: list[ReleasedGenerator] = []
 
     def open_(release: Path, device: str) -> None:
@@ -101,10 +98,6 @@ def handlers(ranks: Ranks) -> Handlers:
             ranks.next_command()
             ranks.gather_to_main(batch)
 
-    return {_OPEN: open_, _IMAGES: images}
-
-
-def follow(ranks: Ranks, known: Handlers) -> None:
-    """In a follower: do what the main process asks until it says that all is done."""
+    known: dict[str, Callable[..., None]] = {_OPEN: open_, _IMAGES: images, **more}
     while (command := ranks.next_command()).name != END:
         known[command.name](**command.values)

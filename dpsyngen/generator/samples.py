@@ -29,7 +29,7 @@ from dpsyngen.files import (
     require_absent_or_empty,
     require_possible,
     write_atomically,
-    write_text,
+    write_json,
 )
 from dpsyngen.programs.grid import image_grid, picture, png, png_url
 from dpsyngen.programs.saving import image_table, write_tables
@@ -46,6 +46,8 @@ _OTHERS = (*_FILES, ".zip", ".tar", ".npy", ".png", ".csv")  # meant as a file, 
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
 
 Item = tuple[NDArray[np.uint8], int] | NDArray[np.uint8]
+_Batches = Iterable[NDArray[np.uint8]]
+_Labels = NDArray[np.int64] | None
 Several = slice | Sequence[int] | NDArray[np.integer[Any]] | NDArray[np.bool_]
 
 
@@ -260,75 +262,63 @@ def write_samples(
     """
     check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    drawn = _Drawn(_counted(batches, on_progress), labels, class_names, about)
-    if out.suffix == ".npz":
-        write_atomically(out, lambda path: _write_npz(path, drawn))
-    elif out.suffix == ".parquet":
-        write_atomically(out, lambda path: _write_parquet(path, drawn))
+
+    def counted() -> Iterator[NDArray[np.uint8]]:
+        done = 0
+        for batch in batches:
+            yield batch
+            done += len(batch)  # when the next one is asked for, the last one has been written
+            if on_progress:
+                on_progress(done)
+
+    drawn = counted(), labels, class_names, about
+    if out.suffix in _FILES:
+        write = _write_npz if out.suffix == ".npz" else _write_parquet
+        write_atomically(out, lambda path: write(path, *drawn))
     else:
         with new_folder(out) as partial:
-            _write_folder(partial, drawn)
+            _write_folder(partial, *drawn)
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """What is written, see :func:`write_samples`."""
-
-    batches: Iterator[NDArray[np.uint8]]
-    labels: NDArray[np.int64] | None
-    class_names: tuple[str, ...]
-    about: dict[str, Any]
-
-
-def _counted(
-    batches: Iterable[NDArray[np.uint8]], on_progress: Callable[[int], None] | None
-) -> Iterator[NDArray[np.uint8]]:
-    """The batches; when the next one is asked for, the last one has been written."""
-    done = 0
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        if on_progress:
-            on_progress(done)
-
-
-def _write_npz(path: Path, drawn: _Drawn) -> None:
-    arrays: dict[str, Any] = {"images": np.concatenate(list(drawn.batches)), "about": json.dumps(drawn.about)}
-    if drawn.labels is not None:
-        arrays |= {"labels": drawn.labels, "class_names": np.array(drawn.class_names)}
+def _write_npz(path: Path, batches: _Batches, labels: _Labels, names: tuple[str, ...], about: dict[str, Any]) -> None:
+    arrays: dict[str, Any] = {"images": np.concatenate(list(batches)), "about": json.dumps(about)}
+    if labels is not None:
+        arrays |= {"labels": labels, "class_names": np.array(names)}
     with open(path, "wb") as f:
         np.savez_compressed(f, **arrays)
 
 
-def _write_parquet(path: Path, drawn: _Drawn) -> None:
+def _write_parquet(
+    path: Path, batches: _Batches, labels: _Labels, names: tuple[str, ...], about: dict[str, Any]
+) -> None:
     """A row group for each batch; columns ``image`` and, with classes, ``label``."""
-    feature = {"names": list(drawn.class_names), "_type": "ClassLabel"}
+    feature = {"names": list(names), "_type": "ClassLabel"}
 
     def tables() -> Iterator[Any]:
         number = 0
-        for batch in drawn.batches:
+        for batch in batches:
             rows, number = range(number, number + len(batch)), number + len(batch)
-            names = [f"{n:07d}.png" for n in rows]
-            of_label = {} if drawn.labels is None else {"label": (drawn.labels[rows.start : rows.stop], feature)}
-            yield image_table(names, batch, of_label, {"about": json.dumps(drawn.about)})
+            of_label = {} if labels is None else {"label": (labels[rows.start : rows.stop], feature)}
+            yield image_table([f"{n:07d}.png" for n in rows], batch, of_label, {"about": json.dumps(about)})
 
     write_tables(path, tables())
 
 
-def _write_folder(folder: Path, drawn: _Drawn) -> None:
-    folders = folder_names(drawn.class_names)
+def _write_folder(
+    folder: Path, batches: _Batches, labels: _Labels, names: tuple[str, ...], about: dict[str, Any]
+) -> None:
+    folders = folder_names(names)
     # Only those with images: a folder without any is refused when the samples are read back.
-    for present in () if drawn.labels is None else np.unique(drawn.labels).tolist():
+    for present in () if labels is None else np.unique(labels).tolist():
         (folder / folders[present]).mkdir()
     with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as f:
         table = csv.writer(f)
-        table.writerow(["file_name", *(["label", "class_name"] if drawn.labels is not None else [])])
-        for number, pixels in enumerate(pixels for batch in drawn.batches for pixels in batch):
+        table.writerow(["file_name"] if labels is None else ["file_name", "label", "class_name"])
+        for number, pixels in enumerate(pixels for batch in batches for pixels in batch):
             name, row = f"{number:07d}.png", []
-            if drawn.labels is not None:
-                label = int(drawn.labels[number])
-                name, row = f"{folders[label]}/{name}", [label, drawn.class_names[label]]
+            if labels is not None:
+                label = int(labels[number])
+                name, row = f"{folders[label]}/{name}", [label, names[label]]
             picture(pixels).save(folder / name)
             table.writerow([name, *row])
-    names = {} if drawn.labels is None else {"class_names": list(drawn.class_names)}
-    write_text(folder / "about.json", json.dumps(drawn.about | names, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "about.json", about if labels is None else about | {"class_names": list(names)})

@@ -56,16 +56,14 @@ class TrainState:
         wanted |= {f"ema/{k}": v for k, v in self.ema.average.items()}
         for name in self.optimizers:
             prefix = f"optimizer/{name}/"
-            entries = {k.removeprefix(prefix).partition("/")[2] for k in tensors if k.startswith(prefix)}
             # Either the optimizer has taken no step yet, or it has the same entries for each parameter.
+            entries = {k.removeprefix(prefix).partition("/")[2] for k in tensors if k.startswith(prefix)}
             for i, p in enumerate(self.module.parameters()):
-                for entry in entries:
-                    wanted[f"{prefix}{i}/{entry}"] = torch.empty((), dtype=torch.float32) if entry == "step" else p
-        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-        if missing or extra:
-            return "; ".join(f"{what} {n[0]!r}" for what, n in (("it lacks", missing), ("it has", extra)) if n)
-        for name, want in wanted.items():
-            have = tensors[name]
+                wanted |= {f"{prefix}{i}/{e}": torch.empty(()) if e == "step" else p for e in entries}
+        for name in sorted(wanted.keys() | tensors.keys()):
+            have, want = tensors.get(name), wanted.get(name)
+            if have is None or want is None:
+                return f"it {'lacks' if have is None else 'has'} {name!r}"
             if (have.shape, have.dtype) != (want.shape, want.dtype):
                 return f"{name!r} is {list(have.shape)} {have.dtype}, but must be {list(want.shape)} {want.dtype}"
         return None
@@ -89,7 +87,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A checkpoint as read from a file that is whole."""
 
     path: Path
@@ -100,7 +98,7 @@ class _Stored:
     tensors: dict[str, Tensor]
 
 
-def _read(folder: Path) -> tuple[list[_Stored], list[str]]:
+def read_checkpoints(folder: Path) -> tuple[list[Stored], list[str]]:
     """The readable checkpoints in a run's private folder, newest first, and what is wrong with the others."""
     good, bad = [], []
     for path in (folder / name for name in _NAMES):
@@ -114,7 +112,7 @@ def _read(folder: Path) -> tuple[list[_Stored], list[str]]:
             if _digest(text, tensors) != digest:
                 raise ValueError("its content is not what was written")
             info = json.loads(text)
-            stored = _Stored(path, info["phase"], info["step"], info["ema_steps"], Head(**info["ledger"]), tensors)
+            stored = Stored(path, info["phase"], info["step"], info["ema_steps"], Head(**info["ledger"]), tensors)
             numbers = (stored.step, stored.ema_steps, stored.ledger.lines)
             if any(type(n) is not int for n in numbers) or type(stored.phase) is not str:
                 raise TypeError("its step is not a number")
@@ -171,7 +169,7 @@ class Checkpoints:
         with the same noise.  Files that cannot be read are named in ``damaged``.  The phase has so many `steps` in all,
         of which the ledger has `charged` (None: a public phase).  RunError if a checkpoint does not fit them.
         """
-        stored, self.damaged = _read(self.newest.parent)
+        stored, self.damaged = read_checkpoints(self.newest.parent)
         self._newest_is_good = any(s.path == self.newest for s in stored)
         for s in stored:
             mine = s.phase == phase
@@ -201,9 +199,3 @@ def remove_checkpoints(folder: Path) -> None:
     """Remove the checkpoints in a run's private folder, at the end of the run."""
     for name in _NAMES:
         (folder / name).unlink(missing_ok=True)
-
-
-def describe_checkpoints(folder: Path) -> tuple[list[tuple[str, str, int]], list[str]]:
-    """(File, phase, step) of each readable checkpoint of a private folder, newest first; what is wrong with others."""
-    good, bad = _read(folder)
-    return [(s.path.name, s.phase, s.step) for s in good], bad

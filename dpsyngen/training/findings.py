@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dpsyngen.training.private import DpSgd
 
 Severity = Literal["error", "warning"]
 Basis = Literal["private", "released"]
@@ -123,8 +125,7 @@ def finding(
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
     """Errors first; within a severity the order stays."""
-    order = get_args(Severity)
-    return sorted(findings, key=lambda f: order.index(f.severity))
+    return sorted(findings, key=lambda f: f.severity != "error")
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -201,14 +202,9 @@ _ADAM_EPS = 1e-8
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules have to know of the settings."""
+    """What the rules have to know of a run."""
 
-    steps: int  # planned
-    batch: int  # expected
-    records: int  # declared
-    noise_multiplier: float  # z; 0 without privacy
-    clipping_norm: float  # C
-    clipping: str  # its style
+    dp: DpSgd
     parameters: int  # d, trainable numbers; 0 if unknown
     pretrained: bool  # whether the private network started from programmatic images, or from the prior
     complete: bool  # whether all steps were taken
@@ -234,30 +230,31 @@ def of_private_training(log: Sequence[dict[str, Any]], facts: Facts) -> Iterator
                 f"the loss began at {t.start:.3g} and was {t.end:.3g} at the end (standard error {t.error:.2g})",
                 also="; variant gaussian spends all of ε on the moments" if facts.residual else "",
             )
-    yield from _of_examples(log, facts)
-    if facts.noise_multiplier:
+    yield from _of_examples(log, facts.dp)
+    if facts.dp.noise_multiplier:
         yield from _of_clipping(log, facts)
 
 
 def _of_settings(f: Facts) -> Iterator[Finding]:
     """What is plain before any image is seen."""
-    if f.steps < (20 if f.pretrained else 50):
-        yield finding("few-steps", "warning", f"the private phase has {f.steps:,} steps", "released")
+    z, c, steps = f.dp.noise_multiplier, f.dp.clipping_norm, f.dp.config.steps
+    if steps < (20 if f.pretrained else 50):
+        yield finding("few-steps", "warning", f"the private phase has {steps:,} steps", "released")
     # Root mean square of a coordinate of the averaged gradient, at most: noise, and gradients that all have norm C.
-    coordinate = f.clipping_norm * math.hypot(f.noise_multiplier / f.batch, 1 / math.sqrt(max(f.parameters, 1)))
-    if f.noise_multiplier and coordinate < 10 * _ADAM_EPS:
+    coordinate = c * math.hypot(z / f.dp.config.batch, 1 / math.sqrt(max(f.parameters, 1)))
+    if z and coordinate < 10 * _ADAM_EPS:
         seen = f"a coordinate of the noisy gradient is {coordinate:.1e} at most, and Adam's ε is {_ADAM_EPS:g}"
-        yield finding("steps-vanish", "error", f"with C = {f.clipping_norm:g} {seen}", "released")
+        yield finding("steps-vanish", "error", f"with C = {c:g} {seen}", "released")
 
 
-def _of_examples(log: Sequence[dict[str, Any]], f: Facts) -> Iterator[Finding]:
-    counts = [int(v["examples"]) for v in log]
+def _of_examples(log: Sequence[dict[str, Any]], dp: DpSgd) -> Iterator[Finding]:
+    counts, batch = [int(v["examples"]) for v in log], dp.config.batch
     mean = sum(counts) / len(counts)
-    if mean < 1 or (f.batch * len(counts) >= 50 and mean < 0.5 * f.batch):
+    if mean < 1 or (batch * len(counts) >= 50 and mean < 0.5 * batch):
         yield finding(
             "few-examples",
-            "error" if mean < max(1.0, 0.05 * f.batch) else "warning",
-            f"a step saw {mean:.3g} images on average, where {f.batch:,} were to be expected of {f.records:,} records",
+            "error" if mean < max(1.0, 0.05 * batch) else "warning",
+            f"a step saw {mean:.3g} images on average, where {batch:,} were to be expected of {dp.records:,} records",
         )
     total, bad = sum(counts), sum(int(v["not_finite"]) for v in log)
     if bad:
@@ -272,8 +269,8 @@ def _of_clipping(log: Sequence[dict[str, Any]], f: Facts) -> Iterator[Finding]:
     """Clipping and noise, of a run with noise."""
     norm = float(np.median([float(v["median_norm"]) for v in log]))
     clipped = float(np.mean([float(v["clipped"]) for v in log]))
-    c = f.clipping_norm
-    if f.clipping == "automatic":
+    z, c, steps = f.dp.noise_multiplier, f.dp.clipping_norm, f.dp.config.steps
+    if f.dp.config.clipping == "automatic":
         shrink = norm / (norm + 0.01)  # γ of automatic clipping
     else:
         shrink = min(1.0, norm / c)
@@ -282,17 +279,16 @@ def _of_clipping(log: Sequence[dict[str, Any]], f: Facts) -> Iterator[Finding]:
             yield finding("nothing-clipped", "error" if norm < c / 1000 else "warning", seen)
     if f.parameters:
         mean = sum(int(v["examples"]) for v in log) / len(log)
-        one = mean * shrink / (f.noise_multiplier * math.sqrt(f.parameters))
-        whole = one * math.sqrt(f.steps)
+        whole = mean * shrink / (z * math.sqrt(f.parameters)) * math.sqrt(steps)
         # At ε = 0.2 the published MNIST setting, which still learns, has 3.  Real gradients are far from parallel.
         if whole < 1:
             moments, programs = "spend all of ε on DP moments (--variant gaussian)", "start from programs (--pretrain)"
             yield finding(
                 "noise-dominates",
                 "error" if whole < 0.3 else "warning",
-                f"a step adds noise of norm z·C·√d = {f.noise_multiplier * c * math.sqrt(f.parameters):.3g} to a "
-                f"sum of clipped gradients of {mean * shrink * c:.3g} at most; over all {f.steps:,} steps the "
-                f"ratio of signal to noise is {whole:.2g} at best",
+                f"a step adds noise of norm z·C·√d = {z * c * math.sqrt(f.parameters):.3g} to a sum of clipped "
+                f"gradients of {mean * shrink * c:.3g} at most; over all {steps:,} steps the ratio of signal to noise "
+                f"is {whole:.2g} at best",
                 instead=moments if f.residual else programs,
             )
 
@@ -347,8 +343,7 @@ def _of_pictures(images: NDArray[np.uint8], flat: NDArray[np.float64], apart: ND
             f"{typical:.2g} (two images count as one below {SAME:g})",
             "released",
         )
-    correlation = neighbour_correlation(images[~blank])
-    if correlation is not None and correlation < SMOOTH:
+    if not blank.all() and (correlation := neighbour_correlation(images[~blank])) < SMOOTH:
         seen = f"neighbouring pixels of generated images correlate by {correlation:.2f} (pictures: 0.4 and more)"
         yield finding("noise-images", "error", seen, "released")
 
@@ -374,15 +369,13 @@ def distinct(apart: NDArray[np.float64]) -> int:
     """Images that are left if each one that is the same as an earlier one is taken away."""
     kept: list[int] = []
     for i in range(len(apart)):
-        if not kept or apart[i, kept].min() >= SAME:
+        if (apart[i, kept] >= SAME).all():
             kept.append(i)
     return len(kept)
 
 
-def neighbour_correlation(images: NDArray[np.uint8]) -> float | None:
-    """Correlation of horizontal and vertical neighbours within an image, median over images; None if there is none."""
-    if not len(images):
-        return None
+def neighbour_correlation(images: NDArray[np.uint8]) -> float:
+    """Correlation of horizontal and vertical neighbours within an image, median over one or more images."""
     x = images.astype(np.float64)
     x = x - x.mean((2, 3), keepdims=True)
     variance = (x**2).mean((1, 2, 3))

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from dpsyngen.config import Config
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
@@ -117,14 +115,11 @@ class _Follower:
         self.dataset = chosen_images(config, self.dataset, randomness)  # by the run's key, so that all have the same
 
     def _on_public(self, stage: Stage, conditional: bool) -> None:
-        compute = self._compute()
+        compute = choose(self.device, self.config.compute)
         self.denoiser = make_denoiser(self.config, self.plan.shape, conditional, 0)
         compute.prepare(self.denoiser)
         compute.compiled(self.denoiser.network, trains=True)
         self._prepare_public([stage], compute)
-
-    def _compute(self) -> Compute:
-        return choose(self.device, self.config.compute)
 
     def _prepare_public(self, stages: list[Stage], compute: Compute) -> None:
         program = program_of(self.config, self.plan.shape)
@@ -139,13 +134,12 @@ class _Follower:
             query(rank=self.config.moments.rank, ranks=self.ranks)
 
     def _on_private(
-        self, physical_batch: int, shared: list[Stage], moments: dict[str, Tensor] | None, pins: dict[str, Any]
+        self, physical_batch: int, shared: list[Stage], moments: ClassGaussians | None, pins: dict[str, Any]
     ) -> None:
         shape, n, gaussian = self.plan.shape, self.config.network, None
         if moments is not None:
-            pixels = (shape.channels, shape.resolution, shape.resolution)
-            gaussian = GaussianDenoiser(ClassGaussians.from_tensors(moments), pixels)
-        compute = self._compute().for_dp_steps().pinned(pins)
+            gaussian = GaussianDenoiser(moments, (shape.channels, shape.resolution, shape.resolution))
+        compute = choose(self.device, self.config.compute).for_dp_steps().pinned(pins)
         self.denoiser = make_denoiser(self.config, shape, True, 0, gaussian)
         compute.prepare(self.denoiser)
         self._prepare_public(shared, compute)

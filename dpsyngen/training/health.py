@@ -18,13 +18,13 @@ from torch import Tensor
 
 from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.errors import RunError
-from dpsyngen.files import write_text
+from dpsyngen.files import write_json
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training.checkpoint import TrainState
 from dpsyngen.training.findings import Facts, Finding, by_severity, finding, of_images, of_losses, of_private_training
 from dpsyngen.training.log import JsonLines, Step
 from dpsyngen.training.plan import stages_of
-from dpsyngen.training.private import charged_mechanisms
+from dpsyngen.training.private import DpSgd, charged_mechanisms
 from dpsyngen.training.run import Run
 from dpsyngen.training.session import pinned
 
@@ -32,10 +32,7 @@ from dpsyngen.training.session import pinned
 
 
 def weights_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether a network can still compute with such weights: none is NaN or infinite, or so large that its square is.
-
-    Weights are the mechanism's output, so stopping by them costs no privacy.  Two small operations for each tensor.
-    """
+    """Whether a network can still compute with such weights: their squares are finite."""
     with torch.no_grad():
         sums = [t.detach().float().square().sum() for t in tensors if t.is_floating_point()]
         return not sums or bool(torch.isfinite(torch.stack(sums)).all())
@@ -77,7 +74,7 @@ def require_finite(
             "released",
             lower="--lr" if report.private else PUBLIC_RATE,
         )
-        write_text(private / _STOPPED, json.dumps(found.to_dict(), ensure_ascii=False) + "\n", 0o600)
+        write_json(private / _STOPPED, found.to_dict(), 0o600)
         require_not_stopped(private)
 
 
@@ -120,16 +117,10 @@ def assess(run: Run, open_release: Callable[[Path], Any]) -> list[Finding]:
     ledger, config = Ledger(run.ledger_path), run.config
     stages = stages_of(config)
     if not stages.gaussian:
-        c = config.private
         noise = [m.noise_multiplier for m in charged_mechanisms(ledger)]
         about = pinned(run.data_path) if run.data_path.exists() else {}
         facts = Facts(
-            steps=c.steps,
-            batch=c.batch,
-            records=ledger.records,
-            noise_multiplier=noise[0] if noise else 0.0,
-            clipping_norm=config.privacy.clipping_norm,
-            clipping=c.clipping,
+            DpSgd(ledger.records, noise[0] if noise else 0.0, config.privacy.clipping_norm, config.private),
             parameters=int(about.get("parameters", 0)),
             pretrained=bool(stages.pretrain) or (stages.moments and config.network.prior is not None),
             residual=stages.moments,
@@ -149,7 +140,7 @@ def write_health(run: Run, findings: list[Finding]) -> None:
         "private": "findings with basis 'private' rest on figures of private images: publishing them costs privacy",
         "findings": [f.to_dict() for f in findings],
     }
-    write_text(run.private / "health.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n", 0o600)
+    write_json(run.private / "health.json", kept, 0o600)
 
 
 def damage(code: str, seen: str, why: str) -> Finding:
@@ -168,14 +159,12 @@ def _of_generator(run: Run, open_release: Callable[[Path], Any]) -> list[Finding
         generator = open_release(run.release)
     except RunError as error:
         return [damage("release-damaged", str(error), "no image can be drawn from this release")]
-    classes = len(generator.class_names)
-    labels = None
+    classes, chosen = len(generator.class_names), None
     if classes:
         chosen = np.unique(np.linspace(0, classes - 1, min(classes, _CLASSES)).astype(int)).tolist()
-        labels = generator.labels(_EACH * len(chosen), chosen)
-    count = _UNLABELLED if labels is None else len(labels)
+    labels = generator.labels(_EACH * len(chosen) if chosen else _UNLABELLED, chosen)
     steps = min(generator.defaults.steps, _SAMPLER_STEPS)
-    samples = generator.sample(count, labels=labels, steps=steps)
+    samples = generator.sample(None if classes else _UNLABELLED, labels=labels, steps=steps)
     return of_images(samples.images, samples.labels, generator.class_names)
 
 

@@ -16,13 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dpsyngen.console import Console
 from dpsyngen.errors import require_package
-from dpsyngen.files import number, strict_text, write_atomically, write_text
-from dpsyngen.programs.grid import image_grid
+from dpsyngen.files import number, strict_text, write_text
 
 # ------------------------------------------------------------------------------------------------ events
 
@@ -168,13 +164,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 CLOCK, PREVIEW = "timing.jsonl", "preview.png"
-_ROWS = ("examples", "batch")  # figures that say how many images a step used
-
-
-def write_preview(private: Path, images: NDArray[np.uint8]) -> None:
-    """Keep uint8 [N, C, H, W] images as one picture, in place of the one before."""
-    picture = image_grid(images, math.ceil(math.sqrt(len(images))), scale=2)
-    write_atomically(private / PREVIEW, lambda path: picture.save(path, format="PNG"), 0o600)
 
 
 class StepLog:
@@ -194,7 +183,7 @@ class StepLog:
     def write(self, report: Step, seconds: float) -> None:
         """Write down a step.  An OSError leaves the run as if it was killed here: it can be resumed."""
         self.figures.append(phase=report.phase, step=report.step, **report.values)
-        images = next((report.values[k] for k in _ROWS if k in report.values), 0)
+        images = report.values.get("examples", report.values.get("batch", 0))  # that the step used
         times = {"seconds": round(seconds, 6), "images_per_second": round(images / max(seconds, 1e-9), 3)}
         elapsed = round(time.perf_counter() - self._begun, 3)
         self.clock.append(phase=report.phase, step=report.step, time=round(time.time(), 3), elapsed=elapsed, **times)
@@ -215,7 +204,6 @@ class StepLog:
 
 # ------------------------------------------------------------------------------------------- TensorBoard
 
-FOLDER = "tensorboard"
 FLUSH_SECONDS = 5.0
 """How old what TensorBoard shows may be."""
 
@@ -234,7 +222,7 @@ class TensorBoard:
     """
 
     def __init__(self, private: Path, phase: str, done: int, on_event: OnEvent) -> None:
-        self.folder, self.on_event = private / FOLDER / phase, on_event
+        self.folder, self.on_event = private / "tensorboard" / phase, on_event
         self._writer: Any = None
         self._flushed = time.monotonic()
         self._guarded(lambda: self._open(done))

@@ -276,9 +276,7 @@ def _by_class(
 # ------------------------------------------------------------------------------------------------- the phase
 
 MOMENTS = "moments"
-"""Name of the phase."""
-
-QUERY = "moments"
+"""Name of the phase, and of its queries in the ledger."""
 
 
 def queries(plan: MomentsPlan, shape: Shape) -> list[tuple[str, Mechanism, float | None]]:
@@ -295,7 +293,7 @@ def queries(plan: MomentsPlan, shape: Shape) -> list[tuple[str, Mechanism, float
 
 def charged_moments(ledger: Ledger) -> list[Mechanism | None]:
     """The queries that the ledger has; None for one without noise."""
-    return [e.mechanism for e in ledger.entries if e.details.get("query") == QUERY]
+    return [e.mechanism for e in ledger.entries if e.details.get("query") == MOMENTS]
 
 
 def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
@@ -304,18 +302,12 @@ def charge_moments(ledger: Ledger, plan: MomentsPlan, shape: Shape) -> None:
     A run that was killed in between takes them again, with the same noise: the same result, charged once.  RunError if
     moments of other noise were charged before, so the settings were changed in between.
     """
-    wanted = queries(plan, shape)
-    charged = charged_moments(ledger)
-    for known, (_, mechanism, _) in zip(charged, wanted, strict=False):
-        expected = mechanism if mechanism.noise_multiplier > 0 else None
-        if known != expected:
-            raise RunError(
-                "the ledger has moments with another noise than the run would take now: its configuration was "
-                "changed.  Undo the change, or start a new run."
-            )
+    wanted, charged = queries(plan, shape), charged_moments(ledger)
+    if charged != [m if m.noise_multiplier > 0 else None for _, m, _ in wanted[: len(charged)]]:
+        raise RunError("the ledger has moments with another noise: undo the change of settings, or start a new run.")
     for what, mechanism, sensitivity in wanted[len(charged) :]:
         bound = sensitivity if mechanism.noise_multiplier else "unbounded"
-        ledger.charge(mechanism, what, query=QUERY, **({} if bound is None else {"l2_sensitivity": bound}))
+        ledger.charge(mechanism, what, query=MOMENTS, **({} if bound is None else {"l2_sensitivity": bound}))
 
 
 def load_gaussian(path: Path, shape: Shape) -> GaussianDenoiser:

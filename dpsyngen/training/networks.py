@@ -79,10 +79,8 @@ def load_weights(path: Path, denoiser: NetworkDenoiser) -> None:
     try:
         denoiser.load_state_dict(load_file(path))
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise RunError(
-            f"{path} is damaged: {str(error).splitlines()[0]}.  Remove it and resume: it is trained again, to the same "
-            "weights."
-        ) from None
+        why = str(error).splitlines()[0]
+        raise RunError(f"{path} is damaged: {why}.  Remove it and resume: it is trained again.") from None
 
 
 def fitting_batch(denoiser: NetworkDenoiser, config: Config, shape: Shape, compute: Compute) -> int:

@@ -7,13 +7,13 @@ moments if some stage is answered by them, then the private phase.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.config import Config
@@ -28,11 +28,13 @@ from dpsyngen.files import write_atomically
 from dpsyngen.hardware import Compute, choose
 from dpsyngen.privacy.budget import Budget
 from dpsyngen.programs import TIERS
+from dpsyngen.programs.grid import image_grid
 from dpsyngen.programs.registry import program_class
 from dpsyngen.training.checkpoint import Checkpoints, TrainState, remove_checkpoints, save_file
 from dpsyngen.training.follower import PRIVATE, PUBLIC, SET_UP
 from dpsyngen.training.health import require_finite, require_not_stopped
 from dpsyngen.training.log import (
+    PREVIEW,
     JsonLines,
     Note,
     OnEvent,
@@ -43,7 +45,6 @@ from dpsyngen.training.log import (
     ignore,
     require_tensorboard,
     timed,
-    write_preview,
 )
 from dpsyngen.training.moments import MOMENTS, Stopped, charge_moments, charged_moments, estimate_moments, load_gaussian
 from dpsyngen.training.networks import fitting_batch, load_weights, make_denoiser, make_network, preview, prior_of
@@ -112,8 +113,7 @@ class Training:
         if prior is not None and noted not in (None, prior.about):
             raise RunError(
                 f"the prior {config.network.prior!r} is another one than when the run was started (its SHA-256 is "
-                f"{prior.about['sha256']}, the ledger has {noted['sha256']}).  Put the old file back, or start a new "
-                "run."
+                f"{prior.about['sha256']}, not {noted['sha256']}).  Put the old file back, or start a new run."
             )
         if prior is not None and not self.ledger.entries:
             self.ledger.note_public_choice(
@@ -320,7 +320,7 @@ class Training:
         state = TrainState(denoiser, Ema(denoiser, c.ema), optimizers)
         fits = engine.physical_batch or fitting_batch(denoiser, self.config, self.plan.shape, engine.compute)
         engine.physical_batch = fits
-        moments = None if gaussian is None else load_file(self.run.weights(GAUSSIAN))
+        moments = None if gaussian is None else gaussian.gaussians
         self.ranks.tell(PRIVATE, physical_batch=fits, shared=shared, moments=moments, pins=engine.compute.pins())
         # What was measured must be on the disk before noise is used: a repeated step has to sum in the same order.
         how = Computing(
@@ -385,7 +385,8 @@ class Training:
                 if not own:
                     load_weights(self.run.weights(name), shown[name])
             images = preview(self.config, self.plan, shown, state.ema, self.device)
-            write_preview(self.run.private, images)
+            picture = image_grid(images, math.isqrt(len(images)), scale=2)
+            write_atomically(self.run.private / PREVIEW, lambda path: picture.save(path, format="PNG"), 0o600)
         except (RuntimeError, OSError) as error:  # such as: no memory for a second network
             why = str(error).splitlines()[0]
             self.hooks.on_event(Warned(f"no picture of what is drawn ({why}); the training goes on"))

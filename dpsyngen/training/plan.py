@@ -148,17 +148,10 @@ def make_plan(config: Config, shape: Shape) -> Plan:
     config = with_batch(config, shape.records)
     n, batch = shape.records, config.private.batch
     delta = default_delta(n) if config.privacy.delta is None else config.privacy.delta
-    if delta >= 1 / n:
-        raise ConfigError(
-            f"delta is {delta:.3g}, but must be below 1/records = {1 / n:.3g}: a larger δ would allow publishing some "
-            f"images outright.  Leave --delta out for {default_delta(n):.0e}."
-        )
+    require(delta < 1 / n, "--delta", delta, f"below 1/records = {1 / n:.3g}; left out it is {default_delta(n):.0e}")
     stages = stages_of(config)
-    if batch > n and not stages.gaussian:
-        raise ConfigError(
-            f"the batch is {batch}, but there are only {n:,} records.  Choose --batch below that (a quarter of the "
-            "records is plenty)."
-        )
+    allowed = f"at most that many, as there are only {n:,} records; a quarter of them is plenty"
+    require(batch <= n or stages.gaussian, "--batch", batch, allowed)
     if stages.networks:
         check_resolution(named_size(config.network.size), shape.resolution)
     if shape.num_classes == 1:
@@ -168,9 +161,8 @@ def make_plan(config: Config, shape: Shape) -> Plan:
         )
     if shape.num_classes and config.sampling.guidance != 1 and not stages.gaussian and not config.network.label_dropout:
         raise ConfigError(
-            f"sampling.guidance is {config.sampling.guidance:g}, but network.label_dropout is 0: guidance compares "
-            "with what the network answers without a class, which it would never learn.  Use "
-            "--set network.label_dropout=0.1, or guidance 1."
+            f"sampling.guidance is {config.sampling.guidance:g}, but network.label_dropout is 0, so the network never "
+            "learns to do without a class.  Use --set network.label_dropout=0.1, or guidance 1."
         )
     moments = _plan_moments(config, stages, shape, delta) if stages.moments else None
     if math.isinf(config.privacy.epsilon) or stages.gaussian:
@@ -203,9 +195,8 @@ def _check_moments_fit(config: Config, shape: Shape) -> None:
     if needed > (limit := memory_bytes()[1] // 2):
         raise ConfigError(
             f"DP moments of {classes:,} classes, {size:,} pixel values and rank {d:,} would take "
-            f"{needed / 2**30:,.1f} GiB of memory; at most {limit / 2**30:,.1f} GiB (half of what is available) is "
-            "allowed.  Use a smaller --resolution, a smaller moments.rank, fewer classes (--unconditional), or a "
-            "variant without moments."
+            f"{needed / 2**30:,.1f} GiB of memory, over half of what is available, {limit / 2**30:,.1f} GiB.  Use a "
+            "smaller --resolution or moments.rank, fewer classes (--unconditional), or a variant without moments."
         )
 
 

@@ -84,8 +84,6 @@ class DpSgd:
 # among memory and cores: a step that is repeated after a crash is the same step.
 _BLOCK = 16
 
-_EPSILON_POINTS = 20
-
 
 @dataclass(frozen=True)
 class Computing:
@@ -263,13 +261,12 @@ def charge_ahead(ledger: Ledger, dp: DpSgd, step: int) -> None:
     again: it is the same step, with the same records and the same noise.  RunError if steps were charged at another
     sampling rate or noise, so that they would not be the ones that are taken.
     """
-    c, one = dp.config, dp.mechanism(1)
+    c = dp.config
     for m in charged_mechanisms(ledger):
-        if (m.sampling_rate, m.noise_multiplier) != (one.sampling_rate, one.noise_multiplier):
+        if m != dp.mechanism(m.count):
             raise RunError(
                 f"the ledger has DP-SGD steps at sampling rate {m.sampling_rate:.6g} and noise multiplier "
-                f"{m.noise_multiplier:.6g}, but the run would go on at {one.sampling_rate:.6g} and "
-                f"{one.noise_multiplier:.6g}: its configuration was changed.  Undo the change, or start a new run."
+                f"{m.noise_multiplier:.6g}: undo the change of settings, or start a new run."
             )
     if step < charged_steps(ledger):
         return
@@ -305,7 +302,7 @@ def epsilon_so_far(ledger: Ledger, dp: DpSgd, step: int) -> float:
     So many evaluations take seconds in all, and the last gives the ε of the certificate.
     """
     steps = dp.config.steps
-    part = -(-steps // _EPSILON_POINTS)
+    part = -(-steps // 20)
     charged = dp.mechanism(min(steps, -(-step // part) * part))
     others = [e.mechanism for e in ledger.entries if e.mechanism is not None and e.details.get("query") != QUERY]
     whole = [*others, dp.mechanism(steps)]

@@ -75,17 +75,16 @@ def progress_of(run: Run) -> Progress:
 
 
 def _phases(run: Run) -> list[Phase]:
-    config, found = run.config, dict[str, Phase]()
+    config, found = run.config, list[Phase]()
     for path, steps, private in (
         (run.release / "public_training.jsonl", config.public.steps, False),
         (run.private / "training.jsonl", config.private.steps, True),
     ):
+        logs: dict[str, list[dict[str, Any]]] = {}
         for line in JsonLines(path, 0o600).read():
-            name = line["phase"]
-            log = found[name].log if name in found else []
-            log.append(line)
-            found[name] = Phase(name, line["step"], steps, private, log)
-    return list(found.values())
+            logs.setdefault(line["phase"], []).append(line)
+        found += [Phase(name, log[-1]["step"], steps, private, log) for name, log in logs.items()]
+    return found
 
 
 def _seconds_left(run: Run, now: Phase) -> float | None:

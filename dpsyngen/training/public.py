@@ -71,7 +71,6 @@ class PublicImages:
         self.randomness, self.threads = randomness, threads
         self._kept = np.empty((distinct or 0, program.channels, program.resolution, program.resolution), dtype=np.uint8)
         self._drawn = np.zeros(distinct or 0, dtype=bool)
-        self._orders: dict[int, NDArray[np.int64]] = {}
         self._drawing = ThreadPoolExecutor(1, "dpsyngen-drawing")
         self._ahead: tuple[int, Future[NDArray[np.uint8]]] | None = None
 
@@ -89,23 +88,18 @@ class PublicImages:
         first, stop = step * self.batch + self.share.start, step * self.batch + self.share.stop
         if self.distinct is None or first == stop:
             return self.program.batch(range(self.offset + first, self.offset + stop), threads=threads)
-        places = np.array([self._place(position) for position in range(first, stop)])
+        begin, end = first // self.distinct, (stop - 1) // self.distinct
+        order = np.concatenate([self._order(turn, self.distinct) for turn in range(begin, end + 1)])
+        places = order[first - begin * self.distinct : stop - begin * self.distinct]
         new = np.unique(places[~self._drawn[places]])
         if len(new):
             self._kept[new] = self.program.batch(self.offset + new, threads=threads)
             self._drawn[new] = True
         return self._kept[places]
 
-    def _place(self, position: int) -> int:
-        """Which of the distinct images is the one at a position of the endless sequence."""
-        assert self.distinct is not None
-        turn, within = divmod(position, self.distinct)
-        if turn not in self._orders:
-            generator = torch.Generator().manual_seed(self.randomness.seed("sampling", turn, self.offset))
-            order = torch.randperm(self.distinct, generator=generator).numpy()
-            # A batch reaches into the next turn, and the one drawn ahead may be the first of it.
-            self._orders = {k: v for k, v in self._orders.items() if k >= turn - 1} | {turn: order}
-        return int(self._orders[turn][within])
+    def _order(self, turn: int, distinct: int) -> NDArray[np.int64]:
+        generator = torch.Generator().manual_seed(self.randomness.seed("sampling", turn, self.offset))
+        return torch.randperm(distinct, generator=generator).numpy()
 
 
 class PublicStep:

@@ -102,14 +102,9 @@ class Session:
     def pin(self, fingerprint: str, settings: Mapping[str, Any], **about: Any) -> dict[str, Any]:
         """Write down what the noise is for, or refuse to go on with anything else (RunError).
 
-        Args:
-            fingerprint: of the images; only a keyed tag of it is written.
-            settings: what decides the sums; JSON-able.
-            about: more facts: ``records``, how many images there are; ``noise_multiplier``, as calibrated, in which
-                another version of a library could differ; and others.
-
-        Returns:
-            `about`, as it was written down the first time.
+        Of the images' `fingerprint` only a keyed tag is written; `settings` are what decides the sums, JSON-able; and
+        `about` are more facts, such as ``noise_multiplier``, which another version of a library could calibrate
+        otherwise: they come back as they were written down the first time.
         """
         tag, settings = self.randomness.tag(fingerprint), json.loads(json.dumps(settings))
         if not self.data_path.exists():
@@ -136,13 +131,12 @@ class Session:
 
     def images(self, config: Config, dataset: ImageDataset) -> ImageDataset:
         """The :func:`chosen_images`.  How it is known how many images a person has is written down, which is public."""
-        p, noted = config.privacy, any("people" in e.details for e in self.ledger.entries)
-        if dataset.persons is not None and not noted:
-            most = "1 image" if p.group_size == 1 else f"{p.group_size} images"
-            what = f"declared: at most {most} a person, checked against"
-            if p.most_per_person is not None:  # which is the group size then
-                were = "was" if p.group_size == 1 else "were"
-                what = f"at most {most} of each person {were} used, chosen at random first of all, by"
+        g = config.privacy.group_size
+        if dataset.persons is not None and not any("people" in e.details for e in self.ledger.entries):
+            most, were = ("at most 1 image", "was") if g == 1 else (f"at most {g} images", "were")
+            what = f"declared: {most} a person, checked against"
+            if config.privacy.most_per_person is not None:  # which is the group size then
+                what = f"{most} of each person {were} used, chosen at random first of all, by"
             people = f"{what} the holder's table of whose image is whose"
             self.ledger.note_public_choice("how many images a person has at most", people=people)
         return chosen_images(config, dataset, self.randomness)
@@ -167,8 +161,7 @@ def pinned(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{path}, which says what images the run is of, cannot be read: {error!r}.  Put it back from a backup, or "
-            "start a new run."
+            f"{path}, which says what images the run is of, cannot be read: {error!r}.  Put it back from a backup."
         ) from None
 
 
@@ -176,10 +169,7 @@ def with_group_size(config: Config, dataset: ImageDataset) -> Config:
     """The configuration with the number of images of one person that ε is for, checked by whose images they are.
 
     What is found in the table is private, and where it decided about noise that is published, ε would not hold.  So it
-    is checked only: the number is declared, or made true by leaving images out.
-
-    Raises:
-        ConfigError: a person has more images than was declared, nothing was declared, or nobody said whose they are.
+    is checked only (else ConfigError): the number is declared, or made true by leaving images out.
     """
     p = config.privacy
     changed: dict[str, Any] = {}
@@ -187,20 +177,17 @@ def with_group_size(config: Config, dataset: ImageDataset) -> Config:
         changed["groups"] = str(Path(p.groups).expanduser().resolve())
     if dataset.persons is None:
         if p.most_per_person is not None or p.groups is not None:
-            raise ConfigError(
-                "privacy.most_per_person and privacy.groups need to know whose image each is: give --groups FILE, a "
-                "table of file names and persons, with a folder, Parquet or WebDataset; for arrays groups=[…]."
-            )
+            whose = "whose image each is: give --groups FILE, a table of file names and persons; for arrays groups=[…]"
+            raise ConfigError(f"privacy.most_per_person and privacy.groups need to know {whose}.")
         return config
     if p.most_per_person is not None:
         changed["group_size"] = p.most_per_person
     config = config.model_copy(update={"privacy": p.model_copy(update=changed)})
     largest, _ = dataset.images_a_person(p.most_per_person)
     ways = (
-        "How many images a person has at most is private, and the noise, which is published, follows from it: so it is "
-        "said and not counted.  Either declare a number that follows from how the images were taken, with "
-        "--group-size N, which is checked; or use at most m images of each person, chosen at random, with "
-        f"--most-per-person m.  In this table it is {largest:,}, which is for your eyes only."
+        "How many images a person has at most is private, and published noise would tell it.  Declare a number that "
+        "follows from how the images were taken, with --group-size N, which is checked; or use at most m images of "
+        f"each person, at random, with --most-per-person m.  In this table it is {largest:,}, for your eyes only."
     )
     if "group_size" not in config.privacy.model_fields_set:
         raise ConfigError(f"how many images of one person ε is for was not said.  {ways}")
@@ -257,12 +244,9 @@ def planned(config: Config, dataset: ImageDataset) -> tuple[Config, Plan]:
 
 def fixed_settings(config: Config) -> dict[str, Any]:
     """All settings that a resumed run must share with its beginning, by their full names, as JSON has them."""
-    out: dict[str, Any] = {}
-    for section, values in config.model_dump(mode="json", exclude={"sampling", "logging"}).items():
-        if isinstance(values, dict):
-            out |= {f"{section}.{k}": v for k, v in values.items() if k not in _FREE.get(section, ())}
-        else:
-            out[section] = values
+    out: dict[str, Any] = {"preset": config.preset}
+    for section, values in config.model_dump(mode="json", exclude={"preset", "sampling", "logging"}).items():
+        out |= {f"{section}.{k}": v for k, v in values.items() if k not in _FREE.get(section, ())}
     # A table of labels is what is in it, which is pinned with the images, and not where it lies.
     out["data.labels"] = config.data.labels is not False
     # What "auto" came to is pinned by EngineSettings.
@@ -271,9 +255,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
 
 @dataclass
 class EngineSettings:
-    """How this machine computes, kept so that a resumed run rounds the same way: steps since the last checkpoint are
-    taken again with the same noise.
-    """
+    """How this machine computes, kept so that steps that are taken again, with the same noise, round the same way."""
 
     path: Path  # where they are kept
     physical_batch: int  # images in memory at a time; 0 while not yet known
@@ -298,16 +280,13 @@ class EngineSettings:
                 found, pins = int(stored["physical_batch"]), dict(stored["compute"])
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise RunError(
-                    f"{path} cannot be read: {error}.  It holds how this machine computes: put it back from a backup "
-                    "or, on the machine that the run was begun on, remove it to have that measured again."
+                    f"{path} cannot be read: {error}.  Put it back from a backup or, on the same machine, remove it."
                 ) from None
             why = "Steps since the last checkpoint are taken again with the same noise, so their sums must round alike"
             asked, run = config.compute.precision, path.parent.parent
             if asked not in ("auto", pins.get("precision")):
-                raise RunError(
-                    f"compute.precision is {asked}, but {run} was begun in {pins.get('precision')}.  {why}.  Undo the "
-                    "change, or start a new run."
-                )
+                begun = pins.get("precision")
+                raise RunError(f"compute.precision is {asked}, but {run} was begun in {begun}: undo that.  {why}.")
             try:
                 dp = dp.pinned(pins)
             except ConfigError as error:

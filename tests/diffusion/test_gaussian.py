@@ -74,7 +74,7 @@ MODELS = [
 @pytest.mark.parametrize("model", MODELS)
 def test_filter_of_each_class_in_one_mixed_batch(model) -> None:
     x, sigma = batch(40)
-    labels = torch.arange(40) % model.classes
+    labels = torch.arange(40) % len(model.means)
     out = exact(model)(x, sigma, labels)
     for i in range(40):
         cov, mean = dense(model)[labels[i]], model.means[labels[i]]
@@ -87,7 +87,7 @@ def test_unknown_class_is_the_posterior_mean_of_the_mixture(model) -> None:
     x, sigma = batch(20)
     denoiser = exact(model)
     out = denoiser(x, sigma)
-    k, eye = model.classes, torch.eye(SIZE).double()
+    k, eye = len(model.means), torch.eye(SIZE).double()
     for i in range(20):
         flat = x[i].flatten()
         noisy = dense(model) + sigma[i] ** 2 * eye
@@ -154,7 +154,7 @@ def test_limits_of_the_noise_level() -> None:
 def test_draw_is_a_linear_map_with_exactly_the_covariance(model, sigma) -> None:
     denoiser = exact(model)
     unit = torch.eye(SIZE).double().view(SIZE, *SHAPE)
-    for c in range(model.classes):
+    for c in range(len(model.means)):
         labels = torch.full((SIZE,), c)
         mean = denoiser.draw(labels, sigma, 0 * unit).flatten(1)
         torch.testing.assert_close(mean[0], model.means[c], **CLOSE)
@@ -196,14 +196,14 @@ def test_left_is_the_deviation_of_each_pixel_that_the_filter_leaves(model) -> No
     denoiser, eye = exact(model), torch.eye(SIZE).double()
     sigma = torch.tensor([0.01, 0.2, 1.0, 30.0]).double()
     squares = []
-    for c in range(model.classes):
+    for c in range(len(model.means)):
         covariance = dense(model)[c]
         ways = [covariance @ torch.linalg.inv(covariance + s**2 * eye) * s**2 for s in sigma]
         squares.append(torch.stack([w.diagonal() for w in ways]).clamp_min(1e-8))
         got = denoiser.left(sigma, torch.full((4,), c))
         torch.testing.assert_close(got.flatten(1), squares[-1].sqrt(), rtol=1e-6, atol=1e-7)
     pooled = torch.einsum("k,knd->nd", model.frequencies, torch.stack(squares)).sqrt()
-    for unknown in (None, torch.full((4,), model.classes)):
+    for unknown in (None, torch.full((4,), len(model.means))):
         torch.testing.assert_close(denoiser.left(sigma, unknown).flatten(1), pooled, rtol=1e-6, atol=1e-7)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpsyngen.config import load_config
+from dpsyngen.config import PrivateConfig, load_config
 from dpsyngen.data import load_images
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.ledger import Ledger
@@ -19,25 +19,29 @@ from dpsyngen.programs import make_program
 from dpsyngen.training.findings import Facts, Finding, by_severity, of_images, of_losses, of_private_training
 from dpsyngen.training.health import answers_finite, stopped_because, weights_finite
 from dpsyngen.training.pipeline import Training
-from dpsyngen.training.private import PrivateStep, charged_steps
+from dpsyngen.training.private import DpSgd, PrivateStep, charged_steps
 from dpsyngen.training.public import PublicStep
 from dpsyngen.training.run import Run
 from tests.training.short_runs import start
 
 pytestmark = pytest.mark.slow
 
+
 # `make demo`: 1,437 digits, the nano network, ε = 10.
-DEMO = Facts(
-    steps=200,
-    batch=512,
-    records=1437,
-    noise_multiplier=2.41,
-    clipping_norm=1.0,
-    clipping="flat",
-    parameters=100_929,
-    pretrained=False,
-    complete=True,
-)
+def demo(
+    steps: int = 200,
+    batch: int = 512,
+    noise_multiplier: float = 2.41,
+    clipping_norm: float = 1.0,
+    clipping: Literal["flat", "automatic"] = "flat",
+    parameters: int = 100_929,
+    **facts: bool,
+) -> Facts:
+    dp = DpSgd(1437, noise_multiplier, clipping_norm, PrivateConfig(steps=steps, batch=batch, clipping=clipping))
+    return Facts(dp, parameters, **{"pretrained": False, "complete": True, **facts})
+
+
+DEMO = demo()
 
 
 def log(losses, *, examples: int = 512, clipped: float = 0.8, median_norm: float = 2.0, not_finite: int = 0) -> list:
@@ -62,10 +66,10 @@ def test_a_healthy_run_is_left_in_peace() -> None:
     for seed in range(20):
         assert found(of_private_training(log(falling(seed=seed)), DEMO)) == {}
         noisy = log(falling(noise=0.2, seed=seed), examples=8)
-        assert found(of_private_training(noisy, replace(DEMO, batch=8, noise_multiplier=0.0))) == {}
+        assert found(of_private_training(noisy, demo(batch=8, noise_multiplier=0.0))) == {}
     # A loss that is flat after a quick start has learned.
     quick = 0.5 + np.r_[0.9, 0.5, 0.2, np.zeros(1000)] + 0.02 * np.random.default_rng(0).normal(size=1003)
-    assert found(of_private_training(log(quick), replace(DEMO, steps=1003))) == {}
+    assert found(of_private_training(log(quick), demo(steps=1003))) == {}
 
 
 @pytest.mark.parametrize(
@@ -97,13 +101,13 @@ def test_a_single_bad_step_is_not_divergence() -> None:
 
 def test_a_pretrained_or_unfinished_run_may_have_learned_nothing_yet() -> None:
     flat = log(np.full(200, 0.6))
-    for facts in (replace(DEMO, pretrained=True), replace(DEMO, complete=False)):
+    for facts in (demo(pretrained=True), demo(complete=False)):
         assert found(of_private_training(flat, facts)) == {"nothing-learned": "warning"}
 
 
 def test_a_residual_network_is_measured_against_its_own_start() -> None:
     """Its loss has no bound before training: it is what the DP moments lack."""
-    residual = replace(DEMO, residual=True)
+    residual = demo(residual=True)
     for scale in (1.0, 9.0):
         assert found(of_private_training(log(scale * falling()), residual)) == {}
     assert found(of_private_training(log(9 * falling()), DEMO)) == {"diverged": "error"}
@@ -112,7 +116,7 @@ def test_a_residual_network_is_measured_against_its_own_start() -> None:
     (flat,) = of_private_training(log(np.full(200, 0.95)), residual)
     assert (flat.code, flat.severity) == ("nothing-learned", "warning")
     assert "variant gaussian" in flat.change
-    (noisy,) = of_private_training(log(falling()), replace(residual, noise_multiplier=100.0))
+    (noisy,) = of_private_training(log(falling()), demo(residual=True, noise_multiplier=100.0))
     assert "--variant gaussian" in noisy.change
     assert "--pretrain" not in noisy.change
 
@@ -147,15 +151,15 @@ def test_findings_say_what_they_rest_on_and_what_to_do() -> None:
     ],
 )
 def test_settings_that_get_in_the_way(values, facts, code, severity) -> None:
-    result = found(of_private_training(log(falling(), **values), replace(DEMO, **facts)))
+    result = found(of_private_training(log(falling(), **values), demo(**facts)))
     assert result.get(code) == severity, result
 
 
 def test_automatic_clipping_always_clips_and_no_noise_means_no_advice_on_it() -> None:
     everything = log(falling(), clipped=1.0)
-    assert found(of_private_training(everything, replace(DEMO, clipping="automatic"))) == {}
+    assert found(of_private_training(everything, demo(clipping="automatic"))) == {}
     unclipped = log(falling(), clipped=0.0, median_norm=0.0)
-    assert found(of_private_training(unclipped, replace(DEMO, noise_multiplier=0.0))) == {}
+    assert found(of_private_training(unclipped, demo(noise_multiplier=0.0))) == {}
 
 
 def test_a_clipping_norm_must_not_be_chosen_by_private_norms() -> None:
@@ -167,7 +171,7 @@ def test_a_clipping_norm_must_not_be_chosen_by_private_norms() -> None:
 
 
 def test_few_steps_and_no_log() -> None:
-    assert found(of_private_training([], replace(DEMO, steps=10))) == {"few-steps": "warning"}
+    assert found(of_private_training([], demo(steps=10))) == {"few-steps": "warning"}
 
 
 def test_errors_come_first() -> None:

@@ -22,7 +22,7 @@ from dpsyngen.privacy.budget import Budget
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.training import pipeline
 from dpsyngen.training.log import Event, Note, Step
-from dpsyngen.training.moments import QUERY, charged_moments, load_gaussian, queries
+from dpsyngen.training.moments import MOMENTS, charged_moments, load_gaussian, queries
 from dpsyngen.training.pipeline import Training
 from dpsyngen.training.private import charged_steps
 from dpsyngen.training.run import Run
@@ -109,7 +109,7 @@ def test_the_ledger_states_the_sensitivity_that_the_noise_is_made_for(
 
     monkeypatch.setattr(moments, "released", release)
     training = finish(begun(tiny_settings, tiny_images(), tmp_path / "r", "gaussian"))
-    entries = [e for e in Ledger(training.run.ledger_path).entries if e.details.get("query") == QUERY]
+    entries = [e for e in Ledger(training.run.ledger_path).entries if e.details.get("query") == MOMENTS]
     assert [e.mechanism.noise_multiplier for e in entries if e.mechanism] == [z for _, z in made]
     for entry, (sensitivity, _) in zip(entries[:2], made[:2], strict=True):
         assert entry.details["l2_sensitivity"] == pytest.approx(sensitivity, rel=1e-12)
@@ -262,7 +262,7 @@ def test_moments_of_other_noise_in_the_ledger_are_refused(tmp_path, tiny_setting
     plan = training.plan
     assert plan.moments is not None
     text, mechanism, _ = queries(plan.moments, plan.shape)[0]
-    training.ledger.charge(replace(mechanism, noise_multiplier=2 * mechanism.noise_multiplier), text, query=QUERY)
+    training.ledger.charge(replace(mechanism, noise_multiplier=2 * mechanism.noise_multiplier), text, query=MOMENTS)
     with pytest.raises(RunError, match="another noise"):
         finish(training)
     assert not training.run.weights(GAUSSIAN).exists()
