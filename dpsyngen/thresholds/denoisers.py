@@ -139,7 +139,10 @@ class PublicDenoisers:
         """
         # The start differs between families, too: networks with a common start would share their errors.
         start, path = int(self.key(family, seed)[:15], 16), self.path(family, seed)
-        denoiser = self._begun(family, start)
+        if self.prior is None:
+            denoiser = make_denoiser(self.config, self.shape, False, start).to(self.device)
+        else:
+            denoiser = self.reading(self.filter(family)).train()
         if not path.exists():
             c, offset = self.config.public, FIRST_IMAGE + _PER_SEED * (seed + 1)
             if isinstance(family.program, GivenImages):
@@ -162,20 +165,11 @@ class PublicDenoisers:
         load_weights(path, denoiser)
         return denoiser.eval()
 
-    def _begun(self, family: Family, seed: int) -> NetworkDenoiser:
-        if self.prior is not None:
-            return self.reading(self.filter(family)).train()
-        return make_denoiser(self.config, self.shape, False, seed).to(self.device)
-
     def filter(self, family: Family) -> GaussianDenoiser:
         """The Wiener filter of images that networks of a family are trained on, of ``MOST_PIXELS`` at most."""
-        program = family.program
-        if isinstance(program, GivenImages):
-            images = program.images
-        else:
-            first = FIRST_IMAGE + _PER_SEED
-            images = program.batch(range(first, first + _FOR_MOMENTS))
-        found = wiener_filter(images)
+        program, first = family.program, FIRST_IMAGE + _PER_SEED
+        drawn = range(first, first + _FOR_MOMENTS)
+        found = wiener_filter(program.images if isinstance(program, GivenImages) else program.batch(drawn))
         assert found is not None
         return found.to(self.device)
 

@@ -84,7 +84,6 @@ class Stages:
         device: str,
     ) -> None:
         self.folder, self.config, self.options, self._given = folder, config, options, given
-        require_usable(folder)
         if config.stages.variant == "gaussian":
             raise ConfigError(
                 "variant 'gaussian' has no stage that programs could own.  Choose another stages.variant."
