@@ -86,8 +86,8 @@ def split_proxy(images: NDArray[np.uint8], measured: int) -> Family:
     """
     if len(images) < 2 * measured:
         raise DataError(
-            f"the proxy has {len(images):,} images, but {measured:,} are set aside for measuring and at least as many "
-            "are needed for training.  Give more images, or measure on fewer: --images."
+            f"the proxy has {len(images):,} images, but {measured:,} are set aside to measure on, and as many are the "
+            "least to train on: give more, or measure on fewer, --images."
         )
     order = np.random.default_rng(0).permutation(len(images))
     kept, held_out = (np.ascontiguousarray(images[np.sort(part)]) for part in (order[measured:], order[:measured]))
@@ -153,10 +153,8 @@ class PublicDenoisers:
             state = TrainState(denoiser, Ema(denoiser, c.ema), {"public": optimizer})
             for progress in train_public("public", state, take):
                 if not math.isfinite(progress.values["loss"]):
-                    raise RunError(
-                        f"training on {family.label} diverged at step {progress.step}: its loss is not finite.  Use a "
-                        "lower learning rate: --set public.learning_rate=…"
-                    )
+                    where = f"training on {family.label} diverged at step {progress.step}"
+                    raise RunError(f"{where}: use a lower learning rate, --set public.learning_rate=….")
                 if on_progress is not None:
                     on_progress(progress.step)
             weights = {name: tensor.detach().cpu() for name, tensor in state.ema.average.items()}
