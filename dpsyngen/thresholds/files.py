@@ -237,7 +237,7 @@ def _draw(result: StagesResult, path: Path) -> None:
     u, decided, relative = result.measured.log_sigma, result.decided, result.decided.mean.relative
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(7, 5.4))
-        panel = figure.subplots()
+        panel: Any = figure.subplots()
         panel.set(yscale="log", xlim=(u[0], u[-1]), ylabel="gap of the denoisers, relative to the teacher's loss")
         panel.set_xlabel("noise level log σ   (clean image at the left, pure noise at the right)")
         panel.yaxis.set_major_formatter("{x:g}")  # by default a formula, which parse_math=False shows as it is
