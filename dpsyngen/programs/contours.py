@@ -17,7 +17,7 @@ from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.colours import GROUNDS, ground_colour, ink_colour
 from dpsyngen.programs.drawing.counter_rng import below, fill_uniform, unit32, words32
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, exp2, power
-from dpsyngen.programs.drawing.raster import add_segment, blend, blend_gradient, fill_polygon, plain, to_levels
+from dpsyngen.programs.drawing.raster import add_segment, blend, blend_gradient, fill_polygon, to_levels
 from dpsyngen.programs.registry import register
 
 SHAPES = ("polygon", "superellipse", "mirrored", "harmonics", "mixed")
@@ -152,15 +152,16 @@ def _harmonics(u: Floats, roughness: float, xs: Floats, ys: Floats) -> None:
 
 
 @compiled
-def draw_figure(
-    seed: Word, index: Word, number: int, law: Law, size: int, u: Floats, xs: Floats, ys: Floats
-) -> tuple[int, bool]:
-    """Fill xs, ys with the outline of a figure in pixels; returns its shape, and whether only its outline is drawn."""
+def draw_figure(seed: Word, index: Word, number: int, law: Law, size: int) -> tuple[int, Floats, Floats, bool]:
+    """Draw a figure: its shape, the points (x, y) of its outline in pixels, and whether only the outline shows."""
     _, shape, (small, large), roughness, outline, upright, _, _ = law
     block = np.uint64(1 + _PER_FIGURE * number)
     a, b, c, d = words32(seed, _LAW, index, block)
     e, f, _, _ = words32(seed, _LAW, index, block + np.uint64(1))
+    u = np.empty(_VALUES)
     fill_uniform(seed, _LAW, index, block + np.uint64(2), u)
+    xs = np.empty(POINTS)
+    ys = np.empty(POINTS)
     if shape == MIXED:
         shape = below(a, 4)
     if shape == POLYGON:
@@ -181,9 +182,8 @@ def draw_figure(
     room = max(0.0, size - 2.0 * radius)
     x = 0.5 * size + (unit32(d) - 0.5) * room
     y = 0.5 * size + (unit32(e) - 0.5) * room
-    for k in range(POINTS):
-        xs[k], ys[k] = x + radius * (cos * xs[k] - sin * ys[k]), y + radius * (sin * xs[k] + cos * ys[k])
-    return shape, unit32(f) < outline
+    xs, ys = x + radius * (cos * xs - sin * ys), y + radius * (sin * xs + cos * ys)
+    return shape, xs, ys, unit32(f) < outline
 
 
 @compiled
@@ -194,20 +194,14 @@ def draw(indices: Words, seed: Word, law: Law, out: Images) -> None:
     grey = out.shape[1] == 1
     canvas = np.empty((out.shape[1], size, size))
     cover = np.empty((size, size))
-    area = np.zeros((size, size + 1))
-    u = np.empty(_VALUES)
-    xs = np.empty(POINTS)
-    ys = np.empty(POINTS)
-    behind = np.empty(3)
-    ink = np.empty(3)
-    other = np.empty(3)
     for n in range(indices.shape[0]):
         index = indices[n]
-        ground_colour(seed, index, ground, grey, behind)
-        plain(canvas, behind)
+        behind = ground_colour(seed, index, ground, grey)
+        for channel in range(out.shape[1]):
+            canvas[channel] = behind[channel]
         for k in range(figure_count(seed, index, law)):
-            _, hollow = draw_figure(seed, index, k, law, size, u, xs, ys)
-            ink_colour(seed, index, 2 * k, grey, behind, ink)
+            _, xs, ys, hollow = draw_figure(seed, index, k, law, size)
+            ink = ink_colour(seed, index, 2 * k, grey, behind)
             a, b, c, _ = words32(seed, _LAW, index, np.uint64(_PER_FIGURE * (k + 1)))
             if hollow:
                 cover[:] = 0.0
@@ -216,9 +210,9 @@ def draw(indices: Words, seed: Word, law: Law, out: Images) -> None:
                     q = (p + 1) % POINTS
                     add_segment(cover, xs[p], ys[p], xs[q], ys[q], half, half)
             else:
-                fill_polygon(xs, ys, POINTS, area, cover)
+                fill_polygon(xs, ys, cover)
             if not hollow and unit32(b) < gradient:
-                ink_colour(seed, index, 2 * k + 1, grey, behind, other)
+                other = ink_colour(seed, index, 2 * k + 1, grey, behind)
                 cos, sin = cos_sin(unit32(c))
                 blend_gradient(canvas, cover, ink, other, cos, sin)
             else:

@@ -79,10 +79,7 @@ class DeadLeaves(Program):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = (
-            f"below r_max={self.r_max}: 0 < r_min < r_max ≤ 1, fractions of the resolution (published: 0.03 and 1)"
-        )
-        require(self.r_min < self.r_max, "r_min", self.r_min, allowed)
+        require(self.r_min < self.r_max, "r_min", self.r_min, f"such that r_min < r_max={self.r_max}")
         canvas = self.resolution * self.supersample
         allowed = f"smaller at resolution {self.resolution}: the canvas would have {canvas} pixels, over {MAX_CANVAS}"
         require(canvas <= MAX_CANVAS, "supersample", self.supersample, allowed)

@@ -24,7 +24,6 @@ from dpsyngen.programs.drawing.raster import to_levels
 from dpsyngen.programs.registry import register
 
 MAX_MAPS = 8
-_MAP = 11  # a, b, c, d, e, f of (x, y) → (ax + by + e, cx + dy + f); cumulative chance; σ₁, σ₂; 2 unused
 _BURN_IN = 24
 
 _LAW = np.uint64(0x69667361)  # "ifsa"
@@ -55,8 +54,9 @@ class Fractal(Program):
 
 
 @compiled
-def draw_maps(seed: Word, index: Word, low: int, high: int, maps: Floats) -> int:
-    """Fill the rows of `maps` with a contracting system; returns how many maps it has.
+def draw_maps(seed: Word, index: Word, low: int, high: int) -> Floats:
+    """Draw a contracting system, a map a row: a, b, c, d, e, f of (x, y) → (ax + by + e, cx + dy + f); cumulative
+    chance; σ₁, σ₂.
 
     The σ-factor is dealt to the maps one after another: each gets a uniform share c of what can still be dealt so that
     the rest fits into the maps to come (each takes 0 to 3), and splits it as σ₁ + 2σ₂ = c with 0 ≤ σ₂ ≤ σ₁ ≤ 1, σ₂
@@ -65,6 +65,7 @@ def draw_maps(seed: Word, index: Word, low: int, high: int, maps: Floats) -> int
     w0, w1, _, _ = words32(seed, _LAW, index, np.uint64(0))
     count = low + below(w0, high - low + 1)
     left = 0.5 * (5.0 + count + unit32(w1))
+    maps = np.empty((count, 9))
     total = 0.0
     for k in range(count):
         # This map's share of the σ-factor: what is left, less the most that the maps to come can take, is the least.
@@ -94,8 +95,8 @@ def draw_maps(seed: Word, index: Word, low: int, high: int, maps: Floats) -> int
         row[6] = total
         row[7] = s1
         row[8] = s2
-    maps[:count, 6] /= total
-    return count
+    maps[:, 6] /= total
+    return maps
 
 
 @compiled
@@ -107,23 +108,20 @@ def draw(indices: Words, seed: Word, low: int, high: int, per_pixel: int, ground
     xs = np.empty(steps)
     ys = np.empty(steps)
     shades = np.empty((steps, 3), dtype=np.float32)
-    maps = np.empty((MAX_MAPS, _MAP))
     colours = np.empty((MAX_MAPS, 3))
-    behind = np.empty(3)
     visits = np.empty((size, size), dtype=np.int64)
     sums = np.empty((size, size, 3))
     canvas = np.empty((channels, size, size))
     for n in range(indices.shape[0]):
         index = indices[n]
-        count = draw_maps(seed, index, low, high, maps)
-        for k in range(count):
-            a, b, c, _ = words32(seed, _LAW, index, np.uint64(k + 1))
-            uniform_colour(unit32(a), unit32(b), unit32(c), channels == 1, colours[k])
+        maps = draw_maps(seed, index, low, high)
+        for k in range(len(maps)):
+            colours[k] = uniform_colour(seed, _LAW, index, np.uint64(k + 1), channels == 1)
             if ground < 2:  # away from the ground
                 colours[k] = 0.75 * colours[k] + (64.0 if ground == 0 else 0.0)
-        ground_colour(seed, index, ground, channels == 1, behind)
+        behind = ground_colour(seed, index, ground, channels == 1)
 
-        chances = maps[:count, 6].copy()
+        chances = maps[:, 6].copy()
         x, y = 0.0, 0.0
         red, green, blue = 128.0, 128.0, 128.0
         # The chaos game: a random map at each step; after a few steps the point is on the attractor.

@@ -30,7 +30,7 @@ import numpy as np
 from dpsyngen.programs.base import Program, as_choice, as_integer, as_range, param
 from dpsyngen.programs.drawing import Floats, Images, Law, Singles, Word, Words
 from dpsyngen.programs.drawing.counter_rng import below, fill_normal, fill_uniform, unit32, words32
-from dpsyngen.programs.drawing.fields import inverse_2d, power_of_two, roots
+from dpsyngen.programs.drawing.fields import inverse_2d, power_of_two
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, power
 from dpsyngen.programs.drawing.raster import to_levels
 from dpsyngen.programs.registry import register
@@ -103,9 +103,9 @@ def channels_at(size: int, width: int) -> int:
 
 @compiled
 def draw_filters(
-    seed: Word, index: Word, block: Word, kind: int, inputs: int, outputs: int, filters: Singles, biases: Singles
-) -> Word:
-    """Fill filters [outputs, inputs, 3, 3], styled and normalised, and biases [outputs]; returns the next block."""
+    seed: Word, index: Word, block: Word, kind: int, inputs: int, outputs: int
+) -> tuple[Singles, Singles, Word]:
+    """Draw filters [outputs, inputs, 3, 3], styled and normalised, and biases [outputs]; also the next block."""
     styles = np.empty(inputs)
     block = fill_normal(seed, _WEIGHTS, index, block, styles)
     each = 9 if kind < SPARSE else 1  # normals to a filter
@@ -116,8 +116,11 @@ def draw_filters(
     if kind >= SPARSE:
         block = fill_uniform(seed, _WEIGHTS, index, block, picks)
         block = fill_uniform(seed, _WEIGHTS, index, block, shifts)
+    filters = np.empty((outputs, inputs, 3, 3), dtype=np.float32)
+    biases = np.zeros(outputs, dtype=np.float32)
     for o in range(outputs):
-        biases[o] = 0.4 * shifts[o] - 0.2 if kind >= SPARSE else 0.0
+        if kind >= SPARSE:
+            biases[o] = 0.4 * shifts[o] - 0.2
         for i in range(inputs):
             style, n = 1.0 + styles[i], (o * inputs + i) * each
             if kind < SPARSE:
@@ -132,61 +135,42 @@ def draw_filters(
         for i in range(inputs):
             for k in range(9):
                 square += float(filters[o, i, k // 3, k % 3]) * float(filters[o, i, k // 3, k % 3])
-        scale = np.float32(1.4 / math.sqrt(square + 1e-8))  # keeps the mean square through a leaky ReLU
-        for i in range(inputs):
-            for k in range(9):
-                filters[o, i, k // 3, k % 3] *= scale
-    return block
+        filters[o] *= np.float32(1.4 / math.sqrt(square + 1e-8))  # keeps the mean square through a leaky ReLU
+    return filters, biases, block
 
 
 @compiled
-def convolve(
-    maps: Singles,
-    inputs: int,
-    size: int,
-    filters: Singles,
-    biases: Singles,
-    strengths: Singles,
-    noise: Singles,
-    outputs: int,
-    out: Singles,
-) -> None:
-    """Apply a 3 × 3 convolution, noise, bias and leaky ReLU.
-
-    `maps` [inputs, size + 2, ≥ size + 2] has a frame, which is filled here by repeating the border; so has `out`.
-    """
-    for i in range(inputs):
-        for y in range(1, size + 1):
-            maps[i, y, 0] = maps[i, y, 1]
-            maps[i, y, size + 1] = maps[i, y, size]
-        for x in range(size + 2):
-            maps[i, 0, x] = maps[i, 1, x]
-            maps[i, size + 1, x] = maps[i, size, x]
-    for o in range(outputs):
+def convolve(maps: Singles, filters: Singles, biases: Singles, strengths: Singles, noise: Singles) -> Singles:
+    """Convolve by 3 × 3 with repeated borders, add noise and bias, leaky ReLU: [inputs, S, S] to [outputs, S, S]."""
+    inputs, size = maps.shape[:2]
+    framed = np.empty((inputs, size + 2, size + 2), dtype=np.float32)
+    framed[:, 1:-1, 1:-1] = maps
+    framed[:, 1:-1, 0], framed[:, 1:-1, -1] = maps[:, :, 0], maps[:, :, -1]
+    framed[:, 0], framed[:, -1] = framed[:, 1], framed[:, -2]
+    out = np.empty((len(filters), size, size), dtype=np.float32)
+    for o in range(len(filters)):
         for y in range(size):
-            line = out[o, y + 1, 1 : size + 1]
-            grain = noise[y, :size]
+            line = out[o, y]
             for x in range(size):
-                line[x] = biases[o] + strengths[o] * grain[x]
+                line[x] = biases[o] + strengths[o] * noise[y, x]
             for i in range(inputs):
                 for ky in range(3):
-                    a = filters[o, i, ky, 0]
-                    b = filters[o, i, ky, 1]
-                    c = filters[o, i, ky, 2]
-                    left = maps[i, y + ky, 0:size]
-                    middle = maps[i, y + ky, 1 : size + 1]
-                    right = maps[i, y + ky, 2 : size + 2]
+                    a, b, c = filters[o, i, ky, 0], filters[o, i, ky, 1], filters[o, i, ky, 2]
+                    row = framed[i, y + ky]
+                    left, middle, right = row[:size], row[1 : size + 1], row[2:]
                     for x in range(size):
                         line[x] += a * left[x] + b * middle[x] + c * right[x]
             for x in range(size):
                 line[x] = line[x] if line[x] > np.float32(0.0) else _SLOPE * line[x]
+    return out
 
 
 @compiled
-def enlarge(maps: Singles, count: int, size: int, frame: int, out: Singles) -> None:
-    """Double the size of the maps by linear interpolation; `frame` is the width of the frame in both arrays."""
-    near = np.float32(0.75)
-    far = np.float32(0.25)
+def enlarge(maps: Singles) -> Singles:
+    """Double the size of the maps [K, S, S] by linear interpolation."""
+    near, far = np.float32(0.75), np.float32(0.25)
+    count, size = maps.shape[:2]
+    out = np.empty((count, 2 * size, 2 * size), dtype=np.float32)
     for k in range(count):
         for y in range(2 * size):
             i = y // 2
@@ -194,15 +178,16 @@ def enlarge(maps: Singles, count: int, size: int, frame: int, out: Singles) -> N
             for x in range(2 * size):
                 j = x // 2
                 beside = min(size - 1, max(0, j - 1 if x % 2 == 0 else j + 1))
-                a = near * maps[k, i + frame, j + frame] + far * maps[k, i + frame, beside + frame]
-                b = near * maps[k, other + frame, j + frame] + far * maps[k, other + frame, beside + frame]
-                out[k, y + frame, x + frame] = near * a + far * b
+                a = near * maps[k, i, j] + far * maps[k, i, beside]
+                b = near * maps[k, other, j] + far * maps[k, other, beside]
+                out[k, y, x] = near * a + far * b
+    return out
 
 
 @compiled
-def pink_noise(seed: Word, index: Word, alpha: float, unity: Floats, re: Floats, im: Floats) -> None:
-    """Draw a field with amplitudes 1/f^α and variance 1 into `re`, [n, n]."""
-    n = re.shape[0]
+def pink_noise(seed: Word, index: Word, alpha: float, n: int) -> Floats:
+    """Draw a field with amplitudes 1/f^α and variance 1, [n, n]."""
+    re, im = np.empty((n, n)), np.empty((n, n))
     total = 0.0
     for i in range(n):
         for j in range(n):
@@ -216,89 +201,63 @@ def pink_noise(seed: Word, index: Word, alpha: float, unity: Floats, re: Floats,
             im[i, j] = amplitude * s
             total += amplitude * amplitude
     # Phases are not those of a real field, so take the real part, which has half of the power.
-    inverse_2d(re, im, unity)
-    re *= 1.0 / math.sqrt(0.5 * total)
+    inverse_2d(re, im)
+    return re * (1.0 / math.sqrt(0.5 * total))
 
 
 @compiled
-def fill_noise(seed: Word, index: Word, number: int, pink: bool, size: int, field: Floats, out: Singles) -> None:
-    """Draw noise map `number` of an image, [size, size]: white, or a shifted piece of the pink field."""
-    if pink:
-        n = field.shape[0]
-        a, b, _, _ = words32(seed, _NOISE, index, np.uint64(number) << np.uint64(24))
-        top = below(a, n)
-        left = below(b, n)
-        for i in range(size):
-            for j in range(size):
-                out[i, j] = field[(top + i) % n, (left + j) % n]
-        return
-    u = np.empty(size * size)
-    fill_uniform(seed, _NOISE, index, np.uint64(number) << np.uint64(24), u)
+def noise_map(seed: Word, index: Word, number: int, size: int, pink: bool, field: Floats) -> Singles:
+    """Draw noise map `number` of an image, [size, size]: white, or a shifted piece of the pink `field`."""
+    block = np.uint64(number) << np.uint64(24)
+    if not pink:
+        u = np.empty(size * size)
+        fill_uniform(seed, _NOISE, index, block, u)
+        # Uniform with variance 1: cheaper than normal, and sums of many look the same.
+        return (3.4641016 * (u - 0.5)).astype(np.float32).reshape(size, size)
+    a, b, _, _ = words32(seed, _NOISE, index, block)
+    n = len(field)
+    out = np.empty((size, size), dtype=np.float32)
     for i in range(size):
         for j in range(size):
-            # Uniform with variance 1: cheaper than normal, and sums of many look the same.
-            out[i, j] = 3.4641016 * (u[i * size + j] - 0.5)
+            out[i, j] = field[(below(a, n) + i) % n, (below(b, n) + j) % n]
+    return out
 
 
 @compiled
 def draw(indices: Words, seed: Word, law: Law, width: int, side: int, out: Images) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, S, S]."""
     channels = out.shape[1]
-    size = out.shape[2]
-    maps = np.zeros((width, side + 2, side + 2), dtype=np.float32)
-    next_maps = np.zeros((width, side + 2, side + 2), dtype=np.float32)
-    picture = np.zeros((channels, side, side), dtype=np.float32)
-    next_picture = np.zeros((channels, side, side), dtype=np.float32)
-    noise = np.zeros((side, side), dtype=np.float32)
-    filters = np.empty((width, width, 3, 3), dtype=np.float32)
-    biases = np.empty(width, dtype=np.float32)
-    strengths = np.empty(width, dtype=np.float32)
-    unity = roots(side)
-    re = np.empty((side, side))
-    im = np.empty((side, side))
     start = np.empty(width * 16)
     scales = np.empty(width)
     last = np.empty(channels * width)
-    canvas = np.empty((channels, size, size))
+    canvas = np.empty(out.shape[1:])
     for n in range(indices.shape[0]):
         index = indices[n]
         chosen, strength, alpha, mean, contrast = law_of(seed, index, law)
-        if chosen == HIGH_FREQUENCY:
-            pink_noise(seed, index, alpha, unity, re, im)
-        block = np.uint64(0)
-        inputs = channels_at(4, width)
-        block = fill_normal(seed, _WEIGHTS, index, block, start)  # the constant of 4 × 4
-        maps[:inputs, 1:5, 1:5] = start[: inputs * 16].reshape(inputs, 4, 4)
-        picture[:] = np.float32(0.0)
-        here = 4
+        pink = chosen == HIGH_FREQUENCY
+        field = pink_noise(seed, index, alpha, side) if pink else np.empty((0, 0))
+        block = fill_normal(seed, _WEIGHTS, index, np.uint64(0), start)  # the constant of 4 × 4
+        maps = start.astype(np.float32).reshape(width, 4, 4)
+        picture = np.zeros((channels, 4, 4), dtype=np.float32)
+        noise = np.empty((0, 0), dtype=np.float32)
         layer = 0
         while True:  # a block: two convolutions, to the picture, and twice the size
-            outputs = channels_at(here, width)
+            here = maps.shape[1]
             for part in range(2):
                 if part == 0 or chosen != ORIENTED:
-                    fill_noise(seed, index, layer, chosen == HIGH_FREQUENCY, here, re, noise)
+                    noise = noise_map(seed, index, layer, here, pink, field)
                 layer += 1
-                block = draw_filters(seed, index, block, chosen, inputs, outputs, filters, biases)
+                outputs = channels_at(here, width)
+                filters, biases, block = draw_filters(seed, index, block, chosen, len(maps), outputs)
                 block = fill_normal(seed, _WEIGHTS, index, block, scales)
-                strengths[:outputs] = strength * scales[:outputs]
-                convolve(maps, inputs, here, filters, biases, strengths, noise, outputs, next_maps)
-                maps, next_maps = next_maps, maps
-                inputs = outputs
+                maps = convolve(maps, filters, biases, (strength * scales[:outputs]).astype(np.float32), noise)
             block = fill_normal(seed, _WEIGHTS, index, block, last)
             for c in range(channels):
-                for i in range(inputs):
-                    w = np.float32(last[c * width + i] / math.sqrt(inputs))
-                    for y in range(here):
-                        for x in range(here):
-                            picture[c, y, x] += w * maps[i, y + 1, x + 1]
+                for i in range(len(maps)):
+                    picture[c] += np.float32(last[c * width + i] / math.sqrt(len(maps))) * maps[i]
             if here >= side:
                 break
-            enlarge(maps, inputs, here, 1, next_maps)
-            maps, next_maps = next_maps, maps
-            enlarge(picture, channels, here, 0, next_picture)
-            picture, next_picture = next_picture, picture
-            here *= 2
-            picture[:, :here, :here] *= _FADE
+            maps, picture = enlarge(maps), _FADE * enlarge(picture)
         _level(picture, mean, contrast, canvas)
         to_levels(canvas, out[n])
 

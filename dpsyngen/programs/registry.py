@@ -103,9 +103,8 @@ def make_program(name: str, *, resolution: int, channels: int, seed: int = 0, **
     if unknown:
         known = (k if default is REQUIRED else f"{k} (default {default!r})" for k, default in own.items())
         raise ConfigError(
-            f"Program {name!r} has no parameter {', '.join(map(repr, unknown))}: "
-            f"it takes {', '.join(known) or 'none of its own'}, besides resolution, channels and seed. "
-            "Correct the name or leave it out."
+            f"Program {name!r} has no parameter {', '.join(map(repr, unknown))}: it takes "
+            f"{', '.join(known) or 'none'} besides resolution, channels and seed."
         )
     missing = sorted(k for k, default in own.items() if default is REQUIRED and k not in params)
     if missing:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -64,10 +64,7 @@ class _Job:
             "program": self.program.config(),
             "prior_tier": self.program.prior_tier,
             "prior_tier_meaning": TIERS[self.program.prior_tier],
-            "start": self.start,
-            "count": self.count,
-            "format": self.format,
-            "shard_size": self.shard_size,
+            **{name: getattr(self, name) for name in ("start", "count", "format", "shard_size")},
             "complete": False,
         }
 
@@ -170,18 +167,18 @@ def save_images(
     (job.folder / job.files()[0]).parent.mkdir(parents=True, exist_ok=True)
     with _alone(job.folder):
         write_text(manifest, strict_text(job.about(), indent=1) + "\n")
-        hashes: dict[int, str] = {}
+        hashes: list[str] = []
         report = on_progress or (lambda done: None)
-        report(done := 0)
-        # Closed whatever happens, so that nothing is written any more when the folder's lock goes.
-        with closing(_by_threads(job, workers) if ranks.alone else _by_ranks(job, ranks)) as parts:
-            for shard, digest in parts:
-                hashes[shard] = digest
-                done += len(job.indices(shard))
-                report(done)
-        ordered = [hashes[shard] for shard in range(job.shards)]
-        whole = hashlib.sha256("".join(ordered).encode()).hexdigest()
-        about = job.about() | {"complete": True, "files": job.files(), "sha256": whole, "shard_sha256": ordered}
+        report(0)
+        with ThreadPoolExecutor(workers, "dpsyngen-saving") as pool:  # what draws and writes releases Python's lock
+            parts = pool.map(job.write, range(job.shards)) if ranks.alone else _by_ranks(job, ranks)
+            # Closed whatever happens, so that nothing is written any more when the folder's lock goes.
+            with closing(parts):  # type: ignore[type-var]  # a generator
+                for digest in parts:
+                    hashes.append(digest)
+                    report(min(count, len(hashes) * shard_size))
+        whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        about = job.about() | {"complete": True, "files": job.files(), "sha256": whole, "shard_sha256": hashes}
         write_text(manifest, strict_text(about, indent=1) + "\n")
     return manifest
 
@@ -208,16 +205,12 @@ def _check_folder(job: _Job, resume: bool) -> None:
     unfinished = before.get("complete") is False
     if not resume:
         if unfinished:
-            raise RunError(
-                f"{job.folder} holds a job that was interrupted (or is still running): remove it, save to a new "
-                "folder, or do it again from its start in that folder with the same command and --resume."
-            )
+            raise RunError(f"{job.folder} holds a job that was interrupted (or still runs): --resume does it again.")
         require_absent_or_empty(job.folder, "--out")
         return
-    if not before:
-        raise RunError(f"{job.folder} holds no {MANIFEST} of an interrupted job: leave out --resume to begin.")
     if not unfinished:
-        raise RunError(f"{job.folder} is finished already; there is nothing to resume.")
+        why = "is finished already" if before else f"holds no {MANIFEST} of an interrupted job"
+        raise RunError(f"{job.folder} {why}: leave out --resume, and save to a new folder.")
     now = json.loads(strict_text(job.about()))
     other = [key for key in _WHAT if before.get(key) != now[key]]
     if other:
@@ -227,33 +220,24 @@ def _check_folder(job: _Job, resume: bool) -> None:
         )
 
 
-def _by_threads(job: _Job, workers: int) -> Generator[tuple[int, str], None, None]:
-    """Write all shards, and yield each with the hash of its pixels; what draws and writes releases Python's lock."""
-    with ThreadPoolExecutor(workers, "dpsyngen-saving") as pool:
-        yield from enumerate(pool.map(job.write, range(job.shards)))
-
-
-def _by_ranks(job: _Job, ranks: Ranks) -> Generator[tuple[int, str], None, None]:
-    """Do as `_by_threads` with the processes of torchrun: in each round, each writes a shard."""
+def _by_ranks(job: _Job, ranks: Ranks) -> Iterator[str]:
+    """Write all shards with the processes of torchrun, each round a shard each; yields the hashes of their pixels."""
     settings = vars(job) | {"program": job.program.config(), "folder": job.folder.absolute()}
     for first in range(0, job.shards, ranks.count):
-        with ranks.lead(_SHARDS, first=first, **settings):
-            parts = _part(job, first, ranks)
-        yield from (part for part in parts or () if part is not None)
+        with ranks.lead(_SHARDS, first=first, job=settings):
+            parts = _part(job, first + ranks.rank, ranks)
+        yield from filter(None, parts or ())
 
 
-def _part(job: _Job, first: int, ranks: Ranks) -> list[tuple[int, str] | None] | None:
-    """Write this process's shard of those from `first` on; in the main process, returns each with its hash."""
-    shard = first + ranks.rank
+def _part(job: _Job, shard: int, ranks: Ranks) -> list[str | None] | None:
+    """Write this process's shard, if there is such a one; the main process gets the hashes of all."""
 
-    def write() -> tuple[int, str] | None:
+    def write() -> str | None:
         if shard >= job.shards:
             return None
         if not (job.folder / MANIFEST).exists():
-            raise RunError(
-                f"{job.folder} is not the folder that the main process made: give one that all machines share."
-            )
-        return shard, job.write(shard)
+            raise RunError(f"{job.folder} is not the folder of the main process: give one that all machines share.")
+        return job.write(shard)
 
     return ranks.gather_to_main(ranks.agree(write))
 
@@ -261,6 +245,5 @@ def _part(job: _Job, first: int, ranks: Ranks) -> list[tuple[int, str] | None] |
 def follow_saving(ranks: Ranks) -> None:
     """Write the shards of this process, which is not the main one, until that ends the job, or fails (Dismissed)."""
     while (command := ranks.next_command()).name != END:
-        values = dict(command.values)
-        first = values.pop("first")
-        _part(_Job(**values | {"program": make_program(**values["program"])}), first, ranks)
+        job = command.values["job"]
+        _part(_Job(**job | {"program": make_program(**job["program"])}), command.values["first"] + ranks.rank, ranks)

@@ -15,7 +15,7 @@ import numpy as np
 from dpsyngen.programs.base import Program, as_flag, as_number, as_range, colour_param, param
 from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.counter_rng import unit32, words32
-from dpsyngen.programs.drawing.fields import COLOURED, COLOURS, ROTATION, inverse_2d, paint_fields, power_of_two, roots
+from dpsyngen.programs.drawing.fields import COLOURED, COLOURS, ROTATION, inverse_2d, paint_fields, power_of_two
 from dpsyngen.programs.drawing.portable import compiled, cos_sin, normal_pair, power
 from dpsyngen.programs.registry import register
 
@@ -109,9 +109,7 @@ def _phase(re: Floats, im: Floats, amplitude: float, turns: float, second: bool,
 
 
 @compiled
-def two_fields(
-    seed: Word, index: Word, pair: int, both: bool, amplitudes: Floats, unity: Floats, re: Floats, im: Floats
-) -> None:
+def two_fields(seed: Word, index: Word, pair: int, both: bool, amplitudes: Floats, re: Floats, im: Floats) -> None:
     """Draw two fields f, g with one transform, as f + i·g; without `both` only f."""
     n = re.shape[0]
     re[:] = 0.0
@@ -126,20 +124,19 @@ def two_fields(
             _phase(re, im, amplitudes[i, j], unit32(a), False, i, j)
             if both:
                 _phase(re, im, amplitudes[i, j], unit32(b), True, i, j)
-    inverse_2d(re, im, unity)
+    inverse_2d(re, im)
 
 
 @compiled
 def draw(indices: Words, seed: Word, law: Law, colour: int, n: int, out: Images) -> None:
     """Draw image ``indices[k]`` into ``out[k]``, [C, S, S], from fields of n × n."""
-    unity = roots(n)
     amplitudes = np.empty((n, n))
     fields = np.empty((4, n, n))
     for k in range(indices.shape[0]):
         index = indices[k]
         slope, difference, turns = law_of(seed, index, law)
         amplitudes_of(slope, difference, turns, amplitudes)
-        two_fields(seed, index, 0, colour == ROTATION, amplitudes, unity, fields[0], fields[1])
+        two_fields(seed, index, 0, colour == ROTATION, amplitudes, fields[0], fields[1])
         if colour == ROTATION:
-            two_fields(seed, index, 1, False, amplitudes, unity, fields[2], fields[3])
+            two_fields(seed, index, 1, False, amplitudes, fields[2], fields[3])
         paint_fields(seed, index, fields, colour, out[k])

@@ -12,11 +12,10 @@ from dpsyngen.programs.drawing import Floats, Images, Law, Word, Words
 from dpsyngen.programs.drawing.colours import GROUNDS, ground_colour, ink_colour
 from dpsyngen.programs.drawing.counter_rng import below, fill_uniform, words32
 from dpsyngen.programs.drawing.portable import compiled, exp2, log2
-from dpsyngen.programs.drawing.raster import add_segment, blend, plain, to_levels
+from dpsyngen.programs.drawing.raster import add_segment, blend, to_levels
 from dpsyngen.programs.registry import register
 
 MAX_STROKES = 16
-_VALUES = 10  # four points, half-widths at both ends
 _PIECES = 20  # straight pieces to a curve
 
 _LAW = np.uint64(0x7374726F)  # "stro"
@@ -49,20 +48,20 @@ class Strokes(Program):
 
 
 @compiled
-def draw_curves(seed: Word, index: Word, law: Law, size: int, values: Floats) -> int:
-    """Fill rows of `values` with (x, y) four times and two half-widths, in pixels; returns the number of strokes."""
+def draw_curves(seed: Word, index: Word, law: Law, size: int) -> Floats:
+    """Draw the strokes of an image, a row each: (x, y) four times and the half-widths at both ends, in pixels."""
     (low, high), (thin, thick), margin = law
     w, _, _, _ = words32(seed, _LAW, index, np.uint64(0))
-    count = low + below(w, high - low + 1)
+    values = np.empty((low + below(w, high - low + 1), 10))
     ratio = log2(thick / thin)
-    for k in range(count):  # three blocks of four numbers for each stroke
+    for k in range(len(values)):  # three blocks of four numbers for each stroke
         row = values[k]
         fill_uniform(seed, _LAW, index, np.uint64(1 + 3 * k), row)
         for p in range(8):
             row[p] = size * (margin + (1.0 - 2.0 * margin) * row[p])
         for p in range(8, 10):
             row[p] = 0.5 * size * thin * exp2(row[p] * ratio)
-    return count
+    return values
 
 
 @compiled
@@ -87,16 +86,13 @@ def draw(indices: Words, seed: Word, law: Law, ground: int, out: Images) -> None
     grey = out.shape[1] == 1
     canvas = np.empty((out.shape[1], size, size))
     cover = np.empty((size, size))
-    values = np.empty((MAX_STROKES, _VALUES))
-    behind = np.empty(3)
-    ink = np.empty(3)
     for n in range(indices.shape[0]):
-        count = draw_curves(seed, indices[n], law, size, values)
-        ground_colour(seed, indices[n], ground, grey, behind)
-        ink_colour(seed, indices[n], 0, grey, behind, ink)
-        plain(canvas, behind)
+        behind = ground_colour(seed, indices[n], ground, grey)
+        ink = ink_colour(seed, indices[n], 0, grey, behind)
+        for c in range(out.shape[1]):
+            canvas[c] = behind[c]
         cover[:] = 0.0
-        for k in range(count):
-            add_curve(cover, values[k])
+        for row in draw_curves(seed, indices[n], law, size):
+            add_curve(cover, row)
         blend(canvas, cover, ink)
         to_levels(canvas, out[n])

@@ -116,13 +116,6 @@ def _figures(seed: int, number: int, resolution: int) -> tuple[Floats, Floats]:
 
 
 @compiled
-def image_numbers(seed: Word, number: Word, index: Word, out: Floats) -> None:
-    """Fill `out` with the uniform numbers of image `index`; the first says which figure."""
-    mixed, _ = words(seed, _IMAGE, number, np.uint64(0))
-    fill_uniform(mixed, _IMAGE, index, np.uint64(0), out)
-
-
-@compiled
 def _spread(u: float) -> float:
     """A uniform number in [0, 1) as one of mean 0 and standard deviation 1."""
     return 3.4641016151377544 * (u - 0.5)
@@ -145,18 +138,18 @@ def _cover(figure: Floats, x: float, y: float) -> float:
 
 
 @compiled
-def _draw_ink(figure: Floats, law: Floats, numbers: Floats, at: int, out: Floats) -> None:
-    """Set `out` [S, S] to the cover of a warped figure; ``numbers[at:]`` say how it is turned, stretched, shifted."""
+def _draw_ink(figure: Floats, law: Floats, numbers: Floats, out: Floats) -> None:
+    """Set `out` [S, S] to the cover of a warped figure; `numbers` say how it is turned, stretched, shifted."""
     size = out.shape[0]
-    turn = (0.5 if law[_SPIN] < 0.1 else 0.005 + 0.05 * law[_TURN] * law[_TURN]) * 2.0 * (numbers[at] - 0.5)
+    turn = (0.5 if law[_SPIN] < 0.1 else 0.005 + 0.05 * law[_TURN] * law[_TURN]) * 2.0 * (numbers[0] - 0.5)
     cos, sin = cos_sin(turn)
     stretch = 0.02 + 0.14 * law[_STRETCH]
-    a = 1.0 + stretch * _spread(numbers[at + 1])
-    d = 1.0 + stretch * _spread(numbers[at + 2])
-    b = stretch * _spread(numbers[at + 3])
+    a = 1.0 + stretch * _spread(numbers[1])
+    d = 1.0 + stretch * _spread(numbers[2])
+    b = stretch * _spread(numbers[3])
     shift = 0.02 + 0.16 * law[_SHIFT] * law[_SHIFT]
-    right = shift * _spread(numbers[at + 4])
-    down = shift * _spread(numbers[at + 5])
+    right = shift * _spread(numbers[4])
+    down = shift * _spread(numbers[5])
     # A smooth displacement: a few cosines of random size along both sides, the finer the weaker.
     strength = 0.01 + 0.09 * law[_WARP]
     waves = np.empty((2, _WAVES, _WAVES))
@@ -164,7 +157,7 @@ def _draw_ink(figure: Floats, law: Floats, numbers: Floats, at: int, out: Floats
         for q in range(_WAVES):
             scale = strength / (1.0 + p + q)
             for side in range(2):
-                waves[side, p, q] = scale * _spread(numbers[at + 6 + (side * _WAVES + p) * _WAVES + q])
+                waves[side, p, q] = scale * _spread(numbers[6 + (side * _WAVES + p) * _WAVES + q])
     fine = 2 * size  # points along a side: four for a pixel
     table = np.empty((fine, _WAVES))
     for i in range(fine):
@@ -190,14 +183,6 @@ def _draw_ink(figure: Floats, law: Floats, numbers: Floats, at: int, out: Floats
 
 
 @compiled
-def pale(colour: Floats, saturation: float) -> None:
-    """Move three channels towards their mean."""
-    mean = (colour[0] + colour[1] + colour[2]) / 3.0
-    for c in range(3):
-        colour[c] = mean + saturation * (colour[c] - mean)
-
-
-@compiled
 def compose(
     indices: Words, seed: Word, number: Word, law: Floats, figures: Floats, textures: Images, out: Images
 ) -> None:
@@ -210,15 +195,17 @@ def compose(
     ink = np.empty((2, 3))
     ground = np.empty(3)
     two = law[_SECOND] < 0.3
+    own, _ = words(seed, _IMAGE, number, np.uint64(0))  # seeds of the images' numbers: the first says which figure
+    other, _ = words(seed, _IMAGE, ~number, np.uint64(0))
     jitter = 0.35 * law[_JITTER] * law[_JITTER]  # of colours between images
     for n in range(indices.shape[0]):
-        image_numbers(seed, number, indices[n], numbers)
+        fill_uniform(own, _IMAGE, indices[n], np.uint64(0), numbers)
         k = int(numbers[0] * figures.shape[0])
-        _draw_ink(figures[k], law, numbers, 16, first)
+        _draw_ink(figures[k], law, numbers[16:], first)
         with_second = two and numbers[1] < 0.7
         if with_second:  # a part that moves on its own
-            image_numbers(seed, ~number, indices[n], again)
-            _draw_ink(figures[int(again[0] * figures.shape[0])], law, again, 16, second)
+            fill_uniform(other, _IMAGE, indices[n], np.uint64(0), again)
+            _draw_ink(figures[int(again[0] * figures.shape[0])], law, again[16:], second)
         # What an image's ink is: in grey, bright by the family with a brightness of its own on most.
         bright = 1.0
         if law[_DIM] < 0.7:
@@ -238,27 +225,25 @@ def compose(
             if law[_GROUND] > 0.75 and law[_GROUND] < 0.85:  # another ground for each image
                 level = numbers[9 + c if channels == 3 else 9]
             ground[c] = min(1.0, max(0.0, level))
-        if channels == 3:  # most things are paler than random colours
-            pale(ground, law[_SATURATION])
-            pale(ink[0], law[_SATURATION])
-            pale(ink[1], law[_SATURATION])
+        if channels == 3:  # most things are paler than random colours: towards the mean of the channels
+            for colour in (ground, ink[0], ink[1]):
+                mean = (colour[0] + colour[1] + colour[2]) / 3.0
+                colour[:] = mean + law[_SATURATION] * (colour - mean)
         textured_ground = law[_GROUND] > _TEXTURED_GROUND
         strength = 0.0
         if law[_TEXTURED] >= _UNTEXTURED and numbers[12] < law[_TEXTURED]:
             strength = 0.6 * law[_TEXTURE]
         gloss = 0.5 * _spread(numbers[13]) * law[_GLOSS] if law[_PLAIN] < 0.4 else 0.0
-        inverted = law[_INVERT] < 0.25 and channels == 1
-        for i in range(size):
-            for j in range(size):
-                shade = 1.0 + gloss * ((i + 0.5) / size - 0.5)  # light from above or below
-                for c in range(channels):
-                    grain = textures[n, c, i, j] / 255.0
-                    value = ground[c]
-                    if textured_ground:
-                        value += 0.7 * (grain - 0.5) if law[_GROUND] < 0.93 else grain - value
-                    paint = ink[0, c] * shade * (1.0 - strength * grain)
-                    value += first[i, j] * (paint - value)
-                    if with_second:
-                        value += second[i, j] * (ink[1, c] * shade - value)
-                    value = min(1.0, max(0.0, value))
-                    out[n, c, i, j] = np.uint8(255.0 * (1.0 - value if inverted else value) + 0.5)
+        shade = (1.0 + gloss * ((np.arange(size) + 0.5) / size - 0.5)).reshape(size, 1)  # light from above or below
+        for c in range(channels):
+            grain = textures[n, c] / 255.0
+            value = np.full((size, size), ground[c])
+            if textured_ground:
+                value += 0.7 * (grain - 0.5) if law[_GROUND] < 0.93 else grain - value
+            value += first * (ink[0, c] * shade * (1.0 - strength * grain) - value)
+            if with_second:  # over the first
+                value += second * (ink[1, c] * shade - value)
+            value = np.minimum(1.0, np.maximum(0.0, value))
+            if law[_INVERT] < 0.25 and channels == 1:
+                value = 1.0 - value
+            out[n, c] = np.floor(255.0 * value + 0.5)

@@ -13,6 +13,7 @@ torch.Size([64, 3, 32, 32])
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -113,13 +114,13 @@ class ProgramStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        done = self._done = 0
-        while True:
+        self._done = 0
+        for done in itertools.count():
             # Workers take the steps in turns, and within a step each rank has its own batch.
             step = worker + done * workers
             begin = self.first + (step * self.world_size + self.rank) * self.batch_size
             batch = _tensor(self.program, range(begin, begin + self.batch_size), self.values, self.threads)
-            done = self._done = done + 1
+            self._done = done + 1
             yield batch
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:

@@ -118,10 +118,10 @@ def fill_heavy_tailed(seed: Word, index: Word, block: Word, r: float, deviation:
 
 
 @compiled
-def merge_rows(low: Floats, high: Floats, out: Floats) -> None:
-    """Invert one level of the transform along columns: low, high [m, k] to out [2m, k], periodic."""
+def merge_rows(low: Floats, high: Floats) -> Floats:
+    """Invert one level of the transform along columns: low, high [m, k] to [2m, k], periodic."""
     m = low.shape[0]
-    out[:] = 0.0
+    out = np.zeros((2 * m, low.shape[1]))
     for k in range(m):
         for t in range(8):
             row = (2 * k + t) % (2 * m)
@@ -129,6 +129,7 @@ def merge_rows(low: Floats, high: Floats, out: Floats) -> None:
             b = _LOW[7 - t] if t % 2 == 0 else -_LOW[7 - t]
             for j in range(low.shape[1]):
                 out[row, j] += a * low[k, j] + b * high[k, j]
+    return out
 
 
 @compiled
@@ -144,12 +145,9 @@ def draw_field(seed: Word, index: Word, block: Word, decay: float, tails: Floats
         bands = np.empty((3, side, side))  # details across, down and in both directions
         for k in range(3):
             block = fill_heavy_tailed(seed, index, block, tails[level - 1, k], deviation, bands[k])
-        left = np.empty((2 * side, side))
-        right = np.empty((2 * side, side))
-        merge_rows(low, bands[0], left)
-        merge_rows(bands[1], bands[2], right)
-        whole = np.empty((2 * side, 2 * side))
-        merge_rows(np.ascontiguousarray(left.T), np.ascontiguousarray(right.T), whole)
+        left = merge_rows(low, bands[0])
+        right = merge_rows(bands[1], bands[2])
+        whole = merge_rows(np.ascontiguousarray(left.T), np.ascontiguousarray(right.T))
         low = np.ascontiguousarray(whole.T)
         side *= 2
     for i in range(side):

@@ -61,7 +61,7 @@ def new_axes(width: float, height: float, size: float = 8.5) -> Iterator[tuple[A
 def inline(figure: Any, name: str, alt: str, css_class: str = "") -> Markup:
     """The figure as SVG that can stand in a page beside others: the same figure gives the same text.
 
-    `name`, of letters and digits, is unique in the page; `alt` says what it shows, in words and numbers.
+    `name` is unique in the page; `alt` says what it shows, in words and numbers.
     """
     import matplotlib
 
@@ -75,9 +75,8 @@ def inline(figure: Any, name: str, alt: str, css_class: str = "") -> Markup:
     # Neither metadata nor rules for the whole page, which matplotlib writes into each picture.
     text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     used = set(re.findall(r"""(?:href="|url\()#([^")]+)""", text))
-    # Names must be unique in the page, and most are not used at all.
-    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
-    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    # Those that are used follow from the salt, so they are unique in the page; the others are not.
+    text = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", text)
     # The letters are the page's.
     text = re.sub(r"font-family: [^;\"]*;? ?", "", re.sub(r"\s*\n\s*", " ", text))
     for colour, css in _CSS.items():

@@ -136,14 +136,12 @@ def _grid(images: NDArray[np.uint8]) -> str:
 def trajectory_table(generator: ReleasedGenerator, **sampling: Unpack[SamplerOptions]) -> dict[str, Any]:
     """The images with which the class rows of the report begin, at nine steps that are even in log σ.
 
-    Args:
-        generator: draws them.
-        sampling: as for :meth:`ReleasedGenerator.settings`; the seed is the report's where none is given.
+    `sampling` is as for :meth:`ReleasedGenerator.settings`; the seed is the report's where none is given.
 
     Returns:
         ``sigmas`` and ``trainers`` of each column; ``stages``: name, trainer and number of columns of each run of
-        columns that one stage owns; ``noisy``: pictures of x, what the sampler had, for the first image; ``rows``: for
-        each image its name, pictures of D(x; σ), what was expected of it, and the image.
+        columns that one stage owns; ``noisy``: pictures of x for the first image; ``rows``: for each image its name,
+        pictures of D(x; σ), and the image.
     """
     count = min(6, len(generator.class_names)) or 4
     given: SamplerOptions = {"seed": SEED, **sampling}
@@ -192,19 +190,15 @@ def private_values(run: Run, class_names: Sequence[str]) -> dict[str, Any]:
     """The values of the template that the publishable copy must not have."""
     log = JsonLines(run.private / "training.jsonl", 0o600).read()
     metrics, health = _kept(run.private / "metrics.json"), _kept(run.private / "health.json")
-    charts = {
-        title: line_chart(curves(log, name), title, "private", percent=percent) for name, title, percent in _CURVES
-    }
+    charts = {title: line_chart(curves(log, name), title, "private", percent=p) for name, title, p in _CURVES}
     return {
         "ledger": figure_table(ledger_rows(Ledger(run.ledger_path).entries)),
         "charts": {title: chart for title, chart in charts.items() if chart is not None},
         "summary": _summary(log),
-        "metrics": figure_table(metric_rows(metrics)) if metrics else None,
-        "classes": class_accuracy(metrics, class_names) if metrics else None,
+        "metrics": metrics and figure_table(metric_rows(metrics)),
+        "classes": metrics and class_accuracy(metrics, class_names),
         # Short lists on one line.
-        "protocol": yaml.safe_dump(metrics, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
-        if metrics
-        else None,
+        "protocol": yaml.safe_dump(metrics, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100),
         "memorisation": _memorisation(run),
         "health": None if health is None else health["findings"],
     }
@@ -227,12 +221,9 @@ def _kept(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}).  Remove it, or run the command that made it again.") from None
-    return values
 
 
 def _summary(log: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -380,11 +371,8 @@ def memorisation_rows(figures: dict[str, Any]) -> list[FigureRow]:
             note = f"nearer to a training image than 99 % of the {real} images are to another "
             note += f"({space['threshold']:.3g}); 95 % interval {100 * space['closer_low']:.1f} to "
             note += _percent(space["closer_high"])
-        add(
-            f"closer than real images are, {features}",
-            "–" if space["closer"] is None else _percent(space["closer"]),
-            note,
-        )
+        closer = "–" if space["closer"] is None else _percent(space["closer"])
+        add(f"closer than real images are, {features}", closer, note)
     note = "generated images that equal a training image in every pixel"
     if figures["duplicates_held_out"] is not None:
         note += f"; {figures['duplicates_held_out']:,} equal a held-out image"

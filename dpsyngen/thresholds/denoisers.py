@@ -86,8 +86,8 @@ def split_proxy(images: NDArray[np.uint8], measured: int) -> Family:
     """
     if len(images) < 2 * measured:
         raise DataError(
-            f"the proxy has {len(images):,} images, but {measured:,} are set aside for measuring and at least as many "
-            "are needed for training.  Give more images, or measure on fewer: --images."
+            f"the proxy has {len(images):,} images, but {measured:,} are set aside to measure on, and as many are the "
+            "least to train on: give more, or measure on fewer, --images."
         )
     order = np.random.default_rng(0).permutation(len(images))
     kept, held_out = (np.ascontiguousarray(images[np.sort(part)]) for part in (order[measured:], order[:measured]))
@@ -139,7 +139,10 @@ class PublicDenoisers:
         """
         # The start differs between families, too: networks with a common start would share their errors.
         start, path = int(self.key(family, seed)[:15], 16), self.path(family, seed)
-        denoiser = self._begun(family, start)
+        if self.prior is None:
+            denoiser = make_denoiser(self.config, self.shape, False, start).to(self.device)
+        else:
+            denoiser = self.reading(self.filter(family)).train()
         if not path.exists():
             c, offset = self.config.public, FIRST_IMAGE + _PER_SEED * (seed + 1)
             if isinstance(family.program, GivenImages):
@@ -150,10 +153,8 @@ class PublicDenoisers:
             state = TrainState(denoiser, Ema(denoiser, c.ema), {"public": optimizer})
             for progress in train_public("public", state, take):
                 if not math.isfinite(progress.values["loss"]):
-                    raise RunError(
-                        f"training on {family.label} diverged at step {progress.step}: its loss is not finite.  Use a "
-                        "lower learning rate: --set public.learning_rate=…"
-                    )
+                    where = f"training on {family.label} diverged at step {progress.step}"
+                    raise RunError(f"{where}: use a lower learning rate, --set public.learning_rate=….")
                 if on_progress is not None:
                     on_progress(progress.step)
             weights = {name: tensor.detach().cpu() for name, tensor in state.ema.average.items()}
@@ -162,20 +163,11 @@ class PublicDenoisers:
         load_weights(path, denoiser)
         return denoiser.eval()
 
-    def _begun(self, family: Family, seed: int) -> NetworkDenoiser:
-        if self.prior is not None:
-            return self.reading(self.filter(family)).train()
-        return make_denoiser(self.config, self.shape, False, seed).to(self.device)
-
     def filter(self, family: Family) -> GaussianDenoiser:
         """The Wiener filter of images that networks of a family are trained on, of ``MOST_PIXELS`` at most."""
-        program = family.program
-        if isinstance(program, GivenImages):
-            images = program.images
-        else:
-            first = FIRST_IMAGE + _PER_SEED
-            images = program.batch(range(first, first + _FOR_MOMENTS))
-        found = wiener_filter(images)
+        program, first = family.program, FIRST_IMAGE + _PER_SEED
+        drawn = range(first, first + _FOR_MOMENTS)
+        found = wiener_filter(program.images if isinstance(program, GivenImages) else program.batch(drawn))
         assert found is not None
         return found.to(self.device)
 

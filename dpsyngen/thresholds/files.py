@@ -234,50 +234,39 @@ def _draw(result: StagesResult, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
+    u, decided, relative = result.measured.log_sigma, result.decided, result.decided.mean.relative
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(7, 5.4))
-        panel = figure.subplots()
-        _draw_gap(panel, result)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.set_xlim(result.measured.log_sigma[0], result.measured.log_sigma[-1])
+        panel: Any = figure.subplots()
+        panel.set(yscale="log", xlim=(u[0], u[-1]), ylabel="gap of the denoisers, relative to the teacher's loss")
         panel.set_xlabel("noise level log σ   (clean image at the left, pure noise at the right)")
+        panel.yaxis.set_major_formatter("{x:g}")  # by default a formula, which parse_math=False shows as it is
+        panel.spines[["top", "right"]].set_visible(False)
+
+        def draw(values: Array, label: str, **look: Any) -> None:
+            panel.plot(u, np.maximum(values, _LOWEST / 10), label=label, **look)
+
+        # The student against every stand-in, and the other students against the one that decides.
+        others = [f for f in result.found if f is not decided and (f.student == decided.student or f.by == decided.by)]
+        for f, colour in zip(others, _LINES * len(others), strict=False):
+            style: Any = "-" if f.by == decided.by else (0, (4, 2))
+            draw(f.mean.relative.curve, f"{f.student} in place of {_IN_WORDS[f.by]}", color=colour, lw=1.1, ls=style)
+        panel.fill_between(u, *(np.maximum(b, _LOWEST / 10) for b in relative.band()), color=_MAIN, alpha=0.25, lw=0)
+        draw(relative.curve, f"{decided.student} in place of {_IN_WORDS[decided.by]}, 95 % band", color=_MAIN, lw=2.2)
+        if floors := [c.relative() for c in result.measured.of("floor") if c.student in (decided.student, PROXY)]:
+            draw(np.concatenate(floors).mean(0), "another seed of the same (floor)", color=_SOFT, lw=1.2, ls=":")
+        if result.settings["method"] == "tolerance":
+            tolerance = result.settings["tolerance"]
+            panel.axhline(tolerance, color="#333", lw=0.9, ls="--", label=f"tolerance {100 * tolerance:g} %")
+        for e in (result.cleaning, result.coarse):
+            if e.log_sigma is not None:
+                panel.axvline(e.log_sigma, color=_MARK, lw=1.4)
+                if e.low is not None:
+                    panel.axvspan(e.low, e.high, color=_MARK, alpha=0.12, lw=0)
+                place = {"xycoords": ("data", "axes fraction"), "ha": "right" if e.side == "cleaning" else "left"}
+                panel.annotate(f"τ_{e.side} = {e.log_sigma:.2f}", (e.log_sigma, 1.02), color=_MARK, **place)
+        panel.set_ylim(_LOWEST, None)
         panel.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
         # Without the version of matplotlib: equal results give equal files.
         how: dict[str, Any] = {"dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
         write_atomically(path, lambda p: figure.savefig(p, format="png", **how))
-
-
-def _draw_gap(panel: Any, result: StagesResult) -> None:
-    u, decided = result.measured.log_sigma, result.decided
-
-    def draw(values: Array, label: str, **look: Any) -> None:
-        panel.plot(u, np.maximum(values, _LOWEST / 10), label=label, **look)
-
-    panel.set_yscale("log")
-    panel.yaxis.set_major_formatter("{x:g}")  # by default a formula, which parse_math=False shows as it is
-    # The student against every stand-in, and the other students against the one that decides.
-    others = [f for f in result.found if f is not decided and (f.student == decided.student or f.by == decided.by)]
-    for f, colour in zip(others, _LINES * len(others), strict=False):
-        style: Any = "-" if f.by == decided.by else (0, (4, 2))
-        draw(f.mean.relative.curve, f"{f.student} in place of {_IN_WORDS[f.by]}", color=colour, lw=1.1, ls=style)
-    relative = decided.mean.relative
-    panel.fill_between(u, *(np.maximum(b, _LOWEST / 10) for b in relative.band()), color=_MAIN, alpha=0.25, lw=0)
-    draw(relative.curve, f"{decided.student} in place of {_IN_WORDS[decided.by]}, 95 % band", color=_MAIN, lw=2.2)
-    floors = [c for c in result.measured.of("floor") if c.student in (decided.student, PROXY)]
-    if floors:
-        floor = np.concatenate([c.relative() for c in floors]).mean(0)
-        draw(floor, "another seed of the same (floor)", color=_SOFT, lw=1.2, ls=":")
-    if result.settings["method"] == "tolerance":
-        tolerance = result.settings["tolerance"]
-        panel.axhline(tolerance, color="#333", lw=0.9, ls="--", label=f"tolerance {100 * tolerance:g} %")
-    for e in (result.cleaning, result.coarse):
-        if e.log_sigma is None:
-            continue
-        panel.axvline(e.log_sigma, color=_MARK, lw=1.4)
-        if e.low is not None and e.high is not None:
-            panel.axvspan(e.low, e.high, color=_MARK, alpha=0.12, lw=0)
-        side = "right" if e.side == "cleaning" else "left"
-        place = {"xycoords": ("data", "axes fraction"), "ha": side, "color": _MARK}
-        panel.annotate(f"τ_{e.side} = {e.log_sigma:.2f}", (e.log_sigma, 1.02), **place)
-    panel.set_ylim(_LOWEST, None)
-    panel.set_ylabel("gap of the denoisers, relative to the teacher's loss")

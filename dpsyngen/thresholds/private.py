@@ -177,16 +177,11 @@ class PrivateEstimate:
 
     def __init__(self, folder: Path, config: Config, dataset: ImageDataset, sampling_rate: float = 1.0) -> None:
         p = config.privacy
-        if not p.epsilon < float("inf"):
-            raise ConfigError(
-                "--epsilon inf would publish figures of the private images without noise.  Give a finite ε; images "
-                "that are public belong to --proxy."
-            )
+        require(p.epsilon < float("inf"), "--epsilon", p.epsilon, "finite; images that are public belong to --proxy")
         if p.budget is None and p.insecure_seed is None:
             raise ConfigError(
-                "--budget is missing: the thresholds would come from the private images, so a training that uses them "
-                "has to count this estimate, and the budget file is where it does.  Make one with `dpsyngen budget new "
-                "FILE --epsilon … --delta …` for this estimate and the trainings after it together."
+                "--budget is missing: a training with thresholds that come from the private images has to count this "
+                "estimate.  Make a file for both by `dpsyngen budget new FILE --epsilon … --delta …`."
             )
         require(0 < sampling_rate <= 1, "--sampling-rate", sampling_rate, "above 0 and at most 1")
         config = with_group_size(config, dataset)
@@ -278,8 +273,8 @@ class PrivateEstimate:
             curve = GapCurve("private", teacher, student, gap, teacher_loss, student_loss, noise[0, 0])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(
-                f"{self.result_path} is damaged: {error!r}.  Remove it and start the same command again: it is "
-                "computed again with the same noise, and nothing is charged."
+                f"{self.result_path} is damaged: {error!r}.  Remove it and start the same command again: the noise is "
+                "the same, and nothing is charged."
             ) from None
         return curve, stored
 

@@ -84,11 +84,8 @@ class Stages:
         device: str,
     ) -> None:
         self.folder, self.config, self.options, self._given = folder, config, options, given
-        require_usable(folder)
         if config.stages.variant == "gaussian":
-            raise ConfigError(
-                "variant 'gaussian' has no stage that programs could own.  Choose another stages.variant."
-            )
+            raise ConfigError("variant 'gaussian' has no stage that programs could own: choose another stages.variant.")
         proxy_images = None if options.proxy is None else _load_proxy(options.proxy, config, data)
         like, d = data or proxy_images, config.data
         shape = Shape(d.resolution or 32, 3 if d.channels == "rgb" else 1, (), 1)
@@ -101,9 +98,8 @@ class Stages:
         pixels = shape.channels * shape.resolution**2
         if prior is not None and pixels > MOST_PIXELS:
             raise ConfigError(
-                f"images of {shape.channels} x {shape.resolution} x {shape.resolution} have {pixels:,} numbers, but "
-                f"moments are taken of at most {MOST_PIXELS:,}.  Choose a smaller --resolution, or other variants: "
-                "--set stages.variant=both"
+                f"images of {shape.channels} x {shape.resolution} x {shape.resolution} have {pixels:,} numbers, and "
+                f"moments at most {MOST_PIXELS:,}: choose a smaller --resolution, or --set stages.variant=both."
             )
         self.note: str | None = None
         if prior is None and (variant := config.stages.variant) in USE_MOMENTS:
@@ -223,10 +219,7 @@ def _load_proxy(source: str, config: Config, data: ImageDataset | None) -> Image
     loaded = load_images(source, resolution=resolution, channels=channels, labels=False, skip_bad=d.skip_bad, fit=d.fit)
     without_labels = None if data is None else ImageDataset(data.images, None, (), data.source)
     if without_labels is not None and loaded.fingerprint() == without_labels.fingerprint():
-        raise DataError(
-            "--proxy and --data are the same images.  A proxy is public; if these are, leave --data out, and if they "
-            "are not, leave --proxy out."
-        )
+        raise DataError("--proxy and --data are the same images: leave out --data if they are public, else --proxy.")
     return loaded
 
 
@@ -239,7 +232,5 @@ def _program(entry: str, config: Config) -> tuple[str, ProgramConfig]:
     if isinstance(values, dict) and set(values) == {"program"}:
         values = values["program"]
     if not isinstance(values, dict) or "name" not in values:
-        raise ConfigError(
-            f"{printable(entry)} must hold a program as a configuration does: name, and params if it has any."
-        )
+        raise ConfigError(f"{printable(entry)} must hold a program: its name, and params if it has any.")
     return re.sub(r"[^\w.-]", "-", Path(entry).stem), load_config({"program": values}).program

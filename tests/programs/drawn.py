@@ -20,16 +20,16 @@ from dpsyngen.programs import (
     wrappers,
 )
 from dpsyngen.programs.dead_leaves import DeadLeaves
-from dpsyngen.programs.drawing.exact_leaves import RECORDED, cover, workspace
+from dpsyngen.programs.drawing.exact_leaves import RECORDED, cover
 from dpsyngen.programs.drawing.reference_leaves import paint_over
 from dpsyngen.programs.drawing.shapes import KINDS
 
 
 def covered(program: DeadLeaves, index: int, record: NDArray[np.float64]) -> tuple[NDArray[np.int32], int]:
     """The number of the leaf seen at each pixel of the canvas, and how many leaves were placed."""
-    work = workspace(program.resolution * program.supersample)
-    leaves = cover(np.uint64(program.seed), np.uint64(index), program._law(), True, work, record)
-    return work[0], leaves
+    size = program.resolution * program.supersample
+    canvas, leaves = cover(np.uint64(program.seed), np.uint64(index), program._law(), size, True, record)
+    return canvas, leaves
 
 
 def leaf_counts(program: DeadLeaves, count: int) -> NDArray[np.int64]:
@@ -66,23 +66,19 @@ def drawn(program: Any, index: int) -> dict[str, Any]:
         law = program.tails, program.decay, program._side
         return {"decay": wavelet_marginal.law_of(seed, number, law, tails, offset), "tails": tails, "offset": offset}
     if isinstance(program, fractal.Fractal):
-        maps = np.empty((fractal.MAX_MAPS, fractal._MAP))
-        count = fractal.draw_maps(seed, number, *program.maps, maps)
-        a, b, c, d, e, f, reached, s1, s2 = maps[:count, :9].T
+        a, b, c, d, e, f, reached, s1, s2 = fractal.draw_maps(seed, number, *program.maps).T
         matrices = np.stack([np.stack([a, b, e], 1), np.stack([c, d, f], 1)], 1)
         return {
             "maps": matrices, "singular_values": np.stack([s1, s2], 1), "chances": np.diff(reached, prepend=0.0)
         }  # fmt: skip
     if isinstance(program, strokes.Strokes):
-        values = np.empty((strokes.MAX_STROKES, strokes._VALUES))
-        count = strokes.draw_curves(seed, number, program._law(), program.resolution, values)
-        return {"points": values[:count, :8].reshape(count, 4, 2), "widths": 2 * values[:count, 8:]}
+        values = strokes.draw_curves(seed, number, program._law(), program.resolution)
+        return {"points": values[:, :8].reshape(-1, 4, 2), "widths": 2 * values[:, 8:]}
     if isinstance(program, contours.Contours):
         law, points, kinds = program._law(), [], []
         for k in range(contours.figure_count(seed, number, law)):
-            xs, ys = np.empty(contours.POINTS), np.empty(contours.POINTS)
-            u = np.empty(contours._VALUES)
-            kinds.append(contours.draw_figure(seed, number, k, law, program.resolution, u, xs, ys)[0])
+            kind, xs, ys, _ = contours.draw_figure(seed, number, k, law, program.resolution)
+            kinds.append(kind)
             points.append(np.stack([xs, ys], 1))
         return {"shapes": [contours.SHAPES[k] for k in kinds], "points": np.stack(points)}
     if isinstance(program, wrappers.Affine):

@@ -96,22 +96,13 @@ def cumulative(weights: Sequence[float]) -> Floats:
 
 
 @compiled
-def _put(out: Floats, n: int, four: tuple[float, float, float, float]) -> None:
-    """Write ``out[n]`` to ``out[n + 3]``, as far as there are."""
-    if n + 4 <= out.shape[0]:
-        out[n], out[n + 1], out[n + 2], out[n + 3] = four
-    else:
-        for k in range(out.shape[0] - n):
-            out[n + k] = four[k]
-
-
-@compiled
 def fill_uniform(seed: Word, stream: Word, index: Word, block: Word, out: Floats) -> Word:
     """Fill the flat array `out` with uniforms in (0, 1), four to a block; returns the first block not used."""
     for n in range(0, out.shape[0], 4):
-        a, b, c, d = words32(seed, stream, index, block)
+        four = words32(seed, stream, index, block)
         block = block + ONE
-        _put(out, n, (unit32(a), unit32(b), unit32(c), unit32(d)))
+        for k in range(min(4, out.shape[0] - n)):
+            out[n + k] = unit32(four[k])
     return block
 
 
@@ -121,7 +112,9 @@ def fill_normal(seed: Word, stream: Word, index: Word, block: Word, out: Floats)
     for n in range(0, out.shape[0], 4):
         a, b, c, d = words32(seed, stream, index, block)
         block = block + ONE
-        _put(out, n, normal_pair(unit32(a), unit32(b)) + normal_pair(unit32(c), unit32(d)))
+        four = normal_pair(unit32(a), unit32(b)) + normal_pair(unit32(c), unit32(d))
+        for k in range(min(4, out.shape[0] - n)):
+            out[n + k] = four[k]
     return block
 
 

@@ -30,7 +30,6 @@ from dpsyngen.programs.drawing.counter_rng import ONE, below, pick, unit32, word
 from dpsyngen.programs.drawing.portable import compiled, cos_sin
 from dpsyngen.programs.drawing.shapes import DISC, LeafLaw, inverse, leaf_spans, mass, padded_masses, padded_radius
 
-Work = tuple[Canvas, Words, Ints, Ints, Canvas]
 UNCOVERED = -1
 RECORDED = 5  # x, y, radius, kind, pixels that stay visible
 
@@ -83,32 +82,20 @@ def may_show(covered: Words, size: int, x: float, y: float, radius: float) -> bo
 
 
 @compiled
-def workspace(size: int) -> Work:
-    """Make arrays for `cover`: canvas [S, S], covered pixels [S, ⌈S/64⌉], spans [S] twice, waiting pixels [S·S]."""
-    return (
-        np.empty((size, size), dtype=np.int32),
-        np.empty((size, (size + 63) // 64), dtype=np.uint64),
-        np.empty(size, dtype=np.int64),
-        np.empty(size, dtype=np.int64),
-        np.empty(size * size, dtype=np.int32),
-    )
-
-
-@compiled
-def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, record: Floats) -> int:
-    """Draw one image; returns the number of leaves that were placed, those that stay hidden among them.
+def cover(seed: Word, index: Word, law: LeafLaw, size: int, number: bool, record: Floats) -> tuple[Canvas, int]:
+    """Draw one image, [size, size]; also returns how many leaves were placed, those that stay hidden among them.
 
     Args:
         number: write the leaf's number to the canvas, not its colour.
-        work: what `workspace` made; its canvas receives the image.
         record: receives a row of `RECORDED` numbers for each leaf while it has room.
     """
-    canvas, covered, starts, stops, waiting = work
     only, colour, exponent = law.only, law.colour, law.exponent
-    size = canvas.shape[0]
     r_min, r_max = law.r_min * size, law.r_max * size
-    canvas[:] = UNCOVERED
-    covered[:] = np.uint64(0)
+    canvas = np.full((size, size), UNCOVERED, dtype=np.int32)
+    covered = np.zeros((size, (size + 63) // 64), dtype=np.uint64)
+    waiting = np.empty(size * size, dtype=np.int32)  # places of uncovered pixels
+    starts = np.empty(size, dtype=np.int64)
+    stops = np.empty(size, dtype=np.int64)
     corners = np.empty((2, 4))
     palette = np.empty(8, dtype=np.int64)
     colours = draw_palette(seed, index, law.grey, palette) if colour == PALETTE else 0
@@ -180,7 +167,7 @@ def cover(seed: Word, index: Word, law: LeafLaw, number: bool, work: Work, recor
             if leaves < record.shape[0]:
                 record[leaves] = (x, y, radius, float(kind), float(fresh))
         leaves += 1
-    return leaves
+    return canvas, leaves
 
 
 @compiled
@@ -229,8 +216,7 @@ def unpack(canvas: Canvas, factor: int, out: Images) -> None:
 @compiled
 def draw_exact(indices: Words, seed: Word, law: LeafLaw, factor: int, out: Images) -> None:
     """Draw image ``indices[n]`` into ``out[n]``, [C, H, W]; the side of the canvas is `factor` times the image's."""
-    work = workspace(out.shape[2] * factor)
     record = np.empty((0, RECORDED))
     for n in range(indices.shape[0]):
-        cover(seed, indices[n], law, False, work, record)
-        unpack(work[0], factor, out[n])
+        canvas, _ = cover(seed, indices[n], law, out.shape[2] * factor, False, record)
+        unpack(canvas, factor, out[n])

@@ -6,12 +6,10 @@ transposition.  The libraries' transforms choose their order of operations by th
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from dpsyngen.programs.drawing import Floats, Images, Word
-from dpsyngen.programs.drawing.colours import MIX_COLOURS, MIX_VALUES, colour_mix, mix_channels
+from dpsyngen.programs.drawing.colours import MIX_VALUES, colour_mix
 from dpsyngen.programs.drawing.counter_rng import fill_uniform
 from dpsyngen.programs.drawing.portable import compiled, cos_sin
 from dpsyngen.programs.drawing.raster import stretch
@@ -35,47 +33,39 @@ def paint_fields(seed: Word, index: Word, fields: Floats, law: int, out: Images)
             out[c] = out[0]
         return
     u = np.empty(MIX_VALUES)
-    colours = np.empty((MIX_COLOURS, 3))
-    weights = np.empty(MIX_COLOURS)
-    root = np.empty((3, 3))
     fill_uniform(seed, _MIX, index, np.uint64(0), u)
-    count = colour_mix(u, colours, weights, root)
+    colours, weights, root = colour_mix(u)
     if law == ROTATION:
-        mix_channels(fields[:3], root)
+        for c in range(2, -1, -1):  # R·field at each pixel, from the last row of R: each needs those before it
+            mixed = root[c, 0] * fields[0]
+            for k in range(1, c + 1):
+                mixed += root[c, k] * fields[k]
+            fields[c] = mixed
         stretch(fields, out)
     else:
-        cut_into_colours(fields[0], colours, weights, count, out)
+        cut_into_colours(fields[0], colours, weights, out)
 
 
 @compiled
-def cut_into_colours(field: Floats, colours: Floats, weights: Floats, count: int, out: Images) -> None:
+def cut_into_colours(field: Floats, colours: Floats, weights: Floats, out: Images) -> None:
     """Colour the pixels by rank: the lowest share weights[0] gets the first colour, and so on; shares are exact."""
     size = out.shape[1]
     # By rank and not by level: then each colour has its share whatever the histogram of the field.
     order = np.argsort(np.ascontiguousarray(field[:size, :size]).ravel())
+    levels = np.minimum(255.0, np.floor(256.0 * colours)).astype(np.uint8)
     colour = 0
     reached = weights[0]
     for rank in range(size * size):
-        while colour < count - 1 and rank + 0.5 > reached * size * size:
+        while colour < len(colours) - 1 and rank + 0.5 > reached * size * size:
             colour += 1
             reached += weights[colour]
-        place = order[rank]
         for c in range(3):
-            out[c, place // size, place % size] = np.uint8(min(255.0, math.floor(256.0 * colours[colour, c])))
+            out[c, order[rank] // size, order[rank] % size] = levels[colour, c]
 
 
 def power_of_two(size: int) -> int:
     """Return the smallest power of two that is `size` or more."""
     return 1 << max(0, size - 1).bit_length()
-
-
-@compiled
-def roots(n: int) -> Floats:
-    """Return cos and sin of the first half of the n-th roots of unity, [2, n/2]."""
-    out = np.empty((2, n // 2))
-    for k in range(n // 2):
-        out[0, k], out[1, k] = cos_sin(k / n)
-    return out
 
 
 @compiled
@@ -114,11 +104,15 @@ def _columns(re: Floats, im: Floats, unity: Floats) -> None:
 
 
 @compiled
-def inverse_2d(re: Floats, im: Floats, unity: Floats) -> None:
+def inverse_2d(re: Floats, im: Floats) -> None:
     """Replace re + i·im, [n, n], by Σ_f (re + i·im)[f]·e^{2πi f·x/n}, unnormalised.
 
-    `unity` is ``roots(n)``.  Swap the two arrays for the forward transform.
+    Swap the two arrays for the forward transform.
     """
+    n = re.shape[0]
+    unity = np.empty((2, n // 2))  # cos and sin of the first half of the n-th roots of unity
+    for k in range(n // 2):
+        unity[0, k], unity[1, k] = cos_sin(k / n)
     for _ in range(2):  # columns, then rows
         _columns(re, im, unity)
         re[:] = re.T.copy()

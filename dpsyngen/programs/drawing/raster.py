@@ -76,22 +76,20 @@ def add_edge(area: Floats, x0: float, y0: float, x1: float, y1: float) -> None:
 
 
 @compiled
-def fill_polygon(xs: Floats, ys: Floats, count: int, area: Floats, cover: Floats) -> None:
-    """Write the cover of the polygon through the first `count` points, over what `cover` held.
+def fill_polygon(xs: Floats, ys: Floats, cover: Floats) -> None:
+    """Write the cover of the polygon through the points, over what `cover` held.
 
-    Parts that the outline winds around in either direction are filled.  `area`, [H, W + 1], is working space, all 0
-    before and after.
+    Parts that the outline winds around in either direction are filled.
     """
-    for k in range(count):
-        after = k + 1 if k + 1 < count else 0
+    area = np.zeros((cover.shape[0], cover.shape[1] + 1))
+    for k in range(len(xs)):
+        after = k + 1 if k + 1 < len(xs) else 0
         add_edge(area, xs[k], ys[k], xs[after], ys[after])
     for row in range(cover.shape[0]):
         total = 0.0  # the signed area so far: the winding number, in the mean over the pixel
         for column in range(cover.shape[1]):
             total += area[row, column]
-            area[row, column] = 0.0
             cover[row, column] = min(1.0, abs(total))
-        area[row, cover.shape[1]] = 0.0
 
 
 @compiled
@@ -132,20 +130,13 @@ def blend(canvas: Floats, cover: Floats, colour: Floats) -> None:
 def blend_gradient(canvas: Floats, cover: Floats, colour: Floats, other: Floats, cos: float, sin: float) -> None:
     """Paint a colour that runs from one to the other across the canvas, in direction (cos, sin)."""
     size = canvas.shape[1]
-    for i in range(canvas.shape[1]):
-        for j in range(canvas.shape[2]):
+    for i in range(size):
+        for j in range(size):
             t = 0.5 + ((j + 0.5) * cos + (i + 0.5) * sin - 0.5 * size * (cos + sin)) / size
             t = min(1.0, max(0.0, t))
             for c in range(canvas.shape[0]):
                 level = colour[c] + t * (other[c] - colour[c])
                 canvas[c, i, j] += cover[i, j] * (level - canvas[c, i, j])
-
-
-@compiled
-def plain(canvas: Floats, colour: Floats) -> None:
-    """Paint everything in one colour."""
-    for c in range(canvas.shape[0]):
-        canvas[c] = colour[c]
 
 
 @compiled
@@ -166,8 +157,4 @@ def stretch(canvas: Floats, out: Images) -> None:
     corner = canvas[: out.shape[0], : out.shape[1], : out.shape[2]]
     low, high = corner.min(), corner.max()
     scale = 255.0 / (high - low) if high > low else 0.0
-    offset = 0.5 if high > low else 128.0
-    for c in range(out.shape[0]):
-        for i in range(out.shape[1]):
-            for j in range(out.shape[2]):
-                out[c, i, j] = np.uint8(math.floor((canvas[c, i, j] - low) * scale + offset))
+    out[:] = np.floor((corner - low) * scale + (0.5 if high > low else 128.0))
