@@ -18,7 +18,6 @@ from dpsyngen.errors import ConfigError, require
 SUBSETS, SUBSET_SIZE = 100, 1000
 """Subsets of the kernel distance and images in each, as torch-fidelity has them."""
 DIRECTIONS = 256
-_DIRECTIONS_AT_ONCE = 16
 _BLOCK_BYTES = 64 * 2**20
 LEVEL = 0.95
 FEWEST = 40
@@ -128,12 +127,10 @@ def frechet_distance(a: FeatureStatistics | NDArray[np.floating], b: FeatureStat
             "take more images than dimensions, or features of fewer dimensions.",
             stacklevel=2,
         )
-    # tr (Σ_a Σ_b)^½ = tr (Σ_a^½ Σ_b Σ_a^½)^½: symmetric, so eigenvalues do, without the complex numbers of a general
-    # matrix square root and without failing on singular covariances.
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    inner = root @ b.covariance @ root
-    trace_root = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
+    # With Σ_a = AᵀA, tr (Σ_a Σ_b)^½ = tr (A Σ_b Aᵀ)^½: symmetric, so eigenvalues do, without the complex numbers of a
+    # general matrix square root and without failing on singular covariances.
+    root = _factor(a.covariance)
+    trace_root = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root.T).clip(0)).sum()
     difference = a.mean - b.mean
     return float(max(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace_root, 0.0))
 
@@ -256,24 +253,15 @@ class SlicedWasserstein:
     def __call__(self, features: NDArray[np.float32], scatter: bool = False) -> Estimate:
         """Measure features [n, d]; `scatter`: with the influence of each image on the squared distance."""
         projected = (features @ self._axes).astype(np.float64)
-        directions = projected.shape[1]
-        total, influence = 0.0, np.zeros(len(features))
-        for start in range(0, directions, _DIRECTIONS_AT_ONCE):
-            columns = projected[:, start : start + _DIRECTIONS_AT_ONCE]
-            order = np.argsort(columns, axis=0, kind="stable")
-            ordered = np.take_along_axis(columns, order, 0)
-            real = self._real[:, start : start + _DIRECTIONS_AT_ONCE]
-            total += float(squared_transport(ordered, real).sum())
-            if scatter:
-                influence += np.bincount(order.reshape(-1), potentials(ordered, real).reshape(-1), len(features))
-        influence = influence / directions
-        return Estimate(
-            float(np.sqrt(total / directions)),
-            f"{directions} random directions",
-            influence - influence.mean() if scatter else None,
-            rooted=True,
-            smallest=0.0,
-        )
+        n, directions = projected.shape
+        order = np.argsort(projected, axis=0, kind="stable")
+        ordered = np.take_along_axis(projected, order, 0)
+        influence = None
+        if scatter:
+            influence = np.bincount(order.ravel(), potentials(ordered, self._real).ravel(), n) / directions
+            influence -= influence.mean()
+        value = float(np.sqrt(squared_transport(ordered, self._real).mean()))
+        return Estimate(value, f"{directions} random directions", influence, rooted=True, smallest=0.0)
 
 
 def squared_transport(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
