@@ -159,7 +159,7 @@ class Measures:
         self._sliced = distances.SlicedWasserstein(real, seed=seed) if "sliced-wasserstein" in self.metrics else None
 
     def of(self, features: Features, scatter: bool = False) -> dict[str, distances.Estimate]:
-        """Measure features [n, d], without balls where they are too few; `scatter`: with the influence of each image."""
+        """Measure features [n, d], without balls where these are too few; `scatter`: with each image's influence."""
         found: dict[str, distances.Estimate] = {}
         if self._statistics is not None:
             found["frechet"] = _frechet(features, self._statistics, scatter)
