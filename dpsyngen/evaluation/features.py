@@ -8,6 +8,7 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -95,11 +96,6 @@ class PixelsPca(FeatureExtractor):
         self.components = components
         self._pca: Any = None  # scikit-learn's, once it is fitted
 
-    def _fitted(self) -> Any:
-        if self._pca is None:
-            raise ConfigError("pixels-pca must be fitted to the reference images first.")
-        return self._pca
-
     def config(self) -> dict[str, Any]:
         d = self.components if self._pca is None else int(self._pca.n_components_)
         return {"name": self.name, "dimensions": d, "fitted_to": "reference images", "pixels": "[0, 1]"}
@@ -120,10 +116,12 @@ class PixelsPca(FeatureExtractor):
     def _features(self, images: Any) -> Any:
         import torch
 
-        flat, pca = _pixels(images.numpy()), self._fitted()
-        if flat.shape[1] != pca.n_features_in_:
-            raise ConfigError(f"images of {flat.shape[1]} pixels were given, but pixels-pca saw {pca.n_features_in_}.")
-        return torch.from_numpy(pca.transform(flat))
+        if self._pca is None:
+            raise ConfigError("pixels-pca must be fitted to the reference images first.")
+        flat, seen = _pixels(images.numpy()), self._pca.n_features_in_
+        if flat.shape[1] != seen:
+            raise ConfigError(f"images of {flat.shape[1]} pixels were given, but pixels-pca saw {seen}.")
+        return torch.from_numpy(self._pca.transform(flat))
 
 
 def _pixels(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -257,12 +255,8 @@ def _loaded(name: str) -> ModuleType:
     spec = spec_from_file_location(own, name)
     assert spec is not None
     module = sys.modules[own] = module_from_spec(spec)
-
-    def run() -> None:
-        # Of the file as it is: Python tells bytecode that it kept from a changed file by size and second alone.
-        exec(compile(Path(name).read_bytes(), name, "exec"), module.__dict__)
-
-    _run(name, run)
+    # Of the file as it is: Python tells bytecode that it kept from a changed file by size and second alone.
+    _run(name, lambda: exec(compile(Path(name).read_bytes(), name, "exec"), module.__dict__))
     return module
 
 
@@ -292,13 +286,10 @@ def _made(named: Any, name: str) -> Callable[[Any], Any]:
 
 
 def _takes_nothing(named: Callable[..., Any]) -> bool:
-    try:
+    with suppress(TypeError, ValueError):  # it takes images, or has no signature
         inspect.signature(named).bind()
-    except TypeError:
-        return False
-    except ValueError:  # it has no signature
-        return isinstance(named, type)
-    return True
+        return True
+    return False
 
 
 def _prepared(compute: Any, device: str) -> str | None:
