@@ -100,17 +100,14 @@ def evaluate(
     config = run.config
     generator = sampling_ranks.open_everywhere(ranks, run.release, device)
     notes: list[str] = []
-    reference = _images(data, config, generator, "data", notes, **labelled)
-    # Without persons, those that were chosen among a person's images cannot be told from the others.
-    known = data is None or config.privacy.most_per_person is None or reference.persons is not None
-    own = training_images(run, reference) if known else None
-    if own is None and data is None:
-        raise DataError(
-            f"{config.data.source} holds other images than those that {run.path} was trained on, or in another order: "
-            "they were changed since.  Put them back, or say with --data which images to measure against (from Python: "
-            "data)."
-        )
-    reference = reference if own is None else own
+    if data is None:
+        reference = own = _trained_on(run, None, generator)
+    else:
+        reference = _images(data, config, generator, "data", notes, **labelled)
+        # Without persons, those that were chosen among a person's images cannot be told from the others.
+        known = config.privacy.most_per_person is None or reference.persons is not None
+        own = training_images(run, reference) if known else None
+        reference = reference if own is None else own
     held_out = None if test is None else _images(test, config, generator, "test", notes, **labelled)
     if held_out is not None and held_out.labels is not None and s.classifiers:
         require_enough(images, len(generator.class_names))
@@ -321,8 +318,8 @@ def _trained_on(run: Run, given: Source | None, generator: ReleasedGenerator) ->
     found = training_images(run, _images(given, run.config, generator, "training"))
     if found is None:
         raise DataError(
-            f"the images are not those that {run.path} was trained on, or were changed since.  Give the same --data as "
-            "for training."
+            f"the images are not those that {run.path} was trained on, or were changed since.  Put them back, or give "
+            "those of the training with --data (from Python: data)."
         )
     return found
 
