@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.evaluation.metrics import METRICS
-from dpsyngen.experiments.results import JobResult, Results
+from dpsyngen.experiments.results import Figure, JobResult, Results
 from dpsyngen.experiments.statistics import (
     Better,
     Comparison,
@@ -113,7 +113,7 @@ class View:
     def __init__(self, results: Results) -> None:
         self.results, self.baseline = results, results.experiment.spec.baseline
         rows: dict[Row, None] = {}
-        self._values: dict[tuple[str, str, str, float, Row], dict[int, float]] = {}
+        self._figures: dict[tuple[str, str, str, float, Row], dict[int, Figure]] = {}
         measures: dict[Measure, None] = {}
         for job in results.runs:
             row = row_of(job)
@@ -121,7 +121,7 @@ class View:
             for f in job.figures():
                 if f.better is None or f.metric == "validation_accuracy":
                     continue
-                self._values.setdefault((f.metric, f.on, f.of_class, job.epsilon, row), {})[job.seed] = f.value
+                self._figures.setdefault((f.metric, f.on, f.of_class, job.epsilon, row), {})[job.seed] = f
                 if not f.of_class:
                     measures[Measure(f.metric, f.on, f.better)] = None
         self.rows = tuple(rows)
@@ -144,8 +144,14 @@ class View:
 
     def values(self, measure: Measure, epsilon: float, row: Row, of_class: str = "") -> list[float]:
         """In the order of seeds, in the units that are shown; [] if there are none."""
-        found = self._values.get((measure.metric, measure.on, of_class, epsilon, row), {})
-        return [measure.scale * found[seed] for seed in sorted(found)]
+        found = self._figures.get((measure.metric, measure.on, of_class, epsilon, row), {})
+        return [measure.scale * found[seed].value for seed in sorted(found)]
+
+    def half_widths(self, measure: Measure, epsilon: float) -> list[float]:
+        """Of the intervals of single runs, in the units that are shown."""
+        of_rows = (self._figures.get((measure.metric, measure.on, "", epsilon, row), {}) for row in self.rows)
+        found = ((f.low, f.high) for of_row in of_rows for f in of_row.values())
+        return [measure.scale * (high - low) / 2 for low, high in found if low is not None and high is not None]
 
     def groups(self, measure: Measure, epsilon: float) -> dict[str, list[float]]:
         """Values by name of the row, for those rows that have some."""
@@ -154,7 +160,7 @@ class View:
 
     def classes(self, on: str) -> list[str]:
         """Names of the classes that `on` was scored by."""
-        return list(dict.fromkeys(c for metric, o, c, _, _ in self._values if metric == "accuracy" and o == on and c))
+        return list(dict.fromkeys(c for metric, o, c, _, _ in self._figures if metric == "accuracy" and o == on and c))
 
     def baselines(self, measure: Measure, epsilon: float) -> dict[str, str]:
         """Name of the baseline of each row that has one at this ε.

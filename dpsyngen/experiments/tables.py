@@ -64,6 +64,9 @@ class TableRow(NamedTuple):
     reference: bool = False
 
 
+_EMPTY = Cell(_NONE)
+
+
 @dataclass(frozen=True)
 class Table:
     """A table: `heads` names its head columns, `groups` are (name of the group, names of its columns), the name ""
@@ -101,37 +104,35 @@ def figures_table(view: View, key: str, title: str, measures: Sequence[Measure])
     """Rows are variants, a column group is an ε, a column in it a measure; None if there are no measures."""
     if not measures:
         return None
-    usual = max(view.seeds(), default=None)
-    grid: dict[Row, list[Cell]] = {row: [] for row in view.rows}
-    references: dict[str, list[Cell]] = {kind: [] for kind, _ in REFERENCES}
-    tested = False
-    for epsilon in view.epsilons:
-        for measure in measures:
-            groups = view.groups(measure, epsilon)
-            summaries = {name: summarise(values) for name, values in groups.items()}
-            digits = column_decimals(list(summaries.values()), _half_widths(view, measure, epsilon))
-            marks = _marks(groups, measure)
-            tested = tested or "tied" in marks.values()
-            for row, cells in grid.items():
-                s = summaries.get(row.name)
-                text = _NONE if s is None else mean_text(s, digits)
-                cells.append(Cell(text, marks.get(row.name, ""), None if s is None or s.n == usual else s.n))
-            for kind, cells in references.items():
-                values = view.reference(kind, measure, epsilon)
-                s = summarise(values) if values else None
-                own = digits
-                if kind == "test" and s is not None and s.mean:
-                    # A floor can be far smaller than the figures above it.
-                    own = max(digits, min(4, 1 - math.floor(math.log10(abs(s.mean)))))
-                cells.append(Cell(_NONE if s is None else mean_text(s, own)))
-    rows = [TableRow(_heads(view, row), tuple(cells)) for row, cells in grid.items()]
+    cells = [_column(view, measure, epsilon) for epsilon in view.epsilons for measure in measures]
+    rows = [TableRow(_heads(view, row), tuple(c.get(row.name, _EMPTY) for c in cells)) for row in view.rows]
     for kind, name in REFERENCES:
-        if any(cell.text != _NONE for cell in references[kind]):
+        if any(kind in c for c in cells):
             heads = (name, "") if view.labels else (name,)
-            rows.append(TableRow(heads, tuple(references[kind]), reference=True))
+            rows.append(TableRow(heads, tuple(c.get(kind, _EMPTY) for c in cells), reference=True))
+    tested = any(cell.mark == "tied" for c in cells for cell in c.values())
     columns = tuple(m.on_name if m.metric == "accuracy" else m.metric_name for m in measures)
-    groups_ = tuple((epsilon_name(e), columns) for e in view.epsilons)
-    return Table(key, title, _head_names(view), groups_, tuple(rows), tuple(_notes(view, tested)))
+    groups = tuple((epsilon_name(e), columns) for e in view.epsilons)
+    return Table(key, title, _head_names(view), groups, tuple(rows), tuple(_notes(view, tested)))
+
+
+def _column(view: View, measure: Measure, epsilon: float) -> dict[str, Cell]:
+    """The cells of those rows, by name, and references, by kind, that have values."""
+    groups, usual = view.groups(measure, epsilon), max(view.seeds(), default=None)
+    summaries, marks = {name: summarise(values) for name, values in groups.items()}, _marks(groups, measure)
+    digits = column_decimals(list(summaries.values()), view.half_widths(measure, epsilon))
+    out = {
+        name: Cell(mean_text(s, digits), marks.get(name, ""), None if s.n == usual else s.n)
+        for name, s in summaries.items()
+    }
+    for kind, _ in REFERENCES:
+        if values := view.reference(kind, measure, epsilon):
+            s = summarise(values)
+            # A floor can be far smaller than the figures above it.
+            small = kind == "test" and s.mean
+            own = max(digits, min(4, 1 - math.floor(math.log10(abs(s.mean))))) if small else digits
+            out[kind] = Cell(mean_text(s, own))
+    return out
 
 
 def _marks(groups: dict[str, list[float]], measure: Measure) -> dict[str, Literal["", "best", "tied"]]:
@@ -254,16 +255,6 @@ def _plain(s: Summary) -> str:
 
 def _bare(epsilon: float) -> str:
     return epsilon_name(epsilon).removeprefix("ε = ")
-
-
-def _half_widths(view: View, measure: Measure, epsilon: float) -> list[float]:
-    return [
-        measure.scale * (f.high - f.low) / 2
-        for job in view.results.runs
-        if job.epsilon == epsilon
-        for f in job.figures()
-        if (f.metric, f.on, f.of_class) == (measure.metric, measure.on, "") and f.low is not None and f.high is not None
-    ]
 
 
 def _heads(view: View, row: Row) -> tuple[str, ...]:
