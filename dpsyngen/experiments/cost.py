@@ -69,14 +69,9 @@ class PrivacyCost:
     def note(self) -> str:
         """In words."""
         if self.seeded:
-            return (
-                "The noise is reproducible (noise: seeded): no run of this experiment is private.  That is for public "
-                "data only."
-            )
+            return "The noise is reproducible (noise: seeded), for public data: no run of this experiment is private."
         past = f" and {self.earlier} earlier ones in its folder" if self.earlier else ""
-        without = ""
-        if self.without_noise:
-            without = f"  The {self.without_noise} runs of ε = ∞ must never be published."
+        without = f"  The {self.without_noise} runs of ε = ∞ must never be published." if self.without_noise else ""
         cost = f"ε = {number(self.total_epsilon, up=True)} at δ = {self.delta:.3g}"
         return (
             f"Publishing all {self.runs} private runs of this experiment{past} would cost {cost} together; one run "

@@ -355,4 +355,4 @@ class SharedNetworks:
                 write_bytes(place / "weights.safetensors", trained.read_bytes())
                 log = [line for line in self._log.read() if line["phase"] == one.phase]
                 about = {"phase": one.phase, "seconds": seconds.get(one.phase, 0.0), "log": log}
-                write_text(place / "about.json", json.dumps(about) + "\n", 0o600)
+                write_json(place / "about.json", about, 0o600)

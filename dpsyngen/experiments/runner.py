@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from dpsyngen.evaluation.run import training_images
 from dpsyngen.experiments.dp_classifier import dp_classifier_reference, real_reference
 from dpsyngen.experiments.experiment import Clock, Experiment, SharedNetworks, training_digest
 from dpsyngen.experiments.spec import DataFacts, Job, Spec, digest
-from dpsyngen.files import write_atomically, write_text
+from dpsyngen.files import write_bytes, write_json, write_text
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.accounting import default_delta
@@ -128,19 +129,15 @@ class Worker:
         """Do a job, or what is left, and keep its result; Stopped if asked to.  The caller holds the job's lock."""
         folder = self.experiment.work_path(job)
         if not (folder / "job.json").exists():
-            write_text(folder / "job.json", json.dumps({"settings": training_digest(job)}) + "\n", 0o600)
+            write_json(folder / "job.json", {"settings": training_digest(job)}, 0o600)
         clock = Clock(folder / "times.json", self.device)
         kinds = {"run": self._run, "real": self._real, "dp-classifier": self._dp}
         try:
             found = kinds[job.kind](job, clock)
         finally:
             clock.add("other", save=True)
-        result = {
-            "job": job.name,
-            "measured": self.experiment.measure_digest(job),
-            **{"delta": None, "private": False},
-            **found,
-        }
+        measured = self.experiment.measure_digest(job)
+        result = {"job": job.name, "measured": measured, "delta": None, "private": False, **found}
         unit = "core-seconds" if self.device == "cpu" else "seconds"
         machine = {"threads": torch.get_num_threads(), "device": self.device, "seconds_unit": unit}
         result["facts"] = {**machine, "seconds_training": sum(clock.spent.values()), **found["facts"]}
@@ -172,16 +169,14 @@ class Worker:
         ledger, spent = run.finished_ledger(), clock.spent
         # What another run spent on a network that both use counts for both: on its own this one would have spent it.
         public = sum(_by_phase(clock).values()) + spent.get("shared public", 0.0)
-        seconds = {"public": public, "training": public + spent.get("private", 0.0)}
-        seconds |= {k: spent.get(k, 0.0) for k in ("private", "sampling", "evaluation")}
+        facts = _of_training(run, ledger, run.config.data.records or len(self.images.train))
+        facts |= {f"seconds_{part}": spent.get(part, 0.0) for part in ("private", "sampling", "evaluation")}
+        facts |= {"seconds_public": public, "seconds_training": public + facts["seconds_private"]}
         return {
             "delta": ledger.delta,
             "private": not ledger.non_private and ledger.secure,
             "epsilon_spent": None if ledger.non_private else ledger.epsilon(),
-            "facts": {
-                **_of_training(run, ledger, run.config.data.records or len(self.images.train)),
-                **{f"seconds_{k}": value for k, value in seconds.items()},
-            },
+            "facts": facts,
             "evaluation": evaluation,
         }
 
@@ -230,9 +225,10 @@ class Worker:
         settings = {"seed": job.seed, **wanted}
         drawn = {"images": s.images, **generator.settings(**settings).model_dump()}
         stamp = digest([drawn, (run.release / "generator.json").read_text(encoding="utf-8")])
-        kept = _load_samples(path, stamp)
-        if kept is not None:
-            return (*kept, drawn)
+        # A damaged file, of which np.load raises many kinds of errors, is drawn again.
+        with suppress(Exception), np.load(path, allow_pickle=False) as file:
+            if str(file["stamp"]) == stamp:
+                return file["images"], file.get("labels"), drawn
         clock.add("other")
 
         def progress(done: int, total: int) -> None:
@@ -241,13 +237,9 @@ class Worker:
 
         samples = generator.sample(s.images, on_progress=progress, **settings)
         clock.add("sampling")
-        arrays: dict[str, Any] = {"images": samples.images, "labels": samples.labels, "stamp": stamp}
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as f:
-                np.savez_compressed(f, **{k: v for k, v in arrays.items() if v is not None})
-
-        write_atomically(path, write, 0o600)
+        content, labels = io.BytesIO(), {} if samples.labels is None else {"labels": samples.labels}
+        np.savez_compressed(content, images=samples.images, stamp=stamp, **labels)
+        write_bytes(path, content.getvalue(), 0o600)
         return samples.images, samples.labels, drawn
 
     def _measured(self, images: np.ndarray, labels: np.ndarray | None, job: Job, clock: Clock) -> dict[str, Any]:
@@ -323,11 +315,3 @@ def _of_training(run: Run, ledger: Ledger, records: int) -> dict[str, float]:
         network = generator.networks[generator.stages.private.network]
         facts["parameters"] = sum(p.numel() for p in network.parameters())
     return facts
-
-
-def _load_samples(path: Path, stamp: str) -> tuple[np.ndarray, np.ndarray | None] | None:
-    # A damaged file, of which np.load raises many kinds of errors, is drawn again.
-    with suppress(Exception), np.load(path, allow_pickle=False) as file:
-        if str(file["stamp"]) == stamp:
-            return file["images"], file.get("labels")
-    return None
