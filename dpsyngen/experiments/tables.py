@@ -6,6 +6,8 @@ their spread allows, so that nobody reads a difference out of a last digit, and 
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import math
 import statistics
@@ -15,8 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dpsyngen.console import Console
-from dpsyngen.experiments.measures import Measure, Row, View, answers, epsilon_name, row_of
-from dpsyngen.experiments.results import Results
+from dpsyngen.experiments.measures import FIXED, Measure, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.statistics import (
     Comparison,
     Summary,
@@ -222,13 +223,13 @@ def _verdict_row(c: Comparison, measure: Measure, heads: tuple[str, ...]) -> Tab
 
 def compute_table(view: View) -> Table | None:
     """What the runs took."""
-    minutes = f"{view.results.core}min"
+    minutes = f"{view.core}min"
     timed = {"public": "public training", "private": "private training"}
     timed |= {name: name for name in ("training", "sampling", "evaluation")}
     columns = [(f"seconds_{name}", f"{title}, {minutes}", 60.0) for name, title in timed.items()]
     columns += [("private_images_seen", "private images used", 1.0), ("parameters", "parameters", 1.0)]
     figures: dict[tuple[Row, float], list[dict[str, Any]]] = {}
-    for job in view.results.runs:
+    for job in view.runs:
         figures.setdefault((row_of(job), job.epsilon), []).append(job.facts)
     present = [c for c in columns if any(c[0] in facts for group in figures.values() for facts in group)]
     if not present:
@@ -267,9 +268,13 @@ def _head_names(view: View) -> tuple[str, ...]:
 
 def write_results(exp: Path) -> list[Path]:
     """Write ``results.csv`` and ``tables.md``; returns their paths."""
-    results, paths = Results.load(exp), [exp / "results.csv", exp / "tables.md"]
-    results.write(paths[0])
-    write_text(paths[1], markdown(View(results)), 0o600)
+    view, paths = View(exp), [exp / "results.csv", exp / "tables.md"]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*FIXED[:8], *view.axes, *FIXED[8:]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(view.tidy())
+    write_text(paths[0], text.getvalue(), 0o600)
+    write_text(paths[1], markdown(view), 0o600)
     return paths
 
 
@@ -280,7 +285,7 @@ def markdown(view: View) -> str:
 
 def print_tables(exp: Path, console: Console) -> None:
     """Say the answers, accuracies and distances of an experiment; all tables are in tables.md and in the report."""
-    view = View(Results.load(exp))
+    view = View(exp)
     tables = [t for t in all_tables(view) if t.key == "accuracy" or t.key.endswith("-lower")]
     console.markdown("\n".join([*_document(view, tables), "", PRIVATE]))
 
@@ -299,9 +304,9 @@ def _document(view: View, tables: Sequence[Table]) -> Iterator[str]:
             if note not in said:
                 yield from (safe_markdown(note), "")
                 said.add(note)
-    if view.results.skipped:
+    if view.skipped:
         yield from ("Left out:", "")
-        yield from (f"- {safe_markdown(name)}: {safe_markdown(why)}" for name, why in view.results.skipped)
+        yield from (f"- {safe_markdown(name)}: {safe_markdown(why)}" for name, why in view.skipped)
 
 
 def markdown_table(table: Table) -> str:
