@@ -68,14 +68,13 @@ class Images:
                 fixed = config.data.model_copy(update={"resolution": self.train.resolution})
                 test = load_private(d.test, config.model_copy(update={"data": fixed}))
             self.test = test.with_classes(self.train.class_names, "test")
-        if spec.evaluation.classifiers and len(self.train.class_names) < 2:
-            raise ConfigError(
-                f"the images of {d.train} have {'one class' if self.train.class_names else 'no classes'}: there is "
-                "nothing to classify.  Give evaluation: {classifiers: []}."
-            )
+        classes = len(self.train.class_names)
+        if spec.evaluation.classifiers and classes < 2:
+            have = f"the images of {d.train} have {'one class' if classes else 'no classes'}"
+            raise ConfigError(f"{have}: there is nothing to classify.  Give evaluation: {{classifiers: []}}.")
         if spec.evaluation.classifiers:
-            require_enough(spec.sampling.images, len(self.train.class_names))
-        if spec.sampling.guidance not in (None, 1) and not self.train.class_names:
+            require_enough(spec.sampling.images, classes)
+        if spec.sampling.guidance not in (None, 1) and not classes:
             raise ConfigError(f"the images of {d.train} have no classes: leave sampling.guidance out.")
         self._spec = spec
 
@@ -101,10 +100,8 @@ def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:
     said = found if facts is None else facts.model_dump()
     wrong = [f"{field} {found[field]:,} instead of {said[field]:,}" for field in found if found[field] != said[field]]
     if wrong:
-        raise DataError(
-            f"{name} is not what the specification says in data.facts: {', '.join(wrong)}.  Give the right data with "
-            "--data, or correct data.facts."
-        )
+        what = f"{name} is not what the specification says in data.facts: {', '.join(wrong)}"
+        raise DataError(f"{what}.  Give the right data with --data, or correct data.facts.")
 
 
 class Worker:
@@ -237,8 +234,9 @@ class Worker:
 
         samples = generator.sample(s.images, on_progress=progress, **settings)
         clock.add("sampling")
-        content, labels = io.BytesIO(), {} if samples.labels is None else {"labels": samples.labels}
-        np.savez_compressed(content, images=samples.images, stamp=stamp, **labels)
+        arrays: dict[str, Any] = {"images": samples.images, "labels": samples.labels, "stamp": stamp}
+        content = io.BytesIO()
+        np.savez_compressed(content, **{k: v for k, v in arrays.items() if v is not None})
         write_bytes(path, content.getvalue(), 0o600)
         return samples.images, samples.labels, drawn
 
