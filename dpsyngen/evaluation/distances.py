@@ -63,12 +63,10 @@ class Bootstrap:
         if estimate.influence is None or not np.ptp(estimate.influence):
             return None
         change = self._counts @ estimate.influence / len(estimate.influence)
-        low, high = np.quantile(change, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        if estimate.rooted:
-            low, high = np.sqrt(np.maximum(np.array([low, high]) + estimate.value**2, 0.0))
-        else:
-            low, high = low + estimate.value, high + estimate.value
-        return float(max(low, estimate.smallest)), float(min(high, estimate.largest))
+        ends = np.quantile(change, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        ends = np.sqrt((ends + estimate.value**2).clip(0)) if estimate.rooted else ends + estimate.value
+        low, high = ends.clip(estimate.smallest, estimate.largest)
+        return float(low), float(high)
 
     def protocol(self) -> dict[str, Any]:
         """What the intervals are, JSON-able."""
@@ -96,9 +94,7 @@ class FeatureStatistics:
         wide = features.astype(np.float64)
         if not np.isfinite(wide).all():
             raise ConfigError("the features hold NaN or infinite values, so they have no covariance.")
-        mean = wide.mean(0)
-        centred = wide - mean
-        return cls(mean, centred.T @ centred / (len(wide) - 1), len(wide))
+        return cls(wide.mean(0), np.atleast_2d(np.cov(wide, rowvar=False)), len(wide))
 
     @property
     def full_rank(self) -> bool:

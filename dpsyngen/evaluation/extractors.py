@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.distributed import Ranks
-from dpsyngen.errors import ConfigError, shown
+from dpsyngen.errors import ConfigError, require
 from dpsyngen.evaluation.features import FORM, EfficientNetLite0, FeatureExtractor, OwnFeatures, PixelsPca, Tell
 from dpsyngen.files import write_bytes
 from dpsyngen.version import __version__
@@ -54,9 +54,7 @@ def _maker(name: str) -> Callable[..., FeatureExtractor]:
 
         return Inception
     known: dict[str, Callable[..., FeatureExtractor]] = {c.name: c for c in (PixelsPca, EfficientNetLite0)}
-    if name not in known:
-        allowed = f"among {', '.join(NAMES)}, or your own, given as {FORM}"
-        raise ConfigError(f"features are {shown(name)}, but must be {allowed}.")
+    require(name in known, "features", name, f"one of {', '.join(NAMES)}, or your own, given as {FORM}")
     return known[name]
 
 

@@ -306,21 +306,15 @@ def _verdict(
     copies = [name for name, space in spaces.items() if 2 * space.copies > 1]
     if found:
         return True, "Signs of memorisation: " + "; ".join(found) + "."
+    why = ""
     if copies:
-        return None, (
-            f"Nothing can be concluded: by {', '.join(copies)}, most real images are copies of training images, so "
-            "whatever is generated is as near to those it was not trained on."
-        )
-    if others is None:
-        return None, (
-            "Nothing can be concluded: there are no held-out images to compare with, so nobody can say whether these "
-            "distances are small.  No generated image equals a training image in every pixel."
-        )
-    if math.comb(n_private + n_held_out, n_private) < 1 / level:  # an integer that no float may hold
-        return None, (
-            f"Nothing can be concluded: with {n_private} training and {n_held_out} held-out images no test could tell "
-            "memory from chance."
-        )
+        why = f"by {', '.join(copies)}, most real images are copies of training images: none can be nearer than these"
+    elif others is None:
+        why = "there are no held-out images to say whether these distances are small; no generated image is a copy"
+    elif math.comb(n_private + n_held_out, n_private) < 1 / level:  # an integer that no float may hold
+        why = f"with {n_private} training and {n_held_out} held-out images no test could tell memory from chance"
+    if why:
+        return None, f"Nothing can be concluded: {why}."
     fewest = min(n_private, n_held_out)
     few = f"  There are only {fewest} images in the smaller set: a copy would show, and little else." * (fewest < FEW)
     return False, (

@@ -100,6 +100,7 @@ def evaluate(
     config = run.config
     generator = sampling_ranks.open_everywhere(ranks, run.release, device)
     notes: list[str] = []
+    own: ImageDataset | None
     if data is None:
         reference = own = _trained_on(run, None, generator)
     else:

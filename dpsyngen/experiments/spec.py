@@ -342,10 +342,9 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
     of_all = {f"stages.{name}": value for name, value in spec.settings.get("stages", {}).items()}
     pretrain = (of_all | own | given).get("stages.pretrain")
     settings = {name: value for name, value in given.items() if matters(name, variant, bool(pretrain))}
-    shortened = [f"{name.rsplit('.', 1)[-1]}={_short(value)}" for name, value in settings.items()]
-    label = case if case and settings else ",".join(shortened)
-    if case and settings and spec.grid.axes:
-        label = ",".join([case, *(s for n, s in zip(settings, shortened, strict=True) if n in spec.grid.axes)])
+    told = [name for name in settings if not case or name in spec.grid.axes]
+    shortened = [f"{name.rsplit('.', 1)[-1]}={_short(settings[name])}" for name in told]
+    label = ",".join([case, *shortened] if case and settings else shortened)
     parts = [variant, f"eps{_short(epsilon)}", *([label.replace(",", "-")] if label else []), f"seed{seed}"]
     name = "-".join(parts)
     nested: dict[str, Any] = spec.settings
