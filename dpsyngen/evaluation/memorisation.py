@@ -239,10 +239,8 @@ def _copies(
     others = digests(held_out)
     repeated = int(np.isin(others, known).sum())
     if 2 * repeated > len(others):
-        raise DataError(
-            f"{repeated:,} of the {len(others):,} held-out images are training images, so they are no control.  Give "
-            "images that were not trained on."
-        )
+        said = f"{repeated:,} of the {len(others):,} held-out images are training images, so they are no control"
+        raise DataError(f"{said}.  Give images that were not trained on.")
     return repeated, duplicates, int(np.isin(made, others).sum())
 
 

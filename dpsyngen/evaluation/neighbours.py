@@ -50,10 +50,8 @@ def nearest(queries: NDArray[Any], references: NDArray[Any], *, skip: NDArray[np
     from sklearn.neighbors import NearestNeighbors
 
     if queries.shape[1:] != references.shape[1:] or (queries.dtype == np.uint8) != (references.dtype == np.uint8):
-        raise ConfigError(
-            f"rows of {queries.dtype} {queries.shape[1:]} cannot be compared with {references.dtype} "
-            f"{references.shape[1:]}: give images or features of one form."
-        )
+        forms = " and ".join(f"{x.dtype} {x.shape[1:]}" for x in (queries, references))
+        raise ConfigError(f"rows of {forms} cannot be compared: give images or features of one form.")
     if not len(queries) or len(references) < (1 if skip is None else 2):
         raise ConfigError(f"{len(queries)} queries and {len(references)} references: too few to find neighbours.")
     asked = queries.reshape(len(queries), -1).astype(np.float32)
@@ -121,12 +119,9 @@ def share(
     # whose nearest is private is Σ w over the private images r, where w(r) is twice the number of those that have r as
     # their nearest (once at a tie).  Drawing the private set anew draws how many images of each w it gets:
     # multivariate hypergeometric.
-    weights = np.concatenate(
-        [
-            np.bincount(private.index, 2 * nearer + tied, n_private),
-            np.bincount(held_out.index, 2 * (~nearer & ~tied) + tied, n_held_out),
-        ]
-    ).astype(np.int64)
+    of_private = np.bincount(private.index, 2 * nearer + tied, n_private)
+    of_held_out = np.bincount(held_out.index, 2 * (~nearer & ~tied) + tied, n_held_out)
+    weights = np.concatenate([of_private, of_held_out]).astype(np.int64)
     values, counts = np.unique(weights, return_counts=True)
     drawn = rng.multivariate_hypergeometric(counts, n_private, size=_PERMUTATIONS, method="marginals")
     as_large = int((drawn @ values >= weights[:n_private].sum()).sum())

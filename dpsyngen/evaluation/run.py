@@ -268,13 +268,9 @@ def _images(
 ) -> ImageDataset:
     """Load real images in the form of the generated ones; None: those that the run was trained on, with its labels.
 
-    Given images that by the run's own settings come out in another colour are refused; those of another size are
-    resized, which goes to `notes`, or refused without.
-
-    Args:
-        given, what: the images, and what they are called in messages.
-        labels: a table of the labels of those that are `given`; None: they bring their own.
-        label_column: None: that of the run.
+    Given images, `what` in messages, that by the run's own settings come out in another colour are refused; those of
+    another size are resized, which goes to `notes`, or refused without.  They bring their labels, or `labels` is a
+    table of them.
     """
     source = config.data.source if given is None else given
     if isinstance(source, str) and not source:

@@ -31,7 +31,7 @@ from dpsyngen.config import Config, load_config
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import whole_source, with_whole_paths
 from dpsyngen.diffusion.stages import StageMap
-from dpsyngen.errors import DataError, RunError
+from dpsyngen.errors import DataError, RunError, listed
 from dpsyngen.experiments.spec import Job, Spec, digest, jobs_of, load_spec
 from dpsyngen.files import file_sha256, require_absent_or_empty, write_bytes, write_json, write_text
 from dpsyngen.training.log import JsonLines
@@ -72,10 +72,7 @@ class Experiment:
         self.path, self.about = path, _read(path / "experiment.json")
         found = self.about.get("format")
         if found is None:
-            raise RunError(
-                f"{path} is not the folder of an experiment (no readable experiment.json).  Give the folder that "
-                "`dpsyngen compare SPEC --out` made."
-            )
+            raise RunError(f"{path} is not the folder of an experiment: give one that `dpsyngen compare --out` made.")
         if found != FORMAT:
             raise RunError(f"{path} has experiment format {found}, but dpsyngen {__version__} reads format {FORMAT}.")
         self.spec = load_spec(path / "spec.yaml")
@@ -98,9 +95,8 @@ class Experiment:
             changed = [job.name for job in jobs if before.begun_otherwise(job)]
             if changed:
                 raise RunError(
-                    f"{path} holds runs with other settings than the specification asks for now: "
-                    f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''}.  Undo the change, give the new "
-                    "settings a label (grid.cases), or choose another --out."
+                    f"{path} holds runs with other settings than the specification asks for now: {listed(changed, 3)}."
+                    "  Undo the change, give the new settings a label (grid.cases), or choose another --out."
                 )
         elif not (path / "experiment.json").exists():
             require_absent_or_empty(path, "--out")

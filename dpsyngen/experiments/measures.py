@@ -85,12 +85,10 @@ class Measure:
 
     @property
     def unit(self) -> str:
-        """After a shown value."""
         return " %" if self.metric == "accuracy" else ""
 
     @property
     def difference_unit(self) -> str:
-        """After a difference of shown values: percentage points."""
         return " points" if self.metric == "accuracy" else ""
 
 

@@ -24,7 +24,7 @@ from dpsyngen.evaluation.cas import require_enough
 from dpsyngen.evaluation.run import training_images
 from dpsyngen.experiments.dp_classifier import dp_classifier_reference, real_reference
 from dpsyngen.experiments.experiment import Clock, Experiment, SharedNetworks, training_digest
-from dpsyngen.experiments.spec import DataFacts, Job, Spec, digest
+from dpsyngen.experiments.spec import Job, Spec, digest
 from dpsyngen.files import write_bytes, write_json, write_text
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator.generator import ReleasedGenerator
@@ -54,7 +54,13 @@ class Images:
         d = spec.data
         config = load_config(merge_settings(spec.settings, {"data": d.section}), preset=spec.preset)
         self.train: ImageDataset = load_private(d.train, config)
-        _require(d.facts, self.train, d.train)
+        classes = len(self.train.class_names)
+        found = {"records": len(self.train), "resolution": self.train.resolution, "channels": self.train.channels}
+        found["classes"] = classes
+        wrong = [f"{name} {found[name]:,} instead of {said:,}" for name, said in d.facts or () if found[name] != said]
+        if wrong:
+            what = f"{d.train} is not what the specification says in data.facts: {', '.join(wrong)}"
+            raise DataError(f"{what}.  Give the right data with --data, or correct data.facts.")
         self.test: ImageDataset | None = None
         self.shape = shape_of(self.train, config)
         if d.test is not None:
@@ -68,7 +74,6 @@ class Images:
                 fixed = config.data.model_copy(update={"resolution": self.train.resolution})
                 test = load_private(d.test, config.model_copy(update={"data": fixed}))
             self.test = test.with_classes(self.train.class_names, "test")
-        classes = len(self.train.class_names)
         if spec.evaluation.classifiers and classes < 2:
             have = f"the images of {d.train} have {'one class' if classes else 'no classes'}"
             raise ConfigError(f"{have}: there is nothing to classify.  Give evaluation: {{classifiers: []}}.")
@@ -92,16 +97,6 @@ class Images:
             return None
         count = min(spec.evaluation.max_images, spec.sampling.images)
         return program_of(load_config(dict(spec.settings), preset=spec.preset), self.shape).batch(range(count))
-
-
-def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:
-    found = {"records": len(dataset), "resolution": dataset.resolution, "channels": dataset.channels}
-    found["classes"] = len(dataset.class_names)
-    said = found if facts is None else facts.model_dump()
-    wrong = [f"{field} {found[field]:,} instead of {said[field]:,}" for field in found if found[field] != said[field]]
-    if wrong:
-        what = f"{name} is not what the specification says in data.facts: {', '.join(wrong)}"
-        raise DataError(f"{what}.  Give the right data with --data, or correct data.facts.")
 
 
 class Worker:

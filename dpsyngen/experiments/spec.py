@@ -257,10 +257,8 @@ def load_spec(given: str | Path) -> Spec:
     elif Path(given).exists():
         values = read_yaml_file(Path(given), "the specification")
     else:
-        raise ConfigError(
-            f"there is no file {printable(str(given))}, and no specification of that name ships with dpsyngen: those "
-            f"are {', '.join(spec_names())}."
-        )
+        ships = f"no such specification ships with dpsyngen: those are {', '.join(spec_names())}"
+        raise ConfigError(f"there is no file {printable(str(given))}, and {ships}.")
     return parse_spec(values, str(given))
 
 
@@ -324,9 +322,7 @@ def jobs_of(spec: Spec) -> tuple[Job, ...]:
             job = _run(spec, variant, epsilon, seed, case.label, case.settings | axes)
             same = out.setdefault(job.name, job)
             if same.config != job.config:
-                raise ConfigError(
-                    f"two runs of the grid would be called {job.name}: give the cases labels that tell them apart."
-                )
+                raise ConfigError(f"two runs of the grid would be called {job.name}: give the cases other labels.")
         if spec.evaluation.classifiers:
             if "real" in spec.references:
                 out.setdefault(f"real-seed{seed}", Job(f"real-seed{seed}", "real", "", math.inf, seed))
