@@ -140,7 +140,7 @@ def memorisation_check(
         name = PIXELS if spec is None else spec.name
         tell(f"nearest neighbours by {name}")
         of_a, of_b = np.arange(len(private)), control
-        images: tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None] = generated, private, held_out
+        sets: tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None] = generated, private, held_out
         about: dict[str, Any] = {"name": PIXELS, "unit": "root mean square difference of pixels in [0, 1]"}
         scale = 1 / (255 * math.sqrt(generated[0].size))
         if spec is not None:
@@ -150,11 +150,12 @@ def memorisation_check(
             extractor.fit(real)
             x, a = (extractor(i, on_progress=on_progress) for i in (generated, real))
             b = None if held_out is None else extractor(np.asarray(held_out[of_b]), on_progress=on_progress)
-            images, about = (x, a, b), {**extractor.config(), "unit": "Euclidean distance"}
+            sets, about = (x, a, b), {**extractor.config(), "unit": "Euclidean distance"}
         about |= {"private_images": len(of_a), "held_out_images": len(of_b)}
-        spaces[name], *found = _space(*images, about, scale, rng)
+        spaces[name], *found = _space(*sets, about, scale, rng)
         first = first or [(rows[n.index], n.distance * scale) for rows, n in zip((of_a, of_b), found, strict=True) if n]
-    (to_private, distance), (to_held_out, distance_held_out) = first if len(first) > 1 else (*first, (None, None))
+    to_private, distance = first[0]
+    to_held_out, distance_held_out = first[1] if len(first) > 1 else (None, None)
     flagged, conclusion = _verdict(spaces, duplicates, others, len(private), len(control))
     return Memorisation(
         spaces=spaces,

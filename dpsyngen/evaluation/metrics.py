@@ -233,7 +233,7 @@ def evaluate_images(
     given = {
         "real": ("real training images", reference.images, s.max_images),
         "generated": ("generated images", generated, count),
-        "floor": ("real test images", test and test.images, count),
+        "floor": ("real test images", None if test is None else test.images, count),
         "ceiling": ("images drawn by programs", programs, count),
     }
     for what, images, _ in given.values():
