@@ -177,7 +177,6 @@ def _doing(job: str, what: str, done: int, total: int) -> str:
 def _finish(console: Console, experiment: Experiment) -> None:
     """Write tables and report of what is there, and say what is not: exit code 4 if jobs failed, 130 if interrupted."""
     from dpsyngen.experiments.measures import View, answers
-    from dpsyngen.experiments.results import Results
     from dpsyngen.experiments.tables import print_tables, write_results
     from dpsyngen.report.comparison import write_comparison
 
@@ -193,7 +192,7 @@ def _finish(console: Console, experiment: Experiment) -> None:
         paths = write_results(experiment.path)
         report = write_comparison(experiment.path, console.note)
         document |= {"report": report, "files": paths}
-        document["answers"] = [a._asdict() for a in answers(View(Results.load(experiment.path)))]
+        document["answers"] = [a._asdict() for a in answers(View(experiment.path))]
         if not console.as_json:
             print_tables(experiment.path, console)
         lines += [f"PRIVATE figures: {', '.join(str(p) for p in paths)}", f"PRIVATE report:  {report}"]

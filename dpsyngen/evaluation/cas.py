@@ -105,10 +105,8 @@ def clopper_pearson(right: int, total: int, confidence: float = CONFIDENCE) -> t
 def require_same_size(what: str, images: Any, whose: str, others: Any) -> None:
     """ConfigError unless images [N, C, H, W] have the channels, height and width of others."""
     if images.shape[1:] != others.shape[1:]:
-        raise ConfigError(
-            f"{what} are {images.shape[1:]}, but {whose} {others.shape[1:]}: give images of the same size and number "
-            "of channels."
-        )
+        sizes = f"{what} are {images.shape[1:]}, but {whose} {others.shape[1:]}"
+        raise ConfigError(f"{sizes}: give images of the same size and number of channels.")
 
 
 def default_epochs(name: str, images: int) -> int:
@@ -186,18 +184,14 @@ def classification_accuracy(
     train_labels, test_labels = train_labels.astype(np.int64), test_labels.astype(np.int64)
     # 1. Split the generated images 90/10, class by class.
     train, validation = split_generated(train_labels, HELD_OUT, seed)
-    if len(train) < 2 or len(validation) < 1:
-        raise ConfigError(
-            f"{len(train_images)} generated images are too few to train a classifier: at least one class needs 6, "
-            "of which one is held out; generate more."
-        )
-    present = np.unique(train_labels)
+    count, present = len(train_images), np.unique(train_labels)
+    if len(validation) < 1:
+        raise ConfigError(f"{count} generated images are too few to train a classifier: generate at least 6 a class.")
     if len(present) < 2:
         raise ConfigError(
-            f"all {len(train_images)} generated images are of class {present[0]}, but a classifier needs at least two "
-            "classes; generate images of the others."
+            f"all {count} generated images are of class {present[0]}: generate images of the others, too."
         )
-    missing = tuple(c for c in range(num_classes) if c not in set(present.tolist()))
+    missing = tuple(np.setdiff1d(np.arange(num_classes), present).tolist())
     if missing:
         warnings.warn(
             f"no image of class {', '.join(map(str, missing))} was generated: no classifier can know it, and its test "
@@ -260,7 +254,6 @@ def _check(
         if len(images) != len(labels) or not len(images):
             raise ConfigError(f"{len(images)} {what} images have {len(labels)} labels; there must be one for each.")
         if labels.min() < 0 or labels.max() >= num_classes:
-            raise ConfigError(
-                f"{what} labels run from {labels.min()} to {labels.max()}, but must be 0 to {num_classes - 1}."
-            )
+            found = f"{labels.min()} to {labels.max()}"
+            raise ConfigError(f"{what} labels run from {found}, but must be 0 to {num_classes - 1}.")
     require_same_size("generated images", train_images, "the test images", test_images)

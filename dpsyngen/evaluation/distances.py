@@ -18,7 +18,6 @@ from dpsyngen.errors import ConfigError, require
 SUBSETS, SUBSET_SIZE = 100, 1000
 """Subsets of the kernel distance and images in each, as torch-fidelity has them."""
 DIRECTIONS = 256
-_DIRECTIONS_AT_ONCE = 16
 _BLOCK_BYTES = 64 * 2**20
 LEVEL = 0.95
 FEWEST = 40
@@ -64,12 +63,10 @@ class Bootstrap:
         if estimate.influence is None or not np.ptp(estimate.influence):
             return None
         change = self._counts @ estimate.influence / len(estimate.influence)
-        low, high = np.quantile(change, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        if estimate.rooted:
-            low, high = np.sqrt(np.maximum(np.array([low, high]) + estimate.value**2, 0.0))
-        else:
-            low, high = low + estimate.value, high + estimate.value
-        return float(max(low, estimate.smallest)), float(min(high, estimate.largest))
+        ends = np.quantile(change, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        ends = np.sqrt((ends + estimate.value**2).clip(0)) if estimate.rooted else ends + estimate.value
+        low, high = ends.clip(estimate.smallest, estimate.largest)
+        return float(low), float(high)
 
     def protocol(self) -> dict[str, Any]:
         """What the intervals are, JSON-able."""
@@ -97,9 +94,7 @@ class FeatureStatistics:
         wide = features.astype(np.float64)
         if not np.isfinite(wide).all():
             raise ConfigError("the features hold NaN or infinite values, so they have no covariance.")
-        mean = wide.mean(0)
-        centred = wide - mean
-        return cls(mean, centred.T @ centred / (len(wide) - 1), len(wide))
+        return cls(wide.mean(0), np.atleast_2d(np.cov(wide, rowvar=False)), len(wide))
 
     @property
     def full_rank(self) -> bool:
@@ -128,12 +123,10 @@ def frechet_distance(a: FeatureStatistics | NDArray[np.floating], b: FeatureStat
             "take more images than dimensions, or features of fewer dimensions.",
             stacklevel=2,
         )
-    # tr (Σ_a Σ_b)^½ = tr (Σ_a^½ Σ_b Σ_a^½)^½: symmetric, so eigenvalues do, without the complex numbers of a general
-    # matrix square root and without failing on singular covariances.
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    inner = root @ b.covariance @ root
-    trace_root = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
+    # With Σ_a = AᵀA, tr (Σ_a Σ_b)^½ = tr (A Σ_b Aᵀ)^½: symmetric, so eigenvalues do, without the complex numbers of a
+    # general matrix square root and without failing on singular covariances.
+    root = _factor(a.covariance)
+    trace_root = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root.T).clip(0)).sum()
     difference = a.mean - b.mean
     return float(max(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace_root, 0.0))
 
@@ -256,24 +249,15 @@ class SlicedWasserstein:
     def __call__(self, features: NDArray[np.float32], scatter: bool = False) -> Estimate:
         """Measure features [n, d]; `scatter`: with the influence of each image on the squared distance."""
         projected = (features @ self._axes).astype(np.float64)
-        directions = projected.shape[1]
-        total, influence = 0.0, np.zeros(len(features))
-        for start in range(0, directions, _DIRECTIONS_AT_ONCE):
-            columns = projected[:, start : start + _DIRECTIONS_AT_ONCE]
-            order = np.argsort(columns, axis=0, kind="stable")
-            ordered = np.take_along_axis(columns, order, 0)
-            real = self._real[:, start : start + _DIRECTIONS_AT_ONCE]
-            total += float(squared_transport(ordered, real).sum())
-            if scatter:
-                influence += np.bincount(order.reshape(-1), potentials(ordered, real).reshape(-1), len(features))
-        influence = influence / directions
-        return Estimate(
-            float(np.sqrt(total / directions)),
-            f"{directions} random directions",
-            influence - influence.mean() if scatter else None,
-            rooted=True,
-            smallest=0.0,
-        )
+        n, directions = projected.shape
+        order = np.argsort(projected, axis=0, kind="stable")
+        ordered = np.take_along_axis(projected, order, 0)
+        influence = None
+        if scatter:
+            influence = np.bincount(order.ravel(), potentials(ordered, self._real).ravel(), n) / directions
+            influence -= influence.mean()
+        value = float(np.sqrt(squared_transport(ordered, self._real).mean()))
+        return Estimate(value, f"{directions} random directions", influence, rooted=True, smallest=0.0)
 
 
 def squared_transport(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from shlex import quote
 
@@ -97,9 +98,8 @@ def _progress(run: Run, busy: bool) -> str:
 
 def _spent(ledger: Ledger) -> str:
     target = "no target" if math.isinf(ledger.target_epsilon) else f"target {ledger.target_epsilon:g}"
-    epsilon = ledger.epsilon()
-    bound = f"ε = {number(epsilon, 5, up=True)} at δ = {ledger.delta:.3g} so far"
-    spent = "NOT PRIVATE (ε = ∞)" if math.isinf(epsilon) else bound
+    bound = f"ε = {number(ledger.epsilon(), 5, up=True)} at δ = {ledger.delta:.3g} so far"
+    spent = "NOT PRIVATE (ε = ∞)" if math.isinf(ledger.epsilon()) else bound
     return f"whole, {len(ledger.entries)} entries; {spent} ({target})"
 
 
@@ -107,9 +107,8 @@ def _warning(code: str, seen: str, why: str, change: str) -> Finding:
     return Finding(code, "warning", seen, why, change, "released")
 
 
-def _of_files(run: Run, state: list[tuple[str, str]]) -> list[Finding]:
+def _of_files(run: Run, state: list[tuple[str, str]]) -> Iterator[Finding]:
     """Checkpoints, the small files of the private half, and who may read it."""
-    out: list[Finding] = []
     good, bad = read_checkpoints(run.private)
     if not run.complete:
         text = "none; phases start anew"
@@ -119,25 +118,23 @@ def _of_files(run: Run, state: list[tuple[str, str]]) -> list[Finding]:
     for what in bad:
         place = "the other one" if good else "the beginning of the phase"
         why = f"the run goes on from {place}, with the same steps and the same noise"
-        seen = f"a checkpoint cannot be read: {what}"
-        out.append(_warning("checkpoint-damaged", seen, why, "nothing; check the disk"))
+        yield _warning("checkpoint-damaged", f"a checkpoint cannot be read: {what}", why, "nothing; check the disk")
     files = (("the secret random key", run.randomness_path), ("the identity of the images", run.data_path))
     for what, path in files if _begun(run) else ():
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             why = "the run cannot be continued, and not checked for memorisation; a finished release is not touched"
-            out.append(damage("file-damaged", f"{path.name}, {what}, cannot be read: {error}", why))
+            yield damage("file-damaged", f"{path.name}, {what}, cannot be read: {error}", why)
     for path in (run.private / "training.jsonl", run.release / "public_training.jsonl"):
         lines = path.read_bytes().count(b"\n") if path.exists() else 0
         lost = lines - len(JsonLines(path, 0o600).read()) if lines else 0
         if lost > 0:
             why = "nothing rests on this log but the curves and this diagnosis"
             seen = f"{lost} of {lines} lines of {path.name} cannot be read"
-            out.append(_warning("log-damaged", seen, why, "nothing; check the disk"))
+            yield _warning("log-damaged", seen, why, "nothing; check the disk")
     mode = stat.S_IMODE(run.private.stat().st_mode)
     if mode & 0o077:
         seen = f"{run.private} has mode {mode:04o}, so others on this machine may read it"
         why = "it holds the key of the noise and figures of private images"
-        out.append(_warning("private-half-open", seen, why, f"chmod 700 {run.private}"))
-    return out
+        yield _warning("private-half-open", seen, why, f"chmod 700 {run.private}")

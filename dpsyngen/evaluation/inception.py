@@ -145,18 +145,9 @@ class Inception(FeatureExtractor):
     def __init__(self, weights: Path | str | None = None, device: str = "cpu", batch_size: int = 32) -> None:
         super().__init__(device, batch_size)
         path = fetch_weights() if weights is None else Path(weights)
-        self._network, self._dim = load_inception(path, device)
-        self._file, self._sha256 = path.name, file_sha256(path)
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "dimensions": self._dim,
-            "resized_to": 299,
-            "resizing": "bilinear, TensorFlow 1",
-            "weights": self._file,
-            "weights_sha256": self._sha256,
-        }
+        self._network, dimensions = load_inception(path, device)
+        self.facts = {"dimensions": dimensions, "resized_to": _SIDE, "resizing": "bilinear, TensorFlow 1"}
+        self.facts |= {"weights": path.name, "weights_sha256": file_sha256(path)}
 
     def _features(self, images: Any) -> Any:
         return self._network(in_colour(images))

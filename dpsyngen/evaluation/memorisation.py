@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -87,16 +87,9 @@ class Memorisation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; without what belongs to single images."""
-        return {
-            "private": "computed from private images without noise: publishing these figures costs privacy",
-            "flagged": self.flagged,
-            "conclusion": self.conclusion,
-            "duplicates": self.duplicates,
-            "duplicates_held_out": self.duplicates_held_out,
-            "held_out_in_training": self.held_out_in_training,
-            "spaces": {name: asdict(space) for name, space in self.spaces.items()},
-            "protocol": self.protocol,
-        }
+        single = ("to_private", "to_held_out", "distances")
+        said = "computed from private images without noise: publishing these figures costs privacy"
+        return {"private": said, **{k: v for k, v in asdict(self).items() if k not in single}}
 
     def most_suspicious(self, count: int) -> NDArray[np.int64]:
         """Generated images that are nearest to the training set, relative to the held-out set if there is one."""
@@ -142,34 +135,27 @@ def memorisation_check(
     repeated, duplicates, others = _copies(generated, private, held_out)
     control = np.arange(0 if held_out is None else len(held_out))
     spaces: dict[str, Space] = {}
-    first: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
-    x: NDArray[Any]
-    a: NDArray[Any]
-    b: NDArray[Any] | None
+    first: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # single images are told of in the first features
     for spec in specs:
         name = PIXELS if spec is None else spec.name
         tell(f"nearest neighbours by {name}")
         of_a, of_b = np.arange(len(private)), control
-        if spec is None:
-            about: dict[str, Any] = {"name": PIXELS, "unit": "root mean square difference of pixels in [0, 1]"}
-            scale = 1 / (255 * math.sqrt(generated[0].size))
-            x, a, b = generated, private, held_out
-        else:
+        sets: tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None] = generated, private, held_out
+        about: dict[str, Any] = {"name": PIXELS, "unit": "root mean square difference of pixels in [0, 1]"}
+        scale = 1 / (255 * math.sqrt(generated[0].size))
+        if spec is not None:
             of_a, of_b = _subset(of_a, _FEATURE_IMAGES, rng), _subset(of_b, _FEATURE_IMAGES, rng)
             extractor, scale = spec.make(device), 1.0
-            images = np.asarray(private[of_a])
-            extractor.fit(images)
-            x, a = (extractor(i, on_progress=on_progress) for i in (generated, images))
+            real = np.asarray(private[of_a])
+            extractor.fit(real)
+            x, a = (extractor(i, on_progress=on_progress) for i in (generated, real))
             b = None if held_out is None else extractor(np.asarray(held_out[of_b]), on_progress=on_progress)
-            about = {**extractor.config(), "unit": "Euclidean distance"}
-        about |= {"private_images": len(a), "held_out_images": 0 if b is None else len(b)}
-        spaces[name], to_a, to_b = _space(x, a, b, about, scale, rng)
-        if first:
-            continue
-        # What is said of single images is in the first features.
-        first.append((of_a[to_a.index], to_a.distance * scale))
-        if to_b is not None:
-            first.append((of_b[to_b.index], to_b.distance * scale))
+            sets, about = (x, a, b), {**extractor.config(), "unit": "Euclidean distance"}
+        about |= {"private_images": len(of_a), "held_out_images": len(of_b)}
+        spaces[name], *found = _space(*sets, about, scale, rng)
+        first = first or [(rows[n.index], n.distance * scale) for rows, n in zip((of_a, of_b), found, strict=True) if n]
+    to_private, distance = first[0]
+    to_held_out, distance_held_out = first[1] if len(first) > 1 else (None, None)
     flagged, conclusion = _verdict(spaces, duplicates, others, len(private), len(control))
     return Memorisation(
         spaces=spaces,
@@ -186,9 +172,9 @@ def memorisation_check(
             "confidence": CONFIDENCE,
             "false_alarms": LEVEL,
         },
-        to_private=first[0][0],
-        to_held_out=first[1][0] if len(first) > 1 else None,
-        distances=(first[0][1], first[1][1] if len(first) > 1 else None),
+        to_private=to_private,
+        to_held_out=to_held_out,
+        distances=(distance, distance_held_out),
     )
 
 
@@ -254,10 +240,8 @@ def _copies(
     others = digests(held_out)
     repeated = int(np.isin(others, known).sum())
     if 2 * repeated > len(others):
-        raise DataError(
-            f"{repeated:,} of the {len(others):,} held-out images are training images, so they are no control.  Give "
-            "images that were not trained on."
-        )
+        said = f"{repeated:,} of the {len(others):,} held-out images are training images, so they are no control"
+        raise DataError(f"{said}.  Give images that were not trained on.")
     return repeated, duplicates, int(np.isin(made, others).sum())
 
 
@@ -274,7 +258,7 @@ def _space(
     rng: np.random.Generator,
 ) -> tuple[Space, Neighbours, Neighbours | None]:
     """Figures of generated `x` against training `a` and held-out `b`, and the neighbours in the whole sets."""
-    to_a = nearest(x, a)
+    to_a, to_b = nearest(x, a), None if b is None else nearest(x, b)
     asking = _subset(np.arange(len(a if b is None else b)), _ASKING, rng)
     real = nearest(a[asking], a, skip=asking) if b is None else nearest(b[asking], a)
     threshold = float(np.quantile(real.distance, 0.01))
@@ -283,27 +267,24 @@ def _space(
     low, high = clopper_pearson(closer, len(x)) if threshold else (None, None)
     share_closer = closer / len(x) if threshold else None
     median = float(np.median(to_a.distance)) * unit
-    space = Space(about, median, threshold * unit, share_closer, low, high, copies)
-    if b is None:
-        return space, to_a, None
-    to_b = nearest(x, b)
-    size = min(len(a), len(b))
-    near_a, near_b = (
-        whole if size == len(r) else nearest(x, r[_subset(np.arange(len(r)), size, rng)])
-        for whole, r in ((to_a, a), (to_b, b))
-    )
-    few = np.argsort(np.minimum(to_a.squared, to_b.squared), kind="stable")[: max(_FEWEST, math.ceil(_TAIL * len(x)))]
-    median_a, median_b = (float(np.median(n.distance)) * unit for n in (near_a, near_b))
-    compared = replace(
-        space,
-        median_private=median_a,
-        size=size,
-        everything=share(to_a, to_b, len(a), len(b), rng),
-        nearest_few=share(to_a.take(few), to_b.take(few), len(a), len(b), rng),
-        median_held_out=median_b,
-        ratio=median_a / median_b if median_b else None,
-    )
-    return compared, to_a, to_b
+    compared: dict[str, Any] = {}
+    if b is not None and to_b is not None:
+        size = min(len(a), len(b))
+        near_a, near_b = (
+            whole if size == len(r) else nearest(x, r[_subset(np.arange(len(r)), size, rng)])
+            for whole, r in ((to_a, a), (to_b, b))
+        )
+        median, median_b = (float(np.median(n.distance)) * unit for n in (near_a, near_b))
+        few = np.argsort(np.minimum(to_a.squared, to_b.squared), kind="stable")
+        few = few[: max(_FEWEST, math.ceil(_TAIL * len(x)))]
+        compared = {
+            "size": size,
+            "everything": share(to_a, to_b, len(a), len(b), rng),
+            "nearest_few": share(to_a.take(few), to_b.take(few), len(a), len(b), rng),
+            "median_held_out": median_b,
+            "ratio": median / median_b if median_b else None,
+        }
+    return Space(about, median, threshold * unit, share_closer, low, high, copies, **compared), to_a, to_b
 
 
 def _verdict(
@@ -324,21 +305,15 @@ def _verdict(
     copies = [name for name, space in spaces.items() if 2 * space.copies > 1]
     if found:
         return True, "Signs of memorisation: " + "; ".join(found) + "."
+    why = ""
     if copies:
-        return None, (
-            f"Nothing can be concluded: by {', '.join(copies)}, most real images are copies of training images, so "
-            "whatever is generated is as near to those it was not trained on."
-        )
-    if others is None:
-        return None, (
-            "Nothing can be concluded: there are no held-out images to compare with, so nobody can say whether these "
-            "distances are small.  No generated image equals a training image in every pixel."
-        )
-    if math.comb(n_private + n_held_out, n_private) < 1 / level:  # an integer that no float may hold
-        return None, (
-            f"Nothing can be concluded: with {n_private} training and {n_held_out} held-out images no test could tell "
-            "memory from chance."
-        )
+        why = f"by {', '.join(copies)}, most real images are copies of training images: none can be nearer than these"
+    elif others is None:
+        why = "there are no held-out images to say whether these distances are small; no generated image is a copy"
+    elif math.comb(n_private + n_held_out, n_private) < 1 / level:  # an integer that no float may hold
+        why = f"with {n_private} training and {n_held_out} held-out images no test could tell memory from chance"
+    if why:
+        return None, f"Nothing can be concluded: {why}."
     fewest = min(n_private, n_held_out)
     few = f"  There are only {fewest} images in the smaller set: a copy would show, and little else." * (fewest < FEW)
     return False, (

@@ -159,17 +159,17 @@ class Measures:
         self._sliced = distances.SlicedWasserstein(real, seed=seed) if "sliced-wasserstein" in self.metrics else None
 
     def of(self, features: Features, scatter: bool = False) -> dict[str, distances.Estimate]:
-        """Measure features [n, d]; `scatter`: with the influence of each image."""
+        """Measure features [n, d], without balls where these are too few; `scatter`: with each image's influence."""
         found: dict[str, distances.Estimate] = {}
         if self._statistics is not None:
             found["frechet"] = _frechet(features, self._statistics, scatter)
         if self._kernel is not None:
             found["kid"] = self._kernel(features, scatter)
-        if self._manifold is not None:
+        if self._manifold is not None and len(features) > 2 * NEIGHBOURS:
             found |= self._manifold(features, scatter)
         if self._sliced is not None:
             found["sliced-wasserstein"] = self._sliced(features, scatter)
-        return {name: found[name] for name in self.metrics}
+        return {name: found[name] for name in self.metrics if name in found}
 
 
 def _frechet(features: Features, real: distances.FeatureStatistics, scatter: bool) -> distances.Estimate:
@@ -224,13 +224,19 @@ def evaluate_images(
 
     Raises:
         ConfigError: shapes that differ, unknown names, too few images, or own features that fail.
-        DataError: a weights file is missing or wrong, or `cache` cannot be used.
+        DataError: a weights file is missing or wrong.
     """
     s = EvaluationSettings.of(settings)
     if s.specs and len(generated) < 2:
         raise ConfigError(f"there is {len(generated)} generated image, but metrics need at least 2: generate more.")
-    others = {"generated images": generated, "test images": test and test.images, "images drawn by programs": programs}
-    for what, images in others.items():
+    count = min(len(generated), s.max_images)
+    given = {
+        "real": ("real training images", reference.images, s.max_images),
+        "generated": ("generated images", generated, count),
+        "floor": ("real test images", None if test is None else test.images, count),
+        "ceiling": ("images drawn by programs", programs, count),
+    }
+    for what, images, _ in given.values():
         if images is not None:
             cas.require_same_size(what, images, "the real training images", reference.images)
     out: dict[str, Any] = {
@@ -248,20 +254,17 @@ def evaluate_images(
         out["notes"].append("the test images are the training images: accuracy and floors say nothing of new images")
     # Subsets are drawn in this order, whatever is measured, so that a seed means the same sets.
     rng = np.random.default_rng(s.seed)
-    real = _subset(reference.images, s.max_images, rng)
-    made = _subset(generated, s.max_images, rng)
-    held_out = None if test is None else _subset(test.images, len(made), rng)
-    drawn = None if programs is None else _subset(programs, len(made), rng)
+    sets = {
+        name: _Set.of(what, _subset(images, most, rng))
+        for name, (what, images, most) in given.items()
+        if images is not None
+    }
     from dpsyngen.hardware import device_of  # brings torch, without which this module can be imported
 
     device, tell = device_of(s.device, ranks), on_progress or (lambda line: None)
-    given = {"real": ("real training images", real), "generated": ("generated images", made)}
-    given |= {} if held_out is None else {"floor": ("real test images", held_out)}
-    given |= {} if drawn is None else {"ceiling": ("images drawn by programs", drawn)}
-    sets = {name: _Set.of(what, images) for name, (what, images) in given.items()}
     out["notes"] += [note for name, each in sets.items() if name != "ceiling" and (note := each.note())]
     for spec in s.specs:
-        tell(f"features {spec.name}: {len(made):,} generated, {len(real):,} real training images")
+        tell(f"features {spec.name}: {count:,} generated, {sets['real'].count:,} real training images")
         out["features"][spec.name] = _figures(spec, sets, s, device, tell, ranks)
     if test is not None and s.classifiers and labels is not None and test.labels is not None:
         results = cas.classification_accuracy(
@@ -300,13 +303,17 @@ def _figures(
     compute = computed_by_all(extractor, spec, s.device, ranks)
     of_real = kept_features(s.cache, extractor, real.images, tell, compute)
     of_made = compute(made.images, on_progress=tell)
-    bounds = {name: kept_features(s.cache, extractor, each.images, tell, compute) for name, each in bounding.items()}
-    tell(f"comparing {len(of_made):,} {', '.join(('generated images', *bounds))} with {len(of_real):,} real ones")
+    of_bounds = {name: kept_features(s.cache, extractor, each.images, tell, compute) for name, each in bounding.items()}
+    tell(f"comparing {made.count:,} {', '.join(('generated images', *of_bounds))} with {real.count:,} real ones")
     refused = {name: real.refusal(name) or made.refusal(name, real=False) for name in s.metrics}
     measures = Measures(of_real, [name for name in s.metrics if not refused[name]], s.seed)
     found = measures.of(of_made, scatter=s.bootstrap > 0)
-    found_of = {name: measures.of(features) for name, features in bounds.items() if len(features) > 1}
-    bootstrap = distances.Bootstrap(len(of_made), s.bootstrap, s.seed) if s.bootstrap else None
+    bounds = {
+        bound: {name: e.value for name, e in measures.of(x).items() if not bounding[bound].refusal(name)}
+        for bound, x in of_bounds.items()
+        if len(x) > 1
+    }
+    bootstrap = distances.Bootstrap(made.count, s.bootstrap, s.seed) if s.bootstrap else None
     # Components that are fewer because the images they are fitted to are few do not make these images enough.
     dimensions = max(of_real.shape[1], min(getattr(extractor, "components", 0), real.images[0].size))
     enough = all(each.different > dimensions for each in sets.values())
@@ -319,12 +326,8 @@ def _figures(
             "value": None if estimate is None else estimate.value,
             "low": low,
             "high": high,
-            **{
-                bound: found_of[bound][name].value
-                if estimate is not None and bound in found_of and not bounding[bound].refusal(name)
-                else None
-                for bound in ("floor", "ceiling")
-            },
+            "floor": bounds.get("floor", {}).get(name),
+            "ceiling": bounds.get("ceiling", {}).get(name),
             "better": METRICS[name].better,
             "unit": METRICS[name].unit,
             "protocol": "not measured" if estimate is None else estimate.protocol,

@@ -50,10 +50,8 @@ def nearest(queries: NDArray[Any], references: NDArray[Any], *, skip: NDArray[np
     from sklearn.neighbors import NearestNeighbors
 
     if queries.shape[1:] != references.shape[1:] or (queries.dtype == np.uint8) != (references.dtype == np.uint8):
-        raise ConfigError(
-            f"rows of {queries.dtype} {queries.shape[1:]} cannot be compared with {references.dtype} "
-            f"{references.shape[1:]}: give images or features of one form."
-        )
+        forms = " and ".join(f"{x.dtype} {x.shape[1:]}" for x in (queries, references))
+        raise ConfigError(f"rows of {forms} cannot be compared: give images or features of one form.")
     if not len(queries) or len(references) < (1 if skip is None else 2):
         raise ConfigError(f"{len(queries)} queries and {len(references)} references: too few to find neighbours.")
     asked = queries.reshape(len(queries), -1).astype(np.float32)
@@ -121,12 +119,9 @@ def share(
     # whose nearest is private is Σ w over the private images r, where w(r) is twice the number of those that have r as
     # their nearest (once at a tie).  Drawing the private set anew draws how many images of each w it gets:
     # multivariate hypergeometric.
-    weights = np.concatenate(
-        [
-            np.bincount(private.index, 2 * nearer + tied, n_private),
-            np.bincount(held_out.index, 2 * (~nearer & ~tied) + tied, n_held_out),
-        ]
-    ).astype(np.int64)
+    of_private = np.bincount(private.index, 2 * nearer + tied, n_private)
+    of_held_out = np.bincount(held_out.index, 2 * (~nearer & ~tied) + tied, n_held_out)
+    weights = np.concatenate([of_private, of_held_out]).astype(np.int64)
     values, counts = np.unique(weights, return_counts=True)
     drawn = rng.multivariate_hypergeometric(counts, n_private, size=_PERMUTATIONS, method="marginals")
     as_large = int((drawn @ values >= weights[:n_private].sum()).sum())
@@ -153,69 +148,58 @@ class Manifold:
 
     Distances are Euclidean, in blocks (scikit-learn); the border belongs to the ball.
 
-    `real` are features of real images [m, d], m >= 2; with fewer than k others a ball reaches to the farthest.
+    `real` are features of real images [m, d], m > k.
     """
 
     def __init__(self, real: Features, *, k: int = NEIGHBOURS) -> None:
         require(k >= 1, "k", k, "at least 1")
-        require(len(real) >= 2, "the number of real images", len(real), "at least 2")
-        self._k = k
-        self._real = real
-        self._radii: dict[int, Features] = {}
+        require(len(real) > k, "the number of real images", len(real), f"above k = {k}")
+        self._k, self._real = k, real
+        self._radii = _neighbourhoods(real, k)[0][:, -1]
 
     def __call__(self, features: Features, scatter: bool = False) -> dict[str, Estimate]:
-        """Measure features [n, d], n >= 2; `scatter`: with the influence of each image on the four figures.
+        """Measure features [n, d], n > k + 1; `scatter`: with the influence of each image on the four figures.
 
         The influence on precision and density is exact, they being means; that on recall and coverage is the
         jackknife's: (n − 1) times what leaving the image out takes away.
         """
-        require(len(features) >= 2, "the number of generated images", len(features), "at least 2")
-        n, m = len(features), len(self._real)
-        k = min(self._k, n - 1, m - 1)
-        if k not in self._radii:
-            self._radii[k] = _neighbourhoods(self._real, k)[0][:, k - 1]
-        real_radii = self._radii[k]
+        n, m, k = len(features), len(self._real), self._k
+        require(n > k + 1, "the number of generated images", n, f"above k + 1 = {k + 1}")
         # A ball reaches to the k-th neighbour; the jackknife needs the next one too, to which it grows.
-        reach, nearest = _neighbourhoods(features, k + 1 if scatter and n > k + 1 else k)
+        reach, nearest = _neighbourhoods(features, k + 1)
         in_balls = np.empty(n, np.int64)  # of real images, for each generated one
         holds, recalled = _Holders(m), _Holders(m)
         # All four figures follow from one pass over the pairs: generated in a real ball, and real in a generated ball.
         for part, distance in _blocks(features, self._real):
-            inside = distance <= real_radii
+            inside = distance <= self._radii
             in_balls[part] = inside.sum(1)
             holds.add(inside, part.start)
             recalled.add(distance <= reach[part, k - 1, None], part.start)
-        influence: dict[str, NDArray[np.float64]] = {}
-        if scatter:
-            gained = self._gained(features, reach, nearest, recalled, k)
-            influence = {
-                "precision": (in_balls > 0) - (in_balls > 0).mean(),
-                "density": (in_balls - in_balls.mean()) / k,
-                "coverage": _centred((n - 1) / m * holds.lost(n)),
-                "recall": _centred((n - 1) / m * (recalled.lost(n) - gained)),
-            }
-        values = {
-            "precision": float((in_balls > 0).mean()),
-            "recall": recalled.share,
-            "density": float(in_balls.mean() / k),
-            "coverage": holds.share,
+        gained = self._gained(features, reach, nearest, recalled) if scatter else 0
+        within = in_balls > 0
+        # Each figure, and what each image adds to it, up to a constant.
+        found: dict[str, tuple[float, NDArray[Any]]] = {
+            "precision": (within.mean(), within),
+            "recall": (recalled.share, (n - 1) / m * (recalled.lost(n) - gained)),
+            "density": (in_balls.mean() / k, in_balls / k),
+            "coverage": (holds.share, (n - 1) / m * holds.lost(n)),
         }
         most = {"density": np.inf}
         return {
-            name: Estimate(value, f"k = {k}", influence.get(name), smallest=0.0, largest=most.get(name, 1.0))
-            for name, value in values.items()
+            name: Estimate(
+                float(value), f"k = {k}", added - added.mean() if scatter else None, False, 0.0, most.get(name, 1.0)
+            )
+            for name, (value, added) in found.items()
         }
 
     def _gained(
-        self, made: Features, reach: Features, nearest: NDArray[np.int64], recalled: _Holders, k: int
+        self, made: Features, reach: Features, nearest: NDArray[np.int64], recalled: _Holders
     ) -> NDArray[np.int64]:
         """[n] how many real images are recalled without image j only because balls that ended at or beyond j grow.
 
         Leaving j out moves the border of each ball that j is among the k neighbours of to the (k + 1)-th.
         """
-        gained = np.zeros(len(made), np.int64)
-        if reach.shape[1] == k:
-            return gained  # too few images for balls to grow
+        k = self._k
         # Others lose no real image by it: those are still in another ball.
         few = np.flatnonzero(recalled.count <= 1)
         found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
@@ -250,10 +234,6 @@ class _Holders:
     def lost(self, n: int) -> NDArray[np.int64]:
         """[n] how many real images each generated image is the only one for."""
         return np.bincount(self.last[self.count == 1], minlength=n)
-
-
-def _centred(x: NDArray[np.floating]) -> NDArray[np.float64]:
-    return np.asarray(x - x.mean(), np.float64)
 
 
 def _blocks(a: Features, b: Features) -> Iterator[tuple[slice, Features]]:

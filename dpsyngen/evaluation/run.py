@@ -100,17 +100,15 @@ def evaluate(
     config = run.config
     generator = sampling_ranks.open_everywhere(ranks, run.release, device)
     notes: list[str] = []
-    reference = _images(data, config, generator, "data", notes, **labelled)
-    # Without persons, those that were chosen among a person's images cannot be told from the others.
-    known = data is None or config.privacy.most_per_person is None or reference.persons is not None
-    own = training_images(run, reference) if known else None
-    if own is None and data is None:
-        raise DataError(
-            f"{config.data.source} holds other images than those that {run.path} was trained on, or in another order: "
-            "they were changed since.  Put them back, or say with --data which images to measure against (from Python: "
-            "data)."
-        )
-    reference = reference if own is None else own
+    own: ImageDataset | None
+    if data is None:
+        reference = own = _trained_on(run, None, generator)
+    else:
+        reference = _images(data, config, generator, "data", notes, **labelled)
+        # Without persons, those that were chosen among a person's images cannot be told from the others.
+        known = config.privacy.most_per_person is None or reference.persons is not None
+        own = training_images(run, reference) if known else None
+        reference = reference if own is None else own
     held_out = None if test is None else _images(test, config, generator, "test", notes, **labelled)
     if held_out is not None and held_out.labels is not None and s.classifiers:
         require_enough(images, len(generator.class_names))
@@ -270,13 +268,9 @@ def _images(
 ) -> ImageDataset:
     """Load real images in the form of the generated ones; None: those that the run was trained on, with its labels.
 
-    Given images that by the run's own settings come out in another colour are refused; those of another size are
-    resized, which goes to `notes`, or refused without.
-
-    Args:
-        given, what: the images, and what they are called in messages.
-        labels: a table of the labels of those that are `given`; None: they bring their own.
-        label_column: None: that of the run.
+    Given images, `what` in messages, that by the run's own settings come out in another colour are refused; those of
+    another size are resized, which goes to `notes`, or refused without.  They bring their labels, or `labels` is a
+    table of them.
     """
     source = config.data.source if given is None else given
     if isinstance(source, str) and not source:
@@ -321,8 +315,8 @@ def _trained_on(run: Run, given: Source | None, generator: ReleasedGenerator) ->
     found = training_images(run, _images(given, run.config, generator, "training"))
     if found is None:
         raise DataError(
-            f"the images are not those that {run.path} was trained on, or were changed since.  Give the same --data as "
-            "for training."
+            f"the images are not those that {run.path} was trained on, or were changed since.  Put them back, or give "
+            "those of the training with --data (from Python: data)."
         )
     return found
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpsyngen import fit
 from dpsyngen.config import Config, merge_settings, validate, with_batch
@@ -69,14 +68,9 @@ class PrivacyCost:
     def note(self) -> str:
         """In words."""
         if self.seeded:
-            return (
-                "The noise is reproducible (noise: seeded): no run of this experiment is private.  That is for public "
-                "data only."
-            )
+            return "The noise is reproducible (noise: seeded), for public data: no run of this experiment is private."
         past = f" and {self.earlier} earlier ones in its folder" if self.earlier else ""
-        without = ""
-        if self.without_noise:
-            without = f"  The {self.without_noise} runs of ε = ∞ must never be published."
+        without = f"  The {self.without_noise} runs of ε = ∞ must never be published." if self.without_noise else ""
         cost = f"ε = {number(self.total_epsilon, up=True)} at δ = {self.delta:.3g}"
         return (
             f"Publishing all {self.runs} private runs of this experiment{past} would cost {cost} together; one run "
@@ -161,7 +155,11 @@ def measure(config: Config, shape: Shape, device: str = "cpu") -> StepTimes:
     # What moments take whatever the number of images is to count for little.
     n = max(4 * batch, min(shape.records, _MOST_IMAGES)) if stages_of(config).moments else 4 * batch
     labels = np.arange(n, dtype=np.int64) % shape.num_classes if shape.num_classes else None
-    dataset = ImageDataset(coarse_noise(n, shape), labels, shape.class_names, "noise")
+    # Noise in squares of two by two pixels: neighbours that agree, as those of pictures do.
+    half = -(-shape.resolution // 2)
+    squares = np.random.default_rng(0).integers(0, 256, (n, shape.channels, half, half), dtype=np.uint8)
+    images = squares.repeat(2, 2).repeat(2, 3)[:, :, : shape.resolution, : shape.resolution]
+    dataset = ImageDataset(images, labels, shape.class_names, "noise")
     few = {"warmup": 0, "checkpoint_every": 10}
     changes = {
         "data": {"source": "noise", "records": None, "resolution": shape.resolution},
@@ -244,10 +242,3 @@ def hours(seconds: float, core: str = "") -> str:
     if seconds < 90:
         return f"{seconds:.0f} {core}seconds"
     return f"{seconds / 60:.0f} {core}minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} {core}hours"
-
-
-def coarse_noise(count: int, shape: Shape) -> NDArray[np.uint8]:
-    """[count, C, H, W], noise in squares of two by two pixels: neighbours that agree, as those of pictures do."""
-    half = -(-shape.resolution // 2)
-    squares = np.random.default_rng(0).integers(0, 256, (count, shape.channels, half, half), dtype=np.uint8)
-    return squares.repeat(2, 2).repeat(2, 3)[:, :, : shape.resolution, : shape.resolution]

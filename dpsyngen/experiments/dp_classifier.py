@@ -114,9 +114,8 @@ def dp_classifier_reference(
         raise ConfigError(str(error)) from None
     settings = replace(settings, noise_multiplier=noise)
     randomness = Randomness.from_system() if seed is None else Randomness.from_insecure_seed(seed)
-    name, secure = randomness.tag("dp classifier")[:16], randomness.secure
     promise: dict[str, Any] = {"target_epsilon": epsilon, "delta": delta, "records": n, "group_size": group_size}
-    book = Ledger.create(ledger, **promise, run=name, secure=secure)
+    book = Ledger.create(ledger, **promise, run=randomness.tag("dp classifier")[:16], secure=randomness.secure)
     if on_progress:
         on_progress(f"training a classifier by DP-SGD on {len(train):,} real images")
     features = Scattering(train.images.shape[1:])

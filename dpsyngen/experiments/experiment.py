@@ -31,7 +31,7 @@ from dpsyngen.config import Config, load_config
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import whole_source, with_whole_paths
 from dpsyngen.diffusion.stages import StageMap
-from dpsyngen.errors import DataError, RunError
+from dpsyngen.errors import DataError, RunError, listed
 from dpsyngen.experiments.spec import Job, Spec, digest, jobs_of, load_spec
 from dpsyngen.files import file_sha256, require_absent_or_empty, write_bytes, write_json, write_text
 from dpsyngen.training.log import JsonLines
@@ -48,7 +48,7 @@ State = Literal["waiting", "running", "stopped", "failed", "done"]
 
 @dataclass(frozen=True)
 class Status:
-    """How far a job is: what it is at, how much of that is done, why it failed, and its computing time so far.
+    """How far a job is: what it is at, how much of that is done, and why it failed.
 
     "stopped" is begun, and nobody is at it.
     """
@@ -58,7 +58,6 @@ class Status:
     done: int = 0
     total: int = 0
     error: str = ""
-    seconds: float = 0.0
 
 
 class Experiment:
@@ -70,15 +69,10 @@ class Experiment:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.about: dict[str, Any] = json.loads((path / "experiment.json").read_text(encoding="utf-8"))
-            found = self.about["format"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise RunError(
-                f"{path} is not the folder of an experiment (no readable experiment.json).  Give the folder that "
-                "`dpsyngen compare SPEC --out` made."
-            ) from None
+        self.path, self.about = path, _read(path / "experiment.json")
+        found = self.about.get("format")
+        if found is None:
+            raise RunError(f"{path} is not the folder of an experiment: give one that `dpsyngen compare --out` made.")
         if found != FORMAT:
             raise RunError(f"{path} has experiment format {found}, but dpsyngen {__version__} reads format {FORMAT}.")
         self.spec = load_spec(path / "spec.yaml")
@@ -101,9 +95,8 @@ class Experiment:
             changed = [job.name for job in jobs if before.begun_otherwise(job)]
             if changed:
                 raise RunError(
-                    f"{path} holds runs with other settings than the specification asks for now: "
-                    f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''}.  Undo the change, give the new "
-                    "settings a label (grid.cases), or choose another --out."
+                    f"{path} holds runs with other settings than the specification asks for now: {listed(changed, 3)}."
+                    "  Undo the change, give the new settings a label (grid.cases), or choose another --out."
                 )
         elif not (path / "experiment.json").exists():
             require_absent_or_empty(path, "--out")
@@ -192,18 +185,17 @@ class Experiment:
 
     def status(self, job: Job) -> Status:
         """How far a job is, as its worker last said."""
-        seconds = self._seconds(job)
         if self.result(job) is not None:
-            return Status("done", seconds=seconds)
+            return Status("done")
         failed = self.failure(job)
         if failed is not None:
-            return Status("failed", error=failed, seconds=seconds)
+            return Status("failed", error=failed)
         folder = self.work_path(job)
         if not folder.exists():
             return Status("waiting")
         said = _read(folder / "status.json")
         with claimed(folder / "lock") as free:
-            return Status("stopped" if free else "running", **said, seconds=seconds)
+            return Status("stopped" if free else "running", **said)
 
     def failure(self, job: Job) -> str | None:
         """Why a job failed; None if it did not, or would be done in another way now."""
@@ -215,10 +207,7 @@ class Experiment:
 
     def seconds(self) -> float:
         """Computing time of all jobs so far."""
-        return sum(self._seconds(job) for job in self.jobs)
-
-    def _seconds(self, job: Job) -> float:
-        return float(_read(self.work_path(job) / "times.json").get("total", 0.0))
+        return sum(float(_read(self.work_path(job) / "times.json").get("total", 0.0)) for job in self.jobs)
 
 
 def training_digest(job: Job) -> str:
@@ -230,8 +219,8 @@ def _whole(spec: Spec) -> Spec:
     """The specification with absolute paths, for calls from another working folder."""
     d, weights, budget = spec.data, spec.evaluation.inception_weights, spec.cost.budget_file
     where = {"train": whole_source(d.train), "test": d.test and whole_source(d.test)}
-    own = [f.rpartition(":") for f in spec.evaluation.features]  # FILE.py:NAME is a user's own, others have no colon
-    features = tuple(f"{os.path.abspath(file)}:{name}" if file else name for file, _, name in own)
+    # FILE.py:NAME is a user's own; package.module:NAME is no path.
+    features = tuple(os.path.abspath(f) if ".py:" in f else f for f in spec.evaluation.features)
     measured = {"features": features, "inception_weights": weights and os.path.abspath(weights)}
     parts = {
         "data": with_whole_paths(d).model_copy(update=where),
@@ -244,13 +233,13 @@ def _whole(spec: Spec) -> Spec:
 @contextmanager
 def claimed(path: Path, patience: float = 0.0) -> Iterator[bool]:
     """Hold a lock file; False if another process has it for `patience` seconds.  The system frees it however we end."""
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(FileLock(path, mode=0o600).acquire(timeout=patience))
-        except Timeout:
-            yield False
-        else:
-            yield True
+    lock = FileLock(path, timeout=patience, mode=0o600)
+    with contextlib.suppress(Timeout):
+        lock.acquire()
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 class Clock:
@@ -355,4 +344,4 @@ class SharedNetworks:
                 write_bytes(place / "weights.safetensors", trained.read_bytes())
                 log = [line for line in self._log.read() if line["phase"] == one.phase]
                 about = {"phase": one.phase, "seconds": seconds.get(one.phase, 0.0), "log": log}
-                write_text(place / "about.json", json.dumps(about) + "\n", 0o600)
+                write_json(place / "about.json", about, 0o600)

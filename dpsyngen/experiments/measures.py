@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.evaluation.metrics import METRICS
-from dpsyngen.experiments.results import JobResult, Results
+from dpsyngen.experiments.experiment import Experiment
+from dpsyngen.experiments.results import Figure, JobResult, is_number
+from dpsyngen.experiments.spec import Kind
 from dpsyngen.experiments.statistics import (
     Better,
     Comparison,
@@ -38,6 +41,11 @@ ON_NAMES = {
     "pixels-pca": "pixels (PCA)",
 }
 """Classifiers and feature extractors, in the order in which tables have them."""
+FIXED = (
+    *("job", "kind", "variant", "epsilon", "delta", "seed", "label", "private"),
+    *("metric", "on", "class", "value", "low", "high", "floor", "ceiling", "better", "unit", "images"),
+)
+"""Columns of the long table, beside one for each setting that is varied (after "private")."""
 EQUAL_FACTS = ("records", "steps", "batch", "copies", "parameters", "threads")
 """What runs at one ε must share for a comparison on equal terms."""
 
@@ -77,12 +85,10 @@ class Measure:
 
     @property
     def unit(self) -> str:
-        """After a shown value."""
         return " %" if self.metric == "accuracy" else ""
 
     @property
     def difference_unit(self) -> str:
-        """After a difference of shown values: percentage points."""
         return " points" if self.metric == "accuracy" else ""
 
 
@@ -108,24 +114,44 @@ class Row:
 
 
 class View:
-    """The results of an experiment by measure (accuracies first), ε (smallest first) and row (in tables' order)."""
+    """The results of an experiment by measure (accuracies first), ε (smallest first) and row (in tables' order).
 
-    def __init__(self, results: Results) -> None:
-        self.results, self.baseline = results, results.experiment.spec.baseline
+    `jobs` are the finished ones, in the order of variant, ε, settings and seed, references last; `runs` those of them
+    that trained a generator.  `skipped` are (file, why) of results that are damaged, belong to no job of the
+    specification, or were measured in another way than it now asks.
+    """
+
+    def __init__(self, exp: Path) -> None:
+        self.experiment = Experiment(exp)
+        self.baseline = self.experiment.spec.baseline
+        planned = {job.name: job for job in self.experiment.jobs}
+        jobs, skipped = [], []
+        for path in sorted((exp / "results").glob("*.json")):
+            try:
+                if (job := planned.get(path.stem)) is None:
+                    raise ValueError("it belongs to no job of the specification")
+                if (result := self.experiment.result(job)) is None:
+                    raise ValueError("it is damaged, or was measured in another way than the specification now asks")
+                jobs.append(JobResult.of(job, result))
+            except ValueError as error:
+                skipped.append((path.name, str(error)))
+        self.jobs, self.skipped = tuple(sorted(jobs, key=_job_place)), tuple(skipped)
+        self.runs = tuple(j for j in self.jobs if j.kind == "run")
+        self.axes = tuple(sorted({name for j in self.jobs for name in j.settings}))  # settings that are varied
         rows: dict[Row, None] = {}
-        self._values: dict[tuple[str, str, str, float, Row], dict[int, float]] = {}
+        self._figures: dict[tuple[str, str, str, float, Row], dict[int, Figure]] = {}
         measures: dict[Measure, None] = {}
-        for job in results.runs:
-            row = row_of(job)
+        for run in self.runs:
+            row = row_of(run)
             rows[row] = None
-            for f in job.figures():
+            for f in run.figures():
                 if f.better is None or f.metric == "validation_accuracy":
                     continue
-                self._values.setdefault((f.metric, f.on, f.of_class, job.epsilon, row), {})[job.seed] = f.value
+                self._figures.setdefault((f.metric, f.on, f.of_class, run.epsilon, row), {})[run.seed] = f
                 if not f.of_class:
                     measures[Measure(f.metric, f.on, f.better)] = None
         self.rows = tuple(rows)
-        self.epsilons = results.epsilons
+        self.epsilons = tuple(sorted({run.epsilon for run in self.runs}))
         self.measures = tuple(sorted(measures, key=_measure_place))
 
     @cached_property
@@ -137,6 +163,24 @@ class View:
         cnn = [m for m in self.measures if m.metric == "accuracy" and m.on == "cnn"]
         return next(iter((*cnn, *self.measures)), None)
 
+    @property
+    def core(self) -> str:
+        """What stands before a unit of time: "core-" if all times are core-seconds."""
+        return "core-" if self.runs and all(j.seconds_unit == "core-seconds" for j in self.runs) else ""
+
+    def tidy(self) -> list[dict[str, Any]]:
+        """The long table: a row for each figure of each job, so that anything that is stated can be computed again.
+
+        Columns are :data:`FIXED` and one for each of the settings that are varied; what does not apply is None.
+        """
+        out = []
+        for j in self.jobs:
+            head = {"job": j.name} | {name: getattr(j, name) for name in FIXED[1:8]}
+            head |= {axis: j.settings.get(axis) for axis in self.axes}
+            for f in j.figures():
+                out.append(head | {name: getattr(f, "of_class" if name == "class" else name) for name in FIXED[8:]})
+        return out
+
     @cached_property
     def labels(self) -> bool:
         """Whether settings are varied."""
@@ -144,8 +188,14 @@ class View:
 
     def values(self, measure: Measure, epsilon: float, row: Row, of_class: str = "") -> list[float]:
         """In the order of seeds, in the units that are shown; [] if there are none."""
-        found = self._values.get((measure.metric, measure.on, of_class, epsilon, row), {})
-        return [measure.scale * found[seed] for seed in sorted(found)]
+        found = self._figures.get((measure.metric, measure.on, of_class, epsilon, row), {})
+        return [measure.scale * found[seed].value for seed in sorted(found)]
+
+    def half_widths(self, measure: Measure, epsilon: float) -> list[float]:
+        """Of the intervals of single runs, in the units that are shown."""
+        of_rows = (self._figures.get((measure.metric, measure.on, "", epsilon, row), {}) for row in self.rows)
+        found = ((f.low, f.high) for of_row in of_rows for f in of_row.values())
+        return [measure.scale * (high - low) / 2 for low, high in found if low is not None and high is not None]
 
     def groups(self, measure: Measure, epsilon: float) -> dict[str, list[float]]:
         """Values by name of the row, for those rows that have some."""
@@ -154,7 +204,7 @@ class View:
 
     def classes(self, on: str) -> list[str]:
         """Names of the classes that `on` was scored by."""
-        return list(dict.fromkeys(c for metric, o, c, _, _ in self._values if metric == "accuracy" and o == on and c))
+        return list(dict.fromkeys(c for metric, o, c, _, _ in self._figures if metric == "accuracy" and o == on and c))
 
     def baselines(self, measure: Measure, epsilon: float) -> dict[str, str]:
         """Name of the baseline of each row that has one at this ε.
@@ -176,7 +226,7 @@ class View:
         """
         bounds = {"test": "floor", "programs": "ceiling"}
         wanted = "run" if kind in bounds else kind
-        jobs = [j for j in self.results.jobs if j.kind == wanted]
+        jobs = [j for j in self.jobs if j.kind == wanted]
         if kind == "dp-classifier":
             jobs = [j for j in jobs if j.epsilon == epsilon]
         figures = [f for j in jobs for f in j.figures() if (f.metric, f.of_class) == (measure.metric, "")]
@@ -188,15 +238,15 @@ class View:
 
     def seeds(self) -> list[int]:
         """Numbers of seeds that rows have at an ε, without repetition."""
-        return sorted(set(Counter((job.epsilon, row_of(job)) for job in self.results.runs).values()))
+        return sorted(set(Counter((job.epsilon, row_of(job)) for job in self.runs).values()))
 
     def unequal(self) -> list[str]:
         """What differs between runs at one ε and settings but must not, in words."""
         found: dict[str, list[str]] = {}
-        varied = {axis.rsplit(".", 1)[-1] for axis in self.results.axes}
+        varied = {axis.rsplit(".", 1)[-1] for axis in self.axes}
         for epsilon in self.epsilons:
             at: dict[str, dict[float, dict[str, None]]] = {}
-            for job in (j for j in self.results.runs if j.epsilon == epsilon):
+            for job in (j for j in self.runs if j.epsilon == epsilon):
                 for what, value in _terms(job):
                     at.setdefault(what, {}).setdefault(value, {})[row_of(job).name] = None
             for what, values in at.items():
@@ -227,6 +277,12 @@ def _measure_place(m: Measure) -> tuple[Any, ...]:
     return m.metric != "accuracy", _place(ON_NAMES, m.on), m.better == "higher", _place(METRICS, m.metric)
 
 
+def _job_place(j: JobResult) -> tuple[Any, ...]:
+    variant = (*VARIANTS, "").index(j.variant)
+    settings = sorted((k, isinstance(v, str), str(v) if not is_number(v) else float(v)) for k, v in j.settings.items())
+    return get_args(Kind).index(j.kind), variant, j.epsilon, repr(settings), j.label, j.seed
+
+
 def _place(names: Iterable[str], name: str) -> tuple[int, str]:
     listed = [*names, name]
     return listed.index(name), name
@@ -243,7 +299,7 @@ class Answer(NamedTuple):
 def answers(view: View) -> list[Answer]:
     """The answer of the primary measure at each ε; [] if nothing was measured."""
     measure, out = view.primary, []
-    for epsilon in view.epsilons if measure is not None else ():
+    for epsilon in view.epsilons:
         if measure is not None and (groups := view.groups(measure, epsilon)):
             family = compare(list(view.baselines(measure, epsilon).items()), groups, measure.better)
             out.append(Answer(epsilon, _headline(groups, measure), tuple(_sentence(c, measure) + "." for c in family)))

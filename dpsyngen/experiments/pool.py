@@ -6,8 +6,6 @@ Jobs are claimed by lock files in the experiment's folder, so processes may join
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +20,7 @@ from dpsyngen.errors import DpsyngenError, RunError
 from dpsyngen.experiments.experiment import Experiment, Status, claimed
 from dpsyngen.experiments.runner import Images, Stopped, Worker
 from dpsyngen.experiments.spec import Job
-from dpsyngen.files import write_text
+from dpsyngen.files import write_json
 from dpsyngen.training.follower import handling
 
 Watch = Callable[[dict[str, Status]], None]
@@ -31,13 +29,7 @@ STOPPED = 3
 """Exit status of a worker that stopped before all jobs were done."""
 
 
-def work(
-    experiment: Experiment,
-    device: str = "cpu",
-    *,
-    retry: float = 0.0,
-    tell: Say | None = None,
-) -> bool:
+def work(experiment: Experiment, device: str = "cpu", *, retry: float = 0.0, tell: Say | None = None) -> bool:
     """Do jobs that nobody else does until none is left; False if it was asked to stop, or the time is used up.
 
     Several processes may work on one experiment.  `retry`: try jobs once more that failed before this
@@ -59,11 +51,10 @@ def work(
         with claimed(folder / "lock", patience=1.0) as mine:
             if not mine or experiment.result(job) is not None:
                 continue
-            if experiment.failure(job) is not None:
-                failed = folder / "failed.json"
-                if failed.stat().st_mtime >= retry:
-                    continue
-                failed.unlink()
+            failed = folder / "failed.json"
+            if experiment.failure(job) is not None and failed.stat().st_mtime >= retry:
+                continue
+            failed.unlink(missing_ok=True)
             if not _one(experiment, images, job, device, tell):
                 return False
     return True
@@ -79,7 +70,7 @@ def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Sa
         now = time.monotonic()
         if now - told > 1 or done == total:
             told = now
-            write_text(folder / "status.json", json.dumps({"doing": doing, "done": done, "total": total}) + "\n", 0o600)
+            write_json(folder / "status.json", {"doing": doing, "done": done, "total": total}, 0o600)
         if tell:
             tell(job, doing, done, total)
 
@@ -98,12 +89,8 @@ def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Sa
             return False
         except (DpsyngenError, ArithmeticError, RuntimeError, ValueError) as error:
             # One run that cannot be done must not cost the others.
-            about = {
-                "error": f"{error}" or type(error).__name__,
-                "trace": traceback.format_exc(),
-                "measured": experiment.measure_digest(job),
-            }
-            write_text(folder / "failed.json", json.dumps(about, indent=1) + "\n", 0o600)
+            about = {"error": f"{error}" or type(error).__name__, "trace": traceback.format_exc()}
+            write_json(folder / "failed.json", about | {"measured": experiment.measure_digest(job)}, 0o600)
     return True
 
 
@@ -126,8 +113,7 @@ def processes(
         nonlocal stopped
         stopped = True
         for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+            process.terminate()
 
     with handling(stop, signal.SIGINT, signal.SIGTERM):
         try:

@@ -1,32 +1,15 @@
-"""What the jobs of an experiment found, read back from their files and laid out as one long table.
-
-The long table has a row for each figure of each job, so that a reader can compute anything again that the report
-states.  It is private: its figures come from private images.
-"""
+"""What a job of an experiment found, read back from its file.  It is private: its figures come from private images."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from dpsyngen.diffusion.stages import VARIANTS
 from dpsyngen.errors import printable
-from dpsyngen.experiments.experiment import Experiment
-from dpsyngen.experiments.spec import Job, Kind
-from dpsyngen.files import write_text
-
-FIXED = (
-    *("job", "kind", "variant", "epsilon", "delta", "seed", "label", "private"),
-    *("metric", "on", "class", "value", "low", "high", "floor", "ceiling", "better", "unit", "images"),
-)
-"""Columns of the long table, beside one for each setting that is varied (after "private")."""
+from dpsyngen.experiments.spec import Job
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False))
@@ -113,86 +96,3 @@ class JobResult(Job):
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class Results:
-    """Everything that an experiment found.
-
-    Attributes:
-        jobs: finished jobs, in the order of variant, ε, settings and seed; references last.
-        skipped: (file, why) of files that were left out.
-        experiment: what it is.
-    """
-
-    jobs: tuple[JobResult, ...]
-    skipped: tuple[tuple[str, str], ...]
-    experiment: Experiment
-
-    @classmethod
-    def load(cls, exp: Path) -> Results:
-        """Read ``exp/results/*.json``.
-
-        A file that is damaged, or that belongs to no job of the specification, or was measured in another way than the
-        specification now asks, is left out and named in :attr:`skipped`.
-        """
-        experiment = Experiment(exp)
-        planned = {job.name: job for job in experiment.jobs}
-        found, skipped = [], []
-        for path in sorted((exp / "results").glob("*.json")):
-            try:
-                if (job := planned.get(path.stem)) is None:
-                    raise ValueError("it belongs to no job of the specification")
-                if (result := experiment.result(job)) is None:
-                    raise ValueError("it is damaged, or was measured in another way than the specification now asks")
-                found.append(JobResult.of(job, result))
-            except ValueError as error:
-                skipped.append((path.name, str(error)))
-        return cls(tuple(sorted(found, key=_place)), tuple(skipped), experiment)
-
-    @property
-    def runs(self) -> tuple[JobResult, ...]:
-        """Those that trained a generator."""
-        return tuple(j for j in self.jobs if j.kind == "run")
-
-    @property
-    def core(self) -> str:
-        """What stands before a unit of time: "core-" if all times are core-seconds."""
-        return "core-" if self.runs and all(j.seconds_unit == "core-seconds" for j in self.runs) else ""
-
-    @property
-    def epsilons(self) -> tuple[float, ...]:
-        """ε of the runs, smallest first."""
-        return tuple(sorted({j.epsilon for j in self.runs}))
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """Full names of the settings that are varied."""
-        return tuple(sorted({name for j in self.jobs for name in j.settings}))
-
-    def tidy(self) -> list[dict[str, Any]]:
-        """The long table: a row for each figure of each job.
-
-        Columns are :data:`FIXED` and one for each of :attr:`axes`; what does not apply is None.
-        """
-        out = []
-        for j in self.jobs:
-            head = {"job": j.name} | {name: getattr(j, name) for name in FIXED[1:8]}
-            head |= {axis: j.settings.get(axis) for axis in self.axes}
-            for f in j.figures():
-                out.append(head | {name: getattr(f, "of_class" if name == "class" else name) for name in FIXED[8:]})
-        return out
-
-    def write(self, path: Path) -> None:
-        """Write the long table as CSV; the same bytes each time."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, [*FIXED[:8], *self.axes, *FIXED[8:]], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.tidy())
-        write_text(path, text.getvalue(), 0o600)
-
-
-def _place(j: JobResult) -> tuple[Any, ...]:
-    variant = (*VARIANTS, "").index(j.variant)
-    settings = sorted((k, isinstance(v, str), str(v) if not is_number(v) else float(v)) for k, v in j.settings.items())
-    return get_args(Kind).index(j.kind), variant, j.epsilon, repr(settings), j.label, j.seed

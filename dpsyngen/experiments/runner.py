@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from dpsyngen.evaluation.cas import require_enough
 from dpsyngen.evaluation.run import training_images
 from dpsyngen.experiments.dp_classifier import dp_classifier_reference, real_reference
 from dpsyngen.experiments.experiment import Clock, Experiment, SharedNetworks, training_digest
-from dpsyngen.experiments.spec import DataFacts, Job, Spec, digest
-from dpsyngen.files import write_atomically, write_text
+from dpsyngen.experiments.spec import Job, Spec, digest
+from dpsyngen.files import write_bytes, write_json, write_text
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.accounting import default_delta
@@ -53,7 +54,13 @@ class Images:
         d = spec.data
         config = load_config(merge_settings(spec.settings, {"data": d.section}), preset=spec.preset)
         self.train: ImageDataset = load_private(d.train, config)
-        _require(d.facts, self.train, d.train)
+        classes = len(self.train.class_names)
+        found = {"records": len(self.train), "resolution": self.train.resolution, "channels": self.train.channels}
+        found["classes"] = classes
+        wrong = [f"{name} {found[name]:,} instead of {said:,}" for name, said in d.facts or () if found[name] != said]
+        if wrong:
+            what = f"{d.train} is not what the specification says in data.facts: {', '.join(wrong)}"
+            raise DataError(f"{what}.  Give the right data with --data, or correct data.facts.")
         self.test: ImageDataset | None = None
         self.shape = shape_of(self.train, config)
         if d.test is not None:
@@ -67,14 +74,12 @@ class Images:
                 fixed = config.data.model_copy(update={"resolution": self.train.resolution})
                 test = load_private(d.test, config.model_copy(update={"data": fixed}))
             self.test = test.with_classes(self.train.class_names, "test")
-        if spec.evaluation.classifiers and len(self.train.class_names) < 2:
-            raise ConfigError(
-                f"the images of {d.train} have {'one class' if self.train.class_names else 'no classes'}: there is "
-                "nothing to classify.  Give evaluation: {classifiers: []}."
-            )
+        if spec.evaluation.classifiers and classes < 2:
+            have = f"the images of {d.train} have {'one class' if classes else 'no classes'}"
+            raise ConfigError(f"{have}: there is nothing to classify.  Give evaluation: {{classifiers: []}}.")
         if spec.evaluation.classifiers:
-            require_enough(spec.sampling.images, len(self.train.class_names))
-        if spec.sampling.guidance not in (None, 1) and not self.train.class_names:
+            require_enough(spec.sampling.images, classes)
+        if spec.sampling.guidance not in (None, 1) and not classes:
             raise ConfigError(f"the images of {d.train} have no classes: leave sampling.guidance out.")
         self._spec = spec
 
@@ -92,18 +97,6 @@ class Images:
             return None
         count = min(spec.evaluation.max_images, spec.sampling.images)
         return program_of(load_config(dict(spec.settings), preset=spec.preset), self.shape).batch(range(count))
-
-
-def _require(facts: DataFacts | None, dataset: ImageDataset, name: str) -> None:
-    found = {"records": len(dataset), "resolution": dataset.resolution, "channels": dataset.channels}
-    found["classes"] = len(dataset.class_names)
-    said = found if facts is None else facts.model_dump()
-    wrong = [f"{field} {found[field]:,} instead of {said[field]:,}" for field in found if found[field] != said[field]]
-    if wrong:
-        raise DataError(
-            f"{name} is not what the specification says in data.facts: {', '.join(wrong)}.  Give the right data with "
-            "--data, or correct data.facts."
-        )
 
 
 class Worker:
@@ -128,19 +121,15 @@ class Worker:
         """Do a job, or what is left, and keep its result; Stopped if asked to.  The caller holds the job's lock."""
         folder = self.experiment.work_path(job)
         if not (folder / "job.json").exists():
-            write_text(folder / "job.json", json.dumps({"settings": training_digest(job)}) + "\n", 0o600)
+            write_json(folder / "job.json", {"settings": training_digest(job)}, 0o600)
         clock = Clock(folder / "times.json", self.device)
         kinds = {"run": self._run, "real": self._real, "dp-classifier": self._dp}
         try:
             found = kinds[job.kind](job, clock)
         finally:
             clock.add("other", save=True)
-        result = {
-            "job": job.name,
-            "measured": self.experiment.measure_digest(job),
-            **{"delta": None, "private": False},
-            **found,
-        }
+        measured = self.experiment.measure_digest(job)
+        result = {"job": job.name, "measured": measured, "delta": None, "private": False, **found}
         unit = "core-seconds" if self.device == "cpu" else "seconds"
         machine = {"threads": torch.get_num_threads(), "device": self.device, "seconds_unit": unit}
         result["facts"] = {**machine, "seconds_training": sum(clock.spent.values()), **found["facts"]}
@@ -172,16 +161,14 @@ class Worker:
         ledger, spent = run.finished_ledger(), clock.spent
         # What another run spent on a network that both use counts for both: on its own this one would have spent it.
         public = sum(_by_phase(clock).values()) + spent.get("shared public", 0.0)
-        seconds = {"public": public, "training": public + spent.get("private", 0.0)}
-        seconds |= {k: spent.get(k, 0.0) for k in ("private", "sampling", "evaluation")}
+        facts = _of_training(run, ledger, run.config.data.records or len(self.images.train))
+        facts |= {f"seconds_{part}": spent.get(part, 0.0) for part in ("private", "sampling", "evaluation")}
+        facts |= {"seconds_public": public, "seconds_training": public + facts["seconds_private"]}
         return {
             "delta": ledger.delta,
             "private": not ledger.non_private and ledger.secure,
             "epsilon_spent": None if ledger.non_private else ledger.epsilon(),
-            "facts": {
-                **_of_training(run, ledger, run.config.data.records or len(self.images.train)),
-                **{f"seconds_{k}": value for k, value in seconds.items()},
-            },
+            "facts": facts,
             "evaluation": evaluation,
         }
 
@@ -230,9 +217,10 @@ class Worker:
         settings = {"seed": job.seed, **wanted}
         drawn = {"images": s.images, **generator.settings(**settings).model_dump()}
         stamp = digest([drawn, (run.release / "generator.json").read_text(encoding="utf-8")])
-        kept = _load_samples(path, stamp)
-        if kept is not None:
-            return (*kept, drawn)
+        # A damaged file, of which np.load raises many kinds of errors, is drawn again.
+        with suppress(Exception), np.load(path, allow_pickle=False) as file:
+            if str(file["stamp"]) == stamp:
+                return file["images"], file.get("labels"), drawn
         clock.add("other")
 
         def progress(done: int, total: int) -> None:
@@ -242,12 +230,9 @@ class Worker:
         samples = generator.sample(s.images, on_progress=progress, **settings)
         clock.add("sampling")
         arrays: dict[str, Any] = {"images": samples.images, "labels": samples.labels, "stamp": stamp}
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as f:
-                np.savez_compressed(f, **{k: v for k, v in arrays.items() if v is not None})
-
-        write_atomically(path, write, 0o600)
+        content = io.BytesIO()
+        np.savez_compressed(content, **{k: v for k, v in arrays.items() if v is not None})
+        write_bytes(path, content.getvalue(), 0o600)
         return samples.images, samples.labels, drawn
 
     def _measured(self, images: np.ndarray, labels: np.ndarray | None, job: Job, clock: Clock) -> dict[str, Any]:
@@ -323,11 +308,3 @@ def _of_training(run: Run, ledger: Ledger, records: int) -> dict[str, float]:
         network = generator.networks[generator.stages.private.network]
         facts["parameters"] = sum(p.numel() for p in network.parameters())
     return facts
-
-
-def _load_samples(path: Path, stamp: str) -> tuple[np.ndarray, np.ndarray | None] | None:
-    # A damaged file, of which np.load raises many kinds of errors, is drawn again.
-    with suppress(Exception), np.load(path, allow_pickle=False) as file:
-        if str(file["stamp"]) == stamp:
-            return file["images"], file.get("labels")
-    return None

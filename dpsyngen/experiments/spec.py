@@ -257,10 +257,8 @@ def load_spec(given: str | Path) -> Spec:
     elif Path(given).exists():
         values = read_yaml_file(Path(given), "the specification")
     else:
-        raise ConfigError(
-            f"there is no file {printable(str(given))}, and no specification of that name ships with dpsyngen: those "
-            f"are {', '.join(spec_names())}."
-        )
+        ships = f"no such specification ships with dpsyngen: those are {', '.join(spec_names())}"
+        raise ConfigError(f"there is no file {printable(str(given))}, and {ships}.")
     return parse_spec(values, str(given))
 
 
@@ -324,9 +322,7 @@ def jobs_of(spec: Spec) -> tuple[Job, ...]:
             job = _run(spec, variant, epsilon, seed, case.label, case.settings | axes)
             same = out.setdefault(job.name, job)
             if same.config != job.config:
-                raise ConfigError(
-                    f"two runs of the grid would be called {job.name}: give the cases labels that tell them apart."
-                )
+                raise ConfigError(f"two runs of the grid would be called {job.name}: give the cases other labels.")
         if spec.evaluation.classifiers:
             if "real" in spec.references:
                 out.setdefault(f"real-seed{seed}", Job(f"real-seed{seed}", "real", "", math.inf, seed))
@@ -342,10 +338,9 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
     of_all = {f"stages.{name}": value for name, value in spec.settings.get("stages", {}).items()}
     pretrain = (of_all | own | given).get("stages.pretrain")
     settings = {name: value for name, value in given.items() if matters(name, variant, bool(pretrain))}
-    shortened = [f"{name.rsplit('.', 1)[-1]}={_short(value)}" for name, value in settings.items()]
-    label = case if case and settings else ",".join(shortened)
-    if case and settings and spec.grid.axes:
-        label = ",".join([case, *(s for n, s in zip(settings, shortened, strict=True) if n in spec.grid.axes)])
+    told = [name for name in settings if not case or name in spec.grid.axes]
+    shortened = [f"{name.rsplit('.', 1)[-1]}={_short(settings[name])}" for name in told]
+    label = ",".join([case, *shortened] if case and settings else shortened)
     parts = [variant, f"eps{_short(epsilon)}", *([label.replace(",", "-")] if label else []), f"seed{seed}"]
     name = "-".join(parts)
     nested: dict[str, Any] = spec.settings

@@ -6,6 +6,8 @@ their spread allows, so that nobody reads a difference out of a last digit, and 
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import math
 import statistics
@@ -15,8 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dpsyngen.console import Console
-from dpsyngen.experiments.measures import Measure, Row, View, answers, epsilon_name, row_of
-from dpsyngen.experiments.results import Results
+from dpsyngen.experiments.measures import FIXED, Measure, Row, View, answers, epsilon_name, row_of
 from dpsyngen.experiments.statistics import (
     Comparison,
     Summary,
@@ -64,6 +65,9 @@ class TableRow(NamedTuple):
     reference: bool = False
 
 
+_EMPTY = Cell(_NONE)
+
+
 @dataclass(frozen=True)
 class Table:
     """A table: `heads` names its head columns, `groups` are (name of the group, names of its columns), the name ""
@@ -101,37 +105,35 @@ def figures_table(view: View, key: str, title: str, measures: Sequence[Measure])
     """Rows are variants, a column group is an ε, a column in it a measure; None if there are no measures."""
     if not measures:
         return None
-    usual = max(view.seeds(), default=None)
-    grid: dict[Row, list[Cell]] = {row: [] for row in view.rows}
-    references: dict[str, list[Cell]] = {kind: [] for kind, _ in REFERENCES}
-    tested = False
-    for epsilon in view.epsilons:
-        for measure in measures:
-            groups = view.groups(measure, epsilon)
-            summaries = {name: summarise(values) for name, values in groups.items()}
-            digits = column_decimals(list(summaries.values()), _half_widths(view, measure, epsilon))
-            marks = _marks(groups, measure)
-            tested = tested or "tied" in marks.values()
-            for row, cells in grid.items():
-                s = summaries.get(row.name)
-                text = _NONE if s is None else mean_text(s, digits)
-                cells.append(Cell(text, marks.get(row.name, ""), None if s is None or s.n == usual else s.n))
-            for kind, cells in references.items():
-                values = view.reference(kind, measure, epsilon)
-                s = summarise(values) if values else None
-                own = digits
-                if kind == "test" and s is not None and s.mean:
-                    # A floor can be far smaller than the figures above it.
-                    own = max(digits, min(4, 1 - math.floor(math.log10(abs(s.mean)))))
-                cells.append(Cell(_NONE if s is None else mean_text(s, own)))
-    rows = [TableRow(_heads(view, row), tuple(cells)) for row, cells in grid.items()]
+    cells = [_column(view, measure, epsilon) for epsilon in view.epsilons for measure in measures]
+    rows = [TableRow(_heads(view, row), tuple(c.get(row.name, _EMPTY) for c in cells)) for row in view.rows]
     for kind, name in REFERENCES:
-        if any(cell.text != _NONE for cell in references[kind]):
+        if any(kind in c for c in cells):
             heads = (name, "") if view.labels else (name,)
-            rows.append(TableRow(heads, tuple(references[kind]), reference=True))
+            rows.append(TableRow(heads, tuple(c.get(kind, _EMPTY) for c in cells), reference=True))
+    tested = any(cell.mark == "tied" for c in cells for cell in c.values())
     columns = tuple(m.on_name if m.metric == "accuracy" else m.metric_name for m in measures)
-    groups_ = tuple((epsilon_name(e), columns) for e in view.epsilons)
-    return Table(key, title, _head_names(view), groups_, tuple(rows), tuple(_notes(view, tested)))
+    groups = tuple((epsilon_name(e), columns) for e in view.epsilons)
+    return Table(key, title, _head_names(view), groups, tuple(rows), tuple(_notes(view, tested)))
+
+
+def _column(view: View, measure: Measure, epsilon: float) -> dict[str, Cell]:
+    """The cells of those rows, by name, and references, by kind, that have values."""
+    groups, usual = view.groups(measure, epsilon), max(view.seeds(), default=None)
+    summaries, marks = {name: summarise(values) for name, values in groups.items()}, _marks(groups, measure)
+    digits = column_decimals(list(summaries.values()), view.half_widths(measure, epsilon))
+    out = {
+        name: Cell(mean_text(s, digits), marks.get(name, ""), None if s.n == usual else s.n)
+        for name, s in summaries.items()
+    }
+    for kind, _ in REFERENCES:
+        if values := view.reference(kind, measure, epsilon):
+            s = summarise(values)
+            # A floor can be far smaller than the figures above it.
+            small = kind == "test" and s.mean
+            own = max(digits, min(4, 1 - math.floor(math.log10(abs(s.mean))))) if small else digits
+            out[kind] = Cell(mean_text(s, own))
+    return out
 
 
 def _marks(groups: dict[str, list[float]], measure: Measure) -> dict[str, Literal["", "best", "tied"]]:
@@ -221,13 +223,13 @@ def _verdict_row(c: Comparison, measure: Measure, heads: tuple[str, ...]) -> Tab
 
 def compute_table(view: View) -> Table | None:
     """What the runs took."""
-    minutes = f"{view.results.core}min"
+    minutes = f"{view.core}min"
     timed = {"public": "public training", "private": "private training"}
     timed |= {name: name for name in ("training", "sampling", "evaluation")}
     columns = [(f"seconds_{name}", f"{title}, {minutes}", 60.0) for name, title in timed.items()]
     columns += [("private_images_seen", "private images used", 1.0), ("parameters", "parameters", 1.0)]
     figures: dict[tuple[Row, float], list[dict[str, Any]]] = {}
-    for job in view.results.runs:
+    for job in view.runs:
         figures.setdefault((row_of(job), job.epsilon), []).append(job.facts)
     present = [c for c in columns if any(c[0] in facts for group in figures.values() for facts in group)]
     if not present:
@@ -256,16 +258,6 @@ def _bare(epsilon: float) -> str:
     return epsilon_name(epsilon).removeprefix("ε = ")
 
 
-def _half_widths(view: View, measure: Measure, epsilon: float) -> list[float]:
-    return [
-        measure.scale * (f.high - f.low) / 2
-        for job in view.results.runs
-        if job.epsilon == epsilon
-        for f in job.figures()
-        if (f.metric, f.on, f.of_class) == (measure.metric, measure.on, "") and f.low is not None and f.high is not None
-    ]
-
-
 def _heads(view: View, row: Row) -> tuple[str, ...]:
     return (row.variant_name, row.settings_name or _NONE) if view.labels else (row.variant_name,)
 
@@ -276,9 +268,13 @@ def _head_names(view: View) -> tuple[str, ...]:
 
 def write_results(exp: Path) -> list[Path]:
     """Write ``results.csv`` and ``tables.md``; returns their paths."""
-    results, paths = Results.load(exp), [exp / "results.csv", exp / "tables.md"]
-    results.write(paths[0])
-    write_text(paths[1], markdown(View(results)), 0o600)
+    view, paths = View(exp), [exp / "results.csv", exp / "tables.md"]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*FIXED[:8], *view.axes, *FIXED[8:]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(view.tidy())
+    write_text(paths[0], text.getvalue(), 0o600)
+    write_text(paths[1], markdown(view), 0o600)
     return paths
 
 
@@ -289,7 +285,7 @@ def markdown(view: View) -> str:
 
 def print_tables(exp: Path, console: Console) -> None:
     """Say the answers, accuracies and distances of an experiment; all tables are in tables.md and in the report."""
-    view = View(Results.load(exp))
+    view = View(exp)
     tables = [t for t in all_tables(view) if t.key == "accuracy" or t.key.endswith("-lower")]
     console.markdown("\n".join([*_document(view, tables), "", PRIVATE]))
 
@@ -308,9 +304,9 @@ def _document(view: View, tables: Sequence[Table]) -> Iterator[str]:
             if note not in said:
                 yield from (safe_markdown(note), "")
                 said.add(note)
-    if view.results.skipped:
+    if view.skipped:
         yield from ("Left out:", "")
-        yield from (f"- {safe_markdown(name)}: {safe_markdown(why)}" for name, why in view.results.skipped)
+        yield from (f"- {safe_markdown(name)}: {safe_markdown(why)}" for name, why in view.skipped)
 
 
 def markdown_table(table: Table) -> str:

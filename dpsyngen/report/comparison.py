@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from dpsyngen.errors import DpsyngenError
 from dpsyngen.experiments.measures import ON_NAMES, VARIANT_NAMES, Measure, Row, View, answers, epsilon_name, row_of
-from dpsyngen.experiments.results import JobResult, Results
+from dpsyngen.experiments.results import JobResult
 from dpsyngen.experiments.statistics import summarise
 from dpsyngen.experiments.tables import all_tables
 from dpsyngen.files import write_bytes, write_text
@@ -60,13 +60,12 @@ _MARKS = "Small marks: single runs.  Line and bar: mean ± standard deviation ov
 
 def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None) -> Path:
     """Write ``report.html`` and ``plots/`` into the folder of an experiment; `on_progress` gets a line now and then."""
-    results = Results.load(exp)
-    view = View(results)
+    view = View(exp)
     if on_progress:
         on_progress("drawing plots")
     plots = write_plots(view, exp / "plots")
     tables = {table.key: table for table in all_tables(view)}
-    experiment = results.experiment
+    experiment = view.experiment
     values = {
         "name": experiment.spec.name,
         "description": experiment.spec.description,
@@ -74,16 +73,16 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
         "answers": [(epsilon_name(a.epsilon), a.headline, a.lines) for a in answers(view)],
         "measure": view.primary.name if view.primary else "",
         "baseline": VARIANT_NAMES[view.baseline],
-        "predictable": any(not j.private and not math.isinf(j.epsilon) for j in results.runs),
+        "predictable": any(not j.private and not math.isinf(j.epsilon) for j in view.runs),
         "unequal": view.unequal(),
-        "failed": list(_failed(results)),
+        "failed": list(_failed(view)),
         "tables": tables,
         "features": [t for key, t in tables.items() if key.endswith(("-lower", "-higher"))],
         "plots": {kind: [p for p in plots if p.kind == kind] for kind in KINDS},
         "grids": sample_grids(view, exp, on_progress),
         "noise_seed": NOISE_SEED,
         "protocol": list(_protocol(view)),
-        "kinds": {job.kind for job in results.jobs},
+        "kinds": {job.kind for job in view.jobs},
         "privacy": experiment.about.get("privacy"),
     }
     write_text(exp / "report.html", render("comparison.html.j2", values), 0o600)
@@ -91,8 +90,8 @@ def write_comparison(exp: Path, on_progress: Callable[[str], None] | None = None
 
 
 def _facts(view: View, seconds: float | None) -> Iterator[tuple[str, str]]:
-    runs = view.results.runs
-    count = sum(job.kind == "run" for job in view.results.experiment.jobs)
+    runs = view.runs
+    count = sum(job.kind == "run" for job in view.experiment.jobs)
     yield "runs finished", f"{len(runs):,} of {count:,}"
     yield "seeds", " to ".join(f"{n}" for n in sorted({min(s), max(s)})) if (s := view.seeds()) else "0"
     yield "ε", ", ".join(epsilon_name(e).removeprefix("ε = ") for e in view.epsilons)
@@ -101,14 +100,14 @@ def _facts(view: View, seconds: float | None) -> Iterator[tuple[str, str]]:
         yield "δ", ", ".join(f"{d:.3g}" for d in deltas)
     yield "variants", ", ".join(dict.fromkeys(row.variant_name for row in view.rows))
     if seconds is not None:
-        yield "computing time", f"{seconds / 3600:,.1f} {view.results.core}hours"
+        yield "computing time", f"{seconds / 3600:,.1f} {view.core}hours"
 
 
-def _failed(results: Results) -> Iterator[tuple[str, str]]:
+def _failed(view: View) -> Iterator[tuple[str, str]]:
     """(job, why) of every job without figures."""
-    skipped = dict(results.skipped)
-    have = {job.name for job in results.jobs}
-    for job, status in results.experiment.statuses().items():
+    skipped = dict(view.skipped)
+    have = {job.name for job in view.jobs}
+    for job, status in view.experiment.statuses().items():
         if job not in have and f"{job}.json" not in skipped:
             said = {"failed": f"failed: {status.error}", "waiting": "not begun", "running": "running"}
             yield job, said.get(status.state, "interrupted")
@@ -116,17 +115,17 @@ def _failed(results: Results) -> Iterator[tuple[str, str]]:
 
 
 def _protocol(view: View) -> Iterator[tuple[str, str]]:
-    data = view.results.experiment.spec.data
+    data = view.experiment.spec.data
     test = f"; real test images: {data.test}" if data.test else ""
     yield "Images", f"Private training images: {data.train}{test}."
     drawn = {
         ", ".join(f"{k} {s[k]}" for k in ("images", "sampler", "steps", "guidance") if k in s)
-        for j in view.results.runs
+        for j in view.runs
         if isinstance(s := j.evaluation.get("sampling"), dict)
     }
     if drawn:
         yield "Generated images", f"For each run: {'; '.join(sorted(drawn))}.  Their seed is that of the run."
-    yield from _measured(view.results.runs)
+    yield from _measured(view.runs)
 
 
 def _measured(runs: tuple[JobResult, ...]) -> Iterator[tuple[str, str]]:
@@ -198,7 +197,7 @@ def sample_grids(view: View, exp: Path, on_progress: Callable[[str], None] | Non
 def _chosen(view: View, epsilon: float) -> list[tuple[Row, JobResult]]:
     """The run of each row whose images are shown: of the lowest seed that all have, or of its own lowest."""
     by_row: dict[Row, dict[int, JobResult]] = {}
-    for job in view.results.runs:
+    for job in view.runs:
         if job.epsilon == epsilon:
             by_row.setdefault(row_of(job), {})[job.seed] = job
     common = set.intersection(*(set(jobs) for jobs in by_row.values())) if by_row else set()

@@ -94,10 +94,11 @@ def test_runs_draw_as_they_were_begun_so_other_sampling_of_a_variant_is_refused(
 
 def test_own_features_are_found_from_another_working_folder(tiny_spec, tmp_path, monkeypatch) -> None:
     (tmp_path / "own.py").write_text("def mean(x):\n    return x.mean((1, 2))\n")
-    measured = {"features": ["own.py:mean", "pixels-pca"], "metrics": ["frechet"], "classifiers": []}
+    features = ["own.py:mean", "package.module:mean", "pixels-pca"]
+    measured = {"features": features, "metrics": ["frechet"], "classifiers": []}
     monkeypatch.chdir(tmp_path)
     experiment = made(tiny_spec(evaluation=measured), tmp_path / "x")
-    assert experiment.spec.evaluation.features == (f"{tmp_path / 'own.py'}:mean", "pixels-pca")
+    assert experiment.spec.evaluation.features == (f"{tmp_path / 'own.py'}:mean", *features[1:])
 
 
 def test_measuring_otherwise_keeps_the_runs_and_the_earlier_figures(tiny_spec, done, tmp_path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from dpsyngen.errors import RunError
 from dpsyngen.experiments.experiment import Experiment
-from dpsyngen.experiments.results import FIXED, Results
+from dpsyngen.experiments.measures import FIXED, View
 from dpsyngen.experiments.tables import write_results
 from tests.experiments.synthetic import make_experiment
 
@@ -27,7 +27,7 @@ def rewrite(path: Path, **changes: object) -> None:
 
 
 def test_jobs_in_order(exp) -> None:
-    results = Results.load(exp)
+    results = View(exp)
     runs = [(j.variant, j.epsilon, j.label, j.seed) for j in results.runs]
     assert len(runs) == 2 * 2 * (1 + 2)
     assert runs[:4] == [("dpdm", 1, "", 0), ("dpdm", 1, "", 1), ("dpdm", math.inf, "", 0), ("dpdm", math.inf, "", 1)]
@@ -38,7 +38,7 @@ def test_jobs_in_order(exp) -> None:
 
 
 def test_long_table_has_a_row_for_each_figure(exp) -> None:
-    results = Results.load(exp)
+    results = View(exp)
     rows = results.tidy()
     keys = [(r["job"], r["metric"], r["on"], r["class"]) for r in rows]
     assert len(set(keys)) == len(keys)
@@ -63,7 +63,7 @@ def test_csv_has_the_long_table(exp) -> None:
     assert all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in paths)
     with open(paths[0], encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    table = Results.load(exp).tidy()
+    table = View(exp).tidy()
     assert list(lines[0]) == list(table[0]) == [*FIXED[:8], "stages.tau_coarse", *FIXED[8:]]
     for line, row in zip(lines, table, strict=True):
         assert line["job"] == row["job"]
@@ -93,7 +93,7 @@ def test_the_same_bytes_each_time(exp) -> None:
 def test_damaged_files_are_named_and_left_out(exp, changes, why) -> None:
     path = exp / "results" / "dpdm-eps1-seed0.json"
     rewrite(path, **changes)
-    results = Results.load(exp)
+    results = View(exp)
     ((name, reason),) = results.skipped
     assert name == path.name
     assert why in reason
@@ -102,33 +102,33 @@ def test_damaged_files_are_named_and_left_out(exp, changes, why) -> None:
 
 
 def test_what_the_specification_says_is_not_taken_from_a_file(exp) -> None:
-    before = Results.load(exp).jobs
+    before = View(exp).jobs
     said = {"name": "x", "kind": "walk", "variant": "none", "epsilon": "many", "seed": 7, "settings": 3, "label": "x"}
     rewrite(exp / "results" / "dpdm-eps1-seed0.json", **said, config=1, release="/etc")
-    assert Results.load(exp).jobs == before
+    assert View(exp).jobs == before
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null", "[" * 100_000, "\x00\xff", '{"job": "dpdm-eps1-seed0"}'])
 def test_any_text_is_survived(exp, text) -> None:
     (exp / "results" / "dpdm-eps1-seed0.json").write_text(text)
     assert Experiment(exp).statuses()["dpdm-eps1-seed0"].state == "waiting"
-    assert [name for name, _ in Results.load(exp).skipped] == ["dpdm-eps1-seed0.json"]
+    assert [name for name, _ in View(exp).skipped] == ["dpdm-eps1-seed0.json"]
 
 
 def test_a_job_that_the_specification_lacks_is_left_out(exp) -> None:
     path = exp / "results" / "dpdm-eps1-seed0.json"
     (exp / "results" / "dpdm-eps1-seed7.json").write_text(path.read_text().replace("seed0", "seed7"))
-    assert Results.load(exp).skipped == (("dpdm-eps1-seed7.json", "it belongs to no job of the specification"),)
+    assert View(exp).skipped == (("dpdm-eps1-seed7.json", "it belongs to no job of the specification"),)
 
 
 def test_the_baseline_is_that_of_the_specification(tmp_path) -> None:
     exp = make_experiment(tmp_path / "e", grid={"epsilon": [1], "seeds": 1}, baseline="finetune", classes=2)
-    assert Results.load(exp).experiment.spec.baseline == "finetune"
+    assert View(exp).experiment.spec.baseline == "finetune"
 
 
 def test_no_experiment(tmp_path) -> None:
     with pytest.raises(RunError, match="not the folder of an experiment"):
-        Results.load(tmp_path)
+        View(tmp_path)
     (tmp_path / "experiment.json").write_text("[" * 100_000)
     with pytest.raises(RunError, match="not the folder of an experiment"):
-        Results.load(tmp_path)
+        View(tmp_path)

@@ -6,14 +6,13 @@ import pytest
 
 from dpsyngen.console import Console
 from dpsyngen.experiments.measures import View, answers
-from dpsyngen.experiments.results import Results
 from dpsyngen.experiments.statistics import column_decimals, decimals_for, number, p_text, summarise
 from dpsyngen.experiments.tables import all_tables, markdown, print_tables, write_results
 from tests.experiments.synthetic import make_experiment
 
 
 def view_of(path, **options) -> View:
-    return View(Results.load(make_experiment(path / "exp", **options)))
+    return View(make_experiment(path / "exp", **options))
 
 
 def tables_of(view) -> dict:
@@ -250,7 +249,7 @@ def test_print_tables(tmp_path, capsys) -> None:
 
 def test_nothing_finished(tmp_path, capsys) -> None:
     exp = make_experiment(tmp_path / "e", grid={"epsilon": [1]}, change=lambda job, result: None)
-    assert Results.load(exp).jobs == ()
+    assert View(exp).jobs == ()
     assert write_results(exp)[-1].read_text().startswith("**PRIVATE")
     print_tables(exp, Console())
     assert "PRIVATE" in capsys.readouterr().out
@@ -260,7 +259,7 @@ def test_only_references_finished(tmp_path) -> None:
     exp = make_experiment(
         tmp_path / "e", grid={"epsilon": [1]}, change=lambda job, result: None if job.kind == "run" else result
     )
-    view = View(Results.load(exp))
+    view = View(exp)
     assert all_tables(view) == []
     assert answers(view) == []
 
@@ -269,4 +268,4 @@ def test_a_job_without_evaluation_has_facts_alone(tmp_path) -> None:
     exp = make_experiment(tmp_path / "e", grid={"epsilon": [1], "variant": ["dpdm"], "seeds": 1})
     path = exp / "results" / "dpdm-eps1-seed0.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": None}))
-    assert {r["metric"] for r in Results.load(exp).tidy() if r["kind"] == "run"} >= {"steps", "seconds_training"}
+    assert {r["metric"] for r in View(exp).tidy() if r["kind"] == "run"} >= {"steps", "seconds_training"}

@@ -11,7 +11,6 @@ import pytest
 import dpsyngen
 from dpsyngen.experiments.experiment import Experiment
 from dpsyngen.experiments.measures import View
-from dpsyngen.experiments.results import Results
 from dpsyngen.report.comparison import sample_grids, write_comparison
 from tests.conftest import TINY_SETTINGS, tiny_arrays
 from tests.experiments.synthetic import make_experiment
@@ -111,7 +110,7 @@ def test_privacy_and_protocol(text) -> None:
 
 
 def test_same_noise_for_all_variants(made, tmp_path) -> None:
-    view = View(Results.load(made))
+    view = View(made)
     (grid,) = sample_grids(view, made)
     assert [r.name for r in grid.rows] == ["DPDM", "Both"]
     assert grid.classes == ("0", "1", "2")
@@ -123,7 +122,7 @@ def test_same_noise_for_all_variants(made, tmp_path) -> None:
     for name in ("release", "private"):
         shutil.rmtree(tmp_path / "exp" / "runs" / "both-eps4-seed0" / name)
         shutil.copytree(made / "runs" / "dpdm-eps4-seed0" / name, tmp_path / "exp" / "runs" / "both-eps4-seed0" / name)
-    (same,) = sample_grids(View(Results.load(tmp_path / "exp")), tmp_path / "exp")
+    (same,) = sample_grids(View(tmp_path / "exp"), tmp_path / "exp")
     first, second = (row.pictures for row in same.rows)
     assert [p[0] for p in first] == [p[0] for p in second] == [p[0] for p in dpdm]
 
@@ -134,7 +133,7 @@ def test_a_generator_outside_the_experiment_is_not_opened(made, tmp_path) -> Non
     release = exp / "runs" / "both-eps4-seed0" / "release"
     shutil.move(release, tmp_path / "elsewhere")
     release.symlink_to(tmp_path / "elsewhere")
-    (grid,) = sample_grids(View(Results.load(exp)), exp)
+    (grid,) = sample_grids(View(exp), exp)
     assert [r.name for r in grid.rows] == ["DPDM"]
     ((name, why),) = ((n, w) for n, w in grid.missing if n == "Both")
     assert name == "Both"

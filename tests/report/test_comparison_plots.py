@@ -5,7 +5,6 @@ import re
 import pytest
 
 from dpsyngen.experiments.measures import View
-from dpsyngen.experiments.results import Results
 from dpsyngen.report.comparison import STYLES, comparison_plots, write_plots
 from tests.experiments.synthetic import make_experiment
 
@@ -15,7 +14,7 @@ def view(tmp_path_factory) -> View:
     exp = make_experiment(
         tmp_path_factory.mktemp("p") / "exp", grid={"epsilon": [1, "inf"], "variant": ["dpdm", "both"]}
     )
-    return View(Results.load(exp))
+    return View(exp)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def small(tmp_path_factory) -> View:
     """Two plots are enough where files are looked at."""
     folder = tmp_path_factory.mktemp("s") / "exp"
     grid = {"epsilon": [1], "variant": ["dpdm", "both"], "seeds": 2}
-    return View(Results.load(make_experiment(folder, grid=grid, classes=0, features=("pixels-pca",))))
+    return View(make_experiment(folder, grid=grid, classes=0, features=("pixels-pca",)))
 
 
 def luminance(colour: str) -> float:
@@ -64,11 +63,11 @@ def test_plots_for_which_there_is_data(plots, tmp_path) -> None:
         grid={"epsilon": [1], "variant": ["dpdm", "coarse"], "axes": axes, "seeds": 1},
         features=(),
     )
-    names = [p.name for p in comparison_plots(View(Results.load(exp)))]
+    names = [p.name for p in comparison_plots(View(exp))]
     assert "threshold-tau_coarse-accuracy-cnn-eps1" in names
     assert not [n for n in names if "cleaning" in n or "frechet" in n]
     bare = make_experiment(tmp_path / "f", grid={"epsilon": [1]}, classes=0, features=())
-    assert not list(comparison_plots(View(Results.load(bare))))
+    assert not list(comparison_plots(View(bare)))
 
 
 def test_alternative_text_has_the_numbers(view, plots) -> None:
