@@ -57,8 +57,8 @@ def stream(
     ranks.tell(_IMAGES, **what)
     for batch in _own(ranks, generator, **what):
         with ranks.lead(_ROUND):
-            parts = ranks.gather_to_main(batch)
-        yield from (part for part in parts or () if part is not None)
+            parts = ranks.gather(batch)
+        yield from (part for part in parts if part is not None)
 
 
 def sample(ranks: Ranks, generator: ReleasedGenerator, count: int, **settings: Any) -> Samples:
@@ -99,7 +99,7 @@ def handlers(ranks: Ranks) -> Handlers:
                 raise
             # The main process may still be writing the images of the round before; if it fails, it says so here.
             ranks.next_command()
-            ranks.gather_to_main(batch)
+            ranks.gather(batch)
 
     return {_OPEN: open_, _IMAGES: images}
 

@@ -239,11 +239,11 @@ def _by_ranks(job: _Job, ranks: Ranks) -> Generator[tuple[int, str], None, None]
     for first in range(0, job.shards, ranks.count):
         with ranks.lead(_SHARDS, first=first, **settings):
             parts = _part(job, first, ranks)
-        yield from (part for part in parts or () if part is not None)
+        yield from (part for part in parts if part is not None)
 
 
-def _part(job: _Job, first: int, ranks: Ranks) -> list[tuple[int, str] | None] | None:
-    """Write this process's shard of those from `first` on; in the main process, returns each with its hash."""
+def _part(job: _Job, first: int, ranks: Ranks) -> list[tuple[int, str] | None]:
+    """Write this process's shard of those from `first` on; returns each of the round with its hash."""
     shard = first + ranks.rank
 
     def write() -> tuple[int, str] | None:
@@ -255,7 +255,7 @@ def _part(job: _Job, first: int, ranks: Ranks) -> list[tuple[int, str] | None] |
             )
         return shard, job.write(shard)
 
-    return ranks.gather_to_main(ranks.agree(write))
+    return ranks.gather(ranks.agree(write))
 
 
 def follow_saving(ranks: Ranks) -> None:
