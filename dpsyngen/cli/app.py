@@ -146,8 +146,8 @@ def main() -> None:
     except DpsyngenError as error:
         cli_options.tell(console, error.kind, str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        cli_options.tell(console, "interrupted", "stopped")
+    except KeyboardInterrupt as stop:
+        cli_options.tell(console, "interrupted", str(stop) or "stopped")
         sys.exit(130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -190,7 +190,3 @@ def _run(console: Console) -> int:
             console.error("usage", f"{error.format_message()}{given}")
         return int(getattr(error, "exit_code", 2))
     return 0
-
-
-if __name__ == "__main__":
-    main()
