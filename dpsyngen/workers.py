@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import TypeVar
 
@@ -62,9 +62,7 @@ class Workers:
             try:
                 return [future.result() for future in futures]
             finally:
-                running = [future for future in futures if not future.cancel()]
-                for future in running:
-                    future.exception()  # waits for it
+                wait([future for future in futures if not future.cancel()])
 
     def _start(self) -> None:
         _worker.inside = True
