@@ -151,13 +151,11 @@ def require_absent_or_empty(path: Path, option: str) -> None:
     """Raise RunError if the folder `path` has anything in it, so that nothing is overwritten, or cannot be made."""
     require_possible(path, option)
     found = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name] if os.path.lexists(path) else []
-    left = [name for name in found if name not in (*OF_THE_DISK, PARTIAL)]
-    if left and PARTIAL in found:
+    part = ", a part of what an interrupted command wrote" if PARTIAL in found else ""
+    if not set(found) <= {*OF_THE_DISK, PARTIAL}:
         raise RunError(
-            f"{option} {path} holds a part of what an interrupted command wrote: empty it, or choose another."
+            f"{option} {path} exists already and is not an empty folder{part}.  Choose another, or empty it."
         )
-    if left:
-        raise RunError(f"{option} {path} exists already and is not an empty folder.  Choose another, or move it away.")
 
 
 @contextlib.contextmanager

@@ -37,11 +37,10 @@ app = typer.Typer(
 app.add_typer(programs_app, name="programs")
 app.add_typer(prior_app, name="prior")
 app.add_typer(budget_app, name="budget")
-_COMMANDS = (
+for _command in (
     *(train, sample, stages, ledger, audit, release, verify),
     *(export, key, compare, evaluate, memorisation, doctor),
-)
-for _command in _COMMANDS:
+):
     app.command()(_command)
 
 
@@ -151,12 +150,9 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            cli_options.tell(
-                console,
-                "disk-full",
-                f"the disk is full{f', at {error.filename}' if error.filename else ''}.  Nothing that was finished is "
-                "lost: free some space, then continue (training: --resume).",
-            )
+            where = f", at {error.filename}" if error.filename else ""
+            told = "Nothing that was finished is lost: free some space, then continue (training: --resume)."
+            cli_options.tell(console, "disk-full", f"the disk is full{where}.  {told}")
         elif error.errno == errno.EPIPE:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         else:
