@@ -124,20 +124,16 @@ def stage_parts(stages: StageMap) -> list[StagePart]:
 
 
 def _mechanism(entry: LedgerEntry) -> MechanismPart:
-    noise = "discrete Gaussian" if entry.details.get("noise") == "discrete" else "Gaussian"
     m, d = entry.mechanism, entry.details
-    sensitivity, batch = d.get("l2_sensitivity"), d.get("expected_batch")
+    noise = "discrete Gaussian" if d.get("noise") == "discrete" else "Gaussian"
     return MechanismPart(
         mechanism=f"Poisson-subsampled {noise}" if m is not None and m.sampling_rate < 1 else noise,
         reason=entry.reason,
         kind="dp" if m else "non-private",
-        sampling_rate=None if m is None else float(m.sampling_rate),
-        noise_multiplier=None if m is None else float(m.noise_multiplier),
+        sampling_rate=None if m is None else m.sampling_rate,
+        noise_multiplier=None if m is None else m.noise_multiplier,
         count=None if m is None else m.count,
-        l2_sensitivity=float(sensitivity) if isinstance(sensitivity, int | float) else sensitivity,
-        clipping=d.get("clipping"),
-        expected_batch=None if batch is None else float(batch),
-        steps=d.get("steps"),
+        **{name: d.get(name) for name in ("l2_sensitivity", "clipping", "expected_batch", "steps")},
     )
 
 
