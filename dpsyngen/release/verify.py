@@ -302,7 +302,7 @@ class _Bundle:
         if not folder.is_dir():
             drawn = generator.sample(min(4, max(1, len(generator.class_names) or 4)), steps=4).images
             return True, f"it draws images ({drawn.shape[1]} × {drawn.shape[2]} × {drawn.shape[3]}); no samples in it"
-        paths, labels = _table(folder, generator)
+        paths, labels = _table(folder, self._text(f"{SAMPLES}metadata.csv"), generator)
         try:
             about = _Drawn.model_validate_json(self._text(f"{SAMPLES}about.json"))
             settings = generator.settings(**about.model_dump(exclude={"count"}))
@@ -338,14 +338,13 @@ class _Drawn(BaseModel):
     churn: float = 0.0
 
 
-def _table(folder: Path, generator: ReleasedGenerator) -> tuple[list[Path], np.ndarray | None]:
+def _table(folder: Path, text: str, generator: ReleasedGenerator) -> tuple[list[Path], np.ndarray | None]:
     """Files and labels of samples, in the order in which they were drawn."""
     try:
-        text = (folder / "metadata.csv").read_text(encoding="utf-8")
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         files = [r["file_name"] for r in rows]
         labels = np.array([int(r["label"]) for r in rows], dtype=np.int64) if generator.class_names else None
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise ReleaseError(f"samples/metadata.csv is damaged ({error})") from None
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*.png")}
     if not files or set(files) != there or len(there) != len(files):
