@@ -297,13 +297,7 @@ def joined() -> Iterator[Ranks]:
         raise
     finally:
         if made:
-            _leave()
-
-
-def _leave() -> None:
-    """End the group, and the threads that it has: those that outlive it would abort the interpreter as it exits."""
-    import torch.distributed as dist
-
-    gc.collect()  # what refers to the group, such as unfinished generators in a cycle
-    dist.destroy_process_group()
-    gc.collect()
+            # The threads of the group go, too: those that outlive it would abort the interpreter as it exits.
+            gc.collect()  # what refers to the group, such as unfinished generators in a cycle
+            dist.destroy_process_group()
+            gc.collect()

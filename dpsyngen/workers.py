@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import TypeVar
@@ -57,12 +57,15 @@ class Workers:
                 return function(item)
 
         # Some libraries take their number of threads from a global setting, others from a thread's own.
-        with _threads(self._each):
+        with _changing:
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._each)
             futures = [self._pool.submit(run, item) for item in items]
             try:
                 return [future.result() for future in futures]
             finally:
                 wait([future for future in futures if not future.cancel()])
+                torch.set_num_threads(before)
 
     def _start(self) -> None:
         _worker.inside = True
@@ -80,17 +83,6 @@ def _after_fork() -> None:
 
 os.register_at_fork(after_in_child=_after_fork)
 _worker = threading.local()  # has `inside` in the threads of any pool, which do not share their parts any further
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    with _changing:
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
 
 def summed_gradients(
