@@ -210,9 +210,6 @@ def _held(partial: Path, target: Path) -> Iterator[None]:
         yield
 
 
-_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-
-
 def strict(value: Any) -> Any:
     """`value` for JSON: words for numbers that it lacks, text for paths, and lists for tuples, all the way down."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -231,7 +228,7 @@ def strict_text(value: Any, indent: int | None = None) -> str:
 
 def number(value: Any) -> Any:
     """The number that one of the words of :func:`strict` stands for; anything else as it is."""
-    return _WORDS.get(value, value) if isinstance(value, str) else value
+    return float(value) if value in ("inf", "-inf", "nan") else value
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

@@ -249,11 +249,8 @@ def _device(device: str, facts: Facts, local_rank: int | None) -> tuple[str, str
             f"started on it: use --nproc-per-node {there}, or --device cpu."
         )
     require(parsed.type == "cuda" and number < there, "device", device, choices)
-    if local_rank not in (None, number):
-        raise ConfigError(
-            f"device is 'cuda:{number}', but with several processes each takes the GPU of its own number: use "
-            "--device cuda."
-        )
+    own = "left to the processes: each takes the GPU of its own number: use --device cuda"
+    require(local_rank in (None, number), "device", device, own)
     gpu = facts.gpus[number]
     why = f"{gpu.name}, {gpu.architecture}, {gpu.memory / 2**30:.0f} GiB"
     return f"cuda:{number}", why if device == "auto" else "asked for", gpu
