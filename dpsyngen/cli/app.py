@@ -166,7 +166,7 @@ def main() -> None:
 
 def _run(console: Console) -> int:
     """Run the command; its exit code.  What typer says about wrong options is an error as all others."""
-    follows = cli_options.follows()
+    cli_options.silence_followers()
     command = typer.main.get_command(app)
     try:
         with command.make_context("dpsyngen", sys.argv[1:]) as context:
@@ -177,12 +177,9 @@ def _run(console: Console) -> int:
         # Which class it is depends on the version of typer.
         if not hasattr(error, "format_message"):
             raise
-        if follows:  # all processes were given the same options
-            cli_options.let_main_speak()
-        else:
-            # What was given stands in the error that typer answered.
-            problems: list[Any] = getattr(error.__cause__, "errors", list)()
-            given = "".join(f"; given: {shown(p['input'])}" for p in problems)
-            console.error("usage", f"{error.format_message()}{given}")
+        # What was given stands in the error that typer answered.
+        problems: list[Any] = getattr(error.__cause__, "errors", list)()
+        given = "".join(f"; given: {shown(p['input'])}" for p in problems)
+        cli_options.tell(console, "usage", f"{error.format_message()}{given}")
         return int(getattr(error, "exit_code", 2))
     return 0
