@@ -177,11 +177,9 @@ class _Bar(Progress):
         from rich import progress
         from rich.console import Console as RichConsole
 
-        fields = [progress.TextColumn(f"{{task.{name}}}") for name in ("description", "fields[rate]", "fields[note]")]
-        columns = (fields[0], progress.BarColumn(), progress.MofNCompleteColumn(), fields[1])
-        self._bar = progress.Progress(
-            *columns, progress.TimeRemainingColumn(), fields[2], console=RichConsole(stderr=True), transient=True
-        )
+        done, left = (progress.BarColumn(), progress.MofNCompleteColumn()), progress.TimeRemainingColumn()
+        columns = ("{task.description}", *done, "{task.fields[rate]}", left, "{task.fields[note]}")
+        self._bar = progress.Progress(*columns, console=RichConsole(stderr=True), transient=True)
         self._task = self._bar.add_task(title, total=total, completed=start, rate="", note="")
 
     def __enter__(self) -> Progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from dpsyngen.config import Config
 from dpsyngen.diffusion.prior import SHIPPED
 from dpsyngen.diffusion.stages import GAUSSIAN, StageMap
-from dpsyngen.files import write_text
+from dpsyngen.files import write_json, write_text
 from dpsyngen.privacy.budget import Budget, Composition
 from dpsyngen.privacy.certificate import (
     Assumptions,
@@ -161,12 +160,9 @@ def _accesses(e: LedgerEntry) -> tuple[object, ...]:
 
 def public_config(config: Config) -> dict[str, Any]:
     """The configuration without where the images and the budget lie, and without logging, which releases nothing."""
-    values = config.model_dump(mode="json", exclude={"logging"})
-    for name in ("source", "cache", "workers"):
-        values["data"].pop(name)
+    hidden: Any = {"logging": True, "data": {"source", "cache", "workers"}, "privacy": {"budget", "groups"}}
+    values = config.model_dump(mode="json", exclude=hidden)
     values["data"]["labels"] = config.data.labels is not False  # a path is a table of the holder's
-    for name in ("budget", "groups"):
-        values["privacy"].pop(name)
     if config.network.prior not in (None, SHIPPED):
         values["network"]["prior"] = "a file of the holder's"  # the certificate has its SHA-256
     return values
@@ -198,4 +194,4 @@ def write_release(t: Training) -> None:
         "sampling": config.sampling.model_dump(mode="json"),
         "private": certificate.private,
     }
-    write_text(run.release / "generator.json", json.dumps(generator, indent=1, ensure_ascii=False) + "\n")
+    write_json(run.release / "generator.json", generator)
