@@ -19,44 +19,29 @@ Names are loaded when they are first used, so ``import dpsyngen`` is cheap.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
-    from dpsyngen.config import Config, load_config
-    from dpsyngen.data import ImageDataset, load_images
-    from dpsyngen.evaluation.doctor import diagnose
-    from dpsyngen.evaluation.run import check_memorisation, evaluate
-    from dpsyngen.fit import Generator, train
-    from dpsyngen.generator.guarantee import Guarantee
-    from dpsyngen.generator.samples import Samples, write_samples
-    from dpsyngen.programs import make_program
-    from dpsyngen.release.bundle import pack
-    from dpsyngen.release.verify import verify
-    from dpsyngen.report.html import write_report
-    from dpsyngen.training.run import Run
-
-__all__ = [
-    "Config",
-    "Generator",
-    "Guarantee",
-    "ImageDataset",
-    "Run",
-    "Samples",
-    "__version__",
-    "check_memorisation",
-    "diagnose",
-    "evaluate",
-    "load_config",
-    "load_images",
-    "make_program",
-    "pack",
-    "train",
-    "verify",
-    "write_report",
-    "write_samples",
-]
+    from dpsyngen.config import Config as Config
+    from dpsyngen.config import load_config as load_config
+    from dpsyngen.data import ImageDataset as ImageDataset
+    from dpsyngen.data import load_images as load_images
+    from dpsyngen.evaluation.doctor import diagnose as diagnose
+    from dpsyngen.evaluation.run import check_memorisation as check_memorisation
+    from dpsyngen.evaluation.run import evaluate as evaluate
+    from dpsyngen.fit import Generator as Generator
+    from dpsyngen.fit import train as train
+    from dpsyngen.generator.guarantee import Guarantee as Guarantee
+    from dpsyngen.generator.samples import Samples as Samples
+    from dpsyngen.generator.samples import write_samples as write_samples
+    from dpsyngen.programs import make_program as make_program
+    from dpsyngen.release.bundle import pack as pack
+    from dpsyngen.release.verify import verify as verify
+    from dpsyngen.report.html import write_report as write_report
+    from dpsyngen.training.run import Run as Run
 
 _HOME = {
     "Config": "dpsyngen.config",
@@ -77,12 +62,11 @@ _HOME = {
     "write_report": "dpsyngen.report.html",
     "write_samples": "dpsyngen.generator.samples",
 }
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        from importlib import import_module
-
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'dpsyngen' has no attribute {name!r}")
 

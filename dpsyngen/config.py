@@ -284,8 +284,8 @@ class Config(_Section):
             (math.isnan(privacy.epsilon), "privacy.epsilon is not a number"),
             (
                 self.data.frames == "all" and privacy.model_fields_set.isdisjoint({"group_size", "most_per_person"}),
-                "data.frames = all makes an image of each frame, and those of one person are protected together: say "
-                "with privacy.group_size (--group-size) how many images of one person there are at most, of all files",
+                "data.frames = all makes an image of each frame: say with privacy.group_size (--group-size) how many "
+                "images of one person there are at most, of all files, as they are protected together",
             ),
             (
                 "group_size" in privacy.model_fields_set and privacy.most_per_person not in (None, privacy.group_size),
@@ -293,13 +293,11 @@ class Config(_Section):
             ),
             (
                 MAX_EPSILON < privacy.epsilon < math.inf,
-                f"privacy.epsilon = {privacy.epsilon:g} is above {MAX_EPSILON:g}, which protects nobody; say inf to "
-                "train without privacy",
+                f"privacy.epsilon = {privacy.epsilon:g} is above {MAX_EPSILON:g}, which protects nobody: say inf",
             ),
             (
                 privacy.budget is not None and reference,
-                "privacy.budget goes with runs that are private; without privacy (epsilon = inf) or with "
-                "privacy.insecure_seed train without a budget, and never release the result",
+                "privacy.budget goes with runs that are private: not with epsilon = inf or privacy.insecure_seed",
             ),
             (
                 private.noise == "discrete" and private.clipping != "flat",
@@ -307,8 +305,7 @@ class Config(_Section):
             ),
             (
                 private.warmup >= private.steps and private.warmup,
-                f"private.warmup = {private.warmup} leaves none of the {private.steps} private steps at the full "
-                "learning rate",
+                f"private.warmup = {private.warmup} leaves none of {private.steps} steps the full learning rate",
             ),
         ):
             if contradiction:

@@ -139,7 +139,7 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        mine, seconds = self.done - self.start, self.seconds()
+        mine, seconds = self.done - self.start, time.monotonic() - self._begun
         if kind is None and mine and not self.console.quiet:
             figures = {"title": self.title, "done": mine, "unit": self.unit, "seconds": round(seconds, 3)}
             self.console._say(f"{self.title}: {mine:,} {self.unit} in {_clock(seconds)}", "finished", **figures)
@@ -152,32 +152,21 @@ class Progress:
 
     def _show(self) -> None:
         now = time.monotonic()
-        if now - self._shown >= self.every and self.done < self.total:
-            self._shown = now
-            # The note is left out of JSON, as it may be a figure of private images.
-            count = {"title": self.title, "done": self.done, "total": self.total, "unit": self.unit}
-            speed = {"per_second": round(self.rate(), 4), "seconds_left": round(self.left(), 1)}
-            self.console._say(self.line(), "progress", **count, **speed)
-
-    def seconds(self) -> float:
-        """Time since the start."""
-        return time.monotonic() - self._begun
+        if now - self._shown < self.every or self.done >= self.total:
+            return
+        self._shown, rate = now, self.rate()
+        left = (self.total - self.done) / max(rate, 1e-9)
+        speed = f"{rate:.2f}/s" if rate >= 0.1 else f"{60 * rate:.2f}/min"
+        # Before the first unit there is no rate.
+        speed = f", {speed}, {_clock(left)} left" if self.done > self.start else ""
+        line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}{speed}  {self.note}".rstrip()
+        # The note is left out of JSON, as it may be a figure of private images.
+        count = {"title": self.title, "done": self.done, "total": self.total, "unit": self.unit}
+        self.console._say(line, "progress", **count, per_second=round(rate, 4), seconds_left=round(left, 1))
 
     def rate(self) -> float:
         """Units a second since the start."""
-        return (self.done - self.start) / max(self.seconds(), 1e-9)
-
-    def left(self) -> float:
-        """Seconds to go at this rate."""
-        return (self.total - self.done) / max(self.rate(), 1e-9)
-
-    def line(self) -> str:
-        """How far it is, in words."""
-        rate = self.rate()
-        speed = f"{rate:.2f}/s" if rate >= 0.1 else f"{60 * rate:.2f}/min"
-        # Before the first unit there is no rate.
-        speed = f", {speed}, {_clock(self.left())} left" if self.done > self.start else ""
-        return f"{self.title}: {self.done:,}/{self.total:,} {self.unit}{speed}  {self.note}".rstrip()
+        return (self.done - self.start) / max(time.monotonic() - self._begun, 1e-9)
 
 
 class _Bar(Progress):
@@ -188,11 +177,9 @@ class _Bar(Progress):
         from rich import progress
         from rich.console import Console as RichConsole
 
-        fields = [progress.TextColumn(f"{{task.{name}}}") for name in ("description", "fields[rate]", "fields[note]")]
-        columns = (fields[0], progress.BarColumn(), progress.MofNCompleteColumn(), fields[1])
-        self._bar = progress.Progress(
-            *columns, progress.TimeRemainingColumn(), fields[2], console=RichConsole(stderr=True), transient=True
-        )
+        done, left = (progress.BarColumn(), progress.MofNCompleteColumn()), progress.TimeRemainingColumn()
+        columns = ("{task.description}", *done, "{task.fields[rate]}", left, "{task.fields[note]}")
+        self._bar = progress.Progress(*columns, console=RichConsole(stderr=True), transient=True)
         self._task = self._bar.add_task(title, total=total, completed=start, rate="", note="")
 
     def __enter__(self) -> Progress:

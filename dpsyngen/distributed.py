@@ -206,15 +206,6 @@ class Ranks:
                 for t, new in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                     t.copy_(new.view(t.shape))
 
-    def gather_to_main(self, value: _T) -> list[_T] | None:
-        """What all processes give, in the order of their ranks; None but in the main process."""
-        if self.alone:
-            return [value]
-        out: list[Any] | None = [None] * self.count if self.main else None
-        with self._group() as dist:
-            dist.gather_object(value, out, dst=MAIN)
-        return out
-
     # -------------------------------------------------------------------------------------------- errors
 
     @contextlib.contextmanager
@@ -250,10 +241,7 @@ def numbers() -> tuple[int, int, int]:
     if not started_by_torchrun():
         return 0, 1, 0
     given = {k: os.environ.get(k, "0") for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    try:
-        rank, count, local = map(int, given.values())
-    except ValueError:
-        rank, count, local = -1, 0, 0
+    rank, count, local = (int(v) if v.isdecimal() else -1 for v in given.values())
     if not (0 <= rank < count and local >= 0):
         raise ConfigError(
             f"the environment has {given}, which torchrun would not set: start the processes by torchrun."
@@ -309,13 +297,7 @@ def joined() -> Iterator[Ranks]:
         raise
     finally:
         if made:
-            _leave()
-
-
-def _leave() -> None:
-    """End the group, and the threads that it has: those that outlive it would abort the interpreter as it exits."""
-    import torch.distributed as dist
-
-    gc.collect()  # what refers to the group, such as unfinished generators in a cycle
-    dist.destroy_process_group()
-    gc.collect()
+            # The threads of the group go, too: those that outlive it would abort the interpreter as it exits.
+            gc.collect()  # what refers to the group, such as unfinished generators in a cycle
+            dist.destroy_process_group()
+            gc.collect()

@@ -151,13 +151,11 @@ def require_absent_or_empty(path: Path, option: str) -> None:
     """Raise RunError if the folder `path` has anything in it, so that nothing is overwritten, or cannot be made."""
     require_possible(path, option)
     found = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name] if os.path.lexists(path) else []
-    left = [name for name in found if name not in (*OF_THE_DISK, PARTIAL)]
-    if left and PARTIAL in found:
+    part = ", a part of what an interrupted command wrote" if PARTIAL in found else ""
+    if not set(found) <= {*OF_THE_DISK, PARTIAL}:
         raise RunError(
-            f"{option} {path} holds a part of what an interrupted command wrote: empty it, or choose another."
+            f"{option} {path} exists already and is not an empty folder{part}.  Choose another, or empty it."
         )
-    if left:
-        raise RunError(f"{option} {path} exists already and is not an empty folder.  Choose another, or move it away.")
 
 
 @contextlib.contextmanager
@@ -212,9 +210,6 @@ def _held(partial: Path, target: Path) -> Iterator[None]:
         yield
 
 
-_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-
-
 def strict(value: Any) -> Any:
     """`value` for JSON: words for numbers that it lacks, text for paths, and lists for tuples, all the way down."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -233,7 +228,7 @@ def strict_text(value: Any, indent: int | None = None) -> str:
 
 def number(value: Any) -> Any:
     """The number that one of the words of :func:`strict` stands for; anything else as it is."""
-    return _WORDS.get(value, value) if isinstance(value, str) else value
+    return float(value) if value in ("inf", "-inf", "nan") else value
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

@@ -52,14 +52,8 @@ def prepare(
 ) -> Training:
     """Read the images, check everything, and make the run directory; nothing is spent yet.
 
-    Args:
-        config: all settings.
-        out: a folder that does not exist or is empty.  The training that is returned holds its lock.
-        data: the private images; None: what ``config.data.source`` names.
-        device: "cpu", "cuda", …
-        ranks: the processes that share the work; this is the main one, see :func:`train_together`.
-        on_event: told what happens, now and in the training; see :data:`dpsyngen.training.log.Event`.
-        given: the settings that somebody chose, for a warning of those that have no effect.
+    `data` None: what ``config.data.source`` names.  The training that is returned holds the lock of `out`, and tells
+    `on_event` what happens.  `given`: the settings that somebody chose, for a warning of those without effect.
 
     Raises ConfigError, DataError, LedgerError or RunError; what needs no image is refused before any is read.
     """
@@ -142,20 +136,12 @@ class Interrupted(KeyboardInterrupt):
 def train_together(begin: Callable[..., Training], data: Source | None, device: str) -> Trained | None:
     """Train to the end, in this process or in all that torchrun started; all of them call this alike.
 
-    Ctrl-C (in a notebook: "interrupt") ends it after the current step with a checkpoint; a second one ends it at once,
-    and the steps since the last checkpoint are taken again, with the same noise, when the run is resumed.
+    Ctrl-C (in a notebook: "interrupt") ends it after the current step with a checkpoint (Interrupted); a second one
+    ends it at once, and the steps since the last checkpoint are taken again, with the same noise, when the run is
+    resumed.  Dismissed, RankLost: the main process failed and said why, or a process is gone.
 
-    Args:
-        begin: makes the training (:func:`prepare` or :func:`prepare_resume`), called in the main process with
-            ``device`` and ``ranks``.
-        data, device: as for `begin`, for the processes that follow.
-
-    Returns:
-        what was trained; None in a process that is not the main one.
-
-    Raises:
-        Interrupted: see above.
-        Dismissed, RankLost: the main process failed and said why, or a process is gone.
+    `begin`, :func:`prepare` or :func:`prepare_resume` with its arguments but ``device`` and ``ranks``, is called in
+    the main process, `data` is read in the others.  Returns what was trained; None but in the main process.
     """
     with joined() as ranks:
         device = device_of(device, ranks)
@@ -174,11 +160,8 @@ def train_together(begin: Callable[..., Training], data: Source | None, device: 
 def carry_out(training: Training) -> bool:
     """Say what is planned and take all steps that are left, the release included.
 
-    Signals and advice are the caller's: :func:`train_together` adds them, and what looks wrong in the end.
-
-    Returns:
-        whether it is finished; False if it was asked to stop (``training.stop_requested``), which it did after a
-        checkpoint.
+    Signals and advice are the caller's: :func:`train_together` adds them.  Returns whether it is finished; False if it
+    was asked to stop (``training.stop_requested``), which it did after a checkpoint.
     """
     for line in training.describe():
         training.hooks.on_event(Note(line))

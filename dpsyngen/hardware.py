@@ -204,21 +204,17 @@ def decide(device: str, asked: ComputeConfig, facts: Facts, local_rank: int | No
     else:
         old = f"{gpu.architecture} has no units for bf16 or TF32; they begin with 8.0 (Ampere)"
         reasons["precision"] = "nothing else was tried on AMD GPUs" if facts.built_for == "rocm" else old
+    if asked.precision not in ("auto", *allowed):
+        called = "the CPU" if gpu is None else f"{gpu.name} ({gpu.architecture})"
+        raise ConfigError(
+            f"compute.precision is {asked.precision}, but {called} has {', '.join(allowed)} only.  Leave it at "
+            "auto, or use an NVIDIA GPU of compute capability 8.0, Ampere, or later."
+        )
+    reasons |= {name: "asked for" for name, value in asked if value != "auto"}
     if asked.precision != "auto":
-        if asked.precision not in allowed:
-            called = "the CPU" if gpu is None else f"{gpu.name} ({gpu.architecture})"
-            raise ConfigError(
-                f"compute.precision is {asked.precision}, but {called} has {', '.join(allowed)} only.  Leave it at "
-                "auto, or use an NVIDIA GPU of compute capability 8.0, Ampere, or later."
-            )
         precision = asked.precision
-        reasons["precision"] = "asked for"
     if precision != "fp32":
         reasons["precision"] += "; norms and clipped sums of DP-SGD are fp32 all the same"
-    if asked.channels_last != "auto":
-        reasons["channels_last"] = "asked for"
-    if asked.compile != "auto":
-        reasons["compile"] = "asked for"
     return Compute(
         device=name,
         precision=precision,
@@ -253,11 +249,8 @@ def _device(device: str, facts: Facts, local_rank: int | None) -> tuple[str, str
             f"started on it: use --nproc-per-node {there}, or --device cpu."
         )
     require(parsed.type == "cuda" and number < there, "device", device, choices)
-    if local_rank not in (None, number):
-        raise ConfigError(
-            f"device is 'cuda:{number}', but with several processes each takes the GPU of its own number: use "
-            "--device cuda."
-        )
+    own = "left to the processes: each takes the GPU of its own number: use --device cuda"
+    require(local_rank in (None, number), "device", device, own)
     gpu = facts.gpus[number]
     why = f"{gpu.name}, {gpu.architecture}, {gpu.memory / 2**30:.0f} GiB"
     return f"cuda:{number}", why if device == "auto" else "asked for", gpu
@@ -329,13 +322,9 @@ def advice(machine: Machine) -> Iterator[str]:
     """What would make this machine faster, or keep a run from failing; a sentence each."""
     gpus = len(machine.facts.gpus)
     if not gpus and Path("/proc/driver/nvidia/version").exists():
+        why = "cannot use a GPU: `nvidia-smi` says whether the driver works; CUDA_VISIBLE_DEVICES may hide the GPU."
         if machine.facts.built_for == "cpu":
             why = "is built for CPUs only: install one for CUDA (pytorch.org has the command for your driver)."
-        else:
-            why = (
-                "cannot use a GPU: `nvidia-smi` says whether the driver works and which CUDA it allows; "
-                "CUDA_VISIBLE_DEVICES may hide the GPU."
-            )
         yield f"There is an NVIDIA driver, but this PyTorch, {machine.torch}, {why}"
     elif not gpus:
         yield "No GPU: presets cpu-small and cpu are made for this; `dpsyngen compare SPEC --dry-run` estimates times."

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import TypeVar
 
@@ -57,14 +57,15 @@ class Workers:
                 return function(item)
 
         # Some libraries take their number of threads from a global setting, others from a thread's own.
-        with _threads(self._each):
+        with _changing:
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._each)
             futures = [self._pool.submit(run, item) for item in items]
             try:
                 return [future.result() for future in futures]
             finally:
-                running = [future for future in futures if not future.cancel()]
-                for future in running:
-                    future.exception()  # waits for it
+                wait([future for future in futures if not future.cancel()])
+                torch.set_num_threads(before)
 
     def _start(self) -> None:
         _worker.inside = True
@@ -82,17 +83,6 @@ def _after_fork() -> None:
 
 os.register_at_fork(after_in_child=_after_fork)
 _worker = threading.local()  # has `inside` in the threads of any pool, which do not share their parts any further
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    with _changing:
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
 
 def summed_gradients(

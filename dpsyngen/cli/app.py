@@ -37,11 +37,10 @@ app = typer.Typer(
 app.add_typer(programs_app, name="programs")
 app.add_typer(prior_app, name="prior")
 app.add_typer(budget_app, name="budget")
-_COMMANDS = (
+for _command in (
     *(train, sample, stages, ledger, audit, release, verify),
     *(export, key, compare, evaluate, memorisation, doctor),
-)
-for _command in _COMMANDS:
+):
     app.command()(_command)
 
 
@@ -146,17 +145,14 @@ def main() -> None:
     except DpsyngenError as error:
         cli_options.tell(console, error.kind, str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        cli_options.tell(console, "interrupted", "stopped")
+    except KeyboardInterrupt as stop:
+        cli_options.tell(console, "interrupted", str(stop) or "stopped")
         sys.exit(130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            cli_options.tell(
-                console,
-                "disk-full",
-                f"the disk is full{f', at {error.filename}' if error.filename else ''}.  Nothing that was finished is "
-                "lost: free some space, then continue (training: --resume).",
-            )
+            where = f", at {error.filename}" if error.filename else ""
+            told = "Nothing that was finished is lost: free some space, then continue (training: --resume)."
+            cli_options.tell(console, "disk-full", f"the disk is full{where}.  {told}")
         elif error.errno == errno.EPIPE:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         else:
@@ -170,7 +166,7 @@ def main() -> None:
 
 def _run(console: Console) -> int:
     """Run the command; its exit code.  What typer says about wrong options is an error as all others."""
-    follows = cli_options.follows()
+    cli_options.silence_followers()
     command = typer.main.get_command(app)
     try:
         with command.make_context("dpsyngen", sys.argv[1:]) as context:
@@ -181,16 +177,9 @@ def _run(console: Console) -> int:
         # Which class it is depends on the version of typer.
         if not hasattr(error, "format_message"):
             raise
-        if follows:  # all processes were given the same options
-            cli_options.let_main_speak()
-        else:
-            # What was given stands in the error that typer answered.
-            problems: list[Any] = getattr(error.__cause__, "errors", list)()
-            given = "".join(f"; given: {shown(p['input'])}" for p in problems)
-            console.error("usage", f"{error.format_message()}{given}")
+        # What was given stands in the error that typer answered.
+        problems: list[Any] = getattr(error.__cause__, "errors", list)()
+        given = "".join(f"; given: {shown(p['input'])}" for p in problems)
+        cli_options.tell(console, "usage", f"{error.format_message()}{given}")
         return int(getattr(error, "exit_code", 2))
     return 0
-
-
-if __name__ == "__main__":
-    main()

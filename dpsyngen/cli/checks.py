@@ -10,17 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpsyngen.cli.options import (
-    AsJson,
-    AskedDevice,
-    Count,
-    Device,
-    Guidance,
-    Quiet,
-    RunArgument,
-    Sampler,
-    SamplerSteps,
-)
+from dpsyngen.cli.options import AsJson, AskedDevice, Count, Device, Guidance, Quiet, RunArgument, Sampler, SamplerSteps
 from dpsyngen.console import Console
 from dpsyngen.distributed import joined
 
@@ -33,7 +23,7 @@ _FEATURES = (
     "comma-separated: pixels-pca, efficientnet-lite0, inception, or your own, path/to/module.py:name or "
     "package.module:name, which is run and sees private images"
 )
-METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage", "sliced-wasserstein")
+_METRICS = "frechet,kid,precision,recall,density,coverage,sliced-wasserstein"
 
 
 def _names(text: str) -> list[str]:
@@ -48,7 +38,7 @@ def evaluate(
     label_column: Annotated[str | None, typer.Option(help="default: the run's; '' for a usual name")] = None,
     count: Count = 10_000,
     features: Annotated[str, typer.Option(help=_FEATURES)] = "efficientnet-lite0,pixels-pca",
-    metrics: Annotated[str, typer.Option(help="comma-separated, '' for none; see docs/metrics.md")] = ",".join(METRICS),
+    metrics: Annotated[str, typer.Option(help="comma-separated, '' for none; see docs/metrics.md")] = _METRICS,
     classifiers: Annotated[
         str, typer.Option(help="among logreg, mlp, cnn, resnet, wideresnet; '' for none")
     ] = "logreg,mlp,cnn",
@@ -144,32 +134,26 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what is wrong with a run and what to change (exit code 5 if it is of no use), or what this machine has."""
+    from dpsyngen.evaluation.doctor import Diagnosis, diagnose
     from dpsyngen.hardware import advice, choose, look
+    from dpsyngen.training.run import Run
 
-    chosen = choose(device)
-    found = None
-    if run is not None:
-        from dpsyngen.evaluation.doctor import diagnose
-        from dpsyngen.training.run import Run
-
-        found = diagnose(Run(run), chosen.device)
-    here = look()
+    chosen, here = choose(device), look()
+    found = Diagnosis([], []) if run is None else diagnose(Run(run), chosen.device)
     helps = list(advice(here))
+    lines = [] if run is None else list(_diagnosis_lines(found))
     Console(quiet, as_json).result(
         {
-            "ok": found is None or found.ok,
-            "state": dict(found.state) if found else {},
-            "findings": [f.to_dict() for f in found.findings] if found else [],
+            "ok": found.ok,
+            "state": dict(found.state),
+            "findings": [f.to_dict() for f in found.findings],
             "machine": asdict(here),
             "compute": chosen.to_dict(),
             "advice": helps,
         },
-        [
-            *(_diagnosis_lines(found) if found else ()),
-            *(_machine_lines(here, chosen, helps) if machine or found is None else ()),
-        ],
+        [*lines, *(_machine_lines(here, chosen, helps) if machine or run is None else ())],
     )
-    if found is not None and not found.ok:
+    if not found.ok:
         raise typer.Exit(5)
 
 

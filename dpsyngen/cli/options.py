@@ -89,12 +89,10 @@ def _rank() -> int:
         return 0  # what is wrong with the environment is said where the command needs to know
 
 
-def follows() -> bool:
-    """Whether another process speaks for this one; its standard output is then closed."""
-    rank = _rank()
-    if rank:
+def silence_followers() -> None:
+    """Close standard output in all processes but the main one, which speaks for them."""
+    if _rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the process ends)
-    return rank > 0
 
 
 def tell(console: Console, kind: str, message: str) -> None:
@@ -104,18 +102,11 @@ def tell(console: Console, kind: str, message: str) -> None:
         console.error(kind, message)
         return
     # Of a lost process the main one tells, unless it is the one that is lost.
-    own = kind not in ("dismissed", "interrupted") and (kind != "rank-lost" or rank == 1)
+    own = kind not in ("dismissed", "interrupted", "usage") and (kind != "rank-lost" or rank == 1)
     if own:
         console.error(kind, f"[rank {rank}] {message}")
     if not own or kind == "rank-lost":
-        let_main_speak()
-
-
-def let_main_speak() -> None:
-    """In a follower that is about to end with an error which is the main process's to tell.
-
-    torchrun ends all processes as soon as one has failed, so the main one has to be the first.  It is then torchrun
-    that ends the wait, most of the time at once.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C is not to be answered with a traceback
-    time.sleep(_WAIT)
+        # torchrun ends all processes as soon as one has failed, so the main one, which tells, has to be the first.
+        # It is then torchrun that ends the wait, most of the time at once.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C is not to be answered with a traceback
+        time.sleep(_WAIT)

@@ -141,9 +141,8 @@ def save(
                     options |= {"workers": workers, "resume": resume, "on_progress": progress.update}
                     manifest = save_images(program, out, count, **options)
     except KeyboardInterrupt:
-        text = f"Stopped before all {count:,} images were saved.  Start again with the same command and --resume."
-        console.error("interrupted", text)
-        raise typer.Exit(130) from None
+        stopped = f"stopped before all {count:,} images were saved."
+        raise KeyboardInterrupt(f"{stopped}  Start again with the same command and --resume.") from None
     console.result(
         {"path": out, "images": count, "manifest": manifest, "program": program.config()},
         [f"{count:,} images of {name} in {out}; how they were drawn is in {manifest}"],

@@ -18,8 +18,9 @@ from dpsyngen.version import __version__
 
 if TYPE_CHECKING:
     from dpsyngen.privacy.budget import Composition
-    from dpsyngen.privacy.certificate import Certificate
     from dpsyngen.privacy.ledger import Ledger
+    from dpsyngen.release.bundle import Packed
+    from dpsyngen.release.place import Exported
     from dpsyngen.training.run import Run
 
 budget_app = typer.Typer(
@@ -55,12 +56,9 @@ def ledger(
     for g in groups:
         require(1 <= g <= LARGEST_GROUP, "--group-size", g, f"at least 1 and at most {LARGEST_GROUP}")
     opened = [Run(path) for path in runs]
-    if len({r.path.resolve() for r in opened}) != len(opened):
-        raise ConfigError("a run was named twice; its steps would count twice.")
     ledgers = [Ledger(run.ledger_path) for run in opened]
-    names = [x.run for x in ledgers]
-    if len(set(names)) != len(names):
-        raise ConfigError("two of the runs are copies of each other: their steps and noise are the same, so name one.")
+    if len({x.run for x in ledgers}) != len(ledgers):
+        raise ConfigError("a run was named twice, or two of them are copies of each other, whose noise is the same.")
     by_person = {run.config.privacy.most_per_person is not None for run in opened}
     if len(by_person) > 1:
         raise ConfigError(
@@ -151,14 +149,13 @@ def budget_show(file: BudgetFile, quiet: Quiet = False, as_json: AsJson = False)
     """What is spent, by whom, and what is left."""
     from dpsyngen.privacy.accounting import epsilon
     from dpsyngen.privacy.budget import Budget
-    from dpsyngen.privacy.certificate import number
+    from dpsyngen.privacy.certificate import number, protected
 
     b = Budget(file)
     by_pld, by_rdp = b.epsilon(), b.epsilon("rdp")
     shown = [number(e, 5, up=True) for e in (by_pld, by_rdp)]
     alone = {c.run: epsilon(c.mechanisms, b.delta, group_size=b.group_size) for c in b.charges.values()}
-    unit = "one image" if b.group_size == 1 else f"up to {b.group_size} images together"
-    unit = "each person" if b.by_person else unit
+    unit, _ = protected(b.group_size, b.by_person)
     lines = [f"budget: ε = {b.epsilon_limit:g} at δ = {b.delta:.3g} for {unit}"]
     for c in b.charges.values():
         state = "given up" if c.settled else "reserved"
@@ -232,38 +229,26 @@ def release(
             require_ready(opened, bundle, samples, sign, not_private)  # a refused bundle leaves no report either
             write_report(opened)
         with console.progress("drawing samples", max(samples, 1), "images") as progress:
-            done = pack(
-                opened,
-                bundle,
-                samples=samples,
-                seed=seed,
-                key=sign,
-                not_private=not_private,
-                on_progress=progress.update,
-            )
+            told = progress.update
+            done = pack(opened, bundle, samples=samples, seed=seed, key=sign, not_private=not_private, on_progress=told)
     for name in done.left_out:
         console.note(f"  left out, as it is no part of a release or was changed by hand: {name}")
-    c = done.certificate
     console.result(
-        {
-            "path": done.path,
-            "files": done.files,
-            "sha256": done.sha256,
-            "signed_by": done.signed_by,
-            "left_out": done.left_out,
-            **claim(c),
-        },
+        _about(done),
         [
             f"{done.path}: {done.files} files, SHA-256 {done.sha256}",
             f"signed by the key {done.signed_by}" if done.signed_by else "not signed (--sign KEY)",
-            Guarantee(c).line,
+            Guarantee(done.certificate).line,
         ],
     )
 
 
-def claim(c: Certificate) -> dict[str, Any]:
-    """What a certificate claims, for ``--json``."""
-    return {name: getattr(c, name) for name in ("private", "not_private_because", "epsilon", "delta", "group_size")}
+def _about(done: Packed | Exported) -> dict[str, Any]:
+    """What was written, and what its certificate claims, for ``--json``."""
+    written, c = dict(vars(done)), done.certificate
+    del written["certificate"]
+    claim = ("private", "not_private_because", "epsilon", "delta", "group_size")
+    return written | {name: getattr(c, name) for name in claim}
 
 
 def verify(
@@ -381,18 +366,11 @@ def export(
     if place.run is not None:
         check_against_ledger(Run(place.run))
     done = export_release(place.release, out, not_private=not_private)
-    c = done.certificate
     Console(quiet, as_json).result(
-        {
-            "path": done.path,
-            "format": format,
-            "files": done.files,
-            **claim(c),
-            "certificate_sha256": done.certificate_sha256,
-        },
+        _about(done) | {"format": format},
         [
             f"{done.path}: {len(done.files)} files for diffusers",
-            Guarantee(c).line,
+            Guarantee(done.certificate).line,
             "README.md says how to load it; the Python files in it are code, which a stranger should read first",
         ],
     )

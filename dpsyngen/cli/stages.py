@@ -101,9 +101,8 @@ def stages(
     try:
         result, files = _with_progress(search, console)
     except KeyboardInterrupt:
-        text = f"interrupted; the same command goes on, with the networks that are in {search.search.networks.folder}"
-        console.error("interrupted", text)
-        raise typer.Exit(130) from None
+        folder = search.search.networks.folder
+        raise KeyboardInterrupt(f"interrupted; the same command goes on, with the networks in {folder}") from None
     _say(console, out, result, files, time.monotonic() - begun)
 
 

@@ -51,8 +51,7 @@ def train_prior(
     except KeyboardInterrupt as stop:
         console.track_ends(stop)
         text = f"interrupted; the same command goes on from {part}" if part.exists() else "interrupted at its start"
-        console.error("interrupted", text)
-        raise typer.Exit(130) from None
+        raise KeyboardInterrupt(text) from None
     console.track_ends()
     made.save(out)
     part.unlink(missing_ok=True)
@@ -200,9 +199,8 @@ def train(
         with Display(console, private=log_format == "text") as on_event:
             trained = train_together(partial(begin, on_event=on_event), data, device)
     except Interrupted as stop:
-        text = f"interrupted; continue with: dpsyngen train --resume --out {quote(str(stop.run.path))}"
-        console.error("interrupted", text)
-        raise typer.Exit(130) from None
+        again = f"dpsyngen train --resume --out {quote(str(stop.run.path))}"
+        raise KeyboardInterrupt(f"interrupted; continue with: {again}") from None
     if trained is not None:
         _tell(trained, console, time.monotonic() - begun)
 

@@ -226,11 +226,11 @@ def _by_ranks(job: _Job, ranks: Ranks) -> Iterator[str]:
     for first in range(0, job.shards, ranks.count):
         with ranks.lead(_SHARDS, first=first, job=settings):
             parts = _part(job, first + ranks.rank, ranks)
-        yield from filter(None, parts or ())
+        yield from filter(None, parts)
 
 
-def _part(job: _Job, shard: int, ranks: Ranks) -> list[str | None] | None:
-    """Write this process's shard, if there is such a one; the main process gets the hashes of all."""
+def _part(job: _Job, shard: int, ranks: Ranks) -> list[str | None]:
+    """Write this process's shard, if there is such a one; returns the hashes of all."""
 
     def write() -> str | None:
         if shard >= job.shards:
@@ -239,7 +239,7 @@ def _part(job: _Job, shard: int, ranks: Ranks) -> list[str | None] | None:
             raise RunError(f"{job.folder} is not the folder of the main process: give one that all machines share.")
         return job.write(shard)
 
-    return ranks.gather_to_main(ranks.agree(write))
+    return ranks.gather(ranks.agree(write))
 
 
 def follow_saving(ranks: Ranks) -> None:

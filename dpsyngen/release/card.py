@@ -84,21 +84,14 @@ def copy_release(release: Path, certificate: Certificate, folder: Path) -> None:
 def header(c: Certificate, digest: str) -> dict[str, Any]:
     """The YAML header of the card; arguments as for :func:`model_card`."""
     tags = ["dpsyngen", "differential-privacy", "diffusion", "image-generation", "synthetic-data"]
+    why = () if c.private else ("not_private_because",)
+    stated = ("private", *why, "epsilon", "delta", "unit", "adjacency", "group_size")
     return {
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
         "tags": tags if c.private else [*tags, "not-private"],
-        "privacy": {
-            "private": c.private,
-            **({} if c.private else {"not_private_because": list(c.not_private_because)}),
-            "epsilon": c.epsilon,
-            "delta": c.delta,
-            "unit": c.unit,
-            "adjacency": c.adjacency,
-            "group_size": c.group_size,
-            "certificate": "privacy.json",
-            "certificate_sha256": digest,
-        },
+        "privacy": {name: getattr(c, name) for name in stated}
+        | {"certificate": "privacy.json", "certificate_sha256": digest},
     }
 
 

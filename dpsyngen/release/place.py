@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpsyngen.data.load import PathLike
 from dpsyngen.errors import ConfigError, ReleaseError, RunError, printable
 from dpsyngen.files import expanded, file_sha256, new_folder, require_absent_or_empty, write_atomically
 from dpsyngen.generator.files import Place
@@ -17,8 +17,6 @@ from dpsyngen.privacy.certificate import Certificate
 from dpsyngen.release.bundle import pack, require_private, unpack
 from dpsyngen.release.card import copy_release
 from dpsyngen.training.run import Run
-
-PathLike = str | os.PathLike[str]
 
 
 def find(path: PathLike) -> Place:

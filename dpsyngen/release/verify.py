@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 import tempfile
@@ -16,17 +15,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from dpsyngen.config import validate
 from dpsyngen.diffusion.prior import SHIPPED, digest, read_prior
 from dpsyngen.diffusion.stages import GAUSSIAN
-from dpsyngen.errors import DpsyngenError, ReleaseError, printable
+from dpsyngen.errors import ConfigError, DpsyngenError, ReleaseError, printable
 from dpsyngen.files import file_sha256, read_yaml
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.privacy.certificate import Certificate, number, plain_words, protected, schema_text
@@ -162,8 +160,8 @@ class _Bundle:
     def _text(self, name: str) -> str:
         try:
             return (self.folder / name).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ReleaseError(f"{name} is not UTF-8 text") from None
+        except (OSError, UnicodeDecodeError):
+            raise ReleaseError(f"{name} is missing, or not UTF-8 text") from None
 
     def _certificate(self) -> Finding:
         self.certificate = self.c = Certificate.from_json(self._text("privacy.json"), "privacy.json")
@@ -212,10 +210,7 @@ class _Bundle:
 
     def _settings(self) -> Finding:
         """Whether the settings would have led to what the certificate states."""
-        loaded = read_yaml(self._text("config.yaml"), "config.yaml")
-        if not isinstance(loaded, dict):
-            raise ReleaseError("config.yaml holds no settings")
-        config, c = validate(loaded), self.c
+        config, c = validate(read_yaml(self._text("config.yaml"), "config.yaml")), self.c
         stages, a = stages_of(config), c.public_assumptions
         n, finite = a.records, c.epsilon != "inf"
         steps = [m for m in c.mechanisms if m.expected_batch is not None]
@@ -288,16 +283,18 @@ class _Bundle:
         if wrong:
             return False, f"contradicts the certificate in: {', '.join(wrong)}"
         for file in sorted((self.folder / "weights").iterdir()):
-            _check_weights(file)
+            try:
+                with safe_open(file, framework="pt") as weights:
+                    text = weights.metadata()
+            except (SafetensorError, OSError) as error:
+                raise ReleaseError(f"{file.name} is damaged: {error}") from None
+            if text:
+                raise ReleaseError(f"{file.name} holds text beside its tensors")
         count = len(files - {GAUSSIAN})
         parts = [f"{count} network{'s' if count > 1 else ''}"] if count else []
         parts += ["DP moments"] if GAUSSIAN in files else []
-        own = (
-            ""
-            if c.prior is None
-            else "; what the prior was trained on is the holder's word, unless it is the shipped one"
-        )
-        return True, f"its weights are whole; {' and '.join(parts)} as the certificate says{own}"
+        own = "; what the prior was trained on is the holder's word, unless it is the shipped one"
+        return True, f"its weights are whole; {' and '.join(parts)} as the certificate says{own if c.prior else ''}"
 
     def _images(self) -> Finding:
         """Whether the generator draws, and the samples are what it draws."""
@@ -305,22 +302,16 @@ class _Bundle:
         if not folder.is_dir():
             drawn = generator.sample(min(4, max(1, len(generator.class_names) or 4)), steps=4).images
             return True, f"it draws images ({drawn.shape[1]} × {drawn.shape[2]} × {drawn.shape[3]}); no samples in it"
-        if not (folder / "about.json").is_file():
-            return False, "samples/about.json, which says how the images were drawn, is missing"
-        about = _json((folder / "about.json").read_bytes(), "samples/about.json")
-        paths, labels = _table(folder, generator)
-        if about.get("count") != len(paths):
-            return False, f"samples/about.json speaks of {about.get('count')!r} images, but there are {len(paths):,}"
-        how: dict[str, Any] = {key: about.get(key) for key in ("seed", "sampler", "steps", "guidance")}
+        paths, labels = _table(folder, self._text(f"{SAMPLES}metadata.csv"), generator)
         try:
-            settings = generator.settings(**how, churn=about.get("churn") or 0.0)
-        except DpsyngenError:
-            settings = None
-        if settings is None or None in how.values():
+            about = _Drawn.model_validate_json(self._text(f"{SAMPLES}about.json"))
+            settings = generator.settings(**about.model_dump(exclude={"count"}))
+        except (ValidationError, ConfigError):
             return False, "samples/about.json does not say how the images were drawn"
+        if about.count != len(paths):
+            return False, f"samples/about.json speaks of {about.count:,} images, but there are {len(paths):,}"
         if settings.steps > _MOST_STEPS:
-            wanted = f"{settings.steps:,} sampler steps; at most {_MOST_STEPS:,} are taken"
-            return False, f"samples/about.json asks for {wanted}"
+            return False, f"samples/about.json asks for {settings.steps:,} sampler steps, more than {_MOST_STEPS:,}"
         count = len(paths) if self.all_samples else min(_REDRAWN, len(paths))
         some = None if labels is None else labels[:count]
         drawn = np.concatenate(list(generator.stream(count, settings, labels=some)))
@@ -334,39 +325,26 @@ class _Bundle:
         return True, f"drew {count:,} samples again{rest}: they are the generator's"
 
 
-def _json(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        loaded = json.loads(data)
-    except (ValueError, RecursionError):
-        loaded = None
-    if not isinstance(loaded, dict):
-        raise ReleaseError(f"{name} is not a JSON object")
-    return loaded
+class _Drawn(BaseModel):
+    """How the samples were drawn, by their about.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    count: int
+    seed: int
+    sampler: str
+    steps: int
+    guidance: float
+    churn: float = 0.0
 
 
-def _check_weights(file: Path) -> None:
-    """Refuse weights with text beside the tensors, or that are not finite."""
-    try:
-        with safe_open(file, framework="pt") as f:
-            if f.metadata():
-                raise ReleaseError(f"{file.name} holds text beside its tensors")
-            for key in f.keys():  # noqa: SIM118
-                if not bool(torch.isfinite(f.get_tensor(key)).all()):
-                    raise ReleaseError(f"{file.name} holds numbers that are not finite: the training had diverged")
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, ReleaseError):
-            raise
-        raise ReleaseError(f"{file.name} is damaged: {error}") from None
-
-
-def _table(folder: Path, generator: ReleasedGenerator) -> tuple[list[Path], np.ndarray | None]:
+def _table(folder: Path, text: str, generator: ReleasedGenerator) -> tuple[list[Path], np.ndarray | None]:
     """Files and labels of samples, in the order in which they were drawn."""
     try:
-        text = (folder / "metadata.csv").read_text(encoding="utf-8")
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         files = [r["file_name"] for r in rows]
         labels = np.array([int(r["label"]) for r in rows], dtype=np.int64) if generator.class_names else None
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise ReleaseError(f"samples/metadata.csv is damaged ({error})") from None
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*.png")}
     if not files or set(files) != there or len(there) != len(files):

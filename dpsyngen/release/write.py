@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from dpsyngen.config import Config
 from dpsyngen.diffusion.prior import SHIPPED
 from dpsyngen.diffusion.stages import GAUSSIAN, StageMap
-from dpsyngen.files import write_text
+from dpsyngen.files import write_json, write_text
 from dpsyngen.privacy.budget import Budget, Composition
 from dpsyngen.privacy.certificate import (
     Assumptions,
@@ -124,20 +123,16 @@ def stage_parts(stages: StageMap) -> list[StagePart]:
 
 
 def _mechanism(entry: LedgerEntry) -> MechanismPart:
-    noise = "discrete Gaussian" if entry.details.get("noise") == "discrete" else "Gaussian"
     m, d = entry.mechanism, entry.details
-    sensitivity, batch = d.get("l2_sensitivity"), d.get("expected_batch")
+    noise = "discrete Gaussian" if d.get("noise") == "discrete" else "Gaussian"
     return MechanismPart(
         mechanism=f"Poisson-subsampled {noise}" if m is not None and m.sampling_rate < 1 else noise,
         reason=entry.reason,
         kind="dp" if m else "non-private",
-        sampling_rate=None if m is None else float(m.sampling_rate),
-        noise_multiplier=None if m is None else float(m.noise_multiplier),
+        sampling_rate=None if m is None else m.sampling_rate,
+        noise_multiplier=None if m is None else m.noise_multiplier,
         count=None if m is None else m.count,
-        l2_sensitivity=float(sensitivity) if isinstance(sensitivity, int | float) else sensitivity,
-        clipping=d.get("clipping"),
-        expected_batch=None if batch is None else float(batch),
-        steps=d.get("steps"),
+        **{name: d.get(name) for name in ("l2_sensitivity", "clipping", "expected_batch", "steps")},
     )
 
 
@@ -165,12 +160,9 @@ def _accesses(e: LedgerEntry) -> tuple[object, ...]:
 
 def public_config(config: Config) -> dict[str, Any]:
     """The configuration without where the images and the budget lie, and without logging, which releases nothing."""
-    values = config.model_dump(mode="json", exclude={"logging"})
-    for name in ("source", "cache", "workers"):
-        values["data"].pop(name)
+    hidden: Any = {"logging": True, "data": {"source", "cache", "workers"}, "privacy": {"budget", "groups"}}
+    values = config.model_dump(mode="json", exclude=hidden)
     values["data"]["labels"] = config.data.labels is not False  # a path is a table of the holder's
-    for name in ("budget", "groups"):
-        values["privacy"].pop(name)
     if config.network.prior not in (None, SHIPPED):
         values["network"]["prior"] = "a file of the holder's"  # the certificate has its SHA-256
     return values
@@ -202,4 +194,4 @@ def write_release(t: Training) -> None:
         "sampling": config.sampling.model_dump(mode="json"),
         "private": certificate.private,
     }
-    write_text(run.release / "generator.json", json.dumps(generator, indent=1, ensure_ascii=False) + "\n")
+    write_json(run.release / "generator.json", generator)

@@ -31,11 +31,6 @@ class DPSynGenPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "denoiser"
 
-    # Set by the base class.
-    denoiser: Any
-    progress_bar: Any
-    register_modules: Any
-
     def __init__(self, denoiser) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser)
@@ -43,8 +38,7 @@ class DPSynGenPipeline(DiffusionPipeline):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes; () if there are none."""
-        names: tuple[str, ...] = self.denoiser.class_names
-        return names
+        return self.denoiser.class_names
 
     def __call__(
         self,
