@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from dpsyngen.data.dataset import ImageDataset, numbered
 from dpsyngen.data.decode import BUDGET, Form, ImageHeader
 from dpsyngen.data.labels import read_persons
-from dpsyngen.data.source import Bad, Found, Job, Options, Source, keep_of, settle_bad
+from dpsyngen.data.source import Bad, Found, Job, Options, Source, few, keep_of, settle_bad
 from dpsyngen.data.store import IMAGES, LABELS, SelectedImages, Shape, StoredImages, check_fits, write_header
 from dpsyngen.errors import DataError, listed, printable
 from dpsyngen.files import cache_home, expanded, sync_folder, write_bytes, write_text
@@ -143,9 +143,11 @@ def settled(source: Source, images: NDArray[np.uint8], bad: dict[int, str], opti
 
 def read_headers(source: Source, options: Options, turns: Path | None = None) -> set[ImageHeader]:
     """What headers say, where the shape of the result depends on it."""
-    if options.resolution is not None and options.channels != "auto":
-        return set()
-    return set[ImageHeader]().union(*_each(Job.headers, source.jobs, source, options, turns))
+    found: set[ImageHeader] = set()
+    if options.resolution is None or options.channels == "auto":
+        for headers in _each(Job.headers, source.jobs, source, options, turns):
+            found = few(found | headers)  # photographs are of millions of sizes
+    return found
 
 
 def decode(source: Source, target: NDArray[np.uint8], options: Options, turns: Path | None = None) -> dict[int, str]:

@@ -69,6 +69,11 @@ class Options:
         return count, 1 if grey else 3, resolution, resolution
 
 
+def few(headers: set[ImageHeader]) -> set[ImageHeader]:
+    """At most three of the headers, which differ in size, or are not all grey, if all of them do."""
+    return {min(headers), max(headers), min(headers, key=lambda h: h.is_grey)} if headers else set()
+
+
 @dataclass(frozen=True)
 class Job:
     """`count` consecutive images of a source: their places, not their pixels, so another process can have it.
@@ -80,11 +85,11 @@ class Job:
     items: Callable[[], Iterator[Item]]
 
     def headers(self) -> set[ImageHeader]:
-        """The different headers of its images; nothing is decoded."""
+        """The :func:`few` headers of its images; nothing is decoded."""
         found: set[ImageHeader] = set()
         for item in self.items():
             with suppress(BadImage):  # it is told of later, with all others
-                found.add(read_header(item))
+                found = few(found | {read_header(item)})
         return found
 
     def decode(self, rows: NDArray[np.uint8], form: Form) -> Iterator[Bad]:

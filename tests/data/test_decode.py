@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from dpsyngen.data import load_images
+from dpsyngen.data.cache import read_headers
 from dpsyngen.data.decode import BadImage, Form, ImageHeader, read_header, read_image
-from dpsyngen.data.source import Options
+from dpsyngen.data.source import Job, Options, Source
 from dpsyngen.errors import ConfigError
 
 
@@ -223,3 +224,12 @@ def test_resolution() -> None:
         *((s, 32) for s in ({(65, 65)}, {(28, 27)}, {(28, 28), (32, 32)}, {(4, 4)}, set())),
     ):
         assert Options().shape(1, {ImageHeader(*size, True) for size in sizes})[2:] == (side, side)
+
+
+def test_headers_of_any_number_of_sizes_take_no_memory() -> None:
+    images = [np.zeros((8 + i, 8, 3), dtype=np.uint8) for i in range(40)] + [np.zeros((8, 8), dtype=np.uint8)]
+    job = Job(len(images), lambda: iter(images))
+    assert len(job.headers()) <= 3
+    found = read_headers(Source("s", [job] * 3, None, (), str), Options())
+    assert len(found) <= 3
+    assert Options().shape(1, found) == (1, 3, 32, 32)
