@@ -348,8 +348,11 @@ def as_array(values: Any) -> NDArray[Any]:
     try:
         if hasattr(values, "detach"):
             values = values.detach().cpu()
-            values = values.float() if str(values.dtype) == "torch.bfloat16" else values  # which NumPy lacks
-        return np.asarray(values)
+            kind = str(values.dtype)
+            values = values.float() if "bfloat16" in kind or "float8" in kind else values
+        array = np.asarray(values)
+        # bfloat16 of JAX and ml_dtypes is a type that NumPy knows nothing of.
+        return array.astype(np.float32) if "float" in array.dtype.name and array.dtype.kind != "f" else array
     except Exception as error:  # ragged lists, sparse tensors, arrays of other devices
         raise DataError(
             f"{type(values).__name__} does not form an array ({printable(error)}). Use np.stack on equal sizes."

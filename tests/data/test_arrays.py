@@ -290,7 +290,8 @@ def test_lists_of_images_in_any_form_and_tensors_of_any_type(rng: np.random.Gene
     assert all(np.array_equal(image.transpose(1, 2, 0), colour) for image in got.array()[3:])
     with pytest.raises(DataError, match="image 1: not an image"):
         load_images(([palette, b"no image"], None))  # type: ignore[arg-type]
-    for tensor in (torch.full((2, 8, 8), 0.5).bfloat16().requires_grad_(), torch.full((2, 8, 8), 0.5).half()):
+    half = torch.full((2, 8, 8), 0.5)
+    for tensor in (half.bfloat16().requires_grad_(), half.half(), half.to(torch.float8_e4m3fn)):
         assert load_images((tensor, None)).array().min() == 128  # type: ignore[arg-type]
 
 
