@@ -135,6 +135,9 @@ def read_npy(path: Path) -> np.ndarray:
     """The array of a ``.npy`` file, memory-mapped read-only."""
     with damaged(path, "a .npy file"):
         with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise DataError(f"{printable(path)} is a .npz file by its content. Rename it to end in .npz.")
+            file.seek(0)
             header = _read_header(file, path, None)
             if os.fstat(file.fileno()).st_size - file.tell() < header.num_bytes:
                 raise ValueError(f"{header.num_bytes:,} bytes are declared, but fewer are there")

@@ -22,8 +22,8 @@ _FLAT = 17  # a sixteenth of white, and what resizing adds beside edges
 NEARLY_BLACK = (
     "most images are nearly black, or of one grey: their values span no more than a sixteenth of black to white.  If "
     "that is not how they look, say which values are black and white: --value-range LOW,HIGH (data.value_range), such "
-    "as 0,4095 for 12 bits stored in 16; for DICOM --window CENTRE,WIDTH (data.window), such as 40,400 for CT of soft "
-    "parts.  It is public: take it from the format, not from these images."
+    "as 0,1 for masks of 0 and 1 or 0,4095 for 12 bits stored in 16; for DICOM --window CENTRE,WIDTH (data.window), "
+    "such as 40,400 for CT of soft parts.  It is public: take it from the format, not from these images."
 )
 
 

@@ -271,7 +271,7 @@ def _from_tuple(arrays: Sequence[Any], options: Options) -> ImageDataset:
 
 def _not_found(path: Path, text: str) -> str:
     near: list[str] = []
-    with suppress(OSError):  # a parent that cannot be listed has no suggestions to offer
+    with suppress(OSError, ValueError):  # a parent that cannot be listed, or named, has no suggestions to offer
         near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1, cutoff=0.7)
     hint = f"Did you mean {printable(path.parent / near[0])}? " if near else ""
     return f"{printable(path)!r} is neither a file or folder nor a named set. {hint}{suggest(text)}"

@@ -204,7 +204,10 @@ def _label(descriptor: int, member: tarfile.TarInfo, column: str | None, others:
     content = os.pread(descriptor, member.size, member.offset_data)
     found: Label
     if _is_cls(member):
-        found = content.decode("utf-8-sig").strip()  # UnicodeDecodeError is a ValueError, which names the byte
+        try:
+            found = content.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ValueError("its label in .cls is not UTF-8") from None
     else:
         try:
             values = json.loads(content)

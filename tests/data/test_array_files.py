@@ -143,3 +143,10 @@ def test_a_member_longer_or_shorter_than_its_header_says(tmp_path: Path) -> None
             archive.writestr("images.npy", npy_header("(2, 8, 8)") + bytes(size))
         with pytest.raises(DataError, match="damaged or truncated"):
             load_images(tmp_path / "a.npz")
+
+
+def test_a_renamed_npz_file_says_so(tmp_path: Path, rng: np.random.Generator) -> None:
+    np.savez(tmp_path / "a.npz", images=images(rng, 2, 8, 8))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(DataError, match=r"is a \.npz file by its content\. Rename it"):
+        load_images(tmp_path / "a.npy")

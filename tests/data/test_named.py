@@ -97,8 +97,9 @@ def test_unknown_source(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match="unpack"):
         load_images(tmp_path / "a.zip")
-    with pytest.raises(DataError, match=r"cannot be a path|neither"):
-        load_images("a\0b")
+    for text in ("a\0b", "a\0b/c"):
+        with pytest.raises(DataError, match=r"cannot be a path|neither"):
+            load_images(text)
 
 
 def test_options_are_checked() -> None:

@@ -113,17 +113,18 @@ def test_bad_samples_are_listed_or_left_out(tmp_path: Path) -> None:
     content += [("lone.cls", b"1"), ("two.png", png(images[2])), ("two.jpg", b"x"), ("two.cls", b"0")]
     content += [("unlabelled.png", png(images[3])), ("broken.png", png(images[4])[:60]), ("broken.cls", b"0")]
     content += [("odd.png", png(images[5])), ("odd.json", b'{"label": [1]}'), ("nojson.png", png(images[6]))]
-    content += [("nojson.json", b"{")]
+    content += [("nojson.json", b"{"), ("latin.png", png(images[7])), ("latin.cls", b"\xe9t\xe9")]
     path = write_tar(tmp_path / "s.tar", content)
     with pytest.raises(DataError) as caught:
         load_images(path)
     message = str(caught.value)
     for text in ("lone: no image", "two: two images", "unlabelled: no label", "broken: ", "odd: its label", "nojson: "):
         assert f"s.tar: {text}" in message
+    assert "s.tar: latin: its label in .cls is not UTF-8" in message
     data = load_images(path, skip_bad=True)
     assert np.array_equal(data.images[:, 0], images[:2])
     assert data.labels.tolist() == [0, 1]
-    assert len(data.skipped) == 6
+    assert len(data.skipped) == 7
 
 
 def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path) -> None:
