@@ -151,7 +151,7 @@ def make_plan(config: Config, shape: Shape) -> Plan:
     less = f"below 1/records = {1 / n:.3g}, or some images could be published outright"
     require(delta < 1 / n, "--delta", delta, f"{less}; left out it is {default_delta(n):.0e}")
     stages = stages_of(config)
-    allowed = f"at most {n:,}, the number of records; a quarter of it is plenty"
+    allowed = f"at most {n:,}, as there are only {n:,} records; a quarter of them is plenty"
     require(batch <= n or stages.gaussian, "--batch", batch, allowed)
     if stages.networks:
         check_resolution(named_size(config.network.size), shape.resolution)
