@@ -293,11 +293,13 @@ class Config(_Section):
             ),
             (
                 MAX_EPSILON < privacy.epsilon < math.inf,
-                f"privacy.epsilon = {privacy.epsilon:g} is above {MAX_EPSILON:g}, which protects nobody: say inf",
+                f"privacy.epsilon = {privacy.epsilon:g} is above {MAX_EPSILON:g}, which protects nobody; say inf to "
+                "train without privacy",
             ),
             (
                 privacy.budget is not None and reference,
-                "privacy.budget goes with runs that are private: not with epsilon = inf or privacy.insecure_seed",
+                "privacy.budget goes with runs that are private; without privacy (epsilon = inf) or with "
+                "privacy.insecure_seed train without a budget, and never release the result",
             ),
             (
                 private.noise == "discrete" and private.clipping != "flat",
@@ -305,7 +307,8 @@ class Config(_Section):
             ),
             (
                 private.warmup >= private.steps and private.warmup,
-                f"private.warmup = {private.warmup} leaves none of {private.steps} steps the full learning rate",
+                f"private.warmup = {private.warmup} leaves none of the {private.steps} private steps at the full "
+                "learning rate",
             ),
         ):
             if contradiction:

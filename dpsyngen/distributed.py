@@ -206,6 +206,15 @@ class Ranks:
                 for t, new in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                     t.copy_(new.view(t.shape))
 
+    def gather_to_main(self, value: _T) -> list[_T] | None:
+        """What all processes give, in the order of their ranks; None but in the main process."""
+        if self.alone:
+            return [value]
+        out: list[Any] | None = [None] * self.count if self.main else None
+        with self._group() as dist:
+            dist.gather_object(value, out, dst=MAIN)
+        return out
+
     # -------------------------------------------------------------------------------------------- errors
 
     @contextlib.contextmanager

@@ -151,10 +151,10 @@ def require_absent_or_empty(path: Path, option: str) -> None:
     """Raise RunError if the folder `path` has anything in it, so that nothing is overwritten, or cannot be made."""
     require_possible(path, option)
     found = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name] if os.path.lexists(path) else []
-    part = ", a part of what an interrupted command wrote" if PARTIAL in found else ""
+    part = " (it holds a part of what an interrupted command wrote)" if PARTIAL in found else ""
     if not set(found) <= {*OF_THE_DISK, PARTIAL}:
         raise RunError(
-            f"{option} {path} exists already and is not an empty folder{part}.  Choose another, or empty it."
+            f"{option} {path} exists already and is not an empty folder{part}.  Choose another, or move it away."
         )
 
 

@@ -249,8 +249,9 @@ def _device(device: str, facts: Facts, local_rank: int | None) -> tuple[str, str
             f"started on it: use --nproc-per-node {there}, or --device cpu."
         )
     require(parsed.type == "cuda" and number < there, "device", device, choices)
-    own = "left to the processes: each takes the GPU of its own number: use --device cuda"
-    require(local_rank in (None, number), "device", device, own)
+    if local_rank not in (None, number):
+        several = "with several processes each takes the GPU of its own number: use --device cuda"
+        raise ConfigError(f"device is 'cuda:{number}', but {several}.")
     gpu = facts.gpus[number]
     why = f"{gpu.name}, {gpu.architecture}, {gpu.memory / 2**30:.0f} GiB"
     return f"cuda:{number}", why if device == "auto" else "asked for", gpu
@@ -322,7 +323,8 @@ def advice(machine: Machine) -> Iterator[str]:
     """What would make this machine faster, or keep a run from failing; a sentence each."""
     gpus = len(machine.facts.gpus)
     if not gpus and Path("/proc/driver/nvidia/version").exists():
-        why = "cannot use a GPU: `nvidia-smi` says whether the driver works; CUDA_VISIBLE_DEVICES may hide the GPU."
+        why = "cannot use a GPU: `nvidia-smi` says whether the driver works and which CUDA it allows; "
+        why += "CUDA_VISIBLE_DEVICES may hide the GPU."
         if machine.facts.built_for == "cpu":
             why = "is built for CPUs only: install one for CUDA (pytorch.org has the command for your driver)."
         yield f"There is an NVIDIA driver, but this PyTorch, {machine.torch}, {why}"

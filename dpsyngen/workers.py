@@ -57,15 +57,14 @@ class Workers:
                 return function(item)
 
         # Some libraries take their number of threads from a global setting, others from a thread's own.
-        with _changing:
-            before = torch.get_num_threads()
+        with _changing, contextlib.ExitStack() as at_end:
+            at_end.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self._each)
             futures = [self._pool.submit(run, item) for item in items]
             try:
                 return [future.result() for future in futures]
             finally:
                 wait([future for future in futures if not future.cancel()])
-                torch.set_num_threads(before)
 
     def _start(self) -> None:
         _worker.inside = True

@@ -77,6 +77,7 @@ with joined() as ranks:
     r = ranks.rank
     said["gather"] = ranks.gather(10 + r)
     said["from_main"] = ranks.from_main({"rank": r})
+    said["to_main"] = ranks.gather_to_main(r)
     sums = ranks.sum_to_main([torch.full((2, 2), float(r + 1)), torch.arange(3.0)])
     said["sums"] = [s.tolist() for s in sums] if ranks.main else None
     whole = ranks.sum_to_main([torch.tensor([2**40 + r])])
@@ -127,6 +128,8 @@ def test_what_processes_tell_each_other(tmp_path) -> None:
     main, other = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
     assert main["gather"] == other["gather"] == [10, 11]
     assert main["from_main"] == other["from_main"] == {"rank": 0}
+    assert main["to_main"] == [0, 1]
+    assert other["to_main"] is None
     assert main["sums"] == [[[3.0, 3.0], [3.0, 3.0]], [0.0, 2.0, 4.0]]
     assert main["whole"] == [2**41 + 1]
     assert main["everywhere"] == other["everywhere"] == [1]

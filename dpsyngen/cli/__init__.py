@@ -1,1 +1,5 @@
 """The command line: parses, calls the library, prints."""
+
+from dpsyngen.cli.app import main
+
+__all__ = ["main"]

@@ -58,7 +58,10 @@ def ledger(
     opened = [Run(path) for path in runs]
     ledgers = [Ledger(run.ledger_path) for run in opened]
     if len({x.run for x in ledgers}) != len(ledgers):
-        raise ConfigError("a run was named twice, or two of them are copies of each other, whose noise is the same.")
+        raise ConfigError(
+            "a run was named twice, or two of them are copies of each other, with the same steps and noise, which "
+            "would count twice: name one."
+        )
     by_person = {run.config.privacy.most_per_person is not None for run in opened}
     if len(by_person) > 1:
         raise ConfigError(
@@ -155,7 +158,7 @@ def budget_show(file: BudgetFile, quiet: Quiet = False, as_json: AsJson = False)
     by_pld, by_rdp = b.epsilon(), b.epsilon("rdp")
     shown = [number(e, 5, up=True) for e in (by_pld, by_rdp)]
     alone = {c.run: epsilon(c.mechanisms, b.delta, group_size=b.group_size) for c in b.charges.values()}
-    unit, _ = protected(b.group_size, b.by_person)
+    unit = "each person" if b.by_person else protected(b.group_size, False)[0]
     lines = [f"budget: ε = {b.epsilon_limit:g} at δ = {b.delta:.3g} for {unit}"]
     for c in b.charges.values():
         state = "given up" if c.settled else "reserved"
@@ -234,7 +237,7 @@ def release(
     for name in done.left_out:
         console.note(f"  left out, as it is no part of a release or was changed by hand: {name}")
     console.result(
-        _about(done),
+        _about(done, "path", "files", "sha256", "signed_by", "left_out"),
         [
             f"{done.path}: {done.files} files, SHA-256 {done.sha256}",
             f"signed by the key {done.signed_by}" if done.signed_by else "not signed (--sign KEY)",
@@ -243,12 +246,10 @@ def release(
     )
 
 
-def _about(done: Packed | Exported) -> dict[str, Any]:
-    """What was written, and what its certificate claims, for ``--json``."""
-    written, c = dict(vars(done)), done.certificate
-    del written["certificate"]
+def _about(done: Packed | Exported, *written: str) -> dict[str, Any]:
+    """What was `written`, and what its certificate claims, for ``--json``."""
     claim = ("private", "not_private_because", "epsilon", "delta", "group_size")
-    return written | {name: getattr(c, name) for name in claim}
+    return {n: getattr(done, n) for n in written} | {n: getattr(done.certificate, n) for n in claim}
 
 
 def verify(
@@ -367,7 +368,7 @@ def export(
         check_against_ledger(Run(place.run))
     done = export_release(place.release, out, not_private=not_private)
     Console(quiet, as_json).result(
-        _about(done) | {"format": format},
+        {"path": done.path, "format": format} | _about(done, "files") | {"certificate_sha256": done.certificate_sha256},
         [
             f"{done.path}: {len(done.files)} files for diffusers",
             Guarantee(done.certificate).line,

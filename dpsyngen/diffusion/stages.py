@@ -175,14 +175,20 @@ def stage_map(
     if variant == "residual" and not prior:
         below = None
     if below is not None and above is not None and not tau_cleaning < tau_coarse:
-        raise ConfigError(f"tau_cleaning = {tau_cleaning} must be below tau_coarse = {tau_coarse}.")
+        raise ConfigError(
+            f"tau_cleaning = {tau_cleaning} must be below tau_coarse = {tau_coarse}: between them lies the stage that "
+            "private images train."
+        )
     require(networks in ("experts", "shared"), "networks", networks, "'experts' or 'shared'")
     if pretrain is False and variant == "finetune":
         raise ConfigError("variant 'finetune' is pre-training; without it choose 'dpdm'.")
     if middle != "private" and pretrain:
         raise ConfigError(f"variant {variant!r} has no network that could be pre-trained.")
     if variant == "residual" and networks == "shared":
-        raise ConfigError(f"variant {variant!r} has a network of its own for each stage: use networks = 'experts'.")
+        raise ConfigError(
+            f"variant {variant!r} has a network of its own for each stage: use networks = 'experts'.  One that learns "
+            "what the moments of the private images lack is no denoiser of programmatic ones."
+        )
     if variant == "residual" and pretrain:
         raise ConfigError(
             f"variant {variant!r} starts its private network at the denoiser of the moments, so it cannot start from "

@@ -89,7 +89,10 @@ class ReleasedGenerator:
         guarantee = Guarantee.read(self.place.release)
         if guarantee.private != self.private:
             where = printable(self.place.release)
-            raise ReleaseError(f"in {where} one of privacy.json and generator.json says private, and they contradict.")
+            raise ReleaseError(
+                f"privacy.json and generator.json in {where} contradict each other: one says private, the other NOT "
+                "PRIVATE.  Do not rely on it."
+            )
         return guarantee
 
     @property

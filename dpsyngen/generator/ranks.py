@@ -54,8 +54,8 @@ def stream(
     ranks.tell(_IMAGES, **what)
     for batch in _own(ranks, generator, **what):
         with ranks.lead(_ROUND):
-            parts = ranks.gather(batch)
-        yield from (part for part in parts if part is not None)
+            parts = ranks.gather_to_main(batch)
+        yield from (part for part in parts or () if part is not None)
 
 
 def sample(ranks: Ranks, generator: ReleasedGenerator, count: int, **settings: Any) -> Samples:
@@ -96,7 +96,7 @@ def follow(ranks: Ranks, **more: Callable[..., None]) -> None:
                 raise
             # The main process may still be writing the images of the round before; if it fails, it says so here.
             ranks.next_command()
-            ranks.gather(batch)
+            ranks.gather_to_main(batch)
 
     known: dict[str, Callable[..., None]] = {_OPEN: open_, _IMAGES: images, **more}
     while (command := ranks.next_command()).name != END:

@@ -286,10 +286,13 @@ class _Bundle:
             try:
                 with safe_open(file, framework="pt") as weights:
                     text = weights.metadata()
-            except (SafetensorError, OSError) as error:
+                    finite = all(bool(weights.get_tensor(k).isfinite().all()) for k in weights.keys())  # noqa: SIM118
+            except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
                 raise ReleaseError(f"{file.name} is damaged: {error}") from None
             if text:
                 raise ReleaseError(f"{file.name} holds text beside its tensors")
+            if not finite:
+                raise ReleaseError(f"{file.name} holds numbers that are not finite: the training had diverged")
         count = len(files - {GAUSSIAN})
         parts = [f"{count} network{'s' if count > 1 else ''}"] if count else []
         parts += ["DP moments"] if GAUSSIAN in files else []

@@ -177,7 +177,8 @@ class PrivateEstimate:
 
     def __init__(self, folder: Path, config: Config, dataset: ImageDataset, sampling_rate: float = 1.0) -> None:
         p = config.privacy
-        require(p.epsilon < float("inf"), "--epsilon", p.epsilon, "finite; images that are public belong to --proxy")
+        why = "finite, or figures of private images would be published without noise; public ones belong to --proxy"
+        require(p.epsilon < float("inf"), "--epsilon", p.epsilon, why)
         if p.budget is None and p.insecure_seed is None:
             raise ConfigError(
                 "--budget is missing: a training with thresholds that come from the private images has to count this "

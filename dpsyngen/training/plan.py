@@ -148,9 +148,10 @@ def make_plan(config: Config, shape: Shape) -> Plan:
     config = with_batch(config, shape.records)
     n, batch = shape.records, config.private.batch
     delta = default_delta(n) if config.privacy.delta is None else config.privacy.delta
-    require(delta < 1 / n, "--delta", delta, f"below 1/records = {1 / n:.3g}; left out it is {default_delta(n):.0e}")
+    less = f"below 1/records = {1 / n:.3g}, or some images could be published outright"
+    require(delta < 1 / n, "--delta", delta, f"{less}; left out it is {default_delta(n):.0e}")
     stages = stages_of(config)
-    allowed = f"at most that many, as there are only {n:,} records; a quarter of them is plenty"
+    allowed = f"at most {n:,}, as there are only {n:,} records; a quarter of them is plenty"
     require(batch <= n or stages.gaussian, "--batch", batch, allowed)
     if stages.networks:
         check_resolution(named_size(config.network.size), shape.resolution)

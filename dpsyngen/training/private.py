@@ -194,9 +194,9 @@ class PrivateStep:
         if ranks.alone:
             return chosen, total, losses
         # Small figures first, over gloo: where a process is gone that shows at once, and the large sums are not begun.
-        about = ranks.gather((len(chosen), total.norms.cpu(), total.not_finite, total.l2_sensitivity, losses))
+        about = ranks.gather_to_main((len(chosen), total.norms.cpu(), total.not_finite, total.l2_sensitivity, losses))
         sums = ranks.sum_to_main(total.sums)
-        if not ranks.main:
+        if about is None:
             return chosen, total, losses
         records, norms, dropped, sensitivities, all_losses = zip(*about, strict=True)
         if set(records) != {len(chosen)} or set(sensitivities) != {total.l2_sensitivity}:

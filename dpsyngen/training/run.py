@@ -95,7 +95,8 @@ class Run:
                 sync_folder(path.absolute().parent)
         except OSError as error:
             raise RunError(
-                f"the run directory {path} cannot be made: {error.strerror}.  Mend that, then start again."
+                f"the run directory {path} cannot be made: {error.strerror}.  Nothing was trained yet.  Mend that or "
+                "choose another path, and start again."
             ) from None
         run = cls(path)
         run.open_for_writing()

