@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsyngen.distributed import Ranks
-from dpsyngen.errors import ConfigError, require
+from dpsyngen.errors import ConfigError, DataError, require
 from dpsyngen.evaluation.features import FORM, EfficientNetLite0, FeatureExtractor, OwnFeatures, PixelsPca, Tell
-from dpsyngen.files import write_bytes
+from dpsyngen.files import write_atomically
 from dpsyngen.version import __version__
 
 Compute = Callable[..., NDArray[np.float32]]
@@ -95,8 +94,8 @@ def kept_features(
         return compute(images, on_progress=on_progress)
     import torch
 
-    pixels = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-    facts = [pixels, images.shape, extractor.name, identity, __version__, torch.__version__]
+    content = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+    facts = [content, images.shape, extractor.name, identity, __version__, torch.__version__]
     path = folder / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]}.npz"
     with suppress(Exception), np.load(path, allow_pickle=False) as file:  # np.load raises many kinds
         kept: NDArray[np.float32] = file["features"]
@@ -105,10 +104,16 @@ def kept_features(
                 on_progress(f"features of {len(images):,} images were kept from before")
             return kept
     features = compute(images, on_progress=on_progress)
-    content = io.BytesIO()
-    np.savez(content, features=features)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_bytes(path, content.getvalue(), 0o600)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # to a file, for NumPy would add .npz to a name
+            np.savez(file, features=features)
+
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise DataError(f"{folder} is no folder, so no features can be kept in it.  Move it away.") from None
+    write_atomically(path, write, 0o600)
     return features
 
 

@@ -8,7 +8,6 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -271,10 +270,13 @@ def _made(named: Any, name: str) -> Callable[[Any], Any]:
 
 
 def _takes_nothing(named: Callable[..., Any]) -> bool:
-    with suppress(TypeError, ValueError):  # it takes images, or has no signature
+    try:
         inspect.signature(named).bind()
-        return True
-    return False
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return isinstance(named, type)
+    return True
 
 
 def _prepared(compute: Any, device: str) -> str | None:

@@ -307,9 +307,11 @@ def _verdict(
         return True, "Signs of memorisation: " + "; ".join(found) + "."
     why = ""
     if copies:
-        why = f"by {', '.join(copies)}, most real images are copies of training images: none can be nearer than these"
+        why = f"by {', '.join(copies)}, most real images are copies of training images, so whatever is generated is as "
+        why += "near to those it was not trained on"
     elif others is None:
-        why = "there are no held-out images to say whether these distances are small; no generated image is a copy"
+        why = "there are no held-out images to say whether these distances are small.  No generated image equals a "
+        why += "training image in every pixel"
     elif math.comb(n_private + n_held_out, n_private) < 1 / level:  # an integer that no float may hold
         why = f"with {n_private} training and {n_held_out} held-out images no test could tell memory from chance"
     if why:

@@ -224,7 +224,7 @@ def evaluate_images(
 
     Raises:
         ConfigError: shapes that differ, unknown names, too few images, or own features that fail.
-        DataError: a weights file is missing or wrong.
+        DataError: a weights file is missing or wrong, or `cache` cannot be used.
     """
     s = EvaluationSettings.of(settings)
     if s.specs and len(generated) < 2:

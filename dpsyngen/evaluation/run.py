@@ -314,9 +314,10 @@ def _trained_on(run: Run, given: Source | None, generator: ReleasedGenerator) ->
     """The images that the run was trained on, and DataError if these are others."""
     found = training_images(run, _images(given, run.config, generator, "training"))
     if found is None:
+        what = f"the images of {run.config.data.source}" if given is None else "the images"
         raise DataError(
-            f"the images are not those that {run.path} was trained on, or were changed since.  Put them back, or give "
-            "those of the training with --data (from Python: data)."
+            f"{what} are not those that {run.path} was trained on, or come in another order, or were changed since.  "
+            "Put them back, or say with --data (from Python: data) which images to use."
         )
     return found
 

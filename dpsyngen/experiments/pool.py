@@ -6,6 +6,7 @@ Jobs are claimed by lock files in the experiment's folder, so processes may join
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from dpsyngen.errors import DpsyngenError, RunError
 from dpsyngen.experiments.experiment import Experiment, Status, claimed
 from dpsyngen.experiments.runner import Images, Stopped, Worker
 from dpsyngen.experiments.spec import Job
-from dpsyngen.files import write_json
+from dpsyngen.files import write_json, write_text
 from dpsyngen.training.follower import handling
 
 Watch = Callable[[dict[str, Status]], None]
@@ -90,7 +91,9 @@ def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Sa
         except (DpsyngenError, ArithmeticError, RuntimeError, ValueError) as error:
             # One run that cannot be done must not cost the others.
             about = {"error": f"{error}" or type(error).__name__, "trace": traceback.format_exc()}
-            write_json(folder / "failed.json", about | {"measured": experiment.measure_digest(job)}, 0o600)
+            about["measured"] = experiment.measure_digest(job)
+            # With escapes: a message may name a file whose name is no UTF-8.
+            write_text(folder / "failed.json", json.dumps(about, indent=1) + "\n", 0o600)
     return True
 
 

@@ -216,10 +216,11 @@ def noise_map(seed: Word, index: Word, number: int, size: int, pink: bool, field
         return (3.4641016 * (u - 0.5)).astype(np.float32).reshape(size, size)
     a, b, _, _ = words32(seed, _NOISE, index, block)
     n = len(field)
+    top, left = below(a, n), below(b, n)
     out = np.empty((size, size), dtype=np.float32)
     for i in range(size):
         for j in range(size):
-            out[i, j] = field[(below(a, n) + i) % n, (below(b, n) + j) % n]
+            out[i, j] = field[(top + i) % n, (left + j) % n]
     return out
 
 

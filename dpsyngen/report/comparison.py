@@ -183,8 +183,10 @@ def sample_grids(view: View, exp: Path, on_progress: Callable[[str], None] | Non
                 on_progress(f"drawing images of {row.name} at {epsilon_name(epsilon)}")
             try:
                 generator = ReleasedGenerator(_release(exp, job))
-                classes = generator.class_names[:_MOST_CLASSES]  # those of the data, so the same for all variants
-                left = len(generator.class_names) - len(classes)
+                names = generator.class_names[:_MOST_CLASSES]
+                if rows and names != classes:  # else pictures would stand under names that are not theirs
+                    raise DpsyngenError("it has other classes than the variant above")
+                classes, left = names, len(generator.class_names) - len(names)
                 rows.append(GridRow(row.name, tuple(_pictures(generator, row, job))))
             except (DpsyngenError, OSError) as error:
                 missing.append((row.name, str(error)))

@@ -221,9 +221,12 @@ def _kept(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
         raise RunError(f"{path} is damaged ({error}).  Remove it, or run the command that made it again.") from None
+    return values
 
 
 def _summary(log: list[dict[str, Any]]) -> dict[str, float] | None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpsyngen.data import load_images
+from dpsyngen.errors import DataError
 from dpsyngen.evaluation import evaluate_images
 from dpsyngen.evaluation.extractors import kept_features
 
@@ -125,6 +126,12 @@ def test_what_cannot_be_identified_is_not_kept(tmp_path, images) -> None:
         kept_features(None, Counting(), images)
     assert extractor.calls == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, images) -> None:
+    (tmp_path / "c").write_text("")
+    with pytest.raises(DataError, match="no folder"):
+        kept_features(tmp_path / "c", Counting(), images)
 
 
 def test_an_evaluation_is_the_same_from_the_cache(tmp_path) -> None:

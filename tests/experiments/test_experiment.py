@@ -267,7 +267,7 @@ def test_a_failed_job_costs_no_other_and_is_tried_again_when_asked(tiny_spec, tm
 
     def broken(config, out, data, device, on_event):
         if out.name == first.name:
-            raise RunError("no such luck")
+            raise RunError("no such luck with \udcff")  # a file name that is no UTF-8
         return real(config, out, data, device, on_event=on_event)
 
     monkeypatch.setattr(api, "prepare", broken)

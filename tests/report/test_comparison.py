@@ -180,3 +180,15 @@ _CONTRAST = """
   return {text: getComputedStyle(glyph).color, page: getComputedStyle(document.body).color};
 })()
 """
+
+
+def test_a_generator_of_other_classes_is_not_shown_under_the_first_ones_names(made, tmp_path) -> None:
+    exp = tmp_path / "exp"
+    shutil.copytree(made, exp)
+    shutil.rmtree(exp / "runs" / "both-eps4-seed0")
+    settings = {**TINY_SETTINGS, "stages": {"variant": "both"}}
+    dpsyngen.train(tiny_arrays(classes=2), epsilon=4.0, out=exp / "runs" / "both-eps4-seed0", settings=settings)
+    (grid,) = sample_grids(View(exp), exp)
+    assert [r.name for r in grid.rows] == ["DPDM"]
+    assert grid.classes == ("0", "1", "2")
+    assert "other classes" in dict(grid.missing)["Both"]

@@ -69,8 +69,9 @@ def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
     assert "Nothing found." in text
 
 
-def test_damaged_figures_are_said(run) -> None:
-    (run.private / "health.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_damaged_figures_are_said(run, text) -> None:
+    (run.private / "health.json").write_text(text)
     with pytest.raises(RunError, match=r"health\.json is damaged"):
         dpsyngen.write_report(run)
     (run.private / "health.json").unlink()
