@@ -113,8 +113,9 @@ class ImageDataset:
 
     @property
     def file(self) -> Path | None:
-        """The private file that the decoded images are read from, if they are not in memory."""
-        return getattr(self.images, "path", None)
+        """The private file that the decoded images are read from; None if they are in memory, or it has no name."""
+        path: Path | None = getattr(self.images, "path", None)
+        return path if path is not None and path.exists() else None
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> ImageDataset:
         """The images at `indices` (int ``[M]``, any order, or a bool mask ``[N]``); classes stay the same.
