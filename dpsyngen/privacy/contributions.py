@@ -213,3 +213,12 @@ class Rows(Contribution):
     def dense(self) -> Tensor:
         out = self.g.new_zeros(len(self.g), self.rows, self.g.shape[2])
         return out.scatter_add_(1, self.indices[..., None].expand_as(self.g), self.g)
+
+
+def merged(a: Contribution, b: Contribution) -> Contribution:
+    """The contribution of a parameter that was used twice: gradients add up *before* their norm is taken."""
+    if isinstance(a, Outer) and isinstance(b, Outer):
+        time = a.g.shape[1] + b.g.shape[1]
+        if a.g.dtype == b.g.dtype and Outer.pays(time, a.g.shape[2], a.x.shape[2]):
+            return Outer(torch.cat([a.g, b.g], 1), torch.cat([a.x, b.x], 1))
+    return Dense(a.dense() + b.dense())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dpsyngen.errors import DpsyngenError
-from dpsyngen.privacy.contributions import Contribution, Dense
+from dpsyngen.privacy.contributions import Contribution, Dense, merged
 from dpsyngen.privacy.kernels import KernelChoices
 
 
@@ -77,8 +77,7 @@ class Tape:
         """Add a layer call's contribution to what was recorded for `parameter`."""
         position = self._position[id(parameter)]
         before = self.recorded.get(position)
-        # Gradients of a parameter that was used twice add up *before* their norm is taken.
-        self.recorded[position] = contribution if before is None else Dense(before.dense() + contribution.dense())
+        self.recorded[position] = contribution if before is None else merged(before, contribution)
 
     def check_rows(self, layer: str, value: Tensor) -> None:
         """Raise unless the leading dimension of `value` is examples * copies."""
