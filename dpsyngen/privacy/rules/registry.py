@@ -210,7 +210,8 @@ class Recorder(TorchFunctionMode):
 def _refuse_batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if kwargs.get("training", args[5] if len(args) > 5 else False):
         raise UnsupportedLayer(
-            "batch normalisation mixes the examples of a batch: use GroupNorm, or eval mode with public statistics."
+            "batch normalisation mixes the examples of a batch, so one example's gradient cannot be bounded.  "
+            "Use GroupNorm instead, or put the layer in eval mode with fixed public statistics."
         )
 
 
