@@ -330,7 +330,7 @@ class Cache:
         process left, by the next call.  Without a key the file has no name, and vanishes with whoever has it open.
         DataError if there is no room, or no folder.
         """
-        for left in self.folder.glob(f"{key}-*.part"):
+        for left in self.folder.glob(f"{key}-*.part") if key else ():
             warnings.warn("decoding these images was interrupted before: it starts again.", stacklevel=2)
             shutil.rmtree(left, ignore_errors=True)
         path, size = None, math.prod(shape) + _SPARE_BYTES

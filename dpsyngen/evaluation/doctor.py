@@ -98,8 +98,9 @@ def _progress(run: Run, busy: bool) -> str:
 
 def _spent(ledger: Ledger) -> str:
     target = "no target" if math.isinf(ledger.target_epsilon) else f"target {ledger.target_epsilon:g}"
-    bound = f"ε = {number(ledger.epsilon(), 5, up=True)} at δ = {ledger.delta:.3g} so far"
-    spent = "NOT PRIVATE (ε = ∞)" if math.isinf(ledger.epsilon()) else bound
+    epsilon = ledger.epsilon()
+    bound = f"ε = {number(epsilon, 5, up=True)} at δ = {ledger.delta:.3g} so far"
+    spent = "NOT PRIVATE (ε = ∞)" if math.isinf(epsilon) else bound
     return f"whole, {len(ledger.entries)} entries; {spent} ({target})"
 
 

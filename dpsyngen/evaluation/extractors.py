@@ -130,15 +130,15 @@ def computed_by_all(extractor: FeatureExtractor, spec: FeatureSpec, device: str,
     def compute(images: NDArray[np.uint8], on_progress: Tell | None = None) -> NDArray[np.float32]:
         with ranks.lead("features", spec=spec, device=device, images=images):
             found = shared_features(ranks, lambda: extractor, images)
-        return np.concatenate([features for features in found if features is not None])
+        return np.concatenate([features for features in found or () if features is not None])
 
     return compute
 
 
 def shared_features(
     ranks: Ranks, extractor: Callable[[], FeatureExtractor], images: NDArray[np.uint8]
-) -> list[NDArray[np.float32] | None]:
-    """Features of each process's batches among `images`, None where it has none.
+) -> list[NDArray[np.float32] | None] | None:
+    """Features of each process's batches among `images`, None where it has none; None but in the main process.
 
     The main process always has some: it has to know what its extractor gives.
     """
@@ -149,4 +149,4 @@ def shared_features(
         mine = images[ranks.rank * share : (ranks.rank + 1) * share]
         return compute(mine) if len(mine) else None
 
-    return ranks.gather(ranks.agree(own))
+    return ranks.gather_to_main(ranks.agree(own))
