@@ -68,10 +68,11 @@ def register(studio: Studio) -> None:
     """Make the pages."""
 
     @ui.page("/images")
-    async def images(source: str = "", labels: str = "", resolution: str = "") -> None:
+    async def images(source: str | None = None, labels: str = "", resolution: str = "") -> None:
         with look.frame("Which images?", menu="New generator", step="Images"):
-            page = _Images(studio, Chosen(source, labels, resolution))
-        await page.show()
+            page = _Images(studio, Chosen(source or "", labels, resolution))
+        if source is not None:
+            await page.show()
 
     @ui.page("/promise")
     async def promise(source: str = "", labels: str = "", resolution: str = "") -> None:
@@ -94,33 +95,30 @@ class _Images:
             "A folder of pictures (PNG, JPEG, DICOM, …; its sub-folders are classes), a file of images (.npz, Parquet, "
             "tar), or a public set to try it out.  They stay where they are."
         )
-        with ui.element("form").classes("form").on("submit.prevent", self._go):
-            self.source = look.field("Folder, file or public set", chosen.source).props("autofocus")
-            look.button("Look at them", None).props("type=submit")
-        with ui.element("div").classes("chips note"):
-            look.tag("span", "Found here:")
-            entries = sorted(e.name for e in os.scandir(here) if e.is_dir() or e.name.endswith(_KINDS))
-            shown = [e for e in entries if e[0] not in "._" and here / e != studio.places.runs]
-            for name in ["digits", "fashion-mnist", *shown[:10]]:
-                look.button(name, lambda name=name: self.source.set_value(name), "other")
-        with ui.expansion("More", value=bool(chosen.labels or chosen.resolution)), ui.element("div").classes("form"):
-            self.labels = look.field("Table of their labels (CSV), if there is one", chosen.labels)
-            self.resolution = look.field("Pixels a side, if not as found", chosen.resolution, look="small")
+        with ui.element("form"):  # of the browser's own kind: whoever types ahead of the connection loses nothing
+            with ui.element("div").classes("form"):
+                self.source = look.field("Folder, file or public set", chosen.source).props("autofocus name=source")
+                look.button("Look at them", None).props("type=submit")
+            with ui.element("div").classes("chips note"):
+                look.tag("span", "Found here:")
+                entries = sorted(e.name for e in os.scandir(here) if e.is_dir() or e.name.endswith(_KINDS))
+                shown = [e for e in entries if e[0] not in "._" and here / e != studio.places.runs]
+                for name in ["digits", "fashion-mnist", *shown[:10]]:
+                    look.button(name, lambda name=name: self.source.set_value(name), "other")
+            opened = bool(chosen.labels or chosen.resolution)
+            with ui.expansion("More", value=opened), ui.element("div").classes("form"):
+                look.field("Table of their labels (CSV), if there is one", chosen.labels).props("name=labels")
+                look.field("Pixels a side, if not as found", chosen.resolution, look="small").props("name=resolution")
         self.notice, self.result = look.Notice(), ui.element("div")
 
-    def _go(self) -> None:
-        chosen = Chosen(self.source.value or " ", self.labels.value or "", self.resolution.value or "")
-        ui.navigate.to(chosen.address("/images"))
-
     async def show(self) -> None:
-        if self.chosen.source:
-            await ui.context.client.connected()
-            self.studio.images.cache_clear()  # the files may have changed
-            work = partial(self.studio.work, self.chosen.read, self.studio)
-            dataset = await self.notice.attempt("reading the images …", work)
-            if dataset is not None:
-                with self.result:
-                    _found(self.chosen, dataset)
+        await ui.context.client.connected()
+        self.studio.images.cache_clear()  # the files may have changed
+        work = partial(self.studio.work, self.chosen.read, self.studio)
+        dataset = await self.notice.attempt("reading the images …", work)
+        if dataset is not None:
+            with self.result:
+                _found(self.chosen, dataset)
 
 
 def _found(chosen: Chosen, dataset: ImageDataset) -> None:

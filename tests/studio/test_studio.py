@@ -437,6 +437,14 @@ def test_by_keyboard_alone(page: Any, served: Served) -> None:
     page.wait_for_url("**/run/keys/look")
 
 
+def test_what_is_typed_before_the_connection_is_there_is_kept(page: Any, served: Served) -> None:
+    page.add_init_script("Object.defineProperty(window, 'did_handshake', {get: () => false, set: () => {}})")
+    page.goto(f"{served.address}/images")
+    page.get_by_label(SOURCE).fill("digits")
+    page.keyboard.press("Enter")
+    page.get_by_text("1,437").wait_for()
+
+
 def test_the_pictures_of_the_documentation_are_small() -> None:
     pictures = sorted((ROOT / "docs/studio").glob("*.png"))
     assert len(pictures) >= 8
