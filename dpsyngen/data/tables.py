@@ -170,25 +170,31 @@ def _parquet(path: Path) -> Any:
 
 
 @contextmanager
-def _stream(path: Path) -> Iterator[Any]:
-    """The reader of an Arrow stream, mapped: of its record batches only what is asked for is touched."""
+def _stream(path: Path) -> Iterator[tuple[Any, Any]]:
+    """An Arrow stream, mapped, and its reader: of its record batches only what is asked for is touched."""
     import pyarrow as pa
 
     with pa.memory_map(str(path), "rb") as file:
-        yield pa.ipc.open_stream(file)
+        yield file, pa.ipc.open_stream(file)
 
 
 def _schema(path: Path) -> Any:
-    with _guarded(path), _stream(path) if _is_arrow(path) else _parquet(path) as file:
-        return file.schema if _is_arrow(path) else file.schema_arrow
+    with _guarded(path):
+        if _is_arrow(path):
+            with _stream(path) as (_, reader):
+                return reader.schema
+        with _parquet(path) as table:
+            return table.schema_arrow
 
 
-def _parts(path: Path, label: str | None) -> Iterator[tuple[int, Any]]:
-    """(rows, column of labels or None) of each row group or record batch."""
+def _parts(path: Path, label: str | None) -> Iterator[tuple[int, int, Any]]:
+    """(part, rows, column of labels or None) of each row group, by its number, or record batch, by its first byte."""
     if _is_arrow(path):
-        with _stream(path) as reader:
+        with _stream(path) as (file, reader):
+            start = file.tell()
             for batch in reader:
-                yield batch.num_rows, None if label is None else batch.column(label)
+                yield start, batch.num_rows, None if label is None else batch.column(label)
+                start = file.tell()
         return
     with _parquet(path) as table:
         for group in range(table.num_row_groups):
@@ -196,15 +202,16 @@ def _parts(path: Path, label: str | None) -> Iterator[tuple[int, Any]]:
             if label is not None:
                 check_fits(8 * rows, what=f"{path}: labels of a row group of {rows:,} rows")
                 column = table.read_row_group(group, columns=[label], use_threads=False).column(0).combine_chunks()
-            yield rows, column
+            yield group, rows, column
 
 
 def _arrays(path: Path, part: int, column: str) -> Iterator[Any]:
-    """A column of one row group (some rows at a time) or of one record batch."""
+    """A column of one row group (some rows at a time) or of one record batch; `part` as of :func:`_parts`, or 0."""
     if _is_arrow(path):
-        with _stream(path) as reader:
-            for _ in range(part):
-                reader.read_next_batch()
+        with _stream(path) as (file, reader):
+            if part > file.tell():
+                reader.read_next_batch()  # the first one, as the dictionaries of other columns come with it
+                file.seek(part)
             yield reader.read_next_batch().column(column)
         return
     with _parquet(path) as table:
@@ -263,7 +270,7 @@ def index_tables(paths: Sequence[Path], where: str, *, labels: bool, label_colum
     for path in paths:
         first = 0
         with _guarded(path):
-            for part, (rows, column) in enumerate(_parts(path, columns.label)):
+            for part, rows, column in _parts(path, columns.label):
                 present = np.ones(rows, dtype=bool)
                 if column is not None:
                     present, labels_of_part = _labels_of(column, columns, where)
@@ -309,7 +316,7 @@ def _paths_in(path: Path, column: str) -> list[str]:
         )
     with _guarded(path):
         parts = _parts(path, column if _is_arrow(path) else f"{column}.path")
-        return [str(text or "") for _, values in parts for text in values.field("path").to_pylist()]
+        return [str(text or "") for _, _, values in parts for text in values.field("path").to_pylist()]
 
 
 def _labels_of(column: Any, columns: Columns, where: str) -> tuple[NDArray[np.bool_], NDArray[np.int64] | list[str]]:

@@ -236,6 +236,31 @@ def test_damaged_files(write, tmp_path: Path) -> None:
     assert refused > 30
 
 
+def test_no_record_batch_is_read_once_for_each_after_it(tmp_path: Path, monkeypatch) -> None:
+    labels = pa.array(["b", "a"] * 12 + ["b"]).dictionary_encode()
+    data, read, open_stream = table(FILES, labels), [], pa.ipc.open_stream
+
+    class Counting:
+        def __init__(self, file) -> None:
+            self.reader = open_stream(file)
+            self.schema = self.reader.schema
+
+        def read_next_batch(self):
+            read.append(1)
+            return self.reader.read_next_batch()
+
+        def __iter__(self):
+            return iter(self.reader)
+
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, data.schema) as writer:
+        writer.write_table(data, max_chunksize=1)
+    monkeypatch.setattr(pa.ipc, "open_stream", Counting)
+    found = load_images(tmp_path / "x.arrow", workers=1)
+    assert np.array_equal(found.images[:, 0], IMAGES)
+    assert found.labels.tolist() == [1, 0] * 12 + [1]
+    assert len(read) <= 4 * 25  # twice, for headers and for pixels, each with the first
+
+
 def test_no_images(write) -> None:
     with pytest.raises(DataError, match="there is no image"):
         load_images(write(table([], pa.array([], pa.int64()), ["a"])))
