@@ -207,12 +207,16 @@ class Budget(HashChain):
 
         LedgerError if the budget knows no such run, or it was settled before.
         """
+        Budget(self.path)._reserved(run)  # first without the lock, so that a refusal makes no file
         with self._alone():
-            known = self.charges.get(run)
-            if known is None or known.settled:
-                why = "knows no such run" if known is None else "has this run settled already"
-                raise LedgerError(f"{self.path} {why}; nothing was changed.")
-            self._append(replace(known, mechanisms=merge(spent), settled=True), None)
+            self._append(replace(self._reserved(run), mechanisms=merge(spent), settled=True), None)
+
+    def _reserved(self, run: str) -> Charge:
+        known = self.charges.get(run)
+        if known is None or known.settled:
+            why = "knows no such run" if known is None else "has this run settled already"
+            raise LedgerError(f"{self.path} {why}; nothing was changed.")
+        return known
 
     def _append(self, charge: Charge, data: str | None) -> None:
         body = asdict(charge) | {"data": data}
