@@ -30,9 +30,10 @@ from filelock import FileLock, Timeout
 from dpsyngen.config import Config, load_config
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.load import whole_source, with_whole_paths
+from dpsyngen.diffusion.prior import SHIPPED
 from dpsyngen.diffusion.stages import StageMap
 from dpsyngen.errors import DataError, RunError, listed
-from dpsyngen.experiments.spec import Job, Spec, digest, jobs_of, load_spec
+from dpsyngen.experiments.spec import GridSpec, Job, Spec, digest, jobs_of, load_spec
 from dpsyngen.files import file_sha256, require_absent_or_empty, write_bytes, write_json, write_text
 from dpsyngen.training.log import JsonLines
 from dpsyngen.training.pipeline import Training
@@ -226,8 +227,20 @@ def _whole(spec: Spec) -> Spec:
         "data": with_whole_paths(d).model_copy(update=where),
         "evaluation": spec.evaluation.model_copy(update=measured),
         "cost": spec.cost.model_copy(update={"budget_file": budget and os.path.abspath(budget)}),
+        "settings": _with_whole_priors(spec.settings),
+        "grid": GridSpec.model_validate(_with_whole_priors(spec.grid.model_dump())),
     }
     return spec.model_copy(update=parts)
+
+
+def _with_whole_priors(value: Any, name: str = "") -> Any:
+    """Settings, by section or full name, one or several values of each, with absolute paths of priors."""
+    if isinstance(value, dict):
+        return {key: _with_whole_priors(v, f"{name}.{key}") for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_whole_priors(v, name) for v in value]
+    path = isinstance(value, str) and value != SHIPPED and name.endswith(".network.prior")
+    return os.path.abspath(value) if path else value
 
 
 @contextmanager

@@ -369,7 +369,8 @@ def _run(spec: Spec, variant: str, epsilon: float, seed: int, case: str, given: 
 
 
 def _short(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    """A value in the name of a run; of a path its last part, as an experiment makes paths absolute when it begins."""
+    text = f"{value:g}" if isinstance(value, float) else str(value).rpartition("/")[2]
     return "".join(c if c.isalnum() or c in "._=+-" else "_" for c in text)[:40]
 
 

@@ -101,6 +101,24 @@ def test_own_features_are_found_from_another_working_folder(tiny_spec, tmp_path,
     assert experiment.spec.evaluation.features == (f"{tmp_path / 'own.py'}:mean", *features[1:])
 
 
+def test_own_priors_are_found_from_another_working_folder(tiny_spec, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    grid = {"variant": ["residual", "instant"], "epsilon": [3], "seeds": 1}
+    grid["axes"] = {"network.prior": ["own/a.safetensors", "shipped"]}
+    asked = tiny_spec(grid=grid)
+    experiment = made(asked, tmp_path / "x")
+    own = str(tmp_path / "own" / "a.safetensors")
+    assert [job.config.network.prior for job in experiment.jobs] == [own, own, "shipped", "shipped"]
+    assert [job.name for job in experiment.jobs] == [job.name for job in jobs_of(load_spec(asked))]
+    grid["axes"], grid["cases"] = {}, [{"label": "own", "settings": {"network.prior": "a"}, "variants": ["residual"]}]
+    grid["cases"].append({"label": "of-variant", "variants": ["instant"]})
+    grid["variant_settings"] = {"instant": {"network.prior": "b"}}
+    jobs = made(tiny_spec(grid=grid), tmp_path / "y").jobs
+    assert [job.config.network.prior for job in jobs] == [str(tmp_path / name) for name in "ab"]
+    jobs = made(tiny_spec(settings={"network": {"prior": "c"}}), tmp_path / "z").jobs
+    assert {job.config.network.prior for job in jobs} == {str(tmp_path / "c")}
+
+
 def test_measuring_otherwise_keeps_the_runs_and_the_earlier_figures(tiny_spec, done, tmp_path) -> None:
     experiment, job = done, done.jobs[0]
     before, old = weights(experiment, job.name, "context"), experiment.result_path(job).read_bytes()
