@@ -36,9 +36,9 @@ def train_prior(
 ) -> None:
     """Train a prior on families of programs; no private data can touch it.  Goes on where it was interrupted."""
     require(channels in ("grey", "rgb"), "--channels", channels, "grey or rgb")
-    require(not out.exists(), "--out", out, "a file that does not exist yet: nothing is written over")
     require(out.parent.is_dir(), "--out", out, "in a folder that exists")
     from dpsyngen.training import prior
+    from dpsyngen.training.run import FolderLock
 
     console, part = Console(quiet, as_json), out.with_name(out.name + ".part")
     settings = prior.PriorSettings(1 if channels == "grey" else 3, seed, steps)
@@ -46,15 +46,21 @@ def train_prior(
     def tell(step: int, loss: float) -> None:
         console.track("prior", step, steps, "steps", f"loss {loss:.3f}", start=step - 1)
 
-    try:
-        made = prior.train_prior(settings, part, tell)
-    except KeyboardInterrupt as stop:
-        console.track_ends(stop)
-        text = f"interrupted; the same command goes on from {part}" if part.exists() else "interrupted at its start"
-        raise KeyboardInterrupt(text) from None
-    console.track_ends()
-    made.save(out)
-    part.unlink(missing_ok=True)
+    lock = FolderLock(part.with_name(part.name + ".lock"), out)
+    with lock.held():
+        try:
+            require(not out.exists(), "--out", out, "a file that does not exist yet: nothing is written over")
+            made = prior.train_prior(settings, part, tell)
+            console.track_ends()
+            made.save(out)
+            part.unlink(missing_ok=True)
+        except KeyboardInterrupt as stop:
+            console.track_ends(stop)
+            text = f"interrupted; the same command goes on from {part}" if part.exists() else "interrupted at its start"
+            raise KeyboardInterrupt(text) from None
+        finally:
+            if not part.exists():
+                lock.path.unlink(missing_ok=True)
     told = made.about["error_over_wiener"]
     lines = [f"squared error over the Wiener filter's, at log σ = {' '.join(f'{v:g}' for v in told['log_sigma'])}:"]
     lines += [

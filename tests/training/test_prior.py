@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from dpsyngen.release.verify import verify
 from dpsyngen.report.html import write_report
 from dpsyngen.training import prior as prior_module
 from dpsyngen.training.prior import LEVELS, PriorSettings, Task, error_ratios, family_task, make_task, train_prior
-from dpsyngen.training.run import Run
+from dpsyngen.training.run import FolderLock, Run
 
 INSTANT = {"stages": {"variant": "instant", "tau_coarse": 1.0}, "network": {"prior": SHIPPED}}
 
@@ -296,6 +297,10 @@ def test_the_command_makes_a_file_that_training_takes(tmp_path, call, monkeypatc
             error_over_wiener={"log_sigma": [0.0], "x": [1.0]},
         ),
     )
+    with FolderLock(tmp_path / "p.safetensors.part.lock", out).held():
+        code, _, err = call("prior", "train", "--out", out)
+    assert code != 0
+    assert f"another process is working on {out}" in err
     code, said, _ = call("prior", "train", "--out", out, "--steps", 3, "--seed", 5)
     assert code == 0
     assert str(out) in said
@@ -303,6 +308,7 @@ def test_the_command_makes_a_file_that_training_takes(tmp_path, call, monkeypatc
     code, _, err = call("prior", "train", "--out", out)
     assert code == 2
     assert "written over" in err
+    assert os.listdir(tmp_path) == [out.name]
     code, _, err = call("prior", "train", "--out", tmp_path / "none" / "p")
     assert code == 2
     assert "in a folder that exists" in err
