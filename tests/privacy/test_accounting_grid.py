@@ -156,6 +156,17 @@ def test_a_composition_that_grows_too_long_gets_a_coarser_grid(monkeypatch, afre
     assert "times coarser" in coarse.by
 
 
+def test_the_smallest_of_all_bounds_counts(monkeypatch, afresh) -> None:
+    sampled, whole = Mechanism(0.01, 1.0, 100), Mechanism(1.0, 1e-3)
+    quick, other = (accounting._quick_bound((m,), 1e-5, 1, "") for m in (sampled, whole))
+    assert quick.epsilon == epsilon([sampled], 1e-5, "rdp") < 2
+    assert other.epsilon == pytest.approx(1e6 / 2 + 1e3 * 4.26489, rel=1e-6)  # μ²/2 + μ·z of μ = 1000 and δ
+    assert other.epsilon < epsilon([whole], 1e-5, "rdp")
+    monkeypatch.setattr(accounting, "_MOST_POINTS", 300)  # so coarse a grid loses more than it gains
+    afresh()
+    assert epsilon_bound([sampled], 1e-5).epsilon == quick.epsilon
+
+
 @pytest.mark.parametrize("points", [1 << 22, 200])
 def test_the_closed_form_is_below_every_way_of_computing(monkeypatch, afresh, points) -> None:
     monkeypatch.setattr(accounting, "_MOST_POINTS", points)
