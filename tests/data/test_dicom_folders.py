@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from dpsyngen.config import load_config
-from dpsyngen.data import load_images
+from dpsyngen.data import folder, load_images
 from dpsyngen.data.load import load_private
 from dpsyngen.errors import ConfigError, DataError
 from tests.data.test_dicom import FILES, PLANTED, content_of, made
@@ -150,7 +150,9 @@ def test_frames_are_images_of_one_person(tmp_path: Path) -> None:
     assert load_images(tmp_path, frames="first", skip_bad=True).array()[:, 0, 0, 0].tolist() == [10, 10, 100, 250]
 
 
-def test_a_file_may_have_any_number_of_frames_where_images_of_each_person_are_chosen(tmp_path: Path) -> None:
+def test_a_file_may_have_any_number_of_frames_where_images_of_each_person_are_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x").write_bytes(made(np.arange(1001 * 64, dtype=np.uint16).astype(np.uint8).reshape(1001, 8, 8)))
     (tmp_path / "patients.csv").write_text("file_name,person\nx,1\n")
     table = tmp_path / "patients.csv"
@@ -160,6 +162,9 @@ def test_a_file_may_have_any_number_of_frames_where_images_of_each_person_are_ch
     assert len(load_private(tmp_path, wanted, groups=table)) == 1001
     with pytest.raises(DataError, match="1,001 frames, which are of one person, but the group size is 1,000; give"):
         load_images(tmp_path, frames="all", groups=table)
+    monkeypatch.setattr(folder, "_MOST_FRAMES", 1000)
+    with pytest.raises(DataError, match="1,001 frames; at most 1,000 are read"):
+        load_private(tmp_path, wanted, groups=table)
 
 
 def test_class_folders_may_be_nested_for_dicom(tmp_path: Path) -> None:

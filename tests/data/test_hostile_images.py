@@ -18,8 +18,9 @@ from PIL import Image
 from dpsyngen import files
 from dpsyngen.data import arrays, decode, dicom, folder, labels, load_images, tables, webdataset
 from dpsyngen.data.decode import BadImage, read_header, read_image
-from dpsyngen.errors import DataError
+from dpsyngen.errors import DataError, ReleaseError
 from dpsyngen.generator import files as released
+from dpsyngen.generator import guarantee
 from dpsyngen.release import bundle
 from tests.fuzz import seeds
 from tests.fuzz.mutations import png_chunks, png_file
@@ -65,9 +66,15 @@ LIMITS = {
     "long name or pax header in a tar; a label file in it": (webdataset._MAX_HEADER_BYTES, webdataset._MAX_LABEL_BYTES),
     "texts and lists in the footer of a Parquet file": (tables._MAX_THRIFT_BYTES, tables._MAX_THRIFT_ITEMS),
     "shards of a source": (folder._MOST_FILES,),
+    "table of labels or persons; `class_names.json`": (labels._MAX_BYTES, arrays._MAX_NAMES_BYTES),
+    "frames of a DICOM file": (folder._MOST_FRAMES,),
     "classes, and the name of one": (labels.MAX_CLASSES, labels.MAX_NAME_BYTES),
     "settings": (files.MAX_BYTES, files.MAX_DEPTH, files.MAX_VALUES, files.MAX_DIGITS),
-    "generator.json; header of a weights file": (released.MAX_JSON_BYTES, released.MAX_HEADER_BYTES),
+    "generator.json; header of a weights file; certificate": (
+        *(released.MAX_JSON_BYTES, released.MAX_HEADER_BYTES),
+        guarantee._MAX_BYTES,
+    ),
+    "a released generator": (released.MAX_RESOLUTION, released.MAX_STAGES, released.MAX_RANK),
     "a bundle": (bundle.MOST_MEMBERS, bundle.MOST_BYTES, bundle.LONGEST_NAME, bundle.SMALL),
 }
 
@@ -82,6 +89,17 @@ def test_limits_are_what_the_documentation_says() -> None:
     assert stated == LIMITS
     assert decode.BUDGET.total == dicom.MAX_PIXELS == decode.MAX_PIXELS
     assert dicom.MAX_FILE_BYTES == webdataset.MAX_FILE_BYTES == tables.MAX_FILE_BYTES == decode.MAX_FILE_BYTES
+
+
+def test_tables_and_certificates_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (labels, guarantee):
+        monkeypatch.setattr(module, "_MAX_BYTES", 20)
+    (tmp_path / "labels.csv").write_text("file_name,label\na.png,1\n")
+    with pytest.raises(DataError, match="over the limit of 20"):
+        labels.read_label_table(tmp_path / "labels.csv", None, needed=True)
+    (tmp_path / "privacy.json").write_text("{" + " " * 20)
+    with pytest.raises(ReleaseError, match="over the limit of 20"):
+        guarantee.Guarantee.read(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
