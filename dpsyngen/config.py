@@ -396,7 +396,9 @@ def load_config(
     ConfigError for an unknown preset or key, or a value that is not allowed; all problems at once.
     """
     given = {} if file is None else _sections(read_yaml_file(file, "the configuration"), str(file))
-    name = preset or (overrides or {}).get("preset") or given.get("preset") or default_preset(device)
+    named_by = (preset, (overrides or {}).get("preset"), given.get("preset"))
+    name = next((name for name in named_by if name is not None), None)
+    name = default_preset(device) if name is None else name
     require(name in preset_names(), "preset", name, preset_names())
     text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     named, given = _sections(read_yaml(text, f"preset {name}"), name), merge_settings(given, overrides or {})
@@ -421,6 +423,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     for problem in problems[:_MOST_PROBLEMS]:
         place = printable(".".join(str(p) for p in problem["loc"]), 200)
         message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+        if problem["type"] == "model_type":  # pydantic names a class of ours
+            message = "input should be a mapping of settings to their values"
         if problem["type"] == "extra_forbidden":
             lines.append(f"{place}: there is no such setting{_did_you_mean(problem['loc'], model)}")
         elif place and not message.startswith(f"{place} "):

@@ -15,14 +15,14 @@ import typer
 from dpsyngen.cli import options as cli_options
 from dpsyngen.cli.checks import audit, doctor, evaluate, memorisation
 from dpsyngen.cli.compare import compare
-from dpsyngen.cli.options import AsJson, Quiet, RunArgument, epsilon_of
+from dpsyngen.cli.options import AsJson, Quiet, RunArgument
 from dpsyngen.cli.programs import app as programs_app
 from dpsyngen.cli.release import budget_app, export, key, ledger, release, sample, verify
 from dpsyngen.cli.stages import stages
 from dpsyngen.cli.train import prior_app, train
 from dpsyngen.console import Console, speak_any_language
 from dpsyngen.errors import DpsyngenError, require, shown
-from dpsyngen.files import expanded
+from dpsyngen.files import expanded, require_possible
 from dpsyngen.version import __version__
 
 app = typer.Typer(
@@ -78,7 +78,7 @@ def report(run: RunArgument, quiet: Quiet = False, as_json: AsJson = False) -> N
 @app.command()
 def plan(
     records: Annotated[int, typer.Option(help="number of private images")],
-    epsilon: Annotated[str | None, typer.Option(help="ε to spend")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="ε to spend")] = None,
     noise: Annotated[float | None, typer.Option(help="noise multiplier, instead of --epsilon")] = None,
     batch: Annotated[int, typer.Option(help="expected batch")] = 512,
     steps: Annotated[int, typer.Option(help="DP-SGD steps")] = 300,
@@ -91,7 +91,7 @@ def plan(
     from dpsyngen.privacy.budget import neighbouring_plans, plan_lines
 
     options: dict[str, Any] = {"noise_multiplier": noise, "delta": delta, "group_size": group_size}
-    delta, rows = neighbouring_plans(records, batch, steps, epsilon=epsilon_of(epsilon), **options)
+    delta, rows = neighbouring_plans(records, batch, steps, epsilon=epsilon, **options)
     Console(quiet, as_json).result(
         {"records": records, "group_size": group_size, "delta": delta, "plans": [asdict(r) for r in rows]},
         plan_lines(records, group_size, delta, rows),
@@ -119,6 +119,7 @@ def studio(
         require(allow_remote or value is None, option, value, "left out without --allow-remote")
     usable = expanded(runs).is_dir() or not expanded(runs).exists()
     require(usable, "--runs", runs, "a folder, or one that is to be made")
+    require_possible(expanded(runs), "--runs")
     from dpsyngen.studio.serve import Address, serve
 
     address = Address(host, port, allow_remote, tls_cert, tls_key)

@@ -13,6 +13,7 @@ from dpsyngen.cli.options import AsJson, Device, Quiet
 from dpsyngen.console import Console
 from dpsyngen.distributed import END, Ranks, joined, numbers
 from dpsyngen.errors import ConfigError, DataError, require
+from dpsyngen.files import require_absent_or_empty
 
 if TYPE_CHECKING:
     from dpsyngen.experiments.experiment import Experiment, Status
@@ -101,6 +102,8 @@ def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experimen
 
     if tables:
         return Experiment(out)
+    if not any((out / name).exists() for name in ("work", "experiment.json")):
+        require_absent_or_empty(out, "--out")
     from dpsyngen.experiments.cost import privacy_cost, require_budget
     from dpsyngen.experiments.runner import Images
     from dpsyngen.experiments.spec import jobs_of

@@ -63,6 +63,19 @@ def assignments(given: list[str], example: str = "section.name=value, such as pr
     return out
 
 
+def with_assignments(options: dict[str, Any], given: list[str]) -> dict[str, Any]:
+    """Settings that `options` say together with those `given` as ``--set``; ConfigError if both say the same one."""
+    from dpsyngen.config import merge_settings
+
+    assigned = assignments(given)
+    for section, chosen in options.items():
+        again = assigned.get(section)
+        for name in chosen.keys() & (again if isinstance(again, dict) else {}).keys():
+            both = f"--set {section}.{name} is {shown(again[name])}, but an option says {shown(chosen[name])} already"
+            raise ConfigError(f"{both}: leave one of them out.")
+    return merge_settings(options, assigned)
+
+
 SHARED = ("train", "sample", "programs save", "evaluate", "compare")
 """Commands whose work several processes share.  All others would do the same thing several times over."""
 

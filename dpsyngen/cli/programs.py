@@ -41,7 +41,8 @@ def _make(name: str, resolution: int, channels: str, seed: int, settings: list[s
     params = assignments(settings or [], "name=value, such as shape=disc")
     taken = sorted(params.keys() & {"name", "resolution", "channels", "seed"})
     if taken:
-        raise ConfigError(f"--set {taken[0]}=… is not a parameter of the program: use --{taken[0]}.")
+        how = "give it as NAME" if taken[0] == "name" else f"use --{taken[0]}"
+        raise ConfigError(f"--set {taken[0]}=… is not a parameter of the program: {how}.")
     return make_program(name, resolution=resolution, channels=1 if channels == "grey" else 3, seed=seed, **params)
 
 
@@ -91,10 +92,10 @@ def show(
             [f"{count} images of {name} in {out}", f"tier {program.prior_tier}: {TIERS[program.prior_tier]}"],
         )
         return
-    if settings:
-        _make(name, resolution, channels, seed, settings)  # to say what is wrong with them
     tier, text, own = usual_tier(cls), inspect.getdoc(cls) or "", parameters(cls)
     needed = [key for key, default in own.items() if default is REQUIRED]
+    if settings or not needed:
+        _make(name, resolution, channels, seed, settings)  # to say what is wrong with them
     defaults = {key: default for key, default in own.items() if default is not REQUIRED}
     shown = {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
     shown |= dict.fromkeys(needed, "(to be given)")

@@ -225,6 +225,7 @@ def release(
     from dpsyngen.report.html import write_report
     from dpsyngen.training.run import Run
 
+    require(seed is None or samples, "--seed", seed, "left out without --samples: it is theirs")
     console, opened = Console(quiet, as_json), Run(run)
     opened.require_complete()
     with opened.lock():
@@ -262,6 +263,7 @@ def verify(
     """Check a bundle with no private image at hand: checksums, signature, ε, generator."""
     from dpsyngen.release.verify import verify as check_bundle
 
+    require(bundle.is_file(), "the bundle", bundle, "a file, made by `dpsyngen release RUN BUNDLE.zip`")
     verdict = check_bundle(bundle, public_key, all_samples)
     marks = {True: "ok", False: "FAILED", None: "-"}
     lines = [*(f"{marks[c.passed]:<7} {c.name:<13} {c.text}" for c in verdict.checks), ""]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of
+from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of, with_assignments
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import read_yaml_file
@@ -75,13 +75,15 @@ def stages(
 
     require_usable(out)
     choose(device)
-    given = with_options(
+    chosen = with_options(
         data__resolution=resolution, data__channels=channels, network__size=network, public__steps=steps
     )
-    given = merge_settings(given, assignments(settings or []))
+    given = merge_settings(chosen, assignments(settings or []))
     # What this call spends is not what a training will spend, so it is not kept.
     once = with_options(None, data__records=records, **{f"privacy__{name}": v for name, v in privacy.items()})
-    loaded = load_config(merge_settings(given, once), preset=preset, file=config, device=device)
+    loaded = load_config(
+        with_assignments(merge_settings(chosen, once), settings or []), preset=preset, file=config, device=device
+    )
     kept = {} if config is None else dict(read_yaml_file(config, "the configuration"))
     kept = merge_settings(kept, {"preset": loaded.preset, **{k: v for k, v in given.items() if k == "data"}})
     options = StagesOptions(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of
+from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, epsilon_of, with_assignments
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError, require
 
@@ -137,7 +137,7 @@ def train(
     require(not instant or variant in (None, "instant"), "--variant", variant, "left out, or instant, with --instant")
     for option, value in (("--labels", labels), ("--label-column", label_column)):
         require(value is None or not unconditional, option, value, "left out with --unconditional: it reads no labels")
-    from dpsyngen.config import load_config, merge_settings, with_options
+    from dpsyngen.config import load_config, with_options
     from dpsyngen.fit import Interrupted, prepare, prepare_resume, train_together
     from dpsyngen.training.log import Display
 
@@ -192,7 +192,7 @@ def train(
             return prepare_resume(out, data, tensorboard=tensorboard, groups=groups, labels=labels, **where)
         if data is None and config is None:
             raise ConfigError("--data is missing: a folder, Parquet, WebDataset, .npz, .npy, IDX, or a named set.")
-        given = merge_settings(options, assignments(settings or []))
+        given = with_assignments(options, settings or [])
         loaded = load_config(given, preset=preset, file=config, device=where["device"])
         if "epsilon" not in loaded.privacy.model_fields_set:  # neither an option nor the file says it
             raise ConfigError(

@@ -402,7 +402,7 @@ class Cache:
             )
         why = getattr(error, "strerror", None) or error
         return DataError(
-            f"the decoded images are too many for memory and go to a file, but the folder {printable(self.folder)} "
-            f"cannot be used ({printable(why)}). Give one that you can write to, on a disk with locks: --set "
-            "data.cache=PATH (from Python: cache=PATH)."
+            f"the decoded images go to a file, but the folder {printable(self.folder)} cannot be used "
+            f"({printable(why)}). Give one that you can write to, on a disk with locks: --set data.cache=PATH (from "
+            "Python: cache=PATH)."
         )

@@ -182,9 +182,8 @@ def _read(source: Any, options: Options) -> ImageDataset:
 
 def _require_no_table(options: Options, where: str, *, columns: bool = False) -> None:
     """Raise ConfigError where labels were asked for from a table, or from a column if there are no `columns`."""
-    require(
-        options.label_file is None, "labels", options.label_file, "true or false here: a table is for image folders"
-    )
+    allowed = "left out here: a table is for image folders"
+    require(options.label_file is None, "labels", options.label_file, allowed)
     asked = options.label_column
     allowed = f"left out: {printable(where)} has no columns, and its labels are its own"
     require(asked is None or columns, "label_column", asked, allowed)

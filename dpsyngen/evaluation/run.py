@@ -99,6 +99,7 @@ def evaluate(
     tell = on_progress or (lambda line: None)
     config = run.config
     generator = sampling_ranks.open_everywhere(ranks, run.release, device)
+    generator.settings(seed=s.seed, **(sampling or {}))  # what is wrong with them is said before images are read
     notes: list[str] = []
     own: ImageDataset | None
     if data is None:
@@ -273,7 +274,7 @@ def _images(
     table of them.
     """
     source = config.data.source if given is None else given
-    if isinstance(source, str) and not source:
+    if given is None and not source:
         raise ConfigError("the run was trained on arrays in memory: give the images as data.")
     own: bool | str = config.data.labels if given is None else True if labels is None else os.fspath(labels)
     asked: dict[str, Any] = {"labels": own if generator.class_names else False}

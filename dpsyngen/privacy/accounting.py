@@ -370,7 +370,7 @@ def calibrate_noise(
     require(target_epsilon > 0, "target_epsilon", target_epsilon, "positive")
     if target_epsilon < SMALLEST_EPSILON:
         raise ValueError(
-            f"target_epsilon is {target_epsilon:.3g}, below {SMALLEST_EPSILON}: so little lets nothing be learned, and "
+            f"ε = {target_epsilon:.3g} is below {SMALLEST_EPSILON}: so little lets nothing be learned, and "
             "the loss distribution is too fine to be computed."
         )
     spent = merge(spent)

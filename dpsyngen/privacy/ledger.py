@@ -201,7 +201,7 @@ def _read_head(path: Path, what: str) -> Head:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise LedgerError(
             f"{file}, which says how the {what} ends, is missing or damaged, so lines may have been cut off and no ε "
-            "can be stated.  Put it back from a backup."
+            f"can be stated.  Put it back from a backup, unless {path.name} is no {what} at all."
         ) from None
     return head
 

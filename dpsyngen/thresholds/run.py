@@ -22,7 +22,14 @@ from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.diffusion.stages import USE_MOMENTS
 from dpsyngen.diffusion.unet import check_resolution, named_size
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, require
-from dpsyngen.files import is_temporary, read_yaml_file, remove_temporaries, require_absent_or_empty, write_json
+from dpsyngen.files import (
+    is_temporary,
+    read_yaml_file,
+    remove_temporaries,
+    require_absent_or_empty,
+    require_possible,
+    write_json,
+)
 from dpsyngen.full_precision import ordinary_modes
 from dpsyngen.programs import make_program
 from dpsyngen.thresholds.denoisers import MOST_PIXELS, Family, PublicDenoisers, split_proxy
@@ -58,6 +65,8 @@ class StagesOptions:
             require(low <= value <= high, f"--{name}", value, f"from {low:g} to {high:g}")
         usable = self.networks is None or self.networks.is_dir() or not self.networks.exists()
         require(usable, "--networks", self.networks, "a folder, or one that is to be made")
+        if self.networks is not None:
+            require_possible(self.networks, "--networks")
         require(self.method in METHODS, "--method", self.method, METHODS)
 
 

@@ -218,9 +218,9 @@ def _plan_moments(config: Config, stages: StageMap, shape: Shape, delta: float) 
         if any(m.noise_multiplier > LARGEST_MULTIPLIER for m in plan.mechanisms()):
             raise ValueError(f"a noise multiplier would exceed {LARGEST_MULTIPLIER:,}.")
     except ValueError as error:
+        more = "." if stages.gaussian else ", or a larger moments.share."
         raise ConfigError(
-            f"no noise level makes the moments cost ε = {epsilon:g} at δ = {delta:.3g} ({error})  Use a larger ε, or a "
-            "larger moments.share."
+            f"no noise level makes the moments cost ε = {epsilon:g} at δ = {delta:.3g} ({error})  Use a larger ε{more}"
         ) from None
     return plan
 

@@ -75,7 +75,7 @@ class PriorSettings:
     Attributes:
         channels: 1 or 3.
         seed: of families, moments, batches and initial weights; public.
-        steps: of Adam, >= 1.
+        steps: of Adam, 1 to 10⁸.
         learning_rate: at its highest; it rises over 100 steps and falls as a cosine.
         ema: of the weights, < 1.
     """
@@ -88,7 +88,7 @@ class PriorSettings:
 
     def __post_init__(self) -> None:
         require(self.channels in SIZES, "channels", self.channels, "1 (grey) or 3 (colour)")
-        require(self.steps >= 1, "steps", self.steps, "at least 1")
+        require(1 <= self.steps <= 10**8, "steps", self.steps, "from 1 to 100,000,000")
         require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2⁶³ − 1")
 
 
