@@ -51,6 +51,8 @@ def compare(
                 device = device_of(device, ranks)
                 choose(device)
                 chosen, out = _spec(spec, out, data, test)
+                if out is not None and not tables and not (out / "experiment.json").exists():
+                    require_absent_or_empty(out, "--out")
                 if dry_run:
                     _dry_run(console, chosen, out, device, processes)
                     return
@@ -102,8 +104,6 @@ def _prepare(console: Console, spec: Spec, out: Path, tables: bool) -> Experimen
 
     if tables:
         return Experiment(out)
-    if not any((out / name).exists() for name in ("work", "experiment.json")):
-        require_absent_or_empty(out, "--out")
     from dpsyngen.experiments.cost import privacy_cost, require_budget
     from dpsyngen.experiments.runner import Images
     from dpsyngen.experiments.spec import jobs_of

@@ -92,8 +92,8 @@ def serve(runs: Path, folders: Sequence[Path], address: Address, console: Consol
     from dpsyngen.studio.look import Studio
 
     places = Places(runs.resolve(), tuple(folder.resolve() for folder in folders))
-    places.runs.mkdir(parents=True, exist_ok=True)
     listening = address.bind()
+    places.runs.mkdir(parents=True, exist_ok=True)
     studio = Studio(places)
     for pages in (overview, wizard, run_page):
         pages.register(studio)

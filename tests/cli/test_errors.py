@@ -182,6 +182,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
     ("compare", "digits"): [
         ("--out {two} --data {new}/gone", "two.npz exists already"),
         ("--out {two}/x --data {new}/gone", "two.npz is not a folder"),
+        ("--out {two} --dry-run", "two.npz exists already"),
     ],
     ("export", "{run}"): [("--out {two}/e", "two.npz is not a folder")],
     ("programs", "save", "strokes", "-n", "2"): [("--out {two}/p", "two.npz is not a folder")],

@@ -150,11 +150,14 @@ def test_the_port_that_browsers_leave_out_may_be_missing() -> None:
     assert there.names(80) == ("board.example:80",)
 
 
-def test_it_listens_on_this_machine_alone() -> None:
+def test_it_listens_on_this_machine_alone(call, tmp_path: Path) -> None:
     with Address().bind() as listening:
         assert listening.getsockname()[0] == "127.0.0.1"
         with pytest.raises(ConfigError, match="cannot listen"):
             Address(port=listening.getsockname()[1]).bind()
+        runs = ("--runs", tmp_path / "runs")
+        code, _, err = call("studio", "--no-browser", "--port", listening.getsockname()[1], *runs)
+    assert (code, "cannot listen" in err, list(tmp_path.iterdir())) == (2, True, [])
 
 
 def test_a_folder_that_is_missing_is_told(call, tmp_path: Path) -> None:
