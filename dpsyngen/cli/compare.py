@@ -146,6 +146,7 @@ def _work(console: Console, experiment: Experiment, processes: int, device: str,
     from dpsyngen.experiments import pool
 
     statuses, again = experiment.statuses(), time.time() if retry else 0.0
+    latest: Job | None = None
     with console.progress("jobs", len(statuses), "jobs", start=_over(statuses)) as progress:
 
         def watch(statuses: dict[str, Status]) -> None:
@@ -153,9 +154,9 @@ def _work(console: Console, experiment: Experiment, processes: int, device: str,
             progress.update(_over(statuses), "; ".join(_doing(n, s.doing, s.done, s.total) for n, s in running))
 
         def tell(job: Job, doing: str, at: int, of: int) -> None:
-            nonlocal statuses
-            if doing.startswith("training") and at == 1:
-                statuses = experiment.statuses()
+            nonlocal statuses, latest
+            if job != latest:  # so the one before is over
+                statuses, latest = experiment.statuses(), job
             progress.update(_over(statuses), _doing(job.name, doing, at, of))
 
         if processes > 1:

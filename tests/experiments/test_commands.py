@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dpsyngen.console import Progress
 from dpsyngen.errors import BudgetExceeded, DataError
 from dpsyngen.experiments import pool
 from dpsyngen.experiments.cost import privacy_cost
@@ -104,13 +105,15 @@ def test_there_is_no_one_ceiling_where_variants_have_programs_of_their_own(tiny_
 # ------------------------------------------------------------------------------------- the command line
 
 
-def test_the_command_runs_all_and_says_where_the_figures_are(tiny_spec, tmp_path, call) -> None:
+def test_the_command_runs_all_and_says_where_the_figures_are(tiny_spec, tmp_path, call, monkeypatch) -> None:
+    monkeypatch.setattr(Progress, "every", 0.0)
     measured = {"features": ["pixels-pca"], "metrics": ["frechet"], "classifiers": ["logreg"], "bootstrap": 0}
     grid = {"variant": ["dpdm", "cleaning"], "epsilon": [3], "seeds": 2}
     sampling = {"images": 60, "steps": 2}
     spec = tiny_spec(evaluation=measured, grid=grid, sampling=sampling, references=["real", "programs"])
     code, out, err = call("compare", spec, "--out", tmp_path / "x")
     assert code == 0, out + err
+    assert "5/6 jobs" in err  # also before one that trains nothing
     assert "PRIVATE" in out
     assert (tmp_path / "x" / "report.html").exists()
     assert (tmp_path / "x" / "results.csv").exists()
