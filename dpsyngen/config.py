@@ -396,7 +396,9 @@ def load_config(
     ConfigError for an unknown preset or key, or a value that is not allowed; all problems at once.
     """
     given = {} if file is None else _sections(read_yaml_file(file, "the configuration"), str(file))
-    named_by = (preset, (overrides or {}).get("preset"), given.get("preset"))
+    asked = (overrides or {}).get("preset")
+    require(preset is None or asked in (None, preset), "the preset", asked, f"{preset}, as named beside it, or left out")
+    named_by = (preset, asked, given.get("preset"))
     name = next((name for name in named_by if name is not None), None)
     name = default_preset(device) if name is None else name
     require(name in preset_names(), "preset", name, preset_names())
@@ -421,7 +423,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     lines = []
     problems = error.errors()
     for problem in problems[:_MOST_PROBLEMS]:
-        place = printable(".".join(str(p) for p in problem["loc"]), 200)
+        # Of a setting of several types pydantic names each as a part of its place.
+        place = printable(".".join(str(p) for p in problem["loc"] if p not in ("bool", "str")), 200)
         message = problem["msg"].removeprefix("Value error, ").rstrip(".")
         if problem["type"] == "model_type":  # pydantic names a class of ours
             message = "input should be a mapping of settings to their values"
