@@ -397,7 +397,7 @@ def load_config(
     """
     given = {} if file is None else _sections(read_yaml_file(file, "the configuration"), str(file))
     asked = (overrides or {}).get("preset")
-    require(preset is None or asked in (None, preset), "the preset", asked, f"{preset}, as named beside it, or left out")
+    require(preset is None or asked in (None, preset), "the preset", asked, f"{preset}, as beside it, or left out")
     named_by = (preset, asked, given.get("preset"))
     name = next((name for name in named_by if name is not None), None)
     name = default_preset(device) if name is None else name

@@ -70,9 +70,10 @@ def with_assignments(options: dict[str, Any], given: list[str]) -> dict[str, Any
     assigned = assignments(given)
     for section, chosen in options.items():
         again = assigned.get(section)
-        for name in chosen.keys() & (again if isinstance(again, dict) else {}).keys():
-            both = f"--set {section}.{name} is {shown(again[name])}, but an option says {shown(chosen[name])} already"
-            raise ConfigError(f"{both}: leave one of them out.")
+        for name, value in again.items() if isinstance(again, dict) else ():
+            if name in chosen:
+                both = f"--set {section}.{name} is {shown(value)}, but an option says {shown(chosen[name])} already"
+                raise ConfigError(f"{both}: leave one of them out.")
     return merge_settings(options, assigned)
 
 

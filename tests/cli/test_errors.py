@@ -35,7 +35,7 @@ REFUSED: dict[tuple[str, ...], list[tuple[str, str]]] = {
         ("--epsilon 1 --network gigantic", "nano, tiny, small"),
         ("--epsilon 1 --preset fast", "preset is 'fast'"),
         ("--epsilon 1 --preset=", "preset is ''"),
-        ("--epsilon 1 --preset cpu --set preset=demo", "must be cpu, as named beside it"),
+        ("--epsilon 1 --preset cpu --set preset=demo", "must be cpu, as beside it"),
         ("--epsilon 1 --set data.labels=3", "data.labels is 3"),
         ("--epsilon 1 --config missing.yaml", "cannot be read"),
         ("--epsilon 1 --program leaves", "dead-leaves"),
