@@ -130,7 +130,7 @@ class Gathered:
             if not isinstance(module, FSDPModule) or id(module) in inner:
                 continue
             inner |= {id(m) for m in module.modules() if m is not module}
-            # In PyTorch 2.6 to 2.12 it is enough to give back what is whole.
+            # In PyTorch up to 2.12 it is enough to give back what is whole.
             getattr(module, "reset_iter_state", module.reshard)()
 
 
@@ -168,11 +168,8 @@ def sharded_parameters(
     module: nn.Module, names: list[str], parameters: list[Tensor]
 ) -> tuple[list[DTensor], DeviceMesh]:
     """The parameters as shards, and the mesh that they are sharded over; ConfigError for other ways to split."""
-    try:
-        from torch.distributed.fsdp import FSDPModule
-        from torch.distributed.tensor import DTensor
-    except ImportError:
-        raise ConfigError(f"sharded models need PyTorch 2.6 or later, but this is {torch.__version__}.") from None
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
     if not any(isinstance(m, FSDPModule) for m in module.modules()):
         raise ConfigError(
