@@ -423,8 +423,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     lines = []
     problems = error.errors()
     for problem in problems[:_MOST_PROBLEMS]:
-        # Of a setting of several types pydantic names each as a part of its place.
-        place = printable(".".join(str(p) for p in problem["loc"] if p not in ("bool", "str")), 200)
+        parts = [str(p) for p in problem["loc"]]
+        if problem["type"] in ("bool_parsing", "bool_type", "string_type") and parts[-1] in ("bool", "str"):
+            parts.pop()  # pydantic's name of one of several types
+        place = printable(".".join(parts), 200)
         message = problem["msg"].removeprefix("Value error, ").rstrip(".")
         if problem["type"] == "model_type":  # pydantic names a class of ours
             message = "input should be a mapping of settings to their values"

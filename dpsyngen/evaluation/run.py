@@ -99,7 +99,7 @@ def evaluate(
     tell = on_progress or (lambda line: None)
     config = run.config
     generator = sampling_ranks.open_everywhere(ranks, run.release, device)
-    generator.settings(seed=s.seed, **(sampling or {}))  # what is wrong with them is said before images are read
+    generator.settings(**{"seed": s.seed, **(sampling or {})})  # what is wrong is said before images are read
     notes: list[str] = []
     own: ImageDataset | None
     if data is None:

@@ -322,7 +322,10 @@ def jobs_of(spec: Spec) -> tuple[Job, ...]:
             job = _run(spec, variant, epsilon, seed, case.label, case.settings | axes)
             same = out.setdefault(job.name, job)
             if same.config != job.config:
-                raise ConfigError(f"two runs of the grid would be called {job.name}: give the cases other labels.")
+                raise ConfigError(
+                    f"two runs of the grid would be called {job.name}: give the cases other labels, or values of an "
+                    "axis that begin or end alike as cases with labels of their own."
+                )
         if spec.evaluation.classifiers:
             if "real" in spec.references:
                 out.setdefault(f"real-seed{seed}", Job(f"real-seed{seed}", "real", "", math.inf, seed))

@@ -1,10 +1,9 @@
 """Training of the prior: one network for thousands of families of programs, each with DP moments of its own.
 
 A task is a data set of one to six families (:class:`dpsyngen.programs.tasks.Family`), which stand for its classes.
-Its moments are estimated by the code that a private run uses, with noise as anything from about ε = 0.3 on 2,000 images
-to ε = 10 on 600,000 would bring (docs/prior.md has what lies outside).  F is trained on fresh images of the same
-families, which the moments have not seen.  No private data can reach the result: it follows from a seed and nothing
-else.
+Its moments are estimated by the code that a private run uses, with noise as anything from ε = 0.1 on 2,000 images to
+ε = 10 on 2 million would bring.  F is trained on fresh images of the same families, which the moments have not seen.
+No private data can reach the result: it follows from a seed and nothing else.
 """
 
 from __future__ import annotations
@@ -299,6 +298,6 @@ def _restore(path: Path, settings: PriorSettings, network: UNet, optimizer: _Opt
     except Exception as error:  # PyTorch has many for a damaged file
         raise ConfigError(f"{path} is damaged ({type(error).__name__}): remove it to begin anew.") from None
     raise ConfigError(
-        f"{path} holds a training with {known}, but {asdict(settings)} were asked for.  Give those settings to go on "
-        "with it, or remove it to begin anew."
+        f"{path} holds a training with {known}, but {asdict(settings)} were asked for.  Remove it to begin anew, or go "
+        "on with the settings, and the version of dpsyngen, that began it."
     )

@@ -216,7 +216,7 @@ def test_wrong_promises(page: Any, served: Served, home: Path) -> None:
     page.get_by_text("For experts").click()
     for label, value, told in (
         ("ε", "", "ε is None, but must be a number above 0"),
-        ("ε", "0.0000001", "epsilon"),
+        ("ε", "0.0000001", "ε = 1e-07 is below"),
         ("δ", "little", "must be a number such as 1e-5"),
         ("δ", "0.5", "must be below 1/records"),
         ("Images of one person", "1.5", "must be a whole number"),
