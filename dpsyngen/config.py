@@ -398,9 +398,8 @@ def load_config(
     given = {} if file is None else _sections(read_yaml_file(file, "the configuration"), str(file))
     asked = (overrides or {}).get("preset")
     require(preset is None or asked in (None, preset), "the preset", asked, f"{preset}, as beside it, or left out")
-    named_by = (preset, asked, given.get("preset"))
-    name = next((name for name in named_by if name is not None), None)
-    name = default_preset(device) if name is None else name
+    names = [name for name in (preset, asked, given.get("preset")) if name is not None]
+    name = names[0] if names else default_preset(device)
     require(name in preset_names(), "preset", name, preset_names())
     text = (resources.files("dpsyngen") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     named, given = _sections(read_yaml(text, f"preset {name}"), name), merge_settings(given, overrides or {})

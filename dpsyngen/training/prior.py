@@ -298,6 +298,6 @@ def _restore(path: Path, settings: PriorSettings, network: UNet, optimizer: _Opt
     except Exception as error:  # PyTorch has many for a damaged file
         raise ConfigError(f"{path} is damaged ({type(error).__name__}): remove it to begin anew.") from None
     raise ConfigError(
-        f"{path} holds a training with {known}, but {asdict(settings)} were asked for.  Remove it to begin anew, or go "
+        f"{path} holds a training with {known}, but {asdict(settings)} were asked for: remove it to begin anew, or go "
         "on with the settings, and the version of dpsyngen, that began it."
     )
