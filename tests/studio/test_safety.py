@@ -12,18 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from PIL import Image
 
 from dpsyngen.config import Config, load_config
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.studio.guard import Places
 from dpsyngen.studio.serve import Address, show_link
 from dpsyngen.training.progress import Jobs
-from tests.studio.served import MISSING, Served
+from tests.studio.served import LARGEST, MISSING, ROOT, Served
 
 
 @pytest.fixture
@@ -254,3 +256,12 @@ def test_a_page_tells_a_defect_and_does_not_wait_for_ever() -> None:
     assert not notice._going.default_slot.children
     (told,) = notice._wrong.default_slot.children
     assert "a defect of the studio" in told.content
+
+
+def test_the_pictures_of_the_documentation_are_small() -> None:
+    pictures = sorted((ROOT / "docs/studio").glob("*.png"))
+    assert len(pictures) >= 8
+    for path in pictures:
+        assert path.stat().st_size < LARGEST
+        with Image.open(path) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5, f"{path.name} is blank"

@@ -28,8 +28,6 @@ from dpsyngen.training.progress import progress_of, worker
 from dpsyngen.training.run import Run
 from tests.conftest import tiny_arrays
 from tests.studio.served import (
-    LARGEST,
-    ROOT,
     SHOTS,
     Served,
     fill,
@@ -443,12 +441,3 @@ def test_what_is_typed_before_the_connection_is_there_is_kept(page: Any, served:
     page.get_by_label(SOURCE).fill("digits")
     page.keyboard.press("Enter")
     page.get_by_text("1,437").wait_for()
-
-
-def test_the_pictures_of_the_documentation_are_small() -> None:
-    pictures = sorted((ROOT / "docs/studio").glob("*.png"))
-    assert len(pictures) >= 8
-    for path in pictures:
-        assert path.stat().st_size < LARGEST
-        with Image.open(path) as picture:
-            assert np.asarray(picture.convert("L")).std() > 5, f"{path.name} is blank"
