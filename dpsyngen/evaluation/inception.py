@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dpsyngen.errors import DataError
 from dpsyngen.evaluation.features import FeatureExtractor, in_colour
-from dpsyngen.files import file_sha256
+from dpsyngen.files import cache_home, file_sha256
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -127,13 +127,16 @@ def fetch_weights() -> Path:
     """Download the published weights (92 MB) once, checked by SHA-256; DataError says how to get them otherwise."""
     import pooch
 
+    # The name that pooch gives by default: what earlier versions downloaded has it.
+    target = cache_home() / pooch.utils.unique_file_name(WEIGHTS_URL)
     try:
-        return Path(pooch.retrieve(WEIGHTS_URL, known_hash=f"sha256:{WEIGHTS_SHA256}", path=pooch.os_cache("dpsyngen")))
+        known = f"sha256:{WEIGHTS_SHA256}"
+        return Path(pooch.retrieve(WEIGHTS_URL, known_hash=known, fname=target.name, path=target.parent))
     except Exception as error:  # requests, urllib and pooch each have their own
         raise DataError(
             f"the weights of FID's Inception could not be downloaded ({type(error).__name__}).  Get {WEIGHTS_URL} on a "
-            "machine with a network and give it to `dpsyngen evaluate --inception-weights`, or use the features "
-            "efficientnet-lite0, which work offline."
+            f"machine with a network and save it as {target} (`dpsyngen evaluate` takes it from elsewhere, too: "
+            "--inception-weights), or use the features efficientnet-lite0, which work offline."
         ) from None
 
 

@@ -64,7 +64,7 @@ def evaluate(
         data: the real training images; None: those the run was trained on.
         test: real test images, with labels for the classification accuracy score; None: neither that nor a floor.
         images: how many images to generate.  As many are drawn by the run's program, for the ceiling.
-        inception_weights: weights file for the feature extractor "inception".
+        inception_weights: weights file for the feature extractor "inception", unless a spec names its own.
         cache: keep features of real images in the run's private half, so that the next evaluation is faster.
         sampling: settings of the sampler, as for :meth:`Generator.settings`.
         ranks: the processes that share the work; this is the main one, the others are in :func:`follow_evaluation`.
@@ -91,11 +91,11 @@ def evaluate(
             "nothing would be measured: give --features and --metrics, or --classifiers and the real images of --test "
             "(from Python: features, metrics, classifiers, test)."
         )
-    wanted = inception_weights is None or "inception" in map(str, s.features)
-    require(wanted, "inception_weights", inception_weights, "left out without the features inception")
-    weights = None if inception_weights is None else Path(inception_weights)
-    specs = tuple(FeatureSpec(f, weights if f == "inception" else None) for f in map(str, s.features))
-    s = s.model_copy(update={"features": specs})
+    if inception_weights is not None:
+        without, given = FeatureSpec("inception"), [FeatureSpec(f) if isinstance(f, str) else f for f in s.features]
+        require(without in given, "inception_weights", inception_weights, "left out without the features inception")
+        specs = tuple(FeatureSpec("inception", Path(inception_weights)) if f == without else f for f in given)
+        s = s.model_copy(update={"features": specs})
     tell = on_progress or (lambda line: None)
     config = run.config
     generator = sampling_ranks.open_everywhere(ranks, run.release, device)

@@ -12,7 +12,8 @@ import pytest
 
 import dpsyngen
 from dpsyngen import fit as api
-from dpsyngen.errors import ConfigError
+from dpsyngen.errors import ConfigError, DataError
+from dpsyngen.evaluation import FeatureSpec
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.programs import make_program
 from dpsyngen.training.run import Run
@@ -142,6 +143,20 @@ def test_wrong_features_of_ones_own_cost_nothing(call, run, trained) -> None:
         dpsyngen.evaluate(run, metrix=["kid"])
     assert run.ledger_path.read_bytes() == entries
     assert not (run.private / "metrics.json").exists()
+
+
+def test_features_are_names_or_specs_with_weights_of_their_own(run, tmp_path) -> None:
+    few = {"images": 20, "classifiers": (), "metrics": ["frechet"], "bootstrap": 0}
+    found = dpsyngen.evaluate(run, features=[FeatureSpec("pixels-pca")], **few)
+    assert list(found["features"]) == ["pixels-pca"]
+    own = FeatureSpec("inception", tmp_path / "own.pth")
+    with pytest.raises(DataError, match=r"own\.pth does not hold the weights"):
+        dpsyngen.evaluate(run, features=[own], **few)
+    for inception in ("inception", FeatureSpec("inception")):
+        with pytest.raises(DataError, match=r"given\.pth does not hold the weights"):
+            dpsyngen.evaluate(run, features=[inception], inception_weights=tmp_path / "given.pth", **few)
+    with pytest.raises(ConfigError, match="left out without the features inception"):
+        dpsyngen.evaluate(run, features=[own], inception_weights=tmp_path / "given.pth", **few)
 
 
 def test_the_runs_images_are_those_that_it_was_trained_on(call, trained, tmp_path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, DataError
-from dpsyngen.evaluation import FeatureSpec, make_extractor
+from dpsyngen.evaluation import FeatureSpec, inception, make_extractor
 from dpsyngen.evaluation.inception import FidInception, _mean3, load_inception, tf1_resize
 from tests.evaluation.inception_module import ModuleInception, with_random_weights
 
@@ -130,15 +131,28 @@ def test_code_in_a_weights_file_is_not_run(tmp_path) -> None:
         load_inception(tmp_path / "evil.pth")
 
 
-def test_no_network_is_said_with_a_way_out(monkeypatch) -> None:
+def test_no_network_is_said_with_a_way_out_for_every_command(monkeypatch, tmp_path) -> None:
     import pooch
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(pooch, "retrieve", refuse)
-    with pytest.raises(DataError, match="--inception-weights"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # `evaluate` alone has an option for the file.
+    with pytest.raises(DataError, match=f"save it as {tmp_path}/dpsyngen/[0-9a-f]{{32}}-pt_inception.*`dpsyngen evalu"):
         FeatureSpec("inception").make()
+
+
+def test_weights_are_kept_with_other_downloads_and_found_there_again(monkeypatch, tmp_path) -> None:
+    """By the name that pooch gives, so that those of earlier versions are found; without a home folder, too."""
+    import pooch
+
+    monkeypatch.setattr(inception, "cache_home", lambda: tmp_path)
+    (tmp_path / pooch.utils.unique_file_name(inception.WEIGHTS_URL)).write_bytes(b"weights")
+    monkeypatch.setattr(inception, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(pooch.core, "stream_download", None)
+    assert inception.fetch_weights().read_bytes() == b"weights"
 
 
 def test_resizing_as_tensorflow_1_does() -> None:
