@@ -86,8 +86,9 @@ class Budget(HashChain):
         cls, path: Path, *, epsilon_limit: float, delta: float, group_size: int = 1, growing: bool = False
     ) -> Budget:
         """Start a budget in a new file of an existing folder; the arguments are the attributes."""
-        require(0 < epsilon_limit < math.inf, "the budget ε", epsilon_limit, "positive and finite")
-        require(0 < delta < 1, "delta", delta, "between 0 and 1")
+        _require_epsilon("the budget ε", epsilon_limit)
+        # Training refuses δ from 1/n on, and whether n images are too many for this δ is known only then.
+        require(0 < delta <= 0.01, "delta", delta, "above 0 and at most 0.01; below 1/n for n images")
         require(path.parent.is_dir(), "the folder of the budget file", path.parent, "an existing one")
         check_group_size(group_size)
         if path.exists():
@@ -359,8 +360,8 @@ def neighbouring_plans(
     require(1 <= batch <= records, "the batch", batch, f"from 1 to the {records:,} records")
     delta = default_delta(records) if delta is None else delta
     require(0 < delta < 1 / records, "delta", delta, f"above 0 and below 1/records = {1 / records:.3g}")
-    ok = epsilon is None or SMALLEST_EPSILON <= epsilon <= MAX_EPSILON
-    require(ok, "epsilon", epsilon, f"from {SMALLEST_EPSILON} to {MAX_EPSILON:g}; more protects nobody")
+    if epsilon is not None:
+        _require_epsilon("epsilon", epsilon)
     ok = noise_multiplier is None or LEAST_NOISE <= noise_multiplier < math.inf
     require(ok, "the noise multiplier", noise_multiplier, f"a number from {LEAST_NOISE:g}; less protects nobody")
     check_group_size(group_size)
@@ -377,6 +378,11 @@ def neighbouring_plans(
         bound, by_rdp = cost.bound(), cost.epsilon(accountant="rdp")
         rows.append(PlanRow(t, b, q, q * t, z, bound.epsilon, by_rdp, z / b, number == 0, bound.by))
     return delta, rows
+
+
+def _require_epsilon(name: str, epsilon: float) -> None:
+    ok = SMALLEST_EPSILON <= epsilon <= MAX_EPSILON
+    require(ok, name, epsilon, f"from {SMALLEST_EPSILON} to {MAX_EPSILON:g}; more protects nobody")
 
 
 def plan_lines(records: int, group_size: int, delta: float, rows: list[PlanRow]) -> Iterator[str]:

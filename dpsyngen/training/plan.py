@@ -149,10 +149,10 @@ def make_plan(config: Config, shape: Shape) -> Plan:
     n, batch = shape.records, config.private.batch
     delta = default_delta(n) if config.privacy.delta is None else config.privacy.delta
     less = f"below 1/records = {1 / n:.3g}, or some images could be published outright"
-    require(delta < 1 / n, "--delta", delta, f"{less}; left out it is {default_delta(n):.0e}")
+    require(delta < 1 / n, "privacy.delta", delta, f"{less}; left out it is {default_delta(n):.0e}")
     stages = stages_of(config)
     allowed = f"at most {n:,}, as there are only {n:,} records; a quarter of them is plenty"
-    require(batch <= n or stages.gaussian, "--batch", batch, allowed)
+    require(batch <= n or stages.gaussian, "private.batch", batch, allowed)
     if stages.networks:
         check_resolution(named_size(config.network.size), shape.resolution)
     if shape.num_classes == 1:

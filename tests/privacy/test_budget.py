@@ -163,10 +163,15 @@ def test_training_without_noise_is_refused(path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"epsilon_limit": 0}, {"epsilon_limit": float("inf")}, {"delta": 1}, {"group_size": 0}]
+    "values",
+    [
+        *({"epsilon_limit": e} for e in (0, 1e-4, 10_001, float("inf"), float("nan"))),
+        *({"delta": delta} for delta in (0, 0.011, 1)),
+        {"group_size": 0},
+    ],
 )
-def test_bad_values(values, tmp_path) -> None:
-    with pytest.raises(ConfigError):
+def test_bad_values_and_those_that_training_would_refuse(values, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="must be"):
         Budget.create(tmp_path / "b", **{"epsilon_limit": 1.0, "delta": 1e-5, **values})
     assert not (tmp_path / "b").exists()
 
