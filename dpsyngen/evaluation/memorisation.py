@@ -114,7 +114,7 @@ def memorisation_check(
 
     Args:
         generated: uint8 [Q, C, H, W], not selected in any way.
-        private: [N, C, H, W], the training images; may be a memory map.
+        private: [N, C, H, W], the training images.
         held_out: [M, C, H, W], real images of the same source that were not trained on; None: no control, and then
             nothing can be concluded but from exact copies.
         features: "pixels" (root mean square difference of pixels in [0, 1]) or names of feature extractors.

@@ -44,7 +44,8 @@ class Neighbours:
 def nearest(queries: NDArray[Any], references: NDArray[Any], *, skip: NDArray[np.int64] | None = None) -> Neighbours:
     """Find the nearest of `references` [N, ...] to each of `queries` [Q, ...], by Euclidean distance (scikit-learn).
 
-    The references are read in blocks, so they may be a memory map; distances are exact (whole numbers for uint8).
+    The references are searched in blocks, of which one at a time is in fp32; distances are exact (whole numbers for
+    uint8).
     `skip` [Q] is a row of the references that must not be answered (a query that is itself among them).
     """
     from sklearn.neighbors import NearestNeighbors
