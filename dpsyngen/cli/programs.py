@@ -110,7 +110,7 @@ def show(
 @app.command()
 def save(
     name: Name,
-    out: Annotated[Path, typer.Option(help="folder to make (with --resume, that of an interrupted job)")],
+    out: Annotated[Path, typer.Option(help="folder to make")],
     count: Annotated[int, typer.Option("-n", "--count", help="how many images")],
     format: Annotated[str, typer.Option(help="folder (PNG files) or parquet")] = "folder",
     resolution: Resolution = 32,
@@ -119,7 +119,6 @@ def save(
     start: Annotated[int, typer.Option(help="index of the first image")] = 0,
     shard_size: Annotated[int, typer.Option(help="images written together")] = 1000,
     workers: Annotated[int | None, typer.Option(help="threads; default: one for each core, at most 8")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="do an interrupted job again, in its folder")] = False,
     settings: Settings = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -128,22 +127,18 @@ def save(
     from dpsyngen.programs.saving import follow_saving, save_images
 
     console = Console(quiet, as_json)
-    try:
-        with joined() as ranks:
-            if not ranks.main:
-                follow_saving(ranks)
-                return
-            with ranks.leading():
-                program = _make(name, resolution, channels, seed, settings)
-                if workers is None:
-                    workers = min(8, len(os.sched_getaffinity(0))) if ranks.alone else 1
-                options: dict[str, Any] = {"format": format, "start": start, "shard_size": shard_size, "ranks": ranks}
-                with console.progress(f"drawing {name}", count, "images") as progress:
-                    options |= {"workers": workers, "resume": resume, "on_progress": progress.update}
-                    manifest = save_images(program, out, count, **options)
-    except KeyboardInterrupt:
-        stopped = f"stopped before all {count:,} images were saved."
-        raise KeyboardInterrupt(f"{stopped}  Start again with the same command and --resume.") from None
+    with joined() as ranks:
+        if not ranks.main:
+            follow_saving(ranks)
+            return
+        with ranks.leading():
+            program = _make(name, resolution, channels, seed, settings)
+            if workers is None:
+                workers = min(8, len(os.sched_getaffinity(0))) if ranks.alone else 1
+            options: dict[str, Any] = {"format": format, "start": start, "shard_size": shard_size, "ranks": ranks}
+            with console.progress(f"drawing {name}", count, "images") as progress:
+                options |= {"workers": workers, "on_progress": progress.update}
+                manifest = save_images(program, out, count, **options)
     console.result(
         {"path": out, "images": count, "manifest": manifest, "program": program.config()},
         [f"{count:,} images of {name} in {out}; how they were drawn is in {manifest}"],

@@ -116,7 +116,7 @@ def test_save_writes_images_and_a_manifest(call, tmp_path) -> None:
         (["save", "dead-leaves", "--out", "{}/o", "-n", "5", "--workers", "0"], "workers is 0"),
         (["save", "dead-leaves", "--out", "{}/o", "-n", "5", "--shard-size", "0"], "shard_size is 0"),
         (["save", "dead-leaves", "--out", "{}/o", "-n", "5", "--start", "-2"], "start is -2"),
-        (["save", "dead-leaves", "--out", "{}/o", "-n", "5", "--resume"], "no manifest"),
+        (["save", "dead-leaves", "--out", "{}/taken.png", "-n", "5"], "exists already"),
         (["save", "blur", "--out", "{}/o", "-n", "5"], "needs a value for source"),
         (["save", "dead-leaves", "--out", "{}/o", "-n", "5", "--set", "r_min=2"], "r_min is 2"),
     ],

@@ -1,4 +1,4 @@
-"""Saved images: both formats hold the program's pixels, interrupted jobs start again, and nothing is overwritten."""
+"""Saved images: both formats hold the pixels of the program, interruptions leave no folder, nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from PIL import Image
 
 from dpsyngen.data import load_images
 from dpsyngen.errors import ConfigError, RunError
-from dpsyngen.programs import Program, make_program
+from dpsyngen.files import sync_disk
+from dpsyngen.programs import Program, make_program, saving
 from dpsyngen.programs.saving import FORMATS, save_images
 
 
@@ -61,7 +62,6 @@ def test_every_format_holds_the_images(layout: str, channels: int, tmp_path: Pat
     assert done == [0, 10, 20, 25]
 
     about = json.loads(manifest.read_text())
-    assert about["complete"] is True
     assert make_program(**about["program"]) == p
     assert (about["prior_tier"], about["count"], about["start"]) == (1, 25, 3)
     parts = [p.batch(range(a, min(a + 10, 28))).tobytes() for a in (3, 13, 23)]
@@ -85,7 +85,7 @@ def test_workers_write_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_an_interrupted_job_says_so_and_starts_again(layout: str, tmp_path: Path) -> None:
+def test_an_interrupted_job_leaves_nothing_and_can_start_again(layout: str, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
@@ -93,21 +93,12 @@ def test_an_interrupted_job_says_so_and_starts_again(layout: str, tmp_path: Path
         if done >= 20:
             raise Stop
 
-    out = tmp_path / "o"
+    out = tmp_path / "folders" / "o"
     with pytest.raises(Stop):
-        save_images(program(), out, 30, format=layout, shard_size=10, on_progress=stop)
-    assert json.loads((out / "manifest.json").read_text())["complete"] is False
-    with pytest.raises(RunError, match=r"interrupted.*--resume"):
-        save_images(program(), out, 30, format=layout, shard_size=10)
-    done: list[int] = []
-    save_images(program(), out, 30, format=layout, shard_size=10, resume=True, on_progress=done.append)
-    assert done == [0, 10, 20, 30]
-    save_images(program(), tmp_path / "whole", 30, format=layout, shard_size=10)
-    again, whole = (
-        {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-        for folder in (out, tmp_path / "whole")
-    )
-    assert again == whole
+        save_images(program(), out, 30, format=layout, shard_size=10, workers=2, on_progress=stop)
+    assert list(out.parent.iterdir()) == []
+    save_images(program(), out, 30, format=layout, shard_size=10)
+    assert len(read(out, layout)) == 30
 
 
 @pytest.mark.slow
@@ -127,17 +118,18 @@ def test_a_stopped_process_starts_again(kind: signal.Signals, tmp_path: Path, ca
         # Tests that a shell started in the background have inherited "ignore".
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while len(list(out.glob("data/*.parquet"))) < 3:
+    while len(list(tmp_path.glob(".o.partial/data/*.parquet"))) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(kind)
-    _, told = process.communicate()
+    process.communicate()
+    assert not out.exists()
     if kind == signal.SIGINT:
         assert process.returncode == 130
-        assert "Start again with the same command and --resume" in told
-    assert json.loads((out / "manifest.json").read_text())["complete"] is False
-    code, _, err = call(*command, "--resume")
+        assert list(tmp_path.iterdir()) == []
+    code, _, err = call(*command)
     assert code == 0, err
+    assert list(tmp_path.iterdir()) == [out]
     about = json.loads((out / "manifest.json").read_text())
     whole = make_program(**about["program"])
     for shard in (0, 7, 29):
@@ -146,34 +138,42 @@ def test_a_stopped_process_starts_again(kind: signal.Signals, tmp_path: Path, ca
     assert len(list(out.glob("data/*.parquet"))) == 30
 
 
-def test_nothing_is_overwritten_and_settings_must_agree(tmp_path: Path) -> None:
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "o"
     save_images(program(), out, 5)
     before = {f: f.read_bytes() for f in out.rglob("*.*") if f.is_file()}
     with pytest.raises(RunError, match="not an empty folder"):
         save_images(program(), out, 5)
-    with pytest.raises(RunError, match="finished already"):
-        save_images(program(), out, 5, resume=True)
-    with pytest.raises(RunError, match="no manifest"):
-        save_images(program(), tmp_path / "none", 5, resume=True)
     assert {f: f.read_bytes() for f in out.rglob("*.*") if f.is_file()} == before
-    (out / "manifest.json").write_text(
-        json.dumps({**json.loads((out / "manifest.json").read_text()), "complete": False})
-    )
-    with pytest.raises(RunError, match=r"another program, count.*count: 5"):
-        save_images(program(1), out, 6, resume=True)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match="exists already"):
-        save_images(program(), tmp_path / "file", 5)
+    for taken in (tmp_path / "file", tmp_path / "file" / "o"):
+        with pytest.raises(RunError, match="Choose another"):
+            save_images(program(), taken, 5)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     def again(done: int) -> None:
-        save_images(program(), tmp_path / "o", 30, shard_size=10, resume=True)
+        save_images(program(), tmp_path / "o", 30, shard_size=10)
 
-    with pytest.raises(RunError, match="another process is saving"):
+    with pytest.raises(RunError, match="another process is writing"):
         save_images(program(), tmp_path / "o", 30, shard_size=10, on_progress=again)
+
+
+def test_only_the_disk_of_the_folder_is_flushed_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush of all disks after each shard waits for whatever other programs write."""
+    flushed: list[Path] = []
+
+    def flush(folder: Path) -> None:
+        assert len(list((folder / "images").iterdir())) == 30
+        assert not (folder / "manifest.json").exists()
+        flushed.append(folder)
+        sync_disk(folder)
+
+    monkeypatch.setattr(saving, "sync_disk", flush)
+    monkeypatch.setattr("os.sync", None)
+    save_images(program(), tmp_path / "o", 30, shard_size=10)
+    assert len(flushed) == 1
 
 
 @pytest.mark.parametrize(
