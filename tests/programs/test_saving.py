@@ -127,7 +127,7 @@ def test_a_stopped_process_starts_again(kind: signal.Signals, tmp_path: Path, ca
     if kind == signal.SIGINT:
         assert process.returncode == 130
         assert list(tmp_path.iterdir()) == []
-    code, _, err = call(*command)
+    code, _, err = call(*command, "--resume")
     assert code == 0, err
     assert list(tmp_path.iterdir()) == [out]
     about = json.loads((out / "manifest.json").read_text())
