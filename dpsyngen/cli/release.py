@@ -220,7 +220,6 @@ def release(
     as_json: AsJson = False,
 ) -> None:
     """Pack what may be published into one zip: generator, certificate, checksums, signature."""
-    from dpsyngen.generator.guarantee import Guarantee
     from dpsyngen.release.bundle import pack, require_ready
     from dpsyngen.report.html import write_report
     from dpsyngen.training.run import Run
@@ -242,7 +241,7 @@ def release(
         [
             f"{done.path}: {done.files} files, SHA-256 {done.sha256}",
             f"signed by the key {done.signed_by}" if done.signed_by else "not signed (--sign KEY)",
-            Guarantee(done.certificate).line,
+            done.certificate.line,
         ],
     )
 
@@ -358,7 +357,6 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a generator for other tools: a folder for diffusers and the Hub."""
-    from dpsyngen.generator.guarantee import Guarantee
     from dpsyngen.release.bundle import check_against_ledger
     from dpsyngen.release.place import export_release, find
     from dpsyngen.training.run import Run
@@ -373,7 +371,7 @@ def export(
         {"path": done.path, "format": format} | _about(done, "files") | {"certificate_sha256": done.certificate_sha256},
         [
             f"{done.path}: {len(done.files)} files for diffusers",
-            Guarantee(done.certificate).line,
+            done.certificate.line,
             "README.md says how to load it; the Python files in it are code, which a stranger should read first",
         ],
     )

@@ -5,32 +5,35 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpsyngen.console import html_table
 from dpsyngen.errors import ReleaseError, listed, printable
 from dpsyngen.files import NotPlainError, open_plain
-from dpsyngen.privacy.accounting import Accountant
-from dpsyngen.privacy.certificate import Assumptions, BudgetPart, Certificate, MechanismPart, number, plain_words
+from dpsyngen.privacy.certificate import Assumptions, Certificate, MechanismPart, number, plain_words
 
 _MAX_BYTES = 2**26
 
 
-@dataclass(frozen=True, repr=False)
-class Guarantee:
+class Guarantee(Certificate, frozen=True):
     """What is claimed about a generator: (ε, δ)-differential privacy, for what unit, and what it rests on.
 
-    Every number is read from the certificate (``privacy.json``) in the release, which was computed from the ledger of
-    the training.  A release from a stranger states whatever the stranger wrote: :meth:`recompute` computes ε again from
-    the mechanisms, and :func:`dpsyngen.verify` checks a whole bundle.
+    It is the certificate (``privacy.json``) of the release, which was computed from the ledger of the training, and
+    has all its fields.  A release from a stranger states whatever the stranger wrote: ``recompute()`` computes ε again
+    from the mechanisms, and :func:`dpsyngen.verify` checks a whole bundle.
 
     Attributes:
-        certificate: all of it.
+        private (bool): whether there is a guarantee; ``not_private_because`` says why there is none.
+        epsilon (float): ε, an upper bound; ``math.inf`` if private images were used without noise.
+        epsilon_by_rdp (float): ε by Rényi DP, a looser upper bound, as a cross-check.
+        delta (float): δ.
+        unit (str): whose presence is hidden, such as "one image".
+        group_size (int): images of one person that ε covers together.
+        adjacency (str): which data sets are neighbours.
+        mechanisms (list): every kind of access to the private images whose result is in the release.
+        not_covered (list): what the guarantee does not say anything about.
+        budget (BudgetPart | None): the budget that all runs on these images share, if there is one.
     """
-
-    certificate: Certificate
 
     @classmethod
     def read(cls, release: Path) -> Guarantee:
@@ -43,84 +46,26 @@ class Guarantee:
             raise ReleaseError(
                 f"the certificate {printable(path)} is missing or damaged ({printable(error)}): no guarantee is known."
             ) from None
-        return cls(Certificate.from_json(text, printable(path)))
+        return cls.from_json(text, printable(path))
 
     @property
-    def private(self) -> bool:
-        """Whether there is a guarantee."""
-        return self.certificate.private
-
-    @property
-    def not_private_because(self) -> tuple[str, ...]:
-        """Why there is none; () if there is."""
-        return tuple(self.certificate.not_private_because)
-
-    @property
-    def epsilon(self) -> float:
-        """ε, an upper bound by privacy loss distributions; ``math.inf`` if private images were used without noise."""
-        return float(self.certificate.epsilon)
-
-    @property
-    def epsilon_by_rdp(self) -> float:
-        """ε by Rényi DP, a looser upper bound, as a cross-check."""
-        return float(self.certificate.epsilon_by_rdp)
-
-    @property
-    def delta(self) -> float:
-        """δ."""
-        return self.certificate.delta
-
-    @property
-    def unit(self) -> str:
-        """Whose presence is hidden, such as "one image"."""
-        return self.certificate.unit
-
-    @property
-    def group_size(self) -> int:
-        """Images of one person that ε covers together."""
-        return self.certificate.group_size
-
-    @property
-    def adjacency(self) -> str:
-        """Which data sets are neighbours."""
-        return self.certificate.adjacency
+    def certificate(self) -> Certificate:
+        """All of it."""
+        return self
 
     @property
     def records(self) -> int:
         """Declared number of private images, which is treated as public."""
-        return self.certificate.public_assumptions.records
+        return self.public_assumptions.records
 
     @property
     def assumptions(self) -> Assumptions:
         """What is treated as known to everybody: number of images, their size, names of the classes."""
-        return self.certificate.public_assumptions
-
-    @property
-    def mechanisms(self) -> tuple[MechanismPart, ...]:
-        """Every kind of access to the private images whose result is in the release."""
-        return tuple(self.certificate.mechanisms)
-
-    @property
-    def not_covered(self) -> tuple[str, ...]:
-        """What the guarantee does not say anything about."""
-        return tuple(self.certificate.not_covered)
-
-    @property
-    def budget(self) -> BudgetPart | None:
-        """The budget that all runs on these images share, if there is one."""
-        return self.certificate.budget
-
-    def recompute(self, accountant: Accountant = "pld") -> float:
-        """ε again by "pld" or "rdp", from the mechanisms alone, at the same δ and group size; takes about a second."""
-        return self.certificate.recompute(accountant)
+        return self.public_assumptions
 
     def plain_words(self) -> str:
         """The certificate as Markdown, for people who know no differential privacy (``PRIVACY.md``)."""
-        return plain_words(self.certificate)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The certificate as it stands in ``privacy.json``."""
-        return self.certificate.to_dict()
+        return plain_words(self)
 
     @property
     def line(self) -> str:
@@ -160,6 +105,8 @@ class Guarantee:
     def __repr__(self) -> str:
         width = max(len(name) for name, _ in self._rows())
         return "\n".join([self.line, *(f"  {name:<{width}}  {text}" for name, text in self._rows())])
+
+    __str__ = __repr__
 
     def _repr_html_(self) -> str:
         loud = "" if self.private else ' style="color: #b00020"'

@@ -12,12 +12,13 @@ import math
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from dpsyngen.errors import ReleaseError, printable
+from dpsyngen.files import strict
 from dpsyngen.privacy.accounting import LARGEST_GROUP, Accountant, Mechanism, epsilon
 
 FORMAT = 2
@@ -34,6 +35,12 @@ UTILITY = (
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+if TYPE_CHECKING:
+    Bound = float
+else:  # ∞, which JSON lacks, is "inf" in the file
+    Bound = Annotated[float | Literal["inf"], AfterValidator(float), PlainSerializer(strict)]
 
 
 class MechanismPart(_Part):
@@ -104,8 +111,8 @@ class Certificate(_Part):
     variant: str = Field(max_length=50)
     private: bool = Field(description="false: there is no guarantee, see not_private_because")
     not_private_because: list[str]
-    epsilon: float | Literal["inf"] = Field(description="an upper bound on ε; accountant says how it was computed")
-    epsilon_by_rdp: float | Literal["inf"] = Field(description="ε by Rényi DP, a looser upper bound")
+    epsilon: Bound = Field(description="an upper bound on ε; accountant says how it was computed")
+    epsilon_by_rdp: Bound = Field(description="ε by Rényi DP, a looser upper bound")
     delta: float = Field(gt=0, lt=1)
     group_size: int = Field(1, ge=1, le=LARGEST_GROUP, description="g: the guarantee is for up to g images together")
     people: str | None = Field(
@@ -137,14 +144,14 @@ class Certificate(_Part):
     def _agrees(self) -> Certificate:
         if self.private != (not self.not_private_because):
             raise ValueError("private and not_private_because contradict each other")
-        if self.private and self.epsilon == "inf":
+        if self.private and math.isinf(self.epsilon):
             raise ValueError("epsilon is infinite, so private cannot be true")
-        if isinstance(self.epsilon, float) and self.epsilon < 0:
+        if self.epsilon < 0:
             raise ValueError("epsilon is negative")
         return self
 
-    def recompute(self, accountant: Accountant) -> float:
-        """ε from the mechanisms alone, at the certificate's δ and group size."""
+    def recompute(self, accountant: Accountant = "pld") -> float:
+        """ε again by "pld" or "rdp", from the mechanisms alone, at the same δ and group size; takes about a second."""
         if any(m.kind != "dp" for m in self.mechanisms):
             return math.inf
         parts = [Mechanism(m.sampling_rate, m.noise_multiplier, m.count) for m in self.mechanisms]  # type: ignore[arg-type]
@@ -161,7 +168,7 @@ class Certificate(_Part):
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> Certificate:
+    def from_json(cls, text: str | bytes, where: str) -> Self:
         """Read and check; ReleaseError, naming `where`, if it is not JSON or not of the schema."""
         try:
             return cls.model_validate_json(text)
@@ -270,9 +277,9 @@ def strength(epsilon_value: float, delta: float, by_person: bool = False) -> str
 def template(file: Path) -> Template:
     """The template `file`; it may include those beside it and beside this module.
 
-    Its filters are ``number``, ``bound`` (a number rounded up) and ``markdown`` (text without markup).  In HTML what is
-    filled in is escaped (class names come from the user's folders).  A template that names a value that is not given
-    raises :class:`jinja2.UndefinedError`.
+    Its filters are ``number``, ``bound`` (a number rounded up) and ``markdown`` (text without markup); a number may be
+    ``infinite``.  In HTML what is filled in is escaped (class names come from the user's folders).  A template that
+    names a value that is not given raises :class:`jinja2.UndefinedError`.
     """
     environment = Environment(
         loader=FileSystemLoader([file.parent, Path(__file__).parent]),
@@ -282,13 +289,14 @@ def template(file: Path) -> Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "bound": partial(number, up=True), "markdown": safe_markdown}
+    environment.tests["infinite"] = math.isinf
     return environment.get_template(file.name)
 
 
 def plain_words(certificate: Certificate) -> str:
     """The certificate as Markdown, for people who know no differential privacy, from ``certificate.md.j2``."""
     c, odds, why = certificate, math.inf, ""
-    if c.epsilon != "inf":
+    if math.isfinite(c.epsilon):
         odds, why = math.exp(min(c.epsilon, 700)), strength(c.epsilon, c.delta, c.by_person)
     page = template(Path(__file__).with_suffix(".md.j2"))
     return page.render(c=c, a=c.public_assumptions, odds=odds, strength=why) + "\n"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -68,7 +67,7 @@ class Packed:
     sha256: str  # digest of the whole bundle, to be published beside it
     signed_by: str | None  # fingerprint of the key
     left_out: tuple[str, ...]  # files of the folder that are no part of a release, or were changed and written anew
-    certificate: Certificate
+    certificate: Guarantee
 
 
 def pack(
@@ -124,7 +123,7 @@ def pack(
 
 def require_ready(
     run: Run, out: Path, samples: int, key: Path | None, not_private: bool
-) -> tuple[Certificate, Ed25519PrivateKey | None]:
+) -> tuple[Guarantee, Ed25519PrivateKey | None]:
     """The certificate and the key of a bundle that :func:`pack` would write; raises what that does, writes nothing."""
     require(out.suffix.lower() == ".zip", "the name of the bundle", str(out), "one that ends in .zip")
     if out.exists() or out.is_symlink():
@@ -142,21 +141,20 @@ def require_ready(
     return certificate, signer
 
 
-def check_against_ledger(run: Run) -> Certificate:
+def check_against_ledger(run: Run) -> Guarantee:
     """The certificate of a run; LedgerError unless it follows from the run's ledger as that is now."""
-    certificate = Guarantee.read(run.release).certificate
+    certificate = Guarantee.read(run.release)
     ledger = Ledger(run.ledger_path)
     if not ledger.has_been(Head(certificate.ledger.lines, certificate.ledger.digest)):
         raise LedgerError(
             f"the ledger of {run.path} is not the one that its certificate was computed from: one of them was changed "
             "after training, so nothing can be stated."
         )
-    stated = math.inf if certificate.epsilon == "inf" else certificate.epsilon
     spent = ledger.epsilon(certificate.delta, group_size=certificate.group_size)
-    if spent > stated * (1 + 1e-6):
+    if spent > certificate.epsilon * (1 + 1e-6):
         raise LedgerError(
-            f"the ledger of {run.path} comes to ε = {spent:.4f}, more than the ε = {stated:.4f} of its certificate: "
-            "the private images were used again after the release was written."
+            f"the ledger of {run.path} comes to ε = {spent:.4f}, more than the ε = {certificate.epsilon:.4f} of its "
+            "certificate: the private images were used again after the release was written."
         )
     return certificate
 

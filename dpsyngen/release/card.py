@@ -90,7 +90,7 @@ def header(c: Certificate, digest: str) -> dict[str, Any]:
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
         "tags": tags if c.private else [*tags, "not-private"],
-        "privacy": {name: getattr(c, name) for name in stated}
+        "privacy": {name: c.to_dict()[name] for name in stated}
         | {"certificate": "privacy.json", "certificate_sha256": digest},
     }
 
@@ -109,7 +109,7 @@ def model_card(certificate: Certificate, digest: str) -> str:
             a=c.public_assumptions,
             header=yaml.safe_dump(header(c, digest), sort_keys=False, allow_unicode=True, width=10**6).rstrip(),
             digest=digest,
-            strength=strength(float(c.epsilon), c.delta, c.by_person) if c.private else "",
+            strength=strength(c.epsilon, c.delta, c.by_person) if c.private else "",
         )
         + "\n"
     )

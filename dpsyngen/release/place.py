@@ -13,7 +13,6 @@ from dpsyngen.files import expanded, file_sha256, new_folder, require_absent_or_
 from dpsyngen.generator.files import Place
 from dpsyngen.generator.generator import ReleasedGenerator
 from dpsyngen.generator.guarantee import Guarantee
-from dpsyngen.privacy.certificate import Certificate
 from dpsyngen.release.bundle import pack, require_private, unpack
 from dpsyngen.release.card import copy_release
 from dpsyngen.training.run import Run
@@ -56,7 +55,7 @@ def save(place: Place, out: PathLike, not_private: bool = False) -> Path:
         ReleaseError: not private, or something is wrong with the release.
     """
     target = expanded(out)
-    require_private(Guarantee.read(place.release).certificate, not_private, "not_private=True saves")
+    require_private(Guarantee.read(place.release), not_private, "not_private=True saves")
     if target.suffix.lower() != ".zip":
         export_release(place.release, target, not_private=not_private)
         return target
@@ -84,7 +83,7 @@ class Exported:
 
     path: Path
     files: tuple[str, ...]
-    certificate: Certificate
+    certificate: Guarantee
     certificate_sha256: str
 
 
@@ -101,7 +100,7 @@ def export_release(release: Path, out: Path, *, not_private: bool = False) -> Ex
     """
     require_absent_or_empty(out, "--out")
     generator = ReleasedGenerator(release)
-    certificate = generator.privacy.certificate
+    certificate = generator.privacy
     require_private(certificate, not_private, "--not-private exports")
     if list(generator.class_names) != certificate.public_assumptions.class_names:
         raise ReleaseError(f"generator.json and privacy.json of {release} are not of one release.")

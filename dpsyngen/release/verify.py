@@ -171,7 +171,7 @@ class _Bundle:
 
     def _guarantee(self) -> Finding:
         c = self.c
-        if not c.private or c.epsilon == "inf":
+        if not c.private:
             return False, f"NOT PRIVATE: {'; '.join(c.not_private_because)}"
         if (c.unit, c.adjacency) != (expected := protected(c.group_size, c.by_person)):
             return False, f"what it says that ε is for does not follow from its numbers, which make it {expected[0]}"
@@ -190,9 +190,8 @@ class _Bundle:
             return False, f"ε cannot be computed from these mechanisms: {error}"
         bounds = [("PLD", by_pld), ("Rényi DP", by_rdp)]
         text = ", ".join(f"ε ≤ {number(x, up=True)} by {name}" for name, x in bounds if math.isfinite(x)) or "no bound"
-        stated = math.inf if c.epsilon == "inf" else c.epsilon
-        if by_pld > stated * (1 + _TOLERANCE):
-            return False, f"computed again: {text}, more than the ε = {number(stated)} that is stated"
+        if by_pld > c.epsilon * (1 + _TOLERANCE):
+            return False, f"computed again: {text}, more than the ε = {number(c.epsilon)} that is stated"
         return True, f"computed again: {text}"
 
     def _says(self, name: str, expected: str) -> Finding:
@@ -212,7 +211,7 @@ class _Bundle:
         """Whether the settings would have led to what the certificate states."""
         config, c = validate(read_yaml(self._text("config.yaml"), "config.yaml")), self.c
         stages, a = stages_of(config), c.public_assumptions
-        n, finite = a.records, c.epsilon != "inf"
+        n, finite = a.records, math.isfinite(c.epsilon)
         steps = [m for m in c.mechanisms if m.expected_batch is not None]
         noisy = [m for m in steps if m.kind == "dp" and m.sampling_rate is not None]
         taken, planned = sum(m.count or 0 for m in steps), 0 if stages.gaussian else config.private.steps
@@ -242,7 +241,7 @@ class _Bundle:
             "prior": c.prior == prior,
             "DP moments": len(c.mechanisms) - len(steps) >= queries,
             "number of steps": taken == planned or not finite,
-            "target": not finite or config.privacy.epsilon >= float(c.epsilon),
+            "target": not finite or config.privacy.epsilon >= c.epsilon,
             "batch": all(m.expected_batch == config.private.batch for m in steps),
             "clipping": all(m.clipping == config.private.clipping for m in steps),
             "clipping norm": all(m.l2_sensitivity == config.privacy.clipping_norm for m in noisy),

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from dpsyngen.config import Config
 from dpsyngen.diffusion.prior import SHIPPED
 from dpsyngen.diffusion.stages import GAUSSIAN, StageMap
-from dpsyngen.files import write_json, write_text
+from dpsyngen.files import strict, write_json, write_text
 from dpsyngen.privacy.budget import Budget, Composition
 from dpsyngen.privacy.certificate import (
     Assumptions,
@@ -38,10 +38,9 @@ def certify(t: Training) -> Certificate:
     config, plan, ledger = t.config, t.plan, t.ledger
     # Read again: other runs may have begun since this one did.
     budget = None if t.budget is None else Budget(t.budget.path)
-    bound, by_rdp = Composition.of([ledger]).bound(), ledger.epsilon(accountant="rdp")
-    epsilon = bound.epsilon
+    bound = Composition.of([ledger]).bound()
     reasons = []
-    if math.isinf(epsilon):
+    if math.isinf(bound.epsilon):
         reasons.append("trained without privacy (ε = ∞), as a reference")
     if not (t.randomness.secure and ledger.secure):
         reasons.append("the noise came from a reproducible seed, so anyone who knows the seed can subtract it")
@@ -64,8 +63,8 @@ def certify(t: Training) -> Certificate:
         variant=config.stages.variant,
         private=not reasons,
         not_private_because=reasons,
-        epsilon="inf" if math.isinf(epsilon) else epsilon,
-        epsilon_by_rdp="inf" if math.isinf(by_rdp) else by_rdp,
+        epsilon=strict(bound.epsilon),
+        epsilon_by_rdp=strict(ledger.epsilon(accountant="rdp")),
         delta=ledger.delta,
         group_size=g,
         people=people,

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("generators")]  # fitted
 
 def test_fit_is_a_whole_run_with_ledger_and_certificate(generator) -> None:
     run = dpsyngen.Run(generator.place.run)
-    certificate = Guarantee.read(run.release).certificate
+    certificate = Guarantee.read(run.release)
     assert run.complete
     assert certificate.private
     assert run.finished_ledger().epsilon() == certificate.epsilon <= 4.0

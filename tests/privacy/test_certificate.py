@@ -109,6 +109,16 @@ def test_read_back(certificate) -> None:
     assert Certificate.from_json(certificate.to_json(), "x") == certificate
 
 
+def test_no_bound_is_a_word_in_the_file_and_a_number_in_python(certificate) -> None:
+    told = {"private": False, "not_private_because": ["x"], "epsilon": "inf", "epsilon_by_rdp": "inf"}
+    open_one = Certificate.from_json(json.dumps(certificate.to_dict() | told), "x")
+    assert open_one.epsilon == open_one.epsilon_by_rdp == math.inf
+    assert open_one.to_dict() == certificate.to_dict() | told
+    for text in ("Infinity", "1e999", "NaN", "true", '"Infinity"'):
+        with pytest.raises(ReleaseError, match="no privacy certificate"):
+            Certificate.from_json(open_one.to_json().replace('"epsilon": "inf"', f'"epsilon": {text}'), "x")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -94,7 +94,7 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     assert (ledger.records, ledger.group_size) == (used, 2)
     # DP moments and DP-SGD are accounted for two images together.
     assert epsilon(ledger.mechanisms, 1e-3, group_size=2) == ledger.epsilon() <= 8 < ledger.epsilon(group_size=3)
-    c = Guarantee.read(run.release).certificate
+    c = Guarantee.read(run.release)
     assert (c.group_size, c.public_assumptions.records) == (2, used)
     assert "at most 2 images of each person were used, chosen at random" in str(c.people)
     assert "several images of one person" not in " ".join(c.not_covered)
@@ -141,7 +141,7 @@ def test_at_most_some_images_of_each_person_from_training_to_verify(call, photos
     privacy = run.release / "privacy.json"
     stated = json.loads(privacy.read_text())
     privacy.write_text(json.dumps(stated | {"by_person": False}))
-    (run.release / "PRIVACY.md").write_text(plain_words(Guarantee.read(run.release).certificate))
+    (run.release / "PRIVACY.md").write_text(plain_words(Guarantee.read(run.release)))
     pack(run, tmp_path / "c.zip")
     failed = [check for check in verify(tmp_path / "c.zip").checks if check.passed is False]
     assert "images of a person" in " ".join(check.text for check in failed)
@@ -168,7 +168,7 @@ def test_a_declared_number_is_checked(call, photos, tmp_path) -> None:
     assert "Planted" not in err
     assert not (tmp_path / "a").exists()
     assert call("train", *given, "--out", tmp_path / "a", "--group-size", 4)[0] == 0
-    c = Guarantee.read(tmp_path / "a" / "release").certificate
+    c = Guarantee.read(tmp_path / "a" / "release")
     assert c.group_size == 4
     assert str(c.people).startswith("declared: at most 4 images a person, checked against")
     assert c.public_assumptions.records == COUNT
@@ -221,8 +221,8 @@ def test_fit_takes_a_person_for_each_image(tmp_path) -> None:
     groups = np.array([whose(i) for i in range(COUNT)])
     g = Generator.fit(images, labels, groups=groups, most_per_person=1, out=tmp_path / "a", **options)
     assert g.privacy.group_size == 1
-    assert "at most 1 image of each person was used" in str(g.privacy.certificate.people)
-    assert "of which at most 1 is used" in g.privacy.certificate.adjacency
+    assert "at most 1 image of each person was used" in str(g.privacy.people)
+    assert "of which at most 1 is used" in g.privacy.adjacency
     with pytest.raises(ConfigError, match="was not said"):
         Generator.fit(images, labels, groups=groups, out=tmp_path / "b", **options)
     with pytest.raises(ConfigError, match="whose image each is"):
