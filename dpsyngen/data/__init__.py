@@ -1,8 +1,8 @@
 """Readers of the user's PRIVATE images.
 
-Everything returned by this package is private: it goes to :mod:`dpsyngen.privacy` and nowhere else.  Three
-facts about it are treated as **public** and printed freely: the image shape (size, grey or RGB), the class
-names and the number of images.  Users to whom one of these is a secret must fix it beforehand (name the
+Everything returned by this package is private: it goes to :mod:`dpsyngen.privacy` and nowhere else.  Four
+facts about it are treated as **public** and printed freely: the number of images, their size, whether they are
+grey or RGB, and the class names.  Users to whom one of these is a secret must fix it beforehand (name the
 resolution and channels, make the class folders by a public list).  One image is taken to be one record of one
 person.
 
