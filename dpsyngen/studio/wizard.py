@@ -19,6 +19,7 @@ from nicegui import ui
 from dpsyngen.config import Config, default_preset, load_config, preset_names
 from dpsyngen.data import ImageDataset
 from dpsyngen.data.dataset import NEARLY_BLACK, is_nearly_black
+from dpsyngen.data.folder import SHARD_SUFFIXES
 from dpsyngen.errors import ConfigError, DpsyngenError, require
 from dpsyngen.experiments.cost import hours, training_seconds
 from dpsyngen.privacy.accounting import default_delta
@@ -32,7 +33,7 @@ from dpsyngen.training.session import planned
 _EPSILONS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 20.0)
 _START = _EPSILONS.index(3.0)
 _SHOWN = 16
-_KINDS = (".npz", ".npy", ".parquet", ".tar")
+_KINDS = (".npz", ".npy", *SHARD_SUFFIXES, "idx3-ubyte", "idx3-ubyte.gz")
 _METHODS = {
     "instant": "Instant: noisy means and covariances, and a network that programs trained",
     "train": "Train on: the same, then the network learns from the images by DP-SGD",
@@ -88,6 +89,12 @@ def register(studio: Studio) -> None:
                 _Promise(studio, chosen, dataset)
 
 
+def found_in(folder: Path, runs: Path) -> list[str]:
+    """Names of what may be images in a folder: sub-folders, without that of the runs, and files of kinds we read."""
+    entries = sorted(e.name for e in os.scandir(folder) if e.is_dir() or e.name.lower().endswith(_KINDS))
+    return [e for e in entries if e[0] not in "._" and folder / e != runs]
+
+
 class _Images:
     def __init__(self, studio: Studio, chosen: Chosen) -> None:
         self.studio, self.chosen, here = studio, chosen, studio.places.folders[0]
@@ -101,9 +108,7 @@ class _Images:
                 look.button("Look at them", None).props("type=submit")
             with ui.element("div").classes("chips note"):
                 look.tag("span", "Found here:")
-                entries = sorted(e.name for e in os.scandir(here) if e.is_dir() or e.name.endswith(_KINDS))
-                shown = [e for e in entries if e[0] not in "._" and here / e != studio.places.runs]
-                for name in ["digits", "fashion-mnist", *shown[:10]]:
+                for name in ["digits", "fashion-mnist", *found_in(here, studio.places.runs)[:10]]:
                     look.button(name, lambda name=name: self.source.set_value(name), "other")
             opened = bool(chosen.labels or chosen.resolution)
             with ui.expansion("More", value=opened), ui.element("div").classes("form"):
