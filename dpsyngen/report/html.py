@@ -19,7 +19,8 @@ import yaml
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from dpsyngen.errors import ConfigError, RunError
+from dpsyngen.config import Config, validate
+from dpsyngen.errors import ConfigError, ReleaseError, RunError, require
 from dpsyngen.evaluation.memorisation import PAIRS_FILE, image_data
 from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.files import read_yaml_file, write_text
@@ -76,14 +77,23 @@ def write_report(run: Run | str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def release_values(release: Path) -> dict[str, Any]:
-    """The values of the template that need files of `release` alone, a release half or a copy of it."""
-    statement = json.loads((release / "privacy.json").read_text(encoding="utf-8"))
-    config = read_yaml_file(release / "config.yaml", "the configuration")
-    generator = ReleasedGenerator(release)
-    programs, p = None, config["program"]
+    """The values of the template that need files of `release` alone, a release half or a copy of it.
+
+    RunError if one of the files is damaged.
+    """
+    generator, path = ReleasedGenerator(release), release / "privacy.json"
+    try:
+        statement, path = generator.privacy.to_dict(), release / "config.yaml"
+        settings = read_yaml_file(path, "the configuration")
+        config = validate(settings)
+        missing = sorted(Config.model_fields.keys() - settings.keys() - {"logging"})
+        require(not missing, "what it lacks", missing, "nothing: a release has all sections")
+    except (ConfigError, ReleaseError) as error:
+        raise RunError(f"{path} is missing or damaged: {error}  Put it back from a backup.") from None
+    programs, p = None, config.program
     with contextlib.suppress(ConfigError):  # this version may have no such program
         size = {"resolution": generator.resolution, "channels": generator.channels}
-        programs = _grid(make_program(p["name"], **size, seed=p["seed"], **p["params"]).batch(range(24)))
+        programs = _grid(make_program(p.name, **size, seed=p.seed, **p.params).batch(range(24)))
     epsilon = None if statement["epsilon"] == "inf" else statement["epsilon"]
     return {
         "statement": statement,
@@ -91,13 +101,13 @@ def release_values(release: Path) -> dict[str, Any]:
         "epsilon": epsilon,
         "odds": None if epsilon is None else math.exp(min(epsilon, 700)),
         "strength": epsilon and strength(epsilon, statement["delta"], statement["by_person"]),
-        "config_yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        "config_yaml": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         "samples": [(name, _grid(drawn)) for name, drawn in class_images(generator, _MOST_CLASSES, _PER_CLASS, SEED)],
         "omitted_classes": max(0, len(generator.class_names) - _MOST_CLASSES),
         "sampling": generator.settings(seed=SEED),
         "trajectory": trajectory_table(generator),
         "programs": programs,
-        "stage_chart": stage_chart(statement["stages"], config["network"], config["sampling"]),
+        "stage_chart": stage_chart(statement["stages"], config.network.model_dump(), config.sampling.model_dump()),
         "public_charts": loss_charts(JsonLines(release / "public_training.jsonl", 0o644).read(), "public"),
     }
 

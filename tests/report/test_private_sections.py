@@ -69,6 +69,31 @@ def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
     assert "Nothing found." in text
 
 
+@pytest.mark.parametrize(
+    ("name", "damaged", "said"),
+    [
+        ("privacy.json", lambda text: text.replace('"unit"', '"units"'), "unit: Field required"),
+        ("privacy.json", lambda text: text.replace('"epsilon": "inf"', '"epsilon": "3"'), "epsilon"),
+        ("privacy.json", lambda text: json.dumps({"ledger": json.loads(text)["ledger"]}), "Field required"),
+        ("privacy.json", lambda text: text.replace('"not_private_because"', '"private": 1, "x"'), "private"),
+        ("config.yaml", lambda text: "", "mapping of sections"),
+        ("config.yaml", lambda text: "- private", "mapping of sections"),
+        ("config.yaml", lambda text: text[: text.index("sampling:")], "'sampling'"),
+        ("config.yaml", lambda text: text.replace("noise_mean: ", "noise_mean: x"), "network.noise_mean is 'x"),
+        ("config.yaml", lambda text: text.replace("program:", "program: [", 1), "program"),
+        ("config.yaml", lambda text: "\xff", "mapping of sections"),
+        ("config.yaml", None, "cannot be read"),
+    ],
+)
+def test_a_damaged_public_half_is_said(run, name, damaged, said) -> None:
+    path = run.release / name
+    text = path.read_text()
+    path.unlink() if damaged is None else path.write_text(damaged(text))
+    with pytest.raises(RunError, match=rf"(?s){name} is missing or damaged: .*{said}.* Put it back from a backup"):
+        dpsyngen.write_report(run)
+    path.write_text(text)
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_damaged_figures_are_said(run, text) -> None:
     (run.private / "health.json").write_text(text)
