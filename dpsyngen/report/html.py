@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -46,8 +47,14 @@ _CURVES = (
 
 
 def render(name: str, values: dict[str, Any]) -> str:
-    """The page that `name`, a file of ``dpsyngen/report/templates``, makes of `values`; see :func:`template`."""
-    return template(Path(__file__).parent / "templates" / name).render(version=__version__, **values)
+    """The page that `name`, a file of ``dpsyngen/report/templates``, makes of `values`; see :func:`template`.
+
+    Its list of contents, if it has one, gets all headings of sections.
+    """
+    page = template(Path(__file__).parent / "templates" / name).render(version=__version__, **values)
+    headings = re.findall(r'<h2 id="([^"]+)">(.*?)(?: <span class="tag">|</h2>)', page)
+    links = (f'<li><a href="#{anchor}">{title}</a></li>\n' for anchor, title in headings)
+    return page.replace("</ul>\n</nav>", f"{''.join(links)}</ul>\n</nav>", 1)
 
 
 def write_report(run: Run | str | os.PathLike[str]) -> tuple[Path, Path]:

@@ -76,6 +76,10 @@ def test_language_landmarks_and_headings(page) -> None:
     ids = [a["id"] for _, a in outline.all if "id" in a]
     assert len(ids) == len(set(ids))
     assert {a["href"] for _, a in outline.named("a")} <= {f"#{i}" for i in ids}
+    headings = [(a["id"], outline.texts[i].removesuffix(" PRIVATE")) for i, a in outline.named("h2")]
+    assert len(headings) >= 7
+    links = [(a["href"][1:], outline.texts[i]) for i, a in outline.named("a")][1:]
+    assert links == [("guarantee", "Guarantee"), *headings]
     for _, section in outline.named("section"):
         assert section.get("aria-labelledby") in ids or section.get("aria-label")
     for _, region in ((i, a) for i, a in outline.named("div") if a.get("class") == "scroll"):
