@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dpsyngen.config import Config, validate
 from dpsyngen.errors import ConfigError, ReleaseError, RunError, require
-from dpsyngen.evaluation.memorisation import PAIRS_FILE, image_data
+from dpsyngen.evaluation.memorisation import PAIRS_FILE
 from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.files import read_yaml_file, write_text
 from dpsyngen.generator.generator import ReleasedGenerator, SamplerOptions
@@ -156,31 +156,22 @@ def trajectory_table(generator: ReleasedGenerator, **sampling: Unpack[SamplerOpt
     `sampling` is as for :meth:`ReleasedGenerator.settings`; the seed is the report's where none is given.
 
     Returns:
-        ``sigmas`` and ``trainers`` of each column; ``stages``: name, trainer and number of columns of each run of
-        columns that one stage owns; ``noisy``: pictures of x for the first image; ``rows``: for each image its name,
-        pictures of D(x; σ), and the image.
+        ``columns``: σ and trainer of each; ``stages``: name, trainer and number of columns of each run of columns that
+        one stage owns; ``rows``: names and pictures of x for the first image, and of D(x; σ) for each; all end with
+        the image.
     """
-    count = min(6, len(generator.class_names)) or 4
     given: SamplerOptions = {"seed": SEED, **sampling}
-    found = generator.trajectory(count, 9, **given)
-    labels = found.samples.labels
+    found = generator.trajectory(min(6, len(generator.class_names)) or 4, 9, **given)
+    images, labels = found.samples.images, found.samples.labels
+    names = [f"image {i + 1}" if labels is None else generator.class_names[labels[i]] for i in range(len(images))]
+    ways = [(f"noisy x of {names[0]}", found.noisy[:, 0], images[0])]
+    ways += zip(names, found.denoised.swapaxes(0, 1), images, strict=True)
+    # Two digits, without an exponent where that is short.
+    sigmas = [f"{float(f'{s:.2g}'):g}" if s >= 1e-4 else f"{s:.1e}" for s in found.sigmas]
     return {
-        # Two digits, without an exponent where that is short.
-        "sigmas": [f"{float(f'{s:.2g}'):g}" if s >= 1e-4 else f"{s:.1e}" for s in found.sigmas],
-        "stages": [
-            {"name": stage.name, "trainer": stage.trainer, "columns": len(list(run))}
-            for stage, run in itertools.groupby(found.stages)
-        ],
-        "trainers": [stage.trainer for stage in found.stages],
-        "noisy": [image_data(images[0]) for images in found.noisy],
-        "rows": [
-            {
-                "name": generator.class_names[labels[i]] if labels is not None else f"image {i + 1}",
-                "expected": [image_data(images[i]) for images in found.denoised],
-                "image": image_data(found.samples.images[i]),
-            }
-            for i in range(count)
-        ],
+        "columns": [(sigma, stage.trainer) for sigma, stage in zip(sigmas, found.stages, strict=True)],
+        "stages": [(stage.name, stage.trainer, len(list(run))) for stage, run in itertools.groupby(found.stages)],
+        "rows": [(name, _grid(np.stack([*way, image]))) for name, way, image in ways],
     }
 
 
