@@ -15,7 +15,7 @@ from dpsyngen.privacy.certificate import Assumptions, Certificate, MechanismPart
 _MAX_BYTES = 2**26
 
 
-class Guarantee(Certificate, frozen=True):
+class Guarantee(Certificate):
     """What is claimed about a generator: (ε, δ)-differential privacy, for what unit, and what it rests on.
 
     It is the certificate (``privacy.json``) of the release, which was computed from the ledger of the training, and

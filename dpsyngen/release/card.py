@@ -85,12 +85,12 @@ def header(c: Certificate, digest: str) -> dict[str, Any]:
     """The YAML header of the card; arguments as for :func:`model_card`."""
     tags = ["dpsyngen", "differential-privacy", "diffusion", "image-generation", "synthetic-data"]
     why = () if c.private else ("not_private_because",)
-    stated = ("private", *why, "epsilon", "delta", "unit", "adjacency", "group_size")
+    values, stated = c.to_dict(), ("private", *why, "epsilon", "delta", "unit", "adjacency", "group_size")
     return {
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
         "tags": tags if c.private else [*tags, "not-private"],
-        "privacy": {name: c.to_dict()[name] for name in stated}
+        "privacy": {name: values[name] for name in stated}
         | {"certificate": "privacy.json", "certificate_sha256": digest},
     }
 
