@@ -21,7 +21,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from dpsyngen.config import Config, validate
-from dpsyngen.errors import ConfigError, ReleaseError, RunError, require
+from dpsyngen.errors import ConfigError, ReleaseError, RunError
 from dpsyngen.evaluation.memorisation import PAIRS_FILE
 from dpsyngen.evaluation.metrics import METRICS
 from dpsyngen.files import read_yaml_file, write_text
@@ -93,8 +93,8 @@ def release_values(release: Path) -> dict[str, Any]:
         statement, path = generator.privacy.to_dict(), release / "config.yaml"
         settings = read_yaml_file(path, "the configuration")
         config = validate(settings)
-        missing = sorted(Config.model_fields.keys() - settings.keys() - {"logging"})
-        require(not missing, "what it lacks", missing, "nothing: a release has all sections")
+        if missing := sorted(Config.model_fields.keys() - settings.keys() - {"logging"}):
+            raise ConfigError(f"it lacks {', '.join(missing)}.")
     except (ConfigError, ReleaseError) as error:
         raise RunError(f"{path} is missing or damaged: {error}  Put it back from a backup.") from None
     programs, p = None, config.program
