@@ -80,7 +80,7 @@ def test_the_private_copy_has_them_and_the_public_one_not(run) -> None:
         ("config.yaml", lambda text: "- private", "mapping of sections"),
         ("config.yaml", lambda text: text[: text.index("sampling:")], "it lacks .*sampling"),
         ("config.yaml", lambda text: text.replace("noise_mean: ", "noise_mean: x"), "network.noise_mean is 'x"),
-        ("config.yaml", lambda text: text.replace("program:", "program: [", 1), "program"),
+        ("config.yaml", lambda text: text.replace("program:", "program: [", 1), "not valid YAML"),
         ("config.yaml", lambda text: "\xff", "mapping of sections"),
         ("config.yaml", None, "cannot be read"),
     ],
