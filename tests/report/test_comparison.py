@@ -86,6 +86,8 @@ def test_page_is_well_formed(text) -> None:
     assert len(ids) == len(set(ids))
     for target in re.findall(r'href="#([^"]+)"', text) + re.findall(r"url\(#([^)]+)\)", text):
         assert target in ids
+    contents = text.split("</nav>")[0].split("<nav")[1]
+    assert re.findall(r'href="#([^"]+)"', contents) == re.findall(r'<h2 id="([^"]+)"', text) != []
     assert not re.search(r"<img(?![^>]*\salt=\"[^\"]+\")", text)
     assert not re.search(r"<svg(?![^>]*\saria-label=\"[^\"]+\")", text)
     assert text.count("<table") == text.count("<caption")
