@@ -119,7 +119,9 @@ def save(
     start: Annotated[int, typer.Option(help="index of the first image")] = 0,
     shard_size: Annotated[int, typer.Option(help="images written together")] = 1000,
     workers: Annotated[int | None, typer.Option(help="threads; default: one for each core, at most 8")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="after an interruption; begins again, as without it")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="after an interruption; begins again, as without it")
+    ] = False,
     settings: Settings = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
