@@ -29,7 +29,7 @@ prior_app = typer.Typer(
 def train_prior(
     out: Annotated[Path, typer.Option(help="file to make; beside it, NAME.part keeps what is done so far")],
     channels: Annotated[str, typer.Option(help="grey or rgb")] = "grey",
-    steps: Annotated[int, typer.Option(help="of Adam")] = 3000,
+    steps: Annotated[int, typer.Option(help="of Muon")] = 3000,
     seed: Annotated[int, typer.Option(help="public; the weights follow from it")] = 0,
     quiet: Quiet = False,
     as_json: AsJson = False,

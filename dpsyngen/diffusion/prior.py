@@ -1,7 +1,7 @@
 """A denoiser that reads the moments of a set: D = G + s ⊙ F(c_in·x, G, s/σ, r(x - x̄); log σ).
 
 G is the Wiener filter of the set's DP moments and s the standard deviation of each pixel that it leaves.  F is trained
-on hundreds of families of programs, each with moments of its own, and is shown which family it is in by G and s only.
+on thousands of families of programs, each with moments of its own, and is shown which family it is in by G and s only.
 So it learns what a picture with such moments looks like, and denoises a set that it has never seen, given that set's
 moments (amortised empirical Bayes), at no privacy cost but theirs.
 """

@@ -68,7 +68,7 @@ _TEXTS = {
     "loss-rose": ("the last steps did harm: they were too large, or noise had taken over", _LOWER),
     "nothing-learned": (
         "the private images taught the network nothing that shows above the noise of the loss",
-        "raise --lr (the presets use 1e-3 to 1e-2), take more --steps, and see whether noise or clipping is in the way",
+        "raise --lr (the presets use 3e-4 to 5e-3), take more --steps, and see whether noise or clipping is in the way",
     ),
     "few-steps": (
         "Adam needs tens of steps to begin with",

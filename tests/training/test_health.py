@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpsyngen.config import PrivateConfig, load_config
+from dpsyngen.config import PrivateConfig, load_config, preset_names
 from dpsyngen.data import load_images
 from dpsyngen.errors import RunError
 from dpsyngen.privacy.ledger import Ledger
@@ -103,6 +104,14 @@ def test_a_pretrained_or_unfinished_run_may_have_learned_nothing_yet() -> None:
     flat = log(np.full(200, 0.6))
     for facts in (demo(pretrained=True), demo(complete=False)):
         assert found(of_private_training(flat, facts)) == {"nothing-learned": "warning"}
+
+
+def test_what_the_presets_use_is_said_as_it_is() -> None:
+    (flat,) = of_private_training(log(np.full(200, 1.4)), DEMO)
+    rates = [load_config(preset=name).private.learning_rate for name in preset_names()]
+    said = re.search(r"the presets use (\S+) to (\S+)\)", flat.change)
+    assert said is not None
+    assert [float(rate) for rate in said.groups()] == [min(rates), max(rates)]
 
 
 def test_a_residual_network_is_measured_against_its_own_start() -> None:
