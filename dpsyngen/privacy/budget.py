@@ -98,7 +98,8 @@ class Budget(HashChain):
             )
         header = {"format": FORMAT, "kind": "budget", "epsilon": epsilon_limit, "delta": delta}
         header |= {"group_size": group_size, "growing": growing, "salt": os.urandom(32).hex()}
-        start_chain(path, "budget file", header)
+        with _locked(path):  # of two that start it at once, the second is refused
+            start_chain(path, "budget file", header)
         return cls(path)
 
     # ------------------------------------------------------------------------------------------ reading
@@ -241,9 +242,13 @@ class Budget(HashChain):
         """Hold the file (a killed process frees it), and know all that other processes wrote into it before."""
         if not self.path.exists():
             raise LedgerError(f"the budget file {self.path} is gone.")
-        with FileLock(f"{self.path.resolve()}.lock", mode=0o600):
+        with _locked(self.path):
             self.__init__(self.path)  # type: ignore[misc]
             yield
+
+
+def _locked(path: Path) -> FileLock:
+    return FileLock(f"{path.resolve()}.lock", mode=0o600)
 
 
 # -------------------------------------------------------------------------------------------- several ledgers

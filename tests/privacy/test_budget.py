@@ -7,10 +7,12 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpsyngen.errors import BudgetExceeded, ConfigError, LedgerError
+from dpsyngen.privacy import ledger
 from dpsyngen.privacy.accounting import Mechanism, calibrate_noise, epsilon
 from dpsyngen.privacy.budget import Budget
 
@@ -174,6 +176,27 @@ def test_bad_values_and_those_that_training_would_refuse(values, tmp_path) -> No
     with pytest.raises(ConfigError, match="must be"):
         Budget.create(tmp_path / "b", **{"epsilon_limit": 1.0, "delta": 1e-5, **values})
     assert not (tmp_path / "b").exists()
+
+
+def test_of_budgets_started_at_once_under_one_name_one_is_made(tmp_path, monkeypatch) -> None:
+    write = ledger._write_head
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.2)  # long enough for all others to have begun
+        write(*given)
+
+    monkeypatch.setattr(ledger, "_write_head", slowly)
+
+    def create(i: int) -> Budget | None:
+        try:
+            return Budget.create(tmp_path / "b", epsilon_limit=1.0 + i, delta=1e-5)
+        except (ConfigError, LedgerError):
+            return None
+
+    with ThreadPoolExecutor(8) as threads:
+        made = [budget for budget in threads.map(create, range(8)) if budget is not None]
+    assert len(made) == 1
+    assert Budget(tmp_path / "b").bodies == made[0].bodies
 
 
 def test_edited_and_foreign_files(path, tmp_path) -> None:
