@@ -104,11 +104,14 @@ def worker(run: Path) -> int | None:
     """The process, of this user and on this machine, that works on the run directory `run`; None if none is known."""
     lock = os.path.realpath(run / "private" / LOCK)
     for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        number = fd.parts[2]
         try:
-            if os.readlink(fd) == lock and int(fd.parts[2]) != os.getpid():
-                return int(fd.parts[2])
+            # Others have the file open to look or to wait; the holder's line is "lock: 1: FLOCK ADVISORY WRITE pid …".
+            about = (fd.parents[1] / "fdinfo" / fd.name).read_text() if os.readlink(fd) == lock else ""
         except OSError:
             continue  # ended meanwhile, or another user's
+        if f" WRITE {number} " in about and int(number) != os.getpid():
+            return int(number)
     return None
 
 

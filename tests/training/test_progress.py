@@ -109,6 +109,15 @@ def test_who_works_on_a_run_is_found(finished: Run, tmp_path: Path) -> None:
 
 def test_somebody_who_looks_is_nobody_who_works(finished: Run, tmp_path: Path) -> None:
     shutil.copytree(finished.path, tmp_path / "r")
+    code = f"import fcntl\nfile = open({str(tmp_path / 'r' / 'private' / 'lock')!r})\n"
+    code += "fcntl.flock(file, fcntl.LOCK_SH)\nprint('here', flush=True)\ninput()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as looking:
+        assert looking.stdin is not None
+        assert looking.stdout is not None
+        assert looking.stdout.readline() == "here\n"
+        assert worker(tmp_path / "r") is None
+        looking.stdin.close()
     with open(tmp_path / "r" / "private" / "lock", "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # as Run.busy does, for longer
         threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
