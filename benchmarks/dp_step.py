@@ -63,7 +63,7 @@ from dp_step_rivals import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.unet import SIZES, UNet, count_parameters
 
@@ -88,7 +88,7 @@ def unet_task(name: str, examples: int, copies: int, device: torch.device, seed:
     resolution = int(pixels)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    module = PreconditionedDenoiser(UNet(preset, resolution, CHANNELS[resolution], CLASSES), CLASSES)
+    module = NetworkDenoiser(UNet(preset, resolution, CHANNELS[resolution], CLASSES), CLASSES)
     images = torch.rand(examples, CHANNELS[resolution], resolution, resolution, generator=generator) * 2 - 1
     labels = torch.randint(0, CLASSES, (examples,), generator=generator)
     made = make_noisy(
@@ -102,7 +102,7 @@ def unet_task(name: str, examples: int, copies: int, device: torch.device, seed:
     )
     assert made.labels is not None
 
-    def row_losses(module: PreconditionedDenoiser, *batch: Tensor) -> Tensor:
+    def row_losses(module: NetworkDenoiser, *batch: Tensor) -> Tensor:
         return denoising_loss(module, NoisyBatch(*batch))
 
     batch = (made.clean, made.noisy, made.sigma, made.labels)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from dpsyngen.config import ComputeConfig
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.unet import UNet, count_parameters
 from dpsyngen.hardware import Compute, choose, look, send
@@ -105,14 +105,14 @@ class Tasks:
         self.resolution, self.examples, self.copies = int(pixels), examples, copies
         self.channels = 1 if self.resolution == 28 else 3
 
-    def denoiser(self) -> PreconditionedDenoiser:
+    def denoiser(self) -> NetworkDenoiser:
         """With the same weights each time, the last layers of which are not almost zero."""
         torch.manual_seed(0)
         unet = UNet(self.size, self.resolution, self.channels, CLASSES)
         with torch.no_grad():
             for p in unet.parameters():
                 p += 0.02 * torch.randn_like(p)
-        return PreconditionedDenoiser(unet, CLASSES)
+        return NetworkDenoiser(unet, CLASSES)
 
     def batch(self, compute: Compute) -> NoisyBatch:
         """As the training steps make it."""

@@ -98,13 +98,13 @@ def unit_times() -> dict[str, float]:
     torch.set_num_threads(1)
     from torch.utils.flop_counter import FlopCounterMode
 
-    from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+    from dpsyngen.diffusion.denoiser import NetworkDenoiser
     from dpsyngen.diffusion.loss import NoiseLevels, denoising_loss, make_noisy
     from dpsyngen.diffusion.unet import UNet
     from dpsyngen.privacy.noise import standard_normal
     from dpsyngen.privacy.randomness import Randomness, poisson_sample
 
-    denoiser = PreconditionedDenoiser(UNet("base", SIDE, 1, CLASSES), CLASSES)
+    denoiser = NetworkDenoiser(UNet("base", SIDE, 1, CLASSES), CLASSES)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     generator = torch.Generator().manual_seed(0)

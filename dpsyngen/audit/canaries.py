@@ -26,7 +26,7 @@ from dpsyngen.audit.one_run import OneRun, lookup_scores, plan_guesses
 from dpsyngen.audit.report import Finding
 from dpsyngen.config import Config, DataConfig, PrivacyConfig, StagesConfig
 from dpsyngen.data import ImageDataset
-from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.privacy.ledger import Ledger
 from dpsyngen.privacy.per_example import PerExampleGradients
@@ -184,7 +184,7 @@ def lookup_denoiser(
 ) -> NetworkDenoiser:
     """In place of :func:`dpsyngen.training.networks.make_denoiser`."""
     network = LookupNetwork(shape.num_classes, shape.channels, shape.resolution, _STEEP * config.privacy.clipping_norm)
-    return PreconditionedDenoiser(network, shape.num_classes, config.network.sigma_data)
+    return NetworkDenoiser(network, shape.num_classes, config.network.sigma_data)
 
 
 def lively_denoiser(

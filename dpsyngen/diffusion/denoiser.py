@@ -1,14 +1,15 @@
-"""The Denoiser contract, EDM's preconditioned network as one, and the moving average of its weights."""
+"""The Denoiser contract, a network as one, and the moving average of its weights."""
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from dpsyngen.diffusion import standalone
+from dpsyngen.diffusion.gaussian import GaussianDenoiser
 
 UNIFORM_PRIOR_SIGMA = math.sqrt(1 / 3)
 """σ_d of DPDM: the standard deviation of a uniform distribution on [-1, 1].  Not measured on any data."""
@@ -29,33 +30,45 @@ class Denoiser(Protocol):
 
 
 class NetworkDenoiser(standalone.NetworkDenoiser):
-    """A Denoiser with a network F to train, and the weight of its loss; unconditional where ``num_classes`` is 0.
+    """A Denoiser with a network F to train, and the weight of its loss; unconditional where `num_classes` is 0.
 
-    A label equal to ``num_classes``, or None for all, means "no class".
+    D = c_skip·x + c_out·F(c_in·x, c_noise), EDM eq. 7 with the coefficients of its table 1 and σ_d = √(1/3), unless a
+    measurement was paid for: input and target of F have unit variance, and c_skip keeps F's error from being amplified.
+    On a `gaussian` G it is the D of :mod:`dpsyngen.diffusion.prior`; F ends near 0, so training starts from G.
+
+    F(input [N, C or 4C, H, W], c_noise [N], classes [N] or None) gives [N, C, H, W], and alone is trained and saved.  A
+    label equal to `num_classes`, or None for all, means "no class".
     """
 
-    network: nn.Module
-    num_classes: int
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        sigma_data: float = UNIFORM_PRIOR_SIGMA,
+        gaussian: GaussianDenoiser | None = None,
+    ) -> None:
+        super().__init__(network, num_classes, sigma_data, gaussian)
+
+    @property
+    def gaussian(self) -> GaussianDenoiser | None:
+        """G, the constants that D is made on; None for EDM's D."""
+        return cast(GaussianDenoiser | None, self._gaussian[0])
 
     def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """λ(σ) > 0, [N]: what ‖D - x₀‖² is weighted with in training."""
-        raise NotImplementedError
+        """λ(σ) > 0, [N]: what ‖D - x₀‖² is weighted with in training, :func:`loss_weight`; on a Gaussian 1 / mean s².
 
+        So the loss of each σ is 1 at the start; on a Gaussian if the data are as their moments say.
+        """
+        if self.gaussian is None:
+            return loss_weight(sigma, self.sigma_data)
+        with torch.no_grad():
+            return self.gaussian.left(sigma, labels).square().flatten(1).mean(1).reciprocal()
 
-class PreconditionedDenoiser(NetworkDenoiser):
-    """D = c_skip·x + c_out·F(c_in·x, c_noise), EDM eq. 7 with the coefficients of its table 1.
-
-    c_in gives the input of F unit variance and c_out its target; c_skip keeps the error of F from being amplified.
-    F(input [N, C, H, W], c_noise [N], classes [N] or None) gives [N, C, H, W]; σ_d is √(1/3) unless a measurement was
-    paid for.
-    """
-
-    def __init__(self, network: nn.Module, num_classes: int, sigma_data: float = UNIFORM_PRIOR_SIGMA) -> None:
-        super().__init__(network, num_classes, sigma_data, None)
-
-    def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """:func:`loss_weight`, whatever the label."""
-        return loss_weight(sigma, self.sigma_data)
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Move G along with the network (``.to(device)``)."""
+        if self.gaussian is not None:
+            self.gaussian._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:

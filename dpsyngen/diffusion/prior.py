@@ -15,14 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from dpsyngen.diffusion.denoiser import UNIFORM_PRIOR_SIGMA, NetworkDenoiser
-from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.unet import UNet, shapes_alone
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import write_bytes
@@ -36,52 +32,8 @@ PRIOR_SIZE = "prior"
 PRIOR_FORMAT = "dpsyngen prior 1"
 _FILES = {1: "grey", 3: "colour"}
 
-
-class PriorDenoiser(NetworkDenoiser):
-    """D = G(x; σ, y) + s(σ, y) ⊙ F([c_in·x, G, s/σ, r(x - x̄)], c_noise, y).
-
-    c_in = 1/√(σ² + 1), and λ = 1 / mean s²: the loss of each σ is 1 where F = 0 and the data are as their moments say,
-    as EDM's is at the start.  F ends in a layer that starts at almost 0, so training starts from G.
-
-    The moments are constants: only the network F(input [N, 4C, H, W], c_noise [N], classes [N] or None) has parameters
-    and an entry in ``state_dict``; it knows no class where `num_classes` is 0.
-    """
-
-    def __init__(self, network: nn.Module, num_classes: int, gaussian: GaussianDenoiser) -> None:
-        super().__init__(network, num_classes, UNIFORM_PRIOR_SIGMA, gaussian)
-
-    @property
-    def gaussian(self) -> GaussianDenoiser:
-        """G, which is not trained, saved or released with the network."""
-        gaussian = self._gaussian[0]
-        assert isinstance(gaussian, GaussianDenoiser)
-        return gaussian
-
-    def weight(self, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """λ = 1 / mean s², [N]."""
-        with torch.no_grad():
-            return self.gaussian.left(sigma, labels).square().flatten(1).mean(1).reciprocal()
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Move G along with the network (``.to(device)``)."""
-        self._gaussian[0] = self.gaussian._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-
 SEEN = 4
 """Channels that F sees for each channel of an image."""
-
-
-def network_input(x: Tensor, sigma: Tensor, base: Tensor, left: Tensor) -> Tensor:
-    """What F sees of rows x [N, C, H, W] at levels sigma [N], [N, 4C, H, W].
-
-    c_in·x, G, s/σ, and the difference of x from its mean x̄ over 3x3 pixels in units of the noise, r(d) = 2 tanh(d/2σ).
-    At small σ the noise is far below the size of x, but it is what F has to tell from the picture.
-    """
-    level = sigma.view(-1, 1, 1, 1)
-    near = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-    grain = 2 * torch.tanh((x - near) / (2 * level))
-    return torch.cat([x * (level.square() + 1).rsqrt(), base, left / level, grain], 1)
 
 
 @dataclass(frozen=True)

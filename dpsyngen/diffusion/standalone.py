@@ -134,6 +134,13 @@ class UNet(nn.Module):
         return self.out(F.silu(self.mix(torch.cat([F.silu(out), x], 1)))) if self.refine else out
 
 
+def network_input(x: Tensor, sigma: Tensor, base: Tensor, left: Tensor) -> Tensor:
+    """What F sees on a Gaussian, [N, 4C, H, W]: c_in·x, G, s/σ, and 2 tanh((x - x̄)/2σ), x̄ the mean of 3x3 pixels."""
+    s = sigma.view(-1, 1, 1, 1)  # x - x̄ in units of it: small noise, too, has to be told from the picture
+    grain = 2 * torch.tanh((x - F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)) / (2 * s))
+    return torch.cat([x * (s.square() + 1).rsqrt(), base, left / s, grain], 1)
+
+
 class NetworkDenoiser(nn.Module):
     """c_skip·x + c_out·F(c_in·x, c_noise) (EDM eq. 7); on a Gaussian G: G + s ⊙ F([c_in·x, G, s/σ, …], c_noise)."""
 
@@ -143,9 +150,8 @@ class NetworkDenoiser(nn.Module):
         self._gaussian = [gaussian]  # in a list: it is no part of this module's weights
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        classes = labels if self.num_classes else None
-        if self.num_classes and labels is None:  # class `num_classes` means "no class"
-            classes = torch.full((len(x),), self.num_classes, device=x.device)
+        unknown = torch.full((len(x),), self.num_classes, device=x.device)  # class `num_classes` means "no class"
+        classes = (unknown if labels is None else labels) if self.num_classes else None
         sigma = sigma.to(x.dtype)
         s, gaussian = sigma.view(-1, 1, 1, 1), self._gaussian[0]
         if gaussian is None:
@@ -153,10 +159,7 @@ class NetworkDenoiser(nn.Module):
             c_skip, c_out, c_in = self.sigma_data**2 / total, s * self.sigma_data / total.sqrt(), total.rsqrt()
             return c_skip * x + c_out * self.network(c_in * x, sigma.log() / 4, classes)
         base, left = gaussian(x, sigma, labels), gaussian.left(sigma, labels).to(x.dtype)
-        near = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        grain = 2 * torch.tanh((x - near) / (2 * s))
-        seen = torch.cat([x * (s.square() + 1).rsqrt(), base, left / s, grain], 1)
-        return base + left * self.network(seen, sigma.log() / 4, classes)
+        return base + left * self.network(network_input(x, sigma, base, left), sigma.log() / 4, classes)
 
 
 def cosine_matrix(size: int) -> Tensor:
@@ -254,9 +257,7 @@ class Gaussian(nn.Module):
             require(0 <= label <= self.classes, "a label", label, f"in 0..{self.classes}")
             yield label, (known == label).nonzero()[:, 0]
 
-    @property
-    def _cosines(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.cosines_c, self.cosines_h, self.cosines_w
+    _cosines = property(lambda self: (self.cosines_c, self.cosines_h, self.cosines_w))
 
     def _across(self, flat: Tensor) -> Tensor:
         """The part of x outside the basis: its coordinates in Q, or in F of a large image."""
@@ -264,8 +265,7 @@ class Gaussian(nn.Module):
 
     def _image(self, along: Tensor, across: Tensor, dtype: torch.dtype) -> Tensor:
         outside = each_axis(across, [m.mT for m in self._cosines]) if self.large else across @ self.outer.mT
-        if self.large:
-            along = along - outside @ self.basis
+        along = along - outside @ self.basis if self.large else along
         return (along @ self.basis.mT + outside).to(dtype).view(-1, *self.shape)
 
     def _filtered(self, along: Tensor, square: Tensor, label: int) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from dpsyngen.config import SamplingConfig, explain
 from dpsyngen.data.labels import MAX_CLASSES, check_class_names
-from dpsyngen.diffusion.denoiser import NetworkDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
-from dpsyngen.diffusion.prior import SEEN, PriorDenoiser
+from dpsyngen.diffusion.prior import SEEN
 from dpsyngen.diffusion.stages import GAUSSIAN, Stage, StageMap
 from dpsyngen.diffusion.unet import UNet, check_resolution, named_size, shapes_alone
 from dpsyngen.errors import ConfigError, DataError, RunError, printable, shown
@@ -182,11 +182,7 @@ def load_network(
     asked = about.network.size, about.resolution, about.channels, classes, inputs
     weights = load_weights(release / "weights" / f"{name}.safetensors", _expected(*asked))
     network = UNet(*asked)
-    denoiser: NetworkDenoiser
-    if gaussian is None:
-        denoiser = PreconditionedDenoiser(network, classes, about.network.sigma_data)
-    else:
-        denoiser = PriorDenoiser(network, classes, gaussian)
+    denoiser = NetworkDenoiser(network, classes, about.network.sigma_data, gaussian)
     denoiser.load_state_dict(weights)
     return denoiser.to(device).eval()
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.denoiser import Denoiser, Ema, NetworkDenoiser, PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import Denoiser, Ema, NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import NoiseLevels, denoising_loss, make_noisy
-from dpsyngen.diffusion.prior import PRIOR_SIZE, SEEN, SHIPPED, Prior, PriorDenoiser, read_prior
+from dpsyngen.diffusion.prior import PRIOR_SIZE, SEEN, SHIPPED, Prior, read_prior
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.stages import GAUSSIAN, StagedDenoiser, StageMap
 from dpsyngen.diffusion.unet import UNet
@@ -34,15 +34,13 @@ def make_denoiser(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = make_network(config, shape, conditional, residual=gaussian is not None)
-    if gaussian is not None:
-        if config.network.prior is not None:
-            # What it has of classes starts at zero, so that it answers as the prior does.
-            weights = dict(read_prior(config.network.prior, network.channels).weights)
-            if network.embed_class is not None:
-                weights["embed_class.weight"] = torch.zeros_like(network.embed_class.weight)
-            network.load_state_dict(weights)
-        return PriorDenoiser(network, num_classes, gaussian)
-    return PreconditionedDenoiser(network, num_classes, config.network.sigma_data)
+    if gaussian is not None and config.network.prior is not None:
+        # What it has of classes starts at zero, so that it answers as the prior does.
+        weights = dict(read_prior(config.network.prior, network.channels).weights)
+        if network.embed_class is not None:
+            weights["embed_class.weight"] = torch.zeros_like(network.embed_class.weight)
+        network.load_state_dict(weights)
+    return NetworkDenoiser(network, num_classes, config.network.sigma_data, gaussian)
 
 
 def make_network(config: Config, shape: Shape, conditional: bool = True, *, residual: bool = False) -> UNet:
@@ -120,7 +118,7 @@ def preview(
     network = networks[plan.stages.private.network]
     network.load_state_dict(average.average)
     denoisers: dict[str, Denoiser] = dict(networks)
-    if isinstance(network, PriorDenoiser):
+    if network.gaussian is not None:
         denoisers[GAUSSIAN] = network.gaussian
     settings = SamplingSettings(**config.sampling.model_dump() | {"steps": min(config.sampling.steps, _STEPS)})
     (batch,) = settings.draw(

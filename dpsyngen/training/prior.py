@@ -21,8 +21,9 @@ from torch import Tensor
 from dpsyngen.data import ImageDataset
 from dpsyngen.diffusion.denoiser import Ema
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
-from dpsyngen.diffusion.prior import PRIOR_SIZE, SEEN, Prior, network_input
+from dpsyngen.diffusion.prior import PRIOR_SIZE, SEEN, Prior
 from dpsyngen.diffusion.samplers import to_float
+from dpsyngen.diffusion.standalone import network_input
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError, require
 from dpsyngen.files import write_atomically

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpsyngen.diffusion.denoiser import Ema, GuidedDenoiser, PreconditionedDenoiser, loss_weight
+from dpsyngen.diffusion.denoiser import Ema, GuidedDenoiser, NetworkDenoiser, loss_weight
 from dpsyngen.diffusion.loss import NoiseLevels, denoising_loss, make_noisy
 
 
@@ -31,7 +31,7 @@ SIGMA = torch.tensor([0.05, 1.0, 20.0], dtype=torch.float64)
 def test_coefficients_of_edm_table_1() -> None:
     sd = math.sqrt(1 / 3)
     network = Recorder(1.0)
-    out = PreconditionedDenoiser(network, 0)(X, SIGMA)
+    out = NetworkDenoiser(network, 0)(X, SIGMA)
     for i, s in enumerate(SIGMA.tolist()):
         skip, scale = sd**2 / (s**2 + sd**2), s * sd / math.sqrt(s**2 + sd**2)
         torch.testing.assert_close(out[i], skip * X[i] + scale)
@@ -46,18 +46,18 @@ def test_input_of_the_network_has_unit_variance() -> None:
     network = Recorder()
     for s in (0.1, 1.0, 10.0):
         x0 = torch.rand(200, 1, 8, 8) * 2 - 1
-        PreconditionedDenoiser(network, 0)(x0 + s * torch.randn_like(x0), torch.full((200,), s))
+        NetworkDenoiser(network, 0)(x0 + s * torch.randn_like(x0), torch.full((200,), s))
         assert network.seen[0].var().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_no_label_means_no_class() -> None:
     network = Recorder()
-    conditional = PreconditionedDenoiser(network, 7)
+    conditional = NetworkDenoiser(network, 7)
     conditional(X, SIGMA, None)
     assert network.seen[2].tolist() == [7, 7, 7]
     conditional(X, SIGMA, torch.tensor([1, 2, 7]))
     assert network.seen[2].tolist() == [1, 2, 7]
-    PreconditionedDenoiser(network, 0)(X, SIGMA, torch.tensor([1, 2, 3]))
+    NetworkDenoiser(network, 0)(X, SIGMA, torch.tensor([1, 2, 3]))
     assert network.seen[2] is None
 
 
@@ -118,7 +118,7 @@ def test_same_generator_same_batch() -> None:
 
 def test_loss_against_the_formula() -> None:
     batch = noisy()
-    denoiser = PreconditionedDenoiser(Recorder(0.3), 4)
+    denoiser = NetworkDenoiser(Recorder(0.3), 4)
     got = denoising_loss(denoiser, batch)
     assert got.shape == (15,)
     for i in range(15):
@@ -144,7 +144,7 @@ def test_ema_formula_and_memory() -> None:
 
 def test_a_network_of_zeros_leaves_the_skip() -> None:
     sd = 0.7
-    out = PreconditionedDenoiser(Recorder(0.0), 0, sigma_data=sd)(X, SIGMA)
+    out = NetworkDenoiser(Recorder(0.0), 0, sigma_data=sd)(X, SIGMA)
     for i, s in enumerate(SIGMA.tolist()):
         torch.testing.assert_close(out[i], sd**2 / (s**2 + sd**2) * X[i])
 
@@ -152,19 +152,19 @@ def test_a_network_of_zeros_leaves_the_skip() -> None:
 def test_ends_of_the_axis() -> None:
     """σ → 0: D is the identity; σ → ∞: D is what the network says, scaled by σ_d."""
     network = Recorder(1.0)
-    low, high = PreconditionedDenoiser(network, 0)(X[:2], torch.tensor([1e-6, 1e6], dtype=torch.float64))
+    low, high = NetworkDenoiser(network, 0)(X[:2], torch.tensor([1e-6, 1e6], dtype=torch.float64))
     torch.testing.assert_close(low, X[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(high, torch.full_like(X[1], math.sqrt(1 / 3)), atol=1e-5, rtol=0)
 
 
 def test_unconditional_denoiser_ignores_labels() -> None:
-    denoiser = PreconditionedDenoiser(Recorder(0.5), 0)
+    denoiser = NetworkDenoiser(Recorder(0.5), 0)
     assert torch.equal(denoiser(X, SIGMA, torch.tensor([1, 2, 3])), denoiser(X, SIGMA, None))
 
 
 def test_precision_of_the_image_decides() -> None:
     network = Recorder()
-    out = PreconditionedDenoiser(network, 0)(X.float(), SIGMA)
+    out = NetworkDenoiser(network, 0)(X.float(), SIGMA)
     assert out.dtype == network.seen[0].dtype == network.seen[1].dtype == torch.float32
 
 
@@ -182,7 +182,7 @@ def test_loss_of_a_start_near_zero_is_near_one(log_sigma) -> None:
     images = torch.randn(500, 1, 6, 6, generator=g) * math.sqrt(1 / 3)
     levels = NoiseLevels(low=log_sigma - 0.01, high=log_sigma + 0.01)
     batch = make_noisy(images, None, levels, copies=1, num_classes=0, label_dropout=0.0, generator=g)
-    assert denoising_loss(PreconditionedDenoiser(Recorder(0.0), 0), batch).mean().item() == pytest.approx(1, abs=0.05)
+    assert denoising_loss(NetworkDenoiser(Recorder(0.0), 0), batch).mean().item() == pytest.approx(1, abs=0.05)
 
 
 def test_labels_of_copies_drop_on_their_own() -> None:

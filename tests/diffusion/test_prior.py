@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
 from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
-from dpsyngen.diffusion.prior import SHIPPED, Prior, PriorDenoiser, read_prior
+from dpsyngen.diffusion.prior import SHIPPED, Prior, read_prior
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError
 from dpsyngen.privacy.kernels import KernelChoices
@@ -32,7 +33,7 @@ def gaussian(classes: int = CLASSES, dtype: torch.dtype = torch.float64) -> Gaus
     return GaussianDenoiser(example(k=classes, size=SIZE, d=6), SHAPE, dtype=dtype)
 
 
-def residual(classes: int = CLASSES, dtype: torch.dtype = torch.float64, zero: bool = False) -> PriorDenoiser:
+def residual(classes: int = CLASSES, dtype: torch.dtype = torch.float64, zero: bool = False) -> NetworkDenoiser:
     torch.manual_seed(0)
     network = UNet("nano", 8, 2, classes, inputs=4 * 2)
     generator = torch.Generator().manual_seed(1)
@@ -40,7 +41,7 @@ def residual(classes: int = CLASSES, dtype: torch.dtype = torch.float64, zero: b
         # Layers that start near zero would hide what lies before them.
         for p in network.parameters():
             p.mul_(0.0) if zero else p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    return PriorDenoiser(network, classes, gaussian(max(classes, 1), dtype)).to(dtype)
+    return NetworkDenoiser(network, classes, gaussian=gaussian(max(classes, 1), dtype)).to(dtype)
 
 
 def rows(n: int, classes: int = CLASSES, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -70,7 +71,7 @@ def test_a_zero_network_is_the_gaussians_denoiser(classes) -> None:
 def test_what_the_network_is_shown_and_how_its_answer_is_used() -> None:
     x, sigma, labels = rows(8)
     network = Half()
-    denoiser = PriorDenoiser(network, CLASSES, gaussian())
+    denoiser = NetworkDenoiser(network, CLASSES, gaussian=gaussian())
     g = denoiser.gaussian
     out = denoiser(x, sigma, labels)
     base, left = g(x, sigma, labels), g.left(sigma, labels)
@@ -128,7 +129,7 @@ def test_the_network_alone_is_trained_saved_and_released() -> None:
     assert {k.split(".")[0] for k in denoiser.state_dict()} == {"network"}
     assert {id(p) for p in denoiser.parameters()} == {id(p) for p in denoiser.network.parameters()}
     assert not list(denoiser.gaussian.parameters())
-    again = PriorDenoiser(UNet("nano", 8, 2, CLASSES, inputs=4 * 2), CLASSES, gaussian(dtype=torch.float32))
+    again = NetworkDenoiser(UNet("nano", 8, 2, CLASSES, inputs=4 * 2), CLASSES, gaussian=gaussian(dtype=torch.float32))
     again.load_state_dict(denoiser.state_dict())
     x, sigma, labels = rows(6)
     assert torch.equal(again(x.float(), sigma, labels), denoiser(x.float(), sigma, labels))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.samplers import evenly_in_log, karras_steps, solved, to_float, to_uint8
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.standalone import SAMPLERS
@@ -131,7 +131,7 @@ def test_image_of_a_network_is_the_same_in_any_batch() -> None:
     network = UNet("nano", 8, 3, 2)
     for p in network.parameters():
         p.data += 0.02 * torch.randn_like(p)
-    denoiser = PreconditionedDenoiser(network, 2)
+    denoiser = NetworkDenoiser(network, 2)
     labels = torch.arange(9) % 2
 
     def images(batch_size: int, count: int = 9, seed: int = 3) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from dpsyngen.config import Config
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.version import FORMAT, __version__
 
@@ -20,7 +20,7 @@ from dpsyngen.version import FORMAT, __version__
 def weights(classes: int) -> bytes:
     """The weights file of a nano network for 8×8 grey images."""
     torch.manual_seed(0)
-    return save(PreconditionedDenoiser(UNet("nano", 8, 1, classes), classes).state_dict())
+    return save(NetworkDenoiser(UNet("nano", 8, 1, classes), classes).state_dict())
 
 
 def description() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpsyngen.config import ComputeConfig, load_config
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoiseLevels, NoisyBatch, denoising_loss, make_noisy
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.unet import UNet
@@ -17,14 +17,14 @@ from dpsyngen.hardware import Compute, choose, kind_of, send
 from dpsyngen.workers import Workers, summed_gradients
 
 
-def denoiser() -> PreconditionedDenoiser:
+def denoiser() -> NetworkDenoiser:
     """The same each time, and not almost the identity."""
     torch.manual_seed(0)
     unet = UNet("nano", 16, 1, 3)
     with torch.no_grad():
         for p in unet.parameters():
             p += 0.02 * torch.randn_like(p)
-    return PreconditionedDenoiser(unet, 3)
+    return NetworkDenoiser(unet, 3)
 
 
 def batch(compute: Compute) -> NoisyBatch:
@@ -40,7 +40,7 @@ def batch(compute: Compute) -> NoisyBatch:
     )
 
 
-def gradients(compute: Compute, network: PreconditionedDenoiser) -> Tensor:
+def gradients(compute: Compute, network: NetworkDenoiser) -> Tensor:
     given = batch(compute)
     with compute.autocast():
         out, _ = summed_gradients(

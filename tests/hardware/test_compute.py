@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpsyngen.config import ComputeConfig
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.sampling import SamplingSettings
 from dpsyngen.diffusion.unet import SIZES, UNet
 from dpsyngen.errors import ConfigError
@@ -23,9 +23,9 @@ from tests.tf32 import tf32_allowed
 CPU = choose("cpu")
 
 
-def network(size: str = "nano", resolution: int = 16) -> PreconditionedDenoiser:
+def network(size: str = "nano", resolution: int = 16) -> NetworkDenoiser:
     torch.manual_seed(0)
-    return PreconditionedDenoiser(UNet(size, resolution, 1, 3), 3)
+    return NetworkDenoiser(UNet(size, resolution, 1, 3), 3)
 
 
 def rows(n: int, resolution: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,7 +34,7 @@ def rows(n: int, resolution: int = 16) -> tuple[torch.Tensor, torch.Tensor, torc
     return x, torch.rand(n, generator=g) + 0.5, torch.arange(n) % 3
 
 
-def images(compute: Compute, denoiser: PreconditionedDenoiser) -> np.ndarray:
+def images(compute: Compute, denoiser: NetworkDenoiser) -> np.ndarray:
     with compute.autocast():
         (out,) = SamplingSettings(steps=4).draw(denoiser, (1, 16, 16), torch.arange(4) % 3, 4)
     return out.numpy()

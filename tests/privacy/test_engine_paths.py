@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoiseLevels, denoising_loss, make_noisy
 from dpsyngen.diffusion.unet import UNet, UNetSize
 from dpsyngen.privacy.per_example import PerExampleGradients, UnsupportedLayer
@@ -41,7 +41,7 @@ def test_real_network_and_real_noise_of_ten_classes(size, dtype, tolerance) -> N
     """The rows of `make_noisy`, as the training makes them: dropped labels, stratified σ, copies adjacent."""
     torch.manual_seed(0)
     copies, examples = 2, 3
-    denoiser = PreconditionedDenoiser(UNet(size, 8, 1, 10), 10).to(dtype)
+    denoiser = NetworkDenoiser(UNet(size, 8, 1, 10), 10).to(dtype)
     assert size == "nano" or sum("qkv" in n for n, _ in denoiser.named_parameters()) >= 4
     for p in denoiser.parameters():
         p.data += 0.05 * torch.randn_like(p)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dpsyngen.privacy.per_example as per_example_module
-from dpsyngen.diffusion.denoiser import PreconditionedDenoiser
+from dpsyngen.diffusion.denoiser import NetworkDenoiser
 from dpsyngen.diffusion.loss import NoisyBatch, denoising_loss
 from dpsyngen.diffusion.unet import UNet, UNetSize
 from dpsyngen.privacy.per_example import PerExampleGradients, UnsupportedLayer
@@ -141,7 +141,7 @@ def test_embedding_equals_the_oracle(padding, shape, copies) -> None:
 @pytest.mark.parametrize("size", ["nano", UNetSize(16, (1, 2), 1, None, 32, patch=2)])
 def test_the_whole_denoiser_equals_the_oracle(size, copies) -> None:
     torch.manual_seed(0)
-    denoiser = PreconditionedDenoiser(UNet(size, 8, 1, 5), 5).double()
+    denoiser = NetworkDenoiser(UNet(size, 8, 1, 5), 5).double()
     for p in denoiser.parameters():  # away from the near-zero start, so that every gradient has a size
         p.data += 0.05 * torch.randn_like(p)
     n = EXAMPLES * copies

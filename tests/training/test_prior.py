@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import dpsyngen
 from dpsyngen.config import load_config, with_options
-from dpsyngen.diffusion.prior import SHIPPED, Prior, network_input, read_prior
+from dpsyngen.diffusion.prior import SHIPPED, Prior, read_prior
+from dpsyngen.diffusion.standalone import network_input
 from dpsyngen.diffusion.unet import UNet
 from dpsyngen.errors import ConfigError, RunError
 from dpsyngen.fit import carry_out, prepare, prepare_resume
