@@ -18,51 +18,34 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpsyngen.errors import ConfigError, listed
 from dpsyngen.privacy.clipping import ClippedGradient, Draw, GridGradient
-from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import Loss, PerExampleGradients, RowsLoss, layer_numbers
 from dpsyngen.privacy.rules import Tape
 from dpsyngen.workers import Workers
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DeviceMesh, DTensor
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process's part of one parameter: indices first .. first + length - 1 along one axis, or none."""
+    """A process's part of one parameter: indices first .. first + length - 1 along its first axis, or none."""
 
     start: int  # coordinate at which the whole parameter starts
     shape: tuple[int, ...]  # of the whole parameter
-    dim: int  # the axis along which it is split
     first: int
     length: int
 
     @property
     def span(self) -> tuple[int, int]:
-        """(start, length) of the coordinates that cover the part; more than the part unless it is split by rows."""
-        numbers = math.prod(self.shape)
-        if self.length == 0 or numbers == 0:
-            return self.start, 0
-        if self.dim:
-            return self.start, numbers
+        """(start, length) of the part's coordinates."""
         row = math.prod(self.shape[1:])
         return self.start + self.first * row, self.length * row
-
-    def cut(self, covering: NDArray[np.float32], own: Tensor) -> Tensor:
-        """The part's own values, out of those of its span, in shape, dtype and on the device of `own`."""
-        values = torch.from_numpy(covering)
-        if self.dim and len(covering):
-            values = values.view(self.shape).narrow(self.dim, self.first, self.length)
-        return values.reshape(own.shape).to(own.device, own.dtype)
 
     @staticmethod
     def like(value: Tensor, own: Tensor) -> Tensor:
@@ -118,20 +101,6 @@ class Gathered:
                 owner.unshard()
                 stack.callback(owner.reshard)
             yield
-
-    def abandon(self) -> None:
-        """After a pass that failed: FSDP forgets it, and no parameter is left whole."""
-        if not self._kept:
-            return  # no layer has been run
-        from torch.distributed.fsdp import FSDPModule
-
-        inner: set[int] = set()
-        for module in self._module.modules():  # parents first
-            if not isinstance(module, FSDPModule) or id(module) in inner:
-                continue
-            inner |= {id(m) for m in module.modules() if m is not module}
-            # In PyTorch up to 2.12 it is enough to give back what is whole.
-            getattr(module, "reset_iter_state", module.reshard)()
 
 
 class GatheredTape(Tape):
@@ -191,23 +160,20 @@ def sharded_parameters(
 
 def place_of(parameter: DTensor, start: int, name: str) -> Place:
     """Where this process's part of a parameter lies, whose first coordinate is `start`."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Shard
 
-    *others, last = parameter.placements
-    if not (isinstance(last, Shard) and all(isinstance(p, Replicate) for p in others)):
+    if tuple(parameter.placements) != (Shard(0),):
         raise ConfigError(
-            f"parameter {name!r} is placed as {tuple(parameter.placements)}, but must be sharded over the last "
-            "dimension of the mesh and replicated over the others; FSDP with tensor parallelism is not supported."
+            f"parameter {name!r} is placed as {tuple(parameter.placements)}, but must be sharded along its first axis "
+            "over a mesh of one dimension; other axes, replicas and tensor parallelism are not supported."
         )
-    dim = last.dim % parameter.ndim
-    mesh, size = parameter.device_mesh, parameter.shape[dim]
-    each = -(-size // mesh.size(mesh.ndim - 1))
-    first = min(each * mesh.get_local_rank(mesh.ndim - 1), size)
+    mesh, size = parameter.device_mesh, parameter.shape[0]
+    each = -(-size // mesh.size())
+    first = min(each * mesh.get_local_rank(), size)
     length = min(each, size - first)
-    place = Place(start, tuple(parameter.shape), dim, first, length)
-    if parameter.to_local().shape[dim] != length:
+    if len(parameter.to_local()) != length:
         raise ConfigError(f"parameter {name!r} is cut into unequal pieces: leave the cutting to fully_shard.")
-    return place
+    return Place(start, tuple(parameter.shape), first, length)
 
 
 @dataclass(frozen=True)
@@ -229,7 +195,7 @@ class ShardedGradient(ClippedGradient):
         drawn = draw(self.coordinates, (place.span for place in self.places))
         sums: list[Any] = self.sums  # DTensors, as the parameters are
         return [
-            place.like(total, (own + scale * place.cut(noise, own)) / divisor)
+            place.like(total, (own + scale * torch.from_numpy(noise).view(own.shape).to(own)) / divisor)
             for total, place, noise in zip(sums, self.places, drawn, strict=True)
             for own in (total.to_local(),)
         ]
@@ -267,7 +233,7 @@ class OwnExamples(PerExampleGradients):
         own = super().__call__(loss, examples, copies, valid=valid)
         # Counts of all processes in place of this one's.
         counts = torch.tensor([own.examples, own.not_finite], device=self.device)
-        total, not_finite = _reduced(counts, self._everyone(), "sum").tolist()
+        total, not_finite = self._reduced(counts, "sum").tolist()
         return self._placed(replace(own, examples=total, not_finite=not_finite))
 
     def sum(
@@ -276,7 +242,7 @@ class OwnExamples(PerExampleGradients):
         """As of the base class.  All processes must give the same number of examples: those with fewer fill up."""
         given = {"examples": examples, "copies": copies, "physical_batch": physical_batch}
         mine = torch.tensor([s * v for v in given.values() for s in (1, -1)], device=self.device)
-        bounds = _reduced(mine, self._everyone(), "max").view(-1, 2).tolist()
+        bounds = self._reduced(mine, "max").view(-1, 2).tolist()
         for name, (most, least) in zip(given, bounds, strict=True):
             if most != -least:  # in all processes, or some would wait for the others for ever
                 raise ConfigError(
@@ -290,13 +256,6 @@ class OwnExamples(PerExampleGradients):
     ) -> GridGradient:
         raise ConfigError("a sharded model has no sum on a grid: use Gaussian noise, or keep the model whole.")
 
-    def contributions(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Contribution]:
-        try:
-            return super().contributions(loss, examples, copies)
-        except Exception:
-            self._gathered.abandon()
-            raise
-
     def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
         """Sums over all processes, one parameter at a time: the sums of the whole model never exist at once."""
         return [self._scattered(*each) for each in zip(sums, self._distributed, self.places, strict=True)]
@@ -305,16 +264,14 @@ class OwnExamples(PerExampleGradients):
         """Reduce a whole parameter to this process's shard of its sum over all processes."""
         import torch.distributed as dist
 
-        *replicas, group = self._everyone()
-        count, rows = dist.get_world_size(group), value.movedim(place.dim, 0)
-        each = -(-len(rows) // count)  # as FSDP cuts: equal pieces, the last ones short or empty
-        padded = rows.new_zeros(count * each, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        own = rows.new_empty(each, *rows.shape[1:])
+        count = self._mesh.size()
+        each = -(-len(value) // count)  # as FSDP cuts: equal pieces, the last ones short or empty
+        padded = value.new_zeros(count * each, *value.shape[1:])
+        padded[: len(value)] = value
+        own = value.new_empty(each, *value.shape[1:])
         scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the newer name of the two
-        scatter(own, padded, group=group)
-        shard = _reduced(own, replicas, "sum")[: place.length].movedim(0, place.dim)
-        return Place.like(parameter, shard.contiguous().to(self.device))
+        scatter(own, padded, group=self._mesh.get_group())
+        return Place.like(parameter, own[: place.length].to(self.device))
 
     def _placed(self, own: ClippedGradient) -> ShardedGradient:
         return ShardedGradient(**vars(own) | {"places": self.places, "coordinates": self.coordinates})
@@ -322,15 +279,10 @@ class OwnExamples(PerExampleGradients):
     def _tape(self, examples: int, copies: int) -> Tape:
         return GatheredTape(self._gathered, self.constants, self.kernels, examples, copies)
 
-    def _everyone(self) -> list[ProcessGroup]:
-        """Groups that, one after the other, reach all processes that take part in a step; the shards' comes last."""
-        return [self._mesh.get_group(i) for i in range(self._mesh.ndim)]
+    def _reduced(self, tensor: Tensor, how: str) -> Tensor:
+        """The tensor's sum or maximum over the processes, in place."""
+        import torch.distributed as dist
 
-
-def _reduced(tensor: Tensor, groups: list[ProcessGroup], how: str) -> Tensor:
-    """The tensor's sum or maximum over the processes of all the groups, in place."""
-    import torch.distributed as dist
-
-    for group in groups:
-        dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
-    return tensor
+        operation = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
+        dist.all_reduce(tensor, operation, group=self._mesh.get_group())
+        return tensor
