@@ -30,6 +30,7 @@ SHOWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Wavelet marginals", "wavelet-marginal", {}),
     ("Smooth noise", "smooth-noise", {}),
     ("A family of figures", "family", {"number": 6}),
+    ("A scene", "scene", {"number": 4}),
     ("Smooth noise with a palette", "smooth-noise", {"colour": "palette", "kind": "ridged"}),
     ("Random networks", "random-network", {"kind": "random"}),
     ("Random networks, high frequencies", "random-network", {"kind": "high-frequency"}),

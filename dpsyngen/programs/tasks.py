@@ -87,12 +87,19 @@ class Family(Program):
         return {"resolution": self.resolution, "channels": self.channels, "seed": int(seed)} | changed
 
     def _draw(self, indices: Words, out: Images) -> None:
+        self.draw(indices, None, out)
+
+    def draw(self, indices: Words, ground: Images | None, out: Images) -> None:
+        """Write images to `out`, uint8 [N, C, S, S]; figures lie before `ground`, of that shape, where it is given."""
         whole = self.whole
         if whole is not None:
             out[:] = whole.batch(indices)
             return
         law, figures = _figures(self.seed, self.number, self.resolution)
-        if law[_TEXTURED] < _UNTEXTURED and law[_GROUND] <= _TEXTURED_GROUND:
+        if ground is not None:
+            law = law.copy()
+            law[_GROUND], law[_TEXTURED], textures = 1.0, 0.0, ground
+        elif law[_TEXTURED] < _UNTEXTURED and law[_GROUND] <= _TEXTURED_GROUND:
             textures = np.zeros_like(out)  # none is seen
         else:
             kind = TEXTURES[int(law[_TEXTURE_KIND] * len(TEXTURES))]

@@ -40,6 +40,8 @@ NOISE = (-6.5, -1.9)  # log₁₀ of z/n: from ε = 10 on 2 million images to ε
 LEVELS = (-3.7, -3.0, -2.3, -1.6, -0.9, -0.2, 0.5, 1.2)
 """log σ at which a prior is compared with the Wiener filter."""
 
+PROGRAMS = {1: "family", 3: "scene"}  # that tasks are made of: photographs are mostly in colour
+
 _ROWS = 16  # of a task in a step
 
 
@@ -129,7 +131,13 @@ def family_task(settings: PriorSettings, size: int, number: int) -> Task:
     rng = np.random.default_rng([settings.seed, size, number])
     count = int(rng.integers(1, MOST_CLASSES + 1))
     programs = [
-        make_program("family", resolution=size, channels=settings.channels, seed=settings.seed, number=8 * number + k)
+        make_program(
+            PROGRAMS[settings.channels],
+            resolution=size,
+            channels=settings.channels,
+            seed=settings.seed,
+            number=8 * number + k,
+        )
         for k in range(count)
     ]
     return make_task(programs, 10 ** rng.uniform(*NOISE), int(rng.integers(2**62)))
@@ -232,7 +240,7 @@ def train_prior(
     return Prior.of(
         network.state_dict(),
         **asdict(settings),
-        programs="family",
+        programs=PROGRAMS[settings.channels],
         error_over_wiener={"log_sigma": list(LEVELS)} | ratios,
     )
 

@@ -128,6 +128,7 @@ def test_tiers() -> None:
         *("strokes", "contours", "contours-harmonics"),
         *("mixture", "affine", "blur", "invert"),
         *("family", "family-textured", "family-whole"),
+        *("scene", "scene-leaves", "scene-before-leaves"),
     }
     assert tiers["dead-leaves"] == tiers["spectrum"] == tiers["fractal"] == tiers["random-network"] == 0
 

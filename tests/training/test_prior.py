@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_images
 
 import dpsyngen
 from dpsyngen.config import load_config, with_options
@@ -140,6 +141,33 @@ def test_a_shipped_prior_beats_the_filter_on_families_and_a_program_it_has_never
     alien = make_task([make_program("random-network", resolution=16, channels=channels, seed=5)], 1e-4, 0)
     ratios = error_ratios(network, alien)
     assert np.mean([r for level, r in zip(LEVELS, ratios, strict=True) if level < 0]) < 1, ratios
+
+
+class _Patches:
+    """Of 32x32 pixels, anywhere in a photograph at half its size."""
+
+    resolution, channels = 32, 3
+
+    def __init__(self, photograph: np.ndarray) -> None:
+        height, width = (2 * (side // 2) for side in photograph.shape[:2])
+        self.small = photograph[:height, :width].reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3)).astype(np.uint8)
+
+    def batch(self, indices: range) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        rows, columns = (rng.integers(0, side - 32, max(indices) + 1) for side in self.small.shape[:2])
+        patches = [self.small[i : i + 32, j : j + 32] for i, j in zip(rows, columns, strict=True)]
+        return np.stack([patches[i] for i in indices]).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.slow
+def test_in_colour_a_shipped_prior_beats_the_filter_on_photographs() -> None:
+    """At every level: a prior that saw nothing but drawings takes the fine texture of photographs for noise."""
+    photographs = load_sample_images().images  # a temple, and a flower
+    task = make_task([_Patches(photograph) for photograph in photographs], 1e-4, 0)  # type: ignore[misc]
+    network = UNet("prior", 32, 3, 0, inputs=12)
+    network.load_state_dict(read_prior(SHIPPED, 3).weights)
+    ratios = error_ratios(network, task, 128)
+    assert all(r < 0.97 for level, r in zip(LEVELS, ratios, strict=True) if level < 0), ratios
 
 
 # ------------------------------------------------------------------------------------------------ in a run
