@@ -1,8 +1,9 @@
 """Training of the prior: one network for thousands of families of programs, each with DP moments of its own.
 
-A task is a data set of one to six families (:class:`dpsyngen.programs.tasks.Family`), which stand for its classes.
-Its moments are estimated by the code that a private run uses, with noise as anything from ε = 0.1 on 2,000 images to
-ε = 10 on 2 million would bring.  F is trained on fresh images of the same families, which the moments have not seen.
+A task is a data set of one to six families (:class:`dpsyngen.programs.tasks.Family`; in colour, where photographs have
+to be expected, :class:`dpsyngen.programs.scenes.Scene`), which stand for its classes.  Its moments are estimated by the
+code that a private run uses, with noise as anything from ε = 0.1 on 2,000 images to ε = 10 on 2 million would bring.
+F is trained on fresh images of the same families, which the moments have not seen.
 No private data can reach the result: it follows from a seed and nothing else.
 """
 
@@ -40,7 +41,7 @@ NOISE = (-6.5, -1.9)  # log₁₀ of z/n: from ε = 10 on 2 million images to ε
 LEVELS = (-3.7, -3.0, -2.3, -1.6, -0.9, -0.2, 0.5, 1.2)
 """log σ at which a prior is compared with the Wiener filter."""
 
-PROGRAMS = {1: "family", 3: "scene"}  # that tasks are made of: photographs are mostly in colour
+PROGRAMS = {1: "family", 3: "scene"}  # that tasks are made of, by channels
 
 _ROWS = 16  # of a task in a step
 

@@ -243,11 +243,12 @@ def test_a_prior_of_another_network_or_with_nan_is_refused_when_it_is_read(tmp_p
             read_prior(str(path), 1)
 
 
-def test_the_prior_that_ships_fits_the_network_and_its_limit_of_size() -> None:
+@pytest.mark.parametrize(("name", "channels", "programs"), [("grey", 1, "family"), ("colour", 3, "scene")])
+def test_the_prior_that_ships_fits_the_network_and_its_limit_of_size(name, channels, programs) -> None:
     from importlib import resources
 
-    prior = read_prior(SHIPPED, 1)
-    UNet("prior", 8, 1, 0, inputs=4).load_state_dict(prior.weights)
-    file = resources.files("dpsyngen") / "diffusion" / "priors" / "grey.safetensors"
+    prior = read_prior(SHIPPED, channels)
+    UNet("prior", 8, channels, 0, inputs=4 * channels).load_state_dict(prior.weights)
+    file = resources.files("dpsyngen") / "diffusion" / "priors" / f"{name}.safetensors"
     assert len(file.read_bytes()) <= 1_000_000
-    assert prior.about["programs"] == "family"
+    assert prior.about["programs"] == programs
