@@ -100,6 +100,8 @@ def sync_disk(folder: Path) -> None:
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(fd):  # which Python lacks
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    except AttributeError:  # a system that lacks it, too
+        os.sync()
     finally:
         os.close(fd)
 

@@ -120,7 +120,7 @@ def save(
     shard_size: Annotated[int, typer.Option(help="images written together")] = 1000,
     workers: Annotated[int | None, typer.Option(help="threads; default: one for each core, at most 8")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="after an interruption; begins again, as without it")
+        bool, typer.Option("--resume", help="taken after an interruption, but not needed: it begins again")
     ] = False,
     settings: Settings = None,
     quiet: Quiet = False,

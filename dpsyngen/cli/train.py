@@ -34,7 +34,7 @@ def train_prior(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a prior on families of programs; no private data can touch it.  Goes on where it was interrupted."""
+    """Train a prior on programs: families, or scenes for rgb.  No private data can touch it; resumes by itself."""
     require(channels in ("grey", "rgb"), "--channels", channels, "grey or rgb")
     require(out.parent.is_dir(), "--out", out, "in a folder that exists")
     from dpsyngen.training import prior

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dpsyngen.errors import ConfigError, listed
 from dpsyngen.privacy.clipping import ClippedGradient, Draw, GridGradient
+from dpsyngen.privacy.contributions import Contribution
 from dpsyngen.privacy.kernels import KernelChoices
 from dpsyngen.privacy.per_example import Loss, PerExampleGradients, RowsLoss, layer_numbers
 from dpsyngen.privacy.rules import Tape
@@ -101,6 +102,20 @@ class Gathered:
                 owner.unshard()
                 stack.callback(owner.reshard)
             yield
+
+    def abandon(self) -> None:
+        """After a pass that failed: FSDP forgets it, and no parameter is left whole."""
+        if not self._kept:
+            return  # no layer has been run
+        from torch.distributed.fsdp import FSDPModule
+
+        inner: set[int] = set()
+        for module in self._module.modules():  # parents first
+            if not isinstance(module, FSDPModule) or id(module) in inner:
+                continue
+            inner |= {id(m) for m in module.modules() if m is not module}
+            # In PyTorch up to 2.12 it is enough to give back what is whole.
+            getattr(module, "reset_iter_state", module.reshard)()
 
 
 class GatheredTape(Tape):
@@ -255,6 +270,13 @@ class OwnExamples(PerExampleGradients):
         self, loss: Loss, examples: int, *, grid: float, copies: int = 1, physical_batch: int = 32
     ) -> GridGradient:
         raise ConfigError("a sharded model has no sum on a grid: use Gaussian noise, or keep the model whole.")
+
+    def contributions(self, loss: RowsLoss, examples: int, copies: int = 1) -> list[Contribution]:
+        try:
+            return super().contributions(loss, examples, copies)
+        except Exception:
+            self._gathered.abandon()
+            raise
 
     def collect(self, sums: Iterator[Tensor]) -> list[Tensor]:
         """Sums over all processes, one parameter at a time: the sums of the whole model never exist at once."""

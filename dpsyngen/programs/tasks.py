@@ -90,7 +90,7 @@ class Family(Program):
         self.draw(indices, None, out)
 
     def draw(self, indices: Words, ground: Images | None, out: Images) -> None:
-        """Write images to `out`, uint8 [N, C, S, S]; figures lie before `ground`, of that shape, where it is given."""
+        """Write images to `out`, uint8 [N, C, S, S]; its figures, if it has any, lie before `ground`."""
         whole = self.whole
         if whole is not None:
             out[:] = whole.batch(indices)

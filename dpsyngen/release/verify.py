@@ -27,6 +27,7 @@ from dpsyngen.diffusion.stages import GAUSSIAN
 from dpsyngen.errors import ConfigError, DpsyngenError, ReleaseError, printable
 from dpsyngen.files import file_sha256, read_yaml
 from dpsyngen.generator.generator import ReleasedGenerator
+from dpsyngen.generator.guarantee import Guarantee
 from dpsyngen.privacy.certificate import Certificate, number, plain_words, protected, schema_text
 from dpsyngen.release.bundle import MANIFEST, SAMPLES, SCHEMA, SIGNATURE, open_zip
 from dpsyngen.release.card import CARD, COMPANIONS, OPTIONAL, REQUIRED, WEIGHTS, code, model_card
@@ -164,7 +165,7 @@ class _Bundle:
             raise ReleaseError(f"{name} is missing, or not UTF-8 text") from None
 
     def _certificate(self) -> Finding:
-        self.certificate = self.c = Certificate.from_json(self._text("privacy.json"), "privacy.json")
+        self.certificate = self.c = Guarantee.from_json(self._text("privacy.json"), "privacy.json")
         if self._text(SCHEMA) != schema_text():
             raise ReleaseError(f"{SCHEMA} is not the schema of this version of dpsyngen")
         return True, "is of the published schema"

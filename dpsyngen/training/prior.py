@@ -181,7 +181,8 @@ def held_out(settings: PriorSettings) -> dict[str, Task]:
     other = PriorSettings(settings.channels, seed=(settings.seed + 1) % 2**63)
     sizes = [s for s in SIZES[settings.channels] if s <= 28]
     alien = make_program("random-network", resolution=16, channels=settings.channels, seed=settings.seed)
-    return {f"families at {s}": family_task(other, s, 0) for s in sizes} | {
+    name = {1: "families", 3: "scenes"}[settings.channels]
+    return {f"{name} at {s}": family_task(other, s, 0) for s in sizes} | {
         "random-network at 16": make_task([alien], 1e-4, 0)
     }
 
@@ -240,10 +241,14 @@ def train_prior(
     ratios = {name: [round(v, 3) for v in error_ratios(network, task)] for name, task in held_out(settings).items()}
     return Prior.of(
         network.state_dict(),
-        **asdict(settings),
-        programs=PROGRAMS[settings.channels],
+        **_asked(settings),
         error_over_wiener={"log_sigma": list(LEVELS)} | ratios,
     )
+
+
+def _asked(settings: PriorSettings) -> dict[str, Any]:
+    """What a training is known by."""
+    return asdict(settings) | {"programs": PROGRAMS[settings.channels]}
 
 
 class _Optimizer:
@@ -285,7 +290,7 @@ def _matrix(t: Tensor) -> Tensor:
 
 def _keep(path: Path, settings: PriorSettings, step: int, network: UNet, optimizer: _Optimizer, ema: Ema) -> None:
     state = {
-        "settings": asdict(settings),
+        "settings": _asked(settings),
         "step": step,
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -300,7 +305,7 @@ def _restore(path: Path, settings: PriorSettings, network: UNet, optimizer: _Opt
     try:
         state = torch.load(path, weights_only=True)
         known = state["settings"]
-        if known == asdict(settings):
+        if known == _asked(settings):
             network.load_state_dict(state["network"])
             optimizer.load_state_dict(state["optimizer"])
             ema.average, ema.steps = state["ema"], state["ema_steps"]
@@ -308,6 +313,6 @@ def _restore(path: Path, settings: PriorSettings, network: UNet, optimizer: _Opt
     except Exception as error:  # PyTorch has many for a damaged file
         raise ConfigError(f"{path} is damaged ({type(error).__name__}): remove it to begin anew.") from None
     raise ConfigError(
-        f"{path} holds a training with {known}, but {asdict(settings)} were asked for: remove it to begin anew, or go "
+        f"{path} holds a training with {known}, but {_asked(settings)} were asked for: remove it to begin anew, or go "
         "on with the settings, and the version of dpsyngen, that began it."
     )

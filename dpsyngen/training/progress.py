@@ -101,7 +101,10 @@ def _spent(run: Run) -> tuple[float | None, float | None, float | None]:
 
 
 def worker(run: Path) -> int | None:
-    """The process, of this user and on this machine, that works on the run directory `run`; None if none is known."""
+    """The process, of this user and on this machine, that works on the run directory `run`; None if none is known.
+
+    By Linux's list of locks of each open file, so none is known where a sandbox leaves that out.
+    """
     lock = os.path.realpath(run / "private" / LOCK)
     for fd in Path("/proc").glob("[0-9]*/fd/*"):
         number = fd.parts[2]

@@ -311,7 +311,7 @@ def refusals(mesh: DeviceMesh) -> None:
     module, x, loss = varied()
     split = shard(module, mesh)
     own = engine_of(split)
-    partly, failing = deepcopy(module), shard(module, mesh)
+    partly = deepcopy(module)
     fully_shard(partly.attention, mesh=mesh)
     grid = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicas", "shards"))
     columns = partial(shard, nn.Linear(2, 2), mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
@@ -321,7 +321,7 @@ def refusals(mesh: DeviceMesh) -> None:
         return rows * (1 + rows.mean())
 
     attempts: dict[str, Callable[[], object]] = {
-        "wrong shape": lambda: engine_of(failing)(lambda: loss(failing, x)[:5], 6),
+        "wrong shape": lambda: own(lambda: loss(split, x)[:5], 6),
         "never run": lambda: engine_of(shard(module, mesh))(lambda: loss(nn.Module(), x), 6),
         "unequal": lambda: own.sum(lambda part: loss(split, x[part]), 3 + RANK),
         "other batches": lambda: own.sum(lambda part: loss(split, x[part]), 4, physical_batch=1 + RANK),
@@ -341,7 +341,7 @@ def refusals(mesh: DeviceMesh) -> None:
             attempt()
         except Exception as error:
             found.setdefault("refused", {})[name] = f"{type(error).__name__}: {error}"
-    # All of `own` were refused in both processes before or between passes, so the two can go on.
+    # All of them were refused in both processes before or between passes, so the two can go on.
     own.verify(lambda part: loss(split, x[part]), 2)
     empty = own.sum(lambda part: loss(split, x[part]), 0)
     compare("empty", empty, engine_of(module, workers=1).zero())

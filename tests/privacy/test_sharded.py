@@ -136,7 +136,7 @@ def test_what_would_hang_or_void_the_guarantee_is_refused_in_both(found, case, w
         assert re.search(words, rank["refused"][case]), rank["refused"][case]
 
 
-def test_after_a_refusal_between_passes_they_go_on_and_empty_batches_are_zero(found) -> None:
+def test_after_a_refusal_passes_go_on_and_empty_batches_are_zero(found) -> None:
     for rank in found:
         for case in ("empty", "added"):
             assert rank[case]["error"] < 1e-5

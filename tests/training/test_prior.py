@@ -48,7 +48,7 @@ def _task(settings: PriorSettings, number: int) -> Task:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_weights_follow_from_the_seed_to_the_bit_also_after_an_interruption(tmp_path) -> None:
+def test_weights_follow_from_the_seed_to_the_bit_also_after_an_interruption(tmp_path, monkeypatch) -> None:
     class Stop(Exception):
         pass
 
@@ -67,6 +67,10 @@ def test_weights_follow_from_the_seed_to_the_bit_also_after_an_interruption(tmp_
     assert other.about["sha256"] != whole.about["sha256"]
     with pytest.raises(ConfigError, match="remove it to begin anew"):
         train_prior(PriorSettings(seed=4, steps=4), tmp_path / "part")
+    with monkeypatch.context() as other_programs:
+        other_programs.setattr(prior_module, "PROGRAMS", {1: "scene"})
+        with pytest.raises(ConfigError, match=r"'family'\}, but .*'scene'\}"):
+            train_prior(settings, tmp_path / "part")
     for damaged in (b"", b"nonsense", (tmp_path / "part").read_bytes()[:-100]):
         (tmp_path / "part").write_bytes(damaged)
         with pytest.raises(ConfigError, match=r"part is damaged .*remove it to begin anew"):
