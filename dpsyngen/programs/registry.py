@@ -58,7 +58,7 @@ def register(name: str) -> Callable[[_P], _P]:
 
 
 _FAMILIES = (
-    *("contours", "dead_leaves", "fractal", "random_network", "scenes", "smooth_noise", "spectrum", "strokes"),
+    *("contours", "dead_leaves", "fractal", "random_network", "smooth_noise", "spectrum", "strokes"),
     *("tasks", "wavelet_marginal", "wrappers"),
 )
 

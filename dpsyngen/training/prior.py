@@ -1,7 +1,7 @@
 """Training of the prior: one network for thousands of families of programs, each with DP moments of its own.
 
 A task is a data set of one to six families (:class:`dpsyngen.programs.tasks.Family`; in colour, where photographs have
-to be expected, :class:`dpsyngen.programs.scenes.Scene`), which stand for its classes.  Its moments are estimated by the
+to be expected, :class:`dpsyngen.programs.tasks.Scene`), which stand for its classes.  Its moments are estimated by the
 code that a private run uses, with noise as anything from ε = 0.1 on 2,000 images to ε = 10 on 2 million would bring.
 F is trained on fresh images of the same families, which the moments have not seen.
 No private data can reach the result: it follows from a seed and nothing else.
