@@ -11,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from dpsyngen.errors import require
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -128,38 +127,66 @@ def tf32(allowed: bool) -> Iterator[None]:
             _put(before)
 
 
+_modes = threading.Lock()
+_inside = 0  # calls of ours, in all threads
+_callers: tuple[torch.dtype, int, TextIO | None]  # modes of the process before the first of them
 _PROCESS = os.getpid()
 
 
 @contextlib.contextmanager
 def ordinary_modes() -> Iterator[None]:
-    """Within, this thread has the modes that PyTorch and NumPy are imported with, whatever the caller's.  A decorator.
+    """Within, PyTorch has the modes that it is imported with; then the caller's are restored.  Also a decorator.
 
-    That is: gradients, no inference mode, no autocast, new tensors on the CPU, and NumPy's usual warnings.  In a
-    process that was forked PyTorch gets one thread, and keeps it: it would wait for its parent's threads.
-
-    ConfigError: new tensors, of all threads, would not be in float32.
+    That is: gradients, no inference mode, no autocast, new tensors on the CPU in float32, no insistence on
+    deterministic algorithms (which some layers lack), and a standard error to write to.  Default type, determinism and
+    standard error are the whole process's, and come back when the last call in any thread ends.  In a process that was
+    forked PyTorch gets one thread, and keeps it: it would wait for its parent's threads.
     """
+    global _inside, _callers
     if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
-    dtype, advice = torch.get_default_dtype(), "torch.float32: call torch.set_default_dtype(torch.float32) first"
-    require(dtype == torch.float32, "PyTorch's default dtype", dtype, advice)
-    with contextlib.ExitStack() as stack:
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
-        yield
+    with _modes:
+        if _inside == 0:
+            _callers = torch.get_default_dtype(), torch.get_deterministic_debug_mode(), sys.stderr
+            # Libraries take for granted that there is a standard error.
+            _set_modes(torch.float32, 0, _nowhere() if sys.stderr is None else sys.stderr)
+        _inside += 1
+    try:
+        with contextlib.ExitStack() as stack:
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+            yield
+    finally:
+        with _modes:
+            _inside -= 1
+            if _inside == 0:
+                dtype, deterministic, stderr = _callers
+                _set_modes(dtype, deterministic, stderr if sys.stderr is _nowhere() else sys.stderr)
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
+def _set_modes(dtype: torch.dtype, deterministic: int, stderr: TextIO | None) -> None:
+    sys.stderr = stderr
+    if torch.get_default_dtype() != dtype:
+        torch.set_default_dtype(dtype)
+    if torch.get_deterministic_debug_mode() != deterministic:
+        torch.set_deterministic_debug_mode(deterministic)
 
 
 def _after_fork() -> None:
-    """In a forked process other threads, and with them what they held, are gone."""
-    global _products
-    _products = threading.Lock()
+    """In a forked process other threads, and with them their calls and what they held, are gone."""
+    global _modes, _products
+    _modes, _products = threading.Lock(), threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)

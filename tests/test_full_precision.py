@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 from dpsyngen.diffusion.gaussian import ClassGaussians, GaussianDenoiser
-from dpsyngen.errors import ConfigError
 from dpsyngen.full_precision import (
     _read,
     _write,
@@ -148,6 +150,15 @@ def test_closed_forms_stay_exact_where_networks_are_rounded() -> None:
             assert torch.equal(a, b)
 
 
+@contextlib.contextmanager
+def _changed(change, to, back):
+    change(to)
+    try:
+        yield
+    finally:
+        change(back)
+
+
 @pytest.mark.parametrize(
     "callers",
     [
@@ -156,6 +167,8 @@ def test_closed_forms_stay_exact_where_networks_are_rounded() -> None:
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: torch.device("meta"),
         lambda: np.errstate(all="raise"),
+        lambda: _changed(torch.set_default_dtype, torch.float64, torch.float32),
+        lambda: _changed(torch.use_deterministic_algorithms, True, False),
     ],
 )
 def test_modes_of_the_caller_do_not_reach_our_work_and_are_restored(callers) -> None:
@@ -163,8 +176,8 @@ def test_modes_of_the_caller_do_not_reach_our_work_and_are_restored(callers) -> 
         x = torch.ones(2, 2)
         autocast = torch.is_autocast_enabled("cpu")
         return (
-            *(x.device, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast),
-            np.geterr()["under"],
+            *(x.dtype, x.device, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast),
+            *(torch.are_deterministic_algorithms_enabled(), np.geterr()["under"]),
         )
 
     ordinary = modes()
@@ -180,14 +193,23 @@ def test_modes_of_the_caller_do_not_reach_our_work_and_are_restored(callers) -> 
     assert modes() == ordinary
 
 
-def test_another_default_dtype_is_refused_and_left_alone() -> None:
+def test_modes_of_the_process_come_back_when_the_last_thread_is_done() -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        with (
-            pytest.raises(ConfigError, match=r"float64, but must be torch\.float32: call torch\.set_default_dtype"),
-            ordinary_modes(),
-        ):
-            pass
+        first, second = ordinary_modes(), ordinary_modes()
+        first.__enter__()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(second.__enter__).result()
+            first.__exit__(None, None, None)
+            assert torch.get_default_dtype() == torch.float32
+            pool.submit(second.__exit__, None, None, None).result()
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_libraries_have_a_standard_error_to_write_to(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with ordinary_modes():
+        sys.stderr.write("of a library")
+    assert sys.stderr is None
