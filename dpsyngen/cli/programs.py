@@ -130,18 +130,22 @@ def save(
     from dpsyngen.programs.saving import follow_saving, save_images
 
     console = Console(quiet, as_json)
-    with joined() as ranks:
-        if not ranks.main:
-            follow_saving(ranks)
-            return
-        with ranks.leading():
-            program = _make(name, resolution, channels, seed, settings)
-            if workers is None:
-                workers = min(8, len(os.sched_getaffinity(0))) if ranks.alone else 1
-            options: dict[str, Any] = {"format": format, "start": start, "shard_size": shard_size, "ranks": ranks}
-            with console.progress(f"drawing {name}", count, "images") as progress:
-                options |= {"workers": workers, "on_progress": progress.update}
-                manifest = save_images(program, out, count, **options)
+    try:
+        with joined() as ranks:
+            if not ranks.main:
+                follow_saving(ranks)
+                return
+            with ranks.leading():
+                program = _make(name, resolution, channels, seed, settings)
+                if workers is None:
+                    workers = min(8, len(os.sched_getaffinity(0))) if ranks.alone else 1
+                options: dict[str, Any] = {"format": format, "start": start, "shard_size": shard_size, "ranks": ranks}
+                with console.progress(f"drawing {name}", count, "images") as progress:
+                    options |= {"workers": workers, "on_progress": progress.update}
+                    manifest = save_images(program, out, count, **options)
+    except KeyboardInterrupt:
+        stopped = f"stopped before all {count:,} images were saved; nothing was kept."
+        raise KeyboardInterrupt(f"{stopped}  Start again with the same command.") from None
     console.result(
         {"path": out, "images": count, "manifest": manifest, "program": program.config()},
         [f"{count:,} images of {name} in {out}; how they were drawn is in {manifest}"],

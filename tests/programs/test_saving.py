@@ -122,10 +122,11 @@ def test_a_stopped_process_starts_again(kind: signal.Signals, tmp_path: Path, ca
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(kind)
-    process.communicate()
+    _, told = process.communicate()
     assert not out.exists()
     if kind == signal.SIGINT:
         assert process.returncode == 130
+        assert "nothing was kept.  Start again with the same command" in told
         assert list(tmp_path.iterdir()) == []
     code, _, err = call(*command, "--resume")
     assert code == 0, err

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -89,20 +91,26 @@ def test_a_finished_run(finished: Run) -> None:
     assert not finished.busy
 
 
-def test_who_works_on_a_run_is_found(finished: Run, tmp_path: Path) -> None:
-    path = tmp_path / "r"
-    shutil.copytree(finished.path, path)
-    assert worker(path) is None
-    code = f"from pathlib import Path; from dpsyngen.training.run import Run\nrun = Run(Path({str(path)!r}))\n"
-    code += "with run.lock():\n print('here', flush=True); input()"
-    command = [sys.executable, "-c", code]
+@contextmanager
+def beside(code: str) -> Iterator[int]:
+    """The number of another process, which has run `code` and waits."""
+    command = [sys.executable, "-c", f"{code}print('here', flush=True); input()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None
         assert other.stdout is not None
         assert other.stdout.readline() == "here\n"
-        assert Run(path).busy
-        assert worker(path) == other.pid != os.getpid()
+        yield other.pid
         other.stdin.close()
+
+
+def test_who_works_on_a_run_is_found(finished: Run, tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    shutil.copytree(finished.path, path)
+    assert worker(path) is None
+    code = "from pathlib import Path; from dpsyngen.training.run import Run\n"
+    with beside(f"{code}held = Run(Path({str(path)!r})).lock()\nheld.__enter__()\n") as other:
+        assert Run(path).busy
+        assert worker(path) == other != os.getpid()
     assert not Run(path).busy
     assert worker(path) is None
 
@@ -110,14 +118,8 @@ def test_who_works_on_a_run_is_found(finished: Run, tmp_path: Path) -> None:
 def test_somebody_who_looks_is_nobody_who_works(finished: Run, tmp_path: Path) -> None:
     shutil.copytree(finished.path, tmp_path / "r")
     code = f"import fcntl\nfile = open({str(tmp_path / 'r' / 'private' / 'lock')!r})\n"
-    code += "fcntl.flock(file, fcntl.LOCK_SH)\nprint('here', flush=True)\ninput()"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as looking:
-        assert looking.stdin is not None
-        assert looking.stdout is not None
-        assert looking.stdout.readline() == "here\n"
+    with beside(f"{code}fcntl.flock(file, fcntl.LOCK_SH)\n"):
         assert worker(tmp_path / "r") is None
-        looking.stdin.close()
     with open(tmp_path / "r" / "private" / "lock", "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # as Run.busy does, for longer
         threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
