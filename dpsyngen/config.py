@@ -6,6 +6,7 @@ Bounds are far from anything useful: they keep a slip of the pen (steps = 10^18)
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -17,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dpsyngen.errors import ConfigError, printable, require, shown
-from dpsyngen.files import MAX_DEPTH, MAX_VALUES, read_yaml, read_yaml_file
+from dpsyngen.files import read_yaml, read_yaml_file
 
 DEFAULT_PRESET = "cpu-small"
 MAX_EPSILON = 10_000.0  # finite; calibrating the noise takes the longer the larger ε is
@@ -149,27 +150,15 @@ class ProgramConfig(_Section):
         None, description="how much the program assumes about private images; None: filled in when the run begins"
     )
 
-    @field_validator("params", mode="before")
+    @field_validator("params")
     @classmethod
-    def _bounded(cls, value: Any) -> Any:
-        _count_values(value, 0, 0)
+    def _as_json_has_it(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """JSON has no word for infinity and NaN, which would come back as null."""
+        try:
+            json.dumps(value, allow_nan=False, default=str)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("a parameter is infinite, no number or contains itself, or a key is no text") from None
         return value
-
-
-def _count_values(value: Any, depth: int, before: int) -> int:
-    """Number of values in nested containers, shared ones counted each time; ValueError if there are too many.
-
-    Infinity and NaN are refused on the way: JSON has no word for them, so they would come back as null.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("a parameter is infinite or not a number")
-    count = before + 1
-    if depth > MAX_DEPTH or count > MAX_VALUES:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep, or more than {MAX_VALUES:,} values")
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    for item in inner:
-        count = _count_values(item, depth + 1, count)
-    return count
 
 
 class PublicConfig(_Section):
