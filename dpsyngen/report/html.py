@@ -11,7 +11,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -197,44 +198,45 @@ def loss_charts(log: Iterable[Mapping[str, Any]], tone: str) -> dict[str, Markup
 def private_values(run: Run, class_names: Sequence[str]) -> dict[str, Any]:
     """The values of the template that the publishable copy must not have."""
     log = JsonLines(run.private / "training.jsonl", 0o600).read()
-    metrics, health = _kept(run.private / "metrics.json"), _kept(run.private / "health.json")
     charts = {title: line_chart(curves(log, name), title, "private", percent=p) for name, title, p in _CURVES}
+
+    def evaluated(metrics: dict[str, Any]) -> dict[str, Any]:
+        # Short lists on one line.
+        text = yaml.safe_dump(metrics, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+        rows, classes = figure_table(metric_rows(metrics)), class_accuracy(metrics, class_names)
+        return {"metrics": rows, "classes": classes, "protocol": text}
+
     return {
         "ledger": figure_table(ledger_rows(Ledger(run.ledger_path).entries)),
         "charts": {title: chart for title, chart in charts.items() if chart is not None},
         "summary": _summary(log),
-        "metrics": metrics and figure_table(metric_rows(metrics)),
-        "classes": metrics and class_accuracy(metrics, class_names),
-        # Short lists on one line.
-        "protocol": yaml.safe_dump(metrics, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100),
-        "memorisation": _memorisation(run),
-        "health": None if health is None else health["findings"],
+        **(_kept(run.private / "metrics.json", evaluated) or {"metrics": None}),
+        "memorisation": _kept(run.private / "memorisation.json", _memorisation),
+        "pairs": _kept(run.private / PAIRS_FILE, dict),
+        "health": _kept(run.private / "health.json", itemgetter("findings")),
     }
 
 
 def measured(run: Run) -> list[FigureRow]:
     """The figures of the last evaluation of a run, none if there was none; RunError if they are damaged."""
-    metrics = _kept(run.private / "metrics.json")
-    return [] if metrics is None else metric_rows(metrics)
+    return _kept(run.private / "metrics.json", metric_rows) or []
 
 
 def copied(run: Run) -> tuple[str, list[FigureRow]]:
     """The conclusion and the figures of the last memorisation check of a run; empty if there was none."""
-    found = _kept(run.private / "memorisation.json")
-    return ("", []) if found is None else (str(found["conclusion"]), memorisation_rows(found))
+    path = run.private / "memorisation.json"
+    return _kept(path, lambda found: (str(found["conclusion"]), memorisation_rows(found))) or ("", [])
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    """What a command left in the private half; None if it was not run."""
+def _kept(path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+    """What `read` makes of what a command left in the private half; None if it was not run."""
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}).  Remove it, or run the command that made it again.") from None
-    return values
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except Exception as error:  # nearly anything, where values are missing or of another kind
+        why = f"{path} is damaged ({error!r})"
+        raise RunError(f"{why}.  Remove it, or run the command that made it again.") from error
 
 
 def _summary(log: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -249,17 +251,13 @@ def _summary(log: list[dict[str, Any]]) -> dict[str, float] | None:
     }
 
 
-def _memorisation(run: Run) -> dict[str, Any] | None:
-    """The figures and the images of the last memorisation check; None if there was none."""
-    figures = _kept(run.private / "memorisation.json")
-    if figures is None:
-        return None
+def _memorisation(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a memorisation check."""
     everything = next(iter(figures["spaces"].values()))["everything"]
     return {
         "conclusion": figures["conclusion"],
         "flagged": figures["flagged"],
         "rows": figure_table(memorisation_rows(figures)),
-        "pairs": _kept(run.private / PAIRS_FILE),
         "expected": None if everything is None else f"{100 * everything['expected']:.0f} %",
     }
 

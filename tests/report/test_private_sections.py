@@ -94,9 +94,12 @@ def test_a_damaged_public_half_is_said(run, name, damaged, said) -> None:
     path.write_text(text)
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_damaged_figures_are_said(run, text) -> None:
-    (run.private / "health.json").write_text(text)
-    with pytest.raises(RunError, match=r"health\.json is damaged"):
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+@pytest.mark.parametrize("name", ["health", "metrics", "memorisation"])
+def test_damaged_figures_are_said(run, name, text) -> None:
+    path = run.private / f"{name}.json"
+    before = path.read_bytes() if path.exists() else None
+    path.write_text(text)
+    with pytest.raises(RunError, match=rf"{name}\.json is damaged"):
         dpsyngen.write_report(run)
-    (run.private / "health.json").unlink()
+    path.unlink() if before is None else path.write_bytes(before)
