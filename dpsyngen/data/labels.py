@@ -271,25 +271,23 @@ class LabelTable:
             base = path.rpartition("/")[2]
             for way, name in zip(ways, (path, base, os.path.splitext(base)[0]), strict=True):
                 way[name] = -1 if name in way else i
-        out: list[Label] = [None] * len(files)
-        unused, unclear, given = [], [], set[int]()
+        # By the number of a file, or by a name that no file here has.
+        given, unused, unclear = dict[int | str, Label](), [], []
         for name, label in self.labels:
-            number = next((way[name] for way in ways if name in way), None)
-            if number is None:
-                unused.append(name)
-            elif number < 0:
+            key: int | str = next((way[name] for way in ways if name in way), name)
+            if key == -1:
                 unclear.append(name)
-            elif number in given and out[number] != label:
-                which = printable(files[number])
+            elif given.setdefault(key, label) != label:
+                which = printable(key if isinstance(key, str) else files[key])
                 raise DataError(f"{self.where}: {which!r} is named by several rows, which do not agree. Keep one.")
-            else:
-                out[number] = label
-                given.add(number)
+            elif key == name:
+                unused.append(name)
         if unclear:
             raise DataError(
                 f"{self.where}: {listed(unclear, 3)} could be several images. Name each by its path below the folder."
             )
         rows = f"{len(unused):,} row{'s' * (len(unused) > 1)}"
+        out = [given.get(i) for i in range(len(files))]
         return out, (f"{self.where}: {rows} of no image here, such as {listed(unused, 1)}, ignored",) if unused else ()
 
 

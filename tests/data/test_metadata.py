@@ -132,6 +132,7 @@ def test_unusual_columns_are_never_dropped_or_guessed(flat: Path) -> None:
         ("file_name,label,label\n0.png,a,b\n", "two columns"),
         ('file_name,label\n"0.png,a\n', "damaged"),
         ("file_name,label\n0.png,a\n0.png,b\n", "'0.png' is named by several rows"),
+        (csv_of(EVEN) + "9.png,a\n9.png,b\n", "'9.png' is named by several rows"),  # absent, and still unclear
         (f"file_name,label\n0.png,{'x' * 300}\n", "too long"),
         ("", "no column of file names"),
     ],
