@@ -63,11 +63,10 @@ def assignments(given: list[str], example: str = "section.name=value, such as pr
     return out
 
 
-def with_assignments(options: dict[str, Any], given: list[str]) -> dict[str, Any]:
-    """Settings that `options` say together with those `given` as ``--set``; ConfigError if both say the same one."""
+def with_assigned(options: dict[str, Any], assigned: dict[str, Any]) -> dict[str, Any]:
+    """Settings that `options` say together with those of :func:`assignments`; ConfigError if both say the same one."""
     from dpsyngen.config import merge_settings
 
-    assigned = assignments(given)
     for section, chosen in options.items():
         again = assigned.get(section)
         for name, value in again.items() if isinstance(again, dict) else ():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of, with_assignments
+from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of, with_assigned
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError
 from dpsyngen.files import read_yaml_file
@@ -64,7 +64,9 @@ def stages(
     # An ε that nobody asked for, or an option without effect, is a mistake.
     if data is not None and epsilon is None:
         raise ConfigError("--epsilon is missing: what an estimate on the private images of --data may cost.")
+    assigned = assignments(settings or [])
     asked = privacy | {"records": records, "sampling_rate": None if sampling_rate == 1 else sampling_rate}
+    asked["set privacy.…"] = assigned.get("privacy")
     if data is None and (without := [name for name, value in asked.items() if value is not None]):
         without_data = ", ".join(f"--{name.replace('_', '-')}" for name in without)
         raise ConfigError(f"{without_data} goes with --data, the private images; none were given.")
@@ -78,14 +80,12 @@ def stages(
     chosen = with_options(
         data__resolution=resolution, data__channels=channels, network__size=network, public__steps=steps
     )
-    given = merge_settings(chosen, assignments(settings or []))
     # What this call spends is not what a training will spend, so it is not kept.
-    once = with_options(None, data__records=records, **{f"privacy__{name}": v for name, v in privacy.items()})
-    loaded = load_config(
-        with_assignments(merge_settings(chosen, once), settings or []), preset=preset, file=config, device=device
-    )
+    once = with_options(chosen, data__records=records, **{f"privacy__{name}": v for name, v in privacy.items()})
+    loaded = load_config(with_assigned(once, assigned), preset=preset, file=config, device=device)
     kept = {} if config is None else dict(read_yaml_file(config, "the configuration"))
-    kept = merge_settings(kept, {"preset": loaded.preset, **{k: v for k, v in given.items() if k == "data"}})
+    given = {k: v for k, v in merge_settings(chosen, assigned).items() if k == "data"}
+    kept = merge_settings(kept, {"preset": loaded.preset, **given})
     options = StagesOptions(
         programs=[name.strip() for name in programs.split(",") if name.strip()],
         proxy=proxy,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, epsilon_of, with_assignments
+from dpsyngen.cli.options import AsJson, Device, Quiet, Settings, assignments, epsilon_of, with_assigned
 from dpsyngen.console import Console
 from dpsyngen.errors import ConfigError, require
 
@@ -192,7 +192,7 @@ def train(
             return prepare_resume(out, data, tensorboard=tensorboard, groups=groups, labels=labels, **where)
         if data is None and config is None:
             raise ConfigError("--data is missing: a folder, Parquet, WebDataset, .npz, .npy, IDX, or a named set.")
-        given = with_assignments(options, settings or [])
+        given = with_assigned(options, assignments(settings or []))
         loaded = load_config(given, preset=preset, file=config, device=where["device"])
         if "epsilon" not in loaded.privacy.model_fields_set:  # neither an option nor the file says it
             raise ConfigError(

@@ -306,6 +306,7 @@ def test_killed_between_charge_and_result_it_is_charged_once(stages, budget, mon
         (["--data", "{made}/private.npz"], "--epsilon is missing"),
         (["--epsilon", "1"], "--epsilon goes with --data"),
         (["--sampling-rate", "0.5", "--records", "9"], "--records, --sampling-rate goes with --data"),
+        (["--set", "privacy.delta=1e-3"], "--set privacy.… goes with --data"),
         ([*PRIVATE], "--budget is missing"),
         ([*PRIVATE, "--budget", "{tmp}/none"], "cannot be read"),
         ([*PRIVATE[:3], "inf"], "belong to --proxy"),
