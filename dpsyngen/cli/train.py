@@ -36,7 +36,7 @@ def train_prior(
 ) -> None:
     """Train a prior on programs: families, or scenes for rgb.  No private data can touch it; resumes by itself."""
     require(channels in ("grey", "rgb"), "--channels", channels, "grey or rgb")
-    require(out.parent.is_dir(), "--out", out, "in a folder that exists")
+    require(out.name and out.parent.is_dir(), "--out", out, "a file, in a folder that exists")
     from dpsyngen.training import prior
     from dpsyngen.training.run import FolderLock
 

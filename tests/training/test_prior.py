@@ -342,6 +342,9 @@ def test_the_command_makes_a_file_that_training_takes(tmp_path, call, monkeypatc
     assert code == 2
     assert "written over" in err
     assert os.listdir(tmp_path) == [out.name]
+    code, _, err = call("prior", "train", "--out", "")
+    assert code == 2
+    assert "--out is '.', but must be a file" in err
     code, _, err = call("prior", "train", "--out", tmp_path / "none" / "p")
     assert code == 2
     assert "in a folder that exists" in err
