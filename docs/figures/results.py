@@ -1,7 +1,7 @@
 """The pictures of docs/results.md and docs/quality.md, from finished experiments.
 
-``python -m docs.figures.results runs/paper`` makes those of ``compare paper-small``, and of ``compare fashion-mnist``
-where that is the experiment given; rows of further experiments, which have other presets, stand below.  Losses are from
+``python -m docs.figures.results runs/paper`` makes those of ``compare paper-small``; of ``compare fashion-mnist``,
+or of half an hour (``preset: cpu``), where that is the experiment given.  Losses are from
 `benchmarks/results/paper-small-losses.csv`, which `benchmarks/stage_losses.py` printed.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -62,18 +61,15 @@ def losses() -> None:
     figure.savefig(DOCS / "results-losses.png", dpi=110)
 
 
-def samples(experiments: Sequence[Experiment], epsilons: tuple[float, ...], file: str) -> None:
+def samples(experiment: Experiment, epsilons: tuple[float, ...], file: str) -> None:
     """The first image of each class of seed 0, a row for each variant, and real test images above."""
-    spec = experiments[0].spec
+    spec = experiment.spec
     real = load_images(spec.data.test or spec.data.train, resolution=spec.data.resolution)
     kept: dict[str, dict[float, Path]] = {}
-    for experiment in experiments:
-        preset = "" if experiment is experiments[0] else f", preset {experiment.spec.preset}"
-        for title, row in ROWS.items():
-            for job in experiment.jobs:
-                if job.kind == "run" and job.seed == 0 and f"{job.variant} {job.label}".strip() == row:
-                    file_of_run = experiment.work_path(job) / "samples.npz"
-                    kept.setdefault(title + preset, {})[job.epsilon] = file_of_run
+    for title, row in ROWS.items():
+        for job in experiment.jobs:
+            if job.kind == "run" and job.seed == 0 and f"{job.variant} {job.label}".strip() == row:
+                kept.setdefault(title, {})[job.epsilon] = experiment.work_path(job) / "samples.npz"
     real_ones = real.batch(np.arange(len(real))), np.asarray(real.labels)
     figure, axes = plt.subplots(
         len(kept) + 1,
@@ -87,8 +83,6 @@ def samples(experiments: Sequence[Experiment], epsilons: tuple[float, ...], file
             axis.spines[:].set_visible(False)
             if column == 0:
                 axis.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
-            if title in kept and epsilon not in kept[title]:
-                continue
             images, labels = real_ones if title == "real" else drawn(kept[title][epsilon])
             first = [int(np.argmax(labels == k)) for k in range(len(real.class_names))]
             axis.imshow(np.concatenate(list(images[first, 0]), axis=1), cmap="gray", vmin=0, vmax=255)
@@ -103,9 +97,11 @@ def drawn(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    given = [Experiment(Path(folder)) for folder in sys.argv[1:]]
-    if given[0].spec.baseline == "dpdm":
+    given = Experiment(Path(sys.argv[1]))
+    if given.spec.baseline == "dpdm":
         losses()
         samples(given, (0.2, 10.0), "results-samples.png")
+    elif given.spec.preset == "cpu":
+        samples(given, (1.0, 10.0), "quality-half-hour.png")
     else:
         samples(given, (0.2, 1.0, 10.0), "quality-samples.png")
