@@ -157,7 +157,7 @@ class ProgramConfig(_Section):
         try:
             json.dumps(value, allow_nan=False, default=str)
         except (TypeError, ValueError, RecursionError):
-            raise ValueError("a parameter is infinite, no number or contains itself, or a key is no text") from None
+            raise ValueError("a parameter is infinite, NaN or contains itself, or a key is no text") from None
         return value
 
 

@@ -232,8 +232,9 @@ def _kept(path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
     """What `read` makes of what a command left in the private half; None if it was not run."""
     if not path.exists():
         return None
+    kept = path.read_bytes()  # a file that may not be read is not damaged
     try:
-        return read(json.loads(path.read_text(encoding="utf-8")))
+        return read(json.loads(kept))
     except Exception as error:  # nearly anything, where values are missing or of another kind
         why = f"{path} is damaged ({error!r})"
         raise RunError(f"{why}.  Remove it, or run the command that made it again.") from error

@@ -103,3 +103,14 @@ def test_damaged_figures_are_said(run, name, text) -> None:
     with pytest.raises(RunError, match=rf"{name}\.json is damaged"):
         dpsyngen.write_report(run)
     path.unlink() if before is None else path.write_bytes(before)
+
+
+def test_figures_that_cannot_be_read_are_not_called_damaged(run) -> None:
+    path = run.private / "health.json"
+    before = path.read_bytes()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        dpsyngen.write_report(run)
+    path.rmdir()
+    path.write_bytes(before)
