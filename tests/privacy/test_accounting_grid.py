@@ -69,6 +69,15 @@ def test_pld_is_never_looser_than_rdp_nor_below_one_step(q, z, steps, delta) -> 
     assert pld >= epsilon([Mechanism(q, z, 1)], delta) * (1 - 1e-3) - 1e-3
 
 
+@pytest.mark.parametrize(
+    ("q", "z", "steps"), [(0.2, 0.7, 6), (0.004, 0.7, 160), (0.02, 20.0, 4000), (0.5, 0.3, 10), (1.0, 9.0, 1)]
+)
+def test_the_orders_that_a_search_begins_with_give_a_bound_that_is_near(q, z, steps) -> None:
+    part = (Mechanism(q, z, steps),)
+    by_all, by_few = (accounting._rdp_epsilon(part, 1e-5, 1, orders) for orders in (None, accounting._FEW))
+    assert by_all * (1 - 1e-9) <= by_few <= 1.1 * by_all
+
+
 @settings(max_examples=6)
 @given(
     target=st.floats(0.1, 20.0),
