@@ -45,7 +45,28 @@ _KEPT = 4096  # answers: a calibration takes a dozen, and a grid goes through it
 
 # Rényi orders that tell where a search begins and which grid suits, instead of dp-accounting's 156: each is a loop in
 # Python.  ε is a bound by any orders and on any grid of losses, so which they are decides the last digits alone.
-_FEW = (1.1, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0, 24.0, 32.0, 48.0, 64.0, 128.0, 512.0)
+_ROUGH_ORDERS = (
+    1.1,
+    1.25,
+    1.5,
+    2.0,
+    2.5,
+    3.0,
+    4.0,
+    5.0,
+    6.0,
+    8.0,
+    10.0,
+    12.0,
+    16.0,
+    20.0,
+    24.0,
+    32.0,
+    48.0,
+    64.0,
+    128.0,
+    512.0,
+)
 
 
 @dataclass(frozen=True)
@@ -235,7 +256,7 @@ def _bound(
         return Bound(math.inf, f"a noise multiplier is below {LEAST_NOISE:g}")
     mechanisms = _one_gaussian(mechanisms)  # a convolution less for each
     whole = _one_gaussian(whole) if whole else mechanisms
-    rough = group_size * _rdp_epsilon(whole, delta, 1, _FEW)
+    rough = group_size * _rdp_epsilon(whole, delta, 1, _ROUGH_ORDERS)
     if rough > _LARGEST_EPSILON:
         return _quick_bound(mechanisms, delta, group_size, f"beyond ε = {_LARGEST_EPSILON:,} nothing finer is computed")
     suits = _interval(whole, rough, group_size)
@@ -394,7 +415,7 @@ def calibrate_noise(
     # lemma; what fits on a coarse grid fits on the fine one, mostly within the tolerance.
     start = 1.0
     for guess, near in (
-        (lambda noise: group_size * _rdp_epsilon(_one_gaussian(together(noise)), delta, 1, _FEW), 0.03),
+        (lambda noise: group_size * _rdp_epsilon(_one_gaussian(together(noise)), delta, 1, _ROUGH_ORDERS), 0.03),
         (partial(cost, coarser=8), tolerance / 3),
     ):
         with suppress(ValueError):  # both are looser than what counts, and may find no room beside `spent`
