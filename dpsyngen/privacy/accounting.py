@@ -45,28 +45,7 @@ _KEPT = 4096  # answers: a calibration takes a dozen, and a grid goes through it
 
 # Rényi orders that tell where a search begins and which grid suits, instead of dp-accounting's 156: each is a loop in
 # Python.  ε is a bound by any orders and on any grid of losses, so which they are decides the last digits alone.
-_ROUGH_ORDERS = (
-    1.1,
-    1.25,
-    1.5,
-    2.0,
-    2.5,
-    3.0,
-    4.0,
-    5.0,
-    6.0,
-    8.0,
-    10.0,
-    12.0,
-    16.0,
-    20.0,
-    24.0,
-    32.0,
-    48.0,
-    64.0,
-    128.0,
-    512.0,
-)
+_ROUGH_ORDERS = (1.1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 512)
 
 
 @dataclass(frozen=True)
