@@ -4,7 +4,8 @@
     python benchmarks/moments.py fashion-mnist -n 3000 --epsilon 1
     python benchmarks/moments.py cifar10/train.parquet --test cifar10/test.parquet --resolution 64 -n 20000 --epsilon 10
 
-"white": the same moments with a texture of equal power at every frequency and of the same energy, over the former.
+"means": squared error of the class means over their spread around the mean of all.  "white": the same moments with a
+texture of equal power at every frequency and of the same energy, over the former.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpsyngen.data import ImageDataset, load_images
 from dpsyngen.diffusion.gaussian import GaussianDenoiser
@@ -38,6 +40,15 @@ def errors(denoiser: GaussianDenoiser, test: ImageDataset) -> np.ndarray:
         got = denoiser(clean + sigma * noise, torch.full((len(clean),), sigma), labels)
         out.append(float((got - clean).square().flatten(1).sum(1).mean()))
     return np.array(out)
+
+
+def error_of_means(means: Tensor, train: ImageDataset) -> float:
+    """Squared error of class means [K, D] over the spread of the true ones around the mean of all."""
+    rows, labels = to_float(torch.from_numpy(train.batch(np.arange(len(train))))).flatten(1), torch.tensor(train.labels)
+    counts = torch.bincount(labels, minlength=len(means))
+    truth = torch.zeros_like(means).index_add_(0, labels, rows) / counts[:, None]
+    off, spread = ((x.square().sum(1) * counts).sum() for x in (means - truth, truth - rows.mean(0)))
+    return float(off / spread)
 
 
 def main() -> None:
@@ -74,6 +85,7 @@ def main() -> None:
             *(f"{e:.1f}" for e in found),
             " white:",
             *(f"{r:.2f}" for r in errors(white, test) / found),
+            f" means: {error_of_means(moments.means, train):.4f}",
             flush=True,
         )
 

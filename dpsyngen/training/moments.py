@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from dpsyngen.privacy.randomness import Randomness
 from dpsyngen.training.plan import MomentsPlan, Shape
 from dpsyngen.training.spectra import (
     TYPICAL_ENERGY,
+    Bands,
     Frequencies,
     denoised_white_covariance,
     noise_edge,
@@ -110,10 +112,11 @@ def estimate_moments(
     if records < 1 or rank < 1:
         raise ConfigError(f"records={records} and rank={rank} must both be at least 1.")
     images = _Images(dataset, classes > 1, stopped, ranks)
-    means, counts = _means(images, max(classes, 1), records, plan.mean, randomness)
+    sums = _class_sums(images, max(classes, 1), records, plan.mean, randomness)
     # Made of released numbers alone, but another processor may round them otherwise: all go on with the same.
-    means, counts = ranks.from_main((means, counts))
-    basis, variances, rest, spectrum = ranks.from_main(_pooled(images, means, records, plan.pooled, randomness, rank))
+    rough, counts = ranks.from_main((sums.means(), sums.counts))
+    basis, variances, rest, spectrum = ranks.from_main(_pooled(images, rough, records, plan.pooled, randomness, rank))
+    means = ranks.from_main(sums.means(basis))
     covariances = variances.diag().expand(len(means), -1, -1)
     if plan.by_class is not None:
         whitened = _by_class(images, means, counts, basis / variances.sqrt(), plan.by_class, randomness)
@@ -162,33 +165,67 @@ class _Images:
 # --------------------------------------------------------------------------------------------- the three queries
 
 
-def _means(images: _Images, classes: int, records: int, z: float, randomness: Randomness) -> tuple[Tensor, Tensor]:
-    """Query 1: class means [K, D] and numbers of records [K]."""
+@dataclass(frozen=True)
+class _ClassSums:
+    """What query 1 tells, in the cosine basis: the mean of all images, and how each class's mean differs from it."""
+
+    frequencies: Frequencies
+    pooled: Tensor  # [1, D], denoised
+    deviations: Tensor  # [K, D], with noise
+    white: Tensor  # [K, 1], variance of their noise in each coefficient
+    along_mean: Tensor  # [K, 1], and that of a multiple of `pooled`, from the noise of the number of records
+    counts: Tensor  # [K]
+
+    def means(self, basis: Tensor | None = None) -> Tensor:
+        """Posterior means of the class means, [K, D].
+
+        With the directions V [D, d] in which images of one class vary, the most first, these are told from noise one by
+        one, and rings of frequencies outside them: classes differ much as the images of a class do.
+        """
+        every = torch.cat([self.pooled, self.deviations])
+        if basis is None:
+            found = self._shrunk(every, self.frequencies.rings)
+        else:
+            directions = self.frequencies.transform(basis.mT)  # [d, D], orthonormal
+            along, left = every @ directions.mT, 1 - directions.square().sum(0)
+            found = self._shrunk(every - along @ directions, self.frequencies.rings, left)
+            order = torch.arange(len(directions))  # the j-th as if of radius √j
+            found += self._shrunk(along, Bands(order, order.double().sqrt(), 0 * order)) @ directions
+        return self.frequencies.inverse(self.pooled + found).clamp(-1, 1)
+
+    def _shrunk(self, every: Tensor, bands: Bands, left: Tensor | None = None) -> Tensor:
+        """The deviations in `every` [1 + K, …], denoised; `left` is what a coefficient has of the white noise."""
+        share = 1.0 if left is None else bands.mean(left).clamp_min(1e-9)
+        noise = self.white * share + self.along_mean * bands.mean(every[:1].square())
+        return shrink_bands(every[1:], noise, bands)
+
+
+def _class_sums(images: _Images, classes: int, records: int, z: float, randomness: Randomness) -> _ClassSums:
+    """Query 1: sums and numbers of records."""
     norm = math.sqrt(images.size)
     weight = COUNT_WEIGHT * norm if classes > 1 else 0.0  # the number of all records is public
     total = images.of_all(class_sums((Rows(*b) for b in images.batches()), classes, norm=norm, count_weight=weight))
     noisy, std = released(total, z, randomness, step=0), total.noise_std(z)
     frequencies = Frequencies(images.shape)
-    sums, bands = frequencies.transform(noisy[:, : images.size]), frequencies.bands
-    ones = torch.ones(1, int(bands.max()) + 1, dtype=torch.float64)
-    noise = float(std[0]) ** 2
-    pooled = shrink_bands(sums.sum(0, keepdim=True) / records, ones * classes * noise / records**2, bands)
+    sums, rings, noise = frequencies.transform(noisy[:, : images.size]), frequencies.rings, float(std[0]) ** 2
+    of_mean = torch.full((1, len(rings.radius)), classes * noise / records**2, dtype=torch.float64)
+    pooled = shrink_bands(sums.sum(0, keepdim=True) / records, of_mean, rings)
     if classes == 1:
-        return frequencies.inverse(pooled).clamp(-1, 1), torch.tensor([float(records)], dtype=torch.float64)
+        none, n = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([float(records)], dtype=torch.float64)
+        return _ClassSums(frequencies, pooled, torch.zeros_like(pooled), none, none, n)
     counted, count_std = noisy[:, -1:], float(std[-1])
     # A constant below which no number can be told from its noise.
     least = 1 + 2 * count_std
     counts = counted.clamp_min(least)
     # Each class against the mean of all, so that a class of unknown size ends there and not at grey.  The noise of its
     # number goes along the mean of all.
-    energy = torch.zeros_like(ones).index_add_(1, bands, pooled.square()) / torch.bincount(bands)
-    deviations = (sums - counted * pooled) / counts
-    deviations = shrink_bands(deviations, (noise + count_std**2 * energy) / counts.square(), bands)
+    deviations, inverse = (sums - counted * pooled) / counts, 1 / counts.square()
     # What is divided by a number that is too large looks small, so a hidden one is its posterior mean, (n/K)² being the
     # variance of the prior.
     share = records / classes
     likely = (share + (counted - share) * share**2 / (share**2 + count_std**2)).clamp_min(1)
-    return frequencies.inverse(pooled + deviations).clamp(-1, 1), torch.where(counted > least, counted, likely)[:, 0]
+    number = torch.where(counted > least, counted, likely)[:, 0]
+    return _ClassSums(frequencies, pooled, deviations, noise * inverse, count_std**2 * inverse, number)
 
 
 def _pooled(
@@ -217,7 +254,7 @@ def _pooled(
     values = with_sum(values, float(power[:m].sum()))
     d = min(rank, max(int((torch.linalg.eigvalsh(scatter) > noise_edge(std, m)).sum()), 1))
     basis = torch.linalg.qr(frequencies.inverse(vectors[:, :d].mT.contiguous()).mT)[0]
-    left = torch.cat([vectors[:, d:].square() @ values[d:], power[m:]])
+    left = frequencies.rings.mean(torch.cat([vectors[:, d:].square() @ values[d:], power[m:]]))
     rest = _profile(frequencies, values, vectors, power[m:])
     return basis, values[:d].clamp_min(SMALLEST_VARIANCE), rest, _spectrum(frequencies, basis, rest, left)
 
@@ -237,21 +274,16 @@ def _profile(frequencies: Frequencies, values: Tensor, vectors: Tensor, finer: T
 
 
 def _spectrum(frequencies: Frequencies, basis: Tensor, rest: Tensor, left: Tensor) -> Tensor:
-    """q [D], in the order [C, H, W], with which each band has the energy outside the basis that is `left` [D] to it."""
-    bands, count = frequencies.bands, int(frequencies.bands.max()) + 1
-
-    def banded(x: Tensor) -> Tensor:
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, bands, x)
-
-    wanted, q = banded(left), (banded(left) / torch.bincount(bands))[bands]
+    """q [D], in the order [C, H, W], with which a band has the variance outside the basis that is `left` [B] to it."""
+    bands, mean, q = frequencies.bands, frequencies.rings.mean, left[frequencies.bands]
     if frequencies.size > LARGEST_DIMENSION:
         share = 1 - frequencies.transform(basis.mT).square().sum(0)  # what P leaves of a frequency
-        q *= (wanted / banded(share * q).clamp_min(1e-12)).clamp(1 / _ROUND, _ROUND)[bands]
+        q *= (left / mean(share * q).clamp_min(1e-15)).clamp(1 / _ROUND, _ROUND)[bands]
     else:
         images = frequencies.inverse(torch.eye(frequencies.size)) * rest.sqrt()
         spread = frequencies.transform(images - (images @ basis) @ basis.mT).square()  # of one frequency to all
         for _ in range(8):  # ψ and P move energy between bands
-            q *= (wanted / banded(q @ spread).clamp_min(1e-12)).clamp(1 / _ROUND, _ROUND)[bands]
+            q *= (left / mean(q @ spread).clamp_min(1e-15)).clamp(1 / _ROUND, _ROUND)[bands]
     return frequencies.in_order(q[None])[0].clamp_min(SMALLEST_VARIANCE)
 
 

@@ -1,14 +1,15 @@
 """What can be said of a signal under Gaussian noise of *known* variance: post-processing, which costs no privacy.
 
-Vectors: empirical Bayes with a normal prior in each band (Efron & Morris, "Stein's estimation rule and its
-competitors", JASA 1973).  Symmetric matrices: the spectrum of noise alone ends at its edge; an eigenvalue λ of the
-signal beyond the transition shows as λ + c/λ (Benaych-Georges & Nadakuditi, "The eigenvalues and eigenvectors of
-finite, low rank perturbations of large random matrices", Adv. Math. 2011).
+Vectors: a normal prior in each band, whose variance is learned from all bands (hierarchical Bayes; Lindley & Smith,
+"Bayes estimates for the linear model", JRSS B 1972).  Symmetric matrices: the spectrum of noise alone ends at its edge;
+an eigenvalue λ of the signal beyond the transition shows as λ + c/λ (Benaych-Georges & Nadakuditi, "The eigenvalues and
+eigenvectors of finite, low rank perturbations of large random matrices", Adv. Math. 2011).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,28 +20,57 @@ TYPICAL_ENERGY = 0.6  # of the clipped residuals in R², its largest value: an a
 SPREAD_OF_ENERGY = 0.25  # about that, for data so few that their energy does not show
 _DOUBT = 0.5  # how far a band is from the law, in units of the law
 _LEAST = 0.05  # of the law: what is not seen is not nothing
+_SPREAD_OF_BANDS = 0.7  # mean of |log τ² - log law|
 _SCALE_VARIANCE = 0.25
 """Of the mean variance of one class in units of all together, before anything is seen: a guess, soon overruled."""
 
 
-def shrink_bands(values: Tensor, noise_variance: Tensor, bands: Tensor) -> Tensor:
-    """Posterior means of coefficients that are N(0, τ²) plus noise, with one τ² for each band.
+@dataclass(frozen=True)
+class Bands:
+    """Which coefficients are alike: those of a ring of frequencies of one colour, or each of some directions."""
 
-    τ² is estimated from the excess of the squares over the noise, each row weighted by 1/variance.
+    of: Tensor  # [D] int64, the band of a coefficient, from 0
+    radius: Tensor  # [B] fp64, how fine it is
+    colour: Tensor  # [B] int64, whose bands follow a law of their own
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of each band, [..., D] -> [..., B] fp64."""
+        sums = torch.zeros(*values.shape[:-1], len(self.radius), dtype=torch.float64)
+        return sums.index_add_(-1, self.of, values.double()) / torch.bincount(self.of, minlength=len(self.radius))
+
+
+def shrink_bands(values: Tensor, noise_variance: Tensor, bands: Bands) -> Tensor:
+    """Posterior means of coefficients that are N(0, τ²) plus noise, with one τ² for each band and all rows.
+
+    τ² is near a law A·(1 + r²)^(-α/2), one for each colour: |log τ² - log law| is exponential of mean 0.7, α is
+    N(2.5, 1.5²), A anything.  Few numbers leave all three uncertain, so they are averaged over, on grids.
 
     Args:
         values: [K, D], rows with noise of different size.
         noise_variance: [K, B] >= 0, of the noise of a row in a band; 0 keeps the row as it is.
-        bands: [D] in 0..B-1.  The result is values · τ²/(τ² + noise_variance).
+        bands: of the D coefficients.
+
+    Returns:
+        values · E[τ²/(τ² + noise_variance)], [K, D].
     """
-    count = noise_variance.shape[1]
-    size = torch.bincount(bands, minlength=count).clamp_min(1)
-    energy = torch.zeros_like(noise_variance).index_add_(1, bands, values.square()) / size
-    weights = 1 / noise_variance.clamp_min(1e-30)
-    prior = ((energy - noise_variance) * weights).sum(0) / weights.sum(0)
-    prior = prior.clamp_min(0)
-    factors = torch.where(noise_variance > 0, prior / (prior + noise_variance).clamp_min(1e-30), 1.0)
-    return values * factors[:, bands]
+    energies, number = bands.mean(values.square()), torch.bincount(bands.of, minlength=len(bands.radius))
+    top = math.log10(max(float(energies.max()), 1e-8)) + 1
+    grid = torch.logspace(top - 10, top, 51, dtype=torch.float64)  # of τ²
+    likely = torch.stack(  # [51, B], logarithms
+        [-number * ((t + noise_variance).log() + energies / (t + noise_variance)).sum(0) / 2 for t in grid]
+    )
+    slopes = torch.arange(0, 7.01, dtype=torch.float64)[:, None]
+    chance = torch.empty_like(likely)
+    for colour in bands.colour.unique():
+        mine = bands.colour == colour
+        laws = grid[::2].log()[:, None, None] - slopes / 2 * (1 + bands.radius[mine].square()).log()  # [A, α, B]
+        prior = torch.log_softmax(-(grid.log()[:, None, None, None] - laws).abs() / _SPREAD_OF_BANDS, 0)
+        joint = prior + likely[:, None, None, mine]
+        of_law = joint.logsumexp(0).sum(-1) - ((slopes[:, 0] - 2.5) / 1.5).square() / 2
+        weights = torch.softmax(of_law.flatten(), 0).view_as(of_law)
+        chance[:, mine] = torch.einsum("as,tasb->tb", weights, torch.softmax(joint, 0))
+    factors = sum(c * t / (t + noise_variance) for c, t in zip(chance, grid, strict=True))
+    return values * torch.where(noise_variance > 0, factors, 1.0)[:, bands.of]
 
 
 def noise_edge(std: float, size: int) -> float:
@@ -187,6 +217,7 @@ class Frequencies:
             difference.
         colour: [D] int64, 0 for grey, 1 and 2 for the two colour differences.
         bands: [D] int64, number of the ring that a coefficient belongs to, from 0: a whole radius of one colour.
+        rings: these as :class:`Bands`.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -201,6 +232,8 @@ class Frequencies:
         self.colour = colour[self._order]
         rings = shape[0] * radius.round().long() + colour
         self.bands = torch.unique(rings, return_inverse=True)[1][self._order]
+        first = torch.unique(rings)
+        self.rings = Bands(self.bands, (first // shape[0]).double(), first % shape[0])
 
     def transform(self, flat: Tensor, count: int | None = None) -> Tensor:
         """The `count` coarsest coefficients (all, if None) of images [N, D]: [N, count], fp64."""

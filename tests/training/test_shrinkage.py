@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpsyngen.training.spectra import (
+    Bands,
     Frequencies,
     denoised_white_covariance,
     noise_edge,
@@ -97,10 +98,11 @@ def test_bands_are_shrunk_by_what_noise_leaves_of_them(seed) -> None:
     g = torch.Generator().manual_seed(seed)
     bands = torch.arange(4000) // 2000
     prior = torch.tensor([4.0, 0.01])[bands].double()
+    two = Bands(bands, torch.tensor([0.0, 5.0]).double(), torch.zeros(2, dtype=torch.int64))
     noise = torch.tensor([[1.0, 1.0], [0.25, 0.25], [100.0, 100.0]]).double()
     truth = torch.randn(3, 4000, generator=g, dtype=torch.float64) * prior.sqrt()
     noisy = truth + torch.randn(3, 4000, generator=g, dtype=torch.float64) * noise[:, bands].sqrt()
-    out = shrink_bands(noisy, noise, bands)
+    out = shrink_bands(noisy, noise, two)
     wanted = noisy * (prior / (prior + noise[:, bands]))
     assert float((out - wanted).square().mean()) < 0.01
     errors = (out - truth).square().mean(1)
@@ -109,10 +111,50 @@ def test_bands_are_shrunk_by_what_noise_leaves_of_them(seed) -> None:
 
 
 def test_rows_without_noise_stay_and_noise_alone_goes() -> None:
-    bands = torch.zeros(50, dtype=torch.int64)
-    values = torch.ones(2, 50, dtype=torch.float64)
+    zeros = torch.zeros(50, dtype=torch.int64)
+    bands, values = Bands(zeros, zeros[:1].double(), zeros[:1]), torch.ones(2, 50, dtype=torch.float64)
     assert torch.equal(shrink_bands(values, torch.zeros(2, 1).double(), bands), values)
-    assert not shrink_bands(values, torch.full((2, 1), 2.0).double(), bands).any()
+    assert float(shrink_bands(values, torch.full((2, 1), 20.0).double(), bands).max()) < 0.05
+
+
+def test_bands_of_few_coefficients_learn_from_the_others() -> None:
+    """A law that holds for all bands is nearly as good as to know their variances; each by itself is far from it."""
+    count, g = 60, torch.Generator().manual_seed(0)
+    bands = Bands(torch.arange(count), torch.arange(count).double(), torch.zeros(count, dtype=torch.int64))
+    prior, noise = 30 * (1 + bands.radius.square()) ** -1.25, torch.ones(1, count).double()
+    ours, known, alone = 0.0, 0.0, 0.0
+    for _ in range(200):
+        truth = prior.sqrt() * torch.randn(1, count, generator=g, dtype=torch.float64)
+        seen = truth + torch.randn(1, count, generator=g, dtype=torch.float64)
+        single = (seen.square() - 1).clamp_min(0)
+        ours += float((shrink_bands(seen, noise, bands) - truth).square().sum())
+        known += float((seen * prior / (prior + 1) - truth).square().sum())
+        alone += float((seen * single / (single + 1) - truth).square().sum())
+    assert ours < 1.25 * known
+    assert alone > 2 * known
+
+
+def test_a_band_that_departs_from_the_law_is_believed_when_it_shows() -> None:
+    of = torch.arange(20).repeat_interleave(200)
+    bands = Bands(of, torch.arange(20).double(), torch.zeros(20, dtype=torch.int64))
+    prior = (1 + bands.radius.square()) ** -1.5
+    prior[15] = 1.0
+    truth = prior.sqrt()[of] * torch.randn(len(of), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(len(of), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out = shrink_bands((truth + 0.3 * noise)[None], torch.full((1, 20), 0.09).double(), bands)[0]
+    assert float((out - truth)[of == 15].square().mean()) < 1.05 * 0.09 / 1.09
+    assert float((out - truth)[of == 16].square().mean()) < 0.01
+
+
+def test_colours_follow_laws_of_their_own() -> None:
+    """Grey that varies much says nothing of a colour that does not vary."""
+    g = torch.Generator().manual_seed(0)
+    bands = Bands(torch.arange(40), torch.arange(20).double().repeat(2), torch.arange(2).repeat_interleave(20))
+    seen = torch.randn(1, 40, generator=g, dtype=torch.float64)
+    seen[:, :20] *= 100
+    out = shrink_bands(seen, torch.ones(1, 40).double(), bands)
+    torch.testing.assert_close(out[:, :20], seen[:, :20], rtol=0.05, atol=1.0)
+    assert float(out[:, 20:].square().mean()) < 0.05
 
 
 def seen_with_noise(truth: torch.Tensor, m: int, std: float, seed: int) -> tuple[torch.Tensor, float]:
