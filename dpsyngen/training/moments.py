@@ -182,22 +182,22 @@ class _ClassSums:
         With the directions V [D, d] in which images of one class vary, the most first, these are told from noise one by
         one, and rings of frequencies outside them: classes differ much as the images of a class do.
         """
-        every = torch.cat([self.pooled, self.deviations])
+        rings = self.frequencies.rings
         if basis is None:
-            found = self._shrunk(every, self.frequencies.rings)
+            found = self._denoised(self.deviations, self.pooled, rings)
         else:
             directions = self.frequencies.transform(basis.mT)  # [d, D], orthonormal
-            along, left = every @ directions.mT, 1 - directions.square().sum(0)
-            found = self._shrunk(every - along @ directions, self.frequencies.rings, left)
+            along, pooled = self.deviations @ directions.mT, self.pooled @ directions.mT
             order = torch.arange(len(directions))  # the j-th as if of radius √j
-            found += self._shrunk(along, Bands(order, order.double().sqrt(), 0 * order)) @ directions
+            inside = self._denoised(along, pooled, Bands(order, order.double().sqrt(), torch.zeros_like(order)))
+            left = rings.mean(1 - directions.square().sum(0)).clamp_min(1e-9)  # of white noise, outside them
+            outside, pooled = self.deviations - along @ directions, self.pooled - pooled @ directions
+            found = self._denoised(outside, pooled, rings, left) + inside @ directions
         return self.frequencies.inverse(self.pooled + found).clamp(-1, 1)
 
-    def _shrunk(self, every: Tensor, bands: Bands, left: Tensor | None = None) -> Tensor:
-        """The deviations in `every` [1 + K, …], denoised; `left` is what a coefficient has of the white noise."""
-        share = 1.0 if left is None else bands.mean(left).clamp_min(1e-9)
-        noise = self.white * share + self.along_mean * bands.mean(every[:1].square())
-        return shrink_bands(every[1:], noise, bands)
+    def _denoised(self, deviations: Tensor, pooled: Tensor, bands: Bands, white: Tensor | float = 1.0) -> Tensor:
+        """Of deviations [K, …] in some basis, with `pooled` in it; a band has the share `white` of the white noise."""
+        return shrink_bands(deviations, self.white * white + self.along_mean * bands.mean(pooled.square()), bands)
 
 
 def _class_sums(images: _Images, classes: int, records: int, z: float, randomness: Randomness) -> _ClassSums:
@@ -249,7 +249,7 @@ def _pooled(
     power = powers(scatter.diagonal(), finer, std, frequencies, TYPICAL_ENERGY * most)
     power *= min(1.0, most / float(power.sum()))  # clipped, all is R² at most
     # The estimate: diag(power), and what the scatter matrix says beyond it as far as it can be told from noise.
-    estimate = power[:m].diag() + shrink_blocks(scatter - power[:m].diag(), std, frequencies.bands[:m], power[:m])
+    estimate = power[:m].diag() + shrink_blocks(scatter - power[:m].diag(), std, frequencies.rings.index[:m], power[:m])
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(estimate))
     values = with_sum(values, float(power[:m].sum()))
     d = min(rank, max(int((torch.linalg.eigvalsh(scatter) > noise_edge(std, m)).sum()), 1))
@@ -275,7 +275,8 @@ def _profile(frequencies: Frequencies, values: Tensor, vectors: Tensor, finer: T
 
 def _spectrum(frequencies: Frequencies, basis: Tensor, rest: Tensor, left: Tensor) -> Tensor:
     """q [D], in the order [C, H, W], with which a band has the variance outside the basis that is `left` [B] to it."""
-    bands, mean, q = frequencies.bands, frequencies.rings.mean, left[frequencies.bands]
+    bands, mean = frequencies.rings.index, frequencies.rings.mean
+    q = left[bands]
     if frequencies.size > LARGEST_DIMENSION:
         share = 1 - frequencies.transform(basis.mT).square().sum(0)  # what P leaves of a frequency
         q *= (left / mean(share * q).clamp_min(1e-15)).clamp(1 / _ROUND, _ROUND)[bands]

@@ -29,14 +29,19 @@ _SCALE_VARIANCE = 0.25
 class Bands:
     """Which coefficients are alike: those of a ring of frequencies of one colour, or each of some directions."""
 
-    of: Tensor  # [D] int64, the band of a coefficient, from 0
-    radius: Tensor  # [B] fp64, how fine it is
-    colour: Tensor  # [B] int64, whose bands follow a law of their own
+    index: Tensor  # [D] int64, the band of each coefficient, from 0
+    radius: Tensor  # [B] fp64, how fine a band is
+    colour: Tensor  # [B] int64, of a band; each colour follows a law of its own
+
+    @property
+    def number(self) -> Tensor:
+        """[B], of coefficients."""
+        return torch.bincount(self.index, minlength=len(self.radius))
 
     def mean(self, values: Tensor) -> Tensor:
         """Of each band, [..., D] -> [..., B] fp64."""
         sums = torch.zeros(*values.shape[:-1], len(self.radius), dtype=torch.float64)
-        return sums.index_add_(-1, self.of, values.double()) / torch.bincount(self.of, minlength=len(self.radius))
+        return sums.index_add_(-1, self.index, values.double()) / self.number
 
 
 def shrink_bands(values: Tensor, noise_variance: Tensor, bands: Bands) -> Tensor:
@@ -53,7 +58,7 @@ def shrink_bands(values: Tensor, noise_variance: Tensor, bands: Bands) -> Tensor
     Returns:
         values · E[τ²/(τ² + noise_variance)], [K, D].
     """
-    energies, number = bands.mean(values.square()), torch.bincount(bands.of, minlength=len(bands.radius))
+    energies, number = bands.mean(values.square()), bands.number
     top = math.log10(max(float(energies.max()), 1e-8)) + 1
     grid = torch.logspace(top - 10, top, 51, dtype=torch.float64)  # of τ²
     likely = torch.stack(  # [51, B], logarithms
@@ -70,7 +75,7 @@ def shrink_bands(values: Tensor, noise_variance: Tensor, bands: Bands) -> Tensor
         weights = torch.softmax(of_law.flatten(), 0).view_as(of_law)
         chance[:, mine] = torch.einsum("as,tasb->tb", weights, torch.softmax(joint, 0))
     factors = sum(c * t / (t + noise_variance) for c, t in zip(chance, grid, strict=True))
-    return values * torch.where(noise_variance > 0, factors, 1.0)[:, bands.of]
+    return values * torch.where(noise_variance > 0, factors, 1.0)[:, bands.index]
 
 
 def noise_edge(std: float, size: int) -> float:
@@ -110,7 +115,8 @@ def powers(diagonal: Tensor, outside: float, std: float, frequencies: Frequencie
         frequencies: of the images.
         typical: the sum that is expected of all, before anything is seen.
     """
-    m, bands, count = len(diagonal), frequencies.bands, int(frequencies.bands.max()) + 1
+    rings, m, bands = frequencies.rings, len(diagonal), frequencies.rings.index
+    count = len(rings.radius)
     number = torch.bincount(bands[:m], minlength=count)  # seen, in each band
     seen = torch.zeros(count, dtype=torch.float64).index_add_(0, bands[:m], diagonal) / number.clamp_min(1)
     noise = std**2 / number.clamp_min(1) + 1e-18
@@ -120,8 +126,7 @@ def powers(diagonal: Tensor, outside: float, std: float, frequencies: Frequencie
         mine = frequencies.colour == colour
         used = torch.bincount(bands[mine], minlength=count).bool() & (number > 0)
         law = (1 + frequencies.radius.square()).pow(-slopes / 2) * mine  # [slopes, D]
-        shape = torch.zeros(len(slopes), count, dtype=torch.float64).index_add_(1, bands, law)
-        shape = (shape / torch.bincount(bands, minlength=count))[:, used]
+        shape = rings.mean(law)[:, used]
         expected = typical * (0.1 if colour else 1 - 0.1 * colours)
         total, doubt = law.sum(1, keepdim=True), (SPREAD_OF_ENERGY / TYPICAL_ENERGY * typical) ** 2
         variance = noise[used].expand_as(shape)
@@ -216,8 +221,7 @@ class Frequencies:
         radius: [D] fp64, how fine each coefficient is, ascending: √(f_y² + f_x²), twice √(f_y² + f_x² + 1) for a colour
             difference.
         colour: [D] int64, 0 for grey, 1 and 2 for the two colour differences.
-        bands: [D] int64, number of the ring that a coefficient belongs to, from 0: a whole radius of one colour.
-        rings: these as :class:`Bands`.
+        rings: the bands of about one radius, rounded, and one colour.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -230,10 +234,8 @@ class Frequencies:
         self._order = torch.argsort(radius, stable=True)
         self.radius = radius[self._order]
         self.colour = colour[self._order]
-        rings = shape[0] * radius.round().long() + colour
-        self.bands = torch.unique(rings, return_inverse=True)[1][self._order]
-        first = torch.unique(rings)
-        self.rings = Bands(self.bands, (first // shape[0]).double(), first % shape[0])
+        rings, index = torch.unique(shape[0] * radius.round().long() + colour, return_inverse=True)
+        self.rings = Bands(index[self._order], (rings // shape[0]).double(), rings % shape[0])
 
     def transform(self, flat: Tensor, count: int | None = None) -> Tensor:
         """The `count` coarsest coefficients (all, if None) of images [N, D]: [N, count], fp64."""

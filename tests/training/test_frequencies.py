@@ -40,8 +40,8 @@ def test_order_and_bands() -> None:
     constant = f.transform(torch.ones(1, 64))
     assert float(constant[0, 0]) == pytest.approx(8)
     assert float(constant[0, 1:].abs().max()) < 1e-12
-    assert f.bands[:4].tolist() == [0, 1, 1, 1]
-    assert sorted(f.bands.unique().tolist()) == list(range(11))  # radii 0 .. round(7·√2) = 10
+    assert f.rings.index[:4].tolist() == [0, 1, 1, 1]
+    assert sorted(f.rings.index.unique().tolist()) == list(range(11))  # radii 0 .. round(7·√2) = 10
 
 
 def test_colour_counts_as_twice_as_fine() -> None:
@@ -54,4 +54,4 @@ def test_colour_counts_as_twice_as_fine() -> None:
     colour = f.transform(torch.cat([torch.ones(1, 64), torch.zeros(1, 64), -torch.ones(1, 64)], 1))[0]
     at = int(colour.abs().argmax())
     assert float(f.radius[at]) == 2.0
-    assert not bool(shown[f.bands == f.bands[at]].any())
+    assert not bool(shown[f.rings.index == f.rings.index[at]].any())
