@@ -62,13 +62,13 @@ def losses() -> None:
 
 
 def samples(experiment: Experiment, epsilons: tuple[float, ...], file: str) -> None:
-    """The first image of each class of seed 0, a row for each variant, and real test images above."""
+    """The first image of each class of the first seed, a row for each variant, and real test images above."""
     spec = experiment.spec
     real = load_images(spec.data.test or spec.data.train, resolution=spec.data.resolution)
     kept: dict[str, dict[float, Path]] = {}
     for title, row in ROWS.items():
         for job in experiment.jobs:
-            if job.kind == "run" and job.seed == 0 and f"{job.variant} {job.label}".strip() == row:
+            if job.kind == "run" and job.seed == spec.grid.seeds[0] and f"{job.variant} {job.label}".strip() == row:
                 kept.setdefault(title, {})[job.epsilon] = experiment.work_path(job) / "samples.npz"
     real_ones = real.batch(np.arange(len(real))), np.asarray(real.labels)
     figure, axes = plt.subplots(
@@ -98,10 +98,10 @@ def drawn(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 if __name__ == "__main__":
     given = Experiment(Path(sys.argv[1]))
-    if given.spec.baseline == "dpdm":
+    if given.spec.preset == "cpu":
+        samples(given, (0.2, 1.0, 10.0), "quality-half-hour.png")
+    elif given.spec.baseline == "dpdm":
         losses()
         samples(given, (0.2, 10.0), "results-samples.png")
-    elif given.spec.preset == "cpu":
-        samples(given, (1.0, 10.0), "quality-half-hour.png")
     else:
         samples(given, (0.2, 1.0, 10.0), "quality-samples.png")
