@@ -62,7 +62,7 @@ def work(experiment: Experiment, device: str = "cpu", *, retry: float = 0.0, tel
 
 
 def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Say | None) -> bool:
-    """Do one job; False if it was stopped."""
+    """Do one job; False if it was asked to stop, then or before the job's end."""
     folder = experiment.work_path(job)
     told = 0.0
 
@@ -94,7 +94,7 @@ def _one(experiment: Experiment, images: Images, job: Job, device: str, tell: Sa
             about["measured"] = experiment.measure_digest(job)
             # With escapes: a message may name a file whose name is no UTF-8.
             write_text(folder / "failed.json", json.dumps(about, indent=1) + "\n", 0o600)
-    return True
+    return not worker.stop_requested  # it may have been asked after the last place where a job looks
 
 
 def threads_of(count: int) -> int:

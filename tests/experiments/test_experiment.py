@@ -195,6 +195,24 @@ def test_networks_of_other_settings_are_not_shared(tiny_spec) -> None:
 # ---------------------------------------------------------------------------------------- interruptions
 
 
+@pytest.mark.parametrize("end", [None, ValueError("no such thing")])
+def test_a_signal_near_the_end_of_a_job_stops_the_next_one(tiny_spec, tmp_path, monkeypatch, end) -> None:
+    """A job looks for a stop where it tells how far it is; after that, as in the last classifier, it ends first."""
+    begun = []
+
+    def do(worker: Worker, job) -> None:
+        begun.append(job.name)
+        signal.raise_signal(signal.SIGTERM)
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(Worker, "do", do)
+    experiment = made(tiny_spec(), tmp_path / "x")
+    assert len(experiment.jobs) > 1
+    assert not pool.work(experiment)
+    assert len(begun) == 1
+
+
 @pytest.mark.parametrize("doing", ["training: cleaning", "training: context", "drawing images"])
 def test_a_stopped_job_goes_on_to_the_same_end(tiny_spec, worked, tmp_path, doing) -> None:
     grid = {"variant": ["cleaning"], "epsilon": [3], "seeds": 1}
